@@ -1,0 +1,19 @@
+"""nanochat_pl: train your own small ChatGPT with PyTorch Lightning and Hydra.
+
+The public surface is small and stable: ``load_bundle`` and ``Engine``. Both are imported on first use, so that
+``import nanochat_pl`` costs nothing.
+"""
+
+from importlib import import_module
+from typing import Any
+
+__all__ = ["Engine", "__version__", "load_bundle"]
+__version__ = "0.1.0"
+
+_PUBLIC = {"load_bundle": "nanochat_pl.bundle", "Engine": "nanochat_pl.engine"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'nanochat_pl' has no attribute {name!r}")
+    return getattr(import_module(_PUBLIC[name]), name)

@@ -1,0 +1,7 @@
+"""Constants that more than one room needs. Each lives here once."""
+
+# Target of a position that is not trained on (padding, a user's words, tool output).
+IGNORE_INDEX = -1
+
+# Exit code of a command that ends for a foreseeable mistake (wrong key, missing file, full disk).
+EXIT_USER_ERROR = 2

@@ -1,0 +1,35 @@
+"""The one kind of error that users are meant to see.
+
+Code raises :class:`UserError` for whatever a person can put right: a wrong key, a missing file, a full disk. The
+command line prints it without a traceback and exits with code 2. ``assert`` is for invariants of our own.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+
+class UserError(Exception):
+    """One or more foreseeable problems, each said in one line, and what to do about them.
+
+    Args:
+        problem: what is wrong: names the key or the file, and its value. Several problems: a sequence of lines.
+        fix: what the person can do, as a command or a setting where possible.
+    """
+
+    def __init__(self, problem: str | Sequence[str], fix: str = "") -> None:
+        self.problems: tuple[str, ...] = (problem,) if isinstance(problem, str) else tuple(problem)
+        self.fix = fix
+        super().__init__("\n".join([*self.problems, *([fix] if fix else [])]))
+
+
+def did_you_mean(name: str, valid: Iterable[str], limit: int = 3) -> str:
+    """A clause that names the valid names nearest to a wrong one: all of them where they are few."""
+    names = sorted(set(valid))
+    near = difflib.get_close_matches(name, names, n=limit, cutoff=0.6)
+    if near:
+        return f"did you mean {' or '.join(near)}?"
+    if len(names) <= 12:
+        return f"valid: {', '.join(names)}"
+    return f"there are {len(names)} valid names, {names[0]} … {names[-1]}"

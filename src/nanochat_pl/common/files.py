@@ -1,0 +1,132 @@
+"""Files that are whole or not there: atomic writing, checked reading."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from nanochat_pl.common.errors import UserError
+
+MAX_JSON_BYTES = 64 * 2**20
+
+
+@contextlib.contextmanager
+def disk_errors_explained(path: Path) -> Iterator[None]:
+    """Turn what the operating system says about a path (full, read-only, not a folder) into a :class:`UserError`."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {_explain(error, path)}", fix=_fix(error)) from error
+
+
+def _explain(error: OSError, path: Path) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"the disk is full ({free_bytes(path) / 2**20:,.0f} MiB free)"
+    return error.strerror or str(error)
+
+
+def _fix(error: OSError) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "Free some space, or set paths.runs=… and paths.cache=… to folders on another disk."
+    return "Set paths.runs=… (runs) or paths.cache=… (caches) to a folder that can be written."
+
+
+def free_bytes(path: Path) -> int:
+    """Free bytes on the disk that holds ``path``, or would hold it."""
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
+def ensure_folder(path: Path) -> Path:
+    """Make a folder and prove that a file can be written into it.
+
+    Raises:
+        UserError: it cannot be made or written; the message names it and the reason.
+    """
+    with disk_errors_explained(path):
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / f".write-probe.{os.getpid()}"
+        probe.write_bytes(b"x")
+        probe.unlink()
+    return path
+
+
+def fsync_folder(path: Path) -> None:
+    """Make the names in a folder durable (POSIX; elsewhere nothing is to be done)."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Write a file so that a reader sees the old one or the new one whole, whatever kills the writer.
+
+    ``write`` fills a temporary file in the same folder, which is synced and renamed over ``path``.
+    """
+    temporary = path.with_name(f"{path.name}.tmp.{os.getpid()}")
+    try:
+        with disk_errors_explained(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write(temporary)
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            temporary.replace(path)
+            fsync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text atomically."""
+    write_atomically(path, lambda temporary: _write_bytes(temporary, text.encode("utf-8")))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON atomically. NaN and infinities are refused: they are not JSON."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _write_bytes(path: Path, data: bytes) -> None:
+    path.write_bytes(data)
+
+
+def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> Any:
+    """Read a JSON file of bounded size.
+
+    Raises:
+        UserError: it is missing, too large, or no JSON.
+    """
+    try:
+        size = path.stat().st_size
+        if size > max_bytes:
+            raise UserError(f"{path}: {size:,} bytes, more than the {max_bytes:,} that such a file may have.")
+        return json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: is no valid JSON: {error}") from error
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is not JSON")
+
+
+def sha256_of_file(path: Path) -> str:
+    """The SHA-256 of a file's bytes, as hexadecimal text."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
