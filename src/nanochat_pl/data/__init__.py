@@ -1,0 +1,1 @@
+"""Text and conversations into rows: sources, token cache, packing, rows with addresses."""
