@@ -1,0 +1,85 @@
+"""Settings of `nanochat-pl train`: every key of configs/train.yaml is a field here or in the room that uses it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from nanochat_pl.common.settings import setting
+from nanochat_pl.data.sources import DataSettings
+from nanochat_pl.evaluation.samples import SAMPLE_PROMPTS
+from nanochat_pl.model.config import ModelSettings
+from nanochat_pl.optim.settings import OptimSettings, ScheduleSettings
+from nanochat_pl.planning.horizon import HorizonSettings
+from nanochat_pl.tasks.settings import MixtureSettings
+from nanochat_pl.tokenizer.bpe import TokenizerSettings
+
+
+@dataclass(frozen=True)
+class StageSettings:
+    """Group `stage`: what a stage is."""
+
+    name: Literal["tokenizer", "base", "sft"] = setting("base", "Which stage this is.")
+    parent: Literal["tokenizer", "base"] | None = setting(None, "The stage whose result this one starts from.")
+    num_epochs: float = setting(1.0, "Passes over the conversations, where max_steps is not given.", above=0)
+    warm_start: bool = setting(True, "Start from the parent's optimizer moments (with fresh learning rates).")
+
+
+@dataclass(frozen=True)
+class TrainerSettings:
+    """Group `trainer`: the machine and what is written when. None of it changes what is learnt."""
+
+    accelerator: Literal["auto", "cpu", "cuda", "mps"] = setting("auto", "Device to train on; auto: the best there is.")
+    num_threads: int | None = setting(None, "CPU threads of torch; null: as torch decides.", at_least=1, at_most=1024)
+    compile: bool | Literal["auto"] = setting("auto", "torch.compile the model; auto: where a compiler is at hand.")
+    deterministic: bool = setting(False, "Only algorithms that give the same bits again (a CPU always does).")
+    num_workers: int = setting(0, "Loader processes that read rows ahead of the training.", at_least=0, at_most=64)
+    log_every_steps: int = setting(1, "Steps between two lines of metrics.", at_least=1)
+    checkpoint_every_steps: int = setting(100, "Steps between two resume files.", at_least=1)
+    keep_last: int = setting(2, "Resume files that are kept; the older ones go.", at_least=2, at_most=1000)
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """Node `evaluation` of a training run: what is measured while it trains."""
+
+    every_steps: int = setting(250, "Steps between two validations (bits per byte); 0: only at the end.", at_least=0)
+    num_rows: int | None = setting(None, "Validation rows; null: as the plan says.", at_least=1)
+    samples_every_steps: int = setting(2000, "Steps between two sets of samples; 0: only at the end.", at_least=0)
+    sample_prompts: list[str] = setting(
+        factory=lambda: list(SAMPLE_PROMPTS), doc="What the samples continue.", max_length=100
+    )
+    sample_tokens: int = setting(16, "New tokens of a sample.", at_least=1, at_most=4096)
+
+
+@dataclass(frozen=True)
+class PathsSettings:
+    """Group `paths`: where things are kept."""
+
+    runs: str = setting("runs", "Folder of all runs.")
+    cache: str | None = setting(None, "Folder of corpora and token caches; null: the user's cache folder.")
+
+
+@dataclass(frozen=True)
+class TrainConfig(HorizonSettings):
+    """The root of configs/train.yaml. The horizon's keys (max_steps, total_batch_tokens …) stand at the root."""
+
+    stage: StageSettings = setting(factory=StageSettings)
+    tokenizer: TokenizerSettings = setting(factory=TokenizerSettings)
+    model: ModelSettings = setting(factory=ModelSettings)
+    optim: OptimSettings = setting(factory=OptimSettings)
+    schedule: ScheduleSettings = setting(factory=ScheduleSettings)
+    data: DataSettings = setting(factory=DataSettings)
+    mixture: MixtureSettings = setting(factory=MixtureSettings)
+    trainer: TrainerSettings = setting(factory=TrainerSettings)
+    evaluation: EvaluationSettings = setting(factory=EvaluationSettings)
+    paths: PathsSettings = setting(factory=PathsSettings)
+    logger: dict[str, Any] = setting(factory=dict, doc="Loggers, each with a _target_ (configs/logger).")
+    callbacks: dict[str, Any] = setting(factory=dict, doc="Further Lightning callbacks, each with a _target_.")
+    run: str | None = setting(None, "Name of the run; null: d<depth>.", max_length=200)
+    device_batch_size: int | None = setting(
+        None, "Rows in memory at once: memory, not results; null: as the plan says.", at_least=1
+    )
+    seed: int = setting(42, "Seed of weights, row order and mixture.", at_least=0, at_most=2**31)
+    resume: Literal["auto", "never"] = setting("auto", "Go on with an unfinished run of that name, or begin a new one.")
+    check_only: bool = setting(False, "Compose, check and plan; train nothing.")
