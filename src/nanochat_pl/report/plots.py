@@ -1,0 +1,286 @@
+"""The curves of a stage as small multiples: inline SVG that follows the page's colours, and one PNG for Markdown.
+
+Each panel answers one question, has one unit, and names its lines at their ends instead of in a legend.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from nanochat_pl.report.read import Series, StageRecord
+from nanochat_pl.report.text import compact
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+MAX_POINTS = 400
+PANEL_INCHES = (4.2, 2.5)
+
+
+@dataclass(frozen=True)
+class Palette:
+    """Colours by their part in a plot."""
+
+    paper: str
+    ink: str
+    muted: str
+    grid: str
+    first: str
+    second: str
+    faint: str
+
+
+PRINT = Palette("#ffffff", "#1f2328", "#6b7280", "#e5e7eb", "#2558b8", "#c2410c", "#b9cbed")
+# Stand-ins that become the page's CSS variables, so that one drawing serves the light and the dark page.
+STAND_INS = Palette("none", "#010101", "#010102", "#010103", "#010104", "#010105", "#010106")
+
+
+@dataclass(frozen=True)
+class Line:
+    """One series of a panel. ``kind``: ``line``, ``faint`` (a noisy one behind another), or ``dots`` (few values)."""
+
+    series: Series
+    label: str = ""
+    color: str = "first"
+    kind: str = "line"
+    errors: Series | None = None
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A plot over optimizer steps. ``tokens``, where given, adds an axis of tokens at the top."""
+
+    key: str
+    title: str
+    unit: str
+    lines: tuple[Line, ...]
+    tokens: Series = Series()
+    from_zero: bool = False
+
+    @property
+    def description(self) -> str:
+        """What the plot shows, for those who cannot see it."""
+        spans = [
+            f"{line.label or self.title} from {line.series.values[0]:.4g} at step {line.series.steps[0]:,} "
+            f"to {line.series.values[-1]:.4g} at step {line.series.steps[-1]:,}"
+            for line in self.lines
+            if line.kind != "faint"
+        ]
+        return f"{self.title} ({self.unit}): {'; '.join(spans)}"
+
+
+def panels_of(stage: StageRecord) -> list[Panel]:
+    """The panels for which the stage has measured something."""
+    column, tokens = stage.column, stage.column("train/tokens")
+    candidates = [
+        Panel(
+            "loss",
+            "Loss",
+            "nats a token",
+            (
+                Line(column("train/loss"), kind="faint", color="faint"),
+                Line(column("train/loss_smoothed"), "training"),
+                Line(column("val/loss"), "validation", "second", "dots"),
+            ),
+            tokens,
+        ),
+        Panel(
+            "bpb",
+            "Validation",
+            "bits per byte",
+            (Line(column("val/bpb"), color="second", kind="dots", errors=column("val/bpb_stderr")),),
+            tokens,
+        ),
+        Panel("speed", "Throughput", "tokens a second", (Line(column("train/tokens_per_second")),), from_zero=True),
+        Panel("lr", "Learning rate", "× the initial one", (Line(column("train/lr_multiplier")),), from_zero=True),
+        Panel("momentum", "Muon momentum", "", (Line(column("train/muon_momentum")),)),
+        Panel("decay", "Muon weight decay", "", (Line(column("train/muon_weight_decay")),), from_zero=True),
+        Panel("mfu", "Model FLOPs utilisation", "share of the peak", (Line(column("train/mfu")),), from_zero=True),
+    ]
+    return [kept for panel in candidates if (kept := _measured(panel)).lines]
+
+
+def _measured(panel: Panel) -> Panel:
+    lines = [line for line in panel.lines if line.series.steps]
+    if len(lines) == 1 and lines[0].kind == "faint":
+        lines = [Line(lines[0].series, "training")]
+    return Panel(panel.key, panel.title, panel.unit, tuple(lines), panel.tokens, panel.from_zero)
+
+
+def svg(panel: Panel, prefix: str) -> str:
+    """The panel as an SVG element without a title, coloured by the page's CSS variables.
+
+    Args:
+        prefix: unique in the page; begins the ids of the drawing, which share one name space.
+    """
+    figure = _figure(PANEL_INCHES)
+    axes = figure.add_axes((0.09, 0.115, 0.80, 0.80))
+    _draw(axes, panel, STAND_INS)
+    text = _save(figure, "svg", prefix).decode("utf-8")
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
+    text = re.sub(r"<svg [^>]*?viewBox=\"([^\"]*)\"[^>]*>", r'<svg viewBox="\1" aria-hidden="true">', text, count=1)
+    text = re.sub(r'(\bid="|xlink:href="#|url\(#)', rf"\g<1>{prefix}-", text)
+    text = text.replace("xlink:href", "href")
+    text = re.sub(r"'DejaVu Sans'[^;\"]*", "var(--sans)", text)
+    for name in ("ink", "muted", "grid", "first", "second", "faint"):
+        text = text.replace(getattr(STAND_INS, name), f"var(--{name})")
+    return text
+
+
+def png(panels: Iterable[Panel], title: str) -> bytes:
+    """All panels of a stage in one picture, on white."""
+    shown = list(panels)
+    columns = min(3, len(shown))
+    rows = -(-len(shown) // columns)
+    width, height = PANEL_INCHES
+    figure = _figure((width * columns, (height + 0.55) * rows + 0.35), PRINT.paper)
+    grid = figure.subplots(rows, columns, squeeze=False)
+    size = figure.get_size_inches()
+    figure.subplots_adjust(
+        left=0.5 / size[0],
+        right=1 - 0.6 / size[0],
+        top=1 - 1.0 / size[1],
+        bottom=0.4 / size[1],
+        wspace=0.32,
+        hspace=0.52,
+    )
+    figure.text(0.5 / size[0], 1 - 0.3 / size[1], title, size=13, weight="bold", color=PRINT.ink, va="center")
+    for axes, panel in zip(grid.flat, shown, strict=False):
+        _draw(axes, panel, PRINT)
+        raised = 20 if panel.tokens.steps else 8
+        axes.set_title(panel.title, loc="left", size=10, weight="bold", color=PRINT.ink, pad=raised)
+        axes.set_title(panel.unit, loc="right", size=8.5, color=PRINT.muted, pad=raised)
+    for axes in grid.flat[len(shown) :]:
+        axes.set_visible(False)
+    return _save(figure, "png", "")
+
+
+def _figure(inches: tuple[float, float], paper: str = "none") -> Any:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=inches, facecolor=paper, dpi=144)
+
+
+def _save(figure: Any, kind: str, salt: str) -> bytes:
+    """The drawing's bytes: the same for the same figures, without a date in them."""
+    import matplotlib
+
+    buffer = io.BytesIO()
+    metadata = {"Date": None} if kind == "svg" else {"Software": None}
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": salt, "axes.unicode_minus": False}):
+        figure.savefig(buffer, format=kind, metadata=metadata)
+    return buffer.getvalue()
+
+
+def _draw(axes: Axes, panel: Panel, palette: Palette) -> None:
+    ends = []
+    for line in panel.lines:
+        series = _thinned(line.series)
+        color = getattr(palette, line.color)
+        if line.kind == "faint":
+            axes.plot(series.steps, series.values, color=color, linewidth=0.9, zorder=2)
+            continue
+        marker = {"marker": "o", "markersize": 3.6} if line.kind == "dots" or len(series.steps) == 1 else {}
+        axes.plot(series.steps, series.values, color=color, linewidth=1.8, zorder=3, solid_capstyle="round", **marker)
+        if line.errors is not None:
+            _draw_errors(axes, line.series, line.errors, color)
+        ends.append((series.steps[-1], line.series.values[-1], line.label, color))
+    _set_limits(axes, panel)
+    _draw_frame(axes, palette)
+    if panel.tokens.steps:
+        _draw_token_axis(axes, panel.tokens, palette)
+    _label_ends(axes, ends)
+
+
+def _thinned(series: Series) -> Series:
+    """At most MAX_POINTS values, each the mean of equally many neighbours."""
+    stride = -(-len(series.steps) // MAX_POINTS)
+    if stride <= 1:
+        return series
+    starts = range(0, len(series.steps), stride)
+    blocks = [series.values[start : start + stride] for start in starts]
+    steps = tuple(series.steps[min(start + stride, len(series.steps)) - 1] for start in starts)
+    return Series(steps, tuple(sum(block) / len(block) for block in blocks))
+
+
+def _draw_errors(axes: Axes, series: Series, errors: Series, color: str) -> None:
+    """One standard error to each side, where one was measured."""
+    error_at = dict(zip(errors.steps, errors.values, strict=True))
+    known = [(step, value) for step, value in zip(series.steps, series.values, strict=True) if step in error_at]
+    low = [value - error_at[step] for step, value in known]
+    high = [value + error_at[step] for step, value in known]
+    axes.vlines([step for step, _ in known], low, high, color=color, linewidth=1, zorder=3)
+
+
+def _set_limits(axes: Axes, panel: Panel) -> None:
+    steps = [step for line in panel.lines for step in (line.series.steps[0], line.series.steps[-1])]
+    first, last = min(steps), max(steps)
+    axes.set_xlim(first, last if last > first else first + 1)
+    values = [value for line in panel.lines for value in line.series.values]
+    low, high = (0.0 if panel.from_zero else min(values)), max(values)
+    room = 0.08 * (high - low) or 0.08 * abs(high) or 1.0
+    axes.set_ylim(low - (0 if panel.from_zero else room), high + room)
+
+
+def _draw_frame(axes: Axes, palette: Palette) -> None:
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    axes.set_facecolor("none")
+    axes.grid(axis="y", color=palette.grid, linewidth=0.8)
+    axes.set_axisbelow(True)
+    for side in ("left", "right", "top"):
+        axes.spines[side].set_visible(False)
+    axes.spines["bottom"].set_color(palette.muted)
+    axes.spines["bottom"].set_linewidth(0.8)
+    axes.tick_params(axis="both", labelsize=8.5, labelcolor=palette.muted, color=palette.muted, length=0, pad=4)
+    axes.tick_params(axis="x", length=3)
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(4))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: compact(value).replace(" ", "")))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: compact(value).replace(" ", "")))
+
+
+def _draw_token_axis(axes: Axes, tokens: Series, palette: Palette) -> None:
+    """Ticks at round numbers of tokens, where the stage had trained on so many."""
+    import numpy as np
+    from matplotlib.ticker import MaxNLocator
+
+    first, last = axes.get_xlim()
+    at_ends = np.interp([first, last], tokens.steps, tokens.values)
+    ticks = [value for value in MaxNLocator(4).tick_values(*at_ends) if at_ends[0] < value <= at_ends[1]]
+    top = axes.secondary_xaxis("top")
+    top.set_xticks(
+        np.interp(ticks, tokens.values, tokens.steps),
+        [f"{compact(value)}{' tokens' if value == ticks[-1] else ''}" for value in ticks],
+    )
+    top.spines["top"].set_visible(False)
+    top.tick_params(labelsize=8, labelcolor=palette.muted, color=palette.grid, length=3, pad=3)
+
+
+def _label_ends(axes: Axes, ends: list[tuple[int, float, str, str]]) -> None:
+    """Write each line's last value and name beside its end, moved apart where they would touch."""
+    low, high = axes.get_ylim()
+    gap = 0.15 if any(label for _, _, label, _ in ends) else 0.1
+    placed: list[float] = []
+    for _step, value, label, color in sorted(ends, key=lambda end: end[1]):
+        at = (value - low) / (high - low)
+        at = max(at, placed[-1] + gap) if placed else at
+        placed.append(at)
+        text = f"{value:.4g}" if abs(value) < 1e4 else compact(value)
+        axes.annotate(
+            f"{text}\n{label}" if label else text,
+            (1, at),
+            xycoords="axes fraction",
+            xytext=(6, 0),
+            textcoords="offset points",
+            color=color,
+            size=9,
+            va="center",
+            linespacing=1.15,
+            annotation_clip=False,
+        )

@@ -1,0 +1,76 @@
+"""Numbers as people read them, and text that nobody vouches for made safe.
+
+Samples, answers and settings come from models, data sets and users: in a page they are text and never markup. HTML is
+escaped by the template engine; here is what Markdown and any encoding need.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+# Control characters but tab and line end; lone surrogates; marks that turn the reading direction of what follows.
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]")
+_MARKDOWN = re.compile(r"([\\`*_{}\[\]<>()#|~&$!])")
+
+
+def clean(text: str) -> str:
+    """Text with nothing in it that cannot be encoded or that a reader would not see."""
+    return _UNPRINTABLE.sub("\ufffd", text.replace("\r\n", "\n"))
+
+
+def markdown_inline(value: Any) -> str:
+    """One line of plain text for Markdown, also inside a table."""
+    return _MARKDOWN.sub(r"\\\1", " ".join(clean(str(value)).split()))
+
+
+def markdown_block(text: str) -> str:
+    """Text as it is, in a code block with a fence longer than any within."""
+    text = clean(text)
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}text\n{text}\n{fence}"
+
+
+def show(value: Any) -> str:
+    """A value as people read it: thousands grouped, four significant digits, lists joined."""
+    if value is None:
+        return "—"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if value.is_integer() and abs(value) < 1e15 else f"{value:.4g}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {show(item)}" for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return ", ".join(show(item) for item in value)
+    return clean(str(value))
+
+
+def compact(value: float) -> str:
+    """A count with three significant digits and a unit: 1.31 M."""
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if abs(value) >= size:
+            scaled = value / size
+            return f"{scaled:.{max(0, 2 - len(str(int(abs(scaled)))) + 1)}f} {unit}"
+    return show(round(value, 3))
+
+
+def percent(share: float) -> str:
+    """A share as a percentage with one decimal."""
+    return f"{100 * share:.1f} %"
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds as hours and minutes, or minutes and seconds."""
+    if seconds is None:
+        return "—"
+    whole = round(seconds)
+    if whole >= 3600:
+        return f"{whole // 3600} h {whole % 3600 // 60} min"
+    if whole >= 60:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"

@@ -1,0 +1,209 @@
+"""From the records of a run to its report: what is shown, in which order, as a page, as Markdown and as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from nanochat_pl.common.files import ensure_folder, write_atomically, write_json, write_text
+from nanochat_pl.common.settings import to_plain
+from nanochat_pl.report import plots
+from nanochat_pl.report.read import Answer, EvaluationRecord, RunRecord, StageRecord, TaskResult, read_run
+from nanochat_pl.report.text import clean, compact, duration, markdown_block, markdown_inline, percent, show
+
+SUMMARY_COLUMNS = ("stage", "figure", "value", "standard error", "n", "baseline")
+MAX_SAMPLES = 8
+MAX_CHATS = 6
+ANSWERS_PER_TASK = 3
+# Files of one picture per stage, which report.md shows.
+PICTURE = "{stage}.png"
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write ``report/`` in a run folder: report.html (self-contained), report.md with its pictures, report.json.
+
+    Stages that are missing or unfinished are named as such, and the rest is shown.
+
+    Returns:
+        the path of report.html.
+
+    Raises:
+        UserError: no run is there, one of its files is damaged, or the folder cannot be written.
+    """
+    run = read_run(run_dir)
+    folder = ensure_folder(run_dir / "report")
+    shown = _shown(run)
+    for stage, panels in shown["panels"].items():
+        picture = plots.png(panels, stage)
+        write_atomically(folder / PICTURE.format(stage=stage), lambda path, data=picture: _write(path, data))
+    write_json(folder / "report.json", _figures(run))
+    write_text(folder / "report.md", _render("report.md.jinja", shown))
+    write_text(folder / "report.html", _render("report.html.jinja", shown))
+    return folder / "report.html"
+
+
+def summary_table(run_dir: Path) -> list[tuple[str, ...]]:
+    """The run's figures as rows of text, one cell for each of ``SUMMARY_COLUMNS``; empty cells where there is nothing.
+
+    Raises:
+        UserError: no run is there, or one of its files is damaged.
+    """
+    run = read_run(run_dir)
+    rows = [row for stage in run.stages for row in _stage_rows(stage)]
+    for evaluation in run.evaluations:
+        for suite, tasks in evaluation.suites.items():
+            for task in tasks:
+                error = "" if task.stderr is None else percent(task.stderr)
+                figure = f"{suite}: {clean(task.name)}"
+                row = (evaluation.stage, figure, percent(task.accuracy), error, f"{task.n:,}", percent(task.baseline))
+                rows.append(row)
+    return rows
+
+
+def _stage_rows(stage: StageRecord) -> Iterator[tuple[str, ...]]:
+    if stage.status != "finished":
+        yield (stage.name, "status", stage.status, "", "", "")
+    bpb, error = stage.figure("val/bpb"), stage.figure("val/bpb_stderr")
+    if bpb is not None:
+        yield (stage.name, "validation bits per byte", f"{bpb:.4f}", "" if error is None else f"{error:.4f}", "", "")
+    if stage.seconds is not None:
+        yield (stage.name, "training time", duration(stage.seconds), "", "", "")
+
+
+def _shown(run: RunRecord) -> dict[str, Any]:
+    """What both templates show."""
+    panels = {stage.name: found for stage in run.stages if (found := plots.panels_of(stage))}
+    return {
+        "run": run,
+        "tiles": list(_tiles(run)),
+        "facts": _facts(run),
+        "panels": panels,
+        "picture": {stage: PICTURE.format(stage=stage) for stage in panels},
+        "samples": _samples(run),
+        "chats": [chat for evaluation in reversed(run.evaluations) for chat in evaluation.chats][:MAX_CHATS],
+        "answers": {
+            evaluation.stage: {task: _chosen(answers) for task, answers in evaluation.answers.items() if answers}
+            for evaluation in run.evaluations
+        },
+        "total_seconds": _total_seconds(run),
+    }
+
+
+def _total_seconds(run: RunRecord) -> float | None:
+    seconds = [stage.seconds for stage in run.stages if stage.seconds is not None]
+    return sum(seconds) if seconds else None
+
+
+def _tiles(run: RunRecord) -> Iterator[tuple[str, str, str]]:
+    """The few figures to see first: label, value, remark."""
+    for stage in run.stages:
+        bpb, error = stage.figure("val/bpb"), stage.figure("val/bpb_stderr")
+        if bpb is not None:
+            yield (f"{stage.name}, bits per byte", f"{bpb:.3f}", "" if error is None else f"± {error:.3f}")
+    if run.evaluations:
+        for suite, tasks in run.evaluations[-1].suites.items():
+            best = [task for task in tasks if task.accuracy > task.baseline]
+            label = f"{run.evaluations[-1].stage}, {suite} tasks above guessing"
+            yield (
+                label,
+                f"{len(best)} of {len(tasks)}",
+                f"mean {percent(sum(t.accuracy for t in tasks) / len(tasks))}",
+            )
+    trained = [last for stage in run.stages if (last := stage.column("train/tokens").last) is not None]
+    if trained:
+        yield ("tokens trained on", compact(sum(trained)), "")
+    total = _total_seconds(run)
+    if total is not None:
+        yield ("training time", duration(total), "")
+
+
+def _facts(run: RunRecord) -> list[tuple[str, str]]:
+    """What about.json says of when, where and with what: once where all stages agree, else for each stage."""
+    stages = [stage for stage in run.stages if stage.about]
+    facts = []
+    for key in dict.fromkeys(key for stage in stages for key in stage.about):
+        values = {stage.name: show(stage.about[key]) for stage in stages if key in stage.about}
+        label = key.replace("_", " ")
+        if len(set(values.values())) == 1:
+            facts.append((label, next(iter(values.values()))))
+        else:
+            facts += [(f"{label}, {stage}", value) for stage, value in values.items()]
+    return facts
+
+
+def _samples(run: RunRecord) -> list[tuple[str, list[Any]]]:
+    """Per stage what the model wrote last: the evaluation's samples, else those of the newest step in training."""
+    evaluated = {evaluation.stage: evaluation.samples for evaluation in run.evaluations}
+    found = []
+    for stage in run.stages:
+        newest = max((sample.step for sample in stage.samples), default=0)
+        samples = evaluated.get(stage.name) or [sample for sample in stage.samples if sample.step == newest]
+        if samples:
+            found.append((stage.name, samples[:MAX_SAMPLES]))
+    return found
+
+
+def _chosen(answers: list[Answer]) -> list[Answer]:
+    """The first few answers, a wrong one among them where there is one."""
+    first = answers[:ANSWERS_PER_TASK]
+    wrong = next((answer for answer in answers if not answer.correct), None)
+    if wrong is not None and wrong not in first:
+        first[-1] = wrong
+    return first
+
+
+def _figures(run: RunRecord) -> dict[str, Any]:
+    """Every figure of the report, in full, for programs."""
+    return {
+        "run": clean(run.name),
+        "total_seconds": _total_seconds(run),
+        "stages": {stage.name: _printable(to_plain(stage)) for stage in run.stages},
+        "evaluations": {item.stage: _printable(to_plain(item)) for item in run.evaluations},
+    }
+
+
+def _printable(value: Any) -> Any:
+    """Plain data whose texts can be encoded as UTF-8."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode("utf-8")
+    if isinstance(value, dict):
+        return {_printable(key): _printable(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_printable(item) for item in value]
+    return value
+
+
+def _render(template: str, shown: dict[str, Any]) -> str:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from markupsafe import Markup
+
+    environment = Environment(
+        loader=PackageLoader("nanochat_pl.report", "templates"),
+        autoescape=template.endswith(".html.jinja"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters.update(
+        clean=clean, inline=markdown_inline, block=markdown_block, show=show, percent=percent, duration=duration
+    )
+    # The drawings hold no text of the run folder: titles, labels and numbers are this room's own.
+    environment.globals.update(svg=lambda panel, prefix: Markup(plots.svg(panel, prefix)), error_bar=_error_bar)
+    return environment.get_template(template).render(shown)
+
+
+def _error_bar(task: TaskResult) -> dict[str, float]:
+    """Where a task's bar, its whisker and its baseline end, in percent of the width."""
+    error = task.stderr or 0.0
+    return {
+        "accuracy": round(100 * task.accuracy, 2),
+        "low": round(100 * max(0.0, task.accuracy - error), 2),
+        "high": round(100 * min(1.0, task.accuracy + error), 2),
+        "baseline": round(100 * task.baseline, 2),
+    }
+
+
+def _write(path: Path, data: bytes) -> None:
+    path.write_bytes(data)

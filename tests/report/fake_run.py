@@ -1,0 +1,163 @@
+"""A run folder as the stages write it, with made-up curves: for the tests of the report."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+HOSTILE = (
+    "</p><script>alert(1)</script> | `a` ```\n<img src=x onerror=alert(2)> [x](javascript:alert(3)) &amp; \x1b[31m"
+)
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value), encoding="utf-8")
+
+
+def write_lines(path: Path, rows: list[Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def write_metrics(folder: Path, num_steps: int, start: float, end: float, *, seed: int) -> None:
+    """A loss that falls like a power law, the schedules of the recipe, and a validation every 50 steps."""
+    generator = random.Random(seed)
+    columns = ["step", "train/loss", "train/loss_smoothed", "train/lr_multiplier", "train/muon_momentum"]
+    columns += ["train/muon_weight_decay", "train/tokens", "train/tokens_per_second", "train/mfu"]
+    columns += ["train/step_seconds", "val/bpb", "val/bpb_stderr", "val/loss"]
+    folder.mkdir(parents=True, exist_ok=True)
+    smoothed = start
+    with (folder / "metrics.csv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        for step in range(1, num_steps + 1):
+            expected = end + (start - end) * (1 + step / 8) ** -0.75
+            loss = expected + generator.gauss(0, 0.07)
+            smoothed = 0.95 * smoothed + 0.05 * loss if step > 1 else loss
+            speed = 11_800 + generator.gauss(0, 250) - (3000 if step < 4 else 0)
+            row: dict[str, Any] = {
+                "step": step,
+                "train/loss": loss,
+                "train/loss_smoothed": smoothed,
+                "train/lr_multiplier": min(1.0, step / 40, 0.05 + 0.95 * (num_steps - step) / (0.6 * num_steps)),
+                "train/muon_momentum": 0.85 + 0.12 * min(1, step / 200),
+                "train/muon_weight_decay": 0.05 * 0.5 * (1 + math.cos(math.pi * step / num_steps)),
+                "train/tokens": 4096 * step,
+                "train/tokens_per_second": speed,
+                "train/step_seconds": 4096 / speed,
+            }
+            if step % 50 == 0 or step == num_steps:
+                row |= {"val/bpb": expected / 2.9, "val/bpb_stderr": 0.012, "val/loss": expected + 0.08}
+            writer.writerow(row)
+
+
+def write_stage(run: Path, stage: str, num_steps: int, start: float, end: float) -> None:
+    folder = run / stage
+    write_metrics(folder, num_steps, start, end, seed=num_steps)
+    write_json(
+        folder / "plan.json",
+        {
+            "width": {"value": 256, "formula": "depth * aspect_ratio, rounded up", "inputs": {"depth": 4}},
+            "total_batch_tokens": {
+                "value": 4096,
+                "formula": "2 ** round(log2(B_ref * (D / D_ref) ** 0.383))",
+                "inputs": {"B_ref": 524288, "D": 1_300_000},
+                "overridden_by": "plan.total_batch_tokens=4096",
+            },
+            "muon_lr": {"value": 0.012, "formula": "lr * sqrt(B / B_ref)", "inputs": {}},
+        },
+    )
+    write_json(
+        folder / "about.json",
+        {
+            "started": "2026-01-02T03:04:05+00:00",
+            "git": {"commit": "0123abc", "dirty": False},
+            "versions": {"python": "3.12.1", "torch": "2.13.0", "lightning": "2.6.6"},
+            "hardware": {"cpu": "two cores", "memory_gib": 7.7},
+            "corpus_hash": "c0ffee" * 8,
+        },
+    )
+    write_json(
+        folder / "finished.json",
+        {"step": num_steps, "seconds": 0.35 * num_steps, "metrics": {"val/bpb": end / 2.9, "val/bpb_stderr": 0.012}},
+    )
+
+
+def make_run(run: Path, hostile: str = "") -> Path:
+    """A finished demo: tokenizer, base, sft, evaluation, chats. ``hostile`` is put wherever a run has free text."""
+    write_json(run / "tokenizer" / "finished.json", {"step": 0, "seconds": 21.0, "metrics": {}})
+    write_stage(run, "base", 320, 8.32, 3.1)
+    write_stage(run, "sft", 220, 3.4, 0.62)
+    write_lines(
+        run / "base" / "samples.jsonl",
+        [{"step": 160, "prompt": "Return the", "text": " the the the"}]
+        + [
+            {"step": 320, "prompt": "Return the", "text": " number of elements in the given array." + hostile},
+            {
+                "step": 320,
+                "prompt": "The capital of France is",
+                "text": " a string that is used to\n    name the module.",
+            },
+            {"step": 320, "prompt": "This method returns", "text": " a new list whose items are sorted by key."},
+        ],
+    )
+    folder = run / "evaluation" / "sft"
+    tasks = [("arithmetic", 0.975, 0.0), ("letters", 0.92, 0.0), ("spelling", 0.66, 0.0), ("docs_choice", 0.41, 0.25)]
+    rows = [
+        {"name": name + hostile, "accuracy": p, "n": 200, "stderr": math.sqrt(p * (1 - p) / 200), "baseline": base}
+        for name, p, base in tasks
+    ]
+    write_json(
+        folder / "results.json",
+        {"bundle": "x", "stage": "sft", "suites": {"chat": {"tasks": rows}, "bpb": {"bpb": 1.071, "stderr": 0.012}}},
+    )
+    answers = [
+        {
+            "question": f"What is {i} + 4?" + hostile,
+            "answer": f"{i} + 4 is {i + 4}.",
+            "reference": str(i + 4),
+            "correct": True,
+        }
+        for i in range(5)
+    ]
+    wrong = {"question": "What is 12 * 7?", "answer": "12 * 7 is 74." + hostile, "reference": "84", "correct": False}
+    write_lines(folder / "answers_arithmetic.jsonl", [*answers, wrong])
+    write_lines(
+        folder / "chats.jsonl",
+        [
+            {
+                "messages": [
+                    {"role": "user", "content": "Hi! Who are you?" + hostile},
+                    {"role": "assistant", "content": "I am a small language model, trained on one computer."},
+                    {"role": "user", "content": "What is 317 plus 45?"},
+                    {
+                        "role": "assistant",
+                        "content": [
+                            {"type": "text", "text": "317 + 45 is "},
+                            {"type": "python", "text": "317+45" + hostile},
+                            {"type": "python_output", "text": "362"},
+                            {"type": "text", "text": "362."},
+                        ],
+                    },
+                ]
+            },
+            {
+                "messages": [
+                    {"role": "user", "content": "What does `statistics.median` do?"},
+                    {"role": "assistant", "content": "Return the median (middle value) of numeric data." + hostile},
+                ]
+            },
+            {
+                "messages": [
+                    {"role": "user", "content": "Spell the word: apple"},
+                    {"role": "assistant", "content": "apple:a,p,p,l,e"},
+                ]
+            },
+        ],
+    )
+    return run
