@@ -1,0 +1,123 @@
+"""What this machine can do: the device to use, the type to compute in, the peak that it could reach.
+
+Everything is found out when asked, nothing at import.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from nanochat_pl.common.errors import UserError
+
+ComputeDType = Literal["float32", "bfloat16", "float16"]
+
+# Peak dense TFLOP/s of matrix products from the vendors' data sheets: (bfloat16, float16, float32 without TF32).
+# The first entry whose words all occur in the device's name holds, so the special ones come first.
+PEAK_TFLOPS: tuple[tuple[tuple[str, ...], tuple[float | None, float | None, float | None]], ...] = (
+    (("gb200",), (2500.0, 2500.0, 80.0)),
+    (("b200",), (2250.0, 2250.0, 75.0)),
+    (("h200", "nvl"), (835.5, 835.5, 60.0)),
+    (("h200",), (989.4, 989.4, 67.0)),
+    (("h100", "nvl"), (835.5, 835.5, 60.0)),
+    (("h100", "pcie"), (756.0, 756.0, 51.0)),
+    (("h100",), (989.4, 989.4, 67.0)),
+    (("h800",), (989.4, 989.4, 67.0)),
+    (("gh200",), (989.4, 989.4, 67.0)),
+    (("h20",), (148.0, 148.0, 44.0)),
+    (("a100",), (312.0, 312.0, 19.5)),
+    (("a800",), (312.0, 312.0, 19.5)),
+    (("a40",), (149.7, 149.7, 37.4)),
+    (("a30",), (165.0, 165.0, 10.3)),
+    (("a10g",), (70.0, 70.0, 35.0)),
+    (("a10",), (125.0, 125.0, 31.2)),
+    (("l40s",), (362.0, 362.0, 91.6)),
+    (("l40",), (181.0, 181.0, 90.5)),
+    (("l4",), (121.0, 121.0, 30.3)),
+    (("rtx", "6000", "ada"), (364.0, 364.0, 91.1)),
+    (("rtx", "a6000"), (154.8, 154.8, 38.7)),
+    (("rtx", "5090"), (209.5, 209.5, 104.8)),
+    (("rtx", "4090"), (165.2, 165.2, 82.6)),
+    (("rtx", "3090", "ti"), (80.0, 80.0, 40.0)),
+    (("rtx", "3090"), (71.0, 71.0, 35.6)),
+    (("v100",), (None, 125.0, 15.7)),
+    (("t4",), (None, 65.0, 8.1)),
+    (("mi300x",), (1307.4, 1307.4, 163.4)),
+    (("mi325x",), (1307.4, 1307.4, 163.4)),
+    (("mi250x",), (383.0, 383.0, 47.9)),
+)
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """The device that a setting means.
+
+    Args:
+        name: ``auto`` (a GPU where there is one, else the CPU), ``cpu``, ``cuda``, ``cuda:1`` or ``mps``.
+
+    Raises:
+        UserError: there is no such device, here or at all.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|mps|cuda(:\d{1,3})?", name):
+        raise UserError(f"device={name!r}: must be auto, cpu, cuda, cuda:N or mps.")
+    device = torch.device(name)
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError("device=mps: this machine has no Apple GPU that PyTorch can use.", fix="Use device=auto.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(
+            f"device={name}: PyTorch sees {torch.cuda.device_count()} CUDA devices.", fix="Use device=auto."
+        )
+    return device
+
+
+def choose_compute_dtype(name: str, device: torch.device) -> ComputeDType:
+    """The type of the activations that ``model.compute_dtype`` means on a device.
+
+    ``auto`` is bfloat16 where the hardware multiplies matrices in it, else float32.
+    """
+    if name == "auto":
+        return "bfloat16" if has_bfloat16(device) else "float32"
+    if name == "float32" or name == "bfloat16" or name == "float16":
+        return name
+    raise UserError(f"compute_dtype={name!r}: must be auto, float32, bfloat16 or float16.")
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether the device has units for bfloat16; a mere emulation does not count."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type == "cpu" and cpu_has_bfloat16()
+
+
+def cpu_has_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether the processor has AVX512-BF16, AMX-BF16 or ARM's BF16 instructions. False where that cannot be told."""
+    try:
+        text = cpuinfo.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    found = re.search(r"^(?:flags|Features)\s*:(.*)$", text, flags=re.MULTILINE)
+    words = set(found.group(1).split()) if found else set()
+    return bool(words & {"avx512_bf16", "amx_bf16", "bf16"})
+
+
+def device_name(device: torch.device) -> str:
+    """What the device calls itself."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "mps":
+        return "Apple GPU"
+    return f"CPU, {torch.get_num_threads()} threads"
+
+
+def peak_flops(name: str, dtype: ComputeDType) -> float | None:
+    """Peak FLOP/s of a GPU by its name, dense matrix products; None where it is not known (no guess is made)."""
+    words = set(re.split(r"[^a-z0-9]+", name.lower()))
+    for needed, (bfloat16, float16, float32) in PEAK_TFLOPS:
+        if words.issuperset(needed):
+            peak = {"bfloat16": bfloat16, "float16": float16, "float32": float32}[dtype]
+            return None if peak is None else peak * 1e12
+    return None

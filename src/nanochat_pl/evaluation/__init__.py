@@ -1,0 +1,1 @@
+"""Figures of a model: bits per byte, tasks, and their standard errors."""

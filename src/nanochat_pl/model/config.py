@@ -1,0 +1,177 @@
+"""What a model is: :class:`GPTConfig`, every number resolved, and how settings become one.
+
+The config knows no eras. What differs between generations of the architecture is a field (``smear_channels=0`` is a
+model without smear), so the code of the forward never asks which recipe a checkpoint comes from.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from nanochat_pl.common.errors import UserError
+from nanochat_pl.common.settings import setting
+
+DType = Literal["float32", "bfloat16", "float16"]
+MAX_LAYERS = 1_000
+
+# Weights of embedding and head are padded to this multiple: even shapes for the matrix units.
+VOCAB_MULTIPLE = 64
+# Rotary tables reach this many training lengths, so that long prompts can be scored and continued.
+ROTARY_REACH = 10
+SHORT_WINDOW_MULTIPLE = 128
+SMEAR_CHANNELS = 24
+VALUE_GATE_CHANNELS = 12
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """The architecture, resolved: enough to build the network, with nothing derived and nothing named.
+
+    Bounds are wide for models and narrow for attacks: :func:`nanochat_pl.common.settings.build` checks them, so that
+    a hostile ``config.json`` is refused before any memory is taken (see also ``accounting.require_size``).
+    """
+
+    vocab_size: int = setting(doc="Tokens of the tokenizer: columns of the logits.", at_least=1, at_most=2**21)
+    padded_vocab_size: int = setting(doc="Rows of the embedding and the head.", at_least=1, at_most=2**21)
+    num_layers: int = setting(doc="Blocks.", at_least=1, at_most=MAX_LAYERS)
+    num_heads: int = setting(doc="Query heads.", at_least=1, at_most=2**10)
+    num_kv_heads: int = setting(doc="Key and value heads; query head h uses h // (heads / kv heads).", at_least=1)
+    head_dim: int = setting(doc="Width of a head.", at_least=2, at_most=2**12)
+    width: int = setting(doc="Width of the residual stream.", at_least=1, at_most=2**16)
+    mlp_width: int = setting(doc="Width inside the feed-forward part.", at_least=1, at_most=2**18)
+    sequence_len: int = setting(doc="Positions of a training row.", at_least=1, at_most=2**22)
+    windows: tuple[int, ...] = setting(
+        doc="Per layer: how many earlier positions a query sees besides its own.",
+        at_least=0,
+        at_most=2**26,
+        max_length=MAX_LAYERS,
+    )
+    rotary_base: float = setting(doc="Base of the rotary frequencies.", above=0.0, at_most=1e12)
+    rotary_reach: int = setting(doc="Positions in the rotary tables.", at_least=1, at_most=2**26)
+    rotary_bfloat16: bool = setting(doc="Whether the rotary tables are rounded to bfloat16.")
+    softcap: float = setting(doc="Logits are softcap * tanh(logits / softcap).", above=0.0, at_most=1e6)
+    qk_scale: float = setting(doc="Factor on the normed queries and on the normed keys.", above=0.0, at_most=1e3)
+    smear_channels: int = setting(doc="Inputs of the smear gate; 0 = no smear.", at_least=0, at_most=2**16)
+    backout: bool = setting(doc="Whether the middle of the residual stream is taken off its end.")
+    residual_lambdas: bool = setting(doc="Whether each layer scales the residual and adds the embedding again.")
+    value_embedding_layers: tuple[int, ...] = setting(
+        doc="Layers whose values get an embedding of the token added.", at_least=0, max_length=MAX_LAYERS
+    )
+    value_gate_channels: int = setting(doc="Inputs of the value embedding's gate.", at_least=1, at_most=2**16)
+    value_gate_scale: float = setting(doc="The gate is this times a sigmoid.", above=0.0, at_most=1e3)
+    embedding_dtype: DType = setting("float32", "Type in which the embeddings are kept.")
+    compute_dtype: DType = setting("float32", "Type of the activations, unless the user of the model asks for another.")
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.padded_vocab_size < self.vocab_size:
+            problems.append(f"padded_vocab_size={self.padded_vocab_size}: is below vocab_size={self.vocab_size}.")
+        if self.num_heads % self.num_kv_heads:
+            problems.append(f"num_kv_heads={self.num_kv_heads}: does not divide num_heads={self.num_heads}.")
+        if self.head_dim % 2:
+            problems.append(f"head_dim={self.head_dim}: must be even, rotary turns pairs.")
+        if len(self.windows) != self.num_layers:
+            problems.append(f"windows: has {len(self.windows)} entries for num_layers={self.num_layers}.")
+        layers = self.value_embedding_layers
+        if list(layers) != sorted(set(layers)) or any(layer >= self.num_layers for layer in layers):
+            problems.append(
+                f"value_embedding_layers={list(layers)}: must be rising layer numbers below {self.num_layers}."
+            )
+        if layers and self.value_gate_channels > self.width:
+            problems.append(f"value_gate_channels={self.value_gate_channels}: is above width={self.width}.")
+        if self.smear_channels > self.width:
+            problems.append(f"smear_channels={self.smear_channels}: is above width={self.width}.")
+        if self.rotary_reach < self.sequence_len:
+            problems.append(f"rotary_reach={self.rotary_reach}: is below sequence_len={self.sequence_len}.")
+        if problems:
+            raise UserError(problems)
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """The config group ``model``: a dial and what may be set besides it."""
+
+    depth: int = setting(12, "Number of blocks: the one dial; all else follows.", at_least=1, at_most=MAX_LAYERS)
+    aspect_ratio: int = setting(64, "Width per block, before rounding up to whole heads.", at_least=1, at_most=2**12)
+    head_dim: int = setting(128, "Width of an attention head; even.", at_least=2, at_most=2**12)
+    num_kv_heads: int | None = setting(
+        None, "Key and value heads; null = as many as query heads, fewer = grouped queries.", at_least=1
+    )
+    sequence_len: int = setting(2048, "Positions of a training row.", at_least=1, at_most=2**22)
+    window_pattern: str = setting(
+        "SSSL",
+        "Attention windows, tiled over the layers: S = a quarter, L = all; the last layer is L.",
+        max_length=1000,
+    )
+    embedding_dtype: DType = setting("float32", "Type in which the embeddings are kept.")
+    compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
+        "auto", "Type of the activations; auto = bfloat16 where the hardware has it, else float32."
+    )
+
+    def __post_init__(self) -> None:
+        problems = []
+        if not self.window_pattern or set(self.window_pattern) - set("SL"):
+            problems.append(f"window_pattern={self.window_pattern!r}: must be letters S and L, at least one.")
+        if self.head_dim % 2:
+            problems.append(f"head_dim={self.head_dim}: must be even, rotary turns pairs.")
+        if self.num_kv_heads is not None and num_heads(self) % self.num_kv_heads:
+            problems.append(
+                f"num_kv_heads={self.num_kv_heads}: does not divide the {num_heads(self)} query heads"
+                f" of depth={self.depth}."
+            )
+        if problems:
+            raise UserError(problems)
+
+
+def num_heads(settings: ModelSettings) -> int:
+    """Query heads: ``depth * aspect_ratio`` rounded up to whole heads."""
+    return -(-settings.depth * settings.aspect_ratio // settings.head_dim)
+
+
+def window_sizes(pattern: str, num_layers: int, sequence_len: int) -> tuple[int, ...]:
+    """Windows per layer: S is a quarter of the row rounded up to a multiple of 128, L the whole row."""
+    short = -(-sequence_len // (4 * SHORT_WINDOW_MULTIPLE)) * SHORT_WINDOW_MULTIPLE
+    letters = [pattern[layer % len(pattern)] for layer in range(num_layers - 1)] + ["L"]
+    return tuple(sequence_len if letter == "L" else short for letter in letters)
+
+
+def resolve_model(settings: ModelSettings, vocab_size: int, compute_dtype: DType) -> GPTConfig:
+    """The architecture that the settings mean (era 2026).
+
+    Args:
+        settings: the config group ``model``.
+        vocab_size: of the tokenizer.
+        compute_dtype: what ``settings.compute_dtype`` came to on this machine (``hardware.choose_compute_dtype``).
+
+    Raises:
+        UserError: settings that do not fit each other.
+    """
+    heads = num_heads(settings)
+    width = heads * settings.head_dim
+    return GPTConfig(
+        vocab_size=vocab_size,
+        padded_vocab_size=-(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE,
+        num_layers=settings.depth,
+        num_heads=heads,
+        num_kv_heads=settings.num_kv_heads or heads,
+        head_dim=settings.head_dim,
+        width=width,
+        mlp_width=4 * width,
+        sequence_len=settings.sequence_len,
+        windows=window_sizes(settings.window_pattern, settings.depth, settings.sequence_len),
+        rotary_base=100_000.0,
+        rotary_reach=ROTARY_REACH * settings.sequence_len,
+        rotary_bfloat16=False,
+        softcap=15.0,
+        qk_scale=1.2,
+        smear_channels=min(SMEAR_CHANNELS, width),
+        backout=True,
+        residual_lambdas=True,
+        # Every other layer, counted back from the last, so that the last has one at any depth.
+        value_embedding_layers=tuple(range((settings.depth - 1) % 2, settings.depth, 2)),
+        value_gate_channels=min(VALUE_GATE_CHANNELS, width),
+        value_gate_scale=3.0,
+        embedding_dtype=settings.embedding_dtype,
+        compute_dtype=compute_dtype,
+    )

@@ -1,0 +1,323 @@
+"""The network: a pre-norm decoder with rotary positions, gated value embeddings, smear and backout.
+
+Shapes: B rows, T positions, C model width, H query heads, G key/value heads, D head width, V vocabulary.
+
+A ``GPT`` is born on the meta device and costs nothing; :meth:`GPT.materialise` gives it memory, then
+``init.init_weights`` or ``load_state_dict`` gives it values. Parameters are kept in float32 and cast to the type of the
+activations where they are used. Names in the state dict are those of the published checkpoints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nanochat_pl.common.errors import UserError
+from nanochat_pl.model.attention import windowed_attention
+from nanochat_pl.model.config import DType, GPTConfig
+from nanochat_pl.model.kv_cache import CacheStep, KVCache
+from nanochat_pl.model.loss import softcap, token_losses
+
+TORCH_DTYPES: dict[DType, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+def norm(x: Tensor) -> Tensor:
+    """RMSNorm over the last dimension, without parameters."""
+    return F.rms_norm(x, (x.size(-1),))
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding, half-split: channels d and d + D/2 are a pair. x (B, T, H, D), cos and sin (…, T, 1, D/2)."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos + second * sin, second * cos - first * sin], dim=-1)
+
+
+class Linear(nn.Module):
+    """A linear map without bias whose weight (outputs, inputs) is cast to the type of what it is applied to."""
+
+    def __init__(self, num_inputs: int, num_outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_outputs, num_inputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class Embedding(nn.Module):
+    """Rows of a table (V, C), gathered in the type in which they are kept."""
+
+    def __init__(self, num_rows: int, width: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_rows, width, dtype=dtype))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return F.embedding(ids, self.weight)
+
+
+class Attention(nn.Module):
+    """Causal attention of one layer, with its window and, on some layers, its gated value embedding."""
+
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__()
+        self.layer, self.head_dim, self.window = layer, config.head_dim, config.windows[layer]
+        # Queries and keys both carry qk_scale; on the scores that is its square.
+        self.scale = config.qk_scale**2 * config.head_dim**-0.5
+        self.gate_channels, self.gate_scale = config.value_gate_channels, config.value_gate_scale
+        query_width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        self.c_q = Linear(config.width, query_width)
+        self.c_k = Linear(config.width, kv_width)
+        self.c_v = Linear(config.width, kv_width)
+        self.c_proj = Linear(query_width, config.width)
+        if layer in config.value_embedding_layers:
+            self.ve_gate = Linear(self.gate_channels, config.num_kv_heads)
+
+    def forward(
+        self, x: Tensor, value_embedding: Tensor | None, rotary: tuple[Tensor, Tensor], step: CacheStep | None
+    ) -> Tensor:
+        """x (B, T, C) normed, value_embedding (B, T, G·D) → (B, T, C)."""
+        q, k, v = (linear(x).unflatten(-1, (-1, self.head_dim)) for linear in (self.c_q, self.c_k, self.c_v))
+        if value_embedding is not None:
+            gate = self.gate_scale * torch.sigmoid(self.ve_gate(x[..., : self.gate_channels]))
+            v = v + gate[..., None] * value_embedding.view_as(v)
+        q, k = norm(rotate(q, *rotary)), norm(rotate(k, *rotary))
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        if step is None:
+            y = windowed_attention(q, k, v, self.window, self.scale)
+        else:
+            y = step.attend(self.layer, q, k, v, self.window, self.scale)
+        return self.c_proj(y.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    """The feed-forward part, with squared relu."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.c_fc = Linear(config.width, config.mlp_width)
+        self.c_proj = Linear(config.mlp_width, config.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c_proj(F.relu(self.c_fc(x)).square())
+
+
+class Block(nn.Module):
+    """Attention, then the feed-forward part, each on the normed residual stream and added to it."""
+
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__()
+        self.attn = Attention(config, layer)
+        self.mlp = MLP(config)
+
+    def forward(
+        self, x: Tensor, value_embedding: Tensor | None, rotary: tuple[Tensor, Tensor], step: CacheStep | None
+    ) -> Tensor:
+        x = x + self.attn(norm(x), value_embedding, rotary, step)
+        return x + self.mlp(norm(x))
+
+
+class GPT(nn.Module):
+    """The language model of a :class:`GPTConfig`.
+
+    Args:
+        config: the architecture.
+        compute_dtype: type of the activations; ``config.compute_dtype`` by default.
+    """
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, config: GPTConfig, compute_dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.compute_dtype = compute_dtype or TORCH_DTYPES[config.compute_dtype]
+        kept = TORCH_DTYPES[config.embedding_dtype]
+        with torch.device("meta"):
+            if config.residual_lambdas:
+                self.resid_lambdas = nn.Parameter(torch.empty(config.num_layers))
+                self.x0_lambdas = nn.Parameter(torch.empty(config.num_layers))
+            if config.smear_channels:
+                self.smear_lambda = nn.Parameter(torch.empty(1))
+            if config.backout:
+                self.backout_lambda = nn.Parameter(torch.empty(1))
+            self.transformer = nn.ModuleDict(
+                {
+                    "wte": Embedding(config.padded_vocab_size, config.width, kept),
+                    "h": nn.ModuleList(Block(config, layer) for layer in range(config.num_layers)),
+                }
+            )
+            self.lm_head = Linear(config.width, config.padded_vocab_size)
+            if config.smear_channels:
+                self.smear_gate = Linear(config.smear_channels, 1)
+            kv_width = config.num_kv_heads * config.head_dim
+            self.value_embeds = nn.ModuleDict(
+                {str(i): Embedding(config.padded_vocab_size, kv_width, kept) for i in config.value_embedding_layers}
+            )
+            table = torch.empty(config.rotary_reach, config.head_dim // 2, dtype=self.compute_dtype)
+        self.register_buffer("cos", table, persistent=False)
+        self.register_buffer("sin", table.clone(), persistent=False)
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return cast(nn.ModuleList, self.transformer["h"])
+
+    @property
+    def device(self) -> torch.device:
+        return self.lm_head.weight.device
+
+    def materialise(self, device: torch.device | str = "cpu") -> GPT:
+        """Take memory on ``device``. Parameters hold NaN until they are initialised or loaded, so none is forgotten."""
+        self.to_empty(device=device)
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.fill_(torch.nan)
+        self.set_compute_dtype(self.compute_dtype)
+        return self
+
+    def set_compute_dtype(self, dtype: torch.dtype) -> GPT:
+        """Set the type of the activations and make the rotary tables in it."""
+        self.compute_dtype = dtype
+        cos, sin = rotary_tables(self.config)
+        self.cos, self.sin = (table.to(device=self.device, dtype=dtype) for table in (cos, sin))
+        return self
+
+    def forward(
+        self,
+        ids: Tensor,
+        cache: KVCache | None = None,
+        lengths: Sequence[int] | Tensor | None = None,
+        last_only: bool = False,
+    ) -> Tensor:
+        """Logits of the next token.
+
+        Args:
+            ids: int64 (B, T).
+            cache: continue its slots (B of them) with these tokens, and add the tokens to it.
+            lengths: with a cache: real tokens of each right-padded row; all T by default.
+            last_only: only at each row's last real position.
+
+        Returns:
+            float32 (B, T, V); with ``last_only`` (B, V). Those of padding (and of rows with length 0) mean nothing.
+
+        Raises:
+            UserError: positions past the rotary tables or the cache, before anything is computed.
+        """
+        x = self.hidden(ids, cache, lengths)
+        if last_only:
+            if lengths is None:
+                x = x[:, -1]
+            else:
+                last = (torch.as_tensor(lengths) - 1).clamp(min=0).to(x.device)
+                x = x[torch.arange(x.size(0), device=x.device), last]
+        return self.head(x)
+
+    def head(self, x: Tensor) -> Tensor:
+        """Hidden (…, C) → float32 logits (…, V)."""
+        return softcap(self.lm_head(x)[..., : self.config.vocab_size], self.config.softcap)
+
+    def hidden(
+        self, ids: Tensor, cache: KVCache | None = None, lengths: Sequence[int] | Tensor | None = None
+    ) -> Tensor:
+        """What the head reads: (B, T, C) in the compute dtype, normed. Arguments as in :meth:`forward`."""
+        if ids.size(1) > self.config.rotary_reach:
+            raise UserError(
+                f"{ids.size(1):,} positions in a row: the model's rotary tables end at {self.config.rotary_reach:,}."
+            )
+        step = None if cache is None else cache.begin(ids, lengths)
+        rotary = self._rotary(ids.size(1), step)
+        x = first = self._smear(self._embed(ids), step)
+        middle = x
+        for layer, block in enumerate(self.blocks):
+            if self.config.residual_lambdas:
+                x = self.resid_lambdas[layer].to(x.dtype) * x + self.x0_lambdas[layer].to(x.dtype) * first
+            x = block(x, self._value_embedding(layer, ids), rotary, step)
+            if layer == self.config.num_layers // 2:
+                middle = x
+        if self.config.backout:
+            x = x - self.backout_lambda.to(x.dtype) * middle
+        if step is not None:
+            step.commit()
+        return norm(x)
+
+    def losses(self, ids: Tensor, targets: Tensor) -> Tensor:
+        """Nats of each target: ids and targets int64 (B, T) → float32 (B, T), 0 where the target is ignored."""
+        return token_losses(self(ids), targets)
+
+    def weighted_loss(self, ids: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
+        """Sum over the targets of weight times nats, a float32 scalar. The caller divides by its count of targets.
+
+        Args:
+            ids, targets: int64 (B, T); ``IGNORE_INDEX`` where nothing is to be learnt.
+            weights: float32 (B, T), ones by default.
+        """
+        losses = self.losses(ids, targets)
+        return (losses if weights is None else losses * weights).sum()
+
+    def _embed(self, ids: Tensor) -> Tensor:
+        return norm(self.transformer["wte"](ids).to(self.compute_dtype))
+
+    def _value_embedding(self, layer: int, ids: Tensor) -> Tensor | None:
+        if layer not in self.config.value_embedding_layers:
+            return None
+        return self.value_embeds[str(layer)](ids).to(self.compute_dtype)
+
+    def _rotary(self, num_positions: int, step: CacheStep | None) -> tuple[Tensor, Tensor]:
+        """Tables for the positions at hand: (T, 1, D/2), or (B, T, 1, D/2) where each row has its own."""
+        index = slice(num_positions) if step is None else step.positions
+        return self.cos[index].unsqueeze(-2), self.sin[index].unsqueeze(-2)
+
+    def _smear(self, x: Tensor, step: CacheStep | None) -> Tensor:
+        """Mix a gated share of the embedding of the token before into each position. x (B, T, C) normed."""
+        if not self.config.smear_channels:
+            return x
+        if step is None:
+            previous = F.pad(x, (0, 0, 1, -1))
+        else:
+            ids, exists = step.previous_ids()
+            before = self._embed(ids[:, None]) * exists[:, None, None]
+            previous = torch.cat([before, x[:, :-1]], dim=1)
+        gate = torch.sigmoid(self.smear_gate(x[..., : self.config.smear_channels]))
+        return x + self.smear_lambda.to(x.dtype) * gate * previous
+
+
+def rotary_tables(config: GPTConfig) -> tuple[Tensor, Tensor]:
+    """Cosines and sines, float32 (rotary_reach, D/2): made on the CPU and in float32, as checkpoints were trained."""
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu") / config.head_dim
+    frequencies = 1.0 / (config.rotary_base**exponents)
+    angles = torch.outer(torch.arange(config.rotary_reach, dtype=torch.float32, device="cpu"), frequencies)
+    cos, sin = angles.cos(), angles.sin()
+    if config.rotary_bfloat16:
+        cos, sin = cos.bfloat16().float(), sin.bfloat16().float()
+    return cos, sin
+
+
+def parameter_roles(net: nn.Module) -> dict[str, str]:
+    """The role of each parameter by name: what the optimizer's settings are keyed by.
+
+    Roles: ``lm_head``, ``wte``, ``value_embedding``, ``resid_lambda``, ``x0_lambda``, ``smear`` (its gate and factor,
+    and the backout factor), ``matrix`` (all matrices in the blocks).
+    """
+    return {name: _role(name) for name, _ in net.named_parameters()}
+
+
+def _role(name: str) -> str:
+    beginnings = {
+        "lm_head.": "lm_head",
+        "transformer.wte.": "wte",
+        "transformer.h.": "matrix",
+        "value_embeds.": "value_embedding",
+        "resid_lambdas": "resid_lambda",
+        "x0_lambdas": "x0_lambda",
+        "smear_": "smear",
+        "backout_lambda": "smear",
+    }
+    roles = [role for beginning, role in beginnings.items() if name.startswith(beginning)]
+    assert len(roles) == 1, f"parameter {name!r} has no role"
+    return roles[0]
