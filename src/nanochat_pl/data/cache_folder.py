@@ -1,0 +1,97 @@
+"""Cache folders: some files and a manifest that is written last. What a manifest does not vouch for is not there.
+
+Contents are a pure function of the key, so two processes that fill the same folder at once write the same bytes, each
+file is renamed into place whole, and it does not matter who wins.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from nanochat_pl.common.errors import UserError
+from nanochat_pl.common.files import read_json, sha256_of_file, write_atomically, write_json
+
+_log = logging.getLogger(__name__)
+_MANIFEST = "manifest.json"
+# A file may change again without a new time stamp while the clock of the file system stands still.
+_CLOCK_STEP_SECONDS = 2.0
+_ABANDONED_SECONDS = 24 * 3600.0
+
+
+def fingerprint_of(*parts: Any) -> str:
+    """SHA-256 of plain data (what JSON can say), as hexadecimal text."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, allow_nan=False).encode("utf-8")).hexdigest()
+
+
+def known_sha256(path: Path, memo: Path) -> str:
+    """SHA-256 of a file's contents, which is read only when the file is not the one that ``memo`` remembers.
+
+    Size, inode and both times of a file (nobody sets the change time back) tell whether it is the same.
+    """
+    before = _identity(path)
+    with contextlib.suppress(UserError, KeyError, TypeError):
+        remembered = read_json(memo)
+        if remembered["identity"] == before:
+            return str(remembered["sha256"])
+    digest = sha256_of_file(path)
+    if _identity(path) == before and time.time() - path.stat().st_mtime > _CLOCK_STEP_SECONDS:
+        with contextlib.suppress(UserError):  # a cache on a read-only disk can still be used
+            write_json(memo, {"identity": before, "sha256": digest})
+    return digest
+
+
+def _identity(path: Path) -> list[int]:
+    stat = path.stat()
+    return [stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns]
+
+
+def write_cache(folder: Path, key: Any, files: Mapping[str, Callable[[Path], None]], facts: Mapping[str, Any]) -> None:
+    """Fill a cache folder.
+
+    Args:
+        folder: made where it is missing; what it holds is replaced.
+        key: plain data of which the contents are a function.
+        files: name → what writes it to a path; in this order.
+        facts: plain data for the manifest; read after all files are written, so that writers may fill it.
+    """
+    _remove_abandoned(folder)
+    vouched = {}
+    for name, write in files.items():
+        write_atomically(folder / name, write)
+        vouched[name] = {"bytes": (folder / name).stat().st_size, "sha256": sha256_of_file(folder / name)}
+    write_json(folder / _MANIFEST, {"key": key, "files": vouched, "facts": dict(facts)})
+
+
+def read_cache(folder: Path, key: Any) -> dict[str, Any] | None:
+    """The facts of a cache folder whose files are all as they were written; None where there is no such cache."""
+    if not (folder / _MANIFEST).exists():
+        return None
+    try:
+        manifest = read_json(folder / _MANIFEST)
+        if manifest["key"] != json.loads(json.dumps(key)):
+            return None
+        for name, vouched in manifest["files"].items():
+            path = folder / name
+            if path.stat().st_size != vouched["bytes"]:
+                raise ValueError(f"{name} has {path.stat().st_size:,} bytes and not {vouched['bytes']:,}")
+            if known_sha256(path, folder / f"{name}.verified") != vouched["sha256"]:
+                raise ValueError(f"{name} is not what was written")
+        return dict(manifest["facts"])
+    except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        _log.warning("%s: the cache is damaged (%s) and is made again", folder, error)
+        return None
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Remove what killed writers left; younger files may belong to a process that is at work."""
+    for path in folder.glob("*.tmp.*"):
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
+                path.unlink()

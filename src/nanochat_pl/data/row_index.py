@@ -1,0 +1,87 @@
+"""The row index: which pieces of which documents make which row. Kept on disk, read by memory map."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nanochat_pl.common.settings import build, to_plain
+from nanochat_pl.data.cache_folder import read_cache, write_cache
+
+
+@dataclass(frozen=True)
+class PackingStats:
+    """What became of the documents, in tokens without bos.
+
+    Attributes:
+        placed_tokens: in a row.
+        cropped_tokens: dropped, because their document was cut to fill a row.
+        padded_places: places of rows that hold nothing.
+        pieces: pieces in rows; each has one bos.
+        epochs: passes over the documents that were begun.
+    """
+
+    placed_tokens: int
+    cropped_tokens: int
+    padded_places: int
+    pieces: int
+    epochs: int
+
+    @property
+    def trained_share(self) -> float:
+        """Share of the tokens taken from the packer's buffer that is in a row."""
+        return self.placed_tokens / max(self.placed_tokens + self.cropped_tokens, 1)
+
+
+@dataclass(frozen=True)
+class RowIndex:
+    """Which pieces make which row.
+
+    Attributes:
+        row_capacity: places of a row, T+1.
+        row_starts: int64 (num_rows + 1,): row n has the pieces row_starts[n] … row_starts[n + 1] - 1, left to right.
+        pieces: int32 (num_pieces, 3): document, first token, number of tokens; bos comes on top, in front of each.
+        epoch_starts: int64: the first row of each epoch, where rows keep to one epoch; else only 0.
+        stats: what became of the documents.
+    """
+
+    row_capacity: int
+    row_starts: np.ndarray
+    pieces: np.ndarray
+    epoch_starts: np.ndarray
+    stats: PackingStats
+
+    @property
+    def num_rows(self) -> int:
+        """Rows in the index."""
+        return len(self.row_starts) - 1
+
+
+_ARRAYS = ("row_starts", "pieces", "epoch_starts")
+
+
+def kept_index(folder: Path, key: Any, make: Callable[[], RowIndex]) -> RowIndex:
+    """The index kept in a folder; made, written and read back where there is none with this key."""
+    facts = read_cache(folder, key)
+    if facts is None:
+        _write(folder, key, make())
+        facts = read_cache(folder, key)
+        assert facts is not None, f"{folder}: was written and cannot be read back"
+    arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in _ARRAYS}
+    return RowIndex(facts["row_capacity"], stats=build(PackingStats, facts["stats"], str(folder)), **arrays)
+
+
+def _write(folder: Path, key: Any, index: RowIndex) -> None:
+    def writer(array: np.ndarray) -> Callable[[Path], None]:
+        def write(path: Path) -> None:
+            with path.open("wb") as file:  # np.save would add a suffix to the name
+                np.save(file, array, allow_pickle=False)
+
+        return write
+
+    files = {f"{name}.npy": writer(getattr(index, name)) for name in _ARRAYS}
+    write_cache(folder, key, files, {"row_capacity": index.row_capacity, "stats": to_plain(index.stats)})

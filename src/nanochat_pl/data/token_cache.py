@@ -1,0 +1,303 @@
+"""Text and conversations as token ids on disk: tokenised once, read by memory map.
+
+One folder per shard: ``tokens.bin`` (uint16 where the vocabulary allows, else uint32), ``lengths.bin`` (int32, one per
+document, 0 for an empty one, so that a document keeps its number), for conversations ``mask.bin`` (uint8 per token),
+and a manifest. The folder's name is made of the fingerprints of the shard and of the tokenizer, so a cache cannot be
+stale, and a build that was stopped goes on with the first shard that is not there. Tokens are kept without bos: rows
+put it in front.
+"""
+
+from __future__ import annotations
+
+import itertools
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from nanochat_pl.common.errors import UserError
+from nanochat_pl.data.cache_folder import fingerprint_of, read_cache, write_cache
+from nanochat_pl.data.sources import Shard, Source, Split
+
+_FORMAT = 1
+_BATCH_DOCUMENTS = 512
+_BATCH_CHARS = 4_000_000
+_LENGTH = np.dtype("<i4")
+
+Progress = Callable[[int, int, int], None]  # shards done, shards in all, tokens so far
+
+
+class TextEncoder(Protocol):
+    """What is needed of a tokenizer for documents."""
+
+    vocab_size: int
+    fingerprint: str
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]: ...
+
+
+class ConversationRenderer(Protocol):
+    """What is needed of a tokenizer for conversations."""
+
+    vocab_size: int
+    fingerprint: str
+
+    def render_conversation(
+        self, conversation: dict[str, Any], max_tokens: int = 2048
+    ) -> tuple[list[int], list[int]]: ...
+
+
+@dataclass(frozen=True)
+class CachedShard:
+    """One shard in the cache.
+
+    Attributes:
+        name: of the source's shard.
+        tokens: uint16 or uint32 (num_tokens,), all documents one after the other, by memory map.
+        offsets: int64 (num_documents + 1,): document i has the tokens offsets[i] … offsets[i + 1] - 1.
+        mask: uint8 (num_tokens,), 1 where a token is trained on; None: all are.
+    """
+
+    name: str
+    tokens: np.ndarray
+    offsets: np.ndarray
+    mask: np.ndarray | None = None
+
+
+class TokenCache:
+    """All documents of a split as tokens.
+
+    Attributes:
+        shards: in the source's order.
+        lengths: int32 (num_documents,): tokens per document, without bos.
+        fingerprint: changes with any token of any document.
+    """
+
+    def __init__(self, shards: Sequence[CachedShard], fingerprint: str) -> None:
+        self.shards = list(shards)
+        self.fingerprint = fingerprint
+        self.lengths = np.concatenate([np.diff(shard.offsets) for shard in self.shards]).astype(np.int32)
+        ends = itertools.accumulate(len(shard.offsets) - 1 for shard in self.shards)
+        self._first_documents = [0, *ends]
+
+    @property
+    def num_documents(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all documents, without bos."""
+        return int(self.lengths.sum(dtype=np.int64))
+
+    def locate(self, document: int) -> tuple[CachedShard, int]:
+        """The shard that holds a document, and the document's number in it."""
+        if not 0 <= document < self.num_documents:
+            raise IndexError(f"document {document} of {self.num_documents}")
+        shard = bisect_right(self._first_documents, document) - 1
+        return self.shards[shard], document - self._first_documents[shard]
+
+    def tokens(self, document: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Tokens start … stop - 1 of a document, without bos (a view of the file)."""
+        shard, number = self.locate(document)
+        first = int(shard.offsets[number])
+        return shard.tokens[first + start : int(shard.offsets[number + 1]) if stop is None else first + stop]
+
+
+class ConversationCache(TokenCache):
+    """Rendered conversations as tokens and masks.
+
+    A conversation that is left out has length 0, so that each keeps its number.
+
+    Attributes:
+        num_cut: conversations cut at ``max_tokens``.
+        num_without_target: conversations left out because (after the cut) no token of theirs is trained on.
+    """
+
+    def __init__(self, shard: CachedShard, fingerprint: str, num_cut: int, num_without_target: int) -> None:
+        super().__init__([shard], fingerprint)
+        self.num_cut = num_cut
+        self.num_without_target = num_without_target
+
+
+def build_token_cache(
+    source: Source, split: Split, tokenizer: TextEncoder, cache_dir: Path, progress: Progress | None = None
+) -> TokenCache:
+    """Tokenise a split, or find it tokenised.
+
+    Args:
+        source, split: which documents.
+        tokenizer: encodes them, all cores at work.
+        cache_dir: the cache of all runs (``paths.cache``).
+        progress: called with the shards done, the shards in all, and the tokens so far.
+
+    Raises:
+        UserError: the split has no text, or what the source says of a file. Shards that are done stay done.
+    """
+    shards = source.shards(split)
+    cached: list[CachedShard] = []
+    keys = []
+    num_tokens = 0
+    for number, shard in enumerate(shards):
+
+        def report(tokens_in_shard: int, done: int = number, before: int = num_tokens) -> None:
+            if progress is not None:
+                progress(done, len(shards), before + tokens_in_shard)
+
+        key = {"format": _FORMAT, "tokenizer": tokenizer.fingerprint, "shard": shard.fingerprint}
+        folder = cache_dir / "tokens" / fingerprint_of(key)[:32]
+        if read_cache(folder, key) is None:
+            _write_shard(folder, key, _encoded(shard, tokenizer), tokenizer.vocab_size, {}, report)
+        cached.append(_open_shard(folder, key, shard.name, tokenizer.vocab_size))
+        keys.append([shard.name, key])
+        num_tokens += len(cached[-1].tokens)
+        if progress is not None:
+            progress(number + 1, len(shards), num_tokens)
+    if num_tokens == 0:
+        raise UserError(
+            f"{source.name}: the {split} split holds no text ({len(shards)} shards).",
+            fix="More text, or another data.validation_fraction or data.validation_path, changes that.",
+        )
+    return TokenCache(cached, fingerprint_of(keys))
+
+
+def build_conversation_cache(
+    conversations: Sequence[dict[str, Any]],
+    tokenizer: ConversationRenderer,
+    max_tokens: int,
+    cache_dir: Path,
+    key: str,
+    progress: Progress | None = None,
+) -> ConversationCache:
+    """Render conversations once, or find them rendered.
+
+    Args:
+        conversations: plain dicts with ``messages``.
+        max_tokens: longer ones are cut there, bos included, and counted. T+1 at most, for rows of T.
+        key: says which conversations these are; another text needs another key.
+        cache_dir, progress: as for :func:`build_token_cache`, all conversations being one shard.
+
+    Raises:
+        UserError: no conversation has a token to train on; or what the tokenizer says of a malformed one.
+    """
+    full_key = {
+        "format": _FORMAT,
+        "tokenizer": tokenizer.fingerprint,
+        "conversations": key,
+        "count": len(conversations),
+        "max_tokens": max_tokens,
+    }
+    folder = cache_dir / "conversations" / fingerprint_of(full_key)[:32]
+    facts = read_cache(folder, full_key)
+    if facts is None:
+        facts = {"num_cut": 0, "num_without_target": 0}
+        rendered = _rendered(conversations, tokenizer, max_tokens, facts)
+
+        def report(num_tokens: int) -> None:
+            if progress is not None:
+                progress(0, 1, num_tokens)
+
+        _write_shard(folder, full_key, rendered, tokenizer.vocab_size, facts, report, masked=True)
+    shard = _open_shard(folder, full_key, key, tokenizer.vocab_size, masked=True)
+    if progress is not None:
+        progress(1, 1, len(shard.tokens))
+    if not len(shard.tokens):
+        raise UserError(f"{key}: none of {len(conversations):,} conversations has a token to train on.")
+    return ConversationCache(shard, fingerprint_of(full_key), facts["num_cut"], facts["num_without_target"])
+
+
+Encoded = Iterator[tuple[list[int], list[int] | None]]  # the ids of a document, and its mask
+
+
+def _encoded(shard: Shard, tokenizer: TextEncoder) -> Encoded:
+    for texts in _batches(shard.documents()):
+        for ids in tokenizer.encode_batch(texts):
+            yield ids, None
+
+
+def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
+    """Documents in lists small enough for the memory and large enough for all cores."""
+    batch: list[str] = []
+    num_chars = 0
+    for text in documents:
+        batch.append(text)
+        num_chars += len(text)
+        if len(batch) == _BATCH_DOCUMENTS or num_chars >= _BATCH_CHARS:
+            yield batch
+            batch, num_chars = [], 0
+    if batch:
+        yield batch
+
+
+def _rendered(
+    conversations: Sequence[dict[str, Any]], tokenizer: ConversationRenderer, max_tokens: int, facts: dict[str, int]
+) -> Encoded:
+    for i in range(len(conversations)):
+        # One token more than fits shows which are cut.
+        ids, mask = tokenizer.render_conversation(conversations[i], max_tokens=max_tokens + 1)
+        facts["num_cut"] += len(ids) > max_tokens
+        ids, mask = ids[1:max_tokens], mask[1:max_tokens]  # without bos
+        if any(mask):
+            yield ids, mask
+        else:
+            facts["num_without_target"] += 1
+            yield [], []
+
+
+def _write_shard(
+    folder: Path,
+    key: Any,
+    documents: Encoded,
+    vocab_size: int,
+    facts: dict[str, int],
+    report: Callable[[int], None],
+    masked: bool = False,
+) -> None:
+    lengths: list[int] = []
+    masks: list[bytes] = []
+    dtype = _token_dtype(vocab_size)
+
+    def write_tokens(path: Path) -> None:
+        num_tokens = 0
+        with path.open("wb") as file:
+            for number, (ids, mask) in enumerate(documents, 1):
+                file.write(np.array(ids, dtype=dtype).tobytes())
+                lengths.append(len(ids))
+                if mask is not None:
+                    masks.append(bytes(mask))
+                num_tokens += len(ids)
+                if number % _BATCH_DOCUMENTS == 0:
+                    report(num_tokens)
+
+    def write_lengths(path: Path) -> None:
+        path.write_bytes(np.array(lengths, dtype=_LENGTH).tobytes())
+
+    def write_masks(path: Path) -> None:
+        path.write_bytes(b"".join(masks))
+
+    files = {"tokens.bin": write_tokens, "lengths.bin": write_lengths}
+    write_cache(folder, key, files | ({"mask.bin": write_masks} if masked else {}), facts)
+
+
+def _open_shard(folder: Path, key: Any, name: str, vocab_size: int, masked: bool = False) -> CachedShard:
+    facts = read_cache(folder, key)
+    assert facts is not None, f"{folder}: was written and cannot be read back"
+    lengths = np.fromfile(folder / "lengths.bin", dtype=_LENGTH)
+    offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+    tokens = _map(folder / "tokens.bin", _token_dtype(vocab_size))
+    mask = _map(folder / "mask.bin", np.dtype(np.uint8)) if masked else None
+    assert len(tokens) == offsets[-1] and (mask is None or len(mask) == len(tokens)), folder
+    return CachedShard(name, tokens, offsets, mask)
+
+
+def _map(path: Path, dtype: np.dtype) -> np.ndarray:
+    if path.stat().st_size == 0:  # an empty file cannot be mapped
+        return np.zeros(0, dtype=dtype)
+    # A plain array over the map: slices of np.memmap itself are some times slower to make.
+    return np.asarray(np.memmap(path, dtype=dtype, mode="r")).view(np.ndarray)
+
+
+def _token_dtype(vocab_size: int) -> np.dtype:
+    return np.dtype("<u2") if vocab_size <= 2**16 else np.dtype("<u4")
