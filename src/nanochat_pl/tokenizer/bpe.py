@@ -1,0 +1,210 @@
+"""The tokenizer: byte-level BPE, run by tiktoken, kept as a list of byte strings in the order of their ids.
+
+A token's id is its rank: among the pairs of neighbours in a piece of text, the one whose concatenation has the lowest
+rank is merged first. So the ranks and the pattern that cuts text into pieces are all that there is to a tokenizer;
+merges are derived from them where a file format asks for merges.
+
+Text is always ordinary text. Special tokens enter by id only (see ``chat_format``), so whoever types ``<|bos|>``
+gets the letters and never the token.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+
+from nanochat_pl.common.errors import UserError
+from nanochat_pl.tokenizer import chat_format, file_format
+from nanochat_pl.tokenizer.chat_format import Conversation, Part
+from nanochat_pl.tokenizer.ranks import MAX_PATTERN_LENGTH, problem_of_ranks
+
+# How text is cut before merging: contractions, words, digits by two, punctuation, line ends, blanks.
+SPLIT_PATTERN = (
+    r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*"""
+    r"""|\s*[\r\n]|\s+(?!\S)|\s+"""
+)
+
+# Their ids follow the last merge, in this order.
+SPECIAL_TOKENS: tuple[str, ...] = (
+    "<|bos|>",
+    "<|user_start|>",
+    "<|user_end|>",
+    "<|assistant_start|>",
+    "<|assistant_end|>",
+    "<|python_start|>",
+    "<|python_end|>",
+    "<|output_start|>",
+    "<|output_end|>",
+)
+
+# The regex engine inside tiktoken panics in blanks of about a million characters: `\s+(?!\S)` backtracks through them.
+LONGEST_BLANK = 2**16
+_LONG_BLANK = re.compile(rf"\s{{{LONGEST_BLANK}}}")
+
+# Texts that one thread encodes at a time: enough to hide the cost of handing them over.
+_TEXTS_PER_TASK = 256
+
+# What a split pattern must cut without losing a byte, before it is trusted.
+_PROBE = "It's 12345 naïve tests,\tOK?\r\n\n  你好 🌍\u00a0e\u0301\x00\ufffd  x " + " ".join(c * 40 for c in "a1 !\n")
+
+
+class Tokenizer:
+    """A trained tokenizer. Nothing in it changes after it is made; it may be shared by threads and pickled.
+
+    Args:
+        tokens: the bytes of each ordinary token, by id; the first 256 are the single bytes, in any order.
+        pattern: regular expression that cuts text into the pieces within which tokens are merged.
+
+    Attributes:
+        vocab_size: number of ids, special ones included.
+        bos_id: id of ``<|bos|>``, which begins every document and conversation.
+        special_ids: id of each special token, by its name.
+    """
+
+    def __init__(self, tokens: Sequence[bytes], pattern: str) -> None:
+        if problem := problem_of_ranks(tokens, pattern):
+            raise UserError(f"tokenizer: {problem}")
+        self.tokens: tuple[bytes, ...] = tuple(tokens)
+        self.pattern = pattern
+        self.special_ids = {name: len(self.tokens) + i for i, name in enumerate(SPECIAL_TOKENS)}
+        self.bos_id = self.special_ids["<|bos|>"]
+        self.vocab_size = len(self.tokens) + len(SPECIAL_TOKENS)
+        self._encoding = _checked_encoding(self.tokens, pattern, self.special_ids)
+
+    @classmethod
+    def from_ranks(
+        cls, mergeable_ranks: Mapping[bytes, int], pattern: str, special_tokens: Mapping[str, int]
+    ) -> Tokenizer:
+        """A tokenizer from what tiktoken and the reference keep: rank by bytes, pattern, id by special token.
+
+        Raises:
+            UserError: ranks that are not 0 … n-1, or special tokens other than ours, or in another order.
+        """
+        tokens = sorted(mergeable_ranks, key=lambda token: mergeable_ranks[token])
+        if [mergeable_ranks[token] for token in tokens] != list(range(len(tokens))):
+            raise UserError("tokenizer: the ranks are not 0, 1, 2 … without gaps and repetitions.")
+        expected = {name: len(tokens) + i for i, name in enumerate(SPECIAL_TOKENS)}
+        if dict(special_tokens) != expected:
+            raise UserError(f"tokenizer: the special tokens must be {expected}, not {dict(special_tokens)}.")
+        return cls(tokens, pattern)
+
+    @classmethod
+    def load(cls, path: Path) -> Tokenizer:
+        """Read a ``tokenizer.json``; it may come from a stranger.
+
+        Raises:
+            UserError: the file is missing, or anything in it is not as :meth:`save` writes it; names file and place.
+        """
+        tokens, pattern = file_format.read(path, SPECIAL_TOKENS)
+        try:
+            return cls(tokens, pattern)
+        except UserError as error:
+            raise UserError([f"{path}: {problem}" for problem in error.problems]) from error
+
+    def save(self, path: Path) -> None:
+        """Write a ``tokenizer.json`` that ``tokenizers`` and ``transformers`` read too and that gives the same ids.
+
+        Raises:
+            UserError: a token cannot be reached by merging (never so for trained ones), or the disk refuses.
+        """
+        file_format.write(path, self.tokens, self.pattern, SPECIAL_TOKENS)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of all that decides about ids: tokens in order, pattern, special tokens. Names cached data."""
+        digest = hashlib.sha256()
+        for part in (self.pattern.encode(), *(name.encode() for name in SPECIAL_TOKENS), *self.tokens):
+            digest.update(len(part).to_bytes(8, "little") + part)
+        return digest.hexdigest()
+
+    @cached_property
+    def token_bytes(self) -> np.ndarray:
+        """Bytes of text that each id stands for, int32 (V,); 0 for special tokens.
+
+        They are counted on the raw bytes: a token may end inside a character. For any text that can be encoded as
+        UTF-8, the sum over its ids is the number of its UTF-8 bytes.
+        """
+        lengths = np.array([len(token) for token in self.tokens] + [0] * len(SPECIAL_TOKENS), dtype=np.int32)
+        lengths.flags.writeable = False
+        return lengths
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text, taken as ordinary text: no special token, and no bos in front.
+
+        Surrogates without a partner, which UTF-8 cannot hold, become U+FFFD. Blanks of more than ``LONGEST_BLANK``
+        characters are cut there.
+        """
+        if len(text) < LONGEST_BLANK or not (cuts := _cuts(text)):
+            return self._encoding.encode_ordinary(text)
+        pieces = (text[start:stop] for start, stop in zip([0, *cuts], [*cuts, len(text)], strict=True))
+        return [token for piece in pieces for token in self._encoding.encode_ordinary(piece)]
+
+    def encode_batch(self, texts: Iterable[str], num_threads: int = 8) -> list[list[int]]:
+        """:meth:`encode` for each of many texts, by several threads. The result does not depend on their number."""
+        texts = list(texts)
+        tasks = [texts[i : i + _TEXTS_PER_TASK] for i in range(0, len(texts), _TEXTS_PER_TASK)]
+        if num_threads <= 1 or len(tasks) <= 1:
+            return [self.encode(text) for text in texts]
+        with ThreadPoolExecutor(num_threads) as threads:
+            results = threads.map(lambda task: [self.encode(text) for text in task], tasks)
+            return [ids for result in results for ids in result]
+
+    def decode_bytes(self, ids: Sequence[int]) -> bytes:
+        """The raw bytes of some ids; a special token gives its name. Raises KeyError for an id that does not exist."""
+        return self._encoding.decode_bytes(ids)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of some ids. Bytes that are no UTF-8, such as half a character at the end, give U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def render_conversation(self, conversation: Conversation, max_tokens: int = 2048) -> tuple[list[int], list[int]]:
+        """Ids and training mask of a conversation: see :func:`chat_format.render_conversations`."""
+        return chat_format.render_conversations(self, [conversation], max_tokens)[0]
+
+    def render_conversations(
+        self, conversations: Iterable[Conversation], max_tokens: int = 2048, num_threads: int = 8
+    ) -> list[tuple[list[int], list[int]]]:
+        """Ids and training masks of many conversations: see :func:`chat_format.render_conversations`."""
+        return chat_format.render_conversations(self, conversations, max_tokens, num_threads)
+
+    def render_for_completion(self, conversation: Conversation, max_tokens: int | None = None) -> list[int]:
+        """The prompt that the assistant is to answer: see :func:`chat_format.render_for_completion`."""
+        return chat_format.render_for_completion(self, conversation, max_tokens)
+
+    def parse_assistant(self, ids: Sequence[int]) -> list[Part]:
+        """The parts of what an assistant has generated: see :func:`chat_format.parse_assistant`."""
+        return chat_format.parse_assistant(self, ids)
+
+
+def _cuts(text: str) -> list[int]:
+    """Where a text has to be cut so that no blank in it is longer than LONGEST_BLANK characters."""
+    # Such a blank covers one of these positions: a look at them spares nearly all texts the search.
+    if not any(character.isspace() for character in text[LONGEST_BLANK - 1 :: LONGEST_BLANK]):
+        return []
+    return [match.end() for match in _LONG_BLANK.finditer(text)]
+
+
+def _checked_encoding(tokens: Sequence[bytes], pattern: str, special_ids: dict[str, int]) -> tiktoken.Encoding:
+    """tiktoken's form of a tokenizer, proved to compile and to lose nothing of a probe."""
+    assert len(pattern) <= MAX_PATTERN_LENGTH
+    ranks = {token: rank for rank, token in enumerate(tokens)}
+    try:
+        encoding = tiktoken.Encoding("nanochat_pl", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_ids)
+        lossless = encoding.decode_bytes(encoding.encode_ordinary(_PROBE)) == _PROBE.encode()
+    except ValueError as error:
+        raise UserError(f"tokenizer: the split pattern {pattern!r} is no regular expression: {error}") from error
+    except BaseException as error:
+        # A regex that gives up panics in Rust, which arrives as a PanicException that cannot be imported.
+        if type(error).__name__ != "PanicException":
+            raise
+        raise UserError(f"tokenizer: the split pattern {pattern!r} cannot be run: {error}") from error
+    if not lossless:
+        raise UserError(f"tokenizer: the split pattern {pattern!r} loses parts of a text.")
+    return encoding

@@ -1,0 +1,198 @@
+"""Conversations: how messages become token ids with a training mask, and generated ids become parts again.
+
+A conversation is plain data::
+
+    {"messages": [{"role": "user", "content": "2*21?"},
+                  {"role": "assistant", "content": [{"type": "python", "text": "2*21"},
+                                                    {"type": "python_output", "text": "42"},
+                                                    {"type": "text", "text": "It is 42."}]}]}
+
+Roles alternate, beginning with the user; a system message may come first. Keys other than these are left alone.
+Trained on (mask 1) is what the assistant has to produce: its text, its tool calls with both markers, and its end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from nanochat_pl.common.errors import UserError
+
+if TYPE_CHECKING:
+    from nanochat_pl.tokenizer.bpe import Tokenizer
+
+Conversation = Mapping[str, Any]
+Part = dict[str, str]
+
+# The tokens around a part of an assistant's message, by the part's type, and whether the part is trained on.
+_MARKERS: dict[str, tuple[str, str]] = {
+    "python": ("<|python_start|>", "<|python_end|>"),
+    "python_output": ("<|output_start|>", "<|output_end|>"),
+}
+_PART_TYPES = ("text", *_MARKERS)
+
+
+class _Segment(NamedTuple):
+    """A special token, or a text to encode, with its mask."""
+
+    text: str
+    special: bool
+    mask: int
+
+
+def problems_of_conversation(conversation: Any) -> list[str]:
+    """What is wrong with a conversation, one line each; empty if nothing is."""
+    messages = conversation.get("messages") if isinstance(conversation, Mapping) else None
+    if not isinstance(messages, (list, tuple)):
+        return ["messages: must be a list."]
+    problems = []
+    turns = 0
+    for i, message in enumerate(messages):
+        where = f"messages[{i}]"
+        if not isinstance(message, Mapping):
+            problems.append(f"{where}: must have a role and a content.")
+            continue
+        role, content = message.get("role"), message.get("content")
+        if i == 0 and role == "system":
+            expected = "system"
+        else:
+            expected = ("user", "assistant")[turns % 2]
+            turns += 1
+        if role != expected:
+            problems.append(f"{where}.role={_short(role)}: must be {expected!r} here (user and assistant take turns).")
+        if expected == "assistant" and isinstance(content, (list, tuple)):
+            problems.extend(_problems_of_parts(content, f"{where}.content"))
+        elif not isinstance(content, str):
+            allowed = "text or a list of parts" if expected == "assistant" else "text"
+            problems.append(f"{where}.content={_short(content)}: must be {allowed}.")
+    if turns == 0 and not problems:
+        problems.append("messages: there is no user message.")
+    return problems
+
+
+def _problems_of_parts(parts: Sequence[Any], where: str) -> list[str]:
+    problems = []
+    for i, part in enumerate(parts):
+        kind, text = (part.get("type"), part.get("text")) if isinstance(part, Mapping) else (None, None)
+        if kind not in _PART_TYPES:
+            problems.append(f"{where}[{i}].type={_short(kind)}: must be one of {', '.join(_PART_TYPES)}.")
+        elif not isinstance(text, str):
+            problems.append(f"{where}[{i}].text={_short(text)}: must be text.")
+    return problems
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "…"
+
+
+def _segments(conversation: Conversation) -> list[_Segment]:
+    """A conversation as special tokens and texts. Raises UserError with all problems."""
+    if problems := problems_of_conversation(conversation):
+        raise UserError(problems)
+    segments = [_Segment("<|bos|>", True, 0)]
+    system = ""
+    for message in conversation["messages"]:
+        if message["role"] == "system":
+            system = message["content"] + "\n\n"
+        elif message["role"] == "user":
+            segments.append(_Segment("<|user_start|>", True, 0))
+            segments.append(_Segment(system + message["content"], False, 0))
+            segments.append(_Segment("<|user_end|>", True, 0))
+            system = ""
+        else:
+            segments.append(_Segment("<|assistant_start|>", True, 0))
+            segments.extend(_assistant_segments(message["content"]))
+            segments.append(_Segment("<|assistant_end|>", True, 1))
+    return segments
+
+
+def _assistant_segments(content: str | Sequence[Mapping[str, str]]) -> list[_Segment]:
+    if isinstance(content, str):
+        return [_Segment(content, False, 1)]
+    segments = []
+    for part in content:
+        # What a tool answers is forced into the stream, so nothing of it is learnt.
+        mask = int(part["type"] != "python_output")
+        start, end = _MARKERS.get(part["type"], ("", ""))
+        segments.append(_Segment(part["text"], False, mask))
+        if start:
+            segments[-1:] = [_Segment(start, True, mask), segments[-1], _Segment(end, True, mask)]
+    return segments
+
+
+def render_conversations(
+    tokenizer: Tokenizer, conversations: Iterable[Conversation], max_tokens: int = 2048, num_threads: int = 8
+) -> list[tuple[list[int], list[int]]]:
+    """Ids and masks (1: trained on, 0: not) of conversations, each cut at ``max_tokens``.
+
+    Source: recipe.md, section 2; golden/conversations.json.
+
+    Raises:
+        UserError: a conversation is not as described above; the message names the place.
+    """
+    rendered = [_segments(conversation) for conversation in conversations]
+    texts = [segment.text for segments in rendered for segment in segments if not segment.special]
+    encoded = iter(tokenizer.encode_batch(texts, num_threads))
+    results = []
+    for segments in rendered:
+        ids: list[int] = []
+        mask: list[int] = []
+        for text, special, trained in segments:
+            piece = [tokenizer.special_ids[text]] if special else next(encoded)
+            ids += piece
+            mask += [trained] * len(piece)
+        results.append((ids[:max_tokens], mask[:max_tokens]))
+    return results
+
+
+def render_for_completion(tokenizer: Tokenizer, conversation: Conversation, max_tokens: int | None = None) -> list[int]:
+    """The ids after which the assistant's next message begins; they end with ``<|assistant_start|>``.
+
+    A last message of the assistant is the answer that is asked for, and left out.
+
+    Args:
+        max_tokens: length of the result at most; what is too much is cut before ``<|assistant_start|>``.
+
+    Raises:
+        UserError: as for :func:`render_conversations`, or nothing is left to answer.
+    """
+    if problems := problems_of_conversation(conversation):
+        raise UserError(problems)
+    messages = list(conversation["messages"])
+    if messages[-1]["role"] == "assistant":
+        messages.pop()
+    segments = _segments({"messages": messages})
+    ids: list[int] = []
+    for text, special, _ in segments:
+        ids += [tokenizer.special_ids[text]] if special else tokenizer.encode(text)
+    start = tokenizer.special_ids["<|assistant_start|>"]
+    return [*(ids if max_tokens is None else ids[: max_tokens - 1]), start]
+
+
+def parse_assistant(tokenizer: Tokenizer, ids: Sequence[int]) -> list[Part]:
+    """What an assistant generated, as the parts of a message: type text, python or python_output, and the text.
+
+    The inverse of rendering: reads from after ``<|assistant_start|>`` to ``<|assistant_end|>`` or the end. A part that
+    was not closed, because generation stopped, is kept; a special token without meaning here is passed over.
+    """
+    opens = {tokenizer.special_ids[start]: kind for kind, (start, _) in _MARKERS.items()}
+    closes = {tokenizer.special_ids[end]: kind for kind, (_, end) in _MARKERS.items()}
+    parts: list[Part] = []
+    kind = "text"
+    pending: list[int] = []
+
+    def finish() -> None:
+        if pending or kind != "text":
+            parts.append({"type": kind, "text": tokenizer.decode(pending)})
+
+    for token in ids:
+        if token < tokenizer.bos_id:
+            pending.append(token)
+        elif token == tokenizer.special_ids["<|assistant_end|>"]:
+            break
+        elif token in opens or closes.get(token) == kind:
+            finish()
+            kind, pending = opens.get(token, "text"), []
+    finish()
+    return parts
