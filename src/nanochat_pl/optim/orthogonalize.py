@@ -1,0 +1,77 @@
+"""Orthogonalization of matrices: Polar Express as the recipe uses it, and the classic Newton-Schulz iteration.
+
+Both approximate the nearest (semi-)orthogonal matrix UVᵀ of X = USVᵀ by odd quintic polynomials of X, so matrix
+products are all that is needed. Shapes: K matrices of one shape in a stack, M rows, N columns.
+
+Sources: Muon (kellerjordan.github.io/posts/muon), Polar Express (arXiv 2505.16932), MuonEq (arXiv 2603.28254),
+Muon+ (arXiv 2602.21545).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+Coefficients = Sequence[tuple[float, float, float]]
+
+# One polynomial per step: the first ones lift small singular values, the last one settles near 1.
+POLAR_EXPRESS: Coefficients = (
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+NEWTON_SCHULZ: Coefficients = ((3.4445, -4.7750, 2.0315),) * 5
+SMALL = 1e-6  # keeps a matrix of zeros a matrix of zeros
+
+
+def frobenius_norm(x: Tensor) -> Tensor:
+    """Frobenius norm of every matrix of a stack: (K, M, N) → (K, 1, 1)."""
+    return x.norm(dim=(-2, -1), keepdim=True)
+
+
+def equilibrate_rows(x: Tensor) -> Tensor:
+    """Scale every row of a matrix to the mean row norm of that matrix: (K, M, N) → (K, M, N)."""
+    norms = x.norm(dim=-1, keepdim=True).clamp_min(SMALL)
+    return x * (norms.mean(dim=-2, keepdim=True) / norms)
+
+
+def odd_quintics(x: Tensor, coefficients: Coefficients) -> Tensor:
+    """Apply ``x ← a x + (b A + c A²) x`` with ``A = x xᵀ`` once per (a, b, c): (K, M, N) → (K, M, N).
+
+    A tall stack is worked on transposed, so A is always the smaller of the two Gram matrices.
+    """
+    tall = x.shape[-2] > x.shape[-1]
+    if tall:
+        x = x.mT
+    for a, b, c in coefficients:
+        gram = x @ x.mT
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, polynomial, x, beta=a)
+    return x.mT if tall else x
+
+
+def polar_express(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The recipe's orthogonalization: equilibrate rows, five Polar Express steps, renormalise.
+
+    Args:
+        matrices: float32 (K, M, N).
+        dtype: of the matrix products. Norms are always taken in float32.
+
+    Returns:
+        float32 (K, M, N), every matrix with the Frobenius norm of an orthogonal one, sqrt(min(M, N)).
+    """
+    x = equilibrate_rows(matrices)
+    x = x / (1.01 * frobenius_norm(x) + SMALL)
+    x = odd_quintics(x.to(dtype), POLAR_EXPRESS).float()
+    target = min(x.shape[-2:]) ** 0.5
+    return x * (target / frobenius_norm(x).clamp_min(SMALL))
+
+
+def newton_schulz(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Classic Muon's orthogonalization: float32 (K, M, N) → float32 (K, M, N), singular values about 0.7 to 1.2."""
+    x = matrices / (frobenius_norm(matrices) + SMALL)
+    return odd_quintics(x.to(dtype), NEWTON_SCHULZ).float()

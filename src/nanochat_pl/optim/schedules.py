@@ -1,0 +1,97 @@
+"""Schedules: pure functions of the optimizer step (0-based), for every stage. Source: golden/plan.json."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from nanochat_pl.common.settings import setting
+
+
+@dataclass(frozen=True)
+class ScheduleSettings:
+    """Shape of the learning rate, the Muon momentum and the Muon weight decay over a stage.
+
+    The defaults are the base stage's. The others, in the recipe: mid ``warmup_steps=0 warmdown_ratio=0.2
+    final_lr_fraction=0``; sft ``warmup_steps=0 warmdown_ratio=0.5 initial_lr_fraction=0.8 final_lr_fraction=0
+    momentum_peak=0.95 momentum_end=0.95 momentum_ramp_steps=300 weight_decay=none``; rl ``warmup_steps=0
+    warmdown_ratio=1 initial_lr_fraction=0.05 final_lr_fraction=0``.
+    """
+
+    warmup_steps: int = setting(40, "Optimizer steps of linear warm-up of the learning rate.", at_least=0)
+    warmdown_ratio: float = setting(
+        0.65, "Share of the steps, at the end, over which it falls linearly.", at_least=0, at_most=1
+    )
+    initial_lr_fraction: float = setting(1.0, "Multiplies every learning rate of the stage.", at_least=0, at_most=1)
+    final_lr_fraction: float = setting(
+        0.05, "Share of the learning rate that is left at the end.", at_least=0, at_most=1
+    )
+    momentum_start: float = setting(0.85, "Muon momentum at step 0.", at_least=0, at_most=1)
+    momentum_peak: float = setting(0.97, "Muon momentum after the ramp.", at_least=0, at_most=1)
+    momentum_end: float = setting(0.90, "Muon momentum at the end of the warmdown.", at_least=0, at_most=1)
+    momentum_ramp_steps: int = setting(400, "Steps from momentum_start to momentum_peak.", at_least=0)
+    weight_decay: Literal["half_cosine", "constant", "none"] = setting(
+        "half_cosine", "Muon weight decay: from full to 0 over half a cosine, constant, or none."
+    )
+
+
+@dataclass(frozen=True)
+class StepValues:
+    """What the schedules give for one optimizer step.
+
+    ``lr_multiplier`` and ``weight_decay_multiplier`` multiply each group's own learning rate and the Muon groups'
+    weight decay; ``muon_momentum`` is the momentum itself.
+    """
+
+    lr_multiplier: float
+    muon_momentum: float
+    weight_decay_multiplier: float
+
+
+def schedule_values(settings: ScheduleSettings, step: int, num_steps: int) -> StepValues:
+    """The schedules at optimizer step ``step`` (0-based) of ``num_steps``. From ``num_steps`` on: the end values."""
+    assert step >= 0 and num_steps >= 1, (step, num_steps)
+    step = min(step, num_steps)
+    return StepValues(
+        lr_multiplier=settings.initial_lr_fraction * _lr(settings, step, num_steps),
+        muon_momentum=_momentum(settings, step, num_steps),
+        weight_decay_multiplier=_weight_decay(settings, step, num_steps),
+    )
+
+
+def _warmdown_steps(settings: ScheduleSettings, num_steps: int) -> int:
+    return round(settings.warmdown_ratio * num_steps)
+
+
+def _lr(settings: ScheduleSettings, step: int, num_steps: int) -> float:
+    """Warm-up, flat, warmdown; where a short run makes them overlap, the warm-up wins."""
+    if step < settings.warmup_steps:
+        return (step + 1) / settings.warmup_steps
+    steps_left = num_steps - step
+    warmdown_steps = _warmdown_steps(settings, num_steps)
+    if steps_left >= warmdown_steps:
+        return 1.0
+    left = steps_left / warmdown_steps
+    return left + (1 - left) * settings.final_lr_fraction
+
+
+def _momentum(settings: ScheduleSettings, step: int, num_steps: int) -> float:
+    """Ramp, flat, then back over the warmdown; where they overlap, the ramp wins."""
+    if step < settings.momentum_ramp_steps:
+        done = step / settings.momentum_ramp_steps
+        return (1 - done) * settings.momentum_start + done * settings.momentum_peak
+    warmdown_steps = _warmdown_steps(settings, num_steps)
+    into_warmdown = step - (num_steps - warmdown_steps)
+    if into_warmdown <= 0:
+        return settings.momentum_peak
+    done = into_warmdown / warmdown_steps
+    return settings.momentum_peak * (1 - done) + settings.momentum_end * done
+
+
+def _weight_decay(settings: ScheduleSettings, step: int, num_steps: int) -> float:
+    if settings.weight_decay == "none":
+        return 0.0
+    if settings.weight_decay == "constant":
+        return 1.0
+    return 0.5 * (1 + math.cos(math.pi * step / num_steps))
