@@ -7,9 +7,10 @@ from typing import Any, Literal
 
 from nanochat_pl.common.settings import setting
 from nanochat_pl.data.sources import DataSettings
-from nanochat_pl.evaluation.samples import SAMPLE_PROMPTS
+from nanochat_pl.evaluation.samples import DEFAULT_PROMPTS
 from nanochat_pl.model.config import ModelSettings
-from nanochat_pl.optim.settings import OptimSettings, ScheduleSettings
+from nanochat_pl.optim.schedules import ScheduleSettings
+from nanochat_pl.optim.settings import OptimSettings
 from nanochat_pl.planning.horizon import HorizonSettings
 from nanochat_pl.tasks.settings import MixtureSettings
 from nanochat_pl.tokenizer.bpe import TokenizerSettings
@@ -47,7 +48,7 @@ class EvaluationSettings:
     num_rows: int | None = setting(None, "Validation rows; null: as the plan says.", at_least=1)
     samples_every_steps: int = setting(2000, "Steps between two sets of samples; 0: only at the end.", at_least=0)
     sample_prompts: list[str] = setting(
-        factory=lambda: list(SAMPLE_PROMPTS), doc="What the samples continue.", max_length=100
+        factory=lambda: list(DEFAULT_PROMPTS), doc="What the samples continue.", max_length=100
     )
     sample_tokens: int = setting(16, "New tokens of a sample.", at_least=1, at_most=4096)
 

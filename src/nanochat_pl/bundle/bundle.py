@@ -1,0 +1,235 @@
+"""Writing and reading bundles.
+
+A bundle is a folder: ``model.safetensors`` (float32 weights), ``config.json`` (the architecture, every number
+resolved), ``tokenizer.json``, ``stage.json`` (origin and figures), and for warm starts ``optimizer.safetensors``
+(the moments by parameter name). A tokenizer's bundle has no model.
+
+A bundle may come from a stranger. It is read as data: JSON into bounded dataclasses, tensors through safetensors, and
+the shapes in the file must be those that the configuration gives before a single weight is read.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from nanochat_pl.bundle.stage_info import StageInfo
+from nanochat_pl.common.errors import UserError
+from nanochat_pl.common.files import disk_errors_explained, free_bytes, read_json, write_atomically, write_json
+from nanochat_pl.common.hardware import resolve_compute_dtype
+from nanochat_pl.common.settings import build, to_plain
+from nanochat_pl.model import GPT, GPTConfig
+from nanochat_pl.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+MODEL, CONFIG, TOKENIZER, STAGE, OPTIMIZER = (
+    "model.safetensors",
+    "config.json",
+    "tokenizer.json",
+    "stage.json",
+    "optimizer.safetensors",
+)
+_SAFETENSORS_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A loaded bundle.
+
+    Attributes:
+        net: the model in eval mode; ``net(ids)`` maps int64 (B, T) to float32 logits (B, T, V).
+        tokenizer: None if the bundle has none.
+        config: the architecture.
+        stage: where it comes from.
+        path: the folder that it was read from.
+    """
+
+    net: GPT
+    tokenizer: Tokenizer | None
+    config: GPTConfig
+    stage: StageInfo
+    path: Path
+
+
+def save_bundle(
+    folder: Path,
+    stage: StageInfo,
+    net: GPT | None = None,
+    tokenizer: Tokenizer | None = None,
+    moments: Mapping[str, torch.Tensor] | None = None,
+) -> Path:
+    """Write a bundle; it appears whole or not at all.
+
+    Args:
+        folder: where to; one that is there is replaced once the new one is complete.
+        stage: origin and figures.
+        net: the model, on any device.
+        tokenizer: what turns text into its ids.
+        moments: optimizer moments by parameter name (``MuonAdamW.moments_by_name``), for a warm start.
+
+    Raises:
+        UserError: the disk is full or the folder cannot be written.
+    """
+    growing = folder.with_name(folder.name + ".tmp")
+    with disk_errors_explained(folder):
+        shutil.rmtree(growing, ignore_errors=True)
+        growing.mkdir(parents=True)
+    try:
+        if net is not None:
+            _save_tensors(growing / MODEL, net.state_dict())
+            write_json(growing / CONFIG, to_plain(net.config))
+        if tokenizer is not None:
+            tokenizer.save(growing / TOKENIZER)
+        if moments is not None:
+            _save_tensors(growing / OPTIMIZER, moments)
+        write_json(growing / STAGE, to_plain(stage))
+        with disk_errors_explained(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+            growing.replace(folder)
+    finally:
+        shutil.rmtree(growing, ignore_errors=True)
+    return folder
+
+
+def load_bundle(path: str | Path, device: str | torch.device = "cpu", dtype: str = "auto") -> Bundle:
+    """Read a bundle's model, tokenizer and origin.
+
+    Args:
+        path: the bundle's folder.
+        device: where the weights go.
+        dtype: what the model computes in: float32, bfloat16, float16, or auto (what the device does well).
+
+    Raises:
+        UserError: a file is missing, damaged, hostile, or contradicts another; the message names it.
+    """
+    folder = Path(path)
+    device = torch.device(device)
+    config = replace(load_config(folder), compute_dtype=resolve_compute_dtype(dtype, device))
+    net = GPT.on_meta(config)
+    weights = _load_tensors(_member(folder, MODEL), {name: tensor.shape for name, tensor in net.state_dict().items()})
+    net.materialize(weights, device)
+    tokenizer = load_tokenizer(folder) if (folder / TOKENIZER).exists() else None
+    if tokenizer is not None and tokenizer.vocab_size > config.padded_vocab_size:
+        raise UserError(
+            f"{folder}: the tokenizer has {tokenizer.vocab_size:,} ids, the model {config.vocab_size:,}.",
+            fix="Use the tokenizer that the model was trained with.",
+        )
+    return Bundle(net.eval(), tokenizer, config, load_stage_info(folder), folder)
+
+
+def load_config(folder: Path) -> GPTConfig:
+    """The architecture of a bundle, checked against its bounds."""
+    return build(GPTConfig, _read_object(folder, CONFIG), str(folder / CONFIG))
+
+
+def load_stage_info(folder: Path) -> StageInfo:
+    """The origin of a bundle."""
+    return build(StageInfo, _read_object(folder, STAGE), str(folder / STAGE))
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer of a bundle."""
+    return Tokenizer.load(_member(folder, TOKENIZER))
+
+
+def load_moments(folder: Path, net: GPT) -> dict[str, torch.Tensor] | None:
+    """The optimizer moments of a bundle by name, or None where it has none."""
+    if not (folder / OPTIMIZER).exists():
+        return None
+    return _load_tensors(_member(folder, OPTIMIZER), None, max_elements=4 * sum(p.numel() for p in net.parameters()))
+
+
+def _member(folder: Path, name: str) -> Path:
+    """A file of the bundle, which must be there and lie inside the folder (no link that climbs out of it)."""
+    path = folder / name
+    if not path.is_file():
+        raise UserError(f"{path}: there is no such file.", fix="Give the folder of a bundle, e.g. runs/NAME/sft/bundle.")
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise UserError(f"{path}: is a link that leads out of the bundle.", fix="Replace it by the file itself.")
+    return path
+
+
+def _read_object(folder: Path, name: str) -> dict[str, object]:
+    value = read_json(_member(folder, name))
+    if not isinstance(value, dict):
+        raise UserError(f"{folder / name}: must be a JSON object.")
+    return value
+
+
+def _save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    needed = sum(tensor.numel() * tensor.element_size() for tensor in contiguous.values())
+    if needed > free_bytes(path.parent):
+        raise UserError(
+            f"{path}: needs {needed / 2**20:,.0f} MiB, the disk has {free_bytes(path.parent) / 2**20:,.0f} MiB free.",
+            fix="Free some space, or set paths.runs=… to a folder on another disk.",
+        )
+    write_atomically(path, lambda temporary: save_file(contiguous, temporary))
+
+
+def _load_tensors(
+    path: Path, shapes: Mapping[str, torch.Size] | None, max_elements: int | None = None
+) -> dict[str, torch.Tensor]:
+    """Tensors of a safetensors file as float32, after its header was found to be what it must be.
+
+    Args:
+        path: the file.
+        shapes: the shape of every tensor that must be there, by name; None: any.
+        max_elements: bound on all elements together.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            _check_header(path, {name: part.get_shape() for name, part in found.items()}, shapes, max_elements)
+            _check_dtypes(path, {name: part.get_dtype() for name, part in found.items()})
+            return {name: file.get_tensor(name).float() for name in found}
+    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+        raise UserError(
+            f"{path}: is no readable safetensors file: {error}", fix="Copy it again from where it came, or train it again."
+        ) from error
+
+
+def _check_header(
+    path: Path,
+    found: Mapping[str, list[int]],
+    shapes: Mapping[str, torch.Size] | None,
+    max_elements: int | None,
+) -> None:
+    problems: list[str] = []
+    if shapes is not None:
+        problems += _listed(path, "lacks", shapes.keys() - found.keys())
+        problems += _listed(path, "has the unknown", found.keys() - shapes.keys())
+        problems += [
+            f"{path}: {name} has the shape {tuple(found[name])}; config.json gives {tuple(shape)}."
+            for name, shape in shapes.items()
+            if name in found and tuple(found[name]) != tuple(shape)
+        ]
+    elements = sum(math.prod(shape) for shape in found.values())
+    if max_elements is not None and elements > max_elements:
+        problems.append(f"{path}: holds {elements:,} numbers; the model's moments have at most {max_elements:,}.")
+    if problems:
+        raise UserError(problems, fix="The files of a bundle belong together: copy the whole folder.")
+
+
+def _listed(path: Path, verb: str, names: Iterable[str]) -> list[str]:
+    names = sorted(names)
+    shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    return [f"{path}: {verb} {shown}."] if names else []
+
+
+def _check_dtypes(path: Path, found: Mapping[str, str]) -> None:
+    wrong = {name: dtype for name, dtype in found.items() if dtype not in _SAFETENSORS_DTYPES}
+    if wrong:
+        name, dtype = next(iter(sorted(wrong.items())))
+        raise UserError(f"{path}: {name} is stored as {dtype}; weights are F32, BF16 or F16.")

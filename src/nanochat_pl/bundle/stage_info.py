@@ -1,0 +1,33 @@
+"""`stage.json`: where a bundle comes from."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any, Literal
+
+from nanochat_pl.common.settings import setting
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class StageInfo:
+    """The origin of a bundle. Plain data: nothing in it is ever run, imported or followed as a path."""
+
+    stage: str = setting(doc="tokenizer, base, sft …", max_length=100)
+    step: int = setting(0, "Optimizer steps that this stage made.", at_least=0)
+    format_version: Literal[1] = setting(FORMAT_VERSION, "Layout of the bundle.")
+    plan: dict[str, Any] = setting(factory=dict, doc="The derived values with their reasons.")
+    settings: dict[str, Any] = setting(factory=dict, doc="The resolved configuration of the stage.")
+    metrics: dict[str, Any] = setting(factory=dict, doc="Final figures, such as val/bpb.")
+    parents: list[dict[str, Any]] = setting(factory=list, doc="Earlier stages: stage, step, SHA-256 of the weights.")
+    versions: dict[str, str] = setting(factory=dict, doc="Versions of Python and of the libraries.")
+    data: dict[str, Any] = setting(factory=dict, doc="What it was trained on: names, hashes, sizes.")
+
+
+def library_versions() -> dict[str, str]:
+    """Versions that figures depend on: Python and the main libraries."""
+    names = ("nanochat-pl", "torch", "lightning", "tiktoken", "tokenizers", "pyarrow", "numpy")
+    return {"python": platform.python_version(), **{name: metadata.version(name) for name in names}}

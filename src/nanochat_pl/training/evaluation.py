@@ -1,0 +1,123 @@
+"""What is measured while a stage trains: validation bits per byte on fixed rows, and samples."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from nanochat_pl.common.files import disk_errors_explained
+from nanochat_pl.data.rows import Rows
+from nanochat_pl.engine import Engine
+from nanochat_pl.evaluation.bits_per_byte import BitsPerByte
+from nanochat_pl.evaluation.samples import write_samples
+from nanochat_pl.model import GPT
+from nanochat_pl.tokenizer import Tokenizer
+from nanochat_pl.training.metrics import StepClock, log_everywhere
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Fixed rows and how they are scored: the same rows for any batch size, machine and setting of the training."""
+
+    rows: Rows
+    num_rows: int
+    tokenizer: Tokenizer
+    device_batch_size: int
+
+    @torch.no_grad()
+    def measure(self, net: GPT, between: Callable[[], None] = lambda: None) -> dict[str, float]:
+        """Bits per byte with its standard error, and nats per target.
+
+        Args:
+            net: the model; runs eagerly (its training graph is not compiled again), in eval mode.
+            between: called between batches.
+        """
+        device = next(net.parameters()).device
+        metric = BitsPerByte(self.tokenizer.token_bytes).to(device)
+        nats, targets_seen = 0.0, 0
+        net.eval()
+        for first in range(0, self.num_rows, self.device_batch_size):
+            between()
+            numbers = np.arange(first, min(first + self.device_batch_size, self.num_rows))
+            inputs, targets = (torch.as_tensor(part).to(device) for part in self.rows.read(numbers))
+            losses = net.losses(inputs, targets)
+            metric.update(losses, targets)
+            nats += losses.sum().item()
+            targets_seen += int((targets >= 0).sum())
+        net.train()
+        figures = {"val/bpb": metric.compute().item(), "val/loss": nats / max(targets_seen, 1)}
+        return {**figures, "val/bpb_stderr": metric.standard_error().item()}
+
+
+class Samples:
+    """Greedy continuations of fixed prompts, one JSON line each in `samples.jsonl`."""
+
+    def __init__(self, path: Path, prompts: Sequence[str], max_tokens: int) -> None:
+        self.path, self.prompts, self.max_tokens = path, prompts, max_tokens
+
+    def write(self, net: GPT, tokenizer: Tokenizer, step: int) -> list[dict[str, Any]]:
+        """Sample and append."""
+        net.eval()
+        engine = Engine.of(net, tokenizer)
+        rows = [
+            {"step": step, "prompt": sample.prompt, "text": sample.text}
+            for sample in write_samples(engine, self.prompts, self.max_tokens)
+        ]
+        net.train()
+        with disk_errors_explained(self.path), self.path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        return rows
+
+    def rewind(self, step: int) -> None:
+        """Drop what a run that was stopped wrote after ``step``."""
+        if self.path.exists():
+            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+            self.path.write_text("".join(kept), encoding="utf-8")
+
+
+class PeriodicEvaluation(Callback):
+    """Validation and samples every N steps. The last step is left to the end of the stage, which always measures."""
+
+    def __init__(
+        self,
+        validation: Validation | None,
+        samples: Samples,
+        every_steps: int,
+        samples_every_steps: int,
+        clock: StepClock,
+        check_stop: Callable[[], None],
+    ) -> None:
+        self.validation, self.samples, self.clock, self.check_stop = validation, samples, clock, check_stop
+        self.every_steps, self.samples_every_steps = every_steps, samples_every_steps
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Make up for what a stop kept from being measured after the step of the resume file."""
+        if trainer.global_step > 0:
+            self._measure(trainer, pl_module)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """After a step."""
+        self._measure(trainer, pl_module)
+
+    def _measure(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        step = trainer.global_step
+        if self.validation is None or step >= trainer.max_steps:
+            return
+        with self.clock.paused():
+            if self.every_steps and step % self.every_steps == 0:
+                figures = self.validation.measure(pl_module.net, self.check_stop)
+                trainer.callback_metrics.update({name: torch.tensor(value) for name, value in figures.items()})
+                log_everywhere(trainer, figures)
+            if self.samples_every_steps and step % self.samples_every_steps == 0:
+                self.samples.rewind(step - 1)
+                self.samples.write(pl_module.net, self.validation.tokenizer, step)

@@ -1,0 +1,198 @@
+"""Figures of a run: measured by one callback, written to every logger, kept in `metrics.csv`."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import statistics
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers.logger import Logger
+
+from nanochat_pl.common.files import disk_errors_explained, write_text
+from nanochat_pl.optim.schedules import schedule_values
+from nanochat_pl.training.step import StepBatch
+
+COLUMNS = (
+    "step",
+    "train/loss",
+    "train/loss_smoothed",
+    "train/lr_multiplier",
+    "train/muon_momentum",
+    "train/muon_weight_decay",
+    "train/tokens",
+    "train/tokens_per_second",
+    "train/mfu",
+    "train/step_seconds",
+    "val/bpb",
+    "val/bpb_stderr",
+    "val/loss",
+)
+SMOOTHING = 0.9
+
+
+class MetricsCSV(Logger):
+    """`metrics.csv`: one row a step, one column a figure, empty where nothing was measured.
+
+    A resumed run cuts the rows after the step that it resumes from, so no step stands in the file twice.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path = path
+        self._pending: dict[str, Any] = {}
+
+    @property
+    def name(self) -> str:
+        """Lightning's name of this logger."""
+        return "csv"
+
+    @property
+    def version(self) -> str:
+        """One file for the whole run."""
+        return ""
+
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """The settings stand in config.yaml already."""
+
+    def rewind(self, step: int) -> None:
+        """Drop what a run that was stopped wrote after ``step``, or begin the file.
+
+        The row of ``step`` itself stays open: its validation may be still to come.
+        """
+        kept: list[dict[str, str]] = []
+        if self.path.exists():
+            with self.path.open(encoding="utf-8", newline="") as file:
+                rows = csv.DictReader(file)
+                kept = [row for row in rows if (row["step"] or "").isdigit() and int(row["step"]) <= step]
+        if kept and int(kept[-1]["step"]) == step:
+            self._pending = {name: value for name, value in kept.pop().items() if name in COLUMNS}
+            self._pending["step"] = step
+        text = io.StringIO()
+        writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore", restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(kept)
+        write_text(self.path, text.getvalue())
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Take the figures of a step; a step's row is written when the next step comes, or at :meth:`save`."""
+        if self._pending and self._pending["step"] != step:
+            self.save()
+        self._pending.update({"step": step, **{k: v for k, v in metrics.items() if k in COLUMNS}})
+
+    def save(self) -> None:
+        """Append the row at hand."""
+        if self._pending:
+            with disk_errors_explained(self.path), self.path.open("a", encoding="utf-8", newline="") as file:
+                csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n").writerow(self._pending)
+            self._pending = {}
+
+    def finalize(self, status: str) -> None:
+        """Append the last row."""
+        self.save()
+
+
+class StepClock:
+    """Seconds of training between two steps, without those that evaluation and files take."""
+
+    def __init__(self) -> None:
+        self._mark, self._paused = time.perf_counter(), 0.0
+
+    def lap(self) -> float:
+        """Seconds since the last lap that were not paused."""
+        now = time.perf_counter()
+        seconds = now - self._mark - self._paused
+        self._mark, self._paused = now, 0.0
+        return seconds
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens inside is not the training's time."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._paused += time.perf_counter() - start
+
+
+class StepMetrics(Callback):
+    """Measures each step and writes its figures every ``log_every_steps`` steps.
+
+    Attributes:
+        latest: the figures of the last step, for the progress bar.
+    """
+
+    def __init__(
+        self, clock: StepClock, flops_per_token: float, peak_flops: float | None, log_every_steps: int
+    ) -> None:
+        self.clock, self.log_every_steps = clock, log_every_steps
+        self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
+        self.latest: dict[str, float] = {}
+        self._smoothed, self._weight, self._tokens, self._seconds = 0.0, 0.0, 0, 0.0
+        self._recent: deque[float] = deque(maxlen=20)
+
+    def state_dict(self) -> dict[str, float]:
+        """What a resumed run needs to go on with the same figures."""
+        return {
+            "smoothed": self._smoothed,
+            "weight": self._weight,
+            "tokens": self._tokens,
+            "seconds": self._seconds,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a resume file."""
+        self._smoothed, self._weight = state_dict["smoothed"], state_dict["weight"]
+        self._tokens, self._seconds = state_dict["tokens"], state_dict["seconds"]
+
+    @property
+    def seconds(self) -> float:
+        """Training time of the run so far, all its parts together."""
+        return self._seconds
+
+    @property
+    def seconds_per_step(self) -> float:
+        """Median of the last steps: the first one, which compiles, does not count for long."""
+        return statistics.median(self._recent)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The first lap begins here."""
+        self.clock.lap()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: StepBatch, batch_idx: int
+    ) -> None:
+        """After a step: ``global_step`` is the number of steps made."""
+        seconds, tokens, loss = self.clock.lap(), batch.inputs.numel(), outputs["loss"].item()
+        self._smoothed = SMOOTHING * self._smoothed + (1 - SMOOTHING) * loss
+        self._weight = SMOOTHING * self._weight + (1 - SMOOTHING)
+        self._tokens += tokens
+        self._seconds += seconds
+        self._recent.append(seconds)
+        values = schedule_values(pl_module.schedule, trainer.global_step - 1, pl_module.num_steps)
+        self.latest = {
+            "train/loss": loss,
+            "train/loss_smoothed": self._smoothed / self._weight,
+            "train/lr_multiplier": values.lr_multiplier,
+            "train/muon_momentum": values.muon_momentum,
+            "train/muon_weight_decay": values.weight_decay_multiplier * pl_module.recipe.hyperparameters.weight_decay,
+            "train/tokens": self._tokens,
+            "train/tokens_per_second": tokens / seconds,
+            "train/step_seconds": seconds,
+        }
+        if self.peak_flops is not None:
+            self.latest["train/mfu"] = tokens / seconds * self.flops_per_token / self.peak_flops
+        if trainer.global_step % self.log_every_steps == 0 or trainer.global_step == trainer.max_steps:
+            log_everywhere(trainer, self.latest)
+
+
+def log_everywhere(trainer: Trainer, metrics: Mapping[str, float]) -> None:
+    """Write figures at the current optimizer step to every logger."""
+    for logger in trainer.loggers:
+        logger.log_metrics(dict(metrics), step=trainer.global_step)

@@ -1,0 +1,110 @@
+"""The stages as LightningModules around the shared GPT. They differ in where they start; the step is one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+from nanochat_pl.model import GPT, GPTConfig, parameter_roles
+from nanochat_pl.optim.muon_adamw import MuonAdamW
+from nanochat_pl.optim.parameter_groups import Hyperparameters, build_optimizer
+from nanochat_pl.optim.schedules import ScheduleSettings
+from nanochat_pl.training.step import StepBatch, training_step
+
+
+@dataclass(frozen=True)
+class StageRecipe:
+    """What a stage needs to train: every number resolved."""
+
+    model: GPTConfig
+    hyperparameters: Hyperparameters
+    schedule: ScheduleSettings
+    num_steps: int
+    device_batch_size: int
+    seed: int
+    compile: bool
+
+
+class TrainingStage(LightningModule):
+    """A stage that trains the GPT on rows: base pretraining, and what all later stages share."""
+
+    def __init__(self, recipe: StageRecipe) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.recipe = recipe
+        self.schedule, self.num_steps = recipe.schedule, recipe.num_steps
+        self.device_batch_size = recipe.device_batch_size
+        # Called before each micro-batch with its number: the progress bar moves and a stop is noticed there.
+        self.micro_batch_hooks: list[Callable[[int], None]] = []
+        self.net: GPT | None = None
+
+    def configure_model(self) -> None:
+        """Build the model on the meta device, then on the training device with its first weights."""
+        if self.net is None:
+            self.net = GPT.on_meta(self.recipe.model)
+            self.first_weights(self.net)
+            loss = self.net.weighted_loss
+            # A plain function in a tuple: modules or bound methods as attributes would double the state dict's keys.
+            self._loss = (torch.compile(loss, dynamic=False) if self.recipe.compile else loss,)
+
+    def first_weights(self, net: GPT) -> None:
+        """Give a model that is on the meta device its first weights."""
+        net.materialize_and_init(self.device, seed=self.recipe.seed)
+
+    def configure_optimizers(self) -> MuonAdamW:
+        """The one optimizer, with its state allocated: a step never fails for lack of memory half-way."""
+        assert self.net is not None
+        optimizer = build_optimizer(self.net.named_parameters(), parameter_roles(self.net), self.recipe.hyperparameters)
+        optimizer.allocate_state()
+        self.first_moments(optimizer)
+        return optimizer
+
+    def first_moments(self, optimizer: MuonAdamW) -> None:
+        """Give the optimizer its first moments: none here."""
+
+    @property
+    def optimizer(self) -> Any:
+        """Lightning's wrapper of the optimizer (its ``step`` counts ``global_step``)."""
+        return self.optimizers()
+
+    def weighted_loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Summed nats over the targets of a micro-batch, compiled where that was asked for."""
+        return self._loss[0](inputs, targets)
+
+    def between_micro_batches(self, part: int) -> None:
+        """Let the callbacks look in between two micro-batches."""
+        for hook in self.micro_batch_hooks:
+            hook(part)
+
+    def training_step(self, batch: StepBatch, batch_idx: int) -> Mapping[str, Any]:
+        """One optimizer step; Lightning's batch is the step's rows."""
+        return {"loss": training_step(self, batch), "num_targets": batch.num_targets}
+
+
+class BaseStage(TrainingStage):
+    """Pretraining from fresh weights."""
+
+
+class SFTStage(TrainingStage):
+    """Supervised fine-tuning: starts from the weights of another stage and, for a warm start, from its moments."""
+
+    def __init__(
+        self, recipe: StageRecipe, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor] | None = None
+    ) -> None:
+        super().__init__(recipe)
+        # In a tuple, so that Lightning neither moves nor saves them.
+        self._parent = (weights, moments)
+
+    def first_weights(self, net: GPT) -> None:
+        """The parent's weights."""
+        net.materialize(self._parent[0], self.device)
+
+    def first_moments(self, optimizer: MuonAdamW) -> None:
+        """The parent's moments, where there are any: the learning rates are this stage's own."""
+        if self._parent[1] is not None:
+            optimizer.load_moments(self._parent[1])
