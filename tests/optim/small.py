@@ -37,11 +37,11 @@ def make_parameters(seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[s
 def make_optimizer(
     parameters: dict[str, nn.Parameter], settings: OptimSettings | None = None, compute_dtype: str = "float32"
 ) -> MuonAdamW:
-    return build_optimizer(parameters.items(), ROLES, hyper(settings), compute_dtype)
+    return build_optimizer(parameters.items(), ROLES, hyper(settings, compute_dtype))
 
 
-def hyper(settings: OptimSettings | None = None) -> Hyperparameters:
-    return resolve_hyperparameters(settings or OptimSettings(), width=WIDTH)
+def hyper(settings: OptimSettings | None = None, compute_dtype: str = "float32") -> Hyperparameters:
+    return resolve_hyperparameters(settings or OptimSettings(), width=WIDTH, compute_dtype=compute_dtype)
 
 
 def set_gradients(parameters: dict[str, nn.Parameter], seed: int) -> None:

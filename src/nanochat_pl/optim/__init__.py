@@ -1,14 +1,9 @@
 """The optimizer and its schedules. Knows roles of parameters, no model."""
 
-from nanochat_pl.optim.muon_adamw import MuonAdamW, build_optimizer
-from nanochat_pl.optim.parameter_groups import (
-    ROLES,
-    Hyperparameters,
-    OptimSettings,
-    resolve_hyperparameters,
-    width_lr_scale,
-)
+from nanochat_pl.optim.muon_adamw import MuonAdamW
+from nanochat_pl.optim.parameter_groups import ROLES, build_optimizer
 from nanochat_pl.optim.schedules import ScheduleSettings, StepValues, schedule_values
+from nanochat_pl.optim.settings import Hyperparameters, OptimSettings, resolve_hyperparameters
 
 __all__ = [
     "ROLES",
@@ -20,5 +15,4 @@ __all__ = [
     "build_optimizer",
     "resolve_hyperparameters",
     "schedule_values",
-    "width_lr_scale",
 ]

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.optim.orthogonalize import newton_schulz, polar_express
-from nanochat_pl.optim.parameter_groups import Hyperparameters, make_groups
 from nanochat_pl.optim.schedules import StepValues
 
 logger = logging.getLogger(__name__)
@@ -281,29 +280,3 @@ def reduce_variance(update: Tensor, second_moment: Tensor, one_minus_beta2: Scal
     norm_before = mean_square.sum(dim=(-2, -1), keepdim=True).sqrt()
     norm_after = (mean_square * scale.square()).sum(dim=(-2, -1), keepdim=True).sqrt()
     return update * (scale * (norm_before / norm_after.clamp_min(1e-10)))
-
-
-def build_optimizer(
-    named_parameters: Iterable[tuple[str, torch.nn.Parameter]],
-    roles: Mapping[str, str],
-    hyper: Hyperparameters,
-    compute_dtype: str | torch.dtype = "float32",
-) -> MuonAdamW:
-    """The optimizer of a model.
-
-    Args:
-        named_parameters: in model order.
-        roles: of every parameter, by name.
-        hyper: of :func:`~nanochat_pl.optim.parameter_groups.resolve_hyperparameters`.
-        compute_dtype: the model's; Muon orthogonalizes in bfloat16 where the model computes in it, else float32.
-
-    Raises:
-        UserError: see :func:`~nanochat_pl.optim.parameter_groups.make_groups`.
-    """
-    bfloat16 = compute_dtype in ("bfloat16", torch.bfloat16)
-    return MuonAdamW(
-        make_groups(named_parameters, roles, hyper),
-        matrix_optimizer=hyper.matrix_optimizer,
-        muon_dtype=torch.bfloat16 if bfloat16 else torch.float32,
-        compile_muon=hyper.compile,
-    )

@@ -1,33 +1,20 @@
-"""Which hyperparameters each parameter gets: settings and roles in, optimizer groups out. Source: golden/
-optimizer_6_steps.json.
+"""Which hyperparameters each parameter gets: roles in, optimizer groups out. Source: golden/optimizer_6_steps.json.
 
-The model says which role each parameter has; this file knows what the recipe gives to a role. A learning rate is
-resolved in this order: given by the user, inherited from the parent stage, the recipe's (times the batch scale of
-the plan). Given and inherited ones are taken as they are.
+The model says which role each parameter has; this file knows what the recipe gives to a role.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from nanochat_pl.common.errors import UserError, did_you_mean
-from nanochat_pl.common.settings import setting
+from nanochat_pl.optim.muon_adamw import MuonAdamW
+from nanochat_pl.optim.settings import Hyperparameters
 
-REFERENCE_WIDTH = 768  # the width at which the recipe's learning rates were found
-
-# Learning rates at the reference batch and width, and the weight decay of the Muon groups.
-RECIPE = {
-    "matrix_lr": 0.02,
-    "embedding_lr": 0.3,
-    "unembedding_lr": 0.008,
-    "scalar_lr": 0.5,
-    "smear_lr": 0.2,
-    "weight_decay": 0.28,
-}
 MUON_BETA2 = 0.9
 ADAMW_EPS = 1e-10
 
@@ -56,94 +43,24 @@ MATRIX = "matrix"
 ROLES = (*ADAMW_RULES, MATRIX)
 
 
-@dataclass(frozen=True)
-class OptimSettings:
-    """Config group ``optim``. A null is inherited from the parent stage where there is one, else the recipe's."""
-
-    matrix_lr: float | None = setting(None, "Muon learning rate of the matrices in the blocks.", at_least=0)
-    embedding_lr: float | None = setting(
-        None, "AdamW learning rate of the token embedding at width 768 (value embeddings: half).", at_least=0
-    )
-    unembedding_lr: float | None = setting(None, "AdamW learning rate of lm_head at width 768.", at_least=0)
-    scalar_lr: float | None = setting(
-        None, "AdamW learning rate of the residual scalars (x0_lambdas; resid_lambdas: a hundredth).", at_least=0
-    )
-    smear_lr: float | None = setting(None, "AdamW learning rate of smear and backout; never scaled.", at_least=0)
-    weight_decay: float | None = setting(None, "Weight decay of the matrices, before its schedule.", at_least=0)
-    matrix_optimizer: Literal["muon", "classic_muon"] = setting(
-        "muon", "muon (the recipe's: Polar Express, NorMuon) or classic_muon (Newton-Schulz alone)."
-    )
-    compile: bool = setting(False, "Compile the Muon update (slow to start, faster steps on a GPU).")
-
-
-@dataclass(frozen=True)
-class Hyperparameters:
-    """Resolved: every number that the groups are made of, and where it came from.
-
-    ``sources`` maps each name of :data:`RECIPE` to "given", "inherited from <stage>" or "recipe".
-    """
-
-    matrix_lr: float
-    embedding_lr: float
-    unembedding_lr: float
-    scalar_lr: float
-    smear_lr: float
-    weight_decay: float
-    width: int
-    matrix_optimizer: str = "muon"
-    compile: bool = False
-    sources: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def width_lr_scale(self) -> float:
-        """Scale of the learning rates of embeddings and lm_head: (width / 768) ** -0.5."""
-        return width_lr_scale(self.width)
-
-    def to_inherit(self) -> dict[str, float]:
-        """What a later stage may inherit (``parent`` of :func:`resolve_hyperparameters`), as plain data."""
-        return {name: getattr(self, name) for name in RECIPE}
-
-
-def width_lr_scale(width: int) -> float:
-    """(width / 768) ** -0.5."""
-    return (width / REFERENCE_WIDTH) ** -0.5
-
-
-def resolve_hyperparameters(
-    settings: OptimSettings,
-    *,
-    width: int,
-    batch_lr_scale: float = 1.0,
-    weight_decay_scale: float = 1.0,
-    parent: Mapping[str, float] | None = None,
-    parent_name: str = "base",
-) -> Hyperparameters:
-    """Take every hyperparameter from the settings, else from the parent stage, else from the recipe.
+def build_optimizer(
+    named_parameters: Iterable[tuple[str, torch.nn.Parameter]], roles: Mapping[str, str], hyper: Hyperparameters
+) -> MuonAdamW:
+    """The optimizer of a model. Muon orthogonalizes in bfloat16 where the model computes in it, else in float32.
 
     Args:
-        width: of the model.
-        batch_lr_scale: multiplies the recipe's learning rates (all but smear's), from the plan.
-        weight_decay_scale: multiplies the recipe's weight decay, from the plan.
-        parent: the parent stage's :meth:`Hyperparameters.to_inherit`.
-        parent_name: how ``sources`` calls the parent.
+        named_parameters: in model order.
+        roles: of every parameter, by name.
+        hyper: of :func:`~nanochat_pl.optim.settings.resolve_hyperparameters`.
+
+    Raises:
+        UserError: see :func:`make_groups`.
     """
-    values: dict[str, float] = {}
-    sources: dict[str, str] = {}
-    for name, recipe_value in RECIPE.items():
-        given = getattr(settings, name)
-        if given is not None:
-            values[name], sources[name] = given, "given"
-        elif parent is not None and name in parent:
-            values[name], sources[name] = parent[name], f"inherited from {parent_name}"
-        else:
-            scale = {"smear_lr": 1.0, "weight_decay": weight_decay_scale}.get(name, batch_lr_scale)
-            values[name], sources[name] = recipe_value * scale, "recipe"
-    return Hyperparameters(
-        **values,
-        width=width,
-        matrix_optimizer=settings.matrix_optimizer,
-        compile=settings.compile,
-        sources=sources,
+    return MuonAdamW(
+        make_groups(named_parameters, roles, hyper),
+        matrix_optimizer=hyper.matrix_optimizer,
+        muon_dtype=torch.bfloat16 if hyper.compute_dtype == "bfloat16" else torch.float32,
+        compile_muon=hyper.compile,
     )
 
 
