@@ -1,0 +1,80 @@
+"""What a reader sees of the tokens of an answer: text in whole characters, tool calls, tool results."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from nanochat_pl.tokenizer import Tokenizer
+
+EventKind = Literal["text", "tool_call", "tool_result", "finished"]
+
+# The special tokens around a part. Others have no meaning within an answer and are passed over.
+_OPENS: dict[str, EventKind] = {"<|python_start|>": "tool_call", "<|output_start|>": "tool_result"}
+_CLOSES: dict[str, EventKind] = {"<|python_end|>": "tool_call", "<|output_end|>": "tool_result"}
+
+
+@dataclass(frozen=True)
+class Event:
+    """A piece of an answer.
+
+    Attributes:
+        kind: "text" pieces come as soon as their characters are whole; "tool_call" (the expression) and
+            "tool_result" come once, when they are complete; "finished" comes last.
+        text: the piece; of "finished" the reason: "stop", "length", "context" or "cancelled".
+    """
+
+    kind: EventKind
+    text: str
+
+
+class EventReader:
+    """Turns token ids, one at a time, into events.
+
+    Text is decoded from the tokens' bytes by an incremental UTF-8 decoder: a character whose bytes are spread over
+    several tokens comes out when its last byte is there, and bytes that are no UTF-8 come out as U+FFFD. Special
+    tokens are never shown. All events together say what ``Tokenizer.parse_assistant`` says of the whole answer.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._names = {special_id: name for name, special_id in tokenizer.special_ids.items()}
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._part: EventKind = "text"
+        self._collected = ""
+
+    def read(self, token_id: int) -> list[Event]:
+        """The events that this token completes: none, one, or the end of a part and nothing else."""
+        name = self._names.get(token_id)
+        if name in _OPENS or (name in _CLOSES and _CLOSES[name] == self._part):
+            events = self.end()
+            self._part = _OPENS.get(name, "text")
+            return events
+        if name is not None:
+            return []
+        return self._emit(self._decoder.decode(self._tokenizer.decode_bytes([token_id])))
+
+    def end(self) -> list[Event]:
+        """What is still held back: the bytes of an unfinished character (as U+FFFD), an unfinished tool call."""
+        rest = self._decoder.decode(b"", final=True)
+        self._decoder.reset()
+        if self._part == "text":
+            return self._emit(rest)
+        event = Event(self._part, self._collected + rest)
+        self._part, self._collected = "text", ""
+        return [event]
+
+    def _emit(self, text: str) -> list[Event]:
+        if self._part != "text":
+            self._collected += text
+            return []
+        return [Event("text", text)] if text else []
+
+
+def visible_text(tokenizer: Tokenizer, ids: Iterable[int]) -> str:
+    """The text of an answer without special tokens, tool calls and tool results: what :class:`EventReader` shows."""
+    reader = EventReader(tokenizer)
+    events = [event for token_id in ids for event in reader.read(token_id)] + reader.end()
+    return "".join(event.text for event in events if event.kind == "text")

@@ -1,0 +1,111 @@
+"""A conversation, or one streamed continuation, that keeps its key-value cache: only new tokens are computed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from nanochat_pl.common.errors import UserError
+from nanochat_pl.engine.events import Event, EventReader
+from nanochat_pl.engine.sampling import Sampling
+from nanochat_pl.engine.sequence import Limits, Sequence
+
+if TYPE_CHECKING:
+    from nanochat_pl.engine.engine import Engine
+
+
+class Session:
+    """One conversation of a person with the model.
+
+    Attributes:
+        max_context: most tokens of the conversation.
+    """
+
+    def __init__(self, engine: Engine, max_context: int) -> None:
+        self._engine = engine
+        self.max_context = max_context
+        self._cache = engine.new_cache(num_slots=1, max_len=max_context)
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._answer: Sequence | None = None
+        self._num_answers = 0
+        self._cache.reset()
+        self._stop_requested = False
+
+    @property
+    def ids(self) -> list[int]:
+        """All tokens so far, from bos on, the last answer closed: what a model without a cache would have to read.
+
+        The cache holds the keys and values of a beginning of them.
+        """
+        return [] if self._answer is None else [*self._answer.prompt, *self._closed(self._answer)]
+
+    def say(
+        self,
+        message: str,
+        max_tokens: int = 256,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        seed: int = 0,
+        tools: bool = True,
+    ) -> Iterator[Event]:
+        """Add a message of the person and return the answer as events, the last of them "finished".
+
+        Closing the iterator, or :meth:`stop`, ends the answer early. What was written stays in the conversation.
+        Each answer of a conversation draws from its own generator, seeded with ``seed`` and its number.
+
+        Raises:
+            UserError: at once, the conversation unchanged: a setting is out of bounds, or the message does not fit.
+        """
+        ids = self.ids
+        added = self._render(message, first=not ids)
+        if len(ids) + len(added) >= self.max_context:
+            raise UserError(
+                f"The context is full: the conversation has {len(ids):,} of {self.max_context:,} tokens, and this "
+                f"message needs {len(added):,} and some for the answer.",
+                fix="Start a new conversation (/clear in the chat), or write less.",
+            )
+        limits = Limits(max_tokens, self.max_context, self._engine.stop_ids(None))
+        return self.continue_ids([*ids, *added], limits, Sampling(temperature, top_k, seed), tools)
+
+    def continue_ids(self, prompt: list[int], limits: Limits, sampling: Sampling, tools: bool) -> Iterator[Event]:
+        """Continue these ids, which begin with those of the conversation so far."""
+        self._answer = Sequence(prompt, self._num_answers, limits, sampling, self._engine.tokenizer, tools)
+        self._num_answers += 1
+        self._stop_requested = False
+        return self._write(self._answer, sampling)
+
+    def stop(self) -> None:
+        """End the answer that is being written after its current token. May be called from a signal handler."""
+        self._stop_requested = True
+
+    def _render(self, message: str, first: bool) -> list[int]:
+        """The ids that a message adds, up to where the answer begins."""
+        conversation = {"messages": [{"role": "user", "content": message}, {"role": "assistant", "content": ""}]}
+        ids = self._engine.tokenizer.render_for_completion(conversation)
+        return ids if first else ids[1:]  # bos stands at the beginning only
+
+    def _write(self, answer: Sequence, sampling: Sampling) -> Iterator[Event]:
+        reader = EventReader(self._engine.tokenizer)
+        while answer.finish_reason is None:
+            # The cache counts the tokens that it holds: whatever broke off a step, the next begins at the right one.
+            new = [*answer.prompt, *answer.ids][int(self._cache.positions[0]) :]
+            self._engine.advance([answer], self._engine.logits(self._cache, [new]), sampling)
+            yield from reader.read(answer.ids[-1])
+            if self._stop_requested and answer.finish_reason is None:
+                answer.finish_reason = "cancelled"
+        yield from reader.end()
+        yield Event("finished", answer.finish_reason)
+
+    def _closed(self, answer: Sequence) -> list[int]:
+        """An answer as it stands in the conversation: ended as in training, wherever it was broken off."""
+        tokenizer = self._engine.tokenizer
+        ids = list(answer.ids)
+        if answer.finish_reason == "stop":
+            ids.pop()
+        ids += answer.pending
+        if answer.tool is not None and answer.tool.open:
+            ids.append(tokenizer.special_ids["<|python_end|>"])
+        return [*ids, tokenizer.special_ids["<|assistant_end|>"]]
