@@ -1,0 +1,1 @@
+"""The commands. One file per verb; the only room that knows Hydra."""

@@ -1,0 +1,174 @@
+"""From ``key=value`` texts to a checked settings object: compose, resolve, check everything, build.
+
+Hydra composes the root file of the verb with the chosen groups. Single values are laid over it in the order of their
+weight (group files < experiment file < command line) and the whole goes through :func:`common.settings.build`, which
+knows every key. All problems are raised together.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from nanochat_pl.cli import config_files
+from nanochat_pl.cli.overrides import Setting, parse_overrides
+from nanochat_pl.common.errors import UserError, did_you_mean
+from nanochat_pl.common.settings import build, problems_of, to_plain
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Composed(Generic[T]):
+    """What a command was composed to.
+
+    Attributes:
+        config: the settings object that the verb takes.
+        overrides: the ``key=value`` texts of the command line, as typed.
+        experiment: name of the experiment, empty without one.
+    """
+
+    config: T
+    overrides: tuple[str, ...] = ()
+    experiment: str = ""
+    choices: Mapping[str, Any] = field(default_factory=dict)
+
+    def plain(self) -> dict[str, Any]:
+        """Every setting as plain data, defaults included: what is written to config.yaml."""
+        return to_plain(self.config)
+
+
+def compose(
+    root: str,
+    schema: type[T],
+    overrides: Sequence[str] = (),
+    before: Sequence[Setting] = (),
+    experiment: str = "",
+) -> Composed[T]:
+    """Compose and check the configuration of a verb.
+
+    Args:
+        root: name of the root file in configs/, without ``.yaml``.
+        schema: the settings class that the whole must fit.
+        overrides: ``key=value`` texts of the command line.
+        before: settings of an experiment file, which the command line overrules.
+        experiment: its name.
+
+    Raises:
+        UserError: with all problems of all of them.
+    """
+    groups = {name: options for name, options in config_files.groups().items() if name in _fields(schema)}
+    problems: list[str] = []
+    settings = [*before, *parse_overrides(overrides, schema, groups, problems)]
+    choices = _check_choices(settings, groups, problems)
+    tree = _hydra_tree(root, choices)
+    for setting in settings:
+        if setting.is_choice:
+            continue
+        if _names_a_target(setting) and not setting.origin:
+            problems.append(f"{setting.key}: _target_ is for config files; write one into configs/ or an experiment.")
+            continue
+        _lay_over(tree, setting, problems)
+    values = _resolve(tree, problems)
+    if values is not None:
+        problems += [_with_origin(line, settings, choices) for line in problems_of(schema, values)]
+    if problems:
+        raise UserError(problems, f"Keys and their meaning: nanochat-pl {root} --help")
+    assert values is not None
+    return Composed(build(schema, values), tuple(overrides), experiment, choices)
+
+
+def _fields(schema: type) -> set[str]:
+    return set(schema.__dataclass_fields__)  # type: ignore[attr-defined]
+
+
+def _check_choices(
+    settings: Sequence[Setting], groups: Mapping[str, list[str]], problems: list[str]
+) -> dict[str, str | list[str]]:
+    """The last choice of each group, where its files exist; what does not exist goes to ``problems``."""
+    choices: dict[str, str | list[str]] = {}
+    for setting in settings:
+        if not setting.is_choice:
+            continue
+        names = setting.value if isinstance(setting.value, list) else [setting.value]
+        options = groups[setting.key]
+        wrong = [name for name in names if name not in options]
+        if wrong:
+            near = did_you_mean(str(wrong[0]), options)
+            listed = "" if near.startswith("valid") else f" There are: {', '.join(options)}."
+            where = f" ({setting.origin})" if setting.origin else ""
+            problems.append(f"{setting.key}={wrong[0]}: there is no such choice; {near}{listed}{where}")
+        else:
+            choices[setting.key] = setting.value
+    return choices
+
+
+def _hydra_tree(root: str, choices: Mapping[str, str | list[str]]) -> DictConfig:
+    texts = [f"{key}=[{','.join(value)}]" if isinstance(value, list) else f"{key}={value}" for key, value in choices.items()]
+    try:
+        with initialize_config_dir(str(config_files.config_folder()), version_base="1.3"):
+            tree = hydra_compose(root, overrides=texts)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(f"configs/{root}.yaml: cannot be composed: {str(error).splitlines()[0]}") from error
+    OmegaConf.set_struct(tree, False)
+    return tree
+
+
+def _lay_over(tree: DictConfig, setting: Setting, problems: list[str]) -> None:
+    value = _escaped(setting.value) if setting.is_text else setting.value
+    try:
+        OmegaConf.update(tree, setting.key, value, merge=True, force_add=True)
+    except (OmegaConfBaseException, ValueError) as error:
+        problems.append(f"{setting.key}={setting.value}: cannot be set: {str(error).splitlines()[0]}")
+
+
+def _escaped(value: Any) -> Any:
+    """Text that OmegaConf gives back as it is: ``${`` would begin an interpolation, a backslash before it escapes it."""
+    if not isinstance(value, str):
+        return value
+    return re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + r"\${", value)
+
+
+def _resolve(tree: DictConfig, problems: list[str]) -> dict[str, Any] | None:
+    try:
+        values = OmegaConf.to_container(tree, resolve=True)
+    except OmegaConfBaseException as error:
+        problems.append(f"{error.full_key or 'the configuration'}: {str(error).splitlines()[0]}")
+        return None
+    assert isinstance(values, dict)
+    return {str(key): value for key, value in values.items()}
+
+
+def _names_a_target(setting: Setting) -> bool:
+    return "_target_" in setting.key.split(".") or "'_target_'" in repr(setting.value)
+
+
+def _with_origin(problem: str, settings: Sequence[Setting], choices: Mapping[str, Any]) -> str:
+    """A problem with the place where its key was written, unless that is the command line."""
+    key = re.split(r"[=:\[ ]", problem, maxsplit=1)[0]
+    for setting in reversed(settings):
+        if not setting.is_choice and (key == setting.key or _within(setting.key, key) or _within(key, setting.key)):
+            return f"{problem} ({setting.origin})" if setting.origin else problem
+    for group, choice in choices.items():
+        for name in choice if isinstance(choice, list) else [choice]:
+            if _file_sets(group, name, key):
+                return f"{problem} (configs/{group}/{name}.yaml)"
+    return problem
+
+
+def _within(key: str, outer: str) -> bool:
+    return key.startswith(f"{outer}.")
+
+
+def _file_sets(group: str, name: str, key: str) -> bool:
+    content = OmegaConf.load(config_files.config_folder() / group / f"{name}.yaml")
+    keys = (key, key.removeprefix(f"{group}."))
+    return any(OmegaConf.select(content, k, default=None, throw_on_missing=False) is not None for k in keys)

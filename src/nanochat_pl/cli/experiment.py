@@ -1,0 +1,78 @@
+"""Experiment files: one YAML that holds every number of a certain run, for all of its stages.
+
+::
+
+    description: one line
+    pipeline: [tokenizer, base, sft, evaluate, report]
+    shared: {…}                       keys of every step that has them
+    stages: {base: {…}, sft: {…}}     keys of one step
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from nanochat_pl.cli import config_files
+from nanochat_pl.cli.overrides import Setting, section_settings
+from nanochat_pl.common.errors import UserError
+from nanochat_pl.common.run_folder import STAGES
+from nanochat_pl.common.settings import build, setting
+
+# What a pipeline is made of: the training stages, and verbs that read what these leave.
+STEPS = (*STAGES, "evaluate", "report")
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """An experiment file as it was read."""
+
+    pipeline: list[str] = setting(factory=list, doc="Steps of the pipeline, in their order.")
+    description: str = setting("", "What it is for.")
+    shared: dict[str, Any] = setting(factory=dict, doc="Keys of every step that has them.")
+    stages: dict[str, Any] = setting(factory=dict, doc="Keys of one step, by its name.")
+
+    def __post_init__(self) -> None:
+        unknown = [f"pipeline: {step!r} is no step; there are {', '.join(STEPS)}." for step in self.pipeline if step not in STEPS]
+        unknown += [f"stages.{step}: is no step; there are {', '.join(STEPS)}." for step in self.stages if step not in STEPS]
+        unknown += [
+            f"stages.{step}: must be a group of settings."
+            for step, section in self.stages.items()
+            if not isinstance(section, Mapping)
+        ]
+        if unknown:
+            raise UserError(unknown)
+
+
+def read_experiment(name: str) -> tuple[Experiment, Path]:
+    """Read an experiment by its name or path. Raises :class:`UserError` that names the file and the key."""
+    path = config_files.experiment_file(name)
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
+    try:
+        return build(Experiment, content), path
+    except UserError as error:
+        raise UserError([f"{path}: {problem}" for problem in error.problems]) from error
+
+
+def settings_of_step(experiment: Experiment, path: Path, step: str, schema: type) -> list[Setting]:
+    """The settings that an experiment gives to one of its steps: the shared ones, then the step's own.
+
+    Args:
+        schema: the settings class of the step's verb. Shared keys that a training stage would not know are left for
+            the others and so are errors there; verbs that train nothing take of the shared keys what they have.
+    """
+    groups = {name: options for name, options in config_files.groups().items() if name in schema.__dataclass_fields__}  # type: ignore[attr-defined]
+    shared: Mapping[str, Any] = experiment.shared
+    if step not in STAGES:
+        shared = {key: value for key, value in shared.items() if key.split(".")[0] in schema.__dataclass_fields__}  # type: ignore[attr-defined]
+    return [
+        *section_settings(shared, schema, groups, f"{path}, shared"),
+        *section_settings(experiment.stages.get(step, {}), schema, groups, f"{path}, stages.{step}"),
+    ]

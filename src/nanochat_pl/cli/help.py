@@ -1,0 +1,89 @@
+"""`nanochat-pl VERB --help`: the keys of a verb with their meaning, straight from the settings classes."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import types
+from collections.abc import Sequence
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from nanochat_pl.cli import config_files
+from nanochat_pl.cli.overrides import UNKNOWN, type_of_key
+from nanochat_pl.common.errors import UserError, did_you_mean
+
+
+def print_help(verb: str, wanted: Sequence[str] = ()) -> None:
+    """Print the keys of a verb: those that matter, or all of the groups that are named in ``wanted``."""
+    module = importlib.import_module(f"nanochat_pl.cli.{verb}")
+    schema = module.Config
+    if wanted:
+        for name in wanted:
+            _print_group(schema, name)
+        return
+    print(f"{inspect.cleandoc(module.__doc__)}\n\nKeys:")
+    hints = get_type_hints(schema)
+    plain = [field.name for field in dataclasses.fields(schema) if not _is_group(hints[field.name])]
+    nested = [key for key in getattr(module, "HELP_KEYS", ()) if type_of_key(schema, key) is not UNKNOWN]
+    extra = getattr(module, "EXTRA_KEYS", {})
+    lines = [(key, "", doc) for key, doc in extra.items()] + [_describe(schema, key) for key in [*nested, *plain]]
+    _print_lines(lines)
+    _print_groups(verb, schema)
+
+
+def _print_groups(verb: str, schema: type) -> None:
+    hints, options = get_type_hints(schema), config_files.groups()
+    names = [field.name for field in dataclasses.fields(schema) if _is_group(hints[field.name])]
+    if not names:
+        return
+    print("\nGroups (GROUP=CHOICE takes a file, GROUP.KEY=VALUE sets one key):")
+    _print_lines([(name, "", f"choices: {', '.join(options[name])}" if options.get(name) else "") for name in names])
+    print(f"\nAll keys of a group: nanochat-pl {verb} --help {names[0]}")
+    print(f"Files: {config_files.config_folder()}; experiments: {', '.join(config_files.experiments()) or 'none'}")
+
+
+def _print_group(schema: type, name: str) -> None:
+    hint = type_of_key(schema, name)
+    if hint is UNKNOWN:
+        names = [field.name for field in dataclasses.fields(schema)]
+        raise UserError(f"--help {name}: there is no such group or key; {did_you_mean(name, names)}")
+    if not dataclasses.is_dataclass(hint):
+        _print_lines([_describe(schema, name)])
+        return
+    choices = config_files.groups().get(name, [])
+    print(f"{name}: {inspect.getdoc(hint)}" + (f"\nchoices: {', '.join(choices)}" if choices else ""))
+    _print_lines([_describe(schema, f"{name}.{field.name}") for field in dataclasses.fields(hint)])
+
+
+def _describe(schema: type, key: str) -> tuple[str, str, str]:
+    """A key as (key=default, type, meaning)."""
+    *groups, name = key.split(".")
+    owner: Any = type_of_key(schema, ".".join(groups)) if groups else schema
+    field = next(field for field in dataclasses.fields(owner) if field.name == name)
+    shown = "" if field.default is dataclasses.MISSING else f"={_show(field.default)}"
+    return f"{key}{shown}", _type_name(get_type_hints(owner)[name]), field.metadata.get("doc", "")
+
+
+def _print_lines(lines: Sequence[tuple[str, str, str]]) -> None:
+    width = min(44, max((len(left) for left, _, _ in lines), default=0))
+    for left, kind, meaning in lines:
+        print(f"  {left:<{width}}  {meaning}{f' ({kind})' if kind else ''}".rstrip())
+
+
+def _is_group(hint: Any) -> bool:
+    return dataclasses.is_dataclass(hint) or get_origin(hint) is dict
+
+
+def _show(value: Any) -> str:
+    return {None: "null", True: "true", False: "false"}.get(value, str(value)) if not isinstance(value, list) else "[…]"
+
+
+def _type_name(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return " | ".join(str(choice) for choice in get_args(hint))
+    if get_origin(hint) in (Union, types.UnionType):
+        return " | ".join(_type_name(choice) for choice in get_args(hint))
+    if get_origin(hint) in (list, tuple):
+        return "list"
+    return {int: "whole number", float: "number", str: "text", bool: "true | false", type(None): "null"}.get(hint, "")

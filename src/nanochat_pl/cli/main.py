@@ -1,0 +1,99 @@
+"""`nanochat-pl <verb> key=value …`: finds the verb, runs it, and says what went wrong in plain sentences."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Sequence
+
+from nanochat_pl.common.constants import EXIT_USER_ERROR
+from nanochat_pl.common.errors import UserError, did_you_mean
+
+# Each verb is a file of this folder with a function run(overrides) -> exit code, and HELP.
+VERBS = {
+    "train": "one stage of a run: train stage=tokenizer|base|sft",
+    "pipeline": "the stages that an experiment names, one after the other: pipeline experiment=demo",
+    "plan": "the settings that follow from model.depth, memory and time, without training",
+    "evaluate": "figures of a trained stage: evaluate run=NAME",
+    "chat": 'talk to a model: chat run=NAME, or one answer: chat run=NAME prompt="…"',
+    "report": "tables and plots of a run: report run=NAME",
+    "runs": "what has been trained; runs delete=NAME",
+}
+# Set for children: they end when their standard input does, that is, when their parent is gone.
+FOLLOW_PARENT = "NANOCHAT_PL_FOLLOW_PARENT"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The console command. Gives the exit code: 0 done, 2 a mistake that the person can put right, 1 a bug of ours."""
+    if os.environ.pop(FOLLOW_PARENT, None):
+        _stop_with_parent()
+    try:
+        return _dispatch(list(sys.argv[1:] if arguments is None else arguments))
+    except UserError as error:
+        _print_problems(error)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        print("\nStopped.", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except BrokenPipeError:  # the reader of our output has gone, as in `… | head`
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, PTH123 (closed with the process)
+        return 128 + signal.SIGPIPE if hasattr(signal, "SIGPIPE") else 1
+    except Exception:
+        traceback.print_exc()
+        print("\nThis is a bug in nanochat_pl: please report it with the lines above.", file=sys.stderr)
+        return 1
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("--help", "-h", "help"):
+        _print_verbs()
+        return 0
+    if arguments[0] == "--version":
+        from importlib.metadata import version
+
+        print(f"nanochat-pl {version('nanochat-pl')}")
+        return 0
+    verb, rest = arguments[0], arguments[1:]
+    if verb not in VERBS:
+        raise UserError(f"{verb!r}: there is no such verb; {did_you_mean(verb, VERBS)}", "nanochat-pl lists the verbs.")
+    if any(argument in ("--help", "-h") for argument in rest):
+        from nanochat_pl.cli.help import print_help
+
+        print_help(verb, [argument for argument in rest if not argument.startswith("-")])
+        return 0
+    from nanochat_pl.cli.quiet import quieten
+
+    quieten()
+    return importlib.import_module(f"nanochat_pl.cli.{verb}").run(rest)
+
+
+def _print_verbs() -> None:
+    print("nanochat-pl <verb> key=value …\n")
+    for verb, what in VERBS.items():
+        print(f"  {verb:<10}{what}")
+    print("\nnanochat-pl <verb> --help shows a verb's keys. The first thing to try: nanochat-pl pipeline experiment=demo")
+
+
+def _print_problems(error: UserError) -> None:
+    for problem in error.problems:
+        print(f"error: {problem}", file=sys.stderr)
+    if error.fix:
+        print(error.fix, file=sys.stderr)
+
+
+def _stop_with_parent() -> None:
+    """Ask this process to stop when its parent is gone, even where that was killed with no chance to say so."""
+
+    def wait() -> None:
+        os.read(0, 1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,181 @@
+"""What is set, by whom: ``key=value`` texts and sections of experiment files, as keys with plain values.
+
+Values are read with Hydra's grammar, with one exception: a key whose type is text takes what follows the first ``=``
+exactly as it was typed, quotes, commas, braces, ``$`` and all. Problems are collected, never raised one at a time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Glob, Override, Sweep
+from hydra.errors import HydraException
+
+# Anything a person types is a prompt, the word null too.
+NEVER_NULL = ("prompt",)
+UNKNOWN = object()
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One key that was set.
+
+    Attributes:
+        key: dotted name, ``model.depth``; a group's name where a choice was made, ``data``.
+        value: plain data; for a choice the option's name or a list of them.
+        is_choice: whether it chooses a file of a config group.
+        is_text: whether the value is to be taken as it is, without interpolation.
+        origin: where it was written, for messages; empty for the command line.
+    """
+
+    key: str
+    value: Any
+    is_choice: bool = False
+    is_text: bool = False
+    origin: str = ""
+
+
+@dataclass(frozen=True)
+class SweptKey:
+    """A key with several values on the command line (``-m``). ``texts`` are whole overrides, one per value."""
+
+    key: str
+    texts: tuple[str, ...]
+
+
+def parse_overrides(
+    texts: Sequence[str], schema: type, groups: Mapping[str, list[str]], problems: list[str]
+) -> list[Setting]:
+    """Read ``key=value`` texts. What cannot be read is said in ``problems``; the rest is returned, in order."""
+    settings = []
+    for text in texts:
+        key, raw, problem = split_override(text)
+        if problem:
+            problems.append(problem)
+            continue
+        hint = type_of_key(schema, key)
+        if hint is UNKNOWN:  # said by the check of the whole, with the nearest names
+            settings.append(Setting(key, raw, is_text=True))
+        elif is_text(hint):
+            value = None if raw == "null" and type(None) in get_args(hint) and key not in NEVER_NULL else raw
+            settings.append(Setting(key, value, is_text=True))
+        elif (parsed := _parse(key, raw, problems)) is not None:
+            if parsed.is_sweep_override():
+                problems.append(f"{text}: several values for one key need -m, which runs one job for each.")
+                continue
+            value = _plain(parsed.value())
+            settings.append(Setting(key, value, is_choice=_chooses(key, value, groups)))
+    return settings
+
+
+def parse_sweeps(texts: Sequence[str], schema: type, problems: list[str]) -> tuple[list[SweptKey], list[str]]:
+    """Part the texts of a ``-m`` command into swept keys and the others."""
+    swept, rest = [], []
+    for text in texts:
+        key, raw, problem = split_override(text)
+        if problem or is_text(type_of_key(schema, key)) or type_of_key(schema, key) is UNKNOWN:
+            rest.append(text)
+            continue
+        parsed = _parse(key, raw, problems)
+        if parsed is None:
+            continue
+        if not parsed.is_sweep_override():
+            rest.append(text)
+        elif isinstance(parsed.value(), Glob):
+            problems.append(f"{text}: glob is not supported; list the values, separated by commas.")
+        else:
+            assert isinstance(parsed.value(), Sweep)
+            swept.append(SweptKey(key, tuple(f"{key}={value}" for value in parsed.sweep_string_iterator())))
+    return swept, rest
+
+
+def section_settings(
+    section: Mapping[str, Any], schema: type, groups: Mapping[str, list[str]], origin: str
+) -> list[Setting]:
+    """Turn a section of an experiment file into settings: a text for a group is a choice, nested names are joined."""
+    return [
+        Setting(key, value, is_choice=_chooses(key, value, groups), origin=origin)
+        for key, value in _flat(section, schema, "")
+    ]
+
+
+def split_override(text: str) -> tuple[str, str, str]:
+    """Part ``key=value`` at the first ``=``; gives key, raw value and, where it is no such thing, the problem.
+
+    ``+key=value`` and ``++key=value`` are Hydra's ways to add a key. Every key is known here, so they say the same.
+    """
+    key, equals, raw = text.partition("=")
+    key = key.lstrip("+")
+    if key.startswith("-"):
+        return key, raw, f"{text}: options are written key=value, without dashes (there are --help and -m)."
+    if key.startswith("~"):
+        return key, raw, f"{text}: keys cannot be deleted; set the value that you want, {key[1:]}=null or =[]."
+    if not equals:
+        return key, raw, f"{text}: is not of the form key=value."
+    if not all(part.replace("_", "").replace("-", "").isalnum() for part in key.split(".")):
+        return key, raw, f"{text}: {key!r} is no key; keys are names joined by dots, as in model.depth=4."
+    return key, raw, ""
+
+
+def type_of_key(schema: type, key: str) -> Any:
+    """The declared type of a dotted key, :data:`UNKNOWN` where the settings classes have no such key."""
+    hint: Any = schema
+    for part in key.split("."):
+        hint = _without_none(hint)
+        if dataclasses.is_dataclass(hint):
+            hint = get_type_hints(hint).get(part, UNKNOWN)
+        elif get_origin(hint) is dict:
+            hint = get_args(hint)[1]
+        elif hint is not Any:
+            return UNKNOWN
+    return hint
+
+
+def is_text(hint: Any) -> bool:
+    """Whether a key of this type takes any text: ``str`` or ``str | None``."""
+    return _without_none(hint) is str
+
+
+def _without_none(hint: Any) -> Any:
+    if get_origin(hint) in (Union, types.UnionType):
+        others = [choice for choice in get_args(hint) if choice is not type(None)]
+        return others[0] if len(others) == 1 else hint
+    return hint
+
+
+def _parse(key: str, raw: str, problems: list[str]) -> Override | None:
+    try:
+        return OverridesParser.create().parse_override(f"{key}={raw}")
+    except HydraException as error:
+        reason = (str(error.__cause__ or error).splitlines() or ["unreadable"])[0]
+        problems.append(f"{key}={raw}: the value cannot be read ({reason}); put quotes around text with special signs.")
+        return None
+
+
+def _plain(value: Any) -> Any:
+    """Hydra's parsed values (quoted strings, …) as plain data."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _chooses(key: str, value: Any, groups: Mapping[str, list[str]]) -> bool:
+    return key in groups and not isinstance(value, Mapping)
+
+
+def _flat(section: Mapping[str, Any], schema: type, prefix: str) -> Iterator[tuple[str, Any]]:
+    for name, value in section.items():
+        key = f"{prefix}{name}"
+        hint = _without_none(type_of_key(schema, key))
+        descends = dataclasses.is_dataclass(hint) or get_origin(hint) is dict or hint is UNKNOWN
+        if isinstance(value, Mapping) and value and descends:
+            yield from _flat(value, schema, f"{key}.")
+        else:
+            yield key, value

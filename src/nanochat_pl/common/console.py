@@ -1,0 +1,95 @@
+"""What a person sees in the terminal: lines, tables, progress of long work, and what to do next.
+
+On a terminal there are colours and moving bars; in a pipe or a log file plain lines, one now and then.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+# A log file has no width: wide enough that no table is cut.
+WIDTH_WITHOUT_TERMINAL = 160
+SECONDS_BETWEEN_LINES = 15.0
+
+Advance = Callable[[int], None]
+
+
+def console(stderr: bool = False) -> Console:
+    """A rich console on today's stdout or stderr (asked for anew each time, so that redirection works)."""
+    made = Console(stderr=stderr, highlight=False, soft_wrap=True)
+    if not made.is_terminal:
+        made.width = WIDTH_WITHOUT_TERMINAL
+    return made
+
+
+def say(text: str = "", style: str = "") -> None:
+    """Print a line as it is: brackets are not markup, long lines are not broken."""
+    console().print(Text(text, style=style))
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], title: str = "") -> None:
+    """Print a table. Columns that hold only numbers in every row are set right.
+
+    Args:
+        columns: headings.
+        rows: cells; numbers are printed as ``str`` gives them, ``None`` as an empty cell.
+        title: a line above.
+    """
+    body = [["" if cell is None else str(cell) for cell in row] for row in rows]
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for n, heading in enumerate(columns):
+        numeric = bool(body) and all(_is_number(row[n]) for row in body)
+        table.add_column(heading, justify="right" if numeric else "left", overflow="fold")
+    for row in body:
+        table.add_row(*(Text(cell) for cell in row))
+    if title:
+        say(title, style="bold")
+    console().print(table, soft_wrap=False)
+
+
+def next_steps(commands: Sequence[tuple[str, str]]) -> None:
+    """Print what a person can do now: (what it is for, the command), one a line."""
+    width = max(len(purpose) for purpose, _ in commands)
+    say("Next:", style="bold")
+    for purpose, command in commands:
+        say(f"  {purpose:<{width}}  {command}")
+
+
+@contextlib.contextmanager
+def progress(what: str, total: int, unit: str = "") -> Iterator[Advance]:
+    """Show the progress of long work; yields a function that is called with the number of units just done.
+
+    A bar on a terminal; else a line every :data:`SECONDS_BETWEEN_LINES`, and none at all for work that is short.
+    """
+    if console(stderr=True).is_terminal:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeRemainingColumn())
+        with Progress(*columns, console=console(stderr=True), transient=True) as bar:
+            task = bar.add_task(what, total=total)
+            yield lambda amount: bar.advance(task, amount)
+        return
+    yield _lines_now_and_then(what, total, unit)
+
+
+def _lines_now_and_then(what: str, total: int, unit: str) -> Advance:
+    done, spoken = 0, time.monotonic()
+
+    def advance(amount: int) -> None:
+        nonlocal done, spoken
+        done += amount
+        if time.monotonic() - spoken >= SECONDS_BETWEEN_LINES:
+            spoken = time.monotonic()
+            say(f"{what}: {done:,} of {total:,} {unit}".rstrip())
+
+    return advance
+
+
+def _is_number(cell: str) -> bool:
+    stripped = cell.strip().rstrip("%").replace(",", "").replace("±", "").replace(" ", "")
+    return not stripped or stripped.replace(".", "").replace("-", "").replace("e", "").replace("+", "").isdigit()
