@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,9 +26,11 @@ from safetensors.torch import save_file
 from nanochat_pl.bundle.stage_info import StageInfo
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.files import disk_errors_explained, free_bytes, read_json, write_atomically, write_json
-from nanochat_pl.common.hardware import resolve_compute_dtype
+from nanochat_pl.common.hardware import choose_compute_dtype
 from nanochat_pl.common.settings import build, to_plain
-from nanochat_pl.model import GPT, GPTConfig
+from nanochat_pl.model.accounting import require_size
+from nanochat_pl.model.config import GPTConfig
+from nanochat_pl.model.gpt import GPT, TORCH_DTYPES
 from nanochat_pl.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -40,6 +43,7 @@ MODEL, CONFIG, TOKENIZER, STAGE, OPTIMIZER = (
     "stage.json",
     "optimizer.safetensors",
 )
+_MEMORY_WHERE_UNKNOWN = 2**36
 _SAFETENSORS_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
@@ -115,12 +119,12 @@ def load_bundle(path: str | Path, device: str | torch.device = "cpu", dtype: str
     """
     folder = Path(path)
     device = torch.device(device)
-    config = replace(load_config(folder), compute_dtype=resolve_compute_dtype(dtype, device))
-    net = GPT.on_meta(config)
-    weights = _load_tensors(_member(folder, MODEL), {name: tensor.shape for name, tensor in net.state_dict().items()})
-    net.materialize(weights, device)
+    config = load_config(folder)
+    weights = load_weights(folder)
+    net = GPT(config, TORCH_DTYPES[choose_compute_dtype(dtype, device)]).materialise(device)
+    net.load_state_dict(weights)
     tokenizer = load_tokenizer(folder) if (folder / TOKENIZER).exists() else None
-    if tokenizer is not None and tokenizer.vocab_size > config.padded_vocab_size:
+    if tokenizer is not None and tokenizer.vocab_size != config.vocab_size:
         raise UserError(
             f"{folder}: the tokenizer has {tokenizer.vocab_size:,} ids, the model {config.vocab_size:,}.",
             fix="Use the tokenizer that the model was trained with.",
@@ -129,8 +133,23 @@ def load_bundle(path: str | Path, device: str | torch.device = "cpu", dtype: str
 
 
 def load_config(folder: Path) -> GPTConfig:
-    """The architecture of a bundle, checked against its bounds."""
-    return build(GPTConfig, _read_object(folder, CONFIG), str(folder / CONFIG))
+    """The architecture of a bundle, checked against its bounds before any memory is taken."""
+    config = build(GPTConfig, _read_object(folder, CONFIG), str(folder / CONFIG))
+    require_size(config, _memory_bytes())
+    return config
+
+
+def _memory_bytes() -> int:
+    """Memory of this machine: no model that is larger is read."""
+    if not hasattr(os, "sysconf"):
+        return _MEMORY_WHERE_UNKNOWN
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def load_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The weights of a bundle by name, float32, checked against its architecture: what a later stage starts from."""
+    shapes = {name: tensor.shape for name, tensor in GPT(load_config(folder)).state_dict().items()}
+    return _load_tensors(_member(folder, MODEL), shapes)
 
 
 def load_stage_info(folder: Path) -> StageInfo:
@@ -143,11 +162,12 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     return Tokenizer.load(_member(folder, TOKENIZER))
 
 
-def load_moments(folder: Path, net: GPT) -> dict[str, torch.Tensor] | None:
-    """The optimizer moments of a bundle by name, or None where it has none."""
+def load_moments(folder: Path) -> dict[str, torch.Tensor] | None:
+    """The optimizer moments of a bundle by name, or None where it has none. The optimizer checks their shapes."""
     if not (folder / OPTIMIZER).exists():
         return None
-    return _load_tensors(_member(folder, OPTIMIZER), None, max_elements=4 * sum(p.numel() for p in net.parameters()))
+    most = 4 * sum(parameter.numel() for parameter in GPT(load_config(folder)).parameters())
+    return _load_tensors(_member(folder, OPTIMIZER), None, max_elements=most)
 
 
 def _member(folder: Path, name: str) -> Path:

@@ -6,18 +6,18 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, Trainer
 
 from nanochat_pl.common.files import disk_errors_explained
 from nanochat_pl.data.rows import Rows
 from nanochat_pl.engine import Engine
 from nanochat_pl.evaluation.bits_per_byte import BitsPerByte
 from nanochat_pl.evaluation.samples import write_samples
-from nanochat_pl.model import GPT
+from nanochat_pl.model.gpt import GPT
 from nanochat_pl.tokenizer import Tokenizer
 from nanochat_pl.training.metrics import StepClock, log_everywhere
 
@@ -52,8 +52,16 @@ class Validation:
             nats += losses.sum().item()
             targets_seen += int((targets >= 0).sum())
         net.train()
-        figures = {"val/bpb": metric.compute().item(), "val/loss": nats / max(targets_seen, 1)}
-        return {**figures, "val/bpb_stderr": metric.standard_error().item()}
+        result = metric.compute()
+        figures = {"val/bpb": result.bpb, "val/bpb_stderr": result.stderr, "val/loss": nats / max(targets_seen, 1)}
+        return {name: value for name, value in figures.items() if value is not None}
+
+
+class _Voice(NamedTuple):
+    """What the engine needs of a model in training."""
+
+    net: GPT
+    tokenizer: Tokenizer
 
 
 class Samples:
@@ -65,7 +73,7 @@ class Samples:
     def write(self, net: GPT, tokenizer: Tokenizer, step: int) -> list[dict[str, Any]]:
         """Sample and append."""
         net.eval()
-        engine = Engine.of(net, tokenizer)
+        engine = Engine(_Voice(net, tokenizer))
         rows = [
             {"step": step, "prompt": sample.prompt, "text": sample.text}
             for sample in write_samples(engine, self.prompts, self.max_tokens)
@@ -98,18 +106,18 @@ class PeriodicEvaluation(Callback):
         self.validation, self.samples, self.clock, self.check_stop = validation, samples, clock, check_stop
         self.every_steps, self.samples_every_steps = every_steps, samples_every_steps
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Make up for what a stop kept from being measured after the step of the resume file."""
         if trainer.global_step > 0:
             self._measure(trainer, pl_module)
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """After a step."""
         self._measure(trainer, pl_module)
 
-    def _measure(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _measure(self, trainer: Trainer, pl_module: Any) -> None:
         step = trainer.global_step
         if self.validation is None or step >= trainer.max_steps:
             return

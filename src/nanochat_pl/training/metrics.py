@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers.logger import Logger
 
 from nanochat_pl.common.files import disk_errors_explained, write_text
@@ -157,16 +157,21 @@ class StepMetrics(Callback):
         return self._seconds
 
     @property
+    def tokens(self) -> int:
+        """Tokens trained on so far (padding included)."""
+        return self._tokens
+
+    @property
     def seconds_per_step(self) -> float:
         """Median of the last steps: the first one, which compiles, does not count for long."""
         return statistics.median(self._recent)
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """The first lap begins here."""
         self.clock.lap()
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: StepBatch, batch_idx: int
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: StepBatch, batch_idx: int
     ) -> None:
         """After a step: ``global_step`` is the number of steps made."""
         seconds, tokens, loss = self.clock.lap(), batch.inputs.numel(), outputs["loss"].item()

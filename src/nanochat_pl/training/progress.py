@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, Trainer
 from rich.progress import BarColumn, Progress, TextColumn
 
 from nanochat_pl.common.console import SECONDS_BETWEEN_LINES, console, say
@@ -24,7 +24,7 @@ class TrainingProgress(Callback):
         self._parts = 1
         self._trainer: Trainer | None = None
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Show the bar where the terminal can; it begins at the step that the run goes on from."""
         self._trainer, self._spoken = trainer, time.monotonic()
         pl_module.micro_batch_hooks.append(self._within_step)
@@ -36,7 +36,7 @@ class TrainingProgress(Callback):
             self._bar.start()
 
     def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: StepBatch, batch_idx: int
+        self, trainer: Trainer, pl_module: Any, batch: StepBatch, batch_idx: int
     ) -> None:
         """Learn how many parts this step has."""
         self._parts = num_micro_batches(len(batch.inputs), pl_module.device_batch_size)
@@ -50,7 +50,7 @@ class TrainingProgress(Callback):
             self._bar.update(self._task, completed=position, steps=f"{step:,}/{self._trainer.max_steps:,}")
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Move the bar, or print a line where one is due."""
         step, figures = trainer.global_step, self._figures(trainer)
@@ -73,11 +73,11 @@ class TrainingProgress(Callback):
         ]
         return "  ".join(figure for figure in figures if figure)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Leave the full bar behind."""
         self._close()
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+    def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
         """Give the terminal back before the error is printed."""
         self._close()
 

@@ -6,7 +6,6 @@ with ``weights_only=True``, and named by the step. The newest readable one is wh
 
 from __future__ import annotations
 
-import os
 import re
 import warnings
 import zipfile
@@ -19,6 +18,7 @@ from lightning.pytorch.plugins.io import CheckpointIO
 
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.files import free_bytes, write_atomically
+from nanochat_pl.training.metrics import StepClock
 
 _NAME = re.compile(r"step=(\d{6,})\.ckpt")
 
@@ -87,15 +87,16 @@ def newest_resume_file(folder: Path) -> Path | None:
 class ResumeFiles(Callback):
     """Writes a resume file every N steps, at the last step, and when the run is stopped; keeps the newest few."""
 
-    def __init__(self, folder: Path, every_steps: int, keep_last: int) -> None:
-        self.folder, self.every_steps, self.keep_last = folder, every_steps, keep_last
+    def __init__(self, folder: Path, every_steps: int, keep_last: int, clock: StepClock) -> None:
+        self.folder, self.every_steps, self.keep_last, self.clock = folder, every_steps, keep_last, clock
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """After a step."""
         if trainer.global_step % self.every_steps == 0 or trainer.global_step == trainer.max_steps:
-            self.save(trainer)
+            with self.clock.paused():
+                self.save(trainer)
 
     def save(self, trainer: Trainer) -> None:
         """Write the file of the last finished step, then let the oldest go."""
@@ -108,7 +109,3 @@ class ResumeFiles(Callback):
         for old in resume_files(self.folder)[self.keep_last :]:
             old.unlink()
 
-
-def thread_settings() -> dict[str, int]:
-    """What the bits of a CPU's sums depend on besides the code."""
-    return {"num_threads": torch.get_num_threads(), "interop": torch.get_num_interop_threads(), "cpus": os.cpu_count() or 1}

@@ -13,7 +13,7 @@ from nanochat_pl.optim.schedules import ScheduleSettings
 from nanochat_pl.optim.settings import OptimSettings
 from nanochat_pl.planning.horizon import HorizonSettings
 from nanochat_pl.tasks.settings import MixtureSettings
-from nanochat_pl.tokenizer.bpe import TokenizerSettings
+from nanochat_pl.tokenizer.training import TokenizerSettings
 
 
 @dataclass(frozen=True)

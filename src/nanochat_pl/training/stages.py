@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
-from nanochat_pl.model import GPT, GPTConfig, parameter_roles
-from nanochat_pl.optim.muon_adamw import MuonAdamW
-from nanochat_pl.optim.parameter_groups import Hyperparameters, build_optimizer
-from nanochat_pl.optim.schedules import ScheduleSettings
+from nanochat_pl.model.config import GPTConfig
+from nanochat_pl.model.gpt import GPT, parameter_roles
+from nanochat_pl.model.init import init_weights
+from nanochat_pl.optim import Hyperparameters, MuonAdamW, ScheduleSettings, build_optimizer
 from nanochat_pl.training.step import StepBatch, training_step
 
 
@@ -28,6 +28,8 @@ class StageRecipe:
     device_batch_size: int
     seed: int
     compile: bool
+    # Plain data that has a say in the result: a resumed run must have the same.
+    fixed_settings: dict[str, Any] = field(default_factory=dict)
 
 
 class TrainingStage(LightningModule):
@@ -39,27 +41,29 @@ class TrainingStage(LightningModule):
         self.recipe = recipe
         self.schedule, self.num_steps = recipe.schedule, recipe.num_steps
         self.device_batch_size = recipe.device_batch_size
+        self.fixed_settings = recipe.fixed_settings
         # Called before each micro-batch with its number: the progress bar moves and a stop is noticed there.
         self.micro_batch_hooks: list[Callable[[int], None]] = []
         self.net: GPT | None = None
 
     def configure_model(self) -> None:
-        """Build the model on the meta device, then on the training device with its first weights."""
+        """Build the model on the training device, with its first weights."""
         if self.net is None:
-            self.net = GPT.on_meta(self.recipe.model)
+            self.net = GPT(self.recipe.model).materialise(self.device)
             self.first_weights(self.net)
             loss = self.net.weighted_loss
             # A plain function in a tuple: modules or bound methods as attributes would double the state dict's keys.
             self._loss = (torch.compile(loss, dynamic=False) if self.recipe.compile else loss,)
 
     def first_weights(self, net: GPT) -> None:
-        """Give a model that is on the meta device its first weights."""
-        net.materialize_and_init(self.device, seed=self.recipe.seed)
+        """Give the model its first weights: fresh ones."""
+        init_weights(net, self.recipe.seed)
 
     def configure_optimizers(self) -> MuonAdamW:
         """The one optimizer, with its state allocated: a step never fails for lack of memory half-way."""
         assert self.net is not None
-        optimizer = build_optimizer(self.net.named_parameters(), parameter_roles(self.net), self.recipe.hyperparameters)
+        roles, dtype = parameter_roles(self.net), self.recipe.model.compute_dtype
+        optimizer = build_optimizer(self.net.named_parameters(), roles, self.recipe.hyperparameters, dtype)
         optimizer.allocate_state()
         self.first_moments(optimizer)
         return optimizer
@@ -71,6 +75,10 @@ class TrainingStage(LightningModule):
     def optimizer(self) -> Any:
         """Lightning's wrapper of the optimizer (its ``step`` counts ``global_step``)."""
         return self.optimizers()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Put the settings into the resume file, to be compared when it is used."""
+        checkpoint["nanochat_pl"] = self.fixed_settings
 
     def weighted_loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Summed nats over the targets of a micro-batch, compiled where that was asked for."""
@@ -102,7 +110,7 @@ class SFTStage(TrainingStage):
 
     def first_weights(self, net: GPT) -> None:
         """The parent's weights."""
-        net.materialize(self._parent[0], self.device)
+        net.load_state_dict(self._parent[0])
 
     def first_moments(self, optimizer: MuonAdamW) -> None:
         """The parent's moments, where there are any: the learning rates are this stage's own."""

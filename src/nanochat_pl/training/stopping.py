@@ -7,7 +7,7 @@ import signal
 from types import FrameType, TracebackType
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, Trainer
 
 from nanochat_pl.training.resume import ResumeFiles
 
@@ -49,7 +49,7 @@ class GracefulStop(Callback):
             os._exit(128 + signum)
         self.signum = signum
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Take the signals back: Lightning has put handlers of its own, whose exit code would be 0."""
         for signum in SIGNALS:
             signal.signal(signum, self._handle)
@@ -61,7 +61,7 @@ class GracefulStop(Callback):
         if self.signum is not None and self._trainer is not None:
             raise StopRequested(self.signum, self._trainer.global_step)
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+    def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
         """Write the resume file of the last finished step: until the optimizer steps, nothing has changed."""
         if isinstance(exception, StopRequested) and exception.step > 0:
             self.resume_files.save(trainer)
