@@ -103,7 +103,7 @@ class Docstring:
 
 
 def installed_packages() -> tuple[list[Package], list[str]]:
-    """The standard library's modules, then those of :data:`DEPENDENCIES` that are installed; and the names of the rest."""
+    """The modules of the standard library, then :data:`DEPENDENCIES`; and the names of those that are not installed."""
     stdlib_folder = Path(sysconfig.get_paths()["stdlib"])
     packages, absent = [], []
     for name in sorted(sys.stdlib_module_names - _SKIPPED_STDLIB):
@@ -239,5 +239,5 @@ def _parameters(arguments: ast.arguments, in_class: bool) -> str:
 
 
 def _is_unicode(text: str) -> bool:
-    """Whether the text has a UTF-8 form: a docstring may hold half a surrogate pair ("\\ud800")."""
-    return not any("\ud800" <= character <= "\udfff" for character in text) if not text.isascii() else True
+    """Whether the text has a UTF-8 form: an escape in a docstring may make half a surrogate pair of it."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)

@@ -24,7 +24,7 @@ import random
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +81,7 @@ class PythonDocs:
     def shards(self, split: Split) -> list[Shard]:
         """The shards of a split, in order."""
         return [
-            Shard(entry["file"], split, entry["sha256"], lambda path=self.folder / entry["file"]: _texts(path))
+            Shard(entry["file"], split, entry["sha256"], partial(_texts, self.folder / entry["file"]))
             for entry in self.manifest["splits"][split]["shards"]
         ]
 
@@ -215,7 +215,7 @@ def _write_corpus(
 
 
 def _write_split(folder: Path, split: Split, documents: Sequence[Document]) -> dict[str, Any]:
-    shards = []
+    shards: list[dict[str, Any]] = []
     for start in range(0, len(documents), DOCUMENTS_A_SHARD):
         part = documents[start : start + DOCUMENTS_A_SHARD]
         file = f"{split}-{len(shards):05d}.parquet"
