@@ -31,7 +31,10 @@ class DataSettings:
         8_000, "A txt file is cut at blank lines into documents of at most this many characters.", at_least=1
     )
     validation_fraction: float = setting(
-        0.05, "Share of the documents of data.path held out, chosen by a hash of the text.", above=0, at_most=0.5
+        0.05,
+        "Share of the documents of data.path held out (at least one), chosen by a hash of the text.",
+        above=0,
+        at_most=0.5,
     )
     validation_path: str | None = setting(
         None, "Files to validate on; then all of data.path is trained on and validation_fraction is not used."
@@ -39,10 +42,10 @@ class DataSettings:
     long_documents: Literal["split", "crop"] = setting(
         "split", "split: documents longer than a row are cut into pieces, each with bos; crop: as the reference does."
     )
-    shuffle: bool = setting(True, "Documents in a seeded order; false: the first epoch in the order of the source.")
+    shuffle: bool = setting(True, "Each epoch in a seeded order of its own; false: all in the order of the source.")
     pack_buffer_documents: int = setting(1_000, "Documents among which the packer finds the best fit.", at_least=1)
     pack_refill_documents: int = setting(128, "Documents that are added to that buffer at a time.", at_least=1)
-    seed: int = setting(0, "Seed of the order of documents.", at_least=0)
+    seed: int = setting(0, "Seed of the order of documents.", at_least=0, at_most=2**32 - 1)
 
     def __post_init__(self) -> None:
         problems = []
