@@ -95,8 +95,8 @@ def make_run(run: Path, hostile: str = "") -> Path:
     write_stage(run, "sft", 220, 3.4, 0.62)
     write_lines(
         run / "base" / "samples.jsonl",
-        [{"step": 160, "prompt": "Return the", "text": " the the the"}]
-        + [
+        [
+            {"step": 160, "prompt": "Return the", "text": " the the the"},
             {"step": 320, "prompt": "Return the", "text": " number of elements in the given array." + hostile},
             {
                 "step": 320,

@@ -8,17 +8,16 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from nanochat_pl.report.read import Series, StageRecord
-from nanochat_pl.report.text import compact
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 MAX_POINTS = 400
-PANEL_INCHES = (4.2, 2.5)
+PANEL_INCHES = (3.9, 2.4)
 
 
 @dataclass(frozen=True)
@@ -58,8 +57,9 @@ class Panel:
     title: str
     unit: str
     lines: tuple[Line, ...]
-    tokens: Series = Series()
+    tokens: Series | None = None
     from_zero: bool = False
+    last_step: int = 1
 
     @property
     def description(self) -> str:
@@ -75,7 +75,9 @@ class Panel:
 
 def panels_of(stage: StageRecord) -> list[Panel]:
     """The panels for which the stage has measured something."""
-    column, tokens = stage.column, stage.column("train/tokens")
+    column = stage.column
+    tokens = stage.series.get("train/tokens")
+    last_step = max((series.steps[-1] for series in stage.series.values() if series.steps), default=1)
     candidates = [
         Panel(
             "loss",
@@ -101,14 +103,16 @@ def panels_of(stage: StageRecord) -> list[Panel]:
         Panel("decay", "Muon weight decay", "", (Line(column("train/muon_weight_decay")),), from_zero=True),
         Panel("mfu", "Model FLOPs utilisation", "share of the peak", (Line(column("train/mfu")),), from_zero=True),
     ]
-    return [kept for panel in candidates if (kept := _measured(panel)).lines]
+    return [kept for panel in candidates if (kept := _measured(panel, last_step)).lines]
 
 
-def _measured(panel: Panel) -> Panel:
+def _measured(panel: Panel, last_step: int) -> Panel:
+    """The panel with those of its lines that were measured."""
     lines = [line for line in panel.lines if line.series.steps]
     if len(lines) == 1 and lines[0].kind == "faint":
         lines = [Line(lines[0].series, "training")]
-    return Panel(panel.key, panel.title, panel.unit, tuple(lines), panel.tokens, panel.from_zero)
+    tokens = panel.tokens if panel.tokens and panel.tokens.steps else None
+    return replace(panel, lines=tuple(lines), tokens=tokens, last_step=last_step)
 
 
 def svg(panel: Panel, prefix: str) -> str:
@@ -118,11 +122,11 @@ def svg(panel: Panel, prefix: str) -> str:
         prefix: unique in the page; begins the ids of the drawing, which share one name space.
     """
     figure = _figure(PANEL_INCHES)
-    axes = figure.add_axes((0.09, 0.115, 0.80, 0.80))
+    axes = figure.add_axes((0.105, 0.125, 0.735, 0.78))
     _draw(axes, panel, STAND_INS)
     text = _save(figure, "svg", prefix).decode("utf-8")
     text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
+    text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", text, flags=re.S)
     text = re.sub(r"<svg [^>]*?viewBox=\"([^\"]*)\"[^>]*>", r'<svg viewBox="\1" aria-hidden="true">', text, count=1)
     text = re.sub(r'(\bid="|xlink:href="#|url\(#)', rf"\g<1>{prefix}-", text)
     text = text.replace("xlink:href", "href")
@@ -152,7 +156,7 @@ def png(panels: Iterable[Panel], title: str) -> bytes:
     figure.text(0.5 / size[0], 1 - 0.3 / size[1], title, size=13, weight="bold", color=PRINT.ink, va="center")
     for axes, panel in zip(grid.flat, shown, strict=False):
         _draw(axes, panel, PRINT)
-        raised = 20 if panel.tokens.steps else 8
+        raised = 20 if panel.tokens else 8
         axes.set_title(panel.title, loc="left", size=10, weight="bold", color=PRINT.ink, pad=raised)
         axes.set_title(panel.unit, loc="right", size=8.5, color=PRINT.muted, pad=raised)
     for axes in grid.flat[len(shown) :]:
@@ -185,14 +189,23 @@ def _draw(axes: Axes, panel: Panel, palette: Palette) -> None:
         if line.kind == "faint":
             axes.plot(series.steps, series.values, color=color, linewidth=0.9, zorder=2)
             continue
-        marker = {"marker": "o", "markersize": 3.6} if line.kind == "dots" or len(series.steps) == 1 else {}
-        axes.plot(series.steps, series.values, color=color, linewidth=1.8, zorder=3, solid_capstyle="round", **marker)
+        marker = "o" if line.kind == "dots" or len(series.steps) == 1 else ""
+        axes.plot(
+            series.steps,
+            series.values,
+            color=color,
+            linewidth=1.8,
+            marker=marker,
+            markersize=3.6,
+            zorder=3,
+            clip_on=False,
+        )
         if line.errors is not None:
             _draw_errors(axes, line.series, line.errors, color)
         ends.append((series.steps[-1], line.series.values[-1], line.label, color))
     _set_limits(axes, panel)
     _draw_frame(axes, palette)
-    if panel.tokens.steps:
+    if panel.tokens:
         _draw_token_axis(axes, panel.tokens, palette)
     _label_ends(axes, ends)
 
@@ -218,9 +231,7 @@ def _draw_errors(axes: Axes, series: Series, errors: Series, color: str) -> None
 
 
 def _set_limits(axes: Axes, panel: Panel) -> None:
-    steps = [step for line in panel.lines for step in (line.series.steps[0], line.series.steps[-1])]
-    first, last = min(steps), max(steps)
-    axes.set_xlim(first, last if last > first else first + 1)
+    axes.set_xlim(0, max(1, panel.last_step))
     values = [value for line in panel.lines for value in line.series.values]
     low, high = (0.0 if panel.from_zero else min(values)), max(values)
     room = 0.08 * (high - low) or 0.08 * abs(high) or 1.0
@@ -237,12 +248,19 @@ def _draw_frame(axes: Axes, palette: Palette) -> None:
         axes.spines[side].set_visible(False)
     axes.spines["bottom"].set_color(palette.muted)
     axes.spines["bottom"].set_linewidth(0.8)
-    axes.tick_params(axis="both", labelsize=8.5, labelcolor=palette.muted, color=palette.muted, length=0, pad=4)
+    axes.tick_params(axis="both", labelsize=9.5, labelcolor=palette.muted, color=palette.muted, length=0, pad=4)
     axes.tick_params(axis="x", length=3)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(4))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: compact(value).replace(" ", "")))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: compact(value).replace(" ", "")))
+    axes.xaxis.set_major_formatter(FuncFormatter(_tick))
+    axes.yaxis.set_major_formatter(FuncFormatter(_tick))
+
+
+def _tick(value: float, _position: object = None) -> str:
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if abs(value) >= size:
+            return f"{value / size:.3g}{unit}"
+    return f"{value:.3g}"
 
 
 def _draw_token_axis(axes: Axes, tokens: Series, palette: Palette) -> None:
@@ -256,22 +274,23 @@ def _draw_token_axis(axes: Axes, tokens: Series, palette: Palette) -> None:
     top = axes.secondary_xaxis("top")
     top.set_xticks(
         np.interp(ticks, tokens.values, tokens.steps),
-        [f"{compact(value)}{' tokens' if value == ticks[-1] else ''}" for value in ticks],
+        [f"{_tick(value)}{' tokens' if value == ticks[-1] else ''}" for value in ticks],
     )
+    top.set_facecolor("none")
     top.spines["top"].set_visible(False)
-    top.tick_params(labelsize=8, labelcolor=palette.muted, color=palette.grid, length=3, pad=3)
+    top.tick_params(labelsize=9, labelcolor=palette.muted, color=palette.grid, length=3, pad=3)
 
 
 def _label_ends(axes: Axes, ends: list[tuple[int, float, str, str]]) -> None:
     """Write each line's last value and name beside its end, moved apart where they would touch."""
     low, high = axes.get_ylim()
-    gap = 0.15 if any(label for _, _, label, _ in ends) else 0.1
+    gap = 0.19 if any(label for _, _, label, _ in ends) else 0.11
     placed: list[float] = []
     for _step, value, label, color in sorted(ends, key=lambda end: end[1]):
         at = (value - low) / (high - low)
         at = max(at, placed[-1] + gap) if placed else at
         placed.append(at)
-        text = f"{value:.4g}" if abs(value) < 1e4 else compact(value)
+        text = f"{value:.4g}" if abs(value) < 1e4 else _tick(value)
         axes.annotate(
             f"{text}\n{label}" if label else text,
             (1, at),
@@ -279,7 +298,7 @@ def _label_ends(axes: Axes, ends: list[tuple[int, float, str, str]]) -> None:
             xytext=(6, 0),
             textcoords="offset points",
             color=color,
-            size=9,
+            size=10,
             va="center",
             linespacing=1.15,
             annotation_clip=False,

@@ -17,10 +17,10 @@ from typing import Any, TypeVar
 
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.files import read_json
+from nanochat_pl.common.run_folder import STAGES, Status
 from nanochat_pl.common.settings import build, setting
 from nanochat_pl.report.text import show
 
-STAGES = ("tokenizer", "base", "mid", "sft", "rl")
 # The stages that a whole chain has; a report says so where one of them was not trained.
 EXPECTED_STAGES = ("tokenizer", "base", "sft")
 MAX_FILE_BYTES = 512 * 2**20
@@ -85,10 +85,14 @@ class TaskResult:
 
 @dataclass(frozen=True)
 class StageRecord:
-    """All that a stage's folder says. Missing stages have the status ``missing`` and nothing else."""
+    """All that a stage's folder says; nothing but the name where the status is ``absent``.
+
+    ``parent_run`` is the run whose earlier stages this one starts from, where that is another run.
+    """
 
     name: str
-    status: str
+    status: Status
+    parent_run: str = ""
     step: int | None = None
     seconds: float | None = None
     metrics: dict[str, float] = field(default_factory=dict)
@@ -147,7 +151,7 @@ def read_run(run_dir: Path) -> RunRecord:
 
 def _read_stage(folder: Path) -> StageRecord:
     if not folder.is_dir():
-        return StageRecord(name=folder.name, status="missing")
+        return StageRecord(name=folder.name, status="absent")
     finished = _optional_object(folder / "finished.json")
     series = _read_metrics(folder / "metrics.csv")
     last_step = max((column.steps[-1] for column in series.values() if column.steps), default=None)
@@ -155,6 +159,7 @@ def _read_stage(folder: Path) -> StageRecord:
     return StageRecord(
         name=folder.name,
         status="finished" if (folder / "finished.json").exists() else "unfinished",
+        parent_run=str(_optional_object(folder / "parent.json").get("run", "")),
         step=_number(finished, "step", folder / "finished.json", whole=True) if "step" in finished else last_step,
         seconds=_number(finished, "seconds", folder / "finished.json"),
         metrics=_finite_numbers(metrics, folder / "finished.json"),
@@ -281,8 +286,7 @@ def _number(values: Mapping[str, Any], key: str, path: Path, whole: bool = False
     value = values.get(key)
     if value is None:
         return None
-    kinds: tuple[type, ...] = (int,) if whole else (int, float)
-    if not isinstance(value, kinds) or isinstance(value, bool) or not math.isfinite(value):
+    if not _is_finite_number(value) or (whole and not isinstance(value, int)):
         raise UserError(f"{path}: {key}={value!r}: must be a {'whole ' if whole else ''}number.")
     return value
 
@@ -290,8 +294,11 @@ def _number(values: Mapping[str, Any], key: str, path: Path, whole: bool = False
 def _finite_numbers(values: Any, path: Path) -> dict[str, float]:
     if not isinstance(values, Mapping):
         raise UserError(f"{path}: {values!r}: must be a group of named numbers.")
-    numbers = {key: value for key, value in values.items() if isinstance(value, (int, float))}
-    return {key: value for key, value in numbers.items() if not isinstance(value, bool) and math.isfinite(value)}
+    return {key: value for key, value in values.items() if _is_finite_number(value)}
+
+
+def _is_finite_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _optional_object(path: Path) -> dict[str, Any]:

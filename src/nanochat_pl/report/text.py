@@ -7,7 +7,7 @@ escaped by the template engine; here is what Markdown and any encoding need.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 # Control characters but tab and line end; lone surrogates; marks that turn the reading direction of what follows.
@@ -33,6 +33,12 @@ def markdown_block(text: str) -> str:
     return f"{fence}text\n{text}\n{fence}"
 
 
+def plain_message(parts: Sequence[Mapping[str, str]]) -> str:
+    """A message as one text: a call of the calculator and its result stand as ⟨expression = result⟩."""
+    before, after = {"python": "⟨", "python_output": " = "}, {"python_output": "⟩"}
+    return "".join(f"{before.get(p['type'], '')}{p['text']}{after.get(p['type'], '')}" for p in parts)
+
+
 def show(value: Any) -> str:
     """A value as people read it: thousands grouped, four significant digits, lists joined."""
     if value is None:
@@ -53,9 +59,9 @@ def show(value: Any) -> str:
 def compact(value: float) -> str:
     """A count with three significant digits and a unit: 1.31 M."""
     for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if abs(value) >= size:
+        if abs(value) >= 0.9995 * size:
             scaled = value / size
-            return f"{scaled:.{max(0, 2 - len(str(int(abs(scaled)))) + 1)}f} {unit}"
+            return f"{scaled:.{2 if abs(scaled) < 9.995 else 1 if abs(scaled) < 99.95 else 0}f} {unit}"
     return show(round(value, 3))
 
 

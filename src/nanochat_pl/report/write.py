@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from nanochat_pl.common.files import ensure_folder, write_atomically, write_json, write_text
 from nanochat_pl.common.settings import to_plain
 from nanochat_pl.report import plots
-from nanochat_pl.report.read import Answer, EvaluationRecord, RunRecord, StageRecord, TaskResult, read_run
-from nanochat_pl.report.text import clean, compact, duration, markdown_block, markdown_inline, percent, show
+from nanochat_pl.report.read import Answer, RunRecord, StageRecord, TaskResult, read_run
+from nanochat_pl.report.text import (
+    clean,
+    compact,
+    duration,
+    markdown_block,
+    markdown_inline,
+    percent,
+    plain_message,
+    show,
+)
 
 SUMMARY_COLUMNS = ("stage", "figure", "value", "standard error", "n", "baseline")
 MAX_SAMPLES = 8
@@ -36,7 +46,7 @@ def write_report(run_dir: Path) -> Path:
     shown = _shown(run)
     for stage, panels in shown["panels"].items():
         picture = plots.png(panels, stage)
-        write_atomically(folder / PICTURE.format(stage=stage), lambda path, data=picture: _write(path, data))
+        write_atomically(folder / PICTURE.format(stage=stage), partial(_write_bytes, picture))
     write_json(folder / "report.json", _figures(run))
     write_text(folder / "report.md", _render("report.md.jinja", shown))
     write_text(folder / "report.html", _render("report.html.jinja", shown))
@@ -86,8 +96,22 @@ def _shown(run: RunRecord) -> dict[str, Any]:
             evaluation.stage: {task: _chosen(answers) for task, answers in evaluation.answers.items() if answers}
             for evaluation in run.evaluations
         },
-        "total_seconds": _total_seconds(run),
+        "notes": list(_notes(run)),
     }
+
+
+def _notes(run: RunRecord) -> Iterator[str]:
+    """What a reader must know before the figures: what is missing, unfinished, from elsewhere, or no number."""
+    for stage in run.stages:
+        if stage.status == "absent":
+            yield f"Stage {stage.name} was not trained."
+        if stage.status == "unfinished":
+            yield f"Stage {stage.name} is unfinished: what it has measured so far is shown."
+        if stage.parent_run:
+            yield f"Stage {stage.name} starts from run {clean(stage.parent_run)}."
+        for name, series in stage.series.items():
+            if series.num_not_finite:
+                yield f"Stage {stage.name}: values of {clean(name)} that are not finite: {series.num_not_finite:,}."
 
 
 def _total_seconds(run: RunRecord) -> float | None:
@@ -103,13 +127,8 @@ def _tiles(run: RunRecord) -> Iterator[tuple[str, str, str]]:
             yield (f"{stage.name}, bits per byte", f"{bpb:.3f}", "" if error is None else f"± {error:.3f}")
     if run.evaluations:
         for suite, tasks in run.evaluations[-1].suites.items():
-            best = [task for task in tasks if task.accuracy > task.baseline]
-            label = f"{run.evaluations[-1].stage}, {suite} tasks above guessing"
-            yield (
-                label,
-                f"{len(best)} of {len(tasks)}",
-                f"mean {percent(sum(t.accuracy for t in tasks) / len(tasks))}",
-            )
+            mean = sum(task.accuracy for task in tasks) / len(tasks)
+            yield (f"{run.evaluations[-1].stage}, {suite} tasks", percent(mean), f"mean of {len(tasks)}")
     trained = [last for stage in run.stages if (last := stage.column("train/tokens").last) is not None]
     if trained:
         yield ("tokens trained on", compact(sum(trained)), "")
@@ -187,7 +206,13 @@ def _render(template: str, shown: dict[str, Any]) -> str:
         keep_trailing_newline=True,
     )
     environment.filters.update(
-        clean=clean, inline=markdown_inline, block=markdown_block, show=show, percent=percent, duration=duration
+        clean=clean,
+        plain=plain_message,
+        inline=markdown_inline,
+        block=markdown_block,
+        show=show,
+        percent=percent,
+        duration=duration,
     )
     # The drawings hold no text of the run folder: titles, labels and numbers are this room's own.
     environment.globals.update(svg=lambda panel, prefix: Markup(plots.svg(panel, prefix)), error_bar=_error_bar)
@@ -205,5 +230,5 @@ def _error_bar(task: TaskResult) -> dict[str, float]:
     }
 
 
-def _write(path: Path, data: bytes) -> None:
+def _write_bytes(data: bytes, path: Path) -> None:
     path.write_bytes(data)
