@@ -154,7 +154,7 @@ def test_the_closure_is_called_with_gradients_on_and_its_result_given_back() -> 
         return loss
 
     assert optimizer.step(closure).item() == 16.0
-    assert float(parameter.max()) < 1.0
+    assert parameter.max().item() < 1.0
 
 
 def test_classic_muon_is_selectable_and_has_singular_values_near_one() -> None:

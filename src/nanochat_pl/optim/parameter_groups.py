@@ -64,6 +64,14 @@ def build_optimizer(
     )
 
 
+def learning_rate(role: str, hyper: Hyperparameters) -> float:
+    """Learning rate of a role's group, before its schedule."""
+    if role == MATRIX:
+        return hyper.matrix_lr
+    rule = ADAMW_RULES[role]
+    return getattr(hyper, rule.hyperparameter) * rule.factor * (hyper.width_lr_scale if rule.by_width else 1.0)
+
+
 def make_groups(
     named_parameters: Iterable[tuple[str, torch.nn.Parameter]], roles: Mapping[str, str], hyper: Hyperparameters
 ) -> list[dict[str, Any]]:
@@ -81,15 +89,15 @@ def make_groups(
     for role, rule in ADAMW_RULES.items():
         members = [(name, parameter) for name, parameter in trained if roles[name] == role]
         if members:
-            scale = rule.factor * (hyper.width_lr_scale if rule.by_width else 1.0)
-            lr = getattr(hyper, rule.hyperparameter) * scale
             adamw = {"betas": rule.betas, "eps": ADAMW_EPS, "weight_decay": rule.weight_decay}
+            lr = learning_rate(role, hyper)
             groups.append({"kind": "adamw", "role": role, "params": members, "lr": lr, **adamw})
     matrices = [(name, parameter) for name, parameter in trained if roles[name] == MATRIX]
     for shape in sorted({tuple(parameter.shape) for _, parameter in matrices}):
         members = [(name, parameter) for name, parameter in matrices if tuple(parameter.shape) == shape]
         muon = {"weight_decay": hyper.weight_decay, "beta2": MUON_BETA2, "momentum": 0.0}
-        groups.append({"kind": "muon", "role": MATRIX, "params": members, "lr": hyper.matrix_lr, **muon})
+        lr = learning_rate(MATRIX, hyper)
+        groups.append({"kind": "muon", "role": MATRIX, "params": members, "lr": lr, **muon})
     return groups
 
 

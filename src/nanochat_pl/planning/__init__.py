@@ -1,0 +1,19 @@
+"""From depth to a plan: every derived value with its reason."""
+
+from nanochat_pl.planning.horizon import HorizonSettings, check_horizon, estimate_cpu_seconds
+from nanochat_pl.planning.make import hyperparameters, make_finetune_plan, make_plan
+from nanochat_pl.planning.plan import Derived, Plan
+from nanochat_pl.planning.render import PlanRow, plan_rows
+
+__all__ = [
+    "Derived",
+    "HorizonSettings",
+    "Plan",
+    "PlanRow",
+    "check_horizon",
+    "estimate_cpu_seconds",
+    "hyperparameters",
+    "make_finetune_plan",
+    "make_plan",
+    "plan_rows",
+]

@@ -1,0 +1,84 @@
+"""How long to train: what the user may set, and the check that stands before a run nobody asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from nanochat_pl.common.errors import UserError
+from nanochat_pl.common.settings import setting
+
+if TYPE_CHECKING:
+    from nanochat_pl.planning.plan import Plan
+
+MAX_EPOCHS = 4.0  # beyond, repeated text teaches little more (arXiv 2305.16264)
+MAX_CPU_SECONDS = 3600.0
+
+# What one CPU core is taken to reach in training, in FLOP/s: float32 with 256-bit vectors, a small model. Two
+# newer cores with bfloat16 units reach three times that. It decides nothing but whether check_horizon asks back.
+ASSUMED_FLOPS_PER_CORE = 50e9
+
+
+@dataclass(frozen=True)
+class HorizonSettings:
+    """The length of a stage. Precedence: max_steps, flops_budget, tokens_per_parameter."""
+
+    max_steps: int | None = setting(None, "Optimizer steps; null: from the FLOPs budget or the ratio.", at_least=1)
+    flops_budget: float | None = setting(
+        None, "Training FLOPs to spend, e.g. 1e18; null: the ratio sets the length.", above=0
+    )
+    tokens_per_parameter: float | None = setting(
+        None, "Training tokens per scaling parameter; null: 12. 8 is the speedrun's, 20 Chinchilla's.", above=0
+    )
+    total_batch_tokens: int | None = setting(
+        None, "Tokens of one optimizer step over all processes; null: from the horizon.", at_least=1
+    )
+
+
+def estimate_cpu_seconds(total_flops: float, num_cores: int, flops_per_core: float = ASSUMED_FLOPS_PER_CORE) -> float:
+    """Seconds that this many training FLOPs take on a CPU at an assumed rate per core (or a measured one)."""
+    return total_flops / (num_cores * flops_per_core)
+
+
+def check_horizon(plan: Plan, tokens_at_hand: int, estimated_seconds: float | None = None) -> None:
+    """Refuse a horizon that the plan came to by itself and that nobody would want.
+
+    Args:
+        plan: of the stage. Where the user set its length, there is nothing to check.
+        tokens_at_hand: training tokens that the data has; one epoch.
+        estimated_seconds: on a CPU, of :func:`estimate_cpu_seconds`; null: no limit of time.
+
+    Raises:
+        UserError: more than four epochs, or more than an hour on a CPU; it names the keys that set another length.
+    """
+    if plan.horizon_given:
+        return
+    num_steps, batch_tokens = plan["num_steps"], plan["total_batch_tokens"]
+    epochs = num_steps * batch_tokens / max(tokens_at_hand, 1)
+    problems, steps_that_fit = [], [num_steps]
+    if epochs > MAX_EPOCHS:
+        problems.append(
+            f"The plan's own horizon, {num_steps:,} steps of {batch_tokens:,} tokens, is {epochs:,.1f} epochs of the"
+            f" {tokens_at_hand:,} tokens at hand (limit: {MAX_EPOCHS:g})."
+        )
+        steps_that_fit.append(int(MAX_EPOCHS * tokens_at_hand / batch_tokens))
+    if estimated_seconds is not None and estimated_seconds > MAX_CPU_SECONDS:
+        problems.append(
+            f"The plan's own horizon, {num_steps:,} steps, would take about {estimated_seconds / 3600:,.1f} hours on"
+            f" this CPU (limit: {MAX_CPU_SECONDS / 3600:g})."
+        )
+        steps_that_fit.append(int(num_steps * MAX_CPU_SECONDS / estimated_seconds))
+    if problems:
+        raise UserError(problems, fix=_fix(min(steps_that_fit), batch_tokens))
+
+
+def _fix(steps: int, batch_tokens: int) -> str:
+    if steps < 1:
+        return (
+            f"Even one step is too much: set total_batch_tokens below {batch_tokens}, and max_steps,"
+            " or take a smaller model.depth or more data."
+        )
+    return (
+        f"Set the length yourself: max_steps={steps} fits; flops_budget=… and tokens_per_parameter=… are other ways,"
+        " total_batch_tokens=… makes steps smaller. A smaller model.depth or more data also does it."
+    )

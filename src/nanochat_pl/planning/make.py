@@ -1,0 +1,308 @@
+"""Make the plan of a stage: one dial, depth, and everything follows.
+
+Sources: golden/plan.json; batch size by the horizon (Power Lines, arXiv 2505.13738), learning rate by the square
+root of the batch, weight decay by batch and horizon (arXiv 2405.13698).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Literal
+
+from nanochat_pl.common.errors import UserError
+from nanochat_pl.model.accounting import count_parameters, flops_per_token
+from nanochat_pl.model.config import DType, GPTConfig, ModelSettings, resolve_model
+from nanochat_pl.optim.parameter_groups import ADAMW_RULES, learning_rate
+from nanochat_pl.optim.settings import RECIPE, Hyperparameters, OptimSettings, resolve_hyperparameters
+from nanochat_pl.planning.horizon import HorizonSettings
+from nanochat_pl.planning.plan import Plan
+
+REFERENCE_DEPTH = 12
+REFERENCE_BATCH_TOKENS = 2**19
+BATCH_EXPONENT = 0.383
+TOKENS_PER_PARAMETER = 12.0
+
+VALIDATION_SHARE = 0.01  # of the training time
+MIN_VALIDATION_ROWS = 32
+MAX_VALIDATION_TOKENS = 80 * 2**19
+
+# Tokens of a micro-batch where the user does not say. A table of memory by hardware belongs here (not made yet).
+MICRO_BATCH_TOKENS = {"cpu": 2**12, "cuda": 2**16, "mps": 2**13}
+DeviceType = Literal["cpu", "cuda", "mps"]
+
+
+def make_plan(
+    model: ModelSettings,
+    horizon: HorizonSettings,
+    optim: OptimSettings,
+    *,
+    vocab_size: int,
+    compute_dtype: DType = "float32",
+    device_type: DeviceType = "cpu",
+    device_batch_size: int | None = None,
+    validation_rows: int | None = None,
+    evaluate_every_steps: int = 250,
+) -> Plan:
+    """The plan of pretraining.
+
+    Args:
+        vocab_size: of the tokenizer.
+        compute_dtype: of the model on this machine.
+        device_batch_size, validation_rows: the user's, or null for the plan's.
+        evaluate_every_steps: steps between validations; 0: one, at the end.
+
+    Raises:
+        UserError: total_batch_tokens is no whole number of rows.
+    """
+    config = resolve_model(model, vocab_size, compute_dtype)
+    reference = resolve_model(
+        dataclasses.replace(model, depth=REFERENCE_DEPTH, num_kv_heads=None), vocab_size, compute_dtype
+    )
+    plan = Plan()
+    _plan_model(plan, config, model)
+    _plan_horizon(plan, config, reference, horizon)
+    _plan_length(plan, horizon)
+    _plan_scales(plan)
+    hyper = resolve_hyperparameters(
+        optim,
+        width=config.width,
+        compute_dtype=compute_dtype,
+        batch_lr_scale=plan["batch_lr_scale"],
+        weight_decay_scale=plan["weight_decay_scale"],
+    )
+    _plan_optimizer(plan, optim, hyper)
+    _plan_rows(plan, device_type, device_batch_size, validation_rows, evaluate_every_steps)
+    return plan
+
+
+def make_finetune_plan(
+    config: GPTConfig,
+    horizon: HorizonSettings,
+    optim: OptimSettings,
+    *,
+    num_rows: int,
+    num_epochs: float = 1.0,
+    parent: Mapping[str, float],
+    parent_batch_tokens: int,
+    parent_name: str = "base",
+    device_type: DeviceType = "cpu",
+    device_batch_size: int | None = None,
+    validation_rows: int | None = None,
+    evaluate_every_steps: int = 250,
+) -> Plan:
+    """The plan of a stage that goes on from another one: its length comes from its rows, the rest from its parent.
+
+    Args:
+        config: the parent's model.
+        num_rows: packed rows of one epoch.
+        parent: hyperparameters of the parent stage (:meth:`Plan.to_inherit`).
+        parent_batch_tokens: tokens of one optimizer step of the parent.
+
+    Raises:
+        UserError: as :func:`make_plan`; or the rows are fewer than one step takes.
+    """
+    plan = Plan()
+    _plan_model(plan, config)
+    plan.derive("tokens_per_step_of_parent", parent_batch_tokens, f"the {parent_name} stage's total_batch_tokens")
+    given = _given("total_batch_tokens", horizon.total_batch_tokens)
+    batch = _plan_batch(plan, parent_batch_tokens, "tokens_per_step_of_parent", ("tokens_per_step_of_parent",), given)
+    plan.derive("num_epochs", num_epochs, "stage.num_epochs")
+    plan.derive("num_rows", num_rows, "packed rows of one epoch")
+    by_rows = int(num_rows * num_epochs) // plan["rows_per_step"]
+    if by_rows < 1 and horizon.max_steps is None and horizon.flops_budget is None:
+        raise UserError(
+            f"total_batch_tokens={batch}: one step takes {plan['rows_per_step']:,} rows, the data has"
+            f" {int(num_rows * num_epochs):,}.",
+            fix=f"Set total_batch_tokens={max(1, num_rows // 10) * config.sequence_len} or so, or max_steps=….",
+        )
+    formula = "num_rows * num_epochs // rows_per_step"
+    plan.derive("num_steps", by_rows, formula, ("num_rows", "num_epochs", "rows_per_step"), _given_steps(plan, horizon))
+    _plan_totals(plan)
+    hyper = resolve_hyperparameters(
+        optim, width=config.width, compute_dtype=config.compute_dtype, parent=parent, parent_name=parent_name
+    )
+    _plan_optimizer(plan, optim, hyper)
+    _plan_rows(plan, device_type, device_batch_size, validation_rows, evaluate_every_steps)
+    return plan
+
+
+def hyperparameters(plan: Plan, optim: OptimSettings, compute_dtype: str) -> Hyperparameters:
+    """The plan's hyperparameters as the optimizer takes them."""
+    return Hyperparameters(
+        **plan.to_inherit(),
+        width=plan["width"],
+        compute_dtype=compute_dtype,
+        matrix_optimizer=optim.matrix_optimizer,
+        compile=optim.compile,
+        sources={name: plan.values[name].overridden_by or "recipe" for name in RECIPE},
+    )
+
+
+def _given(key: str, value: float | None) -> tuple[str, float | None]:
+    return f"{key}={value}", value
+
+
+def _plan_model(plan: Plan, config: GPTConfig, settings: ModelSettings | None = None) -> None:
+    plan.derive("depth", config.num_layers, "model.depth, the dial")
+    if settings is None:
+        plan.derive("width", config.width, "the parent's model")
+        plan.derive("num_heads", config.num_heads, "the parent's model")
+    else:
+        plan.derive("aspect_ratio", settings.aspect_ratio, "model.aspect_ratio")
+        plan.derive("head_dim", settings.head_dim, "model.head_dim")
+        formula = "depth * aspect_ratio, rounded up to a multiple of head_dim"
+        plan.derive("width", config.width, formula, ("depth", "aspect_ratio", "head_dim"))
+        plan.derive("num_heads", config.num_heads, "width / head_dim", ("width", "head_dim"))
+    plan.derive("sequence_len", config.sequence_len, "model.sequence_len, positions of a row")
+    plan.derive("vocab_size", config.vocab_size, "the tokenizer's")
+    plan.derive("windows", list(config.windows), "model.window_pattern tiled over the layers, the last one full")
+    parameters = count_parameters(config)
+    for group in ("wte", "value_embeds", "lm_head", "transformer_matrices", "scalars", "total"):
+        formula = "sum of the groups" if group == "total" else "counted from the model's shapes"
+        plan.derive(f"parameters_{group}", parameters[group], formula)
+    plan.derive(
+        "flops_per_token",
+        flops_per_token(config),
+        "6 per parameter of every linear + 12 * num_heads * head_dim * visible keys of every layer, training",
+    )
+
+
+def _plan_horizon(plan: Plan, config: GPTConfig, reference: GPTConfig, horizon: HorizonSettings) -> None:
+    formula = "parameters_transformer_matrices + parameters_lm_head"
+    scaling = _scaling_parameters(config)
+    plan.derive("scaling_parameters", scaling, formula, ("parameters_transformer_matrices", "parameters_lm_head"))
+    plan.derive(
+        "reference_scaling_parameters",
+        _scaling_parameters(reference),
+        f"scaling_parameters of a model of depth {REFERENCE_DEPTH} with this vocabulary",
+    )
+    given = _given("tokens_per_parameter", horizon.tokens_per_parameter)
+    ratio = plan.derive("tokens_per_parameter", TOKENS_PER_PARAMETER, "the recipe's", given=given)
+    inputs = ("tokens_per_parameter", "scaling_parameters")
+    tokens = plan.derive(
+        "horizon_tokens", int(ratio * scaling), "int(tokens_per_parameter * scaling_parameters)", inputs
+    )
+    reference_tokens = plan.derive(
+        "reference_tokens",
+        ratio * plan["reference_scaling_parameters"],
+        "tokens_per_parameter * reference_scaling_parameters",
+        ("tokens_per_parameter", "reference_scaling_parameters"),
+    )
+    power = REFERENCE_BATCH_TOKENS * (tokens / reference_tokens) ** BATCH_EXPONENT
+    formula = (
+        f"2 ** round(log2({REFERENCE_BATCH_TOKENS} * (horizon_tokens / reference_tokens) ** {BATCH_EXPONENT})),"
+        " to whole rows"
+    )
+    given = _given("total_batch_tokens", horizon.total_batch_tokens)
+    _plan_batch(plan, 2 ** round(math.log2(power)), formula, ("horizon_tokens", "reference_tokens"), given)
+
+
+def _scaling_parameters(config: GPTConfig) -> int:
+    parameters = count_parameters(config)
+    return parameters["transformer_matrices"] + parameters["lm_head"]
+
+
+def _plan_batch(plan: Plan, wanted: int, formula: str, inputs: tuple[str, ...], given: tuple[str, float | None]) -> int:
+    """The batch and its rows. A derived batch is rounded to whole rows, a given one must have whole rows."""
+    row = plan["sequence_len"]
+    derived = max(1, round(wanted / row)) * row
+    batch = plan.derive("total_batch_tokens", derived, formula, inputs, given)
+    if batch % row:
+        near = sorted({max(1, batch // row) * row, (batch // row + 1) * row})
+        raise UserError(
+            f"total_batch_tokens={batch}: is no whole number of rows of model.sequence_len={row} tokens.",
+            fix=f"Set total_batch_tokens={' or '.join(str(each) for each in near)}.",
+        )
+    plan.derive(
+        "rows_per_step", batch // row, "total_batch_tokens / sequence_len", ("total_batch_tokens", "sequence_len")
+    )
+    return batch
+
+
+def _plan_length(plan: Plan, horizon: HorizonSettings) -> None:
+    by_ratio = max(1, plan["horizon_tokens"] // plan["total_batch_tokens"])
+    formula = "horizon_tokens // total_batch_tokens"
+    inputs = ("horizon_tokens", "total_batch_tokens")
+    plan.derive("num_steps", by_ratio, formula, inputs, _given_steps(plan, horizon))
+    _plan_totals(plan)
+
+
+def _given_steps(plan: Plan, horizon: HorizonSettings) -> tuple[str, int] | None:
+    if horizon.max_steps is not None:
+        return f"max_steps={horizon.max_steps}", horizon.max_steps
+    if horizon.flops_budget is not None:
+        steps = round(horizon.flops_budget / (plan["flops_per_token"] * plan["total_batch_tokens"]))
+        how = f"flops_budget={horizon.flops_budget:g}: round(flops_budget / (flops_per_token * total_batch_tokens))"
+        return how, max(1, steps)
+    return None
+
+
+def _plan_totals(plan: Plan) -> None:
+    inputs = ("num_steps", "total_batch_tokens")
+    tokens = plan.derive("total_tokens", plan["num_steps"] * plan["total_batch_tokens"], " * ".join(inputs), inputs)
+    inputs = ("flops_per_token", "total_tokens")
+    plan.derive("total_flops", plan["flops_per_token"] * tokens, " * ".join(inputs), inputs)
+
+
+def _plan_scales(plan: Plan) -> None:
+    scale = math.sqrt(plan["total_batch_tokens"] / REFERENCE_BATCH_TOKENS)
+    formula = f"sqrt(total_batch_tokens / {REFERENCE_BATCH_TOKENS})"
+    plan.derive("batch_lr_scale", scale, formula, ("total_batch_tokens",))
+    plan.derive(
+        "weight_decay_scale",
+        scale * (plan["reference_tokens"] / plan["horizon_tokens"]),
+        "batch_lr_scale * reference_tokens / horizon_tokens",
+        ("batch_lr_scale", "reference_tokens", "horizon_tokens"),
+    )
+
+
+def _plan_optimizer(plan: Plan, optim: OptimSettings, hyper: Hyperparameters) -> None:
+    """Hyperparameters, then the learning rate of every group, both before the schedules."""
+    scales = {"weight_decay": "weight_decay_scale", "smear_lr": None}
+    for name, recipe_value in RECIPE.items():
+        scale = scales.get(name, "batch_lr_scale")
+        scaled = scale is not None and scale in plan
+        formula = f"{recipe_value} * {scale}" if scaled else f"{recipe_value}, the recipe's"
+        by_formula = recipe_value * (plan[scale] if scaled else 1.0)  # type: ignore[index]
+        source, value = hyper.sources[name], getattr(hyper, name)
+        given = None if source == "recipe" else (f"optim.{name}={value}" if source == "given" else source, value)
+        plan.derive(name, by_formula, formula, (scale,) if scaled else (), given)  # type: ignore[arg-type]
+    plan.derive("width_lr_scale", hyper.width_lr_scale, "(width / 768) ** -0.5", ("width",))
+    for role, rule in ADAMW_RULES.items():
+        factors = [rule.hyperparameter, *([f"{rule.factor}"] if rule.factor != 1 else [])]
+        inputs = (rule.hyperparameter, *(("width_lr_scale",) if rule.by_width else ()))
+        formula = " * ".join([*factors, *inputs[1:]])
+        plan.derive(f"lr_{role}", learning_rate(role, hyper), formula, inputs)
+    plan.derive("lr_matrix", hyper.matrix_lr, "matrix_lr", ("matrix_lr",))
+
+
+def _plan_rows(
+    plan: Plan,
+    device_type: DeviceType,
+    device_batch_size: int | None,
+    validation_rows: int | None,
+    evaluate_every_steps: int,
+) -> None:
+    row, num_steps, rows_per_step = plan["sequence_len"], plan["num_steps"], plan["rows_per_step"]
+    micro_batch_tokens = MICRO_BATCH_TOKENS[device_type]
+    plan.derive(
+        "device_batch_size",
+        min(rows_per_step, max(1, micro_batch_tokens // row)),
+        f"rows of about {micro_batch_tokens:,} tokens ({device_type}), at most rows_per_step; memory, not results",
+        ("sequence_len", "rows_per_step"),
+        _given("device_batch_size", device_batch_size),
+    )
+    plan.derive("evaluate_every_steps", evaluate_every_steps, "evaluation.every_steps; one more at the end")
+    num_evaluations = 1 + ((num_steps - 1) // evaluate_every_steps if evaluate_every_steps else 0)
+    # A forward pass is a third of a training step.
+    rows = int(3 * VALIDATION_SHARE * num_steps * rows_per_step / num_evaluations)
+    plan.derive(
+        "validation_rows",
+        max(1, min(max(rows, MIN_VALIDATION_ROWS), MAX_VALIDATION_TOKENS // row)),
+        f"all validations take {VALIDATION_SHARE:.0%} of the training FLOPs; at least {MIN_VALIDATION_ROWS} rows,"
+        f" at most {MAX_VALIDATION_TOKENS:,} tokens",
+        ("num_steps", "rows_per_step", "evaluate_every_steps", "sequence_len"),
+        _given("evaluation.num_rows", validation_rows),
+    )

@@ -1,0 +1,113 @@
+"""The plan of a stage: every value that follows from the settings, with its formula, its inputs and its override."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from nanochat_pl.common.errors import UserError, did_you_mean
+from nanochat_pl.common.settings import build, to_plain
+from nanochat_pl.optim.settings import RECIPE
+
+
+@dataclass(frozen=True)
+class Derived:
+    """A value and its reason.
+
+    ``inputs`` are the names and values that ``formula`` speaks of. Where the user (or an earlier stage) set the
+    value, ``overridden_by`` says how and ``by_formula`` is what it would have been.
+    """
+
+    value: Any
+    formula: str
+    inputs: dict[str, Any] = field(default_factory=dict)
+    overridden_by: str | None = None
+    by_formula: Any = None
+
+
+@dataclass
+class Plan:
+    """Derived values by name, in the order in which they were derived. ``plan["num_steps"]`` is a value."""
+
+    values: dict[str, Derived] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> Any:
+        return self._find(name).value
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.values
+
+    @property
+    def horizon_given(self) -> bool:
+        """Whether the user set the length of the stage, by steps, FLOPs or the ratio."""
+        names = ("num_steps", "tokens_per_parameter")
+        return any(name in self.values and self.values[name].overridden_by is not None for name in names)
+
+    def derive(
+        self, name: str, value: Any, formula: str, inputs: tuple[str, ...] = (), given: tuple[str, Any] | None = None
+    ) -> Any:
+        """Add a value and give it back.
+
+        Args:
+            value: what the formula gives.
+            inputs: names of values derived before.
+            given: what overrides it: (how, value), e.g. ``("max_steps=20", 20)``; a null value overrides nothing.
+        """
+        assert name not in self.values, name
+        numbers = {each: self[each] for each in inputs}
+        if given is None or given[1] is None:
+            self.values[name] = Derived(value, formula, numbers)
+        else:
+            self.values[name] = Derived(given[1], formula, numbers, overridden_by=given[0], by_formula=value)
+        return self.values[name].value
+
+    def explain(self, name: str) -> str:
+        """A value's formula, its inputs with their numbers, and what overrode it.
+
+        Raises:
+            UserError: there is no such value; names the nearest.
+        """
+        derived = self._find(name)
+        lines = [f"{name} = {show(derived.value)}", f"  formula: {derived.formula}"]
+        lines += [f"  with {each} = {show(value)}" for each, value in derived.inputs.items()]
+        if derived.overridden_by is not None:
+            lines.append(f"  overridden by {derived.overridden_by}; the formula gives {show(derived.by_formula)}")
+        return "\n".join(lines)
+
+    def to_inherit(self) -> dict[str, float]:
+        """The optimizer's hyperparameters, for the stages that come after this one."""
+        return {name: self[name] for name in RECIPE}
+
+    def to_plain(self) -> dict[str, Any]:
+        """Plain data for plan.json."""
+        return {name: to_plain(derived) for name, derived in self.values.items()}
+
+    @classmethod
+    def from_plain(cls, values: Mapping[str, Any], where: str = "plan") -> Plan:
+        """The inverse of :meth:`to_plain`.
+
+        Raises:
+            UserError: it is not the data of a plan.
+        """
+        return cls({name: build(Derived, value, f"{where}.{name}") for name, value in values.items()})
+
+    def _find(self, name: str) -> Derived:
+        if name not in self.values:
+            raise UserError(f"plan: there is no value {name!r}; {did_you_mean(name, self.values)}")
+        return self.values[name]
+
+
+def show(value: Any) -> str:
+    """A value for people: thousands separated, floats with at most six digits."""
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:,.6g}"
+    if isinstance(value, (list, tuple)):
+        return " ".join(show(item) for item in value)
+    return str(value)
