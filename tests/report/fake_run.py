@@ -79,9 +79,9 @@ def write_stage(run: Path, stage: str, num_steps: int, start: float, end: float)
             "git": {"commit": "0123abc", "dirty": False},
             "versions": {"python": "3.12.1", "torch": "2.13.0", "lightning": "2.6.6"},
             "hardware": {"cpu": "two cores", "memory_gib": 7.7},
-            "corpus_hash": "c0ffee" * 8,
         },
     )
+    write_json(folder / "bundle" / "stage.json", {"stage": stage, "data": {"fingerprint": "c0ffee" * 8}})
     write_json(
         folder / "finished.json",
         {"step": num_steps, "seconds": 0.35 * num_steps, "metrics": {"val/bpb": end / 2.9, "val/bpb_stderr": 0.012}},

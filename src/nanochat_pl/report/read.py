@@ -156,18 +156,26 @@ def _read_stage(folder: Path) -> StageRecord:
     series = _read_metrics(folder / "metrics.csv")
     last_step = max((column.steps[-1] for column in series.values() if column.steps), default=None)
     metrics = finished.get("metrics") or {}
+    numbers = _finite_numbers(metrics, folder / "finished.json")
     return StageRecord(
         name=folder.name,
         status="finished" if (folder / "finished.json").exists() else "unfinished",
         parent_run=str(_optional_object(folder / "parent.json").get("run", "")),
         step=_number(finished, "step", folder / "finished.json", whole=True) if "step" in finished else last_step,
         seconds=_number(finished, "seconds", folder / "finished.json"),
-        metrics=_finite_numbers(metrics, folder / "finished.json"),
+        metrics=numbers,
         plan=list(_plan_values(_optional_object(folder / "plan.json"))),
-        about=_optional_object(folder / "about.json"),
+        about=_about(folder, metrics),
         series=series,
         samples=_read_samples(folder / "samples.jsonl"),
     )
+
+
+def _about(folder: Path, metrics: Any) -> dict[str, Any]:
+    """When, where and with what: about.json, the data that the bundle names, and what was measured in words."""
+    data = _optional_object(folder / "bundle" / "stage.json").get("data")
+    words = {key: value for key, value in metrics.items() if not isinstance(value, (int, float))}
+    return {**_optional_object(folder / "about.json"), **({"data": data} if data else {}), **words}
 
 
 def _read_evaluation(folder: Path) -> EvaluationRecord:
