@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast, get_args
 
 import torch
 
@@ -16,7 +16,8 @@ from nanochat_pl.common.errors import UserError
 ComputeDType = Literal["float32", "bfloat16", "float16"]
 
 # Peak dense TFLOP/s of matrix products from the vendors' data sheets: (bfloat16, float16, float32 without TF32).
-# The first entry whose words all occur in the device's name holds, so the special ones come first.
+# The first entry whose words all occur in the device's name holds, so the special ones come first. Parts of a GPU (MIG)
+# and the small sisters in laptops are not in it.
 PEAK_TFLOPS: tuple[tuple[tuple[str, ...], tuple[float | None, float | None, float | None]], ...] = (
     (("gb200",), (2500.0, 2500.0, 80.0)),
     (("b200",), (2250.0, 2250.0, 75.0)),
@@ -25,7 +26,6 @@ PEAK_TFLOPS: tuple[tuple[tuple[str, ...], tuple[float | None, float | None, floa
     (("h100", "nvl"), (835.5, 835.5, 60.0)),
     (("h100", "pcie"), (756.0, 756.0, 51.0)),
     (("h100",), (989.4, 989.4, 67.0)),
-    (("h800",), (989.4, 989.4, 67.0)),
     (("gh200",), (989.4, 989.4, 67.0)),
     (("h20",), (148.0, 148.0, 44.0)),
     (("a100",), (312.0, 312.0, 19.5)),
@@ -47,7 +47,6 @@ PEAK_TFLOPS: tuple[tuple[tuple[str, ...], tuple[float | None, float | None, floa
     (("t4",), (None, 65.0, 8.1)),
     (("mi300x",), (1307.4, 1307.4, 163.4)),
     (("mi325x",), (1307.4, 1307.4, 163.4)),
-    (("mi250x",), (383.0, 383.0, 47.9)),
 )
 
 
@@ -64,14 +63,15 @@ def choose_device(name: str = "auto") -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if not re.fullmatch(r"cpu|mps|cuda(:\d{1,3})?", name):
         raise UserError(f"device={name!r}: must be auto, cpu, cuda, cuda:N or mps.")
-    device = torch.device(name)
-    if device.type == "mps" and not torch.backends.mps.is_available():
+    kind, _, index = name.partition(":")
+    if kind == "mps" and not torch.backends.mps.is_available():
         raise UserError("device=mps: this machine has no Apple GPU that PyTorch can use.", fix="Use device=auto.")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    # The number as typed: torch.device keeps it in eight bits, where 999 is negative.
+    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
         raise UserError(
             f"device={name}: PyTorch sees {torch.cuda.device_count()} CUDA devices.", fix="Use device=auto."
         )
-    return device
+    return torch.device(name)
 
 
 def choose_compute_dtype(name: str, device: torch.device) -> ComputeDType:
@@ -81,9 +81,9 @@ def choose_compute_dtype(name: str, device: torch.device) -> ComputeDType:
     """
     if name == "auto":
         return "bfloat16" if has_bfloat16(device) else "float32"
-    if name == "float32" or name == "bfloat16" or name == "float16":
-        return name
-    raise UserError(f"compute_dtype={name!r}: must be auto, float32, bfloat16 or float16.")
+    if name not in get_args(ComputeDType):
+        raise UserError(f"compute_dtype={name!r}: must be auto, {', '.join(get_args(ComputeDType))}.")
+    return cast(ComputeDType, name)
 
 
 def has_bfloat16(device: torch.device) -> bool:
@@ -116,6 +116,8 @@ def device_name(device: torch.device) -> str:
 def peak_flops(name: str, dtype: ComputeDType) -> float | None:
     """Peak FLOP/s of a GPU by its name, dense matrix products; None where it is not known (no guess is made)."""
     words = set(re.split(r"[^a-z0-9]+", name.lower()))
+    if words & {"mig", "laptop", "max"}:
+        return None
     for needed, (bfloat16, float16, float32) in PEAK_TFLOPS:
         if words.issuperset(needed):
             peak = {"bfloat16": bfloat16, "float16": float16, "float32": float32}[dtype]

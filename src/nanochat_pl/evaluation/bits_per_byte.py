@@ -1,0 +1,75 @@
+"""Bits per byte: a loss that does not depend on the tokenizer, with its standard error.
+
+Nats of the targets divided by ln 2 and by the UTF-8 bytes that the targets stand for. Targets without bytes (special
+tokens, ignored positions) count on neither side. Checked against ``golden/bpb.json``.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+
+class BitsPerByteResult(NamedTuple):
+    """What :class:`BitsPerByte` found.
+
+    Attributes:
+        bpb: bits per byte; None where no target had bytes.
+        stderr: its standard error over rows; None where fewer than two rows had bytes.
+        num_bytes: bytes of all targets.
+        num_rows: rows with at least one byte.
+    """
+
+    bpb: float | None
+    stderr: float | None
+    num_bytes: int
+    num_rows: int
+
+
+class BitsPerByte(Metric):
+    """Bits per byte over all rows, batches and processes.
+
+    The standard error treats rows as independent draws and bits per byte as a ratio of two sums over them:
+    ``sqrt(n / (n - 1) * sum_r (nats_r - ratio * bytes_r)²) / sum_r bytes_r``. Only sums are kept, so processes add up.
+
+    Args:
+        token_bytes: int (V,): raw bytes of each token, 0 for special ones.
+    """
+
+    full_state_update = False
+    token_bytes: Tensor
+    sums: Tensor
+
+    def __init__(self, token_bytes: np.ndarray | Tensor) -> None:
+        super().__init__()
+        self.register_buffer("token_bytes", torch.as_tensor(token_bytes, dtype=torch.int64), persistent=False)
+        # Over rows: nats, bytes, nats², nats * bytes, bytes², 1. In float64: the squares nearly cancel.
+        self.add_state("sums", torch.zeros(6, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, losses: Tensor, targets: Tensor) -> None:
+        """Add rows: nats per token float32 (B, T) and the targets int64 (B, T), negative where ignored."""
+        token_bytes = self.token_bytes.to(targets.device)
+        num_bytes = torch.where(targets >= 0, token_bytes[targets.clamp(min=0)], 0)
+        # Not a product: the loss of an ignored target may be anything, and 0 × inf is NaN.
+        nats = torch.where(num_bytes > 0, losses.double(), 0.0).sum(dim=1)
+        size = num_bytes.sum(dim=1).double()
+        counted = (size > 0).double()
+        rows = torch.stack([nats, size, nats * nats, nats * size, size * size, counted])
+        self.sums = self.sums + rows.sum(dim=1).to(self.sums.device)
+
+    def compute(self) -> BitsPerByteResult:
+        """The figure over all that was added; None instead of a division by zero."""
+        nats, size, nats_nats, nats_size, size_size, rows = self.sums.tolist()
+        if size == 0:
+            return BitsPerByteResult(None, None, 0, 0)
+        ratio = nats / size
+        stderr = None
+        if rows >= 2:
+            squares = max(0.0, nats_nats - 2 * ratio * nats_size + ratio**2 * size_size)
+            stderr = math.sqrt(squares * rows / (rows - 1)) / size / math.log(2)
+        return BitsPerByteResult(ratio / math.log(2), stderr, int(size), int(rows))

@@ -1,0 +1,76 @@
+"""Compiled or not: the same numbers; and nothing that happens between two steps compiles the step again."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from nanochat_pl.model.kv_cache import KVCache
+from tests.model.helpers import perturbed, random_ids, tiny_config
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+class CountingBackend:
+    """Runs graphs as they are and counts them."""
+
+    def __init__(self) -> None:
+        self.graphs = 0
+
+    def __call__(self, graph, inputs):
+        self.graphs += 1
+        return graph
+
+
+def test_evaluation_and_sampling_do_not_recompile_the_step():
+    """Museum 10: other shapes, no_grad and a cache, in between, each cost a new graph of the training step."""
+    net = perturbed(tiny_config(windows=(3, 70, 128), sequence_len=128, rotary_reach=256))
+    backend = CountingBackend()
+    step = torch.compile(net.weighted_loss, backend=backend, dynamic=False, fullgraph=True)
+    ids = random_ids(net.config, 2, 128)
+    weights = torch.ones(2, 128)
+
+    def train():
+        step(ids, ids, weights).backward()
+        with torch.no_grad():
+            for parameter in net.parameters():
+                parameter -= 0.01 * parameter.grad
+        net.zero_grad(set_to_none=True)
+
+    train()
+    train()
+    assert backend.graphs == 1
+    with torch.no_grad():
+        net.eval()
+        net.losses(ids[:1, :50], ids[:1, :50])
+        cache = KVCache(net.config, 1, 64)
+        net(ids[:1, :7], cache)
+        net(ids[:1, 7:8], cache)
+        net.train()
+    train()
+    assert backend.graphs == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_compiled_loss_and_gradients_are_the_eager_ones(dtype, tolerance):
+    net = perturbed(tiny_config(windows=(3, 70, 128), sequence_len=128, rotary_reach=256))
+    net.set_compute_dtype(dtype)
+    ids = random_ids(net.config, 2, 128)
+    targets = ids.roll(-1, dims=1).index_fill(1, torch.tensor([5]), -1)
+    weights = torch.rand(2, 128)
+    results = []
+    for function in (net.weighted_loss, torch.compile(net.weighted_loss, dynamic=False, fullgraph=True)):
+        net.zero_grad(set_to_none=True)
+        loss = function(ids, targets, weights)
+        loss.backward()
+        results.append((loss.detach(), {name: parameter.grad for name, parameter in net.named_parameters()}))
+    (eager, eager_gradients), (compiled, compiled_gradients) = results
+    torch.testing.assert_close(compiled, eager, rtol=tolerance, atol=0)
+    for name, gradient in eager_gradients.items():
+        assert (compiled_gradients[name] - gradient).norm() <= tolerance * gradient.norm() + 1e-6, name

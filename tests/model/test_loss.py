@@ -1,0 +1,53 @@
+"""The loss: weights, ignored targets, and numbers that only float32 gets right."""
+
+from __future__ import annotations
+
+import torch
+
+from nanochat_pl.model.loss import softcap, token_losses
+from tests.model.helpers import perturbed, random_ids, tiny_config
+
+
+def test_softcap_is_computed_in_float32():
+    """Museum 12: a softcap in bfloat16 rounds logits near the cap to the same number."""
+    raw = torch.tensor([20.0, 20.125, 20.25], dtype=torch.bfloat16)
+    capped = softcap(raw, 15.0)
+    assert capped.dtype == torch.float32
+    torch.testing.assert_close(capped.double(), 15 * torch.tanh(raw.double() / 15), atol=1e-5, rtol=0)
+    assert len(set(capped.tolist())) == 3 and len(set(capped.bfloat16().tolist())) < 3
+
+
+def test_ignored_targets_have_loss_zero_and_no_gradient():
+    net = perturbed(tiny_config())
+    ids = random_ids(net.config, 2, 8)
+    targets = torch.full_like(ids, -1)
+    losses = net.losses(ids, targets)
+    assert torch.equal(losses, torch.zeros(2, 8))
+    net.weighted_loss(ids, targets).backward()
+    assert all(torch.equal(parameter.grad, torch.zeros_like(parameter)) for parameter in net.parameters())
+
+
+def test_weighted_loss_is_the_sum_of_weights_times_nats():
+    net = perturbed(tiny_config())
+    ids = random_ids(net.config, 2, 8)
+    targets = ids.roll(-1, dims=1).index_fill(1, torch.tensor([2, 5]), -1)
+    weights = torch.randn(2, 8)
+    losses = net.losses(ids, targets)
+    torch.testing.assert_close(net.weighted_loss(ids, targets, weights), (losses * weights).sum())
+    torch.testing.assert_close(net.weighted_loss(ids, targets), losses.sum())
+    torch.testing.assert_close(net.weighted_loss(ids, targets, torch.ones(2, 8)), losses.sum())
+
+
+def test_a_uniform_head_costs_log_of_the_vocabulary():
+    losses = token_losses(torch.zeros(1, 3, 64), torch.tensor([[0, 63, -1]]))
+    torch.testing.assert_close(losses, torch.tensor([[1.0, 1.0, 0.0]]) * torch.log(torch.tensor(64.0)))
+
+
+def test_padding_of_the_vocabulary_is_never_predicted():
+    net = perturbed(tiny_config(vocab_size=50))
+    assert net.config.padded_vocab_size == 64
+    ids = random_ids(net.config, 1, 4)
+    before = net(ids)
+    with torch.no_grad():
+        net.lm_head.weight[50:] += 100.0
+    assert before.shape == (1, 4, 50) and torch.equal(before, net(ids))
