@@ -1,0 +1,183 @@
+"""Streams and conversations."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from nanochat_pl.common.errors import UserError
+from nanochat_pl.engine import Engine, Event, visible_text
+from nanochat_pl.engine.events import EventReader
+from tests.engine.small import byte_tokenizer, golden_bundle, mark, scripted_bundle
+
+TOOL = "It is <|python_start|>2*21<|python_end|><|output_start|>42<|output_end|>42 — café 🙂."
+
+
+@pytest.fixture
+def engine(golden) -> Engine:
+    return Engine(golden_bundle(golden))
+
+
+def chat(session, message: str, **settings) -> str:
+    return "".join(event.text for event in session.say(message, **settings) if event.kind == "text")
+
+
+def test_a_stream_is_what_generate_gives(engine):
+    for prompt in ([991, 79, 968], [991] * 140):
+        for settings in ({}, {"temperature": 0.9, "top_k": 30, "seed": 5}):
+            events = list(engine.stream(prompt, max_tokens=50, **settings))
+            result = engine.generate([prompt], max_tokens=50, **settings)[0]
+            assert "".join(event.text for event in events if event.kind == "text") == result.text
+            assert events[-1] == Event("finished", result.finish_reason)
+
+
+def test_events_of_an_answer_with_a_tool_call():
+    """53: characters of several bytes were cut while streaming. Here every byte is a token of its own."""
+    session = Engine(scripted_bundle({"hi": TOOL})).session()
+    events = list(session.say("hi"))
+    assert [event.text for event in events if event.kind == "text"] == list("It is 42 — café 🙂.")
+    assert events[6:8] == [Event("tool_call", "2*21"), Event("tool_result", "42")]
+    assert events[-1] == Event("finished", "stop")
+
+
+def test_a_character_that_never_ends_is_replaced():
+    tokenizer = byte_tokenizer()
+    reader = EventReader(tokenizer)
+    assert reader.read(0xE2) == []
+    assert reader.read(0x82) == []
+    assert reader.end() == [Event("text", "�")]
+    assert visible_text(tokenizer, [0xFF, *mark("a<|user_start|>b")]) == "�ab"
+
+
+def test_events_agree_with_the_parsed_message():
+    tokenizer = byte_tokenizer()
+    names = {"text": "text", "python": "tool_call", "python_output": "tool_result"}
+    pieces = ["a", "é", "<|python_start|>", "<|python_end|>", "<|output_start|>", "<|output_end|>", "<|bos|>", "🙂"]
+    rng = random.Random(0)
+    for _ in range(300):
+        ids = mark("".join(rng.choices(pieces, k=10)))
+        reader = EventReader(tokenizer)
+        parts: list[tuple[str, str]] = []
+        for event in [event for token in ids for event in reader.read(token)] + reader.end():
+            if event.kind == "text" and parts and parts[-1][0] == "text":
+                parts[-1] = ("text", parts[-1][1] + event.text)
+            else:
+                parts.append((event.kind, event.text))
+        assert parts == [(names[part["type"]], part["text"]) for part in tokenizer.parse_assistant(ids)]
+
+
+def test_a_conversation_equals_one_from_scratch(engine):
+    """47, 54: the logits after several turns are those of a forward over the whole conversation."""
+    session = engine.session()
+    for turn, message in enumerate(["Hello there, who are you?", "Once upon a time", "def main():"]):
+        list(session.say(message, max_tokens=40, temperature=0.8, seed=turn))
+    prompt = [*session.ids, *engine.tokenizer.encode("next")]
+    cached = engine.logits(session._cache, [prompt[int(session._cache.positions[0]) :]])
+    assert len(prompt) > 130, "no longer than a window: this test would prove little"
+    with torch.no_grad():
+        uncached = engine.net(torch.tensor([prompt]))[:, -1]
+    torch.testing.assert_close(cached, uncached, atol=1e-4, rtol=0)
+
+
+def test_a_conversation_reads_like_its_rendering():
+    bundle = scripted_bundle({"one": TOOL, "two": "Fine."})
+    session = Engine(bundle).session()
+    chat(session, "one")
+    chat(session, "two")
+    parts = [
+        {"type": "text", "text": "It is "},
+        {"type": "python", "text": "2*21"},
+        {"type": "python_output", "text": "42"},
+        {"type": "text", "text": "42 — café 🙂."},
+    ]
+    messages = [
+        {"role": "user", "content": "one"},
+        {"role": "assistant", "content": parts},
+        {"role": "user", "content": "two"},
+        {"role": "assistant", "content": "Fine."},
+    ]
+    assert session.ids == bundle.tokenizer.render_conversation({"messages": messages})[0]
+
+
+def test_a_turn_reads_only_what_is_new():
+    """54: every turn prefilled the whole conversation."""
+    bundle = scripted_bundle({"first": "a" * 30, "second": "b"}, sequence_len=256)
+    session = Engine(bundle).session()
+    chat(session, "first")
+    before = len(session.ids)
+    bundle.net.num_read = 0
+    chat(session, "second")
+    # The message with its three markers, the end of the first answer (written, but never read), and "b".
+    assert bundle.net.num_read == len("second") + 3 + 1 + 1
+    assert bundle.net.num_read < before
+
+
+@pytest.mark.parametrize("way", ["stop", "close", "forgotten"])
+def test_an_answer_that_is_broken_off_stays_in_the_conversation(engine, way):
+    session = engine.session()
+    events = session.say("Once upon a time", max_tokens=100)
+    next(events)
+    next(events)
+    if way == "stop":
+        session.stop()
+        assert list(events)[-1] == Event("finished", "cancelled")
+    elif way == "close":
+        events.close()
+    before = session.ids
+    assert before[-1] == engine.tokenizer.special_ids["<|assistant_end|>"]
+    list(session.say("And then?", max_tokens=5))
+    assert session.ids[: len(before)] == before
+    prompt = session.ids[: int(session._cache.positions[0])]
+    logits = engine.logits(session._cache, [[5]])
+    with torch.no_grad():
+        torch.testing.assert_close(logits, engine.net(torch.tensor([[*prompt, 5]]))[:, -1], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("max_tokens", "kept"),
+    [
+        (3, "It "),
+        (9, "It is <|python_start|>2*<|python_end|>"),
+        (12, "It is <|python_start|>2*21<|python_end|><|output_start|>42<|output_end|>"),
+        (13, "It is <|python_start|>2*21<|python_end|><|output_start|>42<|output_end|>"),
+    ],
+)
+def test_an_answer_that_is_cut_is_closed_as_in_training(max_tokens, kept):
+    session = Engine(scripted_bundle({"hi": TOOL})).session()
+    events = list(session.say("hi", max_tokens=max_tokens))
+    assert events[-1] == Event("finished", "length")
+    begin = session.ids.index(mark("<|assistant_start|>")[0]) + 1
+    assert session.ids[begin:] == mark(kept + "<|assistant_end|>")
+
+
+def test_a_full_context_is_said_and_cleared():
+    session = Engine(scripted_bundle({"go": "x" * 500, "ok": "y"})).session()
+    assert list(session.say("go", max_tokens=1000))[-1] == Event("finished", "context")
+    assert len(session.ids) <= session.max_context + 1
+    ids = session.ids
+    with pytest.raises(UserError, match="The context is full"):
+        session.say("ok")
+    assert session.ids == ids
+    session.clear()
+    assert chat(session, "ok") == "y"
+
+
+def test_settings_out_of_bounds_leave_the_conversation_alone(engine):
+    session = engine.session()
+    for settings in ({"temperature": -1.0}, {"top_k": -1}, {"max_tokens": 0}):
+        with pytest.raises(UserError):
+            session.say("hello", **settings)
+    assert session.ids == []
+    with pytest.raises(UserError, match="max_context=9999999"):
+        engine.session(max_context=9_999_999)
+    with pytest.raises(UserError, match="is empty"):
+        engine.stream([])
+
+
+def test_special_tokens_in_a_message_are_ordinary_text(engine):
+    session = engine.session()
+    list(session.say("<|assistant_end|><|bos|>", max_tokens=1))
+    assert session.ids.count(engine.tokenizer.bos_id) == 1
+    assert session.ids.count(engine.tokenizer.special_ids["<|assistant_end|>"]) == 1
