@@ -1,0 +1,153 @@
+"""Two-operand arithmetic through the calculator: bare, and in stories of one step.
+
+The answer calls the tool (``12+7``), and says what it gave in the tool's own digits (``12 + 7 = 19``), so that a small
+model has only to copy. What is held out are pairs of operands, in either order and for all four operations: no pair of
+the test part occurs in training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from random import Random
+
+from nanochat_pl.tasks.base import (
+    Conversation,
+    Part,
+    Split,
+    Task,
+    conversation_of,
+    generator,
+    is_held_out,
+    same_last_number,
+    tool_answer,
+)
+from nanochat_pl.tasks.settings import ArithmeticSettings, WordProblemSettings
+from nanochat_pl.tasks.stories import NAMES, STORIES, THINGS
+from nanochat_pl.tools.calculator import evaluate
+
+_OPERATIONS = ("+", "-", "*", "/")
+# How people write each operation between its operands.
+_SIGNS = {
+    "+": (" + ", "+", " plus "),
+    "-": (" - ", "-", " minus "),
+    "*": (" * ", "*", " times ", " x ", " multiplied by "),
+    "/": (" / ", "/", " divided by ", " over "),
+}
+_AROUND = (
+    "{}",
+    "{}?",
+    "{} =",
+    "{} = ?",
+    "What is {}?",
+    "what is {}",
+    "What's {}?",
+    "Compute {}.",
+    "Calculate {}",
+    "How much is {}?",
+    "how much is {}",
+    "Please compute {}.",
+    "Can you tell me what {} is?",
+    "Work out {}.",
+    "Solve {}",
+)
+_SENTENCES = {
+    "+": (
+        "Add {a} and {b}.",
+        "What is the sum of {a} and {b}?",
+        "Add {b} to {a}",
+        "What do {a} and {b} make together?",
+    ),
+    "-": ("Subtract {b} from {a}.", "Take {b} away from {a}", "What is the difference of {a} and {b}?"),
+    "*": ("Multiply {a} by {b}.", "What is the product of {a} and {b}?", "Multiply {a} and {b}"),
+    "/": ("Divide {a} by {b}.", "What is the quotient of {a} and {b}?", "What do you get if you divide {a} by {b}?"),
+}
+_SENTENCE_SHARE = 0.25
+_NEGATIVE_SHARE = 0.2  # of differences
+# Quotients: without remainder, else with at most two decimals, else whatever comes.
+_WHOLE_SHARE, _SHORT_SHARE = 0.6, 0.25
+_DIVISORS_OF_100 = (2, 4, 5, 10, 20, 25, 50)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Two operands and what to do with them."""
+
+    a: int
+    operation: str
+    b: int
+
+    @property
+    def held_out(self) -> bool:
+        """Whether it belongs to the test part: a matter of the two numbers alone."""
+        return is_held_out("operands", min(self.a, self.b), max(self.a, self.b))
+
+    def answer(self) -> list[Part]:
+        """The call of the tool and the sentence after it."""
+        code = f"{self.a}{self.operation}{self.b}"
+        output = evaluate(code)
+        assert output is not None, code
+        return tool_answer(code, output, f"{self.a} {self.operation} {self.b} = {output}")
+
+
+class Arithmetic(Task):
+    """``What is 12 + 7?`` in many wordings. An answer is right if it ends on the right number."""
+
+    def __init__(self, settings: ArithmeticSettings, split: Split, name: str = "arithmetic") -> None:
+        super().__init__(name, split, settings.size if split == "train" else settings.test_size)
+        self.settings = settings
+
+    def conversation(self, index: int) -> Conversation:
+        random = generator(self.name, self.split, index)
+        problem = self._problem(random, index, whole=False)
+        signs, sentences = _SIGNS[problem.operation], _SENTENCES[problem.operation]
+        if random.random() < _SENTENCE_SHARE:
+            question = random.choice(sentences).format(a=problem.a, b=problem.b)
+        else:
+            question = random.choice(_AROUND).format(f"{problem.a}{random.choice(signs)}{problem.b}")
+        return conversation_of(question, problem.answer())
+
+    def evaluate(self, conversation: Conversation, answer: Sequence[Part]) -> bool:
+        return same_last_number(conversation, answer)
+
+    def _problem(self, random: Random, index: int, whole: bool) -> Problem:
+        """A problem of this split. ``whole``: neither a negative difference nor a quotient with a remainder."""
+        operation = _OPERATIONS[index % len(_OPERATIONS)]
+        small = random.random() < self.settings.small_share
+        most = self.settings.small_operand if small else self.settings.max_operand
+        while True:
+            problem = Problem(*_operands(random, operation, most, whole))
+            if problem.held_out == (self.split == "test"):
+                return problem
+
+
+def _operands(random: Random, operation: str, most: int, whole: bool) -> tuple[int, str, int]:
+    a, b = random.randint(0, most), random.randint(0, most)
+    if operation == "-" and (whole or random.random() >= _NEGATIVE_SHARE):
+        a, b = max(a, b), min(a, b)
+    if operation == "/":
+        b = random.randint(1, most)
+        kind = random.random()
+        if whole or kind < _WHOLE_SHARE:
+            a = b * random.randint(0, most // b)
+        elif kind < _WHOLE_SHARE + _SHORT_SHARE:
+            b = random.choice([divisor for divisor in _DIVISORS_OF_100 if divisor <= most])
+    return a, operation, b
+
+
+class WordProblems(Arithmetic):
+    """Stories of one step. Some wordings occur in the test part alone: about a fifth of its problems."""
+
+    def __init__(self, settings: WordProblemSettings, split: Split, name: str = "word_problems") -> None:
+        super().__init__(settings, split, name)
+
+    def conversation(self, index: int) -> Conversation:
+        random = generator(self.name, self.split, index)
+        problem = self._problem(random, index, whole=True)
+        stories = STORIES[problem.operation]
+        if self.split == "train":
+            stories = stories[:-1]  # the last one of each operation is never trained on
+        name, other = random.sample(NAMES, 2)
+        story = random.choice(stories)
+        question = story.format(a=problem.a, b=problem.b, name=name, other=other, things=random.choice(THINGS))
+        return conversation_of(question, problem.answer())

@@ -1,0 +1,114 @@
+"""What documented functions of the standard library do, in the words of their summary line."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+from collections.abc import Iterable, Iterator, Sequence
+
+from nanochat_pl.data.docstrings import Docstring
+from nanochat_pl.tasks.base import Conversation, Part, Split, Task, conversation_of, generator, text_of
+from nanochat_pl.tasks.settings import DocumentationSettings
+
+_QUESTIONS: dict[Split, tuple[str, ...]] = {
+    "train": (
+        "What does `{name}` do?",
+        "what does {name} do",
+        "Explain `{name}`.",
+        "What is `{name}` for?",
+        "Describe the function {name}.",
+        "Tell me what {name} does.",
+    ),
+    "test": ("What is the purpose of `{name}`?", "Can you explain what {name} does?", "Summarise `{name}`."),
+}
+# Modules written in C, of which nothing is imported that is not in every Python.
+_C_MODULES = (
+    *("builtins", "binascii", "cmath", "collections", "functools", "gc", "itertools", "math", "sys", "time", "zlib"),
+)
+_C_TYPES = (bytes, dict, float, frozenset, int, list, set, str, tuple)
+# Several names for the functions of os.path, and programs rather than functions.
+_SKIPPED_MODULES = frozenset(("genericpath", "ntpath", "nturl2path", "posixpath"))
+_SKIPPED_FUNCTIONS = frozenset(("main", "test", "usage"))
+_MIN_CHARS = 15
+_SIGNATURE = re.compile(r"->|^\w+\(")
+
+
+class Documentation(Task):
+    """``What does `statistics.median` do?`` Right is the summary line, to the letter.
+
+    Training and test part ask about the same functions; the wordings of the test part do not occur in training. It
+    measures what was memorised and is found again behind another question.
+    """
+
+    def __init__(self, settings: DocumentationSettings, split: Split, functions: Sequence[tuple[str, str]]) -> None:
+        """
+        Args:
+            settings: of this task.
+            split: which wordings.
+            functions: (qualified name, summary line), see :func:`documented_functions`.
+        """
+        chosen = sorted(functions)
+        generator("documentation").shuffle(chosen)
+        self.functions = chosen[: settings.functions]
+        all_questions = len(self.functions) * len(_QUESTIONS["train"])
+        size = settings.size or all_questions if split == "train" else min(settings.test_size, len(self.functions))
+        super().__init__("documentation", split, size)
+
+    def conversation(self, index: int) -> Conversation:
+        name, summary = self.functions[index % len(self.functions)]
+        questions = _QUESTIONS[self.split]
+        # Each time round the functions, each is asked about in its next wording.
+        wording = questions[(index + index // len(self.functions)) % len(questions)]
+        return conversation_of(wording.format(name=name), summary)
+
+    def evaluate(self, conversation: Conversation, answer: Sequence[Part]) -> bool:
+        return text_of(answer).strip() == conversation["messages"][-1]["content"]
+
+
+def documented_functions(docstrings: Iterable[Docstring], max_chars: int) -> list[tuple[str, str]]:
+    """Public functions with a summary line: those of the docstrings, and those that are written in C.
+
+    Args:
+        docstrings: of the standard library, read from its source.
+        max_chars: longest summary line.
+
+    Returns:
+        (qualified name, summary line), sorted by name, each name once.
+    """
+    found: dict[str, str] = {}
+    for name, text in (*_functions_in_c(), *_functions_in_python(docstrings)):
+        summary = _summary(text)
+        if summary and _MIN_CHARS <= len(summary) <= max_chars:
+            found.setdefault(name, summary)
+    return sorted(found.items())
+
+
+def _functions_in_python(docstrings: Iterable[Docstring]) -> Iterator[tuple[str, str]]:
+    for docstring in docstrings:
+        parts = docstring.name.split(".")
+        public = not any(part.startswith("_") for part in parts) and len(parts) <= 3
+        known = docstring.package not in _SKIPPED_MODULES and parts[-1] not in _SKIPPED_FUNCTIONS
+        if docstring.kind == "function" and public and known:
+            yield docstring.name, docstring.text
+
+
+def _functions_in_c() -> Iterator[tuple[str, str]]:
+    for module_name in _C_MODULES:
+        module = importlib.import_module(module_name)
+        prefix = "" if module_name == "builtins" else f"{module_name}."
+        for name, value in inspect.getmembers(module):
+            made_there = inspect.isbuiltin(value) or (inspect.isclass(value) and not issubclass(value, BaseException))
+            if made_there and not name.startswith("_"):
+                yield prefix + name, inspect.getdoc(value) or ""
+    for type_ in _C_TYPES:
+        for name, value in inspect.getmembers(type_, inspect.ismethoddescriptor):
+            if not name.startswith("_"):
+                yield f"{type_.__name__}.{name}", inspect.getdoc(value) or ""
+
+
+def _summary(text: str) -> str | None:
+    """The first paragraph where it is one line of ASCII and no signature."""
+    line, _, rest = text.partition("\n")
+    one_line = not rest or rest.startswith("\n")
+    return line if one_line and line.isascii() and not _SIGNATURE.search(line) else None
