@@ -1,0 +1,118 @@
+"""Six steps and a seventh from imported moments, against the reference (golden/optimizer_*)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from nanochat_pl.model.config import ModelSettings, resolve_model
+from nanochat_pl.model.gpt import GPT, parameter_roles
+from nanochat_pl.optim import MuonAdamW, OptimSettings, StepValues, build_optimizer, resolve_hyperparameters
+
+ADAMW_ORDER = [
+    "lm_head.weight",
+    "transformer.wte.weight",
+    "value_embeds.1.weight",
+    "value_embeds.3.weight",
+    "resid_lambdas",
+    "x0_lambdas",
+    "smear_gate.weight",
+    "smear_lambda",
+    "backout_lambda",
+]
+
+
+def golden_net(path: Path) -> GPT:
+    settings = ModelSettings(depth=4, aspect_ratio=16, head_dim=16, num_kv_heads=2, sequence_len=512)
+    net = GPT(resolve_model(settings, vocab_size=1000, compute_dtype="float32")).materialise()
+    net.load_state_dict(torch.load(path, weights_only=True))
+    return net
+
+
+def golden_optimizer(net: GPT, golden: Path) -> tuple[MuonAdamW, dict]:
+    facts = json.loads((golden / "optimizer_6_steps.json").read_text(encoding="utf-8"))
+    hyper = resolve_hyperparameters(OptimSettings(**facts["base_lrs"]), width=64)
+    return build_optimizer(net.named_parameters(), parameter_roles(net), hyper), facts
+
+
+def backward(net: GPT, ids: Tensor) -> float:
+    targets = ids.roll(-1, dims=1)
+    targets[:, -1] = -1
+    net.zero_grad()
+    loss = net.weighted_loss(ids, targets) / int((targets >= 0).sum())
+    loss.backward()
+    return loss.item()
+
+
+def reference_moments(net: GPT, path: Path) -> dict[str, Tensor]:
+    """The reference's optimizer file by parameter name: AdamW parameters in the order above, Muon stacks by shape."""
+    state = torch.load(path, weights_only=True)["state"]
+    moments = {}
+    for number, name in enumerate(ADAMW_ORDER):
+        moments[f"{name}.step"] = torch.tensor(float(state[number]["step"]))
+        moments[f"{name}.exp_avg"] = state[number]["exp_avg"]
+        moments[f"{name}.exp_avg_sq"] = state[number]["exp_avg_sq"]
+    matrices = {name: p for name, p in net.named_parameters() if name.startswith("transformer.h.")}
+    number = len(ADAMW_ORDER)
+    for shape in sorted({tuple(p.shape) for p in matrices.values()}):
+        names = [name for name, p in matrices.items() if tuple(p.shape) == shape]
+        for i, name in enumerate(names):
+            moments[f"{name}.momentum"] = state[number]["momentum_buffer"][i]
+            moments[f"{name}.second_moment"] = state[number]["second_momentum_buffer"][i]
+        number += len(names)
+    return moments
+
+
+def test_groups_have_the_golden_learning_rates_betas_and_shapes(golden: Path) -> None:
+    net = golden_net(golden / "nanochat_base/base_checkpoints/d4/model_000007.pt")
+    optimizer, facts = golden_optimizer(net, golden)
+    assert len(optimizer.param_groups) == len(facts["groups"])
+    for group, want in zip(optimizer.param_groups, facts["groups"], strict=True):
+        assert group["kind"] == want["kind"]
+        assert group["initial_lr"] == pytest.approx(want["initial_lr"], rel=1e-12)
+        assert len(group["params"]) == want["n_params"]
+        assert {str(tuple(p.shape)) for p in group["params"]} == set(want["shapes"])
+        if group["kind"] == "adamw":
+            assert [list(group["betas"]), group["eps"], group["weight_decay"]] == [
+                want["betas"],
+                want["eps"],
+                want["weight_decay"],
+            ]
+
+
+def test_six_steps(golden: Path) -> None:
+    net = golden_net(golden / "nanochat_base/base_checkpoints/d4/model_000007.pt")
+    start = {name: p.detach().clone() for name, p in net.named_parameters()}
+    optimizer, facts = golden_optimizer(net, golden)
+    tensors = load_file(golden / "optimizer_6_steps.safetensors")
+    full_decay = facts["base_lrs"]["weight_decay"]
+    for number, step in enumerate(facts["steps"]):
+        assert backward(net, tensors[f"batch.{number}"]) == pytest.approx(step["loss_before"], abs=5e-6), number
+        decay = step["muon_weight_decay"] / full_decay
+        optimizer.set_step_values(StepValues(step["lr_multiplier"], step["muon_momentum"], decay))
+        optimizer.step()
+        if number in (0, 5):
+            prefix = "param_after_1." if number == 0 else "param."
+            for name, parameter in net.named_parameters():
+                want = tensors[prefix + name]
+                error = (parameter.detach() - want).norm() / (want - start[name]).norm()
+                assert error <= 5e-3, (number, name)
+
+
+def test_a_seventh_step_from_the_reference_moments(golden: Path) -> None:
+    folder = golden / "nanochat_trained/base_checkpoints/d4"
+    net = golden_net(folder / "model_000013.pt")
+    optimizer, _ = golden_optimizer(net, golden)
+    optimizer.load_moments(reference_moments(net, folder / "optim_000013_rank0.pt"))
+    facts = json.loads((golden / "optimizer_7th_step.json").read_text(encoding="utf-8"))
+    batch = load_file(golden / "optimizer_7th_step.safetensors")["batch"]
+    assert backward(net, batch) == pytest.approx(facts["loss_before"], abs=5e-6)
+    decay = facts["muon_weight_decay"] / 0.31
+    optimizer.set_step_values(StepValues(facts["lr_multiplier"], facts["muon_momentum"], decay))
+    optimizer.step()
+    assert backward(net, batch) == pytest.approx(facts["loss_after_on_the_same_batch"], abs=5e-6)
