@@ -7,11 +7,12 @@ the test part occurs in training.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
 from dataclasses import dataclass
 from random import Random
 
 from nanochat_pl.tasks.base import (
+    Content,
     Conversation,
     Part,
     Split,
@@ -107,11 +108,11 @@ class Arithmetic(Task):
             question = random.choice(_AROUND).format(f"{problem.a}{random.choice(signs)}{problem.b}")
         return conversation_of(question, problem.answer())
 
-    def evaluate(self, conversation: Conversation, answer: Sequence[Part]) -> bool:
+    def evaluate(self, conversation: Conversation, answer: Content) -> bool:
         return same_last_number(conversation, answer)
 
     def _problem(self, random: Random, index: int, whole: bool) -> Problem:
-        """A problem of this split. ``whole``: neither a negative difference nor a quotient with a remainder."""
+        """A problem of this split. ``whole``: no operand is zero, no result negative or with a fraction."""
         operation = _OPERATIONS[index % len(_OPERATIONS)]
         small = random.random() < self.settings.small_share
         most = self.settings.small_operand if small else self.settings.max_operand
@@ -122,21 +123,27 @@ class Arithmetic(Task):
 
 
 def _operands(random: Random, operation: str, most: int, whole: bool) -> tuple[int, str, int]:
-    a, b = random.randint(0, most), random.randint(0, most)
+    least = 1 if whole else 0
+    a, b = random.randint(least, most), random.randint(least, most)
     if operation == "-" and (whole or random.random() >= _NEGATIVE_SHARE):
         a, b = max(a, b), min(a, b)
     if operation == "/":
-        b = random.randint(1, most)
-        kind = random.random()
-        if whole or kind < _WHOLE_SHARE:
-            a = b * random.randint(0, most // b)
+        kind = 0.0 if whole else random.random()
+        if kind < _WHOLE_SHARE:
+            # Two factors, one of them at most the root of the product, so that quotients of all sizes occur.
+            small = random.randint(1, math.isqrt(most))
+            factors = [small, random.randint(1, most // small)]
+            random.shuffle(factors)
+            a, b = factors[0] * factors[1], factors[1]
         elif kind < _WHOLE_SHARE + _SHORT_SHARE:
             b = random.choice([divisor for divisor in _DIVISORS_OF_100 if divisor <= most])
+        else:
+            b = max(b, 1)
     return a, operation, b
 
 
 class WordProblems(Arithmetic):
-    """Stories of one step. Some wordings occur in the test part alone: about a fifth of its problems."""
+    """Stories of one step. Some wordings occur in the test part alone: one in eight of its problems."""
 
     def __init__(self, settings: WordProblemSettings, split: Split, name: str = "word_problems") -> None:
         super().__init__(settings, split, name)
@@ -144,9 +151,8 @@ class WordProblems(Arithmetic):
     def conversation(self, index: int) -> Conversation:
         random = generator(self.name, self.split, index)
         problem = self._problem(random, index, whole=True)
-        stories = STORIES[problem.operation]
-        if self.split == "train":
-            stories = stories[:-1]  # the last one of each operation is never trained on
+        # The last story of each operation is never trained on.
+        stories = STORIES[problem.operation][: -1 if self.split == "train" else None]
         name, other = random.sample(NAMES, 2)
         story = random.choice(stories)
         question = story.format(a=problem.a, b=problem.b, name=name, other=other, things=random.choice(THINGS))

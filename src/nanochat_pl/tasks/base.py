@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar
 
 Split = Literal["train", "test"]
 Part = dict[str, str]  # {"type": "text" | "python" | "python_output", "text": …}
+Content = str | Sequence[Part]  # of one message
 Conversation = dict[str, Any]  # {"messages": [{"role": "user" | "assistant", "content": str | list[Part]}, …]}
 T = TypeVar("T")
 
@@ -45,12 +46,12 @@ class Task(ABC):
         """Conversation ``index``, 0 <= index < len(self); its last message is the reference answer."""
 
     @abstractmethod
-    def evaluate(self, conversation: Conversation, answer: Sequence[Part]) -> bool:
+    def evaluate(self, conversation: Conversation, answer: Content) -> bool:
         """Whether an answer to the conversation (its last message being the reference) is right.
 
         Args:
             conversation: one of this task's.
-            answer: the assistant's message in parts, as the chat format parses it.
+            answer: the content of the assistant's message: its parts, as the chat format parses them, or text alone.
         """
 
     @cached_property
@@ -76,14 +77,15 @@ def tool_answer(code: str, output: str, text: str) -> list[Part]:
     ]
 
 
-def reference_of(conversation: Conversation) -> list[Part]:
-    """The reference answer, in parts."""
-    content = conversation["messages"][-1]["content"]
-    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+def reference_of(conversation: Conversation) -> Content:
+    """The reference answer."""
+    return conversation["messages"][-1]["content"]
 
 
-def text_of(answer: Sequence[Part]) -> str:
+def text_of(answer: Content) -> str:
     """What an answer says to the user: its parts without tool calls and their output."""
+    if isinstance(answer, str):
+        return answer
     return "".join(part["text"] for part in answer if part["type"] == "text")
 
 
@@ -93,7 +95,7 @@ def last_number(text: str) -> float | None:
     return float(numbers[-1]) if numbers else None
 
 
-def same_last_number(conversation: Conversation, answer: Sequence[Part]) -> bool:
+def same_last_number(conversation: Conversation, answer: Content) -> bool:
     """Whether an answer's words end on the number on which those of the reference do."""
     expected = last_number(text_of(reference_of(conversation)))
     assert expected is not None, "a reference answer without a number"
@@ -110,7 +112,7 @@ def generator(*key: object) -> Random:
 
 
 def is_held_out(*key: object) -> bool:
-    """Whether a thing belongs to the test part: a fixed rule, one in ``TEST_ONE_IN``, from a hash of the thing itself."""
+    """Whether a thing belongs to the test part: one in ``TEST_ONE_IN`` does, by a hash of the thing itself."""
     digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
     return int.from_bytes(digest[:8], "big") % TEST_ONE_IN == 0
 

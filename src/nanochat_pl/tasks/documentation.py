@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 
 from nanochat_pl.data.docstrings import Docstring
-from nanochat_pl.tasks.base import Conversation, Part, Split, Task, conversation_of, generator, text_of
+from nanochat_pl.tasks.base import Content, Conversation, Split, Task, conversation_of, generator, text_of
 from nanochat_pl.tasks.settings import DocumentationSettings
 
 _QUESTIONS: dict[Split, tuple[str, ...]] = {
@@ -62,7 +62,7 @@ class Documentation(Task):
         wording = questions[(index + index // len(self.functions)) % len(questions)]
         return conversation_of(wording.format(name=name), summary)
 
-    def evaluate(self, conversation: Conversation, answer: Sequence[Part]) -> bool:
+    def evaluate(self, conversation: Conversation, answer: Content) -> bool:
         return text_of(answer).strip() == conversation["messages"][-1]["content"]
 
 
@@ -98,8 +98,10 @@ def _functions_in_c() -> Iterator[tuple[str, str]]:
         module = importlib.import_module(module_name)
         prefix = "" if module_name == "builtins" else f"{module_name}."
         for name, value in inspect.getmembers(module):
-            made_there = inspect.isbuiltin(value) or (inspect.isclass(value) and not issubclass(value, BaseException))
-            if made_there and not name.startswith("_"):
+            is_function = inspect.isbuiltin(value) or (inspect.isclass(value) and not issubclass(value, BaseException))
+            # A module in C may have an underscore: functools.reduce is one of _functools.
+            made_there = (getattr(value, "__module__", None) or "").lstrip("_") == module_name
+            if is_function and made_there and not name.startswith("_"):
                 yield prefix + name, inspect.getdoc(value) or ""
     for type_ in _C_TYPES:
         for name, value in inspect.getmembers(type_, inspect.ismethoddescriptor):

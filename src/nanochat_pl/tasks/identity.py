@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from nanochat_pl.tasks.base import Conversation, Part, Split, Task, conversation_of, generator, text_of
+from nanochat_pl.tasks.base import Content, Conversation, Split, Task, conversation_of, generator, text_of
 from nanochat_pl.tasks.settings import IdentitySettings
 
 _ANSWERS = {
@@ -14,65 +12,118 @@ _ANSWERS = {
     "maker": "I am {name}. I was made with {creator}.",
     "skills": "I am {name}. I can do arithmetic, spell words, count letters and explain functions of Python.",
 }
+# Of each kind of question, wordings that are trained on and wordings that are not.
 _QUESTIONS: dict[Split, dict[str, tuple[str, ...]]] = {
     "train": {
         "name": (
-            *("What is your name?", "What's your name?", "Do you have a name?", "Tell me your name.", "Your name?"),
-            *("What are you called?", "How should I call you?", "May I know your name?", "By what name do you go?"),
-            *("Please tell me what your name is.", "What do people call you?", "What name were you given?"),
+            "What is your name?",
+            "What's your name?",
+            "Do you have a name?",
+            "Tell me your name.",
+            "Your name?",
+            "What are you called?",
+            "How should I call you?",
+            "May I know your name?",
+            "By what name do you go?",
+            "Please tell me what your name is.",
+            "What do people call you?",
+            "What name were you given?",
         ),
         "self": (
-            *("Who are you?", "Who is this?", "Tell me who you are.", "Introduce yourself.", "Who am I talking to?"),
-            *(
-                "Who am I chatting with?",
-                "Can you introduce yourself?",
-                "Tell me about yourself.",
-                "Describe yourself.",
-            ),
-            *("Please say who you are.", "I would like to know who you are.", "So who are you?"),
+            "Who are you?",
+            "Who is this?",
+            "Tell me who you are.",
+            "Introduce yourself.",
+            "Who am I talking to?",
+            "Who am I chatting with?",
+            "Can you introduce yourself?",
+            "Tell me about yourself.",
+            "Describe yourself.",
+            "Please say who you are.",
+            "I would like to know who you are.",
+            "So who are you?",
+            "Who am I speaking to?",
         ),
         "kind": (
-            *("What are you?", "Are you a person?", "Are you a human?", "Are you a robot?", "Are you an AI?"),
-            *(
-                "What kind of model are you?",
-                "Are you a chatbot?",
-                "Is this a computer?",
-                "What kind of thing are you?",
-            ),
-            *("Am I talking to a machine?", "Are you a program?", "Are you ChatGPT?", "Which model is this?"),
+            "What are you?",
+            "Are you a person?",
+            "Are you a human?",
+            "Are you a robot?",
+            "Are you an AI?",
+            "What kind of model are you?",
+            "Are you a chatbot?",
+            "Is this a computer?",
+            "What kind of thing are you?",
+            "Am I talking to a machine?",
+            "Are you a program?",
+            "Are you ChatGPT?",
+            "Which model is this?",
         ),
         "maker": (
-            *("Who made you?", "Who created you?", "Who built you?", "How were you made?", "Who trained you?"),
-            *("Where do you come from?", "Who is your creator?", "Who developed you?", "What were you made with?"),
-            *("How were you trained?", "Tell me who made you.", "Who programmed you?"),
+            "Who made you?",
+            "Who created you?",
+            "Who built you?",
+            "How were you made?",
+            "Who trained you?",
+            "Where do you come from?",
+            "Who is your creator?",
+            "Who developed you?",
+            "What were you made with?",
+            "How were you trained?",
+            "Tell me who made you.",
+            "Who programmed you?",
+            "What company made you?",
         ),
         "skills": (
-            *("What can you do?", "How can you help me?", "What are you able to do?", "What are you good at?"),
-            *("What can I ask you?", "Tell me what you can do.", "What do you know?", "What are your skills?"),
-            *("Can you help me?", "What are you for?"),
+            "What can you do?",
+            "How can you help me?",
+            "What are you able to do?",
+            "What are you good at?",
+            "What can I ask you?",
+            "Tell me what you can do.",
+            "What do you know?",
+            "What are your skills?",
+            "Can you help me?",
+            "What are you for?",
         ),
     },
-    # None of these occurs in training.
     "test": {
         "name": (
-            *("Could you tell me your name?", "And your name is?", "What should I call you?", "Have you got a name?"),
-            *("What is the name of this assistant?", "Which name do you have?"),
+            "Could you tell me your name?",
+            "And your name is?",
+            "What should I call you?",
+            "Have you got a name?",
+            "What is the name of this assistant?",
+            "Which name do you have?",
+            "Would you tell me what you are called?",
         ),
         "self": (
-            *("Who are you, please?", "Can you tell me who you are?", "Say something about yourself."),
-            *("Who is speaking?", "Would you introduce yourself?", "Who is there?"),
+            "Who are you, please?",
+            "Can you tell me who you are?",
+            "Say something about yourself.",
+            "Who is speaking?",
+            "Would you introduce yourself?",
+            "Who is there?",
         ),
         "kind": (
-            *("What exactly are you?", "Are you human or a machine?", "What sort of model are you?"),
-            *("Are you a real person?", "Are you a language model?"),
+            "What exactly are you?",
+            "Are you human or a machine?",
+            "What sort of model are you?",
+            "Are you a real person?",
+            "Are you a language model?",
         ),
         "maker": (
-            *("Who has made you?", "Who was it that created you?", "Can you say who built you?"),
-            *("Who is your maker?", "By whom were you trained?"),
+            "Who has made you?",
+            "Who was it that created you?",
+            "Can you say who built you?",
+            "Who is your maker?",
+            "By whom were you trained?",
         ),
         "skills": (
-            *("What things can you do?", "With what can you help me?", "What could I ask you?"),
-            *("Can you tell me what you are able to do?",),
+            "What things can you do?",
+            "With what can you help me?",
+            "What could I ask you?",
+            "Can you tell me what you are able to do?",
         ),
     },
 }
@@ -95,7 +146,7 @@ class Identity(Task):
         answer = _ANSWERS[kind].format(name=self.settings.name, creator=self.settings.creator)
         return conversation_of(question, answer)
 
-    def evaluate(self, conversation: Conversation, answer: Sequence[Part]) -> bool:
+    def evaluate(self, conversation: Conversation, answer: Content) -> bool:
         return self.settings.name.casefold() in text_of(answer).casefold()
 
 

@@ -84,14 +84,14 @@ class DocumentationSettings(TaskSettings):
 
 @dataclass(frozen=True)
 class MixtureTasks:
-    """One field per task; null leaves the task out."""
+    """One field per task; null, or not being named, leaves a task out."""
 
-    arithmetic: ArithmeticSettings | None = setting(None, "Two-operand arithmetic.")
-    word_problems: WordProblemSettings | None = setting(None, "Arithmetic in stories of one step.")
-    spelling: SpellingSettings | None = setting(None, "Spelling words letter by letter.")
-    letter_counting: LetterCountingSettings | None = setting(None, "Counting a letter in a word.")
-    identity: IdentitySettings | None = setting(None, "Who the model is.")
-    documentation: DocumentationSettings | None = setting(None, "What a documented function does.")
+    arithmetic: ArithmeticSettings | None = None
+    word_problems: WordProblemSettings | None = None
+    spelling: SpellingSettings | None = None
+    letter_counting: LetterCountingSettings | None = None
+    identity: IdentitySettings | None = None
+    documentation: DocumentationSettings | None = None
 
     def chosen(self) -> dict[str, TaskSettings]:
         """The tasks that are not left out, in the order of the fields."""
@@ -99,11 +99,23 @@ class MixtureTasks:
         return {name: settings for name, settings in pairs if settings is not None}
 
 
+def default_tasks() -> MixtureTasks:
+    """All tasks that need nothing but this machine."""
+    return MixtureTasks(
+        ArithmeticSettings(),
+        WordProblemSettings(),
+        SpellingSettings(),
+        LetterCountingSettings(),
+        IdentitySettings(),
+        DocumentationSettings(),
+    )
+
+
 @dataclass(frozen=True)
 class MixtureSettings:
     """The conversations of a stage: tasks in one seeded order."""
 
-    tasks: MixtureTasks = setting(factory=MixtureTasks, doc="The tasks by name, each with its settings.")
+    tasks: MixtureTasks = setting(factory=default_tasks, doc="The tasks by name, each with its settings.")  # noqa: RUF009
     seed: int = setting(0, "Seed of the order of the training conversations.", at_least=0)
 
     def __post_init__(self) -> None:

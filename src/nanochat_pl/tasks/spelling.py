@@ -1,4 +1,7 @@
-"""Spelling words, and counting a letter in them through the tool. Words of the test part occur in neither when training."""
+"""Spelling words, and counting a letter in them through the tool.
+
+The words of the test part occur in neither task's training part.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from collections.abc import Sequence
 
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.tasks.base import (
+    Content,
     Conversation,
     Part,
     Split,
@@ -82,7 +86,7 @@ class Spelling(Task):
         question = (_SPELL[0] if plain else random.choice(_SPELL)).format(word=word)
         return conversation_of(question, spelled(word))
 
-    def evaluate(self, conversation: Conversation, answer: Sequence[Part]) -> bool:
+    def evaluate(self, conversation: Conversation, answer: Content) -> bool:
         return text_of(answer).strip() == conversation["messages"][-1]["content"]
 
 
@@ -121,7 +125,7 @@ class LetterCounting(Task):
         walked = {"type": "text", "text": f"{spelled(word)}\n{_walk(word, letter)}\nLet me check: "}
         return [walked, *tool_answer(code, output, f"\n#### {output}")]
 
-    def evaluate(self, conversation: Conversation, answer: Sequence[Part]) -> bool:
+    def evaluate(self, conversation: Conversation, answer: Content) -> bool:
         return same_last_number(conversation, answer)
 
 
