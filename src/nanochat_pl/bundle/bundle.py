@@ -174,7 +174,9 @@ def _member(folder: Path, name: str) -> Path:
     """A file of the bundle, which must be there and lie inside the folder (no link that climbs out of it)."""
     path = folder / name
     if not path.is_file():
-        raise UserError(f"{path}: there is no such file.", fix="Give the folder of a bundle, e.g. runs/NAME/sft/bundle.")
+        raise UserError(
+            f"{path}: there is no such file.", fix="Give the folder of a bundle, e.g. runs/NAME/sft/bundle."
+        )
     if not path.resolve().is_relative_to(folder.resolve()):
         raise UserError(f"{path}: is a link that leads out of the bundle.", fix="Replace it by the file itself.")
     return path
@@ -216,7 +218,8 @@ def _load_tensors(
             return {name: file.get_tensor(name).float() for name in found}
     except (SafetensorError, OSError, json.JSONDecodeError) as error:
         raise UserError(
-            f"{path}: is no readable safetensors file: {error}", fix="Copy it again from where it came, or train it again."
+            f"{path}: is no readable safetensors file: {error}",
+            fix="Copy it again from where it came, or train it again.",
         ) from error
 
 

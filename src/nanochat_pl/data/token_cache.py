@@ -14,13 +14,15 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.data.cache_folder import fingerprint_of, read_cache, write_cache
 from nanochat_pl.data.sources import Shard, Source, Split
+from nanochat_pl.tokenizer import Tokenizer
+from nanochat_pl.tokenizer.chat_format import problems_of_conversation
 
 _FORMAT = 1
 _BATCH_DOCUMENTS = 512
@@ -28,26 +30,6 @@ _BATCH_CHARS = 4_000_000
 _LENGTH = np.dtype("<i4")
 
 Progress = Callable[[int, int, int], None]  # shards done, shards in all, tokens so far
-
-
-class TextEncoder(Protocol):
-    """What is needed of a tokenizer for documents."""
-
-    vocab_size: int
-    fingerprint: str
-
-    def encode_batch(self, texts: list[str]) -> list[list[int]]: ...
-
-
-class ConversationRenderer(Protocol):
-    """What is needed of a tokenizer for conversations."""
-
-    vocab_size: int
-    fingerprint: str
-
-    def render_conversation(
-        self, conversation: dict[str, Any], max_tokens: int = 2048
-    ) -> tuple[list[int], list[int]]: ...
 
 
 @dataclass(frozen=True)
@@ -123,7 +105,7 @@ class ConversationCache(TokenCache):
 
 
 def build_token_cache(
-    source: Source, split: Split, tokenizer: TextEncoder, cache_dir: Path, progress: Progress | None = None
+    source: Source, split: Split, tokenizer: Tokenizer, cache_dir: Path, progress: Progress | None = None
 ) -> TokenCache:
     """Tokenise a split, or find it tokenised.
 
@@ -164,8 +146,8 @@ def build_token_cache(
 
 
 def build_conversation_cache(
-    conversations: Sequence[dict[str, Any]],
-    tokenizer: ConversationRenderer,
+    conversations: Conversations,
+    tokenizer: Tokenizer,
     max_tokens: int,
     cache_dir: Path,
     key: str,
@@ -193,7 +175,7 @@ def build_conversation_cache(
     facts = read_cache(folder, full_key)
     if facts is None:
         facts = {"num_cut": 0, "num_without_target": 0}
-        rendered = _rendered(conversations, tokenizer, max_tokens, facts)
+        rendered = _rendered(conversations, tokenizer, max_tokens, key, facts)
 
         def report(num_tokens: int) -> None:
             if progress is not None:
@@ -211,7 +193,7 @@ def build_conversation_cache(
 Encoded = Iterator[tuple[list[int], list[int] | None]]  # the ids of a document, and its mask
 
 
-def _encoded(shard: Shard, tokenizer: TextEncoder) -> Encoded:
+def _encoded(shard: Shard, tokenizer: Tokenizer) -> Encoded:
     for texts in _batches(shard.documents()):
         for ids in tokenizer.encode_batch(texts):
             yield ids, None
@@ -232,18 +214,19 @@ def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
 
 
 def _rendered(
-    conversations: Sequence[dict[str, Any]], tokenizer: ConversationRenderer, max_tokens: int, facts: dict[str, int]
+    conversations: Conversations, tokenizer: Tokenizer, max_tokens: int, key: str, facts: dict[str, int]
 ) -> Encoded:
-    for i in range(len(conversations)):
+    for first in range(0, len(conversations), _BATCH_DOCUMENTS):
+        batch = [conversations[i] for i in range(first, min(first + _BATCH_DOCUMENTS, len(conversations)))]
+        for number, conversation in enumerate(batch, first):
+            if problems := problems_of_conversation(conversation):
+                raise UserError([f"{key}: conversation {number}: {problem}" for problem in problems])
         # One token more than fits shows which are cut.
-        ids, mask = tokenizer.render_conversation(conversations[i], max_tokens=max_tokens + 1)
-        facts["num_cut"] += len(ids) > max_tokens
-        ids, mask = ids[1:max_tokens], mask[1:max_tokens]  # without bos
-        if any(mask):
-            yield ids, mask
-        else:
-            facts["num_without_target"] += 1
-            yield [], []
+        for ids, mask in tokenizer.render_conversations(batch, max_tokens=max_tokens + 1):
+            facts["num_cut"] += len(ids) > max_tokens
+            ids, mask = ids[1:max_tokens], mask[1:max_tokens]  # without bos
+            facts["num_without_target"] += not any(mask)
+            yield (ids, mask) if any(mask) else ([], [])
 
 
 def _write_shard(

@@ -111,9 +111,7 @@ class PeriodicEvaluation(Callback):
         if trainer.global_step > 0:
             self._measure(trainer, pl_module)
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """After a step."""
         self._measure(trainer, pl_module)
 

@@ -35,9 +35,7 @@ class TrainingProgress(Callback):
             self._show(trainer.global_step, trainer.global_step)
             self._bar.start()
 
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: Any, batch: StepBatch, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: StepBatch, batch_idx: int) -> None:
         """Learn how many parts this step has."""
         self._parts = num_micro_batches(len(batch.inputs), pl_module.device_batch_size)
 
@@ -49,9 +47,7 @@ class TrainingProgress(Callback):
         if self._bar is not None and self._trainer is not None:
             self._bar.update(self._task, completed=position, steps=f"{step:,}/{self._trainer.max_steps:,}")
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Move the bar, or print a line where one is due."""
         step, figures = trainer.global_step, self._figures(trainer)
         if self._bar is not None:

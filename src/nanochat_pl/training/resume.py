@@ -1,7 +1,7 @@
 """Resume files: all that a stopped run needs to go on, bit for bit.
 
-They are Lightning checkpoints (weights, optimizer, loops, callbacks), written atomically into the run's folder, loadable
-with ``weights_only=True``, and named by the step. The newest readable one is where the same command goes on.
+They are Lightning checkpoints (weights, optimizer, loops, callbacks), written atomically into the run's folder,
+loadable with ``weights_only=True``, and named by the step. The same command goes on from the newest readable one.
 """
 
 from __future__ import annotations
@@ -108,4 +108,3 @@ class ResumeFiles(Callback):
         trainer.save_checkpoint(path)
         for old in resume_files(self.folder)[self.keep_last :]:
             old.unlink()
-

@@ -28,8 +28,8 @@ class StageRecipe:
     device_batch_size: int
     seed: int
     compile: bool
-    # Plain data that has a say in the result: a resumed run must have the same.
-    fixed_settings: dict[str, Any] = field(default_factory=dict)
+    # What the machine chose: it may change the bits, and a resumed run says where it differs.
+    choices: dict[str, Any] = field(default_factory=dict)
 
 
 class TrainingStage(LightningModule):
@@ -41,7 +41,6 @@ class TrainingStage(LightningModule):
         self.recipe = recipe
         self.schedule, self.num_steps = recipe.schedule, recipe.num_steps
         self.device_batch_size = recipe.device_batch_size
-        self.fixed_settings = recipe.fixed_settings
         # Called before each micro-batch with its number: the progress bar moves and a stop is noticed there.
         self.micro_batch_hooks: list[Callable[[int], None]] = []
         self.net: GPT | None = None
@@ -62,8 +61,7 @@ class TrainingStage(LightningModule):
     def configure_optimizers(self) -> MuonAdamW:
         """The one optimizer, with its state allocated: a step never fails for lack of memory half-way."""
         assert self.net is not None
-        roles, dtype = parameter_roles(self.net), self.recipe.model.compute_dtype
-        optimizer = build_optimizer(self.net.named_parameters(), roles, self.recipe.hyperparameters, dtype)
+        optimizer = build_optimizer(self.net.named_parameters(), parameter_roles(self.net), self.recipe.hyperparameters)
         optimizer.allocate_state()
         self.first_moments(optimizer)
         return optimizer
@@ -77,8 +75,8 @@ class TrainingStage(LightningModule):
         return self.optimizers()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Put the settings into the resume file, to be compared when it is used."""
-        checkpoint["nanochat_pl"] = self.fixed_settings
+        """Put the machine's choices into the resume file, to be compared when it is used."""
+        checkpoint["nanochat_pl"] = {"choices": self.recipe.choices}
 
     def weighted_loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Summed nats over the targets of a micro-batch, compiled where that was asked for."""
