@@ -1,0 +1,214 @@
+"""Local files: what they hold, how they are split, and what is said when they are wrong."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from nanochat_pl.common.errors import UserError
+from nanochat_pl.common.settings import build
+from nanochat_pl.data import file_formats
+from nanochat_pl.data.sources import DataSettings, Source, Split, open_source
+
+
+def write_parquet(path: Path, texts: list[str | None], column: str = "text") -> None:
+    pq.write_table(pa.table({column: texts, "id": list(range(len(texts)))}), path, row_group_size=4)
+
+
+def write_jsonl(path: Path, texts: list[str]) -> None:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+
+
+def opened(path: Path | str, cache_dir: Path, **settings: object) -> Source:
+    return open_source(DataSettings(name="local", path=str(path), **settings), cache_dir)
+
+
+def texts_of(source: Source, split: Split) -> list[str]:
+    return [text for shard in source.shards(split) for text in shard.documents()]
+
+
+def all_texts(source: Source) -> list[str]:
+    return sorted(texts_of(source, "train") + texts_of(source, "val"))
+
+
+TEXTS = [f"document {i}: naïve café №{i}" for i in range(60)]
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".jsonl", ".jsonl.gz"])
+def test_a_file_of_each_table_format_gives_its_documents(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"texts{suffix}"
+    if suffix == ".parquet":
+        write_parquet(path, TEXTS)
+    else:
+        write_jsonl(tmp_path / "texts.jsonl", TEXTS)
+        if suffix == ".jsonl.gz":
+            path.write_bytes(gzip.compress((tmp_path / "texts.jsonl").read_bytes()))
+    source = opened(path, tmp_path / "cache")
+    assert all_texts(source) == sorted(TEXTS)
+    assert [text for text in TEXTS if text in set(texts_of(source, "train"))] == texts_of(source, "train")
+
+
+def test_a_folder_is_searched_in_sorted_order_and_a_glob_picks(tmp_path: Path) -> None:
+    (tmp_path / "in" / "b").mkdir(parents=True)
+    (tmp_path / "in" / ".hidden").mkdir()
+    write_jsonl(tmp_path / "in" / "c.jsonl", TEXTS[:20])
+    write_parquet(tmp_path / "in" / "b" / "x.parquet", TEXTS[20:40])
+    (tmp_path / "in" / "a.txt").write_text("short text", encoding="utf-8")
+    (tmp_path / "in" / "README.md").write_text("no data", encoding="utf-8")
+    write_jsonl(tmp_path / "in" / ".hidden" / "d.jsonl", ["hidden"])
+    source = opened(tmp_path / "in", tmp_path / "cache")
+    assert [shard.name for shard in source.shards("train")] == ["a.txt", "b/x.parquet", "c.jsonl"]
+    assert all_texts(source) == sorted([*TEXTS[:40], "short text"])
+    by_glob = opened(tmp_path / "in" / "**" / "*.parquet", tmp_path / "cache")
+    assert [shard.name for shard in by_glob.shards("val")] == ["x.parquet"]
+
+
+def test_text_files_are_cut_at_blank_lines_and_lose_no_word(tmp_path: Path) -> None:
+    paragraphs = [f"Paragraph {i}, " + "words and words " * (i % 7) + "end." for i in range(100)]
+    path = tmp_path / "book.txt"
+    path.write_bytes(b"\xef\xbb\xbf" + "\r\n\r\n".join(paragraphs).encode("utf-8"))
+    documents = list(file_formats.documents_of(path, "text", 400))
+    assert "\n\n".join(documents) == "\n\n".join(paragraphs)
+    assert len(documents) > 10 and max(map(len, documents)) <= 400
+
+
+def test_text_without_blank_lines_is_cut_too(tmp_path: Path) -> None:
+    path = tmp_path / "long.txt"
+    path.write_text("word " * 50_000 + "x" * 30_000, encoding="utf-8")
+    documents = list(file_formats.documents_of(path, "text", 1_000))
+    assert "".join(documents) == "word " * 50_000 + "x" * 30_000
+    assert max(map(len, documents)) <= 1_000
+
+
+def test_files_are_read_as_utf8_whatever_the_locale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Museum 35: files opened in the encoding of the machine."""
+    monkeypatch.setenv("LC_ALL", "C")
+    monkeypatch.setenv("PYTHONUTF8", "0")
+    (tmp_path / "a.txt").write_bytes("größer als 北京 🙂".encode())
+    write_jsonl(tmp_path / "b.jsonl", ["größer als 北京 🙂"])
+    assert all_texts(opened(tmp_path, tmp_path / "cache")) == ["größer als 北京 🙂"] * 2
+
+
+def test_what_is_held_out_does_not_depend_on_the_files(tmp_path: Path) -> None:
+    """Museum 20: validation is the last file on disk, and changes while the next one downloads."""
+    write_jsonl(tmp_path / "1.jsonl", TEXTS[:30])
+    write_jsonl(tmp_path / "2.jsonl", TEXTS[30:])
+    both = opened(tmp_path, tmp_path / "cache", validation_fraction=0.2)
+    first = opened(tmp_path / "1.jsonl", tmp_path / "cache", validation_fraction=0.2)
+    held_out = texts_of(first, "val")
+    assert 0 < len(held_out) < 30
+    of_both = texts_of(both, "val")
+    assert held_out == [text for text in of_both if text in TEXTS[:30]]
+    (tmp_path / "1.jsonl").rename(tmp_path / "9.jsonl")
+    renamed = opened(tmp_path, tmp_path / "cache", validation_fraction=0.2)
+    assert sorted(texts_of(renamed, "val")) == sorted(of_both)
+
+
+def test_one_file_with_two_documents_has_both_splits(tmp_path: Path) -> None:
+    """Museum 21: one shard only, the train split is empty, and the loader waits for ever."""
+    write_jsonl(tmp_path / "a.jsonl", ["one", "", "another"])
+    source = opened(tmp_path / "a.jsonl", tmp_path / "cache", validation_fraction=0.001)
+    assert len(texts_of(source, "val")) == 1
+    assert len([text for text in texts_of(source, "train") if text]) == 1
+
+
+def test_validation_files_of_ones_own(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "train.jsonl", TEXTS)
+    write_jsonl(tmp_path / "val.jsonl", ["held out"])
+    source = opened(tmp_path / "train.jsonl", tmp_path / "cache", validation_path=str(tmp_path / "val.jsonl"))
+    assert texts_of(source, "train") == TEXTS
+    assert texts_of(source, "val") == ["held out"]
+    with pytest.raises(UserError, match=r"val\.jsonl: is under data\.path and under data\.validation_path"):
+        opened(tmp_path, tmp_path / "cache", validation_path=str(tmp_path / "val.jsonl"))
+
+
+def test_fingerprints_follow_the_contents_and_the_settings(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    write_jsonl(path, TEXTS)
+    before = opened(path, tmp_path / "cache")
+    fingerprint, corpus = before.shards("train")[0].fingerprint, before.fingerprint
+    assert fingerprint != before.shards("val")[0].fingerprint
+    assert fingerprint == opened(path, tmp_path / "cache").shards("train")[0].fingerprint
+    assert fingerprint != opened(path, tmp_path / "cache", validation_fraction=0.2).shards("train")[0].fingerprint
+    write_jsonl(path, [*TEXTS[:-1], TEXTS[-1].replace("document", "tnemucod")])
+    assert fingerprint != opened(path, tmp_path / "cache").shards("train")[0].fingerprint
+    assert corpus != opened(path, tmp_path / "cache").fingerprint
+    (tmp_path / "elsewhere").mkdir()
+    write_jsonl(tmp_path / "elsewhere" / "b.jsonl", TEXTS)
+    assert opened(tmp_path / "elsewhere", tmp_path / "cache").shards("train")[0].fingerprint == fingerprint
+
+
+def test_a_file_changed_while_it_is_read_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    write_jsonl(path, TEXTS)
+    documents = opened(path, tmp_path / "cache").shards("train")[0].documents()
+    next(documents)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"text": "more"}) + "\n")
+    with pytest.raises(UserError, match="changed while it was read"):
+        list(documents)
+
+
+def wrong_files(folder: Path) -> dict[str, tuple[Path, str]]:
+    """Broken files, and what is to be said of each."""
+    write_parquet(folder / "column.parquet", TEXTS, column="body")
+    write_parquet(folder / "whole.parquet", TEXTS)
+    whole = (folder / "whole.parquet").read_bytes()
+    (folder / "cut.parquet").write_bytes(whole[: len(whole) // 2])
+    (folder / "spoilt.parquet").write_bytes(whole[:4] + bytes(len(whole) // 2) + whole[4 + len(whole) // 2 :])
+    pq.write_table(pa.table({"text": [1, 2]}), folder / "numbers.parquet")
+    (folder / "latin1.txt").write_bytes("x".encode() * 70_000 + "café".encode("latin1") + b" more")
+    (folder / "line.jsonl").write_text('{"text": "a"}\n\n{"text": \n', encoding="utf-8")
+    (folder / "list.jsonl").write_text('{"text": "a"}\n["b"]\n', encoding="utf-8")
+    (folder / "key.jsonl").write_text('{"body": "a", "title": "b"}\n', encoding="utf-8")
+    (folder / "number.jsonl").write_text('{"text": 5}\n', encoding="utf-8")
+    (folder / "surrogate.jsonl").write_text('{"text": "\\ud800"}\n', encoding="utf-8")
+    (folder / "bytes.jsonl").write_bytes(b'{"text": "caf\xe9"}\n')
+    (folder / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n' * 1000)[:-20])
+    (folder / "no.jsonl.gz").write_bytes(b'{"text": "a"}\n')
+    (folder / "table.csv").write_text("text\n", encoding="utf-8")
+    return {
+        "column.parquet": "has no column 'text'; its columns: body, id",
+        "cut.parquet": "no whole parquet file",
+        "spoilt.parquet": "no whole parquet file",
+        "numbers.parquet": "holds int64 and not text",
+        "latin1.txt": "is not UTF-8: byte 70,003",
+        "line.jsonl": "line.jsonl:3: is no JSON",
+        "list.jsonl": "list.jsonl:2: is no JSON object",
+        "key.jsonl": "key.jsonl:1: has no key 'text'; its keys: body, title",
+        "number.jsonl": "number.jsonl:1: 'text' is int",
+        "surrogate.jsonl": "surrogate.jsonl:1: .*surrogate",
+        "bytes.jsonl": "bytes.jsonl:1: is no JSON: .*utf-8",
+        "cut.jsonl.gz": "no whole gzip file",
+        "no.jsonl.gz": "cannot be read",
+        "table.csv": "does not end with .parquet or",
+    }
+
+
+def test_every_broken_file_is_named_with_its_fault(tmp_path: Path) -> None:
+    """Museum 22: a download that was cut off passes for a shard."""
+    for name, message in wrong_files(tmp_path).items():
+        with pytest.raises(UserError, match=message) as raised:
+            all_texts(opened(tmp_path / name, tmp_path / "cache"))
+        assert name in str(raised.value)
+
+
+@pytest.mark.parametrize("given", ["nothing", "*.txt", "empty", "other"])
+def test_a_path_without_files_is_an_error(tmp_path: Path, given: str) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "a.csv").write_text("a", encoding="utf-8")
+    with pytest.raises(UserError, match=r"data\.path=.*(no such file|it is empty|there are \.csv)"):
+        opened(tmp_path / given, tmp_path / "cache")
+
+
+def test_settings_that_do_not_go_together_are_refused() -> None:
+    with pytest.raises(UserError, match=r"data\.path: is missing"):
+        build(DataSettings, {"name": "local"}, "data")
+    with pytest.raises(UserError, match=r"data\.path='x': has no meaning for data=python_docs"):
+        build(DataSettings, {"path": "x"}, "data")
