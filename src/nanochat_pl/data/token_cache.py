@@ -14,7 +14,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -30,6 +30,14 @@ _BATCH_CHARS = 4_000_000
 _LENGTH = np.dtype("<i4")
 
 Progress = Callable[[int, int, int], None]  # shards done, shards in all, tokens so far
+
+
+class Conversations(Protocol):
+    """Conversations by number: plain dicts with ``messages``."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True)
