@@ -141,10 +141,7 @@ class Tokenizer:
         Surrogates without a partner, which UTF-8 cannot hold, become U+FFFD. Blanks of more than ``LONGEST_BLANK``
         characters are cut there.
         """
-        if len(text) < LONGEST_BLANK or not (cuts := _cuts(text)):
-            return self._encoding.encode_ordinary(text)
-        pieces = (text[start:stop] for start, stop in zip([0, *cuts], [*cuts, len(text)], strict=True))
-        return [token for piece in pieces for token in self._encoding.encode_ordinary(piece)]
+        return encode_ordinary(self._encoding, text)
 
     def encode_batch(self, texts: Iterable[str], num_threads: int = 8) -> list[list[int]]:
         """:meth:`encode` for each of many texts, by several threads. The result does not depend on their number."""
@@ -181,6 +178,14 @@ class Tokenizer:
     def parse_assistant(self, ids: Sequence[int]) -> list[Part]:
         """The parts of what an assistant has generated: see :func:`chat_format.parse_assistant`."""
         return chat_format.parse_assistant(self, ids)
+
+
+def encode_ordinary(encoding: tiktoken.Encoding, text: str) -> list[int]:
+    """The ids that an encoding of tiktoken gives to a text; blanks longer than LONGEST_BLANK characters are cut."""
+    if len(text) < LONGEST_BLANK or not (cuts := _cuts(text)):
+        return encoding.encode_ordinary(text)
+    pieces = (text[start:stop] for start, stop in zip([0, *cuts], [*cuts, len(text)], strict=True))
+    return [token for piece in pieces for token in encoding.encode_ordinary(piece)]
 
 
 def _cuts(text: str) -> list[int]:

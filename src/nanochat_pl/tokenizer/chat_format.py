@@ -14,6 +14,7 @@ Trained on (mask 1) is what the assistant has to produce: its text, its tool cal
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from reprlib import repr as quote  # shortens
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nanochat_pl.common.errors import UserError
@@ -59,12 +60,12 @@ def problems_of_conversation(conversation: Any) -> list[str]:
             expected = ("user", "assistant")[turns % 2]
             turns += 1
         if role != expected:
-            problems.append(f"{where}.role={_short(role)}: must be {expected!r} here (user and assistant take turns).")
+            problems.append(f"{where}.role={quote(role)}: must be {expected!r} here (user and assistant take turns).")
         if expected == "assistant" and isinstance(content, (list, tuple)):
             problems.extend(_problems_of_parts(content, f"{where}.content"))
         elif not isinstance(content, str):
             allowed = "text or a list of parts" if expected == "assistant" else "text"
-            problems.append(f"{where}.content={_short(content)}: must be {allowed}.")
+            problems.append(f"{where}.content={quote(content)}: must be {allowed}.")
     if turns == 0 and not problems:
         problems.append("messages: there is no user message.")
     return problems
@@ -75,15 +76,10 @@ def _problems_of_parts(parts: Sequence[Any], where: str) -> list[str]:
     for i, part in enumerate(parts):
         kind, text = (part.get("type"), part.get("text")) if isinstance(part, Mapping) else (None, None)
         if kind not in _PART_TYPES:
-            problems.append(f"{where}[{i}].type={_short(kind)}: must be one of {', '.join(_PART_TYPES)}.")
+            problems.append(f"{where}[{i}].type={quote(kind)}: must be one of {', '.join(_PART_TYPES)}.")
         elif not isinstance(text, str):
-            problems.append(f"{where}[{i}].text={_short(text)}: must be text.")
+            problems.append(f"{where}[{i}].text={quote(text)}: must be text.")
     return problems
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "…"
 
 
 def _segments(conversation: Conversation) -> list[_Segment]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from reprlib import repr as quote  # shortens
 from typing import Any
 
 from nanochat_pl.common.errors import UserError
@@ -69,7 +70,9 @@ def _tokens_by_id(vocab: dict[str, Any]) -> list[str]:
     tokens: list[str | None] = [None] * len(vocab)
     for token, index in vocab.items():
         if type(index) is not int or not 0 <= index < len(tokens) or tokens[index] is not None:
-            raise ValueError(f"model.vocab gives the id {index!r} to {token!r}: ids must be 0 … {len(tokens) - 1:,}.")
+            raise ValueError(
+                f"model.vocab gives the id {quote(index)} to {quote(token)}: ids must be 0 … {len(tokens) - 1:,}."
+            )
         tokens[index] = token
     return [token for token in tokens if token is not None]
 
@@ -84,7 +87,7 @@ def _merges(merges: list[Any], tokens: Sequence[str]) -> list[tuple[str, str]]:
         is_pair = isinstance(pair, list) and len(pair) == 2 and all(isinstance(part, str) for part in pair)
         known = is_pair and all(ids.get(part, len(ids)) < NUM_BYTES + place for part in pair)
         if not known or pair[0] + pair[1] != token:
-            raise ValueError(f"model.merges[{place}]={pair!r} does not make the token {token!r} of two earlier ones.")
+            raise ValueError(f"model.merges[{place}]={quote(pair)} does not make {quote(token)} of two earlier tokens.")
     return [(left, right) for left, right in merges]
 
 
@@ -98,13 +101,13 @@ def _compare(found: Any, expected: Any, where: str) -> None:
             # Vocabulary and merges were checked entry by entry already.
             if place not in ("model.vocab", "model.merges"):
                 _compare(found[key], expected[key], place)
+    elif isinstance(expected, list) and isinstance(found, list):
+        if len(found) != len(expected):
+            raise ValueError(f"{where} has {len(found):,} entries, not {len(expected):,}.")
+        for i, (one, other) in enumerate(zip(found, expected, strict=True)):
+            _compare(one, other, f"{where}[{i}]")
     elif type(found) is not type(expected) or found != expected:
-        raise ValueError(f"{where} is {_short(found)}, not {_short(expected)}.")
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "…"
+        raise ValueError(f"{where} is {quote(found)}, not {quote(expected)}.")
 
 
 def _document(

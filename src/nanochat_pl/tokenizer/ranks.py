@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from reprlib import repr as quote  # shortens
 
 NUM_BYTES = 256
 MAX_VOCAB_SIZE = 2**20
@@ -38,7 +39,7 @@ def merges_of(tokens: Sequence[bytes]) -> list[tuple[bytes, bytes]]:
     for rank, token in enumerate(tokens[NUM_BYTES:], start=NUM_BYTES):
         parts = _merge(token, ranks, below=rank)
         if len(parts) != 2:
-            raise ValueError(f"token {rank}, {token!r}, is not made of two earlier tokens but of {parts!r}")
+            raise ValueError(f"token {rank}, {quote(token)}, is not made of two earlier tokens but of {quote(parts)}")
         merges.append((parts[0], parts[1]))
     return merges
 
