@@ -27,7 +27,9 @@ class ByteTokenizer:
             raise KeyboardInterrupt
         return [[byte + 1 for byte in text.encode("utf-8")] for text in texts]
 
-    def render_conversations(self, conversations: list[dict[str, Any]], max_tokens: int) -> list[tuple[list[int], list[int]]]:
+    def render_conversations(
+        self, conversations: list[dict[str, Any]], max_tokens: int
+    ) -> list[tuple[list[int], list[int]]]:
         """Answers are trained on, questions are not."""
         results = []
         for conversation in conversations:

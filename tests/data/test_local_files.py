@@ -162,7 +162,7 @@ def wrong_files(folder: Path) -> dict[str, tuple[Path, str]]:
     (folder / "cut.parquet").write_bytes(whole[: len(whole) // 2])
     (folder / "spoilt.parquet").write_bytes(whole[:4] + bytes(len(whole) // 2) + whole[4 + len(whole) // 2 :])
     pq.write_table(pa.table({"text": [1, 2]}), folder / "numbers.parquet")
-    (folder / "latin1.txt").write_bytes("x".encode() * 70_000 + "café".encode("latin1") + b" more")
+    (folder / "latin1.txt").write_bytes(b"x" * 70_000 + "café".encode("latin1") + b" more")
     (folder / "line.jsonl").write_text('{"text": "a"}\n\n{"text": \n', encoding="utf-8")
     (folder / "list.jsonl").write_text('{"text": "a"}\n["b"]\n', encoding="utf-8")
     (folder / "key.jsonl").write_text('{"body": "a", "title": "b"}\n', encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -20,7 +21,7 @@ BOS = 0
 def rows_of(index: RowIndex, documents: list[list[int]]) -> list[list[int]]:
     """The rows without padding; documents have no bos."""
     rows = []
-    for first, last in zip(index.row_starts[:-1], index.row_starts[1:], strict=True):
+    for first, last in itertools.pairwise(index.row_starts):
         pieces = index.pieces[first:last].tolist()
         rows.append([id for d, start, length in pieces for id in [BOS, *documents[d][start : start + length]]])
     return rows
@@ -169,7 +170,7 @@ def test_epochs_do_not_share_a_row_and_their_length_is_known() -> None:
     index = pack(lengths_of(documents), 65, "pad", epochs=3, buffer_documents=10, refill_documents=1)
     bounds = [*index.epoch_starts.tolist(), index.num_rows]
     assert len(bounds) == 4
-    for first, last in zip(bounds[:-1], bounds[1:], strict=True):
+    for first, last in itertools.pairwise(bounds):
         pieces = index.pieces[index.row_starts[first] : index.row_starts[last]]
         assert sorted(pieces[:, 0].tolist()) == list(range(len(documents)))
     assert index.stats.padded_places == index.num_rows * 65 - 3 * sum(len(d) + 1 for d in documents)

@@ -46,15 +46,31 @@ class CachedShard:
 
     Attributes:
         name: of the source's shard.
+        folder: where it is kept.
         tokens: uint16 or uint32 (num_tokens,), all documents one after the other, by memory map.
         offsets: int64 (num_documents + 1,): document i has the tokens offsets[i] … offsets[i + 1] - 1.
         mask: uint8 (num_tokens,), 1 where a token is trained on; None: all are.
     """
 
     name: str
+    folder: Path
     tokens: np.ndarray
     offsets: np.ndarray
-    mask: np.ndarray | None = None
+    mask: np.ndarray | None
+
+    @classmethod
+    def open(cls, name: str, folder: Path, token_dtype: str, masked: bool) -> CachedShard:
+        """Map the files of a folder that has been verified."""
+        lengths = np.fromfile(folder / "lengths.bin", dtype=_LENGTH)
+        offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+        tokens = _map(folder / "tokens.bin", token_dtype)
+        mask = _map(folder / "mask.bin", "u1") if masked else None
+        assert len(tokens) == offsets[-1] and (mask is None or len(mask) == len(tokens)), folder
+        return cls(name, folder, tokens, offsets, mask)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Sent to a worker process, it is opened there again: the tokens stay in the file."""
+        return CachedShard.open, (self.name, self.folder, self.tokens.dtype.str, self.mask is not None)
 
 
 class TokenCache:
@@ -127,6 +143,7 @@ def build_token_cache(
         UserError: the split has no text, or what the source says of a file. Shards that are done stay done.
     """
     shards = source.shards(split)
+    dtype = _token_dtype(tokenizer.vocab_size)
     cached: list[CachedShard] = []
     keys = []
     num_tokens = 0
@@ -139,8 +156,8 @@ def build_token_cache(
         key = {"format": _FORMAT, "tokenizer": tokenizer.fingerprint, "shard": shard.fingerprint}
         folder = cache_dir / "tokens" / fingerprint_of(key)[:32]
         if read_cache(folder, key) is None:
-            _write_shard(folder, key, _encoded(shard, tokenizer), tokenizer.vocab_size, {}, report)
-        cached.append(_open_shard(folder, key, shard.name, tokenizer.vocab_size))
+            _write_shard(folder, key, _encoded(shard, tokenizer), dtype, {}, report)
+        cached.append(CachedShard.open(shard.name, folder, dtype, masked=False))
         keys.append([shard.name, key])
         num_tokens += len(cached[-1].tokens)
         if progress is not None:
@@ -180,6 +197,7 @@ def build_conversation_cache(
         "max_tokens": max_tokens,
     }
     folder = cache_dir / "conversations" / fingerprint_of(full_key)[:32]
+    dtype = _token_dtype(tokenizer.vocab_size)
     facts = read_cache(folder, full_key)
     if facts is None:
         facts = {"num_cut": 0, "num_without_target": 0}
@@ -189,8 +207,8 @@ def build_conversation_cache(
             if progress is not None:
                 progress(0, 1, num_tokens)
 
-        _write_shard(folder, full_key, rendered, tokenizer.vocab_size, facts, report, masked=True)
-    shard = _open_shard(folder, full_key, key, tokenizer.vocab_size, masked=True)
+        _write_shard(folder, full_key, rendered, dtype, facts, report, masked=True)
+    shard = CachedShard.open(key, folder, dtype, masked=True)
     if progress is not None:
         progress(1, 1, len(shard.tokens))
     if not len(shard.tokens):
@@ -241,14 +259,13 @@ def _write_shard(
     folder: Path,
     key: Any,
     documents: Encoded,
-    vocab_size: int,
+    dtype: str,
     facts: dict[str, int],
     report: Callable[[int], None],
     masked: bool = False,
 ) -> None:
     lengths: list[int] = []
     masks: list[bytes] = []
-    dtype = _token_dtype(vocab_size)
 
     def write_tokens(path: Path) -> None:
         num_tokens = 0
@@ -272,23 +289,12 @@ def _write_shard(
     write_cache(folder, key, files | ({"mask.bin": write_masks} if masked else {}), facts)
 
 
-def _open_shard(folder: Path, key: Any, name: str, vocab_size: int, masked: bool = False) -> CachedShard:
-    facts = read_cache(folder, key)
-    assert facts is not None, f"{folder}: was written and cannot be read back"
-    lengths = np.fromfile(folder / "lengths.bin", dtype=_LENGTH)
-    offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-    tokens = _map(folder / "tokens.bin", _token_dtype(vocab_size))
-    mask = _map(folder / "mask.bin", np.dtype(np.uint8)) if masked else None
-    assert len(tokens) == offsets[-1] and (mask is None or len(mask) == len(tokens)), folder
-    return CachedShard(name, tokens, offsets, mask)
-
-
-def _map(path: Path, dtype: np.dtype) -> np.ndarray:
+def _map(path: Path, dtype: str) -> np.ndarray:
     if path.stat().st_size == 0:  # an empty file cannot be mapped
         return np.zeros(0, dtype=dtype)
-    # A plain array over the map: slices of np.memmap itself are some times slower to make.
-    return np.asarray(np.memmap(path, dtype=dtype, mode="r")).view(np.ndarray)
+    # Seen as a plain array, of which slices are made several times faster than of a memmap.
+    return np.memmap(path, dtype=dtype, mode="r").view(np.ndarray)
 
 
-def _token_dtype(vocab_size: int) -> np.dtype:
-    return np.dtype("<u2") if vocab_size <= 2**16 else np.dtype("<u4")
+def _token_dtype(vocab_size: int) -> str:
+    return "<u2" if vocab_size <= 2**16 else "<u4"

@@ -1,0 +1,153 @@
+"""Rows: what is in them, where it comes from, and that nothing but their number decides."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from nanochat_pl.common.constants import IGNORE_INDEX
+from nanochat_pl.data.packing import pack
+from nanochat_pl.data.rows import Rows, conversation_rows, packed_rows, training_rows, validation_rows
+from nanochat_pl.data.sources import DataSettings, open_source
+from nanochat_pl.data.token_cache import TokenCache, build_conversation_cache, build_token_cache
+from tests.data.fakes import BOS, ByteTokenizer, ListSource
+from tests.reference.packer import crop_rows, pad_rows
+
+T = 64
+
+
+def random_texts(seed: int, count: int) -> list[str]:
+    random = np.random.RandomState(seed)
+    return [bytes(random.randint(97, 122, random.randint(0, 150)).tolist()).decode() for _ in range(count)]
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> TokenCache:
+    shards = {"one": random_texts(0, 80), "two/b": random_texts(1, 50)}
+    return build_token_cache(ListSource(shards), "train", ByteTokenizer(), tmp_path)
+
+
+class GivenIds:
+    """Conversations that are rendered already."""
+
+    vocab_size, fingerprint = 2**16, "given"
+
+    def render_conversations(self, conversations: list[dict], max_tokens: int) -> list[tuple[list[int], list[int]]]:
+        return [(c["ids"][:max_tokens], c["mask"][:max_tokens]) for c in conversations]
+
+
+def test_conversations_give_the_golden_inputs_and_targets(golden: Path, tmp_path: Path) -> None:
+    case = json.loads((golden / "packing_pad.json").read_text(encoding="utf-8"))
+    expected = load_file(golden / "packing_pad.safetensors")
+    said = {"messages": [{"role": "user", "content": ""}]}
+    conversations = [conversation | said for conversation in case["conversations"]]
+    cache = build_conversation_cache(conversations, GivenIds(), case["T"] + 1, tmp_path, "golden")
+    kept = cache.lengths > 0
+    index = pack(
+        # The reference packs conversations without a target too.
+        np.array([len(conversation["ids"]) - 1 for conversation in conversations]),
+        case["T"] + 1,
+        "pad",
+        num_rows=expected["inputs"].reshape(-1, case["T"]).shape[0],
+        buffer_documents=case["buffer_size"],
+        refill_documents=1,
+        shuffle=False,
+    )
+    assert kept.all()
+    inputs, targets = Rows(cache, index, case["T"], case["bos"]).read(range(index.num_rows))
+    assert np.array_equal(inputs, expected["inputs"].reshape(inputs.shape))
+    assert np.array_equal(targets, expected["targets"].reshape(targets.shape))
+
+
+def test_documents_give_the_rows_of_the_reference(cache: TokenCache) -> None:
+    documents = [[BOS, *cache.tokens(i).tolist()] for i in range(cache.num_documents) if len(cache.tokens(i))]
+    expected = np.array(crop_rows(documents, T + 1, 300, 30, 8))
+    index = pack(cache.lengths, T + 1, "crop", num_rows=300, buffer_documents=30, refill_documents=8, shuffle=False)
+    inputs, targets = Rows(cache, index, T, BOS).read(range(300))
+    assert inputs.dtype == targets.dtype == np.int64
+    assert np.array_equal(inputs, expected[:, :-1]) and np.array_equal(targets, expected[:, 1:])
+
+
+def test_conversation_rows_are_those_of_the_reference(tmp_path: Path) -> None:
+    talks = [
+        {"messages": [{"role": "user", "content": text[:9]}, {"role": "assistant", "content": text[9:60]}]}
+        for text in random_texts(2, 200)
+        if len(text) > 9
+    ]
+    cache = build_conversation_cache(talks, ByteTokenizer(), T + 1, tmp_path, "talks")
+    rows = conversation_rows(cache, T, BOS, tmp_path, num_rows=50, shuffle=False)
+    rendered = ByteTokenizer().render_conversations(talks, T + 1)
+    inputs, targets = pad_rows(rendered, T + 1, 50, 100, BOS)
+    assert np.array_equal(rows.read(range(50))[0], inputs)
+    assert np.array_equal(rows.read(range(50))[1], targets)
+    epoch = conversation_rows(cache, T, BOS, tmp_path, epochs=1)
+    trained = (epoch.read(range(len(epoch)))[1] != IGNORE_INDEX).sum()
+    assert trained == sum(sum(mask) for _, mask in rendered)
+
+
+def test_a_row_depends_on_its_number_alone(cache: TokenCache, tmp_path: Path) -> None:
+    """Museum 25, 26 and 27: loaders that pack differently, lose their place at an epoch's end, or drop their buffer."""
+    settings = DataSettings(pack_buffer_documents=20, pack_refill_documents=4)
+    rows = training_rows(cache, settings, T, BOS, tmp_path, 700)
+    assert rows.index.stats.epochs >= 3
+    inputs, targets = rows.read(range(700))
+    elsewhere = training_rows(cache, settings, T, BOS, tmp_path / "elsewhere", 400)
+    for numbers in ([5], [399, 0, 17], list(range(130, 390, 7))):
+        for source in (rows, elsewhere):
+            assert np.array_equal(source.read(numbers)[0], inputs[numbers])
+            assert np.array_equal(source.read(np.array(numbers))[1], targets[numbers])
+
+
+def test_an_address_leads_to_the_text(cache: TokenCache, tmp_path: Path) -> None:
+    texts = {"one": random_texts(0, 80), "two/b": random_texts(1, 50)}
+    rows = packed_rows(cache, T, BOS, "split", tmp_path, epochs=1)
+    shards = set()
+    for number in range(len(rows)):
+        ids = [id for p in rows.address(number) for id in [BOS, *texts[p.shard][p.document].encode()[p.start : p.stop]]]
+        ids = [id + 1 if i and id else id for i, id in enumerate(ids)]
+        shards |= {piece.shard for piece in rows.address(number)}
+        assert rows.read([number])[0][0].tolist()[: len(ids)] == ids[:T]
+    assert shards == {"one", "two/b"}
+
+
+def test_rows_past_the_end_are_refused(cache: TokenCache, tmp_path: Path) -> None:
+    rows = packed_rows(cache, T, BOS, "split", tmp_path, num_rows=3)
+    for number in (-1, 3):
+        with pytest.raises(IndexError):
+            rows.read([number])
+    assert rows.read([])[0].shape == (0, T)
+
+
+def test_validation_rows_are_all_of_the_text_and_depend_on_no_setting_of_training(
+    cache: TokenCache, tmp_path: Path
+) -> None:
+    rows = validation_rows(cache, T, BOS, tmp_path, num_rows=10**6)
+    inputs, targets = rows.read(range(len(rows)))
+    assert (targets != IGNORE_INDEX).sum() >= cache.num_tokens
+    assert np.isin(targets[targets > BOS], np.concatenate([s.tokens for s in cache.shards])).all()
+    assert (targets > BOS).sum() == cache.num_tokens
+    few = validation_rows(cache, T, BOS, tmp_path, num_rows=5)
+    assert len(few) == 5 and np.array_equal(few.read(range(5))[0], inputs[:5])
+
+
+def test_rows_reach_the_workers_of_a_loader_without_their_tokens(cache: TokenCache, tmp_path: Path) -> None:
+    rows = packed_rows(cache, T, BOS, "split", tmp_path, num_rows=100)
+    parcel = pickle.dumps(rows)
+    assert cache.shards[0].tokens.tobytes() not in parcel
+    assert np.array_equal(pickle.loads(parcel).read(range(100))[0], rows.read(range(100))[0])
+
+
+def test_real_text_goes_all_the_way(shared: Path, tmp_path: Path) -> None:
+    settings = DataSettings(name="local", path=str(shared / "data" / "text_tiny"))
+    source = open_source(settings, tmp_path)
+    caches = {split: build_token_cache(source, split, ByteTokenizer(), tmp_path) for split in ("train", "val")}
+    assert caches["train"].num_tokens + caches["val"].num_tokens == 862_810 + 838_271 + 869_679
+    rows = training_rows(caches["train"], settings, 256, BOS, tmp_path, 12_000)
+    assert rows.index.stats.trained_share == 1 and rows.index.stats.epochs == 2
+    inputs, targets = rows.read(range(11_900, 12_000))
+    assert np.array_equal(inputs[:, 1:], targets[:, :-1]) and (targets != IGNORE_INDEX).all()

@@ -1,0 +1,192 @@
+"""The token cache: right, never stale, resumed by shard, and found out when damaged."""
+
+from __future__ import annotations
+
+import multiprocessing
+import multiprocessing.synchronize
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nanochat_pl.common.errors import UserError
+from nanochat_pl.data.sources import DataSettings, open_source
+from nanochat_pl.data.token_cache import TokenCache, build_conversation_cache, build_token_cache
+from tests.data.fakes import ByteTokenizer, ListSource, cache_files
+
+SHARDS = {"a": ["first text", "", "größer"], "b": [], "c": [f"text {i}" for i in range(600)]}
+
+
+def texts_in(cache: TokenCache) -> list[str]:
+    return [bytes_of(cache.tokens(i)).decode("utf-8") for i in range(cache.num_documents)]
+
+
+def bytes_of(tokens: np.ndarray) -> bytes:
+    return bytes(token - 1 for token in tokens.tolist())
+
+
+def talk(*contents: str) -> dict:
+    roles = ("user", "assistant")
+    return {"messages": [{"role": roles[i % 2], "content": content} for i, content in enumerate(contents)]}
+
+
+def test_documents_come_back_and_keep_their_numbers(tmp_path: Path) -> None:
+    tokenizer = ByteTokenizer()
+    cache = build_token_cache(ListSource(SHARDS), "train", tokenizer, tmp_path)
+    assert texts_in(cache) == [text for texts in SHARDS.values() for text in texts]
+    assert cache.lengths.tolist() == [len(text.encode()) for text in texts_in(cache)]
+    assert cache.num_tokens == sum(cache.lengths)
+    assert bytes_of(cache.tokens(0, 2, 5)) == b"rst"
+    assert (cache.locate(2)[0].name, cache.locate(2)[1]) == ("a", 2)
+    assert (cache.locate(3)[0].name, cache.locate(3)[1]) == ("c", 0)
+    assert cache.tokens(0).dtype == np.uint16
+    with pytest.raises(IndexError):
+        cache.tokens(603)
+    again = build_token_cache(ListSource(SHARDS), "train", tokenizer, tmp_path)
+    assert tokenizer.num_texts == 603
+    assert texts_in(again) == texts_in(cache) and again.fingerprint == cache.fingerprint
+
+
+def test_large_vocabularies_have_room(tmp_path: Path) -> None:
+    tokenizer = ByteTokenizer()
+    tokenizer.vocab_size = 70_000
+    tokenizer.encode_batch = lambda texts: [[69_999] for _ in texts]
+    cache = build_token_cache(ListSource(SHARDS), "train", tokenizer, tmp_path)
+    assert cache.tokens(0).tolist() == [69_999]
+
+
+def test_another_tokenizer_and_another_text_have_their_own_cache(tmp_path: Path) -> None:
+    first = build_token_cache(ListSource({"a": ["one"]}), "train", ByteTokenizer("x"), tmp_path)
+    tokenizer = ByteTokenizer("y")
+    second = build_token_cache(ListSource({"a": ["one"]}), "train", tokenizer, tmp_path)
+    third = build_token_cache(ListSource({"a": ["two"]}), "train", tokenizer, tmp_path)
+    assert tokenizer.num_texts == 2
+    assert texts_in(third) == ["two"]
+    assert len({first.fingerprint, second.fingerprint, third.fingerprint}) == 3
+
+
+def test_a_build_that_was_stopped_goes_on_with_the_next_shard(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        build_token_cache(ListSource(SHARDS), "train", ByteTokenizer(fail_at="text 599"), tmp_path)
+    assert len(cache_files(tmp_path, "manifest.json")) == 2
+    assert not cache_files(tmp_path, "*.tmp.*")
+    tokenizer = ByteTokenizer()
+    cache = build_token_cache(ListSource(SHARDS), "train", tokenizer, tmp_path)
+    assert tokenizer.num_texts == 600
+    assert texts_in(cache) == [text for texts in SHARDS.values() for text in texts]
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "gone", "manifest"])
+def test_a_damaged_file_is_found_and_made_again(tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture) -> None:
+    whole = texts_in(build_token_cache(ListSource(SHARDS), "train", ByteTokenizer(), tmp_path))
+    path = max(cache_files(tmp_path, "tokens.bin"), key=lambda path: path.stat().st_size)
+    if damage == "flip":
+        content = bytearray(path.read_bytes())
+        content[100] ^= 1
+        path.write_bytes(bytes(content))
+    elif damage == "cut":
+        os.truncate(path, 100)
+    elif damage == "gone":
+        path.unlink()
+    else:
+        (path.parent / "manifest.json").write_text('{"key": ', encoding="utf-8")
+    tokenizer = ByteTokenizer()
+    assert texts_in(build_token_cache(ListSource(SHARDS), "train", tokenizer, tmp_path)) == whole
+    assert tokenizer.num_texts == 600
+    assert "is damaged" in caplog.text and str(path.parent) in caplog.text
+
+
+def test_damage_is_found_after_the_file_was_once_verified(tmp_path: Path) -> None:
+    whole = texts_in(build_token_cache(ListSource(SHARDS), "train", ByteTokenizer(), tmp_path))
+    path = max(cache_files(tmp_path, "tokens.bin"), key=lambda path: path.stat().st_size)
+    os.utime(path, (1e9, 1e9))  # old enough to be remembered
+    build_token_cache(ListSource(SHARDS), "train", ByteTokenizer(), tmp_path)
+    assert (path.parent / "tokens.bin.verified").exists()
+    content = bytearray(path.read_bytes())
+    content[100] ^= 1
+    path.write_bytes(bytes(content))
+    os.utime(path, (1e9, 1e9))  # the time of the last change cannot be set back: it tells
+    assert texts_in(build_token_cache(ListSource(SHARDS), "train", ByteTokenizer(), tmp_path)) == whole
+
+
+def test_a_changed_file_of_ones_own_is_tokenised_anew(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    settings = DataSettings(name="local", path=str(path), txt_document_chars=10)
+    for text in ("aaaa bbbb cccc dddd eeee", "aaaa bbbb cccc dddd ffff"):
+        path.write_text(text, encoding="utf-8")
+        os.utime(path, (1e9, 1e9))  # the same time and size as before
+        source = open_source(settings, tmp_path / "cache")
+        caches = [build_token_cache(source, split, ByteTokenizer(), tmp_path / "cache") for split in ("train", "val")]
+        found = sorted(document.strip() for cache in caches for document in texts_in(cache))
+        assert found == sorted([text[:10].strip(), text[10:20].strip(), text[20:]])
+
+
+def test_a_split_without_text_is_an_error_that_names_it(tmp_path: Path) -> None:
+    """Museum 21: an empty train split hangs."""
+    (tmp_path / "a.jsonl").write_text('{"text": "only one"}\n{"text": ""}\n', encoding="utf-8")
+    source = open_source(DataSettings(name="local", path=str(tmp_path / "a.jsonl")), tmp_path / "cache")
+    assert texts_in(build_token_cache(source, "val", ByteTokenizer(), tmp_path / "cache"))
+    with pytest.raises(UserError, match="the train split holds no text"):
+        build_token_cache(source, "train", ByteTokenizer(), tmp_path / "cache")
+    with pytest.raises(UserError, match="the val split holds no text"):
+        build_token_cache(ListSource(SHARDS), "val", ByteTokenizer(), tmp_path)
+
+
+def test_what_is_done_is_told(tmp_path: Path) -> None:
+    told: list[tuple[int, int, int]] = []
+    cache = build_token_cache(
+        ListSource(SHARDS), "train", ByteTokenizer(), tmp_path, progress=lambda *now: told.append(now)
+    )
+    assert told == sorted(told) and told[-1] == (3, 3, cache.num_tokens)
+    assert any(done == 2 for done, _, _ in told)
+
+
+def _build(folder: str, barrier: multiprocessing.synchronize.Barrier) -> None:
+    barrier.wait()
+    build_token_cache(ListSource(SHARDS), "train", ByteTokenizer(), Path(folder))
+
+
+def test_two_processes_may_build_at_once(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    barrier = context.Barrier(3)
+    processes = [context.Process(target=_build, args=(str(tmp_path), barrier)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    tokenizer = ByteTokenizer()
+    cache = build_token_cache(ListSource(SHARDS), "train", tokenizer, tmp_path)
+    assert tokenizer.num_texts == 0
+    assert texts_in(cache) == [text for texts in SHARDS.values() for text in texts]
+
+
+def test_conversations_are_rendered_once_cut_and_counted(tmp_path: Path) -> None:
+    """Museum 56: a conversation longer than a row clogs the buffer: batches without targets, and NaN for ever."""
+    conversations = [
+        talk("hi", "you"),
+        talk("a question of a certain length", "answer past the cut"),
+        talk("hello", "an answer that is cut"),
+        talk("question only"),
+    ]
+    for _ in range(2):
+        cache = build_conversation_cache(conversations, ByteTokenizer(), 16, tmp_path, "talks")
+        assert cache.num_cut == 2
+        assert cache.num_without_target == 2
+        assert cache.lengths.tolist() == [5, 0, 15, 0]
+        assert bytes_of(cache.tokens(2)) == b"helloan answer "
+        assert cache.shards[0].mask is not None
+        assert cache.shards[0].mask.tolist() == [0] * 2 + [1] * 3 + [0] * 5 + [1] * 10
+    others = build_conversation_cache(conversations, ByteTokenizer(), 17, tmp_path, "talks")
+    assert others.lengths.tolist() == [5, 0, 16, 0]
+    exact = build_conversation_cache([talk("hi", "you")], ByteTokenizer(), 6, tmp_path, "talks")
+    assert exact.num_cut == 0
+
+
+def test_conversations_that_cannot_be_used_are_errors(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="none of 1 conversations has a token to train on"):
+        build_conversation_cache([talk("question")], ByteTokenizer(), 16, tmp_path, "talks")
+    with pytest.raises(UserError, match=r"talks: conversation 1: messages\[0\]\.role='bot'"):
+        wrong = {"messages": [{"role": "bot", "content": "hi"}]}
+        build_conversation_cache([talk("a", "b"), wrong], ByteTokenizer(), 16, tmp_path, "talks")
