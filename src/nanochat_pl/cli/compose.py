@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from hydra import compose as hydra_compose
@@ -19,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nanochat_pl.cli import config_files
-from nanochat_pl.cli.overrides import Setting, parse_overrides
+from nanochat_pl.cli.overrides import Setting, is_group, parse_overrides, type_of_key
 from nanochat_pl.common.errors import UserError, did_you_mean
 from nanochat_pl.common.settings import build, problems_of, to_plain
 
@@ -34,12 +35,13 @@ class Composed(Generic[T]):
         config: the settings object that the verb takes.
         overrides: the ``key=value`` texts of the command line, as typed.
         experiment: name of the experiment, empty without one.
+        given: dotted keys that a person set: on the command line, in an experiment, or by choosing a group's file.
     """
 
     config: T
     overrides: tuple[str, ...] = ()
     experiment: str = ""
-    choices: Mapping[str, Any] = field(default_factory=dict)
+    given: frozenset[str] = frozenset()
 
     def plain(self) -> dict[str, Any]:
         """Every setting as plain data, defaults included: what is written to config.yaml."""
@@ -65,7 +67,7 @@ def compose(
     Raises:
         UserError: with all problems of all of them.
     """
-    groups = {name: options for name, options in config_files.groups().items() if name in _fields(schema)}
+    groups = groups_of(schema)
     problems: list[str] = []
     settings = [*before, *parse_overrides(overrides, schema, groups, problems)]
     choices = _check_choices(settings, groups, problems)
@@ -83,11 +85,24 @@ def compose(
     if problems:
         raise UserError(problems, f"Keys and their meaning: nanochat-pl {root} --help")
     assert values is not None
-    return Composed(build(schema, values), tuple(overrides), experiment, choices)
+    return Composed(build(schema, values), tuple(overrides), experiment, _given(settings))
 
 
-def _fields(schema: type) -> set[str]:
-    return set(schema.__dataclass_fields__)  # type: ignore[attr-defined]
+def _given(settings: Sequence[Setting]) -> frozenset[str]:
+    keys = set()
+    for setting in settings:
+        if not setting.is_choice:
+            keys.add(setting.key)
+            continue
+        for name in setting.value if isinstance(setting.value, list) else [setting.value]:
+            content = OmegaConf.load(_group_file(setting.key, name))
+            keys |= {f"{setting.key}.{key}" for key in content}
+    return frozenset(keys)
+
+
+def groups_of(schema: type) -> dict[str, list[str]]:
+    """The config groups that a verb has, with their choices: folders of configs/ whose key is a group of settings."""
+    return {name: options for name, options in config_files.groups().items() if is_group(type_of_key(schema, name))}
 
 
 def _check_choices(
@@ -112,7 +127,9 @@ def _check_choices(
 
 
 def _hydra_tree(root: str, choices: Mapping[str, str | list[str]]) -> DictConfig:
-    texts = [f"{key}=[{','.join(value)}]" if isinstance(value, list) else f"{key}={value}" for key, value in choices.items()]
+    texts = [
+        f"{key}=[{','.join(value)}]" if isinstance(value, list) else f"{key}={value}" for key, value in choices.items()
+    ]
     try:
         with initialize_config_dir(str(config_files.config_folder()), version_base="1.3"):
             tree = hydra_compose(root, overrides=texts)
@@ -131,7 +148,7 @@ def _lay_over(tree: DictConfig, setting: Setting, problems: list[str]) -> None:
 
 
 def _escaped(value: Any) -> Any:
-    """Text that OmegaConf gives back as it is: ``${`` would begin an interpolation, a backslash before it escapes it."""
+    """Text that OmegaConf gives back as it is: ``${`` begins an interpolation, a backslash before it escapes it."""
     if not isinstance(value, str):
         return value
     return re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + r"\${", value)
@@ -164,11 +181,15 @@ def _with_origin(problem: str, settings: Sequence[Setting], choices: Mapping[str
     return problem
 
 
+def _group_file(group: str, name: str) -> Path:
+    return config_files.config_folder() / group / f"{name}.yaml"
+
+
 def _within(key: str, outer: str) -> bool:
     return key.startswith(f"{outer}.")
 
 
 def _file_sets(group: str, name: str, key: str) -> bool:
-    content = OmegaConf.load(config_files.config_folder() / group / f"{name}.yaml")
+    content = OmegaConf.load(_group_file(group, name))
     keys = (key, key.removeprefix(f"{group}."))
     return any(OmegaConf.select(content, k, default=None, throw_on_missing=False) is not None for k in keys)

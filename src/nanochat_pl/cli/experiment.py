@@ -10,18 +10,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
 from nanochat_pl.cli import config_files
-from nanochat_pl.cli.overrides import Setting, section_settings
+from nanochat_pl.cli.compose import Composed, compose, groups_of
+from nanochat_pl.cli.overrides import UNKNOWN, Setting, section_settings, take_key, type_of_key
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.run_folder import STAGES
 from nanochat_pl.common.settings import build, setting
+
+T = TypeVar("T")
 
 # What a pipeline is made of: the training stages, and verbs that read what these leave.
 STEPS = (*STAGES, "evaluate", "report")
@@ -37,8 +40,14 @@ class Experiment:
     stages: dict[str, Any] = setting(factory=dict, doc="Keys of one step, by its name.")
 
     def __post_init__(self) -> None:
-        unknown = [f"pipeline: {step!r} is no step; there are {', '.join(STEPS)}." for step in self.pipeline if step not in STEPS]
-        unknown += [f"stages.{step}: is no step; there are {', '.join(STEPS)}." for step in self.stages if step not in STEPS]
+        unknown = [
+            f"pipeline: {step!r} is no step; there are {', '.join(STEPS)}."
+            for step in self.pipeline
+            if step not in STEPS
+        ]
+        unknown += [
+            f"stages.{step}: is no step; there are {', '.join(STEPS)}." for step in self.stages if step not in STEPS
+        ]
         unknown += [
             f"stages.{step}: must be a group of settings."
             for step, section in self.stages.items()
@@ -64,15 +73,24 @@ def read_experiment(name: str) -> tuple[Experiment, Path]:
 def settings_of_step(experiment: Experiment, path: Path, step: str, schema: type) -> list[Setting]:
     """The settings that an experiment gives to one of its steps: the shared ones, then the step's own.
 
-    Args:
-        schema: the settings class of the step's verb. Shared keys that a training stage would not know are left for
-            the others and so are errors there; verbs that train nothing take of the shared keys what they have.
+    A training stage takes all shared keys, so that a typo among them is found. The other verbs take those they have.
     """
-    groups = {name: options for name, options in config_files.groups().items() if name in schema.__dataclass_fields__}  # type: ignore[attr-defined]
+    groups = groups_of(schema)
     shared: Mapping[str, Any] = experiment.shared
-    if step not in STAGES:
-        shared = {key: value for key, value in shared.items() if key.split(".")[0] in schema.__dataclass_fields__}  # type: ignore[attr-defined]
+    if step in ("evaluate", "report"):
+        shared = {key: value for key, value in shared.items() if type_of_key(schema, key.split(".")[0]) is not UNKNOWN}
     return [
         *section_settings(shared, schema, groups, f"{path}, shared"),
         *section_settings(experiment.stages.get(step, {}), schema, groups, f"{path}, stages.{step}"),
     ]
+
+
+def compose_step(verb: str, step: str, schema: type[T], overrides: Sequence[str]) -> Composed[T]:
+    """Compose a verb whose command line may name an experiment: group files, its sections, then the command line."""
+    name, rest = take_key(overrides, "experiment")
+    if not name:
+        return compose(verb, schema, rest)
+    experiment, path = read_experiment(name)
+    before = [Setting("stage", step, is_choice=True)] if "stage" in groups_of(schema) else []
+    before += settings_of_step(experiment, path, step, schema)
+    return compose(verb, schema, rest, before, experiment=path.stem)

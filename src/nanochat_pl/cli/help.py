@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from nanochat_pl.cli import config_files
-from nanochat_pl.cli.overrides import UNKNOWN, type_of_key
+from nanochat_pl.cli.overrides import UNKNOWN, is_group, type_of_key
 from nanochat_pl.common.errors import UserError, did_you_mean
 
 
@@ -22,9 +22,9 @@ def print_help(verb: str, wanted: Sequence[str] = ()) -> None:
         for name in wanted:
             _print_group(schema, name)
         return
-    print(f"{inspect.cleandoc(module.__doc__)}\n\nKeys:")
+    print(f"{inspect.getdoc(module)}\n\nKeys:")
     hints = get_type_hints(schema)
-    plain = [field.name for field in dataclasses.fields(schema) if not _is_group(hints[field.name])]
+    plain = [field.name for field in dataclasses.fields(schema) if not is_group(hints[field.name])]
     nested = [key for key in getattr(module, "HELP_KEYS", ()) if type_of_key(schema, key) is not UNKNOWN]
     extra = getattr(module, "EXTRA_KEYS", {})
     lines = [(key, "", doc) for key, doc in extra.items()] + [_describe(schema, key) for key in [*nested, *plain]]
@@ -34,7 +34,7 @@ def print_help(verb: str, wanted: Sequence[str] = ()) -> None:
 
 def _print_groups(verb: str, schema: type) -> None:
     hints, options = get_type_hints(schema), config_files.groups()
-    names = [field.name for field in dataclasses.fields(schema) if _is_group(hints[field.name])]
+    names = [field.name for field in dataclasses.fields(schema) if is_group(hints[field.name])]
     if not names:
         return
     print("\nGroups (GROUP=CHOICE takes a file, GROUP.KEY=VALUE sets one key):")
@@ -52,7 +52,10 @@ def _print_group(schema: type, name: str) -> None:
         _print_lines([_describe(schema, name)])
         return
     choices = config_files.groups().get(name, [])
-    print(f"{name}: {inspect.getdoc(hint)}" + (f"\nchoices: {', '.join(choices)}" if choices else ""))
+    print(
+        f"{name}: {(inspect.getdoc(hint) or '').replace('`', '')}"
+        + (f"\nchoices: {', '.join(choices)}" if choices else "")
+    )
     _print_lines([_describe(schema, f"{name}.{field.name}") for field in dataclasses.fields(hint)])
 
 
@@ -69,10 +72,6 @@ def _print_lines(lines: Sequence[tuple[str, str, str]]) -> None:
     width = min(44, max((len(left) for left, _, _ in lines), default=0))
     for left, kind, meaning in lines:
         print(f"  {left:<{width}}  {meaning}{f' ({kind})' if kind else ''}".rstrip())
-
-
-def _is_group(hint: Any) -> bool:
-    return dataclasses.is_dataclass(hint) or get_origin(hint) is dict
 
 
 def _show(value: Any) -> str:

@@ -43,7 +43,9 @@ def instantiate_allowed(
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
     wrong = [] if takes_any else [key for key in arguments if key not in known]
     if wrong:
-        raise UserError([f"{where}.{key}: {target} takes no such argument; {did_you_mean(key, known)}" for key in wrong])
+        raise UserError(
+            [f"{where}.{key}: {target} takes no such argument; {did_you_mean(key, known)}" for key in wrong]
+        )
     try:
         return made(**arguments)
     except (TypeError, ValueError) as error:

@@ -75,7 +75,9 @@ def _print_verbs() -> None:
     print("nanochat-pl <verb> key=value …\n")
     for verb, what in VERBS.items():
         print(f"  {verb:<10}{what}")
-    print("\nnanochat-pl <verb> --help shows a verb's keys. The first thing to try: nanochat-pl pipeline experiment=demo")
+    print(
+        "\nnanochat-pl <verb> --help shows a verb's keys. The first thing to try: nanochat-pl pipeline experiment=demo"
+    )
 
 
 def _print_problems(error: UserError) -> None:

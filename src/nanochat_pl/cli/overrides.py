@@ -122,6 +122,24 @@ def split_override(text: str) -> tuple[str, str, str]:
     return key, raw, ""
 
 
+def take_flag(arguments: Sequence[str], *names: str) -> tuple[bool, list[str]]:
+    """Whether a flag is among the arguments, and the others."""
+    rest = [argument for argument in arguments if argument not in names]
+    return len(rest) < len(arguments), rest
+
+
+def take_key(texts: Sequence[str], key: str) -> tuple[str, list[str]]:
+    """The last value of a key that has to be known before all others (empty: not given), and the texts without it."""
+    values, rest = [], []
+    for text in texts:
+        found, raw, problem = split_override(text)
+        if found == key and not problem:
+            values.append(raw)
+        else:
+            rest.append(text)
+    return (values[-1] if values else ""), rest
+
+
 def type_of_key(schema: type, key: str) -> Any:
     """The declared type of a dotted key, :data:`UNKNOWN` where the settings classes have no such key."""
     hint: Any = schema
@@ -141,6 +159,11 @@ def is_text(hint: Any) -> bool:
     return _without_none(hint) is str
 
 
+def is_group(hint: Any) -> bool:
+    """Whether a key of this type has keys of its own."""
+    return dataclasses.is_dataclass(_without_none(hint)) or get_origin(_without_none(hint)) is dict
+
+
 def _without_none(hint: Any) -> Any:
     if get_origin(hint) in (Union, types.UnionType):
         others = [choice for choice in get_args(hint) if choice is not type(None)]
@@ -152,7 +175,7 @@ def _parse(key: str, raw: str, problems: list[str]) -> Override | None:
     try:
         return OverridesParser.create().parse_override(f"{key}={raw}")
     except HydraException as error:
-        reason = (str(error.__cause__ or error).splitlines() or ["unreadable"])[0]
+        reason = str(error).splitlines()[0]
         problems.append(f"{key}={raw}: the value cannot be read ({reason}); put quotes around text with special signs.")
         return None
 
@@ -173,9 +196,8 @@ def _chooses(key: str, value: Any, groups: Mapping[str, list[str]]) -> bool:
 def _flat(section: Mapping[str, Any], schema: type, prefix: str) -> Iterator[tuple[str, Any]]:
     for name, value in section.items():
         key = f"{prefix}{name}"
-        hint = _without_none(type_of_key(schema, key))
-        descends = dataclasses.is_dataclass(hint) or get_origin(hint) is dict or hint is UNKNOWN
-        if isinstance(value, Mapping) and value and descends:
+        hint = type_of_key(schema, key)
+        if isinstance(value, Mapping) and value and (is_group(hint) or hint is UNKNOWN):
             yield from _flat(value, schema, f"{key}.")
         else:
             yield key, value

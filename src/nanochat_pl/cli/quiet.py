@@ -9,12 +9,7 @@ import warnings
 # Message (a regular expression, from its beginning) → why it is noise here.
 NOISE = {
     r"The '\w+' does not have many workers": "rows come from a memory map: no workers are needed",
-    r"The number of training batches \(\d+\) is smaller than the logging interval": "we log by our own interval",
-    r"You defined a `validation_step` but have no `val_dataloader`": "validation is our own callback",
-    r"`ModelCheckpoint\(monitor": "resume files are our own callback",
-    r"Checkpoint directory .* exists and is not empty": "so it is after a stop",
-    r"Starting from v1\.9\.0, `tensorboardX` has been removed": "tensorboard is a dependency",
-    r"In the future `np\.": "said inside of a library",
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated": "between Lightning and torch",
 }
 
 
@@ -22,8 +17,8 @@ def quieten() -> None:
     """Called before Lightning is imported; changes filters of this process only."""
     for message in NOISE:
         warnings.filterwarnings("ignore", message=message)
-    # "GPU available: …", "💡 Tip: …": what matters of it is in the line that names device and precision.
-    for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    # Its notes ("GPU available: …", "💡 Tip: …", "`Trainer.fit` stopped") all go through this logger; what matters of
+    # them is in our own lines. Set on this one because Lightning resets the level of its parents at import.
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")

@@ -5,19 +5,17 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 import nanochat_pl
+from nanochat_pl.bundle.stage_info import library_versions
 from nanochat_pl.cli.compose import Composed
-from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.files import write_json, write_text
+from nanochat_pl.common.hardware import choose_device, device_name
 from nanochat_pl.common.run_folder import StageFolder
-
-LIBRARIES = ("nanochat-pl", "torch", "lightning", "tokenizers", "tiktoken", "numpy", "pyarrow")
 
 
 def write_records(folder: StageFolder, composed: Composed[Any]) -> None:
@@ -29,38 +27,15 @@ def write_records(folder: StageFolder, composed: Composed[Any]) -> None:
     write_json(folder.path / "about.json", about())
 
 
-def read_settings(folder: StageFolder) -> dict[str, Any] | None:
-    """The settings that a run was begun with; None where it was killed before it wrote them."""
-    path = folder.path / "config.yaml"
-    if not path.is_file():
-        return None
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: holds no settings.", "Delete the folder to begin again.")
-    return content
-
-
 def about() -> dict[str, Any]:
     """Versions, machine and git state, as plain data."""
     return {
         "git": _git_state(),
-        "python": platform.python_version(),
-        "versions": {name: metadata.version(name) for name in LIBRARIES},
+        "versions": library_versions(),
         "system": f"{platform.system()} {platform.machine()}",
         "cpus": os.cpu_count(),
-        "device": _device_name(),
+        "device": device_name(choose_device()),
     }
-
-
-def _device_name() -> str:
-    import torch
-
-    if not torch.cuda.is_available():
-        return platform.processor() or platform.machine()
-    return f"{torch.cuda.device_count()} × {torch.cuda.get_device_name(0)}"
 
 
 def _git_state() -> str:

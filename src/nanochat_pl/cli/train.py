@@ -1,21 +1,22 @@
 """Trains one stage of a run; the same command again goes on where it stopped.
 
-    nanochat-pl train stage=base model.depth=4 max_steps=200
-    nanochat-pl train stage=sft run=d4
+nanochat-pl train stage=base model.depth=4 max_steps=200
+nanochat-pl train stage=sft run=d4
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from nanochat_pl.cli.compose import Composed, compose
-from nanochat_pl.cli.experiment import read_experiment, settings_of_step
-from nanochat_pl.cli.overrides import Setting, split_override
-from nanochat_pl.cli.records import read_settings, write_records
+from nanochat_pl.cli.compose import Composed
+from nanochat_pl.cli.experiment import compose_step
+from nanochat_pl.cli.instantiate import instantiate_allowed
+from nanochat_pl.cli.locate import cache_folder
+from nanochat_pl.cli.overrides import take_flag, take_key
+from nanochat_pl.cli.plan import print_plan
+from nanochat_pl.cli.records import write_records
 from nanochat_pl.common.console import next_steps, say
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.run_folder import StageFolder, fresh_stage_folder, only_run_with, stage_folder
@@ -24,57 +25,40 @@ from nanochat_pl.training.settings import TrainConfig
 Config = TrainConfig
 # What --help shows first, besides the keys at the root.
 HELP_KEYS = ("model.depth", "model.sequence_len", "data.path", "trainer.accelerator", "paths.runs")
-# Keys that change neither what is learnt nor from what: they may differ when a run goes on.
-FREE_TO_CHANGE = ("trainer", "paths", "logger", "callbacks", "device_batch_size", "run", "resume", "check_only")
+EXTRA_KEYS = {
+    "stage=base": "Which stage: tokenizer, base or sft.",
+    "experiment=NAME": "Take the settings of an experiment file (its shared keys and those of the stage).",
+    "-m": "Several values for a key, model.depth=2,4: one job for each, finished ones are skipped.",
+}
 
 
 def run(arguments: Sequence[str]) -> int:
     """The verb."""
-    if "-m" in arguments or "--multirun" in arguments:
+    sweep, overrides = take_flag(arguments, "-m", "--multirun")
+    if sweep:
         from nanochat_pl.cli.sweep import run_sweep
 
-        return run_sweep("train", [argument for argument in arguments if argument not in ("-m", "--multirun")])
-    composed = compose_train(arguments)
+        return run_sweep("train", overrides)
+    composed = compose_train(overrides)
     config, folder = composed.config, place_of(composed)
     if config.check_only:
-        return _check(config)
-    if folder.status != "absent":
-        require_same_settings(folder, composed)
-    if folder.status == "finished":
-        say(f"{folder.path}: is finished. resume=never begins a new run beside it.")
+        print_plan(config)
+        say("check_only=true: the settings are right; nothing was trained.")
         return 0
-    from nanochat_pl.training.run import train_stage
-    from nanochat_pl.training.stopping import StopRequested
-
-    folder.create()
-    with folder.locked():
-        write_records(folder, composed)
-        try:
-            train_stage(config, folder)
-        except StopRequested as stop:
-            say(f"Stopped after step {stop.step:,}. The same command goes on from there.")
-            return 128 + stop.signum
-    next_steps(_next_commands(folder))
-    return 0
+    if not any(folder.checkpoints.glob("*.ckpt")) and folder.status != "finished":
+        folder.create()
+        with folder.locked():
+            write_records(folder, composed)
+    code = _train(composed, folder)
+    if code == 0:
+        next_steps(_next_commands(folder))
+    return code
 
 
 def compose_train(overrides: Sequence[str]) -> Composed[TrainConfig]:
     """The settings of a stage: group files, then the experiment's sections for that stage, then the command line."""
-    name, rest = take_key(overrides, "experiment")
-    step, _ = take_key(rest, "stage")
-    if not name:
-        return compose("train", TrainConfig, rest)
-    experiment, path = read_experiment(name)
-    before = [Setting("stage", step or "base", is_choice=True)]
-    before += settings_of_step(experiment, path, step or "base", TrainConfig)
-    return compose("train", TrainConfig, rest, before, experiment=Path(name).stem)
-
-
-def take_key(overrides: Sequence[str], key: str) -> tuple[str, list[str]]:
-    """The last value given for a key that has to be known before the others, and the overrides without it."""
-    values = [raw for found, raw, problem in map(split_override, overrides) if found == key and not problem]
-    rest = [text for text in overrides if split_override(text)[0] != key or split_override(text)[2]]
-    return (values[-1] if values else ""), rest
+    stage, _ = take_key(overrides, "stage")
+    return compose_step("train", stage or "base", TrainConfig, overrides)
 
 
 def place_of(composed: Composed[TrainConfig]) -> StageFolder:
@@ -94,45 +78,37 @@ def place_of(composed: Composed[TrainConfig]) -> StageFolder:
     return stage_folder(runs, name, config.stage.name)
 
 
-def require_same_settings(folder: StageFolder, composed: Composed[TrainConfig]) -> None:
-    """Refuse to go on with a run under other settings: its result would be neither of the two.
+def _train(composed: Composed[TrainConfig], folder: StageFolder) -> int:
+    from nanochat_pl.training.run import train_stage
+    from nanochat_pl.training.stopping import StopRequested
 
-    Raises:
-        UserError: names each key with both values.
-    """
-    before = read_settings(folder)
-    if before is None:
-        return
-    now = composed.plain()
-    differences = [
-        f"{folder.path}: was begun with {key}={_show(before.get(key))}, not {key}={_show(now.get(key))}."
-        for key in sorted(_flat(before).keys() | _flat(now).keys())
-        if key.split(".")[0] not in FREE_TO_CHANGE and _flat(before).get(key) != _flat(now).get(key)
-    ]
-    if differences:
-        raise UserError(differences, "Repeat its settings; or begin a new run with run=NAME or resume=never.")
-
-
-def _check(config: TrainConfig) -> int:
-    from nanochat_pl.cli.plan import print_plan
-
-    print_plan(config)
-    say("check_only=true: the settings are right; nothing was trained.")
+    config = composed.config
+    try:
+        train_stage(
+            config,
+            folder,
+            cache_folder(config.paths),
+            given=composed.given,
+            make_loggers=_maker(config.logger, "logger", save_dir=str(folder.path)),
+            make_callbacks=_maker(config.callbacks, "callbacks"),
+        )
+    except StopRequested as stop:
+        say(f"Stopped after step {stop.step:,}. The same command goes on from there.")
+        return 128 + stop.signum
     return 0
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict) and value:
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
-
-
-def _show(value: Any) -> str:
-    return yaml.safe_dump(value, default_flow_style=True, allow_unicode=True).split("\n")[0]
+def _maker(nodes: dict[str, Any], group: str, **more: Any) -> Callable[[], list[Any]]:
+    """A function that makes the objects of a config group; a null leaves one out."""
+    chosen = {name: node for name, node in nodes.items() if node is not None}
+    problems = [
+        f"{group}.{name}={node!r}: must be a group with a _target_."
+        for name, node in chosen.items()
+        if not isinstance(node, dict)
+    ]
+    if problems:
+        raise UserError(problems)
+    return lambda: [instantiate_allowed(node, f"{group}.{name}", **more) for name, node in chosen.items()]
 
 
 def _next_commands(folder: StageFolder) -> list[tuple[str, str]]:

@@ -1,0 +1,50 @@
+"""Runs a verb in a process of its own: signals are handed on, and the child ends when its parent does."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from types import FrameType
+
+from nanochat_pl.cli.main import FOLLOW_PARENT
+
+PASSED_ON = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name))
+
+
+def run_child(arguments: Sequence[str]) -> int:
+    """Run ``nanochat-pl`` with these arguments and wait.
+
+    The child has a session of its own, so a Ctrl-C reaches it once, through us. Its standard input is a pipe that
+    nobody writes to: it closes when we are gone, whatever the reason, and the child then stops as on SIGTERM.
+
+    Returns:
+        its exit code; 128 + n where signal n ended it.
+    """
+    command = [sys.executable, "-m", "nanochat_pl.cli.main", *arguments]
+    child: subprocess.Popen[bytes] | None = None
+    pending: list[int] = []
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        pending.append(number)
+        if child is not None:
+            child.send_signal(number)
+
+    previous = {number: signal.signal(number, pass_on) for number in PASSED_ON}
+    try:
+        sys.stdout.flush()
+        environment = {**os.environ, FOLLOW_PARENT: "1"}
+        child = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment, start_new_session=True)
+        for number in pending:  # one that came before the child was there
+            child.send_signal(number)
+        code = child.wait()
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    if child.stdin is not None:
+        child.stdin.close()
+    if pending and code == 0:  # it was about to end anyway; what would follow must not begin
+        return 128 + pending[0]
+    return code if code >= 0 else 128 - code

@@ -1,0 +1,179 @@
+"""Runs the steps that an experiment names, each in a process of its own; finished ones are skipped.
+
+    nanochat-pl pipeline experiment=demo
+    nanochat-pl pipeline experiment=demo run=mine model.depth=6 stages.base.max_steps=500
+
+A key goes to every step that has it, stages.STEP.KEY to one step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from nanochat_pl.cli import config_files
+from nanochat_pl.cli.child import run_child
+from nanochat_pl.cli.compose import Composed
+from nanochat_pl.cli.evaluate import EvaluateConfig
+from nanochat_pl.cli.experiment import compose_step, read_experiment
+from nanochat_pl.cli.overrides import split_override, take_flag, take_key
+from nanochat_pl.cli.report import ReportConfig
+from nanochat_pl.cli.train import place_of
+from nanochat_pl.common.console import next_steps, print_table, say
+from nanochat_pl.common.errors import UserError
+from nanochat_pl.common.run_folder import STAGES
+from nanochat_pl.common.settings import setting
+from nanochat_pl.training.settings import PathsSettings, TrainConfig
+
+
+@dataclass(frozen=True)
+class PipelineConfig:
+    """What ``--help`` shows: the keys that all steps share."""
+
+    run: str | None = setting(None, "Name of the run; null: the experiment's.")
+    paths: PathsSettings = setting(factory=PathsSettings)
+
+
+Config = PipelineConfig
+EXTRA_KEYS = {"experiment=NAME": "A file of conf_experiments, or the path of one of your own (…/mine.yaml)."}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a pipeline: a training stage, or a verb that reads what these left."""
+
+    name: str
+    verb: str
+    schema: type
+    overrides: tuple[str, ...]
+
+    def compose(self) -> Composed:
+        return compose_step(self.verb, self.name, self.schema, self.overrides)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """The verb."""
+    sweep, overrides = take_flag(arguments, "-m", "--multirun")
+    if sweep:
+        from nanochat_pl.cli.sweep import run_sweep
+
+        return run_sweep("pipeline", overrides)
+    steps = steps_of(overrides)
+    composed = check_all(steps)
+    run_dir = run_folder_of(composed)
+    for step, checked in zip(steps, composed, strict=True):
+        if is_finished(step, checked, run_dir):
+            say(f"{step.name}: finished before.")
+            continue
+        say(f"{step.name}:", style="bold")
+        code = run_child([step.verb, *step.overrides])
+        if code:
+            say(f"{step.name}: ended with exit code {code}. The same command goes on from there.")
+            return code
+    finish(run_dir)
+    return 0
+
+
+def steps_of(arguments: Sequence[str]) -> list[Step]:
+    """The experiment's steps, each with its share of the command line.
+
+    Raises:
+        UserError: no experiment, or keys that no step has.
+    """
+    name, rest = take_key(arguments, "experiment")
+    if not name:
+        known = ", ".join(config_files.experiments())
+        raise UserError("experiment: is missing.", f"Name one: nanochat-pl pipeline experiment=NAME ({known}).")
+    experiment, path = read_experiment(name)
+    if not experiment.pipeline:
+        raise UserError(f"{path}: pipeline: names no steps.", "Write for instance pipeline: [tokenizer, base].")
+    steps = [_step(name, step, rest) for step in experiment.pipeline]
+    _require_takers(rest, steps)
+    return steps
+
+
+def check_all(steps: Sequence[Step]) -> list[Composed]:
+    """Compose every step before the first begins: a typo in the last one is found now and not in an hour."""
+    problems: dict[str, None] = {}
+    composed = []
+    for step in steps:
+        try:
+            composed.append(step.compose())
+        except UserError as error:
+            problems |= dict.fromkeys(error.problems)
+    if problems:
+        raise UserError(list(problems), "Keys and their meaning: nanochat-pl train --help")
+    return composed
+
+
+def run_folder_of(composed: Sequence[Composed]) -> Path:
+    """The run's folder, which must be the same for all steps."""
+    folders = {Path(c.config.paths.runs) / (c.config.run or c.experiment) for c in composed}
+    if len(folders) > 1:
+        raise UserError(f"run, paths.runs: differ between the steps: {', '.join(map(str, sorted(folders)))}.")
+    return folders.pop()
+
+
+def is_finished(step: Step, composed: Composed, run_dir: Path) -> bool:
+    """Whether a step's result is there. Evaluation and report are made again when what they read is newer."""
+    if step.verb == "train":
+        return place_of(composed).status == "finished"
+    made = {"evaluate": "evaluation/*/results.json", "report": "report/report.json"}[step.verb]
+    read = ["*/finished.json", *(["evaluation/*/results.json"] if step.verb == "report" else [])]
+    newest = max((path.stat().st_mtime_ns for pattern in read for path in run_dir.glob(pattern)), default=0)
+    return any(path.stat().st_mtime_ns >= newest for path in run_dir.glob(made))
+
+
+def finish(run_dir: Path) -> None:
+    """Print the figures and what can be done with the run now."""
+    from nanochat_pl.report import SUMMARY_COLUMNS, summary_table
+
+    say()
+    print_table(SUMMARY_COLUMNS, summary_table(run_dir), title=f"run {run_dir.name}: all steps are finished")
+    say()
+    report = run_dir / "report" / "report.html"
+    elsewhere = "" if run_dir.parent == Path("runs") else f" paths.runs={run_dir.parent}"
+    next_steps(
+        [
+            *([("read the report", str(report))] if report.is_file() else []),
+            ("talk to it", f"nanochat-pl chat run={run_dir.name}{elsewhere}"),
+            ("look at the curves", f"tensorboard --logdir {run_dir}"),
+            ("write the report again", f"nanochat-pl report run={run_dir.name}{elsewhere}"),
+        ]
+    )
+
+
+def _step(experiment: str, name: str, overrides: Sequence[str]) -> Step:
+    verb = "train" if name in STAGES else name
+    schema: type = {"train": TrainConfig, "evaluate": EvaluateConfig, "report": ReportConfig}[verb]
+    taken = [text.lstrip("+") for text in overrides]
+    prefix = f"stages.{name}."
+    shared = [text for text in taken if not text.startswith("stages.") and _has(schema, text)]
+    own = [text.removeprefix(prefix) for text in taken if text.startswith(prefix)]
+    stage = [f"stage={name}"] if verb == "train" else []
+    return Step(name, verb, schema, (f"experiment={experiment}", *stage, *shared, *own))
+
+
+def _has(schema: type, text: str) -> bool:
+    return split_override(text)[0].split(".")[0] in {field.name for field in fields(schema)}
+
+
+def _require_takers(overrides: Sequence[str], steps: Sequence[Step]) -> None:
+    problems = []
+    for text in overrides:
+        key, _, problem = split_override(text)
+        if problem:
+            problems.append(problem)
+        elif key.split(".")[0] == "stage":
+            problems.append(
+                f"{text}: a pipeline has its stages from the experiment; stages.STEP.KEY=… sets a key of one."
+            )
+        elif key.startswith("stages."):
+            named = [step.name for step in steps]
+            if key.split(".")[1] not in named or key.count(".") < 2:
+                problems.append(f"{text}: is not of the form stages.STEP.KEY=…; the steps are {', '.join(named)}.")
+        elif not any(_has(step.schema, text) for step in steps):
+            problems.append(f"{key}: no step of the pipeline has such a key.")
+    if problems:
+        raise UserError(problems, "Keys and their meaning: nanochat-pl train --help")

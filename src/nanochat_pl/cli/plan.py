@@ -1,0 +1,66 @@
+"""Shows the settings that follow from the depth, each with its reason, without training. Takes the keys of train.
+
+nanochat-pl plan model.depth=12
+nanochat-pl plan model.depth=12 explain=total_batch_tokens
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from nanochat_pl.cli.compose import Composed
+from nanochat_pl.cli.experiment import compose_step
+from nanochat_pl.common.console import print_table, say
+from nanochat_pl.common.hardware import choose_compute_dtype, choose_device, device_name
+from nanochat_pl.common.settings import setting
+from nanochat_pl.planning import Plan, estimate_cpu_seconds, make_plan, plan_rows
+from nanochat_pl.training.settings import TrainConfig
+
+
+@dataclass(frozen=True)
+class PlanConfig(TrainConfig):
+    """The root of configs/plan.yaml: the keys of train, and what to explain."""
+
+    explain: str | None = setting(None, "One value of the plan, with its formula, its inputs and what overrode it.")
+
+
+Config = PlanConfig
+HELP_KEYS = ("model.depth", "model.sequence_len", "tokenizer.vocab_size", "trainer.accelerator")
+
+
+def run(arguments: Sequence[str]) -> int:
+    """The verb."""
+    composed: Composed[PlanConfig] = compose_step("plan", "base", PlanConfig, arguments)
+    if composed.config.explain is not None:
+        say(plan_of(composed.config).explain(composed.config.explain))
+    else:
+        print_plan(composed.config)
+    return 0
+
+
+def plan_of(config: TrainConfig) -> Plan:
+    """The plan of pretraining with these settings on this machine, with the vocabulary that the settings name."""
+    device = choose_device(config.trainer.accelerator)
+    return make_plan(
+        config.model,
+        config,
+        config.optim,
+        vocab_size=config.tokenizer.vocab_size,
+        compute_dtype=choose_compute_dtype(config.model.compute_dtype, device),
+        device_type=device.type,  # type: ignore[arg-type]
+        device_batch_size=config.device_batch_size,
+        validation_rows=config.evaluation.num_rows,
+        evaluate_every_steps=config.evaluation.every_steps,
+    )
+
+
+def print_plan(config: TrainConfig) -> None:
+    """Print the plan as a table: value, formula, and what overrode it."""
+    device, plan = choose_device(config.trainer.accelerator), plan_of(config)
+    print_table(("value", "", "how it follows", "set by"), plan_rows(plan), title=f"Plan for {device_name(device)}")
+    if device.type == "cpu":
+        hours = estimate_cpu_seconds(plan["total_flops"], os.cpu_count() or 1) / 3600
+        say(f"About {hours:,.1f} hours on this CPU." if hours >= 1 else f"About {60 * hours:,.0f} minutes on this CPU.")
+    say("One value with its inputs: nanochat-pl plan … explain=NAME")

@@ -1,0 +1,41 @@
+"""Writes tables and plots of a run: report.md, one self-contained report.html, report.json.
+
+nanochat-pl report run=demo
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from nanochat_pl.cli.experiment import compose_step
+from nanochat_pl.cli.locate import only_run
+from nanochat_pl.common.console import print_table, say
+from nanochat_pl.common.run_folder import check_name
+from nanochat_pl.common.settings import setting
+from nanochat_pl.report import SUMMARY_COLUMNS, summary_table, write_report
+from nanochat_pl.training.settings import PathsSettings
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """The root of configs/report.yaml."""
+
+    run: str | None = setting(None, "Name of the run; null: the only one there is.")
+    paths: PathsSettings = setting(factory=PathsSettings)
+
+
+Config = ReportConfig
+
+
+def run(arguments: Sequence[str]) -> int:
+    """The verb."""
+    composed = compose_step("report", "report", ReportConfig, arguments)
+    runs = Path(composed.config.paths.runs)
+    name = composed.config.run or composed.experiment or only_run(runs)
+    check_name(name)
+    report = write_report(runs / name)
+    print_table(SUMMARY_COLUMNS, summary_table(runs / name), title=f"run {name}")
+    say(f"report: {report}")
+    return 0

@@ -1,0 +1,82 @@
+"""Lists what has been trained, or deletes a run.
+
+nanochat-pl runs
+nanochat-pl runs delete=NAME
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from nanochat_pl.cli.compose import compose
+from nanochat_pl.common.console import print_table, say
+from nanochat_pl.common.errors import UserError, did_you_mean
+from nanochat_pl.common.files import disk_errors_explained
+from nanochat_pl.common.run_folder import StageFolder, list_runs
+from nanochat_pl.common.settings import setting
+from nanochat_pl.training.settings import PathsSettings
+
+
+@dataclass(frozen=True)
+class RunsConfig:
+    """The root of configs/runs.yaml."""
+
+    delete: str | None = setting(None, "Name of a run to delete, with all of its stages.")
+    paths: PathsSettings = setting(factory=PathsSettings)
+
+
+Config = RunsConfig
+
+
+def run(arguments: Sequence[str]) -> int:
+    """The verb."""
+    config = compose("runs", RunsConfig, arguments).config
+    runs = Path(config.paths.runs)
+    if config.delete is not None:
+        delete_run(runs, config.delete)
+        return 0
+    rows = [_row(folder) for stages in list_runs(runs).values() for folder in stages]
+    if rows:
+        print_table(("run", "stage", "status", "step", "bits per byte", "size"), rows)
+    else:
+        say(f"{runs}: there are no runs yet.")
+    return 0
+
+
+def delete_run(runs: Path, name: str) -> None:
+    """Delete a run's folder. Raises :class:`UserError` where there is none, or while somebody writes into it."""
+    known = list_runs(runs)
+    if name not in known:
+        raise UserError(f"delete={name}: there is no such run in {runs}; {did_you_mean(name, known) if known else ''}")
+    folder, size = runs / name, _size(runs / name)
+    with contextlib.ExitStack() as stack:
+        for stage in known[name]:
+            stack.enter_context(stage.locked(patience_seconds=0))
+        with disk_errors_explained(folder):
+            if folder.is_symlink():
+                folder.unlink()
+            else:
+                shutil.rmtree(folder)
+    say(f"{folder}: deleted ({size}).")
+
+
+def _row(folder: StageFolder) -> tuple[object, ...]:
+    if folder.status == "finished":
+        finished = folder.finished()
+        bits = finished.get("metrics", {}).get("val/bpb")
+        return folder.run, folder.stage, "finished", finished.get("step"), _figure(bits), _size(folder.path)
+    steps = sorted(path.stem.removeprefix("step=") for path in folder.checkpoints.glob("step=*.ckpt"))
+    return folder.run, folder.stage, "unfinished", int(steps[-1]) if steps else 0, "", _size(folder.path)
+
+
+def _figure(value: object) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else ""
+
+
+def _size(folder: Path) -> str:
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return f"{size / 2**20:,.1f} MiB"
