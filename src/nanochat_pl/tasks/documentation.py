@@ -56,10 +56,11 @@ class Documentation(Task):
         super().__init__("documentation", split, size)
 
     def conversation(self, index: int) -> Conversation:
-        name, summary = self.functions[index % len(self.functions)]
         questions = _QUESTIONS[self.split]
+        times_round, place = divmod(index, len(self.functions))
+        name, summary = self.functions[place]
         # Each time round the functions, each is asked about in its next wording.
-        wording = questions[(index + index // len(self.functions)) % len(questions)]
+        wording = questions[(place + times_round) % len(questions)]
         return conversation_of(wording.format(name=name), summary)
 
     def evaluate(self, conversation: Conversation, answer: Content) -> bool:

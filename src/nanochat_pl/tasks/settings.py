@@ -115,7 +115,7 @@ def default_tasks() -> MixtureTasks:
 class MixtureSettings:
     """The conversations of a stage: tasks in one seeded order."""
 
-    tasks: MixtureTasks = setting(factory=default_tasks, doc="The tasks by name, each with its settings.")  # noqa: RUF009
+    tasks: MixtureTasks = setting(factory=default_tasks, doc="The tasks by name, each with its settings.")
     seed: int = setting(0, "Seed of the order of the training conversations.", at_least=0)
 
     def __post_init__(self) -> None:

@@ -112,21 +112,31 @@ class LetterCounting(Task):
         letter = random.choice(word if of_word else string.ascii_lowercase)
         quote = random.choice(_QUOTES)
         question = random.choice(_COUNT).format(letter=f"{quote}{letter}{quote}", word=f"{quote}{word}{quote}")
-        return conversation_of(question, self._answer(word, letter))
+        return conversation_of(question, self._answer(word, letter, quote))
 
-    def _answer(self, word: str, letter: str) -> list[Part]:
-        # With a blank before it the word is cut into the same tokens as within a sentence: " 'tree" is " '" and "tree",
-        # but "'tree" is "'t" and "ree". So a small model has only to copy it.
-        code = f" '{word}'.count('{letter}')"
-        output = evaluate(code)
-        assert output is not None, code
-        if not self.settings.long_form:
-            return tool_answer(code, output, f"{letter} in {word}: {output}")
-        walked = {"type": "text", "text": f"{spelled(word)}\n{_walk(word, letter)}\nLet me check: "}
-        return [walked, *tool_answer(code, output, f"\n#### {output}")]
+    def _answer(self, word: str, letter: str, quote: str) -> list[Part]:
+        if self.settings.long_form:
+            code = f"'{word}'.count('{letter}')"
+            walked = f"{spelled(word)}\n{_walk(word, letter)}\nLet me check: "
+            output = _count(code)
+            return [{"type": "text", "text": walked}, *tool_answer(code, output, f"\n#### {output}")]
+        # A blank stands where it makes the tokens of the word those of the question (" tree" and "'tree" are cut in
+        # different places), so that a small model has only to copy them. The count is the same with it.
+        code = f" '{word}'.count('{letter}')" if quote else f"' {word}'.count('{letter}')"
+        output = _count(code)
+        return tool_answer(code, output, f"{letter} in {quote}{word}{quote}: {output}")
 
     def evaluate(self, conversation: Conversation, answer: Content) -> bool:
+        if self.settings.long_form:
+            _, mark, final = text_of(answer).rpartition("####")
+            return bool(mark) and same_last_number(conversation, final)
         return same_last_number(conversation, answer)
+
+
+def _count(code: str) -> str:
+    output = evaluate(code)
+    assert output is not None, code
+    return output
 
 
 def spelled(word: str) -> str:

@@ -1,0 +1,108 @@
+"""The mixture: every conversation as often as it should be, evenly, in an order that is always the same."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from nanochat_pl.common.errors import UserError
+from nanochat_pl.common.settings import build, to_plain
+from nanochat_pl.tasks.base import Task
+from nanochat_pl.tasks.mixture import Mixture, build_mixture, build_tasks
+from nanochat_pl.tasks.settings import MixtureSettings
+from nanochat_pl.tasks.words import count_documents
+
+SMALL = {"arithmetic": {"size": 300}, "identity": {"repeat": 2, "name": "Ada"}}
+
+
+class Numbers(Task):
+    """A task whose conversations are their own numbers."""
+
+    def __init__(self, name, size):
+        super().__init__(name, "train", size)
+
+    def conversation(self, index):
+        return {"messages": [{"role": "user", "content": self.name}, {"role": "assistant", "content": str(index)}]}
+
+    def evaluate(self, conversation, answer):
+        return True
+
+
+def mixture(seed=0, **sizes):
+    return Mixture({name: Numbers(name, size) for name, size in sizes.items()}, {"b": 3}, seed)
+
+
+def test_every_conversation_occurs_as_often_as_its_task_is_repeated():
+    mixed = mixture(a=50, b=10)
+    assert len(mixed) == 80
+    assert Counter(mixed.place(n) for n in range(80)) == Counter(
+        {**{("a", n): 1 for n in range(50)}, **{("b", n): 3 for n in range(10)}}
+    )
+    assert mixed[7]["messages"][0]["content"] == mixed.place(7)[0]
+    with pytest.raises(IndexError):
+        mixed[80]
+
+
+def test_order_is_even_and_depends_on_the_seed_alone():
+    mixed = mixture(a=6_000, b=1_000)
+    places = [mixed.place(n) for n in range(len(mixed))]
+    for start in range(0, len(mixed), 900):
+        assert 0.25 < sum(name == "b" for name, _ in places[start : start + 900]) / 900 < 0.42
+    swapped = mixture(b=1_000, a=6_000)
+    assert [swapped.place(n) for n in range(len(swapped))] == places, "the order of the tasks does not matter"
+    assert [mixture(1, a=6_000, b=1_000).place(n) for n in range(50)] != places[:50]
+
+
+def test_fingerprint_changes_with_content_order_and_repeats():
+    base = mixture(a=5, b=5).fingerprint
+    assert base == mixture(b=5, a=5).fingerprint
+    others = {mixture(1, a=5, b=5).fingerprint, mixture(a=6, b=5).fingerprint, mixture(a=5, c=5).fingerprint}
+    assert len(others | {base}) == 4
+
+
+def test_built_from_settings(tmp_path):
+    settings = build(MixtureSettings, {"tasks": SMALL, "seed": 3})
+    train, test = build_mixture(settings, "train", tmp_path), build_mixture(settings, "test", tmp_path)
+    assert set(train.tasks) == set(test.tasks) == {"arithmetic", "identity"}
+    assert len(train) == 300 + 2 * len(train.tasks["identity"])
+    assert test.repeats == {"arithmetic": 1, "identity": 1}
+    assert "Ada" in str(train.tasks["identity"][0])
+    assert not list(tmp_path.iterdir()), "no corpus is built where no task needs it"
+    assert list(build_tasks(settings, "test", tmp_path)) == ["arithmetic", "identity"]
+
+
+def test_defaults_are_all_tasks_and_survive_yaml():
+    settings = MixtureSettings()
+    assert len(settings.tasks.chosen()) == 6
+    assert build(MixtureSettings, to_plain(settings)) == settings
+    left_out = build(MixtureSettings, {"tasks": {**to_plain(settings.tasks), "identity": None}})
+    assert "identity" not in left_out.tasks.chosen()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"tasks": {"arithmetc": {}}}, "mixture.tasks.arithmetc: there is no such key; did you mean arithmetic?"),
+        ({"tasks": {"spelling": {"sise": 3}}}, "did you mean size"),
+        ({"tasks": {"arithmetic": {"size": "many"}}}, "mixture.tasks.arithmetic.size='many'"),
+        ({"tasks": {"arithmetic": {"small_operand": 2_000}}}, "above max_operand"),
+        ({"tasks": {"spelling": {"min_letters": 9, "max_letters": 8}}}, "above max_letters"),
+        ({"tasks": {"identity": {"name": " "}}}, "must not be empty"),
+        ({"tasks": {"identity": None}}, "no task is chosen"),
+    ],
+)
+def test_wrong_settings_are_named(values, message):
+    with pytest.raises(UserError) as error:
+        build(MixtureSettings, values, "mixture")
+    assert message in str(error.value)
+
+
+def test_words_are_prose_words_counted_by_document():
+    texts = [
+        "The apple, the Apple and an apple. (pear) `code` self.field some_name x2",
+        "A well-known apple, see apple.core or foo(bar); param: ends here.",
+    ]
+    counts = count_documents(texts)
+    assert counts["apple"] == 2 and counts["ends"] == 1
+    assert not {"code", "field", "some", "name", "core", "foo", "bar", "pple", "param"} & set(counts)

@@ -1,0 +1,239 @@
+"""What every task promises: good conversations, nothing shared between its parts, a judge that can tell."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+
+import pytest
+
+from nanochat_pl.data.docstrings import Docstring
+from nanochat_pl.tasks.arithmetic import Arithmetic, WordProblems
+from nanochat_pl.tasks.base import Task, generator, is_held_out, last_number, reference_of, text_of
+from nanochat_pl.tasks.documentation import Documentation, documented_functions
+from nanochat_pl.tasks.identity import Identity
+from nanochat_pl.tasks.settings import (
+    ArithmeticSettings,
+    DocumentationSettings,
+    IdentitySettings,
+    LetterCountingSettings,
+    SpellingSettings,
+    WordProblemSettings,
+)
+from nanochat_pl.tasks.spelling import LetterCounting, Spelling
+from nanochat_pl.tokenizer.chat_format import problems_of_conversation
+from nanochat_pl.tools.calculator import evaluate
+
+_LETTERS = random.Random(7)
+WORDS = sorted({"".join(_LETTERS.choices("abcdehilmnorstu", k=_LETTERS.randint(3, 9))) for _ in range(600)})
+FUNCTIONS = [(f"module.function_{n}", f"Return the number {n} of all numbers.") for n in range(50)]
+
+
+def make(name: str, split: str) -> Task:
+    match name:
+        case "arithmetic":
+            return Arithmetic(ArithmeticSettings(size=2_000, test_size=500), split)
+        case "word_problems":
+            return WordProblems(WordProblemSettings(size=2_000, test_size=500), split)
+        case "spelling":
+            return Spelling(SpellingSettings(size=2_000), split, WORDS)
+        case "letter_counting":
+            return LetterCounting(LetterCountingSettings(size=2_000), split, WORDS)
+        case "long_letter_counting":
+            return LetterCounting(LetterCountingSettings(size=500, long_form=True), split, WORDS)
+        case "identity":
+            return Identity(IdentitySettings(), split)
+        case "documentation":
+            return Documentation(DocumentationSettings(), split, FUNCTIONS)
+    raise ValueError(name)
+
+
+TASKS = (
+    *("arithmetic", "word_problems", "spelling", "letter_counting", "long_letter_counting"),
+    *("identity", "documentation"),
+)
+
+
+def question(conversation) -> str:
+    return conversation["messages"][0]["content"]
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+@pytest.mark.parametrize("name", TASKS)
+def test_conversations_are_valid_and_their_references_right(name, split):
+    task = make(name, split)
+    assert len(task) > 0
+    for conversation in task:
+        assert problems_of_conversation(conversation) == []
+        assert [message["role"] for message in conversation["messages"]] == ["user", "assistant"]
+        assert "{" not in question(conversation) and "}" not in question(conversation)
+        reference = reference_of(conversation)
+        assert task.evaluate(conversation, reference)
+        assert task.evaluate(conversation, text_of(reference)), "an answer without the tool is judged by its words"
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_wrong_answers_are_wrong(name):
+    task = make(name, "test")
+    for conversation in task:
+        text = text_of(reference_of(conversation))
+        wrong = ["", "I do not know."]
+        if name in ("arithmetic", "word_problems", "letter_counting", "long_letter_counting"):
+            wrong += [text + " or 7777777", "It is a number."]
+        elif name != "identity":
+            wrong += [text + "x", text[:-1], text.upper()]
+        for answer in wrong:
+            assert not task.evaluate(conversation, answer), (text, answer)
+            assert not task.evaluate(conversation, [{"type": "text", "text": answer}])
+        # What the tool gave is no answer yet.
+        assert not task.evaluate(conversation, [{"type": "python_output", "text": text}])
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_no_question_is_in_both_parts(name):
+    train = {question(conversation).lower() for conversation in make(name, "train")}
+    test = {question(conversation).lower() for conversation in make(name, "test")}
+    assert not train & test
+
+
+def test_operand_pairs_of_the_test_part_are_in_no_training_problem():
+    def pairs(split):
+        for name in ("arithmetic", "word_problems"):
+            for conversation in make(name, split):
+                code = reference_of(conversation)[0]["text"]
+                operands = code.replace("*", "+").replace("/", "+").replace("-", "+").split("+")
+                yield tuple(sorted(map(int, operands)))
+
+    train, test = set(pairs("train")), set(pairs("test"))
+    assert len(test) > 300 and not train & test
+
+
+def test_words_of_the_test_part_are_in_no_training_conversation():
+    test = set(make("spelling", "test").words)
+    assert test == set(make("letter_counting", "test").words), "both tasks hold out the same words"
+    assert 0.05 * len(WORDS) < len(test) < 0.15 * len(WORDS)
+    for name in ("spelling", "letter_counting"):
+        for conversation in make(name, "train"):
+            assert not test & set(question(conversation).replace("'", " ").replace('"', " ").strip("?. ").split())
+
+
+def test_opposite_seeds_give_different_examples():
+    """Museum 29: random.seed(1) equals random.seed(-1), so a task seeded by ±index tests on what it was trained on."""
+    assert random.Random(1).random() == random.Random(-1).random()
+    assert generator("task", 1).random() != generator("task", -1).random()
+    assert generator("task", "train", 1).random() != generator("task", "test", 1).random()
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_an_item_depends_on_its_number_alone(name):
+    first, second = make(name, "train"), make(name, "train")
+    backwards = [second[index] for index in reversed(range(len(second)))]
+    assert list(first) == backwards[::-1]
+    assert first.fingerprint == second.fingerprint != make(name, "test").fingerprint
+    for index in (-1, len(first)):
+        with pytest.raises(IndexError):
+            first[index]
+
+
+def test_items_do_not_depend_on_the_hash_seed():
+    program = (
+        "from tests.tasks.test_tasks import TASKS, make\n"
+        "print(*[make(name, split).fingerprint for name in TASKS for split in ('train', 'test')])"
+    )
+    outputs = {
+        subprocess.run(
+            [sys.executable, "-c", program],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert len(outputs) == 1
+
+
+def test_arithmetic_is_what_its_settings_say():
+    settings = ArithmeticSettings(size=2_000, max_operand=500, small_operand=50, small_share=0.5)
+    problems = [reference_of(conversation) for conversation in Arithmetic(settings, "train")]
+    for code, output, text in problems:
+        assert evaluate(code["text"]) == output["text"] and text["text"].endswith(f" = {output['text']}")
+    operands = [list(map(int, code["text"].split("+"))) for code, _, _ in problems if "+" in code["text"]]
+    assert len(operands) == 500, "the four operations take turns"
+    assert max(map(max, operands)) <= 500
+    assert 0.45 < sum(max(pair) <= 50 for pair in operands) / len(operands) < 0.6
+    quotients = [output["text"] for code, output, _ in problems if "/" in code["text"]]
+    assert sum(quotient.endswith(".0") for quotient in quotients) > 0.5 * len(quotients)
+    assert any(len(quotient) > 10 for quotient in quotients), "10 / 3 is asked too"
+    assert any(output["text"].startswith("-") for _, output, _ in problems)
+
+
+def test_smallest_arithmetic_has_problems_in_both_parts():
+    settings = {"size": 100, "max_operand": 20, "small_operand": 20, "test_size": 100}
+    for split in ("train", "test"):
+        assert len(list(Arithmetic(ArithmeticSettings(**settings), split))) == 100
+        assert len(list(WordProblems(WordProblemSettings(**settings), split))) == 100
+
+
+def test_word_problems_have_whole_answers():
+    for split in ("train", "test"):
+        for conversation in make("word_problems", split):
+            value = last_number(text_of(reference_of(conversation)))
+            assert value >= 0 and value == int(value)
+
+
+def test_letters_are_counted_by_the_tool():
+    for name in ("letter_counting", "long_letter_counting"):
+        for conversation in make(name, "test"):
+            parts = reference_of(conversation)
+            code = next(part["text"] for part in parts if part["type"] == "python")
+            output = next(part["text"] for part in parts if part["type"] == "python_output")
+            word, letter = code.replace("count", "").replace("(", "").replace(")", "").split("'")[1::2]
+            assert output == evaluate(code) == str(word.strip().count(letter))
+
+
+def test_identity_is_the_configured_name_in_any_case():
+    task = Identity(IdentitySettings(name="Ada-7", creator="two friends"), "test")
+    assert task.evaluate(task[0], "i am ADA-7!") and not task.evaluate(task[0], "I am Ada 7.")
+    answers = {text_of(reference_of(conversation)) for conversation in task}
+    assert any("two friends" in answer for answer in answers)
+    assert len({question(c) for c in make("identity", "train")}) >= 150
+    assert len({question(c) for c in make("identity", "test")}) >= 50
+
+
+def test_documentation_asks_about_known_functions_in_new_wordings():
+    train, test = make("documentation", "train"), make("documentation", "test")
+    known = {text_of(reference_of(conversation)) for conversation in train}
+    assert {text_of(reference_of(conversation)) for conversation in test} == known
+    assert len({question(conversation) for conversation in train}) == len(train) == 6 * len(FUNCTIONS)
+
+
+def test_documented_functions_are_public_functions_with_a_summary_line():
+    def doc(name, text, kind="function"):
+        return Docstring(name.split(".")[0], name, kind, "", text)
+
+    found = dict(
+        documented_functions(
+            [
+                doc("statistics.median", "Return the median of data.\n\nMore."),
+                doc("statistics._private", "Return what nobody asks for."),
+                doc("statistics.Normal", "A normal distribution of things.", "class"),
+                doc("ntpath.join", "Join two or more path components."),
+                doc("os.two_lines", "Return a thing that is\ndescribed in two lines."),
+                doc("os.signature", "signature(a, b) -> integer"),
+                doc("os.long", "Return " + "very " * 40 + "much."),
+                doc("os.accent", "Return the café of the process."),
+            ],
+            max_chars=80,
+        )
+    )
+    assert found["statistics.median"] == "Return the median of data."
+    assert {name for name in found if name.startswith(("statistics.", "ntpath.", "os."))} == {"statistics.median"}
+    assert "math.sqrt" in found and "len" in found and "str.upper" in found, "functions in C are found by inspect"
+    assert all(15 <= len(summary) <= 80 and summary.isascii() for summary in found.values())
+
+
+def test_held_out_is_one_in_ten():
+    assert 850 < sum(is_held_out("thing", n) for n in range(10_000)) < 1_150
