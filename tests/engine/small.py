@@ -85,7 +85,9 @@ def scripted_bundle(answers: dict[str, str], sequence_len: int = 128) -> SmallBu
     """A chat model that answers each message of a person as written; the answers may hold special tokens."""
     tokenizer = byte_tokenizer()
     scripts = {message: mark(answer + "<|assistant_end|>") for message, answer in answers.items()}
-    user_start, user_end, start = (tokenizer.special_ids[f"<|{name}|>"] for name in ("user_start", "user_end", "assistant_start"))
+    user_start, user_end, start = (
+        tokenizer.special_ids[f"<|{name}|>"] for name in ("user_start", "user_end", "assistant_start")
+    )
 
     def next_id(history: list[int]) -> int:
         begin = len(history) - history[::-1].index(start)

@@ -18,12 +18,14 @@ from nanochat_pl.engine.events import Event, visible_text
 from nanochat_pl.engine.sampling import Sampling, choose, log_probabilities
 from nanochat_pl.engine.sequence import FinishReason, Limits, Sequence
 from nanochat_pl.engine.session import Session
+from nanochat_pl.model.accounting import kv_cache_bytes
 from nanochat_pl.model.gpt import GPT
 from nanochat_pl.model.kv_cache import KVCache
 from nanochat_pl.tokenizer import Tokenizer
 
-# Rows that are decoded together unless the caller says otherwise.
+# Rows that are decoded together unless the caller says otherwise: so many, or as many as this cache has room for.
 DEFAULT_MAX_BATCH = 64
+DEFAULT_CACHE_BYTES = 4 * 2**30
 # Wrong prompts named in one message.
 MAX_PROBLEMS = 10
 
@@ -108,7 +110,7 @@ class Engine:
             seed: any whole number.
             stop_ids: tokens that end an answer; assistant_end and bos by default.
             tools: whether the calculator answers expressions between python_start and python_end.
-            max_batch: rows decoded together; memory and time only.
+            max_batch: rows decoded together; memory and time only. By default 64, fewer where the cache would be huge.
             progress: called with (prompts finished, all prompts) when some have finished.
 
         Returns:
@@ -125,7 +127,7 @@ class Engine:
             raise UserError(f"max_batch={max_batch}: must be at least 1.")
         self._check(prompts, limits.max_context)
         rows = [Sequence(prompt, i, limits, sampling, self.tokenizer, tools) for i, prompt in enumerate(prompts)]
-        for num_finished in write_all(self, rows, max_batch or DEFAULT_MAX_BATCH, sampling):
+        for num_finished in write_all(self, rows, max_batch or self._default_batch(rows), sampling):
             if progress is not None:
                 progress(num_finished, len(rows))
         return [self._result(row) for row in rows]
@@ -197,6 +199,11 @@ class Engine:
         logprobs = log_probabilities(logits, ids)
         for row, token_id, logprob in zip(rows, ids.tolist(), logprobs.tolist(), strict=True):
             row.accept(token_id, logprob)
+
+    def _default_batch(self, rows: list[Sequence]) -> int:
+        longest = max((row.most_context for row in rows), default=1)
+        slot = kv_cache_bytes(self.net.config, 1, longest, self.net.config.compute_dtype)
+        return max(1, min(DEFAULT_MAX_BATCH, DEFAULT_CACHE_BYTES // slot))
 
     def _check(self, prompts: list[list[int]], max_context: int) -> None:
         """Refuse prompts that the model cannot continue, all of them at once."""

@@ -14,6 +14,18 @@ EventKind = Literal["text", "tool_call", "tool_result", "finished"]
 # The special tokens around a part. Others have no meaning within an answer and are passed over.
 _OPENS: dict[str, EventKind] = {"<|python_start|>": "tool_call", "<|output_start|>": "tool_result"}
 _CLOSES: dict[str, EventKind] = {"<|python_end|>": "tool_call", "<|output_end|>": "tool_result"}
+# How parts other than text look where there is text only, by the names that events and messages have for them.
+_BRACKETS = {"tool_call": "[{}]", "python": "[{}]", "tool_result": "[= {}]", "python_output": "[= {}]"}
+
+
+def readable(kind: str, text: str) -> str:
+    """A part of an answer for a reader: text as it is, a tool call and its result as ``[2*21][= 42]``.
+
+    Args:
+        kind: of an event, or the type of a part of a message.
+        text: what is in it.
+    """
+    return _BRACKETS.get(kind, "{}").format(text)
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,9 @@ def choose(logits: Tensor, sampling: Sampling, uniforms: list[float]) -> Tensor:
     """
     if sampling.greedy:
         return logits.argmax(dim=-1)
-    candidates = None
+    device, candidates = logits.device, None
+    if device.type == "mps":  # It has no double precision.
+        logits = logits.cpu()
     if sampling.top_k and sampling.top_k < logits.shape[-1]:
         logits, candidates = logits.topk(sampling.top_k, dim=-1)
     # The maximum is taken off first, so that a tiny temperature gives 1 and 0 and no infinities. Double precision,
@@ -71,7 +73,7 @@ def choose(logits: Tensor, sampling: Sampling, uniforms: list[float]) -> Tensor:
     # Rounded up to the whole sum it would point behind the last token.
     uniform = torch.tensor(uniforms, dtype=torch.float64, device=logits.device).clamp(max=1 - 1e-12)
     places = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)
-    return (places if candidates is None else candidates.gather(-1, places)).squeeze(-1)
+    return (places if candidates is None else candidates.gather(-1, places)).squeeze(-1).to(device)
 
 
 def log_probabilities(logits: Tensor, ids: Tensor) -> Tensor:

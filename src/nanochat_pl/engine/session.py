@@ -62,9 +62,10 @@ class Session:
         ids = self.ids
         added = self._render(message, first=not ids)
         if len(ids) + len(added) >= self.max_context:
+            taken = min(len(ids), self.max_context)
             raise UserError(
-                f"The context is full: the conversation has {len(ids):,} of {self.max_context:,} tokens, and this "
-                f"message needs {len(added):,} and some for the answer.",
+                f"The context is full: {taken:,} of {self.max_context:,} tokens are taken, and this message needs "
+                f"{len(added):,} and some for the answer.",
                 fix="Start a new conversation (/clear in the chat), or write less.",
             )
         limits = Limits(max_tokens, self.max_context, self._engine.stop_ids(None))

@@ -1,0 +1,184 @@
+"""The chat in the terminal: read a line, stream the answer, keep the conversation."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import FrameType
+
+from nanochat_pl.bundle import Bundle
+from nanochat_pl.common.errors import UserError
+from nanochat_pl.common.settings import setting
+from nanochat_pl.engine import Engine, Session, readable
+
+HELP = """\
+/clear   start a new conversation
+/help    this list
+/exit    end (also Ctrl-D, or Ctrl-C twice)
+Ctrl-C stops an answer."""
+
+
+@dataclass(frozen=True)
+class ChatSettings:
+    """How the chat answers."""
+
+    prompt: str | None = setting(None, "One message: its answer is printed, and the program ends.")
+    temperature: float = setting(0.6, "0 takes the most likely token; above, chance grows.", at_least=0, at_most=10)
+    top_k: int | None = setting(50, "Only the k most likely tokens can be drawn; null or 0: all.", at_least=0)
+    max_tokens: int = setting(256, "Most tokens of one answer.", at_least=1)
+    seed: int = setting(0, "Seed of the chance.")
+    max_context: int | None = setting(
+        None, "Most tokens of the conversation; null: the length that the model was trained on.", at_least=1
+    )
+
+
+def run_chat(bundle: Bundle, settings: ChatSettings) -> None:
+    """Chat on standard input and output until it ends, or answer ``settings.prompt`` and return.
+
+    On a terminal there is a prompt and a greeting; from a pipe every line is a message and only answers are written
+    to standard output (remarks go to standard error).
+
+    Raises:
+        UserError: the bundle has no tokenizer, or the one message of ``settings.prompt`` is longer than the context.
+    """
+    session = Engine(bundle).session(settings.max_context)
+    terminal = Terminal()
+    if settings.prompt is not None:
+        _answer(session, settings.prompt, settings, terminal, show_tools=False)
+    else:
+        Chat(session, settings, terminal).run()
+
+
+class Terminal:
+    """Standard input and output: prompts and dim text where a person sits there, plain lines where not."""
+
+    def __init__(self) -> None:
+        # What is no text in the terminal's encoding becomes question marks, in both directions.
+        for stream in (sys.stdin, sys.stdout):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="replace")
+        self.interactive = sys.stdin.isatty() and sys.stdout.isatty()
+        self._colors = sys.stdout.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
+        if self.interactive:
+            with contextlib.suppress(ImportError):
+                import readline  # noqa: F401  (line editing and history in input())
+
+    def read(self) -> str:
+        """The next line without its end. Raises EOFError at the end, KeyboardInterrupt at Ctrl-C."""
+        return input("> " if self.interactive else "")
+
+    def write(self, text: str, dim: bool = False) -> None:
+        """Write at once."""
+        sys.stdout.write(f"\x1b[2m{text}\x1b[0m" if dim and self._colors else text)
+        sys.stdout.flush()
+
+    def remark(self, text: str) -> None:
+        """A line to the person that is no part of an answer."""
+        if self.interactive:
+            self.write(f"{text}\n", dim=True)
+        else:
+            print(text, file=sys.stderr)
+
+
+class Chat:
+    """The loop of an interactive chat."""
+
+    def __init__(self, session: Session, settings: ChatSettings, terminal: Terminal) -> None:
+        self._session = session
+        self._settings = settings
+        self._terminal = terminal
+        # The last thing that happened was a Ctrl-C: another one at the prompt ends the program.
+        self._interrupted = False
+
+    def run(self) -> None:
+        """Until /exit, the end of input, or Ctrl-C twice."""
+        if self._terminal.interactive:
+            self._terminal.remark("A conversation with the model. /help lists the commands, Ctrl-D ends.")
+        while (line := self._next_line()) is not None:
+            command = line.strip()
+            if command == "/exit":
+                return
+            if command == "/clear":
+                self._session.clear()
+                self._terminal.remark("The conversation is cleared.")
+            elif command == "/help":
+                self._terminal.remark(HELP)
+            elif command.startswith("/"):
+                self._terminal.remark(f"There is no command {command.split()[0]}; /help lists them.")
+            elif command:
+                self._reply(line)
+
+    def _next_line(self) -> str | None:
+        while True:
+            try:
+                line = self._terminal.read()
+            except EOFError:
+                if self._terminal.interactive:
+                    self._terminal.write("\n")
+                return None
+            except KeyboardInterrupt:
+                self._terminal.write("\n")
+                if self._interrupted:
+                    return None
+                self._interrupted = True
+                self._terminal.remark("Ctrl-C again, Ctrl-D or /exit ends.")
+                continue
+            self._interrupted = False
+            return line
+
+    def _reply(self, line: str) -> None:
+        try:
+            self._interrupted = _answer(self._session, line, self._settings, self._terminal, show_tools=True)
+        except UserError as error:
+            self._terminal.remark(str(error))
+
+
+def _answer(session: Session, message: str, settings: ChatSettings, terminal: Terminal, show_tools: bool) -> bool:
+    """Stream one answer. True if Ctrl-C stopped it."""
+    events = session.say(
+        message,
+        max_tokens=settings.max_tokens,
+        temperature=settings.temperature,
+        top_k=settings.top_k,
+        seed=settings.seed,
+    )
+    reason = ""
+    with _interrupts_stop(session):
+        for event in events:
+            if event.kind == "finished":
+                reason = event.text
+            elif event.kind == "text" or show_tools:
+                terminal.write(readable(event.kind, event.text), dim=event.kind != "text")
+    terminal.write("\n")
+    remark = {
+        "length": f"(cut: max_tokens={settings.max_tokens})",
+        "context": f"(cut: the context of {session.max_context:,} tokens is full; /clear starts a new conversation)",
+        "cancelled": "(stopped)",
+    }.get(reason)
+    if remark:
+        terminal.remark(remark)
+    return reason == "cancelled"
+
+
+@contextlib.contextmanager
+def _interrupts_stop(session: Session) -> Iterator[None]:
+    """While an answer is written, Ctrl-C stops it between two tokens; a second one ends the program as usual."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        session.stop()
+        signal.signal(signal.SIGINT, previous)
+
+    previous = signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)

@@ -1,0 +1,238 @@
+"""The chat in the terminal: what a person sees, and what Ctrl-C does."""
+
+from __future__ import annotations
+
+import io
+import os
+import select
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nanochat_pl.cli.chat_session import ChatSettings, run_chat
+from nanochat_pl.common.errors import UserError
+from nanochat_pl.common.settings import build
+from tests.engine.small import SmallBundle, scripted_bundle
+
+ANSWERS = {
+    "hi": "Hello – 🙂.",
+    "2*21?": "It is <|python_start|>2*21<|python_end|><|output_start|>42<|output_end|>42.",
+    "long": "x" * 100,
+}
+
+
+class Tty(io.StringIO):
+    """Text in memory that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def piped(monkeypatch, capsys):
+    """Run a chat on piped lines; returns what went to standard output and standard error."""
+
+    def run(lines: str, settings: ChatSettings | None = None, bundle: SmallBundle | None = None) -> tuple[str, str]:
+        monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+        run_chat(bundle or scripted_bundle(ANSWERS), settings or ChatSettings())  # type: ignore[arg-type]
+        captured = capsys.readouterr()
+        return captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def typed(monkeypatch):
+    """Run a chat on a terminal on which these lines are typed; an exception in the list is raised at the prompt."""
+
+    def run(lines: list, bundle: SmallBundle | None = None, settings: ChatSettings | None = None) -> str:
+        screen, waiting = Tty(), iter(lines)
+
+        def read(prompt: str = "") -> str:
+            screen.write(prompt)
+            line = next(waiting, EOFError())
+            if isinstance(line, BaseException):
+                raise line
+            screen.write(f"{line}\n")
+            return line
+
+        monkeypatch.setattr(sys, "stdin", Tty())
+        monkeypatch.setattr(sys, "stdout", screen)
+        monkeypatch.setattr("builtins.input", read)
+        monkeypatch.setenv("NO_COLOR", "1")
+        run_chat(bundle or scripted_bundle(ANSWERS), settings or ChatSettings())  # type: ignore[arg-type]
+        assert next(waiting, None) is None, "the chat ended before all was typed"
+        return screen.getvalue()
+
+    return run
+
+
+GREETING = "A conversation with the model. /help lists the commands, Ctrl-D ends.\n"
+
+
+def test_piped_lines_give_answers_and_nothing_else(piped):
+    assert piped("hi\n\n2*21?\n") == ("Hello – 🙂.\nIt is [2*21][= 42]42.\n", "")
+
+
+def test_one_prompt_gives_one_answer(piped):
+    """Text only, fit for a pipe; the prompt is any text, and standard input is not read."""
+    assert piped("not read", ChatSettings(prompt="2*21?")) == ("It is 42.\n", "")
+    with pytest.raises(UserError, match="The context is full"):
+        piped("", ChatSettings(prompt="{'a': \"b\", c=[1,2]} " * 100))
+
+
+def test_an_answer_that_is_cut_says_so(piped):
+    assert piped("", ChatSettings(prompt="long", max_tokens=5)) == ("xxxxx\n", "(cut: max_tokens=5)\n")
+
+
+def test_a_full_context_is_said_and_can_be_cleared(piped):
+    out, err = piped("long\nlong\nlong\n/clear\nhi\n")
+    assert out == "x" * 100 + "\n" + "x" * 12 + "\n" + "Hello – 🙂.\n"
+    assert err == (
+        "(cut: the context of 128 tokens is full; /clear starts a new conversation)\n"
+        "The context is full: 128 of 128 tokens are taken, and this message needs 7 and some for the answer.\n"
+        "Start a new conversation (/clear in the chat), or write less.\n"
+        "The conversation is cleared.\n"
+    )
+
+
+def test_an_answer_that_fills_the_context(piped):
+    out, err = piped("long\nhi\n", ChatSettings(max_context=50))
+    assert out.splitlines()[0] == "x" * 42
+    assert err.splitlines()[0] == "(cut: the context of 50 tokens is full; /clear starts a new conversation)"
+    assert err.splitlines()[1].startswith("The context is full")
+
+
+def test_a_terminal_has_prompts_and_commands(typed):
+    screen = typed(["hi", "/help", "/nonsense now", "  ", "/exit"])
+    assert screen == (
+        GREETING
+        + "> hi\nHello – 🙂.\n"
+        + "> /help\n"
+        + "/clear   start a new conversation\n/help    this list\n/exit    end (also Ctrl-D, or Ctrl-C twice)\n"
+        + "Ctrl-C stops an answer.\n"
+        + "> /nonsense now\nThere is no command /nonsense; /help lists them.\n"
+        + ">   \n> /exit\n"
+    )
+
+
+def test_ctrl_d_ends(typed):
+    assert typed([]) == GREETING + "> \n"
+
+
+def interrupting_bundle(after: int) -> SmallBundle:
+    """A model whose user presses Ctrl-C while its n-th token is computed."""
+    bundle = scripted_bundle(ANSWERS)
+    inner, count = bundle.net._next_id, 0
+
+    def next_id(history: list[int]) -> int:
+        nonlocal count
+        count += 1
+        if count == after:
+            os.kill(os.getpid(), signal.SIGINT)
+        return inner(history)
+
+    bundle.net._next_id = next_id  # type: ignore[assignment]
+    return bundle
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_program(typed):
+    before = signal.getsignal(signal.SIGINT)
+    screen = typed(["long", "hi"], interrupting_bundle(after=4))
+    assert screen == GREETING + "> long\nxxxx\n(stopped)\n> hi\nHello – 🙂.\n> \n"
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_second_ctrl_c_at_the_prompt_ends(typed):
+    assert typed(["long", KeyboardInterrupt()], interrupting_bundle(after=4)).endswith("(stopped)\n> \n")
+    twice = typed([KeyboardInterrupt(), KeyboardInterrupt()])
+    assert twice == GREETING + "> \nCtrl-C again, Ctrl-D or /exit ends.\n> \n"
+    # What is typed in between takes the first one back.
+    again = typed([KeyboardInterrupt(), "hi", KeyboardInterrupt(), "/exit"])
+    assert again.count("Ctrl-C again") == 2
+
+
+def test_tool_calls_are_dim_on_a_terminal_with_colors(typed, monkeypatch):
+    monkeypatch.setattr(os, "environ", {**os.environ})
+    screen = Tty()
+    monkeypatch.setattr(sys, "stdout", screen)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("2*21?\n"))
+    for name in ("NO_COLOR", "TERM"):
+        monkeypatch.delenv(name, raising=False)
+    run_chat(scripted_bundle(ANSWERS), ChatSettings())  # type: ignore[arg-type]
+    assert screen.getvalue() == "It is \x1b[2m[2*21]\x1b[0m\x1b[2m[= 42]\x1b[0m42.\n"
+
+
+def test_text_that_the_terminal_cannot_show(monkeypatch):
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"hi\n\xff\n"), encoding="utf-8"))
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    run_chat(scripted_bundle({**ANSWERS, "�": "what?"}), ChatSettings())  # type: ignore[arg-type]
+    assert raw.getvalue() == b"Hello ? ?.\nwhat?\n"
+
+
+@pytest.mark.parametrize("wrong", [{"temperature": -1}, {"top_k": -1}, {"max_tokens": 0}, {"temprature": 1}])
+def test_settings_have_bounds(wrong):
+    with pytest.raises(UserError):
+        build(ChatSettings, wrong, "chat")
+
+
+SCRIPT = """
+import time
+from nanochat_pl.cli.chat_session import ChatSettings, run_chat
+from tests.engine.small import scripted_bundle
+
+bundle = scripted_bundle({"long": "x" * 2000, "hi": "Hello."}, sequence_len=4000)
+inner = bundle.net._next_id
+bundle.net._next_id = lambda history: (time.sleep(0.005), inner(history))[1]
+run_chat(bundle, ChatSettings(max_tokens=3000))
+print("ended well")
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pseudo terminals are POSIX")
+def test_the_keys_of_a_real_terminal():
+    import pty
+
+    main, terminal = pty.openpty()
+    environment = {**os.environ, "TERM": "dumb", "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", f"import fcntl, termios\nfcntl.ioctl(0, termios.TIOCSCTTY, 0)\n{SCRIPT}"],
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+        cwd=Path(__file__).parents[2],
+        env=environment,
+        start_new_session=True,
+    )
+    os.close(terminal)
+    seen = b""
+
+    def wait_for(wanted: bytes) -> None:
+        """Read until it is there; what comes later looks behind it only."""
+        nonlocal seen
+        while wanted not in seen:
+            assert select.select([main], [], [], 60)[0], seen
+            seen += os.read(main, 1000)
+        seen = seen[seen.index(wanted) + len(wanted) :]
+
+    try:
+        wait_for(b"> ")
+        os.write(main, b"long\n")
+        wait_for(b"xxxxx")
+        os.write(main, b"\x03")
+        wait_for(b"(stopped)")
+        wait_for(b"> ")
+        os.write(main, b"hi\n")
+        wait_for(b"Hello.")
+        wait_for(b"> ")
+        os.write(main, b"\x04")
+        wait_for(b"ended well")
+        assert process.wait(timeout=30) == 0
+    finally:
+        process.kill()
+        process.wait()
+        os.close(main)
