@@ -168,20 +168,18 @@ def test_classic_muon_is_selectable_and_has_singular_values_near_one() -> None:
 
 
 @pytest.mark.slow
-def test_compiled_steps_equal_eager_ones_and_changing_values_do_not_recompile() -> None:
-    """Museum 11: a learning rate passed as a float is compiled in; the ninth value ended the run."""
-    eager, compiled = make_parameters(), make_parameters()
-    eager_optimizer = make_optimizer(eager)
-    compiled_optimizer = make_optimizer(compiled, OptimSettings(compile=True))
-    with torch._dynamo.config.patch(error_on_recompile=False):
-        for step in range(12):
-            values = StepValues((step + 1) / 12, 0.85 + step / 100, 1 - step / 12)
+def test_museum_11_changing_values_do_not_recompile_and_compiled_equals_eager() -> None:
+    """A learning rate passed as a float is compiled in as a constant: elsewhere the ninth value ended the run."""
+    eager, compiled = ({"p": nn.Parameter(torch.eye(8)), "q": nn.Parameter(torch.ones(8, 8))} for _ in range(2))
+    roles = {"p": "matrix", "q": "matrix"}
+    eager_optimizer = build_optimizer(eager.items(), roles, hyper())
+    compiled_optimizer = build_optimizer(compiled.items(), roles, hyper(OptimSettings(compile=True)))
+    for step in range(12):
+        values = StepValues((step + 1) / 12, 0.85 + step / 100, 1 - step / 12)
+        with torch._dynamo.config.patch(error_on_recompile=step > 0):
             for parameters, optimizer in ((eager, eager_optimizer), (compiled, compiled_optimizer)):
                 set_gradients(parameters, step)
                 optimizer.set_step_values(values)
                 optimizer.step()
-            if step == 0:
-                graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
     for name in eager:
         torch.testing.assert_close(compiled[name], eager[name], rtol=1e-3, atol=1e-4)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.optim.orthogonalize import newton_schulz, polar_express
+from nanochat_pl.optim.orthogonalize import SMALL, newton_schulz, polar_express
 from nanochat_pl.optim.schedules import StepValues
 
 logger = logging.getLogger(__name__)
@@ -140,7 +140,7 @@ class MuonAdamW(torch.optim.Optimizer):
     def _step_muon(self, group: dict[str, Any], momentum_stack: Tensor, second_moment: Tensor) -> None:
         rows, columns = momentum_stack.shape[-2:]
         lr = group["lr"] * max(1.0, rows / columns) ** 0.5
-        scalars: list[Scalar] = [lr, lr * group["weight_decay"], 1 - group["momentum"], 1 - group["beta2"]]
+        scalars: list[Scalar] = [lr, lr * group["weight_decay"], group["momentum"], group["beta2"]]
         update = self._muon_update or self._make_muon_update()
         if self._compile_muon:  # a float would be compiled in as a constant, again for every new value
             scalars = [torch.tensor(value) for value in scalars]
@@ -174,13 +174,13 @@ class MuonAdamW(torch.optim.Optimizer):
         Raises:
             UserError: the state is not that of these parameters. Nothing has been changed then.
         """
-        moments = {
-            f"{name}.{key}": torch.as_tensor(value)
-            for name, state in state_dict["state"].items()
-            for key, value in state.items()
-        }
+        try:
+            states = state_dict["state"].items()
+            moments = {f"{name}.{key}": moment for name, state in states for key, moment in state.items()}
+            differences = self._differences(state_dict["groups"])
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError("optimizer state: it is not a state of MuonAdamW.") from error
         self.load_moments(moments)
-        differences = self._differences(state_dict["groups"])
         for line in differences:
             logger.warning(line)
         return differences
@@ -190,8 +190,9 @@ class MuonAdamW(torch.optim.Optimizer):
         lines = []
         for group in self.param_groups:
             name = group["param_names"][0]
+            saved = saved_by_name.get(name, {})
             for key in FIXED_HYPERPARAMETERS:
-                now, then = group.get(key), saved_by_name[name].get(key)
+                now, then = group.get(key), saved.get(key)
                 if now != (tuple(then) if isinstance(then, list) else then):
                     what = key.removeprefix("initial_")
                     lines.append(f"{what} of the {group['role']} group ({name} …): {now}; it was {then} in the file.")
@@ -242,8 +243,8 @@ def muon_update(
     second_moment: Tensor,
     lr: Scalar,
     lr_times_decay: Scalar,
-    one_minus_momentum: Scalar,
-    one_minus_beta2: Scalar,
+    beta1: Scalar,
+    beta2: Scalar,
     classic: bool,
     dtype: torch.dtype,
 ) -> None:
@@ -254,29 +255,49 @@ def muon_update(
         second_moment: float32 (K, M, 1) where M >= N, else (K, 1, N).
         lr: with the factor sqrt(max(1, M / N)) in it.
         lr_times_decay: that lr times the weight decay.
+        beta1: the momentum.
+        beta2: of the second moment.
         classic: Newton-Schulz alone, without equilibration, renormalisation and variance reduction.
         dtype: of the matrix products.
     """
-    momentum.lerp_(gradients, one_minus_momentum)
-    nesterov = momentum.lerp(gradients, one_minus_momentum)
+    momentum.lerp_(gradients, 1 - beta1)
+    nesterov = gradients.lerp_(momentum, beta1)
     if classic:
-        update = newton_schulz(nesterov, dtype)
+        update = newton_schulz(nesterov, dtype).float() * lr
     else:
-        update = reduce_variance(polar_express(nesterov, dtype), second_moment, one_minus_beta2)
+        x = polar_express(nesterov, dtype)
+        # Into memory that is there already and contiguous (a tall x is a transposed view).
+        update = torch.mul(x, line_factors(x, second_moment, beta2) * lr, out=gradients)
     # Cautious decay: only where decay and update pull the same way.
-    decay = torch.where(update * values >= 0, values, 0.0)
-    values.sub_(update.mul_(lr)).sub_(decay.mul_(lr_times_decay))
+    decay = (update * values).ge_(0.0).mul_(lr_times_decay)
+    values.addcmul_(values, decay, value=-1).sub_(update)
 
 
-def reduce_variance(update: Tensor, second_moment: Tensor, one_minus_beta2: Scalar) -> Tensor:
-    """NorMuon: divide each row (column, where wide) by the root of its running mean square; keep the norm.
+def line_factors(x: Tensor, second_moment: Tensor, beta2: Scalar) -> Tensor:
+    """Renormalisation and NorMuon as one factor per line; a line is a row where M >= N, else a column.
 
-    ``second_moment`` is updated in place. Shapes as in :func:`muon_update`; no bias correction (arXiv 2510.05491).
+    Renormalisation brings the Frobenius norm to that of an orthogonal matrix, sqrt(min(M, N)). NorMuon then divides
+    each line by the root of its running mean square, and keeps that norm. Both only scale lines, so line norms are
+    all that is needed. No bias correction (arXiv 2602.21545, 2510.05491).
+
+    Args:
+        x: (K, M, N).
+        second_moment: float32 (K, M, 1) or (K, 1, N), updated in place.
+
+    Returns:
+        float32, shaped as ``second_moment``.
     """
     dim = -1 if second_moment.shape[-1] == 1 else -2
-    mean_square = update.square().mean(dim=dim, keepdim=True)
-    second_moment.lerp_(mean_square, one_minus_beta2)
+    norm = min(x.shape[-2:]) ** 0.5
+    line_norms = torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=torch.float32)
+    renormalise = norm / _norm_over_lines(line_norms).clamp_min(SMALL)
+    line_norms = line_norms * renormalise
+    second_moment.lerp_(line_norms.square() / x.shape[dim], 1 - beta2)
     scale = second_moment.clamp_min(1e-10).rsqrt()
-    norm_before = mean_square.sum(dim=(-2, -1), keepdim=True).sqrt()
-    norm_after = (mean_square * scale.square()).sum(dim=(-2, -1), keepdim=True).sqrt()
-    return update * (scale * (norm_before / norm_after.clamp_min(1e-10)))
+    keep_norm = _norm_over_lines(line_norms) / _norm_over_lines(line_norms * scale).clamp_min(1e-10)
+    return renormalise * scale * keep_norm
+
+
+def _norm_over_lines(line_norms: Tensor) -> Tensor:
+    """Frobenius norms of a stack from its line norms: (K, M, 1) or (K, 1, N) → (K, 1, 1)."""
+    return line_norms.norm(dim=(-2, -1), keepdim=True)

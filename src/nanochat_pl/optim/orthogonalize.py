@@ -28,17 +28,6 @@ NEWTON_SCHULZ: Coefficients = ((3.4445, -4.7750, 2.0315),) * 5
 SMALL = 1e-6  # keeps a matrix of zeros a matrix of zeros
 
 
-def frobenius_norm(x: Tensor) -> Tensor:
-    """Frobenius norm of every matrix of a stack: (K, M, N) → (K, 1, 1)."""
-    return x.norm(dim=(-2, -1), keepdim=True)
-
-
-def equilibrate_rows(x: Tensor) -> Tensor:
-    """Scale every row of a matrix to the mean row norm of that matrix: (K, M, N) → (K, M, N)."""
-    norms = x.norm(dim=-1, keepdim=True).clamp_min(SMALL)
-    return x * (norms.mean(dim=-2, keepdim=True) / norms)
-
-
 def odd_quintics(x: Tensor, coefficients: Coefficients) -> Tensor:
     """Apply ``x ← a x + (b A + c A²) x`` with ``A = x xᵀ`` once per (a, b, c): (K, M, N) → (K, M, N).
 
@@ -55,23 +44,24 @@ def odd_quintics(x: Tensor, coefficients: Coefficients) -> Tensor:
 
 
 def polar_express(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The recipe's orthogonalization: equilibrate rows, five Polar Express steps, renormalise.
+    """Equilibrate the rows (each to the mean row norm), then orthogonalize by five Polar Express steps.
 
     Args:
         matrices: float32 (K, M, N).
         dtype: of the matrix products. Norms are always taken in float32.
 
     Returns:
-        float32 (K, M, N), every matrix with the Frobenius norm of an orthogonal one, sqrt(min(M, N)).
+        (K, M, N) in ``dtype``, singular values near 1. The Frobenius norm is set afterwards, by
+        :func:`~nanochat_pl.optim.muon_adamw.line_factors`.
     """
-    x = equilibrate_rows(matrices)
-    x = x / (1.01 * frobenius_norm(x) + SMALL)
-    x = odd_quintics(x.to(dtype), POLAR_EXPRESS).float()
-    target = min(x.shape[-2:]) ** 0.5
-    return x * (target / frobenius_norm(x).clamp_min(SMALL))
+    row_norms = matrices.norm(dim=-1, keepdim=True)
+    to_mean = row_norms.clamp_min(SMALL)
+    to_mean = to_mean.mean(dim=-2, keepdim=True) / to_mean
+    frobenius = (row_norms * to_mean).norm(dim=-2, keepdim=True)
+    return odd_quintics((matrices * (to_mean / (1.01 * frobenius + SMALL))).to(dtype), POLAR_EXPRESS)
 
 
 def newton_schulz(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Classic Muon's orthogonalization: float32 (K, M, N) → float32 (K, M, N), singular values about 0.7 to 1.2."""
-    x = matrices / (frobenius_norm(matrices) + SMALL)
-    return odd_quintics(x.to(dtype), NEWTON_SCHULZ).float()
+    """Classic Muon's orthogonalization: float32 (K, M, N) → ``dtype`` (K, M, N), singular values 0.7 to 1.2."""
+    frobenius = matrices.norm(dim=(-2, -1), keepdim=True)
+    return odd_quintics((matrices / (frobenius + SMALL)).to(dtype), NEWTON_SCHULZ)

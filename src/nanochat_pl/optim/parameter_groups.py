@@ -16,6 +16,7 @@ from nanochat_pl.optim.muon_adamw import MuonAdamW
 from nanochat_pl.optim.settings import Hyperparameters
 
 MUON_BETA2 = 0.9
+MUON_MOMENTUM = 0.95  # until the schedule sets it
 ADAMW_EPS = 1e-10
 
 
@@ -95,7 +96,7 @@ def make_groups(
     matrices = [(name, parameter) for name, parameter in trained if roles[name] == MATRIX]
     for shape in sorted({tuple(parameter.shape) for _, parameter in matrices}):
         members = [(name, parameter) for name, parameter in matrices if tuple(parameter.shape) == shape]
-        muon = {"weight_decay": hyper.weight_decay, "beta2": MUON_BETA2, "momentum": 0.0}
+        muon = {"weight_decay": hyper.weight_decay, "beta2": MUON_BETA2, "momentum": MUON_MOMENTUM}
         lr = learning_rate(MATRIX, hyper)
         groups.append({"kind": "muon", "role": MATRIX, "params": members, "lr": lr, **muon})
     return groups

@@ -1,0 +1,196 @@
+"""The plan's reasons, overrides, errors, and its JSON."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from nanochat_pl.common.errors import UserError
+from nanochat_pl.model.config import ModelSettings, resolve_model
+from nanochat_pl.optim import OptimSettings
+from nanochat_pl.planning import (
+    HorizonSettings,
+    Plan,
+    check_horizon,
+    estimate_cpu_seconds,
+    hyperparameters,
+    make_finetune_plan,
+    make_plan,
+    plan_rows,
+)
+
+SMALL = ModelSettings(depth=4, head_dim=64, sequence_len=256)
+
+
+def small_plan(optim: OptimSettings | None = None, model: ModelSettings = SMALL, **keys: Any) -> Plan:
+    names = {"max_steps", "flops_budget", "tokens_per_parameter", "total_batch_tokens"}
+    horizon = HorizonSettings(**{name: keys.pop(name) for name in names & set(keys)})
+    return make_plan(model, horizon, optim or OptimSettings(), vocab_size=4096, **keys)
+
+
+def test_precedence_is_steps_then_flops_then_ratio() -> None:
+    ratio = small_plan(total_batch_tokens=4096)
+    flops = small_plan(total_batch_tokens=4096, flops_budget=1e13)
+    steps = small_plan(total_batch_tokens=4096, flops_budget=1e13, max_steps=20)
+    assert ratio["num_steps"] == ratio["horizon_tokens"] // 4096
+    assert flops["num_steps"] == round(1e13 / (flops["flops_per_token"] * 4096))
+    assert steps["num_steps"] == 20
+    assert steps["total_tokens"] == 20 * 4096
+
+
+def test_batch_and_weight_decay_come_from_the_ratio_whatever_sets_the_length() -> None:
+    ratio, steps = small_plan(), small_plan(max_steps=20)
+    for name in ("horizon_tokens", "total_batch_tokens", "weight_decay", "matrix_lr"):
+        assert ratio[name] == steps[name]
+
+
+def test_explain_gives_formula_inputs_and_what_overrode_it() -> None:
+    plan = small_plan(total_batch_tokens=4096)
+    text = plan.explain("total_batch_tokens")
+    assert text.splitlines()[0] == "total_batch_tokens = 4,096"
+    assert "2 ** round(log2(524288 * (horizon_tokens / reference_tokens) ** 0.383))" in text
+    assert f"horizon_tokens = {plan['horizon_tokens']:,}" in text
+    assert "overridden by total_batch_tokens=4096; the formula gives 131,072" in text
+    assert "overridden" not in small_plan().explain("total_batch_tokens")
+
+
+def test_explain_of_an_unknown_value_names_the_nearest() -> None:
+    with pytest.raises(UserError, match="total_batch_tokens"):
+        small_plan().explain("total_batch_token")
+
+
+def test_every_input_of_every_formula_is_named_in_it_with_the_value_used() -> None:
+    plan = small_plan()
+    for name, derived in plan.values.items():
+        for each, value in derived.inputs.items():
+            assert plan[each] == value, (name, each)
+
+
+def test_a_given_rate_is_taken_as_it_is_and_the_recipes_is_scaled_by_the_batch() -> None:
+    plan = small_plan(OptimSettings(matrix_lr=0.012, weight_decay=0.05), total_batch_tokens=4096)
+    assert plan["matrix_lr"] == 0.012 and "optim.matrix_lr=0.012" in plan.explain("matrix_lr")
+    assert plan["weight_decay"] == 0.05
+    assert plan["embedding_lr"] == pytest.approx(0.3 * (4096 / 2**19) ** 0.5)
+    assert plan["lr_wte"] == pytest.approx(plan["embedding_lr"] * 3**0.5)
+    assert plan["lr_smear"] == 0.2
+
+
+def test_the_optimizer_gets_what_the_plan_says() -> None:
+    optim = OptimSettings(matrix_lr=0.012)
+    plan = small_plan(optim)
+    hyper = hyperparameters(plan, optim, "bfloat16")
+    assert hyper.to_inherit() == plan.to_inherit()
+    assert (hyper.width, hyper.compute_dtype, hyper.matrix_lr) == (256, "bfloat16", 0.012)
+
+
+def test_museum_19_a_batch_that_is_no_whole_number_of_rows_names_the_nearest_that_are() -> None:
+    """Elsewhere: a bare assertion."""
+    with pytest.raises(UserError, match="total_batch_tokens=5000") as error:
+        small_plan(total_batch_tokens=5000)
+    assert "4864 or 5120" in error.value.fix
+    with pytest.raises(UserError) as error:
+        small_plan(total_batch_tokens=100)
+    assert error.value.fix == "Set total_batch_tokens=256."
+
+
+def test_a_derived_batch_is_whole_rows_of_any_length_and_device_batch_size_need_not_divide_them() -> None:
+    for sequence_len in (100, 300, 1000):
+        plan = small_plan(model=ModelSettings(depth=4, sequence_len=sequence_len), device_batch_size=7)
+        assert plan["total_batch_tokens"] == plan["rows_per_step"] * sequence_len
+        assert plan["device_batch_size"] == 7
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3, 5, 7, 13])
+def test_museum_16_odd_depths_have_whole_heads(depth: int) -> None:
+    plan = small_plan(model=ModelSettings(depth=depth))
+    assert plan["width"] % plan["num_heads"] == 0
+    assert plan["num_steps"] >= 1
+
+
+def test_museum_2_steps_are_optimizer_steps_whatever_the_device_batch_size() -> None:
+    """Elsewhere a step count meant micro-batches in one stage and optimizer steps in another."""
+    assert small_plan(device_batch_size=1)["num_steps"] == small_plan(device_batch_size=64)["num_steps"]
+
+
+def test_validation_takes_about_one_percent_of_the_time() -> None:
+    plan = small_plan(max_steps=1000, total_batch_tokens=4096, evaluate_every_steps=250)
+    training = 1000 * plan["rows_per_step"]
+    validation = 4 * plan["validation_rows"] / 3  # after 250, 500, 750 and 1000 steps; forward only
+    assert validation / training == pytest.approx(0.01, rel=0.05)
+    assert small_plan(max_steps=5, total_batch_tokens=4096)["validation_rows"] == 32
+    assert small_plan(validation_rows=8)["validation_rows"] == 8
+
+
+def test_to_plain_is_json_and_comes_back() -> None:
+    plan = small_plan(max_steps=20)
+    back = Plan.from_plain(json.loads(json.dumps(plan.to_plain(), allow_nan=False)))
+    assert back.to_plain() == plan.to_plain()
+    assert back.explain("num_steps") == plan.explain("num_steps")
+    with pytest.raises(UserError, match="formula"):
+        Plan.from_plain({"num_steps": {"value": 3, "formula": 4}})
+    with pytest.raises(UserError, match="plan"):
+        Plan.from_plain({"num_steps": 3})
+
+
+def test_rows_for_people() -> None:
+    rows = {row.name: row for row in plan_rows(small_plan(max_steps=2000))}
+    assert rows["num_steps"].value == "2,000"
+    assert rows["num_steps"].source == "max_steps=2000"
+    assert rows["width"].source == "derived"
+    assert rows["windows"].value == "128 128 128 256"
+
+
+def test_a_horizon_of_ones_own_past_four_epochs_is_refused_with_the_keys_that_set_another() -> None:
+    plan = small_plan(total_batch_tokens=4096)
+    with pytest.raises(UserError, match="epochs of the 6,000,000 tokens") as error:
+        check_horizon(plan, tokens_at_hand=6_000_000)
+    assert f"max_steps={4 * 6_000_000 // 4096}" in error.value.fix
+    for key in ("flops_budget", "tokens_per_parameter", "total_batch_tokens", "model.depth"):
+        assert key in error.value.fix
+    check_horizon(plan, tokens_at_hand=10**9)
+
+
+def test_a_horizon_past_an_hour_on_a_cpu_is_refused() -> None:
+    plan = small_plan(total_batch_tokens=4096)
+    seconds = estimate_cpu_seconds(plan["total_flops"], num_cores=2)
+    with pytest.raises(UserError, match="hours on this CPU"):
+        check_horizon(plan, tokens_at_hand=10**9, estimated_seconds=seconds)
+    check_horizon(plan, tokens_at_hand=10**9, estimated_seconds=3599.0)
+
+
+@pytest.mark.parametrize("given", [{"max_steps": 10**6}, {"flops_budget": 1e18}, {"tokens_per_parameter": 500.0}])
+def test_a_horizon_that_was_asked_for_is_never_refused(given: dict[str, Any]) -> None:
+    check_horizon(small_plan(**given), tokens_at_hand=1000, estimated_seconds=1e9)
+
+
+def test_one_step_too_many_tokens_says_so() -> None:
+    with pytest.raises(UserError) as error:
+        check_horizon(small_plan(), tokens_at_hand=1000)
+    assert "total_batch_tokens" in error.value.fix and "max_steps=0" not in error.value.fix
+
+
+def finetune(**keys: Any) -> Plan:
+    config = resolve_model(SMALL, 4096, "float32")
+    horizon = HorizonSettings(**keys.pop("horizon", {}))
+    optim = keys.pop("optim", OptimSettings())
+    given = {"num_rows": 1000, "parent": small_plan().to_inherit(), "parent_batch_tokens": 4096, **keys}
+    return make_finetune_plan(config, horizon, optim, **given)
+
+
+def test_a_later_stage_takes_its_length_from_its_rows_and_the_rest_from_its_parent() -> None:
+    plan = finetune(num_epochs=2.0, optim=OptimSettings(scalar_lr=0.1))
+    assert (plan["rows_per_step"], plan["num_steps"]) == (16, 125)
+    assert plan["matrix_lr"] == small_plan()["matrix_lr"]
+    assert plan.values["matrix_lr"].overridden_by == "inherited from base"
+    assert plan["scalar_lr"] == 0.1
+    assert finetune(horizon={"max_steps": 7})["num_steps"] == 7
+    assert finetune(horizon={"total_batch_tokens": 2048})["num_steps"] == 125
+    assert hyperparameters(plan, OptimSettings(), "float32").sources["matrix_lr"] == "inherited from base"
+
+
+def test_a_later_stage_with_fewer_rows_than_a_step_takes_says_so() -> None:
+    with pytest.raises(UserError, match="16 rows, the data has 10") as error:
+        finetune(num_rows=10)
+    assert "total_batch_tokens=256" in error.value.fix
