@@ -79,7 +79,7 @@ def test_the_tokenizers_library_gives_the_same_ids_on_real_texts(
 def test_the_tokenizers_library_gives_the_same_ids_for_every_character(tokenizer: Tokenizer, saved: Path) -> None:
     other = tokenizers.Tokenizer.from_file(str(saved))
     characters = [chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000]
-    for template in ("a%sb", " %s ", "'%s'", "1%s2", "!%s\n"):
+    for template in ("a%s1", " '%s\n"):
         texts = [template % character for character in characters]
         assert [encoded.ids for encoded in other.encode_batch(texts)] == tokenizer.encode_batch(texts), template
 
@@ -141,9 +141,9 @@ def swap_bytes_with_merges(document: dict) -> None:
     ("change", "words"),
     [
         (edit("version", value="2.0"), "version is '2.0'"),
-        (edit("version", drop=True), "version is missing"),
-        (edit("more", value=1), "more is not expected"),
-        (edit("_target_", value="os.system"), "_target_ is not expected"),
+        (edit("version", drop=True), "'version' is missing"),
+        (edit("more", value=1), "'more' is not expected"),
+        (edit("_target_", value="os.system"), "'_target_' is not expected"),
         (edit("model", value=[]), "'model' is missing or of the wrong type"),
         (edit("model", "dropout", value=0.1), "model.dropout is 0.1"),
         (edit("model", "fuse_unk", value=0), "model.fuse_unk is 0"),
@@ -170,7 +170,7 @@ def swap_bytes_with_merges(document: dict) -> None:
         (edit("pre_tokenizer", "pretokenizers", 1, "add_prefix_space", value=True), "add_prefix_space is True"),
         (edit("pre_tokenizer", "type", value="Split"), "pre_tokenizer.type is 'Split'"),
         (edit("normalizer", value={"type": "NFC"}), "normalizer is {'type': 'NFC'}, not None"),
-        (edit("decoder", drop=True), "decoder is missing"),
+        (edit("decoder", drop=True), "'decoder' is missing"),
         (edit("added_tokens", value=[]), "added_tokens has 0 entries, not 9"),
         (edit("added_tokens", 0, "id", value=5), "added_tokens[0].id is 5"),
         (edit("added_tokens", 0, "content", value="<|boss|>"), "added_tokens[0].content is '<|boss|>'"),

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import tiktoken
@@ -23,7 +24,7 @@ import tiktoken
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.tokenizer import chat_format, file_format
 from nanochat_pl.tokenizer.chat_format import Conversation, Part
-from nanochat_pl.tokenizer.ranks import MAX_PATTERN_LENGTH, problem_of_ranks
+from nanochat_pl.tokenizer.ranks import problem_of_ranks
 
 # How text is cut before merging: contractions, words, digits by two, punctuation, line ends, blanks.
 SPLIT_PATTERN = (
@@ -48,11 +49,14 @@ SPECIAL_TOKENS: tuple[str, ...] = (
 LONGEST_BLANK = 2**16
 _LONG_BLANK = re.compile(rf"\s{{{LONGEST_BLANK}}}")
 
-# Texts that one thread encodes at a time: enough to hide the cost of handing them over.
-_TEXTS_PER_TASK = 256
+# Texts or conversations that a thread takes at a time: enough to hide the cost of handing them over.
+_ITEMS_PER_TASK = 256
 
 # What a split pattern must cut without losing a byte, before it is trusted.
 _PROBE = "It's 12345 naïve tests,\tOK?\r\n\n  你好 🌍\u00a0e\u0301\x00\ufffd  x " + " ".join(c * 40 for c in "a1 !\n")
+
+A = TypeVar("A")
+B = TypeVar("B")
 
 
 class Tokenizer:
@@ -138,20 +142,14 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """The ids of a text, taken as ordinary text: no special token, and no bos in front.
 
-        Surrogates without a partner, which UTF-8 cannot hold, become U+FFFD. Blanks of more than ``LONGEST_BLANK``
-        characters are cut there.
+        Surrogates without a partner, which UTF-8 cannot hold, become U+FFFD. Blanks are cut every
+        ``LONGEST_BLANK`` characters.
         """
         return encode_ordinary(self._encoding, text)
 
     def encode_batch(self, texts: Iterable[str], num_threads: int = 8) -> list[list[int]]:
         """:meth:`encode` for each of many texts, by several threads. The result does not depend on their number."""
-        texts = list(texts)
-        tasks = [texts[i : i + _TEXTS_PER_TASK] for i in range(0, len(texts), _TEXTS_PER_TASK)]
-        if num_threads <= 1 or len(tasks) <= 1:
-            return [self.encode(text) for text in texts]
-        with ThreadPoolExecutor(num_threads) as threads:
-            results = threads.map(lambda task: [self.encode(text) for text in task], tasks)
-            return [ids for result in results for ids in result]
+        return _map_in_threads(self.encode, texts, num_threads)
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
         """The raw bytes of some ids; a special token gives its name. Raises KeyError for an id that does not exist."""
@@ -162,14 +160,15 @@ class Tokenizer:
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def render_conversation(self, conversation: Conversation, max_tokens: int = 2048) -> tuple[list[int], list[int]]:
-        """Ids and training mask of a conversation: see :func:`chat_format.render_conversations`."""
-        return chat_format.render_conversations(self, [conversation], max_tokens)[0]
+        """Ids and training mask of a conversation: see :func:`chat_format.render_conversation`."""
+        return chat_format.render_conversation(self, conversation, max_tokens)
 
     def render_conversations(
         self, conversations: Iterable[Conversation], max_tokens: int = 2048, num_threads: int = 8
     ) -> list[tuple[list[int], list[int]]]:
-        """Ids and training masks of many conversations: see :func:`chat_format.render_conversations`."""
-        return chat_format.render_conversations(self, conversations, max_tokens, num_threads)
+        """:meth:`render_conversation` for each of many conversations, by several threads."""
+        render = partial(self.render_conversation, max_tokens=max_tokens)
+        return _map_in_threads(render, conversations, num_threads)
 
     def render_for_completion(self, conversation: Conversation, max_tokens: int | None = None) -> list[int]:
         """The prompt that the assistant is to answer: see :func:`chat_format.render_for_completion`."""
@@ -180,8 +179,22 @@ class Tokenizer:
         return chat_format.parse_assistant(self, ids)
 
 
+def _map_in_threads(function: Callable[[A], B], items: Iterable[A], num_threads: int) -> list[B]:
+    """The function's results in the order of the items.
+
+    Threads are worth it where tiktoken, outside of the interpreter's lock, does most of the work: for long texts.
+    """
+    items = list(items)
+    if num_threads <= 1 or len(items) <= _ITEMS_PER_TASK:
+        return [function(item) for item in items]
+    tasks = [items[i : i + _ITEMS_PER_TASK] for i in range(0, len(items), _ITEMS_PER_TASK)]
+    with ThreadPoolExecutor(num_threads) as threads:
+        results = threads.map(lambda task: [function(item) for item in task], tasks)
+        return [result for task in results for result in task]
+
+
 def encode_ordinary(encoding: tiktoken.Encoding, text: str) -> list[int]:
-    """The ids that an encoding of tiktoken gives to a text; blanks longer than LONGEST_BLANK characters are cut."""
+    """The ids that an encoding of tiktoken gives to a text; blanks are cut every LONGEST_BLANK characters."""
     if len(text) < LONGEST_BLANK or not (cuts := _cuts(text)):
         return encoding.encode_ordinary(text)
     pieces = (text[start:stop] for start, stop in zip([0, *cuts], [*cuts, len(text)], strict=True))
@@ -189,7 +202,7 @@ def encode_ordinary(encoding: tiktoken.Encoding, text: str) -> list[int]:
 
 
 def _cuts(text: str) -> list[int]:
-    """Where a text has to be cut so that no blank in it is longer than LONGEST_BLANK characters."""
+    """Where a text has to be cut so that no blank is longer than LONGEST_BLANK characters."""
     # Such a blank covers one of these positions: a look at them spares nearly all texts the search.
     if not any(character.isspace() for character in text[LONGEST_BLANK - 1 :: LONGEST_BLANK]):
         return []
@@ -198,7 +211,6 @@ def _cuts(text: str) -> list[int]:
 
 def _checked_encoding(tokens: Sequence[bytes], pattern: str, special_ids: dict[str, int]) -> tiktoken.Encoding:
     """tiktoken's form of a tokenizer, proved to compile and to lose nothing of a probe."""
-    assert len(pattern) <= MAX_PATTERN_LENGTH
     ranks = {token: rank for rank, token in enumerate(tokens)}
     try:
         encoding = tiktoken.Encoding("nanochat_pl", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_ids)

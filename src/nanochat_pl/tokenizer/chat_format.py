@@ -13,7 +13,8 @@ Trained on (mask 1) is what the assistant has to produce: its text, its tool cal
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from reprlib import repr as quote  # shortens
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -117,29 +118,23 @@ def _assistant_segments(content: str | Sequence[Mapping[str, str]]) -> list[_Seg
     return segments
 
 
-def render_conversations(
-    tokenizer: Tokenizer, conversations: Iterable[Conversation], max_tokens: int = 2048, num_threads: int = 8
-) -> list[tuple[list[int], list[int]]]:
-    """Ids and masks (1: trained on, 0: not) of conversations, each cut at ``max_tokens``.
+def render_conversation(
+    tokenizer: Tokenizer, conversation: Conversation, max_tokens: int = 2048
+) -> tuple[list[int], list[int]]:
+    """Ids and mask (1: trained on, 0: not) of a conversation, cut at ``max_tokens``.
 
     Source: recipe.md, section 2; golden/conversations.json.
 
     Raises:
-        UserError: a conversation is not as described above; the message names the place.
+        UserError: the conversation is not as described above; the lines name each place.
     """
-    rendered = [_segments(conversation) for conversation in conversations]
-    texts = [segment.text for segments in rendered for segment in segments if not segment.special]
-    encoded = iter(tokenizer.encode_batch(texts, num_threads))
-    results = []
-    for segments in rendered:
-        ids: list[int] = []
-        mask: list[int] = []
-        for text, special, trained in segments:
-            piece = [tokenizer.special_ids[text]] if special else next(encoded)
-            ids += piece
-            mask += [trained] * len(piece)
-        results.append((ids[:max_tokens], mask[:max_tokens]))
-    return results
+    ids: list[int] = []
+    mask: list[int] = []
+    for text, special, trained in _segments(conversation):
+        piece = [tokenizer.special_ids[text]] if special else tokenizer.encode(text)
+        ids += piece
+        mask += [trained] * len(piece)
+    return ids[:max_tokens], mask[:max_tokens]
 
 
 def render_for_completion(tokenizer: Tokenizer, conversation: Conversation, max_tokens: int | None = None) -> list[int]:
@@ -151,19 +146,17 @@ def render_for_completion(tokenizer: Tokenizer, conversation: Conversation, max_
         max_tokens: length of the result at most; what is too much is cut before ``<|assistant_start|>``.
 
     Raises:
-        UserError: as for :func:`render_conversations`, or nothing is left to answer.
+        UserError: as for :func:`render_conversation`.
     """
     if problems := problems_of_conversation(conversation):
         raise UserError(problems)
     messages = list(conversation["messages"])
     if messages[-1]["role"] == "assistant":
         messages.pop()
-    segments = _segments({"messages": messages})
-    ids: list[int] = []
-    for text, special, _ in segments:
-        ids += [tokenizer.special_ids[text]] if special else tokenizer.encode(text)
-    start = tokenizer.special_ids["<|assistant_start|>"]
-    return [*(ids if max_tokens is None else ids[: max_tokens - 1]), start]
+    ids, _ = render_conversation(
+        tokenizer, {"messages": messages}, sys.maxsize if max_tokens is None else max_tokens - 1
+    )
+    return [*ids, tokenizer.special_ids["<|assistant_start|>"]]
 
 
 def parse_assistant(tokenizer: Tokenizer, ids: Sequence[int]) -> list[Part]:

@@ -97,7 +97,7 @@ def _compare(found: Any, expected: Any, where: str) -> None:
         for key in [*expected, *found]:
             place = f"{where}.{key}" if where else str(key)
             if key not in expected or key not in found:
-                raise ValueError(f"{place} {'is missing' if key in expected else 'is not expected'}.")
+                raise ValueError(f"{quote(place)} {'is missing' if key in expected else 'is not expected'}.")
             # Vocabulary and merges were checked entry by entry already.
             if place not in ("model.vocab", "model.merges"):
                 _compare(found[key], expected[key], place)
