@@ -13,6 +13,7 @@ largest piece in a buffer that fits, the first that arrived among equals. They d
 from __future__ import annotations
 
 import itertools
+from array import array
 from bisect import bisect_right, insort
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -182,26 +183,27 @@ def _collect(
     row_capacity: int,
     counter: _EpochCounter,
 ) -> RowIndex:
-    pieces: list[Piece] = []
-    row_starts, epoch_starts = [0], []
+    flat_pieces, row_starts = array("i"), array("q", [0])  # compact: a long run has many millions of pieces
+    epoch_starts = []
     cropped = 0
     for group in groups:
-        if num_rows is not None and len(row_starts) > num_rows:
+        rows_before = len(row_starts) - 1
+        if rows_before == num_rows:
             break
-        epoch_starts.append(len(row_starts) - 1)
-        room = None if num_rows is None else num_rows - (len(row_starts) - 1)
+        epoch_starts.append(rows_before)
+        room = None if num_rows is None else num_rows - rows_before
         for row, cropped_here in itertools.islice(group, room):
-            pieces.extend(row)
-            row_starts.append(len(pieces))
+            flat_pieces.extend(itertools.chain.from_iterable(row))
+            row_starts.append(row_starts[-1] + len(row))
             cropped += cropped_here
-    array = np.array(pieces, dtype=np.int32).reshape(-1, 3)
-    placed = int(array[:, 2].sum(dtype=np.int64))
+    pieces = np.array(flat_pieces, dtype=np.int32).reshape(-1, 3)
+    placed = int(pieces[:, 2].sum(dtype=np.int64))
     stats = PackingStats(
         placed_tokens=placed,
         cropped_tokens=cropped,
-        padded_places=(len(row_starts) - 1) * row_capacity - placed - len(array),
-        pieces=len(array),
+        padded_places=(len(row_starts) - 1) * row_capacity - placed - len(pieces),
+        pieces=len(pieces),
         epochs=counter.begun,
     )
     starts = np.array(row_starts, dtype=np.int64)
-    return RowIndex(row_capacity, starts, array, np.array(epoch_starts, dtype=np.int64), stats)
+    return RowIndex(row_capacity, starts, pieces, np.array(epoch_starts, dtype=np.int64), stats)

@@ -61,39 +61,49 @@ class Rows:
         Raises:
             IndexError: a row number is negative or past the end.
         """
-        num_rows, capacity = len(row_numbers), self.sequence_len + 1
-        ids = np.full((num_rows, capacity), self.bos_id, dtype=np.int64)
-        trained = np.zeros((num_rows, capacity), dtype=np.bool_)
-        for ids_row, trained_row, number in zip(ids, trained, row_numbers, strict=True):
-            self._read_row(int(number), ids_row, trained_row)
+        numbers = np.asarray(row_numbers, dtype=np.int64)
+        self._check(numbers)
+        capacity = self.sequence_len + 1
+        first, last = self.index.row_starts[numbers], self.index.row_starts[numbers + 1]
+        of_rows = np.concatenate([np.arange(0), *map(np.arange, first, last)])  # the pieces of all rows, one by one
+        document, start, length = self.index.pieces[of_rows].astype(np.int64).T
+        shard, document_start = self.cache.positions(document)
+
+        # The place of each piece's bos, all rows being one line of places.
+        ends = np.cumsum(length + 1)
+        row_ends = np.concatenate([[0], ends])[np.cumsum(last - first)]
+        used = np.diff(row_ends, prepend=0)
+        skipped = np.arange(len(numbers)) * capacity - (row_ends - used)
+        bos_places = ends - (length + 1) + np.repeat(skipped, last - first)
+
+        ids = np.full((len(numbers), capacity), self.bos_id, dtype=np.int64)
+        # Of documents all is trained on, a piece's bos too: it tells that the one before has ended.
+        trained = (np.arange(capacity) < used[:, None]) & (not self.cache.masked)
+        flat_ids, flat_trained = ids.reshape(-1), trained.reshape(-1)
+        # Pieces are long, so copying them one by one is faster than a gather by token.
+        for number, begin, bos_place, count in zip(
+            shard.tolist(), (document_start + start).tolist(), bos_places.tolist(), length.tolist(), strict=True
+        ):
+            source, to = self.cache.shards[number], slice(bos_place + 1, bos_place + 1 + count)
+            flat_ids[to] = source.tokens[begin : begin + count]
+            if source.mask is not None:
+                flat_trained[to] = source.mask[begin : begin + count]
         return ids[:, :-1].copy(), np.where(trained[:, 1:], ids[:, 1:], IGNORE_INDEX)
 
     def address(self, row_number: int) -> list[PieceAddress]:
         """What a row is made of, from left to right."""
+        self._check(np.array([row_number]))
+        first, last = self.index.row_starts[row_number : row_number + 2]
         addresses = []
-        for document, start, length in self._pieces(row_number):
+        for document, start, length in self.index.pieces[first:last].tolist():
             shard, number = self.cache.locate(document)
             addresses.append(PieceAddress(shard.name, number, start, start + length))
         return addresses
 
-    def _pieces(self, row_number: int) -> list[list[int]]:
-        if not 0 <= row_number < len(self):
-            raise IndexError(f"row {row_number} of {len(self)}")
-        starts = self.index.row_starts
-        return self.index.pieces[starts[row_number] : starts[row_number + 1]].tolist()
-
-    def _read_row(self, row_number: int, ids: np.ndarray, trained: np.ndarray) -> None:
-        at = 0
-        for document, start, length in self._pieces(row_number):
-            shard, number = self.cache.locate(document)
-            first = int(shard.offsets[number]) + start
-            stop = at + 1 + length
-            ids[at + 1 : stop] = shard.tokens[first : first + length]
-            if shard.mask is None:
-                trained[at:stop] = True  # a piece's bos too: that a document ends is learnt
-            else:
-                trained[at + 1 : stop] = shard.mask[first : first + length]
-            at = stop
+    def _check(self, numbers: np.ndarray) -> None:
+        wrong = numbers[(numbers < 0) | (numbers >= len(self))]
+        if len(wrong):
+            raise IndexError(f"row {wrong[0]} of {len(self)}")
 
 
 def packed_rows(

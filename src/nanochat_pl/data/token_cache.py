@@ -9,8 +9,6 @@ put it in front.
 
 from __future__ import annotations
 
-import itertools
-from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,6 +77,7 @@ class TokenCache:
     Attributes:
         shards: in the source's order.
         lengths: int32 (num_documents,): tokens per document, without bos.
+        masked: whether the shards have masks.
         fingerprint: changes with any token of any document.
     """
 
@@ -86,8 +85,9 @@ class TokenCache:
         self.shards = list(shards)
         self.fingerprint = fingerprint
         self.lengths = np.concatenate([np.diff(shard.offsets) for shard in self.shards]).astype(np.int32)
-        ends = itertools.accumulate(len(shard.offsets) - 1 for shard in self.shards)
-        self._first_documents = [0, *ends]
+        self.masked = any(shard.mask is not None for shard in self.shards)
+        self._offsets = np.concatenate([shard.offsets[:-1] for shard in self.shards])
+        self._first_documents = np.cumsum([0, *(len(shard.offsets) - 1 for shard in self.shards)])
 
     @property
     def num_documents(self) -> int:
@@ -102,8 +102,13 @@ class TokenCache:
         """The shard that holds a document, and the document's number in it."""
         if not 0 <= document < self.num_documents:
             raise IndexError(f"document {document} of {self.num_documents}")
-        shard = bisect_right(self._first_documents, document) - 1
-        return self.shards[shard], document - self._first_documents[shard]
+        shard = int(np.searchsorted(self._first_documents, document, side="right")) - 1
+        return self.shards[shard], document - int(self._first_documents[shard])
+
+    def positions(self, documents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """For each document the number of its shard, and where in that shard's tokens it begins."""
+        shards = np.searchsorted(self._first_documents, documents, side="right") - 1
+        return shards, self._offsets[documents]
 
     def tokens(self, document: int, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Tokens start … stop - 1 of a document, without bos (a view of the file)."""
