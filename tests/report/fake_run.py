@@ -62,6 +62,8 @@ def write_stage(run: Path, stage: str, num_steps: int, start: float, end: float)
     write_json(
         folder / "plan.json",
         {
+            "depth": {"value": 4, "formula": "model.depth, the dial", "inputs": {}},
+            "parameters_total": {"value": 5_243_000, "formula": "sum of the groups", "inputs": {}},
             "width": {"value": 256, "formula": "depth * aspect_ratio, rounded up", "inputs": {"depth": 4}},
             "total_batch_tokens": {
                 "value": 4096,
@@ -78,7 +80,7 @@ def write_stage(run: Path, stage: str, num_steps: int, start: float, end: float)
             "started": "2026-01-02T03:04:05+00:00",
             "git": {"commit": "0123abc", "dirty": False},
             "versions": {"python": "3.12.1", "torch": "2.13.0", "lightning": "2.6.6"},
-            "hardware": {"cpu": "two cores", "memory_gib": 7.7},
+            "device": "CPU, two cores",
         },
     )
     write_json(folder / "bundle" / "stage.json", {"stage": stage, "data": {"fingerprint": "c0ffee" * 8}})

@@ -88,7 +88,7 @@ def test_a_report_shows_every_part_of_a_run(run: Path, name: str) -> None:
         "12 * 7 is 74.",
         "c0ffee" * 8,  # where and with what
         "2.13.0",
-        "two cores",
+        "depth 4 · 5.24 M parameters · 2026-01-02T03:04:05+00:00 · CPU, two cores",
         "3 min 30 s",
     ):
         assert expected in text
@@ -291,6 +291,8 @@ def test_a_long_run_is_thinned_to_means_that_end_at_the_last_step() -> None:
         (0.000123456, "0.0001235"),
         (2.0, "2"),
         ([1, 2], "1, 2"),
+        ({"a": 1, "b": {"c": "x"}, "d": ""}, "a 1, b (c x)"),
+        ([{"a": 1}, {"a": 2}], "a 1; a 2"),
         (1e300, "1e+300"),
     ],
 )

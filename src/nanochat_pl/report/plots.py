@@ -200,8 +200,9 @@ def _draw(axes: Axes, panel: Panel, palette: Palette) -> None:
             zorder=3,
             clip_on=False,
         )
-        if line.errors is not None:
-            _draw_errors(axes, line.series, line.errors, color)
+        if spans := _spans(line):
+            steps, low, high = zip(*spans, strict=True)
+            axes.vlines(steps, low, high, color=color, linewidth=1, zorder=3, clip_on=False)
         ends.append((series.steps[-1], line.series.values[-1], line.label, color))
     _set_limits(axes, panel)
     _draw_frame(axes, palette)
@@ -221,18 +222,22 @@ def _thinned(series: Series) -> Series:
     return Series(steps, tuple(sum(block) / len(block) for block in blocks))
 
 
-def _draw_errors(axes: Axes, series: Series, errors: Series, color: str) -> None:
-    """One standard error to each side, where one was measured."""
+def _spans(line: Line) -> list[tuple[int, float, float]]:
+    """Step, value less and value plus one standard error, where one was measured."""
+    errors = line.errors or Series()
     error_at = dict(zip(errors.steps, errors.values, strict=True))
-    known = [(step, value) for step, value in zip(series.steps, series.values, strict=True) if step in error_at]
-    low = [value - error_at[step] for step, value in known]
-    high = [value + error_at[step] for step, value in known]
-    axes.vlines([step for step, _ in known], low, high, color=color, linewidth=1, zorder=3)
+    values = zip(line.series.steps, line.series.values, strict=True)
+    return [(step, value - error_at[step], value + error_at[step]) for step, value in values if step in error_at]
+
+
+def _reach(line: Line) -> list[float]:
+    """All values that a line shows, the ends of its errors among them."""
+    return [*line.series.values, *(end for _, low, high in _spans(line) for end in (low, high))]
 
 
 def _set_limits(axes: Axes, panel: Panel) -> None:
     axes.set_xlim(0, max(1, panel.last_step))
-    values = [value for line in panel.lines for value in line.series.values]
+    values = [value for line in panel.lines for value in _reach(line)]
     low, high = (0.0 if panel.from_zero else min(values)), max(values)
     room = 0.08 * (high - low) or 0.08 * abs(high) or 1.0
     axes.set_ylim(low - (0 if panel.from_zero else room), high + room)

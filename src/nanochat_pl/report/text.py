@@ -12,7 +12,7 @@ from typing import Any
 
 # Control characters but tab and line end; lone surrogates; marks that turn the reading direction of what follows.
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]")
-_MARKDOWN = re.compile(r"([\\`*_{}\[\]<>()#|~&$!])")
+_MARKDOWN = re.compile(r"([\\`*_\[\]<>#|~&$!])")
 
 
 def clean(text: str) -> str:
@@ -50,10 +50,16 @@ def show(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:,.0f}" if value.is_integer() and abs(value) < 1e15 else f"{value:.4g}"
     if isinstance(value, Mapping):
-        return ", ".join(f"{key} {show(item)}" for key, item in value.items())
+        return ", ".join(
+            f"{clean(str(key))} {_nested(item)}" for key, item in value.items() if item not in ("", {}, [])
+        )
     if isinstance(value, (list, tuple)):
-        return ", ".join(show(item) for item in value)
+        return ("; " if any(isinstance(item, Mapping) for item in value) else ", ").join(show(item) for item in value)
     return clean(str(value))
+
+
+def _nested(value: Any) -> str:
+    return f"({show(value)})" if isinstance(value, Mapping) else show(value)
 
 
 def compact(value: float) -> str:

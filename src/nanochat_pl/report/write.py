@@ -86,6 +86,7 @@ def _shown(run: RunRecord) -> dict[str, Any]:
     panels = {stage.name: found for stage in run.stages if (found := plots.panels_of(stage))}
     return {
         "run": run,
+        "subtitle": _subtitle(run),
         "tiles": list(_tiles(run)),
         "facts": _facts(run),
         "panels": panels,
@@ -135,6 +136,20 @@ def _tiles(run: RunRecord) -> Iterator[tuple[str, str, str]]:
     total = _total_seconds(run)
     if total is not None:
         yield ("training time", duration(total), "")
+
+
+def _subtitle(run: RunRecord) -> str:
+    """What, when and where in one line."""
+    stages = [stage for stage in reversed(run.stages) if stage.status != "absent"]
+    plan = {item.name: item.value for stage in stages for item in stage.plan}
+    about = {key: value for stage in stages for key, value in stage.about.items()}
+    parts = []
+    if "depth" in plan:
+        parts.append(f"depth {show(plan['depth'])}")
+    if isinstance(plan.get("parameters_total"), (int, float)):
+        parts.append(f"{compact(plan['parameters_total'])} parameters")
+    parts += [show(about[key]) for key in ("started", "device") if about.get(key)]
+    return " · ".join(parts)
 
 
 def _facts(run: RunRecord) -> list[tuple[str, str]]:
