@@ -185,25 +185,25 @@ def _collect(results: Iterator[list[Docstring]], num_files: int, progress: Progr
 
 def _read_files(files: Sequence[tuple[str, str, Path]]) -> list[Docstring]:
     found: list[Docstring] = []
-    with warnings.catch_warnings():
-        # Wrong escapes in other people's source are theirs: "\d" in a plain string.
-        warnings.simplefilter("ignore", SyntaxWarning)
-        warnings.simplefilter("ignore", DeprecationWarning)
-        for package, module, path in files:
-            try:
-                source = path.read_bytes()
-            except OSError as error:
-                raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
-            found.extend(docstrings_of_source(source, package, module))
+    for package, module, path in files:
+        try:
+            source = path.read_bytes()
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+        found.extend(docstrings_of_source(source, package, module))
     return found
 
 
 def docstrings_of_source(source: bytes | str, package: str, module: str) -> list[Docstring]:
     """The docstrings of one file; none where it is no Python of this version (templates, files for Python 2)."""
-    try:
-        tree = ast.parse(source)
-    except (SyntaxError, ValueError, RecursionError):
-        return []
+    with warnings.catch_warnings():
+        # Wrong escapes in other people's source are theirs: "\d" in a plain string.
+        warnings.simplefilter("ignore", SyntaxWarning)
+        warnings.simplefilter("ignore", DeprecationWarning)
+        try:
+            tree = ast.parse(source)
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
+            return []  # MemoryError is what the parser raises for brackets nested too deeply
     found = [Docstring(package, module, "module", "", ast.get_docstring(tree) or "")]
     found.extend(_definitions(tree.body, package, module, in_class=False))
     return [docstring for docstring in found if docstring.text and _is_unicode(docstring.text)]
