@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 
 from nanochat_pl.common.constants import IGNORE_INDEX
 from nanochat_pl.data.packing import pack
-from nanochat_pl.data.rows import Rows, conversation_rows, packed_rows, training_rows, validation_rows
+from nanochat_pl.data.rows import Rows, packed_rows, validation_rows
 from nanochat_pl.data.sources import DataSettings, open_source
 from nanochat_pl.data.token_cache import TokenCache, build_conversation_cache, build_token_cache
 from tests.data.fakes import BOS, ByteTokenizer, ListSource
@@ -80,23 +80,24 @@ def test_conversation_rows_are_those_of_the_reference(tmp_path: Path) -> None:
         if len(text) > 9
     ]
     cache = build_conversation_cache(talks, ByteTokenizer(), T + 1, tmp_path, "talks")
-    rows = conversation_rows(cache, T, BOS, tmp_path, num_rows=50, shuffle=False)
+    settings = {"buffer_documents": 100, "refill_documents": 1}
+    rows = packed_rows(cache, T, BOS, "pad", tmp_path, num_rows=50, shuffle=False, **settings)
     rendered = ByteTokenizer().render_conversations(talks, T + 1)
     inputs, targets = pad_rows(rendered, T + 1, 50, 100, BOS)
     assert np.array_equal(rows.read(range(50))[0], inputs)
     assert np.array_equal(rows.read(range(50))[1], targets)
-    epoch = conversation_rows(cache, T, BOS, tmp_path, epochs=1)
+    epoch = packed_rows(cache, T, BOS, "pad", tmp_path, epochs=1, **settings)
     trained = (epoch.read(range(len(epoch)))[1] != IGNORE_INDEX).sum()
     assert trained == sum(sum(mask) for _, mask in rendered)
 
 
 def test_a_row_depends_on_its_number_alone(cache: TokenCache, tmp_path: Path) -> None:
     """Museum 25, 26 and 27: loaders that pack differently, lose their place at an epoch's end, or drop their buffer."""
-    settings = DataSettings(pack_buffer_documents=20, pack_refill_documents=4)
-    rows = training_rows(cache, settings, T, BOS, tmp_path, 700)
+    settings = {"buffer_documents": 20, "refill_documents": 4}
+    rows = packed_rows(cache, T, BOS, "split", tmp_path, num_rows=700, **settings)
     assert rows.index.stats.epochs >= 3
     inputs, targets = rows.read(range(700))
-    elsewhere = training_rows(cache, settings, T, BOS, tmp_path / "elsewhere", 400)
+    elsewhere = packed_rows(cache, T, BOS, "split", tmp_path / "elsewhere", num_rows=400, **settings)
     for numbers in ([5], [399, 0, 17], list(range(130, 390, 7))):
         for source in (rows, elsewhere):
             assert np.array_equal(source.read(numbers)[0], inputs[numbers])
@@ -147,7 +148,7 @@ def test_real_text_goes_all_the_way(shared: Path, tmp_path: Path) -> None:
     source = open_source(settings, tmp_path)
     caches = {split: build_token_cache(source, split, ByteTokenizer(), tmp_path) for split in ("train", "val")}
     assert caches["train"].num_tokens + caches["val"].num_tokens == 862_810 + 838_271 + 869_679
-    rows = training_rows(caches["train"], settings, 256, BOS, tmp_path, 12_000)
+    rows = packed_rows(caches["train"], 256, BOS, settings.long_documents, tmp_path, num_rows=12_000)
     assert rows.index.stats.trained_share == 1 and rows.index.stats.epochs == 2
     inputs, targets = rows.read(range(11_900, 12_000))
     assert np.array_equal(inputs[:, 1:], targets[:, :-1]) and (targets != IGNORE_INDEX).all()

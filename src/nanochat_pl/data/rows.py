@@ -12,8 +12,7 @@ from nanochat_pl.common.constants import IGNORE_INDEX
 from nanochat_pl.data.cache_folder import fingerprint_of
 from nanochat_pl.data.packing import PACKER_VERSION, Mode, pack
 from nanochat_pl.data.row_index import RowIndex, kept_index
-from nanochat_pl.data.sources import DataSettings
-from nanochat_pl.data.token_cache import ConversationCache, TokenCache
+from nanochat_pl.data.token_cache import TokenCache
 
 
 @dataclass(frozen=True)
@@ -135,51 +134,6 @@ def packed_rows(
     folder = cache_dir / "rows" / fingerprint_of(key)[:32]
     index = kept_index(folder, key, lambda: pack(cache.lengths, **settings))  # type: ignore[arg-type]
     return Rows(cache, index, sequence_len, bos_id)
-
-
-def training_rows(
-    cache: TokenCache, settings: DataSettings, sequence_len: int, bos_id: int, cache_dir: Path, num_rows: int
-) -> Rows:
-    """The first ``num_rows`` rows to pretrain on, as the config group ``data`` wants them: full, epoch after epoch."""
-    return packed_rows(
-        cache,
-        sequence_len,
-        bos_id,
-        settings.long_documents,
-        cache_dir,
-        num_rows=num_rows,
-        buffer_documents=settings.pack_buffer_documents,
-        refill_documents=settings.pack_refill_documents,
-        shuffle=settings.shuffle,
-        seed=settings.seed,
-    )
-
-
-def conversation_rows(
-    cache: ConversationCache,
-    sequence_len: int,
-    bos_id: int,
-    cache_dir: Path,
-    *,
-    num_rows: int | None = None,
-    epochs: int | None = None,
-    shuffle: bool = True,
-    seed: int = 0,
-) -> Rows:
-    """Rows of whole conversations, padded: for so many rows, or for whole epochs (then ``len`` is their length)."""
-    return packed_rows(
-        cache,
-        sequence_len,
-        bos_id,
-        "pad",
-        cache_dir,
-        num_rows=num_rows,
-        epochs=epochs,
-        buffer_documents=100,
-        refill_documents=1,
-        shuffle=shuffle,
-        seed=seed,
-    )
 
 
 def validation_rows(cache: TokenCache, sequence_len: int, bos_id: int, cache_dir: Path, num_rows: int) -> Rows:
