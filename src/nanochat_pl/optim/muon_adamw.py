@@ -66,7 +66,10 @@ class MuonAdamW(torch.optim.Optimizer):
                 group["weight_decay"] = group["initial_weight_decay"] * values.weight_decay_multiplier
 
     def allocate_state(self) -> None:
-        """Allocate all state, zeros. Done before the first step, a step never fails half-way for want of memory."""
+        """Allocate all state, zeros. Before the first step, so that no step fails half-way for want of memory.
+
+        (What a step itself needs for a while is less than what the backward pass has just given back.)
+        """
         for number, group in enumerate(self.param_groups):
             if group["params"][0] in self.state:
                 continue

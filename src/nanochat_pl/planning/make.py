@@ -260,15 +260,13 @@ def _plan_scales(plan: Plan) -> None:
 
 def _plan_optimizer(plan: Plan, optim: OptimSettings, hyper: Hyperparameters) -> None:
     """Hyperparameters, then the learning rate of every group, both before the schedules."""
-    scales = {"weight_decay": "weight_decay_scale", "smear_lr": None}
     for name, recipe_value in RECIPE.items():
-        scale = scales.get(name, "batch_lr_scale")
-        scaled = scale is not None and scale in plan
-        formula = f"{recipe_value} * {scale}" if scaled else f"{recipe_value}, the recipe's"
-        by_formula = recipe_value * (plan[scale] if scaled else 1.0)  # type: ignore[index]
+        scale = _scale_of(name, plan)
+        by_formula = recipe_value * plan[scale] if scale else recipe_value
+        formula = f"{recipe_value} * {scale}" if scale else f"{recipe_value}, the recipe's"
         source, value = hyper.sources[name], getattr(hyper, name)
         given = None if source == "recipe" else (f"optim.{name}={value}" if source == "given" else source, value)
-        plan.derive(name, by_formula, formula, (scale,) if scaled else (), given)  # type: ignore[arg-type]
+        plan.derive(name, by_formula, formula, (scale,) if scale else (), given)
     plan.derive("width_lr_scale", hyper.width_lr_scale, "(width / 768) ** -0.5", ("width",))
     for role, rule in ADAMW_RULES.items():
         factors = [rule.hyperparameter, *([f"{rule.factor}"] if rule.factor != 1 else [])]
@@ -276,6 +274,12 @@ def _plan_optimizer(plan: Plan, optim: OptimSettings, hyper: Hyperparameters) ->
         formula = " * ".join([*factors, *inputs[1:]])
         plan.derive(f"lr_{role}", learning_rate(role, hyper), formula, inputs)
     plan.derive("lr_matrix", hyper.matrix_lr, "matrix_lr", ("matrix_lr",))
+
+
+def _scale_of(hyperparameter: str, plan: Plan) -> str | None:
+    """Which value of the plan scales the recipe's number; none for smear, and none in later stages."""
+    scale = {"weight_decay": "weight_decay_scale", "smear_lr": ""}.get(hyperparameter, "batch_lr_scale")
+    return scale if scale in plan else None
 
 
 def _plan_rows(
