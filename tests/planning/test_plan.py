@@ -9,7 +9,7 @@ import pytest
 
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.model.config import ModelSettings, resolve_model
-from nanochat_pl.optim import OptimSettings
+from nanochat_pl.optim import OptimSettings, ScheduleSettings
 from nanochat_pl.planning import (
     HorizonSettings,
     Plan,
@@ -140,6 +140,12 @@ def test_rows_for_people() -> None:
     assert rows["num_steps"].source == "max_steps=2000"
     assert rows["width"].source == "derived"
     assert rows["windows"].value == "128 128 128 256"
+
+
+def test_the_plan_tells_the_parts_of_the_schedule() -> None:
+    plan = small_plan(max_steps=100, schedule=ScheduleSettings(warmdown_ratio=0.3))
+    assert (plan["warmup_steps"], plan["warmdown_steps"]) == (40, 30)
+    assert "warmup_steps" not in small_plan()
 
 
 def test_a_horizon_of_ones_own_past_four_epochs_is_refused_with_the_keys_that_set_another() -> None:

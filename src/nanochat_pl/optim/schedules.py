@@ -35,6 +35,10 @@ class ScheduleSettings:
         "half_cosine", "Muon weight decay: from full to 0 over half a cosine, constant, or none."
     )
 
+    def warmdown_steps(self, num_steps: int) -> int:
+        """Optimizer steps of the warmdown, the last ones of ``num_steps``."""
+        return round(self.warmdown_ratio * num_steps)
+
 
 @dataclass(frozen=True)
 class StepValues:
@@ -60,16 +64,12 @@ def schedule_values(settings: ScheduleSettings, step: int, num_steps: int) -> St
     )
 
 
-def _warmdown_steps(settings: ScheduleSettings, num_steps: int) -> int:
-    return round(settings.warmdown_ratio * num_steps)
-
-
 def _lr(settings: ScheduleSettings, step: int, num_steps: int) -> float:
     """Warm-up, flat, warmdown; where a short run makes them overlap, the warm-up wins."""
     if step < settings.warmup_steps:
         return (step + 1) / settings.warmup_steps
     steps_left = num_steps - step
-    warmdown_steps = _warmdown_steps(settings, num_steps)
+    warmdown_steps = settings.warmdown_steps(num_steps)
     if steps_left >= warmdown_steps:
         return 1.0
     left = steps_left / warmdown_steps
@@ -81,7 +81,7 @@ def _momentum(settings: ScheduleSettings, step: int, num_steps: int) -> float:
     if step < settings.momentum_ramp_steps:
         done = step / settings.momentum_ramp_steps
         return (1 - done) * settings.momentum_start + done * settings.momentum_peak
-    warmdown_steps = _warmdown_steps(settings, num_steps)
+    warmdown_steps = settings.warmdown_steps(num_steps)
     into_warmdown = step - (num_steps - warmdown_steps)
     if into_warmdown <= 0:
         return settings.momentum_peak

@@ -15,6 +15,7 @@ from nanochat_pl.common.errors import UserError
 from nanochat_pl.model.accounting import count_parameters, flops_per_token
 from nanochat_pl.model.config import DType, GPTConfig, ModelSettings, resolve_model
 from nanochat_pl.optim.parameter_groups import ADAMW_RULES, learning_rate
+from nanochat_pl.optim.schedules import ScheduleSettings
 from nanochat_pl.optim.settings import RECIPE, Hyperparameters, OptimSettings, resolve_hyperparameters
 from nanochat_pl.planning.horizon import HorizonSettings
 from nanochat_pl.planning.plan import Plan
@@ -44,6 +45,7 @@ def make_plan(
     device_batch_size: int | None = None,
     validation_rows: int | None = None,
     evaluate_every_steps: int = 250,
+    schedule: ScheduleSettings | None = None,
 ) -> Plan:
     """The plan of pretraining.
 
@@ -52,6 +54,7 @@ def make_plan(
         compute_dtype: of the model on this machine.
         device_batch_size, validation_rows: the user's, or null for the plan's.
         evaluate_every_steps: steps between validations; 0: one, at the end.
+        schedule: of the stage, where the plan is to tell how long its parts are.
 
     Raises:
         UserError: total_batch_tokens is no whole number of rows.
@@ -73,6 +76,7 @@ def make_plan(
         weight_decay_scale=plan["weight_decay_scale"],
     )
     _plan_optimizer(plan, optim, hyper)
+    _plan_schedule(plan, schedule)
     _plan_rows(plan, device_type, device_batch_size, validation_rows, evaluate_every_steps)
     return plan
 
@@ -91,6 +95,7 @@ def make_finetune_plan(
     device_batch_size: int | None = None,
     validation_rows: int | None = None,
     evaluate_every_steps: int = 250,
+    schedule: ScheduleSettings | None = None,
 ) -> Plan:
     """The plan of a stage that goes on from another one: its length comes from its rows, the rest from its parent.
 
@@ -124,6 +129,7 @@ def make_finetune_plan(
         optim, width=config.width, compute_dtype=config.compute_dtype, parent=parent, parent_name=parent_name
     )
     _plan_optimizer(plan, optim, hyper)
+    _plan_schedule(plan, schedule)
     _plan_rows(plan, device_type, device_batch_size, validation_rows, evaluate_every_steps)
     return plan
 
@@ -280,6 +286,13 @@ def _scale_of(hyperparameter: str, plan: Plan) -> str | None:
     """Which value of the plan scales the recipe's number; none for smear, and none in later stages."""
     scale = {"weight_decay": "weight_decay_scale", "smear_lr": ""}.get(hyperparameter, "batch_lr_scale")
     return scale if scale in plan else None
+
+
+def _plan_schedule(plan: Plan, schedule: ScheduleSettings | None) -> None:
+    if schedule is not None:
+        plan.derive("warmup_steps", schedule.warmup_steps, "schedule.warmup_steps")
+        formula = f"round(schedule.warmdown_ratio {schedule.warmdown_ratio:g} * num_steps)"
+        plan.derive("warmdown_steps", schedule.warmdown_steps(plan["num_steps"]), formula, ("num_steps",))
 
 
 def _plan_rows(
