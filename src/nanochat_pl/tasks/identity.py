@@ -136,9 +136,8 @@ class Identity(Task):
     def __init__(self, settings: IdentitySettings, split: Split) -> None:
         self.settings = settings
         self.items = _items(split)
-        limit = settings.size if split == "train" else settings.test_size
-        # More conversations than there are different ones: they repeat.
-        size = min(limit or len(self.items), len(self.items)) if split == "test" else limit or len(self.items)
+        # A size beyond the number of wordings goes round them again.
+        size = (settings.size or len(self.items)) if split == "train" else min(settings.test_size, len(self.items))
         super().__init__("identity", split, size)
 
     def conversation(self, index: int) -> Conversation:

@@ -45,7 +45,7 @@ class SpellingSettings(TaskSettings):
 
     min_letters: int = setting(3, "Shortest word.", at_least=1)
     max_letters: int = setting(12, "Longest word.", at_least=1, at_most=40)
-    min_documents: int = setting(2, "In how many documents of python_docs a word must occur.", at_least=1)
+    min_documents: int = setting(1, "In how many documents of python_docs a word must occur.", at_least=1)
 
     def __post_init__(self) -> None:
         if self.min_letters > self.max_letters:

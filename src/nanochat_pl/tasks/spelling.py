@@ -61,7 +61,7 @@ def _words_of_split(words: Sequence[str], split: Split, name: str) -> list[str]:
             f"mixture.tasks.{name}: the corpus has no words for the {split} part.",
             fix=f"Lower mixture.tasks.{name}.min_documents, or allow shorter and longer words.",
         )
-    generator("words", split).shuffle(chosen)
+    generator(name, "words", split).shuffle(chosen)
     return chosen
 
 
