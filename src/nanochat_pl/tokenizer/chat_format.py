@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 Conversation = Mapping[str, Any]
 Part = dict[str, str]
 
-# The tokens around a part of an assistant's message, by the part's type, and whether the part is trained on.
+# The tokens around a part of an assistant's message, by the part's type. A text has none.
 _MARKERS: dict[str, tuple[str, str]] = {
     "python": ("<|python_start|>", "<|python_end|>"),
     "python_output": ("<|output_start|>", "<|output_end|>"),
@@ -111,10 +111,12 @@ def _assistant_segments(content: str | Sequence[Mapping[str, str]]) -> list[_Seg
     for part in content:
         # What a tool answers is forced into the stream, so nothing of it is learnt.
         mask = int(part["type"] != "python_output")
-        start, end = _MARKERS.get(part["type"], ("", ""))
-        segments.append(_Segment(part["text"], False, mask))
-        if start:
-            segments[-1:] = [_Segment(start, True, mask), segments[-1], _Segment(end, True, mask)]
+        text = _Segment(part["text"], False, mask)
+        if part["type"] in _MARKERS:
+            start, end = _MARKERS[part["type"]]
+            segments += [_Segment(start, True, mask), text, _Segment(end, True, mask)]
+        else:
+            segments.append(text)
     return segments
 
 
@@ -143,7 +145,7 @@ def render_for_completion(tokenizer: Tokenizer, conversation: Conversation, max_
     A last message of the assistant is the answer that is asked for, and left out.
 
     Args:
-        max_tokens: length of the result at most; what is too much is cut before ``<|assistant_start|>``.
+        max_tokens: length of the result at most, 1 or more; what is too much is cut before ``<|assistant_start|>``.
 
     Raises:
         UserError: as for :func:`render_conversation`.
@@ -153,9 +155,8 @@ def render_for_completion(tokenizer: Tokenizer, conversation: Conversation, max_
     messages = list(conversation["messages"])
     if messages[-1]["role"] == "assistant":
         messages.pop()
-    ids, _ = render_conversation(
-        tokenizer, {"messages": messages}, sys.maxsize if max_tokens is None else max_tokens - 1
-    )
+    max_before = sys.maxsize if max_tokens is None else max_tokens - 1
+    ids, _ = render_conversation(tokenizer, {"messages": messages}, max_before)
     return [*ids, tokenizer.special_ids["<|assistant_start|>"]]
 
 
