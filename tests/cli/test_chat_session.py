@@ -174,6 +174,11 @@ def test_text_that_the_terminal_cannot_show(monkeypatch):
     assert raw.getvalue() == b"Hello ? ?.\nwhat?\n"
 
 
+def test_a_model_cannot_steer_the_terminal(typed):
+    bundle = scripted_bundle({"hi": "a\x1b]0;title\x07b\r\tc\nd"})
+    assert "a�]0;title�b�\tc\nd" in typed(["hi"], bundle)
+
+
 @pytest.mark.parametrize("wrong", [{"temperature": -1}, {"top_k": -1}, {"max_tokens": 0}, {"temprature": 1}])
 def test_settings_have_bounds(wrong):
     with pytest.raises(UserError):

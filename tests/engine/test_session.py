@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.engine import Engine, Event, visible_text
 from nanochat_pl.engine.events import EventReader
-from tests.engine.small import byte_tokenizer, golden_bundle, mark, scripted_bundle
+from tests.engine.small import SmallBundle, byte_tokenizer, golden_bundle, mark, scripted_bundle
 
 TOOL = "It is <|python_start|>2*21<|python_end|><|output_start|>42<|output_end|>42 — café 🙂."
 
@@ -79,6 +80,19 @@ def test_a_conversation_equals_one_from_scratch(engine):
     with torch.no_grad():
         uncached = engine.net(torch.tensor([prompt]))[:, -1]
     torch.testing.assert_close(cached, uncached, atol=1e-4, rtol=0)
+
+
+def test_bfloat16(golden):
+    """The cache is kept in the type that the model computes in."""
+    bundle = golden_bundle(golden)
+    net = copy.deepcopy(bundle.net).set_compute_dtype(torch.bfloat16)
+    engine = Engine(SmallBundle(net, bundle.tokenizer))
+    result = engine.generate([[991, 79], [991] * 150], max_tokens=20)[1]
+    assert all(logprob <= 0 for logprob in result.logprobs)
+    with torch.no_grad():
+        table = net(torch.tensor([[991] * 150 + result.ids])).log_softmax(-1)[0, 149:-1]
+    expected = table.gather(-1, torch.tensor(result.ids)[:, None])[:, 0]
+    assert result.logprobs == pytest.approx(expected.tolist(), abs=0.3)
 
 
 def test_a_conversation_reads_like_its_rendering():

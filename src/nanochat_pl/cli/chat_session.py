@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 import signal
 import sys
 import threading
@@ -22,6 +23,9 @@ HELP = """\
 /help    this list
 /exit    end (also Ctrl-D, or Ctrl-C twice)
 Ctrl-C stops an answer."""
+
+# A model may write anything; control characters could move the cursor or retitle the window.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,8 @@ class Terminal:
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="replace")
         self.interactive = sys.stdin.isatty() and sys.stdout.isatty()
-        self._colors = sys.stdout.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
+        self._screen = sys.stdout.isatty()
+        self._colors = self._screen and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
         if self.interactive:
             with contextlib.suppress(ImportError):
                 import readline  # noqa: F401  (line editing and history in input())
@@ -74,7 +79,9 @@ class Terminal:
         return input("> " if self.interactive else "")
 
     def write(self, text: str, dim: bool = False) -> None:
-        """Write at once."""
+        """Write at once; on a screen without control characters, but for line ends and tabs."""
+        if self._screen:
+            text = _CONTROL.sub("�", text)
         sys.stdout.write(f"\x1b[2m{text}\x1b[0m" if dim and self._colors else text)
         sys.stdout.flush()
 
