@@ -24,6 +24,7 @@ from nanochat_pl.tasks.settings import (
     WordProblemSettings,
 )
 from nanochat_pl.tasks.spelling import LetterCounting, Spelling
+from nanochat_pl.tokenizer import TokenizerSettings, train_tokenizer
 from nanochat_pl.tokenizer.chat_format import problems_of_conversation
 from nanochat_pl.tools.calculator import evaluate
 
@@ -239,3 +240,17 @@ def test_documented_functions_are_public_functions_with_a_summary_line():
 
 def test_held_out_is_one_in_ten():
     assert 850 < sum(is_held_out("thing", n) for n in range(10_000)) < 1_150
+
+
+def test_words_are_counted_in_the_tokens_in_which_they_were_asked():
+    """A blank before a word changes how it is cut; a small model that had to cut it anew could not just copy."""
+    task = make("letter_counting", "test")
+    texts = [question(conversation) for conversation in make("spelling", "train")]
+    tokenizer = train_tokenizer(texts, TokenizerSettings(vocab_size=500))
+    for conversation in task:
+        code = reference_of(conversation)[0]["text"]
+        word = code.split("'")[1]
+        wanted = tokenizer.encode(word)
+        for text in (question(conversation), code):
+            ids = tokenizer.encode(text)
+            assert any(ids[start : start + len(wanted)] == wanted for start in range(len(ids))), (text, word)
