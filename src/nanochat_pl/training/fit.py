@@ -1,0 +1,116 @@
+"""One call of Lightning's Trainer: what is supported, with our callbacks in the order that they depend on."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.loggers.logger import Logger
+
+from nanochat_pl.common.console import say
+from nanochat_pl.training.datamodule import RowsDataModule
+from nanochat_pl.training.evaluation import PeriodicEvaluation, Samples, Validation
+from nanochat_pl.training.metrics import MetricsCSV, StepClock, StepMetrics
+from nanochat_pl.training.progress import TrainingProgress
+from nanochat_pl.training.resume import AtomicCheckpointIO, ResumeFiles, newest_resume_file
+from nanochat_pl.training.settings import EvaluationSettings, TrainerSettings
+from nanochat_pl.training.stages import TrainingStage
+from nanochat_pl.training.stopping import GracefulStop
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """All that one fit needs besides the stage and its data."""
+
+    name: str
+    folder: Path
+    trainer: TrainerSettings
+    evaluation: EvaluationSettings
+    device: torch.device
+    flops_per_token: float
+    peak_flops: float | None
+    validation: Validation | None
+    samples: Samples
+    loggers: Sequence[Logger] = ()
+    callbacks: Sequence[Callback] = ()
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What a fit ended with: the trainer (its loggers are open), the seconds and tokens of training."""
+
+    trainer: Trainer
+    seconds: float
+    tokens: int
+
+
+def fit(stage: TrainingStage, data: RowsDataModule, fitting: Fitting) -> Fitted:
+    """Train to the last step, from the newest resume file where there is one.
+
+    Raises:
+        StopRequested: a signal ended it; the resume file of the last finished step is written.
+    """
+    checkpoints = fitting.folder / "checkpoints"
+    resume_from = newest_resume_file(checkpoints)
+    first_step = _announce_other_choices(stage, resume_from) if resume_from else 0
+    csv = MetricsCSV(fitting.folder / "metrics.csv")
+    csv.rewind(first_step)
+    fitting.samples.rewind(first_step)
+    clock = StepClock()
+    metrics = StepMetrics(clock, fitting.flops_per_token, fitting.peak_flops, fitting.trainer.log_every_steps)
+    resume_files = ResumeFiles(checkpoints, fitting.trainer.checkpoint_every_steps, fitting.trainer.keep_last, clock)
+    stop = GracefulStop(resume_files)
+    evaluation = PeriodicEvaluation(
+        fitting.validation,
+        fitting.samples,
+        fitting.evaluation.every_steps,
+        fitting.evaluation.samples_every_steps,
+        clock,
+        stop.check,
+    )
+    # The order matters: figures first, then the file that holds them, then what may fail or take long.
+    ours = [stop, metrics, TrainingProgress(fitting.name, metrics), resume_files, evaluation]
+    trainer = _trainer(stage, fitting, [csv, *fitting.loggers], [*ours, *fitting.callbacks])
+    if resume_from:
+        say(f"{fitting.name}: going on after step {first_step:,} ({resume_from}).")
+    with stop, warnings.catch_warnings():
+        # We set the schedule ourselves in the step, and rows have addresses: neither needs workers or a scheduler.
+        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+        trainer.fit(stage, datamodule=data, ckpt_path=None if resume_from is None else str(resume_from))
+    return Fitted(trainer, metrics.seconds, metrics.tokens)
+
+
+def _trainer(stage: TrainingStage, fitting: Fitting, loggers: list[Logger], callbacks: list[Callback]) -> Trainer:
+    return Trainer(
+        accelerator={"cuda": "gpu"}.get(fitting.device.type, fitting.device.type),
+        devices=1,
+        max_steps=stage.num_steps,
+        max_epochs=-1,
+        logger=loggers,
+        callbacks=callbacks,
+        plugins=[AtomicCheckpointIO()],
+        deterministic=fitting.trainer.deterministic,
+        log_every_n_steps=fitting.trainer.log_every_steps,
+        limit_val_batches=0,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        inference_mode=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=fitting.folder,
+    )
+
+
+def _announce_other_choices(stage: TrainingStage, path: Path) -> int:
+    """The step of a resume file, after it was said what this machine chooses otherwise than the one that wrote it."""
+    saved = AtomicCheckpointIO().load_checkpoint(path)
+    before, now = saved["nanochat_pl"]["choices"], stage.recipe.choices
+    for key in sorted(before.keys() & now.keys()):
+        if before[key] != now[key]:
+            say(f"{key} was {before[key]} and is {now[key]} now: the run goes on, its last bits may be others.")
+    return int(saved["global_step"])

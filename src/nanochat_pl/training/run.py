@@ -1,0 +1,140 @@
+"""`train_stage`: one stage of a run, from checked settings to a bundle. Called again, it goes on or says it is done."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence, Set
+from pathlib import Path
+
+from lightning.pytorch import Callback
+from lightning.pytorch.loggers.logger import Logger
+
+from nanochat_pl.bundle import StageInfo, save_bundle
+from nanochat_pl.bundle.stage_info import library_versions
+from nanochat_pl.common.console import say
+from nanochat_pl.common.files import write_json
+from nanochat_pl.common.run_folder import StageFolder
+from nanochat_pl.common.settings import to_plain
+from nanochat_pl.planning import Plan, hyperparameters
+from nanochat_pl.training.datamodule import RowsDataModule
+from nanochat_pl.training.evaluation import Samples
+from nanochat_pl.training.fit import Fitted, Fitting, fit
+from nanochat_pl.training.machine import Machine, prepare_machine
+from nanochat_pl.training.metrics import log_everywhere
+from nanochat_pl.training.prepare import Prepared, prepare_base, prepare_sft
+from nanochat_pl.training.settings import TrainConfig
+from nanochat_pl.training.stages import BaseStage, SFTStage, StageRecipe, TrainingStage
+from nanochat_pl.training.tokenizer_stage import train_tokenizer_stage
+
+
+def train_stage(
+    config: TrainConfig,
+    folder: StageFolder,
+    cache: Path,
+    given: Set[str] = frozenset(),
+    make_loggers: Callable[[], Sequence[Logger]] = tuple,
+    make_callbacks: Callable[[], Sequence[Callback]] = tuple,
+    on_plan: Callable[[Plan], None] = lambda plan: None,
+) -> None:
+    """Train a stage, or go on with it where resume files are.
+
+    Args:
+        config: the checked settings.
+        folder: of the stage; made and locked by the caller, and not finished.
+        cache: where corpora and tokens are kept.
+        given: dotted keys that a person set, on the command line or in an experiment file.
+        make_loggers, make_callbacks: further ones, made only when there is something to train.
+        on_plan: called with the plan before the training.
+
+    Raises:
+        UserError: what a person can put right.
+        StopRequested: a signal ended it; the same command goes on.
+    """
+    if config.stage.name == "tokenizer":
+        train_tokenizer_stage(config, folder, cache)
+        return
+    machine = prepare_machine(config)
+    prepare = {"base": prepare_base, "sft": prepare_sft}[config.stage.name]
+    prepared = prepare(config, folder, cache, machine, given)
+    on_plan(prepared.plan)
+    write_json(folder.path / "plan.json", prepared.plan.to_plain())
+    _train(config, folder, machine, prepared, make_loggers(), make_callbacks())
+
+
+def _train(
+    config: TrainConfig,
+    folder: StageFolder,
+    machine: Machine,
+    prepared: Prepared,
+    loggers: Sequence[Logger],
+    callbacks: Sequence[Callback],
+) -> None:
+    plan = prepared.plan
+    stage = _make_stage(config, machine, prepared)
+    data = RowsDataModule(prepared.rows, plan["rows_per_step"], plan["num_steps"], config.trainer.num_workers)
+    samples = Samples(folder.path / "samples.jsonl", config.evaluation.sample_prompts, config.evaluation.sample_tokens)
+    fitting = Fitting(
+        name=config.stage.name,
+        folder=folder.path,
+        trainer=config.trainer,
+        evaluation=config.evaluation,
+        device=machine.device,
+        flops_per_token=plan["flops_per_token"],
+        peak_flops=machine.peak_flops,
+        validation=prepared.validation,
+        samples=samples,
+        loggers=loggers,
+        callbacks=callbacks,
+    )
+    fitted = fit(stage, data, fitting)
+    _finish(config, folder, prepared, stage, fitted, samples)
+
+
+def _make_stage(config: TrainConfig, machine: Machine, prepared: Prepared) -> TrainingStage:
+    plan = prepared.plan
+    recipe = StageRecipe(
+        model=dataclasses.replace(prepared.model, compute_dtype=machine.compute_dtype),
+        hyperparameters=hyperparameters(plan, config.optim, machine.compute_dtype),
+        schedule=config.schedule,
+        num_steps=plan["num_steps"],
+        device_batch_size=plan["device_batch_size"],
+        seed=config.seed,
+        compile=machine.compile,
+        choices=machine.choices(),
+    )
+    if prepared.weights is None:
+        return BaseStage(recipe)
+    return SFTStage(recipe, prepared.weights, prepared.moments)
+
+
+def _finish(
+    config: TrainConfig, folder: StageFolder, prepared: Prepared, stage: TrainingStage, fitted: Fitted, samples: Samples
+) -> None:
+    """Measure, sample, write the bundle, and last of all the mark that the stage is finished."""
+    assert stage.net is not None
+    say("Final validation and samples …")
+    figures = prepared.validation.measure(stage.net)
+    log_everywhere(fitted.trainer, figures)
+    for logger in fitted.trainer.loggers:
+        logger.save()
+    samples.rewind(stage.num_steps - 1)
+    samples.write(stage.net, prepared.tokenizer, stage.num_steps)
+    info = StageInfo(
+        stage=config.stage.name,
+        step=stage.num_steps,
+        plan=prepared.plan.to_plain(),
+        settings=to_plain(config),
+        metrics=figures,
+        parents=list(prepared.parents),
+        versions=library_versions(),
+        data=prepared.data,
+    )
+    moments = stage.optimizer.optimizer.moments_by_name()
+    save_bundle(folder.bundle, info, net=stage.net, tokenizer=prepared.tokenizer, moments=moments)
+    write_json(
+        folder.path / "finished.json",
+        {"step": stage.num_steps, "metrics": figures, "seconds": fitted.seconds, "tokens": fitted.tokens},
+    )
+    stderr = f" ± {figures['val/bpb_stderr']:.4f}" if "val/bpb_stderr" in figures else ""
+    bpb = f"validation {figures['val/bpb']:.4f}{stderr} bits per byte, " if "val/bpb" in figures else ""
+    say(f"{folder.run}/{folder.stage}: {bpb}{fitted.tokens:,} tokens in {fitted.seconds:,.0f} s → {folder.bundle}")

@@ -1,0 +1,75 @@
+"""The tokenizer stage: text in, a bundle with a tokenizer out. It has no model, so nothing of Lightning is needed."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from nanochat_pl.bundle import StageInfo, save_bundle
+from nanochat_pl.bundle.bundle import load_tokenizer
+from nanochat_pl.bundle.stage_info import library_versions
+from nanochat_pl.common.console import print_table, say
+from nanochat_pl.common.files import write_json
+from nanochat_pl.common.run_folder import StageFolder
+from nanochat_pl.common.settings import to_plain
+from nanochat_pl.data.sources import open_source
+from nanochat_pl.tokenizer import Tokenizer, train_tokenizer
+from nanochat_pl.tokenizer.comparison import ComparisonRow, compare_tokenizers
+from nanochat_pl.training.settings import TrainConfig
+
+COMPARED_DOCUMENTS = 1_000
+
+
+def train_tokenizer_stage(config: TrainConfig, folder: StageFolder, cache: Path) -> Tokenizer:
+    """Train a tokenizer on the training documents, compare it with known ones, write its bundle.
+
+    Args:
+        config: the settings; ``tokenizer`` and ``data`` are used.
+        folder: of this stage; created and locked by the caller.
+        cache: where sources keep what they make.
+    """
+    start = time.perf_counter()
+    source = open_source(config.data, cache)
+    say(f"Training a tokenizer of {config.tokenizer.vocab_size:,} tokens on {source.name}.")
+    documents = (text for shard in source.shards("train") for text in shard.documents())
+    tokenizer = train_tokenizer(documents, config.tokenizer)
+    held_out = (text for shard in source.shards("val") for text in shard.documents())
+    texts = {"held-out text": "\n\n".join(itertools.islice(held_out, COMPARED_DOCUMENTS))}
+    comparison = compare_tokenizers(tokenizer, texts)
+    _print_comparison(comparison)
+    info = StageInfo(
+        stage="tokenizer",
+        settings=to_plain(config),
+        metrics={"comparison": [to_plain(row) for row in comparison]},
+        versions=library_versions(),
+        data={"source": source.name, "fingerprint": source.fingerprint, "tokenizer": tokenizer.fingerprint},
+    )
+    save_bundle(folder.bundle, info, tokenizer=tokenizer)
+    seconds = time.perf_counter() - start
+    write_json(folder.path / "finished.json", {"step": 0, "metrics": info.metrics, "seconds": seconds})
+    return tokenizer
+
+
+def tokenizer_for(config: TrainConfig, folder: StageFolder, cache: Path) -> Tokenizer:
+    """The tokenizer of a run; trained first where it is missing."""
+    stage = folder.parent("tokenizer")
+    if stage.status != "finished":
+        say(f"The run {stage.run} has no tokenizer yet: training one first.")
+        with stage.locked():
+            stage.create()
+            return train_tokenizer_stage(config, stage, cache)
+    return load_tokenizer(stage.bundle)
+
+
+def _print_comparison(rows: Sequence[ComparisonRow]) -> None:
+    figures = [
+        (row.name, f"{row.vocab_size:,}", *(f"{value:.2f}" for value in row.bytes_per_token.values()))
+        for row in rows
+        if not row.skipped
+    ]
+    print_table(("tokenizer", "tokens", "bytes per token"), figures)
+    for row in rows:
+        if row.skipped:
+            say(f"{row.name}: {row.skipped}")
