@@ -10,17 +10,16 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nanochat_pl.cli import config_files
-from nanochat_pl.cli.overrides import Setting, is_group, parse_overrides, type_of_key
+from nanochat_pl.cli.overrides import UNKNOWN, Setting, is_group, parse_overrides, type_of_key
 from nanochat_pl.common.errors import UserError, did_you_mean
 from nanochat_pl.common.settings import build, problems_of, to_plain
 
@@ -70,8 +69,7 @@ def compose(
     groups = groups_of(schema)
     problems: list[str] = []
     settings = [*before, *parse_overrides(overrides, schema, groups, problems)]
-    choices = _check_choices(settings, groups, problems)
-    tree = _hydra_tree(root, choices)
+    tree, choices = _hydra_tree(root, _check_choices(settings, groups, problems))
     for setting in settings:
         if setting.is_choice:
             continue
@@ -89,14 +87,10 @@ def compose(
 
 
 def _given(settings: Sequence[Setting]) -> frozenset[str]:
-    keys = set()
+    keys = {setting.key for setting in settings if not setting.is_choice}
     for setting in settings:
-        if not setting.is_choice:
-            keys.add(setting.key)
-            continue
-        for name in setting.value if isinstance(setting.value, list) else [setting.value]:
-            content = OmegaConf.load(_group_file(setting.key, name))
-            keys |= {f"{setting.key}.{key}" for key in content}
+        if setting.is_choice:
+            keys |= {f"{setting.key}.{key!s}" for name in _names(setting.value) for key in _group_file(setting.key, name)}
     return frozenset(keys)
 
 
@@ -113,11 +107,10 @@ def _check_choices(
     for setting in settings:
         if not setting.is_choice:
             continue
-        names = setting.value if isinstance(setting.value, list) else [setting.value]
         options = groups[setting.key]
-        wrong = [name for name in names if name not in options]
+        wrong = ["null" if name is None else str(name) for name in _names(setting.value) if name not in options]
         if wrong:
-            near = did_you_mean(str(wrong[0]), options)
+            near = did_you_mean(wrong[0], options)
             listed = "" if near.startswith("valid") else f" There are: {', '.join(options)}."
             where = f" ({setting.origin})" if setting.origin else ""
             problems.append(f"{setting.key}={wrong[0]}: there is no such choice; {near}{listed}{where}")
@@ -126,17 +119,19 @@ def _check_choices(
     return choices
 
 
-def _hydra_tree(root: str, choices: Mapping[str, str | list[str]]) -> DictConfig:
+def _hydra_tree(root: str, choices: Mapping[str, str | list[str]]) -> tuple[DictConfig, dict[str, Any]]:
+    """The root file with its groups composed, and the files that were taken: group → choice or choices."""
     texts = [
         f"{key}=[{','.join(value)}]" if isinstance(value, list) else f"{key}={value}" for key, value in choices.items()
     ]
     try:
         with initialize_config_dir(str(config_files.config_folder()), version_base="1.3"):
-            tree = hydra_compose(root, overrides=texts)
+            tree = hydra_compose(root, overrides=texts, return_hydra_config=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(f"configs/{root}.yaml: cannot be composed: {str(error).splitlines()[0]}") from error
     OmegaConf.set_struct(tree, False)
-    return tree
+    taken = tree.pop("hydra").runtime.choices
+    return tree, {group: choice for group, choice in taken.items() if choice and not group.startswith("hydra/")}
 
 
 def _lay_over(tree: DictConfig, setting: Setting, problems: list[str]) -> None:
@@ -175,21 +170,27 @@ def _with_origin(problem: str, settings: Sequence[Setting], choices: Mapping[str
         if not setting.is_choice and (key == setting.key or _within(setting.key, key) or _within(key, setting.key)):
             return f"{problem} ({setting.origin})" if setting.origin else problem
     for group, choice in choices.items():
-        for name in choice if isinstance(choice, list) else [choice]:
-            if _file_sets(group, name, key):
+        for name in _names(choice):
+            content = _group_file(group, name)
+            if any(_has(content, each) for each in (key, key.removeprefix(f"{group}."))):
                 return f"{problem} (configs/{group}/{name}.yaml)"
     return problem
 
 
-def _group_file(group: str, name: str) -> Path:
-    return config_files.config_folder() / group / f"{name}.yaml"
+def _names(choice: Any) -> Sequence[Any]:
+    """The file names of a choice: of one, or of a list."""
+    return choice if isinstance(choice, (list, ListConfig)) else [choice]
+
+
+def _group_file(group: str, name: str) -> DictConfig:
+    content = OmegaConf.load(config_files.config_folder() / group / f"{name}.yaml")
+    assert isinstance(content, DictConfig), (group, name)
+    return content
+
+
+def _has(content: DictConfig, key: str) -> bool:
+    return OmegaConf.select(content, key, default=UNKNOWN, throw_on_missing=False) is not UNKNOWN
 
 
 def _within(key: str, outer: str) -> bool:
     return key.startswith(f"{outer}.")
-
-
-def _file_sets(group: str, name: str, key: str) -> bool:
-    content = OmegaConf.load(_group_file(group, name))
-    keys = (key, key.removeprefix(f"{group}."))
-    return any(OmegaConf.select(content, k, default=None, throw_on_missing=False) is not None for k in keys)

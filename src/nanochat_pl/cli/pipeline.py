@@ -18,8 +18,9 @@ from nanochat_pl.cli.compose import Composed
 from nanochat_pl.cli.evaluate import EvaluateConfig
 from nanochat_pl.cli.experiment import compose_step, read_experiment
 from nanochat_pl.cli.overrides import split_override, take_flag, take_key
+from nanochat_pl.cli.records import require_same_settings
 from nanochat_pl.cli.report import ReportConfig
-from nanochat_pl.cli.train import place_of
+from nanochat_pl.cli.train import begun, place_of
 from nanochat_pl.common.console import next_steps, print_table, say
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.run_folder import STAGES
@@ -118,7 +119,10 @@ def run_folder_of(composed: Sequence[Composed]) -> Path:
 def is_finished(step: Step, composed: Composed, run_dir: Path) -> bool:
     """Whether a step's result is there. Evaluation and report are made again when what they read is newer."""
     if step.verb == "train":
-        return place_of(composed).status == "finished"
+        folder = place_of(composed)
+        if begun(folder):
+            require_same_settings(folder, composed)
+        return folder.status == "finished"
     made = {"evaluate": "evaluation/*/results.json", "report": "report/report.json"}[step.verb]
     read = ["*/finished.json", *(["evaluation/*/results.json"] if step.verb == "report" else [])]
     newest = max((path.stat().st_mtime_ns for pattern in read for path in run_dir.glob(pattern)), default=0)

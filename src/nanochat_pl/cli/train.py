@@ -16,7 +16,7 @@ from nanochat_pl.cli.instantiate import instantiate_allowed
 from nanochat_pl.cli.locate import cache_folder
 from nanochat_pl.cli.overrides import take_flag, take_key
 from nanochat_pl.cli.plan import print_plan
-from nanochat_pl.cli.records import write_records
+from nanochat_pl.cli.records import require_same_settings, write_records
 from nanochat_pl.common.console import next_steps, say
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.run_folder import StageFolder, fresh_stage_folder, only_run_with, stage_folder
@@ -45,14 +45,24 @@ def run(arguments: Sequence[str]) -> int:
         print_plan(config)
         say("check_only=true: the settings are right; nothing was trained.")
         return 0
-    if not any(folder.checkpoints.glob("*.ckpt")) and folder.status != "finished":
-        folder.create()
-        with folder.locked():
+    if begun(folder):
+        require_same_settings(folder, composed)
+    if folder.status == "finished":
+        say(f"{folder.path}: is finished. resume=never trains a new one.")
+        return 0
+    folder.create()
+    with folder.locked():
+        if not begun(folder):
             write_records(folder, composed)
-    code = _train(composed, folder)
+        code = _train(composed, folder)
     if code == 0:
         next_steps(_next_commands(folder))
     return code
+
+
+def begun(folder: StageFolder) -> bool:
+    """Whether there is something to go on with; a run that was killed before its first resume file starts over."""
+    return folder.status == "finished" or any(folder.checkpoints.glob("*.ckpt"))
 
 
 def compose_train(overrides: Sequence[str]) -> Composed[TrainConfig]:
