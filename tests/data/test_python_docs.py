@@ -6,6 +6,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -123,6 +125,18 @@ def test_corpus_depends_on_nothing_but_the_text(packages, tmp_path, monkeypatch)
 def test_reading_in_two_processes_gives_the_same(packages):
     many = packages * 5  # more files than one process takes at a time
     assert read_packages(many, 2) == read_packages(many, 1)
+
+
+def test_program_from_a_pipe_can_read_too(packages):
+    """New processes import the main program, and cannot where it has no file: then one process reads it all."""
+    program = (
+        "from pathlib import Path\n"
+        "from nanochat_pl.data.docstrings import Package, read_packages\n"
+        f"packages = [Package('alpha', '1', Path({str(packages[0].root)!r}))] * 20\n"
+        "print(len(read_packages(packages, 2)))\n"
+    )
+    finished = subprocess.run([sys.executable, "-"], input=program, capture_output=True, text=True, check=True)
+    assert int(finished.stdout) == 20 * len(read_packages(packages[:1], 1))
 
 
 def test_corpus_is_kept_and_made_anew_when_packages_change(packages, tmp_path):

@@ -15,6 +15,7 @@ import sysconfig
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -147,8 +148,7 @@ def read_packages(
     Args:
         packages: what to read.
         num_processes: processes that read side by side; as many as there are usable CPUs by default. The result does
-            not depend on it. With more than one, a script that calls this must guard its main part as for any
-            ``multiprocessing``.
+            not depend on it.
         progress: called with (files read, files in all) as the reading goes on.
 
     Raises:
@@ -163,8 +163,12 @@ def read_packages(
         return _collect(map(_read_files, tasks), len(files), progress)
     # spawn: a fork of a process with threads (torch has some) may hang.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(num_processes, mp_context=context) as pool:
-        return _collect(pool.map(_read_files, tasks), len(files), progress)
+    try:
+        with ProcessPoolExecutor(num_processes, mp_context=context) as pool:
+            return _collect(pool.map(_read_files, tasks), len(files), progress)
+    except BrokenProcessPool:
+        # A new process imports the main program first, and dies if that comes from a pipe or calls this unguarded.
+        return _collect(map(_read_files, tasks), len(files), progress)
 
 
 def usable_cpus() -> int:
