@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
+import os
 import statistics
 import time
 from collections import deque
@@ -46,7 +47,8 @@ class MetricsCSV(Logger):
     def __init__(self, path: Path) -> None:
         super().__init__()
         self.path = path
-        self._pending: dict[str, Any] = {}
+        self._row: dict[str, Any] = {}
+        self._row_starts_at: int | None = None
 
     @property
     def name(self) -> str:
@@ -72,8 +74,7 @@ class MetricsCSV(Logger):
                 rows = csv.DictReader(file)
                 kept = [row for row in rows if (row["step"] or "").isdigit() and int(row["step"]) <= step]
         if kept and int(kept[-1]["step"]) == step:
-            self._pending = {name: value for name, value in kept.pop().items() if name in COLUMNS}
-            self._pending["step"] = step
+            self._row = {**{name: value for name, value in kept.pop().items() if name in COLUMNS}, "step": step}
         text = io.StringIO()
         writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore", restval="", lineterminator="\n")
         writer.writeheader()
@@ -81,20 +82,25 @@ class MetricsCSV(Logger):
         write_text(self.path, text.getvalue())
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Take the figures of a step; a step's row is written when the next step comes, or at :meth:`save`."""
-        if self._pending and self._pending["step"] != step:
+        """Take figures of a step; they go into the step's one row, also where that is written already."""
+        if self._row and self._row["step"] != step:
             self.save()
-        self._pending.update({"step": step, **{k: v for k, v in metrics.items() if k in COLUMNS}})
+            self._row, self._row_starts_at = {}, None
+        self._row.update({"step": step, **{k: v for k, v in metrics.items() if k in COLUMNS}})
 
     def save(self) -> None:
-        """Append the row at hand."""
-        if self._pending:
-            with disk_errors_explained(self.path), self.path.open("a", encoding="utf-8", newline="") as file:
-                csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n").writerow(self._pending)
-            self._pending = {}
+        """Write the row at hand, over what was written of it before."""
+        if not self._row:
+            return
+        with disk_errors_explained(self.path), self.path.open("r+", encoding="utf-8", newline="") as file:
+            end = file.seek(0, os.SEEK_END)
+            self._row_starts_at = end if self._row_starts_at is None else self._row_starts_at
+            file.seek(self._row_starts_at)
+            file.truncate()
+            csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n").writerow(self._row)
 
     def finalize(self, status: str) -> None:
-        """Append the last row."""
+        """Write the last row."""
         self.save()
 
 

@@ -105,6 +105,6 @@ class ResumeFiles(Callback):
             return
         for logger in trainer.loggers:
             logger.save()
-        trainer.save_checkpoint(path)
+        trainer.save_checkpoint(path, weights_only=False)  # False: all of it, not the weights alone
         for old in resume_files(self.folder)[self.keep_last :]:
             old.unlink()

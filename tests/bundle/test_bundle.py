@@ -1,0 +1,152 @@
+"""Bundles: what is written is read back, and what is damaged or hostile is refused with one clear error."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from nanochat_pl import load_bundle
+from nanochat_pl.bundle import StageInfo, save_bundle
+from nanochat_pl.bundle.bundle import load_moments
+from nanochat_pl.common.errors import UserError
+from tests.tiny_run import make_tiny_run
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return make_tiny_run(tmp_path / "run") / "sft" / "bundle"
+
+
+def edit_json(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), **changes}), encoding="utf-8")
+
+
+def refused(folder: Path) -> str:
+    with pytest.raises(UserError) as caught:
+        load_bundle(folder)
+    return str(caught.value)
+
+
+def test_a_bundle_comes_back_as_it_was(folder: Path, tmp_path: Path) -> None:
+    first = load_bundle(folder, dtype="float32")
+    again = save_bundle(tmp_path / "again", first.stage, net=first.net, tokenizer=first.tokenizer)
+    second = load_bundle(again, dtype="float32")
+    assert second.config == first.config and second.stage == first.stage
+    assert second.tokenizer is not None and first.tokenizer is not None
+    assert second.tokenizer.fingerprint == first.tokenizer.fingerprint
+    ids = torch.arange(20)[None]
+    assert torch.equal(first.net(ids), second.net(ids)) and not second.net.training
+
+
+def test_a_bundle_says_in_which_type_it_computes(folder: Path) -> None:
+    net = load_bundle(folder, dtype="bfloat16").net
+    assert net.compute_dtype is torch.bfloat16
+    assert all(parameter.dtype is torch.float32 for parameter in net.parameters())
+
+
+def test_a_bundle_without_tokenizer_says_so(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+    assert load_bundle(folder).tokenizer is None
+
+
+def test_a_half_written_bundle_does_not_replace_the_old_one(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = load_bundle(folder)
+    monkeypatch.setattr("nanochat_pl.bundle.bundle.free_bytes", lambda path: 10)
+    with pytest.raises(UserError, match="MiB free"):
+        save_bundle(folder, StageInfo(stage="sft"), net=bundle.net)
+    assert load_bundle(folder).stage == bundle.stage
+    assert not folder.with_name("bundle.tmp").exists()
+
+
+def test_moments_are_kept_by_name(folder: Path, tmp_path: Path) -> None:
+    net = load_bundle(folder).net
+    moments = {"lm_head.weight.exp_avg": torch.ones(3, 2)}
+    save_bundle(tmp_path / "with", StageInfo(stage="base"), net=net, moments=moments)
+    found = load_moments(tmp_path / "with")
+    assert found is not None and torch.equal(found["lm_head.weight.exp_avg"], torch.ones(3, 2))
+    assert load_moments(folder) is None
+
+
+# --- hostile or damaged
+
+
+def test_a_target_in_the_config_is_an_unknown_key(folder: Path) -> None:
+    edit_json(folder / "config.json", _target_="os.system")
+    assert "config.json._target_" in refused(folder)
+
+
+def test_a_target_in_the_stage_file_is_an_unknown_key(folder: Path) -> None:
+    edit_json(folder / "stage.json", _target_="os.system")
+    assert "stage.json._target_" in refused(folder)
+
+
+def test_shapes_of_a_petabyte_are_refused_before_memory_is_taken(folder: Path) -> None:
+    edit_json(folder / "config.json", width=65536, num_heads=1024, num_kv_heads=1024, head_dim=4096, mlp_width=262144)
+    assert "above the limit" in refused(folder)
+
+
+def test_shapes_out_of_bounds_are_all_named(folder: Path) -> None:
+    edit_json(folder / "config.json", width=10**15, num_layers=-1)
+    message = refused(folder)
+    assert "config.json.width" in message and "config.json.num_layers" in message
+
+
+def test_shapes_that_the_weights_do_not_have(folder: Path) -> None:
+    edit_json(folder / "config.json", mlp_width=256)
+    assert "config.json gives" in refused(folder)
+
+
+def test_a_pickle_named_safetensors_is_not_run(folder: Path, tmp_path: Path) -> None:
+    class Hostile:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "was-run",))
+
+    (folder / "model.safetensors").write_bytes(pickle.dumps(Hostile()))
+    assert "no readable safetensors file" in refused(folder)
+    torch.save({"a": Hostile()}, folder / "model.safetensors")
+    assert "no readable safetensors file" in refused(folder)
+    assert not (tmp_path / "was-run").exists()
+
+
+def test_a_truncated_model_file(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    assert str(path) in refused(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors", "stage.json"])
+def test_a_link_out_of_the_folder_is_not_followed(folder: Path, tmp_path: Path, name: str) -> None:
+    (folder / name).rename(tmp_path / name)
+    (folder / name).symlink_to(tmp_path / name)
+    assert "leads out of the bundle" in refused(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "stage.json"])
+def test_a_missing_file_is_named(folder: Path, name: str) -> None:
+    (folder / name).unlink()
+    assert name in refused(folder)
+
+
+def test_missing_and_unknown_weights_are_named(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    weights["surprise"] = weights.pop("lm_head.weight")
+    save_file(weights, folder / "model.safetensors")
+    message = refused(folder)
+    assert "lacks lm_head.weight" in message and "unknown surprise" in message
+
+
+def test_a_tokenizer_of_another_model(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    edit_json(folder / "config.json", vocab_size=config["vocab_size"] - 1)
+    assert "tokenizer" in refused(folder)
+
+
+def test_infinity_is_no_json(folder: Path) -> None:
+    path = folder / "stage.json"
+    path.write_text(path.read_text(encoding="utf-8").replace('"step": 7', '"step": Infinity'), encoding="utf-8")
+    assert "no valid JSON" in refused(folder)

@@ -1,0 +1,121 @@
+"""One tiny run, trained once, for all tests that read it; and a way to train more of them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from nanochat_pl.cli.main import main
+
+WORDS = [
+    "the",
+    "cat",
+    "sat",
+    "on",
+    "a",
+    "mat",
+    "and",
+    "saw",
+    "that",
+    "one",
+    "other",
+    "animal",
+    "was",
+    "there",
+    "before",
+    "it",
+    "had",
+    "come",
+    "to",
+    "sit",
+    "down",
+]
+
+
+def write_texts(folder: Path) -> Path:
+    """A few hundred short documents of a small language."""
+    folder.mkdir(parents=True)
+    chance = random.Random(0)
+    documents = [" ".join(chance.choices(WORDS, k=chance.randint(5, 60))) + "." for _ in range(400)]
+    (folder / "texts.txt").write_text("\n\n".join(documents), encoding="utf-8")
+    return folder
+
+
+def tiny_overrides(place: Path) -> list[str]:
+    """Settings of a run that takes seconds: 40 steps of 8 rows of 32 tokens."""
+    return [
+        "data=local",
+        f"data.path={place / 'texts'}",
+        "data.txt_document_chars=200",
+        "tokenizer.vocab_size=290",
+        "model.depth=3",
+        "model.aspect_ratio=16",
+        "model.head_dim=16",
+        "model.sequence_len=32",
+        "total_batch_tokens=256",
+        "device_batch_size=4",
+        "max_steps=40",
+        "schedule.warmup_steps=4",
+        "optim.matrix_lr=0.02",
+        "optim.embedding_lr=0.1",
+        "optim.unembedding_lr=0.01",
+        "optim.scalar_lr=0.05",
+        "evaluation.every_steps=20",
+        "evaluation.num_rows=8",
+        "evaluation.sample_tokens=2",
+        "trainer.accelerator=cpu",
+        "trainer.num_threads=1",
+        "trainer.compile=false",
+        "trainer.checkpoint_every_steps=5",
+        f"paths.runs={place / 'runs'}",
+        f"paths.cache={place / 'cache'}",
+        "logger=[]",
+    ]
+
+
+def sft_overrides(place: Path) -> list[str]:
+    """The fine-tuning that belongs to it."""
+    kept = ("total_batch_tokens", "device_batch_size", "max_steps", "evaluation.", "trainer.", "paths.", "logger")
+    return [
+        "stage=sft",
+        *(text for text in tiny_overrides(place) if text.startswith(kept)),
+        *(f"mixture.tasks.{name}=null" for name in ("word_problems", "spelling", "letter_counting", "documentation")),
+        "mixture.tasks.arithmetic.size=60",
+        "mixture.tasks.identity.repeat=1",
+    ]
+
+
+def weights_of(run: Path, stage: str) -> dict[str, torch.Tensor]:
+    """The weights that a stage ended with."""
+    return load_file(run / stage / "bundle" / "model.safetensors")
+
+
+def same_weights(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    """Bit for bit."""
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with texts, a cache, and the finished run `whole` with the stages tokenizer, base and sft."""
+    place = tmp_path_factory.mktemp("tiny")
+    write_texts(place / "texts")
+    assert main(["train", "run=whole", *tiny_overrides(place)]) == 0
+    assert main(["train", "run=whole", *sft_overrides(place)]) == 0
+    return place
+
+
+@pytest.fixture
+def train(place: Path) -> Callable[..., int]:
+    """Train in this process with the tiny settings; gives the exit code."""
+
+    def train(*overrides: str, stage: str = "base") -> int:
+        settings = tiny_overrides(place) if stage == "base" else sft_overrides(place)
+        return main(["train", *settings, *overrides])
+
+    return train

@@ -1,0 +1,158 @@
+"""Stops and resumes: whatever ends a run, the same command brings it to the same bits."""
+
+from __future__ import annotations
+
+import csv
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from nanochat_pl.training.resume import damage, newest_resume_file, resume_files
+from tests.training.conftest import same_weights, sft_overrides, tiny_overrides, weights_of
+
+
+def command(place: Path, run: str, stage: str) -> list[str]:
+    settings = tiny_overrides(place) if stage == "base" else sft_overrides(place)
+    return [sys.executable, "-m", "nanochat_pl.cli.main", "train", f"run={run}", *settings]
+
+
+def start_run(place: Path, run: str, stage: str) -> Path:
+    """A new run with what the stage builds on."""
+    folder = place / "runs" / run
+    shutil.copytree(place / "runs" / "whole" / "tokenizer", folder / "tokenizer")
+    if stage == "sft":
+        shutil.copytree(place / "runs" / "whole" / "base", folder / "base")
+    return folder
+
+
+def interrupt(arguments: list[str], when: Callable[[], bool], signum: int) -> int:
+    """Run a command until ``when``, send the signal, give the exit code."""
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    deadline = time.monotonic() + 120
+    while process.poll() is None and not when():
+        assert time.monotonic() < deadline, "it never came to the point where it is interrupted"
+        time.sleep(0.001)
+    process.send_signal(signum)
+    process.communicate(timeout=60)
+    return process.returncode
+
+
+def metrics_of(run: Path, stage: str) -> list[tuple[str, ...]]:
+    """Steps with the figures that do not depend on the clock."""
+    with (run / stage / "metrics.csv").open(encoding="utf-8", newline="") as file:
+        names = ("step", "train/loss", "train/loss_smoothed", "train/lr_multiplier", "train/tokens", "val/bpb")
+        return [tuple(row[name] for name in names) for row in csv.DictReader(file)]
+
+
+@pytest.mark.parametrize("stage", ["base", "sft"])
+def test_kill_9_changes_nothing(place: Path, train: Callable[..., int], stage: str) -> None:
+    """Killed after the second resume file, the same command ends with the bits of the run that nobody killed."""
+    folder = start_run(place, f"killed-{stage}", stage)
+    checkpoints = folder / stage / "checkpoints"
+    code = interrupt(
+        command(place, folder.name, stage), lambda: len(list(checkpoints.glob("step=*.ckpt"))) >= 2, signal.SIGKILL
+    )
+    assert code == -signal.SIGKILL and not (folder / stage / "finished.json").exists()
+    assert resume_files(checkpoints)
+    assert train(f"run={folder.name}", stage=stage) == 0
+    whole = place / "runs" / "whole"
+    assert same_weights(weights_of(whole, stage), weights_of(folder, stage))
+    assert metrics_of(whole, stage) == metrics_of(folder, stage)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_leaves_an_exact_file(place: Path, train: Callable[..., int], signum: int) -> None:
+    """The exit code is 128 + signal (a pipeline must not go on), and nothing of the finished steps is lost."""
+    folder = start_run(place, f"stopped-{signum}", "base")
+    begun = folder / "base" / "metrics.csv"
+    code = interrupt(
+        command(place, folder.name, "base"), lambda: begun.exists() and begun.read_text().count("\n") > 3, signum
+    )
+    assert code == 128 + signum
+    newest = newest_resume_file(folder / "base" / "checkpoints")
+    assert newest is not None
+    assert train(f"run={folder.name}") == 0
+    assert same_weights(weights_of(place / "runs" / "whole", "base"), weights_of(folder, "base"))
+
+
+def test_killed_before_the_first_file_it_starts_over(place: Path, train: Callable[..., int]) -> None:
+    folder = start_run(place, "early", "base")
+    code = interrupt(command(place, "early", "base"), (folder / "base" / "plan.json").exists, signal.SIGKILL)
+    assert code == -signal.SIGKILL
+    assert train("run=early") == 0
+    assert same_weights(weights_of(place / "runs" / "whole", "base"), weights_of(folder, "base"))
+
+
+def test_device_batch_size_may_change_on_the_way(place: Path, train: Callable[..., int]) -> None:
+    """It is a matter of memory: the sums are taken in another order, and that is all."""
+    folder = start_run(place, "other-size", "base")
+    assert train("run=other-size", "device_batch_size=3", "trainer.checkpoint_every_steps=20") == 0
+    whole, other = weights_of(place / "runs" / "whole", "base"), weights_of(folder, "base")
+    loss = [float(row[1]) for row in metrics_of(place / "runs" / "whole", "base")]
+    other_loss = [float(row[1]) for row in metrics_of(folder, "base")]
+    assert other_loss[0] == pytest.approx(loss[0], abs=1e-6)
+    assert other_loss[-1] == pytest.approx(loss[-1], abs=2e-2)
+    assert whole.keys() == other.keys()
+
+
+def test_a_damaged_newest_file_is_passed_over(tmp_path: Path) -> None:
+    for step in (5, 10):
+        torch.save({"step": step, "weights": torch.ones(100)}, tmp_path / f"step={step:06d}.ckpt")
+    newest = tmp_path / "step=000010.ckpt"
+    data = bytearray(newest.read_bytes())
+    data[len(data) // 2] ^= 0xFF
+    newest.write_bytes(bytes(data))
+    assert damage(newest) is not None
+    with pytest.warns(UserWarning, match="step=000010"):
+        assert newest_resume_file(tmp_path) == tmp_path / "step=000005.ckpt"
+
+
+def test_what_a_killed_writer_left_goes(tmp_path: Path) -> None:
+    (tmp_path / "step=000005.ckpt.tmp.123").write_bytes(b"half")
+    assert newest_resume_file(tmp_path) is None
+    assert not list(tmp_path.iterdir())
+
+
+def test_steps_are_numbers_and_not_names(tmp_path: Path) -> None:
+    for step in (999_999, 1_000_000, 20):
+        torch.save({}, tmp_path / f"step={step:06d}.ckpt")
+    (tmp_path / "step=best.ckpt").touch()
+    assert [path.name for path in resume_files(tmp_path)] == [
+        "step=1000000.ckpt",
+        "step=999999.ckpt",
+        "step=000020.ckpt",
+    ]
+
+
+def test_every_resume_file_is_plain_data(place: Path) -> None:
+    files = resume_files(place / "runs" / "whole" / "base" / "checkpoints")
+    assert len(files) == 2, "trainer.keep_last"
+    for path in files:
+        assert torch.load(path, weights_only=True)["global_step"] == int(path.stem.split("=")[1])
+
+
+def test_a_full_disk_is_one_clear_error_and_costs_no_file(
+    place: Path, train: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("needs root to mount a small disk")
+    folder = start_run(place, "full", "base")
+    (folder / "base").mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", str(folder / "base")], check=False)
+    if mounted.returncode:
+        pytest.skip("may not mount here")
+    try:
+        assert train("run=full") == 2
+        error = capsys.readouterr().err
+        assert "step=0000" in error and "MiB free" in error
+        assert all(damage(path) is None for path in resume_files(folder / "base" / "checkpoints"))
+    finally:
+        subprocess.run(["umount", str(folder / "base")], check=True)

@@ -1,0 +1,73 @@
+"""Whole stages on a tiny model: what they leave behind, what they inherit, what they refuse."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from nanochat_pl import load_bundle
+from tests.training.conftest import same_weights, weights_of
+
+
+def test_a_stage_leaves_what_everybody_reads(place: Path) -> None:
+    folder = place / "runs" / "whole" / "base"
+    for name in ("config.yaml", "about.json", "plan.json", "metrics.csv", "samples.jsonl", "finished.json"):
+        assert (folder / name).is_file(), name
+    bundle = load_bundle(folder / "bundle", dtype="float32")
+    assert bundle.stage.stage == "base" and bundle.stage.step == 40
+    assert bundle.tokenizer is not None and bundle.config.num_layers == 3
+    assert bundle.net(torch.zeros(1, 5, dtype=torch.long)).shape == (1, 5, 290)
+    finished = json.loads((folder / "finished.json").read_text(encoding="utf-8"))
+    assert finished["tokens"] == 40 * 256 and 0 < finished["metrics"]["val/bpb"] < 8
+
+
+def test_the_base_stage_learns(place: Path) -> None:
+    lines = (place / "runs" / "whole" / "base" / "metrics.csv").read_text(encoding="utf-8").splitlines()
+    losses = [float(line.split(",")[1]) for line in lines[1:]]
+    assert len(losses) == 40 and losses[-1] < 0.75 * losses[0]
+
+
+def test_sft_starts_from_base_and_says_so(place: Path) -> None:
+    stage = load_bundle(place / "runs" / "whole" / "sft" / "bundle").stage
+    assert [parent["stage"] for parent in stage.parents] == ["base"]
+    assert stage.data["conversations"] > 60 and stage.plan["matrix_lr"]["overridden_by"] == "inherited from base"
+
+
+def test_sft_starts_from_the_weights_of_base(place: Path, train: Callable[..., int]) -> None:
+    still = ("run=whole", "resume=never", "max_steps=1", "schedule.initial_lr_fraction=0")
+    assert train(*still, stage="sft") == 0
+    assert same_weights(weights_of(place / "runs" / "whole", "base"), weights_of(place / "runs" / "whole-2", "sft"))
+
+
+def test_the_same_command_says_that_it_is_finished(
+    train: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train("run=whole") == 0
+    assert "finished" in capsys.readouterr().out
+
+
+def test_another_setting_is_another_run(train: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+    assert train("run=whole", "optim.matrix_lr=0.5") == 2
+    error = capsys.readouterr().err
+    assert "optim.matrix_lr" in error and "resume=never" in error
+
+
+def test_sft_cannot_change_the_model(train: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+    assert train("run=whole", "resume=never", "model.depth=6", stage="sft") == 2
+    assert "model.depth=6" in capsys.readouterr().err
+
+
+def test_sft_without_a_base(train: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+    assert train("run=nothing-here", stage="sft") == 2
+    error = capsys.readouterr().err
+    assert "base" in error and "Traceback" not in error
+
+
+def test_check_only_trains_nothing(place: Path, train: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+    assert train("run=unseen", "check_only=true") == 0
+    assert not (place / "runs" / "unseen").exists()
+    assert "num_steps" in capsys.readouterr().out
