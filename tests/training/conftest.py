@@ -12,29 +12,7 @@ from safetensors.torch import load_file
 
 from nanochat_pl.cli.main import main
 
-WORDS = [
-    "the",
-    "cat",
-    "sat",
-    "on",
-    "a",
-    "mat",
-    "and",
-    "saw",
-    "that",
-    "one",
-    "other",
-    "animal",
-    "was",
-    "there",
-    "before",
-    "it",
-    "had",
-    "come",
-    "to",
-    "sit",
-    "down",
-]
+WORDS = tuple("the cat sat on a mat and saw one other animal that was there before it had come".split())
 
 
 def write_texts(folder: Path) -> Path:

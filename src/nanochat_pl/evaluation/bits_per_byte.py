@@ -47,7 +47,7 @@ class BitsPerByte(Metric):
 
     def __init__(self, token_bytes: np.ndarray | Tensor) -> None:
         super().__init__()
-        self.register_buffer("token_bytes", torch.from_numpy(np.array(token_bytes, dtype=np.int64)), persistent=False)
+        self.register_buffer("token_bytes", torch.tensor(np.asarray(token_bytes), dtype=torch.int64), persistent=False)
         # Over rows: nats, bytes, nats², nats * bytes, bytes², 1. In float64: the squares nearly cancel.
         self.add_state("sums", torch.zeros(6, dtype=torch.float64), dist_reduce_fx="sum")
 
