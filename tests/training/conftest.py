@@ -12,14 +12,14 @@ from safetensors.torch import load_file
 
 from nanochat_pl.cli.main import main
 
-WORDS = tuple("the cat sat on a mat and saw one other animal that was there before it had come".split())
+SENTENCE = "the cat sat on a mat and saw one other animal that was there before it had come"
 
 
 def write_texts(folder: Path) -> Path:
     """A few hundred short documents of a small language."""
     folder.mkdir(parents=True)
     chance = random.Random(0)
-    documents = [" ".join(chance.choices(WORDS, k=chance.randint(5, 60))) + "." for _ in range(400)]
+    documents = [" ".join(chance.choices(SENTENCE.split(), k=chance.randint(5, 60))) + "." for _ in range(400)]
     (folder / "texts.txt").write_text("\n\n".join(documents), encoding="utf-8")
     return folder
 
