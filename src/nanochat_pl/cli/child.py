@@ -9,8 +9,9 @@ import sys
 from collections.abc import Sequence
 from types import FrameType
 
-from nanochat_pl.cli.main import FOLLOW_PARENT
-
+# Set for children: they end when their standard input does, that is, when their parent is gone; and they leave the
+# closing words to it.
+FOLLOW_PARENT = "NANOCHAT_PL_FOLLOW_PARENT"
 PASSED_ON = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name))
 
 
@@ -48,3 +49,8 @@ def run_child(arguments: Sequence[str]) -> int:
     if pending and code == 0:  # it was about to end anyway; what would follow must not begin
         return 128 + pending[0]
     return code if code >= 0 else 128 - code
+
+
+def is_child() -> bool:
+    """Whether this process was started by :func:`run_child`."""
+    return FOLLOW_PARENT in os.environ

@@ -10,6 +10,7 @@ import threading
 import traceback
 from collections.abc import Sequence
 
+from nanochat_pl.cli.child import is_child
 from nanochat_pl.common.constants import EXIT_USER_ERROR
 from nanochat_pl.common.errors import UserError, did_you_mean
 
@@ -23,13 +24,11 @@ VERBS = {
     "report": "tables and plots of a run: report run=NAME",
     "runs": "what has been trained; runs delete=NAME",
 }
-# Set for children: they end when their standard input does, that is, when their parent is gone.
-FOLLOW_PARENT = "NANOCHAT_PL_FOLLOW_PARENT"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The console command. Gives the exit code: 0 done, 2 a mistake that the person can put right, 1 a bug of ours."""
-    if os.environ.pop(FOLLOW_PARENT, None):
+    if is_child():
         _stop_with_parent()
     try:
         return _dispatch(list(sys.argv[1:] if arguments is None else arguments))

@@ -12,13 +12,19 @@ NOISE = {
     r"`isinstance\(treespec, LeafSpec\)` is deprecated": "between Lightning and torch",
 }
 
+# Loggers whose notes (not their warnings) are noise: "GPU available: …", tips, "`Trainer.fit` stopped", how a file is
+# loaded. What matters of them is in our own lines. These and not their parents, whose level Lightning sets at import.
+QUIET_LOGGERS = (
+    "lightning.pytorch.utilities.rank_zero",
+    "lightning.pytorch.trainer.connectors.checkpoint_connector",
+)
+
 
 def quieten() -> None:
     """Called before Lightning is imported; changes filters of this process only."""
     for message in NOISE:
         warnings.filterwarnings("ignore", message=message)
-    # Its notes ("GPU available: …", "💡 Tip: …", "`Trainer.fit` stopped") all go through this logger; what matters of
-    # them is in our own lines. Set on this one because Lightning resets the level of its parents at import.
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    for name in QUIET_LOGGERS:
+        logging.getLogger(name).setLevel(logging.WARNING)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")

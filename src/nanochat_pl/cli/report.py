@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from nanochat_pl.cli.child import is_child
 from nanochat_pl.cli.experiment import compose_step
 from nanochat_pl.cli.locate import only_run
 from nanochat_pl.common.console import print_table, say
@@ -36,6 +37,7 @@ def run(arguments: Sequence[str]) -> int:
     name = composed.config.run or composed.experiment or only_run(runs)
     check_name(name)
     report = write_report(runs / name)
-    print_table(SUMMARY_COLUMNS, summary_table(runs / name), title=f"run {name}")
+    if not is_child():
+        print_table(SUMMARY_COLUMNS, summary_table(runs / name), title=f"run {name}")
     say(f"report: {report}")
     return 0

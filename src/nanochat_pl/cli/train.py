@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from nanochat_pl.cli.child import is_child
 from nanochat_pl.cli.compose import Composed
 from nanochat_pl.cli.experiment import compose_step
 from nanochat_pl.cli.instantiate import instantiate_allowed
@@ -55,7 +56,7 @@ def run(arguments: Sequence[str]) -> int:
         if not begun(folder):
             write_records(folder, composed)
         code = _train(composed, folder)
-    if code == 0:
+    if code == 0 and not is_child():
         next_steps(_next_commands(folder))
     return code
 

@@ -69,7 +69,13 @@ def progress(what: str, total: int, unit: str = "") -> Iterator[Advance]:
     A bar on a terminal; else a line every :data:`SECONDS_BETWEEN_LINES`, and none at all for work that is short.
     """
     if console(stderr=True).is_terminal:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn(unit),
+            TimeRemainingColumn(),
+        )
         with Progress(*columns, console=console(stderr=True), transient=True) as bar:
             task = bar.add_task(what, total=total)
             yield lambda amount: bar.advance(task, amount)

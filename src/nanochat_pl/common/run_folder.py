@@ -148,7 +148,9 @@ def list_runs(runs: Path) -> dict[str, list[StageFolder]]:
 
 def newest_stage(runs: Path, run: str) -> StageFolder:
     """The latest finished stage of a run that made a model: what ``run=NAME`` means where no stage is named."""
-    finished = [folder for folder in _stages_of(runs, run) if folder.status == "finished" and folder.stage != "tokenizer"]
+    finished = [
+        folder for folder in _stages_of(runs, run) if folder.status == "finished" and folder.stage != "tokenizer"
+    ]
     if not finished:
         raise UserError(f"run={run}: has no finished stage with a model.", f"Train one: nanochat-pl train run={run} …")
     return finished[-1]

@@ -1,0 +1,41 @@
+# The targets make their own environment in .venv the first time; running them again installs nothing.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-all check bench clean
+
+help:  ## this list
+	@awk -F ':.*##' '/^[a-z-]+:.*##/ {printf "  make %-10s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo "  Another Python (3.10 to 3.13) for .venv: make setup PYTHON=python3.12"
+
+setup: $(INSTALLED)  ## install everything into .venv, with exact versions
+
+demo: $(INSTALLED)  ## from text to a chat model, some minutes on two CPU cores; again: says what is there
+	$(BIN)/nanochat-pl pipeline experiment=demo
+
+test: $(INSTALLED)  ## the tests that take seconds each
+	$(BIN)/python -m pytest
+
+test-all: $(INSTALLED)  ## the slow tests too
+	$(BIN)/python -m pytest -m "not gpu and not network"
+
+check: $(INSTALLED)  ## format, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(INSTALLED)  ## what costs how much time
+	@set -e; for file in benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python $$file; done
+
+clean:  ## remove .venv and what tools left; runs and caches stay
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 10) <= v < (3, 14) else "$(PYTHON) is Python %d.%d, 3.10 to 3.13 is needed: make $(MAKECMDGOALS) PYTHON=python3.12" % v)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
