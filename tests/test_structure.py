@@ -1,0 +1,132 @@
+"""The walls of the house: who may import whom, and where certain things may stand."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "src" / "nanochat_pl"
+# A room may import from those before it, and from itself.
+ROOMS = (
+    "common",
+    "tokenizer",
+    "model",
+    "optim",
+    "planning",
+    "bundle",
+    "data",
+    "tools",
+    "tasks",
+    "engine",
+    "evaluation",
+    "training",
+    "report",
+    "cli",
+)
+# Which room alone may import a library.
+ONLY_IN = {"lightning": "training", "pytorch_lightning": "training", "hydra": "cli", "omegaconf": "cli"}
+MAX_LINES = 450
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def imported(path: Path, for_types: bool = True) -> Iterator[str]:
+    """Dotted names of all modules (and of names in modules) that a file imports, wherever in it.
+
+    ``for_types``: also those that only the type checker sees.
+    """
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    if not for_types:
+        tree.body = [
+            node for node in tree.body if not (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test))
+        ]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            assert node.module is not None
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def room_of(path: Path) -> str:
+    """The room of a file; empty for the package's own __init__."""
+    return path.relative_to(PACKAGE).parts[0] if path.parent != PACKAGE else ""
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def test_every_folder_is_a_room() -> None:
+    folders = {path.name for path in PACKAGE.iterdir() if path.is_dir() and any(path.glob("*.py"))}
+    assert folders == set(ROOMS)
+
+
+def test_imports_go_one_way() -> None:
+    wrong = []
+    for path in FILES:
+        allowed = ROOMS[: ROOMS.index(room_of(path)) + 1] if room_of(path) else ()
+        for name in imported(path):
+            parts = name.split(".")
+            if parts[0] == "nanochat_pl" and len(parts) > 1 and parts[1] in ROOMS and parts[1] not in allowed:
+                wrong.append(f"{path.relative_to(ROOT)} imports {name}")
+    assert wrong == []
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    modules = {module_of(path): path for path in FILES}
+
+    def module_behind(name: str) -> str:
+        return name if name in modules else name.rpartition(".")[0]
+
+    edges = {
+        name: {module_behind(other) for other in imported(path)} & modules.keys() for name, path in modules.items()
+    }
+    done: set[str] = set()
+
+    def visit(name: str, way: tuple[str, ...]) -> None:
+        assert name not in way, " → ".join([*way[way.index(name) :], name])
+        if name not in done:
+            for other in sorted(edges[name]):
+                visit(other, (*way, name))
+            done.add(name)
+
+    for name in sorted(edges):
+        visit(name, ())
+
+
+@pytest.mark.parametrize("library", ONLY_IN)
+def test_library_stays_in_its_room(library: str) -> None:
+    users = {room_of(path) for path in FILES if any(name.split(".")[0] == library for name in imported(path))}
+    assert users <= {ONLY_IN[library]}
+
+
+def test_one_training_loop() -> None:
+    """`backward(` stands in one file, in the training room (bug museum: loops copied for each stage)."""
+    pattern = re.compile(r"\b(?:manual_)?backward\(")
+    users = [path for path in FILES if pattern.search(path.read_text(encoding="utf-8"))]
+    assert [path.parent.name for path in users] == ["training"]
+
+
+def test_files_stay_short() -> None:
+    sizes = {str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines()) for path in FILES}
+    assert {name: size for name, size in sizes.items() if size > MAX_LINES} == {}
+
+
+def test_museum_23_every_import_is_declared() -> None:
+    """A library that happened to be installed with another one was imported without being a dependency."""
+    lines = re.findall(r'^\s+"([A-Za-z0-9_-]+)[>=!<]', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.M)
+    declared = {re.sub(r"[-_.]+", "-", name).lower() for name in lines}
+    distributions = metadata.packages_distributions()
+    used = {name.split(".")[0] for path in FILES for name in imported(path)}
+    used -= {"nanochat_pl", *sys.stdlib_module_names}
+    homes = {name: {re.sub(r"[-_.]+", "-", d).lower() for d in distributions.get(name, [])} for name in used}
+    assert {name: found for name, found in homes.items() if not found & declared} == {}
