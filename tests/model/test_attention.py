@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from nanochat_pl.model import attention
 from nanochat_pl.model.attention import windowed_attention
 
 
@@ -17,16 +18,18 @@ def dense(q, k, v, window, scale):
     return scores.softmax(dim=-1) @ v
 
 
-@pytest.mark.parametrize("window", [0, 1, 63, 64, 65, 100, 198, 199, 200, 10_000])
-def test_equals_a_dense_mask_forward_and_backward(window):
+@pytest.mark.parametrize("reach", [0, 1024], ids=["sdpa", "products"])
+@pytest.mark.parametrize("window", [0, 1, 127, 128, 129, 150, 298, 299, 300, 10_000])
+def test_equals_a_dense_mask_forward_and_backward(window, reach, monkeypatch):
+    monkeypatch.setattr(attention, "PRODUCTS_REACH", reach)
     generator = torch.Generator().manual_seed(window)
-    shapes = [(2, 4, 200, 8), (2, 2, 200, 8), (2, 2, 200, 8)]
-    inputs = [torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes]
+    shapes = [(2, 4, 300, 8), (2, 2, 300, 8), (2, 2, 300, 8)]
+    inputs = [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
     outputs = [function(*inputs, window, 0.5) for function in (windowed_attention, dense)]
-    torch.testing.assert_close(*outputs)
+    torch.testing.assert_close(*outputs, atol=1e-5, rtol=1e-5)
     gradients = [torch.autograd.grad(output.square().sum(), inputs) for output in outputs]
     for ours, expected in zip(*gradients, strict=True):
-        torch.testing.assert_close(ours, expected)
+        torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
 
 
 class LargestTensor(TorchDispatchMode):
@@ -42,8 +45,10 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
-def test_no_mask_of_the_whole_row_for_a_small_window():
+@pytest.mark.parametrize("reach", [0, 4096], ids=["sdpa", "products"])
+def test_no_mask_of_the_whole_row_for_a_small_window(reach, monkeypatch):
     """Elsewhere a T × T mask was built for a window of a few percent of T."""
+    monkeypatch.setattr(attention, "PRODUCTS_REACH", reach)
     length, window = 4096, 128
     q, k, v = (torch.randn(1, 1, length, 8) for _ in range(3))
     with LargestTensor() as seen:

@@ -2,9 +2,9 @@
 
 Shapes: B rows, T positions, H query heads, G key/value heads, D head width, w window.
 
-Queries go in blocks of w positions against the band of keys that they can see: at most 2w. Full layers need no mask at
-all. Backends other than PyTorch's own (``sdpa``) get their place here, in a fixed order of preference, each proved by
-a small forward and backward before it is used.
+Queries go in blocks against the band of keys that they can see. Two backends, in a fixed order of preference: on a CPU
+and up to ``PRODUCTS_REACH`` positions plain matrix products (there they take half the time of the fused kernel, whose
+tiles are made for long rows), else PyTorch's ``scaled_dot_product_attention``.
 """
 
 from __future__ import annotations
@@ -13,14 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Windows narrower than this are still cut into blocks of this many queries: a block a query would crawl.
-MIN_BLOCK = 64
-
-
-def sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None, causal: bool = False) -> Tensor:
-    """PyTorch's attention. q (B, H, Tq, D), k and v (B, G, Tk, D), mask bool (…, Tq, Tk) → (B, H, Tq, D)."""
-    grouped = q.size(1) != k.size(1)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped)
+# Queries of a block: with plain products always, with sdpa where the window is narrower.
+BLOCK = 128
+PRODUCTS_REACH = 1024
 
 
 def windowed_attention(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float) -> Tensor:
@@ -36,15 +31,16 @@ def windowed_attention(q: Tensor, k: Tensor, v: Tensor, window: int, scale: floa
         (B, H, T, D)
     """
     length = q.size(2)
-    if window >= length - 1:
+    products_win = q.device.type == "cpu" and length <= PRODUCTS_REACH
+    if window >= length - 1 and not products_win:
         return sdpa(q, k, v, scale, causal=True)
-    block = max(window, MIN_BLOCK)
+    attend, block = (products, BLOCK) if products_win else (sdpa, max(window, BLOCK))
     outputs = []
     for start in range(0, length, block):
         stop = min(start + block, length)
         first = max(0, start - window)
         mask = band_mask(stop - start, stop - first, start - first, window, q.device)
-        outputs.append(sdpa(q[:, :, start:stop], k[:, :, first:stop], v[:, :, first:stop], scale, mask))
+        outputs.append(attend(q[:, :, start:stop], k[:, :, first:stop], v[:, :, first:stop], scale, mask))
     return torch.cat(outputs, dim=2)
 
 
@@ -53,3 +49,19 @@ def band_mask(num_queries: int, num_keys: int, offset: int, window: int, device:
     queries = torch.arange(num_queries, device=device)[:, None] + offset
     keys = torch.arange(num_keys, device=device)
     return (keys <= queries) & (keys >= queries - window)
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+    """PyTorch's attention. q (B, H, Tq, D), k and v (B, G, Tk, D), mask bool (…, Tq, Tk) → (B, H, Tq, D)."""
+    grouped = q.size(1) != k.size(1)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped)
+
+
+def products(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor) -> Tensor:
+    """Scores, softmax in float32, weighted sum. Shapes as in :func:`sdpa`, mask bool (Tq, Tk)."""
+    groups = k.size(1)
+    # Queries that share keys are rows of one product: (B, G, H/G · Tq, D).
+    rows = q.unflatten(1, (groups, -1)).flatten(2, 3)
+    scores = (rows @ k.transpose(-2, -1)).float().unflatten(2, (-1, q.size(2))) * scale
+    shares = scores.masked_fill(~mask, -torch.inf).softmax(dim=-1).to(v.dtype)
+    return (shares.flatten(2, 3) @ v).unflatten(2, (-1, q.size(2))).flatten(1, 2)

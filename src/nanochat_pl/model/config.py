@@ -50,7 +50,7 @@ class GPTConfig:
     rotary_base: float = setting(doc="Base of the rotary frequencies.", above=0.0, at_most=1e12)
     rotary_reach: int = setting(doc="Positions in the rotary tables.", at_least=1, at_most=2**26)
     rotary_bfloat16: bool = setting(doc="Whether the rotary tables are rounded to bfloat16.")
-    softcap: float = setting(doc="Logits are softcap * tanh(logits / softcap).", above=0.0, at_most=1e6)
+    softcap: float = setting(doc="Logits are softcap * tanh(logits / softcap).", above=0.0, at_most=64.0)
     qk_scale: float = setting(doc="Factor on the normed queries and on the normed keys.", above=0.0, at_most=1e3)
     smear_channels: int = setting(doc="Inputs of the smear gate; 0 = no smear.", at_least=0, at_most=2**16)
     backout: bool = setting(doc="Whether the middle of the residual stream is taken off its end.")

@@ -220,7 +220,10 @@ class GPT(nn.Module):
 
     def head(self, x: Tensor) -> Tensor:
         """Hidden (…, C) → float32 logits (…, V)."""
-        return softcap(self.lm_head(x)[..., : self.config.vocab_size], self.config.softcap)
+        return softcap(self._raw_logits(x), self.config.softcap)
+
+    def _raw_logits(self, x: Tensor) -> Tensor:
+        return self.lm_head(x)[..., : self.config.vocab_size]
 
     def hidden(
         self, ids: Tensor, cache: KVCache | None = None, lengths: Sequence[int] | Tensor | None = None
@@ -236,7 +239,7 @@ class GPT(nn.Module):
         middle = x
         for layer, block in enumerate(self.blocks):
             if self.config.residual_lambdas:
-                x = self.resid_lambdas[layer].to(x.dtype) * x + self.x0_lambdas[layer].to(x.dtype) * first
+                x = self.resid_lambdas[layer] * x + self.x0_lambdas[layer] * first
             x = block(x, self._value_embedding(layer, ids), rotary, step)
             if layer == self.config.num_layers // 2:
                 middle = x
@@ -248,7 +251,7 @@ class GPT(nn.Module):
 
     def losses(self, ids: Tensor, targets: Tensor) -> Tensor:
         """Nats of each target: ids and targets int64 (B, T) → float32 (B, T), 0 where the target is ignored."""
-        return token_losses(self(ids), targets)
+        return token_losses(self._raw_logits(self.hidden(ids)), targets, self.config.softcap)
 
     def weighted_loss(self, ids: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
         """Sum over the targets of weight times nats, a float32 scalar. The caller divides by its count of targets.
