@@ -77,12 +77,11 @@ def compose(
             problems.append(f"{setting.key}: _target_ is for config files; write one into configs/ or an experiment.")
             continue
         _lay_over(tree, setting, problems)
-    values = _resolve(tree, problems)
-    if values is not None:
-        problems += [_with_origin(line, settings, choices) for line in problems_of(schema, values)]
+    values, unresolved = _resolve(tree)
+    found = [*unresolved.values(), *(line for line in problems_of(schema, values) if _key_of(line) not in unresolved)]
+    problems += [_with_origin(line, settings, choices) for line in found]
     if problems:
         raise UserError(problems, f"Keys and their meaning: nanochat-pl {root} --help")
-    assert values is not None
     return Composed(build(schema, values), tuple(overrides), experiment, _given(settings))
 
 
@@ -90,7 +89,9 @@ def _given(settings: Sequence[Setting]) -> frozenset[str]:
     keys = {setting.key for setting in settings if not setting.is_choice}
     for setting in settings:
         if setting.is_choice:
-            keys |= {f"{setting.key}.{key!s}" for name in _names(setting.value) for key in _group_file(setting.key, name)}
+            keys |= {
+                f"{setting.key}.{key!s}" for name in _names(setting.value) for key in _group_file(setting.key, name)
+            }
     return frozenset(keys)
 
 
@@ -149,14 +150,18 @@ def _escaped(value: Any) -> Any:
     return re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + r"\${", value)
 
 
-def _resolve(tree: DictConfig, problems: list[str]) -> dict[str, Any] | None:
-    try:
-        values = OmegaConf.to_container(tree, resolve=True)
-    except OmegaConfBaseException as error:
-        problems.append(f"{error.full_key or 'the configuration'}: {str(error).splitlines()[0]}")
-        return None
-    assert isinstance(values, dict)
-    return {str(key): value for key, value in values.items()}
+def _resolve(tree: DictConfig) -> tuple[dict[str, Any], dict[str, str]]:
+    """The tree as plain data with its interpolations resolved, and a problem for each key where that failed."""
+    problems: dict[str, str] = {}
+    while True:
+        try:
+            return OmegaConf.to_container(tree, resolve=True), problems  # type: ignore[return-value]
+        except OmegaConfBaseException as error:
+            key = str(error.full_key or "")
+            if not key or key in problems:
+                raise UserError(f"{key or 'the configuration'}: {str(error).splitlines()[0]}") from error
+            problems[key] = f"{key}: {str(error).splitlines()[0]}"
+            OmegaConf.update(tree, key, None)
 
 
 def _names_a_target(setting: Setting) -> bool:
@@ -165,7 +170,7 @@ def _names_a_target(setting: Setting) -> bool:
 
 def _with_origin(problem: str, settings: Sequence[Setting], choices: Mapping[str, Any]) -> str:
     """A problem with the place where its key was written, unless that is the command line."""
-    key = re.split(r"[=:\[ ]", problem, maxsplit=1)[0]
+    key = _key_of(problem)
     for setting in reversed(settings):
         if not setting.is_choice and (key == setting.key or _within(setting.key, key) or _within(key, setting.key)):
             return f"{problem} ({setting.origin})" if setting.origin else problem
@@ -175,6 +180,10 @@ def _with_origin(problem: str, settings: Sequence[Setting], choices: Mapping[str
             if any(_has(content, each) for each in (key, key.removeprefix(f"{group}."))):
                 return f"{problem} (configs/{group}/{name}.yaml)"
     return problem
+
+
+def _key_of(problem: str) -> str:
+    return re.split(r"[=:\[ ]", problem, maxsplit=1)[0]
 
 
 def _names(choice: Any) -> Sequence[Any]:

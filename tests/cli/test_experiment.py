@@ -1,0 +1,104 @@
+"""Experiment files: what they set, what the command line overrules, and where their mistakes are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from nanochat_pl.cli import config_files
+from nanochat_pl.cli.experiment import read_experiment
+from nanochat_pl.cli.pipeline import check_all, run_folder_of, steps_of
+from nanochat_pl.cli.train import compose_train, place_of
+from nanochat_pl.common.errors import UserError
+
+MINE = """
+description: for a test
+pipeline: [tokenizer, base, sft, evaluate, report]
+shared:
+  model: tiny
+  model.depth: 3
+  total_batch_tokens: 1024
+  run: "a-run"
+stages:
+  base:
+    max_steps: 7
+    optim: {matrix_lr: 0.5}
+    data.text_column: "'any' {text}, of=mine"
+    device_batch_size: ${model.depth}
+  evaluate: {limit: 3}
+"""
+
+
+@pytest.fixture
+def mine(here: Path) -> str:
+    (here / "mine.yaml").write_text(MINE, encoding="utf-8")
+    return "mine.yaml"
+
+
+def test_sections_are_laid_over_each_other(mine: str) -> None:
+    config = compose_train([f"experiment={mine}", "stage=base", "max_steps=9"]).config
+    assert (config.model.depth, config.model.head_dim) == (3, 64)
+    assert (config.max_steps, config.optim.matrix_lr, config.total_batch_tokens) == (9, 0.5, 1024)
+    sft = compose_train([f"experiment={mine}", "stage=sft"]).config
+    assert (sft.stage.name, sft.max_steps, sft.optim.matrix_lr) == ("sft", None, None)
+
+
+def test_text_is_text_and_interpolations_are_resolved(mine: str) -> None:
+    config = compose_train([f"experiment={mine}"]).config
+    assert config.data.text_column == "'any' {text}, of=mine"
+    assert config.device_batch_size == 3
+
+
+def test_the_run_is_named_after_the_experiment(here: Path) -> None:
+    assert place_of(compose_train(["experiment=tiny"])).run == "tiny"
+    assert place_of(compose_train(["experiment=tiny", "run=other"])).run == "other"
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "expected"),
+    [
+        (
+            "max_steps: 7",
+            "max_stps: 7",
+            "max_stps: there is no such key; did you mean max_steps? (mine.yaml, stages.base)",
+        ),
+        ("matrix_lr: 0.5", "matrix_lr: fast", "optim.matrix_lr='fast': must be a number. (mine.yaml, stages.base)"),
+        ("model: tiny", "model: tyny", "model=tyny: there is no such choice; did you mean tiny?"),
+        (
+            "model.depth: 3",
+            "model.dpth: 3",
+            "model.dpth: there is no such key; did you mean depth? (mine.yaml, shared)",
+        ),
+        (
+            "${model.depth}",
+            "${model.dpth}",
+            "device_batch_size: Interpolation key 'model.dpth' not found (mine.yaml, stages.base)",
+        ),
+        ("shared:", "sharde:", "mine.yaml: sharde: there is no such key; did you mean shared?"),
+        ("[tokenizer, base,", "[tokenizer, bsae,", "mine.yaml: pipeline: 'bsae' is no step"),
+        ("  evaluate: {", "  evalaute: {", "mine.yaml: stages.evalaute: is no step"),
+        ("pipeline: [", "pipeline: [[", "mine.yaml: cannot be read"),
+    ],
+)
+def test_mistakes_name_file_and_key(here: Path, before: str, after: str, expected: str) -> None:
+    (here / "mine.yaml").write_text(MINE.replace(before, after), encoding="utf-8")
+    with pytest.raises(UserError) as caught:
+        check_all(steps_of(["experiment=mine.yaml"]))
+    assert any(problem.startswith(expected) for problem in caught.value.problems), caught.value.problems
+
+
+def test_missing_experiments_name_the_nearest() -> None:
+    with pytest.raises(UserError, match="experiment='dmo': there is no such experiment; did you mean demo"):
+        read_experiment("dmo")
+    with pytest.raises(UserError, match="there is no such file"):
+        read_experiment("nowhere/x.yaml")
+
+
+def test_every_shipped_experiment_composes_in_all_of_its_steps(here: Path) -> None:
+    assert config_files.experiments() == ["demo", "tiny"]
+    for name in config_files.experiments():
+        steps = steps_of([f"experiment={name}"])
+        composed = check_all(steps)
+        assert [step.name for step in steps] == ["tokenizer", "base", "sft", "evaluate", "report"]
+        assert run_folder_of(composed) == Path("runs") / name

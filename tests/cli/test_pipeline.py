@@ -1,0 +1,162 @@
+"""Pipelines: which key goes to which step, what is skipped, and children that end when they should."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from nanochat_pl.cli import pipeline
+from nanochat_pl.cli.pipeline import check_all, is_finished, steps_of
+from nanochat_pl.cli.records import write_records
+from nanochat_pl.cli.train import place_of
+from nanochat_pl.common.errors import UserError
+from nanochat_pl.common.files import write_json
+
+
+def test_keys_go_to_the_steps_that_have_them() -> None:
+    steps = {
+        s.name: s.overrides
+        for s in steps_of(["experiment=tiny", "model.depth=3", "run=x", "stages.base.seed=5", "limit=2"])
+    }
+    assert steps["base"] == ("experiment=tiny", "stage=base", "model.depth=3", "run=x", "seed=5")
+    assert steps["sft"] == ("experiment=tiny", "stage=sft", "model.depth=3", "run=x")
+    assert steps["evaluate"] == ("experiment=tiny", "run=x", "limit=2")
+    assert steps["report"] == ("experiment=tiny", "run=x")
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("foo.bar=3", "foo.bar: no step of the pipeline has such a key."),
+        ("stages.bsae.max_steps=3", "stages.bsae.max_steps=3: is not of the form stages.STEP.KEY"),
+        ("stages.base=3", "stages.base=3: is not of the form stages.STEP.KEY"),
+        ("stage=base", "stage=base: a pipeline has its stages from the experiment"),
+        ("nonsense", "nonsense: is not of the form key=value."),
+    ],
+)
+def test_keys_that_no_step_takes(override: str, expected: str) -> None:
+    with pytest.raises(UserError) as caught:
+        steps_of(["experiment=tiny", override])
+    assert caught.value.problems[0].startswith(expected)
+
+
+def test_an_experiment_is_needed() -> None:
+    with pytest.raises(UserError, match="experiment: is missing"):
+        steps_of(["run=x"])
+
+
+def test_finished_steps_are_skipped_and_newer_inputs_make_them_again(here: Path) -> None:
+    steps = steps_of(["experiment=tiny"])
+    composed = check_all(steps)
+    run_dir = Path("runs/tiny")
+
+    def finished() -> list[bool]:
+        return [is_finished(step, checked, run_dir) for step, checked in zip(steps, composed, strict=True)]
+
+    assert finished() == [False] * 5
+    for checked in composed[:3]:
+        folder = place_of(checked)
+        folder.create()
+        write_records(folder, checked)
+        write_json(folder.path / "finished.json", {"step": 1, "metrics": {}, "seconds": 1.0})
+    assert finished() == [True, True, True, False, False]
+    write_json(run_dir / "evaluation" / "sft" / "results.json", {})
+    write_json(run_dir / "report" / "report.json", {})
+    assert finished() == [True] * 5
+    later = time.time() + 10
+    os.utime(run_dir / "sft" / "finished.json", (later, later))
+    assert finished() == [True, True, True, False, False]
+
+
+def test_a_finished_stage_with_other_settings_is_another_run(here: Path) -> None:
+    checked = check_all(steps_of(["experiment=tiny"]))[1]
+    folder = place_of(checked)
+    folder.create()
+    write_records(folder, checked)
+    write_json(folder.path / "finished.json", {})
+    step = steps_of(["experiment=tiny", "seed=7", "trainer.num_threads=1"])[1]
+    with pytest.raises(UserError) as caught:
+        is_finished(step, step.compose(), Path("runs/tiny"))
+    assert caught.value.problems == ("seed=7: runs/tiny/base was begun with seed=42.",)
+
+
+def test_the_first_failing_step_ends_the_pipeline(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[str] = []
+
+    def fake(arguments: list[str]) -> int:
+        started.append(arguments[0] if arguments[0] != "train" else arguments[2])
+        return 5 if "stage=base" in arguments else 0
+
+    monkeypatch.setattr(pipeline, "run_child", fake)
+    assert pipeline.run(["experiment=tiny"]) == 5
+    assert started == ["stage=tokenizer", "stage=base"]
+
+
+CHILD = """
+import sys
+from nanochat_pl.cli import child
+child.sys.executable = {executable!r}
+sys.exit(child.run_child(["x"]))
+"""
+
+
+def parent_of(program: str, folder: Path) -> subprocess.Popen[str]:
+    """A process that runs `run_child`; the child is a script of ours in Python's place."""
+    script = folder / "child.py"
+    script.write_text(
+        f"#!{sys.executable}\nimport os, signal, sys, time\nfrom nanochat_pl.cli import main\n{program}",
+        encoding="utf-8",
+    )
+    script.chmod(0o755)
+    command = [sys.executable, "-c", CHILD.format(executable=str(script))]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def first_line(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    return process.stdout.readline().strip()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_are_passed_on_once_and_the_exit_code_comes_back(tmp_path: Path, number: int) -> None:
+    program = """
+def stop(number, frame):
+    print("got", number, flush=True)
+    time.sleep(0.2)
+    sys.exit(128 + number)
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, stop)
+print("ready", flush=True)
+time.sleep(30)
+"""
+    parent = parent_of(program, tmp_path)
+    assert first_line(parent) == "ready"
+    parent.send_signal(number)
+    assert parent.communicate(timeout=20)[0].split() == ["got", str(number)]
+    assert parent.returncode == 128 + number
+
+
+def test_a_child_that_a_signal_ended_gives_128_and_its_number(tmp_path: Path) -> None:
+    parent = parent_of("os.kill(os.getpid(), signal.SIGKILL)", tmp_path)
+    parent.communicate(timeout=20)
+    assert parent.returncode == 128 + signal.SIGKILL
+
+
+def test_a_child_stops_when_its_parent_is_killed(tmp_path: Path) -> None:
+    program = """
+main._stop_with_parent()
+signal.signal(signal.SIGTERM, lambda *_: (print("stopping", flush=True), sys.exit(0)))
+print("ready", flush=True)
+time.sleep(30)
+"""
+    parent = parent_of(program, tmp_path)
+    assert first_line(parent) == "ready"
+    parent.kill()
+    assert first_line(parent) == "stopping"
+    parent.wait(timeout=20)
