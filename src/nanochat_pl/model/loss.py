@@ -39,9 +39,7 @@ class SoftcapCrossEntropy(torch.autograd.Function):
         gradient = torch.where(targets != IGNORE_INDEX, gradients[0], 0.0)[:, None]
         capped = softcap(raw, ctx.cap)
         probability = (capped - log_total[:, None]).exp()
-        # In int32: as wide as float32, so that one loop of vectors does all.
-        columns = torch.arange(raw.size(1), device=raw.device, dtype=torch.int32)
-        is_target = columns == targets[:, None].int()
+        is_target = torch.arange(raw.size(1), device=raw.device) == targets[:, None]
         slope = 1 - (capped * (1 / ctx.cap)).square()
         return ((probability - is_target.float()) * slope * gradient).to(raw.dtype), None, None
 
