@@ -32,7 +32,7 @@ def instantiate_allowed(
     """
     target = node.get("_target_")
     arguments = {key: value for key, value in node.items() if key != "_target_"} | more
-    if not isinstance(target, str):
+    if not isinstance(target, str) or "." not in target:
         raise UserError(f"{where}: has no _target_, the dotted name of a class.")
     if target.split(".")[0] not in allowed:
         raise UserError(

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Glob, Override, Sweep
+from hydra.core.override_parser.types import Glob, Override
 from hydra.errors import HydraException
 
 # Anything a person types is a prompt, the word null too.
@@ -74,23 +74,21 @@ def parse_overrides(
 
 
 def parse_sweeps(texts: Sequence[str], schema: type, problems: list[str]) -> tuple[list[SweptKey], list[str]]:
-    """Part the texts of a ``-m`` command into swept keys and the others."""
+    """Part the texts of a ``-m`` command into swept keys and others. ``stages.STEP.KEY`` has the type of ``KEY``."""
     swept, rest = [], []
     for text in texts:
         key, raw, problem = split_override(text)
-        if problem or is_text(type_of_key(schema, key)) or type_of_key(schema, key) is UNKNOWN:
+        own = key.split(".", 2)[2] if key.startswith("stages.") and key.count(".") >= 2 else key
+        hint = type_of_key(schema, own)
+        if problem or is_text(hint) or hint is UNKNOWN:
             rest.append(text)
-            continue
-        parsed = _parse(key, raw, problems)
-        if parsed is None:
-            continue
-        if not parsed.is_sweep_override():
-            rest.append(text)
-        elif isinstance(parsed.value(), Glob):
-            problems.append(f"{text}: glob is not supported; list the values, separated by commas.")
-        else:
-            assert isinstance(parsed.value(), Sweep)
-            swept.append(SweptKey(key, tuple(f"{key}={value}" for value in parsed.sweep_string_iterator())))
+        elif (parsed := _parse(key, raw, problems)) is not None:
+            if not parsed.is_sweep_override():
+                rest.append(text)
+            elif isinstance(parsed.value(), Glob):
+                problems.append(f"{text}: glob is not supported; list the values, separated by commas.")
+            else:
+                swept.append(SweptKey(key, tuple(f"{key}={value}" for value in parsed.sweep_string_iterator())))
     return swept, rest
 
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 from nanochat_pl.cli.child import run_child
 from nanochat_pl.cli.overrides import parse_sweeps
+from nanochat_pl.cli.pipeline import check_all, run_folder_of, steps_of
+from nanochat_pl.cli.train import compose_train, place_of
 from nanochat_pl.common.console import print_table, say
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.run_folder import MAX_NAME_LENGTH
@@ -26,24 +28,12 @@ class Job:
 
 
 def run_sweep(verb: str, arguments: Sequence[str]) -> int:
-    """Run the jobs of a sweep one after the other. All are checked before the first begins; a failing one does not
-    keep the others from running. Finished jobs are skipped by themselves when the sweep is run again.
+    """Run the jobs of a sweep one after the other, finished ones are skipped; one that fails does not stop the others.
 
     Returns:
         0, or the exit code of the first job that failed; a signal ends the whole sweep.
     """
-    from nanochat_pl.cli.train import compose_train, place_of
-
-    jobs = expand(arguments)
-    problems: dict[str, None] = {}
-    for job in jobs:
-        try:
-            compose_train(job.overrides)
-        except UserError as error:
-            problems |= dict.fromkeys(error.problems)
-    if problems:
-        raise UserError(list(problems), f"Keys and their meaning: nanochat-pl {verb} --help")
-    outcomes, first_failure = [], 0
+    jobs, outcomes, first_failure = expand(verb, arguments), [], 0
     for n, job in enumerate(jobs, start=1):
         say(f"job {n} of {len(jobs)}: {job.name}", style="bold")
         if verb == "train" and place_of(compose_train(job.overrides)).status == "finished":
@@ -58,8 +48,12 @@ def run_sweep(verb: str, arguments: Sequence[str]) -> int:
     return first_failure
 
 
-def expand(arguments: Sequence[str]) -> list[Job]:
-    """The jobs of a sweep, in the order of the values as written, the last key varying fastest."""
+def expand(verb: str, arguments: Sequence[str]) -> list[Job]:
+    """The jobs of a sweep, in the order of the values as written, the last key varying fastest.
+
+    Raises:
+        UserError: with the problems of all jobs together; or jobs that could not be told apart.
+    """
     problems: list[str] = []
     swept, rest = parse_sweeps(arguments, TrainConfig, problems)
     if problems:
@@ -69,7 +63,7 @@ def expand(arguments: Sequence[str]) -> list[Job]:
     combinations = list(itertools.product(*(key.texts for key in swept)))
     if len(combinations) > MAX_JOBS:
         raise UserError(f"-m: makes {len(combinations):,} jobs, more than {MAX_JOBS:,}.")
-    names = [_name(_base_name(rest, combination), combination) for combination in combinations]
+    names = _checked_names(verb, rest, combinations)
     doubled = sorted({name for name in names if names.count(name) > 1})
     if doubled:
         raise UserError(f"-m: several jobs would be named {', '.join(doubled)}.", "Sweep over values that differ.")
@@ -79,19 +73,42 @@ def expand(arguments: Sequence[str]) -> list[Job]:
     ]
 
 
-def _base_name(rest: Sequence[str], combination: Sequence[str]) -> str:
-    from nanochat_pl.cli.train import compose_train
+def _checked_names(verb: str, rest: Sequence[str], combinations: Sequence[Sequence[str]]) -> list[str]:
+    """The name of each job; all of them are composed and checked for it, before the first begins."""
+    problems: dict[str, None] = {}
+    names = []
+    for combination in combinations:
+        try:
+            check = _base_of_pipeline if verb == "pipeline" else _base_of_stage
+            names.append(_name(check([*rest, *combination]), combination))
+        except UserError as error:
+            problems |= dict.fromkeys(error.problems)
+    if problems:
+        raise UserError(list(problems), f"Keys and their meaning: nanochat-pl {verb} --help")
+    return names
 
-    composed = compose_train([*rest, *combination])
-    return composed.config.run or composed.experiment or "sweep"
+
+def _base_of_pipeline(overrides: Sequence[str]) -> str:
+    return run_folder_of(check_all(steps_of(overrides))).name
+
+
+def _base_of_stage(overrides: Sequence[str]) -> str:
+    composed = compose_train(overrides)
+    if composed.config.stage.parent not in (None, "tokenizer"):
+        raise UserError(
+            f"-m: the stage {composed.config.stage.name} builds on another stage of its run; sweep over a pipeline,"
+            " which trains both: nanochat-pl pipeline experiment=NAME -m stages.sft.KEY=VALUE,VALUE"
+        )
+    return composed.config.run or composed.experiment or f"d{composed.config.model.depth}"
 
 
 def _name(base: str, combination: Sequence[str]) -> str:
     """``base-depth4-matrix_lr0.01``: the last part of each swept key and its value, in signs that a name may have."""
-    keys = [text.partition("=")[0] for text in combination]
-    short = [key.rpartition(".")[2] for key in keys]
+    pairs = [text.partition("=")[::2] for text in combination]
+    short = [key.rpartition(".")[2] for key, _ in pairs]
     parts = [
-        (key if short.count(last) > 1 else last) + text.partition("=")[2]
-        for key, last, text in zip(keys, short, combination, strict=True)
+        (key if short.count(last) > 1 else last) + value
+        for (key, value), last in zip(pairs, short, strict=True)
+        if not (key == "model.depth" and base == f"d{value}")
     ]
     return re.sub(r"[^\w.+-]+", "_", "-".join([base, *parts]))[:MAX_NAME_LENGTH]

@@ -1,0 +1,117 @@
+"""The command as a person meets it: verbs, help, exit codes, and no traceback for a mistake."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nanochat_pl.cli import main as main_module
+from nanochat_pl.cli.main import VERBS, main
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_alone_it_lists_the_verbs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"  {verb} " in shown for verb in VERBS)
+
+
+def test_help_is_fast_and_imports_no_torch() -> None:
+    """Best of three: the machine may be busy."""
+    program = "import sys; from nanochat_pl.cli.main import main; main(['--help']); sys.exit('torch' in sys.modules)"
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-c", program], check=True, stdout=subprocess.DEVNULL)
+        times.append(time.perf_counter() - start)
+    assert min(times) < 1.0
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_shows_its_keys(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([verb, "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert f"nanochat-pl {verb}" in shown
+    assert "paths" in shown
+
+
+def test_help_of_a_group_shows_all_of_its_keys(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--help", "model"]) == 0
+    shown = capsys.readouterr().out
+    assert "model.window_pattern=SSSL" in shown
+    assert "choices: default, tiny" in shown
+    assert main(["train", "--help", "modle"]) == 2
+    assert "did you mean model?" in capsys.readouterr().err
+
+
+def test_mistakes_give_exit_code_2_and_plain_sentences(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "model.dpeth=4", "stage=bsae"]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.splitlines() == [
+        "error: stage=bsae: there is no such choice; did you mean base? There are: base, sft, tokenizer.",
+        "error: model.dpeth: there is no such key; did you mean depth?",
+        "Keys and their meaning: nanochat-pl train --help",
+    ]
+
+
+def test_an_unknown_verb_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["trian"]) == 2
+    assert "'trian': there is no such verb; did you mean train?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["chat", "run=x"], "run=x: there is no such run in runs; there are no runs yet"),
+        (["chat"], "runs: there are no runs."),
+        (["chat", "bundle=nowhere"], "bundle=nowhere: there is no such folder."),
+        (["chat", "bundle=nowhere", "run=x"], "bundle: names a model by itself"),
+        (["evaluate", "bundle=nowhere"], "to: is missing"),
+        (["report", "run=../x"], "run='../x': is no name for a run."),
+        (["runs", "delete=x"], "delete=x: there is no such run in runs"),
+        (["train", "stage=sft"], "runs: no run has a finished stage base."),
+        (["train", "stage=base", "paths.runs=file/runs"], "cannot be written: Not a directory"),
+        (["train", "run=a b"], "run='a b': is no name for a run."),
+        (["pipeline", "experiment=tiny", "paths.runs=file/runs"], "cannot be written: Not a directory"),
+        (["plan", "explain=nothing"], "there is no value 'nothing'"),
+        (["train", "-m", "model.depth=3"], "-m: no key has several values."),
+    ],
+)
+def test_missing_things_are_said_before_any_work(
+    arguments: list[str], expected: str, here: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (here / "file").touch()
+    assert main(arguments) == 2
+    out, err = capfd.readouterr()
+    assert expected in err
+    assert "Traceback" not in err + out
+
+
+def test_ctrl_c_and_bugs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def raising(error: BaseException) -> Any:
+        def dispatch(arguments: list[str]) -> int:
+            raise error
+
+        return dispatch
+
+    monkeypatch.setattr(main_module, "_dispatch", raising(KeyboardInterrupt()))
+    assert main([]) == 130
+    monkeypatch.setattr(main_module, "_dispatch", raising(ZeroDivisionError("x")))
+    assert main([]) == 1
+    err = capsys.readouterr().err
+    assert "Traceback" in err
+    assert "This is a bug in nanochat_pl" in err
+
+
+def test_train_py_is_the_train_verb(here: Path) -> None:
+    command = [sys.executable, str(ROOT / "train.py"), "stage=base", "model.depth=4", "check_only=true"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "nothing was trained" in done.stdout
+    assert list(here.iterdir()) == []

@@ -1,0 +1,76 @@
+"""The verb `runs`: what is there, and deleting it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nanochat_pl.cli.runs import delete_run, run
+from nanochat_pl.common.errors import UserError
+from nanochat_pl.common.files import write_json
+from nanochat_pl.common.run_folder import stage_folder
+from tests.common.test_run_folder import HOLDER
+
+
+@pytest.fixture
+def runs(here: Path) -> Path:
+    base = stage_folder(here / "runs", "d4", "base")
+    base.create()
+    write_json(base.path / "finished.json", {"step": 20, "metrics": {"val/bpb": 1.25}})
+    sft = stage_folder(here / "runs", "d4", "sft")
+    sft.create()
+    (sft.path / "checkpoints").mkdir()
+    (sft.path / "checkpoints" / "step=000007.ckpt").write_bytes(bytes(2**20))
+    return here / "runs"
+
+
+def test_the_list(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines[1] == ["d4", "base", "finished", "20", "1.2500", "0.0", "MiB"]
+    assert lines[2] == ["d4", "sft", "unfinished", "7", "1.0", "MiB"]
+
+
+def test_no_runs(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([]) == 0
+    assert "there are no runs yet" in capsys.readouterr().out
+
+
+def test_deleting(runs: Path) -> None:
+    (runs / "other").mkdir()
+    assert run(["delete=d4"]) == 0
+    assert not (runs / "d4").exists()
+    assert (runs / "other").exists()
+
+
+@pytest.mark.parametrize("name", ["d5", "../runs", ".", "", "other"])
+def test_only_runs_are_deleted(runs: Path, name: str) -> None:
+    (runs / "other").mkdir()
+    with pytest.raises(UserError, match="there is no such run"):
+        delete_run(runs, name)
+    assert (runs / "d4").exists()
+
+
+def test_a_link_is_removed_and_not_what_it_points_to(runs: Path, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    (runs / "d4").rename(elsewhere)
+    (runs / "d4").symlink_to(elsewhere)
+    delete_run(runs, "d4")
+    assert not (runs / "d4").is_symlink()
+    assert (elsewhere / "base").exists()
+
+
+def test_a_run_in_use_is_not_deleted(runs: Path) -> None:
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(runs)], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None
+    try:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match="is in use by process"):
+            delete_run(runs, "d4")
+    finally:
+        holder.kill()
+        holder.communicate()
+    assert (runs / "d4").exists()

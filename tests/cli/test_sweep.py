@@ -1,0 +1,98 @@
+"""Sweeps: jobs, their names, and what happens when one fails."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from nanochat_pl.cli import sweep
+from nanochat_pl.cli.sweep import expand, run_sweep
+from nanochat_pl.cli.train import compose_train, place_of
+from nanochat_pl.common.errors import UserError
+from nanochat_pl.common.files import write_json
+
+
+def names(*arguments: str) -> list[str]:
+    return [job.name for job in expand("train", arguments)]
+
+
+def test_jobs_are_the_product_of_the_values() -> None:
+    jobs = expand("train", ["model.depth=2,3", "optim.matrix_lr=choice(0.1,0.2)", "seed=7", "run=x"])
+    assert [job.name for job in jobs] == [
+        "x-depth2-matrix_lr0.1",
+        "x-depth2-matrix_lr0.2",
+        "x-depth3-matrix_lr0.1",
+        "x-depth3-matrix_lr0.2",
+    ]
+    config = compose_train(jobs[3].overrides).config
+    assert (config.model.depth, config.optim.matrix_lr, config.seed, config.run) == (3, 0.2, 7, jobs[3].name)
+
+
+def test_names_without_a_run_say_the_depth_once() -> None:
+    assert names("model.depth=range(2,4)") == ["d2", "d3"]
+    assert names("seed=1,2", "model=tiny") == ["d4-seed1", "d4-seed2"]
+    assert names("model=default,tiny", "experiment=tiny") == ["tiny-modeldefault", "tiny-modeltiny"]
+    assert names("evaluation.sample_prompts=['a b'],[c]") == ["d12-sample_prompts_a_b_", "d12-sample_prompts_c_"]
+
+
+def test_a_stage_that_builds_on_another_is_swept_by_its_pipeline(here: Path) -> None:
+    with pytest.raises(UserError, match="sweep over a pipeline"):
+        expand("train", ["stage=sft", "optim.matrix_lr=0.1,0.2"])
+    jobs = expand("pipeline", ["experiment=tiny", "stages.sft.optim.matrix_lr=0.1,0.2"])
+    assert [job.name for job in jobs] == ["tiny-matrix_lr0.1", "tiny-matrix_lr0.2"]
+    assert jobs[0].overrides == ("experiment=tiny", "stages.sft.optim.matrix_lr=0.1", f"run={jobs[0].name}")
+
+
+def test_text_is_not_swept_over() -> None:
+    with pytest.raises(UserError, match="-m: no key has several values"):
+        expand("train", ["data=local", "data.path=a,b"])
+
+
+@pytest.mark.parametrize(
+    ("argument", "expected"),
+    [
+        ("model=glob(*)", "glob is not supported"),
+        ("seed=1,1", "several jobs would be named d12-seed1"),
+        ("seed=range(0,2000)", "makes 2,000 jobs"),
+        ("seed=[1,2", "cannot be read"),
+    ],
+)
+def test_sweeps_that_make_no_sense(argument: str, expected: str) -> None:
+    with pytest.raises(UserError, match=expected):
+        expand("train", [argument])
+
+
+def test_all_jobs_are_checked_before_the_first_begins(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep, "run_child", lambda arguments: pytest.fail("began"))
+    with pytest.raises(UserError) as caught:
+        run_sweep("train", ["model.depth=2,0", "model.dpeth=3"])
+    assert any("is below 1" in problem for problem in caught.value.problems)
+    assert any("dpeth" in problem for problem in caught.value.problems)
+
+
+def test_finished_jobs_are_skipped_and_failing_ones_do_not_stop_the_others(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    done = place_of(compose_train(["run=d2"]))
+    done.create()
+    write_json(done.path / "finished.json", {})
+    started = []
+
+    def fake(arguments: list[str]) -> int:
+        started.append(arguments[-1])
+        return 2 if arguments[-1] == "run=d3" else 0
+
+    monkeypatch.setattr(sweep, "run_child", fake)
+    assert run_sweep("train", ["model.depth=2,3,4"]) == 2
+    assert started == ["run=d3", "run=d4"]
+    shown = capsys.readouterr().out
+    for line in ("d2   finished before", "d3   failed, exit code 2", "d4   finished"):
+        assert line in shown
+
+
+def test_a_signal_ends_the_sweep(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started = []
+    monkeypatch.setattr(sweep, "run_child", lambda arguments: started.append(arguments) or 130)
+    assert run_sweep("train", ["model.depth=2,3"]) == 130
+    assert len(started) == 1
