@@ -141,7 +141,7 @@ def test_grouped_queries_and_bfloat16():
     config = tiny_config(num_kv_heads=1, num_heads=6)
     net = perturbed(config).requires_grad_(False).set_compute_dtype(torch.bfloat16)
     ids = random_ids(config, 2, 20)
-    cache = net.new_cache(2, 20)
+    cache = KVCache(config, 2, 20, net.device, net.compute_dtype)
     outputs = [net(piece, cache) for piece in ids.split([9, 1, 10], dim=1)]
     assert outputs[0].dtype == torch.float32
     torch.testing.assert_close(torch.cat(outputs, dim=1), net(ids), atol=0.15, rtol=0.05)

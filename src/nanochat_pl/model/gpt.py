@@ -188,10 +188,6 @@ class GPT(nn.Module):
         self.cos, self.sin = (table.to(device=self.device, dtype=dtype) for table in (cos, sin))
         return self
 
-    def new_cache(self, num_slots: int, max_len: int) -> KVCache:
-        """An empty cache for ``num_slots`` sequences of up to ``max_len`` tokens, on this device and in this type."""
-        return KVCache(self.config, num_slots, max_len, self.device, self.compute_dtype)
-
     def forward(
         self,
         ids: Tensor,
