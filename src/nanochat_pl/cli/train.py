@@ -21,6 +21,7 @@ from nanochat_pl.cli.records import require_same_settings, write_records
 from nanochat_pl.common.console import next_steps, say
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.run_folder import StageFolder, fresh_stage_folder, only_run_with, stage_folder
+from nanochat_pl.planning import Plan
 from nanochat_pl.training.settings import TrainConfig
 
 Config = TrainConfig
@@ -102,11 +103,19 @@ def _train(composed: Composed[TrainConfig], folder: StageFolder) -> int:
             given=composed.given,
             make_loggers=_maker(config.logger, "logger", save_dir=str(folder.path)),
             make_callbacks=_maker(config.callbacks, "callbacks"),
+            on_plan=_say_plan,
         )
     except StopRequested as stop:
         say(f"Stopped after step {stop.step:,}. The same command goes on from there.")
         return 128 + stop.signum
     return 0
+
+
+def _say_plan(plan: Plan) -> None:
+    say(
+        f"Plan: {plan['parameters_total']:,} parameters, {plan['num_steps']:,} steps of"
+        f" {plan['total_batch_tokens']:,} tokens. Each value with its reason: nanochat-pl plan, or plan.json."
+    )
 
 
 def _maker(nodes: dict[str, Any], group: str, **more: Any) -> Callable[[], list[Any]]:
