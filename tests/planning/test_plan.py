@@ -200,3 +200,16 @@ def test_a_later_stage_with_fewer_rows_than_a_step_takes_says_so() -> None:
     with pytest.raises(UserError, match="16 rows, the data has 10") as error:
         finetune(num_rows=10)
     assert "total_batch_tokens=256" in error.value.fix
+
+
+def test_a_small_corpus_bounds_the_batch() -> None:
+    """The reference's batch would be a twentieth of the corpus: a run of a few epochs would be some dozen steps."""
+    plan = make_plan(
+        ModelSettings(depth=4), HorizonSettings(), OptimSettings(), vocab_size=32768, tokens_at_hand=5_000_000
+    )
+    assert plan["total_batch_tokens"] == 2**14
+    assert plan.values["total_batch_tokens"].inputs["tokens_at_hand"] == 5_000_000
+    large = make_plan(
+        ModelSettings(depth=4), HorizonSettings(), OptimSettings(), vocab_size=32768, tokens_at_hand=10**11
+    )
+    assert large["total_batch_tokens"] == 2**18

@@ -24,6 +24,8 @@ REFERENCE_DEPTH = 12
 REFERENCE_BATCH_TOKENS = 2**19
 BATCH_EXPONENT = 0.383
 TOKENS_PER_PARAMETER = 12.0
+# Of a small corpus, the reference's batch would be a large part, and a run of a few epochs a handful of steps.
+MIN_STEPS_PER_EPOCH = 256
 
 VALIDATION_SHARE = 0.01  # of the training time
 MIN_VALIDATION_ROWS = 32
@@ -46,6 +48,7 @@ def make_plan(
     validation_rows: int | None = None,
     evaluate_every_steps: int = 250,
     schedule: ScheduleSettings | None = None,
+    tokens_at_hand: int | None = None,
 ) -> Plan:
     """The plan of pretraining.
 
@@ -55,6 +58,7 @@ def make_plan(
         device_batch_size, validation_rows: the user's, or null for the plan's.
         evaluate_every_steps: steps between validations; 0: one, at the end.
         schedule: of the stage, where the plan is to tell how long its parts are.
+        tokens_at_hand: training tokens that the data has, one epoch, where that is known: it bounds the batch.
 
     Raises:
         UserError: total_batch_tokens is no whole number of rows.
@@ -65,7 +69,7 @@ def make_plan(
     )
     plan = Plan()
     _plan_model(plan, config, model)
-    _plan_horizon(plan, config, reference, horizon)
+    _plan_horizon(plan, config, reference, horizon, tokens_at_hand)
     _plan_length(plan, horizon)
     _plan_scales(plan)
     hyper = resolve_hyperparameters(
@@ -175,7 +179,9 @@ def _plan_model(plan: Plan, config: GPTConfig, settings: ModelSettings | None = 
     )
 
 
-def _plan_horizon(plan: Plan, config: GPTConfig, reference: GPTConfig, horizon: HorizonSettings) -> None:
+def _plan_horizon(
+    plan: Plan, config: GPTConfig, reference: GPTConfig, horizon: HorizonSettings, tokens_at_hand: int | None
+) -> None:
     formula = "parameters_transformer_matrices + parameters_lm_head"
     scaling = _scaling_parameters(config)
     plan.derive("scaling_parameters", scaling, formula, ("parameters_transformer_matrices", "parameters_lm_head"))
@@ -201,8 +207,14 @@ def _plan_horizon(plan: Plan, config: GPTConfig, reference: GPTConfig, horizon: 
         f"2 ** round(log2({REFERENCE_BATCH_TOKENS} * (horizon_tokens / reference_tokens) ** {BATCH_EXPONENT})),"
         " to whole rows"
     )
-    given = _given("total_batch_tokens", horizon.total_batch_tokens)
-    _plan_batch(plan, 2 ** round(math.log2(power)), formula, ("horizon_tokens", "reference_tokens"), given)
+    wanted = 2 ** round(math.log2(power))
+    needed: tuple[str, ...] = ("horizon_tokens", "reference_tokens")
+    if tokens_at_hand is not None:
+        plan.derive("tokens_at_hand", tokens_at_hand, "one epoch of the data")
+        wanted = min(wanted, 2 ** int(math.log2(max(1, tokens_at_hand // MIN_STEPS_PER_EPOCH))))
+        formula += f"; at least {MIN_STEPS_PER_EPOCH} steps an epoch"
+        needed = (*needed, "tokens_at_hand")
+    _plan_batch(plan, wanted, formula, needed, _given("total_batch_tokens", horizon.total_batch_tokens))
 
 
 def _scaling_parameters(config: GPTConfig) -> int:

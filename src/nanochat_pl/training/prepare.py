@@ -67,18 +67,20 @@ def prepare_base(config: TrainConfig, folder: StageFolder, cache: Path, machine:
     """
     tokenizer = tokenizer_for(config, folder, cache)
     _refuse_other_tokenizer(config, tokenizer, given)
+    source = open_source(config.data, cache)
+    say(source.describe() if hasattr(source, "describe") else f"Data: {source.name}.")
+    train = build_token_cache(source, "train", tokenizer, cache)
+    held_out = build_token_cache(source, "val", tokenizer, cache)
     plan = make_plan(
         config.model,
         config,
         config.optim,
         vocab_size=tokenizer.vocab_size,
         compute_dtype=machine.compute_dtype,
+        schedule=config.schedule,
+        tokens_at_hand=train.num_tokens,
         **_plan_options(config, machine),
     )
-    source = open_source(config.data, cache)
-    say(source.describe() if hasattr(source, "describe") else f"Data: {source.name}.")
-    train = build_token_cache(source, "train", tokenizer, cache)
-    held_out = build_token_cache(source, "val", tokenizer, cache)
     seconds = estimate_cpu_seconds(plan["total_flops"], os.cpu_count() or 1) if machine.device.type == "cpu" else None
     check_horizon(plan, train.num_tokens, seconds)
     sequence_len, bos = plan["sequence_len"], tokenizer.bos_id
@@ -97,8 +99,9 @@ def prepare_base(config: TrainConfig, folder: StageFolder, cache: Path, machine:
     fixed = validation_rows(held_out, sequence_len, bos, cache, plan["validation_rows"])
     stats = rows.index.stats
     say(
-        f"Rows: {train.num_tokens:,} tokens at hand, {len(rows):,} rows are {stats.epochs} epochs at most; "
-        f"{stats.cropped_tokens:,} tokens cropped, {stats.padded_places:,} places padded."
+        f"Rows: {len(rows):,} of {sequence_len:,} tokens for {plan['num_steps']:,} steps, "
+        f"{stats.placed_tokens / train.num_tokens:.2f} epochs of {train.num_tokens:,} tokens"
+        + (f"; {stats.cropped_tokens:,} tokens cropped." if stats.cropped_tokens else ".")
     )
     return Prepared(
         plan=plan,
