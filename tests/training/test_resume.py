@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -139,20 +139,35 @@ def test_every_resume_file_is_plain_data(place: Path) -> None:
         assert torch.load(path, weights_only=True)["global_step"] == int(path.stem.split("=")[1])
 
 
-def test_a_full_disk_is_one_clear_error_and_costs_no_file(
-    place: Path, train: Callable[..., int], capsys: pytest.CaptureFixture[str]
+@pytest.fixture
+def small_disk(place: Path) -> Iterator[Path]:
+    """The folder of a base stage on a disk of 1.5 MB."""
+    folder = start_run(place, "full", "base") / "base"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(mount, check=False).returncode:
+        pytest.skip("needs to mount a small disk")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+    shutil.rmtree(folder.parent)
+
+
+def test_a_disk_that_is_too_small_ends_the_run_before_it_begins(
+    small_disk: Path, train: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if os.geteuid() != 0:
-        pytest.skip("needs root to mount a small disk")
-    folder = start_run(place, "full", "base")
-    (folder / "base").mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", str(folder / "base")], check=False)
-    if mounted.returncode:
-        pytest.skip("may not mount here")
-    try:
-        assert train("run=full") == 2
-        error = capsys.readouterr().err
-        assert "step=0000" in error and "MiB free" in error
-        assert all(damage(path) is None for path in resume_files(folder / "base" / "checkpoints"))
-    finally:
-        subprocess.run(["umount", str(folder / "base")], check=True)
+    assert train("run=full") == 2
+    assert "MiB free" in capsys.readouterr().err
+    assert not (small_disk / "metrics.csv").exists()
+
+
+def test_a_disk_that_fills_up_costs_no_file(
+    small_disk: Path,
+    train: Callable[..., int],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("nanochat_pl.training.run.free_bytes", lambda path: 2**40)
+    assert train("run=full") == 2
+    error = capsys.readouterr().err
+    assert "step=0000" in error and "MiB free" in error
+    assert all(damage(path) is None for path in resume_files(small_disk / "checkpoints"))

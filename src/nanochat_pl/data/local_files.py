@@ -46,6 +46,11 @@ class LocalFiles:
     def fingerprint(self) -> str:
         return fingerprint_of([shard.fingerprint for split in ("train", "val") for shard in self.shards(split)])
 
+    def describe(self) -> str:
+        """One line for people: the files and the hash of their documents."""
+        files = len({*self._train_files.values(), *self._val_files.values()})
+        return f"{self._settings.path}: {files:,} file{'s' if files > 1 else ''}, {self.fingerprint[:12]}"
+
     def shards(self, split: Split) -> list[Shard]:
         files = self._train_files if split == "train" else self._val_files
         return [self._shard(name, path, split) for name, path in files.items()]

@@ -91,6 +91,9 @@ class Source(Protocol):
     def fingerprint(self) -> str:
         """Changes whenever any document of any split does: the corpus hash that figures are quoted with."""
 
+    def describe(self) -> str:
+        """One line for people: what it holds, and its hash."""
+
     def shards(self, split: Split) -> list[Shard]:
         """The shards of a split, in an order that does not change while the text stays the same."""
 

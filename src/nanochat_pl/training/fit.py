@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,9 +76,7 @@ def fit(stage: TrainingStage, data: RowsDataModule, fitting: Fitting) -> Fitted:
     trainer = _trainer(stage, fitting, [csv, *fitting.loggers], [*ours, *fitting.callbacks])
     if resume_from:
         say(f"{fitting.name}: going on after step {first_step:,} ({resume_from}).")
-    with stop, warnings.catch_warnings():
-        # We set the schedule ourselves in the step, and rows have addresses: neither needs workers or a scheduler.
-        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    with stop:
         trainer.fit(stage, datamodule=data, ckpt_path=None if resume_from is None else str(resume_from))
     return Fitted(trainer, metrics.seconds, metrics.tokens)
 

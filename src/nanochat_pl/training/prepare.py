@@ -68,7 +68,7 @@ def prepare_base(config: TrainConfig, folder: StageFolder, cache: Path, machine:
     tokenizer = tokenizer_for(config, folder, cache)
     _refuse_other_tokenizer(config, tokenizer, given)
     source = open_source(config.data, cache)
-    say(source.describe() if hasattr(source, "describe") else f"Data: {source.name}.")
+    say(source.describe())
     train = build_token_cache(source, "train", tokenizer, cache)
     held_out = build_token_cache(source, "val", tokenizer, cache)
     plan = make_plan(

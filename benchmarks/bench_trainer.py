@@ -1,0 +1,137 @@
+"""What Lightning costs: a step of the Trainer, with all callbacks and loggers, against a bare PyTorch loop's.
+
+Both train twins of the demo's model on the same rows. The bare step runs inside the Trainer's run, right after each of
+its steps, so the two alternate and the machine's moods meet both. The Trainer's time runs from the end of one bare step
+to the end of the next Trainer step: fetching the batch, hooks, figures and progress are in it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import random
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback
+
+from nanochat_pl.cli.quiet import quieten
+from nanochat_pl.common.hardware import choose_compute_dtype
+from nanochat_pl.model.accounting import flops_per_token
+from nanochat_pl.model.config import ModelSettings, resolve_model
+from nanochat_pl.model.gpt import GPT, parameter_roles
+from nanochat_pl.model.init import init_weights
+from nanochat_pl.optim import OptimSettings, ScheduleSettings, build_optimizer, resolve_hyperparameters, schedule_values
+from nanochat_pl.training.datamodule import RowsDataModule, StepRows
+from nanochat_pl.training.evaluation import Samples
+from nanochat_pl.training.fit import Fitting, fit
+from nanochat_pl.training.settings import EvaluationSettings, TrainerSettings
+from nanochat_pl.training.stages import BaseStage, StageRecipe
+
+ROWS_PER_STEP = 16
+WARM_UP_STEPS = 5
+
+
+class RandomRows:
+    """Rows of random ids, as quick to read as rows can be."""
+
+    def __init__(self, vocab_size: int, sequence_len: int) -> None:
+        self.ids = np.random.RandomState(0).randint(0, vocab_size, (512, sequence_len + 1))
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def read(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        rows = self.ids[np.asarray(numbers)]
+        return rows[:, :-1].copy(), rows[:, 1:].copy()
+
+
+class BareLoop(Callback):
+    """The same steps without Lightning, one after each of the Trainer's."""
+
+    def __init__(self, recipe: StageRecipe, data: StepRows) -> None:
+        self.recipe, self.data = recipe, data
+        self.net = init_weights(GPT(recipe.model).materialise(), recipe.seed)
+        self.loss = torch.compile(self.net.weighted_loss, dynamic=False) if recipe.compile else self.net.weighted_loss
+        self.optimizer = build_optimizer(self.net.named_parameters(), parameter_roles(self.net), recipe.hyperparameters)
+        self.optimizer.allocate_state()
+        self.pairs: list[tuple[float, float]] = []
+        self._mark = time.perf_counter()
+
+    def step(self, number: int) -> float:
+        """One bare optimizer step; gives the loss."""
+        batch, size = self.data[number], self.recipe.device_batch_size
+        total = torch.zeros(())
+        for first in range(0, len(batch.inputs), size):
+            part = slice(first, first + size)
+            nats = self.loss(batch.inputs[part], batch.targets[part]) / batch.num_targets
+            nats.backward()
+            total += nats.detach()
+        self.optimizer.set_step_values(schedule_values(self.recipe.schedule, number, self.recipe.num_steps))
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return total.item()
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """The Trainer has made a step: measure it, then make and measure the bare one."""
+        trainer_seconds = time.perf_counter() - self._mark
+        start = time.perf_counter()
+        self.step(trainer.global_step - 1)
+        self._mark = time.perf_counter()
+        self.pairs.append((trainer_seconds, self._mark - start))
+
+
+def interval(ratios: list[float], rounds: int = 10_000) -> tuple[float, float]:
+    """95% bootstrap interval of the median."""
+    chance = random.Random(0)
+    medians = sorted(statistics.median(chance.choices(ratios, k=len(ratios))) for _ in range(rounds))
+    return medians[int(0.025 * rounds)], medians[int(0.975 * rounds)]
+
+
+def main(num_pairs: int = 60, compiled: bool = True) -> None:
+    """Print the ratio of the two, and tokens a second of both."""
+    quieten()
+    dtype = choose_compute_dtype("auto", torch.device("cpu"))
+    model = resolve_model(ModelSettings(depth=4, head_dim=64, sequence_len=256), 4096, dtype)
+    num_steps = num_pairs + WARM_UP_STEPS
+    hyper = resolve_hyperparameters(OptimSettings(matrix_lr=0.012), width=model.width, compute_dtype=dtype)
+    recipe = StageRecipe(model, hyper, ScheduleSettings(), num_steps, ROWS_PER_STEP, 0, compiled)
+    rows: Any = RandomRows(model.vocab_size, model.sequence_len)
+    bare = BareLoop(copy.copy(recipe), StepRows(rows, ROWS_PER_STEP))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        fitting = Fitting(
+            name="bench",
+            folder=folder,
+            trainer=TrainerSettings(accelerator="cpu", checkpoint_every_steps=10**6),
+            evaluation=EvaluationSettings(every_steps=0, samples_every_steps=0),
+            device=torch.device("cpu"),
+            flops_per_token=flops_per_token(model),
+            peak_flops=None,
+            validation=None,
+            samples=Samples(folder / "samples.jsonl", [], 1),
+            callbacks=[bare],
+        )
+        fit(BaseStage(recipe), RowsDataModule(rows, ROWS_PER_STEP, num_steps), fitting)
+    # The last step writes a resume file; the first ones compile.
+    pairs = bare.pairs[WARM_UP_STEPS:-1]
+    ratios = [trainer / alone for trainer, alone in pairs]
+    low, high = interval(ratios)
+    tokens = ROWS_PER_STEP * model.sequence_len
+    trainer_rate, bare_rate = (tokens / statistics.median(times) for times in zip(*pairs, strict=True))
+    how = f"{dtype}, {'compiled' if compiled else 'eager'}, {torch.get_num_threads()} threads"
+    print(f"Trainer / bare loop: {statistics.median(ratios):.4f} (95% {low:.4f} to {high:.4f}, n={len(ratios)}), {how}")
+    print(f"  {trainer_rate:,.0f} and {bare_rate:,.0f} tokens/s (medians)")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=60)
+    parser.add_argument("--eager", action="store_true")
+    options = parser.parse_args()
+    main(options.pairs, not options.eager)
