@@ -47,7 +47,7 @@ def test_accuracy_and_answers(engine):
     seen = []
     result = evaluate_task(engine, Doubling(), batch=4, progress=lambda done, total: seen.append((done, total)))
     assert (result.name, result.n, result.correct, result.accuracy) == ("doubling", 10, 9, 0.9)
-    assert result.stderr == pytest.approx(math.sqrt(0.9 * 0.1 / 10))
+    assert result.stderr == pytest.approx(math.sqrt(10 / 12 * 2 / 12 / 12))
     assert result.answers[3] == {
         "question": "3*2?",
         "answer": "[3*2][= 6], 6.",

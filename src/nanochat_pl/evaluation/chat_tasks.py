@@ -22,7 +22,8 @@ class TaskResult:
         n: problems asked.
         correct: of them answered rightly.
         accuracy: correct / n.
-        stderr: standard error of the accuracy, sqrt(accuracy · (1 - accuracy) / n).
+        stderr: standard error of the accuracy, with one right and one wrong answer added: all right of a few problems
+            is no certainty.
         answers: one row per problem: question, answer, reference (tool calls as ``[2*21][= 42]``), correct.
     """
 
@@ -93,8 +94,8 @@ def summarize(name: str, answers: list[dict[str, Any]]) -> TaskResult:
     """Figures of judged answers (at least one)."""
     n = len(answers)
     correct = sum(answer["correct"] for answer in answers)
-    accuracy = correct / n
-    return TaskResult(name, n, correct, accuracy, math.sqrt(accuracy * (1 - accuracy) / n), answers)
+    supposed = (correct + 1) / (n + 2)
+    return TaskResult(name, n, correct, correct / n, math.sqrt(supposed * (1 - supposed) / (n + 2)), answers)
 
 
 def _readable(content: str | Sequence[Mapping[str, str]]) -> str:
