@@ -14,11 +14,11 @@ from nanochat_pl.common.files import write_json
 
 
 def names(*arguments: str) -> list[str]:
-    return [job.name for job in expand("train", arguments)]
+    return [job.name for job in expand(arguments)]
 
 
 def test_jobs_are_the_product_of_the_values() -> None:
-    jobs = expand("train", ["model.depth=2,3", "optim.matrix_lr=choice(0.1,0.2)", "seed=7", "run=x"])
+    jobs = expand(["model.depth=2,3", "optim.matrix_lr=choice(0.1,0.2)", "seed=7", "run=x"])
     assert [job.name for job in jobs] == [
         "x-depth2-matrix_lr0.1",
         "x-depth2-matrix_lr0.2",
@@ -38,15 +38,15 @@ def test_names_without_a_run_say_the_depth_once() -> None:
 
 def test_a_stage_that_builds_on_another_is_swept_by_its_pipeline(here: Path) -> None:
     with pytest.raises(UserError, match="sweep over a pipeline"):
-        expand("train", ["stage=sft", "optim.matrix_lr=0.1,0.2"])
-    jobs = expand("pipeline", ["experiment=tiny", "stages.sft.optim.matrix_lr=0.1,0.2"])
+        expand(["stage=sft", "optim.matrix_lr=0.1,0.2"])
+    jobs = expand(["experiment=tiny", "stages.sft.optim.matrix_lr=0.1,0.2"], "pipeline")
     assert [job.name for job in jobs] == ["tiny-matrix_lr0.1", "tiny-matrix_lr0.2"]
     assert jobs[0].overrides == ("experiment=tiny", "stages.sft.optim.matrix_lr=0.1", f"run={jobs[0].name}")
 
 
 def test_text_is_not_swept_over() -> None:
     with pytest.raises(UserError, match="-m: no key has several values"):
-        expand("train", ["data=local", "data.path=a,b"])
+        expand(["data=local", "data.path=a,b"])
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_text_is_not_swept_over() -> None:
 )
 def test_sweeps_that_make_no_sense(argument: str, expected: str) -> None:
     with pytest.raises(UserError, match=expected):
-        expand("train", [argument])
+        expand([argument])
 
 
 def test_all_jobs_are_checked_before_the_first_begins(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,7 +33,7 @@ def run_sweep(verb: str, arguments: Sequence[str]) -> int:
     Returns:
         0, or the exit code of the first job that failed; a signal ends the whole sweep.
     """
-    jobs, outcomes, first_failure = expand(verb, arguments), [], 0
+    jobs, outcomes, first_failure = expand(arguments, verb), [], 0
     for n, job in enumerate(jobs, start=1):
         say(f"job {n} of {len(jobs)}: {job.name}", style="bold")
         if verb == "train" and place_of(compose_train(job.overrides)).status == "finished":
@@ -48,7 +48,7 @@ def run_sweep(verb: str, arguments: Sequence[str]) -> int:
     return first_failure
 
 
-def expand(verb: str, arguments: Sequence[str]) -> list[Job]:
+def expand(arguments: Sequence[str], verb: str = "train") -> list[Job]:
     """The jobs of a sweep, in the order of the values as written, the last key varying fastest.
 
     Raises:
