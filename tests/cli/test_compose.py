@@ -151,3 +151,10 @@ def test_every_group_file_composes() -> None:
 def test_composition_does_not_depend_on_the_current_folder(here: Path) -> None:
     (here / "configs").mkdir()
     assert compose_train([]).config.model.depth == 12
+
+
+def test_a_checkout_reads_its_own_files_and_not_the_copies_of_an_installation() -> None:
+    """An editable installation leaves copies of configs/ in site-packages, which grow old."""
+    root = Path(__file__).resolve().parents[2]
+    assert config_files.config_folder() == root / "configs"
+    assert config_files.experiment_folder() == root / "conf_experiments"
