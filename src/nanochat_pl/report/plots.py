@@ -147,10 +147,10 @@ def png(panels: Iterable[Panel], title: str) -> bytes:
     size = figure.get_size_inches()
     figure.subplots_adjust(
         left=0.5 / size[0],
-        right=1 - 0.6 / size[0],
+        right=1 - 0.9 / size[0],
         top=1 - 1.0 / size[1],
         bottom=0.4 / size[1],
-        wspace=0.32,
+        wspace=0.42,
         hspace=0.52,
     )
     figure.text(0.5 / size[0], 1 - 0.3 / size[1], title, size=13, weight="bold", color=PRINT.ink, va="center")
@@ -295,7 +295,9 @@ def _label_ends(axes: Axes, ends: list[tuple[int, float, str, str]]) -> None:
         at = (value - low) / (high - low)
         at = max(at, placed[-1] + gap) if placed else at
         placed.append(at)
-        text = f"{value:.4g}" if abs(value) < 1e4 else _tick(value)
+        # What is nothing on the axis is shown as nothing.
+        nothing = abs(value) < 1e-3 * (high - low)
+        text = "0" if nothing else f"{value:.4g}" if abs(value) < 1e4 else _tick(value)
         axes.annotate(
             f"{text}\n{label}" if label else text,
             (1, at),
