@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -138,3 +139,10 @@ def test_a_second_writer_is_kept_out_until_the_first_is_gone_even_by_kill_9(tmp_
         assert time.monotonic() - start < 2
     with folder.locked():
         pass
+
+
+@pytest.mark.parametrize("look", [lambda runs: stage_folder(runs, "d4", "base").status, list_runs])
+def test_a_folder_that_cannot_be_looked_into_is_said(look: Callable[[Path], object], tmp_path: Path) -> None:
+    """The system refuses a name that long to everybody; a folder without rights it does not refuse to root."""
+    with pytest.raises(UserError, match=r"cannot be looked at: .*\n.*paths\.runs"):
+        look(tmp_path / ("x" * 300))

@@ -59,9 +59,10 @@ class StageFolder:
 
     @property
     def status(self) -> Status:
-        if (self.path / "finished.json").is_file():
-            return "finished"
-        return "unfinished" if self.path.is_dir() else "absent"
+        with _looking_into(self.runs):
+            if (self.path / "finished.json").is_file():
+                return "finished"
+            return "unfinished" if self.path.is_dir() else "absent"
 
     def parent(self, stage: str) -> StageFolder:
         """The folder of an earlier stage that this one builds on."""
@@ -111,7 +112,9 @@ def stage_folder(runs: Path, run: str, stage: str) -> StageFolder:
     check_name(run)
     note = runs / run / stage / "parent.json"
     parent_run = run
-    if note.is_file():
+    with _looking_into(runs):
+        noted = note.is_file()
+    if noted:
         parent_run = str(read_json(note).get("run", run))
         check_name(parent_run)
     return StageFolder(runs, run, stage, parent_run)
@@ -121,7 +124,8 @@ def fresh_stage_folder(runs: Path, run: str, stage: str) -> StageFolder:
     """A folder for a new run beside ``run``: ``run-2``, ``run-3`` … where the stage is there already."""
     check_name(run)
     names = (run if n == 1 else f"{run}-{n}" for n in range(1, 10_000))
-    name = next(name for name in names if not (runs / name / stage).exists())
+    with _looking_into(runs):
+        name = next(name for name in names if not (runs / name / stage).exists())
     return StageFolder(runs, name, stage, parent_run=run)
 
 
@@ -136,13 +140,13 @@ def check_name(name: str) -> None:
 
 def list_runs(runs: Path) -> dict[str, list[StageFolder]]:
     """All runs by name, each with its stages in the order of :data:`STAGES`. Other folders are left out."""
-    if not runs.is_dir():
-        return {}
-    found = {}
-    for folder in sorted(runs.iterdir()):
-        stages = [stage for stage in STAGES if (folder / stage).is_dir()]
-        if stages and re.fullmatch(r"\w[\w.+-]*", folder.name):
-            found[folder.name] = [stage_folder(runs, folder.name, stage) for stage in stages]
+    found: dict[str, list[StageFolder]] = {}
+    with _looking_into(runs):
+        folders = sorted(runs.iterdir()) if runs.is_dir() else []
+        for folder in folders:
+            stages = [stage for stage in STAGES if (folder / stage).is_dir()]
+            if stages and re.fullmatch(r"\w[\w.+-]*", folder.name):
+                found[folder.name] = [stage_folder(runs, folder.name, stage) for stage in stages]
     return found
 
 
@@ -192,6 +196,18 @@ def _stages_of(runs: Path, run: str) -> list[StageFolder]:
         hint = did_you_mean(run, known) if known else "there are no runs yet"
         raise UserError(f"run={run}: there is no such run in {runs}; {hint}", "nanochat-pl runs lists what is there.")
     return known[run]
+
+
+@contextlib.contextmanager
+def _looking_into(runs: Path) -> Iterator[None]:
+    """Turn what stands in the way of a mere look (no right to it, a name that is too long) into a UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{error.filename or runs}: cannot be looked at: {error.strerror or error}",
+            "Set paths.runs=… to a folder that you may use.",
+        ) from error
 
 
 def _holder(path: Path) -> str:

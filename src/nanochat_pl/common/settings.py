@@ -184,7 +184,7 @@ def _convert_scalar(hint: Any, value: Any, where: str, limits: Mapping[str, Any]
     fits = {
         bool: isinstance(value, bool),
         int: isinstance(value, int) and not isinstance(value, bool),
-        float: isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value),
+        float: isinstance(value, (int, float)) and not isinstance(value, bool) and _is_finite(value),
         str: isinstance(value, str),
     }.get(hint)
     if fits is None:
@@ -201,6 +201,13 @@ def _convert_scalar(hint: Any, value: Any, where: str, limits: Mapping[str, Any]
             if name in limits and not holds(value, limits[name]):
                 problems.append(f"{where}={value!r}: is {word} {limits[name]:,}.")
     return value
+
+
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number that no float can hold
+        return False
 
 
 def _describe(hint: Any) -> str:
