@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import os
+
+# Read when torch is loaded. Models here are tiny: one thread is faster than two, and bits do not depend on the machine.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 from pathlib import Path
 
 import pytest

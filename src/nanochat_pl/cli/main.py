@@ -28,6 +28,9 @@ VERBS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The console command. Gives the exit code: 0 done, 2 a mistake that the person can put right, 1 a bug of ours."""
+    # Read when torch is loaded: threads that wait sleep. Spinning ones make a training several times slower as soon as
+    # another program wants a core.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if is_child():
         _stop_with_parent()
     try:
