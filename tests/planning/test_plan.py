@@ -213,3 +213,19 @@ def test_a_small_corpus_bounds_the_batch() -> None:
         ModelSettings(depth=4), HorizonSettings(), OptimSettings(), vocab_size=32768, tokens_at_hand=10**11
     )
     assert large["total_batch_tokens"] == 2**18
+
+
+def test_a_ratio_that_gives_no_token() -> None:
+    with pytest.raises(UserError, match="tokens_per_parameter"):
+        make_plan(ModelSettings(), HorizonSettings(tokens_per_parameter=1e-9), OptimSettings(), vocab_size=300)
+
+
+def test_rows_in_memory_are_not_more_than_a_step_has() -> None:
+    plan = make_plan(
+        ModelSettings(sequence_len=256),
+        HorizonSettings(max_steps=1, total_batch_tokens=4096),
+        OptimSettings(),
+        vocab_size=300,
+        device_batch_size=5000,
+    )
+    assert plan["device_batch_size"] == 16

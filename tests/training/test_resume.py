@@ -103,6 +103,35 @@ def test_device_batch_size_may_change_on_the_way(place: Path, train: Callable[..
     assert whole.keys() == other.keys()
 
 
+def test_other_rows_are_another_run(
+    place: Path, train: Callable[..., int], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """A file that is added to data.path while the run stands still would change what every step trains on."""
+    folder = start_run(place, "more-text", "base")
+    texts = shutil.copytree(place / "texts", tmp_path / "texts")
+    checkpoints = folder / "base" / "checkpoints"
+    arguments = [*command(place, "more-text", "base"), f"data.path={texts}"]
+    assert interrupt(arguments, lambda: any(checkpoints.glob("step=*.ckpt")), signal.SIGKILL) == -signal.SIGKILL
+    (texts / "more.txt").write_text("the dog sat on the cat", encoding="utf-8")
+    assert train("run=more-text", f"data.path={texts}") == 2
+    error = capsys.readouterr().err
+    assert "data" in error and "resume=never" in error
+
+
+def test_loader_workers_give_the_same_bits(place: Path, train: Callable[..., int]) -> None:
+    folder = start_run(place, "workers", "base")
+    assert train("run=workers", "trainer.num_workers=1") == 0
+    assert same_weights(weights_of(place / "runs" / "whole", "base"), weights_of(folder, "base"))
+
+
+def test_an_ignored_signal_stays_ignored(place: Path) -> None:
+    """nohup: the training goes on when its terminal is gone."""
+    folder = start_run(place, "nohup", "base")
+    begun = folder / "base" / "metrics.csv"
+    arguments = ["sh", "-c", 'trap "" HUP; exec "$@"', "sh", *command(place, "nohup", "base")]
+    assert interrupt(arguments, lambda: begun.exists() and begun.read_text().count("\n") > 3, signal.SIGHUP) == 0
+
+
 def test_a_damaged_newest_file_is_passed_over(tmp_path: Path) -> None:
     for step in (5, 10):
         torch.save({"step": step, "weights": torch.ones(100)}, tmp_path / f"step={step:06d}.ckpt")
@@ -113,6 +142,7 @@ def test_a_damaged_newest_file_is_passed_over(tmp_path: Path) -> None:
     assert damage(newest) is not None
     with pytest.warns(UserWarning, match="step=000010"):
         assert newest_resume_file(tmp_path) == tmp_path / "step=000005.ckpt"
+    assert not newest.exists(), "else the run would not write this step again"
 
 
 def test_what_a_killed_writer_left_goes(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from nanochat_pl import load_bundle
+from nanochat_pl.training.evaluation import Samples
 from tests.training.conftest import same_weights, weights_of
 
 
@@ -59,6 +60,30 @@ def test_another_setting_is_another_run(train: Callable[..., int], capsys: pytes
 def test_sft_cannot_change_the_model(train: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
     assert train("run=whole", "resume=never", "model.depth=6", stage="sft") == 2
     assert "model.depth=6" in capsys.readouterr().err
+
+
+def test_a_bundle_tells_what_its_model_was_trained_with(place: Path) -> None:
+    """The fine-tuned model's own settings of depth, tokenizer and text would be defaults that nobody chose."""
+    base, sft = (load_bundle(place / "runs" / "whole" / name / "bundle").stage.settings for name in ("base", "sft"))
+    for group in ("model", "tokenizer", "data"):
+        assert sft[group] == base[group]
+
+
+def test_a_prompt_that_is_too_long_is_found_at_the_start(
+    train: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train("run=long-prompt", f"evaluation.sample_prompts=[{'cat ' * 400}]") == 2
+    assert "evaluation.sample_prompts" in capsys.readouterr().err
+
+
+def test_samples_with_strange_ends_of_lines_are_kept(tmp_path: Path) -> None:
+    """A sample may hold U+2028, which str.splitlines takes for an end of a line."""
+    samples = Samples(tmp_path / "samples.jsonl", [], 1)
+    rows = [{"step": step, "prompt": "a", "text": "b\u2028c\x85d"} for step in (5, 10)]
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    samples.path.write_text(text + '{"step": 15, "pro', encoding="utf-8")
+    samples.rewind(5)
+    assert [json.loads(line) for line in samples.path.read_text(encoding="utf-8").split("\n")[:-1]] == rows[:1]
 
 
 def test_sft_without_a_base(train: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:

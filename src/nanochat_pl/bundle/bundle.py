@@ -197,7 +197,10 @@ def _save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
             f"{path}: needs {needed / 2**20:,.0f} MiB, the disk has {free_bytes(path.parent) / 2**20:,.0f} MiB free.",
             fix="Free some space, or set paths.runs=… to a folder on another disk.",
         )
-    write_atomically(path, lambda temporary: save_file(contiguous, temporary))
+    try:
+        write_atomically(path, lambda temporary: save_file(contiguous, temporary))
+    except SafetensorError as error:  # what its writer makes of a full disk or a limit on the size of files
+        raise UserError(f"{path}: cannot be written: {error}", fix="Free some space, or lift the limit.") from error
 
 
 def _load_tensors(

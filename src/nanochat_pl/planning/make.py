@@ -196,6 +196,8 @@ def _plan_horizon(
     tokens = plan.derive(
         "horizon_tokens", int(ratio * scaling), "int(tokens_per_parameter * scaling_parameters)", inputs
     )
+    if tokens < 1:
+        raise UserError(f"tokens_per_parameter={ratio:g}: gives no token to train on.", fix="The recipe's is 12.")
     reference_tokens = plan.derive(
         "reference_tokens",
         ratio * plan["reference_scaling_parameters"],
@@ -321,7 +323,7 @@ def _plan_rows(
         min(rows_per_step, max(1, micro_batch_tokens // row)),
         f"rows of about {micro_batch_tokens:,} tokens ({device_type}), at most rows_per_step; memory, not results",
         ("sequence_len", "rows_per_step"),
-        _given("device_batch_size", device_batch_size),
+        _given("device_batch_size", None if device_batch_size is None else min(device_batch_size, rows_per_step)),
     )
     plan.derive("evaluate_every_steps", evaluate_every_steps, "evaluation.every_steps; one more at the end")
     num_evaluations = 1 + ((num_steps - 1) // evaluate_every_steps if evaluate_every_steps else 0)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from lightning.pytorch import Callback, Trainer
 
-from nanochat_pl.common.files import disk_errors_explained
+from nanochat_pl.common.files import disk_errors_explained, write_text
 from nanochat_pl.data.rows import Rows
 from nanochat_pl.engine import Engine
 from nanochat_pl.evaluation.bits_per_byte import BitsPerByte
@@ -86,9 +86,9 @@ class Samples:
     def rewind(self, step: int) -> None:
         """Drop what a run that was stopped wrote after ``step``."""
         if self.path.exists():
-            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-            self.path.write_text("".join(kept), encoding="utf-8")
+            # Not splitlines(): a sample may hold other ends of lines than \n. The last piece is empty, or was cut off.
+            lines = self.path.read_text(encoding="utf-8").split("\n")[:-1]
+            write_text(self.path, "".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= step))
 
 
 class PeriodicEvaluation(Callback):

@@ -9,8 +9,10 @@ from pathlib import Path
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from nanochat_pl.common.console import say
+from nanochat_pl.common.errors import UserError
 from nanochat_pl.training.datamodule import RowsDataModule
 from nanochat_pl.training.evaluation import PeriodicEvaluation, Samples, Validation
 from nanochat_pl.training.metrics import MetricsCSV, StepClock, StepMetrics
@@ -18,7 +20,7 @@ from nanochat_pl.training.progress import TrainingProgress
 from nanochat_pl.training.resume import AtomicCheckpointIO, ResumeFiles, newest_resume_file
 from nanochat_pl.training.settings import EvaluationSettings, TrainerSettings
 from nanochat_pl.training.stages import TrainingStage
-from nanochat_pl.training.stopping import GracefulStop
+from nanochat_pl.training.stopping import GracefulStop, StopRequested
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ def fit(stage: TrainingStage, data: RowsDataModule, fitting: Fitting) -> Fitted:
     """
     checkpoints = fitting.folder / "checkpoints"
     resume_from = newest_resume_file(checkpoints)
-    first_step = _announce_other_choices(stage, resume_from) if resume_from else 0
+    first_step = _step_to_go_on_from(stage, resume_from) if resume_from else 0
     csv = MetricsCSV(fitting.folder / "metrics.csv")
     csv.rewind(first_step)
     fitting.samples.rewind(first_step)
@@ -77,7 +79,15 @@ def fit(stage: TrainingStage, data: RowsDataModule, fitting: Fitting) -> Fitted:
     if resume_from:
         say(f"{fitting.name}: going on after step {first_step:,} ({resume_from}).")
     with stop:
-        trainer.fit(stage, datamodule=data, ckpt_path=None if resume_from is None else str(resume_from))
+        try:
+            trainer.fit(stage, datamodule=data, ckpt_path=None if resume_from is None else str(resume_from))
+        except MisconfigurationException as error:
+            raise UserError(f"callbacks, logger: Lightning refuses them: {error}") from error
+        except RuntimeError as error:
+            if stop.signum is None or not stop.is_a_stop(error):
+                raise
+            raise StopRequested(stop.signum, trainer.global_step) from error
+        stop.check()
     return Fitted(trainer, metrics.seconds, metrics.tokens)
 
 
@@ -103,11 +113,26 @@ def _trainer(stage: TrainingStage, fitting: Fitting, loggers: list[Logger], call
     )
 
 
-def _announce_other_choices(stage: TrainingStage, path: Path) -> int:
-    """The step of a resume file, after it was said what this machine chooses otherwise than the one that wrote it."""
+def _step_to_go_on_from(stage: TrainingStage, path: Path) -> int:
+    """The step of a resume file, where rows and length of the run are still those that it was made with.
+
+    What this machine chooses otherwise than the one that wrote the file is said.
+
+    Raises:
+        UserError: another text, tokenizer or plan than when the run began: it would end as neither of the two.
+    """
     saved = AtomicCheckpointIO().load_checkpoint(path)
-    before, now = saved["nanochat_pl"]["choices"], stage.recipe.choices
-    for key in sorted(before.keys() & now.keys()):
-        if before[key] != now[key]:
-            say(f"{key} was {before[key]} and is {now[key]} now: the run goes on, its last bits may be others.")
+    identity, choices = stage.recipe.identity, stage.recipe.choices
+    problems = [
+        f"{path}: was written with {key} {was}, now it is {identity.get(key)}."
+        for key, was in saved["nanochat_pl"]["identity"].items()
+        if identity.get(key) != was
+    ]
+    if problems:
+        raise UserError(
+            problems, fix="Bring the data back as it was, or begin a new run with run=NAME or resume=never."
+        )
+    for key, was in saved["nanochat_pl"]["choices"].items():
+        if key in choices and choices[key] != was:
+            say(f"{key} was {was} and is {choices[key]} now: the run goes on, its last bits may be others.")
     return int(saved["global_step"])

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from nanochat_pl.common.console import say
+from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.hardware import ComputeDType, choose_compute_dtype, choose_device, device_name, peak_flops
 from nanochat_pl.training.settings import TrainConfig
 
@@ -42,6 +43,11 @@ def prepare_machine(config: TrainConfig) -> Machine:
         torch.set_num_threads(config.trainer.num_threads)
     device = choose_device(config.trainer.accelerator)
     dtype = choose_compute_dtype(config.model.compute_dtype, device)
+    if dtype == "float16":
+        raise UserError(
+            "model.compute_dtype=float16: training in it needs a scaled loss, which is not here yet.",
+            fix="Use bfloat16 or float32; float16 is for inference.",
+        )
     compiled = config.trainer.compile
     if compiled == "auto":
         compiled = compiler_works(device)

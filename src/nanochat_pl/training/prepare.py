@@ -25,11 +25,11 @@ from nanochat_pl.planning import Plan, check_horizon, estimate_cpu_seconds, make
 from nanochat_pl.tasks.mixture import build_mixture
 from nanochat_pl.tokenizer import Tokenizer
 from nanochat_pl.training.evaluation import Validation
+from nanochat_pl.training.inherit import parent_folder
 from nanochat_pl.training.machine import Machine
 from nanochat_pl.training.settings import TrainConfig
 from nanochat_pl.training.tokenizer_stage import tokenizer_for
 
-INHERITED_GROUPS = ("model", "tokenizer")
 PADDED_BUFFER = 100  # conversations among which the packer finds the best fit: the recipe's
 
 
@@ -123,17 +123,11 @@ def prepare_sft(config: TrainConfig, folder: StageFolder, cache: Path, machine: 
     """Fine-tuning: conversations, padded; model, tokenizer and what is not given from the parent stage.
 
     Raises:
-        UserError: there is no finished parent; a setting contradicts it.
+        UserError: there is no finished parent; or what the tasks say.
     """
-    parent_name = config.stage.parent or "base"
-    parent = folder.parent(parent_name)
-    if parent.status != "finished":
-        raise UserError(
-            f"{parent.bundle}: there is no finished {parent_name} stage to start from.",
-            fix=f"Train it first: nanochat-pl train stage={parent_name} run={parent.run} …",
-        )
-    info, model = load_stage_info(parent.bundle), load_config(parent.bundle)
-    _refuse_other_model(config, info.settings, given)
+    parent = parent_folder(config, folder)
+    assert parent is not None, "the settings of a stage that is fine-tuned name its parent"
+    parent_name, info, model = parent.stage, load_stage_info(parent.bundle), load_config(parent.bundle)
     tokenizer = load_tokenizer(parent.bundle)
     conversations = build_mixture(config.mixture, "train", cache)
     held_out = build_mixture(config.mixture, "test", cache)
@@ -222,16 +216,3 @@ def _refuse_other_tokenizer(config: TrainConfig, tokenizer: Tokenizer, given: Se
             f"tokenizer.vocab_size={wanted}: this run's tokenizer has {tokenizer.vocab_size} tokens already.",
             fix="Leave the key out, or begin another run with run=NAME.",
         )
-
-
-def _refuse_other_model(config: TrainConfig, parent: Mapping[str, Any], given: Set[str]) -> None:
-    """Settings that a stage takes from its parent may be repeated, not changed."""
-    problems = []
-    for group in INHERITED_GROUPS:
-        now = to_plain(getattr(config, group))
-        for key, value in now.items():
-            was = parent.get(group, {}).get(key)
-            if f"{group}.{key}" in given and value != was:
-                problems.append(f"{group}.{key}={value}: the {config.stage.parent} stage was trained with {was}.")
-    if problems:
-        raise UserError(problems, fix="Leave these keys out: a later stage takes them from its parent.")

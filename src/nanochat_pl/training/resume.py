@@ -80,6 +80,8 @@ def newest_resume_file(folder: Path) -> Path | None:
         problem = damage(path)
         if problem is None:
             return path
+        # Out of the way: the run will come to this step again and write it anew.
+        path.replace(path.with_name(f"{path.name}.damaged"))
         warnings.warn(f"{path} is damaged ({problem}): going on from an older one.", stacklevel=2)
     return None
 

@@ -21,6 +21,7 @@ from nanochat_pl.planning import Plan, hyperparameters
 from nanochat_pl.training.datamodule import RowsDataModule
 from nanochat_pl.training.evaluation import Samples
 from nanochat_pl.training.fit import Fitted, Fitting, fit
+from nanochat_pl.training.inherit import inherited
 from nanochat_pl.training.machine import Machine, prepare_machine
 from nanochat_pl.training.metrics import log_everywhere
 from nanochat_pl.training.prepare import Prepared, prepare_base, prepare_sft
@@ -55,11 +56,13 @@ def train_stage(
     if config.stage.name == "tokenizer":
         train_tokenizer_stage(config, folder, cache)
         return
+    config = inherited(config, folder, given)
     machine = prepare_machine(config)
     prepare = {"base": prepare_base, "sft": prepare_sft}[config.stage.name]
     prepared = prepare(config, folder, cache, machine, given)
     on_plan(prepared.plan)
     _require_space(folder.path, prepared, config.trainer.keep_last)
+    _require_short_prompts(config, prepared)
     write_json(folder.path / "plan.json", prepared.plan.to_plain())
     _train(config, folder, machine, prepared, make_loggers(), make_callbacks())
 
@@ -104,6 +107,14 @@ def _require_space(folder: Path, prepared: Prepared, keep_last: int) -> None:
         )
 
 
+def _require_short_prompts(config: TrainConfig, prepared: Prepared) -> None:
+    """Find a prompt that the model cannot continue now, and not after an hour of training."""
+    most = prepared.model.rotary_reach - config.evaluation.sample_tokens - 1
+    for prompt in config.evaluation.sample_prompts:
+        if len(prepared.tokenizer.encode(prompt)) > most:
+            raise UserError(f"evaluation.sample_prompts: {prompt[:60]!r}… is longer than the {most:,} tokens that fit.")
+
+
 def _make_stage(config: TrainConfig, machine: Machine, prepared: Prepared) -> TrainingStage:
     plan = prepared.plan
     recipe = StageRecipe(
@@ -114,7 +125,13 @@ def _make_stage(config: TrainConfig, machine: Machine, prepared: Prepared) -> Tr
         device_batch_size=plan["device_batch_size"],
         seed=config.seed,
         compile=machine.compile,
-        choices=machine.choices(),
+        identity={
+            "steps": plan["num_steps"],
+            "tokens a step": plan["total_batch_tokens"],
+            "data": prepared.data["fingerprint"],
+            "tokenizer": prepared.tokenizer.fingerprint,
+        },
+        choices={**machine.choices(), "device_batch_size": plan["device_batch_size"]},
     )
     if prepared.weights is None:
         return BaseStage(recipe)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.settings import setting
 from nanochat_pl.data.sources import DataSettings
 from nanochat_pl.evaluation.samples import DEFAULT_PROMPTS
@@ -24,6 +25,10 @@ class StageSettings:
     parent: Literal["tokenizer", "base"] | None = setting(None, "The stage whose result this one starts from.")
     num_epochs: float = setting(1.0, "Passes over the conversations, where max_steps is not given.", above=0)
     warm_start: bool = setting(True, "Start from the parent's optimizer moments (with fresh learning rates).")
+
+    def __post_init__(self) -> None:
+        if self.name == "sft" and self.parent != "base":
+            raise UserError(f"parent={self.parent}: the stage sft starts from base.")
 
 
 @dataclass(frozen=True)

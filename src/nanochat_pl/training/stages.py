@@ -28,6 +28,8 @@ class StageRecipe:
     device_batch_size: int
     seed: int
     compile: bool
+    # What rows and length of the run come from: a resumed run must have the same.
+    identity: dict[str, Any] = field(default_factory=dict)
     # What the machine chose: it may change the bits, and a resumed run says where it differs.
     choices: dict[str, Any] = field(default_factory=dict)
 
@@ -75,8 +77,8 @@ class TrainingStage(LightningModule):
         return self.optimizers()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Put the machine's choices into the resume file, to be compared when it is used."""
-        checkpoint["nanochat_pl"] = {"choices": self.recipe.choices}
+        """Put what the run is and what the machine chose into the resume file, to be compared when it is used."""
+        checkpoint["nanochat_pl"] = {"identity": self.recipe.identity, "choices": self.recipe.choices}
 
     def weighted_loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Summed nats over the targets of a micro-batch, compiled where that was asked for."""

@@ -11,7 +11,9 @@ from lightning.pytorch import Callback, Trainer
 
 from nanochat_pl.training.resume import ResumeFiles
 
-SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
+NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
+SIGNALS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))
+SHOW_CURSOR = b"\x1b[?25h"
 
 
 class StopRequested(Exception):
@@ -37,7 +39,9 @@ class GracefulStop(Callback):
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> GracefulStop:
-        self._previous = {signum: signal.signal(signum, self._handle) for signum in SIGNALS}
+        # What is ignored stays so: with nohup, the training outlives its terminal.
+        heeded = [signum for signum in SIGNALS if signal.getsignal(signum) is not signal.SIG_IGN]
+        self._previous = {signum: signal.signal(signum, self._handle) for signum in heeded}
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -46,12 +50,15 @@ class GracefulStop(Callback):
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         if self.signum is not None:
+            os.write(2, SHOW_CURSOR if os.isatty(2) else b"")
             os._exit(128 + signum)
         self.signum = signum
+        # Not through Python's buffers: the signal may have come in the middle of writing to them.
+        os.write(2, b"\nStopping after this micro-batch; once more stops at once.\n")
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Take the signals back: Lightning has put handlers of its own, whose exit code would be 0."""
-        for signum in SIGNALS:
+        for signum in self._previous:
             signal.signal(signum, self._handle)
         self._trainer = trainer
         pl_module.micro_batch_hooks.append(self.check)
@@ -63,5 +70,11 @@ class GracefulStop(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
         """Write the resume file of the last finished step: until the optimizer steps, nothing has changed."""
-        if isinstance(exception, StopRequested) and exception.step > 0:
+        if self.is_a_stop(exception) and trainer.global_step > 0:
             self.resume_files.save(trainer)
+
+    def is_a_stop(self, error: BaseException) -> bool:
+        """Whether an exception came of a signal: ours, or torch's where the signal ended a loader process first."""
+        return isinstance(error, StopRequested) or (
+            self.signum is not None and isinstance(error, RuntimeError) and "DataLoader worker" in str(error)
+        )

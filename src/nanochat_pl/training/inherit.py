@@ -1,0 +1,64 @@
+"""What a later stage takes over from its parent: model, tokenizer and data settings are the parent's."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Set
+
+from nanochat_pl.bundle.bundle import load_stage_info
+from nanochat_pl.common.errors import UserError
+from nanochat_pl.common.run_folder import StageFolder
+from nanochat_pl.common.settings import build, to_plain
+from nanochat_pl.training.settings import TrainConfig
+
+INHERITED = ("model", "tokenizer", "data")
+# A matter of the machine and not of the model: it may be given anew.
+FREE = ("model.compute_dtype",)
+
+
+def parent_folder(config: TrainConfig, folder: StageFolder) -> StageFolder | None:
+    """The finished stage that this one starts from; None for a stage that has none with a model.
+
+    Raises:
+        UserError: it is not finished.
+    """
+    name = config.stage.parent
+    if name is None or name == "tokenizer":
+        return None
+    parent = folder.parent(name)
+    if parent.status != "finished":
+        raise UserError(
+            f"{parent.bundle}: there is no finished {name} stage to start from.",
+            fix=f"Train it first: nanochat-pl train stage={name} run={parent.run} …",
+        )
+    return parent
+
+
+def inherited(config: TrainConfig, folder: StageFolder, given: Set[str]) -> TrainConfig:
+    """The settings with those of the parent in the groups that it decides.
+
+    Args:
+        config: as composed; its own values in these groups are defaults, but for what is given.
+        folder: of the stage.
+        given: dotted keys that a person set: they may repeat what the parent has, not change it.
+
+    Raises:
+        UserError: there is no finished parent, or a key contradicts it; every such key is named.
+    """
+    parent = parent_folder(config, folder)
+    if parent is None:
+        return config
+    settings, problems, groups = load_stage_info(parent.bundle).settings, [], {}
+    for group in INHERITED:
+        own = getattr(config, group)
+        was, now = dict(settings.get(group, {})), to_plain(own)
+        for key, value in now.items():
+            name = f"{group}.{key}"
+            if name in given and name in FREE:
+                was[key] = value
+            elif name in given and key in was and was[key] != value:
+                problems.append(f"{name}={value}: the {parent.stage} stage was trained with {was[key]}.")
+        groups[group] = build(type(own), was, f"{parent.bundle}/stage.json: settings.{group}")
+    if problems:
+        raise UserError(problems, fix="Leave these keys out: a later stage takes them from its parent.")
+    return dataclasses.replace(config, **groups)
