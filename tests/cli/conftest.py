@@ -6,8 +6,24 @@ from pathlib import Path
 
 import pytest
 
+from nanochat_pl.cli.records import write_records
+from nanochat_pl.cli.train import compose_train, place_of
+from nanochat_pl.common.files import write_json
+from nanochat_pl.common.run_folder import StageFolder
+
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+def pretend_finished(*overrides: str) -> StageFolder:
+    """The folder of a stage as if the command had trained it."""
+    composed = compose_train(overrides)
+    folder = place_of(composed)
+    folder.create()
+    write_records(folder, composed)
+    write_json(folder.bundle / "stage.json", {"stage": folder.stage, "settings": composed.plain()})
+    write_json(folder.path / "finished.json", {"step": 1, "metrics": {}, "seconds": 1.0})
+    return folder

@@ -10,6 +10,7 @@ import pytest
 from nanochat_pl.cli import config_files
 from nanochat_pl.cli.chat import ChatConfig
 from nanochat_pl.cli.compose import compose
+from nanochat_pl.cli.evaluate import EvaluateConfig
 from nanochat_pl.cli.plan import PlanConfig
 from nanochat_pl.cli.train import compose_train
 from nanochat_pl.common.errors import UserError
@@ -69,7 +70,7 @@ def test_stage_sets_its_schedule_and_the_command_line_wins() -> None:
         ("seed=${nothing.here}", "seed: Interpolation key 'nothing.here' not found"),
         ("data=local", "data.path: is missing"),
         ("logger.mine._target_=os.system", "logger.mine._target_: _target_ is for config files"),
-        ("callbacks={x: {_target_: os.system}}", "callbacks: _target_ is for config files"),
+        ("callbacks={x: {_target_: os.system}}", "callbacks.x: _target_ is for config files"),
     ],
 )
 def test_a_mistake_is_named(override: str, expected: str) -> None:
@@ -100,7 +101,7 @@ def test_free_text_arrives_as_it_was_typed(text: str) -> None:
     assert compose("chat", ChatConfig, [f"prompt={text}"]).config.prompt == text
 
 
-@pytest.mark.parametrize("text", [text for text in NASTY if text != "null"])
+@pytest.mark.parametrize("text", [text for text in NASTY if text not in ("null", "~")])
 def test_paths_arrive_as_they_were_typed(text: str) -> None:
     assert compose_train(["data=local", f"data.path=x{text}"]).config.data.path == f"x{text}"
     assert compose("chat", ChatConfig, [f"bundle={text}", f"paths.runs={text}"]).config.bundle == text
@@ -134,6 +135,28 @@ def test_given_keys_are_those_that_a_person_set() -> None:
     given = compose_train(["model=tiny", "max_steps=3"]).given
     assert {"model.depth", "model.head_dim", "max_steps"} <= given
     assert "data.name" not in given
+
+
+def test_a_group_in_braces_gives_its_keys() -> None:
+    """A later stage holds the keys that were given against its parent's."""
+    composed = compose_train(["model={depth: 4, head_dim: 32}", "schedule={}"])
+    assert (composed.config.model.depth, composed.config.model.head_dim) == (4, 32)
+    assert {"model.depth", "model.head_dim"} <= composed.given
+
+
+@pytest.mark.parametrize("nothing", ["null", "[]"])
+def test_no_loggers(nothing: str) -> None:
+    assert compose_train([f"logger={nothing}"]).config.logger == {}
+    assert "logger.x" in problems(f"logger={nothing}", "logger.x.y=3")[0]
+
+
+def test_home_is_expanded_in_the_names_of_folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The shell leaves ~ alone in paths.runs=~/runs, and a folder named ~ was made."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = compose("evaluate", EvaluateConfig, ["bundle=~/b", "to=~", "paths.runs=~/r", "paths.cache=~/c/~"]).config
+    found = (config.bundle, config.to, config.paths.runs, config.paths.cache)
+    assert found == (f"{tmp_path}/b", str(tmp_path), f"{tmp_path}/r", f"{tmp_path}/c/~")
+    assert compose("chat", ChatConfig, ["prompt=~/b"]).config.prompt == "~/b"
 
 
 def test_every_group_file_composes() -> None:

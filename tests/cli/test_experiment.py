@@ -44,6 +44,14 @@ def test_sections_are_laid_over_each_other(mine: str) -> None:
     assert (sft.stage.name, sft.max_steps, sft.optim.matrix_lr) == ("sft", None, None)
 
 
+def test_a_group_chosen_on_the_command_line_is_that_group(mine: str) -> None:
+    """The experiment's keys of the group were laid over the file that the command line had chosen."""
+    config = compose_train([f"experiment={mine}", "model=tiny", "optim=default"]).config
+    assert (config.model.depth, config.optim.matrix_lr) == (4, None)
+    assert (config.max_steps, config.total_batch_tokens) == (7, 1024), "other keys stay"
+    assert compose_train([f"experiment={mine}", "model=tiny", "model.depth=5"]).config.model.depth == 5
+
+
 def test_text_is_text_and_interpolations_are_resolved(mine: str) -> None:
     config = compose_train([f"experiment={mine}"]).config
     assert config.data.text_column == "'any' {text}, of=mine"

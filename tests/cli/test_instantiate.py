@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from nanochat_pl.cli.instantiate import instantiate_allowed
-from nanochat_pl.common.errors import UserError
+from nanochat_pl.cli.instantiate import make_objects, problems_of_objects
+from nanochat_pl.cli.main import main
 
 TARGET = "nanochat_pl.common.run_folder.StageFolder"
 
 
 def test_a_class_of_an_allowed_package_is_made() -> None:
-    made = instantiate_allowed(
-        {"_target_": TARGET, "run": "a", "stage": "b", "parent_run": "a"}, "callbacks.x", runs="r"
-    )
+    nodes = {"left_out": None, "x": {"_target_": TARGET, "run": "a", "stage": "b", "parent_run": "a", "runs": "r"}}
+    assert problems_of_objects(nodes, "callbacks") == []
+    (made,) = make_objects(nodes, "callbacks")
     assert (made.run, made.runs) == ("a", "r")
 
 
 @pytest.mark.parametrize(
     ("node", "expected"),
     [
-        ({"_target_": "os.system", "command": "true"}, "only classes of"),
+        ({"_target_": "os.system", "command": "true"}, "callbacks.x._target_='os.system': only classes of"),
         ({"_target_": "builtins.eval"}, "only classes of"),
         ({"_target_": "nanochat_pl.common.run_folder.os.system"}, "cannot be imported"),
         ({"_target_": "nanochat_pl.common.run_folder.os"}, "there is no such class"),
@@ -31,10 +32,23 @@ def test_a_class_of_an_allowed_package_is_made() -> None:
         ({"_target_": "lightning"}, "has no _target_"),
         ({"_target_": 3}, "has no _target_"),
         ({}, "has no _target_"),
-        ({"_target_": TARGET, "rnu": "a"}, "callbacks.x.rnu: .* takes no such argument; did you mean run"),
-        ({"_target_": TARGET, "run": "a"}, "cannot be made"),
+        ("text", "has no _target_"),
+        ({"_target_": TARGET, "rnu": "a"}, f"callbacks.x.rnu: {TARGET} takes no such argument; did you mean run"),
+        ({"_target_": TARGET, "run": "a"}, "cannot be made: missing a required argument: 'runs'."),
     ],
 )
-def test_what_is_refused(node: dict[str, Any], expected: str) -> None:
-    with pytest.raises(UserError, match=expected):
-        instantiate_allowed(node, "callbacks.x")
+def test_what_is_refused(node: Any, expected: str) -> None:
+    (problem,) = problems_of_objects({"x": node}, "callbacks")
+    assert problem.startswith("callbacks.x")
+    assert expected in problem
+
+
+def test_a_wrong_class_is_found_before_any_work(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It was found after the tokenizer had been trained and the corpus was in tokens."""
+    file = "stages: {base: {logger.mine: {_target_: lightning.pytorch.loggers.CSVLoger}, callbacks.it.verbose: true}}"
+    (here / "mine.yaml").write_text(f"pipeline: [tokenizer, base]\n{file}\n", encoding="utf-8")
+    assert main(["pipeline", "experiment=mine.yaml"]) == 2
+    error = capsys.readouterr().err
+    assert "error: logger.mine._target_='lightning.pytorch.loggers.CSVLoger': there is no such class." in error
+    assert "error: callbacks.it: has no _target_, the dotted name of a class. (mine.yaml, stages.base)" in error
+    assert not (here / "runs").exists()

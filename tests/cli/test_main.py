@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -108,6 +109,19 @@ def test_ctrl_c_and_bugs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     err = capsys.readouterr().err
     assert "Traceback" in err
     assert "This is a bug in nanochat_pl" in err
+
+
+def test_a_terminal_that_lacks_signs_gets_question_marks() -> None:
+    """A pipe with another encoding than UTF-8 ended the listing of the verbs with a traceback."""
+    command = [sys.executable, "-m", "nanochat_pl.cli.main"]
+    environment = {**os.environ, "PYTHONIOENCODING": "latin-1"}
+    done = subprocess.run(command, capture_output=True, check=True, env=environment)
+    assert b"nanochat-pl <verb> key=value ?" in done.stdout
+
+
+def test_only_base_is_planned(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "stage=sft"]) == 2
+    assert "only base is planned" in capsys.readouterr().err
 
 
 def test_train_py_is_the_train_verb(here: Path) -> None:

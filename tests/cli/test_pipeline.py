@@ -12,11 +12,14 @@ from pathlib import Path
 import pytest
 
 from nanochat_pl.cli import pipeline
+from nanochat_pl.cli.compose import Composed
+from nanochat_pl.cli.evaluate import EvaluateConfig, _asked, _places
+from nanochat_pl.cli.experiment import compose_step
 from nanochat_pl.cli.pipeline import check_all, is_finished, steps_of
-from nanochat_pl.cli.records import write_records
-from nanochat_pl.cli.train import place_of
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.files import write_json
+from nanochat_pl.common.run_folder import stage_folder
+from tests.cli.conftest import pretend_finished
 
 
 def test_keys_go_to_the_steps_that_have_them() -> None:
@@ -59,27 +62,63 @@ def test_finished_steps_are_skipped_and_newer_inputs_make_them_again(here: Path)
     def finished() -> list[bool]:
         return [is_finished(step, checked, run_dir) for step, checked in zip(steps, composed, strict=True)]
 
-    assert finished() == [False] * 5
-    for checked in composed[:3]:
-        folder = place_of(checked)
-        folder.create()
-        write_records(folder, checked)
-        write_json(folder.path / "finished.json", {"step": 1, "metrics": {}, "seconds": 1.0})
+    assert not any(is_finished(*pair, run_dir) for pair in zip(steps[:3], composed[:3], strict=True))
+    for stage in ("tokenizer", "base", "sft"):
+        pretend_finished("experiment=tiny", f"stage={stage}")
     assert finished() == [True, True, True, False, False]
-    write_json(run_dir / "evaluation" / "sft" / "results.json", {})
+    pretend_measured(composed[3])
     write_json(run_dir / "report" / "report.json", {})
     assert finished() == [True] * 5
     later = time.time() + 10
-    os.utime(run_dir / "sft" / "finished.json", (later, later))
+    for file in ("finished.json", "bundle/stage.json"):
+        os.utime(run_dir / "sft" / file, (later, later))
     assert finished() == [True, True, True, False, False]
 
 
+def pretend_measured(composed: Composed[EvaluateConfig]) -> None:
+    _, to = _places(composed.config, composed.experiment)
+    write_json(to / "results.json", {"settings": _asked(composed.config), "suites": {}})
+
+
+def test_other_questions_are_asked_anew(here: Path) -> None:
+    """evaluate was "finished before" whatever its keys, and whichever stage had been measured."""
+    for stage in ("base", "sft"):
+        pretend_finished("experiment=tiny", f"stage={stage}")
+    steps = {step.name: step for step in steps_of(["experiment=tiny"])}
+    pretend_measured(steps["evaluate"].compose())
+
+    def is_measured(*overrides: str) -> bool:
+        step = steps_of(["experiment=tiny", *overrides])[3]
+        return is_finished(step, step.compose(), Path("runs/tiny"))
+
+    assert is_measured()
+    assert is_measured("batch_size=3", "accelerator=cpu")
+    assert not is_measured("limit=50")
+    assert not is_measured("stages.evaluate.stage=base")
+
+
+def test_a_run_begun_anew_is_one_run(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each step looked for a free name of its own: sft of demo-2 started from the base of demo."""
+    for stage in ("tokenizer", "base", "sft"):
+        pretend_finished("experiment=tiny", f"stage={stage}")
+    places: list[str] = []
+
+    def fake(arguments: list[str]) -> int:
+        if arguments[0] == "train":
+            places.append(str(pretend_finished(*arguments[1:]).path))
+        else:
+            config = compose_step(arguments[0], arguments[0], EvaluateConfig, arguments[1:]).config
+            places.append(f"{config.run}/{arguments[0]}")
+        return 0 if len(places) < 4 else 130
+
+    monkeypatch.setattr(pipeline, "run_child", fake)
+    assert pipeline.run(["experiment=tiny", "resume=never", "max_steps=3"]) == 130
+    assert places == [f"runs/tiny-2/{stage}" for stage in ("tokenizer", "base", "sft")] + ["tiny-2/evaluate"]
+    assert stage_folder(Path("runs"), "tiny-2", "sft").parent("base").run == "tiny-2"
+
+
 def test_a_finished_stage_with_other_settings_is_another_run(here: Path) -> None:
-    checked = check_all(steps_of(["experiment=tiny"]))[1]
-    folder = place_of(checked)
-    folder.create()
-    write_records(folder, checked)
-    write_json(folder.path / "finished.json", {})
+    pretend_finished("experiment=tiny", "stage=base")
     step = steps_of(["experiment=tiny", "seed=7", "trainer.num_threads=1"])[1]
     with pytest.raises(UserError) as caught:
         is_finished(step, step.compose(), Path("runs/tiny"))
@@ -99,14 +138,15 @@ def test_the_first_failing_step_ends_the_pipeline(here: Path, monkeypatch: pytes
 
 
 CHILD = """
-import sys
+import signal, sys
 from nanochat_pl.cli import child
+signal.signal(signal.SIGINT, signal.{sigint})
 child.sys.executable = {executable!r}
 sys.exit(child.run_child(["x"]))
 """
 
 
-def parent_of(program: str, folder: Path) -> subprocess.Popen[str]:
+def parent_of(program: str, folder: Path, sigint: str = "default_int_handler") -> subprocess.Popen[str]:
     """A process that runs `run_child`; the child is a script of ours in Python's place."""
     script = folder / "child.py"
     script.write_text(
@@ -114,7 +154,7 @@ def parent_of(program: str, folder: Path) -> subprocess.Popen[str]:
         encoding="utf-8",
     )
     script.chmod(0o755)
-    command = [sys.executable, "-c", CHILD.format(executable=str(script))]
+    command = [sys.executable, "-c", CHILD.format(executable=str(script), sigint=sigint)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 
@@ -140,6 +180,19 @@ time.sleep(30)
     parent.send_signal(number)
     assert parent.communicate(timeout=20)[0].split() == ["got", str(number)]
     assert parent.returncode == 128 + number
+
+
+def test_a_signal_that_is_ignored_stays_ignored(tmp_path: Path) -> None:
+    """A pipeline under nohup ended with its terminal."""
+    program = """
+print(signal.getsignal(signal.SIGINT) == signal.SIG_IGN, flush=True)
+time.sleep(0.5)
+"""
+    parent = parent_of(program, tmp_path, sigint="SIG_IGN")
+    assert first_line(parent) == "True"
+    parent.send_signal(signal.SIGINT)
+    parent.communicate(timeout=20)
+    assert parent.returncode == 0
 
 
 def test_a_child_that_a_signal_ended_gives_128_and_its_number(tmp_path: Path) -> None:

@@ -8,9 +8,9 @@ import pytest
 
 from nanochat_pl.cli import sweep
 from nanochat_pl.cli.sweep import expand, run_sweep
-from nanochat_pl.cli.train import compose_train, place_of
+from nanochat_pl.cli.train import compose_train
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.common.files import write_json
+from tests.cli.conftest import pretend_finished
 
 
 def names(*arguments: str) -> list[str]:
@@ -74,9 +74,7 @@ def test_all_jobs_are_checked_before_the_first_begins(here: Path, monkeypatch: p
 def test_finished_jobs_are_skipped_and_failing_ones_do_not_stop_the_others(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    done = place_of(compose_train(["run=d2"]))
-    done.create()
-    write_json(done.path / "finished.json", {})
+    pretend_finished("model.depth=2", "run=d2")
     started = []
 
     def fake(arguments: list[str]) -> int:
@@ -89,6 +87,15 @@ def test_finished_jobs_are_skipped_and_failing_ones_do_not_stop_the_others(
     shown = capsys.readouterr().out
     for line in ("d2   finished before", "d3   failed, exit code 2", "d4   finished"):
         assert line in shown
+
+
+def test_a_job_that_was_begun_under_other_settings_is_not_called_finished(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend_finished("model.depth=2", "max_steps=10", "run=d2")
+    monkeypatch.setattr(sweep, "run_child", lambda arguments: pytest.fail("began"))
+    with pytest.raises(UserError, match="max_steps=20: runs/d2/base was begun with max_steps=10"):
+        run_sweep("train", ["model.depth=2,3", "max_steps=20"])
 
 
 def test_a_signal_ends_the_sweep(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from nanochat_pl.common.files import write_json
 from nanochat_pl.common.run_folder import (
     check_name,
     finished_stage,
+    fresh_run,
     fresh_stage_folder,
     list_runs,
     newest_stage,
@@ -64,6 +65,17 @@ def test_never_resume_takes_the_next_free_name_and_remembers_its_parent(tmp_path
     again = stage_folder(tmp_path, "d4-2", "sft")
     assert again.parent("base").path == tmp_path / "d4" / "base"
     assert fresh_stage_folder(tmp_path, "d4", "sft").run == "d4-3"
+
+
+def test_a_new_run_has_nothing_of_another(tmp_path: Path) -> None:
+    """sft begun anew went to a d4-2 with a base of its own, and was trained from the base of d4."""
+    make(tmp_path, "d4", "base")
+    assert fresh_run(tmp_path, "d4") == "d4-2"
+    assert fresh_stage_folder(tmp_path, "d4", "sft").run == "d4", "nothing of it is there yet"
+    make(tmp_path, "d4", "sft")
+    make(tmp_path, "d4-2", "base")
+    fresh = fresh_stage_folder(tmp_path, "d4", "sft")
+    assert (fresh.run, fresh.parent("base").run) == ("d4-3", "d4")
 
 
 def test_runs_are_listed_with_their_stages_and_nothing_else(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import os
 import re
 import signal
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from types import FrameType
 
 from nanochat_pl.bundle import Bundle
+from nanochat_pl.common.console import replace_unknown_signs
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.settings import setting
 from nanochat_pl.engine import Engine, Session, readable
@@ -63,10 +63,7 @@ class Terminal:
     """Standard input and output: prompts and dim text where a person sits there, plain lines where not."""
 
     def __init__(self) -> None:
-        # What is no text in the terminal's encoding becomes question marks, in both directions.
-        for stream in (sys.stdin, sys.stdout):
-            if isinstance(stream, io.TextIOWrapper):
-                stream.reconfigure(errors="replace")
+        replace_unknown_signs(sys.stdin, sys.stdout)
         self.interactive = sys.stdin.isatty() and sys.stdout.isatty()
         self._screen = sys.stdout.isatty()
         self._colors = self._screen and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"

@@ -33,7 +33,9 @@ def run_child(arguments: Sequence[str]) -> int:
         if child is not None:
             child.send_signal(number)
 
-    previous = {number: signal.signal(number, pass_on) for number in PASSED_ON}
+    # What this process was told to ignore (nohup) stays ignored, here and in the child.
+    heeded = [number for number in PASSED_ON if signal.getsignal(number) is not signal.SIG_IGN]
+    previous = {number: signal.signal(number, pass_on) for number in heeded}
     try:
         sys.stdout.flush()
         environment = {**os.environ, FOLLOW_PARENT: "1"}

@@ -7,6 +7,7 @@ knows every key. All problems are raised together.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,11 +20,14 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nanochat_pl.cli import config_files
+from nanochat_pl.cli.instantiate import OBJECTS, problems_of_objects
 from nanochat_pl.cli.overrides import UNKNOWN, Setting, is_group, parse_overrides, type_of_key
 from nanochat_pl.common.errors import UserError, did_you_mean
 from nanochat_pl.common.settings import build, problems_of, to_plain
 
 T = TypeVar("T")
+# Keys that name a folder.
+FOLDERS = ("paths.runs", "paths.cache", "bundle", "to")
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,8 @@ def compose(
     """
     groups = groups_of(schema)
     problems: list[str] = []
-    settings = [*before, *parse_overrides(overrides, schema, groups, problems)]
+    typed = parse_overrides(overrides, schema, groups, problems)
+    settings = [*_not_chosen_anew(before, typed), *typed]
     tree, choices = _hydra_tree(root, _check_choices(settings, groups, problems))
     for setting in settings:
         if setting.is_choice:
@@ -78,11 +83,33 @@ def compose(
             continue
         _lay_over(tree, setting, problems)
     values, unresolved = _resolve(tree)
+    _expand_home(values)
     found = [*unresolved.values(), *(line for line in problems_of(schema, values) if _key_of(line) not in unresolved)]
+    found += [line for group in OBJECTS if group in groups for line in problems_of_objects(values.get(group), group)]
     problems += [_with_origin(line, settings, choices) for line in found]
     if problems:
         raise UserError(problems, f"Keys and their meaning: nanochat-pl {root} --help")
     return Composed(build(schema, values), tuple(overrides), experiment, _given(settings))
+
+
+def _not_chosen_anew(before: Sequence[Setting], typed: Sequence[Setting]) -> list[Setting]:
+    """An experiment's settings, but for those of a group whose file the command line chooses: that is another group.
+
+    All but the stage: a command names it to say which section of the experiment is meant.
+    """
+    chosen = {setting.key for setting in typed if setting.is_choice} - {"stage"}
+    return [setting for setting in before if setting.key.split(".")[0] not in chosen]
+
+
+def _expand_home(values: dict[str, Any]) -> None:
+    """``~`` in the names of folders: the shell leaves it alone behind ``key=``."""
+    for key in FOLDERS:
+        *groups, name = key.split(".")
+        owner: Any = values
+        for group in groups:
+            owner = owner.get(group) if isinstance(owner, dict) else None
+        if isinstance(owner, dict) and isinstance(owner.get(name), str):
+            owner[name] = os.path.expanduser(owner[name])  # noqa: PTH111 (a Path would tidy up the text)
 
 
 def _given(settings: Sequence[Setting]) -> frozenset[str]:

@@ -11,16 +11,17 @@ import csv
 import io
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from nanochat_pl.bundle import Bundle, load_bundle
+from nanochat_pl.cli.compose import Composed
 from nanochat_pl.cli.experiment import compose_step
 from nanochat_pl.cli.locate import cache_folder, locate_bundle, locate_stage
 from nanochat_pl.common.console import print_table, progress, say
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.common.files import ensure_folder, write_json, write_text
+from nanochat_pl.common.files import ensure_folder, read_json, write_json, write_text
 from nanochat_pl.common.hardware import choose_device
 from nanochat_pl.common.settings import build, setting
 from nanochat_pl.data.sources import DataSettings
@@ -49,6 +50,9 @@ class EvaluateConfig:
     suites: list[Suite] | None = setting(None, "What to measure: bpb, chat, samples; null: as it suits the stage.")
     limit: int | None = setting(200, "Most problems of a task, a seeded choice; null: all.", at_least=1)
     max_tokens: int = setting(256, "Most tokens of an answer.", at_least=1, at_most=4096)
+    data_path: str | None = setting(
+        None, "Text for bits per byte: file, folder or glob; null: the data that the model was trained on."
+    )
     num_rows: int = setting(512, "Validation rows for bits per byte, or as many as there are.", at_least=1)
     batch_size: int = setting(32, "Rows at once: memory and time, not results.", at_least=1, at_most=4096)
     accelerator: Literal["auto", "cpu", "cuda", "mps"] = setting("auto", "Device to run on; auto: the best there is.")
@@ -63,14 +67,31 @@ def run(arguments: Sequence[str]) -> int:
     composed = compose_step("evaluate", "evaluate", EvaluateConfig, arguments)
     config, (source, to) = composed.config, _places(composed.config, composed.experiment)
     bundle = load_bundle(source, device=choose_device(config.accelerator))
+    if bundle.tokenizer is None:
+        raise UserError(f"{source}: has no tokenizer, so nothing can be measured.")
     suites = config.suites or SUITES.get(bundle.stage.stage, ["samples"])
     ensure_folder(to)
     results: dict[str, Any] = {}
     for suite in suites:
         results[suite] = {"bpb": _bits_per_byte, "chat": _chat, "samples": _samples}[suite](bundle, config, to)
-    write_json(to / "results.json", {"bundle": str(source), "stage": bundle.stage.stage, "suites": results})
+    origin = {"bundle": str(source), "stage": bundle.stage.stage, "settings": _asked(config)}
+    write_json(to / "results.json", {**origin, "suites": results})
     say(f"results: {to / 'results.json'}")
     return 0
+
+
+def is_measured(composed: Composed[EvaluateConfig]) -> bool:
+    """Whether these figures of this model are there already."""
+    source, to = _places(composed.config, composed.experiment)
+    results = to / "results.json"
+    if not results.is_file() or results.stat().st_mtime_ns < (source / "stage.json").stat().st_mtime_ns:
+        return False
+    return bool(read_json(results).get("settings") == _asked(composed.config))
+
+
+def _asked(config: EvaluateConfig) -> dict[str, Any]:
+    """The settings that have a say in the figures."""
+    return {key: getattr(config, key) for key in ("suites", "limit", "max_tokens", "data_path", "num_rows")}
 
 
 def _places(config: EvaluateConfig, experiment: str) -> tuple[Path, Path]:
@@ -93,13 +114,30 @@ def _bits_per_byte(bundle: Bundle, config: EvaluateConfig, to: Path) -> dict[str
 
     cache, tokenizer = cache_folder(config.paths), bundle.tokenizer
     assert tokenizer is not None
-    source = open_source(_settings_of(bundle, "data", DataSettings), cache)
+    source = open_source(_data_of(bundle, config), cache)
     tokens = build_token_cache(source, "val", tokenizer, cache)
     rows = validation_rows(tokens, bundle.config.sequence_len, tokenizer.bos_id, cache, config.num_rows)
     validation = Validation(rows, min(config.num_rows, len(rows)), tokenizer, config.batch_size)
     figures = validation.measure(bundle.net)
     say(f"bits per byte: {figures['val/bpb']:.4f} ± {figures.get('val/bpb_stderr', float('nan')):.4f}")
     return {name.removeprefix("val/"): value for name, value in figures.items()}
+
+
+def _data_of(bundle: Bundle, config: EvaluateConfig) -> DataSettings:
+    """Where the text is. Files that a bundle names are read for the run that was trained on them, not for a stranger's.
+
+    Raises:
+        UserError: the text would be files of this machine that nobody but the bundle named.
+    """
+    data: DataSettings = _settings_of(bundle, "data", DataSettings)
+    if config.data_path is not None:
+        return replace(data, name="local", path=config.data_path, validation_path=None)
+    if config.bundle is not None and data.name == "local":
+        raise UserError(
+            f"{bundle.path}: names {data.path!r} as its data; what a bundle names is not read from this machine.",
+            "Say where the text is, data_path=PATH; or leave it out, suites=[chat,samples].",
+        )
+    return data
 
 
 def _chat(bundle: Bundle, config: EvaluateConfig, to: Path) -> dict[str, Any]:

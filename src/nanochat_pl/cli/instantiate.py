@@ -8,48 +8,72 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nanochat_pl.common.errors import UserError, did_you_mean
 
 ALLOWED_PACKAGES = ("nanochat_pl", "lightning", "torchmetrics")
+# Groups of such objects, and the arguments that the program gives to each of them.
+OBJECTS: dict[str, tuple[str, ...]] = {"logger": ("save_dir",), "callbacks": ()}
 
 
-def instantiate_allowed(
-    node: Mapping[str, Any], where: str, allowed: tuple[str, ...] = ALLOWED_PACKAGES, **more: Any
-) -> Any:
-    """Make the object that ``_target_`` names, with the node's other keys as arguments.
+def problems_of_objects(nodes: Any, group: str) -> list[str]:
+    """What would keep the objects of a group from being made, as far as their signatures tell: a line for each."""
+    if not isinstance(nodes, Mapping):
+        return []  # said by the check of the settings
+    problems: list[str] = []
+    for name, node in nodes.items():
+        if node is not None:  # null leaves one out
+            problems += _problems_of_object(node, f"{group}.{name}", OBJECTS[group])
+    return problems
+
+
+def make_objects(nodes: Mapping[str, Any], group: str, **given: Any) -> list[Any]:
+    """Make the objects of a group, each of its node ``{"_target_": "package.module.Class", …}``.
 
     Args:
-        node: ``{"_target_": "package.module.Class", …}`` as plain data.
-        where: the node's key, for messages.
-        allowed: top-level packages that may be named.
-        more: arguments given by the program.
+        nodes: plain data by name, in which :func:`problems_of_objects` found nothing.
+        group: one of :data:`OBJECTS`.
+        given: its arguments that the program gives.
 
     Raises:
-        UserError: no such class, a package that is not allowed, or arguments that it does not take.
+        UserError: a class does not take the values of its arguments.
     """
-    target = node.get("_target_")
-    arguments = {key: value for key, value in node.items() if key != "_target_"} | more
-    if not isinstance(target, str) or "." not in target:
-        raise UserError(f"{where}: has no _target_, the dotted name of a class.")
-    if target.split(".")[0] not in allowed:
-        raise UserError(
-            f"{where}._target_={target!r}: only classes of {', '.join(allowed)} are made from configuration.",
-        )
-    made = _find_class(target, where)
-    known = inspect.signature(made).parameters
-    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
-    wrong = [] if takes_any else [key for key in arguments if key not in known]
-    if wrong:
-        raise UserError(
-            [f"{where}.{key}: {target} takes no such argument; {did_you_mean(key, known)}" for key in wrong]
-        )
+    return [_make(node, f"{group}.{name}", given) for name, node in nodes.items() if node is not None]
+
+
+def _make(node: Mapping[str, Any], where: str, given: Mapping[str, Any]) -> Any:
     try:
-        return made(**arguments)
+        return _find_class(node["_target_"], where)(**_arguments(node), **given)
     except (TypeError, ValueError) as error:
-        raise UserError(f"{where}: {target} cannot be made: {error}") from error
+        raise UserError(f"{where}: {node['_target_']} cannot be made: {error}") from error
+
+
+def _problems_of_object(node: Any, where: str, given: Sequence[str]) -> list[str]:
+    target = node.get("_target_") if isinstance(node, Mapping) else None
+    if not isinstance(target, str) or "." not in target:
+        return [f"{where}: has no _target_, the dotted name of a class."]
+    if target.split(".")[0] not in ALLOWED_PACKAGES:
+        return [f"{where}._target_={target!r}: only classes of {', '.join(ALLOWED_PACKAGES)} are made from files."]
+    try:
+        signature = inspect.signature(_find_class(target, where))
+    except UserError as error:
+        return list(error.problems)
+    arguments, known = {**_arguments(node), **dict.fromkeys(given)}, signature.parameters
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
+        unknown = [key for key in arguments if key not in known]
+        if unknown:
+            return [f"{where}.{key}: {target} takes no such argument; {did_you_mean(key, known)}" for key in unknown]
+    try:
+        signature.bind(**arguments)
+    except TypeError as error:
+        return [f"{where}: {target} cannot be made: {error}."]
+    return []
+
+
+def _arguments(node: Mapping[str, Any]) -> dict[str, Any]:
+    return {str(key): value for key, value in node.items() if key != "_target_"}
 
 
 def _find_class(target: str, where: str) -> type:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import platformdirs
@@ -39,6 +40,12 @@ def only_run(runs: Path) -> str:
         f"{runs}: there are no runs.",
         "Train one: nanochat-pl pipeline experiment=demo; or give its folder, paths.runs=…",
     )
+
+
+def run_keys(run: str, runs: Path) -> str:
+    """The keys by which a command finds a run: its name, and the folder of runs where that is not the usual one."""
+    elsewhere = "" if runs == Path(PathsSettings().runs) else f" {shlex.quote(f'paths.runs={runs}')}"
+    return f"run={run}{elsewhere}"
 
 
 def cache_folder(paths: PathsSettings) -> Path:

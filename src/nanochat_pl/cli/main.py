@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Sequence
 
 from nanochat_pl.cli.child import is_child
+from nanochat_pl.common.console import replace_unknown_signs
 from nanochat_pl.common.constants import EXIT_USER_ERROR
 from nanochat_pl.common.errors import UserError, did_you_mean
 
@@ -31,6 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Read when torch is loaded: threads that wait sleep. Spinning ones make a training several times slower as soon as
     # another program wants a core.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    replace_unknown_signs(sys.stdout, sys.stderr)
     if is_child():
         _stop_with_parent()
     try:

@@ -68,8 +68,8 @@ def parse_overrides(
             if parsed.is_sweep_override():
                 problems.append(f"{text}: several values for one key need -m, which runs one job for each.")
                 continue
-            value = _plain(parsed.value())
-            settings.append(Setting(key, value, is_choice=_chooses(key, value, groups)))
+            flat = _flat({key: _plain(parsed.value())}, schema, "")
+            settings += [_setting(name, value, schema, groups) for name, value in flat]
     return settings
 
 
@@ -96,10 +96,7 @@ def section_settings(
     section: Mapping[str, Any], schema: type, groups: Mapping[str, list[str]], origin: str
 ) -> list[Setting]:
     """Turn a section of an experiment file into settings: a text for a group is a choice, nested names are joined."""
-    return [
-        Setting(key, value, is_choice=_chooses(key, value, groups), origin=origin)
-        for key, value in _flat(section, schema, "")
-    ]
+    return [_setting(key, value, schema, groups, origin) for key, value in _flat(section, schema, "")]
 
 
 def split_override(text: str) -> tuple[str, str, str]:
@@ -187,8 +184,10 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _chooses(key: str, value: Any, groups: Mapping[str, list[str]]) -> bool:
-    return key in groups and not isinstance(value, Mapping)
+def _setting(key: str, value: Any, schema: type, groups: Mapping[str, list[str]], origin: str = "") -> Setting:
+    if key in groups and value is None and get_origin(type_of_key(schema, key)) is dict:
+        value = []  # logger=null: none of its files
+    return Setting(key, value, is_choice=key in groups and not isinstance(value, Mapping), origin=origin)
 
 
 def _flat(section: Mapping[str, Any], schema: type, prefix: str) -> Iterator[tuple[str, Any]]:

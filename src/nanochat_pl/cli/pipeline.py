@@ -15,15 +15,16 @@ from pathlib import Path
 from nanochat_pl.cli import config_files
 from nanochat_pl.cli.child import run_child
 from nanochat_pl.cli.compose import Composed
-from nanochat_pl.cli.evaluate import EvaluateConfig
+from nanochat_pl.cli.evaluate import EvaluateConfig, is_measured
 from nanochat_pl.cli.experiment import compose_step, read_experiment
+from nanochat_pl.cli.locate import run_keys
 from nanochat_pl.cli.overrides import split_override, take_flag, take_key
-from nanochat_pl.cli.records import require_same_settings
 from nanochat_pl.cli.report import ReportConfig
-from nanochat_pl.cli.train import begun, place_of
+from nanochat_pl.cli.train import how_to_go_on, place_of
+from nanochat_pl.cli.train import is_finished as is_trained
 from nanochat_pl.common.console import next_steps, print_table, say
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.common.run_folder import STAGES
+from nanochat_pl.common.run_folder import STAGES, fresh_run
 from nanochat_pl.common.settings import setting
 from nanochat_pl.training.settings import PathsSettings, TrainConfig
 
@@ -63,6 +64,11 @@ def run(arguments: Sequence[str]) -> int:
     steps = steps_of(overrides)
     composed = check_all(steps)
     run_dir = run_folder_of(composed)
+    resume = "never" if any(getattr(c.config, "resume", "") == "never" for c in composed) else "auto"
+    if resume == "never":
+        run_dir = run_dir.with_name(fresh_run(run_dir.parent, run_dir.name))
+        steps = steps_of(_in_run(run_dir.name, overrides))
+        composed = check_all(steps)
     for step, checked in zip(steps, composed, strict=True):
         if is_finished(step, checked, run_dir):
             say(f"{step.name}: finished before.")
@@ -70,7 +76,7 @@ def run(arguments: Sequence[str]) -> int:
         say(f"{step.name}:", style="bold")
         code = run_child([step.verb, *step.overrides])
         if code:
-            say(f"{step.name}: ended with exit code {code}. The same command goes on from there.")
+            say(f"{step.name}: ended with exit code {code}. {how_to_go_on(run_dir.name, resume)}")
             return code
     finish(run_dir)
     return 0
@@ -119,14 +125,12 @@ def run_folder_of(composed: Sequence[Composed]) -> Path:
 def is_finished(step: Step, composed: Composed, run_dir: Path) -> bool:
     """Whether a step's result is there. Evaluation and report are made again when what they read is newer."""
     if step.verb == "train":
-        folder = place_of(composed)
-        if begun(folder):
-            require_same_settings(folder, composed)
-        return folder.status == "finished"
-    made = {"evaluate": "evaluation/*/results.json", "report": "report/report.json"}[step.verb]
-    read = ["*/finished.json", *(["evaluation/*/results.json"] if step.verb == "report" else [])]
-    newest = max((path.stat().st_mtime_ns for pattern in read for path in run_dir.glob(pattern)), default=0)
-    return any(path.stat().st_mtime_ns >= newest for path in run_dir.glob(made))
+        return is_trained(place_of(composed), composed)
+    if step.verb == "evaluate":
+        return is_measured(composed)
+    report = run_dir / "report" / "report.json"
+    read = [path for pattern in ("*/finished.json", "evaluation/*/results.json") for path in run_dir.glob(pattern)]
+    return report.is_file() and all(path.stat().st_mtime_ns <= report.stat().st_mtime_ns for path in read)
 
 
 def finish(run_dir: Path) -> None:
@@ -137,15 +141,21 @@ def finish(run_dir: Path) -> None:
     print_table(SUMMARY_COLUMNS, summary_table(run_dir), title=f"run {run_dir.name}: all steps are finished")
     say()
     report = run_dir / "report" / "report.html"
-    elsewhere = "" if run_dir.parent == Path("runs") else f" paths.runs={run_dir.parent}"
+    run = run_keys(run_dir.name, run_dir.parent)
     next_steps(
         [
             *([("read the report", str(report))] if report.is_file() else []),
-            ("talk to it", f"nanochat-pl chat run={run_dir.name}{elsewhere}"),
+            ("talk to it", f"nanochat-pl chat {run}"),
             ("look at the curves", f"tensorboard --logdir {run_dir}"),
-            ("write the report again", f"nanochat-pl report run={run_dir.name}{elsewhere}"),
+            ("write the report again", f"nanochat-pl report {run}"),
         ]
     )
+
+
+def _in_run(name: str, overrides: Sequence[str]) -> list[str]:
+    """The command line with all steps in one run: resume=never means one new run, and not one for each stage."""
+    rest = [text for text in overrides if split_override(text)[0].rpartition(".")[2] not in ("run", "resume")]
+    return [*rest, f"run={name}", "resume=auto"]
 
 
 def _step(experiment: str, name: str, overrides: Sequence[str]) -> Step:

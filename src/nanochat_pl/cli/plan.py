@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from nanochat_pl.cli.compose import Composed
 from nanochat_pl.cli.experiment import compose_step
 from nanochat_pl.common.console import print_table, say
+from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.hardware import choose_compute_dtype, choose_device, device_name
 from nanochat_pl.common.settings import setting
 from nanochat_pl.planning import Plan, estimate_cpu_seconds, make_plan, plan_rows
@@ -33,6 +34,11 @@ HELP_KEYS = ("model.depth", "model.sequence_len", "tokenizer.vocab_size", "train
 def run(arguments: Sequence[str]) -> int:
     """The verb."""
     composed: Composed[PlanConfig] = compose_step("plan", "base", PlanConfig, arguments)
+    if composed.config.stage.name != "base":
+        raise UserError(
+            f"stage={composed.config.stage.name}: only base is planned from its settings alone.",
+            "The plan of a later stage follows from its parent; it is in the stage's plan.json when that has begun.",
+        )
     if composed.config.explain is not None:
         say(plan_of(composed.config).explain(composed.config.explain))
     else:

@@ -2,44 +2,51 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import platform
 import subprocess
 from collections.abc import Mapping
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 import nanochat_pl
+from nanochat_pl.bundle.bundle import load_stage_info
 from nanochat_pl.bundle.stage_info import library_versions
 from nanochat_pl.cli.compose import Composed
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.files import write_json, write_text
 from nanochat_pl.common.hardware import choose_device, device_name
 from nanochat_pl.common.run_folder import StageFolder
+from nanochat_pl.training.settings import TrainConfig
 
-# Settings that have no say in what is learnt: they may differ when a stage goes on.
-FREE_TO_CHANGE = (
-    "trainer",
-    "evaluation",
-    "paths",
-    "logger",
-    "callbacks",
-    "device_batch_size",
-    "run",
-    "resume",
-    "check_only",
-)
+# Keys, or groups of keys, that have no say in what is learnt: they may differ when a stage goes on.
+NO_SAY = {"trainer", "evaluation", "paths", "logger", "callbacks", "device_batch_size", "run", "resume", "check_only"}
+_HAVE_A_SAY = {field.name for field in dataclasses.fields(TrainConfig)} - NO_SAY
+# What each stage depends on. Model and tokenizer of a later stage are its parent's.
+MATTERS = {
+    "tokenizer": {"tokenizer", "data"},
+    "base": _HAVE_A_SAY - {"mixture"},
+    "sft": _HAVE_A_SAY - {"tokenizer", "model", "data"},
+}
 
 
-def write_records(folder: StageFolder, composed: Composed[Any]) -> None:
-    """Write config.yaml, overrides.txt and about.json."""
+def write_records(folder: StageFolder, composed: Composed[Any], goes_on: bool = False) -> None:
+    """Write config.yaml and overrides.txt; and about.json, unless the stage goes on: that is of its beginning."""
     config = yaml.safe_dump(composed.plain(), sort_keys=False, allow_unicode=True)
     overrides = [f"experiment={composed.experiment}"] if composed.experiment else []
     write_text(folder.path / "config.yaml", config)
     write_text(folder.path / "overrides.txt", "".join(f"{text}\n" for text in [*overrides, *composed.overrides]))
-    write_json(folder.path / "about.json", about())
+    if not goes_on:
+        write_json(folder.path / "about.json", about())
+
+
+def settings_that_matter(values: Mapping[str, Any], stage: str) -> dict[str, Any]:
+    """Of all settings as plain data those that a stage depends on, by their dotted keys."""
+    return {key: value for key, value in _flat(values).items() if key.split(".")[0] in MATTERS[stage]}
 
 
 def require_same_settings(folder: StageFolder, composed: Composed[Any]) -> None:
@@ -48,28 +55,24 @@ def require_same_settings(folder: StageFolder, composed: Composed[Any]) -> None:
     Raises:
         UserError: names each key with both values.
     """
-    then, now = _flat(_read_settings(folder)), _flat(composed.plain())
+    begun = _read_settings(folder)
+    if not begun:
+        return
+    then, now = (settings_that_matter(values, folder.stage) for values in (begun, composed.plain()))
     differences = [
-        f"{key}={_show(now.get(key))}: {folder.path} was begun with {key}={_show(then.get(key))}."
+        f"{key}={as_typed(now.get(key))}: {folder.path} was begun with {key}={as_typed(then.get(key))}."
         for key in sorted(then.keys() | now.keys())
-        if then and _matters(key, folder.stage) and then.get(key) != now.get(key)
+        if then.get(key) != now.get(key)
     ]
     if differences:
         raise UserError(differences, "Leave these keys as they were, or begin a new run with run=NAME or resume=never.")
 
 
-def _matters(key: str, stage: str) -> bool:
-    group = key.split(".")[0]
-    if stage == "tokenizer":
-        return group in ("tokenizer", "data")
-    return group not in FREE_TO_CHANGE
-
-
 def _read_settings(folder: StageFolder) -> dict[str, Any]:
-    """What config.yaml says; empty for a stage that another one made on its way, as base does with the tokenizer."""
+    """What config.yaml says; else the bundle: base makes a tokenizer on its way, and that has no records of its own."""
     path = folder.path / "config.yaml"
     if not path.is_file():
-        return {}
+        return load_stage_info(folder.bundle).settings if folder.bundle.is_dir() else {}
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -89,13 +92,15 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _show(value: Any) -> str:
+def as_typed(value: Any) -> str:
+    """A value as YAML and the command line write it."""
     return yaml.safe_dump(value, default_flow_style=True, allow_unicode=True).split("\n")[0]
 
 
 def about() -> dict[str, Any]:
-    """Versions, machine and git state, as plain data."""
+    """Time, versions, machine and git state, as plain data."""
     return {
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "git": _git_state(),
         "versions": library_versions(),
         "system": f"{platform.system()} {platform.machine()}",

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from nanochat_pl.cli.child import run_child
 from nanochat_pl.cli.overrides import parse_sweeps
 from nanochat_pl.cli.pipeline import check_all, run_folder_of, steps_of
-from nanochat_pl.cli.train import compose_train, place_of
+from nanochat_pl.cli.train import compose_train, is_finished, place_of
 from nanochat_pl.common.console import print_table, say
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.run_folder import MAX_NAME_LENGTH
@@ -32,11 +32,15 @@ def run_sweep(verb: str, arguments: Sequence[str]) -> int:
 
     Returns:
         0, or the exit code of the first job that failed; a signal ends the whole sweep.
+
+    Raises:
+        UserError: what :func:`expand` says; or a job was begun under other settings.
     """
     jobs, outcomes, first_failure = expand(arguments, verb), [], 0
+    finished = {job.name for job in jobs if verb == "train" and _is_finished(job)}
     for n, job in enumerate(jobs, start=1):
         say(f"job {n} of {len(jobs)}: {job.name}", style="bold")
-        if verb == "train" and place_of(compose_train(job.overrides)).status == "finished":
+        if job.name in finished:
             outcomes.append((job.name, "finished before"))
             continue
         code = run_child([verb, *job.overrides])
@@ -46,6 +50,11 @@ def run_sweep(verb: str, arguments: Sequence[str]) -> int:
         outcomes.append((job.name, "finished" if code == 0 else f"failed, exit code {code}"))
     print_table(("job", "outcome"), outcomes)
     return first_failure
+
+
+def _is_finished(job: Job) -> bool:
+    composed = compose_train(job.overrides)
+    return is_finished(place_of(composed), composed)
 
 
 def expand(arguments: Sequence[str], verb: str = "train") -> list[Job]:

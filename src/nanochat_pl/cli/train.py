@@ -6,20 +6,18 @@ nanochat-pl train stage=sft run=d4
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from nanochat_pl.cli.child import is_child
 from nanochat_pl.cli.compose import Composed
 from nanochat_pl.cli.experiment import compose_step
-from nanochat_pl.cli.instantiate import instantiate_allowed
-from nanochat_pl.cli.locate import cache_folder
+from nanochat_pl.cli.instantiate import make_objects
+from nanochat_pl.cli.locate import cache_folder, run_keys
 from nanochat_pl.cli.overrides import take_flag, take_key
 from nanochat_pl.cli.plan import print_plan
-from nanochat_pl.cli.records import require_same_settings, write_records
-from nanochat_pl.common.console import next_steps, say
-from nanochat_pl.common.errors import UserError
+from nanochat_pl.cli.records import as_typed, require_same_settings, settings_that_matter, write_records
+from nanochat_pl.common.console import next_steps, print_table, say
 from nanochat_pl.common.run_folder import StageFolder, fresh_stage_folder, only_run_with, stage_folder
 from nanochat_pl.planning import Plan
 from nanochat_pl.training.settings import TrainConfig
@@ -44,27 +42,46 @@ def run(arguments: Sequence[str]) -> int:
     composed = compose_train(overrides)
     config, folder = composed.config, place_of(composed)
     if config.check_only:
-        print_plan(config)
-        say("check_only=true: the settings are right; nothing was trained.")
-        return 0
-    if begun(folder):
-        require_same_settings(folder, composed)
-    if folder.status == "finished":
-        say(f"{folder.path}: is finished. resume=never trains a new one.")
+        _print_check(composed, folder)
         return 0
     folder.create()
-    with folder.locked():
-        if not begun(folder):
-            write_records(folder, composed)
+    with folder.locked():  # first of all: another process may have been at it, and just ended
+        if is_finished(folder, composed):
+            say(f"{folder.path}: is finished. resume=never trains a new one.")
+            return 0
+        write_records(folder, composed, goes_on=_begun(folder))
         code = _train(composed, folder)
     if code == 0 and not is_child():
         next_steps(_next_commands(folder))
     return code
 
 
-def begun(folder: StageFolder) -> bool:
+def is_finished(folder: StageFolder, composed: Composed[TrainConfig]) -> bool:
+    """Whether a stage is done. Raises :class:`UserError` where it was begun under other settings."""
+    if _begun(folder):
+        require_same_settings(folder, composed)
+    return folder.status == "finished"
+
+
+def _begun(folder: StageFolder) -> bool:
     """Whether there is something to go on with; a run that was killed before its first resume file starts over."""
     return folder.status == "finished" or any(folder.checkpoints.glob("*.ckpt"))
+
+
+def _print_check(composed: Composed[TrainConfig], folder: StageFolder) -> None:
+    """What is known before anything is trained: of base its plan; a later stage's follows from its parent."""
+    stage, parent = folder.stage, composed.config.stage.parent
+    if stage == "base":
+        print_plan(composed.config)
+    else:
+        settings = settings_that_matter(composed.plain(), stage)
+        rows = [(key, as_typed(value)) for key, value in settings.items() if value is not None]
+        print_table(("setting", "value"), rows, title=f"The stage {stage} in {folder.path}")
+    if stage != "base" and parent is not None:
+        start = folder.parent(parent)
+        there = "is finished" if start.status == "finished" else "is not finished yet"
+        say(f"Model, tokenizer and all that is null come from {start.path}, which {there}.")
+    say("check_only=true: the settings are right; nothing was trained.")
 
 
 def compose_train(overrides: Sequence[str]) -> Composed[TrainConfig]:
@@ -101,12 +118,12 @@ def _train(composed: Composed[TrainConfig], folder: StageFolder) -> int:
             folder,
             cache_folder(config.paths),
             given=composed.given,
-            make_loggers=_maker(config.logger, "logger", save_dir=str(folder.path)),
-            make_callbacks=_maker(config.callbacks, "callbacks"),
+            make_loggers=lambda: make_objects(config.logger, "logger", save_dir=str(folder.path)),
+            make_callbacks=lambda: make_objects(config.callbacks, "callbacks"),
             on_plan=_say_plan,
         )
     except StopRequested as stop:
-        say(f"Stopped after step {stop.step:,}. The same command goes on from there.")
+        say(f"Stopped after step {stop.step:,}.{'' if is_child() else f' {how_to_go_on(folder.run, config.resume)}'}")
         return 128 + stop.signum
     return 0
 
@@ -118,25 +135,18 @@ def _say_plan(plan: Plan) -> None:
     )
 
 
-def _maker(nodes: dict[str, Any], group: str, **more: Any) -> Callable[[], list[Any]]:
-    """A function that makes the objects of a config group; a null leaves one out."""
-    chosen = {name: node for name, node in nodes.items() if node is not None}
-    problems = [
-        f"{group}.{name}={node!r}: must be a group with a _target_."
-        for name, node in chosen.items()
-        if not isinstance(node, dict)
-    ]
-    if problems:
-        raise UserError(problems)
-    return lambda: [instantiate_allowed(node, f"{group}.{name}", **more) for name, node in chosen.items()]
+def how_to_go_on(run: str, resume: str) -> str:
+    """What a person does after a stop; the same again would begin yet another run where that was asked for."""
+    how = f"With run={run} in place of resume=never it" if resume == "never" else "The same command"
+    return f"{how} goes on from there."
 
 
 def _next_commands(folder: StageFolder) -> list[tuple[str, str]]:
-    run = folder.run
+    run = run_keys(folder.run, folder.runs)
     following = {
-        "tokenizer": ("train a model", f"nanochat-pl train stage=base run={run}"),
-        "base": ("make it a chat model", f"nanochat-pl train stage=sft run={run}"),
-        "sft": ("talk to it", f"nanochat-pl chat run={run}"),
+        "tokenizer": ("train a model", f"nanochat-pl train stage=base {run}"),
+        "base": ("make it a chat model", f"nanochat-pl train stage=sft {run}"),
+        "sft": ("talk to it", f"nanochat-pl chat {run}"),
     }
     steps = [following[folder.stage]] if folder.stage in following else []
-    return [*steps, ("tables and plots", f"nanochat-pl report run={run}")]
+    return [*steps, ("tables and plots", f"nanochat-pl report {run}")]

@@ -6,8 +6,10 @@ On a terminal there are colours and moving bars; in a pipe or a log file plain l
 from __future__ import annotations
 
 import contextlib
+import io
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -27,6 +29,13 @@ def console(stderr: bool = False) -> Console:
     if not made.is_terminal:
         made.width = WIDTH_WITHOUT_TERMINAL
     return made
+
+
+def replace_unknown_signs(*streams: TextIO) -> None:
+    """Signs that a stream's encoding does not have become question marks instead of errors."""
+    for stream in streams:
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def say(text: str = "", style: str = "") -> None:

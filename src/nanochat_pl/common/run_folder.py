@@ -7,6 +7,7 @@ finished when it is there and not before.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import re
 import socket
@@ -121,12 +122,19 @@ def stage_folder(runs: Path, run: str, stage: str) -> StageFolder:
 
 
 def fresh_stage_folder(runs: Path, run: str, stage: str) -> StageFolder:
-    """A folder for a new run beside ``run``: ``run-2``, ``run-3`` … where the stage is there already."""
+    """A folder for a stage begun anew: in ``run`` where that has no such stage yet, else in a new run beside it."""
     check_name(run)
-    names = (run if n == 1 else f"{run}-{n}" for n in range(1, 10_000))
     with _looking_into(runs):
-        name = next(name for name in names if not (runs / name / stage).exists())
+        name = fresh_run(runs, run) if (runs / run / stage).exists() else run
     return StageFolder(runs, name, stage, parent_run=run)
+
+
+def fresh_run(runs: Path, run: str) -> str:
+    """The first of ``run``, ``run-2``, ``run-3`` … that is no folder yet: none of another run's stages is in it."""
+    check_name(run)
+    names = (run if n == 1 else f"{run}-{n}" for n in itertools.count(1))
+    with _looking_into(runs):
+        return next(name for name in names if not (runs / name).exists())
 
 
 def check_name(name: str) -> None:

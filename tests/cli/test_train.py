@@ -1,0 +1,136 @@
+"""The verb `train` around the training itself: what may change when a stage goes on, its records, its last words."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+
+import pytest
+import yaml
+
+from nanochat_pl.cli import train
+from nanochat_pl.cli.main import main
+from nanochat_pl.cli.records import MATTERS, require_same_settings, write_records
+from nanochat_pl.cli.train import compose_train, place_of
+from nanochat_pl.common.errors import UserError
+from nanochat_pl.common.files import write_json
+from nanochat_pl.common.run_folder import StageFolder
+from tests.cli.conftest import pretend_finished
+
+TINY = "experiment=tiny"
+
+
+@pytest.fixture
+def trained(here: Path, monkeypatch: pytest.MonkeyPatch) -> list[StageFolder]:
+    """The folders that would have been trained; nothing is."""
+    folders: list[StageFolder] = []
+    monkeypatch.setattr(train, "_train", lambda composed, folder: folders.append(folder) or 0)
+    return folders
+
+
+@pytest.mark.parametrize(
+    ("stage", "override", "matters"),
+    [
+        ("base", "max_steps=11", True),
+        ("base", "data.seed=1", True),
+        ("base", "mixture.tasks.spelling.size=3", False),
+        ("base", "evaluation.every_steps=3", False),
+        ("base", "trainer.keep_last=5", False),
+        ("base", "device_batch_size=1", False),
+        ("sft", "mixture.tasks.spelling.size=3", True),
+        ("sft", "schedule.warmup_steps=3", True),
+        ("sft", "data.seed=1", False),
+        ("sft", "tokenizer.vocab_size=600", False),
+        ("tokenizer", "tokenizer.vocab_size=600", True),
+        ("tokenizer", "model.depth=3", False),
+    ],
+)
+def test_what_may_change_when_a_stage_goes_on(stage: str, override: str, matters: bool, here: Path) -> None:
+    folder = pretend_finished(TINY, f"stage={stage}")
+    changed = compose_train([TINY, f"stage={stage}", override])
+    with pytest.raises(UserError, match=override) if matters else contextlib.nullcontext():
+        require_same_settings(folder, changed)
+
+
+def test_there_is_a_list_for_every_stage() -> None:
+    assert set(MATTERS) == {"tokenizer", "base", "sft"}
+
+
+def test_a_tokenizer_made_on_the_way_has_settings_too(here: Path) -> None:
+    """It has no config.yaml, so it was finished for any settings."""
+    folder = pretend_finished(TINY, "stage=tokenizer")
+    (folder.path / "config.yaml").unlink()
+    assert main(["train", TINY, "stage=tokenizer"]) == 0
+    assert main(["train", TINY, "stage=tokenizer", "tokenizer.vocab_size=600"]) == 2
+
+
+def test_what_another_process_has_just_finished_is_finished(
+    trained: list[StageFolder], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """That was looked at before the wait for the lock: the stage was trained over the finished one."""
+
+    @contextlib.contextmanager
+    def locked(folder: StageFolder) -> Iterator[None]:
+        pretend_finished(TINY)
+        yield
+
+    monkeypatch.setattr(StageFolder, "locked", locked)
+    assert main(["train", TINY]) == 0
+    assert trained == []
+    assert "is finished" in capsys.readouterr().out
+
+
+def test_records_are_those_of_the_beginning_and_of_today(here: Path, trained: list[StageFolder]) -> None:
+    """The settings of a stage that goes on were those of its beginning, the number of its threads too."""
+    assert main(["train", TINY]) == 0
+    folder = trained[0]
+    about = json.loads((folder.path / "about.json").read_text(encoding="utf-8"))
+    age = datetime.now(timezone.utc) - datetime.fromisoformat(about["started"])
+    assert timedelta() <= age + timedelta(seconds=1) < timedelta(minutes=1)
+
+    write_json(folder.path / "about.json", {**about, "started": "long ago"})
+    folder.checkpoints.mkdir()
+    (folder.checkpoints / "step=000005.ckpt").touch()
+    assert main(["train", TINY, "trainer.num_threads=1"]) == 0
+    config = yaml.safe_load((folder.path / "config.yaml").read_text(encoding="utf-8"))
+    assert config["trainer"]["num_threads"] == 1
+    assert "long ago" in (folder.path / "about.json").read_text(encoding="utf-8")
+
+
+def test_the_next_commands_find_the_run(trained: list[StageFolder], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", TINY, "run=a"]) == 0
+    assert "nanochat-pl train stage=sft run=a\n" in capsys.readouterr().out
+    assert main(["train", TINY, "run=a", "paths.runs=my runs"]) == 0
+    shown = capsys.readouterr().out
+    assert "nanochat-pl train stage=sft run=a 'paths.runs=my runs'\n" in shown
+    assert "nanochat-pl report run=a 'paths.runs=my runs'\n" in shown
+
+
+@pytest.mark.parametrize(
+    ("stage", "shown", "not_shown"),
+    [
+        ("tokenizer", ["tokenizer.vocab_size", "512", "python_docs"], ["model.depth", "Plan", "parameters"]),
+        ("sft", ["mixture.tasks.spelling.size", "runs/tiny/base, which is not finished yet"], ["Plan", "vocab_size"]),
+        ("base", ["Plan for", "num_steps"], []),
+    ],
+)
+def test_a_check_says_what_is_known(
+    stage: str, shown: list[str], not_shown: list[str], here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """For every stage it printed the plan of a base stage."""
+    assert main(["train", TINY, f"stage={stage}", "check_only=true"]) == 0
+    out = capsys.readouterr().out
+    assert [text for text in shown if text not in out] == []
+    assert [text for text in not_shown if text in out] == []
+    assert list(here.iterdir()) == []
+
+
+def test_records_hold_the_settings_of_the_command(here: Path) -> None:
+    composed = compose_train([TINY, "seed=3"])
+    folder = place_of(composed)
+    write_records(folder, composed)
+    assert (folder.path / "overrides.txt").read_text(encoding="utf-8") == "experiment=tiny\nseed=3\n"
+    assert yaml.safe_load((folder.path / "config.yaml").read_text(encoding="utf-8")) == composed.plain()
