@@ -30,8 +30,8 @@ def runs(here: Path) -> Path:
 def test_the_list(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run([]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert lines[1] == ["d4", "base", "finished", "20", "1.2500", "0.0", "MiB"]
-    assert lines[2] == ["d4", "sft", "unfinished", "7", "1.0", "MiB"]
+    assert lines[1] == ["d4", "base", "finished", "20", "1.2500", "0.0"]
+    assert lines[2] == ["d4", "sft", "unfinished", "7", "1.0"]
 
 
 def test_no_runs(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -41,7 +41,7 @@ def run(arguments: Sequence[str]) -> int:
         return 0
     rows = [_row(folder) for stages in list_runs(runs).values() for folder in stages]
     if rows:
-        print_table(("run", "stage", "status", "step", "bits per byte", "size"), rows)
+        print_table(("run", "stage", "status", "step", "bits per byte", "MiB"), rows)
     else:
         say(f"{runs}: there are no runs yet.")
     return 0
@@ -61,7 +61,7 @@ def delete_run(runs: Path, name: str) -> None:
                 folder.unlink()
             else:
                 shutil.rmtree(folder)
-    say(f"{folder}: deleted ({size}).")
+    say(f"{folder}: deleted ({size} MiB).")
 
 
 def _row(folder: StageFolder) -> tuple[object, ...]:
@@ -79,4 +79,4 @@ def _figure(value: object) -> str:
 
 def _size(folder: Path) -> str:
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    return f"{size / 2**20:,.1f} MiB"
+    return f"{size / 2**20:,.1f}"
