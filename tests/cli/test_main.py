@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -122,6 +124,27 @@ def test_a_terminal_that_lacks_signs_gets_question_marks() -> None:
 def test_only_base_is_planned(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "stage=sft"]) == 2
     assert "only base is planned" in capsys.readouterr().err
+
+
+def test_ctrl_c_while_the_libraries_are_loaded(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """torch swallowed it, and the command ran on; or numpy was left half loaded, which looked like a bug of ours."""
+
+    def load(name: str) -> Any:
+        with contextlib.suppress(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.1)
+        return None
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        monkeypatch.setattr(main_module.importlib, "import_module", load)
+        assert main(["runs"]) == 130
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert "Stopped." in capsys.readouterr().err
 
 
 def test_train_py_is_the_train_verb(here: Path) -> None:

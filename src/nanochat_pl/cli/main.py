@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import signal
 import sys
 import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from nanochat_pl.cli.child import is_child
 from nanochat_pl.common.console import replace_unknown_signs
@@ -72,7 +73,26 @@ def _dispatch(arguments: list[str]) -> int:
     from nanochat_pl.cli.quiet import quieten
 
     quieten()
-    return importlib.import_module(f"nanochat_pl.cli.{verb}").run(rest)
+    with _interrupts_wait():
+        module = importlib.import_module(f"nanochat_pl.cli.{verb}")
+    return int(module.run(rest))
+
+
+@contextlib.contextmanager
+def _interrupts_wait() -> Iterator[None]:
+    """Keep a Ctrl-C until the libraries are loaded: in the middle of that it gets lost, or leaves half a library."""
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if came:
+        raise KeyboardInterrupt
 
 
 def _print_verbs() -> None:
