@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from nanochat_pl import load_bundle
+from nanochat_pl.cli.main import main
 from nanochat_pl.training.evaluation import Samples
-from tests.training.conftest import same_weights, weights_of
+from tests.training.conftest import same_weights, tiny_overrides, weights_of
 
 
 def test_a_stage_leaves_what_everybody_reads(place: Path) -> None:
@@ -96,3 +97,16 @@ def test_check_only_trains_nothing(place: Path, train: Callable[..., int], capsy
     assert train("run=unseen", "check_only=true") == 0
     assert not (place / "runs" / "unseen").exists()
     assert "num_steps" in capsys.readouterr().out
+
+
+def test_base_takes_the_tokenizer_that_is_there(
+    place: Path, train: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its size is recorded as it is; another one that is asked for is refused."""
+    vocabulary = "tokenizer.vocab_size=290"
+    arguments = [text for text in tiny_overrides(place) if text != vocabulary]
+    assert main(["train", "stage=tokenizer", "run=small", vocabulary, *arguments]) == 0
+    assert main(["train", "run=small", "max_steps=2", *arguments]) == 0
+    assert load_bundle(place / "runs" / "small" / "base" / "bundle").stage.settings["tokenizer"]["vocab_size"] == 290
+    assert train("run=small", "resume=never", "tokenizer.vocab_size=300") == 2
+    assert "tokenizer.vocab_size=300" in capsys.readouterr().err

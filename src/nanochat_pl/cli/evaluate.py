@@ -10,7 +10,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +19,7 @@ from nanochat_pl.bundle import Bundle, load_bundle
 from nanochat_pl.cli.compose import Composed
 from nanochat_pl.cli.experiment import compose_step
 from nanochat_pl.cli.locate import cache_folder, locate_bundle, locate_stage
-from nanochat_pl.common.console import print_table, progress, say
+from nanochat_pl.common.console import by_difference, print_table, progress, say
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.files import ensure_folder, read_json, write_json, write_text
 from nanochat_pl.common.hardware import choose_device
@@ -147,7 +147,7 @@ def _chat(bundle: Bundle, config: EvaluateConfig, to: Path) -> dict[str, Any]:
     for name, task in tasks.items():
         asked = len(task) if config.limit is None else min(config.limit, len(task))
         with progress(name, asked, "problems") as advance:
-            report = _counting(advance)
+            report = by_difference(advance)
             results.append(evaluate_task(engine, task, config.limit, config.max_tokens, config.batch_size, report))
         _write_lines(to / f"answers_{name}.jsonl", results[-1].answers)
     _write_lines(to / "chats.jsonl", _first_chats(results))
@@ -155,18 +155,6 @@ def _chat(bundle: Bundle, config: EvaluateConfig, to: Path) -> dict[str, Any]:
     print_table(TABLE, map(_row, results))
     rows = [{"name": r.name, "accuracy": r.accuracy, "stderr": r.stderr, "n": r.n, "baseline": 0.0} for r in results]
     return {"tasks": rows}
-
-
-def _counting(advance: Callable[[int], None]) -> Callable[[int, int], None]:
-    """Takes (finished, all), as the evaluation says it, and advances by the difference."""
-    before = 0
-
-    def report(finished: int, total: int) -> None:
-        nonlocal before
-        advance(finished - before)
-        before = finished
-
-    return report
 
 
 def _samples(bundle: Bundle, config: EvaluateConfig, to: Path) -> list[dict[str, str]]:

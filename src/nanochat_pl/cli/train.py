@@ -6,6 +6,7 @@ nanochat-pl train stage=sft run=d4
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from nanochat_pl.cli.records import as_typed, require_same_settings, settings_th
 from nanochat_pl.common.console import next_steps, print_table, say
 from nanochat_pl.common.run_folder import StageFolder, fresh_stage_folder, only_run_with, stage_folder
 from nanochat_pl.planning import Plan
+from nanochat_pl.training.inherit import inherited
 from nanochat_pl.training.settings import TrainConfig
 
 Config = TrainConfig
@@ -44,6 +46,9 @@ def run(arguments: Sequence[str]) -> int:
     if config.check_only:
         _print_check(composed, folder)
         return 0
+    if folder.status != "finished":
+        # Before the folder is made: a stage whose parent is not there leaves nothing behind.
+        composed = dataclasses.replace(composed, config=inherited(config, folder, composed.given))
     folder.create()
     with folder.locked():  # first of all: another process may have been at it, and just ended
         if is_finished(folder, composed):
@@ -117,7 +122,6 @@ def _train(composed: Composed[TrainConfig], folder: StageFolder) -> int:
             config,
             folder,
             cache_folder(config.paths),
-            given=composed.given,
             make_loggers=lambda: make_objects(config.logger, "logger", save_dir=str(folder.path)),
             make_callbacks=lambda: make_objects(config.callbacks, "callbacks"),
             on_plan=_say_plan,

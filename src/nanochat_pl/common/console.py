@@ -71,6 +71,18 @@ def next_steps(commands: Sequence[tuple[str, str]]) -> None:
         say(f"  {purpose:<{width}}  {command}")
 
 
+def by_difference(advance: Advance) -> Callable[[int, int], None]:
+    """For work that reports (done, in all): calls ``advance`` with what was done since the last report."""
+    before = 0
+
+    def report(done: int, total: int) -> None:
+        nonlocal before
+        advance(done - before)
+        before = done
+
+    return report
+
+
 @contextlib.contextmanager
 def progress(what: str, total: int, unit: str = "") -> Iterator[Advance]:
     """Show the progress of long work; yields a function that is called with the number of units just done.

@@ -1,4 +1,4 @@
-"""What a later stage takes over from its parent: model, tokenizer and data settings are the parent's."""
+"""What a stage takes over from its parent: the tokenizer's settings, and after base also those of model and data."""
 
 from __future__ import annotations
 
@@ -11,22 +11,25 @@ from nanochat_pl.common.run_folder import StageFolder
 from nanochat_pl.common.settings import build, to_plain
 from nanochat_pl.training.settings import TrainConfig
 
-INHERITED = ("model", "tokenizer", "data")
+# The groups of settings that a parent decides for the stage that starts from it.
+INHERITED = {"tokenizer": ("tokenizer",), "base": ("model", "tokenizer", "data")}
 # A matter of the machine and not of the model: it may be given anew.
 FREE = ("model.compute_dtype",)
 
 
 def parent_folder(config: TrainConfig, folder: StageFolder) -> StageFolder | None:
-    """The finished stage that this one starts from; None for a stage that has none with a model.
+    """The finished stage that this one starts from. None where it has none: a tokenizer that is not there is made.
 
     Raises:
         UserError: it is not finished.
     """
     name = config.stage.parent
-    if name is None or name == "tokenizer":
+    if name is None:
         return None
     parent = folder.parent(name)
     if parent.status != "finished":
+        if name == "tokenizer":
+            return None
         raise UserError(
             f"{parent.bundle}: there is no finished {name} stage to start from.",
             fix=f"Train it first: nanochat-pl train stage={name} run={parent.run} …",
@@ -49,7 +52,7 @@ def inherited(config: TrainConfig, folder: StageFolder, given: Set[str]) -> Trai
     if parent is None:
         return config
     settings, problems, groups = load_stage_info(parent.bundle).settings, [], {}
-    for group in INHERITED:
+    for group in INHERITED[parent.stage]:
         own = getattr(config, group)
         was, now = dict(settings.get(group, {})), to_plain(own)
         for key, value in now.items():

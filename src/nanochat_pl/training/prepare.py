@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Set
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,14 +12,13 @@ from typing import Any
 from torch import Tensor
 
 from nanochat_pl.bundle.bundle import MODEL, load_config, load_moments, load_stage_info, load_tokenizer, load_weights
-from nanochat_pl.common.console import say
-from nanochat_pl.common.errors import UserError
+from nanochat_pl.common.console import by_difference, progress, say
 from nanochat_pl.common.files import sha256_of_file
 from nanochat_pl.common.run_folder import StageFolder
 from nanochat_pl.common.settings import to_plain
 from nanochat_pl.data.rows import Rows, packed_rows, validation_rows
-from nanochat_pl.data.sources import open_source
-from nanochat_pl.data.token_cache import ConversationCache, build_conversation_cache, build_token_cache
+from nanochat_pl.data.sources import Source, Split, open_source
+from nanochat_pl.data.token_cache import ConversationCache, TokenCache, build_conversation_cache, build_token_cache
 from nanochat_pl.model.config import GPTConfig, resolve_model
 from nanochat_pl.planning import Plan, check_horizon, estimate_cpu_seconds, make_finetune_plan, make_plan
 from nanochat_pl.tasks.mixture import build_mixture
@@ -30,6 +29,7 @@ from nanochat_pl.training.machine import Machine
 from nanochat_pl.training.settings import TrainConfig
 from nanochat_pl.training.tokenizer_stage import tokenizer_for
 
+SPLITS: tuple[Split, Split] = ("train", "val")
 PADDED_BUFFER = 100  # conversations among which the packer finds the best fit: the recipe's
 
 
@@ -59,18 +59,16 @@ class Prepared:
     parents: tuple[dict[str, Any], ...] = ()
 
 
-def prepare_base(config: TrainConfig, folder: StageFolder, cache: Path, machine: Machine, given: Set[str]) -> Prepared:
+def prepare_base(config: TrainConfig, folder: StageFolder, cache: Path, machine: Machine) -> Prepared:
     """Pretraining: documents, packed.
 
     Raises:
         UserError: the plan's own horizon is longer than anybody would want here; or what the data says.
     """
     tokenizer = tokenizer_for(config, folder, cache)
-    _refuse_other_tokenizer(config, tokenizer, given)
     source = open_source(config.data, cache)
     say(source.describe())
-    train = build_token_cache(source, "train", tokenizer, cache)
-    held_out = build_token_cache(source, "val", tokenizer, cache)
+    train, held_out = (_tokenise(source, split, tokenizer, cache) for split in SPLITS)
     plan = make_plan(
         config.model,
         config,
@@ -119,7 +117,7 @@ def prepare_base(config: TrainConfig, folder: StageFolder, cache: Path, machine:
     )
 
 
-def prepare_sft(config: TrainConfig, folder: StageFolder, cache: Path, machine: Machine, given: Set[str]) -> Prepared:
+def prepare_sft(config: TrainConfig, folder: StageFolder, cache: Path, machine: Machine) -> Prepared:
     """Fine-tuning: conversations, padded; model, tokenizer and what is not given from the parent stage.
 
     Raises:
@@ -194,6 +192,12 @@ def prepare_sft(config: TrainConfig, folder: StageFolder, cache: Path, machine: 
     )
 
 
+def _tokenise(source: Source, split: Split, tokenizer: Tokenizer, cache: Path) -> TokenCache:
+    with progress(f"tokenising {source.name}, {split}", len(source.shards(split)), "shards") as advance:
+        report = by_difference(advance)
+        return build_token_cache(source, split, tokenizer, cache, lambda done, total, tokens: report(done, total))
+
+
 def _plan_options(config: TrainConfig, machine: Machine) -> dict[str, Any]:
     return {
         "device_type": machine.device.type,
@@ -207,12 +211,3 @@ def _announce_inherited(plan: Plan) -> None:
     for name, derived in plan.values.items():
         if derived.overridden_by and derived.overridden_by.startswith("inherited"):
             say(f"{name} = {derived.value:g}, {derived.overridden_by}.")
-
-
-def _refuse_other_tokenizer(config: TrainConfig, tokenizer: Tokenizer, given: Set[str]) -> None:
-    wanted = config.tokenizer.vocab_size
-    if "tokenizer.vocab_size" in given and tokenizer.vocab_size != wanted:
-        raise UserError(
-            f"tokenizer.vocab_size={wanted}: this run's tokenizer has {tokenizer.vocab_size} tokens already.",
-            fix="Leave the key out, or begin another run with run=NAME.",
-        )

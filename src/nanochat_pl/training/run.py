@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lightning.pytorch import Callback
@@ -21,7 +21,6 @@ from nanochat_pl.planning import Plan, hyperparameters
 from nanochat_pl.training.datamodule import RowsDataModule
 from nanochat_pl.training.evaluation import Samples
 from nanochat_pl.training.fit import Fitted, Fitting, fit
-from nanochat_pl.training.inherit import inherited
 from nanochat_pl.training.machine import Machine, prepare_machine
 from nanochat_pl.training.metrics import log_everywhere
 from nanochat_pl.training.prepare import Prepared, prepare_base, prepare_sft
@@ -34,7 +33,6 @@ def train_stage(
     config: TrainConfig,
     folder: StageFolder,
     cache: Path,
-    given: Set[str] = frozenset(),
     make_loggers: Callable[[], Sequence[Logger]] = tuple,
     make_callbacks: Callable[[], Sequence[Callback]] = tuple,
     on_plan: Callable[[Plan], None] = lambda plan: None,
@@ -42,10 +40,9 @@ def train_stage(
     """Train a stage, or go on with it where resume files are.
 
     Args:
-        config: the checked settings.
+        config: the checked settings, with what is inherited from the parent stage.
         folder: of the stage; made and locked by the caller, and not finished.
         cache: where corpora and tokens are kept.
-        given: dotted keys that a person set, on the command line or in an experiment file.
         make_loggers, make_callbacks: further ones, made only when there is something to train.
         on_plan: called with the plan before the training.
 
@@ -56,10 +53,9 @@ def train_stage(
     if config.stage.name == "tokenizer":
         train_tokenizer_stage(config, folder, cache)
         return
-    config = inherited(config, folder, given)
     machine = prepare_machine(config)
     prepare = {"base": prepare_base, "sft": prepare_sft}[config.stage.name]
-    prepared = prepare(config, folder, cache, machine, given)
+    prepared = prepare(config, folder, cache, machine)
     on_plan(prepared.plan)
     _require_space(folder.path, prepared, config.trainer.keep_last)
     _require_short_prompts(config, prepared)

@@ -22,7 +22,7 @@ from nanochat_pl.training.settings import TrainConfig
 COMPARED_DOCUMENTS = 1_000
 
 
-def train_tokenizer_stage(config: TrainConfig, folder: StageFolder, cache: Path) -> Tokenizer:
+def train_tokenizer_stage(config: TrainConfig, folder: StageFolder, cache: Path) -> None:
     """Train a tokenizer on the training documents, compare it with known ones, write its bundle.
 
     Args:
@@ -49,17 +49,18 @@ def train_tokenizer_stage(config: TrainConfig, folder: StageFolder, cache: Path)
     save_bundle(folder.bundle, info, tokenizer=tokenizer)
     seconds = time.perf_counter() - start
     write_json(folder.path / "finished.json", {"step": 0, "metrics": info.metrics, "seconds": seconds})
-    return tokenizer
 
 
 def tokenizer_for(config: TrainConfig, folder: StageFolder, cache: Path) -> Tokenizer:
     """The tokenizer of a run; trained first where it is missing."""
     stage = folder.parent("tokenizer")
-    if stage.status != "finished":
-        say(f"The run {stage.run} has no tokenizer yet: training one first.")
-        with stage.locked():
-            stage.create()
-            return train_tokenizer_stage(config, stage, cache)
+    if stage.status == "finished":
+        return load_tokenizer(stage.bundle)
+    stage.create()
+    with stage.locked():
+        if stage.status != "finished":  # another process may have made it while this one waited
+            say(f"The run {stage.run} has no tokenizer yet: training one first.")
+            train_tokenizer_stage(config, stage, cache)
     return load_tokenizer(stage.bundle)
 
 
