@@ -17,9 +17,10 @@ from pathlib import Path
 
 import numpy as np
 
+from nanochat_pl.data.opening import open_source
 from nanochat_pl.data.packing import pack
 from nanochat_pl.data.rows import packed_rows
-from nanochat_pl.data.sources import DataSettings, Shard, Split, open_source
+from nanochat_pl.data.sources import DataSettings, Shard, Split
 from nanochat_pl.data.token_cache import build_token_cache
 from nanochat_pl.tokenizer import Tokenizer, TokenizerSettings, train_tokenizer
 

@@ -13,7 +13,8 @@ import pytest
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.settings import build
 from nanochat_pl.data import file_formats
-from nanochat_pl.data.sources import DataSettings, Source, Split, open_source
+from nanochat_pl.data.opening import open_source
+from nanochat_pl.data.sources import DataSettings, Source, Split
 
 
 def write_parquet(path: Path, texts: list[str | None], column: str = "text") -> None:

@@ -107,8 +107,8 @@ def _places(config: EvaluateConfig, experiment: str) -> tuple[Path, Path]:
 
 def _bits_per_byte(bundle: Bundle, config: EvaluateConfig, to: Path) -> dict[str, Any]:
     """Bits per byte on the held-out text of the data that the model was trained on."""
+    from nanochat_pl.data.opening import open_source
     from nanochat_pl.data.rows import validation_rows
-    from nanochat_pl.data.sources import open_source
     from nanochat_pl.data.token_cache import build_token_cache
     from nanochat_pl.training.evaluation import Validation
 

@@ -27,6 +27,9 @@ VERBS = {
     "runs": "what has been trained; runs delete=NAME",
 }
 
+# Several values for a key, one job for each: these verbs can be swept.
+SWEEP_FLAGS, SWEPT = ("-m", "--multirun"), ("train", "pipeline")
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The console command. Gives the exit code: 0 done, 2 a mistake that the person can put right, 1 a bug of ours."""
@@ -73,8 +76,11 @@ def _dispatch(arguments: list[str]) -> int:
     from nanochat_pl.cli.quiet import quieten
 
     quieten()
+    sweep = verb in SWEPT and any(argument in SWEEP_FLAGS for argument in rest)
     with _interrupts_wait():
-        module = importlib.import_module(f"nanochat_pl.cli.{verb}")
+        module = importlib.import_module(f"nanochat_pl.cli.{'sweep' if sweep else verb}")
+    if sweep:
+        return int(module.run_sweep(verb, [argument for argument in rest if argument not in SWEEP_FLAGS]))
     return int(module.run(rest))
 
 

@@ -117,12 +117,6 @@ def split_override(text: str) -> tuple[str, str, str]:
     return key, raw, ""
 
 
-def take_flag(arguments: Sequence[str], *names: str) -> tuple[bool, list[str]]:
-    """Whether a flag is among the arguments, and the others."""
-    rest = [argument for argument in arguments if argument not in names]
-    return len(rest) < len(arguments), rest
-
-
 def take_key(texts: Sequence[str], key: str) -> tuple[str, list[str]]:
     """The last value of a key that has to be known before all others (empty: not given), and the texts without it."""
     values, rest = [], []

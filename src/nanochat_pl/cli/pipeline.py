@@ -18,7 +18,7 @@ from nanochat_pl.cli.compose import Composed
 from nanochat_pl.cli.evaluate import EvaluateConfig, is_measured
 from nanochat_pl.cli.experiment import compose_step, read_experiment
 from nanochat_pl.cli.locate import run_keys
-from nanochat_pl.cli.overrides import split_override, take_flag, take_key
+from nanochat_pl.cli.overrides import split_override, take_key
 from nanochat_pl.cli.report import ReportConfig
 from nanochat_pl.cli.train import how_to_go_on, place_of
 from nanochat_pl.cli.train import is_finished as is_trained
@@ -56,18 +56,13 @@ class Step:
 
 def run(arguments: Sequence[str]) -> int:
     """The verb."""
-    sweep, overrides = take_flag(arguments, "-m", "--multirun")
-    if sweep:
-        from nanochat_pl.cli.sweep import run_sweep
-
-        return run_sweep("pipeline", overrides)
-    steps = steps_of(overrides)
+    steps = steps_of(arguments)
     composed = check_all(steps)
     run_dir = run_folder_of(composed)
     resume = "never" if any(getattr(c.config, "resume", "") == "never" for c in composed) else "auto"
     if resume == "never":
         run_dir = run_dir.with_name(fresh_run(run_dir.parent, run_dir.name))
-        steps = steps_of(_in_run(run_dir.name, overrides))
+        steps = steps_of(_in_run(run_dir.name, arguments))
         composed = check_all(steps)
     for step, checked in zip(steps, composed, strict=True):
         if is_finished(step, checked, run_dir):

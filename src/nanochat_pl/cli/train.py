@@ -15,7 +15,7 @@ from nanochat_pl.cli.compose import Composed
 from nanochat_pl.cli.experiment import compose_step
 from nanochat_pl.cli.instantiate import make_objects
 from nanochat_pl.cli.locate import cache_folder, run_keys
-from nanochat_pl.cli.overrides import take_flag, take_key
+from nanochat_pl.cli.overrides import take_key
 from nanochat_pl.cli.plan import print_plan
 from nanochat_pl.cli.records import as_typed, require_same_settings, settings_that_matter, write_records
 from nanochat_pl.common.console import next_steps, print_table, say
@@ -36,12 +36,7 @@ EXTRA_KEYS = {
 
 def run(arguments: Sequence[str]) -> int:
     """The verb."""
-    sweep, overrides = take_flag(arguments, "-m", "--multirun")
-    if sweep:
-        from nanochat_pl.cli.sweep import run_sweep
-
-        return run_sweep("train", overrides)
-    composed = compose_train(overrides)
+    composed = compose_train(arguments)
     config, folder = composed.config, place_of(composed)
     if config.check_only:
         _print_check(composed, folder)

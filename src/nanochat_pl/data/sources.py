@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal, Protocol
 
 from nanochat_pl.common.errors import UserError
@@ -96,23 +95,3 @@ class Source(Protocol):
 
     def shards(self, split: Split) -> list[Shard]:
         """The shards of a split, in an order that does not change while the text stays the same."""
-
-
-def open_source(settings: DataSettings, cache_dir: Path) -> Source:
-    """Open the source that the settings name.
-
-    Args:
-        settings: the config group ``data``.
-        cache_dir: where a source may keep what it makes or has found out (``paths.cache``).
-
-    Raises:
-        UserError: no file matches, a suffix or a column is unknown, a file cannot be read.
-    """
-    # Imported here: both modules need the classes above, and one of them is never needed.
-    if settings.name == "local":
-        from nanochat_pl.data.local_files import LocalFiles
-
-        return LocalFiles(settings, cache_dir)
-    from nanochat_pl.data.python_docs import open_python_docs
-
-    return open_python_docs(cache_dir)

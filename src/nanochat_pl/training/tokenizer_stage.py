@@ -14,7 +14,7 @@ from nanochat_pl.common.console import print_table, say
 from nanochat_pl.common.files import write_json
 from nanochat_pl.common.run_folder import StageFolder
 from nanochat_pl.common.settings import to_plain
-from nanochat_pl.data.sources import open_source
+from nanochat_pl.data.opening import open_source
 from nanochat_pl.tokenizer import Tokenizer, train_tokenizer
 from nanochat_pl.tokenizer.comparison import ComparisonRow, compare_tokenizers
 from nanochat_pl.training.settings import TrainConfig
