@@ -91,6 +91,17 @@ def test_killed_before_the_first_file_it_starts_over(place: Path, train: Callabl
     assert same_weights(weights_of(place / "runs" / "whole", "base"), weights_of(folder, "base"))
 
 
+def test_killed_after_the_last_step_it_only_writes_the_bundle(place: Path, train: Callable[..., int]) -> None:
+    folder = start_run(place, "late", "base")
+    shutil.copytree(place / "runs" / "whole" / "base", folder / "base")
+    shutil.rmtree(folder / "base" / "bundle")
+    (folder / "base" / "finished.json").unlink()
+    assert train("run=late") == 0
+    whole = place / "runs" / "whole"
+    assert same_weights(weights_of(whole, "base"), weights_of(folder, "base"))
+    assert metrics_of(whole, "base") == metrics_of(folder, "base")
+
+
 def test_device_batch_size_may_change_on_the_way(place: Path, train: Callable[..., int]) -> None:
     """It is a matter of memory: the sums are taken in another order, and that is all."""
     folder = start_run(place, "other-size", "base")
