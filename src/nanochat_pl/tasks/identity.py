@@ -28,6 +28,12 @@ _QUESTIONS: dict[Split, dict[str, tuple[str, ...]]] = {
             "Please tell me what your name is.",
             "What do people call you?",
             "What name were you given?",
+            "What is this model called?",
+            "What is the name of this model?",
+            "Does this assistant have a name?",
+            "What do you call yourself?",
+            "Say your name.",
+            "Name yourself.",
         ),
         "self": (
             "Who are you?",
@@ -43,6 +49,12 @@ _QUESTIONS: dict[Split, dict[str, tuple[str, ...]]] = {
             "I would like to know who you are.",
             "So who are you?",
             "Who am I speaking to?",
+            "Who is it?",
+            "Who is answering?",
+            "Who is on the other side?",
+            "Who is this assistant?",
+            "Is anybody there?",
+            "Who writes these answers?",
         ),
         "kind": (
             "What are you?",
@@ -58,6 +70,8 @@ _QUESTIONS: dict[Split, dict[str, tuple[str, ...]]] = {
             "Are you a program?",
             "Are you ChatGPT?",
             "Which model is this?",
+            "Is this a human?",
+            "Is this an assistant?",
         ),
         "maker": (
             "Who made you?",
@@ -73,6 +87,9 @@ _QUESTIONS: dict[Split, dict[str, tuple[str, ...]]] = {
             "Tell me who made you.",
             "Who programmed you?",
             "What company made you?",
+            "Who wrote you?",
+            "Who taught you?",
+            "Who is behind you?",
         ),
         "skills": (
             "What can you do?",
@@ -85,6 +102,8 @@ _QUESTIONS: dict[Split, dict[str, tuple[str, ...]]] = {
             "What are your skills?",
             "Can you help me?",
             "What are you for?",
+            "What can this assistant do?",
+            "What do you do?",
         ),
     },
     "test": {
