@@ -77,7 +77,7 @@ def write_stage(run: Path, stage: str, num_steps: int, start: float, end: float)
     write_json(
         folder / "about.json",
         {
-            "started": "2026-01-02 03:04 UTC",
+            "started": "2026-01-02T03:04:05+00:00",
             "git": {"commit": "0123abc", "dirty": False},
             "versions": {"python": "3.12.1", "torch": "2.13.0", "lightning": "2.6.6"},
             "device": "CPU, two cores",

@@ -100,7 +100,7 @@ def as_typed(value: Any) -> str:
 def about() -> dict[str, Any]:
     """Time, versions, machine and git state, as plain data."""
     return {
-        "started": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "git": _git_state(),
         "versions": library_versions(),
         "system": f"{platform.system()} {platform.machine()}",

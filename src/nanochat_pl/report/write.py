@@ -148,7 +148,10 @@ def _subtitle(run: RunRecord) -> str:
         parts.append(f"depth {show(plan['depth'])}")
     if isinstance(plan.get("parameters_total"), (int, float)):
         parts.append(f"{compact(plan['parameters_total'])} parameters")
-    parts += [show(about[key]) for key in ("started", "device") if about.get(key)]
+    if about.get("started"):
+        parts.append(str(about["started"])[:16].replace("T", " "))  # an ISO time, to the minute
+    if about.get("device"):
+        parts.append(show(about["device"]))
     return " · ".join(parts)
 
 
