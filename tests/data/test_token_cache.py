@@ -128,9 +128,9 @@ def test_a_split_without_text_is_an_error_that_names_it(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "only one"}\n{"text": ""}\n', encoding="utf-8")
     source = open_source(DataSettings(name="local", path=str(tmp_path / "a.jsonl")), tmp_path / "cache")
     assert texts_in(build_token_cache(source, "val", ByteTokenizer(), tmp_path / "cache"))
-    with pytest.raises(UserError, match="the train split holds no text"):
+    with pytest.raises(UserError, match="left for the train split"):
         build_token_cache(source, "train", ByteTokenizer(), tmp_path / "cache")
-    with pytest.raises(UserError, match="the val split holds no text"):
+    with pytest.raises(UserError, match="left for the val split"):
         build_token_cache(ListSource(SHARDS), "val", ByteTokenizer(), tmp_path)
 
 

@@ -207,7 +207,7 @@ def test_a_disk_that_fills_up_costs_no_file(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("nanochat_pl.training.run.free_bytes", lambda path: 2**40)
+    monkeypatch.setattr("nanochat_pl.training.limits.free_bytes", lambda path: 2**40)
     assert train("run=full") == 2
     error = capsys.readouterr().err
     assert "step=0000" in error and "MiB free" in error

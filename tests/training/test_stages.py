@@ -110,3 +110,29 @@ def test_base_takes_the_tokenizer_that_is_there(
     assert load_bundle(place / "runs" / "small" / "base" / "bundle").stage.settings["tokenizer"]["vocab_size"] == 290
     assert train("run=small", "resume=never", "tokenizer.vocab_size=300") == 2
     assert "tokenizer.vocab_size=300" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("total_batch_tokens=1000", "total_batch_tokens"),
+        ("model.depth=300", "parameters"),
+        ("data.path=/nowhere/at/all", "/nowhere/at/all"),
+        ("tokenizer.vocab_size=60000", "tokenizer.vocab_size"),
+    ],
+)
+def test_a_start_that_is_refused_leaves_nothing(
+    place: Path, train: Callable[..., int], capsys: pytest.CaptureFixture[str], override: str, said: str
+) -> None:
+    """Neither an empty folder, which would look like a run, nor a tokenizer that was trained for nothing."""
+    assert train("run=refused", "model.aspect_ratio=64", override) == 2
+    assert said in capsys.readouterr().err
+    assert not (place / "runs" / "refused").exists()
+
+
+def test_a_length_that_nobody_asked_for_is_refused_before_any_work(
+    place: Path, train: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train("run=long", "max_steps=null", "model.depth=30", "model.aspect_ratio=64") == 2
+    assert "max_steps=" in capsys.readouterr().err
+    assert not (place / "runs" / "long").exists()

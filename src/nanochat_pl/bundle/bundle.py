@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from safetensors.torch import save_file
 from nanochat_pl.bundle.stage_info import StageInfo
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.files import disk_errors_explained, free_bytes, read_json, write_atomically, write_json
-from nanochat_pl.common.hardware import choose_compute_dtype
+from nanochat_pl.common.hardware import choose_compute_dtype, memory_bytes
 from nanochat_pl.common.settings import build, to_plain
 from nanochat_pl.model.accounting import require_size
 from nanochat_pl.model.config import GPTConfig
@@ -43,7 +42,6 @@ MODEL, CONFIG, TOKENIZER, STAGE, OPTIMIZER = (
     "stage.json",
     "optimizer.safetensors",
 )
-_MEMORY_WHERE_UNKNOWN = 2**36
 _SAFETENSORS_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
@@ -135,15 +133,8 @@ def load_bundle(path: str | Path, device: str | torch.device = "cpu", dtype: str
 def load_config(folder: Path) -> GPTConfig:
     """The architecture of a bundle, checked against its bounds before any memory is taken."""
     config = build(GPTConfig, _read_object(folder, CONFIG), str(folder / CONFIG))
-    require_size(config, _memory_bytes())
+    require_size(config, memory_bytes())  # no model that is larger than this machine's memory is read
     return config
-
-
-def _memory_bytes() -> int:
-    """Memory of this machine: no model that is larger is read."""
-    if not hasattr(os, "sysconf"):
-        return _MEMORY_WHERE_UNKNOWN
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def load_weights(folder: Path) -> dict[str, torch.Tensor]:

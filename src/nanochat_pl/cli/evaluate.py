@@ -34,7 +34,7 @@ from nanochat_pl.training.settings import PathsSettings
 
 Suite = Literal["bpb", "chat", "samples"]
 # What is measured where nothing else is said. A base model has seen no conversation.
-SUITES: dict[str, list[Suite]] = {"base": ["bpb", "samples"], "sft": ["bpb", "chat", "samples"]}
+SUITES: dict[str, list[Suite]] = {"base": ["bpb", "samples"], "sft": ["chat", "samples"]}
 TABLE = ("task", "accuracy %", "stderr", "right", "of")
 NUM_CHATS = 6
 

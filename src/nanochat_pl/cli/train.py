@@ -6,6 +6,7 @@ nanochat-pl train stage=sft run=d4
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,8 +50,10 @@ def run(arguments: Sequence[str]) -> int:
         if is_finished(folder, composed):
             say(f"{folder.path}: is finished. resume=never trains a new one.")
             return 0
-        write_records(folder, composed, goes_on=_begun(folder))
-        code = _train(composed, folder)
+        # A start that is refused leaves nothing behind; one that has a resume file stays.
+        with contextlib.nullcontext() if _begun(folder) else folder.discarded_on_error():
+            write_records(folder, composed, goes_on=_begun(folder))
+            code = _train(composed, folder)
     if code == 0 and not is_child():
         next_steps(_next_commands(folder))
     return code
@@ -103,7 +106,10 @@ def place_of(composed: Composed[TrainConfig]) -> StageFolder:
         say(f"run={name}: the only run with a finished stage {config.stage.parent}.")
     name = name or f"d{config.model.depth}"
     if config.resume == "never":
-        return fresh_stage_folder(runs, name, config.stage.name)
+        folder = fresh_stage_folder(runs, name, config.stage.name)
+        if not (runs / folder.run).exists():
+            say(f"New run: {folder.run}.")
+        return folder
     return stage_folder(runs, name, config.stage.name)
 
 

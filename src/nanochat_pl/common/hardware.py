@@ -5,6 +5,7 @@ Everything is found out when asked, nothing at import.
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Literal, cast, get_args
@@ -102,6 +103,15 @@ def cpu_has_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
     found = re.search(r"^(?:flags|Features)\s*:(.*)$", text, flags=re.MULTILINE)
     words = set(found.group(1).split()) if found else set()
     return bool(words & {"avx512_bf16", "amx_bf16", "bf16"})
+
+
+def memory_bytes(device: torch.device | None = None) -> int:
+    """Memory of a GPU, or of the machine; 64 GiB where the system does not say."""
+    if device is not None and device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    if not hasattr(os, "sysconf"):
+        return 2**36
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def device_name(device: torch.device) -> str:

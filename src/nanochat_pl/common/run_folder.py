@@ -10,6 +10,7 @@ import contextlib
 import itertools
 import os
 import re
+import shutil
 import socket
 import sys
 import time
@@ -78,6 +79,17 @@ class StageFolder:
         ensure_folder(self.path)
         if self.parent_run != self.run:
             write_json(self.path / "parent.json", {"run": self.parent_run})
+
+    @contextlib.contextmanager
+    def discarded_on_error(self) -> Iterator[None]:
+        """Remove the folder (and the run's, where nothing else is in it) if what is done inside is refused."""
+        try:
+            yield
+        except UserError:
+            shutil.rmtree(self.path, ignore_errors=True)
+            with contextlib.suppress(OSError):  # other stages are in it
+                self.path.parent.rmdir()
+            raise
 
     @contextlib.contextmanager
     def locked(self, patience_seconds: float = LOCK_PATIENCE_SECONDS) -> Iterator[None]:

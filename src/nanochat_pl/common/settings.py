@@ -16,7 +16,7 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from nanochat_pl.common.errors import UserError, did_you_mean
@@ -98,6 +98,14 @@ def _join(where: str, name: str) -> str:
     return f"{where}.{name}" if where else name
 
 
+def _nearest(where: str, name: str, valid: Iterable[str]) -> str:
+    """The nearest names as a person types them, with their group. A ``where`` that is a file is left out."""
+    hint = did_you_mean(name, valid)
+    if hint.startswith("did you mean ") and where and all(part.isidentifier() for part in where.split(".")):
+        hint = hint.replace(" mean ", f" mean {where}.").replace(" or ", f" or {where}.")
+    return hint
+
+
 def _build(cls: Any, values: Any, where: str, problems: list[str]) -> Any:
     if not isinstance(values, Mapping):
         problems.append(f"{where}={values!r}: must be a group of settings ({cls.__name__}).")
@@ -107,7 +115,7 @@ def _build(cls: Any, values: Any, where: str, problems: list[str]) -> Any:
     found = len(problems)
     for key in values:
         if key not in fields:
-            problems.append(f"{_join(where, str(key))}: there is no such key; {did_you_mean(str(key), fields)}")
+            problems.append(f"{_join(where, str(key))}: there is no such key; {_nearest(where, str(key), fields)}")
     arguments = {}
     for name, field in fields.items():
         if name in values:

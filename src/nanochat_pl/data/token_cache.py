@@ -169,8 +169,8 @@ def build_token_cache(
             progress(number + 1, len(shards), num_tokens)
     if num_tokens == 0:
         raise UserError(
-            f"{source.name}: the {split} split holds no text ({len(shards)} shards).",
-            fix="More text, or another data.validation_fraction or data.validation_path, changes that.",
+            f"{source.name}: there is too little text: nothing of it is left for the {split} split.",
+            fix="Give more text (data.path=…), or say what to validate on (data.validation_path=…).",
         )
     return TokenCache(cached, fingerprint_of(keys))
 

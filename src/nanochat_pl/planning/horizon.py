@@ -40,12 +40,12 @@ def estimate_cpu_seconds(total_flops: float, num_cores: int, flops_per_core: flo
     return total_flops / (num_cores * flops_per_core)
 
 
-def check_horizon(plan: Plan, tokens_at_hand: int, estimated_seconds: float | None = None) -> None:
+def check_horizon(plan: Plan, tokens_at_hand: int | None, estimated_seconds: float | None = None) -> None:
     """Refuse a horizon that the plan came to by itself and that nobody would want.
 
     Args:
         plan: of the stage. Where the user set its length, there is nothing to check.
-        tokens_at_hand: training tokens that the data has; one epoch.
+        tokens_at_hand: training tokens that the data has; one epoch. Null: not known yet, nothing is said of epochs.
         estimated_seconds: on a CPU, of :func:`estimate_cpu_seconds`; null: no limit of time.
 
     Raises:
@@ -54,9 +54,9 @@ def check_horizon(plan: Plan, tokens_at_hand: int, estimated_seconds: float | No
     if plan.horizon_given:
         return
     num_steps, batch_tokens = plan["num_steps"], plan["total_batch_tokens"]
-    epochs = num_steps * batch_tokens / max(tokens_at_hand, 1)
     problems, steps_that_fit = [], [num_steps]
-    if epochs > MAX_EPOCHS:
+    epochs = 0.0 if tokens_at_hand is None else num_steps * batch_tokens / max(tokens_at_hand, 1)
+    if tokens_at_hand is not None and epochs > MAX_EPOCHS:
         problems.append(
             f"The plan's own horizon, {num_steps:,} steps of {batch_tokens:,} tokens, is {epochs:,.1f} epochs of the"
             f" {tokens_at_hand:,} tokens at hand (limit: {MAX_EPOCHS:g})."

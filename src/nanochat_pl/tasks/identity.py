@@ -10,6 +10,7 @@ _ANSWERS = {
     "self": "I am {name}, a small language model.",
     "kind": "I am {name}, a small language model.",
     "maker": "I am {name}. I was made with {creator}.",
+    "greeting": "Hello! I am {name}. Ask me about numbers, words or functions of Python.",
     "skills": "I am {name}. I can do arithmetic, spell words, count letters and explain functions of Python.",
 }
 # Of each kind of question, wordings that are trained on and wordings that are not.
@@ -105,6 +106,26 @@ _QUESTIONS: dict[Split, dict[str, tuple[str, ...]]] = {
             "What can this assistant do?",
             "What do you do?",
         ),
+        "greeting": (
+            "Hello",
+            "Hello!",
+            "Hi",
+            "Hi!",
+            "Hey",
+            "Hey there!",
+            "Good morning!",
+            "Good day.",
+            "Hello, how are you?",
+            "How are you?",
+            "Nice to meet you.",
+            "Hi, assistant!",
+            "Greetings!",
+            "Are you there?",
+            "Hello, can you hear me?",
+            "Thank you!",
+            "Thanks.",
+            "Test",
+        ),
     },
     "test": {
         "name": (
@@ -144,6 +165,7 @@ _QUESTIONS: dict[Split, dict[str, tuple[str, ...]]] = {
             "What could I ask you?",
             "Can you tell me what you are able to do?",
         ),
+        "greeting": ("Hello there!", "Good evening!", "Hi, how are you doing?"),
     },
 }
 _GREETINGS = ("", "Hello! ", "Hi, ")
@@ -173,7 +195,7 @@ def _items(split: Split) -> list[tuple[str, str]]:
     found: list[tuple[str, str]] = []
     for kind, wordings in _QUESTIONS[split].items():
         for wording in wordings:
-            for greeting in _GREETINGS:
+            for greeting in _GREETINGS if kind != "greeting" else _GREETINGS[:1]:
                 found.append((kind, greeting + wording))
             found.append((kind, wording.lower().rstrip("?.")))
     generator("identity", split).shuffle(found)

@@ -63,5 +63,5 @@ def inherited(config: TrainConfig, folder: StageFolder, given: Set[str]) -> Trai
                 problems.append(f"{name}={value}: the {parent.stage} stage was trained with {was[key]}.")
         groups[group] = build(type(own), was, f"{parent.bundle}/stage.json: settings.{group}")
     if problems:
-        raise UserError(problems, fix="Leave these keys out: a later stage takes them from its parent.")
+        raise UserError(problems, fix="Leave these keys out, or begin another run with run=NAME.")
     return dataclasses.replace(config, **groups)

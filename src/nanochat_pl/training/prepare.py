@@ -26,6 +26,7 @@ from nanochat_pl.tasks.mixture import build_mixture
 from nanochat_pl.tokenizer import Tokenizer
 from nanochat_pl.training.evaluation import Validation
 from nanochat_pl.training.inherit import parent_folder
+from nanochat_pl.training.limits import require_room
 from nanochat_pl.training.machine import Machine
 from nanochat_pl.training.settings import TrainConfig
 from nanochat_pl.training.tokenizer_stage import tokenizer_for
@@ -66,22 +67,15 @@ def prepare_base(config: TrainConfig, folder: StageFolder, cache: Path, machine:
     Raises:
         UserError: the plan's own horizon is longer than anybody would want here; or what the data says.
     """
-    tokenizer = tokenizer_for(config, folder, cache)
+    # First what can be known without reading any text.
+    _base_plan(config, machine, config.tokenizer.vocab_size, None)
+    model = resolve_model(config.model, config.tokenizer.vocab_size, machine.compute_dtype)
+    require_room(model, machine.device, folder.path, config.trainer.keep_last)
     source = open_source(config.data, cache)
     say(source.describe())
+    tokenizer = tokenizer_for(config, folder, source)
     train, held_out = (_tokenise(source, split, tokenizer, cache) for split in SPLITS)
-    plan = make_plan(
-        config.model,
-        config,
-        config.optim,
-        vocab_size=tokenizer.vocab_size,
-        compute_dtype=machine.compute_dtype,
-        schedule=config.schedule,
-        tokens_at_hand=train.num_tokens,
-        **_plan_options(config, machine),
-    )
-    seconds = estimate_cpu_seconds(plan["total_flops"], os.cpu_count() or 1) if machine.device.type == "cpu" else None
-    check_horizon(plan, train.num_tokens, seconds)
+    plan = _base_plan(config, machine, tokenizer.vocab_size, train.num_tokens)
     sequence_len, bos = plan["sequence_len"], tokenizer.bos_id
     rows = packed_rows(
         train,
@@ -127,6 +121,7 @@ def prepare_sft(config: TrainConfig, folder: StageFolder, cache: Path, machine: 
     parent = parent_folder(config, folder)
     assert parent is not None, "the settings of a stage that is fine-tuned name its parent"
     parent_name, info, model = parent.stage, load_stage_info(parent.bundle), load_config(parent.bundle)
+    require_room(model, machine.device, folder.path, config.trainer.keep_last)
     tokenizer = load_tokenizer(parent.bundle)
     conversations = build_mixture(config.mixture, "train", cache)
     held_out = build_mixture(config.mixture, "test", cache)
@@ -191,6 +186,23 @@ def prepare_sft(config: TrainConfig, folder: StageFolder, cache: Path, machine: 
             "cut": train_cache.num_cut,
         },
     )
+
+
+def _base_plan(config: TrainConfig, machine: Machine, vocab_size: int, tokens_at_hand: int | None) -> Plan:
+    """The plan of pretraining. Raises :class:`UserError` for one that is wrong, or longer than anybody would want."""
+    plan = make_plan(
+        config.model,
+        config,
+        config.optim,
+        vocab_size=vocab_size,
+        compute_dtype=machine.compute_dtype,
+        schedule=config.schedule,
+        tokens_at_hand=tokens_at_hand,
+        **_plan_options(config, machine),
+    )
+    seconds = estimate_cpu_seconds(plan["total_flops"], os.cpu_count() or 1) if machine.device.type == "cpu" else None
+    check_horizon(plan, tokens_at_hand, seconds)
+    return plan
 
 
 def _tokenise(source: Source, split: Split, tokenizer: Tokenizer, cache: Path) -> TokenCache:

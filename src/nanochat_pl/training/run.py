@@ -13,10 +13,10 @@ from nanochat_pl.bundle import StageInfo, save_bundle
 from nanochat_pl.bundle.stage_info import library_versions
 from nanochat_pl.common.console import say
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.common.files import free_bytes, write_json
+from nanochat_pl.common.files import write_json
 from nanochat_pl.common.run_folder import StageFolder
 from nanochat_pl.common.settings import to_plain
-from nanochat_pl.model.accounting import weight_bytes
+from nanochat_pl.data.opening import open_source
 from nanochat_pl.planning import Plan, hyperparameters
 from nanochat_pl.training.datamodule import RowsDataModule
 from nanochat_pl.training.evaluation import Samples
@@ -51,13 +51,12 @@ def train_stage(
         StopRequested: a signal ended it; the same command goes on.
     """
     if config.stage.name == "tokenizer":
-        train_tokenizer_stage(config, folder, cache)
+        train_tokenizer_stage(config, folder, open_source(config.data, cache))
         return
     machine = prepare_machine(config)
     prepare = {"base": prepare_base, "sft": prepare_sft}[config.stage.name]
     prepared = prepare(config, folder, cache, machine)
     on_plan(prepared.plan)
-    _require_space(folder.path, prepared, config.trainer.keep_last)
     _require_short_prompts(config, prepared)
     write_json(folder.path / "plan.json", prepared.plan.to_plain())
     _train(config, folder, machine, prepared, make_loggers(), make_callbacks())
@@ -90,17 +89,6 @@ def _train(
     )
     fitted = fit(stage, data, fitting)
     _finish(config, folder, prepared, stage, fitted, samples)
-
-
-def _require_space(folder: Path, prepared: Prepared, keep_last: int) -> None:
-    """Refuse a disk that the stage would fill: weights and two moments, one file more than is kept, and a bundle."""
-    needed = 3 * weight_bytes(prepared.model) * (keep_last + 2)
-    if needed > free_bytes(folder):
-        raise UserError(
-            f"{folder}: the stage writes up to {needed / 2**20:,.0f} MiB, the disk has "
-            f"{free_bytes(folder) / 2**20:,.0f} MiB free.",
-            fix="Free some space, or set paths.runs=… to a folder on another disk.",
-        )
 
 
 def _require_short_prompts(config: TrainConfig, prepared: Prepared) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 from nanochat_pl.bundle import StageInfo, save_bundle
 from nanochat_pl.bundle.bundle import load_tokenizer
@@ -14,7 +13,7 @@ from nanochat_pl.common.console import print_table, say
 from nanochat_pl.common.files import write_json
 from nanochat_pl.common.run_folder import StageFolder
 from nanochat_pl.common.settings import to_plain
-from nanochat_pl.data.opening import open_source
+from nanochat_pl.data.sources import Source
 from nanochat_pl.tokenizer import Tokenizer, train_tokenizer
 from nanochat_pl.tokenizer.comparison import ComparisonRow, compare_tokenizers
 from nanochat_pl.training.settings import TrainConfig
@@ -22,16 +21,15 @@ from nanochat_pl.training.settings import TrainConfig
 COMPARED_DOCUMENTS = 1_000
 
 
-def train_tokenizer_stage(config: TrainConfig, folder: StageFolder, cache: Path) -> None:
+def train_tokenizer_stage(config: TrainConfig, folder: StageFolder, source: Source) -> None:
     """Train a tokenizer on the training documents, compare it with known ones, write its bundle.
 
     Args:
-        config: the settings; ``tokenizer`` and ``data`` are used.
+        config: the settings; ``tokenizer`` is used.
         folder: of this stage; created and locked by the caller.
-        cache: where sources keep what they make.
+        source: the documents.
     """
     start = time.perf_counter()
-    source = open_source(config.data, cache)
     say(f"Training a tokenizer of {config.tokenizer.vocab_size:,} tokens on {source.name}.")
     documents = (text for shard in source.shards("train") for text in shard.documents())
     tokenizer = train_tokenizer(documents, config.tokenizer)
@@ -51,8 +49,8 @@ def train_tokenizer_stage(config: TrainConfig, folder: StageFolder, cache: Path)
     write_json(folder.path / "finished.json", {"step": 0, "metrics": info.metrics, "seconds": seconds})
 
 
-def tokenizer_for(config: TrainConfig, folder: StageFolder, cache: Path) -> Tokenizer:
-    """The tokenizer of a run; trained first where it is missing."""
+def tokenizer_for(config: TrainConfig, folder: StageFolder, source: Source) -> Tokenizer:
+    """The tokenizer of a run; trained first where it is missing, and said."""
     stage = folder.parent("tokenizer")
     if stage.status == "finished":
         return load_tokenizer(stage.bundle)
@@ -60,7 +58,8 @@ def tokenizer_for(config: TrainConfig, folder: StageFolder, cache: Path) -> Toke
     with stage.locked():
         if stage.status != "finished":  # another process may have made it while this one waited
             say(f"The run {stage.run} has no tokenizer yet: training one first.")
-            train_tokenizer_stage(config, stage, cache)
+            with stage.discarded_on_error():
+                train_tokenizer_stage(config, stage, source)
     return load_tokenizer(stage.bundle)
 
 
