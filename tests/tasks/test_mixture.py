@@ -83,8 +83,8 @@ def test_defaults_are_all_tasks_and_survive_yaml():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"tasks": {"arithmetc": {}}}, "mixture.tasks.arithmetc: there is no such key; did you mean arithmetic?"),
-        ({"tasks": {"spelling": {"sise": 3}}}, "did you mean size"),
+        ({"tasks": {"arithmetc": {}}}, "mixture.tasks.arithmetc: there is no such key; did you mean mixture.tasks.arithmetic?"),
+        ({"tasks": {"spelling": {"sise": 3}}}, "did you mean mixture.tasks.spelling.size"),
         ({"tasks": {"arithmetic": {"size": "many"}}}, "mixture.tasks.arithmetic.size='many'"),
         ({"tasks": {"arithmetic": {"small_operand": 2_000}}}, "above max_operand"),
         ({"tasks": {"spelling": {"min_letters": 9, "max_letters": 8}}}, "above max_letters"),
