@@ -35,7 +35,7 @@ def start_run(place: Path, run: str, stage: str) -> Path:
 
 def interrupt(arguments: list[str], when: Callable[[], bool], signum: int) -> int:
     """Run a command until ``when``, send the signal, give the exit code."""
-    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, preexec_fn=_heed_ctrl_c)
     deadline = time.monotonic() + 120
     while process.poll() is None and not when():
         assert time.monotonic() < deadline, "it never came to the point where it is interrupted"
@@ -43,6 +43,11 @@ def interrupt(arguments: list[str], when: Callable[[], bool], signum: int) -> in
     process.send_signal(signum)
     process.communicate(timeout=60)
     return process.returncode
+
+
+def _heed_ctrl_c() -> None:
+    """Tests that run in the background of a shell inherit that Ctrl-C is ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def metrics_of(run: Path, stage: str) -> list[tuple[str, ...]]:
