@@ -306,3 +306,13 @@ def test_counts_durations_and_escapes() -> None:
     assert markdown_inline("a|b\n`c`") == "a\\|b \\`c\\`"
     assert markdown_block("x\n````\ny").startswith("`````text\n")
     assert clean("a\r\nb\x00") == "a\nb\ufffd"
+
+
+def test_tokenizers_that_were_not_compared_with_are_said_once_and_short(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "demo")
+    reason = "skipped: it cannot be loaded: HTTPSConnectionPool(host='x', port=443)"
+    rows = [{"name": "ours", "bytes_per_token": {"train": 3.5}, "skipped": ""}, {"name": "gpt-2", "skipped": reason}]
+    write_json(run / "tokenizer" / "finished.json", {"step": 0, "metrics": {"comparison": rows}, "seconds": 1.0})
+    text = Page(write_report(run).read_text(encoding="utf-8")).text
+    assert "name ours, bytes_per_token (train 3.5); gpt-2 (skipped: it cannot be loaded)" in text
+    assert text.count("skipped") == 1

@@ -160,13 +160,26 @@ def _facts(run: RunRecord) -> list[tuple[str, str]]:
     stages = [stage for stage in run.stages if stage.about]
     facts = []
     for key in dict.fromkeys(key for stage in stages for key in stage.about):
-        values = {stage.name: show(stage.about[key]) for stage in stages if key in stage.about}
+        values = {stage.name: _fact(stage.about[key]) for stage in stages if key in stage.about}
         label = key.replace("_", " ")
         if len(set(values.values())) == 1:
             facts.append((label, next(iter(values.values()))))
         else:
             facts += [(f"{label}, {stage}", value) for stage, value in values.items()]
     return facts
+
+
+def _fact(value: Any) -> str:
+    """A fact as people read it. Of a tokenizer that was not compared with: its name, and the reason up to a colon."""
+    if not isinstance(value, list):
+        return show(value)
+    rows = [
+        f"{show(row.get('name'))} (skipped: {show(row['skipped']).removeprefix('skipped: ').split(':')[0]})"
+        if isinstance(row, dict) and row.get("skipped")
+        else show(row)
+        for row in value
+    ]
+    return ("; " if any(isinstance(row, dict) for row in value) else ", ").join(rows)
 
 
 def _samples(run: RunRecord) -> list[tuple[str, list[Any]]]:
