@@ -34,6 +34,30 @@ def test_the_list(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert lines[2] == ["d4", "sft", "unfinished", "7", "1.0"]
 
 
+def test_how_far_an_unfinished_stage_is(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The last line may be half written, and the newest resume file is older than it."""
+    sft = runs / "d4" / "sft"
+    write_json(sft / "plan.json", {"num_steps": {"value": 150}})
+    (sft / "metrics.csv").write_text("step,train/loss\n57,2.5\n58,2.4\n599", encoding="utf-8")
+    run([])
+    assert capsys.readouterr().out.splitlines()[2].split() == ["d4", "sft", "unfinished", "58/150", "1.0"]
+
+
+def test_a_stage_that_is_training(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (runs / "d4" / "base" / "finished.json").unlink()
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(runs)], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None
+    try:
+        assert holder.stdout.readline() == "held\n"
+        run([])
+        assert capsys.readouterr().out.splitlines()[1].split()[:3] == ["d4", "base", "training"]
+    finally:
+        holder.kill()
+        holder.communicate()
+    run([])
+    assert capsys.readouterr().out.splitlines()[1].split()[:3] == ["d4", "base", "unfinished"]
+
+
 def test_no_runs(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run([]) == 0
     assert "there are no runs yet" in capsys.readouterr().out

@@ -7,6 +7,7 @@ nanochat-pl runs delete=NAME
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,10 +16,13 @@ from pathlib import Path
 from nanochat_pl.cli.compose import compose
 from nanochat_pl.common.console import print_table, say
 from nanochat_pl.common.errors import UserError, did_you_mean
-from nanochat_pl.common.files import disk_errors_explained
+from nanochat_pl.common.files import disk_errors_explained, read_json
 from nanochat_pl.common.run_folder import StageFolder, list_runs
 from nanochat_pl.common.settings import setting
 from nanochat_pl.training.settings import PathsSettings
+
+# More than a line of metrics.csv, which has some twenty figures.
+TAIL_BYTES = 2**16
 
 
 @dataclass(frozen=True)
@@ -69,8 +73,39 @@ def _row(folder: StageFolder) -> tuple[object, ...]:
         finished = folder.finished()
         bits = finished.get("metrics", {}).get("val/bpb")
         return folder.run, folder.stage, "finished", finished.get("step"), _figure(bits), _size(folder.path)
-    steps = sorted(path.stem.removeprefix("step=") for path in folder.checkpoints.glob("step=*.ckpt"))
-    return folder.run, folder.stage, "unfinished", int(steps[-1]) if steps else 0, "", _size(folder.path)
+    status = "training" if _is_held(folder) else "unfinished"
+    return folder.run, folder.stage, status, _progress(folder), "", _size(folder.path)
+
+
+def _progress(folder: StageFolder) -> str:
+    """How far an unfinished stage is, ``58/150``: by its metrics, else by its resume files; empty: nobody knows."""
+    steps = [int(name) for path in folder.checkpoints.glob("step=*.ckpt") if (name := path.stem[5:]).isdigit()]
+    step = max([_last_step(folder.path / "metrics.csv"), *steps])
+    plan = folder.path / "plan.json"
+    planned = read_json(plan).get("num_steps", {}).get("value") if plan.is_file() else None
+    return f"{step}/{planned}" if planned else str(step or "")
+
+
+def _last_step(metrics: Path) -> int:
+    """The step of the last complete line; 0 where there is none. The end of the file may be half a line."""
+    if not metrics.is_file():
+        return 0
+    with metrics.open("rb") as file:
+        file.seek(max(0, metrics.stat().st_size - TAIL_BYTES))
+        lines = file.read().split(b"\n")[:-1]
+    cell = lines[-1].partition(b",")[0] if lines else b""
+    return int(cell) if cell.isdigit() else 0
+
+
+def _is_held(folder: StageFolder) -> bool:
+    """Whether another process is at it. Where we may not write, nobody can tell."""
+    if not os.access(folder.path / "lock", os.W_OK):
+        return False
+    try:
+        with folder.locked(patience_seconds=0):
+            return False
+    except UserError:
+        return True
 
 
 def _figure(value: object) -> str:
