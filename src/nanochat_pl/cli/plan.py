@@ -17,6 +17,8 @@ from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.hardware import choose_compute_dtype, choose_device, device_name
 from nanochat_pl.common.settings import setting
 from nanochat_pl.planning import Plan, estimate_cpu_seconds, make_plan, plan_rows
+from nanochat_pl.planning.horizon import MAX_CPU_SECONDS
+from nanochat_pl.planning.make import MIN_STEPS_PER_EPOCH
 from nanochat_pl.training.settings import TrainConfig
 
 
@@ -28,6 +30,7 @@ class PlanConfig(TrainConfig):
 
 
 Config = PlanConfig
+HOURS_PER_YEAR = 24 * 365.25
 HELP_KEYS = ("model.depth", "model.sequence_len", "tokenizer.vocab_size", "trainer.accelerator")
 
 
@@ -64,9 +67,30 @@ def plan_of(config: TrainConfig) -> Plan:
 
 def print_plan(config: TrainConfig) -> None:
     """Print the plan as a table: value, formula, and what overrode it."""
-    device, plan = choose_device(config.trainer.accelerator), plan_of(config)
+    device, plan, seconds = choose_device(config.trainer.accelerator), plan_of(config), 0.0
     print_table(("value", "", "how it follows", "set by"), plan_rows(plan), title=f"Plan for {device_name(device)}")
     if device.type == "cpu":
-        hours = estimate_cpu_seconds(plan["total_flops"], os.cpu_count() or 1) / 3600
-        say(f"About {hours:,.1f} hours on this CPU." if hours >= 1 else f"About {60 * hours:,.0f} minutes on this CPU.")
+        seconds = estimate_cpu_seconds(plan["total_flops"], os.cpu_count() or 1)
+        say(f"About {_time(seconds)} on this CPU.")
+    say(_what_train_adds(config, plan, seconds))
     say("One value with its inputs: nanochat-pl plan … explain=NAME")
+
+
+def _what_train_adds(config: TrainConfig, plan: Plan, cpu_seconds: float) -> str:
+    """What only train can say, as it looks at the data."""
+    remarks = ["The data is not looked at here"]
+    if config.total_batch_tokens is None:
+        remarks.append(
+            "train makes the batch smaller where the text at hand is small"
+            f" (at least {MIN_STEPS_PER_EPOCH} steps an epoch)"
+        )
+    if cpu_seconds > MAX_CPU_SECONDS and not plan.horizon_given:
+        remarks.append(f"it would ask for max_steps, as this is above {_time(MAX_CPU_SECONDS)}")
+    return f"{'; '.join(remarks)}."
+
+
+def _time(seconds: float) -> str:
+    hours = seconds / 3600
+    if hours > 10_000:
+        return f"{hours / HOURS_PER_YEAR:,.1f} years"
+    return f"{hours:,.1f} hours" if hours >= 1 else f"{60 * hours:,.0f} minutes"
