@@ -46,7 +46,7 @@ def test_stage_sets_its_schedule_and_the_command_line_wins() -> None:
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("model.dpeth=4", "model.dpeth: there is no such key; did you mean depth?"),
+        ("model.dpeth=4", "model.dpeth: there is no such key; did you mean model.depth?"),
         ("modle.depth=4", "modle: there is no such key; did you mean model?"),
         ("max_step=4", "max_step: there is no such key; did you mean max_steps?"),
         ("+model.dpeth=4", "model.dpeth: there is no such key"),
@@ -63,6 +63,7 @@ def test_stage_sets_its_schedule_and_the_command_line_wins() -> None:
         ("model.head_dim=[1,2", "model.head_dim=[1,2: the value cannot be read"),
         ("model.depth=2,4", "model.depth=2,4: several values for one key need -m"),
         ("model.depth", "model.depth: is not of the form key=value."),
+        ("run=", "run='': is no name for a run. Use letters"),
         ("--model.depth=4", "--model.depth=4: options are written key=value, without dashes"),
         ("~model.depth", "~model.depth: keys cannot be deleted"),
         ("=4", "=4: '' is no key"),
@@ -93,7 +94,10 @@ def test_mistakes_of_group_files_name_the_file(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(config_files, "config_folder", lambda: tmp_path)
     with pytest.raises(UserError) as caught:
         compose("plan", PlanConfig)
-    assert "model.dephh: there is no such key; did you mean depth? (configs/model/mine.yaml)" in caught.value.problems
+    assert (
+        "model.dephh: there is no such key; did you mean model.depth? (configs/model/mine.yaml)"
+        in caught.value.problems
+    )
 
 
 @pytest.mark.parametrize("text", NASTY)
@@ -111,12 +115,12 @@ def test_random_text_arrives_as_it_was_typed() -> None:
     letters = "ab 1'\"\\${}[]()=,:~!#%&*?<>|@-\n\tßж🙂"
     generator = random.Random(0)
     for _ in range(20):
-        prompt, run, bundle, runs = (
+        prompt, stage, bundle, runs = (
             "".join(generator.choices(letters, k=generator.randrange(1, 30))) for _ in range(4)
         )
-        texts = [f"prompt={prompt}", f"run={run}", f"bundle={bundle}", f"paths.runs={runs}"]
+        texts = [f"prompt={prompt}", f"stage={stage}", f"bundle={bundle}", f"paths.runs={runs}"]
         config = compose("chat", ChatConfig, texts).config
-        assert (config.prompt, config.run, config.bundle, config.paths.runs) == (prompt, run, bundle, runs)
+        assert (config.prompt, config.stage, config.bundle, config.paths.runs) == (prompt, stage, bundle, runs)
 
 
 def test_null_is_no_text_but_for_a_prompt() -> None:

@@ -76,7 +76,7 @@ def test_the_run_is_named_after_the_experiment(here: Path) -> None:
         (
             "model.depth: 3",
             "model.dpth: 3",
-            "model.dpth: there is no such key; did you mean depth? (mine.yaml, shared)",
+            "model.dpth: there is no such key; did you mean model.depth? (mine.yaml, shared)",
         ),
         (
             "${model.depth}",
@@ -84,7 +84,13 @@ def test_the_run_is_named_after_the_experiment(here: Path) -> None:
             "device_batch_size: Interpolation key 'model.dpth' not found (mine.yaml, stages.base)",
         ),
         ("shared:", "sharde:", "mine.yaml: sharde: there is no such key; did you mean shared?"),
-        ("[tokenizer, base,", "[tokenizer, bsae,", "mine.yaml: pipeline: 'bsae' is no step"),
+        ("[tokenizer, base,", "[tokenizer, bsae,", "mine.yaml: pipeline: 'bsae' is no step; did you mean base?"),
+        (
+            "[tokenizer, base,",
+            "[tokenizer, rl,",
+            "mine.yaml: pipeline: 'rl' is no step; valid: base, evaluate, report, sft",
+        ),
+        ("  evaluate: {", "  stf: {", "mine.yaml: stages.stf: is no step; did you mean sft?"),
         ("  evaluate: {", "  evalaute: {", "mine.yaml: stages.evalaute: is no step"),
         ("pipeline: [", "pipeline: [[", "mine.yaml: cannot be read"),
     ],

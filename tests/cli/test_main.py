@@ -59,7 +59,7 @@ def test_mistakes_give_exit_code_2_and_plain_sentences(capsys: pytest.CaptureFix
     assert out == ""
     assert err.splitlines() == [
         "error: stage=bsae: there is no such choice; did you mean base? There are: base, sft, tokenizer.",
-        "error: model.dpeth: there is no such key; did you mean depth?",
+        "error: model.dpeth: there is no such key; did you mean model.depth?",
         "Keys and their meaning: nanochat-pl train --help",
     ]
 
@@ -81,6 +81,13 @@ def test_an_unknown_verb_names_the_nearest(capsys: pytest.CaptureFixture[str]) -
         (["runs", "delete=x"], "delete=x: there is no such run in runs"),
         (["train", "stage=sft"], "runs: no run has a finished stage base."),
         (["train", "stage=base", "paths.runs=file/runs"], "cannot be written: Not a directory"),
+        (["chat", "prompt=What", "is", "12"], 'error: is: put quotes around text with blanks: prompt="…"\n'),
+        (["chat", "run="], "run='': is no name for a run."),
+        (["evaluate", "run="], "run='': is no name for a run."),
+        (["report", "run="], "run='': is no name for a run."),
+        (["train", "run="], "run='': is no name for a run."),
+        (["pipeline", "experiment=tiny", "run="], "run='': is no name for a run."),
+        (["train", "run="], "Use letters, digits and"),
         (["train", "run=a b"], "run='a b': is no name for a run."),
         (["pipeline", "experiment=tiny", "paths.runs=file/runs"], "cannot be written: Not a directory"),
         (["plan", "explain=nothing"], "there is no value 'nothing'"),
@@ -152,3 +159,18 @@ def test_train_py_is_the_train_verb(here: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "nothing was trained" in done.stdout
     assert list(here.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("depth", "length", "shown", "asks"),
+    [("4", "max_steps=1", " minutes on this CPU.", False), ("40", "max_steps=null", " years on this CPU.", True)],
+)
+def test_a_plan_says_what_it_does_not_look_at(
+    depth: str, length: str, shown: str, asks: bool, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", f"model.depth={depth}", length, "trainer.accelerator=cpu"]) == 0
+    out = capsys.readouterr().out
+    assert shown in out
+    assert "The data is not looked at here; train makes the batch smaller" in out
+    assert "at least 256 steps an epoch" in out
+    assert ("would ask for max_steps" in out) == asks

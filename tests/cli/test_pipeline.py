@@ -37,7 +37,7 @@ def test_keys_go_to_the_steps_that_have_them() -> None:
     ("override", "expected"),
     [
         ("foo.bar=3", "foo.bar: no step of the pipeline has such a key."),
-        ("stages.bsae.max_steps=3", "stages.bsae.max_steps=3: is not of the form stages.STEP.KEY"),
+        ("stages.bsae.max_steps=3", "stages.bsae: is no step of the pipeline; did you mean base?"),
         ("stages.base=3", "stages.base=3: is not of the form stages.STEP.KEY"),
         ("stage=base", "stage=base: a pipeline has its stages from the experiment"),
         ("nonsense", "nonsense: is not of the form key=value."),
@@ -47,6 +47,12 @@ def test_keys_that_no_step_takes(override: str, expected: str) -> None:
     with pytest.raises(UserError) as caught:
         steps_of(["experiment=tiny", override])
     assert caught.value.problems[0].startswith(expected)
+
+
+def test_words_behind_a_text_are_the_rest_of_it() -> None:
+    with pytest.raises(UserError) as caught:
+        steps_of(["experiment=tiny", "run=demo", "hi", "there"])
+    assert caught.value.problems == ('hi: put quotes around text with blanks: run="…"',)
 
 
 def test_an_experiment_is_needed() -> None:
@@ -97,7 +103,9 @@ def test_other_questions_are_asked_anew(here: Path) -> None:
     assert not is_measured("stages.evaluate.stage=base")
 
 
-def test_a_run_begun_anew_is_one_run(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_begun_anew_is_one_run(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Each step looked for a free name of its own: sft of demo-2 started from the base of demo."""
     for stage in ("tokenizer", "base", "sft"):
         pretend_finished("experiment=tiny", f"stage={stage}")
@@ -113,6 +121,7 @@ def test_a_run_begun_anew_is_one_run(here: Path, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(pipeline, "run_child", fake)
     assert pipeline.run(["experiment=tiny", "resume=never", "max_steps=3"]) == 130
+    assert capsys.readouterr().out.startswith("New run: tiny-2.\n")
     assert places == [f"runs/tiny-2/{stage}" for stage in ("tokenizer", "base", "sft")] + ["tiny-2/evaluate"]
     assert stage_folder(Path("runs"), "tiny-2", "sft").parent("base").run == "tiny-2"
 

@@ -134,3 +134,11 @@ def test_records_hold_the_settings_of_the_command(here: Path) -> None:
     write_records(folder, composed)
     assert (folder.path / "overrides.txt").read_text(encoding="utf-8") == "experiment=tiny\nseed=3\n"
     assert yaml.safe_load((folder.path / "config.yaml").read_text(encoding="utf-8")) == composed.plain()
+
+
+def test_a_run_begun_anew_says_its_name(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pretend_finished(TINY)
+    place_of(compose_train([TINY]))
+    assert capsys.readouterr().out == ""
+    assert place_of(compose_train([TINY, "resume=never"])).run == "tiny-2"
+    assert capsys.readouterr().out == "New run: tiny-2.\n"

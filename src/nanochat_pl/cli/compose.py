@@ -23,6 +23,7 @@ from nanochat_pl.cli import config_files
 from nanochat_pl.cli.instantiate import OBJECTS, problems_of_objects
 from nanochat_pl.cli.overrides import UNKNOWN, Setting, is_group, parse_overrides, type_of_key
 from nanochat_pl.common.errors import UserError, did_you_mean
+from nanochat_pl.common.run_folder import check_name
 from nanochat_pl.common.settings import build, problems_of, to_plain
 
 T = TypeVar("T")
@@ -86,6 +87,7 @@ def compose(
     _expand_home(values)
     found = [*unresolved.values(), *(line for line in problems_of(schema, values) if _key_of(line) not in unresolved)]
     found += [line for group in OBJECTS if group in groups for line in problems_of_objects(values.get(group), group)]
+    found += _problems_of_name(values.get("run"))
     problems += [_with_origin(line, settings, choices) for line in found]
     if problems:
         raise UserError(problems, f"Keys and their meaning: nanochat-pl {root} --help")
@@ -99,6 +101,16 @@ def _not_chosen_anew(before: Sequence[Setting], typed: Sequence[Setting]) -> lis
     """
     chosen = {setting.key for setting in typed if setting.is_choice} - {"stage"}
     return [setting for setting in before if setting.key.split(".")[0] not in chosen]
+
+
+def _problems_of_name(run: object) -> list[str]:
+    """What is wrong with the name of a run: an empty one is a mistake, and not none."""
+    if isinstance(run, str):
+        try:
+            check_name(run)
+        except UserError as error:
+            return [f"{' '.join(error.problems)} {error.fix}"]
+    return []
 
 
 def _expand_home(values: dict[str, Any]) -> None:

@@ -20,14 +20,13 @@ import yaml
 from nanochat_pl.cli import config_files
 from nanochat_pl.cli.compose import Composed, compose, groups_of
 from nanochat_pl.cli.overrides import UNKNOWN, Setting, section_settings, take_key, type_of_key
-from nanochat_pl.common.errors import UserError
-from nanochat_pl.common.run_folder import STAGES
+from nanochat_pl.common.errors import UserError, did_you_mean
 from nanochat_pl.common.settings import build, setting
 
 T = TypeVar("T")
 
 # What a pipeline is made of: the training stages, and verbs that read what these leave.
-STEPS = (*STAGES, "evaluate", "report")
+STEPS = ("tokenizer", "base", "sft", "evaluate", "report")
 
 
 @dataclass(frozen=True)
@@ -41,12 +40,10 @@ class Experiment:
 
     def __post_init__(self) -> None:
         unknown = [
-            f"pipeline: {step!r} is no step; there are {', '.join(STEPS)}."
-            for step in self.pipeline
-            if step not in STEPS
+            f"pipeline: {step!r} is no step; {did_you_mean(step, STEPS)}" for step in self.pipeline if step not in STEPS
         ]
         unknown += [
-            f"stages.{step}: is no step; there are {', '.join(STEPS)}." for step in self.stages if step not in STEPS
+            f"stages.{step}: is no step; {did_you_mean(step, STEPS)}" for step in self.stages if step not in STEPS
         ]
         unknown += [
             f"stages.{step}: must be a group of settings."

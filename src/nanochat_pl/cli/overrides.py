@@ -53,10 +53,10 @@ def parse_overrides(
 ) -> list[Setting]:
     """Read ``key=value`` texts. What cannot be read is said in ``problems``; the rest is returned, in order."""
     settings = []
+    problems += problems_of_form(texts, schema)
     for text in texts:
         key, raw, problem = split_override(text)
         if problem:
-            problems.append(problem)
             continue
         hint = type_of_key(schema, key)
         if hint is UNKNOWN:  # said by the check of the whole, with the nearest names
@@ -115,6 +115,23 @@ def split_override(text: str) -> tuple[str, str, str]:
     if not all(part.replace("_", "").replace("-", "").isalnum() for part in key.split(".")):
         return key, raw, f"{text}: {key!r} is no key; keys are names joined by dots, as in model.depth=4."
     return key, raw, ""
+
+
+def problems_of_form(texts: Sequence[str], *schemas: type) -> list[str]:
+    """What is no ``key=value`` among the texts. Words behind a key that takes text are most likely the rest of it."""
+    problems: dict[str, None] = {}
+    text_key, first_word = "", ""
+    for text in texts:
+        key, _, problem = split_override(text)
+        if not problem:
+            if any(is_text(type_of_key(schema, key)) for schema in schemas):
+                text_key, first_word = key, ""
+        elif text_key and "=" not in text and not text.startswith("~"):
+            first_word = first_word or text
+            problems[f'{first_word}: put quotes around text with blanks: {text_key}="…"'] = None
+        else:
+            problems[problem] = None
+    return list(problems)
 
 
 def take_key(texts: Sequence[str], key: str) -> tuple[str, list[str]]:

@@ -18,12 +18,12 @@ from nanochat_pl.cli.compose import Composed
 from nanochat_pl.cli.evaluate import EvaluateConfig, is_measured
 from nanochat_pl.cli.experiment import compose_step, read_experiment
 from nanochat_pl.cli.locate import run_keys
-from nanochat_pl.cli.overrides import split_override, take_key
+from nanochat_pl.cli.overrides import problems_of_form, split_override, take_key
 from nanochat_pl.cli.report import ReportConfig
 from nanochat_pl.cli.train import how_to_go_on, place_of
 from nanochat_pl.cli.train import is_finished as is_trained
 from nanochat_pl.common.console import next_steps, print_table, say
-from nanochat_pl.common.errors import UserError
+from nanochat_pl.common.errors import UserError, did_you_mean
 from nanochat_pl.common.run_folder import STAGES, fresh_run
 from nanochat_pl.common.settings import setting
 from nanochat_pl.training.settings import PathsSettings, TrainConfig
@@ -62,6 +62,7 @@ def run(arguments: Sequence[str]) -> int:
     resume = "never" if any(getattr(c.config, "resume", "") == "never" for c in composed) else "auto"
     if resume == "never":
         run_dir = run_dir.with_name(fresh_run(run_dir.parent, run_dir.name))
+        say(f"New run: {run_dir.name}.")
         steps = steps_of(_in_run(run_dir.name, arguments))
         composed = check_all(steps)
     for step, checked in zip(steps, composed, strict=True):
@@ -169,19 +170,21 @@ def _has(schema: type, text: str) -> bool:
 
 
 def _require_takers(overrides: Sequence[str], steps: Sequence[Step]) -> None:
-    problems = []
+    problems = problems_of_form(overrides, *(step.schema for step in steps))
     for text in overrides:
         key, _, problem = split_override(text)
         if problem:
-            problems.append(problem)
-        elif key.split(".")[0] == "stage":
+            continue
+        if key.split(".")[0] == "stage":
             problems.append(
                 f"{text}: a pipeline has its stages from the experiment; stages.STEP.KEY=… sets a key of one."
             )
         elif key.startswith("stages."):
-            named = [step.name for step in steps]
-            if key.split(".")[1] not in named or key.count(".") < 2:
+            named, step = [step.name for step in steps], key.split(".")[1]
+            if key.count(".") < 2:
                 problems.append(f"{text}: is not of the form stages.STEP.KEY=…; the steps are {', '.join(named)}.")
+            elif step not in named:
+                problems.append(f"stages.{step}: is no step of the pipeline; {did_you_mean(step, named)}")
         elif not any(_has(step.schema, text) for step in steps):
             problems.append(f"{key}: no step of the pipeline has such a key.")
     if problems:

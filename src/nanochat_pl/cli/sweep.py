@@ -54,6 +54,8 @@ def run_sweep(verb: str, arguments: Sequence[str]) -> int:
 
 def _is_finished(job: Job) -> bool:
     composed = compose_train(job.overrides)
+    if composed.config.resume == "never":
+        return False
     return is_finished(place_of(composed), composed)
 
 
