@@ -85,7 +85,7 @@ def _what_train_adds(config: TrainConfig, plan: Plan, cpu_seconds: float) -> str
             f" (at least {MIN_STEPS_PER_EPOCH} steps an epoch)"
         )
     if cpu_seconds > MAX_CPU_SECONDS and not plan.horizon_given:
-        remarks.append(f"it would ask for max_steps, as this is above {_time(MAX_CPU_SECONDS)}")
+        remarks.append(f"it would ask for max_steps, as this takes longer than {MAX_CPU_SECONDS / 3600:g} h")
     return f"{'; '.join(remarks)}."
 
 
