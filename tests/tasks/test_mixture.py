@@ -83,7 +83,10 @@ def test_defaults_are_all_tasks_and_survive_yaml():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"tasks": {"arithmetc": {}}}, "mixture.tasks.arithmetc: there is no such key; did you mean mixture.tasks.arithmetic?"),
+        (
+            {"tasks": {"arithmetc": {}}},
+            "mixture.tasks.arithmetc: there is no such key; did you mean mixture.tasks.arithmetic?",
+        ),
         ({"tasks": {"spelling": {"sise": 3}}}, "did you mean mixture.tasks.spelling.size"),
         ({"tasks": {"arithmetic": {"size": "many"}}}, "mixture.tasks.arithmetic.size='many'"),
         ({"tasks": {"arithmetic": {"small_operand": 2_000}}}, "above max_operand"),

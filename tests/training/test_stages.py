@@ -11,6 +11,7 @@ import torch
 
 from nanochat_pl import load_bundle
 from nanochat_pl.cli.main import main
+from nanochat_pl.common.errors import UserError
 from nanochat_pl.training.evaluation import Samples
 from tests.training.conftest import same_weights, tiny_overrides, weights_of
 
@@ -128,6 +129,17 @@ def test_a_start_that_is_refused_leaves_nothing(
     assert train("run=refused", "model.aspect_ratio=64", override) == 2
     assert said in capsys.readouterr().err
     assert not (place / "runs" / "refused").exists()
+
+
+def test_a_training_that_breaks_off_keeps_its_figures(
+    place: Path, train: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*arguments: object) -> None:
+        raise UserError("step 3: the loss is nan.")
+
+    monkeypatch.setattr("nanochat_pl.training.evaluation.Validation.measure", broken)
+    assert train("run=broken", "evaluation.every_steps=2", "trainer.checkpoint_every_steps=30") == 2
+    assert (place / "runs" / "broken" / "base" / "metrics.csv").read_text(encoding="utf-8").count("\n") > 1
 
 
 def test_a_length_that_nobody_asked_for_is_refused_before_any_work(

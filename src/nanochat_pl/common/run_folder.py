@@ -82,10 +82,15 @@ class StageFolder:
 
     @contextlib.contextmanager
     def discarded_on_error(self) -> Iterator[None]:
-        """Remove the folder (and the run's, where nothing else is in it) if what is done inside is refused."""
+        """Remove the folder (and the run's, where nothing else is in it) if what is done inside is refused.
+
+        A training that has begun is kept, whatever ended it: its figures tell why.
+        """
         try:
             yield
         except UserError:
+            if (self.path / "metrics.csv").exists():
+                raise
             shutil.rmtree(self.path, ignore_errors=True)
             with contextlib.suppress(OSError):  # other stages are in it
                 self.path.parent.rmdir()
