@@ -31,6 +31,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from nanochat_pl.common.console import say
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.files import disk_errors_explained, ensure_folder, read_json, write_json
 from nanochat_pl.data.docstrings import Docstring, Package, Progress, installed_packages, python_files, read_packages
@@ -131,6 +132,7 @@ def open_python_docs(
         packages, absent = installed_packages()
     folder = cache_dir / "python_docs" / _key(packages)
     if not (folder / "manifest.json").exists():
+        say("Reading the documentation of the packages on this machine, once: some seconds …")
         ensure_folder(folder.parent)
         docstrings = read_packages(packages, num_processes, progress)
         with (
