@@ -20,7 +20,7 @@ from nanochat_pl.common.errors import UserError, did_you_mean
 VERBS = {
     "train": "one stage of a run: train stage=tokenizer|base|sft",
     "pipeline": "the stages that an experiment names, one after the other: pipeline experiment=demo",
-    "plan": "the settings that follow from model.depth, memory and time, without training",
+    "plan": "the settings that follow from model.depth, each with its reason, without training",
     "evaluate": "figures of a trained stage: evaluate run=NAME",
     "chat": 'talk to a model: chat run=NAME, or one answer: chat run=NAME prompt="…"',
     "report": "tables and plots of a run: report run=NAME",
