@@ -96,6 +96,20 @@ def test_killed_before_the_first_file_it_starts_over(place: Path, train: Callabl
     assert same_weights(weights_of(place / "runs" / "whole", "base"), weights_of(folder, "base"))
 
 
+@pytest.mark.slow
+def test_two_threads_and_compiled_kill_9_changes_nothing(place: Path) -> None:
+    """As a person trains: threads that add to one row of an embedding must not do so in the order they come."""
+    settings = ["trainer.compile=true", "trainer.num_threads=2", "model.compute_dtype=bfloat16", "max_steps=30"]
+    run_whole = start_run(place, "compiled", "base")
+    subprocess.run([*command(place, "compiled", "base"), *settings], check=True, capture_output=True)
+    folder = start_run(place, "compiled-killed", "base")
+    checkpoints = folder / "base" / "checkpoints"
+    arguments = [*command(place, "compiled-killed", "base"), *settings]
+    assert interrupt(arguments, lambda: any(checkpoints.glob("step=*.ckpt")), signal.SIGKILL) == -signal.SIGKILL
+    subprocess.run(arguments, check=True, capture_output=True)
+    assert same_weights(weights_of(run_whole, "base"), weights_of(folder, "base"))
+
+
 def test_killed_after_the_last_step_it_only_writes_the_bundle(place: Path, train: Callable[..., int]) -> None:
     folder = start_run(place, "late", "base")
     shutil.copytree(place / "runs" / "whole" / "base", folder / "base")

@@ -75,6 +75,7 @@ def fit(stage: TrainingStage, data: RowsDataModule, fitting: Fitting) -> Fitted:
     )
     # The order matters: figures first, then the file that holds them, then what may fail or take long.
     ours = [stop, metrics, TrainingProgress(fitting.name, metrics), resume_files, evaluation]
+    deterministic_before = torch.are_deterministic_algorithms_enabled()
     trainer = _trainer(stage, fitting, [csv, *fitting.loggers], [*ours, *fitting.callbacks])
     if resume_from:
         say(f"{fitting.name}: going on after step {first_step:,} ({resume_from}).")
@@ -87,6 +88,8 @@ def fit(stage: TrainingStage, data: RowsDataModule, fitting: Fitting) -> Fitted:
             if stop.signum is None or not stop.is_a_stop(error):
                 raise
             raise StopRequested(stop.signum, trainer.global_step) from error
+        finally:
+            torch.use_deterministic_algorithms(deterministic_before)
         stop.check()
     return Fitted(trainer, metrics.seconds, metrics.tokens)
 
@@ -100,7 +103,8 @@ def _trainer(stage: TrainingStage, fitting: Fitting, loggers: list[Logger], call
         logger=loggers,
         callbacks=callbacks,
         plugins=[AtomicCheckpointIO()],
-        deterministic=fitting.trainer.deterministic,
+        # Compiled for a CPU, the gradient of an embedding is otherwise added up by threads in the order they come.
+        deterministic=fitting.trainer.deterministic or fitting.device.type == "cpu",
         log_every_n_steps=fitting.trainer.log_every_steps,
         limit_val_batches=0,
         num_sanity_val_steps=0,
