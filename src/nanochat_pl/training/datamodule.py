@@ -22,7 +22,8 @@ class StepRows(Dataset):
         self.rows, self.rows_per_step = rows, rows_per_step
 
     def __getitem__(self, step: int) -> StepBatch:
-        # A run over several epochs of conversations ends inside a step: the rows go on from the first one.
+        # Later epochs of conversations may fit into a row less than the first, by which the epochs were counted: then
+        # the last step goes on from the first row.
         first = step * self.rows_per_step
         inputs, targets = self.rows.read(np.arange(first, first + self.rows_per_step) % len(self.rows))
         return StepBatch(torch.as_tensor(inputs), torch.as_tensor(targets), int((targets != IGNORE_INDEX).sum()))

@@ -1,4 +1,4 @@
-"""`train_stage`: one stage of a run, from checked settings to a bundle. Called again, it goes on or says it is done."""
+"""`train_stage`: one stage of a run, from checked settings to a bundle. Called again after a stop, it goes on."""
 
 from __future__ import annotations
 
