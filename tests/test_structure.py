@@ -22,6 +22,7 @@ ROOMS = (
     "planning",
     "bundle",
     "data",
+    "formats",
     "tools",
     "tasks",
     "engine",
