@@ -15,32 +15,6 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize(
-    "name, tflops",
-    [
-        ("NVIDIA H100 80GB HBM3", 989.4),
-        ("NVIDIA H100 PCIe", 756.0),
-        ("NVIDIA H200", 989.4),
-        ("NVIDIA A100-SXM4-80GB", 312.0),
-        ("NVIDIA GeForce RTX 4090", 165.2),
-        ("NVIDIA L4", 121.0),
-        ("Tesla V100-SXM2-16GB", None),
-        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
-        ("NVIDIA H200 MIG 1g.18gb", None),
-        ("Some GPU A1000", None),
-        ("CPU, 2 threads", None),
-    ],
-)
-def test_peaks_are_known_or_unknown_never_guessed(name, tflops):
-    peak = hardware.peak_flops(name, "bfloat16")
-    assert peak == (None if tflops is None else pytest.approx(tflops * 1e12))
-
-
-def test_float32_has_a_peak_of_its_own():
-    assert hardware.peak_flops("NVIDIA H100 80GB HBM3", "float32") == pytest.approx(67e12)
-    assert hardware.peak_flops("Tesla V100-SXM2-16GB", "float16") == pytest.approx(125e12)
-
-
-@pytest.mark.parametrize(
     "text, found",
     [
         ("processor\t: 0\nflags\t\t: fpu avx512f avx512_bf16 x\n", True),

@@ -1,4 +1,4 @@
-"""What this machine can do: the device to use, the type to compute in, the peak that it could reach.
+"""What this machine can do: the device to use, the type to compute in, its memory.
 
 Everything is found out when asked, nothing at import.
 """
@@ -15,40 +15,6 @@ import torch
 from nanochat_pl.common.errors import UserError
 
 ComputeDType = Literal["float32", "bfloat16", "float16"]
-
-# Peak dense TFLOP/s of matrix products from the vendors' data sheets: (bfloat16, float16, float32 without TF32).
-# The first entry whose words all occur in the device's name holds, so the special ones come first. Parts of a GPU (MIG)
-# and the small sisters in laptops are not in it.
-PEAK_TFLOPS: tuple[tuple[tuple[str, ...], tuple[float | None, float | None, float | None]], ...] = (
-    (("gb200",), (2500.0, 2500.0, 80.0)),
-    (("b200",), (2250.0, 2250.0, 75.0)),
-    (("h200", "nvl"), (835.5, 835.5, 60.0)),
-    (("h200",), (989.4, 989.4, 67.0)),
-    (("h100", "nvl"), (835.5, 835.5, 60.0)),
-    (("h100", "pcie"), (756.0, 756.0, 51.0)),
-    (("h100",), (989.4, 989.4, 67.0)),
-    (("gh200",), (989.4, 989.4, 67.0)),
-    (("h20",), (148.0, 148.0, 44.0)),
-    (("a100",), (312.0, 312.0, 19.5)),
-    (("a800",), (312.0, 312.0, 19.5)),
-    (("a40",), (149.7, 149.7, 37.4)),
-    (("a30",), (165.0, 165.0, 10.3)),
-    (("a10g",), (70.0, 70.0, 35.0)),
-    (("a10",), (125.0, 125.0, 31.2)),
-    (("l40s",), (362.0, 362.0, 91.6)),
-    (("l40",), (181.0, 181.0, 90.5)),
-    (("l4",), (121.0, 121.0, 30.3)),
-    (("rtx", "6000", "ada"), (364.0, 364.0, 91.1)),
-    (("rtx", "a6000"), (154.8, 154.8, 38.7)),
-    (("rtx", "5090"), (209.5, 209.5, 104.8)),
-    (("rtx", "4090"), (165.2, 165.2, 82.6)),
-    (("rtx", "3090", "ti"), (80.0, 80.0, 40.0)),
-    (("rtx", "3090"), (71.0, 71.0, 35.6)),
-    (("v100",), (None, 125.0, 15.7)),
-    (("t4",), (None, 65.0, 8.1)),
-    (("mi300x",), (1307.4, 1307.4, 163.4)),
-    (("mi325x",), (1307.4, 1307.4, 163.4)),
-)
 
 
 def choose_device(name: str = "auto") -> torch.device:
@@ -122,15 +88,3 @@ def device_name(device: torch.device) -> str:
         return "Apple GPU"
     threads = torch.get_num_threads()
     return f"CPU, {threads} thread{'s' if threads > 1 else ''}"
-
-
-def peak_flops(name: str, dtype: ComputeDType) -> float | None:
-    """Peak FLOP/s of a GPU by its name, dense matrix products; None where it is not known (no guess is made)."""
-    words = set(re.split(r"[^a-z0-9]+", name.lower()))
-    if words & {"mig", "laptop", "max"}:
-        return None
-    for needed, (bfloat16, float16, float32) in PEAK_TFLOPS:
-        if words.issuperset(needed):
-            peak = {"bfloat16": bfloat16, "float16": float16, "float32": float32}[dtype]
-            return None if peak is None else peak * 1e12
-    return None

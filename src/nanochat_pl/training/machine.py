@@ -9,7 +9,8 @@ import torch
 
 from nanochat_pl.common.console import say
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.common.hardware import ComputeDType, choose_compute_dtype, choose_device, device_name, peak_flops
+from nanochat_pl.common.hardware import ComputeDType, choose_compute_dtype, choose_device, device_name
+from nanochat_pl.planning.devices import peak_flops
 from nanochat_pl.training.settings import TrainConfig
 
 
