@@ -1,8 +1,8 @@
 """Writing and reading bundles.
 
-A bundle is a folder: ``model.safetensors`` (float32 weights), ``config.json`` (the architecture, every number
-resolved), ``tokenizer.json``, ``stage.json`` (origin and figures), and for warm starts ``optimizer.safetensors``
-(the moments by parameter name). A tokenizer's bundle has no model.
+A bundle is a folder: ``model.safetensors`` (the weights: float32, or as an import found them), ``config.json`` (the
+architecture, every number resolved), ``tokenizer.json``, ``stage.json`` (origin and figures), and for warm starts
+``optimizer.safetensors`` (the moments by parameter name). A tokenizer's bundle has no model.
 
 A bundle may come from a stranger. It is read as data: JSON into bounded dataclasses, tensors through safetensors, and
 the shapes in the file must be those that the configuration gives before a single weight is read.
@@ -24,7 +24,14 @@ from safetensors.torch import save_file
 
 from nanochat_pl.bundle.stage_info import StageInfo
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.common.files import disk_errors_explained, free_bytes, read_json, write_atomically, write_json
+from nanochat_pl.common.files import (
+    disk_errors_explained,
+    free_bytes,
+    read_json,
+    write_atomically,
+    write_json,
+    write_text,
+)
 from nanochat_pl.common.hardware import choose_compute_dtype, memory_bytes
 from nanochat_pl.common.settings import build, to_plain
 from nanochat_pl.model.accounting import require_size
@@ -70,6 +77,7 @@ def save_bundle(
     net: GPT | None = None,
     tokenizer: Tokenizer | None = None,
     moments: Mapping[str, torch.Tensor] | None = None,
+    texts: Mapping[str, str] | None = None,
 ) -> Path:
     """Write a bundle; it appears whole or not at all.
 
@@ -79,6 +87,7 @@ def save_bundle(
         net: the model, on any device.
         tokenizer: what turns text into its ids.
         moments: optimizer moments by parameter name (``MuonAdamW.moments_by_name``), for a warm start.
+        texts: further files for people, by name, such as the certificate of an import.
 
     Raises:
         UserError: the disk is full or the folder cannot be written.
@@ -95,6 +104,8 @@ def save_bundle(
             tokenizer.save(growing / TOKENIZER)
         if moments is not None:
             _save_tensors(growing / OPTIMIZER, moments)
+        for name, text in (texts or {}).items():
+            write_text(growing / name, text)
         write_json(growing / STAGE, to_plain(stage))
         with disk_errors_explained(folder):
             shutil.rmtree(folder, ignore_errors=True)
@@ -137,10 +148,13 @@ def load_config(folder: Path) -> GPTConfig:
     return config
 
 
-def load_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """The weights of a bundle by name, float32, checked against its architecture: what a later stage starts from."""
+def load_weights(folder: Path, as_stored: bool = False) -> dict[str, torch.Tensor]:
+    """The weights of a bundle by name, checked against its architecture: what a later stage starts from.
+
+    Float32; with ``as_stored`` in the types of the file.
+    """
     shapes = {name: tensor.shape for name, tensor in GPT(load_config(folder)).state_dict().items()}
-    return _load_tensors(_member(folder, MODEL), shapes)
+    return _load_tensors(_member(folder, MODEL), shapes, as_stored=as_stored)
 
 
 def load_stage_info(folder: Path) -> StageInfo:
@@ -153,12 +167,15 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     return Tokenizer.load(_member(folder, TOKENIZER))
 
 
-def load_moments(folder: Path) -> dict[str, torch.Tensor] | None:
-    """The optimizer moments of a bundle by name, or None where it has none. The optimizer checks their shapes."""
+def load_moments(folder: Path, as_stored: bool = False) -> dict[str, torch.Tensor] | None:
+    """The optimizer moments of a bundle by name, or None where it has none. The optimizer checks their shapes.
+
+    Float32; with ``as_stored`` in the types of the file.
+    """
     if not (folder / OPTIMIZER).exists():
         return None
     most = 4 * sum(parameter.numel() for parameter in GPT(load_config(folder)).parameters())
-    return _load_tensors(_member(folder, OPTIMIZER), None, max_elements=most)
+    return _load_tensors(_member(folder, OPTIMIZER), None, max_elements=most, as_stored=as_stored)
 
 
 def _member(folder: Path, name: str) -> Path:
@@ -195,21 +212,26 @@ def _save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
 
 
 def _load_tensors(
-    path: Path, shapes: Mapping[str, torch.Size] | None, max_elements: int | None = None
+    path: Path,
+    shapes: Mapping[str, torch.Size] | None,
+    max_elements: int | None = None,
+    as_stored: bool = False,
 ) -> dict[str, torch.Tensor]:
-    """Tensors of a safetensors file as float32, after its header was found to be what it must be.
+    """Tensors of a safetensors file, after its header was found to be what it must be.
 
     Args:
         path: the file.
         shapes: the shape of every tensor that must be there, by name; None: any.
         max_elements: bound on all elements together.
+        as_stored: in the types of the file instead of float32.
     """
     try:
         with safe_open(path, framework="pt") as file:
             found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
             _check_header(path, {name: part.get_shape() for name, part in found.items()}, shapes, max_elements)
             _check_dtypes(path, {name: part.get_dtype() for name, part in found.items()})
-            return {name: file.get_tensor(name).float() for name in found}
+            tensors = {name: file.get_tensor(name) for name in found}
+            return tensors if as_stored else {name: tensor.float() for name, tensor in tensors.items()}
     except (SafetensorError, OSError, json.JSONDecodeError) as error:
         raise UserError(
             f"{path}: is no readable safetensors file: {error}",
