@@ -32,7 +32,7 @@ def test_jobs_are_the_product_of_the_values() -> None:
 def test_names_without_a_run_say_the_depth_once() -> None:
     assert names("model.depth=range(2,4)") == ["d2", "d3"]
     assert names("seed=1,2", "model=tiny") == ["d4-seed1", "d4-seed2"]
-    assert names("model=default,tiny", "experiment=tiny") == ["tiny-modeldefault", "tiny-modeltiny"]
+    assert names("model=nanochat,tiny", "experiment=tiny") == ["tiny-modelnanochat", "tiny-modeltiny"]
     assert names("evaluation.sample_prompts=['a b'],[c]") == ["d12-sample_prompts_a_b_", "d12-sample_prompts_c_"]
 
 

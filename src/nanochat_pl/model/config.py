@@ -1,7 +1,7 @@
 """What a model is: :class:`GPTConfig`, every number resolved, and how settings become one.
 
 The config knows no eras. What differs between generations of the architecture is a field (``smear_channels=0`` is a
-model without smear), so the code of the forward never asks which recipe a checkpoint comes from.
+model without smear), so the code of the forward never asks which recipe a checkpoint comes from. Source: golden/era_*.
 """
 
 from __future__ import annotations
@@ -15,13 +15,8 @@ from nanochat_pl.common.settings import setting
 DType = Literal["float32", "bfloat16", "float16"]
 MAX_LAYERS = 1_000
 
-# Weights of embedding and head are padded to this multiple: even shapes for the matrix units.
-VOCAB_MULTIPLE = 64
 # Rotary tables reach this many training lengths, so that long prompts can be scored and continued.
 ROTARY_REACH = 10
-SHORT_WINDOW_MULTIPLE = 128
-SMEAR_CHANNELS = 24
-VALUE_GATE_CHANNELS = 12
 
 
 @dataclass(frozen=True)
@@ -89,8 +84,34 @@ class GPTConfig:
 
 
 @dataclass(frozen=True)
+class InitSettings:
+    """The first weights of a fresh model. All linears that write into the residual stream begin at zero.
+
+    What else is a linear, and value embeddings like the value linear of their layer, is drawn by ``linears``:
+    ``uniform`` within ±sqrt(3 / width), that is of variance 1 / width, or ``normal`` with the standard deviation
+    min(1, sqrt(outputs / inputs)) / sqrt(inputs).
+    """
+
+    wte_std: float = setting(0.8, "Standard deviation of the token embedding (normal).", at_least=0.0)
+    lm_head_std: float = setting(0.001, "Standard deviation of the head (normal); 0 = zeros.", at_least=0.0)
+    linears: Literal["uniform", "normal"] = setting("uniform", "How the linears in the blocks are drawn.")
+    mlp_scale: float = setting(0.4, "Factor on the first linear of the feed-forward part.", at_least=0.0)
+    gate_max: float = setting(0.02, "Weights of the gates are uniform from 0 to this; 0 = zeros.", at_least=0.0)
+    resid_first: float = setting(1.15, "Residual factor of the first layer …")
+    resid_last: float = setting(1.05, "… changing linearly to that of the last.")
+    x0_first: float = setting(0.20, "Factor on the embedding at the first layer …")
+    x0_last: float = setting(0.05, "… changing linearly to that of the last.")
+    smear: float = setting(0.0, "Factor of the smear.")
+    backout: float = setting(0.2, "Factor of the backout.")
+
+
+@dataclass(frozen=True)
 class ModelSettings:
-    """The config group ``model``: a dial and what may be set besides it."""
+    """The config group ``model``: a dial, and what may be set besides it. The defaults are the current recipe's.
+
+    A generation of the recipe is a file of configs/model that sets the keys from ``vocab_multiple`` on; any mixture of
+    them is a model, too.
+    """
 
     depth: int = setting(12, "Number of blocks: the one dial; all else follows.", at_least=1, at_most=MAX_LAYERS)
     aspect_ratio: int = setting(64, "Width per block, before rounding up to whole heads.", at_least=1, at_most=2**12)
@@ -99,15 +120,43 @@ class ModelSettings:
         None, "Key and value heads; null = as many as query heads, fewer = grouped queries.", at_least=1
     )
     sequence_len: int = setting(2048, "Positions of a training row.", at_least=1, at_most=2**22)
-    window_pattern: str = setting(
-        "SSSL",
-        "Attention windows, tiled over the layers: S = a quarter, L = all; the last layer is L.",
-        max_length=1000,
-    )
     embedding_dtype: DType = setting("float32", "Type in which the embeddings are kept.")
     compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
         "auto", "Type of the activations; auto = bfloat16 where the hardware has it, else float32."
     )
+    vocab_multiple: int = setting(
+        64, "Rows of embedding and head are padded to a multiple of this; 1 = no padding.", at_least=1, at_most=2**12
+    )
+    window_pattern: str = setting(
+        "SSSL",
+        "Attention windows, tiled over the layers: S = short, L = the whole row; the last is L.",
+        max_length=1000,
+    )
+    short_window_divisor: int = setting(4, "S is the row divided by this …", at_least=1, at_most=2**22)
+    short_window_multiple: int | None = setting(
+        128,
+        "… and rounded up to a multiple of this; null = rounded down to whole positions.",
+        at_least=1,
+        at_most=2**22,
+    )
+    rotary_base: float = setting(100_000.0, "Base of the rotary frequencies.", above=0.0, at_most=1e12)
+    rotary_bfloat16: bool = setting(False, "Round the rotary tables to bfloat16, whatever is computed in.")
+    softcap: float = setting(15.0, "Logits are softcap * tanh(logits / softcap).", above=0.0, at_most=64.0)
+    qk_scale: float = setting(1.2, "Factor on the normed queries and on the normed keys.", above=0.0, at_most=1e3)
+    smear_channels: int = setting(
+        24,
+        "Channels that the gate of the smear reads (it mixes the token before into each); at most the width; 0 = none.",
+        at_least=0,
+        at_most=2**16,
+    )
+    backout: bool = setting(True, "Take a share of the middle of the residual stream off its end.")
+    residual_lambdas: bool = setting(True, "Each layer scales the residual stream and adds the embedding again.")
+    value_embeddings: bool = setting(True, "Every other layer, the last one too, adds an embedding to its values.")
+    value_gate_channels: int = setting(
+        12, "Channels that the gate of a value embedding reads; at most the width.", at_least=1, at_most=2**16
+    )
+    value_gate_scale: float = setting(3.0, "That gate is this times a sigmoid.", above=0.0, at_most=1e3)
+    init: InitSettings = setting(factory=InitSettings)
 
     def __post_init__(self) -> None:
         problems = []
@@ -129,15 +178,20 @@ def num_heads(settings: ModelSettings) -> int:
     return -(-settings.depth * settings.aspect_ratio // settings.head_dim)
 
 
-def window_sizes(pattern: str, num_layers: int, sequence_len: int) -> tuple[int, ...]:
-    """Windows per layer: S is a quarter of the row rounded up to a multiple of 128, L the whole row."""
-    short = -(-sequence_len // (4 * SHORT_WINDOW_MULTIPLE)) * SHORT_WINDOW_MULTIPLE
-    letters = [pattern[layer % len(pattern)] for layer in range(num_layers - 1)] + ["L"]
-    return tuple(sequence_len if letter == "L" else short for letter in letters)
+def short_window(settings: ModelSettings) -> int:
+    """What the letter S means: the row divided by ``short_window_divisor``, rounded."""
+    row, divisor, multiple = settings.sequence_len, settings.short_window_divisor, settings.short_window_multiple
+    return row // divisor if multiple is None else -(-row // (divisor * multiple)) * multiple
+
+
+def window_sizes(settings: ModelSettings) -> tuple[int, ...]:
+    """Windows per layer: the pattern tiled over the layers, the last one the whole row."""
+    pattern, size = settings.window_pattern, {"S": short_window(settings), "L": settings.sequence_len}
+    return (*(size[pattern[i % len(pattern)]] for i in range(settings.depth - 1)), size["L"])
 
 
 def resolve_model(settings: ModelSettings, vocab_size: int, compute_dtype: DType) -> GPTConfig:
-    """The architecture that the settings mean (era 2026).
+    """The architecture that the settings mean, every number resolved.
 
     Args:
         settings: the config group ``model``.
@@ -149,9 +203,11 @@ def resolve_model(settings: ModelSettings, vocab_size: int, compute_dtype: DType
     """
     heads = num_heads(settings)
     width = heads * settings.head_dim
+    # Every other layer, counted back from the last, so that the last has one at any depth.
+    every_other = tuple(range((settings.depth - 1) % 2, settings.depth, 2))
     return GPTConfig(
         vocab_size=vocab_size,
-        padded_vocab_size=-(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE,
+        padded_vocab_size=-(-vocab_size // settings.vocab_multiple) * settings.vocab_multiple,
         num_layers=settings.depth,
         num_heads=heads,
         num_kv_heads=settings.num_kv_heads or heads,
@@ -159,19 +215,18 @@ def resolve_model(settings: ModelSettings, vocab_size: int, compute_dtype: DType
         width=width,
         mlp_width=4 * width,
         sequence_len=settings.sequence_len,
-        windows=window_sizes(settings.window_pattern, settings.depth, settings.sequence_len),
-        rotary_base=100_000.0,
+        windows=window_sizes(settings),
+        rotary_base=settings.rotary_base,
         rotary_reach=ROTARY_REACH * settings.sequence_len,
-        rotary_bfloat16=False,
-        softcap=15.0,
-        qk_scale=1.2,
-        smear_channels=min(SMEAR_CHANNELS, width),
-        backout=True,
-        residual_lambdas=True,
-        # Every other layer, counted back from the last, so that the last has one at any depth.
-        value_embedding_layers=tuple(range((settings.depth - 1) % 2, settings.depth, 2)),
-        value_gate_channels=min(VALUE_GATE_CHANNELS, width),
-        value_gate_scale=3.0,
+        rotary_bfloat16=settings.rotary_bfloat16,
+        softcap=settings.softcap,
+        qk_scale=settings.qk_scale,
+        smear_channels=min(settings.smear_channels, width),
+        backout=settings.backout,
+        residual_lambdas=settings.residual_lambdas,
+        value_embedding_layers=every_other if settings.value_embeddings else (),
+        value_gate_channels=min(settings.value_gate_channels, width),
+        value_gate_scale=settings.value_gate_scale,
         embedding_dtype=settings.embedding_dtype,
         compute_dtype=compute_dtype,
     )

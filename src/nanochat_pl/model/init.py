@@ -3,29 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+import math
 
 import torch
 from torch import Tensor
 
-from nanochat_pl.common.settings import setting
+from nanochat_pl.model.config import InitSettings
 from nanochat_pl.model.gpt import GPT
-
-
-@dataclass(frozen=True)
-class InitSettings:
-    """Numbers of the first weights. Linears are uniform within ±sqrt(3 / width), that is of variance 1 / width."""
-
-    wte_std: float = setting(0.8, "Standard deviation of the token embedding.", at_least=0.0)
-    lm_head_std: float = setting(0.001, "Standard deviation of the head.", at_least=0.0)
-    mlp_scale: float = setting(0.4, "Factor on the first linear of the feed-forward part.", at_least=0.0)
-    gate_max: float = setting(0.02, "Weights of the gates are uniform from 0 to this.", at_least=0.0)
-    resid_first: float = setting(1.15, "Residual factor of the first layer …")
-    resid_last: float = setting(1.05, "… falling linearly to that of the last.")
-    x0_first: float = setting(0.20, "Factor on the embedding at the first layer …")
-    x0_last: float = setting(0.05, "… falling linearly to that of the last.")
-    smear: float = setting(0.0, "Factor of the smear.")
-    backout: float = setting(0.2, "Factor of the backout.")
 
 
 @torch.no_grad()
@@ -44,21 +28,30 @@ def init_weights(net: GPT, seed: int = 0, settings: InitSettings | None = None) 
 def _first_value(name: str, parameter: Tensor, net: GPT, seed: int, numbers: InitSettings) -> Tensor:
     value = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
     generator = torch.Generator(device="cpu").manual_seed(_seed_of(seed, name))
-    bound = (3 / net.config.width) ** 0.5
     kind = name.removesuffix(".weight").rpartition(".")[2]
     if kind == "wte":
         return value.normal_(0.0, numbers.wte_std, generator=generator)
     if kind == "lm_head":
         return value.normal_(0.0, numbers.lm_head_std, generator=generator)
-    if kind in ("c_q", "c_k", "c_v") or name.startswith("value_embeds."):
-        return value.uniform_(-bound, bound, generator=generator)
-    if kind == "c_fc":
-        return value.uniform_(-numbers.mlp_scale * bound, numbers.mlp_scale * bound, generator=generator)
     if kind == "c_proj":
         return value.zero_()
     if kind in ("ve_gate", "smear_gate"):
         return value.uniform_(0.0, numbers.gate_max, generator=generator)
+    num_outputs = net.config.num_kv_heads * net.config.head_dim if name.startswith("value_embeds.") else len(value)
+    if kind in ("c_q", "c_k", "c_v", "c_fc") or name.startswith("value_embeds."):
+        scale = numbers.mlp_scale if kind == "c_fc" else 1.0
+        return _first_linear(value, num_outputs, net.config.width, scale, numbers, generator)
     return _first_factor(kind, len(value), numbers)
+
+
+def _first_linear(
+    value: Tensor, num_outputs: int, num_inputs: int, scale: float, numbers: InitSettings, generator: torch.Generator
+) -> Tensor:
+    if numbers.linears == "uniform":
+        bound = scale * math.sqrt(3 / num_inputs)
+        return value.uniform_(-bound, bound, generator=generator)
+    std = scale * min(1.0, math.sqrt(num_outputs / num_inputs)) / math.sqrt(num_inputs)
+    return value.normal_(0.0, std, generator=generator)
 
 
 def _first_factor(kind: str, count: int, numbers: InitSettings) -> Tensor:

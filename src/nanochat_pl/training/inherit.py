@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Set
+from collections.abc import Mapping, Set
+from typing import Any
 
 from nanochat_pl.bundle.bundle import load_stage_info
 from nanochat_pl.common.errors import UserError
@@ -51,17 +52,30 @@ def inherited(config: TrainConfig, folder: StageFolder, given: Set[str]) -> Trai
     parent = parent_folder(config, folder)
     if parent is None:
         return config
-    settings, problems, groups = load_stage_info(parent.bundle).settings, [], {}
+    settings, groups = load_stage_info(parent.bundle).settings, {}
+    problems: list[str] = []
     for group in INHERITED[parent.stage]:
         own = getattr(config, group)
-        was, now = dict(settings.get(group, {})), to_plain(own)
-        for key, value in now.items():
-            name = f"{group}.{key}"
-            if name in given and name in FREE:
-                was[key] = value
-            elif name in given and key in was and was[key] != value:
-                problems.append(f"{name}={value}: the {parent.stage} stage was trained with {was[key]}.")
-        groups[group] = build(type(own), was, f"{parent.bundle}/stage.json: settings.{group}")
+        merged = _merged(settings.get(group, {}), to_plain(own), group, given, parent.stage, problems)
+        groups[group] = build(type(own), merged, f"{parent.bundle}/stage.json: settings.{group}")
     if problems:
         raise UserError(problems, fix="Leave these keys out, or begin another run with run=NAME.")
     return dataclasses.replace(config, **groups)
+
+
+def _merged(
+    was: Mapping[str, Any], now: Mapping[str, Any], where: str, given: Set[str], stage: str, problems: list[str]
+) -> dict[str, Any]:
+    """What the parent has, with what may be given anew; a given key that says otherwise goes to ``problems``."""
+    merged = dict(was)
+    for key, value in now.items():
+        name = f"{where}.{key}"
+        if isinstance(value, Mapping) and isinstance(was.get(key), Mapping):
+            # Of a group within a group, a config file gives all or nothing.
+            inner = {f"{name}.{each}" for each in value} if name in given else set()
+            merged[key] = _merged(was[key], value, name, given | inner, stage, problems)
+        elif name in given and name in FREE:
+            merged[key] = value
+        elif name in given and key in was and was[key] != value:
+            problems.append(f"{name}={value}: the {stage} stage was trained with {was[key]}.")
+    return merged

@@ -109,6 +109,7 @@ def _make_stage(config: TrainConfig, machine: Machine, prepared: Prepared) -> Tr
         device_batch_size=plan["device_batch_size"],
         seed=config.seed,
         compile=machine.compile,
+        init=config.model.init,
         identity={
             "steps": plan["num_steps"],
             "tokens a step": plan["total_batch_tokens"],

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
-from nanochat_pl.model.config import GPTConfig
+from nanochat_pl.model.config import GPTConfig, InitSettings
 from nanochat_pl.model.gpt import GPT, parameter_roles
 from nanochat_pl.model.init import init_weights
 from nanochat_pl.optim import Hyperparameters, MuonAdamW, ScheduleSettings, build_optimizer
@@ -28,6 +28,7 @@ class StageRecipe:
     device_batch_size: int
     seed: int
     compile: bool
+    init: InitSettings = field(default_factory=InitSettings)
     # What rows and length of the run come from: a resumed run must have the same.
     identity: dict[str, Any] = field(default_factory=dict)
     # What the machine chose: it may change the bits, and a resumed run says where it differs.
@@ -58,7 +59,7 @@ class TrainingStage(LightningModule):
 
     def first_weights(self, net: GPT) -> None:
         """Give the model its first weights: fresh ones."""
-        init_weights(net, self.recipe.seed)
+        init_weights(net, self.recipe.seed, self.recipe.init)
 
     def configure_optimizers(self) -> MuonAdamW:
         """The one optimizer, with its state allocated: a step never fails for lack of memory half-way."""
