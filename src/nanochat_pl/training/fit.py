@@ -15,12 +15,14 @@ from nanochat_pl.common.console import say
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.training.datamodule import RowsDataModule
 from nanochat_pl.training.evaluation import PeriodicEvaluation, Samples, Validation
+from nanochat_pl.training.garbage import GarbageCollection
 from nanochat_pl.training.metrics import MetricsCSV, StepClock, StepMetrics
 from nanochat_pl.training.progress import TrainingProgress
 from nanochat_pl.training.resume import AtomicCheckpointIO, ResumeFiles, newest_resume_file
 from nanochat_pl.training.settings import EvaluationSettings, TrainerSettings
 from nanochat_pl.training.stages import TrainingStage
 from nanochat_pl.training.stopping import GracefulStop, StopRequested
+from nanochat_pl.training.tensorboard import rewind_events
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ def fit(stage: TrainingStage, data: RowsDataModule, fitting: Fitting) -> Fitted:
     resume_from = newest_resume_file(checkpoints)
     first_step = _step_to_go_on_from(stage, resume_from) if resume_from else 0
     csv = MetricsCSV(fitting.folder / "metrics.csv")
-    csv.rewind(first_step)
+    figures_kept = csv.rewind(first_step)
     fitting.samples.rewind(first_step)
     clock = StepClock()
     metrics = StepMetrics(clock, fitting.flops_per_token, fitting.peak_flops, fitting.trainer.log_every_steps)
@@ -73,13 +75,15 @@ def fit(stage: TrainingStage, data: RowsDataModule, fitting: Fitting) -> Fitted:
         clock,
         stop.check,
     )
+    garbage = GarbageCollection(clock)
     # The order matters: figures first, then the file that holds them, then what may fail or take long.
-    ours = [stop, metrics, TrainingProgress(fitting.name, metrics), resume_files, evaluation]
+    ours = [stop, metrics, TrainingProgress(fitting.name, metrics), resume_files, evaluation, garbage]
     deterministic_before = torch.are_deterministic_algorithms_enabled()
     trainer = _trainer(stage, fitting, [csv, *fitting.loggers], [*ours, *fitting.callbacks])
+    rewind_events(fitting.loggers, first_step, figures_kept)
     if resume_from:
         say(f"{fitting.name}: going on after step {first_step:,} ({resume_from}).")
-    with stop:
+    with stop, garbage:
         try:
             trainer.fit(stage, datamodule=data, ckpt_path=None if resume_from is None else str(resume_from))
         except MisconfigurationException as error:

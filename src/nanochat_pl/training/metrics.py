@@ -63,10 +63,13 @@ class MetricsCSV(Logger):
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
         """The settings stand in config.yaml already."""
 
-    def rewind(self, step: int) -> None:
+    def rewind(self, step: int) -> dict[str, float]:
         """Drop what a run that was stopped wrote after ``step``, or begin the file.
 
         The row of ``step`` itself stays open: its validation may be still to come.
+
+        Returns:
+            the training's figures of ``step``, empty where none were written.
         """
         kept: list[dict[str, str]] = []
         if self.path.exists():
@@ -80,6 +83,7 @@ class MetricsCSV(Logger):
         writer.writeheader()
         writer.writerows(kept)
         write_text(self.path, text.getvalue())
+        return {k: float(v) for k, v in self._row.items() if k.startswith("train/") and v}
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Take figures of a step; they go into the step's one row, also where that is written already."""
