@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from nanochat_pl.cli.train import compose_train
 from nanochat_pl.model.accounting import count_parameters, flops_per_token
 from nanochat_pl.model.config import ModelSettings, resolve_model
 from nanochat_pl.model.gpt import GPT
@@ -21,9 +21,9 @@ def load_net(golden, config, path="nanochat_base/base_checkpoints/d4/model_00000
     return net
 
 
-def base_config(**changes):
+def base_config():
     settings = ModelSettings(depth=4, aspect_ratio=16, head_dim=16, num_kv_heads=2, sequence_len=512)
-    return dataclasses.replace(resolve_model(settings, 1000, "float32"), **changes)
+    return resolve_model(settings, 1000, "float32")
 
 
 def test_forward_and_gradients(golden):
@@ -44,26 +44,26 @@ def test_forward_and_gradients(golden):
 
 
 @pytest.mark.parametrize("rounded, tolerance", [(True, 1e-5), (False, 3e-3)])
-@pytest.mark.parametrize("era", ["feb2026", "oct2025"])
-def test_older_architectures_are_configs_of_the_same_network(golden, era, rounded, tolerance):
-    config = dataclasses.replace(
-        base_config(),
-        vocab_size=640,
-        padded_vocab_size=640,
-        sequence_len=256,
-        rotary_base=10_000.0,
-        rotary_bfloat16=rounded,
-        smear_channels=0,
-        backout=False,
-        qk_scale=1.0,
-        windows=(128, 128, 256, 256),
-        value_gate_channels=32,
-        value_gate_scale=2.0,
-    )
-    if era == "oct2025":
-        config = dataclasses.replace(config, value_embedding_layers=(), residual_lambdas=False, windows=(256,) * 4)
-    net = load_net(golden, config, f"era_{era}/model_000003.pt")
-    expected = load_file(golden / f"era_{era}" / "forward.safetensors")
+@pytest.mark.parametrize(
+    "folder, overrides",
+    [
+        ("era_feb2026", ["model=nanochat_2026_02", "model.window_pattern=SSL"]),
+        ("era_oct2025", ["model=nanochat_2025_10"]),
+    ],
+)
+def test_older_architectures_are_configs_of_the_same_network(golden, folder, overrides, rounded, tolerance):
+    meta = json.loads((golden / folder / "meta_000003.json").read_text(encoding="utf-8"))["model_config"]
+    sizes = {
+        "depth": meta["n_layer"],
+        "aspect_ratio": meta["n_embd"] // meta["n_layer"],
+        "head_dim": meta["n_embd"] // meta["n_head"],
+        "num_kv_heads": meta["n_kv_head"],
+        "sequence_len": meta["sequence_len"],
+    }
+    typed = [*overrides, *(f"model.{key}={value}" for key, value in sizes.items())]
+    settings = compose_train([*typed, *([] if rounded else ["model.rotary_bfloat16=false"])]).config.model
+    net = load_net(golden, resolve_model(settings, meta["vocab_size"], "float32"), f"{folder}/model_000003.pt")
+    expected = load_file(golden / folder / "forward.safetensors")
     logits = net(expected["idx"])
     torch.testing.assert_close(logits[:, ::8], expected["logits"], atol=tolerance, rtol=0)
     loss = net.weighted_loss(expected["idx"], expected["targets"]) / (expected["targets"] >= 0).sum()
