@@ -1,0 +1,71 @@
+"""Writes a trained stage for other programs: for transformers, or in nanochat's own layout; proved equal.
+
+nanochat-pl export run=demo to=demo-hf
+nanochat-pl export bundle=PATH format=nanochat to=FOLDER
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from nanochat_pl.cli.compose import compose
+from nanochat_pl.cli.locate import locate_bundle
+from nanochat_pl.common.console import next_steps, say
+from nanochat_pl.common.errors import UserError
+from nanochat_pl.common.settings import setting
+from nanochat_pl.formats.export import CARD, export, load_for_export
+from nanochat_pl.formats.parity import Parity
+from nanochat_pl.training.settings import PathsSettings
+
+READERS = {"hf": "transformers", "nanochat": "nanochat"}
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """The root of configs/export.yaml."""
+
+    run: str | None = setting(None, "Name of the run; null: the only one there is.")
+    stage: str | None = setting(None, "Its stage; null: the newest that is finished.")
+    bundle: str | None = setting(None, "Folder of a bundle, instead of a run.")
+    format: Literal["hf", "nanochat"] = setting("hf", "For whom: hf = transformers, nanochat = its base folder.")
+    to: str | None = setting(None, "The folder to make; it must not be there, or be empty.")
+    paths: PathsSettings = setting(factory=PathsSettings)
+
+
+Config = ExportConfig
+
+
+def run(arguments: Sequence[str]) -> int:
+    """The verb."""
+    config = compose("export", ExportConfig, arguments).config
+    if config.to is None:
+        raise UserError("to: is missing: it names the folder to make.", "For example to=my-model-hf")
+    to = Path(config.to)
+    source = locate_bundle(config.bundle, config.run, config.stage, Path(config.paths.runs))
+    bundle = load_for_export(source, to, config.format)
+    say(f"{source} → {to}, for {READERS[config.format]}")
+    if bundle.tokenizer is None:
+        say("The bundle has no tokenizer: the model is written without one.")
+    say("Writing; then a fresh process loads what was written, to compare …")
+    _say_parity(export(bundle, to, config.format))
+    say(f"model card: {to / CARD}")
+    again = f"nanochat-pl import {shlex.quote(f'source={to}')} {shlex.quote(f'to={to}-bundle')}"
+    next_steps([("read the figures", f"less {shlex.quote(str(to / CARD))}"), ("make a bundle of it again", again)])
+    return 0
+
+
+def _say_parity(parity: Parity) -> None:
+    say(f"Equal, on {parity.num_positions:,} positions of {parity.text}:")
+    say(f"  largest difference of two logits  {parity.max_difference:.2g}")
+    say(f"  same most likely token            {parity.agreement:.2%}")
+    if parity.num_texts:
+        say(f"  texts with the same ids           {parity.num_texts:,}")
+    if parity.max_difference_as_is is not None:
+        say(
+            "  The rotary tables are in float32 there; against the bundle's, rounded to bfloat16, logits differ by"
+            f" up to {parity.max_difference_as_is:.2g}."
+        )

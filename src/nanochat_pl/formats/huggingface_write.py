@@ -1,0 +1,68 @@
+"""A bundle as a folder of transformers: weights, config, generation config, tokenizer, and code where it needs some."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+
+from nanochat_pl.bundle import Bundle
+from nanochat_pl.bundle.bundle import MODEL as BUNDLE_MODEL
+from nanochat_pl.common.errors import UserError
+from nanochat_pl.common.files import disk_errors_explained, write_atomically, write_json
+from nanochat_pl.formats.huggingface_config import OURS, REMOTE_MODULE, is_native, own_part, to_keys
+from nanochat_pl.formats.huggingface_tokenizer import write_tokenizer
+from nanochat_pl.formats.huggingface_weights import MODEL, PADDING, to_theirs
+
+REMOTE_CODE = Path(__file__).parent / "remote_code" / f"{REMOTE_MODULE}.py"
+
+
+def require_transformers() -> None:
+    """Refuse to begin where transformers, which is an extra, cannot read back what will be written.
+
+    Raises:
+        UserError: it is not installed, or too old.
+    """
+    try:
+        version = importlib.metadata.version("transformers")
+    except importlib.metadata.PackageNotFoundError:
+        version = ""
+    if not version or int(version.split(".")[0]) < 5:
+        found = f"transformers {version} is too old" if version else "transformers is not installed"
+        raise UserError(
+            f"format=hf: {found}; it reads back what was written.", fix="Install it: pip install 'nanochat-pl[hf]'"
+        )
+
+
+def write_huggingface(bundle: Bundle, folder: Path) -> None:
+    """Fill a folder, which is there and empty, with what ``AutoModelForCausalLM`` and ``AutoTokenizer`` read.
+
+    Raises:
+        UserError: the disk refuses.
+    """
+    config, stops = bundle.config, _stop_tokens(bundle)
+    # As they are stored, and not as loaded: each in its type.
+    weights, padding = to_theirs(load_file(bundle.path / BUNDLE_MODEL), config)
+    with disk_errors_explained(folder):
+        write_atomically(folder / MODEL, lambda path: save_file(weights, path, {"format": "pt"}))
+        if padding:
+            write_atomically(folder / PADDING, lambda path: save_file(padding, path, {"format": "pt"}))
+        if not is_native(config):
+            shutil.copyfile(REMOTE_CODE, folder / REMOTE_CODE.name)
+    # A padding token in the config would keep the embedding of that token from being trained.
+    ids = {"bos_token_id": stops[-1] if stops else None, "eos_token_id": stops or None, "pad_token_id": None}
+    own = {OURS: own_part(config, bundle.stage)}
+    write_json(folder / "config.json", {**to_keys(config), **ids, "dtype": "float32", "use_cache": True, **own})
+    write_json(folder / "generation_config.json", {**ids, "pad_token_id": ids["bos_token_id"]})
+    if bundle.tokenizer is not None:
+        write_tokenizer(folder, bundle.tokenizer, config.sequence_len)
+
+
+def _stop_tokens(bundle: Bundle) -> list[Any]:
+    """The ids that end an answer: assistant_end and bos; none without a tokenizer."""
+    if bundle.tokenizer is None:
+        return []
+    return [bundle.tokenizer.special_ids["<|assistant_end|>"], bundle.tokenizer.bos_id]
