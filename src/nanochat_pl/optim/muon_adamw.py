@@ -35,7 +35,9 @@ class MuonAdamW(torch.optim.Optimizer):
 
     Args:
         groups: of :func:`~nanochat_pl.optim.parameter_groups.make_groups`, parameters as (name, parameter).
-        matrix_optimizer: "muon" (the recipe's) or "classic_muon".
+        matrix_optimizer: "muon" (the recipe's) or "classic_muon": Newton-Schulz alone. That one is ``torch.optim.Muon``
+            with ``adjust_lr_fn="original"`` and Nesterov momentum (which both take as a mean, ``lerp``), as long as
+            ``muon_dtype`` is bfloat16 and the weight decay 0: decay is cautious here, and uses the lr scaled by shape.
         muon_dtype: of the matrix products in the orthogonalization. All else is float32.
         compile_muon: compile the Muon update at its first use.
     """

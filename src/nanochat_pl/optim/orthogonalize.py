@@ -26,6 +26,7 @@ POLAR_EXPRESS: Coefficients = (
 )
 NEWTON_SCHULZ: Coefficients = ((3.4445, -4.7750, 2.0315),) * 5
 SMALL = 1e-6  # keeps a matrix of zeros a matrix of zeros
+NEWTON_SCHULZ_SMALL = 1e-7  # the same, in classic Muon
 
 
 def odd_quintics(x: Tensor, coefficients: Coefficients) -> Tensor:
@@ -62,6 +63,9 @@ def polar_express(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tenso
 
 
 def newton_schulz(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Classic Muon's orthogonalization: float32 (K, M, N) → ``dtype`` (K, M, N), singular values 0.7 to 1.2."""
-    frobenius = matrices.norm(dim=(-2, -1), keepdim=True)
-    return odd_quintics((matrices / (frobenius + SMALL)).to(dtype), NEWTON_SCHULZ)
+    """Classic Muon's orthogonalization: float32 (K, M, N) → ``dtype`` (K, M, N), singular values 0.7 to 1.2.
+
+    The norm is taken in ``dtype`` too, as ``torch.optim.Muon`` does (always in bfloat16, there).
+    """
+    x = matrices.to(dtype)
+    return odd_quintics(x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(NEWTON_SCHULZ_SMALL), NEWTON_SCHULZ)
