@@ -90,7 +90,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write UTF-8 text atomically."""
-    write_atomically(path, lambda temporary: _write_bytes(temporary, text.encode("utf-8")))
+    write_bytes(path, text.encode("utf-8"))
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -98,12 +98,22 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def _write_bytes(path: Path, data: bytes) -> None:
-    path.write_bytes(data)
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write bytes atomically."""
+
+    def write(temporary: Path) -> None:
+        temporary.write_bytes(data)
+
+    write_atomically(path, write)
 
 
-def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> Any:
+def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES, infinities: bool = False) -> Any:
     """Read a JSON file of bounded size.
+
+    Args:
+        path: the file.
+        max_bytes: the bound.
+        infinities: read NaN and infinities, which other programs write, instead of refusing them.
 
     Raises:
         UserError: it is missing, too large, or no JSON.
@@ -112,7 +122,7 @@ def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> Any:
         size = path.stat().st_size
         if size > max_bytes:
             raise UserError(f"{path}: {size:,} bytes, more than the {max_bytes:,} that such a file may have.")
-        return json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+        return json.loads(path.read_text(encoding="utf-8"), parse_constant=None if infinities else _refuse_constant)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:

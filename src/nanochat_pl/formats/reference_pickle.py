@@ -1,0 +1,160 @@
+"""The one file in which pickles are touched: the reference keeps its tokenizer and its tensors in them.
+
+A pickle is a program. Neither of the two readers runs one that is not trusted: tensors go through torch's reader for
+tensors and plain data, the tokenizer through a machine that knows one class, and that one stands in for the real.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import re
+import struct
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tiktoken
+import torch
+
+from nanochat_pl.common.errors import UserError
+from nanochat_pl.common.files import write_bytes
+from nanochat_pl.model.config import DType
+from nanochat_pl.tokenizer import Tokenizer
+
+ENCODING = ("tiktoken.core", "Encoding")
+# A vocabulary of a million tokens fits.
+MAX_PICKLE_BYTES = 128 * 2**20
+# Types that a checkpoint's tensors may have.
+STORED_DTYPES: dict[torch.dtype, DType] = {
+    torch.float32: "float32",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+}
+# What the readers raise for bytes that nobody has written on purpose, or with a bad one.
+_DAMAGED = (
+    pickle.UnpicklingError,
+    zipfile.BadZipFile,
+    struct.error,
+    EOFError,
+    RuntimeError,  # torch's reader of archives
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    NotImplementedError,
+    TypeError,
+    ValueError,
+)
+_COPY_AGAIN = "Copy it again from where it came."
+
+
+def read_torch(path: Path) -> Any:
+    """Tensors and plain data of a file written by ``torch.save``, mapped into memory and not read yet.
+
+    Raises:
+        UserError: the file cannot be read, is cut short or damaged, or holds anything else.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+                raise UserError(f"{path}: is compressed, which torch.save never does.", fix=_COPY_AGAIN)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except _DAMAGED as error:
+        if refused := re.search(r"GLOBAL (\S+)", str(error)):
+            raise UserError(
+                f"{path}: holds more than tensors: {refused[1]} is refused, it could run anything.",
+                fix="Take nothing else from where it came.",
+            ) from error
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"{path}: is cut short, damaged or no file of torch.save: {reason}", fix=_COPY_AGAIN) from error
+
+
+@dataclass(frozen=True)
+class EncodingState:
+    """What a pickled ``tiktoken.Encoding`` consists of."""
+
+    name: str
+    pat_str: str
+    mergeable_ranks: dict[bytes, int]
+    special_tokens: dict[str, int]
+
+
+class _Inert:
+    """Stands in for tiktoken's class: takes the state and does nothing with it."""
+
+    state: Any = None
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+class _Refused(Exception):
+    """A name that a pickle asks for and does not get."""
+
+
+class _Unpickler(pickle._Unpickler):
+    """The machine in Python: the one in C takes gigabytes for a file of some bytes that names a high memo slot."""
+
+    def find_class(self, module: str, name: str) -> type:
+        if (module, name) == ENCODING:
+            return _Inert
+        raise _Refused(f"{module}.{name}")
+
+
+def read_encoding(path: Path) -> EncodingState:
+    """The state of a pickled ``tiktoken.Encoding``. Nothing that the file names is imported or called.
+
+    Raises:
+        UserError: the file cannot be read, asks for anything but that class, or its state is of the wrong types.
+    """
+    try:
+        size = path.stat().st_size
+        if size > MAX_PICKLE_BYTES:
+            raise UserError(f"{path}: {size:,} bytes, more than the {MAX_PICKLE_BYTES:,} that a tokenizer may have.")
+        found = _Unpickler(io.BytesIO(path.read_bytes())).load()
+    except _Refused as error:
+        raise UserError(
+            f"{path}: asks for {error}, which is refused: a pickle can run anything, and a tokenizer needs only"
+            f" {'.'.join(ENCODING)}.",
+            fix="Take nothing else from where it came; tokenizer=none imports the weights alone.",
+        ) from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except _DAMAGED as error:
+        raise UserError(f"{path}: is damaged, or no pickle: {error or 'it ends too early'}", fix=_COPY_AGAIN) from error
+    state = found.state if isinstance(found, _Inert) else None
+    state = state if isinstance(state, dict) else {}
+    if problem := _problem_of_state(state):
+        raise UserError(f"{path}: is no tokenizer: {problem}.", fix="tokenizer=none imports the weights alone.")
+    return EncodingState(**state)
+
+
+def _problem_of_state(state: dict[Any, Any]) -> str | None:
+    if set(state) != set(EncodingState.__annotations__):
+        return f"its state must have the keys {', '.join(EncodingState.__annotations__)}"
+    if not isinstance(state["name"], str) or not isinstance(state["pat_str"], str):
+        return "name and pat_str must be text"
+    for key, kind in (("mergeable_ranks", bytes), ("special_tokens", str)):
+        table = state[key]
+        if type(table) is not dict or not all(type(k) is kind and type(v) is int for k, v in table.items()):
+            return f"{key} must map {kind.__name__} to whole numbers"
+    return None
+
+
+def write_encoding(path: Path, tokenizer: Tokenizer, name: str) -> None:
+    """Write a tokenizer as the reference reads it: a pickled ``tiktoken.Encoding``.
+
+    Args:
+        path: the file.
+        tokenizer: what to write.
+        name: of the encoding.
+    """
+    ranks = {token: rank for rank, token in enumerate(tokenizer.tokens)}
+    encoding = tiktoken.Encoding(
+        name, pat_str=tokenizer.pattern, mergeable_ranks=ranks, special_tokens=tokenizer.special_ids
+    )
+    write_bytes(path, pickle.dumps(encoding))
