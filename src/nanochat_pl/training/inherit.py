@@ -55,9 +55,9 @@ def inherited(config: TrainConfig, folder: StageFolder, given: Set[str]) -> Trai
     settings, groups = load_stage_info(parent.bundle).settings, {}
     problems: list[str] = []
     for group in INHERITED[parent.stage]:
-        own = getattr(config, group)
-        merged = _merged(settings.get(group, {}), to_plain(own), group, given, parent.stage, problems)
-        groups[group] = build(type(own), merged, f"{parent.bundle}/stage.json: settings.{group}")
+        own, where = getattr(config, group), f"{parent.bundle}/stage.json: settings.{group}"
+        was = build(type(own), settings.get(group, {}), where)  # a key that is newer than the bundle has its default
+        groups[group] = build(type(own), _merged(to_plain(was), to_plain(own), group, given, parent.stage, problems))
     if problems:
         raise UserError(problems, fix="Leave these keys out, or begin another run with run=NAME.")
     return dataclasses.replace(config, **groups)
@@ -76,6 +76,6 @@ def _merged(
             merged[key] = _merged(was[key], value, name, given | inner, stage, problems)
         elif name in given and name in FREE:
             merged[key] = value
-        elif name in given and key in was and was[key] != value:
-            problems.append(f"{name}={value}: the {stage} stage was trained with {was[key]}.")
+        elif name in given and was.get(key) != value:
+            problems.append(f"{name}={value}: the {stage} stage was trained with {was.get(key)}.")
     return merged
