@@ -10,13 +10,14 @@ from collections.abc import Sequence
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from nanochat_pl.cli import config_files
+from nanochat_pl.cli.main import module_of
 from nanochat_pl.cli.overrides import UNKNOWN, is_group, type_of_key
 from nanochat_pl.common.errors import UserError, did_you_mean
 
 
 def print_help(verb: str, wanted: Sequence[str] = ()) -> None:
     """Print the keys of a verb: those that matter, or all of the groups that are named in ``wanted``."""
-    module = importlib.import_module(f"nanochat_pl.cli.{verb}")
+    module = importlib.import_module(module_of(verb))
     schema = module.Config
     if wanted:
         for name in wanted:

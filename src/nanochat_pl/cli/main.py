@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import keyword
 import os
 import signal
 import sys
@@ -16,13 +17,16 @@ from nanochat_pl.common.console import replace_unknown_signs
 from nanochat_pl.common.constants import EXIT_USER_ERROR
 from nanochat_pl.common.errors import UserError, did_you_mean
 
-# Each verb is a file of this folder with a function run(overrides) -> exit code, and HELP.
+# Each verb is a file of this folder with a function run(overrides) -> exit code, and Config.
 VERBS = {
     "train": "one stage of a run: train stage=tokenizer|base|sft",
     "pipeline": "the stages that an experiment names, one after the other: pipeline experiment=demo",
+    "download": "files of a data set, verified: download data=climbmix num_shards=8",
     "plan": "the settings that follow from model.depth, each with its reason, without training",
     "evaluate": "figures of a trained stage: evaluate run=NAME",
     "chat": 'talk to a model: chat run=NAME, or one answer: chat run=NAME prompt="…"',
+    "import": "a bundle of a model from elsewhere: import source=PATH to=PATH",
+    "export": "a trained stage for other programs: export run=NAME to=PATH",
     "report": "tables and plots of a run: report run=NAME",
     "runs": "what has been trained; runs delete=NAME",
 }
@@ -78,10 +82,15 @@ def _dispatch(arguments: list[str]) -> int:
     quieten()
     sweep = verb in SWEPT and any(argument in SWEEP_FLAGS for argument in rest)
     with _interrupts_wait():
-        module = importlib.import_module(f"nanochat_pl.cli.{'sweep' if sweep else verb}")
+        module = importlib.import_module("nanochat_pl.cli.sweep" if sweep else module_of(verb))
     if sweep:
         return int(module.run_sweep(verb, [argument for argument in rest if argument not in SWEEP_FLAGS]))
     return int(module.run(rest))
+
+
+def module_of(verb: str) -> str:
+    """The module of a verb. One that is a word of the language, as import, has an underscore behind it."""
+    return f"nanochat_pl.cli.{verb}{'_' if keyword.iskeyword(verb) else ''}"
 
 
 @contextlib.contextmanager

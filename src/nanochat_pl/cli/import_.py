@@ -1,0 +1,108 @@
+"""Makes a bundle of a model from elsewhere: a checkpoint of nanochat, or a folder of transformers; with a certificate.
+
+nanochat-pl import source=nanochat-folder to=my-bundle
+nanochat-pl import source=nanochat-folder run=NAME     (a run that later stages start from)
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from nanochat_pl.bundle.bundle import STAGE
+from nanochat_pl.cli.compose import compose
+from nanochat_pl.cli.locate import run_keys
+from nanochat_pl.common.console import next_steps, say
+from nanochat_pl.common.errors import UserError
+from nanochat_pl.common.files import write_json
+from nanochat_pl.common.run_folder import StageFolder, stage_folder
+from nanochat_pl.common.settings import setting
+from nanochat_pl.formats.huggingface_read import is_huggingface, read_huggingface
+from nanochat_pl.formats.imported import CERTIFICATE, Imported, require_free, save_imported
+from nanochat_pl.formats.nanochat_era import Era
+from nanochat_pl.formats.nanochat_folder import Stage
+from nanochat_pl.formats.nanochat_read import read_nanochat
+from nanochat_pl.training.settings import PathsSettings
+
+
+@dataclass(frozen=True)
+class ImportConfig:
+    """The root of configs/import.yaml."""
+
+    source: str | None = setting(None, "Folder to read: of nanochat, or of transformers.")
+    to: str | None = setting(None, "Folder of the bundle to make; it must not be there, or be empty.")
+    run: str | None = setting(None, "Instead of to: name of a new run that the bundle becomes a finished stage of.")
+    stage: Stage | None = setting(None, "nanochat: which stage's checkpoint, where there are several.")
+    tag: str | None = setting(None, "nanochat: which model's (d12 …), where there are several.")
+    step: int | None = setting(None, "nanochat: which step's, where there are several.", at_least=0)
+    era: Era | None = setting(None, "nanochat: generation of the architecture; null: found by the tensors.")
+    tokenizer: str = setting("auto", "nanochat: auto (where nanochat keeps it), none, or the folder that it lies in.")
+    moments: bool = setting(True, "nanochat: take the optimizer's moments along where they are there.")
+    paths: PathsSettings = setting(factory=PathsSettings)
+
+
+Config = ImportConfig
+
+
+def run(arguments: Sequence[str]) -> int:
+    """The verb."""
+    config = compose("import", ImportConfig, arguments).config
+    if config.source is None:
+        raise UserError("source: is missing: it names the folder to read.", "For example source=~/.cache/nanochat")
+    if (config.to is None) == (config.run is None):
+        raise UserError("to: a folder for the bundle, or run: the name of a new run; give one of them.")
+    source = Path(config.source).expanduser()
+    if config.to is not None:
+        require_free(Path(config.to))
+    imported = _read(source, config)
+    for line in imported.certificate.summary():
+        say(line)
+    if config.to is not None:
+        bundle = save_imported(imported, Path(config.to))
+        model = shlex.quote(f"bundle={bundle}")
+    else:
+        assert config.run is not None
+        folder = stage_folder(Path(config.paths.runs), config.run, imported.stage.stage)
+        bundle = _save_as_stage(imported, folder)
+        model = run_keys(config.run, Path(config.paths.runs))
+    say(f"bundle: {bundle}")
+    say(f"certificate: {bundle / f'{CERTIFICATE}.md'}")
+    if imported.tokenizer is not None:
+        next_steps([("talk to it", f"nanochat-pl chat {model}"), ("measure it", f"nanochat-pl evaluate {model}")])
+    return 0
+
+
+def _read(source: Path, config: ImportConfig) -> Imported:
+    """What lies in the folder, whatever it is."""
+    if not source.is_dir():
+        raise UserError(
+            f"source={source}: there is no such folder.",
+            "A checkpoint is a folder of files: give that, not one of the files.",
+        )
+    if (source / STAGE).is_file():
+        raise UserError(f"source={source}: is a bundle already.", "Use it as it is: bundle=…")
+    if is_huggingface(source):
+        return read_huggingface(source)
+    return read_nanochat(
+        source,
+        stage=config.stage,
+        tag=config.tag,
+        step=config.step,
+        era=config.era,
+        tokenizer=config.tokenizer,
+        moments=config.moments,
+    )
+
+
+def _save_as_stage(imported: Imported, folder: StageFolder) -> Path:
+    """The bundle as the finished stage of a run."""
+    if folder.status != "absent":
+        raise UserError(f"{folder.path}: is there already.", "Give the run another name: run=…")
+    with folder.discarded_on_error():
+        folder.create()
+        bundle = save_imported(imported, folder.bundle)
+        stage = imported.stage
+        write_json(folder.path / "finished.json", {"step": stage.step, "metrics": stage.metrics, "seconds": 0.0})
+    return bundle

@@ -1,0 +1,192 @@
+"""Writing a bundle as a base folder of nanochat: the files that it was imported from, else made of its config."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nanochat_pl.bundle import StageInfo
+from nanochat_pl.bundle.bundle import (
+    TOKENIZER,
+    load_config,
+    load_moments,
+    load_stage_info,
+    load_tokenizer,
+    load_weights,
+)
+from nanochat_pl.common.errors import UserError
+from nanochat_pl.common.files import disk_errors_explained, write_atomically, write_text
+from nanochat_pl.formats.imported import require_free
+from nanochat_pl.formats.nanochat_era import ERAS, FILLED_IN, Era, ReferenceConfig, resolve
+from nanochat_pl.formats.nanochat_folder import (
+    STAGE_FOLDERS,
+    TOKEN_BYTES_FILE,
+    TOKENIZER_FILE,
+    TOKENIZER_FOLDER,
+    Checkpoint,
+    Stage,
+)
+from nanochat_pl.formats.nanochat_moments import recipe_groups, write_moments
+from nanochat_pl.formats.nanochat_origin import NanochatOrigin, from_json, origin_of
+from nanochat_pl.formats.reference_pickle import write_encoding
+from nanochat_pl.model.config import GPTConfig
+from nanochat_pl.model.gpt import GPT
+from nanochat_pl.optim.settings import RECIPE
+from nanochat_pl.tokenizer import Tokenizer
+
+ENCODING_NAME = "nanochat_pl"
+_TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+# The types have no say in the layout.
+_FREE = {"embedding_dtype", "compute_dtype"}
+
+
+def write_nanochat(bundle_folder: Path, to: Path) -> Path:
+    """Write a bundle as nanochat reads it; the folder appears whole or not at all.
+
+    A bundle that was imported from nanochat gives the same tensors (names, types, bits) and the same JSON values again.
+
+    Args:
+        bundle_folder: the bundle.
+        to: the base folder to make.
+
+    Raises:
+        UserError: ``to`` is there already, the bundle is damaged, the layout cannot express its architecture, or the
+            disk refuses.
+    """
+    require_free(to)
+    config, stage = load_config(bundle_folder), load_stage_info(bundle_folder)
+    origin = origin_of(stage, str(bundle_folder))
+    there = express(config)
+    weights = load_weights(bundle_folder, as_stored=True)
+    tokenizer = load_tokenizer(bundle_folder) if (bundle_folder / TOKENIZER).exists() else None
+    moments = load_moments(bundle_folder, as_stored=True)
+    growing = to.with_name(to.name + ".tmp")
+    checkpoint = _place(growing, stage, origin, config)
+    try:
+        with disk_errors_explained(to):
+            checkpoint.folder.mkdir(parents=True)
+        _save(checkpoint.model, _named(weights, origin))
+        meta = from_json(origin.meta) if origin else _meta(stage, there)
+        write_text(checkpoint.meta, json.dumps(meta, indent=2))
+        if moments is not None:
+            _save(checkpoint.optimizer(), _optimizer(GPT(config), stage, origin, moments))
+        if tokenizer is not None:
+            _write_tokenizer(growing / TOKENIZER_FOLDER, tokenizer, origin)
+        with disk_errors_explained(to):
+            if to.exists():
+                to.rmdir()  # empty, as was checked
+            growing.replace(to)
+    finally:
+        shutil.rmtree(growing, ignore_errors=True)
+    return to
+
+
+def express(config: GPTConfig) -> ReferenceConfig:
+    """``model_config`` of a meta file that gives this architecture, in one of the generations.
+
+    Raises:
+        UserError: there is none; with every field in which the nearest generation differs.
+    """
+    letters = "".join("L" if window == config.sequence_len else "S" for window in config.windows)
+    there = ReferenceConfig(
+        sequence_len=config.sequence_len,
+        vocab_size=config.vocab_size,
+        n_layer=config.num_layers,
+        n_head=config.num_heads,
+        n_kv_head=config.num_kv_heads,
+        n_embd=config.num_heads * config.head_dim,
+        window_pattern=_shortest(letters),
+    )
+    found: list[tuple[Era, list[str]]] = []
+    for era in ERAS:
+        candidate = resolve(there, era, config.padded_vocab_size, bool(config.value_embedding_layers))
+        unlike = [
+            f"{field.name}={getattr(config, field.name)} (there {getattr(candidate, field.name)})"
+            for field in dataclasses.fields(config)
+            if field.name not in _FREE and getattr(config, field.name) != getattr(candidate, field.name)
+        ]
+        found.append((era, unlike))
+    era, unlike = min(found, key=lambda each: len(each[1]))
+    if unlike:
+        raise UserError(
+            f"nanochat's layout has no field for what this architecture has otherwise than {era}: {', '.join(unlike)}.",
+            fix="Export it for transformers: format=hf.",
+        )
+    # The first generation had no windows, and no name for them.
+    return dataclasses.replace(there, window_pattern=None) if era == "nanochat_2025_10" else there
+
+
+def _shortest(letters: str) -> str:
+    """The shortest pattern that gives these windows when it is tiled; the last layer is L in any case."""
+    for length in range(1, len(letters)):
+        pattern = letters[:length]
+        if all(letter == pattern[i % length] for i, letter in enumerate(letters[:-1])):
+            return pattern
+    return letters
+
+
+def _place(base: Path, stage: StageInfo, origin: NanochatOrigin | None, config: GPTConfig) -> Checkpoint:
+    """Where the files go. Names from the bundle are names of folders only if they are plain."""
+    tag = origin.tag if origin and _TAG.fullmatch(origin.tag) else f"d{config.num_layers}"
+    kind = origin.stage if origin else stage.stage
+    name: Stage = next((each for each in STAGE_FOLDERS if each == kind), "base")
+    return Checkpoint(base / STAGE_FOLDERS[name] / tag, origin.step if origin else stage.step, name)
+
+
+def _named(weights: dict[str, Tensor], origin: NanochatOrigin | None) -> dict[str, Tensor]:
+    """The weights under their old names and in their old order. What an import filled in stays absent."""
+    if origin is None:
+        return weights
+    names = {name.removeprefix("_orig_mod."): name for name in origin.names}
+    filled = {
+        name
+        for name, value in FILLED_IN.items()
+        if name in weights and name not in names and bool((weights[name] == value).all())
+    }
+    order = {name: place for place, name in enumerate(names)}
+    kept = sorted((name for name in weights if name not in filled), key=lambda name: order.get(name, len(order)))
+    return {names.get(name, name): weights[name] for name in kept}
+
+
+def _meta(stage: StageInfo, there: ReferenceConfig) -> dict[str, Any]:
+    """The meta file of a model that does not come from nanochat, as its later stages ask for it."""
+    values = {name: stage.plan[name].get("value") for name in stage.plan if isinstance(stage.plan[name], dict)}
+    return {
+        "step": stage.step,
+        "val_bpb": stage.metrics.get("val/bpb"),
+        "model_config": {key: value for key, value in dataclasses.asdict(there).items() if value is not None},
+        "user_config": {name: values[name] for name in RECIPE if name in values},
+        "device_batch_size": values.get("device_batch_size"),
+        "max_seq_len": there.sequence_len,
+        "total_batch_size": values.get("total_batch_tokens"),
+    }
+
+
+def _optimizer(net: GPT, stage: StageInfo, origin: NanochatOrigin | None, moments: dict[str, Tensor]) -> Any:
+    if origin and origin.optimizer_groups is not None:
+        groups = [
+            {key: tuple(value) if isinstance(value, list) else value for key, value in from_json(group).items()}
+            for group in origin.optimizer_groups
+        ]
+        return write_moments(net, moments, groups, origin.step_is_tensor)
+    final = {name: stage.plan[name]["value"] for name in RECIPE if isinstance(stage.plan.get(name), dict)}
+    return write_moments(net, moments, recipe_groups(net, final), step_is_tensor=False)
+
+
+def _write_tokenizer(folder: Path, tokenizer: Tokenizer, origin: NanochatOrigin | None) -> None:
+    with disk_errors_explained(folder):
+        folder.mkdir(parents=True)
+    name = origin.tokenizer_name if origin and origin.tokenizer_name else ENCODING_NAME
+    write_encoding(folder / TOKENIZER_FILE, tokenizer, name)
+    _save(folder / TOKEN_BYTES_FILE, torch.from_numpy(tokenizer.token_bytes.copy()))
+
+
+def _save(path: Path, value: Any) -> None:
+    write_atomically(path, lambda temporary: torch.save(value, temporary))
