@@ -34,14 +34,18 @@ def windowed_attention(q: Tensor, k: Tensor, v: Tensor, window: int, scale: floa
     products_win = q.device.type == "cpu" and length <= PRODUCTS_REACH
     if window >= length - 1 and not products_win:
         return sdpa(q, k, v, scale, causal=True)
-    attend, block = (products, BLOCK) if products_win else (sdpa, max(window, BLOCK))
+    attend = products if products_win else sdpa
     outputs = []
-    for start in range(0, length, block):
-        stop = min(start + block, length)
-        first = max(0, start - window)
+    for start, stop, first in band_blocks(length, window, products_win):
         mask = band_mask(stop - start, stop - first, start - first, window, q.device)
         outputs.append(attend(q[:, :, start:stop], k[:, :, first:stop], v[:, :, first:stop], scale, mask))
     return torch.cat(outputs, dim=2)
+
+
+def band_blocks(length: int, window: int, with_products: bool) -> list[tuple[int, int, int]]:
+    """Blocks of queries (start, stop), each with the first of the keys up to ``stop`` that one of them can see."""
+    block = BLOCK if with_products else max(window, BLOCK)
+    return [(start, min(start + block, length), max(0, start - window)) for start in range(0, length, block)]
 
 
 def band_mask(num_queries: int, num_keys: int, offset: int, window: int, device: torch.device) -> Tensor:
