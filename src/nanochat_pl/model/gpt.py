@@ -15,12 +15,13 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.model.attention import windowed_attention
 from nanochat_pl.model.config import DType, GPTConfig
 from nanochat_pl.model.kv_cache import CacheStep, KVCache
-from nanochat_pl.model.loss import softcap, token_losses
+from nanochat_pl.model.loss import default_chunk_tokens, softcap, token_losses, weighted_nats
 
 TORCH_DTYPES: dict[DType, torch.dtype] = {
     "float32": torch.float32,
@@ -129,14 +130,25 @@ class GPT(nn.Module):
     Args:
         config: the architecture.
         compute_dtype: type of the activations; ``config.compute_dtype`` by default.
+        activation_checkpointing: for training keep only what goes into each block, and compute the rest of it again in
+            the backward.
+        loss_chunk_tokens: tokens whose logits are in memory at once in the loss; None: as suits the vocabulary.
     """
 
     cos: Tensor
     sin: Tensor
 
-    def __init__(self, config: GPTConfig, compute_dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        config: GPTConfig,
+        compute_dtype: torch.dtype | None = None,
+        activation_checkpointing: bool = False,
+        loss_chunk_tokens: int | None = None,
+    ) -> None:
         super().__init__()
         self.config = config
+        self.activation_checkpointing = activation_checkpointing
+        self.loss_chunk_tokens = loss_chunk_tokens or default_chunk_tokens(config.vocab_size)
         self.compute_dtype = compute_dtype or TORCH_DTYPES[config.compute_dtype]
         kept = TORCH_DTYPES[config.embedding_dtype]
         with torch.device("meta"):
@@ -237,10 +249,16 @@ class GPT(nn.Module):
         rotary = self._rotary(ids.size(1), step)
         x = first = self._smear(self._embed(ids), step)
         middle = x
-        for layer, block in enumerate(self.blocks):
-            if self.config.residual_lambdas:
-                x = self.resid_lambdas[layer] * x + self.x0_lambdas[layer] * first
-            x = block(x, self._value_embedding(layer, ids), rotary, step)
+        # Where there is no backward, nothing is kept for one.
+        again = self.activation_checkpointing and step is None and torch.is_grad_enabled()
+        for layer in range(self.config.num_layers):
+            if again:
+                # Nothing random is in a block, so no generator has to be kept.
+                x = checkpoint(
+                    self._layer, layer, x, first, ids, rotary, step, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                x = self._layer(layer, x, first, ids, rotary, step)
             if layer == self.config.num_layers // 2:
                 middle = x
         if self.config.backout:
@@ -249,9 +267,20 @@ class GPT(nn.Module):
             step.commit()
         return norm(x)
 
+    def _layer(
+        self, layer: int, x: Tensor, first: Tensor, ids: Tensor, rotary: tuple[Tensor, Tensor], step: CacheStep | None
+    ) -> Tensor:
+        """One layer: mix the first residual x0 into x, then the block. x, first (B, T, C)."""
+        if self.config.residual_lambdas:
+            x = self.resid_lambdas[layer] * x + self.x0_lambdas[layer] * first
+        return self.blocks[layer](x, self._value_embedding(layer, ids), rotary, step)
+
     def losses(self, ids: Tensor, targets: Tensor) -> Tensor:
         """Nats of each target: ids and targets int64 (B, T) → float32 (B, T), 0 where the target is ignored."""
-        return token_losses(self._raw_logits(self.hidden(ids)), targets, self.config.softcap)
+        hidden, goals = self.hidden(ids).flatten(0, 1), targets.flatten()
+        pieces = zip(*(t.chunk(self._loss_pieces(targets)) for t in (hidden, goals)), strict=True)
+        losses = [token_losses(self._raw_logits(x), goal, self.config.softcap) for x, goal in pieces]
+        return torch.cat(losses).view_as(targets)
 
     def weighted_loss(self, ids: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
         """Sum over the targets of weight times nats, a float32 scalar. The caller divides by its count of targets.
@@ -260,8 +289,19 @@ class GPT(nn.Module):
             ids, targets: int64 (B, T); ``IGNORE_INDEX`` where nothing is to be learnt.
             weights: float32 (B, T), ones by default.
         """
-        losses = self.losses(ids, targets)
-        return (losses if weights is None else losses * weights).sum()
+        if weights is None:
+            weights = torch.ones_like(targets, dtype=torch.float32)
+        return weighted_nats(
+            self.hidden(ids).flatten(0, 1),
+            self.lm_head.weight[: self.config.vocab_size],
+            targets.flatten(),
+            weights.flatten(),
+            self.config.softcap,
+            self._loss_pieces(targets),
+        )
+
+    def _loss_pieces(self, targets: Tensor) -> int:
+        return -(-targets.numel() // self.loss_chunk_tokens)
 
     def _embed(self, ids: Tensor) -> Tensor:
         return norm(self.transformer["wte"](ids).to(self.compute_dtype))
