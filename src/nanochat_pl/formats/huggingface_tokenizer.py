@@ -4,6 +4,8 @@ transformers renders a conversation as one text and looks for special tokens in 
 would get the token. Ours takes what people type as ordinary text. So the template puts a noncharacter of Unicode
 between ``<`` and ``|`` wherever a message has them, transformers finds no special token there, and a normalizer in
 ``tokenizer.json``, which runs after that search, takes it out again.
+
+Servers may hand over any content as a list of parts of type text; the template takes that for every role.
 """
 
 from __future__ import annotations
@@ -28,15 +30,18 @@ _TEMPLATE = """\
 {%- macro typed(text) -%}
 {{- text.replace('<GUARD', '<GUARDGUARD').replace('<|', '<GUARD|') -}}
 {%- endmacro -%}
+{%- macro words(content) -%}
+{{- content if content is string else content | map(attribute='text') | join -}}
+{%- endmacro -%}
 {{- '<|bos|>' -}}
 {%- set ns = namespace(system='', turns=0, kind='') -%}
 {%- for message in messages -%}
 {%- if loop.first and message['role'] == 'system' -%}
-{%- set ns.system = message['content'] + '\\n\\n' -%}
+{%- set ns.system = words(message['content']) + '\\n\\n' -%}
 {%- elif message['role'] != ('user', 'assistant')[ns.turns % 2] -%}
 {{- raise_exception('After an optional system message, user and assistant take turns, the user first.') -}}
 {%- elif message['role'] == 'user' -%}
-{{- '<|user_start|>' + typed(ns.system + message['content']) + '<|user_end|>' -}}
+{{- '<|user_start|>' + typed(ns.system + words(message['content'])) + '<|user_end|>' -}}
 {%- set ns.system = '' -%}
 {%- set ns.turns = ns.turns + 1 -%}
 {%- else -%}
