@@ -48,13 +48,6 @@ def test_specials_and_ignored_targets_count_on_neither_side():
     assert (result.num_bytes, result.num_rows, result.stderr) == (11, 1, None)
 
 
-def test_nothing_to_measure_is_no_number():
-    """Museum 32: zero bytes gave a division by zero, or Infinity in a JSON file."""
-    metric = BitsPerByte(TOKEN_BYTES)
-    metric.update(torch.ones(2, 3), torch.tensor([[0, -1, 0], [-1, -1, -1]]))
-    assert metric.compute() == (None, None, 0, 0)
-
-
 def test_batches_and_processes_add_up():
     losses, targets = made_up()
     whole = BitsPerByte(TOKEN_BYTES)

@@ -85,33 +85,11 @@ def test_the_optimizer_gets_what_the_plan_says() -> None:
     assert (hyper.width, hyper.compute_dtype, hyper.matrix_lr) == (256, "bfloat16", 0.012)
 
 
-def test_museum_19_a_batch_that_is_no_whole_number_of_rows_names_the_nearest_that_are() -> None:
-    """Elsewhere: a bare assertion."""
-    with pytest.raises(UserError, match="total_batch_tokens=5000") as error:
-        small_plan(total_batch_tokens=5000)
-    assert "4864 or 5120" in error.value.fix
-    with pytest.raises(UserError) as error:
-        small_plan(total_batch_tokens=100)
-    assert error.value.fix == "Set total_batch_tokens=256."
-
-
 def test_a_derived_batch_is_whole_rows_of_any_length_and_device_batch_size_need_not_divide_them() -> None:
     for sequence_len in (100, 300, 1000):
         plan = small_plan(model=ModelSettings(depth=4, sequence_len=sequence_len), device_batch_size=7)
         assert plan["total_batch_tokens"] == plan["rows_per_step"] * sequence_len
         assert plan["device_batch_size"] == 7
-
-
-@pytest.mark.parametrize("depth", [1, 2, 3, 5, 7, 13])
-def test_museum_16_odd_depths_have_whole_heads(depth: int) -> None:
-    plan = small_plan(model=ModelSettings(depth=depth))
-    assert plan["width"] % plan["num_heads"] == 0
-    assert plan["num_steps"] >= 1
-
-
-def test_museum_2_steps_are_optimizer_steps_whatever_the_device_batch_size() -> None:
-    """Elsewhere a step count meant micro-batches in one stage and optimizer steps in another."""
-    assert small_plan(device_batch_size=1)["num_steps"] == small_plan(device_batch_size=64)["num_steps"]
 
 
 def test_validation_takes_about_one_percent_of_the_time() -> None:

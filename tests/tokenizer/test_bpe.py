@@ -46,10 +46,6 @@ def random_texts(count: int) -> list[str]:
     return ["".join(generator.choices(alphabet, k=generator.randrange(60))) for _ in range(count)]
 
 
-def num_bytes(tokenizer: Tokenizer, text: str) -> int:
-    return int(sum(tokenizer.token_bytes[token] for token in tokenizer.encode(text)))
-
-
 def test_golden_encodings(golden: Path, golden_tokenizer: Tokenizer) -> None:
     cases = json.loads((golden / "encodings.json").read_text(encoding="utf-8"))
     assert len(cases) == 11
@@ -72,16 +68,6 @@ def test_real_texts_come_back_and_their_bytes_are_counted(real_texts: list[str],
         ids = golden_tokenizer.encode(text)
         assert golden_tokenizer.decode(ids) == text
         assert golden_tokenizer.token_bytes[ids].sum() == len(text.encode())
-
-
-def test_museum_31_bytes_are_counted_on_raw_bytes(tokenizer: Tokenizer) -> None:
-    """Counted on decoded text, a token that is half a character had three bytes, those of U+FFFD."""
-    assert tokenizer.token_bytes[tokenizer.encode("\u2022")].tolist() == [1, 1, 1]
-    for text in ODD_TEXTS + random_texts(300):
-        assert num_bytes(tokenizer, text) == len(text.encode())
-        assert tokenizer.decode(tokenizer.encode(text)) == text
-    assert tokenizer.token_bytes[tokenizer.bos_id :].tolist() == [0] * 9
-    assert not tokenizer.token_bytes.flags.writeable
 
 
 def test_special_tokens_in_a_text_are_ordinary_text(tokenizer: Tokenizer) -> None:
