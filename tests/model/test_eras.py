@@ -12,6 +12,8 @@ import torch
 from nanochat_pl.cli.train import compose_train
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.settings import build, to_plain
+from nanochat_pl.formats.nanochat_era import ERAS as READABLE
+from nanochat_pl.formats.nanochat_era import ReferenceConfig, resolve
 from nanochat_pl.model.accounting import count_parameters, flops_per_token, weight_bytes
 from nanochat_pl.model.config import GPTConfig, ModelSettings, resolve_model, window_sizes
 from nanochat_pl.model.gpt import GPT, parameter_roles
@@ -88,6 +90,16 @@ def test_architecture_of_the_recipe(era: str) -> None:
     assert (config.width, config.num_heads, config.num_kv_heads, config.mlp_width) == (256, 2, 2, 1024)
     assert (config.softcap, config.rotary_reach) == (15.0, 10_240)
     assert build(GPTConfig, to_plain(config)) == config, "a bundle keeps every number"
+
+
+@pytest.mark.parametrize("era", ERAS)
+def test_the_reader_of_checkpoints_knows_the_same_generations(era: str) -> None:
+    assert tuple(READABLE) == ERAS
+    pattern = settings_of(f"model={era}").window_pattern
+    there = ReferenceConfig(sequence_len=1024, vocab_size=1000, n_layer=4, n_head=2, n_kv_head=2, n_embd=256)
+    read = resolve(dataclasses.replace(there, window_pattern=pattern), era, RECIPE[era]["padded_vocab_size"])
+    typed = settings_of(f"model={era}", "model.depth=4", "model.sequence_len=1024")
+    assert read == resolve_model(typed, 1000, "float32")
 
 
 def test_short_windows_of_each_generation() -> None:

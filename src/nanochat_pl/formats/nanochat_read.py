@@ -104,11 +104,14 @@ def read_nanochat(
     )
     bpb = meta.get("val_bpb")
     has_values = bool(config.value_embedding_layers)
-    settings = dataclasses.replace(
-        model_settings(there, found, has_values),
-        embedding_dtype=config.embedding_dtype,
-        vocab_multiple=1 if config.padded_vocab_size == config.vocab_size else 64,
+    architecture = to_plain(
+        dataclasses.replace(
+            model_settings(there, found, has_values),
+            embedding_dtype=config.embedding_dtype,
+            vocab_multiple=1 if config.padded_vocab_size == config.vocab_size else 64,
+        )
     )
+    del architecture["init"]  # how it began is not known
     return Imported(
         config=config,
         weights=weights,
@@ -118,7 +121,7 @@ def read_nanochat(
             stage=origin.stage,
             step=checkpoint.step,
             plan=plan_of_checkpoint(config, meta, groups_by_role(net, groups) if groups else None).to_plain(),
-            settings={"model": to_plain(settings), "tokenizer": {"vocab_size": config.vocab_size}},
+            settings={"model": architecture, "tokenizer": {"vocab_size": config.vocab_size}},
             metrics={"val/bpb": bpb} if isinstance(bpb, float) and math.isfinite(bpb) else {},
             versions=library_versions(),
             origin=to_plain(origin),

@@ -10,6 +10,7 @@ from nanochat_pl.bundle.bundle import load_stage_info
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.run_folder import StageFolder
 from nanochat_pl.common.settings import build, to_plain
+from nanochat_pl.model.config import ModelSettings
 from nanochat_pl.training.settings import TrainConfig
 
 # The groups of settings that a parent decides for the stage that starts from it.
@@ -55,12 +56,19 @@ def inherited(config: TrainConfig, folder: StageFolder, given: Set[str]) -> Trai
     settings, groups = load_stage_info(parent.bundle).settings, {}
     problems: list[str] = []
     for group in INHERITED[parent.stage]:
-        own, where = getattr(config, group), f"{parent.bundle}/stage.json: settings.{group}"
-        was = build(type(own), settings.get(group, {}), where)  # a key that is newer than the bundle has its default
-        groups[group] = build(type(own), _merged(to_plain(was), to_plain(own), group, given, parent.stage, problems))
+        own, was = getattr(config, group), settings.get(group, {})
+        if group == "model" and was:
+            was = {**_defaults(), **was}
+        merged = _merged(was, to_plain(own), group, given, parent.stage, problems)
+        groups[group] = build(type(own), merged, f"{parent.bundle}/stage.json: settings.{group}")
     if problems:
         raise UserError(problems, fix="Leave these keys out, or begin another run with run=NAME.")
     return dataclasses.replace(config, **groups)
+
+
+def _defaults() -> dict[str, Any]:
+    """What keys of the architecture are that a bundle does not tell: it is older than they are."""
+    return {key: value for key, value in to_plain(ModelSettings()).items() if key != "init"}
 
 
 def _merged(
@@ -76,6 +84,6 @@ def _merged(
             merged[key] = _merged(was[key], value, name, given | inner, stage, problems)
         elif name in given and name in FREE:
             merged[key] = value
-        elif name in given and was.get(key) != value:
-            problems.append(f"{name}={value}: the {stage} stage was trained with {was.get(key)}.")
+        elif name in given and key in was and was[key] != value:
+            problems.append(f"{name}={value}: the {stage} stage was trained with {was[key]}.")
     return merged
