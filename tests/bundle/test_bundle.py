@@ -56,7 +56,7 @@ def test_a_bundle_without_tokenizer_says_so(folder: Path) -> None:
 
 def test_a_half_written_bundle_does_not_replace_the_old_one(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = load_bundle(folder)
-    monkeypatch.setattr("nanochat_pl.bundle.bundle.free_bytes", lambda path: 10)
+    monkeypatch.setattr("nanochat_pl.bundle.tensors.free_bytes", lambda path: 10)
     with pytest.raises(UserError, match="MiB free"):
         save_bundle(folder, StageInfo(stage="sft"), net=bundle.net)
     assert load_bundle(folder).stage == bundle.stage

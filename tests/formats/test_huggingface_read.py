@@ -136,7 +136,7 @@ def foreign(**changes: Any) -> Callable[[Path], None]:
         (edit_weights(lambda weights: weights["lm_head.weight"].fill_(torch.nan)), "lm_head.weight has 40,960 values"),
         (
             edit_weights(lambda weights: weights.update({"lm_head.weight": torch.zeros(640, 63)})),
-            r"lm_head.weight has the shape \(640, 63\); the config gives \(640, 64\)",
+            r"lm_head.weight has the shape \(640, 63\); config.json gives \(640, 64\)",
         ),
         (
             edit_weights(lambda weights: weights.update({"lm_head.weight": torch.zeros(640, 64, dtype=torch.int64)})),

@@ -10,37 +10,24 @@ the shapes in the file must be those that the configuration gives before a singl
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from nanochat_pl.bundle.stage_info import StageInfo
+from nanochat_pl.bundle.tensors import problems_of_header, read_header, read_tensors, save_tensors
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.common.files import (
-    disk_errors_explained,
-    free_bytes,
-    read_json,
-    write_atomically,
-    write_json,
-    write_text,
-)
+from nanochat_pl.common.files import disk_errors_explained, read_json, write_json, write_text
 from nanochat_pl.common.hardware import choose_compute_dtype, memory_bytes
 from nanochat_pl.common.settings import build, to_plain
 from nanochat_pl.model.accounting import require_size
 from nanochat_pl.model.config import GPTConfig
 from nanochat_pl.model.gpt import GPT, TORCH_DTYPES
 from nanochat_pl.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
 
 MODEL, CONFIG, TOKENIZER, STAGE, OPTIMIZER = (
     "model.safetensors",
@@ -49,7 +36,6 @@ MODEL, CONFIG, TOKENIZER, STAGE, OPTIMIZER = (
     "stage.json",
     "optimizer.safetensors",
 )
-_SAFETENSORS_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -98,12 +84,12 @@ def save_bundle(
         growing.mkdir(parents=True)
     try:
         if net is not None:
-            _save_tensors(growing / MODEL, net.state_dict())
+            save_tensors(growing / MODEL, net.state_dict())
             write_json(growing / CONFIG, to_plain(net.config))
         if tokenizer is not None:
             tokenizer.save(growing / TOKENIZER)
         if moments is not None:
-            _save_tensors(growing / OPTIMIZER, moments)
+            save_tensors(growing / OPTIMIZER, moments)
         for name, text in (texts or {}).items():
             write_text(growing / name, text)
         write_json(growing / STAGE, to_plain(stage))
@@ -197,20 +183,6 @@ def _read_object(folder: Path, name: str) -> dict[str, object]:
     return value
 
 
-def _save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    needed = sum(tensor.numel() * tensor.element_size() for tensor in contiguous.values())
-    if needed > free_bytes(path.parent):
-        raise UserError(
-            f"{path}: needs {needed / 2**20:,.0f} MiB, the disk has {free_bytes(path.parent) / 2**20:,.0f} MiB free.",
-            fix="Free some space, or set paths.runs=… to a folder on another disk.",
-        )
-    try:
-        write_atomically(path, lambda temporary: save_file(contiguous, temporary))
-    except SafetensorError as error:  # what its writer makes of a full disk or a limit on the size of files
-        raise UserError(f"{path}: cannot be written: {error}", fix="Free some space, or lift the limit.") from error
-
-
 def _load_tensors(
     path: Path,
     shapes: Mapping[str, torch.Size] | None,
@@ -225,50 +197,12 @@ def _load_tensors(
         max_elements: bound on all elements together.
         as_stored: in the types of the file instead of float32.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-            _check_header(path, {name: part.get_shape() for name, part in found.items()}, shapes, max_elements)
-            _check_dtypes(path, {name: part.get_dtype() for name, part in found.items()})
-            tensors = {name: file.get_tensor(name) for name in found}
-            return tensors if as_stored else {name: tensor.float() for name, tensor in tensors.items()}
-    except (SafetensorError, OSError, json.JSONDecodeError) as error:
-        raise UserError(
-            f"{path}: is no readable safetensors file: {error}",
-            fix="Copy it again from where it came, or train it again.",
-        ) from error
-
-
-def _check_header(
-    path: Path,
-    found: Mapping[str, list[int]],
-    shapes: Mapping[str, torch.Size] | None,
-    max_elements: int | None,
-) -> None:
-    problems: list[str] = []
-    if shapes is not None:
-        problems += _listed(path, "lacks", shapes.keys() - found.keys())
-        problems += _listed(path, "has the unknown", found.keys() - shapes.keys())
-        problems += [
-            f"{path}: {name} has the shape {tuple(found[name])}; config.json gives {tuple(shape)}."
-            for name, shape in shapes.items()
-            if name in found and tuple(found[name]) != tuple(shape)
-        ]
-    elements = sum(math.prod(shape) for shape in found.values())
+    found = read_header(path)
+    problems = problems_of_header(path, found, shapes)
+    elements = sum(math.prod(stored.shape) for stored in found.values())
     if max_elements is not None and elements > max_elements:
         problems.append(f"{path}: holds {elements:,} numbers; the model's moments have at most {max_elements:,}.")
     if problems:
         raise UserError(problems, fix="The files of a bundle belong together: copy the whole folder.")
-
-
-def _listed(path: Path, verb: str, names: Iterable[str]) -> list[str]:
-    names = sorted(names)
-    shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-    return [f"{path}: {verb} {shown}."] if names else []
-
-
-def _check_dtypes(path: Path, found: Mapping[str, str]) -> None:
-    wrong = {name: dtype for name, dtype in found.items() if dtype not in _SAFETENSORS_DTYPES}
-    if wrong:
-        name, dtype = next(iter(sorted(wrong.items())))
-        raise UserError(f"{path}: {name} is stored as {dtype}; weights are F32, BF16 or F16.")
+    tensors = read_tensors(path)
+    return tensors if as_stored else {name: tensor.float() for name, tensor in tensors.items()}

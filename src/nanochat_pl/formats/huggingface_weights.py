@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from nanochat_pl.bundle.tensors import problems_of_header, read_header, read_tensors
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.files import read_json
 from nanochat_pl.formats.huggingface_config import is_native
@@ -19,7 +19,6 @@ MODEL, INDEX = "model.safetensors", "model.safetensors.index.json"
 # Rows of embedding and head past the vocabulary: transformers would take them for tokens.
 PADDING = "padding.safetensors"
 _PADDED = ("transformer.wte.weight", "lm_head.weight")
-_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _WITHIN_BLOCK = {
     "attn.c_q": "self_attn.q_proj",
     "attn.c_k": "self_attn.k_proj",
@@ -92,37 +91,14 @@ def _places(folder: Path) -> dict[str, str] | str:
 
 def _read(places: Mapping[str, str] | str, folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
     files = {places} if isinstance(places, str) else set(places.values())
-    headers = {file: _header(_member(folder, file)) for file in sorted(files)}
-    found = {name: file for file, header in headers.items() for name in header}
-    problems = _listed(folder, "lacks", shapes.keys() - found.keys())
-    problems += _listed(folder, "has the unknown", found.keys() - shapes.keys())
-    for name in sorted(shapes.keys() & found.keys()):
-        shape, dtype = headers[found[name]][name]
-        if shape != shapes[name]:
-            problems.append(f"{folder / found[name]}: {name} has the shape {shape}; the config gives {shapes[name]}.")
-        if dtype not in _DTYPES:
-            problems.append(f"{folder / found[name]}: {name} is stored as {dtype}; weights are F32, BF16 or F16.")
-    if sum(len(header) for header in headers.values()) > len(found):
+    headers = {file: read_header(_member(folder, file)) for file in sorted(files)}
+    found = {name: stored for header in headers.values() for name, stored in header.items()}
+    problems = problems_of_header(folder, found, shapes)
+    if sum(map(len, headers.values())) > len(found):
         problems.append(f"{folder}: a tensor stands in two of its files.")
     if problems:
-        raise UserError(problems[:10], fix="config.json and the files of the weights belong together: copy them all.")
-    tensors: dict[str, Tensor] = {}
-    for file in headers:
-        with safe_open(folder / file, framework="pt") as opened:
-            tensors |= {name: opened.get_tensor(name) for name in headers[file]}
-    return tensors
-
-
-def _header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Shape and type of each tensor of a file."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-            return {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
-    except (SafetensorError, OSError) as error:
-        raise UserError(
-            f"{path}: is no readable safetensors file: {error}", fix="Copy it again from where it came."
-        ) from error
+        raise UserError(problems, fix="config.json and the files of the weights belong together: copy them all.")
+    return {name: tensor for file in headers for name, tensor in read_tensors(folder / file).items()}
 
 
 def _member(folder: Path, name: str) -> Path:
@@ -131,9 +107,3 @@ def _member(folder: Path, name: str) -> Path:
     if Path(name).name != name or not path.is_file():
         raise UserError(f"{folder}: {name!r}: there is no such file in it.", fix="Copy the whole folder of the model.")
     return path
-
-
-def _listed(folder: Path, verb: str, names: Iterable[str]) -> list[str]:
-    names = sorted(names)
-    shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-    return [f"{folder}: {verb} {shown}."] if names else []

@@ -7,12 +7,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
-
 from nanochat_pl.bundle import Bundle
-from nanochat_pl.bundle.bundle import MODEL as BUNDLE_MODEL
+from nanochat_pl.bundle.bundle import load_weights
+from nanochat_pl.bundle.tensors import save_tensors
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.common.files import disk_errors_explained, write_atomically, write_json
+from nanochat_pl.common.files import disk_errors_explained, write_json
 from nanochat_pl.formats.huggingface_config import OURS, REMOTE_MODULE, is_native, own_part, to_keys
 from nanochat_pl.formats.huggingface_tokenizer import write_tokenizer
 from nanochat_pl.formats.huggingface_weights import MODEL, PADDING, to_theirs
@@ -45,12 +44,12 @@ def write_huggingface(bundle: Bundle, folder: Path) -> None:
     """
     config, stops = bundle.config, _stop_tokens(bundle)
     # As they are stored, and not as loaded: each in its type.
-    weights, padding = to_theirs(load_file(bundle.path / BUNDLE_MODEL), config)
-    with disk_errors_explained(folder):
-        write_atomically(folder / MODEL, lambda path: save_file(weights, path, {"format": "pt"}))
-        if padding:
-            write_atomically(folder / PADDING, lambda path: save_file(padding, path, {"format": "pt"}))
-        if not is_native(config):
+    weights, padding = to_theirs(load_weights(bundle.path, as_stored=True), config)
+    save_tensors(folder / MODEL, weights, {"format": "pt"})
+    if padding:
+        save_tensors(folder / PADDING, padding, {"format": "pt"})
+    if not is_native(config):
+        with disk_errors_explained(folder):
             shutil.copyfile(REMOTE_CODE, folder / REMOTE_CODE.name)
     # A padding token in the config would keep the embedding of that token from being trained.
     ids = {"bos_token_id": stops[-1] if stops else None, "eos_token_id": stops or None, "pad_token_id": None}
