@@ -105,11 +105,11 @@ def fit_tiny(
     loggers: Sequence[Logger] = (),
     callbacks: Sequence[Callback] = (),
 ) -> BaseStage:
-    """A real fit of ``num_steps`` steps of two micro-batches each, or the rest of one that was stopped.
+    """A real fit of ``num_steps`` steps of two micro-batches each, or the rest of one that was stopped, with one block.
 
     ``every_steps`` is for validation and samples.
     """
-    config = tiny_model()
+    config = tiny_model(depth=1)
     hyper = resolve_hyperparameters(OptimSettings(compile=compiled), width=config.width)
     schedule = ScheduleSettings(warmup_steps=2)
     stage = BaseStage(StageRecipe(config, hyper, schedule, num_steps, ROWS_PER_STEP // 2, seed=0, compile=compiled))
