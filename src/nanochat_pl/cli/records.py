@@ -32,6 +32,8 @@ MATTERS = {
     "base": _HAVE_A_SAY - {"mixture"},
     "sft": _HAVE_A_SAY - {"tokenizer", "model", "data"},
 }
+# Of those groups what changes when the work is done and never its result.
+WITHOUT_A_SAY = {"data.download"}
 
 
 def write_records(folder: StageFolder, composed: Composed[Any], goes_on: bool = False) -> None:
@@ -46,7 +48,8 @@ def write_records(folder: StageFolder, composed: Composed[Any], goes_on: bool = 
 
 def settings_that_matter(values: Mapping[str, Any], stage: str) -> dict[str, Any]:
     """Of all settings as plain data those that a stage depends on, by their dotted keys."""
-    return {key: value for key, value in _flat(values).items() if key.split(".")[0] in MATTERS[stage]}
+    keys = _flat(values)
+    return {key: keys[key] for key in keys if key.split(".")[0] in MATTERS[stage] and key not in WITHOUT_A_SAY}
 
 
 def require_same_settings(folder: StageFolder, composed: Composed[Any]) -> None:

@@ -30,10 +30,11 @@ def fingerprint_of(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, allow_nan=False).encode("utf-8")).hexdigest()
 
 
-def known_sha256(path: Path, memo: Path) -> str:
+def known_sha256(path: Path, memo: Path, at_rest: bool = False) -> str:
     """SHA-256 of a file's contents, which is read only when the file is not the one that ``memo`` remembers.
 
-    Size, inode and both times of a file (nobody sets the change time back) tell whether it is the same.
+    Size, inode and both times of a file (nobody sets the change time back) tell whether it is the same. ``at_rest``:
+    the caller knows that nobody writes to it, however young it is.
     """
     before = _identity(path)
     with contextlib.suppress(UserError, KeyError, TypeError):
@@ -41,7 +42,8 @@ def known_sha256(path: Path, memo: Path) -> str:
         if remembered["identity"] == before:
             return str(remembered["sha256"])
     digest = sha256_of_file(path)
-    if _identity(path) == before and time.time() - path.stat().st_mtime > _CLOCK_STEP_SECONDS:
+    old_enough = at_rest or time.time() - path.stat().st_mtime > _CLOCK_STEP_SECONDS
+    if _identity(path) == before and old_enough:
         with contextlib.suppress(UserError):  # a cache on a read-only disk can still be used
             write_json(memo, {"identity": before, "sha256": digest})
     return digest

@@ -1,10 +1,15 @@
-"""Documents out of one file: parquet, JSON lines (also gzipped), text. Whatever is wrong is said with its place."""
+"""Documents out of one file: parquet, JSON lines (also compressed), text. Whatever is wrong is said with its place.
+
+A document without any sign that prints is given as "": so it keeps its number, and whoever counts documents without a
+token has counted these.
+"""
 
 from __future__ import annotations
 
 import codecs
 import contextlib
 import gzip
+import io
 import json
 import zlib
 from collections.abc import Iterator
@@ -16,7 +21,7 @@ import pyarrow.parquet as pq
 
 from nanochat_pl.common.errors import UserError
 
-SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".txt")
+SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt")
 _BLOCK = 2**16
 
 
@@ -35,7 +40,7 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def documents_of(path: Path, text_column: str, txt_document_chars: int) -> Iterator[str]:
-    """The documents of a file, in its order; those that are null or "" in a table are "".
+    """The documents of a file, in its order; those that are null or blank in a table are "".
 
     Args:
         path: a file with one of SUFFIXES.
@@ -104,13 +109,28 @@ def _parquet_documents(path: Path, text_column: str) -> Iterator[str]:
             with _parquet_errors(path, f", row group {group}"):
                 texts = file.read_row_group(group, columns=[text_column]).column(0).to_pylist()
             for text in texts:
-                yield text or ""
+                yield _blank_as_empty(text or "")
+
+
+def _blank_as_empty(text: str) -> str:
+    return "" if text.isspace() else text
+
+
+def parquet_facts(path: Path) -> tuple[int, int, int]:
+    """Row groups, rows and bytes before compression of a parquet file, as its footer tells them.
+
+    Raises:
+        UserError: it is no parquet file, or not a whole one.
+    """
+    with _parquet_errors(path), pq.ParquetFile(path) as file:
+        groups = [file.metadata.row_group(number) for number in range(file.num_row_groups)]
+        return len(groups), file.metadata.num_rows, sum(group.total_byte_size for group in groups)
 
 
 def _jsonl_documents(path: Path, text_column: str) -> Iterator[str]:
     for number, line in enumerate(_lines(path), 1):
         if line.strip():
-            yield _text_of_line(line, f"{path}:{number}", text_column)
+            yield _blank_as_empty(_text_of_line(line, f"{path}:{number}", text_column))
 
 
 def _lines(path: Path) -> Iterator[bytes]:
@@ -124,7 +144,12 @@ def _lines(path: Path) -> Iterator[bytes]:
 
 
 def _open_bytes(path: Path) -> IO[bytes]:
-    return cast(IO[bytes], gzip.open(path, "rb")) if path.name.lower().endswith(".gz") else path.open("rb")
+    name = path.name.lower()
+    if name.endswith(".gz"):
+        return cast(IO[bytes], gzip.open(path, "rb"))
+    if name.endswith(".zst"):
+        return io.BufferedReader(cast(io.RawIOBase, pa.input_stream(str(path), compression="zstd")))
+    return path.open("rb")
 
 
 def _text_of_line(line: bytes, where: str, text_column: str) -> str:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import glob
 import hashlib
 import os
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from nanochat_pl.common.errors import UserError
@@ -18,7 +18,7 @@ from nanochat_pl.data.cache_folder import fingerprint_of, known_sha256
 from nanochat_pl.data.file_formats import SUFFIXES, check_file, documents_of, format_of, reading
 from nanochat_pl.data.sources import DataSettings, Shard, Split
 
-_RULE = 1  # part of every fingerprint: how files become documents and documents become splits
+_RULE = 2  # part of every fingerprint: how files become documents and documents become splits
 
 
 class LocalFiles:
@@ -47,43 +47,93 @@ class LocalFiles:
         return fingerprint_of([shard.fingerprint for split in ("train", "val") for shard in self.shards(split)])
 
     def describe(self) -> str:
-        """One line for people: the files and the hash of their documents."""
+        """One line for people: the files, what is held out, and the hash of their documents."""
         files = len({*self._train_files.values(), *self._val_files.values()})
-        return f"{self._settings.path}: {files:,} file{'s' if files > 1 else ''}, {self.fingerprint[:12]}"
+        held_out = f"; {self._held_out:.2%} of the documents are held out" if self._held_out is not None else ""
+        return f"{self._settings.path}: {files:,} file{'s' if files > 1 else ''}, {self.fingerprint[:12]}{held_out}"
 
     def shards(self, split: Split) -> list[Shard]:
         files = self._train_files if split == "train" else self._val_files
         return [self._shard(name, path, split) for name, path in files.items()]
 
     def _shard(self, name: str, path: Path, split: Split) -> Shard:
-        settings, contents = self._settings, self._sha256(path)
-        how = [format_of(path), settings.text_column, settings.txt_document_chars, self._held_out, split]
-        fingerprint = fingerprint_of(_RULE, contents, how)
-        return Shard(name, split, fingerprint, partial(self._documents_of_split, path, split, contents))
-
-    def _documents_of_split(self, path: Path, split: Split, contents: str) -> Iterator[str]:
-        for text in self._documents(path):
-            if self._held_out is None or (_place_by_hash(text) <= self._held_out) == (split == "val"):
-                yield text
-        if self._sha256(path) != contents:
-            raise UserError(f"{path}: was changed while it was read.", fix="Run the same command again.")
-
-    def _documents(self, path: Path) -> Iterator[str]:
-        return documents_of(path, self._settings.text_column, self._settings.txt_document_chars)
+        sha256, problem = self._sha256(path), "was changed while it was read."
+        documents = FileDocuments(
+            path,
+            split,
+            self._settings,
+            self._held_out,
+            sha256,
+            self._memo(path),
+            problem,
+            "Run the same command again.",
+        )
+        return documents.as_shard(name, sha256)
 
     def _share_held_out(self) -> float:
-        """The share asked for; where it would hold out nothing, of a handful of documents, enough for one of them."""
-        lowest = 1.0
-        for path in self._train_files.values():
-            for text in filter(None, self._documents(path)):
-                lowest = min(lowest, _place_by_hash(text))
-                if lowest <= self._settings.validation_fraction:
-                    return self._settings.validation_fraction
-        return lowest
+        return share_held_out(list(self._train_files.values()), self._settings)
 
     def _sha256(self, path: Path) -> str:
         with reading(path):
-            return known_sha256(path, self._memo_dir / f"{fingerprint_of(str(path.resolve()))[:32]}.json")
+            return known_sha256(path, self._memo(path))
+
+    def _memo(self, path: Path) -> Path:
+        return self._memo_dir / f"{fingerprint_of(str(path.resolve()))[:32]}.json"
+
+
+@dataclass(frozen=True)
+class FileDocuments:
+    """Calling it gives the documents of a file that belong to a split. It can be sent to another process.
+
+    Attributes:
+        path, split, settings: which, and how they are read.
+        held_out: the share of the documents that is for validation, see :func:`share_held_out`; None: all of them are
+            of this split.
+        sha256: of the file, checked before and after reading; None: it is not checked.
+        memo: where the hash is remembered, see :func:`~nanochat_pl.data.cache_folder.known_sha256`.
+        problem, fix: what is said where the file is another one.
+        at_rest: whether nobody writes to the file.
+    """
+
+    path: Path
+    split: Split
+    settings: DataSettings
+    held_out: float | None
+    sha256: str | None
+    memo: Path
+    problem: str
+    fix: str
+    at_rest: bool = False
+
+    def __call__(self) -> Iterator[str]:
+        settings = self.settings
+        self._require_same()
+        for text in documents_of(self.path, settings.text_column, settings.txt_document_chars):
+            if self.held_out is None or (_place_by_hash(text) <= self.held_out) == (self.split == "val"):
+                yield text
+        self._require_same()
+
+    def as_shard(self, name: str, contents: str) -> Shard:
+        """A shard of these documents; ``contents`` stands for the file's in its fingerprint."""
+        settings = self.settings
+        how = [format_of(self.path), settings.text_column, settings.txt_document_chars, self.held_out, self.split]
+        return Shard(name, self.split, fingerprint_of(_RULE, contents, how), self)
+
+    def _require_same(self) -> None:
+        with reading(self.path):
+            if self.sha256 is not None and known_sha256(self.path, self.memo, self.at_rest) != self.sha256:
+                raise UserError(f"{self.path}: {self.problem}", self.fix)
+
+
+def share_held_out(paths: Sequence[Path], settings: DataSettings) -> float:
+    """The share asked for; where it would hold out nothing, of a handful of documents, enough for one of them."""
+    lowest = 1.0
+    for path in paths:
+        for text in filter(None, documents_of(path, settings.text_column, settings.txt_document_chars)):
+            lowest = min(lowest, _place_by_hash(text))
+            if lowest <= settings.validation_fraction:
+                return settings.validation_fraction
+    return lowest
 
 
 def _place_by_hash(text: str) -> float:

@@ -4,19 +4,32 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from nanochat_pl.common.console import say
+from nanochat_pl.data.hub_files import HubFiles
 from nanochat_pl.data.local_files import LocalFiles
 from nanochat_pl.data.python_docs import open_python_docs
 from nanochat_pl.data.sources import DataSettings, Source
 
 
-def open_source(settings: DataSettings, cache_dir: Path) -> Source:
-    """Open the source that the settings name.
+def open_source(settings: DataSettings, cache_dir: Path, tokens_needed: int | None = None) -> Source:
+    """Open the source that the settings name. Of a hub's data set that is what has been downloaded of it.
 
     Args:
-        settings: the config group ``data``.
+        settings: the config group ``data``; the network is used with ``data.download=true`` only.
         cache_dir: where a source may keep what it makes or has found out (``paths.cache``).
+        tokens_needed: tokens that the plan trains on. Where what is here falls short of them, it is said, with the
+            command that fetches the rest.
 
     Raises:
-        UserError: no file matches, a suffix or a column is unknown, a file cannot be read.
+        UserError: no file matches, a suffix or a column is unknown, a file cannot be read; nothing is downloaded yet.
     """
-    return LocalFiles(settings, cache_dir) if settings.name == "local" else open_python_docs(cache_dir)
+    if settings.name == "python_docs":
+        return open_python_docs(cache_dir)
+    if settings.name == "local":
+        return LocalFiles(settings, cache_dir)
+    source = HubFiles(settings, cache_dir, ask_hub=settings.download)
+    if settings.download:
+        source.fetch(source.num_shards_for(tokens_needed))
+    for line in source.shortfall(tokens_needed):
+        say(line)
+    return source

@@ -7,6 +7,7 @@ depends on which files happen to be there.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -21,10 +22,22 @@ Split = Literal["train", "val"]
 class DataSettings:
     """Where the text comes from, what is held out, and how rows are packed."""
 
-    name: Literal["python_docs", "local"] = setting(
-        "python_docs", "python_docs: docstrings found on this machine; local: files under data.path."
+    name: Literal["python_docs", "local", "hub", "climbmix", "fineweb_edu"] = setting(
+        "python_docs",
+        "python_docs: docstrings found on this machine; local: files under data.path; hub: the data set data.repo.",
     )
-    path: str | None = setting(None, "File, folder (searched recursively) or glob: parquet, jsonl, jsonl.gz or txt.")
+    path: str | None = setting(
+        None, "File, folder (searched recursively) or glob: parquet, jsonl, jsonl.gz, jsonl.zst or txt."
+    )
+    repo: str | None = setting(None, "Data set on the hub: OWNER/NAME. It is fetched by nanochat-pl download.")
+    revision: str | None = setting(
+        None, "Branch, tag or commit of data.repo; null: main. The commit that it means is looked up once, and kept."
+    )
+    files: str | None = setting(None, "Glob for the files of data.repo; null: all that hold documents.")
+    num_shards: int | None = setting(
+        None, "Training files of data.repo, from the first; null: all that are here.", at_least=1
+    )
+    download: bool = setting(False, "Fetch what is missing of data.repo when the training starts.")
     text_column: str = setting("text", "Column of parquet files, key of JSON lines, that holds the text.")
     txt_document_chars: int = setting(
         8_000, "A txt file is cut at blank lines into documents of at most this many characters.", at_least=1
@@ -50,12 +63,23 @@ class DataSettings:
         problems = []
         if self.name == "local" and not self.path:
             problems.append("path: is missing: data=local needs data.path=FILE, FOLDER or GLOB.")
-        for key in ("path", "validation_path"):
+        if self.is_on_hub and not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", self.repo or ""):
+            problems.append(f"repo={self.repo!r}: data={self.name} needs the data set's name: data.repo=OWNER/NAME.")
+        for key, fits, source in (
+            ("path", self.name == "local", "local"),
+            ("validation_path", self.name == "local", "local"),
+            *((key, self.is_on_hub, "hub") for key in ("repo", "revision", "files", "num_shards", "download")),
+        ):
             value = getattr(self, key)
-            if self.name != "local" and value is not None:
-                problems.append(f"{key}={value!r}: has no meaning for data={self.name}; say data=local.")
+            if not fits and value not in (None, False):
+                problems.append(f"{key}={value!r}: has no meaning for data={self.name}; say data={source}.")
         if problems:
             raise UserError(problems)
+
+    @property
+    def is_on_hub(self) -> bool:
+        """Whether the documents are those of ``repo``."""
+        return self.name not in ("python_docs", "local")
 
 
 @dataclass(frozen=True)
@@ -66,7 +90,7 @@ class Shard:
         name: unique within its source and split; part of a row's address. May hold slashes.
         split: which split it belongs to.
         fingerprint: changes whenever the documents or their order do; the same text elsewhere has the same one.
-        read: gives the documents from the first; every call the same ones. Empty ones may occur.
+        read: gives the documents from the first; every call the same ones. Blank ones are "", and keep their place.
     """
 
     name: str

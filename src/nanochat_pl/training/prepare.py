@@ -68,10 +68,10 @@ def prepare_base(config: TrainConfig, folder: StageFolder, cache: Path, machine:
         UserError: the plan's own horizon is longer than anybody would want here; or what the data says.
     """
     # First what can be known without reading any text.
-    _base_plan(config, machine, config.tokenizer.vocab_size, None)
+    first_plan = _base_plan(config, machine, config.tokenizer.vocab_size, None)
     model = resolve_model(config.model, config.tokenizer.vocab_size, machine.compute_dtype)
     require_room(model, machine.device, folder.path, config.trainer.keep_last)
-    source = open_source(config.data, cache)
+    source = open_source(config.data, cache, first_plan["num_steps"] * first_plan["total_batch_tokens"])
     say(source.describe())
     tokenizer = tokenizer_for(config, folder, source)
     train, held_out = (_tokenise(source, split, tokenizer, cache) for split in SPLITS)

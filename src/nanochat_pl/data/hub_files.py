@@ -1,0 +1,195 @@
+"""``data=climbmix``, ``data=fineweb_edu``, ``data=hub``: the files of a data set on a hub, as far as they are here.
+
+Which files are for validation follows from the whole list of the revision's files, never from those that are here:
+
+1. Where names tell (``validation-00000-of-00001.parquet``, ``test/…``): those of the validation split; without one
+   those of the test split. Test files are not trained on.
+2. Else the last file is.
+3. A single file is split by a hash of each document's text, as local files are.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+import shlex
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+
+import platformdirs
+
+from nanochat_pl.common.errors import UserError
+from nanochat_pl.data.cache_folder import fingerprint_of
+from nanochat_pl.data.file_formats import SUFFIXES, check_file, format_of
+from nanochat_pl.data.hub import HubFile, Manifest, hash_memo, known_manifest, open_manifest
+from nanochat_pl.data.hub_download import PARALLEL, Fetched, fetch_files
+from nanochat_pl.data.local_files import FileDocuments, share_held_out
+from nanochat_pl.data.sources import DataSettings, Shard, Split
+
+_MARK = re.compile(r"(?:^|[/._-])(?:(train|training)|(validation|valid|val|dev|eval)|(test))(?=[/._-])", re.IGNORECASE)
+# For the first estimate of how many shards a plan takes: English text, a vocabulary of 32 thousand or more; files
+# of text shrink to less than this share when they are compressed.
+BYTES_PER_TOKEN = 4.8
+COMPRESSED_SHARE = 0.4
+
+
+def split_by_name(files: Sequence[HubFile]) -> tuple[list[HubFile], list[HubFile]]:
+    """The files to train on and those to validate on; of a single one both, see the top of this page."""
+    marks = [match.lastindex if (match := _MARK.search(file.path)) else 1 for file in files]
+    train, val, test = ([file for file, mark in zip(files, marks, strict=True) if mark == i] for i in (1, 2, 3))
+    if train and (val or test):
+        return train, val or test
+    return (list(files[:-1]), [files[-1]]) if len(files) > 1 else (list(files), list(files))
+
+
+class HubFiles:
+    """A :class:`~nanochat_pl.data.sources.Source` of downloaded files; one shard per file.
+
+    Attributes:
+        name: what users call it, e.g. ``climbmix``.
+        manifest: all files of the commit.
+        train_files, val_files: of the manifest those that hold documents, up to ``data.num_shards`` to train on.
+
+    Raises:
+        UserError: the data set has never been downloaded from; no file of it matches.
+    """
+
+    def __init__(self, settings: DataSettings, cache_dir: Path, ask_hub: bool = False, refresh: bool = False) -> None:
+        assert settings.repo is not None, "checked by the settings"
+        self.name = settings.name
+        self._settings, self._cache_dir, self._repo = settings, cache_dir, settings.repo
+        revision = settings.revision or "main"
+        manifest = known_manifest(self._repo, revision, cache_dir)
+        if ask_hub and (manifest is None or refresh):
+            manifest = open_manifest(self._repo, revision, cache_dir, refresh)
+        if manifest is None:
+            raise UserError(f"data={self.name}: nothing of {self._repo} ({revision}) is here.", self._how_to_fetch(8))
+        self.manifest = manifest
+        train, self.val_files = split_by_name(_with_documents(manifest, settings.files))
+        self.train_files = train[: settings.num_shards]
+        self._is_split_by_hash = train == self.val_files
+
+    @property
+    def fingerprint(self) -> str:
+        return fingerprint_of([shard.fingerprint for split in ("train", "val") for shard in self.shards(split)])
+
+    def describe(self) -> str:
+        """One line for people: the commit, what of it is here, what is validated on, and the hash of what is here."""
+        here = self._train_files_here()
+        size = sum(file.bytes for file in here) / 1e9
+        held_out = f"{self._held_out:.2%} of its documents" if self._is_split_by_hash else self.val_files[0].path
+        more = f" and {len(self.val_files) - 1} more" if len(self.val_files) > 1 else ""
+        return (
+            f"{self.name}: {self._repo} at commit {self.manifest.commit[:12]}, {len(here):,} of "
+            f"{len(self.train_files):,} files ({size:,.2f} GB), validated on {held_out}{more}, {self.fingerprint[:12]}"
+        )
+
+    def shards(self, split: Split) -> list[Shard]:
+        """The shards of a split that are here, in the order of the manifest.
+
+        Raises:
+            UserError: none is, or one of the validation files is not; says how to fetch it.
+        """
+        files = self.train_files if split == "train" else self.val_files
+        here = [(file, path) for file in files if (path := self.manifest.at_hand(file))]
+        if not here or (split == "val" and len(here) < len(files)):
+            missing = next(file.path for file in files if not self.manifest.at_hand(file))
+            raise UserError(f"data={self.name}: {missing} of {self._repo} is not here.", self._how_to_fetch())
+        check_file(here[0][1], self._settings.text_column)
+        fix = self._how_to_fetch(len(self._train_files_here()))
+        return [self._shard(file, path, split, fix) for file, path in here]
+
+    def fetch(self, num_shards: int, parallel: int = PARALLEL) -> Fetched:
+        """Have the validation files and the first ``num_shards`` training files here, verified."""
+        fetched = fetch_files(self.manifest, self.files_of(num_shards), self._cache_dir, parallel)
+        self.manifest = fetched.manifest
+        return fetched
+
+    def files_of(self, num_shards: int) -> list[HubFile]:
+        """The validation files and the first ``num_shards`` training files, each once."""
+        return list(dict.fromkeys([*self.val_files, *self.train_files[:num_shards]]))
+
+    def num_shards_for(self, num_tokens: int | None) -> int:
+        """About how many training files hold so many tokens; never more than there are. None: those that are here."""
+        if num_tokens is None:
+            return max(len(self._train_files_here()), 1)
+        totals = itertools.accumulate(self._tokens_of(self.train_files))
+        return next((number for number, total in enumerate(totals, 1) if total >= num_tokens), len(self.train_files))
+
+    def shortfall(self, num_tokens: int | None) -> list[str]:
+        """What is missing of the files that the settings or so many tokens ask for, and the command that fetches it."""
+        here = self._train_files_here()
+        asked = min(self._settings.num_shards or 0, len(self.train_files))
+        needed = 0 if num_tokens is None else self.num_shards_for(num_tokens)
+        if len(here) >= max(asked, needed):
+            return []
+        line = f"{len(here):,} of {len(self.train_files):,} training files of {self._repo} are here."
+        if num_tokens is not None:
+            tokens = sum(self._tokens_of(here))
+            line += (
+                f" They hold about {_count(tokens)} tokens, the plan trains on {_count(num_tokens)}: "
+                f"about {num_tokens / max(tokens, 1):.1f} epochs."
+            )
+        return [line, self._how_to_fetch(max(asked, needed))]
+
+    def train_command(self) -> str:
+        """The command that trains on these files."""
+        return f"nanochat-pl train stage=base {self._keys()}"
+
+    def _train_files_here(self) -> list[HubFile]:
+        return [file for file in self.train_files if self.manifest.at_hand(file)]
+
+    def _tokens_of(self, files: Sequence[HubFile]) -> list[float]:
+        """An estimate for each file, from its bytes of text; where they are not known, from those of the others."""
+        known = [file for file in self.train_files if file.uncompressed_bytes]
+        share = sum(file.bytes for file in known) / max(sum(file.uncompressed_bytes or 0 for file in known), 1)
+        sizes = (file.uncompressed_bytes or file.bytes / (share or COMPRESSED_SHARE) for file in files)
+        return [size / BYTES_PER_TOKEN for size in sizes]
+
+    @cached_property
+    def _held_out(self) -> float | None:
+        """Of a single file the share of its documents that is for validation."""
+        if not self._is_split_by_hash:
+            return None
+        paths = [path for file in self.train_files if (path := self.manifest.at_hand(file))]
+        return share_held_out(paths, self._settings)
+
+    def _shard(self, file: HubFile, path: Path, split: Split, fix: str) -> Shard:
+        problem, memo = f"is damaged: it is not what {self._repo} has.", hash_memo(path, self._cache_dir)
+        documents = FileDocuments(
+            path, split, self._settings, self._held_out, file.sha256, memo, problem, fix, at_rest=True
+        )
+        return documents.as_shard(file.path, file.contents)
+
+    def _how_to_fetch(self, num_shards: int | None = None) -> str:
+        num_shards = num_shards or self._settings.num_shards or self.num_shards_for(None)
+        return f"Fetch it: nanochat-pl download {self._keys()} num_shards={num_shards}"
+
+    def _keys(self) -> str:
+        """The keys of a command that mean these files."""
+        given = self._settings
+        keys: dict[str, str] = {"data": self.name}
+        if self.name == "hub":
+            keys |= {"data.repo": self._repo} | ({"data.files": given.files} if given.files else {})
+        keys |= {"data.revision": given.revision} if given.revision else {}
+        if self._cache_dir != Path(platformdirs.user_cache_dir("nanochat_pl")):
+            keys["paths.cache"] = str(self._cache_dir)
+        return " ".join(shlex.quote(f"{key}={value}") for key, value in keys.items())
+
+
+def _count(number: float) -> str:
+    return f"{number / 1e6:,.1f} million" if number >= 1e6 else f"{number:,.0f}"
+
+
+def _with_documents(manifest: Manifest, pattern: str | None) -> list[HubFile]:
+    """The files of a known format that match a glob (None: all), in order; hidden ones are left out."""
+    found = manifest.matching(pattern) if pattern else list(manifest.files)
+    files = [file for file in found if format_of(Path(file.path)) and not f"/{file.path}".count("/.")]
+    if not files:
+        suffixes = sorted({Path(file.path).suffix for file in found} - {""})
+        raise UserError(
+            f"data.repo={manifest.repo!r}: no file of it ends with {' or '.join(SUFFIXES)}; "
+            f"there are {', '.join(suffixes[:8]) or 'none'}."
+        )
+    return files
