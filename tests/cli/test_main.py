@@ -48,9 +48,18 @@ def test_help_of_a_group_shows_all_of_its_keys(capsys: pytest.CaptureFixture[str
     assert main(["train", "--help", "model"]) == 0
     shown = capsys.readouterr().out
     assert "model.window_pattern=SSSL" in shown
-    assert "choices: default, tiny" in shown
+    assert "choices: nanochat, nanochat_2025_10, nanochat_2026_02, tiny" in shown
+    assert "--help model.init" in shown
     assert main(["train", "--help", "modle"]) == 2
     assert "did you mean model?" in capsys.readouterr().err
+
+
+def test_help_shows_numbers_as_numbers(capsys: pytest.CaptureFixture[str]) -> None:
+    """0.0 was shown as false and 1 as true, since they are equal."""
+    assert main(["train", "--help", "model.init", "trainer"]) == 0
+    shown = capsys.readouterr().out
+    assert "model.init.smear=0.0 " in shown
+    assert "trainer.log_every_steps=1 " in shown and "trainer.deterministic=false " in shown
 
 
 def test_mistakes_give_exit_code_2_and_plain_sentences(capsys: pytest.CaptureFixture[str]) -> None:

@@ -76,7 +76,9 @@ def _print_lines(lines: Sequence[tuple[str, str, str]]) -> None:
 
 
 def _show(value: Any) -> str:
-    return {None: "null", True: "true", False: "false"}.get(value, str(value)) if not isinstance(value, list) else "[…]"
+    if value is None or isinstance(value, bool):  # a dict of these would find True for 1
+        return "null" if value is None else str(value).lower()
+    return "[…]" if isinstance(value, list) else str(value)
 
 
 def _type_name(hint: Any) -> str:

@@ -156,7 +156,7 @@ class ModelSettings:
         12, "Channels that the gate of a value embedding reads; at most the width.", at_least=1, at_most=2**16
     )
     value_gate_scale: float = setting(3.0, "That gate is this times a sigmoid.", above=0.0, at_most=1e3)
-    init: InitSettings = setting(factory=InitSettings)
+    init: InitSettings = setting(factory=InitSettings, doc="First weights; its keys: --help model.init.")
 
     def __post_init__(self) -> None:
         problems = []
