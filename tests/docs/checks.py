@@ -17,7 +17,7 @@ from markdown_it.token import Token
 from nanochat_pl.cli.compose import compose
 from nanochat_pl.cli.config_files import groups
 from nanochat_pl.cli.experiment import compose_step
-from nanochat_pl.cli.main import VERBS
+from nanochat_pl.cli.main import VERBS, module_of
 from nanochat_pl.cli.overrides import UNKNOWN, type_of_key
 from nanochat_pl.cli.pipeline import check_all, steps_of
 from nanochat_pl.cli.sweep import expand
@@ -129,7 +129,7 @@ def _compose(words: list[str]) -> None:
         for job in expand([argument for argument in arguments if argument != "-m"]):
             compose_train(job.overrides)
         return
-    schema = importlib.import_module(f"nanochat_pl.cli.{verb}").Config
+    schema = importlib.import_module(module_of(verb)).Config
     if verb == "pipeline":
         check_all(steps_of(arguments))
     elif verb == "train":
@@ -142,7 +142,7 @@ def _compose(words: list[str]) -> None:
 
 def check_keys(page: Page, root: Path) -> Iterator[str]:
     """``model.depth=…`` in backticks is a key of a verb."""
-    schemas = [importlib.import_module(f"nanochat_pl.cli.{verb}").Config for verb in VERBS]
+    schemas = [importlib.import_module(module_of(verb)).Config for verb in VERBS]
     for code in page.inline:
         match = re.match(r"^([a-z_]+(?:\.\w+)*)=", code)
         if not match or match[1] in (*NOT_OUR_KEYS, *groups(), "experiment"):

@@ -14,11 +14,12 @@ from nanochat_pl.bundle import load_bundle
 from nanochat_pl.bundle.bundle import load_moments, load_stage_info
 from nanochat_pl.cli.compose import compose
 from nanochat_pl.cli.plan import PlanConfig
+from nanochat_pl.common.errors import UserError
 from nanochat_pl.formats.imported import Imported, save_imported
-from nanochat_pl.formats.nanochat_era import ERAS, model_settings
+from nanochat_pl.formats.nanochat_era import ERAS, ReferenceConfig, model_settings, resolve
 from nanochat_pl.formats.nanochat_folder import Checkpoint, choose_checkpoint, list_checkpoints
 from nanochat_pl.formats.nanochat_read import read_nanochat
-from nanochat_pl.model.config import ModelSettings
+from nanochat_pl.model.config import ModelSettings, resolve_model
 from nanochat_pl.model.gpt import GPT, parameter_roles
 from nanochat_pl.optim import OptimSettings, StepValues, build_optimizer, resolve_hyperparameters
 from nanochat_pl.planning import Plan
@@ -194,7 +195,7 @@ def test_museum_40_the_prefix_of_compiled_models(golden: Path, tmp_path: Path) -
     edit_state(source, compiled)
     assert set(read_nanochat(source).weights) == set(read_nanochat(golden / "era_oct2025").weights)
     edit_state(source, lambda state: state.update({"lm_head.weight": state["_orig_mod.lm_head.weight"]}))
-    with pytest.raises(Exception, match="has lm_head.weight twice"):
+    with pytest.raises(UserError, match=r"has lm_head\.weight twice"):
         read_nanochat(source)
 
 
@@ -206,13 +207,20 @@ def test_tied_weights_are_two_tensors_in_the_bundle(golden: Path, tmp_path: Path
 
 
 def test_a_width_off_the_dial_is_what_it_is() -> None:
-    """A width that is no whole number of layers wide."""
-    from nanochat_pl.formats.nanochat_era import ReferenceConfig, resolve
-
-    there = ReferenceConfig(sequence_len=128, vocab_size=300, n_layer=5, n_head=3, n_kv_head=3, n_embd=384)
+    """No whole number of channels a layer gives it."""
+    there = ReferenceConfig(sequence_len=128, vocab_size=300, n_layer=30, n_head=4, n_kv_head=2, n_embd=64)
     config = resolve(there, "nanochat", 320)
-    assert (config.width, config.num_heads, config.head_dim, config.mlp_width) == (384, 3, 128, 1536)
-    assert model_settings(there, "nanochat", True).num_kv_heads == 3
+    assert (config.width, config.num_heads, config.num_kv_heads, config.mlp_width) == (64, 4, 2, 256)
+
+
+@pytest.mark.parametrize(
+    ("depth", "heads", "head_dim"), [(5, 3, 128), (12, 6, 128), (20, 10, 128), (4, 4, 16), (7, 4, 128)]
+)
+def test_a_width_on_the_dial_has_its_settings(depth: int, heads: int, head_dim: int) -> None:
+    there = ReferenceConfig(
+        sequence_len=128, vocab_size=300, n_layer=depth, n_head=heads, n_kv_head=heads, n_embd=heads * head_dim
+    )
+    assert resolve_model(model_settings(there, "nanochat", True), 300, "float32") == resolve(there, "nanochat", 320)
 
 
 def test_numbers_that_json_does_not_have(golden: Path, tmp_path: Path) -> None:

@@ -10,21 +10,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from nanochat_pl.formats.nanochat_moments import read_moments
 from nanochat_pl.model.config import ModelSettings, resolve_model
 from nanochat_pl.model.gpt import GPT, parameter_roles
 from nanochat_pl.optim import MuonAdamW, OptimSettings, StepValues, build_optimizer, resolve_hyperparameters
-
-ADAMW_ORDER = [
-    "lm_head.weight",
-    "transformer.wte.weight",
-    "value_embeds.1.weight",
-    "value_embeds.3.weight",
-    "resid_lambdas",
-    "x0_lambdas",
-    "smear_gate.weight",
-    "smear_lambda",
-    "backout_lambda",
-]
 
 
 def golden_net(path: Path) -> GPT:
@@ -47,25 +36,6 @@ def backward(net: GPT, ids: Tensor) -> float:
     loss = net.weighted_loss(ids, targets) / int((targets >= 0).sum())
     loss.backward()
     return loss.item()
-
-
-def reference_moments(net: GPT, path: Path) -> dict[str, Tensor]:
-    """The reference's optimizer file by parameter name: AdamW parameters in the order above, Muon stacks by shape."""
-    state = torch.load(path, weights_only=True)["state"]
-    moments = {}
-    for number, name in enumerate(ADAMW_ORDER):
-        moments[f"{name}.step"] = torch.tensor(float(state[number]["step"]))
-        moments[f"{name}.exp_avg"] = state[number]["exp_avg"]
-        moments[f"{name}.exp_avg_sq"] = state[number]["exp_avg_sq"]
-    matrices = {name: p for name, p in net.named_parameters() if name.startswith("transformer.h.")}
-    number = len(ADAMW_ORDER)
-    for shape in sorted({tuple(p.shape) for p in matrices.values()}):
-        names = [name for name, p in matrices.items() if tuple(p.shape) == shape]
-        for i, name in enumerate(names):
-            moments[f"{name}.momentum"] = state[number]["momentum_buffer"][i]
-            moments[f"{name}.second_moment"] = state[number]["second_momentum_buffer"][i]
-        number += len(names)
-    return moments
 
 
 def test_groups_have_the_golden_learning_rates_betas_and_shapes(golden: Path) -> None:
@@ -108,7 +78,7 @@ def test_a_seventh_step_from_the_reference_moments(golden: Path) -> None:
     folder = golden / "nanochat_trained/base_checkpoints/d4"
     net = golden_net(folder / "model_000013.pt")
     optimizer, _ = golden_optimizer(net, golden)
-    optimizer.load_moments(reference_moments(net, folder / "optim_000013_rank0.pt"))
+    optimizer.load_moments(read_moments(folder / "optim_000013_rank0.pt", net)[0])
     facts = json.loads((golden / "optimizer_7th_step.json").read_text(encoding="utf-8"))
     batch = load_file(golden / "optimizer_7th_step.safetensors")["batch"]
     assert backward(net, batch) == pytest.approx(facts["loss_before"], abs=5e-6)

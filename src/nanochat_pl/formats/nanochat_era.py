@@ -17,7 +17,7 @@ from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.settings import setting
 from nanochat_pl.formats.certificate import FactRow
 from nanochat_pl.formats.reference_pickle import STORED_DTYPES
-from nanochat_pl.model.config import MAX_LAYERS, DType, GPTConfig, ModelSettings, resolve_model
+from nanochat_pl.model.config import MAX_LAYERS, DType, GPTConfig, ModelSettings, num_heads, resolve_model
 
 # Named as the files of configs/model, whose values these are.
 Era = Literal["nanochat", "nanochat_2026_02", "nanochat_2025_10"]
@@ -86,21 +86,24 @@ def find_era(there: ReferenceConfig, weights: Mapping[str, torch.Tensor]) -> tup
 
 
 def model_settings(there: ReferenceConfig, era: Era, value_embeddings: bool) -> ModelSettings:
-    """The settings that give a model of this generation and size."""
-    head_dim = there.n_embd // there.n_head
+    """The settings that give a model of this generation and size.
+
+    A width that the dial cannot give is only near: ask the architecture, not the settings.
+    """
     own = ERAS[era]
-    return ModelSettings(
+    settings = ModelSettings(
         **{
             **own,
             "depth": there.n_layer,
             "aspect_ratio": there.n_embd // there.n_layer,
-            "head_dim": head_dim,
-            "num_kv_heads": there.n_kv_head,
+            "head_dim": there.n_embd // there.n_head,
             "sequence_len": there.sequence_len,
             "window_pattern": (there.window_pattern or "L").upper(),
             "value_embeddings": own.get("value_embeddings", True) and value_embeddings,
         }
     )
+    on_the_dial = num_heads(settings) == there.n_head
+    return dataclasses.replace(settings, num_kv_heads=there.n_kv_head) if on_the_dial else settings
 
 
 def resolve(there: ReferenceConfig, era: Era, padded_vocab_size: int, value_embeddings: bool = True) -> GPTConfig:
@@ -109,8 +112,9 @@ def resolve(there: ReferenceConfig, era: Era, padded_vocab_size: int, value_embe
     return dataclasses.replace(
         config,
         padded_vocab_size=padded_vocab_size,
-        # A width that is no product of the dial is what it is.
+        # A width that the dial cannot give is what it is.
         num_heads=there.n_head,
+        num_kv_heads=there.n_kv_head,
         width=there.n_embd,
         mlp_width=4 * there.n_embd,
     )

@@ -23,6 +23,7 @@ from nanochat_pl.bundle.bundle import (
 )
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.files import disk_errors_explained, write_atomically, write_text
+from nanochat_pl.common.settings import to_plain
 from nanochat_pl.formats.imported import require_free
 from nanochat_pl.formats.nanochat_era import ERAS, FILLED_IN, Era, ReferenceConfig, resolve
 from nanochat_pl.formats.nanochat_folder import (
@@ -36,7 +37,7 @@ from nanochat_pl.formats.nanochat_folder import (
 from nanochat_pl.formats.nanochat_moments import recipe_groups, write_moments
 from nanochat_pl.formats.nanochat_origin import NanochatOrigin, from_json, origin_of
 from nanochat_pl.formats.reference_pickle import write_encoding
-from nanochat_pl.model.config import GPTConfig
+from nanochat_pl.model.config import GPTConfig, ModelSettings
 from nanochat_pl.model.gpt import GPT
 from nanochat_pl.optim.settings import RECIPE
 from nanochat_pl.tokenizer import Tokenizer
@@ -104,23 +105,31 @@ def express(config: GPTConfig) -> ReferenceConfig:
         n_embd=config.num_heads * config.head_dim,
         window_pattern=_shortest(letters),
     )
-    found: list[tuple[Era, list[str]]] = []
-    for era in ERAS:
-        candidate = resolve(there, era, config.padded_vocab_size, bool(config.value_embedding_layers))
-        unlike = [
-            f"{field.name}={getattr(config, field.name)} (there {getattr(candidate, field.name)})"
-            for field in dataclasses.fields(config)
-            if field.name not in _FREE and getattr(config, field.name) != getattr(candidate, field.name)
-        ]
-        found.append((era, unlike))
-    era, unlike = min(found, key=lambda each: len(each[1]))
-    if unlike:
+    # The first generation had no windows, and no name for them.
+    forms = {
+        era: dataclasses.replace(there, window_pattern=None) if era == "nanochat_2025_10" else there for era in ERAS
+    }
+    unlike = {era: _differences(config, forms[era], era) for era in ERAS}
+    nearest = min(ERAS, key=lambda era: len(unlike[era]))
+    if unlike[nearest]:
         raise UserError(
-            f"nanochat's layout has no field for what this architecture has otherwise than {era}: {', '.join(unlike)}.",
+            f"nanochat's layout has no field for what this architecture has otherwise than {nearest}:"
+            f" {', '.join(unlike[nearest])}.",
             fix="Export it for transformers: format=hf.",
         )
-    # The first generation had no windows, and no name for them.
-    return dataclasses.replace(there, window_pattern=None) if era == "nanochat_2025_10" else there
+    return forms[nearest]
+
+
+def _differences(config: GPTConfig, there: ReferenceConfig, era: Era) -> list[str]:
+    """The fields in which an architecture differs from what the reference makes of ``there``."""
+    made = to_plain(resolve(there, era, config.padded_vocab_size, bool(config.value_embedding_layers)))
+    if config.smear_channels:  # its gates do not become narrower with the model
+        made["smear_channels"] = ModelSettings(**ERAS[era]).smear_channels
+    return [
+        f"{name}={value} (there {made[name]})"
+        for name, value in to_plain(config).items()
+        if name not in _FREE and value != made[name]
+    ]
 
 
 def _shortest(letters: str) -> str:

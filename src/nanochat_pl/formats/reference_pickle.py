@@ -125,7 +125,9 @@ def read_encoding(path: Path) -> EncodingState:
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
     except _DAMAGED as error:
-        raise UserError(f"{path}: is damaged, or no pickle: {error or 'it ends too early'}", fix=_COPY_AGAIN) from error
+        raise UserError(
+            f"{path}: is damaged, or no pickle: {str(error) or 'it ends too early'}", fix=_COPY_AGAIN
+        ) from error
     state = found.state if isinstance(found, _Inert) else None
     state = state if isinstance(state, dict) else {}
     if problem := _problem_of_state(state):

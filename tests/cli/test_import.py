@@ -1,0 +1,93 @@
+"""`nanochat-pl import` as a person meets it."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+
+from nanochat_pl import load_bundle
+from nanochat_pl.cli.main import main
+from nanochat_pl.training.inherit import inherited
+from tests.formats.nanochat_copies import copy, only
+
+
+def test_a_checkpoint_becomes_a_bundle(golden: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["import", f"source={golden / 'nanochat_base'}", "to=mine"]) == 0
+    shown = capsys.readouterr().out
+    assert "nanochat, architecture nanochat (by smear_gate.weight)." in shown
+    assert "Without optimizer moments." in shown
+    assert "nanochat-pl chat bundle=mine" in shown
+    assert load_bundle(here / "mine").tokenizer is not None
+    assert (here / "mine" / "certificate.md").is_file()
+    assert main(["chat", "bundle=mine", "prompt=hello", "max_tokens=3"]) == 0
+
+
+def test_a_checkpoint_becomes_a_stage_of_a_run(golden: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["import", f"source={golden / 'nanochat_trained'}", "run=gold"]) == 0
+    assert main(["runs"]) == 0
+    assert "gold  base   finished    13" in capsys.readouterr().out
+    assert main(["import", f"source={golden / 'nanochat_trained'}", "run=gold"]) == 2
+    assert "runs/gold/base: is there already." in capsys.readouterr().err
+
+
+def test_a_later_stage_takes_the_settings_of_an_imported_one(golden: Path, here: Path) -> None:
+    from nanochat_pl.cli.train import compose_train, place_of
+
+    assert main(["import", f"source={golden / 'nanochat_trained'}", "run=gold"]) == 0
+    composed = compose_train(["stage=sft", "run=gold"])
+    config = inherited(composed.config, place_of(composed), set())
+    assert (config.model.depth, config.model.head_dim, config.tokenizer.vocab_size) == (4, 16, 1000)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["to=x"], "source: is missing"),
+        (["source=."], "to: a folder for the bundle, or run: the name of a new run; give one of them."),
+        (["source=.", "to=x", "run=y"], "give one of them"),
+        (["source=nowhere", "to=x"], "source=nowhere: there is no such folder."),
+        (["source=.", "to=x"], "has no checkpoint of nanochat in it"),
+        (["source=.", "to=full"], "to=full: is there already."),
+        (["source=bundle", "to=x"], "source=bundle: is a bundle already."),
+        (["source=.", "to=x", "era=nanochat_2027"], "era"),
+        (["source=.", "run=../x"], "is no name for a run"),
+    ],
+)
+def test_mistakes_are_said(arguments: list[str], said: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "full").mkdir()
+    (here / "full" / "file").touch()
+    (here / "bundle").mkdir()
+    (here / "bundle" / "stage.json").touch()
+    before = sorted(here.iterdir())
+    assert main(["import", *arguments]) == 2
+    assert said in capsys.readouterr().err
+    assert sorted(here.iterdir()) == before
+
+
+def test_a_hostile_tokenizer_is_one_line(golden: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    class Hostile:
+        def __reduce__(self) -> object:
+            return os.system, ("touch was-run",)
+
+    source = copy(golden, "nanochat_base", here)
+    only(source, "tokenizer.pkl").write_bytes(pickle.dumps(Hostile()))
+    assert main(["import", "source=nanochat_base", "to=mine"]) == 2
+    out, err = capsys.readouterr()
+    assert err.count("error:") == 1 and "posix.system" in err and "Traceback" not in err + out
+    assert [path.name for path in here.iterdir()] == ["nanochat_base"]
+
+
+def test_two_checkpoints_are_asked_about(golden: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = copy(golden, "era_oct2025", here)
+    for pattern in ("model_*.pt", "meta_*.json"):
+        path = only(source, pattern)
+        path.with_name(path.name.replace("3", "5")).write_bytes(path.read_bytes())
+    assert main(["import", "source=era_oct2025", "to=mine"]) == 2
+    assert "tag=era_oct2025 step=3; tag=era_oct2025 step=5" in capsys.readouterr().err
+    assert main(["import", "source=era_oct2025", "to=mine", "step=5", "stage=mid"]) == 0
+    stage = json.loads((here / "mine" / "stage.json").read_text(encoding="utf-8"))
+    assert (stage["stage"], stage["step"]) == ("mid", 5)
