@@ -91,15 +91,16 @@ def test_logits_in_float32(exported: Exported) -> None:
 
 @torch.no_grad()
 def test_logits_in_bfloat16(exported: Exported) -> None:
-    """Both in bfloat16 differ less than bfloat16 from float32."""
+    """Its roundings are no larger than ours. Measured: means of 4.99e-3 … 5.73e-3, ours 4.99e-3 … 5.78e-3."""
     ids = ids_of(exported)
     model = exported.load(dtype=torch.bfloat16)
     assert model.lm_head.weight.dtype == torch.bfloat16
     ours = GPT(exported.net.config, torch.bfloat16).materialise()
     ours.load_state_dict(exported.net.state_dict())
-    expected, precise = ours(ids), exported.net(ids)
-    difference = (model(ids).logits.float() - expected).abs().mean()
-    assert difference < (expected - precise).abs().mean()
+    expected, precise, found = ours(ids), exported.net(ids), model(ids).logits.float()
+    own_error = (expected - precise).abs().mean()
+    assert (found - precise).abs().mean() < 1.2 * own_error
+    assert (found - expected).abs().mean() < 1.5 * own_error
     if exported.net.config.residual_lambdas:
         assert model.resid_lambdas.dtype == torch.float32
 
@@ -140,6 +141,23 @@ def test_prompts_of_different_lengths_in_a_batch(exported: Exported) -> None:
     together = generate(exported, ids, attention_mask=mask)
     for row, prompt in zip(together, (short, long), strict=True):
         assert row.tolist() == generate(exported, torch.tensor([prompt]))[0].tolist()
+
+
+@torch.no_grad()
+def test_padding_on_either_side_leaves_the_logits_alone(exported: Exported) -> None:
+    ids = ids_of(exported, 1, 150)
+    alone = exported.model(ids).logits
+    padding = torch.full((1, 30), 5)
+    for padded, mask, real in (
+        (torch.cat([padding, ids], dim=1), [0] * 30 + [1] * 150, slice(30, None)),
+        (torch.cat([ids, padding], dim=1), [1] * 150 + [0] * 30, slice(150)),
+    ):
+        mask_tensor = torch.tensor([mask])
+        # As generate gives them; transformers' own model would not count them itself.
+        positions = (mask_tensor.cumsum(-1) - 1).clamp(min=0)
+        given = {} if not is_native(exported.bundle.config) else {"position_ids": positions}
+        logits = exported.model(padded, attention_mask=mask_tensor, **given).logits
+        torch.testing.assert_close(logits[:, real], alone, atol=1e-5, rtol=0)
 
 
 def test_beams_take_the_cache_along(exported: Exported) -> None:

@@ -89,6 +89,7 @@ def _notes(bundle: Bundle, layout: Layout) -> str:
     if layout == "hf":
         notes.append(
             "- `nanochat-pl import` makes the same bundle of this folder again; moments of the optimizer are not in it."
+            " `config.json` holds the settings of the training under `nanochat_pl`; look before you publish it."
         )
         if bundle.tokenizer is None:
             notes.append("- The bundle has no tokenizer: there are no tokenizer files and no stop tokens here.")

@@ -291,7 +291,7 @@ def _mask(real: Tensor, past: int, window: int) -> Tensor:
     queries = torch.arange(past, total, device=real.device)[:, None]
     keys = torch.arange(total, device=real.device)
     band = (keys <= queries) & (keys >= queries - window)
-    # Padding sees itself: a position that sees nothing would be NaN.
+    # Padding sees itself: for a position that sees nothing some kernels give NaN.
     return (band & real[:, None, None, :]) | (keys == queries)
 
 
