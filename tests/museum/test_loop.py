@@ -11,7 +11,7 @@ import torch
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.model.config import ModelSettings
 from nanochat_pl.optim import OptimSettings, ScheduleSettings, schedule_values
-from nanochat_pl.planning import HorizonSettings, Plan, make_plan
+from nanochat_pl.planning import HorizonSettings, Plan, RowOptions, make_plan
 from nanochat_pl.training import metrics as metrics_module
 from nanochat_pl.training.metrics import StepClock, StepMetrics
 from tests.museum.tiny import SEQUENCE_LEN, Loop, batch_of
@@ -147,7 +147,9 @@ def small_plan(
     """A plan for rows of 256 tokens, or for those of ``model``."""
     model = model or ModelSettings(depth=4, head_dim=64, sequence_len=256)
     horizon = HorizonSettings(total_batch_tokens=total_batch_tokens)
-    return make_plan(model, horizon, OptimSettings(), vocab_size=4096, device_batch_size=device_batch_size)
+    return make_plan(
+        model, horizon, OptimSettings(), vocab_size=4096, options=RowOptions(device_batch_size=device_batch_size)
+    )
 
 
 def _assert_same_gradients(one: Loop, other: Loop) -> None:

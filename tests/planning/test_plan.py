@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from nanochat_pl.optim import OptimSettings, ScheduleSettings
 from nanochat_pl.planning import (
     HorizonSettings,
     Plan,
+    RowOptions,
     check_horizon,
     estimate_cpu_seconds,
     hyperparameters,
@@ -27,7 +29,9 @@ SMALL = ModelSettings(depth=4, head_dim=64, sequence_len=256)
 def small_plan(optim: OptimSettings | None = None, model: ModelSettings = SMALL, **keys: Any) -> Plan:
     names = {"max_steps", "flops_budget", "tokens_per_parameter", "total_batch_tokens"}
     horizon = HorizonSettings(**{name: keys.pop(name) for name in names & set(keys)})
-    return make_plan(model, horizon, optim or OptimSettings(), vocab_size=4096, **keys)
+    row_keys = {field.name for field in fields(RowOptions)} & set(keys)
+    options = RowOptions(**{name: keys.pop(name) for name in row_keys})
+    return make_plan(model, horizon, optim or OptimSettings(), vocab_size=4096, options=options, **keys)
 
 
 def test_precedence_is_steps_then_flops_then_ratio() -> None:
@@ -204,6 +208,6 @@ def test_rows_in_memory_are_not_more_than_a_step_has() -> None:
         HorizonSettings(max_steps=1, total_batch_tokens=4096),
         OptimSettings(),
         vocab_size=300,
-        device_batch_size=5000,
+        options=RowOptions(device_batch_size=5000),
     )
     assert plan["device_batch_size"] == 16

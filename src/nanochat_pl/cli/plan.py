@@ -16,7 +16,8 @@ from nanochat_pl.common.console import print_table, say
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.hardware import choose_compute_dtype, choose_device, device_name
 from nanochat_pl.common.settings import setting
-from nanochat_pl.planning import Plan, estimate_cpu_seconds, make_plan, plan_rows
+from nanochat_pl.planning import Plan, RowOptions, estimate_cpu_seconds, make_plan, plan_rows
+from nanochat_pl.planning.devices import detected_device
 from nanochat_pl.planning.horizon import MAX_CPU_SECONDS
 from nanochat_pl.planning.make import MIN_STEPS_PER_EPOCH
 from nanochat_pl.training.settings import TrainConfig
@@ -58,10 +59,12 @@ def plan_of(config: TrainConfig) -> Plan:
         config.optim,
         vocab_size=config.tokenizer.vocab_size,
         compute_dtype=choose_compute_dtype(config.model.compute_dtype, device),
-        device_type=device.type,  # type: ignore[arg-type]
-        device_batch_size=config.device_batch_size,
-        validation_rows=config.evaluation.num_rows,
-        evaluate_every_steps=config.evaluation.every_steps,
+        options=RowOptions(
+            device=detected_device(device),
+            device_batch_size=config.device_batch_size,
+            validation_rows=config.evaluation.num_rows,
+            evaluate_every_steps=config.evaluation.every_steps,
+        ),
     )
 
 

@@ -4,12 +4,14 @@ from nanochat_pl.planning.horizon import HorizonSettings, check_horizon, estimat
 from nanochat_pl.planning.make import hyperparameters, make_finetune_plan, make_plan
 from nanochat_pl.planning.plan import Derived, Plan
 from nanochat_pl.planning.render import PlanRow, plan_rows
+from nanochat_pl.planning.rows import RowOptions
 
 __all__ = [
     "Derived",
     "HorizonSettings",
     "Plan",
     "PlanRow",
+    "RowOptions",
     "check_horizon",
     "estimate_cpu_seconds",
     "hyperparameters",

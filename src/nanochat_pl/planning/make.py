@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Literal
 
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.model.accounting import count_parameters, flops_per_token
@@ -19,6 +18,7 @@ from nanochat_pl.optim.schedules import ScheduleSettings
 from nanochat_pl.optim.settings import RECIPE, Hyperparameters, OptimSettings, resolve_hyperparameters
 from nanochat_pl.planning.horizon import HorizonSettings
 from nanochat_pl.planning.plan import Plan
+from nanochat_pl.planning.rows import RowOptions, plan_rows_in_memory, plan_validation
 
 REFERENCE_DEPTH = 12
 REFERENCE_BATCH_TOKENS = 2**19
@@ -26,14 +26,8 @@ BATCH_EXPONENT = 0.383
 TOKENS_PER_PARAMETER = 12.0
 # Of a small corpus, the reference's batch would be a large part, and a run of a few epochs a handful of steps.
 MIN_STEPS_PER_EPOCH = 256
-
-VALIDATION_SHARE = 0.01  # of the training time
-MIN_VALIDATION_ROWS = 32
-MAX_VALIDATION_TOKENS = 80 * 2**19
-
-# Tokens of a micro-batch where the user does not say. A table of memory by hardware belongs here (not made yet).
-MICRO_BATCH_TOKENS = {"cpu": 2**12, "cuda": 2**16, "mps": 2**13}
-DeviceType = Literal["cpu", "cuda", "mps"]
+# Sections of a plan.
+MODEL, HORIZON, OPTIMIZER, VALIDATION = "Model", "Horizon and batch", "Optimizer", "Validation"
 
 
 def make_plan(
@@ -43,10 +37,7 @@ def make_plan(
     *,
     vocab_size: int,
     compute_dtype: DType = "float32",
-    device_type: DeviceType = "cpu",
-    device_batch_size: int | None = None,
-    validation_rows: int | None = None,
-    evaluate_every_steps: int = 250,
+    options: RowOptions | None = None,
     schedule: ScheduleSettings | None = None,
     tokens_at_hand: int | None = None,
 ) -> Plan:
@@ -55,8 +46,7 @@ def make_plan(
     Args:
         vocab_size: of the tokenizer.
         compute_dtype: of the model on this machine.
-        device_batch_size, validation_rows: the user's, or null for the plan's.
-        evaluate_every_steps: steps between validations; 0: one, at the end.
+        options: device, memory and validation.
         schedule: of the stage, where the plan is to tell how long its parts are.
         tokens_at_hand: training tokens that the data has, one epoch, where that is known: it bounds the batch.
 
@@ -67,10 +57,13 @@ def make_plan(
     reference = resolve_model(
         dataclasses.replace(model, depth=REFERENCE_DEPTH, num_kv_heads=None), vocab_size, compute_dtype
     )
-    plan = Plan()
+    plan, options = Plan(), options or RowOptions()
     _plan_model(plan, config, model)
+    plan.section = HORIZON
     _plan_horizon(plan, config, reference, horizon, tokens_at_hand)
     _plan_length(plan, horizon)
+    plan_rows_in_memory(plan, config, options)
+    plan.section = OPTIMIZER
     _plan_scales(plan)
     hyper = resolve_hyperparameters(
         optim,
@@ -81,7 +74,8 @@ def make_plan(
     )
     _plan_optimizer(plan, optim, hyper)
     _plan_schedule(plan, schedule)
-    _plan_rows(plan, device_type, device_batch_size, validation_rows, evaluate_every_steps)
+    plan.section = VALIDATION
+    plan_validation(plan, options)
     return plan
 
 
@@ -95,10 +89,7 @@ def make_finetune_plan(
     parent: Mapping[str, float],
     parent_batch_tokens: int,
     parent_name: str = "base",
-    device_type: DeviceType = "cpu",
-    device_batch_size: int | None = None,
-    validation_rows: int | None = None,
-    evaluate_every_steps: int = 250,
+    options: RowOptions | None = None,
     schedule: ScheduleSettings | None = None,
 ) -> Plan:
     """The plan of a stage that goes on from another one: its length comes from its rows, the rest from its parent.
@@ -112,8 +103,9 @@ def make_finetune_plan(
     Raises:
         UserError: as :func:`make_plan`; or the rows are fewer than one step takes.
     """
-    plan = Plan()
+    plan, options = Plan(), options or RowOptions()
     _plan_model(plan, config)
+    plan.section = HORIZON
     plan.derive("tokens_per_step_of_parent", parent_batch_tokens, f"the {parent_name} stage's total_batch_tokens")
     given = _given("total_batch_tokens", horizon.total_batch_tokens)
     batch = _plan_batch(plan, parent_batch_tokens, "tokens_per_step_of_parent", ("tokens_per_step_of_parent",), given)
@@ -129,12 +121,15 @@ def make_finetune_plan(
     formula = "num_rows * num_epochs // rows_per_step"
     plan.derive("num_steps", by_rows, formula, ("num_rows", "num_epochs", "rows_per_step"), _given_steps(plan, horizon))
     _plan_totals(plan)
+    plan_rows_in_memory(plan, config, options)
+    plan.section = OPTIMIZER
     hyper = resolve_hyperparameters(
         optim, width=config.width, compute_dtype=config.compute_dtype, parent=parent, parent_name=parent_name
     )
     _plan_optimizer(plan, optim, hyper)
     _plan_schedule(plan, schedule)
-    _plan_rows(plan, device_type, device_batch_size, validation_rows, evaluate_every_steps)
+    plan.section = VALIDATION
+    plan_validation(plan, options)
     return plan
 
 
@@ -155,6 +150,7 @@ def _given(key: str, value: float | None) -> tuple[str, float | None]:
 
 
 def _plan_model(plan: Plan, config: GPTConfig, settings: ModelSettings | None = None) -> None:
+    plan.section = MODEL
     plan.derive("depth", config.num_layers, "model.depth, the dial")
     if settings is None:
         plan.derive("width", config.width, "the parent's model")
@@ -307,33 +303,3 @@ def _plan_schedule(plan: Plan, schedule: ScheduleSettings | None) -> None:
         plan.derive("warmup_steps", schedule.warmup_steps, "schedule.warmup_steps")
         formula = f"round(schedule.warmdown_ratio {schedule.warmdown_ratio:g} * num_steps)"
         plan.derive("warmdown_steps", schedule.warmdown_steps(plan["num_steps"]), formula, ("num_steps",))
-
-
-def _plan_rows(
-    plan: Plan,
-    device_type: DeviceType,
-    device_batch_size: int | None,
-    validation_rows: int | None,
-    evaluate_every_steps: int,
-) -> None:
-    row, num_steps, rows_per_step = plan["sequence_len"], plan["num_steps"], plan["rows_per_step"]
-    micro_batch_tokens = MICRO_BATCH_TOKENS[device_type]
-    plan.derive(
-        "device_batch_size",
-        min(rows_per_step, max(1, micro_batch_tokens // row)),
-        f"rows of about {micro_batch_tokens:,} tokens ({device_type}), at most rows_per_step; memory, not results",
-        ("sequence_len", "rows_per_step"),
-        _given("device_batch_size", None if device_batch_size is None else min(device_batch_size, rows_per_step)),
-    )
-    plan.derive("evaluate_every_steps", evaluate_every_steps, "evaluation.every_steps; one more at the end")
-    num_evaluations = 1 + ((num_steps - 1) // evaluate_every_steps if evaluate_every_steps else 0)
-    # A forward pass is a third of a training step.
-    rows = int(3 * VALIDATION_SHARE * num_steps * rows_per_step / num_evaluations)
-    plan.derive(
-        "validation_rows",
-        max(1, min(max(rows, MIN_VALIDATION_ROWS), MAX_VALIDATION_TOKENS // row)),
-        f"all validations take {VALIDATION_SHARE:.0%} of the training FLOPs; at least {MIN_VALIDATION_ROWS} rows,"
-        f" at most {MAX_VALIDATION_TOKENS:,} tokens",
-        ("num_steps", "rows_per_step", "evaluate_every_steps", "sequence_len"),
-        _given("evaluation.num_rows", validation_rows),
-    )

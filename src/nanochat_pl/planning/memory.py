@@ -14,8 +14,8 @@ What is in memory when, on one device:
 - in the backward, at a layer: what earlier layers keep, what it keeps itself (computed again under checkpointing), the
   temporaries of its widest operation (the square in the feed-forward part: :func:`backward_temporaries`), and the
   gradients of all later layers;
-- in the optimizer's step: all gradients, and stacked copies of the largest group of matrices
-  (:func:`optimizer_temporaries`). No activations are left then.
+- in the optimizer's step: all gradients, and stacked copies of the largest group of matrices, be it Muon's or the
+  classic one's (:func:`optimizer_temporaries`). No activations are left then.
 
 The peak is the largest of these. It holds for eager execution; a compiled model fuses operations and keeps less. Not in
 it: what the libraries themselves take (some ten MB), a GPU's context and fragmentation: :data:`MARGIN` is for them.
@@ -26,6 +26,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from functools import lru_cache
 
 from nanochat_pl.common.settings import setting
 from nanochat_pl.model.accounting import DTYPE_BYTES, count_parameters, rotary_bytes, weight_bytes
@@ -44,6 +45,9 @@ class MemoryKnobs:
 
     activation_checkpointing: bool = setting(False, "Keep only what goes into each layer; compute the rest again.")
     loss_chunk_tokens: int | None = setting(None, "Tokens whose logits are in memory at once.", at_least=1)
+
+
+NO_KNOBS = MemoryKnobs()
 
 
 @dataclass(frozen=True)
@@ -93,9 +97,8 @@ def step_memory(
     rows: int,
     *,
     on_cpu: bool,
-    knobs: MemoryKnobs | None = None,
+    knobs: MemoryKnobs = NO_KNOBS,
     micro_batches: int = 1,
-    matrix_optimizer: str = "muon",
 ) -> StepMemory:
     """Memory of a training step.
 
@@ -104,9 +107,7 @@ def step_memory(
         rows: of a micro-batch (``device_batch_size``).
         on_cpu: attention and norm take other ways there than on a GPU.
         micro_batches: of a step; from the second on the gradients are there during forward and backward.
-        matrix_optimizer: both kinds take the same.
     """
-    knobs = knobs or MemoryKnobs()
     tokens, compute = rows * config.sequence_len, DTYPE_BYTES[config.compute_dtype]
     stream = tokens * config.width * compute
     layers = [kept_by_layer(config, layer, rows, on_cpu) for layer in range(config.num_layers)]
@@ -141,7 +142,7 @@ def step_memory(
 
 
 def largest_device_batch_size(
-    config: GPTConfig, memory_bytes: int, *, on_cpu: bool, knobs: MemoryKnobs, at_most: int, several: bool = True
+    config: GPTConfig, memory_bytes: int, *, on_cpu: bool, knobs: MemoryKnobs, at_most: int
 ) -> int:
     """The most rows whose step fits into a device's memory less :data:`MARGIN`; 0 where not one does.
 
@@ -176,7 +177,9 @@ def kept_by_layer(config: GPTConfig, layer: int, rows: int, on_cpu: bool) -> int
     heads, kv_heads, head = config.num_heads, config.num_kv_heads, config.head_dim
     per_token = compute * width if config.residual_lambdas and layer > 0 else 0
     per_token += 2 * (_norm_bytes(config, width, 1, on_cpu) + compute * width)
-    per_token += _norm_bytes(config, heads * head, heads, on_cpu) + _norm_bytes(config, kv_heads * head, kv_heads, on_cpu)
+    per_token += _norm_bytes(config, heads * head, heads, on_cpu) + _norm_bytes(
+        config, kv_heads * head, kv_heads, on_cpu
+    )
     if layer in config.value_embedding_layers:
         per_token += compute * kv_heads * (head + 2)
     per_token += 2 * compute * mlp
@@ -199,9 +202,7 @@ def _attention_bytes(config: GPTConfig, layer: int, on_cpu: bool) -> int:
     if not products and window >= length - 1:  # one fused call: queries, keys, values, its output, one sum per query
         keys = config.num_kv_heads * config.head_dim * length
         return compute * (queries + 2 * keys) + FLOAT * config.num_heads * length + output
-    blocks = band_blocks(length, window, products)
-    seen = sum(stop - first for _, stop, first in blocks)
-    pairs = sum((stop - start) * (stop - first) for start, stop, first in blocks)
+    seen, pairs = _seen_and_pairs(length, window, products)
     if products:  # per block copies of its queries, keys and values; the shares in float32, and cast where that differs
         copies = compute * (queries + 2 * config.num_kv_heads * config.head_dim * seen)
         return copies + config.num_heads * pairs * (FLOAT + (compute if compute < FLOAT else 0)) + output
@@ -215,8 +216,15 @@ def _mask_bytes(config: GPTConfig, layer: int, on_cpu: bool) -> int:
     products = on_cpu and length <= PRODUCTS_REACH
     if not products and window >= length - 1:
         return 0
-    pairs = sum((stop - start) * (stop - first) for start, stop, first in band_blocks(length, window, products))
-    return pairs * (1 if products else DTYPE_BYTES[config.compute_dtype])
+    return _seen_and_pairs(length, window, products)[1] * (1 if products else DTYPE_BYTES[config.compute_dtype])
+
+
+@lru_cache
+def _seen_and_pairs(length: int, window: int, with_products: bool) -> tuple[int, int]:
+    """Keys that the blocks of a band take, and pairs of a query and a key."""
+    blocks = band_blocks(length, window, with_products)
+    seen = sum(stop - first for _, stop, first in blocks)
+    return seen, sum((stop - start) * (stop - first) for start, stop, first in blocks)
 
 
 def _kept_outside(config: GPTConfig, rows: int, on_cpu: bool, checkpointing: bool) -> int:
@@ -250,10 +258,11 @@ def _backward_peak(
     """The largest moment of the layers' backward."""
     stream = rows * config.sequence_len * config.width * DTYPE_BYTES[config.compute_dtype]
     done = 0 if accumulated else FLOAT * config.padded_vocab_size * config.width
-    peak = 0
+    peak, before = 0, sum(kept)
     for layer in reversed(range(config.num_layers)):
         # The gradients of the stream itself, of the middle (backout) and of the first residual.
-        moment = outside + sum(kept[:layer]) + layers[layer] + 3 * stream + backward_temporaries(config, rows)
+        before -= kept[layer]
+        moment = outside + before + layers[layer] + 3 * stream + backward_temporaries(config, rows)
         peak = max(peak, moment + done)
         done += 0 if accumulated else FLOAT * _matrix_parameters(config, layer) + _value_embedding_bytes(config, layer)
     return peak

@@ -16,7 +16,8 @@ class Derived:
     """A value and its reason.
 
     ``inputs`` are the names and values that ``formula`` speaks of. Where the user (or an earlier stage) set the
-    value, ``overridden_by`` says how and ``by_formula`` is what it would have been.
+    value, ``overridden_by`` says how and ``by_formula`` is what it would have been. A null value is not known.
+    ``section`` is what it belongs to, for people.
     """
 
     value: Any
@@ -24,13 +25,18 @@ class Derived:
     inputs: dict[str, Any] = field(default_factory=dict)
     overridden_by: str | None = None
     by_formula: Any = None
+    section: str = ""
 
 
 @dataclass
 class Plan:
-    """Derived values by name, in the order in which they were derived. ``plan["num_steps"]`` is a value."""
+    """Derived values by name, in the order in which they were derived. ``plan["num_steps"]`` is a value.
+
+    ``section`` is that of the values that are derived next.
+    """
 
     values: dict[str, Derived] = field(default_factory=dict)
+    section: str = ""
 
     def __getitem__(self, name: str) -> Any:
         return self._find(name).value
@@ -57,9 +63,9 @@ class Plan:
         assert name not in self.values, name
         numbers = {each: self[each] for each in inputs}
         if given is None or given[1] is None:
-            self.values[name] = Derived(value, formula, numbers)
+            self.values[name] = Derived(value, formula, numbers, section=self.section)
         else:
-            self.values[name] = Derived(given[1], formula, numbers, overridden_by=given[0], by_formula=value)
+            self.values[name] = Derived(given[1], formula, numbers, given[0], value, self.section)
         return self.values[name].value
 
     def explain(self, name: str) -> str:
@@ -69,10 +75,11 @@ class Plan:
             UserError: there is no such value; names the nearest.
         """
         derived = self._find(name)
-        lines = [f"{name} = {show(derived.value)}", f"  formula: {derived.formula}"]
-        lines += [f"  with {each} = {show(value)}" for each, value in derived.inputs.items()]
+        lines = [f"{name} = {show(derived.value, name)}", f"  formula: {derived.formula}"]
+        lines += [f"  with {each} = {show(value, each)}" for each, value in derived.inputs.items()]
         if derived.overridden_by is not None:
-            lines.append(f"  overridden by {derived.overridden_by}; the formula gives {show(derived.by_formula)}")
+            by_formula = show(derived.by_formula, name)
+            lines.append(f"  overridden by {derived.overridden_by}; the formula gives {by_formula}")
         return "\n".join(lines)
 
     def to_inherit(self) -> dict[str, float]:
@@ -98,12 +105,14 @@ class Plan:
         return self.values[name]
 
 
-def show(value: Any) -> str:
-    """A value for people: thousands separated, floats with at most six digits."""
+def show(value: Any, name: str = "") -> str:
+    """A value for people: thousands separated, floats with at most six digits; bytes, seconds and FLOPs by its name."""
     if value is None:
-        return "none"
+        return "unknown"
     if isinstance(value, bool):
         return str(value).lower()
+    if isinstance(value, (int, float)) and (suffix := name.rpartition("_")[2]) in _SHOWN:
+        return _SHOWN[suffix](value)
     if isinstance(value, int):
         return f"{value:,}"
     if isinstance(value, float):
@@ -111,3 +120,24 @@ def show(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return " ".join(show(item) for item in value)
     return str(value)
+
+
+def _size(num_bytes: float) -> str:
+    for unit, power in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
+        if num_bytes >= 2**power:
+            return f"{num_bytes / 2**power:,.2f} {unit}"
+    return f"{num_bytes:,.0f} bytes"
+
+
+def _duration(seconds: float) -> str:
+    for unit, length, from_ in (("years", 365.25 * 86400, 2e8), ("days", 86400, 4e5), ("hours", 3600, 3600)):
+        if seconds >= from_:
+            return f"{seconds / length:,.1f} {unit}"
+    return f"{seconds / 60:,.0f} minutes" if seconds >= 60 else f"{seconds:,.1f} seconds"
+
+
+_SHOWN = {
+    "bytes": _size,
+    "seconds": _duration,
+    "flops": lambda flops: f"{flops:,.0f}" if flops < 1e9 else f"{flops:.4g}",
+}

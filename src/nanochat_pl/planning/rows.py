@@ -1,0 +1,91 @@
+"""How many rows are in memory at once, and how many are validated on: what the machine says to a plan."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nanochat_pl.model.config import GPTConfig
+from nanochat_pl.planning.devices import CPU, Device
+from nanochat_pl.planning.memory import MARGIN, NO_KNOBS, MemoryKnobs, largest_device_batch_size
+from nanochat_pl.planning.plan import Plan
+
+VALIDATION_SHARE = 0.01  # of the training time
+MIN_VALIDATION_ROWS = 32
+MAX_VALIDATION_TOKENS = 80 * 2**19
+
+# Tokens of a micro-batch where more are no faster; on a GPU memory alone decides.
+MICRO_BATCH_TOKENS = {"cpu": 2**12, "mps": 2**13}
+
+
+@dataclass(frozen=True)
+class RowOptions:
+    """What the plan of the rows depends on besides the model.
+
+    Attributes:
+        device: that trains.
+        knobs: what trades time for memory.
+        num_devices: data parallel: each takes its share of the rows of a step.
+        device_batch_size, validation_rows: the user's, or null for the plan's.
+        evaluate_every_steps: steps between validations; 0: one, at the end.
+    """
+
+    device: Device = CPU
+    knobs: MemoryKnobs = NO_KNOBS
+    num_devices: int = 1
+    device_batch_size: int | None = None
+    validation_rows: int | None = None
+    evaluate_every_steps: int = 250
+
+
+def plan_rows_in_memory(plan: Plan, config: GPTConfig, options: RowOptions) -> None:
+    """Add ``rows_per_device`` and ``device_batch_size``."""
+    formula = "rows_per_step / num_devices, rounded up"
+    if options.num_devices > 1:
+        plan.derive("num_devices", options.num_devices, "num_devices: each takes a share of every step's rows")
+        most = -(-plan["rows_per_step"] // options.num_devices)
+        plan.derive("rows_per_device", most, formula, ("rows_per_step", "num_devices"))
+    else:
+        most = plan["rows_per_step"]
+    rows, formula = _rows_that_fit(config, options, most)
+    given = options.device_batch_size
+    plan.derive(
+        "device_batch_size",
+        rows,
+        f"{formula}; at most those of a step; memory, not results",
+        ("sequence_len", "rows_per_step"),
+        (f"device_batch_size={given}", None if given is None else min(given, most)),
+    )
+
+
+def _rows_that_fit(config: GPTConfig, options: RowOptions, most: int) -> tuple[int, str]:
+    device, row = options.device, config.sequence_len
+    tokens = MICRO_BATCH_TOKENS.get(device.type)
+    fit = most
+    if device.memory_bytes is not None:
+        fit = largest_device_batch_size(
+            config, device.memory_bytes, on_cpu=device.type == "cpu", knobs=options.knobs, at_most=most
+        )
+    if tokens is None:
+        rows = 2 ** (max(1, fit).bit_length() - 1)
+        return rows, f"the largest power of two whose step fits into {1 - MARGIN:.0%} of the memory of {device.name}"
+    wanted = max(1, tokens // row)
+    if fit < min(wanted, most):
+        return max(1, fit), f"rows whose step fits into {1 - MARGIN:.0%} of the memory of {device.name}"
+    return min(most, wanted), f"rows of about {tokens:,} tokens ({device.type})"
+
+
+def plan_validation(plan: Plan, options: RowOptions) -> None:
+    """Add ``evaluate_every_steps`` and ``validation_rows``."""
+    every, num_steps, row = options.evaluate_every_steps, plan["num_steps"], plan["sequence_len"]
+    plan.derive("evaluate_every_steps", every, "evaluation.every_steps; one more at the end")
+    num_evaluations = 1 + ((num_steps - 1) // every if every else 0)
+    # A forward pass is a third of a training step.
+    rows = int(3 * VALIDATION_SHARE * num_steps * plan["rows_per_step"] / num_evaluations)
+    plan.derive(
+        "validation_rows",
+        max(1, min(max(rows, MIN_VALIDATION_ROWS), MAX_VALIDATION_TOKENS // row)),
+        f"all validations take {VALIDATION_SHARE:.0%} of the training FLOPs; at least {MIN_VALIDATION_ROWS} rows,"
+        f" at most {MAX_VALIDATION_TOKENS:,} tokens",
+        ("num_steps", "rows_per_step", "evaluate_every_steps", "sequence_len"),
+        (f"evaluation.num_rows={options.validation_rows}", options.validation_rows),
+    )
