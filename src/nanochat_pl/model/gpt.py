@@ -277,9 +277,10 @@ class GPT(nn.Module):
 
     def losses(self, ids: Tensor, targets: Tensor) -> Tensor:
         """Nats of each target: ids and targets int64 (B, T) → float32 (B, T), 0 where the target is ignored."""
-        hidden, goals = self.hidden(ids).flatten(0, 1), targets.flatten()
-        pieces = zip(*(t.chunk(self._loss_pieces(targets)) for t in (hidden, goals)), strict=True)
-        losses = [token_losses(self._raw_logits(x), goal, self.config.softcap) for x, goal in pieces]
+        pieces = (
+            tensor.split(self.loss_chunk_tokens) for tensor in (self.hidden(ids).flatten(0, 1), targets.flatten())
+        )
+        losses = [token_losses(self._raw_logits(x), goal, self.config.softcap) for x, goal in zip(*pieces, strict=True)]
         return torch.cat(losses).view_as(targets)
 
     def weighted_loss(self, ids: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -291,17 +292,17 @@ class GPT(nn.Module):
         """
         if weights is None:
             weights = torch.ones_like(targets, dtype=torch.float32)
+        if not torch.is_grad_enabled():
+            return (self.losses(ids, targets) * weights).sum()
         return weighted_nats(
             self.hidden(ids).flatten(0, 1),
-            self.lm_head.weight[: self.config.vocab_size],
+            self.lm_head.weight,
             targets.flatten(),
             weights.flatten(),
-            self.config.softcap,
-            self._loss_pieces(targets),
+            vocab_size=self.config.vocab_size,
+            cap=self.config.softcap,
+            chunk_tokens=self.loss_chunk_tokens,
         )
-
-    def _loss_pieces(self, targets: Tensor) -> int:
-        return -(-targets.numel() // self.loss_chunk_tokens)
 
     def _embed(self, ids: Tensor) -> Tensor:
         return norm(self.transformer["wte"](ids).to(self.compute_dtype))

@@ -9,11 +9,12 @@ neither are there ever logits of all tokens, nor is any matrix product done twic
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from nanochat_pl.common.constants import IGNORE_INDEX
 
@@ -52,63 +53,108 @@ def token_losses(raw: Tensor, targets: Tensor, cap: float) -> Tensor:
     return torch.where(targets != IGNORE_INDEX, capped.exp().sum(dim=-1).log() - of_target, 0.0)
 
 
-def weighted_nats(hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor, cap: float, pieces: int) -> Tensor:
+def weighted_nats(
+    hidden: Tensor,
+    head: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    *,
+    vocab_size: int,
+    cap: float,
+    chunk_tokens: int,
+) -> Tensor:
     """Sum over the targets of weight times nats, with gradients for ``hidden`` and ``head``.
 
     Args:
         hidden: (N, C), what the head reads.
-        head: float32 (V, C); it is cast to the type of ``hidden``.
+        head: float32 (V or more, C): rows from V on are padding. It is cast to the type of ``hidden``.
         targets: int64 (N,); ``IGNORE_INDEX`` where nothing is to be learnt.
         weights: float32 (N,); they get no gradient.
+        vocab_size: V.
         cap: of the softcap.
-        pieces: to cut the tokens into.
+        chunk_tokens: tokens whose logits are there at once.
 
     Returns:
         A float32 scalar.
     """
-    total: Tensor = _WeightedNats.apply(hidden, head, targets, weights, cap, pieces)
+    pieces = -(-len(hidden) // chunk_tokens)
+    compiled = torch.compiler.is_compiling()
+    total: Tensor = _nats_with_gradients(hidden, head, targets, weights, vocab_size, cap, pieces, compiled)[0]
     return total
 
 
-class _WeightedNats(torch.autograd.Function):
-    """The gradients are computed in the forward; the backward only scales them."""
+# An operation of its own, so that a compiler does not unroll the pieces into one long graph: that would take minutes to
+# compile. The compiler is given the work on a piece.
+@torch.library.custom_op("nanochat_pl::nats_with_gradients", mutates_args=())
+def _nats_with_gradients(
+    hidden: Tensor,
+    head: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    vocab_size: int,
+    cap: float,
+    pieces: int,
+    compiled: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The sum (), and its gradients by hidden and head, of their shapes and types."""
+    weights = torch.where(targets != IGNORE_INDEX, weights, 0.0)
+    piece_of = _compiled_piece() if compiled else _piece
+    matrix = head[:vocab_size].to(hidden.dtype)
+    total, of_hidden, of_head = weights.new_zeros(()), torch.empty_like(hidden), torch.zeros_like(head)
+    of_matrix = of_head[:vocab_size]
+    tensors = (hidden, targets.clamp(min=0), weights, of_hidden)
+    for x, target, weight, of_x in zip(*(tensor.chunk(pieces) for tensor in tensors), strict=True):
+        nats, of_logits = piece_of(x @ matrix.T, target, weight, cap)
+        total += nats
+        torch.mm(of_logits, matrix, out=of_x)
+        # The pieces are summed in the type in which the weight is kept.
+        if of_matrix.dtype == of_logits.dtype:
+            of_matrix.addmm_(of_logits.T, x)
+        else:
+            of_matrix += of_logits.T @ x
+    return total, of_hidden, of_head
 
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor, cap: float, pieces: int
-    ) -> Tensor:
-        weights = torch.where(targets != IGNORE_INDEX, weights, 0.0)
-        matrix = head.to(hidden.dtype)
-        total, of_hidden = weights.new_zeros(()), []
-        of_head = torch.zeros_like(head)
-        for x, target, weight in zip(*(t.chunk(pieces) for t in (hidden, targets, weights)), strict=True):
-            nats, of_logits = _nats_and_gradient(x @ matrix.T, target.clamp(min=0), weight, cap)
-            total += (weight * nats).sum()
-            of_hidden.append(of_logits @ matrix)
-            # The pieces are summed in the type in which the weight is kept.
-            if of_head.dtype == of_logits.dtype:
-                of_head.addmm_(of_logits.T, x)
-            else:
-                of_head += of_logits.T @ x
-        ctx.save_for_backward(torch.cat(of_hidden), of_head)
-        return total
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        of_hidden, of_head = ctx.saved_tensors
-        return of_hidden * gradient.to(of_hidden.dtype), of_head * gradient, None, None, None, None
+@_nats_with_gradients.register_fake
+def _(
+    hidden: Tensor,
+    head: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    vocab_size: int,
+    cap: float,
+    pieces: int,
+    compiled: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return weights.new_empty(()), torch.empty_like(hidden), torch.empty_like(head)
 
 
-def _nats_and_gradient(raw: Tensor, targets: Tensor, weights: Tensor, cap: float) -> tuple[Tensor, Tensor]:
-    """Nats (n,) of targets (n,), and the gradient of their weighted sum by the raw logits (n, V), in their type."""
-    ratio = torch.tanh(_precise(raw) * (1 / cap))
-    exponentials = (cap * ratio).exp()
+def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(output[1], output[2])
+
+
+def _scale_gradients(ctx: Any, gradient: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+    of_hidden, of_head = ctx.saved_tensors
+    return of_hidden * gradient.to(of_hidden.dtype), of_head * gradient, *[None] * 6
+
+
+_nats_with_gradients.register_autograd(_scale_gradients, setup_context=_keep_gradients)
+
+
+def _piece(raw: Tensor, targets: Tensor, weights: Tensor, cap: float) -> tuple[Tensor, Tensor]:
+    """Weighted nats () of targets (n,), and their gradient by the raw logits (n, V), which are used up."""
+    ratio = _precise(raw).mul_(1 / cap).tanh_()
+    of_target = ratio.gather(1, targets[:, None])[:, 0]
+    exponentials = (ratio * cap).exp_()
     sums = exponentials.sum(dim=-1)
-    index = targets[:, None]
-    ratio_of_target = ratio.gather(1, index)[:, 0]
-    nats = sums.log() - cap * ratio_of_target
-    # Of the softcap: 1 - ratio². Of the cross entropy: the probability, and one less at the target.
-    gradient = (exponentials * (weights / sums)[:, None] * (1 - ratio.square())).to(raw.dtype)
-    at_target = weights * torch.expm1(-nats) * (1 - ratio_of_target.square())
-    return nats, gradient.scatter_(1, index, at_target.to(raw.dtype)[:, None])
+    nats = sums.log() - cap * of_target
+    # Of the cross entropy: the probability, and one less at the target. Of the softcap: 1 - ratio².
+    at_target = weights * torch.expm1(-nats) * (1 - of_target.square())
+    gradient = exponentials.mul_((weights / sums)[:, None]).mul_(ratio.square_().neg_().add_(1)).to(raw.dtype)
+    return (weights * nats).sum(), gradient.scatter_(1, targets[:, None], at_target.to(raw.dtype)[:, None])
+
+
+@functools.cache
+def _compiled_piece() -> Callable[..., tuple[Tensor, Tensor]]:
+    return torch.compile(_piece, dynamic=False)
