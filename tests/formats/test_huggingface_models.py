@@ -116,6 +116,15 @@ def test_loss_is_ours(exported: Exported) -> None:
     torch.testing.assert_close(exported.model(ids, labels=labels).loss, expected, atol=1e-5, rtol=0)
 
 
+def test_trains_after_inference(exported: Exported) -> None:
+    """Tables that were made under inference_mode could not be used by a backward."""
+    model, ids = exported.load(), ids_of(exported, 1, 10)
+    with torch.inference_mode():
+        model(ids)
+    model.train()(ids, labels=ids).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
 def test_greedy_text_is_that_of_our_engine(exported: Exported) -> None:
     tokenizer = exported.bundle.tokenizer
     assert tokenizer is not None

@@ -274,15 +274,20 @@ class NanoChatPLForCausalLM(PreTrainedModel, GenerationMixin):
         """Cosines and sines (rotary_reach, D/2), made on the CPU in float32 as in the training; kept for later."""
         dtype = cast(nn.Embedding, self.transformer["wte"]).weight.dtype
         if self._tables is None or self._tables[0].device != device or self._tables[0].dtype != dtype:
-            config = self.config
-            exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu") / config.head_dim
-            positions = torch.arange(config.rotary_reach, dtype=torch.float32, device="cpu")
-            angles = torch.outer(positions, 1.0 / (config.rotary_base**exponents))
-            tables = [angles.cos(), angles.sin()]
-            if config.rotary_bfloat16:
-                tables = [table.bfloat16() for table in tables]
-            self._tables = tables[0].to(device, dtype), tables[1].to(device, dtype)
+            # Also where the first use is under inference_mode: a training may follow.
+            with torch.inference_mode(False):
+                self._tables = self._new_tables(device, dtype)
         return self._tables
+
+    def _new_tables(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        config = self.config
+        exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu") / config.head_dim
+        positions = torch.arange(config.rotary_reach, dtype=torch.float32, device="cpu")
+        angles = torch.outer(positions, 1.0 / (config.rotary_base**exponents))
+        tables = [angles.cos(), angles.sin()]
+        if config.rotary_bfloat16:
+            tables = [table.bfloat16() for table in tables]
+        return tables[0].to(device, dtype), tables[1].to(device, dtype)
 
 
 def _mask(real: Tensor, past: int, window: int) -> Tensor:
