@@ -132,7 +132,7 @@ class GPT(nn.Module):
         compute_dtype: type of the activations; ``config.compute_dtype`` by default.
         activation_checkpointing: for training keep only what goes into each block, and compute the rest of it again in
             the backward.
-        loss_chunk_tokens: tokens whose logits are in memory at once in the loss; None: as suits the vocabulary.
+        loss_chunk_tokens: tokens whose logits are in memory at once in the loss; None: as suits vocabulary and device.
     """
 
     cos: Tensor
@@ -148,7 +148,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.activation_checkpointing = activation_checkpointing
-        self.loss_chunk_tokens = loss_chunk_tokens or default_chunk_tokens(config.vocab_size)
+        self.loss_chunk_tokens = loss_chunk_tokens
         self.compute_dtype = compute_dtype or TORCH_DTYPES[config.compute_dtype]
         kept = TORCH_DTYPES[config.embedding_dtype]
         with torch.device("meta"):
@@ -277,9 +277,8 @@ class GPT(nn.Module):
 
     def losses(self, ids: Tensor, targets: Tensor) -> Tensor:
         """Nats of each target: ids and targets int64 (B, T) → float32 (B, T), 0 where the target is ignored."""
-        pieces = (
-            tensor.split(self.loss_chunk_tokens) for tensor in (self.hidden(ids).flatten(0, 1), targets.flatten())
-        )
+        chunk = self._chunk_tokens()
+        pieces = (tensor.split(chunk) for tensor in (self.hidden(ids).flatten(0, 1), targets.flatten()))
         losses = [token_losses(self._raw_logits(x), goal, self.config.softcap) for x, goal in zip(*pieces, strict=True)]
         return torch.cat(losses).view_as(targets)
 
@@ -301,8 +300,11 @@ class GPT(nn.Module):
             weights.flatten(),
             vocab_size=self.config.vocab_size,
             cap=self.config.softcap,
-            chunk_tokens=self.loss_chunk_tokens,
+            chunk_tokens=self._chunk_tokens(),
         )
+
+    def _chunk_tokens(self) -> int:
+        return self.loss_chunk_tokens or default_chunk_tokens(self.config.vocab_size, self.device.type == "cpu")
 
     def _embed(self, ids: Tensor) -> Tensor:
         return norm(self.transformer["wte"](ids).to(self.compute_dtype))

@@ -17,6 +17,7 @@ from nanochat_pl.common.files import write_json
 from nanochat_pl.common.run_folder import StageFolder
 from nanochat_pl.common.settings import to_plain
 from nanochat_pl.data.opening import open_source
+from nanochat_pl.model.loss import default_chunk_tokens
 from nanochat_pl.planning import Plan, hyperparameters
 from nanochat_pl.training.datamodule import RowsDataModule
 from nanochat_pl.training.evaluation import Samples
@@ -100,7 +101,9 @@ def _require_short_prompts(config: TrainConfig, prepared: Prepared) -> None:
 
 
 def _make_stage(config: TrainConfig, machine: Machine, prepared: Prepared) -> TrainingStage:
-    plan = prepared.plan
+    plan, trainer = prepared.plan, config.trainer
+    on_cpu = machine.device.type == "cpu"
+    chunk_tokens = trainer.loss_chunk_tokens or default_chunk_tokens(prepared.model.vocab_size, on_cpu)
     recipe = StageRecipe(
         model=dataclasses.replace(prepared.model, compute_dtype=machine.compute_dtype),
         hyperparameters=hyperparameters(plan, config.optim, machine.compute_dtype),
@@ -109,6 +112,8 @@ def _make_stage(config: TrainConfig, machine: Machine, prepared: Prepared) -> Tr
         device_batch_size=plan["device_batch_size"],
         seed=config.seed,
         compile=machine.compile,
+        activation_checkpointing=trainer.activation_checkpointing,
+        loss_chunk_tokens=chunk_tokens,
         init=config.model.init,
         identity={
             "steps": plan["num_steps"],
@@ -116,7 +121,12 @@ def _make_stage(config: TrainConfig, machine: Machine, prepared: Prepared) -> Tr
             "data": prepared.data["fingerprint"],
             "tokenizer": prepared.tokenizer.fingerprint,
         },
-        choices={**machine.choices(), "device_batch_size": plan["device_batch_size"]},
+        choices={
+            **machine.choices(),
+            "device_batch_size": plan["device_batch_size"],
+            "activation_checkpointing": trainer.activation_checkpointing,
+            "loss_chunk_tokens": chunk_tokens,
+        },
     )
     if prepared.weights is None:
         return BaseStage(recipe)

@@ -39,6 +39,12 @@ class TrainerSettings:
     num_threads: int | None = setting(None, "CPU threads of torch; null: as torch decides.", at_least=1, at_most=1024)
     compile: bool | Literal["auto"] = setting("auto", "torch.compile the model; auto: where a compiler is at hand.")
     deterministic: bool = setting(False, "Only algorithms that give the same bits again (a CPU always does).")
+    activation_checkpointing: bool = setting(
+        False, "Keep only what goes into each block and compute the rest again: less memory, a quarter more time."
+    )
+    loss_chunk_tokens: int | None = setting(
+        None, "Tokens whose logits are in memory at once; null: as suits vocabulary and device.", at_least=1
+    )
     num_workers: int = setting(0, "Loader processes that read rows ahead of the training.", at_least=0, at_most=64)
     log_every_steps: int = setting(1, "Steps between two lines of metrics.", at_least=1)
     checkpoint_every_steps: int = setting(100, "Steps between two resume files.", at_least=1)

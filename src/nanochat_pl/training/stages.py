@@ -28,6 +28,8 @@ class StageRecipe:
     device_batch_size: int
     seed: int
     compile: bool
+    activation_checkpointing: bool = False
+    loss_chunk_tokens: int | None = None
     init: InitSettings = field(default_factory=InitSettings)
     # What rows and length of the run come from: a resumed run must have the same.
     identity: dict[str, Any] = field(default_factory=dict)
@@ -51,7 +53,12 @@ class TrainingStage(LightningModule):
     def configure_model(self) -> None:
         """Build the model on the training device, with its first weights."""
         if self.net is None:
-            self.net = GPT(self.recipe.model).materialise(self.device)
+            recipe = self.recipe
+            self.net = GPT(
+                recipe.model,
+                activation_checkpointing=recipe.activation_checkpointing,
+                loss_chunk_tokens=recipe.loss_chunk_tokens,
+            ).materialise(self.device)
             self.first_weights(self.net)
             loss = self.net.weighted_loss
             # A plain function in a tuple: modules or bound methods as attributes would double the state dict's keys.
