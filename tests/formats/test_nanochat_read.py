@@ -223,6 +223,19 @@ def test_a_width_on_the_dial_has_its_settings(depth: int, heads: int, head_dim: 
     assert resolve_model(model_settings(there, "nanochat", True), 300, "float32") == resolve(there, "nanochat", 320)
 
 
+def test_views_of_larger_tensors(golden: Path, tmp_path: Path) -> None:
+    """A file may keep a whole storage for a slice, or a tensor that is not contiguous."""
+    source = copy(golden, "era_oct2025", tmp_path)
+    wide, turned = "transformer.wte.weight", "lm_head.weight"
+
+    def views(state: dict[str, torch.Tensor]) -> None:
+        state[wide] = torch.cat([state[wide], state[wide]])[:640]
+        state[turned] = state[turned].t().contiguous().t()
+
+    edit_state(source, views)
+    assert_era_is_golden(net_of(read_nanochat(source), tmp_path / "bundle"), golden / "era_oct2025")
+
+
 def test_numbers_that_json_does_not_have(golden: Path, tmp_path: Path) -> None:
     source = copy(golden, "era_oct2025", tmp_path)
     path = only(source, "meta_*.json")

@@ -76,6 +76,7 @@ def test_a_tensor_file_that_would_run_a_command(source: Path, tmp_path: Path, na
         (b"", "ends too early"),
         (b"\x80\x04garbage", "damaged, or no pickle"),
         (b"\x80\x04K\x01r\xff\xff\xff\x7f.", "is no tokenizer"),  # a memo slot for which C would take gigabytes
+        (b"\x80\x05\x96" + (2**40).to_bytes(8, "little") + b"abc.", "damaged, or no pickle"),  # a terabyte
         (pickle.dumps({"name": "x"}), "is no tokenizer"),
         (pickle.dumps("gpt2"), "is no tokenizer"),
         (b"ctiktoken.core\nEncoding\n.", "is no tokenizer"),

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from nanochat_pl.bundle import StageInfo, load_bundle, save_bundle
 from nanochat_pl.bundle.bundle import load_weights
@@ -203,3 +204,38 @@ def edit_origin(bundle: Path, **changes: Any) -> None:
     stage = json.loads(path.read_text(encoding="utf-8"))
     stage["origin"].update(changes)
     path.write_text(json.dumps(stage), encoding="utf-8")
+
+
+def test_moments_of_another_model_are_refused(golden: Path, tmp_path: Path) -> None:
+    bundle = save_imported(read_nanochat(golden / "nanochat_trained"), tmp_path / "bundle")
+    moments = load_file(bundle / "optimizer.safetensors")
+    del moments["lm_head.weight.exp_avg"]
+    save_file(moments, bundle / "optimizer.safetensors")
+    with pytest.raises(UserError, match=r"lm_head\.weight\.exp_avg"):
+        write_nanochat(bundle, tmp_path / "again")
+    edit_origin(bundle, optimizer_groups=[])
+    (bundle / "optimizer.safetensors").unlink()
+    again = write_nanochat(bundle, tmp_path / "again")  # the weights alone
+    assert list(again.rglob("optim*")) == []
+
+
+def test_the_optimizer_file_of_our_own_loads_into_an_optimizer_of_its_groups(tmp_path: Path) -> None:
+    """As the reference reads it: numbers of groups and parameters, and every setting of a group."""
+    config = resolve_model(ModelSettings(depth=2, aspect_ratio=16, head_dim=16, sequence_len=128), 300, "float32")
+    net = init_weights(GPT(config).materialise())
+    hyper = resolve_hyperparameters(OptimSettings(), width=config.width)
+    moments = build_optimizer(net.named_parameters(), parameter_roles(net), hyper).moments_by_name()
+    plan = {"matrix_lr": {"value": 0.5, "formula": ""}}
+    info = StageInfo(stage="base", step=1, plan=plan)
+    again = write_nanochat(save_bundle(tmp_path / "b", info, net=net, moments=moments), tmp_path / "again")
+    content = torch.load(only(again, "optim_*.pt"), weights_only=True)
+    golden_keys = {
+        "adamw": {"kind", "lr", "betas", "eps", "weight_decay", "initial_lr", "params"},
+        "muon": {"kind", "lr", "momentum", "ns_steps", "beta2", "weight_decay", "initial_lr", "params"},
+    }
+    assert all(set(group) == golden_keys[group["kind"]] for group in content["param_groups"])
+    assert content["param_groups"][-1]["initial_lr"] == 0.5
+    numbers = [number for group in content["param_groups"] for number in group["params"]]
+    assert numbers == list(range(len(list(net.parameters()))))
+    meta = json.loads(only(again, "meta_*.json").read_text(encoding="utf-8"))
+    assert meta["model_config"]["n_embd"] == 32 and meta["user_config"] == {"matrix_lr": 0.5}

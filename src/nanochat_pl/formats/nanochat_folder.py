@@ -61,11 +61,6 @@ class Checkpoint:
         return f"{stage}step={self.step}"
 
 
-def is_nanochat(source: Path) -> bool:
-    """Whether a folder has checkpoints of nanochat in it."""
-    return source.is_dir() and bool(list_checkpoints(source))
-
-
 def list_checkpoints(source: Path) -> list[Checkpoint]:
     """All checkpoints of a base folder, of one of its stages, or of a folder with checkpoints alone; sorted."""
     stages = {folder: stage for stage, folder in STAGE_FOLDERS.items()}

@@ -88,7 +88,11 @@ def write_moments(net: GPT, moments: Mapping[str, Tensor], groups: list[dict[str
         moments: by our names.
         groups: settings of the groups, in the reference's order, without ``params``.
         step_is_tensor: whether the number of steps is a tensor there, or a plain number.
+
+    Raises:
+        UserError: they are not the moments, or not the groups, of this model.
     """
+    _require_moments(net, moments, len(groups))
     state: dict[int, dict[str, Any]] = {}
     param_groups = []
     for (first, expected), settings in zip(_numbered(reference_groups(net)), groups, strict=True):
@@ -106,6 +110,18 @@ def write_moments(net: GPT, moments: Mapping[str, Tensor], groups: list[dict[str
                 **{there: moments[f"{name}.{here}"] for there, here in ADAMW.items()},
             }
     return {"state": state, "param_groups": param_groups}
+
+
+def _require_moments(net: GPT, moments: Mapping[str, Tensor], num_groups: int) -> None:
+    expected = reference_groups(net)
+    kinds = {"adamw": ("step", *ADAMW.values()), "muon": tuple(MUON.values())}
+    names = {f"{name}.{moment}" for group in expected for name in group["names"] for moment in kinds[group["kind"]]}
+    if names != moments.keys() or num_groups != len(expected):
+        unlike = sorted(names ^ moments.keys())
+        raise UserError(
+            f"optimizer state: is not that of this model: {unlike[0] if unlike else f'{num_groups} groups'} …",
+            fix="Without optimizer.safetensors in the bundle's folder, the weights alone are written.",
+        )
 
 
 def groups_by_role(net: GPT, groups: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:

@@ -30,7 +30,9 @@ class NanochatOrigin:
     meta: dict[str, Any] = setting(doc="All values of the meta file, also those that mean nothing here.")
     names: list[str] = setting(doc="Of the tensors, in their order.", max_length=10**5)
     tokenizer_name: str | None = setting(None, "Of the pickled encoding.", max_length=1000)
-    optimizer_groups: list[Any] | None = setting(None, "Settings of the optimizer's groups.", max_length=10**4)
+    optimizer_groups: list[dict[str, Any]] | None = setting(
+        None, "Settings of the optimizer's groups.", max_length=10**4
+    )
     step_is_tensor: bool = setting(False, "Whether the optimizer's number of steps is a tensor.")
 
 

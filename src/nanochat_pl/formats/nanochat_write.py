@@ -166,7 +166,7 @@ def _named(weights: dict[str, Tensor], origin: NanochatOrigin | None) -> dict[st
 
 def _meta(stage: StageInfo, there: ReferenceConfig) -> dict[str, Any]:
     """The meta file of a model that does not come from nanochat, as its later stages ask for it."""
-    values = {name: stage.plan[name].get("value") for name in stage.plan if isinstance(stage.plan[name], dict)}
+    values = _planned(stage)
     return {
         "step": stage.step,
         "val_bpb": stage.metrics.get("val/bpb"),
@@ -185,8 +185,13 @@ def _optimizer(net: GPT, stage: StageInfo, origin: NanochatOrigin | None, moment
             for group in origin.optimizer_groups
         ]
         return write_moments(net, moments, groups, origin.step_is_tensor)
-    final = {name: stage.plan[name]["value"] for name in RECIPE if isinstance(stage.plan.get(name), dict)}
+    final = {name: value for name, value in _planned(stage).items() if name in RECIPE}
     return write_moments(net, moments, recipe_groups(net, final), step_is_tensor=False)
+
+
+def _planned(stage: StageInfo) -> dict[str, Any]:
+    """The values of the stage's plan by name."""
+    return {name: derived.get("value") for name, derived in stage.plan.items() if isinstance(derived, dict)}
 
 
 def _write_tokenizer(folder: Path, tokenizer: Tokenizer, origin: NanochatOrigin | None) -> None:

@@ -13,7 +13,7 @@ import struct
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import tiktoken
 import torch
@@ -47,6 +47,7 @@ _DAMAGED = (
     TypeError,
     ValueError,
 )
+_BYTEARRAY8 = 0x96
 _COPY_AGAIN = "Copy it again from where it came."
 
 
@@ -98,6 +99,9 @@ class _Refused(Exception):
 
 class _Unpickler(pickle._Unpickler):
     """The machine in Python: the one in C takes gigabytes for a file of some bytes that names a high memo slot."""
+
+    # The one instruction that takes memory for a length before it has seen the bytes; a tokenizer has no use for it.
+    dispatch: ClassVar = {code: act for code, act in pickle._Unpickler.dispatch.items() if code != _BYTEARRAY8}
 
     def find_class(self, module: str, name: str) -> type:
         if (module, name) == ENCODING:
