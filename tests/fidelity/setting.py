@@ -1,0 +1,150 @@
+"""The small training that all figures of this folder come from: the same text and weights on every machine.
+
+Twenty steps of THE training step with MuonAdamW on rows of an invented language: no file and no network is needed, and
+nothing depends on the version of Python. B rows of a batch, T positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+import random
+from bisect import bisect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from nanochat_pl.model.config import DType, GPTConfig, ModelSettings, resolve_model
+from nanochat_pl.model.gpt import GPT, TORCH_DTYPES, parameter_roles
+from nanochat_pl.model.init import init_weights
+from nanochat_pl.optim import OptimSettings, ScheduleSettings, build_optimizer, resolve_hyperparameters
+from nanochat_pl.training.step import StepBatch, micro_batches, training_step
+
+NUM_STEPS = 20
+SEEDS = (0, 1, 2, 3, 4)
+VOCAB_SIZE = 1000
+ROWS_PER_STEP = 4
+# Windows of 128 and 256, grouped queries, a padded vocabulary: all that the current generation has.
+MODEL = ModelSettings(depth=4, aspect_ratio=32, head_dim=32, num_kv_heads=2, sequence_len=256)
+OPTIM = OptimSettings(
+    matrix_lr=0.003, embedding_lr=0.026, unembedding_lr=0.001, scalar_lr=0.04, smear_lr=0.05, weight_decay=0.05
+)
+SCHEDULE = ScheduleSettings(warmup_steps=5)
+# Deviation of what is added to every first weight. With the recipe's own, the gradients of the residual factors are
+# zero but for rounding (every layer adds nothing, and the last norm takes any factor away), AdamW makes whole steps of
+# that, and the curves of two correct machines part by hundredths of a nat.
+AWAY = 0.02
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def model_config(dtype: DType) -> GPTConfig:
+    """The model, computing in ``dtype``."""
+    return resolve_model(MODEL, VOCAB_SIZE, dtype)
+
+
+@functools.cache
+def batches(seed: int) -> tuple[StepBatch, ...]:
+    """The rows of each step, and of one more: int64 (ROWS_PER_STEP, T)."""
+    words, length = language(seed), MODEL.sequence_len + 1
+    rows = torch.tensor([next(words) for _ in range((NUM_STEPS + 1) * ROWS_PER_STEP * length)])
+    steps = rows.view(NUM_STEPS + 1, ROWS_PER_STEP, length)
+    return tuple(StepBatch(part[:, :-1], part[:, 1:], part[:, 1:].numel()) for part in steps)
+
+
+def language(seed: int) -> Iterator[int]:
+    """Tokens of documents without end; 0 begins a document.
+
+    Words are as unevenly frequent as in a real text (Zipf), half of them follow from the word before, and phrases of a
+    document come again.
+    """
+    draw = random.Random(seed).random  # the one method that gives the same numbers in every version of Python
+    cumulative = list(accumulate(1 / (rank + 2) for rank in range(VOCAB_SIZE - 1)))
+    while True:
+        document = [0]
+        for _ in range(20 + int(300 * draw())):
+            kind = draw()
+            if kind < 0.5:
+                document.append(1 + document[-1] * 7919 % 641 * int(1 + 3 * draw()) % (VOCAB_SIZE - 1))
+            elif kind < 0.9 or len(document) < 9:
+                document.append(1 + bisect(cumulative, draw() * cumulative[-1], hi=VOCAB_SIZE - 2))
+            else:
+                place = int(draw() * (len(document) - 8))
+                document += document[place : place + 8]
+        yield from document
+
+
+def first_net(seed: int, dtype: DType, net: GPT | None = None, jitter: int = 0) -> GPT:
+    """A network with its first weights.
+
+    Args:
+        net: an older one to take instead of a new one (a compiled function belongs to its network).
+        jitter: changes every weight by some millionth of it, seeded so; 0: does not. All but the rounding stays.
+    """
+    net = init_weights(net or GPT(model_config(dtype)).materialise(), seed)
+    away, factors = (torch.Generator().manual_seed(number) for number in (seed, jitter))
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter += AWAY * torch.randn(parameter.shape, generator=away)
+            if jitter:
+                parameter *= 1 + 1e-6 * torch.randn(parameter.shape, generator=factors)
+    return net
+
+
+class Training:
+    """What :func:`training_step` needs of a stage, without Lightning."""
+
+    def __init__(
+        self,
+        seed: int,
+        dtype: DType,
+        net: GPT | None = None,
+        loss: Loss | None = None,
+        device_batch_size: int = 2,
+        jitter: int = 0,
+    ) -> None:
+        self.net = first_net(seed, dtype, net, jitter)
+        hyper = resolve_hyperparameters(OPTIM, width=self.net.config.width, compute_dtype=dtype)
+        self.optimizer = build_optimizer(self.net.named_parameters(), parameter_roles(self.net), hyper)
+        self.optimizer.allocate_state()
+        self.schedule, self.num_steps, self.global_step = SCHEDULE, NUM_STEPS, 0
+        self.device, self.device_batch_size = torch.device("cpu"), device_batch_size
+        self.weighted_loss = loss or self.net.weighted_loss
+        self.manual_backward = Tensor.backward
+        self.batches = batches(seed)
+
+    def between_micro_batches(self, part: int) -> None:
+        """Nobody looks in."""
+
+    def losses(self) -> Iterator[float]:
+        """Train; gives the loss of each step in nats per target."""
+        while self.global_step < NUM_STEPS:
+            yield training_step(self, self.batches[self.global_step]).item()  # type: ignore[arg-type]
+            self.global_step += 1
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Of the step's loss, with the first weights and a batch of their own: float64, all parameters of a role flat."""
+
+    token_losses: Tensor
+    by_role: dict[str, Tensor]
+
+
+def gradients(seed: int, dtype: DType, net: GPT | None = None, loss: Loss | None = None) -> Gradients:
+    """Losses of each token and gradients, computed in ``dtype``."""
+    net = first_net(seed, dtype, net).set_compute_dtype(TORCH_DTYPES[dtype])
+    batch, by_role = batches(seed)[NUM_STEPS], {}
+    with torch.no_grad():
+        token_losses = net.losses(batch.inputs, batch.targets).double()
+    net.zero_grad(set_to_none=True)
+    for inputs, targets in micro_batches(batch, device_batch_size=2):
+        ((loss or net.weighted_loss)(inputs, targets) / batch.num_targets).backward()
+    for name, role in parameter_roles(net).items():
+        gradient = net.get_parameter(name).grad
+        assert gradient is not None
+        by_role.setdefault(role, []).append(gradient.double().flatten())
+    net.zero_grad(set_to_none=True)
+    return Gradients(token_losses, {role: torch.cat(parts) for role, parts in by_role.items()})
