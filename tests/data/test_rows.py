@@ -11,11 +11,12 @@ import pytest
 from safetensors.numpy import load_file
 
 from nanochat_pl.common.constants import IGNORE_INDEX
+from nanochat_pl.data.conversation_cache import build_conversation_cache
 from nanochat_pl.data.opening import open_source
 from nanochat_pl.data.packing import pack
 from nanochat_pl.data.rows import Rows, packed_rows, validation_rows
 from nanochat_pl.data.sources import DataSettings
-from nanochat_pl.data.token_cache import TokenCache, build_conversation_cache, build_token_cache
+from nanochat_pl.data.token_cache import TokenCache, build_token_cache
 from tests.data.fakes import BOS, ByteTokenizer, ListSource
 from tests.reference.packer import crop_rows, pad_rows
 

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from nanochat_pl.common.errors import UserError
+from nanochat_pl.data.conversation_cache import build_conversation_cache
 from nanochat_pl.data.opening import open_source
 from nanochat_pl.data.sources import DataSettings
-from nanochat_pl.data.token_cache import TokenCache, build_conversation_cache, build_token_cache
+from nanochat_pl.data.token_cache import TokenCache, build_token_cache
 from tests.data.fakes import ByteTokenizer, ListSource, cache_files
 
 SHARDS = {"a": ["first text", "", "größer"], "b": [], "c": [f"text {i}" for i in range(600)]}

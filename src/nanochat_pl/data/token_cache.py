@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -20,22 +20,13 @@ from nanochat_pl.common.errors import UserError
 from nanochat_pl.data.cache_folder import fingerprint_of, read_cache, write_cache
 from nanochat_pl.data.sources import Shard, Source, Split
 from nanochat_pl.tokenizer import Tokenizer
-from nanochat_pl.tokenizer.chat_format import problems_of_conversation
 
-_FORMAT = 1
-_BATCH_DOCUMENTS = 512
+FORMAT = 1
+BATCH_DOCUMENTS = 512
 _BATCH_CHARS = 4_000_000
 _LENGTH = np.dtype("<i4")
 
 Progress = Callable[[int, int, int], None]  # shards done, shards in all, tokens so far
-
-
-class Conversations(Protocol):
-    """Conversations by number: plain dicts with ``messages``."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True)
@@ -117,22 +108,6 @@ class TokenCache:
         return shard.tokens[first + start : int(shard.offsets[number + 1]) if stop is None else first + stop]
 
 
-class ConversationCache(TokenCache):
-    """Rendered conversations as tokens and masks.
-
-    A conversation that is left out has length 0, so that each keeps its number.
-
-    Attributes:
-        num_cut: conversations cut at ``max_tokens``.
-        num_without_target: conversations left out because (after the cut) no token of theirs is trained on.
-    """
-
-    def __init__(self, shard: CachedShard, fingerprint: str, num_cut: int, num_without_target: int) -> None:
-        super().__init__([shard], fingerprint)
-        self.num_cut = num_cut
-        self.num_without_target = num_without_target
-
-
 def build_token_cache(
     source: Source, split: Split, tokenizer: Tokenizer, cache_dir: Path, progress: Progress | None = None
 ) -> TokenCache:
@@ -148,7 +123,7 @@ def build_token_cache(
         UserError: the split has no text, or what the source says of a file. Shards that are done stay done.
     """
     shards = source.shards(split)
-    dtype = _token_dtype(tokenizer.vocab_size)
+    dtype = token_dtype(tokenizer.vocab_size)
     cached: list[CachedShard] = []
     keys = []
     num_tokens = 0
@@ -158,10 +133,10 @@ def build_token_cache(
             if progress is not None:
                 progress(done, len(shards), before + tokens_in_shard)
 
-        key = {"format": _FORMAT, "tokenizer": tokenizer.fingerprint, "shard": shard.fingerprint}
+        key = {"format": FORMAT, "tokenizer": tokenizer.fingerprint, "shard": shard.fingerprint}
         folder = cache_dir / "tokens" / fingerprint_of(key)[:32]
         if read_cache(folder, key) is None:
-            _write_shard(folder, key, _encoded(shard, tokenizer), dtype, {}, report)
+            write_shard(folder, key, _encoded(shard, tokenizer), dtype, {}, report)
         cached.append(CachedShard.open(shard.name, folder, dtype, masked=False))
         keys.append([shard.name, key])
         num_tokens += len(cached[-1].tokens)
@@ -173,52 +148,6 @@ def build_token_cache(
             fix="Give more text (data.path=…), or say what to validate on (data.validation_path=…).",
         )
     return TokenCache(cached, fingerprint_of(keys))
-
-
-def build_conversation_cache(
-    conversations: Conversations,
-    tokenizer: Tokenizer,
-    max_tokens: int,
-    cache_dir: Path,
-    key: str,
-    progress: Progress | None = None,
-) -> ConversationCache:
-    """Render conversations once, or find them rendered.
-
-    Args:
-        conversations: plain dicts with ``messages``.
-        max_tokens: longer ones are cut there, bos included, and counted. T+1 at most, for rows of T.
-        key: says which conversations these are; another text needs another key.
-        cache_dir, progress: as for :func:`build_token_cache`, all conversations being one shard.
-
-    Raises:
-        UserError: no conversation has a token to train on; or what the tokenizer says of a malformed one.
-    """
-    full_key = {
-        "format": _FORMAT,
-        "tokenizer": tokenizer.fingerprint,
-        "conversations": key,
-        "count": len(conversations),
-        "max_tokens": max_tokens,
-    }
-    folder = cache_dir / "conversations" / fingerprint_of(full_key)[:32]
-    dtype = _token_dtype(tokenizer.vocab_size)
-    facts = read_cache(folder, full_key)
-    if facts is None:
-        facts = {"num_cut": 0, "num_without_target": 0}
-        rendered = _rendered(conversations, tokenizer, max_tokens, key, facts)
-
-        def report(num_tokens: int) -> None:
-            if progress is not None:
-                progress(0, 1, num_tokens)
-
-        _write_shard(folder, full_key, rendered, dtype, facts, report, masked=True)
-    shard = CachedShard.open(key, folder, dtype, masked=True)
-    if progress is not None:
-        progress(1, 1, len(shard.tokens))
-    if not len(shard.tokens):
-        raise UserError(f"{key}: none of {len(conversations):,} conversations has a token to train on.")
-    return ConversationCache(shard, fingerprint_of(full_key), facts["num_cut"], facts["num_without_target"])
 
 
 Encoded = Iterator[tuple[list[int], list[int] | None]]  # the ids of a document, and its mask
@@ -237,30 +166,14 @@ def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
     for text in documents:
         batch.append(text)
         num_chars += len(text)
-        if len(batch) == _BATCH_DOCUMENTS or num_chars >= _BATCH_CHARS:
+        if len(batch) == BATCH_DOCUMENTS or num_chars >= _BATCH_CHARS:
             yield batch
             batch, num_chars = [], 0
     if batch:
         yield batch
 
 
-def _rendered(
-    conversations: Conversations, tokenizer: Tokenizer, max_tokens: int, key: str, facts: dict[str, int]
-) -> Encoded:
-    for first in range(0, len(conversations), _BATCH_DOCUMENTS):
-        batch = [conversations[i] for i in range(first, min(first + _BATCH_DOCUMENTS, len(conversations)))]
-        for number, conversation in enumerate(batch, first):
-            if problems := problems_of_conversation(conversation):
-                raise UserError([f"{key}: conversation {number}: {problem}" for problem in problems])
-        # One token more than fits shows which are cut.
-        for ids, mask in tokenizer.render_conversations(batch, max_tokens=max_tokens + 1):
-            facts["num_cut"] += len(ids) > max_tokens
-            ids, mask = ids[1:max_tokens], mask[1:max_tokens]  # without bos
-            facts["num_without_target"] += not any(mask)
-            yield (ids, mask) if any(mask) else ([], [])
-
-
-def _write_shard(
+def write_shard(
     folder: Path,
     key: Any,
     documents: Encoded,
@@ -269,6 +182,7 @@ def _write_shard(
     report: Callable[[int], None],
     masked: bool = False,
 ) -> None:
+    """Fill a cache folder with documents, with their masks where ``masked``; ``report`` gets the tokens so far."""
     lengths: list[int] = []
     masks: list[bytes] = []
 
@@ -281,7 +195,7 @@ def _write_shard(
                 if mask is not None:
                     masks.append(bytes(mask))
                 num_tokens += len(ids)
-                if number % _BATCH_DOCUMENTS == 0:
+                if number % BATCH_DOCUMENTS == 0:
                     report(num_tokens)
 
     def write_lengths(path: Path) -> None:
@@ -301,5 +215,6 @@ def _map(path: Path, dtype: str) -> np.ndarray:
     return np.memmap(path, dtype=dtype, mode="r").view(np.ndarray)
 
 
-def _token_dtype(vocab_size: int) -> str:
+def token_dtype(vocab_size: int) -> str:
+    """The smallest type that holds every id."""
     return "<u2" if vocab_size <= 2**16 else "<u4"

@@ -16,10 +16,11 @@ from nanochat_pl.common.console import by_difference, progress, say
 from nanochat_pl.common.files import sha256_of_file
 from nanochat_pl.common.run_folder import StageFolder
 from nanochat_pl.common.settings import to_plain
+from nanochat_pl.data.conversation_cache import ConversationCache, build_conversation_cache
 from nanochat_pl.data.opening import open_source
 from nanochat_pl.data.rows import Rows, packed_rows, validation_rows
 from nanochat_pl.data.sources import Source, Split
-from nanochat_pl.data.token_cache import ConversationCache, TokenCache, build_conversation_cache, build_token_cache
+from nanochat_pl.data.token_cache import TokenCache, build_token_cache
 from nanochat_pl.model.config import GPTConfig, resolve_model
 from nanochat_pl.planning import Plan, RowOptions, check_horizon, estimate_cpu_seconds, make_finetune_plan, make_plan
 from nanochat_pl.planning.devices import detected_device
