@@ -43,6 +43,23 @@ def test_a_later_stage_takes_the_settings_of_an_imported_one(golden: Path, here:
     assert (config.model.depth, config.model.head_dim, config.tokenizer.vocab_size) == (4, 16, 1000)
 
 
+@pytest.mark.slow
+def test_fine_tuning_starts_from_an_imported_run(golden: Path, here: Path) -> None:
+    """From its weights, its moments and its learning rates."""
+    assert main(["import", f"source={golden / 'nanochat_trained'}", "run=gold"]) == 0
+    others = ("word_problems", "spelling", "letter_counting", "documentation")
+    small = [*(f"mixture.tasks.{name}=null" for name in others), "mixture.tasks.arithmetic.size=60"]
+    quick = ["max_steps=2", "evaluation.num_rows=4", "trainer.accelerator=cpu", "trainer.compile=false"]
+    assert (
+        main(["train", "stage=sft", "run=gold", "model.compute_dtype=float32", "paths.cache=cache", *small, *quick])
+        == 0
+    )
+    stage = json.loads((here / "runs/gold/sft/bundle/stage.json").read_text(encoding="utf-8"))
+    assert stage["parents"][0]["stage"] == "base" and stage["parents"][0]["step"] == 13
+    assert stage["plan"]["matrix_lr"]["value"] == pytest.approx(0.014)
+    assert stage["origin"] == {}
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
