@@ -9,8 +9,8 @@ What is in memory when, on one device:
   of 4 bytes for AdamW's parameters, one for Muon's); from the second micro-batch of a step on, all gradients;
 - in the forward, what autograd keeps for the backward, layer by layer (:func:`kept_by_layer`); with activation
   checkpointing only what goes into each layer;
-- in the loss, for a piece of n tokens at a time, the logits and what is made of them (:func:`loss_piece_bytes`), and
-  the gradients of the hidden states and of the head, which are computed there;
+- in the loss, for a piece of the tokens at a time, what is made of its logits (:func:`loss_piece_bytes`), and the
+  gradients of the hidden states and of the head, which are computed there;
 - in the backward, at a layer: what earlier layers keep, what it keeps itself (computed again under checkpointing), the
   temporaries of its widest operation (the square in the feed-forward part: :func:`backward_temporaries`), and the
   gradients of all later layers;
@@ -18,7 +18,7 @@ What is in memory when, on one device:
   classic one's (:func:`optimizer_temporaries`). No activations are left then.
 
 The peak is the largest of these. It holds for eager execution; a compiled model fuses operations and keeps less. Not in
-it: what the libraries themselves take (some ten MB), a GPU's context and fragmentation: :data:`MARGIN` is for them.
+it: a GPU's context and fragmentation; :data:`MARGIN` is for them.
 Measured against largest resident sizes on a CPU (docs/LOG.md); on a GPU the terms are the same and unmeasured.
 """
 
@@ -35,6 +35,8 @@ from nanochat_pl.model.config import GPTConfig
 from nanochat_pl.model.loss import default_chunk_tokens
 
 FLOAT = 4
+# What a first step of any size loads on a CPU: code and tables of the libraries, measured with a model of some kB.
+CPU_LIBRARIES = 48 * 2**20
 # Share of a device's memory that the plan leaves free.
 MARGIN = 0.1
 
@@ -63,7 +65,8 @@ class StepMemory:
         logits: of one piece of the loss, with what is made of them.
         head_gradients: those that the loss computes in the forward, of head and hidden states.
         optimizer_temporaries: of the optimizer's step.
-        phases: name of each phase that may be the largest → its bytes above weights and rotary tables.
+        libraries: code and tables that a first step loads.
+        phases: name of each phase that may be the largest → its bytes above weights, rotary tables and libraries.
     """
 
     weights: int
@@ -74,6 +77,7 @@ class StepMemory:
     logits: int
     head_gradients: int
     optimizer_temporaries: int
+    libraries: int
     phases: dict[str, int]
 
     @property
@@ -84,7 +88,7 @@ class StepMemory:
     @property
     def above_model(self) -> int:
         """The peak of a step above what the built model takes: what ``benchmarks/peak_memory.py`` measures."""
-        return self.phases[self.peak_phase]
+        return self.phases[self.peak_phase] + self.libraries
 
     @property
     def total(self) -> int:
@@ -115,16 +119,17 @@ def step_memory(
     kept = [0] + [stream] * (config.num_layers - 1) if knobs.activation_checkpointing else layers
     outside = _kept_outside(config, rows, on_cpu, knobs.activation_checkpointing)
     state, gradients = optimizer_state_bytes(config), weight_bytes(config)
-    of_head = FLOAT * config.vocab_size * config.width
+    of_head = FLOAT * config.padded_vocab_size * config.width
+    # Below float32 the head is cast, and each piece's gradient of it is a tensor of its own before it is added.
     cast_head = compute * config.vocab_size * config.width if compute < FLOAT else 0
     piece = loss_piece_bytes(config, tokens, knobs.loss_chunk_tokens)
     activations = outside + sum(kept)
     there = state + (gradients if micro_batches > 1 else 0)
     phases = {
-        # The hidden states, their gradients, and either a piece's logits or the gradients once more, joined.
-        "loss": there + activations + 2 * stream + of_head + cast_head + max(piece, stream),
+        # Hidden states and their gradients.
+        "loss": there + activations + 2 * stream + of_head + cast_head + max(piece, cast_head),
         # What the loss has computed, and the same scaled.
-        "backward of the loss": there + activations + 2 * stream + 2 * of_head,
+        "backward of the loss": there + activations + 2 * (stream + of_head),
         "backward of the layers": there + _backward_peak(config, rows, layers, kept, outside, micro_batches > 1),
         "optimizer": state + gradients + optimizer_temporaries(config),
     }
@@ -137,6 +142,7 @@ def step_memory(
         logits=piece,
         head_gradients=of_head + stream,
         optimizer_temporaries=optimizer_temporaries(config),
+        libraries=CPU_LIBRARIES if on_cpu else 0,
         phases=phases,
     )
 
@@ -241,15 +247,14 @@ def _kept_outside(config: GPTConfig, rows: int, on_cpu: bool, checkpointing: boo
 
 
 def loss_piece_bytes(config: GPTConfig, tokens: int, chunk_tokens: int | None) -> int:
-    """Logits of a piece and what is made of them: five tensors of float32, two in the compute type.
-
-    At the widest point there are the logits and the gradient of the piece before, then tanh, exponentials, the slope
-    with its square, and the products of these.
+    """Of a piece's logits: tanh and exponentials (which become the gradient) in float32, and the gradient of the piece
+    before; below float32 also the logits and the gradient in the compute type.
     """
+    compute = DTYPE_BYTES[config.compute_dtype]
     chunk = min(tokens, chunk_tokens or default_chunk_tokens(config.vocab_size))
     pieces = -(-tokens // chunk)
     of_piece = -(-tokens // pieces) * config.vocab_size
-    return of_piece * (5 * FLOAT + 2 * DTYPE_BYTES[config.compute_dtype])
+    return of_piece * (2 * FLOAT + (compute if compute == FLOAT else 3 * compute))
 
 
 def _backward_peak(
