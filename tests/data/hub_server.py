@@ -10,9 +10,10 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from typing_extensions import Self
+import pytest
 
 PAGE = 4  # entries of a listing that come at a time, so that small listings have pages too
 _PIECE = 2**14
@@ -78,7 +79,7 @@ class HubServer:
         self._server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> HubServer:
         threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
         return self
 
@@ -213,3 +214,20 @@ def serving() -> Iterator[HubServer]:
     """A hub without data sets, for as long as the block runs."""
     with HubServer() as server:
         yield server
+
+
+@contextlib.contextmanager
+def serving_this_process(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    """The same, and huggingface_hub in this process knows no other hub, no token, and no cache but ``home``."""
+    from huggingface_hub import close_session, constants
+
+    with serving() as server:
+        template = f"{server.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        yield server
+        close_session()

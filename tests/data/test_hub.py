@@ -8,6 +8,7 @@ import logging
 import pickle
 import socket
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -21,7 +22,7 @@ from nanochat_pl.data.hub_download import fetch, fetch_files
 from nanochat_pl.data.hub_files import HubFiles
 from nanochat_pl.data.opening import open_source
 from nanochat_pl.data.sources import DataSettings, Source, Split
-from tests.data.hub_server import Answer, HubServer, serving
+from tests.data.hub_server import Answer, HubServer, serving_this_process
 
 REPO = "some-owner/some.texts"
 
@@ -42,21 +43,11 @@ IN_GIT = frozenset(("README.md", ".gitattributes"))
 
 
 @pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> HubServer:
-    """A hub with the data set REPO, and a client that knows nothing but it. Waiting takes no time."""
-    from huggingface_hub import close_session, constants
-
-    with serving() as server:
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    """A hub with the data set REPO."""
+    with serving_this_process(tmp_path / "hf", monkeypatch) as server:
         server.add(REPO, FILES, IN_GIT)
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        template = f"{server.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf"))
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.delenv("HF_TOKEN", raising=False)
         yield server
-        close_session()
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import pytest
 
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer
-from nanochat_pl.tokenizer.bpe import LONGEST_BLANK
+from nanochat_pl.tokenizer.bpe import LONGEST_RUN
 
 SPECIALS_AS_TEXT = "".join(SPECIAL_TOKENS)
 ODD_TEXTS = [
@@ -94,8 +94,16 @@ def test_long_blanks_do_not_end_the_program(tokenizer: Tokenizer, blank: str) ->
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_only_blanks_over_the_limit_are_cut(tokenizer: Tokenizer) -> None:
-    below = "a" * 10 + " " * (LONGEST_BLANK - 1) + "b"
+def test_endless_words_are_cut_to_pieces(tokenizer: Tokenizer) -> None:
+    """Merging in a word of 50 MB took minutes and gigabytes."""
+    word = "the" * LONGEST_RUN
+    pieces = [word[start : start + LONGEST_RUN] for start in range(0, len(word), LONGEST_RUN)]
+    assert tokenizer.encode(word) == [token for piece in pieces for token in tokenizer.encode(piece)]
+    assert tokenizer.decode(tokenizer.encode(f"a few words {word} and more")) == f"a few words {word} and more"
+
+
+def test_only_runs_over_the_limit_are_cut(tokenizer: Tokenizer) -> None:
+    below = "a" * 10 + " " * (LONGEST_RUN - 1) + "b"
     assert tokenizer.encode(below) == tokenizer._encoding.encode_ordinary(below)
     prose = "some words, " * 10_000
     assert tokenizer.encode(prose) == tokenizer._encoding.encode_ordinary(prose)

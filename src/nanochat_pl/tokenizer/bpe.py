@@ -46,8 +46,10 @@ SPECIAL_TOKENS: tuple[str, ...] = (
 )
 
 # The regex engine inside tiktoken panics in blanks of about a million characters: `\s+(?!\S)` backtracks through them.
-LONGEST_BLANK = 2**16
-_LONG_BLANK = re.compile(rf"\s{{{LONGEST_BLANK}}}")
+# Merging within a word of 50 MB takes minutes, in pieces of this length seconds.
+LONGEST_RUN = 2**16
+_LONG_RUN = re.compile(rf"\s{{{LONGEST_RUN}}}|\S{{{LONGEST_RUN}}}")
+_BLANK, _SIGN = re.compile(r"\s"), re.compile(r"\S")
 
 # Texts or conversations that a thread takes at a time: enough to hide the cost of handing them over.
 _ITEMS_PER_TASK = 256
@@ -142,8 +144,8 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """The ids of a text, taken as ordinary text: no special token, and no bos in front.
 
-        Surrogates without a partner, which UTF-8 cannot hold, become U+FFFD. Blanks are cut every
-        ``LONGEST_BLANK`` characters.
+        Surrogates without a partner, which UTF-8 cannot hold, become U+FFFD. Blanks, and words without any, that are
+        far longer than ``LONGEST_RUN`` characters are cut to that length.
         """
         return encode_ordinary(self._encoding, text)
 
@@ -194,19 +196,21 @@ def _map_in_threads(function: Callable[[A], B], items: Iterable[A], num_threads:
 
 
 def encode_ordinary(encoding: tiktoken.Encoding, text: str) -> list[int]:
-    """The ids that an encoding of tiktoken gives to a text; blanks are cut every LONGEST_BLANK characters."""
-    if len(text) < LONGEST_BLANK or not (cuts := _cuts(text)):
+    """The ids that an encoding of tiktoken gives to a text; endless blanks and words are cut to LONGEST_RUN."""
+    if len(text) < LONGEST_RUN or not (cuts := _cuts(text)):
         return encoding.encode_ordinary(text)
     pieces = (text[start:stop] for start, stop in zip([0, *cuts], [*cuts, len(text)], strict=True))
     return [token for piece in pieces for token in encoding.encode_ordinary(piece)]
 
 
 def _cuts(text: str) -> list[int]:
-    """Where a text has to be cut so that no blank is longer than LONGEST_BLANK characters."""
-    # Such a blank covers one of these positions: a look at them spares nearly all texts the search.
-    if not any(character.isspace() for character in text[LONGEST_BLANK - 1 :: LONGEST_BLANK]):
-        return []
-    return [match.end() for match in _LONG_BLANK.finditer(text)]
+    """Where a text has to be cut so that no blank and no word is much longer than LONGEST_RUN characters."""
+    # A run of twice that length fills one of these stretches: a look at each spares nearly all texts the search.
+    for start in range(0, len(text) - LONGEST_RUN + 1, LONGEST_RUN):
+        stretch = start, start + LONGEST_RUN
+        if not (_BLANK.search(text, *stretch) and _SIGN.search(text, *stretch)):
+            return [match.end() for match in _LONG_RUN.finditer(text)]
+    return []
 
 
 def _checked_encoding(tokens: Sequence[bytes], pattern: str, special_ids: dict[str, int]) -> tiktoken.Encoding:

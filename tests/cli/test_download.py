@@ -1,0 +1,119 @@
+"""`nanochat-pl download`, and a training on what it fetched."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from nanochat_pl.cli import download
+from nanochat_pl.cli.main import main
+from tests.data.hub_server import Answer, HubServer, serving, serving_this_process
+from tests.data.test_hub import FILES, IN_GIT, REPO, parquet
+from tests.training.conftest import tiny_overrides, write_texts
+
+Captured = pytest.CaptureFixture[str]
+
+
+@pytest.fixture
+def hub(here: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    with serving_this_process(here / "hf", monkeypatch) as server:
+        server.add(REPO, FILES, IN_GIT)
+        yield server
+
+
+def test_download_then_again_then_what_to_do_next(hub: HubServer, here: Path, capsys: Captured) -> None:
+    command = ["download", f"data.repo={REPO}", "num_shards=2", "paths.cache=cache"]
+    assert main(command) == 0
+    said = capsys.readouterr()
+    assert "Fetched 3 files" in said.out and str(here / "hf") in said.out
+    assert "2 of 4 files" in said.out and "validated on shard_00004.parquet" in said.out
+    assert f"nanochat-pl train stage=base data=hub data.repo={REPO} paths.cache=cache\n" in said.out
+    assert said.err == ""  # no bars of the library
+    requests = len(hub.requests)
+    assert main(command) == 0
+    assert "Nothing to fetch: 3 files are here and verified." in capsys.readouterr().out
+    assert len(hub.requests) == requests
+
+
+def test_a_download_that_ended_early_goes_on_with_what_is_missing(hub: HubServer, here: Path, capsys: Captured) -> None:
+    hub.fail("GET", "/resolve/.*00002", Answer(404))
+    command = ["download", f"data.repo={REPO}", "paths.cache=cache", "parallel=1"]
+    assert main(command) == 2
+    assert re.search(r"shard_00002\.parquet: .*404", capsys.readouterr().err)
+    done = len(hub.downloads())
+    assert main(command) == 0
+    assert {path[-10:-8] for path, _ in hub.downloads()[done:]} in ({"02"}, {"02", "03"})
+
+
+def test_the_variables_of_the_library_are_kept_to(here: Path) -> None:
+    """It reads them when it is loaded, so this takes a process: mirror, home, offline mode."""
+    code = "import sys; from nanochat_pl.cli.main import main; sys.exit(main())"
+
+    def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        kept = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+        command = [sys.executable, "-c", code, "download", f"data.repo={REPO}", "paths.cache=cache", *arguments]
+        return subprocess.run(
+            command, env={**kept, **variables}, cwd=here, capture_output=True, text=True, encoding="utf-8", check=False
+        )
+
+    with serving() as hub:
+        hub.add(REPO, FILES, IN_GIT)
+        homes = {"HF_HOME": str(here / "home"), "HF_ENDPOINT": hub.url}
+        first = run("num_shards=2", **homes)
+        assert (first.returncode, first.stderr) == (0, "")
+        assert len(list((here / "home").rglob("shard_*.parquet"))) == len(hub.downloads()) == 3
+        requests = len(hub.requests)
+        offline = run("num_shards=4", HF_HUB_OFFLINE="1", **homes)
+        assert offline.returncode == 2 and "HF_HUB_OFFLINE forbids" in offline.stderr
+        assert len(hub.requests) == requests
+
+
+def test_training_takes_what_was_fetched_and_says_what_it_lacks(hub: HubServer, here: Path, capsys: Captured) -> None:
+    texts = (write_texts(here / "texts") / "texts.txt").read_text(encoding="utf-8").split("\n\n")
+    hub.add("some-owner/small", {f"part-{n}.parquet": parquet([*texts[n::4]]) for n in range(4)})
+    keys = ["data=hub", "data.repo=some-owner/small", f"paths.cache={here / 'cache'}"]
+    tiny = [text for text in tiny_overrides(here) if not text.startswith(("data", "paths.cache", "max_steps"))]
+    train = ["train", "stage=base", *keys, *tiny, "max_steps=60", "run=a"]
+    assert main(train) == 2
+    assert "nanochat-pl download data=hub data.repo=some-owner/small" in capsys.readouterr().err
+    assert hub.requests == []  # nobody asked for a download
+    assert main(["download", *keys, "num_shards=1"]) == 0
+    requests = len(hub.requests)
+    capsys.readouterr()
+    assert main(train) == 0
+    said = capsys.readouterr().out
+    assert "1 of 3 training files" in said and re.search(r"num_shards=[23]\n", said) and "part-3.parquet" in said
+    assert len(hub.requests) == requests
+    assert main([*train, "data.download=true"]) == 0  # it has no say in the result
+    assert "is finished" in capsys.readouterr().out
+
+
+def test_a_large_data_set_is_not_fetched_by_accident(
+    hub: HubServer, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    monkeypatch.setattr(download, "UNASKED_BYTES", 1000)
+    assert main(["download", f"data.repo={REPO}", "paths.cache=cache"]) == 2
+    assert "num_shards: is missing; all 4 files" in capsys.readouterr().err
+    assert hub.downloads() == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["data=python_docs"], "data=python_docs: is on this machine"),
+        ([], "data.repo=None: data=hub needs the data set's name"),
+        (["data=climbmix", "data.repo=a/b/c"], "data.repo='a/b/c'"),
+        (["data=climbmix", "num_shards=0"], "num_shards=0: is below 1"),
+        (["data=local", "data.path=x", "data.repo=a/b"], "data.repo='a/b': has no meaning for data=local"),
+        (["data=climbmixx"], "did you mean climbmix"),
+    ],
+)
+def test_a_mistake_is_named(here: Path, arguments: list[str], message: str, capsys: Captured) -> None:
+    assert main(["download", *arguments]) == 2
+    assert message in capsys.readouterr().err
