@@ -21,6 +21,7 @@ from nanochat_pl.formats.certificate import READ, Certificate, TensorRow
 from nanochat_pl.formats.imported import Imported, require_finite
 from nanochat_pl.formats.nanochat_era import (
     FILLED_IN,
+    VOCAB_MULTIPLE,
     WTE,
     Era,
     ReferenceConfig,
@@ -102,16 +103,6 @@ def read_nanochat(
         optimizer_groups=to_json(groups, str(checkpoint.optimizer())),
         step_is_tensor=step_is_tensor,
     )
-    bpb = meta.get("val_bpb")
-    has_values = bool(config.value_embedding_layers)
-    architecture = to_plain(
-        dataclasses.replace(
-            model_settings(there, found, has_values),
-            embedding_dtype=config.embedding_dtype,
-            vocab_multiple=1 if config.padded_vocab_size == config.vocab_size else 64,
-        )
-    )
-    del architecture["init"]  # how it began is not known
     return Imported(
         config=config,
         weights=weights,
@@ -121,8 +112,8 @@ def read_nanochat(
             stage=origin.stage,
             step=checkpoint.step,
             plan=plan_of_checkpoint(config, meta, groups_by_role(net, groups) if groups else None).to_plain(),
-            settings={"model": architecture, "tokenizer": {"vocab_size": config.vocab_size}},
-            metrics={"val/bpb": bpb} if isinstance(bpb, float) and math.isfinite(bpb) else {},
+            settings=_settings(config, there, found),
+            metrics=_metrics(meta),
             versions=library_versions(),
             origin=to_plain(origin),
         ),
@@ -136,6 +127,24 @@ def read_nanochat(
             remarks=tuple(remarks),
         ),
     )
+
+
+def _settings(config: GPTConfig, there: ReferenceConfig, era: Era) -> dict[str, Any]:
+    """What a later stage inherits as settings."""
+    settings = dataclasses.replace(
+        model_settings(there, era, bool(config.value_embedding_layers)),
+        embedding_dtype=config.embedding_dtype,
+        vocab_multiple=1 if config.padded_vocab_size == config.vocab_size else VOCAB_MULTIPLE,
+    )
+    model = to_plain(settings)
+    del model["init"]  # how it began is not known
+    return {"model": model, "tokenizer": {"vocab_size": config.vocab_size}}
+
+
+def _metrics(meta: dict[str, Any]) -> dict[str, float]:
+    bits_per_byte = meta.get("val_bpb")
+    known = isinstance(bits_per_byte, float) and math.isfinite(bits_per_byte)
+    return {"val/bpb": bits_per_byte} if known else {}
 
 
 def _read_meta(checkpoint: Checkpoint) -> tuple[dict[str, Any], ReferenceConfig, list[str]]:
