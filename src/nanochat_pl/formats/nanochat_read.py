@@ -143,8 +143,9 @@ def _settings(config: GPTConfig, there: ReferenceConfig, era: Era) -> dict[str, 
 
 def _metrics(meta: dict[str, Any]) -> dict[str, float]:
     bits_per_byte = meta.get("val_bpb")
-    known = isinstance(bits_per_byte, float) and math.isfinite(bits_per_byte)
-    return {"val/bpb": bits_per_byte} if known else {}
+    if isinstance(bits_per_byte, float) and math.isfinite(bits_per_byte):
+        return {"val/bpb": bits_per_byte}
+    return {}
 
 
 def _read_meta(checkpoint: Checkpoint) -> tuple[dict[str, Any], ReferenceConfig, list[str]]:
