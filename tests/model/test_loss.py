@@ -6,24 +6,102 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nanochat_pl.model.loss import token_losses
+from nanochat_pl.model import loss as loss_module
+from nanochat_pl.model.loss import token_losses, weighted_nats
 from tests.model.helpers import perturbed, random_ids, tiny_config
 
 
+def textbook(hidden, head, targets, weights, cap):
+    capped = cap * torch.tanh(hidden.double() @ head.double().T / cap)
+    return (F.cross_entropy(capped, targets, ignore_index=-1, reduction="none") * weights).sum()
+
+
+def loss_case(vocab_size=33, tokens=63, width=7, scale=1.0):
+    generator = torch.Generator().manual_seed(0)
+    hidden = scale * torch.randn(tokens, width, generator=generator)
+    head = torch.randn(vocab_size, width, generator=generator)
+    targets = torch.arange(tokens) % (vocab_size + 1) - 1
+    return hidden, head, targets, torch.linspace(-2, 2, tokens)
+
+
 @pytest.mark.parametrize("cap", [0.5, 15.0, 64.0])
-def test_loss_and_its_gradient_are_those_of_autograd(cap):
-    """The backward is written by hand: it has to be that of the textbook's formula, to the ends of the range."""
-    raw = 40 * torch.randn(9, 7, 33, generator=torch.Generator().manual_seed(0))
-    targets = torch.arange(63).view(9, 7) % 34 - 1
-    weights = torch.linspace(-2, 2, 63).view(9, 7)
-    ours, textbook = raw.clone().requires_grad_(), raw.double().requires_grad_()
-    losses = token_losses(ours, targets, cap)
-    capped = cap * torch.tanh(textbook / cap)
-    expected = F.cross_entropy(capped.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="none")
-    torch.testing.assert_close(losses.flatten(), expected.float(), atol=1e-5, rtol=1e-5)
-    (losses * weights).sum().backward()
-    (expected * weights.flatten()).sum().backward()
-    torch.testing.assert_close(ours.grad, textbook.grad.float(), atol=2e-6, rtol=1e-4)
+@pytest.mark.parametrize("chunk_tokens", [1, 10, 10_000])
+def test_loss_and_its_gradients_are_those_of_the_textbook(cap, chunk_tokens):
+    """The gradients are written by hand: they have to be those of the formula, to the ends of the range."""
+    hidden, head, targets, weights = loss_case(scale=15.0)
+    results = []
+    for function, dtype in [(weighted_nats, torch.float32), (textbook, torch.float64)]:
+        inputs = [tensor.to(dtype, copy=True).requires_grad_() for tensor in (hidden, head)]
+        options = {"vocab_size": 33, "chunk_tokens": chunk_tokens} if function is weighted_nats else {}
+        loss = function(*inputs, targets, weights, cap=cap, **options)
+        (0.1 * loss).backward()  # the caller divides by the number of targets
+        results.append([loss.detach().float(), *(tensor.grad.float() for tensor in inputs)])
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, atol=2e-4, rtol=1e-5)
+
+
+def test_gradcheck_in_float64():
+    hidden, head, targets, weights = (
+        tensor.double().requires_grad_() if tensor.dim() == 2 else tensor for tensor in loss_case(9, 8, 3)
+    )
+
+    def loss(hidden, head):
+        return weighted_nats(hidden, head, targets, weights.double(), vocab_size=7, cap=1.5, chunk_tokens=3)
+
+    targets = targets.clamp(max=6)
+    assert torch.autograd.gradcheck(loss, (hidden, head))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_loss_follows_the_rules_of_an_operation(dtype):
+    """What the compiler relies on: shapes and types as declared, no argument changed, no result that shares memory."""
+    hidden, head, targets, weights = loss_case()
+    arguments = (hidden.to(dtype).requires_grad_(), head.requires_grad_(), targets.clamp(max=29), weights, 30, 15.0, 4)
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(loss_module._nats_with_gradients, (*arguments, False), test_utils=checks)
+
+
+def test_the_number_of_pieces_changes_the_order_of_summation_alone():
+    results = []
+    for chunk_tokens in (1, 7, 64):
+        net = perturbed(tiny_config())
+        net.loss_chunk_tokens = chunk_tokens
+        ids = random_ids(net.config, 2, 32)
+        loss = net.weighted_loss(ids, ids.roll(-1, dims=1))
+        loss.backward()
+        with torch.no_grad():
+            torch.testing.assert_close(net.weighted_loss(ids, ids.roll(-1, dims=1)), loss, rtol=1e-6, atol=0)
+        results.append(torch.cat([loss.detach()[None], *(parameter.grad.flatten() for parameter in net.parameters())]))
+    for other in results[1:]:
+        assert (other - results[0]).norm() <= 1e-6 * results[0].norm()
+
+
+def test_the_gradient_of_the_head_is_summed_in_float32():
+    """A thousand equal pieces: in bfloat16 the sum would stop growing at 256 times a piece's share."""
+    hidden = torch.ones(1000, 1, dtype=torch.bfloat16)
+    head = torch.zeros(2, 1, requires_grad=True)
+    targets = torch.zeros(1000, dtype=torch.int64)
+    weighted_nats(hidden, head, targets, torch.ones(1000), vocab_size=2, cap=15.0, chunk_tokens=1).backward()
+    torch.testing.assert_close(head.grad, torch.tensor([[-500.0], [500.0]]))
+
+
+def test_the_padding_of_the_head_gets_no_gradient():
+    net = perturbed(tiny_config(vocab_size=50))
+    ids = random_ids(net.config, 2, 8)
+    net.weighted_loss(ids, ids).backward()
+    gradient = net.lm_head.weight.grad
+    assert gradient.shape == (64, net.config.width)
+    assert torch.equal(gradient[50:], torch.zeros(14, net.config.width)) and bool(gradient[:50].all())
+
+
+def test_nothing_differentiates_the_loss_twice():
+    """Its gradients are numbers by then: a second derivative would be wrong, so it is refused."""
+    hidden, head, targets, weights = loss_case()
+    hidden.requires_grad_()
+    loss = weighted_nats(hidden, head, targets, weights, vocab_size=33, cap=15.0, chunk_tokens=16)
+    (gradient,) = torch.autograd.grad(loss, hidden, create_graph=True)
+    with pytest.raises(RuntimeError):
+        gradient.sum().backward()
 
 
 def test_ignored_targets_have_loss_zero_and_no_gradient():

@@ -23,7 +23,7 @@ from nanochat_pl.common.constants import IGNORE_INDEX
 PIECE_LOGITS_CPU, PIECE_LOGITS_GPU = 2**22, 2**25
 
 
-def default_chunk_tokens(vocab_size: int, on_cpu: bool = True) -> int:
+def default_chunk_tokens(vocab_size: int, on_cpu: bool) -> int:
     """Tokens whose logits are in memory at once, where nobody says otherwise."""
     return max(1, (PIECE_LOGITS_CPU if on_cpu else PIECE_LOGITS_GPU) // vocab_size)
 
@@ -135,7 +135,11 @@ def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Ten
     ctx.save_for_backward(output[1], output[2])
 
 
-def _scale_gradients(ctx: Any, gradient: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+def _scale_gradients(ctx: Any, gradient: Tensor | None, *of_gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+    if any(other is not None for other in of_gradients):
+        raise RuntimeError("this loss can be differentiated once, not twice: its gradients are plain numbers")
+    if gradient is None:
+        return (None,) * 8
     of_hidden, of_head = ctx.saved_tensors
     return of_hidden * gradient.to(of_hidden.dtype), of_head * gradient, *[None] * 6
 
