@@ -12,15 +12,15 @@ import os
 import re
 import shutil
 import socket
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 from nanochat_pl.common.errors import UserError, did_you_mean
 from nanochat_pl.common.files import disk_errors_explained, ensure_folder, read_json, write_json
+from nanochat_pl.common.locks import try_lock
 
 # Stages in the order in which a model goes through them. Other folders of a run (evaluation, report) are no stages.
 STAGES = ("tokenizer", "base", "mid", "sft", "rl")
@@ -112,7 +112,7 @@ class StageFolder:
             file = path.open("a+", encoding="utf-8")
         with file:
             deadline = time.monotonic() + patience_seconds
-            while not _try_lock(file):
+            while not try_lock(file):
                 if time.monotonic() >= deadline:
                     raise UserError(
                         f"{self.path}: is in use by {_holder(path)}.",
@@ -237,25 +237,3 @@ def _looking_into(runs: Path) -> Iterator[None]:
 
 def _holder(path: Path) -> str:
     return path.read_text(encoding="utf-8").strip() or "another process"
-
-
-if sys.platform == "win32":
-    import msvcrt
-
-    def _try_lock(file: IO[str]) -> bool:
-        try:
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        except OSError:
-            return False
-        return True
-
-else:
-    import fcntl
-
-    def _try_lock(file: IO[str]) -> bool:
-        # A record lock, not flock: loader processes that outlive a killed run for a moment do not hold it.
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            return False
-        return True
