@@ -32,6 +32,7 @@ _MARKERS: dict[str, tuple[str, str]] = {
     "python_output": ("<|output_start|>", "<|output_end|>"),
 }
 _PART_TYPES = ("text", *_MARKERS)
+ROLES = ("system", "user", "assistant")
 
 
 class _Segment(NamedTuple):
@@ -42,17 +43,29 @@ class _Segment(NamedTuple):
     mask: int
 
 
+class Fault(NamedTuple):
+    """Something that is wrong with a conversation."""
+
+    cause: str  # its kind, by which such conversations are counted
+    problem: str  # a line that names the place and the value
+
+
 def problems_of_conversation(conversation: Any) -> list[str]:
     """What is wrong with a conversation, one line each; empty if nothing is."""
+    return [fault.problem for fault in faults_of_conversation(conversation)]
+
+
+def faults_of_conversation(conversation: Any) -> list[Fault]:
+    """What is wrong with a conversation, each with its cause; empty if nothing is."""
     messages = conversation.get("messages") if isinstance(conversation, Mapping) else None
     if not isinstance(messages, (list, tuple)):
-        return ["messages: must be a list."]
-    problems = []
+        return [Fault("no list of messages", "messages: must be a list.")]
+    faults = []
     turns = 0
     for i, message in enumerate(messages):
         where = f"messages[{i}]"
         if not isinstance(message, Mapping):
-            problems.append(f"{where}: must have a role and a content.")
+            faults.append(Fault("message without role and content", f"{where}: must have a role and a content."))
             continue
         role, content = message.get("role"), message.get("content")
         if i == 0 and role == "system":
@@ -61,26 +74,29 @@ def problems_of_conversation(conversation: Any) -> list[str]:
             expected = ("user", "assistant")[turns % 2]
             turns += 1
         if role != expected:
-            problems.append(f"{where}.role={quote(role)}: must be {expected!r} here (user and assistant take turns).")
+            cause = "roles that do not take turns" if role in ROLES else "unknown role"
+            line = f"{where}.role={quote(role)}: must be {expected!r} here (user and assistant take turns)."
+            faults.append(Fault(cause, line))
         if expected == "assistant" and isinstance(content, (list, tuple)):
-            problems.extend(_problems_of_parts(content, f"{where}.content"))
+            faults.extend(_faults_of_parts(content, f"{where}.content"))
         elif not isinstance(content, str):
             allowed = "text or a list of parts" if expected == "assistant" else "text"
-            problems.append(f"{where}.content={quote(content)}: must be {allowed}.")
-    if turns == 0 and not problems:
-        problems.append("messages: there is no user message.")
-    return problems
+            faults.append(Fault("content that is no text", f"{where}.content={quote(content)}: must be {allowed}."))
+    if turns == 0 and not faults:
+        faults.append(Fault("no user message", "messages: there is no user message."))
+    return faults
 
 
-def _problems_of_parts(parts: Sequence[Any], where: str) -> list[str]:
-    problems = []
+def _faults_of_parts(parts: Sequence[Any], where: str) -> list[Fault]:
+    faults = []
     for i, part in enumerate(parts):
         kind, text = (part.get("type"), part.get("text")) if isinstance(part, Mapping) else (None, None)
         if kind not in _PART_TYPES:
-            problems.append(f"{where}[{i}].type={quote(kind)}: must be one of {', '.join(_PART_TYPES)}.")
+            line = f"{where}[{i}].type={quote(kind)}: must be one of {', '.join(_PART_TYPES)}."
+            faults.append(Fault("unknown part", line))
         elif not isinstance(text, str):
-            problems.append(f"{where}[{i}].text={quote(text)}: must be text.")
-    return problems
+            faults.append(Fault("content that is no text", f"{where}[{i}].text={quote(text)}: must be text."))
+    return faults
 
 
 def _segments(conversation: Conversation) -> list[_Segment]:
