@@ -12,7 +12,7 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, cast
 
@@ -25,9 +25,9 @@ SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt")
 _BLOCK = 2**16
 
 
-def format_of(path: Path) -> str | None:
-    """Which of SUFFIXES a file's name ends with, if any."""
-    return next((suffix for suffix in SUFFIXES if path.name.lower().endswith(suffix)), None)
+def format_of(path: Path, suffixes: Sequence[str] = SUFFIXES) -> str | None:
+    """Which of the suffixes a file's name ends with, if any."""
+    return next((suffix for suffix in suffixes if path.name.lower().endswith(suffix)), None)
 
 
 @contextlib.contextmanager
@@ -74,7 +74,7 @@ def check_file(path: Path, text_column: str) -> None:
 
 
 def _open_parquet(path: Path, text_column: str) -> pq.ParquetFile:
-    with _parquet_errors(path):
+    with parquet_errors(path):
         file = pq.ParquetFile(path)
     schema = file.schema_arrow
     if text_column not in schema.names:
@@ -93,7 +93,8 @@ def _open_parquet(path: Path, text_column: str) -> pq.ParquetFile:
 
 
 @contextlib.contextmanager
-def _parquet_errors(path: Path, part: str = "") -> Iterator[None]:
+def parquet_errors(path: Path, part: str = "") -> Iterator[None]:
+    """Turn what is wrong with a parquet file into a :class:`UserError`."""
     try:
         yield
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
@@ -106,7 +107,7 @@ def _parquet_errors(path: Path, part: str = "") -> Iterator[None]:
 def _parquet_documents(path: Path, text_column: str) -> Iterator[str]:
     with _open_parquet(path, text_column) as file:
         for group in range(file.num_row_groups):
-            with _parquet_errors(path, f", row group {group}"):
+            with parquet_errors(path, f", row group {group}"):
                 texts = file.read_row_group(group, columns=[text_column]).column(0).to_pylist()
             for text in texts:
                 yield _blank_as_empty(text or "")
@@ -122,18 +123,19 @@ def parquet_facts(path: Path) -> tuple[int, int, int]:
     Raises:
         UserError: it is no parquet file, or not a whole one.
     """
-    with _parquet_errors(path), pq.ParquetFile(path) as file:
+    with parquet_errors(path), pq.ParquetFile(path) as file:
         groups = [file.metadata.row_group(number) for number in range(file.num_row_groups)]
         return len(groups), file.metadata.num_rows, sum(group.total_byte_size for group in groups)
 
 
 def _jsonl_documents(path: Path, text_column: str) -> Iterator[str]:
-    for number, line in enumerate(_lines(path), 1):
+    for number, line in enumerate(lines_of(path), 1):
         if line.strip():
             yield _blank_as_empty(_text_of_line(line, f"{path}:{number}", text_column))
 
 
-def _lines(path: Path) -> Iterator[bytes]:
+def lines_of(path: Path) -> Iterator[bytes]:
+    """The lines of a file, which may be compressed, without a byte order mark."""
     try:
         with reading(path), _open_bytes(path) as file:
             first = file.readline()

@@ -34,9 +34,9 @@ class LocalFiles:
         assert settings.path is not None, "checked by the settings"
         self._settings = settings
         self._memo_dir = cache_dir / "file_hashes"
-        self._train_files = self._val_files = _find_files("data.path", settings.path)
+        self._train_files = self._val_files = find_files("data.path", settings.path)
         if settings.validation_path is not None:
-            self._val_files = _find_files("data.validation_path", settings.validation_path)
+            self._val_files = find_files("data.validation_path", settings.validation_path)
             _refuse_shared_files(self._train_files, self._val_files)
         for path in dict.fromkeys([*self._train_files.values(), *self._val_files.values()]):
             check_file(path, settings.text_column)
@@ -141,20 +141,20 @@ def _place_by_hash(text: str) -> float:
     return int.from_bytes(hashlib.sha256(text.encode("utf-8")).digest()[:6], "big") / 2**48
 
 
-def _find_files(key: str, given: str) -> dict[str, Path]:
+def find_files(key: str, given: str, suffixes: Sequence[str] = SUFFIXES) -> dict[str, Path]:
     """The files that a path, folder or glob means, by name, in sorted order.
 
-    A folder stands for the files with one of SUFFIXES in it and below; hidden ones are left out.
+    A folder stands for the files with one of the suffixes in it and below; hidden ones are left out.
     """
     path = Path(given).expanduser()
     if path.is_dir():
         below = sorted((file.relative_to(path).as_posix(), file) for file in path.rglob("*") if file.is_file())
         visible = {name: file for name, file in below if not f"/{name}".count("/.")}
-        files = {name: file for name, file in visible.items() if format_of(file)}
+        files = {name: file for name, file in visible.items() if format_of(file, suffixes)}
         if not files:
             found = sorted({file.suffix or file.name for file in visible.values()})
             raise UserError(
-                f"{key}={given!r}: no file in this folder ends with {' or '.join(SUFFIXES)}; "
+                f"{key}={given!r}: no file in this folder ends with {' or '.join(suffixes)}; "
                 + (f"there are {', '.join(found[:8])}." if found else "it is empty.")
             )
         return files
@@ -163,9 +163,9 @@ def _find_files(key: str, given: str) -> dict[str, Path]:
     paths = [Path(match).expanduser() for match in matches if Path(match).expanduser().is_file()]
     if not paths:
         raise UserError(f"{key}={given!r}: there is no such file or folder (seen from {Path.cwd()}).")
-    unknown = [str(file) for file in paths if not format_of(file)]
+    unknown = [str(file) for file in paths if not format_of(file, suffixes)]
     if unknown:
-        raise UserError(f"{key}={given!r}: {unknown[0]} does not end with {' or '.join(SUFFIXES)}.")
+        raise UserError(f"{key}={given!r}: {unknown[0]} does not end with {' or '.join(suffixes)}.")
     folder = Path(os.path.commonpath([file.parent for file in paths]))
     return {file.relative_to(folder).as_posix(): file for file in paths}
 
