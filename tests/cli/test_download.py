@@ -92,6 +92,8 @@ def test_training_takes_what_was_fetched_and_says_what_it_lacks(hub: HubServer, 
     assert len(hub.requests) == requests
     assert main([*train, "data.download=true"]) == 0  # it has no say in the result
     assert "is finished" in capsys.readouterr().out
+    own_text = ["evaluate", "run=a", f"paths.runs={here / 'runs'}", f"data_path={here / 'texts'}", "suites=[bpb]"]
+    assert main(own_text) == 0
 
 
 def test_a_large_data_set_is_not_fetched_by_accident(

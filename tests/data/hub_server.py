@@ -6,6 +6,8 @@ import contextlib
 import hashlib
 import json
 import re
+import socket
+import struct
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -54,12 +56,14 @@ class Answer:
         headers: on top.
         change: makes other bytes of those of the file, of the same length.
         stop_at: the share of the bytes after which the connection is closed.
+        reset: close it in anger, as a firewall does.
     """
 
     status: int | None = None
     headers: dict[str, str] = field(default_factory=dict)
     change: Callable[[bytes], bytes] = bytes
     stop_at: float | None = None
+    reset: bool = False
 
 
 class HubServer:
@@ -186,6 +190,11 @@ class _Handler(BaseHTTPRequestHandler):
             sent = sent[start:]
         stop = None if answer.stop_at is None else int(len(sent) * answer.stop_at)
         self._send(status, sent, headers, with_body, stop)
+        if answer.reset:
+            self.wfile.flush()
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.connection.shutdown(socket.SHUT_RD)
+            self.connection.close()
 
     def _send(
         self, status: int, body: bytes, headers: dict[str, str], with_body: bool, stop: int | None = None

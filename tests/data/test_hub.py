@@ -166,6 +166,11 @@ def test_a_connection_that_breaks_in_the_middle_is_taken_up_there(
     assert first == "" and second == f"bytes={len(big) // 2 // 2**16 * 2**16}-"
 
 
+def test_a_connection_that_is_reset_is_made_anew(hub: HubServer, tmp_path: Path, waits: list[float]) -> None:
+    hub.fail("GET", r"/resolve/.*00001", Answer(stop_at=0.5, reset=True))
+    assert texts_of(downloaded(tmp_path / "cache"), "train")[120:240] == texts_of_shard(1)
+
+
 def test_museum_22_a_download_that_stays_cut_off_never_passes(
     hub: HubServer, tmp_path: Path, waits: list[float]
 ) -> None:
@@ -381,6 +386,8 @@ def test_what_falls_short_of_the_plan_is_said_with_the_command(
     source = open_source(settings(download=True), tmp_path / "cache", tokens_needed=int(2.5 * per_shard))
     assert len(source.shards("train")) == 3
     assert len(open_source(settings(num_shards=2), tmp_path / "cache").shards("train")) == 2
+    open_source(settings(num_shards=4, download=True), tmp_path / "cache", tokens_needed=1)
+    assert len(open_source(settings(), tmp_path / "cache").shards("train")) == 4
 
 
 def test_fingerprints_are_those_of_the_contents(hub: HubServer, tmp_path: Path) -> None:

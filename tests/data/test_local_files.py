@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
+import tracemalloc
 from pathlib import Path
 
 import pyarrow as pa
@@ -15,6 +17,9 @@ from nanochat_pl.common.settings import build
 from nanochat_pl.data import file_formats
 from nanochat_pl.data.opening import open_source
 from nanochat_pl.data.sources import DataSettings, Source, Split
+from nanochat_pl.data.token_cache import build_token_cache
+from nanochat_pl.tokenizer import TokenizerSettings, train_tokenizer
+from tests.data.fakes import ByteTokenizer
 
 
 def write_parquet(path: Path, texts: list[str | None], column: str = "text") -> None:
@@ -37,10 +42,17 @@ def all_texts(source: Source) -> list[str]:
     return sorted(texts_of(source, "train") + texts_of(source, "val"))
 
 
+def zstd(data: bytes) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(sink, "zstd") as stream:
+        stream.write(data)
+    return sink.getvalue().to_pybytes()
+
+
 TEXTS = [f"document {i}: naïve café №{i}" for i in range(60)]
 
 
-@pytest.mark.parametrize("suffix", [".parquet", ".jsonl", ".jsonl.gz"])
+@pytest.mark.parametrize("suffix", [".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst"])
 def test_a_file_of_each_table_format_gives_its_documents(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"texts{suffix}"
     if suffix == ".parquet":
@@ -49,6 +61,8 @@ def test_a_file_of_each_table_format_gives_its_documents(tmp_path: Path, suffix:
         write_jsonl(tmp_path / "texts.jsonl", TEXTS)
         if suffix == ".jsonl.gz":
             path.write_bytes(gzip.compress((tmp_path / "texts.jsonl").read_bytes()))
+        if suffix == ".jsonl.zst":
+            path.write_bytes(zstd((tmp_path / "texts.jsonl").read_bytes()))
     source = opened(path, tmp_path / "cache")
     assert all_texts(source) == sorted(TEXTS)
     assert [text for text in TEXTS if text in set(texts_of(source, "train"))] == texts_of(source, "train")
@@ -116,6 +130,51 @@ def test_one_file_with_two_documents_has_both_splits(tmp_path: Path) -> None:
     source = opened(tmp_path / "a.jsonl", tmp_path / "cache", validation_fraction=0.001)
     assert len(texts_of(source, "val")) == 1
     assert len([text for text in texts_of(source, "train") if text]) == 1
+    assert re.search(r"1 file, .*% of the documents are held out", source.describe())
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".jsonl"])
+def test_blank_documents_are_empty_and_keep_their_place(tmp_path: Path, suffix: str) -> None:
+    texts = ["one", "", " \n\t ", "\u2003", "two", "x"]
+    (write_parquet if suffix == ".parquet" else write_jsonl)(tmp_path / f"a{suffix}", texts)
+    (tmp_path / "val.txt").write_text("held out\n\n \n\n", encoding="utf-8")
+    source = opened(tmp_path / f"a{suffix}", tmp_path / "cache", validation_path=str(tmp_path / "val.txt"))
+    assert texts_of(source, "train") == ["one", "", "", "", "two", "x"]
+    assert texts_of(source, "val") == ["held out"]
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt"])
+def test_an_empty_file_is_no_text(tmp_path: Path, suffix: str) -> None:
+    """It is said of the whole data, not of the file: other files may have enough."""
+    path = tmp_path / f"a{suffix}"
+    path.write_bytes(gzip.compress(b"") if suffix.endswith("gz") else zstd(b"") if suffix.endswith("zst") else b"")
+    if suffix == ".parquet":
+        pq.write_table(pa.table({"text": pa.array([], pa.string())}), path)
+    source = opened(path, tmp_path / "cache")
+    with pytest.raises(UserError, match=r"too little text[^$]*data\.path="):
+        build_token_cache(source, "train", ByteTokenizer(), tmp_path / "cache")  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("suffix", [".parquet", ".jsonl", ".txt"])
+@pytest.mark.parametrize("unit", ["several words and ", "letters"])
+def test_a_document_of_50_mb(tmp_path: Path, suffix: str, unit: str) -> None:
+    text = unit * (50_000_000 // len(unit))
+    path = tmp_path / f"a{suffix}"
+    if suffix == ".txt":
+        path.write_text(text, encoding="utf-8")
+    else:
+        (write_parquet if suffix == ".parquet" else write_jsonl)(path, [text])  # type: ignore[operator]
+    tracemalloc.start()
+    documents = file_formats.documents_of(path, "text", 8_000)
+    if suffix == ".txt":
+        assert sum(map(len, documents)) == len(text)
+        assert tracemalloc.get_traced_memory()[1] < 2_000_000
+    else:
+        assert list(documents) == [text]
+    tracemalloc.stop()
+    tokenizer = train_tokenizer([unit * 100], TokenizerSettings(vocab_size=280))
+    assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
 def test_validation_files_of_ones_own(tmp_path: Path) -> None:
@@ -171,6 +230,10 @@ def wrong_files(folder: Path) -> dict[str, tuple[Path, str]]:
     (folder / "surrogate.jsonl").write_text('{"text": "\\ud800"}\n', encoding="utf-8")
     (folder / "bytes.jsonl").write_bytes(b'{"text": "caf\xe9"}\n')
     (folder / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n' * 1000)[:-20])
+    (folder / "cut.jsonl.zst").write_bytes(zstd(b'{"text": "a"}\n' * 100_000)[:-20])
+    (folder / "no.jsonl.zst").write_bytes(b'{"text": "a"}\n')
+    (folder / "empty.parquet").write_bytes(b"")
+    (folder / "no.parquet").write_bytes(b'{"text": "a"}\n')
     (folder / "no.jsonl.gz").write_bytes(b'{"text": "a"}\n')
     (folder / "table.csv").write_text("text\n", encoding="utf-8")
     return {
@@ -187,6 +250,10 @@ def wrong_files(folder: Path) -> dict[str, tuple[Path, str]]:
         "bytes.jsonl": "bytes.jsonl:1: is no JSON: .*utf-8",
         "cut.jsonl.gz": "no whole gzip file",
         "no.jsonl.gz": "cannot be read",
+        "cut.jsonl.zst": "cannot be read: Truncated",
+        "no.jsonl.zst": "cannot be read: ZSTD",
+        "empty.parquet": "no whole parquet file",
+        "no.parquet": "no whole parquet file",
         "table.csv": "does not end with .parquet or",
     }
 

@@ -131,13 +131,19 @@ def _data_of(bundle: Bundle, config: EvaluateConfig) -> DataSettings:
     """
     data: DataSettings = _settings_of(bundle, "data", DataSettings)
     if config.data_path is not None:
-        return replace(data, name="local", path=config.data_path, validation_path=None)
+        return DataSettings(
+            name="local",
+            path=config.data_path,
+            text_column=data.text_column,
+            txt_document_chars=data.txt_document_chars,
+            validation_fraction=data.validation_fraction,
+        )
     if config.bundle is not None and data.name == "local":
         raise UserError(
             f"{bundle.path}: names {data.path!r} as its data; what a bundle names is not read from this machine.",
             "Say where the text is, data_path=PATH; or leave it out, suites=[chat,samples].",
         )
-    return data
+    return replace(data, download=False)  # nobody has asked for that here
 
 
 def _chat(bundle: Bundle, config: EvaluateConfig, to: Path) -> dict[str, Any]:

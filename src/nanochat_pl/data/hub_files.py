@@ -111,27 +111,34 @@ class HubFiles:
         return list(dict.fromkeys([*self.val_files, *self.train_files[:num_shards]]))
 
     def num_shards_for(self, num_tokens: int | None) -> int:
-        """About how many training files hold so many tokens; never more than there are. None: those that are here."""
+        """How many training files are wanted: ``data.num_shards``, else about as many as hold so many tokens.
+
+        Never more than there are. Without a number of tokens: those that are here.
+        """
+        if self._settings.num_shards is not None:
+            return len(self.train_files)
         if num_tokens is None:
-            return max(len(self._train_files_here()), 1)
+            return len(self._train_files_here())
         totals = itertools.accumulate(self._tokens_of(self.train_files))
         return next((number for number, total in enumerate(totals, 1) if total >= num_tokens), len(self.train_files))
 
     def shortfall(self, num_tokens: int | None) -> list[str]:
-        """What is missing of the files that the settings or so many tokens ask for, and the command that fetches it."""
-        here = self._train_files_here()
-        asked = min(self._settings.num_shards or 0, len(self.train_files))
-        needed = 0 if num_tokens is None else self.num_shards_for(num_tokens)
-        if len(here) >= max(asked, needed):
+        """What is missing of the files that are wanted, and the command that fetches it; empty where nothing is."""
+        here, wanted = self._train_files_here(), self.num_shards_for(num_tokens)
+        if len(here) >= wanted:
             return []
         line = f"{len(here):,} of {len(self.train_files):,} training files of {self._repo} are here."
         if num_tokens is not None:
-            tokens = sum(self._tokens_of(here))
+            tokens = self.tokens_here()
             line += (
                 f" They hold about {_count(tokens)} tokens, the plan trains on {_count(num_tokens)}: "
                 f"about {num_tokens / max(tokens, 1):.1f} epochs."
             )
-        return [line, self._how_to_fetch(max(asked, needed))]
+        return [line, self._how_to_fetch(wanted)]
+
+    def tokens_here(self) -> float:
+        """About how many tokens the training files that are here hold."""
+        return sum(self._tokens_of(self._train_files_here()))
 
     def train_command(self) -> str:
         """The command that trains on these files."""
@@ -163,7 +170,7 @@ class HubFiles:
         return documents.as_shard(file.path, file.contents)
 
     def _how_to_fetch(self, num_shards: int | None = None) -> str:
-        num_shards = num_shards or self._settings.num_shards or self.num_shards_for(None)
+        num_shards = num_shards or self._settings.num_shards or self.num_shards_for(None) or 1
         return f"Fetch it: nanochat-pl download {self._keys()} num_shards={num_shards}"
 
     def _keys(self) -> str:

@@ -29,7 +29,7 @@ def open_source(settings: DataSettings, cache_dir: Path, tokens_needed: int | No
         return LocalFiles(settings, cache_dir)
     source = HubFiles(settings, cache_dir, ask_hub=settings.download)
     if settings.download:
-        source.fetch(source.num_shards_for(tokens_needed))
+        source.fetch(max(source.num_shards_for(tokens_needed), 1))
     for line in source.shortfall(tokens_needed):
         say(line)
     return source
