@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from nanochat_pl.data.sources import Shard, Split
 
 BOS = 0
@@ -26,6 +28,9 @@ class ByteTokenizer:
         if self.fail_at in texts:
             raise KeyboardInterrupt
         return [[byte + 1 for byte in text.encode("utf-8")] for text in texts]
+
+    def encode_array(self, text: str) -> np.ndarray:
+        return np.array(self.encode_batch([text])[0], dtype=np.uint32)
 
     def render_conversations(
         self, conversations: list[dict[str, Any]], max_tokens: int

@@ -47,7 +47,7 @@ def test_crop_gives_the_golden_rows(golden: Path) -> None:
         num_rows=len(expected),
         buffer_documents=case["buffer_size"],
         refill_documents=case["documents_per_refill"],
-        shuffle=False,
+        shuffle="none",
     )
     assert rows_of(index, case["documents"]) == expected.tolist()
 
@@ -63,7 +63,7 @@ def test_pad_gives_the_golden_inputs(golden: Path) -> None:
         num_rows=len(expected),
         buffer_documents=case["buffer_size"],
         refill_documents=1,
-        shuffle=False,
+        shuffle="none",
     )
     padded = [(row + [BOS] * (case["T"] + 1))[: case["T"]] for row in rows_of(index, conversations)]
     assert padded == expected.tolist()
@@ -97,7 +97,7 @@ def test_crop_equals_the_reference_on_random_lengths(seed: int) -> None:
         num_rows=60,
         buffer_documents=buffer,
         refill_documents=refill,
-        shuffle=False,
+        shuffle="none",
     )
     expected = crop_rows([[BOS, *document] for document in documents], capacity, 60, buffer, refill)
     assert rows_of(index, documents) == expected
@@ -109,7 +109,7 @@ def test_pad_equals_the_reference_on_random_lengths(seed: int) -> None:
     documents = [document for document in random_documents(seed, random.randint(1, 60), 40) if document]
     buffer = int(random.randint(1, 30))
     index = pack(
-        lengths_of(documents), 41, "pad", num_rows=40, buffer_documents=buffer, refill_documents=1, shuffle=False
+        lengths_of(documents), 41, "pad", num_rows=40, buffer_documents=buffer, refill_documents=1, shuffle="none"
     )
     conversations = [([BOS, *document], [1] * (len(document) + 1)) for document in documents]
     inputs, _ = pad_rows(conversations, 41, 40, buffer, BOS)
@@ -183,7 +183,7 @@ def test_rows_and_epochs_end_at_whichever_comes_first() -> None:
 
 
 def test_empty_documents_are_left_out() -> None:
-    index = pack(np.array([0, 3, 0, 4]), 10, "split", epochs=1, shuffle=False)
+    index = pack(np.array([0, 3, 0, 4]), 10, "split", epochs=1, shuffle="none")
     assert index.pieces[:, 0].tolist() == [3, 1]
 
 

@@ -58,7 +58,7 @@ def test_conversations_give_the_golden_inputs_and_targets(golden: Path, tmp_path
         num_rows=expected["inputs"].reshape(-1, case["T"]).shape[0],
         buffer_documents=case["buffer_size"],
         refill_documents=1,
-        shuffle=False,
+        shuffle="none",
     )
     assert kept.all()
     inputs, targets = Rows(cache, index, case["T"], case["bos"]).read(range(index.num_rows))
@@ -69,7 +69,7 @@ def test_conversations_give_the_golden_inputs_and_targets(golden: Path, tmp_path
 def test_documents_give_the_rows_of_the_reference(cache: TokenCache) -> None:
     documents = [[BOS, *cache.tokens(i).tolist()] for i in range(cache.num_documents) if len(cache.tokens(i))]
     expected = np.array(crop_rows(documents, T + 1, 300, 30, 8))
-    index = pack(cache.lengths, T + 1, "crop", num_rows=300, buffer_documents=30, refill_documents=8, shuffle=False)
+    index = pack(cache.lengths, T + 1, "crop", num_rows=300, buffer_documents=30, refill_documents=8, shuffle="none")
     inputs, targets = Rows(cache, index, T, BOS).read(range(300))
     assert inputs.dtype == targets.dtype == np.int64
     assert np.array_equal(inputs, expected[:, :-1]) and np.array_equal(targets, expected[:, 1:])
@@ -83,7 +83,7 @@ def test_conversation_rows_are_those_of_the_reference(tmp_path: Path) -> None:
     ]
     cache = build_conversation_cache(talks, ByteTokenizer(), T + 1, tmp_path, "talks")
     settings = {"buffer_documents": 100, "refill_documents": 1}
-    rows = packed_rows(cache, T, BOS, "pad", tmp_path, num_rows=50, shuffle=False, **settings)
+    rows = packed_rows(cache, T, BOS, "pad", tmp_path, num_rows=50, shuffle="none", **settings)
     rendered = ByteTokenizer().render_conversations(talks, T + 1)
     inputs, targets = pad_rows(rendered, T + 1, 50, 100, BOS)
     assert np.array_equal(rows.read(range(50))[0], inputs)

@@ -11,18 +11,20 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.common.files import read_json, sha256_of_file, write_atomically, write_json
+from nanochat_pl.common.files import disk_errors_explained, read_json, sha256_of_file, write_atomically, write_json
+from nanochat_pl.common.locks import try_lock
 
 _log = logging.getLogger(__name__)
 _MANIFEST = "manifest.json"
 # A file may change again without a new time stamp while the clock of the file system stands still.
 _CLOCK_STEP_SECONDS = 2.0
 _ABANDONED_SECONDS = 24 * 3600.0
+_LOOK_AGAIN_SECONDS = 0.1
 
 
 def fingerprint_of(*parts: Any) -> str:
@@ -66,8 +68,11 @@ def write_cache(folder: Path, key: Any, files: Mapping[str, Callable[[Path], Non
     _remove_abandoned(folder)
     vouched = {}
     for name, write in files.items():
-        write_atomically(folder / name, write)
-        vouched[name] = {"bytes": (folder / name).stat().st_size, "sha256": sha256_of_file(folder / name)}
+        path = folder / name
+        write_atomically(path, write)
+        # Nobody writes to a file that has its name. Remembered now, it is not read again when it is first used.
+        sha256 = known_sha256(path, _memo(path), at_rest=True)
+        vouched[name] = {"bytes": path.stat().st_size, "sha256": sha256}
     write_json(folder / _MANIFEST, {"key": key, "files": vouched, "facts": dict(facts)})
 
 
@@ -83,12 +88,32 @@ def read_cache(folder: Path, key: Any) -> dict[str, Any] | None:
             path = folder / name
             if path.stat().st_size != vouched["bytes"]:
                 raise ValueError(f"{name} has {path.stat().st_size:,} bytes and not {vouched['bytes']:,}")
-            if known_sha256(path, folder / f"{name}.verified") != vouched["sha256"]:
+            if known_sha256(path, _memo(path)) != vouched["sha256"]:
                 raise ValueError(f"{name} is not what was written")
         return dict(manifest["facts"])
     except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         _log.warning("%s: the cache is damaged (%s) and is made again", folder, error)
         return None
+
+
+@contextlib.contextmanager
+def building(folder: Path) -> Iterator[None]:
+    """Hold a folder while it is filled: other processes that want the same wait, and find it filled.
+
+    Raises:
+        UserError: the folder cannot be written to.
+    """
+    with disk_errors_explained(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / "lock").open("a", encoding="utf-8")
+    with file:
+        while not try_lock(file):
+            time.sleep(_LOOK_AGAIN_SECONDS)
+        yield
+
+
+def _memo(path: Path) -> Path:
+    return path.with_name(f"{path.name}.verified")
 
 
 def _remove_abandoned(folder: Path) -> None:

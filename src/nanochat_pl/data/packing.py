@@ -8,6 +8,13 @@ largest piece in a buffer that fits, the first that arrived among equals. They d
 - ``split``: documents are first cut into pieces of at most a row; when none fits, the shortest is cut to the rest of
   the row, and what is cut off goes back to the buffer: nothing is dropped.
 - ``pad``: the rest of the row is padding (conversations).
+
+Documents arrive in the order that ``shuffle`` says. ``global`` needs the lengths of all of them; ``shards`` and
+``none`` take one shard after the other, so the rows of the first shards are known before the last one is tokenised.
+
+The buffer is a queue for each length that occurs, and a sorted list of these lengths: finding the best fit takes time
+logarithmic in the size of the buffer. (Taking a length out of that list moves the ones behind it, some kilobytes of
+memory at most, which is faster than any tree.)
 """
 
 from __future__ import annotations
@@ -16,8 +23,9 @@ import itertools
 from array import array
 from bisect import bisect_right, insort
 from collections import deque
-from collections.abc import Iterable, Iterator
-from typing import Literal
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -26,7 +34,44 @@ from nanochat_pl.data.row_index import PackingStats, RowIndex
 
 PACKER_VERSION = 1  # part of the key of every kept index: a change of the rows needs a new one
 Mode = Literal["crop", "split", "pad"]
+Shuffle = Literal["global", "shards", "none"]
 Piece = tuple[int, int, int]  # document, first token, number of tokens; bos comes on top
+Row = tuple[list[Piece], int]  # with the number of tokens that were dropped to fill it
+_NOTHING = "there is nothing to pack: no document has a single token."
+
+
+class Feed(NamedTuple):
+    """Documents that are given to the packer together."""
+
+    first_document: int
+    lengths: np.ndarray  # (num_documents,): tokens of each, without bos
+    order: np.ndarray  # int64 (num_documents,): which comes when, counted from the first one
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How documents become rows.
+
+    Attributes:
+        row_capacity: places of a row, T+1.
+        mode: see the top of this file. ``pad`` needs every document to fit into a row.
+        buffer_documents, refill_documents: before every pick, while the buffer holds fewer than ``buffer_documents``
+            pieces, the next ``refill_documents`` documents are added.
+        shuffle: the order of documents. ``global``: all of them in an order of its own for each epoch; ``shards``: the
+            documents of each shard in an order of its own, the shards as they are given in the first epoch, and in an
+            order of its own in each later one; ``none``: as they are given.
+        seed: of these orders, 0 … 2**32 - 1.
+    """
+
+    row_capacity: int
+    mode: Mode
+    buffer_documents: int = 1_000
+    refill_documents: int = 128
+    shuffle: Shuffle = "global"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        assert self.row_capacity >= 2, "a row needs a place for bos and one for a token"
 
 
 def pack(
@@ -38,22 +83,18 @@ def pack(
     epochs: int | None = None,
     buffer_documents: int = 1_000,
     refill_documents: int = 128,
-    shuffle: bool = True,
+    shuffle: Shuffle = "global",
     seed: int = 0,
 ) -> RowIndex:
     """Pack documents into rows. A pure function: the index for n rows begins that for more rows.
 
     Args:
         lengths: tokens of each document, without bos; documents of no tokens are left out.
-        row_capacity: places of a row, T+1.
-        mode: see the top of this file. ``pad`` needs every document to fit into a row.
         num_rows: how many rows; the documents are read again, each epoch in its own order, until all are full.
         epochs: how many times the documents are read; rows hold documents of one epoch only, and the last row of an
             epoch may be padded. With ``num_rows`` too, whichever ends first.
-        buffer_documents, refill_documents: before every pick, while the buffer holds fewer than ``buffer_documents``
-            pieces, the next ``refill_documents`` documents are added.
-        shuffle: read the documents of each epoch in an order of its own, made from the seed; false: in list order.
-        seed: 0 … 2**32 - 1.
+        row_capacity, mode, buffer_documents, refill_documents, shuffle, seed: see :class:`Packing`; all documents are
+            one shard.
 
     Raises:
         UserError: there is no document with a token.
@@ -63,52 +104,103 @@ def pack(
     assert num_rows is not None or epochs is not None, "without num_rows or epochs packing has no end"
     lengths = np.asarray(lengths)
     if not (lengths > 0).any():
-        raise UserError("there is nothing to pack: no document has a single token.")
+        raise UserError(_NOTHING)
     assert mode != "pad" or lengths.max() < row_capacity, "in pad mode every document must fit into a row"
-    assert row_capacity >= 2, "a row needs a place for bos and one for a token"
+    packing = Packing(row_capacity, mode, buffer_documents, refill_documents, shuffle, seed)
+    begun = 0
 
-    counter = _EpochCounter(lengths, shuffle, seed)
-    max_piece = row_capacity - 1 if mode == "split" else None
-
-    def rows_of(orders: Iterable[np.ndarray]) -> Iterator[tuple[list[Piece], int]]:
-        chunks = _chunks(orders, lengths, refill_documents, max_piece)
-        return _fill_rows(chunks, row_capacity, mode, buffer_documents)
+    def feed(epoch: int) -> Feed:
+        nonlocal begun
+        begun = epoch + 1
+        return Feed(0, lengths, _order(len(lengths), packing, epoch, 0))
 
     if epochs is None:
-        groups = iter([rows_of(counter.order(epoch) for epoch in itertools.count())])
+        groups = iter([_rows(map(feed, itertools.count()), packing)])
     else:
-        groups = (rows_of([counter.order(epoch)]) for epoch in range(epochs))
-    return _collect(groups, num_rows, row_capacity, counter)
+        groups = (_rows([feed(epoch)], packing) for epoch in range(epochs))
+    collected = _Collected()
+    epoch_starts = []
+    for group in groups:
+        if collected.num_rows == num_rows:
+            break
+        epoch_starts.append(collected.num_rows)
+        room = None if num_rows is None else num_rows - collected.num_rows
+        for row in itertools.islice((row for row in group if row is not None), room):
+            collected.add(row)
+    return collected.index(row_capacity, begun, epoch_starts)
 
 
-class _EpochCounter:
-    """Gives each epoch its order of documents, and remembers how many were begun."""
+def pack_as_they_come(
+    lengths_of: Callable[[int], np.ndarray], first_document: Callable[[int], int], num_shards: int, packing: Packing
+) -> Iterator[RowIndex]:
+    """Pack shard after shard, without an end.
 
-    def __init__(self, lengths: np.ndarray, shuffle: bool, seed: int) -> None:
-        self._num_documents, self._shuffle, self._seed = len(lengths), shuffle, seed
-        self.begun = 0
+    Args:
+        lengths_of: tokens of each document of a shard, without bos; called for a shard when its turn has come.
+        first_document: the number of a shard's first document; called after ``lengths_of``.
+        num_shards: shards of an epoch; after the last one come all of them again.
+        packing: with an order that takes one shard after the other.
 
-    def order(self, epoch: int) -> np.ndarray:
-        self.begun = epoch + 1
-        if not self._shuffle:
-            return np.arange(self._num_documents)
-        # RandomState and not a Generator: its numbers are the same in every version of numpy.
-        return np.random.RandomState([self._seed, epoch]).permutation(self._num_documents)
+    Yields:
+        For each turn of a shard the rows that were completed before more documents than its were needed.
+
+    Raises:
+        UserError: an epoch has no document with a token.
+    """
+    assert packing.shuffle != "global", "the order of all documents needs the lengths of all"
+    found_tokens, epoch = False, 0
+
+    def feeds() -> Iterator[Feed]:
+        nonlocal found_tokens, epoch
+        for epoch in itertools.count():
+            for shard in _order_of_shards(num_shards, packing, epoch):
+                lengths = lengths_of(shard)
+                found_tokens = found_tokens or bool((lengths > 0).any())
+                yield Feed(first_document(shard), lengths, _order(len(lengths), packing, epoch, shard))
+            if not found_tokens:
+                raise UserError(_NOTHING)
+
+    collected, begun = _Collected(), 0
+    for row in _rows(feeds(), packing):
+        if row is not None:
+            collected.add(row)
+            continue
+        yield collected.index(packing.row_capacity, epoch + 1 - begun, [])
+        collected, begun = _Collected(), epoch + 1
 
 
-def _chunks(
-    orders: Iterable[np.ndarray], lengths: np.ndarray, refill_documents: int, max_piece: int | None
-) -> Iterator[list[Piece]]:
-    """The documents as pieces, as many documents at a time as a refill takes."""
-    for order in orders:
+def _order_of_shards(num_shards: int, packing: Packing, epoch: int) -> list[int]:
+    if epoch == 0 or packing.shuffle == "none":
+        return list(range(num_shards))
+    return np.random.RandomState([packing.seed, epoch]).permutation(num_shards).tolist()
+
+
+def _order(num_documents: int, packing: Packing, epoch: int, shard: int) -> np.ndarray:
+    if packing.shuffle == "none":
+        return np.arange(num_documents)
+    # RandomState and not a Generator: its numbers are the same in every version of numpy.
+    seeds = [packing.seed, epoch] if packing.shuffle == "global" else [packing.seed, epoch, shard]
+    return np.random.RandomState(seeds).permutation(num_documents)
+
+
+def _rows(feeds: Iterable[Feed], packing: Packing) -> Iterator[Row | None]:
+    max_piece = packing.row_capacity - 1 if packing.mode == "split" else None
+    chunks = _chunks(feeds, packing.refill_documents, max_piece)
+    return _fill_rows(chunks, packing.row_capacity, packing.mode, packing.buffer_documents)
+
+
+def _chunks(feeds: Iterable[Feed], refill_documents: int, max_piece: int | None) -> Iterator[list[Piece]]:
+    """The documents as pieces, as many documents at a time as a refill takes; after each feed an empty list."""
+    for first_document, lengths, order in feeds:
         order = order[lengths[order] > 0]
         for first in range(0, len(order), refill_documents):
-            documents = order[first : first + refill_documents]
+            numbers = order[first : first + refill_documents]
             chunk: list[Piece] = []
-            for document, length in zip(documents.tolist(), lengths[documents].tolist(), strict=True):
+            for document, length in zip((first_document + numbers).tolist(), lengths[numbers].tolist(), strict=True):
                 step = max_piece or length
                 chunk.extend((document, start, min(step, length - start)) for start in range(0, length, step))
             yield chunk
+        yield []
 
 
 class _Buffer:
@@ -148,10 +240,8 @@ class _Buffer:
         return piece
 
 
-def _fill_rows(
-    chunks: Iterator[list[Piece]], row_capacity: int, mode: Mode, buffer_size: int
-) -> Iterator[tuple[list[Piece], int]]:
-    """Rows, each with the number of tokens that were dropped to fill it, until the chunks end."""
+def _fill_rows(chunks: Iterator[list[Piece]], row_capacity: int, mode: Mode, buffer_size: int) -> Iterator[Row | None]:
+    """Rows until the chunks end; None where more than the feed that has ended is needed to go on."""
     buffer = _Buffer()
     while True:
         row: list[Piece] = []
@@ -160,6 +250,8 @@ def _fill_rows(
             while len(buffer) < buffer_size and (chunk := next(chunks, None)) is not None:
                 for piece in chunk:
                     buffer.add(piece)
+                if not chunk:
+                    yield None
             best = buffer.take_largest(room - 1)
             if best is None:
                 if mode == "pad" or not len(buffer):
@@ -177,33 +269,26 @@ def _fill_rows(
         yield row, cropped
 
 
-def _collect(
-    groups: Iterator[Iterator[tuple[list[Piece], int]]],
-    num_rows: int | None,
-    row_capacity: int,
-    counter: _EpochCounter,
-) -> RowIndex:
-    flat_pieces, row_starts = array("i"), array("q", [0])  # compact: a long run has many millions of pieces
-    epoch_starts = []
-    cropped = 0
-    for group in groups:
-        rows_before = len(row_starts) - 1
-        if rows_before == num_rows:
-            break
-        epoch_starts.append(rows_before)
-        room = None if num_rows is None else num_rows - rows_before
-        for row, cropped_here in itertools.islice(group, room):
-            flat_pieces.extend(itertools.chain.from_iterable(row))
-            row_starts.append(row_starts[-1] + len(row))
-            cropped += cropped_here
-    pieces = np.array(flat_pieces, dtype=np.int32).reshape(-1, 3)
-    placed = int(pieces[:, 2].sum(dtype=np.int64))
-    stats = PackingStats(
-        placed_tokens=placed,
-        cropped_tokens=cropped,
-        padded_places=(len(row_starts) - 1) * row_capacity - placed - len(pieces),
-        pieces=len(pieces),
-        epochs=counter.begun,
-    )
-    starts = np.array(row_starts, dtype=np.int64)
-    return RowIndex(row_capacity, starts, pieces, np.array(epoch_starts, dtype=np.int64), stats)
+class _Collected:
+    """Rows on their way into an index. Compact: a long run has many millions of pieces."""
+
+    def __init__(self) -> None:
+        self._pieces, self._row_starts, self._cropped = array("i"), array("q", [0]), 0
+
+    @property
+    def num_rows(self) -> int:
+        return len(self._row_starts) - 1
+
+    def add(self, row: Row) -> None:
+        pieces, cropped = row
+        self._pieces.extend(itertools.chain.from_iterable(pieces))
+        self._row_starts.append(self._row_starts[-1] + len(pieces))
+        self._cropped += cropped
+
+    def index(self, row_capacity: int, epochs: int, epoch_starts: list[int]) -> RowIndex:
+        pieces = np.array(self._pieces, dtype=np.int32).reshape(-1, 3)
+        placed = int(pieces[:, 2].sum(dtype=np.int64))
+        padded = self.num_rows * row_capacity - placed - len(pieces)
+        stats = PackingStats(placed, self._cropped, padded, len(pieces), epochs)
+        starts = np.array(self._row_starts, dtype=np.int64)
+        return RowIndex(row_capacity, starts, pieces, np.array(epoch_starts, dtype=np.int64), stats)

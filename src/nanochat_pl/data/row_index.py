@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,9 @@ class PackingStats:
     padded_places: int
     pieces: int
     epochs: int
+
+    def __add__(self, other: PackingStats) -> PackingStats:
+        return PackingStats(*(mine + its for mine, its in zip(astuple(self), astuple(other), strict=True)))
 
     @property
     def trained_share(self) -> float:
@@ -60,17 +63,41 @@ class RowIndex:
         """Rows in the index."""
         return len(self.row_starts) - 1
 
+    def pieces_of(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The pieces of some rows.
+
+        Args:
+            rows: int64 (R,).
+
+        Returns:
+            how many each row has, int64 (R,), and all of them, row by row, int64 (N, 3).
+        """
+        first, last = self.row_starts[rows], self.row_starts[rows + 1]
+        numbers = np.concatenate([np.arange(0), *map(np.arange, first, last)])
+        return last - first, self.pieces[numbers].astype(np.int64)
+
+    def wait_for(self, num_rows: int, check: Callable[[], None] = lambda: None) -> None:
+        """All rows are there."""
+
 
 _ARRAYS = ("row_starts", "pieces", "epoch_starts")
 
 
 def kept_index(folder: Path, key: Any, make: Callable[[], RowIndex]) -> RowIndex:
     """The index kept in a folder; made, written and read back where there is none with this key."""
+    index = read_index(folder, key)
+    if index is None:
+        _write(folder, key, make())
+        index = read_index(folder, key)
+        assert index is not None, f"{folder}: was written and cannot be read back"
+    return index
+
+
+def read_index(folder: Path, key: Any) -> RowIndex | None:
+    """The index kept in a folder, if there is one with this key."""
     facts = read_cache(folder, key)
     if facts is None:
-        _write(folder, key, make())
-        facts = read_cache(folder, key)
-        assert facts is not None, f"{folder}: was written and cannot be read back"
+        return None
     arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in _ARRAYS}
     return RowIndex(facts["row_capacity"], stats=build(PackingStats, facts["stats"], str(folder)), **arrays)
 

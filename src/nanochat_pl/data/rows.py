@@ -10,7 +10,7 @@ import numpy as np
 
 from nanochat_pl.common.constants import IGNORE_INDEX
 from nanochat_pl.data.cache_folder import fingerprint_of
-from nanochat_pl.data.packing import PACKER_VERSION, Mode, pack
+from nanochat_pl.data.packing import PACKER_VERSION, Mode, Shuffle, pack
 from nanochat_pl.data.row_index import RowIndex, kept_index
 from nanochat_pl.data.token_cache import TokenCache
 
@@ -63,17 +63,16 @@ class Rows:
         numbers = np.asarray(row_numbers, dtype=np.int64)
         self._check(numbers)
         capacity = self.sequence_len + 1
-        first, last = self.index.row_starts[numbers], self.index.row_starts[numbers + 1]
-        of_rows = np.concatenate([np.arange(0), *map(np.arange, first, last)])  # the pieces of all rows, one by one
-        document, start, length = self.index.pieces[of_rows].astype(np.int64).T
+        num_pieces, pieces = self.index.pieces_of(numbers)
+        document, start, length = pieces.T
         shard, document_start = self.cache.positions(document)
 
         # The place of each piece's bos, all rows being one line of places.
         ends = np.cumsum(length + 1)
-        row_ends = np.concatenate([[0], ends])[np.cumsum(last - first)]
+        row_ends = np.concatenate([[0], ends])[np.cumsum(num_pieces)]
         used = np.diff(row_ends, prepend=0)
         skipped = np.arange(len(numbers)) * capacity - (row_ends - used)
-        bos_places = ends - (length + 1) + np.repeat(skipped, last - first)
+        bos_places = ends - (length + 1) + np.repeat(skipped, num_pieces)
 
         ids = np.full((len(numbers), capacity), self.bos_id, dtype=np.int64)
         # Of documents all is trained on, a piece's bos too: it tells that the one before has ended.
@@ -83,7 +82,7 @@ class Rows:
         for number, begin, bos_place, count in zip(
             shard.tolist(), (document_start + start).tolist(), bos_places.tolist(), length.tolist(), strict=True
         ):
-            source, to = self.cache.shards[number], slice(bos_place + 1, bos_place + 1 + count)
+            source, to = self.cache.open_shard(number), slice(bos_place + 1, bos_place + 1 + count)
             flat_ids[to] = source.tokens[begin : begin + count]
             if source.mask is not None:
                 flat_trained[to] = source.mask[begin : begin + count]
@@ -92,9 +91,8 @@ class Rows:
     def address(self, row_number: int) -> list[PieceAddress]:
         """What a row is made of, from left to right."""
         self._check(np.array([row_number]))
-        first, last = self.index.row_starts[row_number : row_number + 2]
         addresses = []
-        for document, start, length in self.index.pieces[first:last].tolist():
+        for document, start, length in self.index.pieces_of(np.array([row_number]))[1].tolist():
             shard, number = self.cache.locate(document)
             addresses.append(PieceAddress(shard.name, number, start, start + length))
         return addresses
@@ -116,7 +114,7 @@ def packed_rows(
     epochs: int | None = None,
     buffer_documents: int = 1_000,
     refill_documents: int = 128,
-    shuffle: bool = True,
+    shuffle: Shuffle = "global",
     seed: int = 0,
 ) -> Rows:
     """Rows of a token cache, packed or found packed. For the arguments see :func:`nanochat_pl.data.packing.pack`."""

@@ -54,7 +54,12 @@ class DataSettings:
     long_documents: Literal["split", "crop"] = setting(
         "split", "split: documents longer than a row are cut into pieces, each with bos; crop: as the reference does."
     )
-    shuffle: bool = setting(True, "Each epoch in a seeded order of its own; false: all in the order of the source.")
+    shuffle: Literal["global", "shards", "none"] = setting(
+        "global",
+        "Order of the documents. global: all of them in a seeded order of its own for each epoch, which needs all of "
+        "them tokenised first; shards: shard after shard, those of each in a seeded order, so the training begins with "
+        "the first ones while the others are tokenised; none: the order of the source, from the first ones too.",
+    )
     pack_buffer_documents: int = setting(1_000, "Documents among which the packer finds the best fit.", at_least=1)
     pack_refill_documents: int = setting(128, "Documents that are added to that buffer at a time.", at_least=1)
     seed: int = setting(0, "Seed of the order of documents.", at_least=0, at_most=2**32 - 1)

@@ -5,11 +5,17 @@ document, 0 for an empty one, so that a document keeps its number), for conversa
 and a manifest. The folder's name is made of the fingerprints of the shard and of the tokenizer, so a cache cannot be
 stale, and a build that was stopped goes on with the first shard that is not there. Tokens are kept without bos: rows
 put it in front.
+
+Where a shard will be is known before it is there. So a cache may be opened while it is still being built, and be asked
+for what is there already.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,57 +23,84 @@ from typing import Any
 import numpy as np
 
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.data.cache_folder import fingerprint_of, read_cache, write_cache
+from nanochat_pl.data.cache_folder import building, fingerprint_of, read_cache, write_cache
 from nanochat_pl.data.sources import Shard, Source, Split
+from nanochat_pl.data.tokenising import Encoder, in_order
 from nanochat_pl.tokenizer import Tokenizer
 
 FORMAT = 1
 BATCH_DOCUMENTS = 512
-_BATCH_CHARS = 4_000_000
 _LENGTH = np.dtype("<i4")
+# Each open one takes a file descriptor, of which a process may have few: 256 on macOS.
+_MOST_OPEN_SHARDS = 100
 
 Progress = Callable[[int, int, int], None]  # shards done, shards in all, tokens so far
 
 
-@dataclass(frozen=True)
 class CachedShard:
-    """One shard in the cache.
+    """One shard in the cache, opened when it is first read.
 
-    Attributes:
+    Args:
         name: of the source's shard.
         folder: where it is kept.
-        tokens: uint16 or uint32 (num_tokens,), all documents one after the other, by memory map.
-        offsets: int64 (num_documents + 1,): document i has the tokens offsets[i] … offsets[i + 1] - 1.
-        mask: uint8 (num_tokens,), 1 where a token is trained on; None: all are.
+        dtype: of the tokens.
+        masked: whether it has a mask.
     """
 
-    name: str
-    folder: Path
-    tokens: np.ndarray
-    offsets: np.ndarray
-    mask: np.ndarray | None
+    def __init__(self, name: str, folder: Path, dtype: str, masked: bool = False) -> None:
+        self.name, self.folder, self.dtype, self.masked = name, folder, dtype, masked
+        self._open: tuple[np.ndarray, np.ndarray, np.ndarray | None] | None = None
 
-    @classmethod
-    def open(cls, name: str, folder: Path, token_dtype: str, masked: bool) -> CachedShard:
-        """Map the files of a folder that has been verified."""
-        lengths = np.fromfile(folder / "lengths.bin", dtype=_LENGTH)
-        offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-        tokens = _map(folder / "tokens.bin", token_dtype)
-        mask = _map(folder / "mask.bin", "u1") if masked else None
-        assert len(tokens) == offsets[-1] and (mask is None or len(mask) == len(tokens)), folder
-        return cls(name, folder, tokens, offsets, mask)
+    @property
+    def tokens(self) -> np.ndarray:
+        """All documents one after the other, uint16 or uint32 (num_tokens,), by memory map."""
+        return self._opened()[0]
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Sent to a worker process, it is opened there again: the tokens stay in the file."""
-        return CachedShard.open, (self.name, self.folder, self.tokens.dtype.str, self.mask is not None)
+    @property
+    def offsets(self) -> np.ndarray:
+        """int64 (num_documents + 1,): document i has the tokens offsets[i] … offsets[i + 1] - 1."""
+        return self._opened()[1]
+
+    @property
+    def mask(self) -> np.ndarray | None:
+        """uint8 (num_tokens,), 1 where a token is trained on; None: all are."""
+        return self._opened()[2]
+
+    @property
+    def num_documents(self) -> int:
+        return (self.folder / "lengths.bin").stat().st_size // _LENGTH.itemsize
+
+    @property
+    def num_tokens(self) -> int:
+        return (self.folder / "tokens.bin").stat().st_size // np.dtype(self.dtype).itemsize
+
+    def lengths(self) -> np.ndarray:
+        """int32 (num_documents,): tokens per document, without bos."""
+        return np.fromfile(self.folder / "lengths.bin", dtype=_LENGTH)
+
+    def close(self) -> None:
+        """Let go of the files; reading opens them again."""
+        self._open = None
+
+    def _opened(self) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        if self._open is None:
+            offsets = np.concatenate([[0], np.cumsum(self.lengths(), dtype=np.int64)])
+            tokens = _map(self.folder / "tokens.bin", self.dtype)
+            mask = _map(self.folder / "mask.bin", "u1") if self.masked else None
+            assert len(tokens) == offsets[-1] and (mask is None or len(mask) == len(tokens)), self.folder
+            self._open = tokens, offsets, mask
+        return self._open
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Sent to another process, it is opened there again: the tokens stay in the file."""
+        return self.__dict__ | {"_open": None}
 
 
 class TokenCache:
-    """All documents of a split as tokens.
+    """All documents of a split as tokens, by number: those of the first shard, then those of the second …
 
     Attributes:
-        shards: in the source's order.
-        lengths: int32 (num_documents,): tokens per document, without bos.
+        shards: in the source's order. Of a cache that is being built, the first ones are there.
         masked: whether the shards have masks.
         fingerprint: changes with any token of any document.
     """
@@ -75,31 +108,64 @@ class TokenCache:
     def __init__(self, shards: Sequence[CachedShard], fingerprint: str) -> None:
         self.shards = list(shards)
         self.fingerprint = fingerprint
-        self.lengths = np.concatenate([np.diff(shard.offsets) for shard in self.shards]).astype(np.int32)
-        self.masked = any(shard.mask is not None for shard in self.shards)
-        self._offsets = np.concatenate([shard.offsets[:-1] for shard in self.shards])
-        self._first_documents = np.cumsum([0, *(len(shard.offsets) - 1 for shard in self.shards)])
+        self.masked = any(shard.masked for shard in self.shards)
+        self._first_documents = np.zeros(1, dtype=np.int64)  # of the shards that were asked for so far, and the next
+        self._used: OrderedDict[int, None] = OrderedDict()
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int32 (num_documents,): tokens of every document, without bos."""
+        return np.concatenate([shard.lengths() for shard in self.shards])
 
     @property
     def num_documents(self) -> int:
-        return len(self.lengths)
+        return self.first_document(len(self.shards))
 
     @property
     def num_tokens(self) -> int:
         """Tokens of all documents, without bos."""
-        return int(self.lengths.sum(dtype=np.int64))
+        return sum(shard.num_tokens for shard in self.shards)
+
+    def first_document(self, shard: int) -> int:
+        """The number of a shard's first document. The shards before it must be there."""
+        while len(self._first_documents) <= shard:
+            following = self._first_documents[-1] + self.shards[len(self._first_documents) - 1].num_documents
+            self._first_documents = np.append(self._first_documents, following)
+        return int(self._first_documents[shard])
+
+    def shard_of(self, document: int) -> int:
+        """The number of the shard that holds a document."""
+        known = len(self._first_documents) - 1
+        while document >= self._first_documents[-1] and known < len(self.shards):
+            known += 1
+            self.first_document(known)
+        if not 0 <= document < self._first_documents[-1]:
+            raise IndexError(f"document {document} of {self._first_documents[-1]}")
+        return int(np.searchsorted(self._first_documents, document, side="right")) - 1
 
     def locate(self, document: int) -> tuple[CachedShard, int]:
         """The shard that holds a document, and the document's number in it."""
-        if not 0 <= document < self.num_documents:
-            raise IndexError(f"document {document} of {self.num_documents}")
-        shard = int(np.searchsorted(self._first_documents, document, side="right")) - 1
-        return self.shards[shard], document - int(self._first_documents[shard])
+        shard = self.shard_of(document)
+        return self.open_shard(shard), document - int(self._first_documents[shard])
+
+    def open_shard(self, number: int) -> CachedShard:
+        """A shard that is about to be read; of those open, the one that was not read for longest is closed."""
+        self._used[number] = None
+        self._used.move_to_end(number)
+        if len(self._used) > _MOST_OPEN_SHARDS:
+            self.shards[self._used.popitem(last=False)[0]].close()
+        return self.shards[number]
 
     def positions(self, documents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """For each document the number of its shard, and where in that shard's tokens it begins."""
+        if len(documents):
+            self.shard_of(int(documents.max()))
         shards = np.searchsorted(self._first_documents, documents, side="right") - 1
-        return shards, self._offsets[documents]
+        starts = np.empty(len(documents), dtype=np.int64)
+        for number in np.unique(shards).tolist():
+            here = shards == number
+            starts[here] = self.open_shard(number).offsets[documents[here] - self._first_documents[number]]
+        return shards, starts
 
     def tokens(self, document: int, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Tokens start … stop - 1 of a document, without bos (a view of the file)."""
@@ -108,69 +174,93 @@ class TokenCache:
         return shard.tokens[first + start : int(shard.offsets[number + 1]) if stop is None else first + stop]
 
 
+@dataclass(frozen=True)
+class ShardToBuild:
+    """A shard of a source, and where its tokens are or will be."""
+
+    shard: Shard
+    cached: CachedShard
+    key: dict[str, Any]
+
+    def is_there(self) -> bool:
+        """Whether the shard is in the cache, all its files as they were written."""
+        return read_cache(self.cached.folder, self.key) is not None
+
+
+def token_cache_to_build(
+    shards: Sequence[Shard], tokenizer: Tokenizer, cache_dir: Path
+) -> tuple[TokenCache, list[ShardToBuild]]:
+    """The cache of some shards, whether they are there or not, and what :func:`tokenised` needs to build them."""
+    dtype = token_dtype(tokenizer.vocab_size)
+    to_build = []
+    for shard in shards:
+        key = {"format": FORMAT, "tokenizer": tokenizer.fingerprint, "shard": shard.fingerprint}
+        cached = CachedShard(shard.name, cache_dir / "tokens" / fingerprint_of(key)[:32], dtype)
+        to_build.append(ShardToBuild(shard, cached, key))
+    fingerprint = fingerprint_of([[each.shard.name, each.key] for each in to_build])
+    return TokenCache([each.cached for each in to_build], fingerprint), to_build
+
+
+def tokenised(
+    shards: Sequence[ShardToBuild], tokenizer: Tokenizer, num_threads: int | None = None
+) -> Iterator[CachedShard]:
+    """Shard after shard, each once it is in the cache; the next one is worked on meanwhile.
+
+    Args:
+        num_threads: that encode; None: as many as there are cores.
+
+    Raises:
+        UserError: what the source says of a file, or the disk. Shards that are done stay done.
+    """
+
+    def build(to_build: ShardToBuild, encode: Encoder) -> CachedShard:
+        if not to_build.is_there():
+            with building(to_build.cached.folder):
+                if not to_build.is_there():  # another process may have built it meanwhile
+                    documents = ((ids, None) for ids in encode(to_build.shard.documents()))
+                    write_shard(to_build.cached.folder, to_build.key, documents, to_build.cached.dtype, {})
+        return to_build.cached
+
+    dtype = token_dtype(tokenizer.vocab_size)
+    return in_order(shards, build, tokenizer.encode_array, dtype, num_threads or os.cpu_count() or 1)
+
+
 def build_token_cache(
-    source: Source, split: Split, tokenizer: Tokenizer, cache_dir: Path, progress: Progress | None = None
+    source: Source,
+    split: Split,
+    tokenizer: Tokenizer,
+    cache_dir: Path,
+    progress: Progress | None = None,
+    num_threads: int | None = None,
 ) -> TokenCache:
     """Tokenise a split, or find it tokenised.
 
     Args:
         source, split: which documents.
-        tokenizer: encodes them, all cores at work.
+        tokenizer: encodes them.
         cache_dir: the cache of all runs (``paths.cache``).
         progress: called with the shards done, the shards in all, and the tokens so far.
+        num_threads: that encode; None: as many as there are cores.
 
     Raises:
         UserError: the split has no text, or what the source says of a file. Shards that are done stay done.
     """
-    shards = source.shards(split)
-    dtype = token_dtype(tokenizer.vocab_size)
-    cached: list[CachedShard] = []
-    keys = []
+    cache, to_build = token_cache_to_build(source.shards(split), tokenizer, cache_dir)
     num_tokens = 0
-    for number, shard in enumerate(shards):
-
-        def report(tokens_in_shard: int, done: int = number, before: int = num_tokens) -> None:
+    with closing(tokenised(to_build, tokenizer, num_threads)) as shards:
+        for done, shard in enumerate(shards, 1):
+            num_tokens += shard.num_tokens
             if progress is not None:
-                progress(done, len(shards), before + tokens_in_shard)
-
-        key = {"format": FORMAT, "tokenizer": tokenizer.fingerprint, "shard": shard.fingerprint}
-        folder = cache_dir / "tokens" / fingerprint_of(key)[:32]
-        if read_cache(folder, key) is None:
-            write_shard(folder, key, _encoded(shard, tokenizer), dtype, {}, report)
-        cached.append(CachedShard.open(shard.name, folder, dtype, masked=False))
-        keys.append([shard.name, key])
-        num_tokens += len(cached[-1].tokens)
-        if progress is not None:
-            progress(number + 1, len(shards), num_tokens)
+                progress(done, len(to_build), num_tokens)
     if num_tokens == 0:
         raise UserError(
             f"{source.name}: there is too little text: nothing of it is left for the {split} split.",
             fix="Give more text (data.path=…), or say what to validate on (data.validation_path=…).",
         )
-    return TokenCache(cached, fingerprint_of(keys))
+    return cache
 
 
-Encoded = Iterator[tuple[list[int], list[int] | None]]  # the ids of a document, and its mask
-
-
-def _encoded(shard: Shard, tokenizer: Tokenizer) -> Encoded:
-    for texts in _batches(shard.documents()):
-        for ids in tokenizer.encode_batch(texts):
-            yield ids, None
-
-
-def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
-    """Documents in lists small enough for the memory and large enough for all cores."""
-    batch: list[str] = []
-    num_chars = 0
-    for text in documents:
-        batch.append(text)
-        num_chars += len(text)
-        if len(batch) == BATCH_DOCUMENTS or num_chars >= _BATCH_CHARS:
-            yield batch
-            batch, num_chars = [], 0
-    if batch:
-        yield batch
+Encoded = Iterator[tuple[Sequence[int] | np.ndarray, Sequence[int] | None]]  # the ids of a document, and its mask
 
 
 def write_shard(
@@ -179,7 +269,7 @@ def write_shard(
     documents: Encoded,
     dtype: str,
     facts: dict[str, int],
-    report: Callable[[int], None],
+    report: Callable[[int], None] = lambda num_tokens: None,
     masked: bool = False,
 ) -> None:
     """Fill a cache folder with documents, with their masks where ``masked``; ``report`` gets the tokens so far."""
@@ -190,7 +280,7 @@ def write_shard(
         num_tokens = 0
         with path.open("wb") as file:
             for number, (ids, mask) in enumerate(documents, 1):
-                file.write(np.array(ids, dtype=dtype).tobytes())
+                file.write(np.asarray(ids, dtype=dtype).data)
                 lengths.append(len(ids))
                 if mask is not None:
                     masks.append(bytes(mask))
