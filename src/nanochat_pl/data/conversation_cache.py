@@ -83,7 +83,7 @@ def build_conversation_cache(
                 progress(0, 1, num_tokens)
 
         write_shard(folder, full_key, rendered, dtype, facts, report, masked=True)
-    shard = CachedShard.open(key, folder, dtype, masked=True)
+    shard = CachedShard(key, folder, dtype, masked=True)
     if progress is not None:
         progress(1, 1, len(shard.tokens))
     if not len(shard.tokens):
