@@ -168,18 +168,3 @@ def test_train_py_is_the_train_verb(here: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "nothing was trained" in done.stdout
     assert list(here.iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    ("depth", "length", "shown", "asks"),
-    [("4", "max_steps=1", " minutes on this CPU.", False), ("40", "max_steps=null", " years on this CPU.", True)],
-)
-def test_a_plan_says_what_it_does_not_look_at(
-    depth: str, length: str, shown: str, asks: bool, here: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["plan", f"model.depth={depth}", length, "trainer.accelerator=cpu"]) == 0
-    out = capsys.readouterr().out
-    assert shown in out
-    assert "The data is not looked at here; train makes the batch smaller" in out
-    assert "at least 256 steps an epoch" in out
-    assert ("would ask for max_steps" in out) == asks

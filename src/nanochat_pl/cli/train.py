@@ -21,7 +21,7 @@ from nanochat_pl.cli.plan import print_plan
 from nanochat_pl.cli.records import as_typed, require_same_settings, settings_that_matter, write_records
 from nanochat_pl.common.console import next_steps, print_table, say
 from nanochat_pl.common.run_folder import StageFolder, fresh_stage_folder, only_run_with, stage_folder
-from nanochat_pl.planning import Plan
+from nanochat_pl.planning import Plan, width_remark
 from nanochat_pl.training.inherit import inherited
 from nanochat_pl.training.settings import TrainConfig
 
@@ -138,6 +138,8 @@ def _say_plan(plan: Plan) -> None:
         f"Plan: {plan['parameters_total']:,} parameters, {plan['num_steps']:,} steps of"
         f" {plan['total_batch_tokens']:,} tokens. Each value with its reason: nanochat-pl plan, or plan.json."
     )
+    if remark := width_remark(plan):
+        say(remark)
 
 
 def how_to_go_on(run: str, resume: str) -> str:

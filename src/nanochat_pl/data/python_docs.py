@@ -146,6 +146,12 @@ def open_python_docs(
     return PythonDocs(folder)
 
 
+def built_python_docs(cache_dir: Path) -> PythonDocs | None:
+    """The corpus of the packages that are installed now, where it has been built."""
+    folder = cache_dir / "python_docs" / _key(installed_packages()[0])
+    return PythonDocs(folder) if (folder / "manifest.json").exists() else None
+
+
 def _move_into_place(built: Path, folder: Path) -> None:
     """Rename a finished corpus to its place, unless another process was faster: then theirs is the same."""
     try:

@@ -3,7 +3,7 @@
 from nanochat_pl.planning.horizon import HorizonSettings, check_horizon, estimate_cpu_seconds
 from nanochat_pl.planning.make import hyperparameters, make_finetune_plan, make_plan
 from nanochat_pl.planning.plan import Derived, Plan
-from nanochat_pl.planning.render import PlanRow, plan_rows
+from nanochat_pl.planning.render import PlanRow, plan_rows, plan_sections, width_remark
 from nanochat_pl.planning.rows import RowOptions
 
 __all__ = [
@@ -18,4 +18,6 @@ __all__ = [
     "make_finetune_plan",
     "make_plan",
     "plan_rows",
+    "plan_sections",
+    "width_remark",
 ]

@@ -122,7 +122,7 @@ def step_memory(
     of_head = FLOAT * config.padded_vocab_size * config.width
     # Below float32 the head is cast, and each piece's gradient of it is a tensor of its own before it is added.
     cast_head = compute * config.vocab_size * config.width if compute < FLOAT else 0
-    piece = loss_piece_bytes(config, tokens, knobs.loss_chunk_tokens)
+    piece = loss_piece_bytes(config, tokens, knobs.loss_chunk_tokens, on_cpu)
     activations = outside + sum(kept)
     there = state + (gradients if micro_batches > 1 else 0)
     phases = {
@@ -246,12 +246,12 @@ def _kept_outside(config: GPTConfig, rows: int, on_cpu: bool, checkpointing: boo
     return rows * config.sequence_len * per_token
 
 
-def loss_piece_bytes(config: GPTConfig, tokens: int, chunk_tokens: int | None) -> int:
+def loss_piece_bytes(config: GPTConfig, tokens: int, chunk_tokens: int | None, on_cpu: bool) -> int:
     """Of a piece's logits: tanh and exponentials (which become the gradient) in float32, and the gradient of the piece
     before; below float32 also the logits and the gradient in the compute type.
     """
     compute = DTYPE_BYTES[config.compute_dtype]
-    chunk = min(tokens, chunk_tokens or default_chunk_tokens(config.vocab_size))
+    chunk = min(tokens, chunk_tokens or default_chunk_tokens(config.vocab_size, on_cpu))
     pieces = -(-tokens // chunk)
     of_piece = -(-tokens // pieces) * config.vocab_size
     return of_piece * (2 * FLOAT + (compute if compute == FLOAT else 3 * compute))

@@ -22,7 +22,7 @@ from nanochat_pl.data.rows import Rows, packed_rows, validation_rows
 from nanochat_pl.data.sources import Source, Split
 from nanochat_pl.data.token_cache import TokenCache, build_token_cache
 from nanochat_pl.model.config import GPTConfig, resolve_model
-from nanochat_pl.planning import Plan, RowOptions, check_horizon, estimate_cpu_seconds, make_finetune_plan, make_plan
+from nanochat_pl.planning import Plan, check_horizon, estimate_cpu_seconds, make_finetune_plan, make_plan
 from nanochat_pl.planning.devices import detected_device
 from nanochat_pl.tasks.mixture import build_mixture
 from nanochat_pl.tokenizer import Tokenizer
@@ -30,7 +30,7 @@ from nanochat_pl.training.evaluation import Validation
 from nanochat_pl.training.inherit import parent_folder
 from nanochat_pl.training.limits import require_room
 from nanochat_pl.training.machine import Machine
-from nanochat_pl.training.settings import TrainConfig
+from nanochat_pl.training.settings import TrainConfig, row_options
 from nanochat_pl.training.tokenizer_stage import tokenizer_for
 
 SPLITS: tuple[Split, Split] = ("train", "val")
@@ -157,7 +157,7 @@ def prepare_sft(config: TrainConfig, folder: StageFolder, cache: Path, machine: 
         parent=parent_plan.to_inherit(),
         parent_batch_tokens=parent_plan["total_batch_tokens"],
         parent_name=parent_name,
-        options=_row_options(config, machine),
+        options=row_options(config, detected_device(machine.device)),
     )
     _announce_inherited(plan)
     epochs = math.ceil(plan["num_steps"] * plan["rows_per_step"] / len(one_epoch))
@@ -200,7 +200,7 @@ def _base_plan(config: TrainConfig, machine: Machine, vocab_size: int, tokens_at
         compute_dtype=machine.compute_dtype,
         schedule=config.schedule,
         tokens_at_hand=tokens_at_hand,
-        options=_row_options(config, machine),
+        options=row_options(config, detected_device(machine.device)),
     )
     seconds = estimate_cpu_seconds(plan["total_flops"], os.cpu_count() or 1) if machine.device.type == "cpu" else None
     check_horizon(plan, tokens_at_hand, seconds)
@@ -211,15 +211,6 @@ def _tokenise(source: Source, split: Split, tokenizer: Tokenizer, cache: Path) -
     with progress(f"tokenising {source.name}, {split}", len(source.shards(split)), "shards") as advance:
         report = by_difference(advance)
         return build_token_cache(source, split, tokenizer, cache, lambda done, total, tokens: report(done, total))
-
-
-def _row_options(config: TrainConfig, machine: Machine) -> RowOptions:
-    return RowOptions(
-        device=detected_device(machine.device),
-        device_batch_size=config.device_batch_size,
-        validation_rows=config.evaluation.num_rows,
-        evaluate_every_steps=config.evaluation.every_steps,
-    )
 
 
 def _announce_inherited(plan: Plan) -> None:

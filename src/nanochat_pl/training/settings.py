@@ -12,7 +12,10 @@ from nanochat_pl.evaluation.samples import DEFAULT_PROMPTS
 from nanochat_pl.model.config import ModelSettings
 from nanochat_pl.optim.schedules import ScheduleSettings
 from nanochat_pl.optim.settings import OptimSettings
+from nanochat_pl.planning.devices import Device
 from nanochat_pl.planning.horizon import HorizonSettings
+from nanochat_pl.planning.memory import MemoryKnobs
+from nanochat_pl.planning.rows import RowOptions
 from nanochat_pl.tasks.settings import MixtureSettings
 from nanochat_pl.tokenizer.training import TokenizerSettings
 
@@ -95,3 +98,15 @@ class TrainConfig(HorizonSettings):
     seed: int = setting(42, "Seed of weights, row order and mixture.", at_least=0, at_most=2**31)
     resume: Literal["auto", "never"] = setting("auto", "Go on with an unfinished run of that name, or begin a new one.")
     check_only: bool = setting(False, "Compose, check and plan; train nothing.")
+
+
+def row_options(config: TrainConfig, device: Device, num_devices: int = 1) -> RowOptions:
+    """What the plan of the rows needs of the settings."""
+    return RowOptions(
+        device=device,
+        knobs=MemoryKnobs(config.trainer.activation_checkpointing, config.trainer.loss_chunk_tokens),
+        num_devices=num_devices,
+        device_batch_size=config.device_batch_size,
+        validation_rows=config.evaluation.num_rows,
+        evaluate_every_steps=config.evaluation.every_steps,
+    )

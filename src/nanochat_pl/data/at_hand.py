@@ -1,0 +1,51 @@
+"""How much text lies on this machine, without reading, building or downloading any."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow.parquet as pq
+
+from nanochat_pl.common.errors import UserError
+from nanochat_pl.data.file_formats import check_file, format_of, reading
+from nanochat_pl.data.hub_files import BYTES_PER_TOKEN, COMPRESSED_SHARE, HubFiles
+from nanochat_pl.data.local_files import find_files
+from nanochat_pl.data.python_docs import built_python_docs
+from nanochat_pl.data.sources import DataSettings
+
+
+def tokens_at_hand(settings: DataSettings, cache_dir: Path) -> int | None:
+    """About how many tokens there are to train on; None where that is not known yet.
+
+    Args:
+        settings: the config group ``data``.
+        cache_dir: ``paths.cache``; nothing is written there.
+
+    Raises:
+        UserError: data.path names no file, or one that cannot be read.
+    """
+    if settings.name == "python_docs":
+        corpus = built_python_docs(cache_dir)
+        return None if corpus is None else int(corpus.manifest["splits"]["train"]["bytes"] / BYTES_PER_TOKEN)
+    if settings.name == "local":
+        held_out = 0.0 if settings.validation_path is not None else settings.validation_fraction
+        files = find_files("data.path", str(settings.path)).values()
+        num_bytes = sum(_text_bytes(path, settings.text_column) for path in files)
+        return int(num_bytes * (1 - held_out) / BYTES_PER_TOKEN)
+    try:
+        return int(HubFiles(settings, cache_dir).tokens_here())
+    except UserError:  # nothing of it has been downloaded yet
+        return None
+
+
+def _text_bytes(path: Path, text_column: str) -> float:
+    """Bytes of text in a file: of a table what its column has, of compressed lines by the usual share."""
+    check_file(path, text_column)
+    with reading(path):
+        size = path.stat().st_size
+        if format_of(path) != ".parquet":
+            return size / (COMPRESSED_SHARE if path.suffix in (".gz", ".zst") else 1)
+        footer = pq.ParquetFile(path).metadata
+    groups = [footer.row_group(number) for number in range(footer.num_row_groups)]
+    columns = [group.column(number) for group in groups for number in range(group.num_columns)]
+    return sum(column.total_uncompressed_size for column in columns if column.path_in_schema == text_column)

@@ -1,0 +1,142 @@
+"""`nanochat-pl plan`: what is printed, for which device, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from nanochat_pl.cli.main import main
+from nanochat_pl.data import at_hand
+
+ERAS = ("nanochat", "nanochat_2026_02", "nanochat_2025_10")
+
+
+@pytest.fixture(autouse=True)
+def no_corpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(at_hand, "built_python_docs", lambda cache_dir: None)
+
+
+def plan(*arguments: str) -> int:
+    return main(["plan", "trainer.accelerator=cpu", *arguments])
+
+
+@pytest.mark.parametrize("era", ERAS)
+def test_sections_of_every_generation(era: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan(f"model={era}", "model.depth=6") == 0
+    out = capsys.readouterr().out
+    titles = [
+        "Model",
+        "Horizon and batch",
+        "Optimizer",
+        "Validation",
+        "Memory on CPU",
+        "Time and cost",
+        "Data",
+        "Next:",
+    ]
+    places = [out.index(f"\n{title}") for title in titles]
+    assert places == sorted(places)
+    assert out.startswith("Plan for CPU")
+    for name in ("parameters_total", "lr_matrix", "weight_decay", "total_flops", "step_peak_bytes", "training_seconds"):
+        assert name in out
+    assert f"train it                   nanochat-pl train trainer.accelerator=cpu model={era} model.depth=6\n" in out
+    assert list(here.iterdir()) == []
+
+
+def test_a_named_gpu_with_its_price(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["model.depth=20", "data=climbmix", "hardware=h100", "num_devices=8", "price_per_hour=2.5", "mfu=0.5"]
+    assert plan(*asked) == 0
+    out = capsys.readouterr().out
+    assert "Memory on h100" in out and "79.00 GiB" in out
+    assert "mfu=0.5" in out and "cost" in out and "1.1 hours" in out
+    assert "shards_needed" in out and "data=climbmix has 6,542" in out
+    assert "Training on several devices is not built yet" in out
+    assert "nanochat-pl train trainer.accelerator=cpu model.depth=20 data=climbmix\n" in out, "without plan's own keys"
+
+
+@pytest.mark.parametrize(
+    ("hardware", "dtype"), [("t4", "float32"), ("V100-SXM2-16GB", "float32"), ("l4", "bfloat16"), ("cpu", "CPU")]
+)
+def test_the_type_is_the_hardwares(hardware: str, dtype: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan(f"hardware={hardware}") == 0
+    assert dtype in capsys.readouterr().out
+
+
+def test_a_wrong_wish_is_one_error(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan("hardware=h1000") == 2
+    err = capsys.readouterr().err
+    assert "hardware=h1000: is not in the table of known GPUs; did you mean h100" in err and "mi300x" in err
+    assert plan("mfu=1.5", "price_per_hour=-1", "num_devices=0") == 2
+    err = capsys.readouterr().err
+    assert "mfu=1.5: is above 1." in err and "price_per_hour=-1.0: is below 0." in err
+    assert "num_devices=0: is below 1." in err
+    assert plan("data=local", "data.path=nowhere") == 2
+    assert "data.path='nowhere': there is no such file or folder" in capsys.readouterr().err
+
+
+def test_every_value_can_be_explained(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in (
+        "step_peak_bytes",
+        "training_seconds",
+        "text_bytes",
+        "epochs",
+        "device_batch_size",
+        "chat_cache_bytes",
+    ):
+        assert plan(f"explain={name}") == 0
+        out = capsys.readouterr().out
+        assert out.startswith(f"{name} = ") and "formula: " in out
+
+
+def test_what_is_not_known_is_unknown(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan("explain=epochs") == 0
+    assert capsys.readouterr().out.startswith("epochs = unknown\n")
+
+
+def test_the_text_at_hand_gives_epochs(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("a.txt").write_text("x" * 480_000, encoding="utf-8")
+    keys = ["data=local", "data.path=a.txt", "model.sequence_len=512", "total_batch_tokens=1024", "max_steps=186"]
+    assert plan(*keys, "explain=tokens_at_hand") == 0
+    assert capsys.readouterr().out.startswith("tokens_at_hand = 95,000\n")  # 5 % are held out
+    assert plan(*keys, "explain=epochs") == 0
+    assert capsys.readouterr().out.startswith("epochs = 2.0048")
+    line = json.dumps({"text": "x" * 96})
+    Path("b.jsonl").write_text(f"{line}\n" * 10, encoding="utf-8")
+    assert plan("data=local", "data.path=b.jsonl", "data.validation_path=a.txt", "explain=tokens_at_hand") == 0
+    assert capsys.readouterr().out.startswith("tokens_at_hand = 2")
+    assert {path.name for path in here.iterdir()} == {"a.txt", "b.jsonl"}
+
+
+@pytest.mark.parametrize(
+    ("depth", "length", "shown", "asks"),
+    [("4", "max_steps=1", " minutes", False), ("40", "max_steps=null", " years", True)],
+)
+def test_a_plan_says_what_train_would_ask(
+    depth: str, length: str, shown: str, asks: bool, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert plan(f"model.depth={depth}", length) == 0
+    out = capsys.readouterr().out
+    assert shown in out
+    assert "train makes the batch smaller where the text at hand is small (at least 256 steps an epoch)" in out
+    assert ("train would ask first: The plan's own horizon" in out) == asks
+
+
+def test_a_width_that_is_rounded_up_is_named_with_the_depths_that_need_none(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert plan("model.depth=5") == 0
+    out = capsys.readouterr().out
+    assert "model.depth=5: width 384 instead of 320, for whole heads of 128" in out
+    assert "nearest that divide: model.depth=4 or 6." in out
+    assert plan("model.depth=6") == 0
+    assert "instead of" not in capsys.readouterr().out
+
+
+def test_a_model_that_does_not_fit_is_said(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan("model.depth=200", "hardware=t4") == 0
+    out = capsys.readouterr().out
+    assert "A step of device_batch_size=1 takes" in out and "t4 has 14.50 GiB" in out
+    assert plan("model.depth=200", "hardware=t4", "explain=largest_batch_both") == 0
+    assert capsys.readouterr().out.startswith("largest_batch_both = 0\n")
