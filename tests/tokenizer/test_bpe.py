@@ -7,6 +7,7 @@ import pickle
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from nanochat_pl.common.errors import UserError
@@ -185,3 +186,9 @@ def test_from_ranks_checks_ranks_and_special_tokens() -> None:
         Tokenizer.from_ranks(ranks, SPLIT_PATTERN, {**special, "<|more|>": 265})
     with pytest.raises(UserError, match="special tokens"):
         Tokenizer.from_ranks(ranks, SPLIT_PATTERN, {name: 264 - i for i, name in enumerate(SPECIAL_TOKENS)})
+
+
+@pytest.mark.parametrize("text", [*ODD_TEXTS, "half of a pair: \ud83d!", " " * 200_000 + "x", "größer 🌍" * 50])
+def test_arrays_hold_the_same_ids(tokenizer: Tokenizer, text: str) -> None:
+    ids = tokenizer.encode_array(text)
+    assert ids.dtype == np.uint32 and ids.tolist() == tokenizer.encode(text)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -203,7 +203,7 @@ def token_cache_to_build(
 
 def tokenised(
     shards: Sequence[ShardToBuild], tokenizer: Tokenizer, num_threads: int | None = None
-) -> Iterator[CachedShard]:
+) -> Generator[CachedShard, None, None]:
     """Shard after shard, each once it is in the cache; the next one is worked on meanwhile.
 
     Args:

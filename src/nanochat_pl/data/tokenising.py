@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
@@ -74,7 +74,7 @@ def in_order(
     encode: Callable[[str], np.ndarray],
     dtype: str,
     num_threads: int,
-) -> Iterator[B]:
+) -> Generator[B, None, None]:
     """``work`` for each shard, results in the order of the shards. What is begun when nobody asks on is abandoned."""
     abandoned = threading.Event()
 

@@ -202,10 +202,24 @@ def _map_in_threads(function: Callable[[A], B], items: Iterable[A], num_threads:
 
 def encode_ordinary(encoding: tiktoken.Encoding, text: str) -> list[int]:
     """The ids that an encoding of tiktoken gives to a text; endless blanks and words are cut to LONGEST_RUN."""
-    if len(text) < LONGEST_RUN or not (cuts := _cuts(text)):
+    pieces = _pieces(text)
+    if len(pieces) == 1:
         return encoding.encode_ordinary(text)
-    pieces = (text[start:stop] for start, stop in zip([0, *cuts], [*cuts, len(text)], strict=True))
     return [token for piece in pieces for token in encoding.encode_ordinary(piece)]
+
+
+def _encode_array(encoding: tiktoken.Encoding, text: str) -> np.ndarray:
+    try:
+        arrays = [encoding.encode_to_numpy(piece, disallowed_special=()) for piece in _pieces(text)]
+    except UnicodeEncodeError:  # half of a surrogate pair: only the way by lists replaces it
+        return np.array(encode_ordinary(encoding, text), dtype=np.uint32)
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+
+
+def _pieces(text: str) -> list[str]:
+    if len(text) < LONGEST_RUN or not (cuts := _cuts(text)):
+        return [text]
+    return [text[start:stop] for start, stop in zip([0, *cuts], [*cuts, len(text)], strict=True)]
 
 
 def _cuts(text: str) -> list[int]:
