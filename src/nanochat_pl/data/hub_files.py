@@ -28,16 +28,23 @@ from nanochat_pl.data.local_files import FileDocuments, share_held_out
 from nanochat_pl.data.sources import DataSettings, Shard, Split
 
 _MARK = re.compile(r"(?:^|[/._-])(?:(train|training)|(validation|valid|val|dev|eval)|(test))(?=[/._-])", re.IGNORECASE)
+_MARKED = ("train", "val", "test")
 # For the first estimate of how many shards a plan takes: English text, a vocabulary of 32 thousand or more; files
 # of text shrink to less than this share when they are compressed.
 BYTES_PER_TOKEN = 4.8
 COMPRESSED_SHARE = 0.4
 
 
+def split_in_name(path: str) -> str | None:
+    """``train``, ``val`` or ``test``, if a file's path says which it holds."""
+    match = _MARK.search(path)
+    return _MARKED[match.lastindex - 1] if match and match.lastindex else None
+
+
 def split_by_name(files: Sequence[HubFile]) -> tuple[list[HubFile], list[HubFile]]:
     """The files to train on and those to validate on; of a single one both, see the top of this page."""
-    marks = [match.lastindex if (match := _MARK.search(file.path)) else 1 for file in files]
-    train, val, test = ([file for file, mark in zip(files, marks, strict=True) if mark == i] for i in (1, 2, 3))
+    marks = [split_in_name(file.path) or "train" for file in files]
+    train, val, test = ([file for file, mark in zip(files, marks, strict=True) if mark == kind] for kind in _MARKED)
     if train and (val or test):
         return train, val or test
     return (list(files[:-1]), [files[-1]]) if len(files) > 1 else (list(files), list(files))
