@@ -25,6 +25,7 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 from nanochat_pl.model.config import ModelSettings, resolve_model
 from nanochat_pl.model.gpt import GPT, parameter_roles
@@ -43,6 +44,7 @@ class StepShape:
         rows: in memory at once (``device_batch_size``).
         micro_batches: of a step; from the second on the gradients of the first are there, too.
         loss_chunk_tokens, activation_checkpointing: as in ``trainer``.
+        textbook_loss: not the project's loss but ``cross_entropy`` of all logits, for comparison.
     """
 
     depth: int = 4
@@ -57,6 +59,7 @@ class StepShape:
     device: str = "cpu"
     loss_chunk_tokens: int | str | None = None
     activation_checkpointing: bool = False
+    textbook_loss: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +96,8 @@ class Stepper:
         self.net = init_weights(GPT(config).materialise(shape.device))
         self.net.loss_chunk_tokens = shape.loss_chunk_tokens
         self.net.activation_checkpointing = shape.activation_checkpointing
-        self.loss = torch.compile(self.net.weighted_loss, dynamic=False) if shape.compile else self.net.weighted_loss
+        loss = self._textbook_loss if shape.textbook_loss else self.net.weighted_loss
+        self.loss = torch.compile(loss, dynamic=False) if shape.compile else loss
         self.hyper = resolve_hyperparameters(OptimSettings(), width=config.width, compute_dtype=dtype)
         generator = torch.Generator().manual_seed(0)
         size = (shape.rows, shape.sequence_len + 1)
@@ -116,6 +120,9 @@ class Stepper:
         self.optimizer.step()
         self.optimizer.zero_grad()
         return total.item()
+
+    def _textbook_loss(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(self.net(inputs).flatten(0, 1), targets.flatten(), reduction="sum")
 
 
 def _measure(shape: StepShape) -> PeakMemory:
