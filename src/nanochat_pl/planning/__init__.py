@@ -2,13 +2,14 @@
 
 from nanochat_pl.planning.horizon import HorizonSettings, check_horizon, estimate_cpu_seconds
 from nanochat_pl.planning.make import hyperparameters, make_finetune_plan, make_plan
-from nanochat_pl.planning.plan import Derived, Plan
+from nanochat_pl.planning.plan import Derived, Inherited, Plan
 from nanochat_pl.planning.render import PlanRow, plan_rows, plan_sections, width_remark
 from nanochat_pl.planning.rows import RowOptions
 
 __all__ = [
     "Derived",
     "HorizonSettings",
+    "Inherited",
     "Plan",
     "PlanRow",
     "RowOptions",

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from nanochat_pl.common.errors import UserError, did_you_mean
-from nanochat_pl.common.settings import build, to_plain
+from nanochat_pl.common.settings import build, setting, to_plain
 from nanochat_pl.optim.settings import RECIPE
 
 
@@ -103,6 +103,35 @@ class Plan:
         if name not in self.values:
             raise UserError(f"plan: there is no value {name!r}; {did_you_mean(name, self.values)}")
         return self.values[name]
+
+
+@dataclass(frozen=True)
+class Inherited:
+    """What a later stage takes from its parent's plan, types and bounds checked: that may be a stranger's file."""
+
+    total_batch_tokens: int = setting(doc="Tokens of one optimizer step.", at_least=1, at_most=2**40)
+    matrix_lr: float = setting(at_least=0, at_most=1e6)
+    embedding_lr: float = setting(at_least=0, at_most=1e6)
+    unembedding_lr: float = setting(at_least=0, at_most=1e6)
+    scalar_lr: float = setting(at_least=0, at_most=1e6)
+    smear_lr: float = setting(at_least=0, at_most=1e6)
+    weight_decay: float = setting(at_least=0, at_most=1e6)
+
+    @classmethod
+    def from_plain(cls, values: Mapping[str, Any], where: str) -> Inherited:
+        """Read it out of the plain data of a plan.
+
+        Raises:
+            UserError: it is not the data of a plan, lacks a value, or has one that cannot be.
+        """
+        plan = Plan.from_plain(values, where)
+        found = {field.name: plan[field.name] for field in fields(cls) if field.name in plan}
+        return build(cls, found, where)
+
+    @property
+    def hyperparameters(self) -> dict[str, float]:
+        """Those of the optimizer, as :meth:`Plan.to_inherit` gives them."""
+        return {name: getattr(self, name) for name in RECIPE}
 
 
 def show(value: Any, name: str = "") -> str:

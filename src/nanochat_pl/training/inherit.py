@@ -57,6 +57,8 @@ def inherited(config: TrainConfig, folder: StageFolder, given: Set[str]) -> Trai
     problems: list[str] = []
     for group in INHERITED[parent.stage]:
         own, was = getattr(config, group), settings.get(group, {})
+        if not isinstance(was, Mapping):
+            raise UserError(f"{parent.bundle}/stage.json: settings.{group}={was!r}: must be a group of settings.")
         if group == "model" and was:
             was = {**_defaults(), **was}
         merged = _merged(was, to_plain(own), group, given, parent.stage, problems)

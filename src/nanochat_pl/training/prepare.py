@@ -22,7 +22,7 @@ from nanochat_pl.data.rows import Rows, packed_rows, validation_rows
 from nanochat_pl.data.sources import Source, Split
 from nanochat_pl.data.token_cache import TokenCache, build_token_cache
 from nanochat_pl.model.config import GPTConfig, resolve_model
-from nanochat_pl.planning import Plan, check_horizon, estimate_cpu_seconds, make_finetune_plan, make_plan
+from nanochat_pl.planning import Inherited, Plan, check_horizon, estimate_cpu_seconds, make_finetune_plan, make_plan
 from nanochat_pl.planning.devices import detected_device
 from nanochat_pl.tasks.mixture import build_mixture
 from nanochat_pl.tokenizer import Tokenizer
@@ -124,6 +124,7 @@ def prepare_sft(config: TrainConfig, folder: StageFolder, cache: Path, machine: 
     assert parent is not None, "the settings of a stage that is fine-tuned name its parent"
     parent_name, info, model = parent.stage, load_stage_info(parent.bundle), load_config(parent.bundle)
     require_room(model, machine.device, folder.path, config.trainer.keep_last)
+    inherited = Inherited.from_plain(info.plan, f"{parent.bundle}/stage.json: plan")
     tokenizer = load_tokenizer(parent.bundle)
     conversations = build_mixture(config.mixture, "train", cache)
     held_out = build_mixture(config.mixture, "test", cache)
@@ -147,15 +148,14 @@ def prepare_sft(config: TrainConfig, folder: StageFolder, cache: Path, machine: 
         )
 
     one_epoch = padded_rows(train_cache, 1)
-    parent_plan = Plan.from_plain(info.plan, f"{parent.bundle}/stage.json: plan")
     plan = make_finetune_plan(
         model,
         config,
         config.optim,
         num_rows=len(one_epoch),
         num_epochs=config.stage.num_epochs,
-        parent=parent_plan.to_inherit(),
-        parent_batch_tokens=parent_plan["total_batch_tokens"],
+        parent=inherited.hyperparameters,
+        parent_batch_tokens=inherited.total_batch_tokens,
         parent_name=parent_name,
         options=row_options(config, detected_device(machine.device)),
     )
