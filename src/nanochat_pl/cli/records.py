@@ -33,7 +33,7 @@ MATTERS = {
     "sft": _HAVE_A_SAY - {"tokenizer", "model", "data"},
 }
 # Of those groups what changes when the work is done and never its result.
-WITHOUT_A_SAY = {"data.download"}
+WITHOUT_A_SAY = {"data.download", "data.max_bad_fraction"}
 
 
 def write_records(folder: StageFolder, composed: Composed[Any], goes_on: bool = False) -> None:

@@ -16,6 +16,7 @@ from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.settings import setting
 
 Split = Literal["train", "val"]
+MAX_BAD_FRACTION = 0.01
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,12 @@ class DataSettings:
     )
     pack_buffer_documents: int = setting(1_000, "Documents among which the packer finds the best fit.", at_least=1)
     pack_refill_documents: int = setting(128, "Documents that are added to that buffer at a time.", at_least=1)
+    max_bad_fraction: float = setting(
+        MAX_BAD_FRACTION,
+        "Share of the rows of a set of conversations that may be bad: they are left out; more of them stop the run.",
+        at_least=0,
+        at_most=1,
+    )
     seed: int = setting(0, "Seed of the order of documents.", at_least=0, at_most=2**32 - 1)
 
     def __post_init__(self) -> None:

@@ -26,7 +26,12 @@ class Task(ABC):
 
     The two splits never share an example, and what "the same example" means is the task's to say: the same operands,
     the same word, the same wording.
+
+    Attributes:
+        judged: whether answers are right or wrong; of a task that is not, ``evaluate`` cannot be asked.
     """
+
+    judged = True
 
     def __init__(self, name: str, split: Split, size: int) -> None:
         self.name = name

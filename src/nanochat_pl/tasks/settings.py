@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from nanochat_pl.common.errors import UserError
@@ -83,8 +85,48 @@ class DocumentationSettings(TaskSettings):
 
 
 @dataclass(frozen=True)
+class ConversationSettings(TaskSettings):
+    """Conversations out of files: parquet with a column of messages, JSON lines (also compressed), JSON."""
+
+    path: str | None = setting(None, "File, folder (searched recursively) or glob: parquet, jsonl, json.")
+    test_path: str | None = setting(None, "Files that are held out; then all of path is trained on.")
+    repo: str | None = setting(None, "Data set on the hub instead: OWNER/NAME. nanochat-pl download fetches it.")
+    revision: str | None = setting(None, "Branch, tag or commit of repo; null: main.")
+    files: str | None = setting(None, "Glob for the files of repo; null: all.")
+    column: str = setting("messages", "Column of parquet files, key of JSON objects, that holds the messages.")
+    test_fraction: float = setting(
+        0.05,
+        "Share held out by a hash of the conversation, where no file is named for it (test, validation).",
+        above=0,
+        at_most=0.5,
+    )
+    start: int = setting(0, "Training conversations that are passed over, from the first.", at_least=0)
+    size: int | None = setting(None, "Training conversations, from there on; null: all.", at_least=1)
+    test_size: int = setting(25_000, "Held-out conversations, or as many as there are.", at_least=1)
+
+    def __post_init__(self) -> None:
+        problems = []
+        if (self.path is None) == (self.repo is None):
+            problems.append("path: say where the conversations are: path=FILE, FOLDER or GLOB, or repo=OWNER/NAME.")
+        if self.repo is not None and not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", self.repo):
+            problems.append(f"repo={self.repo!r}: is no data set's name, OWNER/NAME.")
+        for key, needed in (("test_path", "path"), ("revision", "repo"), ("files", "repo")):
+            if getattr(self, key) is not None and getattr(self, needed) is None:
+                problems.append(f"{key}={getattr(self, key)!r}: has no meaning without {needed}.")
+        if problems:
+            raise UserError(problems)
+
+
+@dataclass(frozen=True)
+class SmolTalkSettings(ConversationSettings):
+    """SmolTalk in its version for small models: 460 thousand conversations."""
+
+    repo: str | None = setting("HuggingFaceTB/smol-smoltalk", "Data set on the hub: OWNER/NAME.")
+
+
+@dataclass(frozen=True)
 class MixtureTasks:
-    """One field per task; null, or not being named, leaves a task out."""
+    """One field per task; null, or not being named, leaves a task out. ``conversations`` holds any number by name."""
 
     arithmetic: ArithmeticSettings | None = None
     word_problems: WordProblemSettings | None = None
@@ -92,11 +134,28 @@ class MixtureTasks:
     letter_counting: LetterCountingSettings | None = None
     identity: IdentitySettings | None = None
     documentation: DocumentationSettings | None = None
+    smoltalk: SmolTalkSettings | None = None
+    conversations: dict[str, ConversationSettings | None] = setting(
+        factory=dict, doc="Conversations out of files, by a name of yours: conversations.NAME.path=…"
+    )
+
+    def __post_init__(self) -> None:
+        problems = []
+        for name in self.conversations:
+            if not re.fullmatch(r"\w[\w-]{0,63}", name):
+                problems.append(f"conversations.{name}: names have letters, digits, _ and -, 64 at most.")
+            if name in _OWN_NAMES:
+                problems.append(f"conversations.{name}: a task has that name; take another one.")
+        if problems:
+            raise UserError(problems)
 
     def chosen(self) -> dict[str, TaskSettings]:
         """The tasks that are not left out, in the order of the fields."""
-        pairs = [(field.name, getattr(self, field.name)) for field in dataclasses.fields(self)]
-        return {name: settings for name, settings in pairs if settings is not None}
+        pairs: Mapping[str, TaskSettings | None] = {name: getattr(self, name) for name in _OWN_NAMES}
+        return {name: settings for name, settings in {**pairs, **self.conversations}.items() if settings is not None}
+
+
+_OWN_NAMES = [field.name for field in dataclasses.fields(MixtureTasks) if field.name != "conversations"]
 
 
 def default_tasks() -> MixtureTasks:
@@ -120,5 +179,7 @@ class MixtureSettings:
 
     def __post_init__(self) -> None:
         if not self.tasks.chosen():
-            names = ", ".join(field.name for field in dataclasses.fields(self.tasks))
-            raise UserError(f"tasks: no task is chosen; there are {names}.")
+            raise UserError(
+                f"tasks: no task is chosen; there are {', '.join(_OWN_NAMES)}, and files of your own: "
+                "conversations.NAME.path=…"
+            )

@@ -1,0 +1,220 @@
+"""Conversations that others have written: a data set of a hub, or files of the user's own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from nanochat_pl.common.console import progress
+from nanochat_pl.common.errors import UserError
+from nanochat_pl.data.cache_folder import fingerprint_of
+from nanochat_pl.data.conversation_files import CONVERSATION_SUFFIXES, ConversationFile, read_conversations
+from nanochat_pl.data.conversation_rows import Audit
+from nanochat_pl.data.file_formats import format_of
+from nanochat_pl.data.hub import hash_memo, known_manifest
+from nanochat_pl.data.hub_files import split_in_name
+from nanochat_pl.data.local_files import find_files
+from nanochat_pl.tasks.base import Content, Conversation, Split, Task
+from nanochat_pl.tasks.settings import ConversationSettings, SmolTalkSettings
+
+
+class ConversationSet(Task):
+    """The conversations of some files, in the order of the files.
+
+    Which are held out: those of the files that are named for it (``test_path``; else names like ``test-00000``, or
+    ``validation`` where there is no test). Without such files a hash of each conversation tells, so copies of a
+    conversation stay on one side, and other files change nothing for it.
+
+    Attributes:
+        audit: what was found in the rows of all files, those of the other split too.
+    """
+
+    judged = False  # there are many right answers
+
+    def __init__(
+        self, name: str, settings: ConversationSettings, split: Split, cache_dir: Path, max_bad_fraction: float
+    ) -> None:
+        """
+        Args:
+            name: the task's.
+            settings: which files, and how much of them.
+            split: which part.
+            cache_dir: where what was read is kept (``paths.cache``).
+            max_bad_fraction: the share of bad rows that is put up with.
+
+        Raises:
+            UserError: there are no such files, one cannot be read, too many rows are bad, or nothing is left.
+        """
+        where = f"mixture.tasks.{name if isinstance(settings, SmolTalkSettings) else f'conversations.{name}'}"
+        train, test = _find(where, settings, cache_dir)
+        self._by_hash = train == test
+        self.files = _read(name, train if self._by_hash else [*train, *test], settings.column, cache_dir)
+        self.audit = Audit()
+        for file in self.files:
+            self.audit.add(file.audit, f"{file.name}, ")
+        _require_good(where, self.audit, max_bad_fraction)
+        self._held_out = _share_held_out(where, self.files, settings.test_fraction) if self._by_hash else None
+        self._indices = self._choose(split, len(train))
+        limits = (settings.start, settings.size) if split == "train" else (0, settings.test_size)
+        self._indices = _slice(self._indices, *limits)
+        super().__init__(name, split, sum(map(len, self._indices)))
+        if not len(self):
+            raise UserError(
+                f"{where}: nothing of its {self.audit.rows:,} rows is left for the {split} part.",
+                f"Look at {where}.start and at what its files hold.",
+            )
+        self._ends = np.cumsum([len(indices) for indices in self._indices])
+        self._limits = limits
+
+    def _choose(self, split: Split, num_train_files: int) -> list[np.ndarray]:
+        """For each file the conversations of a split."""
+        if self._held_out is not None:
+            return [np.flatnonzero((file.places <= self._held_out) == (split == "test")) for file in self.files]
+        wanted = range(num_train_files) if split == "train" else range(num_train_files, len(self.files))
+        return [np.arange(len(file) if number in wanted else 0) for number, file in enumerate(self.files)]
+
+    def conversation(self, index: int) -> Conversation:
+        file, number = self._locate(index)
+        return file[number]
+
+    def origin(self, index: int) -> tuple[str, int]:
+        """File and row of a conversation: a line's number from 1, a table's row from 0."""
+        file, number = self._locate(index)
+        return file.name, file.row_number(number)
+
+    def _locate(self, index: int) -> tuple[ConversationFile, int]:
+        file = int(np.searchsorted(self._ends, index, side="right"))
+        before = int(self._ends[file - 1]) if file else 0
+        return self.files[file], int(self._indices[file][index - before])
+
+    def evaluate(self, conversation: Conversation, answer: Content) -> bool:
+        raise UserError(f"{self.name}: what is a right answer in a conversation, nobody can tell.")
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the files and of what is taken from them; no conversation is read for it."""
+        files = [file.fingerprint for file in self.files]
+        return fingerprint_of(
+            "conversations 1", files, self.split, self._held_out, [len(i) for i in self._indices], self._limits
+        )
+
+    def describe(self) -> list[str]:
+        """Lines for people: what there is, what is held out by which rule, and what was left out or changed."""
+        rule = f"; a hash of each holds out {self._held_out:.2%}" if self._held_out is not None else ""
+        lines = [f"{self.name}: {len(self):,} conversations to train on, of {self.audit.rows:,} rows{rule}."]
+        if self.audit.num_bad:
+            causes = ", ".join(f"{count:,} {cause}" for cause, count in self.audit.bad.items())
+            first = next(line for lines in self.audit.examples.values() for line in lines)
+            lines.append(f"{self.name}: {self.audit.num_bad:,} bad rows are left out ({causes}; the first: {first})")
+        lines += [f"{self.name}: {count:,} rows: {change}." for change, count in self.audit.changed.items()]
+        return lines
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A file to read, and how its hash is remembered."""
+
+    name: str
+    path: Path
+    memo: Path
+    at_rest: bool
+
+
+def _find(where: str, settings: ConversationSettings, cache_dir: Path) -> tuple[list[_Found], list[_Found]]:
+    """The files to train on and those to hold out; the same ones twice where a hash is to tell."""
+    if settings.repo is not None:
+        found = _on_hub(where, settings, cache_dir)
+    else:
+        found = _on_disk(f"{where}.path", str(settings.path), cache_dir)
+    if settings.test_path is not None:
+        test = _on_disk(f"{where}.test_path", settings.test_path, cache_dir)
+        if shared := {file.path.resolve() for file in found} & {file.path.resolve() for file in test}:
+            raise UserError(f"{where}.test_path={settings.test_path!r}: {min(shared)} is under {where}.path too.")
+        return found, test
+    marks = [split_in_name(file.name) or "train" for file in found]
+    train, val, test = (
+        [file for file, mark in zip(found, marks, strict=True) if mark == kind] for kind in ("train", "val", "test")
+    )
+    return (train, test or val) if train and (test or val) else (found, found)
+
+
+def _on_disk(key: str, given: str, cache_dir: Path) -> list[_Found]:
+    memos = cache_dir / "file_hashes"
+    return [
+        _Found(name, path, memos / f"{fingerprint_of(str(path.resolve()))[:32]}.json", at_rest=False)
+        for name, path in find_files(key, given, CONVERSATION_SUFFIXES).items()
+    ]
+
+
+def _on_hub(where: str, settings: ConversationSettings, cache_dir: Path) -> list[_Found]:
+    """The files of a downloaded data set; all of them must be here, or the conversations were others next time."""
+    repo, revision = str(settings.repo), settings.revision or "main"
+    command = f"nanochat-pl download data=hub data.repo={repo}"
+    command += f" data.revision={revision}" if settings.revision else ""
+    command += f" 'data.files={settings.files}'" if settings.files else ""
+    manifest = known_manifest(repo, revision, cache_dir)
+    if manifest is None:
+        raise UserError(f"{where}: nothing of {repo} ({revision}) is here.", f"Fetch it: {command}")
+    files = manifest.matching(settings.files, f"{where}.files") if settings.files else list(manifest.files)
+    files = [
+        file for file in files if format_of(Path(file.path), CONVERSATION_SUFFIXES) and not f"/{file.path}".count("/.")
+    ]
+    if not files:
+        raise UserError(f"{where}.repo={repo!r}: no file of it ends with {' or '.join(CONVERSATION_SUFFIXES)}.")
+    here = [(file.path, manifest.at_hand(file)) for file in files]
+    if missing := [path for path, found in here if found is None]:
+        raise UserError(
+            f"{where}: {len(missing):,} of {len(here):,} files of {repo} are not here: {missing[0]} …",
+            f"Fetch it: {command}",
+        )
+    return [_Found(name, path, hash_memo(path, cache_dir), at_rest=True) for name, path in here if path]
+
+
+def _read(name: str, found: Sequence[_Found], column: str, cache_dir: Path) -> list[ConversationFile]:
+    files = []
+    with progress(f"reading {name}", len(found), "files") as advance:
+        for file in found:
+            files.append(read_conversations(file.name, file.path, column, file.memo, cache_dir, file.at_rest))
+            advance(1)
+    return files
+
+
+def _require_good(where: str, audit: Audit, max_bad_fraction: float) -> None:
+    """Refuse files of which too much is bad, or that hold nothing."""
+    if audit.rows == 0:
+        raise UserError(f"{where}: its files hold no conversation.")
+    if audit.num_bad <= max_bad_fraction * audit.rows:
+        return
+    lines = [
+        f"{where}: {audit.num_bad:,} of {audit.rows:,} rows are bad, {audit.num_bad / audit.rows:.2%}; "
+        f"data.max_bad_fraction={max_bad_fraction:g} allows {max_bad_fraction:.2%}."
+    ]
+    for cause, count in audit.bad.items():
+        lines.append(f"{count:,} with {cause}:")
+        lines += [f"  {line}" for line in audit.examples[cause]]
+    raise UserError(lines, "Mend the files, or leave such rows out: data.max_bad_fraction=…")
+
+
+def _share_held_out(where: str, files: Sequence[ConversationFile], fraction: float) -> float:
+    """The share asked for; of a handful of conversations enough to hold out one and little enough to keep one."""
+    places = np.unique(np.concatenate([file.places for file in files]))
+    if len(places) < 2:
+        raise UserError(
+            f"{where}: different conversations: {len(places)}; one is held out, another trained on.",
+            f"Add some, or say what is held out: {where}.test_path=….",
+        )
+    return float(min(max(fraction, places[0]), places[-2]))
+
+
+def _slice(indices: list[np.ndarray], start: int, size: int | None) -> list[np.ndarray]:
+    """The conversations start … start + size - 1 of all files together."""
+    end = sum(map(len, indices)) if size is None else start + size
+    result, before = [], 0
+    for each in indices:
+        result.append(each[max(0, start - before) : max(0, end - before)])
+        before += len(each)
+    return result
