@@ -22,7 +22,7 @@ from nanochat_pl.model.gpt import GPT, TORCH_DTYPES
 from nanochat_pl.model.init import init_weights
 from nanochat_pl.model.kv_cache import KVCache
 from tests.engine.small import byte_tokenizer
-from tests.model.helpers import random_ids
+from tests.model.helpers import random_ids, tiny_config
 from tests.museum.conftest import CountingCompiler
 from tests.museum.tiny import fit_tiny, tiny_model
 from tests.training.conftest import sft_overrides, tiny_overrides, write_texts
@@ -99,7 +99,7 @@ def test_museum_41_the_reader_decides_in_what_a_model_computes(
 def test_museum_41_no_tensor_stays_behind_on_another_device() -> None:
     """Rotary tables, masks and positions were made on the CPU, whatever device the model was on."""
     # The device without memory stands for any other: arithmetic between it and the CPU fails.
-    net = GPT(tiny_model()).materialise("meta").set_compute_dtype(torch.bfloat16)
+    net = GPT(tiny_config()).materialise("meta").set_compute_dtype(torch.bfloat16)
     assert {tensor.device.type for tensor in [*net.parameters(), *net.buffers()]} == {"meta"}
     ids = torch.zeros(2, 16, dtype=torch.int64, device="meta")
     net.weighted_loss(ids, ids, torch.ones(2, 16, device="meta")).backward()

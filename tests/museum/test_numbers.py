@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import ast
+import math
 from collections.abc import Iterator
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from nanochat_pl.common.constants import IGNORE_INDEX
 from nanochat_pl.evaluation.bits_per_byte import BitsPerByte
 from nanochat_pl.model.gpt import GPT
 from nanochat_pl.model.init import init_weights
 from nanochat_pl.model.kv_cache import KVCache
-from nanochat_pl.model.loss import softcap, token_losses
+from nanochat_pl.model.loss import softcap
 from nanochat_pl.optim import OptimSettings, StepValues
 from nanochat_pl.training.evaluation import Validation
 from tests.engine.small import byte_tokenizer
@@ -37,12 +39,13 @@ def test_museum_12_logits_and_loss_of_a_bfloat16_model_are_float32() -> None:
     """The head's output was capped, and its exponentials were summed, in the type of the activations."""
     net = perturbed(tiny_config()).requires_grad_(False).set_compute_dtype(torch.bfloat16)
     ids = random_ids(net.config, 2, 20)
-    raw = net._raw_logits(net.hidden(ids))
+    raw = F.linear(net.hidden(ids), net.lm_head.weight.bfloat16())[..., : net.config.vocab_size]
     assert raw.dtype == torch.bfloat16
     exact = net.config.softcap * torch.tanh(raw.double() / net.config.softcap)
     torch.testing.assert_close(net(ids).double(), exact, atol=1e-5, rtol=1e-6)
     nats = -exact.log_softmax(dim=-1).gather(-1, ids[..., None])[..., 0]
-    torch.testing.assert_close(token_losses(raw, ids, net.config.softcap).double(), nats, atol=1e-5, rtol=1e-6)
+    torch.testing.assert_close(net.losses(ids, ids).double(), nats, atol=1e-5, rtol=1e-6)
+    torch.testing.assert_close(net.weighted_loss(ids, ids).double(), nats.sum(), atol=0, rtol=1e-6)
 
 
 @pytest.fixture
@@ -137,6 +140,8 @@ def test_museum_32_nothing_to_measure_is_no_number(targets: list[list[int]]) -> 
     goals = torch.tensor(targets, dtype=torch.int64).view(-1, 3)
     metric.update(torch.full(goals.shape, torch.inf), goals)
     assert metric.compute() == (None, None, 0, 0)
+    metric.update(torch.tensor([[3.0, torch.inf, torch.nan]]), torch.tensor([[2, 0, IGNORE_INDEX]]))
+    assert metric.compute() == (pytest.approx(1.5 / math.log(2)), None, 2, 1)
 
 
 def test_museum_32_rows_of_special_tokens_alone_have_no_bits_per_byte() -> None:
