@@ -137,7 +137,7 @@ def test_one_file_with_two_documents_has_both_splits(tmp_path: Path) -> None:
 def test_blank_documents_are_empty_and_keep_their_place(tmp_path: Path, suffix: str) -> None:
     texts = ["one", "", " \n\t ", "\u2003", "two", "x"]
     (write_parquet if suffix == ".parquet" else write_jsonl)(tmp_path / f"a{suffix}", texts)
-    (tmp_path / "val.txt").write_text("held out\n\n \n\n", encoding="utf-8")
+    (tmp_path / "val.txt").write_text("held out\n\n\n", encoding="utf-8")
     source = opened(tmp_path / f"a{suffix}", tmp_path / "cache", validation_path=str(tmp_path / "val.txt"))
     assert texts_of(source, "train") == ["one", "", "", "", "two", "x"]
     assert texts_of(source, "val") == ["held out"]

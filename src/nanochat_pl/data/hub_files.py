@@ -147,10 +147,6 @@ class HubFiles:
         """About how many tokens the training files that are here hold."""
         return sum(self._tokens_of(self._train_files_here()))
 
-    def tokens_here(self) -> float:
-        """About how many tokens the training files that are here hold."""
-        return sum(self._tokens_of(self._train_files_here()))
-
     def train_command(self) -> str:
         """The command that trains on these files."""
         return f"nanochat-pl train stage=base {self._keys()}"
