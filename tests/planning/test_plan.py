@@ -10,6 +10,7 @@ import pytest
 
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.model.config import ModelSettings, resolve_model
+from nanochat_pl.model.gpt import GPT
 from nanochat_pl.optim import OptimSettings, ScheduleSettings
 from nanochat_pl.planning import (
     HorizonSettings,
@@ -21,7 +22,10 @@ from nanochat_pl.planning import (
     make_finetune_plan,
     make_plan,
     plan_rows,
+    plan_sections,
+    width_remark,
 )
+from nanochat_pl.planning.plan import show
 
 SMALL = ModelSettings(depth=4, head_dim=64, sequence_len=256)
 
@@ -94,6 +98,27 @@ def test_a_derived_batch_is_whole_rows_of_any_length_and_device_batch_size_need_
         plan = small_plan(model=ModelSettings(depth=4, sequence_len=sequence_len), device_batch_size=7)
         assert plan["total_batch_tokens"] == plan["rows_per_step"] * sequence_len
         assert plan["device_batch_size"] == 7
+
+
+def test_every_depth_is_planned_and_built_with_whole_heads() -> None:
+    for depth in range(1, 65):
+        plan = small_plan(model=ModelSettings(depth=depth))
+        assert plan["width"] == plan["num_heads"] * 128 >= depth * 64
+        assert plan["num_steps"] >= 1 and plan["device_batch_size"] >= 1
+        net = GPT(resolve_model(ModelSettings(depth=depth), 4096, "float32"))  # on the meta device: no memory
+        assert sum(parameter.numel() for parameter in net.parameters()) == plan["parameters_total"]
+        remark = width_remark(plan)
+        assert (remark is None) == (depth % 2 == 0)
+        if remark is not None:
+            near = {1: "2"}.get(depth, f"{depth - 1} or {depth + 1}")
+            assert f"instead of {depth * 64:,}" in remark and remark.endswith(f"model.depth={near}.")
+
+
+def test_the_nearest_good_depths_of_another_aspect_ratio() -> None:
+    for depth, near in ((7, "8"), (20, "16 or 24")):
+        plan = small_plan(model=ModelSettings(depth=depth, aspect_ratio=48, head_dim=128))
+        assert str(width_remark(plan)).endswith(f"nearest that divide: model.depth={near}.")
+    assert width_remark(finetune()) is None, "the parent's model is what it is"
 
 
 def test_validation_takes_about_one_percent_of_the_time() -> None:
@@ -211,3 +236,30 @@ def test_rows_in_memory_are_not_more_than_a_step_has() -> None:
         options=RowOptions(device_batch_size=5000),
     )
     assert plan["device_batch_size"] == 16
+
+
+def test_every_value_has_a_section_and_sections_keep_together() -> None:
+    plan = small_plan(max_steps=100, schedule=ScheduleSettings())
+    sections = plan_sections(plan)
+    assert list(sections) == ["Model", "Horizon and batch", "Optimizer", "Validation"]
+    assert sum(map(len, sections.values())) == len(plan.values)
+    assert list(plan_sections(finetune())) == list(sections)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "shown"),
+    [
+        ("weights_bytes", 3 * 2**30 // 2, "1.50 GiB"),
+        ("chat_cache_bytes", 100, "100 bytes"),
+        ("training_seconds", 30.04, "30.0 seconds"),
+        ("training_seconds", 600.0, "10 minutes"),
+        ("training_seconds", 86400.0, "24.0 hours"),
+        ("training_seconds", 864000.0, "10.0 days"),
+        ("training_seconds", 1e9, "31.7 years"),
+        ("total_flops", 15072000000000000000, "1.507e+19"),
+        ("num_steps", 4980, "4,980"),
+        ("epochs", None, "unknown"),
+    ],
+)
+def test_values_are_shown_with_their_units(name: str, value: Any, shown: str) -> None:
+    assert show(value, name) == shown
