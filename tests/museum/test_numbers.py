@@ -5,7 +5,9 @@ from __future__ import annotations
 import ast
 import math
 from collections.abc import Iterator
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -22,7 +24,7 @@ from tests.engine.small import byte_tokenizer
 from tests.model.helpers import perturbed, random_ids, tiny_config
 from tests.museum.conftest import CountingCompiler
 from tests.museum.test_source import FILES
-from tests.museum.tiny import Loop, NumberedRows, batch_of, tiny_model
+from tests.museum.tiny import Loop, batch_of, tiny_model
 from tests.optim.small import make_optimizer, make_parameters, set_gradients
 
 
@@ -144,12 +146,26 @@ def test_museum_32_nothing_to_measure_is_no_number(targets: list[list[int]]) -> 
     assert metric.compute() == (pytest.approx(1.5 / math.log(2)), None, 2, 1)
 
 
+class RowsOfBos:
+    """Stands in for packed rows: of numbered rows, those from ``first`` on are of the token bos alone."""
+
+    def __init__(self, first: int) -> None:
+        self.first = first
+
+    def read(self, row_numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        ids = np.stack([np.random.default_rng(number).integers(0, 256, 17) for number in row_numbers])
+        ids[row_numbers >= self.first] = byte_tokenizer().bos_id
+        return ids[:, :-1].copy(), ids[:, 1:].copy()
+
+
 def test_museum_32_rows_of_special_tokens_alone_have_no_bits_per_byte() -> None:
     """One row without bytes made the mean over rows infinite."""
+
+    def measure(first: int, num_rows: int) -> dict[str, float]:
+        rows: Any = RowsOfBos(first)
+        return Validation(rows, num_rows, byte_tokenizer(), device_batch_size=1).measure(net)
+
     net = init_weights(GPT(tiny_model()).materialise())
-    rows = NumberedRows(bos_after=2)
-    with_bytes = Validation(rows, 2, byte_tokenizer(), 1).measure(net)  # type: ignore[arg-type]
-    with_empty_rows = Validation(rows, 4, byte_tokenizer(), 1).measure(net)  # type: ignore[arg-type]
+    with_bytes, with_empty_rows, only_empty = measure(2, 2), measure(2, 4), measure(0, 4)
     assert with_empty_rows["val/bpb"] == with_bytes["val/bpb"] and with_bytes["val/bpb"] < 10
-    only_empty = Validation(NumberedRows(bos_after=0), 4, byte_tokenizer(), 2).measure(net)  # type: ignore[arg-type]
     assert "val/bpb" not in only_empty and only_empty["val/loss"] > 0

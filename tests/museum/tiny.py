@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers.logger import Logger
 
 from nanochat_pl.common.constants import IGNORE_INDEX
+from nanochat_pl.data.rows import Rows, packed_rows
+from nanochat_pl.data.token_cache import build_token_cache
 from nanochat_pl.model.config import GPTConfig, ModelSettings, resolve_model
 from nanochat_pl.model.gpt import GPT, parameter_roles
 from nanochat_pl.model.init import init_weights
@@ -22,6 +23,7 @@ from nanochat_pl.training.fit import Fitting, fit
 from nanochat_pl.training.settings import EvaluationSettings, TrainerSettings
 from nanochat_pl.training.stages import BaseStage, StageRecipe
 from nanochat_pl.training.step import StepBatch, training_step
+from tests.data.fakes import ListSource
 from tests.engine.small import byte_tokenizer
 
 SEQUENCE_LEN = 16
@@ -81,19 +83,13 @@ def batch_of(num_targets: list[int]) -> StepBatch:
     return StepBatch(inputs, targets, sum(num_targets))
 
 
-class NumberedRows:
-    """Stands in for packed rows: row n is drawn from a generator seeded with n; from ``bos_after`` on it is all bos."""
-
-    def __init__(self, bos_after: int = 1_000) -> None:
-        self.bos_after = bos_after
-
-    def __len__(self) -> int:
-        return 1_000
-
-    def read(self, row_numbers: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        ids = np.stack([np.random.default_rng(int(n)).integers(0, 30, SEQUENCE_LEN + 1) for n in row_numbers])
-        ids[np.asarray(row_numbers) >= self.bos_after] = byte_tokenizer().bos_id
-        return ids[:, :-1].copy(), ids[:, 1:].copy()
+def tiny_rows(folder: Path) -> Rows:
+    """Real rows of made-up words, tokenised and packed in ``folder``."""
+    chance = random.Random(0)
+    texts = ["".join(chance.choices("abcdefg ", k=chance.randint(5, 40))) for _ in range(200)]
+    tokenizer = byte_tokenizer()
+    cache = build_token_cache(ListSource({"one": texts}), "train", tokenizer, folder)
+    return packed_rows(cache, SEQUENCE_LEN, tokenizer.bos_id, "split", folder, num_rows=100)
 
 
 def fit_tiny(
@@ -113,8 +109,7 @@ def fit_tiny(
     hyper = resolve_hyperparameters(OptimSettings(compile=compiled), width=config.width)
     schedule = ScheduleSettings(warmup_steps=2)
     stage = BaseStage(StageRecipe(config, hyper, schedule, num_steps, ROWS_PER_STEP // 2, seed=0, compile=compiled))
-    rows: Any = NumberedRows()
-    folder.mkdir(exist_ok=True)
+    rows = tiny_rows(folder / "cache")
     fitting = Fitting(
         name="tiny",
         folder=folder,
