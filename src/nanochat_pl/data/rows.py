@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from nanochat_pl.common.constants import IGNORE_INDEX
+from nanochat_pl.common.settings import to_plain
+from nanochat_pl.data.build_ahead import Job, start_builder
 from nanochat_pl.data.cache_folder import fingerprint_of
-from nanochat_pl.data.packing import PACKER_VERSION, Mode, Shuffle, pack
+from nanochat_pl.data.packing import PACKER_VERSION, Mode, Packing, Shuffle, pack
 from nanochat_pl.data.row_index import RowIndex, kept_index
-from nanochat_pl.data.token_cache import TokenCache
+from nanochat_pl.data.sources import Shard
+from nanochat_pl.data.streamed_index import Segments, StreamedIndex
+from nanochat_pl.data.token_cache import TokenCache, token_cache_to_build
+from nanochat_pl.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -40,7 +46,7 @@ class Rows:
         bos_id: stands in front of every piece, and fills padding.
     """
 
-    def __init__(self, cache: TokenCache, index: RowIndex, sequence_len: int, bos_id: int) -> None:
+    def __init__(self, cache: TokenCache, index: RowIndex | StreamedIndex, sequence_len: int, bos_id: int) -> None:
         assert index.row_capacity == sequence_len + 1, f"rows of {index.row_capacity} places for T={sequence_len}"
         self.cache = cache
         self.index = index
@@ -49,6 +55,14 @@ class Rows:
 
     def __len__(self) -> int:
         return self.index.num_rows
+
+    def record(self) -> dict[str, Any]:
+        """What the rows are made of, for the record of a stage. Waits for all of them."""
+        shards = self.cache.shards
+        if isinstance(self.index, StreamedIndex):
+            shards = shards[: self.index.num_segments]
+        tokens = sum(shard.num_tokens for shard in shards)
+        return {"train_tokens": tokens, "packing": to_plain(self.index.stats)}
 
     def read(self, row_numbers: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Rows by number.
@@ -132,6 +146,47 @@ def packed_rows(
     folder = cache_dir / "rows" / fingerprint_of(key)[:32]
     index = kept_index(folder, key, lambda: pack(cache.lengths, **settings))  # type: ignore[arg-type]
     return Rows(cache, index, sequence_len, bos_id)
+
+
+def streamed_rows(
+    shards: Sequence[Shard],
+    tokenizer: Tokenizer,
+    cache_dir: Path,
+    *,
+    sequence_len: int,
+    mode: Mode,
+    num_rows: int,
+    buffer_documents: int = 1_000,
+    refill_documents: int = 128,
+    shuffle: Shuffle = "shards",
+    seed: int = 0,
+) -> Rows:
+    """Rows of shards that need not be tokenised yet: what is missing is built by a process of its own, from the first.
+
+    Args:
+        shards: of a split; they must stand being sent to another process.
+        num_rows: how many rows there will be; the documents are read again until there are.
+        mode, buffer_documents, refill_documents, shuffle, seed: see :class:`~nanochat_pl.data.packing.Packing`; the
+            order ``global`` cannot be streamed.
+
+    Raises:
+        UserError: the process could not be started. What it meets later is raised by reading, or waiting for, rows.
+    """
+    packing = Packing(sequence_len + 1, mode, buffer_documents, refill_documents, shuffle, seed)
+    cache, to_build = token_cache_to_build(shards, tokenizer, cache_dir)
+    key = {"packer": PACKER_VERSION, "tokens": cache.fingerprint, **asdict(packing)}
+    segments = Segments(cache_dir / "rows" / fingerprint_of(key)[:32], key)
+    known: list[int] = []
+    while sum(known) < num_rows:
+        shard = to_build[len(known)] if len(known) < len(to_build) else None
+        if (shard is not None and not shard.is_there()) or (segment := segments.read(len(known))) is None:
+            break
+        known.append(segment.num_rows)
+    builder = None
+    if sum(known) < num_rows:
+        builder = start_builder(Job(cache, tuple(to_build), tokenizer, packing, segments, num_rows), cache_dir)
+    index = StreamedIndex(segments, packing.row_capacity, num_rows, known, builder)
+    return Rows(cache, index, sequence_len, tokenizer.bos_id)
 
 
 def validation_rows(cache: TokenCache, sequence_len: int, bos_id: int, cache_dir: Path, num_rows: int) -> Rows:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -13,47 +13,100 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from nanochat_pl.common.constants import IGNORE_INDEX
 from nanochat_pl.data.rows import Rows
 from nanochat_pl.training.step import StepBatch
+from nanochat_pl.training.stopping import GracefulStop, StopRequested
+
+
+def share(first: int, count: int, rank: int, world: int) -> range:
+    """The rows of process ``rank`` of ``world``, of the ``count`` rows from ``first``.
+
+    Each row is in one share; the shares follow each other; the first ones have a row more where ``count`` cannot be
+    divided, and the last ones none at all where it is less than ``world``.
+    """
+    each, more = divmod(count, world)
+    begin = first + rank * each + min(rank, more)
+    return range(begin, begin + each + (rank < more))
 
 
 class StepRows(Dataset):
-    """Map-style data: item k is the whole of optimizer step k."""
+    """Map-style data: item k is this process's share of optimizer step k: with one process, the whole of it."""
 
-    def __init__(self, rows: Rows, rows_per_step: int) -> None:
-        self.rows, self.rows_per_step = rows, rows_per_step
+    def __init__(self, rows: Rows, rows_per_step: int, rank: int = 0, world: int = 1) -> None:
+        self.rows, self.rows_per_step, self.rank, self.world = rows, rows_per_step, rank, world
 
     def __getitem__(self, step: int) -> StepBatch:
-        # Later epochs of conversations may fit into a row less than the first, by which the epochs were counted: then
-        # the last step goes on from the first row.
+        # Of conversations each is trained on as often as was asked for, so the last step may have fewer rows.
         first = step * self.rows_per_step
-        inputs, targets = self.rows.read(np.arange(first, first + self.rows_per_step) % len(self.rows))
-        return StepBatch(torch.as_tensor(inputs), torch.as_tensor(targets), int((targets != IGNORE_INDEX).sum()))
+        count = min(self.rows_per_step, len(self.rows) - first)
+        numbers = np.array(share(first, count, self.rank, self.world), dtype=np.int64)
+        inputs, targets = self.rows.read(numbers)
+        # Those of this share: with several processes, the step sums them before its first backward.
+        num_targets = int((targets != IGNORE_INDEX).sum())
+        return StepBatch(torch.as_tensor(inputs), torch.as_tensor(targets), num_targets)
+
+    def wait_for(self, step: int, check: Callable[[], None]) -> None:
+        """Wait until the rows of a step are there; ``check`` is called again and again."""
+        self.rows.index.wait_for(min((step + 1) * self.rows_per_step, len(self.rows)), check)
 
 
 class StepsFrom(Sampler[int]):
     """The step numbers from where the training stands. It has no length on purpose: Lightning then neither counts
     batches of its own to find the end, nor calls the loader not resumable."""
 
-    def __init__(self, first: int, end: int) -> None:
-        self.first, self.end = first, end
+    def __init__(self, first: int, end: int, wait_for: Callable[[int], None] = lambda step: None) -> None:
+        self.first, self.end, self.wait_for = first, end, wait_for
 
     def __iter__(self) -> Iterator[int]:
-        return iter(range(self.first, self.end))
+        for step in range(self.first, self.end):
+            # Here and not in a loader process: this one hears signals, and its errors arrive as they are.
+            self.wait_for(step)
+            yield step
 
 
 class RowsDataModule(LightningDataModule):
-    """Packed rows of documents, or masked rows of conversations: to the training they are the same."""
+    """Packed rows of documents, or masked rows of conversations: to the training they are the same.
 
-    def __init__(self, rows: Rows, rows_per_step: int, num_steps: int, num_workers: int = 0) -> None:
+    Args:
+        rows: of all steps.
+        rows_per_step: R.
+        num_steps: the steps end there.
+        num_workers: processes that read rows ahead of the training; None: one for a GPU, else none. The rows are the
+            same for any number.
+        rank, world: which process of how many this is.
+    """
+
+    def __init__(
+        self,
+        rows: Rows,
+        rows_per_step: int,
+        num_steps: int,
+        num_workers: int | None = 0,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
         super().__init__()
-        self.steps, self.num_steps, self.num_workers = StepRows(rows, rows_per_step), num_steps, num_workers
+        self.steps, self.num_steps, self.num_workers = (
+            StepRows(rows, rows_per_step, rank, world),
+            num_steps,
+            num_workers,
+        )
 
     def train_dataloader(self) -> Any:
         """One batch a step, from the step that the trainer has reached."""
         assert self.trainer is not None
+        on_gpu = self.trainer.strategy.root_device.type == "cuda"
         return DataLoader(
             self.steps,
-            sampler=StepsFrom(self.trainer.global_step, self.num_steps),
+            sampler=StepsFrom(self.trainer.global_step, self.num_steps, self._wait_for),
             batch_size=None,
-            num_workers=self.num_workers,
-            pin_memory=self.trainer.strategy.root_device.type == "cuda",
+            num_workers=int(on_gpu) if self.num_workers is None else self.num_workers,
+            pin_memory=on_gpu,
         )
+
+    def _wait_for(self, step: int) -> None:
+        self.steps.wait_for(step, self._check_stop)
+
+    def _check_stop(self) -> None:
+        assert self.trainer is not None
+        for stop in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(stop, GracefulStop) and stop.signum is not None:
+                raise StopRequested(stop.signum, self.trainer.global_step)

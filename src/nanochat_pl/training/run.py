@@ -24,7 +24,8 @@ from nanochat_pl.training.evaluation import Samples
 from nanochat_pl.training.fit import Fitted, Fitting, fit
 from nanochat_pl.training.machine import Machine, prepare_machine
 from nanochat_pl.training.metrics import log_everywhere
-from nanochat_pl.training.prepare import Prepared, prepare_base, prepare_sft
+from nanochat_pl.training.prepare import Prepared, prepare_base
+from nanochat_pl.training.prepare_sft import prepare_sft
 from nanochat_pl.training.settings import TrainConfig
 from nanochat_pl.training.stages import BaseStage, SFTStage, StageRecipe, TrainingStage
 from nanochat_pl.training.tokenizer_stage import train_tokenizer_stage
@@ -153,7 +154,7 @@ def _finish(
         metrics=figures,
         parents=list(prepared.parents),
         versions=library_versions(),
-        data=prepared.data,
+        data=prepared.rows.record() | prepared.data,
     )
     moments = stage.optimizer.optimizer.moments_by_name()
     save_bundle(folder.bundle, info, net=stage.net, tokenizer=prepared.tokenizer, moments=moments)

@@ -48,7 +48,12 @@ class TrainerSettings:
     loss_chunk_tokens: int | None = setting(
         None, "Tokens whose logits are in memory at once; null: as suits vocabulary and device.", at_least=1
     )
-    num_workers: int = setting(0, "Loader processes that read rows ahead of the training.", at_least=0, at_most=64)
+    num_workers: int | None = setting(
+        None,
+        "Loader processes that read rows ahead of the training; null: one for a GPU, else none.",
+        at_least=0,
+        at_most=64,
+    )
     log_every_steps: int = setting(1, "Steps between two lines of metrics.", at_least=1)
     checkpoint_every_steps: int = setting(100, "Steps between two resume files.", at_least=1)
     keep_last: int = setting(2, "Resume files that are kept; the older ones go.", at_least=2, at_most=1000)
