@@ -12,7 +12,12 @@ _WORD = re.compile(r"\w+")
 
 
 def shares_seen_before(texts: Sequence[str]) -> np.ndarray:
-    """For each text, the share of its 8-grams of words that some earlier text has too.
+    """For each text, the share of its 8-grams of words that some earlier text has too: see :func:`seen_before`."""
+    return seen_before(texts)[0]
+
+
+def seen_before(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """For each text, the share of its 8-grams of words that some earlier text has too, and where most of them stand.
 
     Words are compared without case and punctuation. A text is filled up with ``GRAM_WORDS - 1`` empty words, so that
     each of its words begins a gram, and that the end of a text counts as well. Two grams are taken for the same where
@@ -22,13 +27,14 @@ def shares_seen_before(texts: Sequence[str]) -> np.ndarray:
         texts: in the order of precedence: a copy counts against the later one.
 
     Returns:
-        float64 (len(texts),): 0 for a text of new grams alone (or without words), 1 for a copy.
+        shares, float64 (len(texts),): 0 for a text of new grams alone (or without words), 1 for a copy; and sources,
+        int64 (len(texts),): among the texts that had a gram first the one that had most, -1 where all are new.
     """
     vocabulary: dict[str, int] = {}
     word_ids: list[int] = []
     num_words = np.zeros(len(texts), np.int64)
     for number, text in enumerate(texts):
-        words = _WORD.findall(text.lower())
+        words = words_of(text)
         word_ids.extend(vocabulary.setdefault(word, len(vocabulary) + 1) for word in words)
         word_ids.extend([0] * (GRAM_WORDS - 1))
         num_words[number] = len(words)
@@ -37,23 +43,38 @@ def shares_seen_before(texts: Sequence[str]) -> np.ndarray:
     order = np.argsort(grams, kind="stable")  # equal grams lie side by side, the earliest text first
     begins = np.ones(len(grams), bool)
     begins[1:] = grams[order][1:] != grams[order][:-1]
-    first_text = gram_text[order][begins][np.cumsum(begins) - 1]
-    seen = np.zeros(len(grams), bool)
-    seen[order] = first_text < gram_text[order]
-    return np.bincount(gram_text, weights=seen, minlength=len(texts)) / np.maximum(num_words, 1)
+    first_text = np.zeros(len(grams), np.int64)
+    first_text[order] = gram_text[order][begins][np.cumsum(begins) - 1]
+    seen = first_text < gram_text
+    shares = np.bincount(gram_text, weights=seen, minlength=len(texts)) / np.maximum(num_words, 1)
+
+    pairs, counts = np.unique(gram_text[seen] * len(texts) + first_text[seen], return_counts=True)
+    sources = np.full(len(texts), -1, np.int64)
+    by_count = np.argsort(counts, kind="stable")  # of equals the later text stays
+    sources[pairs[by_count] // max(len(texts), 1)] = pairs[by_count] % max(len(texts), 1)
+    return shares, sources
+
+
+def words_of(text: str) -> list[str]:
+    """The words of a text in lower case, without punctuation."""
+    return _WORD.findall(text.lower())
+
+
+def gram_hashes(word_ids: np.ndarray, size: int) -> np.ndarray:
+    """A 64-bit hash of each ``size`` neighbours, uint64 (max(len(word_ids) - size + 1, 0),), of uint64 (num_words,)."""
+    mixed = _mix(word_ids)
+    hashes = np.zeros(max(len(mixed) - size + 1, 0), np.uint64)
+    for offset in range(size):
+        # Mixed again after each word: the order of the words counts.
+        hashes = _mix(hashes + mixed[offset : offset + len(hashes)])
+    return hashes
 
 
 def _grams(word_ids: np.ndarray, num_words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Hashes of all grams that begin with a word, uint64, and the text that each belongs to, int64."""
-    mixed = _mix(word_ids)
-    padding = GRAM_WORDS - 1
-    hashes = np.zeros(max(len(mixed) - padding, 0), np.uint64)
-    for offset in range(GRAM_WORDS):
-        # Mixed again after each word: the order of the words counts.
-        hashes = _mix(hashes + mixed[offset : offset + len(hashes)])
     gram_text = np.repeat(np.arange(len(num_words)), num_words)
-    position = np.arange(len(gram_text)) + padding * gram_text
-    return hashes[position], gram_text
+    position = np.arange(len(gram_text)) + (GRAM_WORDS - 1) * gram_text
+    return gram_hashes(word_ids, GRAM_WORDS)[position], gram_text
 
 
 def _mix(values: np.ndarray) -> np.ndarray:

@@ -121,10 +121,10 @@ def svg(panel: Panel, prefix: str) -> str:
     Args:
         prefix: unique in the page; begins the ids of the drawing, which share one name space.
     """
-    figure = _figure(PANEL_INCHES)
+    figure = new_figure(PANEL_INCHES)
     axes = figure.add_axes((0.105, 0.125, 0.735, 0.78))
     _draw(axes, panel, STAND_INS)
-    text = _save(figure, "svg", prefix).decode("utf-8")
+    text = drawing_bytes(figure, "svg", prefix).decode("utf-8")
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", text, flags=re.S)
     text = re.sub(r"<svg [^>]*?viewBox=\"([^\"]*)\"[^>]*>", r'<svg viewBox="\1" aria-hidden="true">', text, count=1)
@@ -142,7 +142,7 @@ def png(panels: Iterable[Panel], title: str) -> bytes:
     columns = min(3, len(shown))
     rows = -(-len(shown) // columns)
     width, height = PANEL_INCHES
-    figure = _figure((width * columns, (height + 0.55) * rows + 0.35), PRINT.paper)
+    figure = new_figure((width * columns, (height + 0.55) * rows + 0.35), PRINT.paper)
     grid = figure.subplots(rows, columns, squeeze=False)
     size = figure.get_size_inches()
     figure.subplots_adjust(
@@ -161,16 +161,16 @@ def png(panels: Iterable[Panel], title: str) -> bytes:
         axes.set_title(panel.unit, loc="right", size=8.5, color=PRINT.muted, pad=raised)
     for axes in grid.flat[len(shown) :]:
         axes.set_visible(False)
-    return _save(figure, "png", "")
+    return drawing_bytes(figure, "png", "")
 
 
-def _figure(inches: tuple[float, float], paper: str = "none") -> Any:
+def new_figure(inches: tuple[float, float], paper: str = "none") -> Any:
     from matplotlib.figure import Figure
 
     return Figure(figsize=inches, facecolor=paper, dpi=144)
 
 
-def _save(figure: Any, kind: str, salt: str) -> bytes:
+def drawing_bytes(figure: Any, kind: str, salt: str) -> bytes:
     """The drawing's bytes: the same for the same figures, without a date in them."""
     import matplotlib
 
@@ -205,7 +205,7 @@ def _draw(axes: Axes, panel: Panel, palette: Palette) -> None:
             axes.vlines(steps, low, high, color=color, linewidth=1, zorder=3, clip_on=False)
         ends.append((series.steps[-1], line.series.values[-1], line.label, color))
     _set_limits(axes, panel)
-    _draw_frame(axes, palette)
+    draw_frame(axes, palette)
     if panel.tokens:
         _draw_token_axis(axes, panel.tokens, palette)
     _label_ends(axes, ends)
@@ -243,7 +243,7 @@ def _set_limits(axes: Axes, panel: Panel) -> None:
     axes.set_ylim(low - (0 if panel.from_zero else room), high + room)
 
 
-def _draw_frame(axes: Axes, palette: Palette) -> None:
+def draw_frame(axes: Axes, palette: Palette) -> None:
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     axes.set_facecolor("none")
@@ -257,11 +257,11 @@ def _draw_frame(axes: Axes, palette: Palette) -> None:
     axes.tick_params(axis="x", length=3)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(4))
-    axes.xaxis.set_major_formatter(FuncFormatter(_tick))
-    axes.yaxis.set_major_formatter(FuncFormatter(_tick))
+    axes.xaxis.set_major_formatter(FuncFormatter(short_number))
+    axes.yaxis.set_major_formatter(FuncFormatter(short_number))
 
 
-def _tick(value: float, _position: object = None) -> str:
+def short_number(value: float, _position: object = None) -> str:
     for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
         if abs(value) >= size:
             return f"{value / size:.3g}{unit}"
@@ -279,7 +279,7 @@ def _draw_token_axis(axes: Axes, tokens: Series, palette: Palette) -> None:
     top = axes.secondary_xaxis("top")
     top.set_xticks(
         np.interp(ticks, tokens.values, tokens.steps),
-        [f"{_tick(value)}{' tokens' if value == ticks[-1] else ''}" for value in ticks],
+        [f"{short_number(value)}{' tokens' if value == ticks[-1] else ''}" for value in ticks],
     )
     top.set_facecolor("none")
     top.spines["top"].set_visible(False)
@@ -297,7 +297,7 @@ def _label_ends(axes: Axes, ends: list[tuple[int, float, str, str]]) -> None:
         placed.append(at)
         # What is nothing on the axis is shown as nothing.
         nothing = abs(value) < 1e-3 * (high - low)
-        text = "0" if nothing else f"{value:.4g}" if abs(value) < 1e4 else _tick(value)
+        text = "0" if nothing else f"{value:.4g}" if abs(value) < 1e4 else short_number(value)
         axes.annotate(
             f"{text}\n{label}" if label else text,
             (1, at),
