@@ -174,8 +174,8 @@ def test_conversations_are_rendered_once_cut_and_counted(tmp_path: Path) -> None
     ]
     for _ in range(2):
         cache = build_conversation_cache(conversations, ByteTokenizer(), 16, tmp_path, "talks")
-        assert cache.num_cut == 2
-        assert cache.num_without_target == 2
+        assert cache.rendering.num_cut == 2
+        assert cache.rendering.num_without_target == 2
         assert cache.lengths.tolist() == [5, 0, 15, 0]
         assert bytes_of(cache.tokens(2)) == b"helloan answer "
         assert cache.shards[0].mask is not None
@@ -183,7 +183,7 @@ def test_conversations_are_rendered_once_cut_and_counted(tmp_path: Path) -> None
     others = build_conversation_cache(conversations, ByteTokenizer(), 17, tmp_path, "talks")
     assert others.lengths.tolist() == [5, 0, 16, 0]
     exact = build_conversation_cache([talk("hi", "you")], ByteTokenizer(), 6, tmp_path, "talks")
-    assert exact.num_cut == 0
+    assert exact.rendering.num_cut == 0
 
 
 def test_conversations_that_cannot_be_used_are_errors(tmp_path: Path) -> None:

@@ -193,13 +193,13 @@ def finetune(**keys: Any) -> Plan:
 
 
 def test_a_later_stage_takes_its_length_from_its_rows_and_the_rest_from_its_parent() -> None:
-    plan = finetune(num_epochs=2.0, optim=OptimSettings(scalar_lr=0.1))
+    plan = finetune(num_rows=2000, num_epochs=2.0, optim=OptimSettings(scalar_lr=0.1))
     assert (plan["rows_per_step"], plan["num_steps"]) == (16, 125)
     assert plan["matrix_lr"] == small_plan()["matrix_lr"]
     assert plan.values["matrix_lr"].overridden_by == "inherited from base"
     assert plan["scalar_lr"] == 0.1
     assert finetune(horizon={"max_steps": 7})["num_steps"] == 7
-    assert finetune(horizon={"total_batch_tokens": 2048})["num_steps"] == 125
+    assert finetune(num_rows=1001, horizon={"total_batch_tokens": 2048})["num_steps"] == 126, "no row is left over"
     assert hyperparameters(plan, OptimSettings(), "float32").sources["matrix_lr"] == "inherited from base"
 
 

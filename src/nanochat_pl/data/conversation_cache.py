@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.data.cache_folder import fingerprint_of, read_cache
 from nanochat_pl.data.token_cache import (
-    BATCH_DOCUMENTS,
     FORMAT,
     CachedShard,
     Encoded,
-    Progress,
     TokenCache,
     token_dtype,
     write_shard,
 )
 from nanochat_pl.tokenizer import Tokenizer
 from nanochat_pl.tokenizer.chat_format import problems_of_conversation
+
+_RULE = 2  # part of every fingerprint: how conversations are cut and which are left out
+_BATCH = 4_096  # conversations at a time: enough for all threads, little enough for the memory
 
 
 class Conversations(Protocol):
@@ -29,20 +33,32 @@ class Conversations(Protocol):
     def __getitem__(self, index: int, /) -> dict[str, Any]: ...
 
 
+@dataclass
+class Rendering:
+    """What became of conversations when they were rendered.
+
+    Attributes:
+        num_cut: conversations cut at ``max_tokens``, those that are left out too.
+        num_cut_tokens: tokens that the cuts dropped.
+        num_without_target: conversations left out because (after the cut) no token of theirs is trained on.
+        num_targets: tokens that are trained on.
+    """
+
+    num_cut: int = 0
+    num_cut_tokens: int = 0
+    num_without_target: int = 0
+    num_targets: int = 0
+
+
 class ConversationCache(TokenCache):
     """Rendered conversations as tokens and masks.
 
     A conversation that is left out has length 0, so that each keeps its number.
-
-    Attributes:
-        num_cut: conversations cut at ``max_tokens``.
-        num_without_target: conversations left out because (after the cut) no token of theirs is trained on.
     """
 
-    def __init__(self, shard: CachedShard, fingerprint: str, num_cut: int, num_without_target: int) -> None:
+    def __init__(self, shard: CachedShard, fingerprint: str, rendering: Rendering) -> None:
         super().__init__([shard], fingerprint)
-        self.num_cut = num_cut
-        self.num_without_target = num_without_target
+        self.rendering = rendering
 
 
 def build_conversation_cache(
@@ -51,7 +67,7 @@ def build_conversation_cache(
     max_tokens: int,
     cache_dir: Path,
     key: str,
-    progress: Progress | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> ConversationCache:
     """Render conversations once, or find them rendered.
 
@@ -59,13 +75,14 @@ def build_conversation_cache(
         conversations: plain dicts with ``messages``.
         max_tokens: longer ones are cut there, bos included, and counted. T+1 at most, for rows of T.
         key: says which conversations these are; another text needs another key.
-        cache_dir, progress: as for :func:`build_token_cache`, all conversations being one shard.
+        cache_dir: the cache of all runs (``paths.cache``).
+        progress: called with the conversations rendered, and all.
 
     Raises:
         UserError: no conversation has a token to train on; or what the tokenizer says of a malformed one.
     """
     full_key = {
-        "format": FORMAT,
+        "format": [FORMAT, _RULE],
         "tokenizer": tokenizer.fingerprint,
         "conversations": key,
         "count": len(conversations),
@@ -75,33 +92,35 @@ def build_conversation_cache(
     dtype = token_dtype(tokenizer.vocab_size)
     facts = read_cache(folder, full_key)
     if facts is None:
-        facts = {"num_cut": 0, "num_without_target": 0}
-        rendered = _rendered(conversations, tokenizer, max_tokens, key, facts)
-
-        def report(num_tokens: int) -> None:
-            if progress is not None:
-                progress(0, 1, num_tokens)
-
-        write_shard(folder, full_key, rendered, dtype, facts, report, masked=True)
+        facts = asdict(Rendering())
+        rendered = _rendered(conversations, tokenizer, max_tokens, key, facts, progress or (lambda done, total: None))
+        write_shard(folder, full_key, rendered, dtype, facts, masked=True)
     shard = CachedShard(key, folder, dtype, masked=True)
-    if progress is not None:
-        progress(1, 1, len(shard.tokens))
-    if not len(shard.tokens):
+    if not shard.num_tokens:
         raise UserError(f"{key}: none of {len(conversations):,} conversations has a token to train on.")
-    return ConversationCache(shard, fingerprint_of(full_key), facts["num_cut"], facts["num_without_target"])
+    return ConversationCache(shard, fingerprint_of(full_key), Rendering(**facts))
 
 
 def _rendered(
-    conversations: Conversations, tokenizer: Tokenizer, max_tokens: int, key: str, facts: dict[str, int]
+    conversations: Conversations,
+    tokenizer: Tokenizer,
+    max_tokens: int,
+    key: str,
+    facts: dict[str, int],
+    progress: Callable[[int, int], None],
 ) -> Encoded:
-    for first in range(0, len(conversations), BATCH_DOCUMENTS):
-        batch = [conversations[i] for i in range(first, min(first + BATCH_DOCUMENTS, len(conversations)))]
+    total = len(conversations)
+    for first in range(0, total, _BATCH):
+        batch = [conversations[i] for i in range(first, min(first + _BATCH, total))]
         for number, conversation in enumerate(batch, first):
             if problems := problems_of_conversation(conversation):
                 raise UserError([f"{key}: conversation {number}: {problem}" for problem in problems])
-        # One token more than fits shows which are cut.
-        for ids, mask in tokenizer.render_conversations(batch, max_tokens=max_tokens + 1):
-            facts["num_cut"] += len(ids) > max_tokens
-            ids, mask = ids[1:max_tokens], mask[1:max_tokens]  # without bos
-            facts["num_without_target"] += not any(mask)
-            yield (ids, mask) if any(mask) else ([], [])
+        for all_ids, all_mask in tokenizer.render_conversations(batch, max_tokens=sys.maxsize):
+            ids, mask = all_ids[1:max_tokens], all_mask[1:max_tokens]  # without bos
+            num_targets = sum(mask)
+            facts["num_cut"] += len(all_ids) > max_tokens
+            facts["num_cut_tokens"] += max(0, len(all_ids) - max_tokens)
+            facts["num_without_target"] += num_targets == 0
+            facts["num_targets"] += num_targets
+            yield (ids, mask) if num_targets else ([], [])
+        progress(first + len(batch), total)

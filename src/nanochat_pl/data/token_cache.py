@@ -13,6 +13,9 @@ for what is there already.
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
+from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
@@ -23,13 +26,13 @@ from typing import Any
 import numpy as np
 
 from nanochat_pl.common.errors import UserError
+from nanochat_pl.common.files import ensure_folder
 from nanochat_pl.data.cache_folder import building, fingerprint_of, read_cache, write_cache
 from nanochat_pl.data.sources import Shard, Source, Split
 from nanochat_pl.data.tokenising import Encoder, in_order
 from nanochat_pl.tokenizer import Tokenizer
 
 FORMAT = 1
-BATCH_DOCUMENTS = 512
 _LENGTH = np.dtype("<i4")
 # Each open one takes a file descriptor, of which a process may have few: 256 on macOS.
 _MOST_OPEN_SHARDS = 100
@@ -269,33 +272,31 @@ def write_shard(
     documents: Encoded,
     dtype: str,
     facts: dict[str, int],
-    report: Callable[[int], None] = lambda num_tokens: None,
     masked: bool = False,
 ) -> None:
-    """Fill a cache folder with documents, with their masks where ``masked``; ``report`` gets the tokens so far."""
-    lengths: list[int] = []
-    masks: list[bytes] = []
+    """Fill a cache folder with documents, with their masks where ``masked``."""
+    lengths = array("i")
 
     def write_tokens(path: Path) -> None:
-        num_tokens = 0
         with path.open("wb") as file:
-            for number, (ids, mask) in enumerate(documents, 1):
+            for ids, mask in documents:
                 file.write(np.asarray(ids, dtype=dtype).data)
                 lengths.append(len(ids))
                 if mask is not None:
-                    masks.append(bytes(mask))
-                num_tokens += len(ids)
-                if number % BATCH_DOCUMENTS == 0:
-                    report(num_tokens)
+                    masks.write(bytes(mask))
 
     def write_lengths(path: Path) -> None:
         path.write_bytes(np.array(lengths, dtype=_LENGTH).tobytes())
 
     def write_masks(path: Path) -> None:
-        path.write_bytes(b"".join(masks))
+        masks.seek(0)
+        with path.open("wb") as file:
+            shutil.copyfileobj(masks, file)
 
     files = {"tokens.bin": write_tokens, "lengths.bin": write_lengths}
-    write_cache(folder, key, files | ({"mask.bin": write_masks} if masked else {}), facts)
+    # One file is written after the other: until it is its turn, the mask waits beside them.
+    with tempfile.TemporaryFile(dir=ensure_folder(folder)) as masks:
+        write_cache(folder, key, files | ({"mask.bin": write_masks} if masked else {}), facts)
 
 
 def _map(path: Path, dtype: str) -> np.ndarray:

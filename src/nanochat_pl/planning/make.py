@@ -96,7 +96,8 @@ def make_finetune_plan(
 
     Args:
         config: the parent's model.
-        num_rows: packed rows of one epoch.
+        num_rows: packed rows of all epochs.
+        num_epochs: how many those are.
         parent: hyperparameters of the parent stage (:meth:`Plan.to_inherit`).
         parent_batch_tokens: tokens of one optimizer step of the parent.
 
@@ -110,16 +111,15 @@ def make_finetune_plan(
     given = _given("total_batch_tokens", horizon.total_batch_tokens)
     batch = _plan_batch(plan, parent_batch_tokens, "tokens_per_step_of_parent", ("tokens_per_step_of_parent",), given)
     plan.derive("num_epochs", num_epochs, "stage.num_epochs")
-    plan.derive("num_rows", num_rows, "packed rows of one epoch")
-    by_rows = int(num_rows * num_epochs) // plan["rows_per_step"]
-    if by_rows < 1 and horizon.max_steps is None and horizon.flops_budget is None:
+    plan.derive("num_rows", num_rows, "packed rows of num_epochs", ("num_epochs",))
+    by_rows = -(-num_rows // plan["rows_per_step"])
+    if num_rows < plan["rows_per_step"] and horizon.max_steps is None and horizon.flops_budget is None:
         raise UserError(
-            f"total_batch_tokens={batch}: one step takes {plan['rows_per_step']:,} rows, the data has"
-            f" {int(num_rows * num_epochs):,}.",
+            f"total_batch_tokens={batch}: one step takes {plan['rows_per_step']:,} rows, the data has {num_rows:,}.",
             fix=f"Set total_batch_tokens={max(1, num_rows // 10) * config.sequence_len} or so, or max_steps=….",
         )
-    formula = "num_rows * num_epochs // rows_per_step"
-    plan.derive("num_steps", by_rows, formula, ("num_rows", "num_epochs", "rows_per_step"), _given_steps(plan, horizon))
+    formula = "num_rows / rows_per_step, rounded up: no row is left over, so the last step may have fewer"
+    plan.derive("num_steps", by_rows, formula, ("num_rows", "rows_per_step"), _given_steps(plan, horizon))
     _plan_totals(plan)
     plan_rows_in_memory(plan, config, options)
     plan.section = OPTIMIZER

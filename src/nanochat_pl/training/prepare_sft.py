@@ -1,0 +1,164 @@
+"""From settings to what a fine-tuning needs: conversations, rendered, packed with padding, each as often as asked."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from nanochat_pl.bundle.bundle import MODEL, load_config, load_moments, load_stage_info, load_tokenizer, load_weights
+from nanochat_pl.common.console import by_difference, progress, say
+from nanochat_pl.common.files import sha256_of_file
+from nanochat_pl.common.run_folder import StageFolder
+from nanochat_pl.common.settings import to_plain
+from nanochat_pl.data.conversation_cache import ConversationCache, build_conversation_cache
+from nanochat_pl.data.row_index import RowIndex
+from nanochat_pl.data.rows import Rows, packed_rows
+from nanochat_pl.planning import Inherited, Plan, make_finetune_plan
+from nanochat_pl.planning.devices import detected_device
+from nanochat_pl.tasks.conversations import ConversationSet
+from nanochat_pl.tasks.mixture import Mixture, build_mixture
+from nanochat_pl.tokenizer import Tokenizer
+from nanochat_pl.training.evaluation import Validation
+from nanochat_pl.training.inherit import parent_folder
+from nanochat_pl.training.limits import require_room
+from nanochat_pl.training.machine import Machine
+from nanochat_pl.training.prepare import Prepared
+from nanochat_pl.training.settings import TrainConfig, row_options
+
+PADDED_BUFFER = 100  # conversations among which the packer finds the best fit: the recipe's
+VALIDATION_SEED = 0  # a setting of the training has no say in what is validated on
+
+
+def prepare_sft(config: TrainConfig, folder: StageFolder, cache: Path, machine: Machine) -> Prepared:
+    """Fine-tuning: conversations, padded; model, tokenizer and what is not given from the parent stage.
+
+    Raises:
+        UserError: there is no finished parent; or what the tasks say.
+    """
+    parent = parent_folder(config, folder)
+    assert parent is not None, "the settings of a stage that is fine-tuned name its parent"
+    parent_name, info, model = parent.stage, load_stage_info(parent.bundle), load_config(parent.bundle)
+    require_room(model, machine.device, folder.path, config.trainer.keep_last)
+    inherited = Inherited.from_plain(info.plan, f"{parent.bundle}/stage.json: plan")
+    tokenizer = load_tokenizer(parent.bundle)
+    mixture = build_mixture(config.mixture, "train", cache, config.data.max_bad_fraction)
+    held_out = build_mixture(config.mixture, "test", cache, config.data.max_bad_fraction)
+    _announce_files(mixture)
+    capacity = model.sequence_len + 1
+    train_cache = _rendered(mixture, "train", tokenizer, capacity, cache)
+    test_cache = _rendered(held_out, "test", tokenizer, capacity, cache)
+    padded = partial(
+        packed_rows,
+        sequence_len=model.sequence_len,
+        bos_id=tokenizer.bos_id,
+        mode="pad",
+        cache_dir=cache,
+        buffer_documents=PADDED_BUFFER,
+        refill_documents=1,
+    )
+    train_rows = partial(padded, train_cache, seed=config.seed)
+    rows = rows_of_epochs(train_rows, config.stage.num_epochs)
+    plan = make_finetune_plan(
+        model,
+        config,
+        config.optim,
+        num_rows=len(rows),
+        num_epochs=config.stage.num_epochs,
+        parent=inherited.hyperparameters,
+        parent_batch_tokens=inherited.total_batch_tokens,
+        parent_name=parent_name,
+        options=row_options(config, detected_device(machine.device)),
+    )
+    _announce_inherited(plan)
+    if config.max_steps is not None or config.flops_budget is not None:
+        num_rows = plan["num_steps"] * plan["rows_per_step"]
+        rows = train_rows(num_rows=num_rows, epochs=num_rows)  # an epoch has a row at least
+    fixed = padded(test_cache, seed=VALIDATION_SEED, epochs=1)
+    _announce_rows(mixture, train_cache, rows)
+    weights_hash = sha256_of_file(parent.bundle / MODEL)
+    return Prepared(
+        plan=plan,
+        model=model,
+        tokenizer=tokenizer,
+        rows=rows,
+        validation=Validation(fixed, min(plan["validation_rows"], len(fixed)), tokenizer, plan["device_batch_size"]),
+        weights=load_weights(parent.bundle),
+        moments=load_moments(parent.bundle) if config.stage.warm_start else None,
+        parents=(*info.parents, {"stage": parent_name, "step": info.step, "sha256": weights_hash}),
+        data=_record(mixture, held_out, train_cache, rows),
+    )
+
+
+def rows_of_epochs(packed: Callable[..., Rows], num_epochs: float) -> Rows:
+    """The rows of so many epochs, all of each: every conversation is in them as often as there are epochs.
+
+    Of a last epoch that is not whole, the first rows. How many rows an epoch has depends on its order, so the last one
+    has to be packed before its share of rows is known.
+
+    Args:
+        packed: :func:`~nanochat_pl.data.rows.packed_rows` without ``epochs`` and ``num_rows``.
+        num_epochs: above 0.
+    """
+    whole = math.ceil(num_epochs)
+    rows = packed(epochs=whole)
+    assert isinstance(rows.index, RowIndex)
+    before_last = int(rows.index.epoch_starts[-1])
+    share = num_epochs - (whole - 1)
+    wanted = before_last + math.ceil(round(share * (len(rows) - before_last), 6))
+    return rows if wanted == len(rows) else packed(epochs=whole, num_rows=wanted)
+
+
+def _rendered(mixture: Mixture, split: str, tokenizer: Tokenizer, capacity: int, cache: Path) -> ConversationCache:
+    with progress(f"rendering conversations, {split}", len(mixture), "conversations") as advance:
+        key = f"{split} {mixture.fingerprint}"
+        return build_conversation_cache(mixture, tokenizer, capacity, cache, key, by_difference(advance))
+
+
+def _file_tasks(mixture: Mixture) -> dict[str, ConversationSet]:
+    return {name: task for name, task in mixture.tasks.items() if isinstance(task, ConversationSet)}
+
+
+def _announce_files(mixture: Mixture) -> None:
+    for task in _file_tasks(mixture).values():
+        for line in task.describe():
+            say(line)
+
+
+def _announce_inherited(plan: Plan) -> None:
+    for name, derived in plan.values.items():
+        if derived.overridden_by and derived.overridden_by.startswith("inherited"):
+            say(f"{name} = {derived.value:g}, {derived.overridden_by}.")
+
+
+def _announce_rows(mixture: Mixture, cache: ConversationCache, rows: Rows) -> None:
+    stats, rendering = rows.index.stats, cache.rendering
+    say(
+        f"Conversations: {len(mixture):,} ({cache.num_tokens:,} tokens, {rendering.num_targets / cache.num_tokens:.0%} "
+        f"of them trained on), {stats.placed_tokens / cache.num_tokens:.2f} epochs in {len(rows):,} rows, "
+        f"{_padded_share(rows):.1%} padding; {rendering.num_cut:,} cut ({rendering.num_cut_tokens:,} tokens dropped), "
+        f"{rendering.num_without_target:,} left out for having nothing to learn."
+    )
+
+
+def _padded_share(rows: Rows) -> float:
+    """Share of the places of the rows that hold nothing."""
+    return rows.index.stats.padded_places / (len(rows) * rows.index.row_capacity)
+
+
+def _record(mixture: Mixture, held_out: Mixture, cache: ConversationCache, rows: Rows) -> dict[str, Any]:
+    """What a stage was trained on, for its bundle."""
+    return {
+        "mixture": {name: len(task) for name, task in mixture.tasks.items()},
+        "fingerprint": mixture.fingerprint,
+        "conversations": len(mixture),
+        "held_out_conversations": len(held_out),
+        "train_tokens": cache.num_tokens,
+        "rendering": asdict(cache.rendering),
+        "packing": to_plain(rows.index.stats),
+        "padded_share": _padded_share(rows),
+        "files": {name: asdict(task.audit) for name, task in _file_tasks(mixture).items()},
+    }
