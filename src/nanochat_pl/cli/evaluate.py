@@ -28,7 +28,7 @@ from nanochat_pl.data.sources import DataSettings
 from nanochat_pl.engine import Engine
 from nanochat_pl.evaluation.chat_tasks import TaskResult, evaluate_task
 from nanochat_pl.evaluation.samples import DEFAULT_PROMPTS, write_samples
-from nanochat_pl.tasks.mixture import build_tasks
+from nanochat_pl.tasks.mixture import build_tasks, only_judged
 from nanochat_pl.tasks.settings import MixtureSettings
 from nanochat_pl.training.settings import PathsSettings
 
@@ -147,8 +147,12 @@ def _data_of(bundle: Bundle, config: EvaluateConfig) -> DataSettings:
 
 
 def _chat(bundle: Bundle, config: EvaluateConfig, to: Path) -> dict[str, Any]:
-    """The held-out problems of the tasks that the model was trained on."""
-    tasks = build_tasks(_settings_of(bundle, "mixture", MixtureSettings), "test", cache_folder(config.paths))
+    """The held-out problems of the tasks that the model was trained on, as far as their answers can be judged."""
+    settings: MixtureSettings = _settings_of(bundle, "mixture", MixtureSettings)
+    judged = only_judged(settings)
+    if left_out := settings.tasks.chosen().keys() - (judged.tasks.chosen().keys() if judged else set()):
+        say(f"{', '.join(sorted(left_out))}: left out; what is a right answer in a conversation, nobody can tell.")
+    tasks = build_tasks(judged, "test", cache_folder(config.paths)) if judged else {}
     engine, results = Engine(bundle), []
     for name, task in tasks.items():
         asked = len(task) if config.limit is None else min(config.limit, len(task))
@@ -158,7 +162,8 @@ def _chat(bundle: Bundle, config: EvaluateConfig, to: Path) -> dict[str, Any]:
         _write_lines(to / f"answers_{name}.jsonl", results[-1].answers)
     _write_lines(to / "chats.jsonl", _first_chats(results))
     _write_table(to / "chat.csv", results)
-    print_table(TABLE, map(_row, results))
+    if results:
+        print_table(TABLE, map(_row, results))
     rows = [{"name": r.name, "accuracy": r.accuracy, "stderr": r.stderr, "n": r.n, "baseline": 0.0} for r in results]
     return {"tasks": rows}
 
