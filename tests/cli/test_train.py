@@ -55,6 +55,18 @@ def test_what_may_change_when_a_stage_goes_on(stage: str, override: str, matters
         require_same_settings(folder, changed)
 
 
+def test_a_stage_that_is_older_than_a_key_was_done_with_its_default(here: Path) -> None:
+    """A new key with a default made strangers of all runs that had been begun before it."""
+    folder = pretend_finished(TINY, "stage=base")
+    path = folder.path / "config.yaml"
+    config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    del config["model"]["qk_scale"]
+    path.write_text(yaml.safe_dump(config), encoding="utf-8")
+    require_same_settings(folder, compose_train([TINY, "stage=base"]))
+    with pytest.raises(UserError, match="model.qk_scale=1.0: .* was begun with model.qk_scale=1.2"):
+        require_same_settings(folder, compose_train([TINY, "stage=base", "model.qk_scale=1.0"]))
+
+
 def test_there_is_a_list_for_every_stage() -> None:
     assert set(MATTERS) == {"tokenizer", "base", "sft"}
 

@@ -21,6 +21,7 @@ from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.files import write_json, write_text
 from nanochat_pl.common.hardware import choose_device, device_name
 from nanochat_pl.common.run_folder import StageFolder
+from nanochat_pl.common.settings import to_plain
 from nanochat_pl.training.settings import TrainConfig
 
 # Keys, or groups of keys, that have no say in what is learnt: they may differ when a stage goes on.
@@ -62,6 +63,7 @@ def require_same_settings(folder: StageFolder, composed: Composed[Any]) -> None:
     if not begun:
         return
     then, now = (settings_that_matter(values, folder.stage) for values in (begun, composed.plain()))
+    then |= _of_younger_keys(then, folder.stage)
     differences = [
         f"{key}={as_typed(now.get(key))}: {folder.path} was begun with {key}={as_typed(then.get(key))}."
         for key in sorted(then.keys() | now.keys())
@@ -69,6 +71,17 @@ def require_same_settings(folder: StageFolder, composed: Composed[Any]) -> None:
     ]
     if differences:
         raise UserError(differences, "Leave these keys as they were, or begin a new run with run=NAME or resume=never.")
+
+
+def _of_younger_keys(then: Mapping[str, Any], stage: str) -> dict[str, Any]:
+    """The defaults of keys that did not exist yet when a stage was begun: what they name was done so all the time."""
+    defaults = settings_that_matter(to_plain(TrainConfig()), stage)
+
+    def known(key: str) -> bool:  # or part of a group that was null
+        parts = key.split(".")
+        return any(".".join(parts[:count]) in then for count in range(1, len(parts) + 1))
+
+    return {key: value for key, value in defaults.items() if not known(key)}
 
 
 def _read_settings(folder: StageFolder) -> dict[str, Any]:
