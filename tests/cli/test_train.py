@@ -63,7 +63,7 @@ def test_a_stage_that_is_older_than_a_key_was_done_with_its_default(here: Path) 
     del config["model"]["qk_scale"]
     path.write_text(yaml.safe_dump(config), encoding="utf-8")
     require_same_settings(folder, compose_train([TINY, "stage=base"]))
-    with pytest.raises(UserError, match="model.qk_scale=1.0: .* was begun with model.qk_scale=1.2"):
+    with pytest.raises(UserError, match=r"model.qk_scale=1.0: .* was begun with model.qk_scale=1.2"):
         require_same_settings(folder, compose_train([TINY, "stage=base", "model.qk_scale=1.0"]))
 
 
