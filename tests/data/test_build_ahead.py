@@ -6,10 +6,8 @@ import dataclasses
 import hashlib
 import json
 import multiprocessing
-import os
 import pickle
 import random
-import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,13 +16,11 @@ import numpy as np
 import pytest
 
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.data import build_ahead, streamed_index
+from nanochat_pl.data import streamed_index
 from nanochat_pl.data.build_ahead import BuilderProcess, Job, build
-from nanochat_pl.data.opening import open_source
 from nanochat_pl.data.packing import Packing, pack_as_they_come
 from nanochat_pl.data.rows import Rows, streamed_rows
-from nanochat_pl.data.sources import DataSettings, Shard
-from nanochat_pl.tokenizer import Tokenizer, TokenizerSettings, train_tokenizer
+from nanochat_pl.data.sources import Shard
 from tests.data.fakes import ByteTokenizer, ListSource, cache_files
 
 T = 64
@@ -69,7 +65,7 @@ def open_rows(cache_dir: Path, num_rows: int = 500, shards: dict[str, list[str]]
 @pytest.mark.parametrize("mode", ["split", "crop"])
 @pytest.mark.parametrize("shuffle", ["shards", "none"])
 def test_segments_are_the_rows_of_one_long_list(tmp_path: Path, in_process: None, mode: str, shuffle: str) -> None:
-    """Epochs after the first too: what is packed shard by shard is what is packed of all documents one after the other."""
+    """Also after the first epoch: what is packed shard by shard is what is packed of all documents in a row."""
     rows = open_rows(tmp_path, 600, mode=mode, shuffle=shuffle)
     assert rows.index.stats.epochs >= 2
     inputs, targets = rows.read(range(600))

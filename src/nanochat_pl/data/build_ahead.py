@@ -83,14 +83,16 @@ class BuilderProcess:
     def lock(self) -> Path:
         return self.status.with_suffix(".lock")
 
-    def segments_ready(self) -> int:
+    def segments_ready(self, known: int) -> int:
         """How many segments there are, from the first.
 
         Raises:
-            UserError: the process has failed, or was ended.
+            UserError: there are no more than those ``known``, and the process has failed or was ended.
         """
         alive = self._is_alive()  # asked first: then its last words have been written
         told = read_json(self.status)
+        if told["segments"] > known:
+            return int(told["segments"])
         if told["problems"]:
             raise UserError(told["problems"], fix=told["fix"])
         if not alive and not told["finished"]:
@@ -98,7 +100,7 @@ class BuilderProcess:
                 "the process that tokenises ahead of the training was ended.",
                 fix="The same command goes on from the last resume file. Was the memory full? See dmesg.",
             )
-        return int(told["segments"])
+        return known
 
     def _is_alive(self) -> bool:
         with self.lock.open("a", encoding="utf-8") as file:

@@ -105,8 +105,11 @@ def read_index(folder: Path, key: Any) -> RowIndex | None:
 def _write(folder: Path, key: Any, index: RowIndex) -> None:
     def writer(array: np.ndarray) -> Callable[[Path], None]:
         def write(path: Path) -> None:
-            with path.open("wb") as file:  # np.save would add a suffix to the name
-                np.save(file, array, allow_pickle=False)
+            # Not np.save: where the disk is full it writes less, and does not say why.
+            header = np.lib.format.header_data_from_array_1_0(array)
+            with path.open("wb") as file:
+                np.lib.format.write_array_header_1_0(file, header)
+                file.write(np.ascontiguousarray(array).data)
 
         return write
 

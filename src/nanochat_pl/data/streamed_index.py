@@ -53,8 +53,8 @@ class Segments:
 class Builder(Protocol):
     """Whoever writes the segments."""
 
-    def segments_ready(self) -> int:
-        """How many there are, from the first. Raises :class:`UserError` where there will be no more."""
+    def segments_ready(self, known: int) -> int:
+        """How many there are, from the first; :class:`UserError` where there never will be more than ``known``."""
 
 
 class StreamedIndex:
@@ -106,7 +106,7 @@ class StreamedIndex:
         while self.num_ready < num_rows:
             check()
             assert self._builder is not None, "without a builder all rows are known"
-            ready = self._builder.segments_ready()
+            ready = self._builder.segments_ready(len(self._ends))
             if ready > len(self._ends):
                 found = [self._segment(number).num_rows for number in range(len(self._ends), ready)]
                 self._ends = np.append(self._ends, self._ends[-1:].sum() + np.cumsum(found))
