@@ -14,6 +14,7 @@ from nanochat_pl.cli.locate import cache_folder
 from nanochat_pl.common.console import next_steps, say
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.settings import setting
+from nanochat_pl.data.conversation_files import holds_conversations
 from nanochat_pl.data.hub_download import PARALLEL
 from nanochat_pl.data.hub_files import HubFiles
 from nanochat_pl.data.sources import DataSettings
@@ -54,6 +55,10 @@ def run(arguments: Sequence[str]) -> int:
     else:
         say(f"Nothing to fetch: {_files(len(fetched.paths))} are here and verified.")
     say(f"Where: {fetched.paths[0].parent}")
+    if holds_conversations(fetched.paths[0], config.data.text_column):
+        own = f"mixture=own mixture.tasks.conversations.NAME.repo={source.manifest.repo}"
+        next_steps([("fine-tune on it", f"nanochat-pl train stage=sft {own}")])
+        return 0
     say(source.describe())
     next_steps([("train on it", source.train_command())])
     return 0

@@ -77,6 +77,19 @@ class ConversationFile:
         return np.memmap(self.folder / "rows.jsonl", dtype=np.uint8, mode="r").view(np.ndarray)
 
 
+def holds_conversations(path: Path, text_column: str) -> bool:
+    """Whether a file has ``messages`` and no text: the columns of a table, or the first line of another, tell.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    if format_of(path) == ".parquet":
+        with parquet_errors(path), pq.ParquetFile(path) as file:
+            return "messages" in file.schema_arrow.names and text_column not in file.schema_arrow.names
+    first = next(_jsonl_rows(path), None)
+    return first is not None and not isinstance(judge(first[1], "messages"), Fault)
+
+
 def read_conversations(
     name: str,
     path: Path,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,9 +26,9 @@ from nanochat_pl.tasks.settings import ConversationSettings, SmolTalkSettings
 class ConversationSet(Task):
     """The conversations of some files, in the order of the files.
 
-    Which are held out: those of the files that are named for it (``test_path``; else names like ``test-00000``, or
-    ``validation`` where there is no test). Without such files a hash of each conversation tells, so copies of a
-    conversation stay on one side, and other files change nothing for it.
+    Which are held out: those of the files that are named for it (``test_path``; else ``validation-00000`` and the
+    like, or ``test`` where there is no validation). Without such files a hash of each conversation tells, so copies of
+    a conversation stay on one side, and other files change nothing for it.
 
     Attributes:
         audit: what was found in the rows of all files, those of the other split too.
@@ -116,68 +117,76 @@ class ConversationSet(Task):
 
 @dataclass(frozen=True)
 class _Found:
-    """A file to read, and how its hash is remembered."""
+    """A file to read, and how its hash is remembered. Without a path it has not been downloaded."""
 
     name: str
-    path: Path
+    path: Path | None
     memo: Path
-    at_rest: bool
+    at_rest: bool = False
 
 
 def _find(where: str, settings: ConversationSettings, cache_dir: Path) -> tuple[list[_Found], list[_Found]]:
-    """The files to train on and those to hold out; the same ones twice where a hash is to tell."""
-    if settings.repo is not None:
-        found = _on_hub(where, settings, cache_dir)
-    else:
+    """The files to train on and those to hold out; the same ones twice where a hash is to tell.
+
+    Of a data set of the hub all of them must be here: with fewer, its conversations would be others next time.
+    """
+    if settings.repo is None:
         found = _on_disk(f"{where}.path", str(settings.path), cache_dir)
+    else:
+        found = _on_hub(where, settings, cache_dir)
     if settings.test_path is not None:
         test = _on_disk(f"{where}.test_path", settings.test_path, cache_dir)
-        if shared := {file.path.resolve() for file in found} & {file.path.resolve() for file in test}:
+        if shared := {str(file.path) for file in found} & {str(file.path) for file in test}:
             raise UserError(f"{where}.test_path={settings.test_path!r}: {min(shared)} is under {where}.path too.")
         return found, test
-    marks = [split_in_name(file.name) or "train" for file in found]
-    train, val, test = (
-        [file for file, mark in zip(found, marks, strict=True) if mark == kind] for kind in ("train", "val", "test")
-    )
-    return (train, test or val) if train and (test or val) else (found, found)
+    by_mark: dict[str, list[_Found]] = {"train": [], "val": [], "test": []}
+    for file in found:
+        by_mark[split_in_name(file.name) or "train"].append(file)
+    train, held_out = by_mark["train"], by_mark["val"] or by_mark["test"]
+    if not (train and held_out):
+        train = held_out = found
+    if missing := [file.name for file in [*train, *held_out] if file.path is None]:
+        raise UserError(
+            f"{where}: files of {settings.repo} that are not here: {len(missing):,}, the first is {missing[0]}.",
+            _how_to_fetch(settings),
+        )
+    return train, held_out
 
 
 def _on_disk(key: str, given: str, cache_dir: Path) -> list[_Found]:
+    files = find_files(key, given, CONVERSATION_SUFFIXES)
+    paths = {name: path.resolve() for name, path in files.items()}
     memos = cache_dir / "file_hashes"
-    return [
-        _Found(name, path, memos / f"{fingerprint_of(str(path.resolve()))[:32]}.json", at_rest=False)
-        for name, path in find_files(key, given, CONVERSATION_SUFFIXES).items()
-    ]
+    return [_Found(name, path, memos / f"{fingerprint_of(str(path))[:32]}.json") for name, path in paths.items()]
 
 
 def _on_hub(where: str, settings: ConversationSettings, cache_dir: Path) -> list[_Found]:
-    """The files of a downloaded data set; all of them must be here, or the conversations were others next time."""
     repo, revision = str(settings.repo), settings.revision or "main"
-    command = f"nanochat-pl download data=hub data.repo={repo}"
-    command += f" data.revision={revision}" if settings.revision else ""
-    command += f" 'data.files={settings.files}'" if settings.files else ""
     manifest = known_manifest(repo, revision, cache_dir)
     if manifest is None:
-        raise UserError(f"{where}: nothing of {repo} ({revision}) is here.", f"Fetch it: {command}")
-    files = manifest.matching(settings.files, f"{where}.files") if settings.files else list(manifest.files)
-    files = [
-        file for file in files if format_of(Path(file.path), CONVERSATION_SUFFIXES) and not f"/{file.path}".count("/.")
-    ]
-    if not files:
+        raise UserError(f"{where}: nothing of {repo} ({revision}) is here.", _how_to_fetch(settings))
+    files = manifest.matching(settings.files, f"{where}.files") if settings.files else manifest.files
+    found = []
+    for file in files:
+        if format_of(Path(file.path), CONVERSATION_SUFFIXES) and not f"/{file.path}".count("/."):
+            path = manifest.at_hand(file)
+            found.append(_Found(file.path, path, hash_memo(path or Path(file.path), cache_dir), at_rest=True))
+    if not found:
         raise UserError(f"{where}.repo={repo!r}: no file of it ends with {' or '.join(CONVERSATION_SUFFIXES)}.")
-    here = [(file.path, manifest.at_hand(file)) for file in files]
-    if missing := [path for path, found in here if found is None]:
-        raise UserError(
-            f"{where}: {len(missing):,} of {len(here):,} files of {repo} are not here: {missing[0]} …",
-            f"Fetch it: {command}",
-        )
-    return [_Found(name, path, hash_memo(path, cache_dir), at_rest=True) for name, path in here if path]
+    return found
+
+
+def _how_to_fetch(settings: ConversationSettings) -> str:
+    keys = {"repo": settings.repo, "revision": settings.revision, "files": settings.files}
+    given = [shlex.quote(f"data.{key}={value}") for key, value in keys.items() if value is not None]
+    return f"Fetch it: nanochat-pl download data=hub {' '.join(given)}"
 
 
 def _read(name: str, found: Sequence[_Found], column: str, cache_dir: Path) -> list[ConversationFile]:
     files = []
     with progress(f"reading {name}", len(found), "files") as advance:
         for file in found:
+            assert file.path is not None, "files that are not here have been refused"
             files.append(read_conversations(file.name, file.path, column, file.memo, cache_dir, file.at_rest))
             advance(1)
     return files
