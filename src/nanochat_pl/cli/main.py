@@ -22,6 +22,7 @@ VERBS = {
     "train": "one stage of a run: train stage=tokenizer|base|sft",
     "pipeline": "the stages that an experiment names, one after the other: pipeline experiment=demo",
     "download": "files of a data set, verified: download data=climbmix num_shards=8",
+    "doctor": "what the data of a stage will do, before it is trained on: doctor stage=base|sft",
     "plan": "the settings that follow from model.depth, each with its reason, without training",
     "evaluate": "figures of a trained stage: evaluate run=NAME",
     "chat": 'talk to a model: chat run=NAME, or one answer: chat run=NAME prompt="…"',

@@ -1,0 +1,122 @@
+"""Looks at the data of a stage before it is trained on: lengths, duplicates, overlap with evaluation sets, rows.
+
+nanochat-pl doctor stage=base data=local data.path=texts
+nanochat-pl doctor stage=sft run=NAME
+nanochat-pl doctor stage=base model.depth=12 row=123456
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nanochat_pl.cli.compose import Composed
+from nanochat_pl.cli.experiment import compose_step
+from nanochat_pl.cli.locate import cache_folder
+from nanochat_pl.cli.overrides import take_key
+from nanochat_pl.cli.train import place_of
+from nanochat_pl.common.console import print_table, progress, say
+from nanochat_pl.common.files import ensure_folder, write_bytes, write_json
+from nanochat_pl.common.settings import setting, to_plain
+from nanochat_pl.data.doctor import Examination
+from nanochat_pl.data.doctor_findings import Figures, Finding, failing, findings
+from nanochat_pl.data.doctor_sets import read_eval_bundle
+from nanochat_pl.report.doctor import tables
+from nanochat_pl.report.lengths import lengths_png
+from nanochat_pl.training.inherit import inherited
+from nanochat_pl.training.settings import TrainConfig
+
+if TYPE_CHECKING:
+    from nanochat_pl.cli.doctor_data import StageData
+
+EXIT_FAILS = 1
+JSON, PICTURE = "doctor.json", "lengths.png"
+
+
+@dataclass(frozen=True)
+class DoctorConfig(TrainConfig):
+    """The root of configs/doctor.yaml: the keys of train, and what to look at."""
+
+    row: int | None = setting(
+        None, "Show which documents this row of the training is made of, and nothing else.", at_least=0
+    )
+    max_documents: int = setting(
+        100_000, "Documents of each split whose text is read; of more of them, an even sample.", at_least=1
+    )
+    eval_bundle: str | None = setting(
+        None, "Folder of evaluation sets (eval_data/**/*.jsonl) to look for in the training text."
+    )
+
+
+Config = DoctorConfig
+HELP_KEYS = ("model.depth", "model.sequence_len", "data.path", "data.long_documents", "paths.runs")
+EXTRA_KEYS = {
+    "stage=base": "Whose data: tokenizer, base or sft.",
+    "experiment=NAME": "Take the settings of an experiment file (its shared keys and those of the stage).",
+}
+
+
+def run(arguments: Sequence[str]) -> int:
+    """The verb: 0, or 1 where something would break a run."""
+    from nanochat_pl.cli.doctor_data import open_stage_data, row_lines
+
+    stage, _ = take_key(arguments, "stage")
+    composed: Composed[DoctorConfig] = compose_step("doctor", stage or "base", DoctorConfig, arguments)
+    folder = place_of(Composed[TrainConfig](composed.config, given=composed.given, experiment=composed.experiment))
+    config = inherited(composed.config, folder, composed.given)
+    assert isinstance(config, DoctorConfig)
+    cache = cache_folder(config.paths)
+    if config.row is not None:
+        for line in row_lines(config, folder, cache, config.row):
+            say(line)
+        return 0
+    bundle = {} if config.eval_bundle is None else read_eval_bundle(Path(config.eval_bundle))
+    data, problems = open_stage_data(config, folder, cache, config.max_documents)
+    if data is None:
+        return _show_findings(problems)
+    examination = Examination(
+        data.train,
+        data.validation,
+        {**data.eval_sets, **bundle},
+        config.max_documents,
+        data.wanted_copies,
+        validation_is_a_set=data.stage != "sft",  # there it is made of the tasks' test parts
+    )
+    with progress("reading the documents", examination.work, "documents") as advance:
+        figures = data.figures(examination.run(advance))
+    problems += [*findings(figures), *data.shortfall(config, cache)]
+    for title, columns, rows, notes in tables(figures):
+        say()
+        print_table(columns, rows, title=title)
+        for note in notes:
+            say(note)
+    to = Path(config.paths.runs) / "doctor" / f"{folder.run}-{folder.stage}"
+    _write(to, data, figures, problems)
+    code = _show_findings(problems)
+    say(f"{to / PICTURE}, {to / JSON}")
+    return code
+
+
+def _show_findings(problems: Sequence[Finding]) -> int:
+    """Print what is wrong, and give the exit code."""
+    say()
+    for finding in problems:
+        say(f"{'fails' if finding.fails else 'warning'}: {finding.problem}", style="bold red" if finding.fails else "")
+        if finding.fix:
+            say(f"  {finding.fix}")
+    if not problems:
+        say("Nothing was found that would break or spoil a run.")
+    return EXIT_FAILS if failing(problems) else 0
+
+
+def _write(to: Path, data: StageData, figures: Figures, problems: Sequence[Finding]) -> None:
+    """The picture, and all figures for programs."""
+    ensure_folder(to)
+    unit = "tokens" if data.train.counts_tokens else "characters"
+    row_tokens = figures.rows.sequence_len if figures.rows else None
+    picture = lengths_png(to.name, unit, data.train.lengths, data.validation.lengths, row_tokens)
+    write_bytes(to / PICTURE, picture)
+    found = {**to_plain(figures), "findings": to_plain(list(problems)), "fails": failing(problems)}
+    write_json(to / JSON, found)

@@ -1,0 +1,286 @@
+"""What the doctor looks at: the data of a stage, prepared by the functions that a training prepares it with."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from nanochat_pl.common.errors import UserError
+from nanochat_pl.common.hardware import choose_compute_dtype, choose_device, device_name
+from nanochat_pl.common.run_folder import StageFolder
+from nanochat_pl.common.settings import to_plain
+from nanochat_pl.data.cache_folder import fingerprint_of
+from nanochat_pl.data.conversation_cache import ConversationCache
+from nanochat_pl.data.doctor import CachedDocuments, Documents, Found, TextDocuments, both_ends
+from nanochat_pl.data.doctor_findings import Figures, Finding, RowFigures, finding_of, row_figures
+from nanochat_pl.data.doctor_sets import ConversationTexts
+from nanochat_pl.data.hub_files import HubFiles
+from nanochat_pl.data.opening import open_source
+from nanochat_pl.data.python_docs import built_python_docs
+from nanochat_pl.data.rows import Rows, packed_rows
+from nanochat_pl.data.sources import Source, Split
+from nanochat_pl.data.streamed_index import StreamedIndex
+from nanochat_pl.data.token_cache import TokenCache
+from nanochat_pl.tasks.conversations import ConversationSet
+from nanochat_pl.tasks.mixture import Mixture, build_mixture
+from nanochat_pl.tasks.settings import DocumentationSettings, MixtureTasks, SpellingSettings
+from nanochat_pl.training.machine import Machine
+from nanochat_pl.training.prepare import Prepared, prepare_base
+from nanochat_pl.training.prepare_sft import prepare_sft
+from nanochat_pl.training.settings import TrainConfig
+
+
+@dataclass(frozen=True)
+class StageData:
+    """The data of a stage.
+
+    Attributes:
+        stage: its name.
+        name: of the data, for people.
+        train, validation: the documents.
+        prepared: what a training starts with; None for a tokenizer.
+        rows: None for a tokenizer.
+        steps: of the plan; 0 where it was refused.
+        eval_sets: the tasks that are at hand, by name.
+        wanted_copies: that the tasks' ``repeat`` asks for.
+        bad_rows: rows of files that were left out, by cause.
+    """
+
+    stage: str
+    name: str
+    train: Documents
+    validation: Documents
+    prepared: Prepared | None = None
+    rows: Rows | None = None
+    steps: int = 0
+    crops: bool = False
+    eval_sets: dict[str, Sequence[str]] = field(default_factory=dict)
+    wanted_copies: int = 0
+    cut: int = 0
+    bad_rows: dict[str, int] = field(default_factory=dict)
+
+    def figures(self, found: Found) -> Figures:
+        """All figures, with those that an examination found."""
+        prepared = self.prepared
+        return Figures(
+            stage=self.stage,
+            data=self.name,
+            found=found,
+            rows=self._row_figures(),
+            crops=self.crops,
+            vocab_size=prepared.tokenizer.vocab_size if prepared else None,
+            model_vocab_size=prepared.model.vocab_size if prepared else None,
+            cut=self.cut,
+            bad_rows=self.bad_rows,
+        )
+
+    def _row_figures(self) -> RowFigures | None:
+        if self.prepared is None or self.rows is None:
+            return None
+        plan = self.prepared.plan
+        return row_figures(
+            self.rows,
+            self.train.lengths,
+            self.train.target_share,
+            self.steps,
+            plan["rows_per_step"],
+            (self.prepared.validation.num_rows, plan["validation_rows"]),
+        )
+
+    def shortfall(self, config: TrainConfig, cache: Path) -> list[Finding]:
+        """What is missing of the files that the plan needs."""
+        source = open_source(config.data, cache) if self.stage == "base" else None
+        if self.prepared is None or not isinstance(source, HubFiles):
+            return []
+        plan = self.prepared.plan
+        lines = source.shortfall(plan["num_steps"] * plan["total_batch_tokens"])
+        return [Finding(False, lines[0], " ".join(lines[1:]))] if lines else []
+
+
+def prepare_stage(config: TrainConfig, folder: StageFolder, cache: Path) -> Prepared:
+    """What a training of these settings starts with. No folder of a run is made.
+
+    Raises:
+        UserError: what the training would end with.
+    """
+    device = choose_device(config.trainer.accelerator)
+    dtype = choose_compute_dtype(config.model.compute_dtype, device)
+    machine = Machine(device, device_name(device), dtype, compile=False)
+    if config.stage.name == "sft":
+        return prepare_sft(config, folder, cache, machine)
+    return prepare_base(config, _with_tokenizer(config, folder, cache), cache, machine)
+
+
+def _with_tokenizer(config: TrainConfig, folder: StageFolder, cache: Path) -> StageFolder:
+    """A folder whose run has a tokenizer or may be given one: the run's own, or one in the cache."""
+    if folder.parent("tokenizer").status == "finished":
+        return folder
+    key = fingerprint_of(open_source(config.data, cache).fingerprint, to_plain(config.tokenizer))
+    return StageFolder(cache / "doctor", name := f"doctor-{key[:16]}", folder.stage, parent_run=name)
+
+
+def open_stage_data(
+    config: TrainConfig, folder: StageFolder, cache: Path, max_documents: int
+) -> tuple[StageData | None, list[Finding]]:
+    """The data of a stage as far as it can be had, and what would keep a training from beginning."""
+    try:
+        if config.stage.name == "tokenizer":
+            return _tokenizer_data(config, cache, max_documents), []
+        return (_sft_data if config.stage.name == "sft" else _base_data)(config, folder, cache), []
+    except UserError as error:
+        problems = finding_of(error)
+    if config.stage.name != "base":
+        return None, problems
+    # The text can be looked at all the same, under a plan that nobody refuses.
+    smallest = dataclasses.replace(config, max_steps=1, model=dataclasses.replace(config.model, depth=1))
+    try:
+        data = _base_data(smallest, folder, cache)
+    except UserError as error:
+        return None, list(dict.fromkeys([*problems, *finding_of(error)]))
+    assert data.rows is not None
+    rows = packed_rows(
+        data.rows.cache,
+        data.rows.sequence_len,
+        data.rows.bos_id,
+        config.data.long_documents,
+        cache,
+        epochs=1,
+        buffer_documents=config.data.pack_buffer_documents,
+        refill_documents=config.data.pack_refill_documents,
+        seed=config.data.seed,
+    )
+    return dataclasses.replace(data, rows=rows, steps=0), problems
+
+
+def _tokenizer_data(config: TrainConfig, cache: Path, max_documents: int) -> StageData:
+    source = open_source(config.data, cache)
+    splits = {split: TextDocuments(_texts(source, split, max_documents)) for split in ("train", "val")}
+    return StageData("tokenizer", source.describe(), splits["train"], splits["val"], eval_sets=_at_hand(config, cache))
+
+
+def _texts(source: Source, split: Split, max_documents: int) -> list[tuple[str, str]]:
+    texts = (
+        (f"{shard.name}, document {number:,}", text)
+        for shard in source.shards(split)
+        for number, text in enumerate(shard.documents())
+    )
+    return list(itertools.islice(texts, max_documents))
+
+
+def _base_data(config: TrainConfig, folder: StageFolder, cache: Path) -> StageData:
+    prepared = prepare_stage(config, folder, cache)
+    rows = prepared.rows
+    if isinstance(rows.index, StreamedIndex):  # of the shards that the plan comes to
+        read = TokenCache(rows.cache.shards[: rows.index.num_segments], rows.cache.fingerprint)
+        rows = Rows(read, rows.index, rows.sequence_len, rows.bos_id)
+    return StageData(
+        "base",
+        open_source(config.data, cache).describe(),
+        CachedDocuments(rows.cache, prepared.tokenizer),
+        CachedDocuments(prepared.validation.rows.cache, prepared.tokenizer),
+        prepared=prepared,
+        rows=rows,
+        steps=prepared.plan["num_steps"],
+        crops=config.data.long_documents == "crop",
+        eval_sets=_at_hand(config, cache),
+    )
+
+
+def _sft_data(config: TrainConfig, folder: StageFolder, cache: Path) -> StageData:
+    prepared = prepare_stage(config, folder, cache)
+    train, test = mixtures(config, cache)
+    conversations = prepared.rows.cache
+    assert isinstance(conversations, ConversationCache)
+    bad: dict[str, int] = {}
+    for name, task in train.tasks.items():
+        if isinstance(task, ConversationSet):
+            bad |= {f"{name}: {cause}": count for cause, count in task.audit.bad.items()}
+    return StageData(
+        "sft",
+        ", ".join(f"{len(task):,} × {train.repeats[name]} {name}" for name, task in train.tasks.items()),
+        CachedDocuments(conversations, prepared.tokenizer, place_in(train)),
+        CachedDocuments(prepared.validation.rows.cache, prepared.tokenizer, place_in(test)),
+        prepared=prepared,
+        rows=prepared.rows,
+        steps=prepared.plan["num_steps"],
+        eval_sets={name: ConversationTexts(task) for name, task in test.tasks.items()},
+        wanted_copies=sum(len(task) * (train.repeats[name] - 1) for name, task in train.tasks.items()),
+        cut=conversations.rendering.num_cut,
+        bad_rows=bad,
+    )
+
+
+def mixtures(config: TrainConfig, cache: Path) -> tuple[Mixture, Mixture]:
+    """The conversations to train on, and those held out."""
+    train, test = (
+        build_mixture(config.mixture, split, cache, config.data.max_bad_fraction) for split in ("train", "test")
+    )
+    return train, test
+
+
+def place_in(mixture: Mixture) -> Callable[[int], str]:
+    """Says of a conversation which task's it is, and where in a file it stands if it comes from one."""
+
+    def place(number: int) -> str:
+        name, index = mixture.place(number)
+        task = mixture.tasks[name]
+        if isinstance(task, ConversationSet):
+            file, row = task.origin(index)
+            return f"{name}, {file}, row {row:,}"
+        return f"{name}, conversation {index:,}"
+
+    return place
+
+
+def _at_hand(config: TrainConfig, cache: Path) -> dict[str, Sequence[str]]:
+    """The test parts of those tasks of the mixture that are here: nothing is built or fetched for them."""
+    sets: dict[str, Sequence[str]] = {}
+    for name, task in config.mixture.tasks.chosen().items():
+        if isinstance(task, (SpellingSettings, DocumentationSettings)) and built_python_docs(cache) is None:
+            continue
+        tasks = {"conversations": {name: task}} if name in config.mixture.tasks.conversations else {name: task}
+        alone = dataclasses.replace(config.mixture, tasks=MixtureTasks(**tasks))
+        # One that has not been downloaded, or is bad, is nothing that a training on text minds.
+        with contextlib.suppress(UserError):
+            sets[name] = ConversationTexts(build_mixture(alone, "test", cache).tasks[name])
+    return sets
+
+
+def row_lines(config: TrainConfig, folder: StageFolder, cache: Path, row: int) -> list[str]:
+    """What a row of the training is made of, a line for each piece and one for its text.
+
+    Raises:
+        UserError: there is no such row.
+    """
+    if config.stage.name == "tokenizer":
+        raise UserError(f"row={row}: a tokenizer is trained without rows.", "Say stage=base or stage=sft.")
+    prepared = prepare_stage(config, folder, cache)
+    plan, rows, tokenizer = prepared.plan, prepared.rows, prepared.tokenizer
+    if row >= len(rows):
+        raise UserError(
+            f"row={row}: the training has {len(rows):,} rows, 0 … {len(rows) - 1:,}"
+            f" ({plan['num_steps']:,} steps of {plan['rows_per_step']:,})."
+        )
+    place = place_in(mixtures(config, cache)[0]) if config.stage.name == "sft" else None
+    documents = CachedDocuments(rows.cache, tokenizer, place)
+    pieces = rows.index.pieces_of(np.array([row]))[1].tolist()
+    places = sum(length + 1 for _, _, length in pieces)
+    step, within = divmod(row, plan["rows_per_step"])
+    lines = [
+        f"Row {row:,} of {len(rows):,}: row {within:,} of step {step:,} (from 0), {len(pieces):,} pieces in"
+        f" {places:,} of {rows.sequence_len + 1:,} places, bos in front of each."
+    ]
+    for number, (document, start, length) in enumerate(pieces, 1):
+        ids = rows.cache.tokens(document, start, start + length)
+        size = len(rows.cache.tokens(document))
+        lines.append(
+            f"{number:>3}. {documents.place(document)}, tokens {start:,} to {start + length - 1:,} of {size:,}:"
+        )
+        lines.append(f"     {both_ends(tokenizer.decode(ids.tolist()))}")
+    return lines

@@ -1,0 +1,265 @@
+"""What the figures of the doctor mean: what would break a run, what would spoil it, and the key that mends it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from nanochat_pl.common.errors import UserError
+from nanochat_pl.data.doctor import Found, SplitFigures
+from nanochat_pl.data.rows import Rows
+from nanochat_pl.planning.horizon import MAX_EPOCHS
+
+# From where on a figure is worth a warning.
+MIN_TRAINED_SHARE = 0.5
+MAX_PADDED_SHARE = 0.3
+MAX_COPIED_TOKENS = 0.05
+MAX_LEAKED_SHARE = 0.01  # of the documents or items of an evaluation set
+MAX_LEAKED_GRAMS = 0.01
+MAX_ODD_SHARE = 0.02  # of the documents: replaced signs, repeated lines
+MAX_LOST_SHARE = 0.05  # of the documents: empty, left out, cut
+MAX_SHARE_OF_ONE = 0.1  # of the tokens, in the longest document
+MIN_BYTES_PER_TOKEN = 2.0
+_ROWS_AT_ONCE = 10_000
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that a person should know before training. ``fails``: it would break the run."""
+
+    fails: bool
+    problem: str
+    fix: str = ""
+
+
+@dataclass(frozen=True)
+class RowFigures:
+    """What the plan makes of the training documents.
+
+    Attributes:
+        sequence_len: T.
+        rows: that the plan trains on; ``steps`` of ``rows_per_step``.
+        epochs: passes over the documents' tokens.
+        trained_share: share of the tokens taken that are in a row; documents that are read and never placed count too.
+        never_placed: documents that are read again and again and fit into no row.
+        cropped_tokens: dropped to fill rows.
+        padded_share: share of the places that hold nothing.
+        target_share: share of the places that are trained on.
+        validation_rows: there are, of ``validation_rows_wanted``.
+    """
+
+    sequence_len: int
+    rows: int
+    steps: int
+    rows_per_step: int
+    epochs: float
+    trained_share: float
+    never_placed: int
+    cropped_tokens: int
+    padded_share: float
+    target_share: float
+    validation_rows: int
+    validation_rows_wanted: int
+
+
+@dataclass(frozen=True)
+class Figures:
+    """All that was found of a stage's data.
+
+    Attributes:
+        stage: its name.
+        data: what is trained on, for people.
+        found: documents, duplicates, overlaps.
+        rows: None for a stage without rows.
+        crops: whether the rest of long documents is dropped (``data.long_documents``).
+        vocab_size, model_vocab_size: ids of the tokenizer, and of the model (with padding).
+        cut: conversations cut to a row.
+        bad_rows: rows of files that were left out, by cause.
+    """
+
+    stage: str
+    data: str
+    found: Found
+    rows: RowFigures | None = None
+    crops: bool = False
+    vocab_size: int | None = None
+    model_vocab_size: int | None = None
+    cut: int = 0
+    bad_rows: dict[str, int] = field(default_factory=dict)
+
+
+def row_figures(
+    rows: Rows, lengths: np.ndarray, target_share: float, steps: int, rows_per_step: int, validation: tuple[int, int]
+) -> RowFigures:
+    """The figures of packed rows.
+
+    Args:
+        rows: of which the plan takes steps × rows_per_step, going on from the first where they end before.
+        lengths: tokens of each document that they are made of.
+        target_share: of the documents' tokens, those that are trained on.
+        validation: rows that there are, and that the plan wants.
+    """
+    stats, capacity = rows.index.stats, rows.sequence_len + 1
+    total = int(lengths.sum(dtype=np.int64))
+    # Of what has been read once, and not of documents that are still to come.
+    never = (lengths > 0) & (stats.epochs > 1)
+    for first in range(0, len(rows) if never.any() else 0, _ROWS_AT_ONCE):
+        never[rows.index.pieces_of(np.arange(first, min(first + _ROWS_AT_ONCE, len(rows))))[1][:, 0]] = False
+    taken = stats.placed_tokens + stats.cropped_tokens
+    places = len(rows) * capacity
+    needed = steps * rows_per_step
+    trained = stats.placed_tokens * target_share + (0 if rows.cache.masked else stats.pieces - len(rows))
+    return RowFigures(
+        sequence_len=rows.sequence_len,
+        rows=needed,
+        steps=steps,
+        rows_per_step=rows_per_step,
+        epochs=taken / max(total, 1) * needed / max(len(rows), 1),
+        trained_share=stats.placed_tokens / max(taken + int(lengths[never].sum(dtype=np.int64)), 1),
+        never_placed=int(never.sum()),
+        cropped_tokens=stats.cropped_tokens,
+        padded_share=stats.padded_places / max(places, 1),
+        target_share=trained / max(len(rows) * rows.sequence_len, 1),
+        validation_rows=validation[0],
+        validation_rows_wanted=validation[1],
+    )
+
+
+def finding_of(error: UserError) -> list[Finding]:
+    """What a training would end with."""
+    *others, last = error.problems
+    return [*(Finding(True, problem) for problem in others), Finding(True, last, error.fix)]
+
+
+def findings(figures: Figures) -> list[Finding]:
+    """What would break a run first, then what would spoil it."""
+    found = [*_of_rows(figures), *_of_text(figures), *_of_duplicates(figures), *_of_overlaps(figures)]
+    return sorted(found, key=lambda finding: not finding.fails)
+
+
+def _of_rows(figures: Figures) -> Iterator[Finding]:
+    rows = figures.rows
+    if rows is None:
+        return
+    sft = figures.stage == "sft"
+    if rows.target_share <= 0:
+        yield Finding(
+            True, "No token is trained on: the mask leaves none.", "Give conversations with answers (mixture=…)."
+        )
+    if figures.vocab_size is not None and figures.vocab_size > (figures.model_vocab_size or figures.vocab_size):
+        yield Finding(
+            True,
+            f"The tokenizer has {figures.vocab_size:,} ids, the model {figures.model_vocab_size:,}.",
+            "Take the tokenizer that the model was trained with: run=NAME of the run that has both.",
+        )
+    if rows.epochs > MAX_EPOCHS and not sft:
+        steps = int(rows.steps * MAX_EPOCHS / rows.epochs)
+        yield Finding(
+            False,
+            f"The plan goes {rows.epochs:,.1f} times over the text; beyond {MAX_EPOCHS:g} it teaches little more.",
+            f"Set max_steps={max(steps, 1)} or lower, or give more text.",
+        )
+    if rows.trained_share < MIN_TRAINED_SHARE:
+        waiting = f", and {rows.never_placed:,} documents never fit into a row" if rows.never_placed else ""
+        yield Finding(
+            False,
+            f"{rows.trained_share:.0%} of the text is trained on: the rest is cropped to fill rows{waiting}.",
+            "Set data.long_documents=split, which drops nothing, or a longer model.sequence_len.",
+        )
+    if rows.padded_share > MAX_PADDED_SHARE:
+        yield Finding(
+            False,
+            f"{rows.padded_share:.0%} of the places are padding: time is spent on nothing.",
+            "Give more or shorter conversations, or a shorter model.sequence_len to the base stage.",
+        )
+    if rows.validation_rows < rows.validation_rows_wanted:
+        yield Finding(
+            False,
+            f"The held-out text fills {rows.validation_rows:,} rows, the plan wants {rows.validation_rows_wanted:,}:"
+            " figures of validation will be uncertain.",
+            "Raise the tasks' test_size." if sft else "Raise data.validation_fraction, or give data.validation_path=….",
+        )
+
+
+def _of_text(figures: Figures) -> Iterator[Finding]:
+    train, sft = figures.found.train, figures.stage == "sft"
+    if train.documents == train.empty:
+        yield Finding(True, "There is no text to train on.", "Give some: data.path=….")
+        return
+    if train.empty > MAX_LOST_SHARE * train.documents:
+        why = "left out: bad, or without anything to learn" if sft else "empty or blank"
+        yield Finding(False, f"{_share(train.empty, train.documents)} of the documents are {why}.")
+    if figures.cut > MAX_LOST_SHARE * train.documents:
+        yield Finding(
+            False,
+            f"{_share(figures.cut, train.documents)} of the conversations are cut: they are longer than a row.",
+            "Give the base stage a longer model.sequence_len.",
+        )
+    for cause, count in figures.bad_rows.items():
+        yield Finding(False, f"{count:,} rows are left out: {cause}.")
+    if train.bytes_per_token is not None and train.bytes_per_token < MIN_BYTES_PER_TOKEN and not sft:
+        yield Finding(
+            False,
+            f"A token stands for {train.bytes_per_token:.2f} bytes only: the tokenizer does not fit this text.",
+            "Train one on it: another run=NAME, and a larger tokenizer.vocab_size.",
+        )
+    longest = train.tokens.longest if train.tokens else train.characters.longest
+    total = train.tokens.total if train.tokens else train.characters.total
+    if longest > MAX_SHARE_OF_ONE * total:
+        yield Finding(False, f"One document holds {longest / total:.0%} of the text: {train.longest[0][0]}.")
+    yield from _of_signs(train)
+
+
+def _of_signs(train: SplitFigures) -> Iterator[Finding]:
+    if train.replaced > MAX_ODD_SHARE * train.sampled:
+        yield Finding(
+            False,
+            f"{_share(train.replaced, train.sampled)} of the documents hold U+FFFD: they were decoded wrongly once.",
+            "Convert the files to UTF-8 from their own encoding.",
+        )
+    if train.repeating > MAX_ODD_SHARE * train.sampled:
+        yield Finding(
+            False, f"{_share(train.repeating, train.sampled)} of the documents repeat their own lines: menus, tables …"
+        )
+
+
+def _of_duplicates(figures: Figures) -> Iterator[Finding]:
+    duplicates, validation = figures.found.duplicates, figures.found.validation
+    if duplicates.copies > duplicates.wanted and duplicates.copied_tokens > MAX_COPIED_TOKENS and not duplicates.wanted:
+        yield Finding(
+            False,
+            f"{duplicates.copied_tokens:.0%} of the text are exact copies of other documents.",
+            "Take them out: a copy is trained on as often as there are copies, in every epoch.",
+        )
+    if duplicates.validation_copies > MAX_LEAKED_SHARE * validation.documents:
+        fix = "" if figures.stage == "sft" else "Give another data.validation_path=…, or take the copies out."
+        yield Finding(
+            False,
+            f"{_share(duplicates.validation_copies, validation.documents)} of the validation documents are trained on:"
+            " its figures are too good.",
+            fix,
+        )
+
+
+def _of_overlaps(figures: Figures) -> Iterator[Finding]:
+    for overlap in figures.found.overlaps:
+        is_validation = overlap.name == "validation"
+        share, most = (overlap.gram_share, MAX_LEAKED_GRAMS) if is_validation else (overlap.share, MAX_LEAKED_SHARE)
+        if share > most:
+            what = "of its 13-grams" if is_validation else f"of {overlap.items - overlap.short:,} items"
+            yield Finding(
+                False,
+                f"{overlap.name}: {share:.1%} {what} stand in the training text: its figures are too good.",
+                "" if is_validation else "Take the documents out, or do not compare this figure with others'.",
+            )
+
+
+def failing(found: Sequence[Finding]) -> bool:
+    """Whether any would break a run."""
+    return any(finding.fails for finding in found)
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{part:,} ({part / max(whole, 1):.1%})"
