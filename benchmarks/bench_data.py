@@ -1,13 +1,15 @@
-"""How fast data becomes rows: packing, tokenising, reading. Works without any download.
+"""How fast data becomes rows: packing, tokenising, reading, seeking. Works without any download.
 
     python benchmarks/bench_data.py [FILE, FOLDER or GLOB of text]
 
 Without a path the text is the documentation found on this machine (python_docs). Prints plain lines: median of several
-runs and their spread.
+runs, their number and their spread. What is compared is measured in turns, so that both meet the same machine.
 """
 
 from __future__ import annotations
 
+import itertools
+import os
 import statistics
 import sys
 import tempfile
@@ -19,97 +21,130 @@ import numpy as np
 
 from nanochat_pl.data.opening import open_source
 from nanochat_pl.data.packing import pack
-from nanochat_pl.data.rows import packed_rows
-from nanochat_pl.data.sources import DataSettings, Shard, Split
-from nanochat_pl.data.token_cache import build_token_cache
+from nanochat_pl.data.rows import Rows, packed_rows, streamed_rows
+from nanochat_pl.data.sources import DataSettings, Source
+from nanochat_pl.data.token_cache import TokenCache, build_token_cache
 from nanochat_pl.tokenizer import Tokenizer, TokenizerSettings, train_tokenizer
 
 REPEATS = 5
-VOCAB_SIZE = 4096
-NUM_CHARS = 8_000_000
+VOCAB_SIZE = 32_768
+TOKENIZER_CHARS = 8_000_000
 SEQUENCE_LENS = (256, 2048)
-
-
-class _Texts:
-    """A source of some texts in memory, so that reading files is not measured."""
-
-    name = "bench"
-    fingerprint = "bench"
-
-    def __init__(self, texts: list[str]) -> None:
-        self._texts = texts
-
-    def shards(self, split: Split) -> list[Shard]:
-        return [Shard("all", split, "bench", lambda: iter(self._texts))]
+ROWS_OF_MEMORY = 10_000
 
 
 def main(path: str | None = None) -> None:
     """Measure everything and print it."""
-    with tempfile.TemporaryDirectory() as folder:
-        settings = DataSettings(name="local", path=path) if path else DataSettings()
-        source = open_source(settings, Path(folder))
-        documents = (text for shard in source.shards("train") for text in shard.documents())
-        num_chars = 0
-        texts = []
-        for text in documents:
-            texts.append(text)
-            num_chars += len(text)
-            if num_chars >= NUM_CHARS:
-                break
-        tokenizer = train_tokenizer(texts, TokenizerSettings(vocab_size=VOCAB_SIZE))
-        print(f"data: {len(texts):,} documents of {source.name}, {num_chars:,} characters")
-        bench_packing(np.array([len(ids) for ids in tokenizer.encode_batch(texts)]))
-        bench_tokenising(texts, tokenizer, Path(folder))
-        bench_reading(texts, tokenizer, Path(folder))
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        source = open_source(DataSettings(name="local", path=path) if path else DataSettings(), folder)
+        texts = [text for shard in source.shards("train") for text in shard.documents()]
+        num_chars = list(itertools.accumulate(map(len, texts)))
+        for_tokenizer = texts[: sum(total <= TOKENIZER_CHARS for total in num_chars) + 1]
+        tokenizer = train_tokenizer(for_tokenizer, TokenizerSettings(vocab_size=VOCAB_SIZE))
+        print(f"data: {len(texts):,} documents of {source.name}, {num_chars[-1]:,} characters; {os.cpu_count()} cores")
+        bench_tokenising(source, texts, tokenizer, folder)
+        cache = build_token_cache(source, "train", tokenizer, folder)
+        bench_packing(cache.lengths)
+        bench_reading(cache, tokenizer, folder)
+        bench_streaming(source, tokenizer, folder)
+
+
+def bench_tokenising(source: Source, texts: list[str], tokenizer: Tokenizer, folder: Path) -> None:
+    """Files to cache, with nothing kept from before, against tiktoken alone on the texts in memory."""
+    num_threads = os.cpu_count() or 1
+    numbers = itertools.count()
+    num_tokens = 0
+
+    def build() -> None:
+        nonlocal num_tokens
+        num_tokens = build_token_cache(
+            source, "train", tokenizer, folder / f"new-{next(numbers)}", num_threads=num_threads
+        ).num_tokens
+
+    def alone() -> None:
+        tokenizer._encoding.encode_ordinary_batch(texts, num_threads=num_threads)
+
+    build_seconds, alone_seconds = _in_turns(build, alone)
+    _print("tiktoken alone", num_tokens, "tokens", alone_seconds)
+    _print("building the cache", num_tokens, "tokens", build_seconds)
+    shares = [100 * one / other for one, other in zip(alone_seconds, build_seconds, strict=True)]
+    print(
+        f"cache against tiktoken alone, {num_threads} threads: {statistics.median(shares):.0f}% of its speed "
+        f"(n={len(shares)}, {min(shares):.0f} … {max(shares):.0f})"
+    )
 
 
 def bench_packing(lengths: np.ndarray) -> None:
     """Lengths to row index."""
     for sequence_len in SEQUENCE_LENS:
-        num_rows = 2**23 // sequence_len
+        num_rows = 2**25 // sequence_len
         for mode in ("crop", "split"):
-            seconds = _times(lambda mode=mode, t=sequence_len, n=num_rows: pack(lengths, t + 1, mode, num_rows=n))
-            _print(f"packing {mode}, T={sequence_len}", num_rows, "rows", seconds)
+            [seconds] = _in_turns(lambda mode=mode, t=sequence_len, n=num_rows: pack(lengths, t + 1, mode, num_rows=n))
+            _print(f"packing {mode}, T={sequence_len}", num_rows * sequence_len, "tokens", seconds)
 
 
-def bench_tokenising(texts: list[str], tokenizer: Tokenizer, folder: Path) -> None:
-    """Text to cache to row index, with nothing kept from before."""
-    num_tokens = 0
-
-    def run(number: int) -> None:
-        nonlocal num_tokens
-        cache = build_token_cache(_Texts(texts), "train", tokenizer, folder / str(number))
-        packed_rows(cache, 256, tokenizer.bos_id, "split", folder / str(number), epochs=1)
-        num_tokens = cache.num_tokens
-
-    numbers = iter(range(REPEATS + 1))
-    seconds = _times(lambda: run(next(numbers)))
-    _print("tokenise + pack, T=256", num_tokens, "tokens", seconds)
-
-
-def bench_reading(texts: list[str], tokenizer: Tokenizer, folder: Path) -> None:
-    """Rows from the cache, in steps of 32 rows."""
-    cache = build_token_cache(_Texts(texts), "train", tokenizer, folder)
+def bench_reading(cache: TokenCache, tokenizer: Tokenizer, folder: Path) -> None:
+    """Rows from the cache, in steps of 32 rows, and what memory they leave behind."""
     for sequence_len in SEQUENCE_LENS:
         num_rows = max(32, min(8_192, cache.num_tokens // sequence_len) // 32 * 32)
         rows = packed_rows(cache, sequence_len, tokenizer.bos_id, "split", folder, num_rows=num_rows)
 
-        def read(rows=rows) -> None:
+        def read(rows: Rows = rows) -> None:
             for first in range(0, len(rows), 32):
                 rows.read(range(first, first + 32))
 
-        seconds = _times(read)
-        _print(f"reading rows, T={sequence_len}", num_rows, "rows", seconds)
+        [seconds] = _in_turns(read)
         _print(f"reading rows, T={sequence_len}", num_rows * sequence_len, "tokens", seconds)
+    rows = packed_rows(cache, SEQUENCE_LENS[0], tokenizer.bos_id, "split", folder, num_rows=2 * ROWS_OF_MEMORY)
+    for first in range(0, ROWS_OF_MEMORY, 32):
+        rows.read(range(first, first + 32))
+    before = _own_memory()
+    for first in range(ROWS_OF_MEMORY, 2 * ROWS_OF_MEMORY, 32):
+        rows.read(range(first, first + 32))
+    print(f"memory after {ROWS_OF_MEMORY:,} more rows: {(_own_memory() - before) / 2**20:+.1f} MiB")
 
 
-def _times(run: Callable[[], object]) -> list[float]:
-    run()
-    seconds = []
+def bench_streaming(source: Source, tokenizer: Tokenizer, folder: Path) -> None:
+    """From nothing to the first row and to the last one; then the last row of rows that have just been opened."""
+    settings = {"sequence_len": 2048, "mode": "split", "num_rows": 4_000}
+
+    def open_rows() -> Rows:
+        return streamed_rows(source.shards("train"), tokenizer, folder / "streamed", **settings)  # type: ignore[arg-type]
+
+    begin = time.perf_counter()
+    rows = open_rows()
+    rows.read([0])
+    print(f"streaming: the first row after {time.perf_counter() - begin:.1f} s, ", end="")
+    rows.read([settings["num_rows"] - 1])  # type: ignore[operator,list-item]
+    print(f"the last one after {time.perf_counter() - begin:.1f} s")
+    milliseconds = []
     for _ in range(REPEATS):
+        rows = open_rows()
         begin = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - begin)
+        rows.read([len(rows) - 1])
+        milliseconds.append(1e3 * (time.perf_counter() - begin))
+    print(
+        f"seeking to the last row: {statistics.median(milliseconds):.1f} ms "
+        f"(n={REPEATS}, {min(milliseconds):.1f} … {max(milliseconds):.1f})"
+    )
+
+
+def _own_memory() -> int:
+    """Bytes of this process that are not files: pages of mapped files can be dropped by the system at any time."""
+    lines = Path("/proc/self/smaps_rollup").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Anonymous:"))
+
+
+def _in_turns(*runs: Callable[[], object]) -> list[list[float]]:
+    """The seconds of each, measured one after the other again and again, after a turn that is not counted."""
+    seconds: list[list[float]] = [[] for _ in runs]
+    for turn in range(REPEATS + 1):
+        for run, found in zip(runs, seconds, strict=True):
+            begin = time.perf_counter()
+            run()
+            if turn:
+                found.append(time.perf_counter() - begin)
     return seconds
 
 

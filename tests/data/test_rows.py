@@ -154,3 +154,20 @@ def test_real_text_goes_all_the_way(shared: Path, tmp_path: Path) -> None:
     assert rows.index.stats.trained_share == 1 and rows.index.stats.epochs == 2
     inputs, targets = rows.read(range(11_900, 12_000))
     assert np.array_equal(inputs[:, 1:], targets[:, :-1]) and (targets != IGNORE_INDEX).all()
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="says what memory is of files")
+def test_reading_leaves_no_memory_behind(cache: TokenCache, tmp_path: Path) -> None:
+    """Pages of mapped files are the system's to drop; of memory that is ours, 10,000 rows take none."""
+
+    def own_memory() -> int:
+        lines = Path("/proc/self/smaps_rollup").read_text(encoding="utf-8").splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("Anonymous:"))
+
+    rows = packed_rows(cache, T, BOS, "split", tmp_path, num_rows=11_000)
+    for first in range(0, 1_000, 25):
+        rows.read(range(first, first + 25))
+    before = own_memory()
+    for first in range(1_000, 11_000, 25):
+        rows.read(range(first, first + 25))
+    assert own_memory() - before < 2_000, "kB"
