@@ -247,14 +247,14 @@ def _kept_outside(config: GPTConfig, rows: int, on_cpu: bool, checkpointing: boo
 
 
 def loss_piece_bytes(config: GPTConfig, tokens: int, chunk_tokens: int | None, on_cpu: bool) -> int:
-    """Of a piece's logits: tanh and exponentials (which become the gradient) in float32, and the gradient of the piece
-    before; below float32 also the logits and the gradient in the compute type.
+    """Of a piece's logits: tanh and exponentials (which become the gradient) in float32; below float32 also the logits
+    and the gradient in the compute type. Where there are several pieces, the gradient of the one before is still there.
     """
     compute = DTYPE_BYTES[config.compute_dtype]
     chunk = min(tokens, chunk_tokens or default_chunk_tokens(config.vocab_size, on_cpu))
     pieces = -(-tokens // chunk)
-    of_piece = -(-tokens // pieces) * config.vocab_size
-    return of_piece * (2 * FLOAT + (compute if compute == FLOAT else 3 * compute))
+    per_logit = 2 * FLOAT + (2 * compute if compute < FLOAT else 0) + (compute if pieces > 1 else 0)
+    return -(-tokens // pieces) * config.vocab_size * per_logit
 
 
 def _backward_peak(

@@ -1,0 +1,76 @@
+"""Memory that the plan predicts for a training step against what a fresh process measures.
+
+    python benchmarks/bench_plan_memory.py [--device cuda]
+
+Predicted is ``planning/memory.py``, a formula of the architecture; measured is ``peak_memory.py``. Both are the peak
+above the built model, libraries included on a CPU. The sizes differ in depth, row, vocabulary and rows, in the compute
+type and in the two knobs, so that each phase of a step is the largest one of some of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+
+from peak_memory import StepShape, peak_memory
+
+from nanochat_pl.model.config import ModelSettings, resolve_model
+from nanochat_pl.planning.memory import MemoryKnobs, StepMemory, step_memory
+
+SHAPES = (
+    StepShape(rows=2),
+    StepShape(rows=2, micro_batches=2),
+    StepShape(depth=6, sequence_len=512, vocab_size=2048, rows=8),
+    StepShape(depth=8, sequence_len=256, rows=1),
+    StepShape(depth=8, sequence_len=1024, vocab_size=8192, rows=4),
+    StepShape(depth=8, sequence_len=1024, vocab_size=8192, rows=4, compute_dtype="bfloat16"),
+    StepShape(depth=8, sequence_len=1024, vocab_size=8192, rows=8, activation_checkpointing=True),
+    StepShape(rows=2, loss_chunk_tokens=4096),
+    StepShape(rows=4, loss_chunk_tokens=1024, activation_checkpointing=True, compute_dtype="bfloat16"),
+)
+
+
+def predicted(shape: StepShape) -> StepMemory:
+    """What the plan says of a shape."""
+    settings = ModelSettings(
+        depth=shape.depth, aspect_ratio=shape.aspect_ratio, head_dim=shape.head_dim, sequence_len=shape.sequence_len
+    )
+    assert shape.compute_dtype in ("float32", "bfloat16") and not isinstance(shape.loss_chunk_tokens, str)
+    return step_memory(
+        resolve_model(settings, shape.vocab_size, shape.compute_dtype),
+        shape.rows,
+        on_cpu=shape.device == "cpu",
+        knobs=MemoryKnobs(shape.activation_checkpointing, shape.loss_chunk_tokens),
+        micro_batches=shape.micro_batches,
+    )
+
+
+def main(device: str) -> None:
+    """Measure and print a table in Markdown."""
+    print("| step | parameters | largest phase | predicted | measured | ratio |\n|---|---|---|---|---|---|")
+    for shape in (dataclasses.replace(shape, device=device) for shape in SHAPES):
+        plan, measured = predicted(shape), peak_memory(shape)
+        ratio = plan.above_model / measured.peak
+        print(
+            f"| {describe(shape)} | {plan.weights / 4e6:,.1f} million | {plan.peak_phase} |"
+            f" {plan.above_model / 2**20:,.0f} MiB | {measured.peak / 2**20:,.0f} MiB | {ratio:.3f} |",
+            flush=True,
+        )
+
+
+def describe(shape: StepShape) -> str:
+    """A shape in words."""
+    parts = [
+        f"depth {shape.depth}, {shape.rows} × {shape.sequence_len:,}, vocabulary {shape.vocab_size:,}",
+        shape.compute_dtype,
+        "two micro-batches" if shape.micro_batches > 1 else "",
+        f"loss in pieces of {shape.loss_chunk_tokens:,}" if shape.loss_chunk_tokens else "",
+        "checkpointing" if shape.activation_checkpointing else "",
+    ]
+    return ", ".join(filter(None, parts))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu")
+    main(parser.parse_args().device)
