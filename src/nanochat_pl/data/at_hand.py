@@ -11,11 +11,11 @@ from nanochat_pl.data.file_formats import check_file, format_of, reading
 from nanochat_pl.data.hub_files import BYTES_PER_TOKEN, COMPRESSED_SHARE, HubFiles
 from nanochat_pl.data.local_files import find_files
 from nanochat_pl.data.python_docs import built_python_docs
-from nanochat_pl.data.sources import DataSettings
+from nanochat_pl.data.sources import DataSettings, SourceSettings
 
 
 def tokens_at_hand(settings: DataSettings, cache_dir: Path) -> int | None:
-    """About how many tokens there are to train on; None where that is not known yet.
+    """About how many tokens there are to train on, of a mixture those of all sources; None where that is not known.
 
     Args:
         settings: the config group ``data``.
@@ -24,12 +24,19 @@ def tokens_at_hand(settings: DataSettings, cache_dir: Path) -> int | None:
     Raises:
         UserError: data.path names no file, or one that cannot be read.
     """
+    if settings.name == "mixture":
+        known = [_tokens_of(f"data.sources.{name}", part, cache_dir) for name, part in settings.parts.items()]
+        return None if None in known else sum(filter(None, known))
+    return _tokens_of("data", settings, cache_dir)
+
+
+def _tokens_of(key: str, settings: SourceSettings, cache_dir: Path) -> int | None:
     if settings.name == "python_docs":
         corpus = built_python_docs(cache_dir)
         return None if corpus is None else int(corpus.manifest["splits"]["train"]["bytes"] / BYTES_PER_TOKEN)
     if settings.name == "local":
         held_out = 0.0 if settings.validation_path is not None else settings.validation_fraction
-        files = find_files("data.path", str(settings.path)).values()
+        files = find_files(f"{key}.path", str(settings.path)).values()
         num_bytes = sum(_text_bytes(path, settings.text_column) for path in files)
         return int(num_bytes * (1 - held_out) / BYTES_PER_TOKEN)
     try:

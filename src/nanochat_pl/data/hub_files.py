@@ -25,7 +25,7 @@ from nanochat_pl.data.file_formats import SUFFIXES, check_file, format_of
 from nanochat_pl.data.hub import HubFile, Manifest, hash_memo, known_manifest, open_manifest
 from nanochat_pl.data.hub_download import PARALLEL, Fetched, fetch_files
 from nanochat_pl.data.local_files import FileDocuments, share_held_out
-from nanochat_pl.data.sources import DataSettings, Shard, Split
+from nanochat_pl.data.sources import Shard, SourceSettings, Split
 
 _MARK = re.compile(r"(?:^|[/._-])(?:(train|training)|(validation|valid|val|dev|eval)|(test))(?=[/._-])", re.IGNORECASE)
 _MARKED = ("train", "val", "test")
@@ -62,7 +62,7 @@ class HubFiles:
         UserError: the data set has never been downloaded from; no file of it matches.
     """
 
-    def __init__(self, settings: DataSettings, cache_dir: Path, ask_hub: bool = False, refresh: bool = False) -> None:
+    def __init__(self, settings: SourceSettings, cache_dir: Path, ask_hub: bool = False, refresh: bool = False) -> None:
         assert settings.repo is not None, "checked by the settings"
         self.name = settings.name
         self._settings, self._cache_dir, self._repo = settings, cache_dir, settings.repo

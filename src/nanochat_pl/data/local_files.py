@@ -16,7 +16,7 @@ from pathlib import Path
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.data.cache_folder import fingerprint_of, known_sha256
 from nanochat_pl.data.file_formats import SUFFIXES, check_file, documents_of, format_of, reading
-from nanochat_pl.data.sources import DataSettings, Shard, Split
+from nanochat_pl.data.sources import Shard, SourceSettings, Split
 
 _RULE = 2  # part of every fingerprint: how files become documents and documents become splits
 
@@ -24,19 +24,24 @@ _RULE = 2  # part of every fingerprint: how files become documents and documents
 class LocalFiles:
     """A :class:`~nanochat_pl.data.sources.Source` of the files under ``data.path``; one shard per file and split.
 
+    Args:
+        settings: which files.
+        cache_dir: where their hashes are kept.
+        key: of these settings, for messages.
+
     Raises:
         UserError: no file matches, a suffix is unknown, a file cannot be opened or lacks the text column.
     """
 
     name = "local"
 
-    def __init__(self, settings: DataSettings, cache_dir: Path) -> None:
+    def __init__(self, settings: SourceSettings, cache_dir: Path, key: str = "data") -> None:
         assert settings.path is not None, "checked by the settings"
         self._settings = settings
         self._memo_dir = cache_dir / "file_hashes"
-        self._train_files = self._val_files = find_files("data.path", settings.path)
+        self._train_files = self._val_files = find_files(f"{key}.path", settings.path)
         if settings.validation_path is not None:
-            self._val_files = find_files("data.validation_path", settings.validation_path)
+            self._val_files = find_files(f"{key}.validation_path", settings.validation_path)
             _refuse_shared_files(self._train_files, self._val_files)
         for path in dict.fromkeys([*self._train_files.values(), *self._val_files.values()]):
             check_file(path, settings.text_column)
@@ -97,7 +102,7 @@ class FileDocuments:
 
     path: Path
     split: Split
-    settings: DataSettings
+    settings: SourceSettings
     held_out: float | None
     sha256: str | None
     memo: Path
@@ -125,7 +130,7 @@ class FileDocuments:
                 raise UserError(f"{self.path}: {self.problem}", self.fix)
 
 
-def share_held_out(paths: Sequence[Path], settings: DataSettings) -> float:
+def share_held_out(paths: Sequence[Path], settings: SourceSettings) -> float:
     """The share asked for; where it would hold out nothing, of a handful of documents, enough for one of them."""
     lowest = 1.0
     for path in paths:

@@ -7,8 +7,10 @@ from pathlib import Path
 from nanochat_pl.common.console import say
 from nanochat_pl.data.hub_files import HubFiles
 from nanochat_pl.data.local_files import LocalFiles
+from nanochat_pl.data.mixed_rows import Turns
+from nanochat_pl.data.mixed_source import MixedSource
 from nanochat_pl.data.python_docs import open_python_docs
-from nanochat_pl.data.sources import DataSettings, Source
+from nanochat_pl.data.sources import DataSettings, Source, SourceSettings
 
 
 def open_source(settings: DataSettings, cache_dir: Path, tokens_needed: int | None = None) -> Source:
@@ -21,12 +23,24 @@ def open_source(settings: DataSettings, cache_dir: Path, tokens_needed: int | No
             command that fetches the rest.
 
     Raises:
-        UserError: no file matches, a suffix or a column is unknown, a file cannot be read; nothing is downloaded yet.
+        UserError: no file matches, a suffix or a column is unknown, a file cannot be read; nothing is downloaded yet;
+            two sources of a mixture share a file.
     """
+    if settings.name != "mixture":
+        return _open_one("data", settings, cache_dir, tokens_needed)
+    turns = Turns([part.weight for part in settings.parts.values()])
+    parts = {}
+    for (name, part), share in zip(settings.parts.items(), turns.shares, strict=True):
+        needed = None if tokens_needed is None else round(tokens_needed * share)
+        parts[name] = _open_one(f"data.sources.{name}", part, cache_dir, needed)
+    return MixedSource(parts, turns)
+
+
+def _open_one(key: str, settings: SourceSettings, cache_dir: Path, tokens_needed: int | None) -> Source:
     if settings.name == "python_docs":
         return open_python_docs(cache_dir)
     if settings.name == "local":
-        return LocalFiles(settings, cache_dir)
+        return LocalFiles(settings, cache_dir, key)
     source = HubFiles(settings, cache_dir, ask_hub=settings.download)
     if settings.download:
         source.fetch(max(source.num_shards_for(tokens_needed), 1))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Literal, Protocol
 
 from nanochat_pl.common.errors import UserError
@@ -17,11 +17,14 @@ from nanochat_pl.common.settings import setting
 
 Split = Literal["train", "val"]
 MAX_BAD_FRACTION = 0.01
+MIN_SHARE = 1e-5
+# Figures of the log have these names: train/loss_smoothed, train/tokens_per_second, val/bpb_stderr.
+_NAMES_OF_FIGURES = ("smoothed", "per_second", "stderr")
 
 
 @dataclass(frozen=True)
-class DataSettings:
-    """Where the text comes from, what is held out, and how rows are packed."""
+class SourceSettings:
+    """One source: where its text comes from, what is held out, and how rows are packed."""
 
     name: Literal["python_docs", "local", "hub", "climbmix", "fineweb_edu"] = setting(
         "python_docs",
@@ -63,20 +66,15 @@ class DataSettings:
     )
     pack_buffer_documents: int = setting(1_000, "Documents among which the packer finds the best fit.", at_least=1)
     pack_refill_documents: int = setting(128, "Documents that are added to that buffer at a time.", at_least=1)
-    max_bad_fraction: float = setting(
-        MAX_BAD_FRACTION,
-        "Share of the rows of a set of conversations that may be bad: they are left out; more of them stop the run.",
-        at_least=0,
-        at_most=1,
-    )
     seed: int = setting(0, "Seed of the order of documents.", at_least=0, at_most=2**32 - 1)
 
     def __post_init__(self) -> None:
         problems = []
         if self.name == "local" and not self.path:
-            problems.append("path: is missing: data=local needs data.path=FILE, FOLDER or GLOB.")
+            problems.append(f"path: is missing: {self._said('local')} needs {self._key('path')}=FILE, FOLDER or GLOB.")
         if self.is_on_hub and not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", self.repo or ""):
-            problems.append(f"repo={self.repo!r}: data={self.name} needs the data set's name: data.repo=OWNER/NAME.")
+            needs = f"{self._said(self.name)} needs the data set's name: {self._key('repo')}=OWNER/NAME."
+            problems.append(f"repo={self.repo!r}: {needs}")
         for key, fits, source in (
             ("path", self.name == "local", "local"),
             ("validation_path", self.name == "local", "local"),
@@ -84,14 +82,108 @@ class DataSettings:
         ):
             value = getattr(self, key)
             if not fits and value not in (None, False):
-                problems.append(f"{key}={value!r}: has no meaning for data={self.name}; say data={source}.")
+                problems.append(
+                    f"{key}={value!r}: has no meaning for {self._said(self.name)}; say {self._said(source)}."
+                )
         if problems:
             raise UserError(problems)
 
     @property
     def is_on_hub(self) -> bool:
         """Whether the documents are those of ``repo``."""
-        return self.name not in ("python_docs", "local")
+        return self.name not in ("python_docs", "local", "mixture")
+
+    def _said(self, name: str) -> str:
+        """How a person chooses a source."""
+        return f"name={name}"
+
+    def _key(self, key: str) -> str:
+        return key
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightedSource(SourceSettings):
+    """A source of a mixture: its keys are those of ``data``, and its weight."""
+
+    weight: float = setting(
+        doc="Its share of the tokens that are trained on, against the weights of the others; any positive number.",
+        above=0,
+    )
+
+
+@dataclass(frozen=True)
+class DataSettings(SourceSettings):
+    """Where the text comes from, what is held out, and how rows are packed."""
+
+    name: Literal["python_docs", "local", "hub", "climbmix", "fineweb_edu", "mixture"] = setting(  # type: ignore[assignment]
+        "python_docs",
+        "python_docs: docstrings found on this machine; local: files under data.path; hub: the data set data.repo; "
+        "mixture: several of these, data.sources.",
+    )
+    sources: dict[str, WeightedSource | None] = setting(
+        factory=dict,
+        doc="Of data=mixture, by a name of yours: data.sources.NAME.weight=0.3 and the keys of data; null: left out.",
+    )
+    max_bad_fraction: float = setting(
+        MAX_BAD_FRACTION,
+        "Share of the rows of a set of conversations that may be bad: they are left out; more of them stop the run.",
+        at_least=0,
+        at_most=1,
+    )
+
+    def __post_init__(self) -> None:
+        if self.name != "mixture":
+            if self.sources:
+                raise UserError(f"sources: have no meaning for data={self.name}; say data=mixture.")
+            return super().__post_init__()
+        if problems := [*self._problems_of_own_keys(), *self._problems_of_sources()]:
+            raise UserError(problems)
+
+    @property
+    def parts(self) -> dict[str, WeightedSource]:
+        """The sources of a mixture that are not left out, by name; of anything else none."""
+        return {name: source for name, source in self.sources.items() if source is not None}
+
+    @property
+    def reads_own_files(self) -> bool:
+        """Whether documents are read from where ``path`` says, a place on this machine."""
+        return any(source.name == "local" for source in (self, *self.parts.values()))
+
+    def without_download(self) -> DataSettings:
+        """The same, and nothing is fetched."""
+        parts = ((name, replace(part, download=False)) for name, part in self.parts.items())
+        return replace(self, download=False, sources=dict(parts))
+
+    def _problems_of_own_keys(self) -> Iterator[str]:
+        for field in fields(SourceSettings):
+            if field.name != "name" and (value := getattr(self, field.name)) != field.default:
+                yield (
+                    f"{field.name}={value!r}: has no meaning for data=mixture; each of its sources has its own: "
+                    f"data.sources.NAME.{field.name}=…"
+                )
+
+    def _problems_of_sources(self) -> Iterator[str]:
+        if not self.parts:
+            yield "sources: data=mixture needs some: data.sources.NAME.name=…, data.sources.NAME.weight=… and so on."
+        total = sum(part.weight for part in self.parts.values())
+        seen: dict[tuple[object, ...], str] = {}
+        for name, part in self.parts.items():
+            if not re.fullmatch(r"\w[\w-]{0,63}", name, re.ASCII):
+                yield f"sources.{name}: names have letters, digits, _ and -, 64 at most."
+            if name in _NAMES_OF_FIGURES:
+                yield f"sources.{name}: a figure of the log has that name; take another one."
+            if part.weight / total < MIN_SHARE:
+                yield f"sources.{name}.weight={part.weight:g}: is less than {MIN_SHARE:g} of all weights."
+            text = part.path, part.repo, part.revision, part.files
+            if text in seen:
+                yield f"sources.{name}: is the same text as sources.{seen[text]}; give one of them both weights."
+            seen.setdefault(text, name)
+
+    def _said(self, name: str) -> str:
+        return f"data={name}"
+
+    def _key(self, key: str) -> str:
+        return f"data.{key}"
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,88 @@
+"""``data=mixture``: several sources side by side, each with its share of the tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+
+from nanochat_pl.common.errors import UserError
+from nanochat_pl.data.cache_folder import fingerprint_of
+from nanochat_pl.data.mixed_rows import Turns
+from nanochat_pl.data.sources import Shard, Source, Split
+
+
+class MixedSource:
+    """Several sources and their weights. As a :class:`~nanochat_pl.data.sources.Source` it has the shards of all.
+
+    Attributes:
+        parts: the sources by name.
+        turns: which share each has, in the same order.
+
+    Raises:
+        UserError: two of them share a file, or a part of their documents.
+    """
+
+    name = "mixture"
+
+    def __init__(self, parts: Mapping[str, Source], turns: Turns) -> None:
+        self.parts, self.turns = dict(parts), turns
+        seen: dict[str, str] = {}
+        for shard in [*self.shards("train"), *self.shards("val")]:
+            if (other := seen.setdefault(shard.fingerprint, shard.name)) != shard.name:
+                raise UserError(
+                    f"data.sources: {other} and {shard.name} are the same text.",
+                    fix="Leave it to one of them, and give that one the weights of both.",
+                )
+
+    @property
+    def fingerprint(self) -> str:
+        sources = [[name, part.fingerprint] for name, part in self.parts.items()]
+        return fingerprint_of(sources, list(self.turns.weights))
+
+    def describe(self) -> str:
+        """For people: a line for each source with its share, and the hash of the whole."""
+        lines = [
+            f"{name}, {share:.4g} of the tokens: {part.describe()}"
+            for (name, part), share in zip(self.parts.items(), self.turns.shares, strict=True)
+        ]
+        return "\n".join([*lines, f"mixture: {self.fingerprint[:12]}"])
+
+    def shards(self, split: Split) -> list[Shard]:
+        """The shards of all sources, one source after the other, named SOURCE/SHARD."""
+        return [
+            replace(shard, name=f"{name}/{shard.name}")
+            for name, part in self.parts.items()
+            for shard in part.shards(split)
+        ]
+
+    def documents(self, document_chars: int) -> Iterator[str]:
+        """Training documents, at any time of each source its share of the characters, or a document more.
+
+        A source that has ended is read again, until each has been read once: as the training will do.
+
+        Args:
+            document_chars: after so many each document is cut.
+
+        Raises:
+            UserError: a source has no text.
+        """
+        weights, given = self.turns.weights, [0] * len(self.parts)
+        streams = [_documents(part) for part in self.parts.values()]
+        unread = set(range(len(streams)))
+        while unread:
+            # The one whose characters are fewest for its weight; among equals the first.
+            source = min(range(len(streams)), key=lambda each: given[each] / weights[each])
+            text = next(streams[source], None)
+            if text is not None:
+                given[source] += len(text[:document_chars])
+                yield text[:document_chars]
+                continue
+            unread.discard(source)
+            name, part = list(self.parts.items())[source]
+            if not given[source]:
+                raise UserError(f"data.sources.{name}: no training document of it has any text.")
+            streams[source] = _documents(part)
+
+
+def _documents(source: Source) -> Iterator[str]:
+    return (text for shard in source.shards("train") for text in shard.documents())
