@@ -33,7 +33,7 @@ class ByteTokenizer:
         return np.array(self.encode_batch([text])[0], dtype=np.uint32)
 
     def render_conversations(
-        self, conversations: list[dict[str, Any]], max_tokens: int
+        self, conversations: list[dict[str, Any]], max_tokens: int, num_threads: int = 1
     ) -> list[tuple[list[int], list[int]]]:
         """Answers are trained on, questions are not."""
         results = []

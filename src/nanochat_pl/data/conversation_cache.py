@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -109,13 +110,13 @@ def _rendered(
     facts: dict[str, int],
     progress: Callable[[int, int], None],
 ) -> Encoded:
-    total = len(conversations)
+    total, num_threads = len(conversations), os.cpu_count() or 1
     for first in range(0, total, _BATCH):
         batch = [conversations[i] for i in range(first, min(first + _BATCH, total))]
         for number, conversation in enumerate(batch, first):
             if problems := problems_of_conversation(conversation):
                 raise UserError([f"{key}: conversation {number}: {problem}" for problem in problems])
-        for all_ids, all_mask in tokenizer.render_conversations(batch, max_tokens=sys.maxsize):
+        for all_ids, all_mask in tokenizer.render_conversations(batch, sys.maxsize, num_threads):
             ids, mask = all_ids[1:max_tokens], all_mask[1:max_tokens]  # without bos
             num_targets = sum(mask)
             facts["num_cut"] += len(all_ids) > max_tokens
