@@ -39,7 +39,7 @@ class GivenIds:
 
     vocab_size, fingerprint = 2**16, "given"
 
-    def render_conversations(self, conversations: list[dict], max_tokens: int) -> list[tuple[list[int], list[int]]]:
+    def render_conversations(self, conversations: list[dict], max_tokens: int, num_threads: int) -> list[tuple]:
         return [(c["ids"][:max_tokens], c["mask"][:max_tokens]) for c in conversations]
 
 
