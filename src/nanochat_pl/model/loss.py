@@ -63,7 +63,7 @@ def weighted_nats(
     vocab_size: int,
     cap: float,
     chunk_tokens: int,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Sum over the targets of weight times nats, with gradients for ``hidden`` and ``head``.
 
     Args:
@@ -76,12 +76,12 @@ def weighted_nats(
         chunk_tokens: tokens whose logits are there at once.
 
     Returns:
-        A float32 scalar.
+        The sum, a float32 scalar, and what each target has of it, float32 (N,), without gradients.
     """
     pieces = -(-len(hidden) // chunk_tokens)
     compiled = torch.compiler.is_compiling()
-    total: Tensor = _nats_with_gradients(hidden, head, targets, weights, vocab_size, cap, pieces, compiled)[0]
-    return total
+    total, _, _, of_targets = _nats_with_gradients(hidden, head, targets, weights, vocab_size, cap, pieces, compiled)
+    return total, of_targets.detach()
 
 
 # An operation of its own, so that a compiler does not unroll the pieces into one long graph: that would take minutes to
@@ -96,24 +96,25 @@ def _nats_with_gradients(
     cap: float,
     pieces: int,
     compiled: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The sum (), and its gradients by hidden and head, of their shapes and types."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The sum (), its gradients by hidden and head, of their shapes and types, and its terms (N,)."""
     weights = torch.where(targets != IGNORE_INDEX, weights, 0.0)
     piece_of = _compiled_piece() if compiled else _piece
     matrix = head[:vocab_size].to(hidden.dtype)
     total, of_hidden, of_head = weights.new_zeros(()), torch.empty_like(hidden), torch.zeros_like(head)
-    of_matrix = of_head[:vocab_size]
-    tensors = (hidden, targets.clamp(min=0), weights, of_hidden)
-    for x, target, weight, of_x in zip(*(tensor.chunk(pieces) for tensor in tensors), strict=True):
-        nats, of_logits = piece_of(x @ matrix.T, target, weight, cap)
+    of_matrix, terms = of_head[:vocab_size], torch.empty_like(weights)
+    tensors = (hidden, targets.clamp(min=0), weights, of_hidden, terms)
+    for x, target, weight, of_x, term in zip(*(tensor.chunk(pieces) for tensor in tensors), strict=True):
+        nats, of_logits, nats_of_targets = piece_of(x @ matrix.T, target, weight, cap)
         total += nats
+        term.copy_(nats_of_targets)
         torch.mm(of_logits, matrix, out=of_x)
         # The pieces are summed in the type in which the weight is kept.
         if of_matrix.dtype == of_logits.dtype:
             of_matrix.addmm_(of_logits.T, x)
         else:
             of_matrix += of_logits.T @ x
-    return total, of_hidden, of_head
+    return total, of_hidden, of_head, terms
 
 
 @_nats_with_gradients.register_fake
@@ -126,11 +127,11 @@ def _(
     cap: float,
     pieces: int,
     compiled: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return weights.new_empty(()), torch.empty_like(hidden), torch.empty_like(head)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return weights.new_empty(()), torch.empty_like(hidden), torch.empty_like(head), torch.empty_like(weights)
 
 
-def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[1], output[2])
 
@@ -147,8 +148,8 @@ def _scale_gradients(ctx: Any, gradient: Tensor | None, *of_gradients: Tensor | 
 _nats_with_gradients.register_autograd(_scale_gradients, setup_context=_keep_gradients)
 
 
-def _piece(raw: Tensor, targets: Tensor, weights: Tensor, cap: float) -> tuple[Tensor, Tensor]:
-    """Weighted nats () of targets (n,), and their gradient by the raw logits (n, V), which are used up."""
+def _piece(raw: Tensor, targets: Tensor, weights: Tensor, cap: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The sum () of weighted nats, its gradient by the raw logits (n, V), which are used up, and its terms (n,)."""
     ratio = _precise(raw).mul_(1 / cap).tanh_()
     of_target = ratio.gather(1, targets[:, None])[:, 0]
     exponentials = (ratio * cap).exp_()
@@ -156,10 +157,12 @@ def _piece(raw: Tensor, targets: Tensor, weights: Tensor, cap: float) -> tuple[T
     nats = sums.log() - cap * of_target
     # Of the cross entropy: the probability, and one less at the target. Of the softcap: 1 - ratio².
     at_target = weights * torch.expm1(-nats) * (1 - of_target.square())
-    gradient = exponentials.mul_((weights / sums)[:, None]).mul_(ratio.square_().neg_().add_(1)).to(raw.dtype)
-    return (weights * nats).sum(), gradient.scatter_(1, targets[:, None], at_target.to(raw.dtype)[:, None])
+    gradient = exponentials.mul_((weights / sums)[:, None]).mul_(ratio.square_().neg_().add_(1))
+    # Cast last: in bfloat16 a CPU scatters through a float32 copy of the whole.
+    terms = weights * nats
+    return terms.sum(), gradient.scatter_(1, targets[:, None], at_target[:, None]).to(raw.dtype), terms
 
 
 @functools.cache
-def _compiled_piece() -> Callable[..., tuple[Tensor, Tensor]]:
+def _compiled_piece() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     return torch.compile(_piece, dynamic=False)
