@@ -8,7 +8,11 @@ from pathlib import Path
 import pytest
 
 from nanochat_pl.cli.main import main
+from nanochat_pl.cli.train import _say_plan
 from nanochat_pl.data import at_hand
+from nanochat_pl.model.config import ModelSettings
+from nanochat_pl.optim import OptimSettings
+from nanochat_pl.planning import HorizonSettings, make_plan
 
 ERAS = ("nanochat", "nanochat_2026_02", "nanochat_2025_10")
 
@@ -132,6 +136,12 @@ def test_a_width_that_is_rounded_up_is_named_with_the_depths_that_need_none(
     assert "nearest that divide: model.depth=4 or 6." in out
     assert plan("model.depth=6") == 0
     assert "instead of" not in capsys.readouterr().out
+
+
+def test_train_names_it_too(capsys: pytest.CaptureFixture[str]) -> None:
+    for depth, named in ((5, True), (6, False)):
+        _say_plan(make_plan(ModelSettings(depth=depth), HorizonSettings(), OptimSettings(), vocab_size=4096))
+        assert ("width 384 instead of 320" in capsys.readouterr().out) == named
 
 
 def test_a_model_that_does_not_fit_is_said(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -85,8 +85,8 @@ def add_memory(plan: Plan, config: GPTConfig, options: RowOptions) -> StepMemory
 
 
 def _knob_choices() -> list[tuple[str, MemoryKnobs, str]]:
-    """The four ways; a short piece of the loss has 128 tokens, an unusually long one all."""
-    whole = 2**40
+    """With and without each knob: name of the value, the knobs, what they are in words."""
+    whole = 2**40  # more tokens than there are
     return [
         ("largest_batch_plain", MemoryKnobs(False, whole), ", all logits at once"),
         ("largest_batch_chunked_loss", MemoryKnobs(False, None), ", the loss in pieces (the default)"),
