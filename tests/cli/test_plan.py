@@ -110,7 +110,12 @@ def test_the_text_at_hand_gives_epochs(here: Path, capsys: pytest.CaptureFixture
     Path("b.jsonl").write_text(f"{line}\n" * 10, encoding="utf-8")
     assert plan("data=local", "data.path=b.jsonl", "data.validation_path=a.txt", "explain=tokens_at_hand") == 0
     assert capsys.readouterr().out.startswith("tokens_at_hand = 2")
-    assert {path.name for path in here.iterdir()} == {"a.txt", "b.jsonl"}
+    Path("b.txt").write_text("y" * 480_000, encoding="utf-8")
+    one, other = ([f"data.sources.{name}.{key}" for key in ("name=local", "weight=1")] for name in ("one", "other"))
+    mixture = ["data.name=mixture", *one, *other, "data.sources.one.path=a.txt", "data.sources.other.path=b.txt"]
+    assert plan(*mixture, "explain=tokens_at_hand") == 0
+    assert capsys.readouterr().out.startswith("tokens_at_hand = 190,000\n")
+    assert {path.name for path in here.iterdir()} == {"a.txt", "b.jsonl", "b.txt"}
 
 
 @pytest.mark.parametrize(

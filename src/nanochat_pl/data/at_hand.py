@@ -31,6 +31,14 @@ def tokens_at_hand(settings: DataSettings, cache_dir: Path) -> int | None:
 
 
 def _tokens_of(key: str, settings: SourceSettings, cache_dir: Path) -> int | None:
+    if settings.name != "mixture":
+        return _of_source("data", settings, cache_dir)
+    parts = [_of_source(f"data.sources.{name}", part, cache_dir) for name, part in settings.parts.items()]
+    known = [part for part in parts if part is not None]
+    return sum(known) if len(known) == len(parts) else None
+
+
+def _of_source(key: str, settings: SourceSettings, cache_dir: Path) -> int | None:
     if settings.name == "python_docs":
         corpus = built_python_docs(cache_dir)
         return None if corpus is None else int(corpus.manifest["splits"]["train"]["bytes"] / BYTES_PER_TOKEN)
