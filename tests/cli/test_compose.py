@@ -165,14 +165,18 @@ def test_home_is_expanded_in_the_names_of_folders(monkeypatch: pytest.MonkeyPatc
 
 def test_every_group_file_composes() -> None:
     """Each shipped choice is read, checked, and fits its settings class."""
-    needs = {"data=local": ["data.path=x"], "data=hub": ["data.repo=a/b"]}
+    needs = {
+        "data=local": ["data.path=x"],
+        "data=hub": ["data.repo=a/b"],
+        "mixture=own": ["mixture.tasks.conversations.mine.path=x"],
+    }
     count = 0
     for group, choices in config_files.groups().items():
         for choice in choices:
             override = f"{group}=[{choice}]" if group in ("logger", "callbacks") else f"{group}={choice}"
             compose_train([override, *needs.get(override, [])])
             count += 1
-    assert count == 22
+    assert count == 24
 
 
 def test_composition_does_not_depend_on_the_current_folder(here: Path) -> None:

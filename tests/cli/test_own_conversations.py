@@ -102,3 +102,9 @@ def test_wrong_keys_are_named(here: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "a task has that name" in capsys.readouterr().err
     assert main(["train", *TINY, "stage=sft", "mixture=own"]) == 2
     assert "conversations.NAME.path" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("key", ["mixture.tasks.conversations", "mixture.tasks.smoltalk"])
+def test_help_shows_the_keys_of_a_set(key: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--help", key]) == 0
+    assert "test_fraction=0.05" in capsys.readouterr().out

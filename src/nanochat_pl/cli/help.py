@@ -11,7 +11,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from nanochat_pl.cli import config_files
 from nanochat_pl.cli.main import module_of
-from nanochat_pl.cli.overrides import UNKNOWN, is_group, type_of_key
+from nanochat_pl.cli.overrides import UNKNOWN, is_group, type_of_key, without_none
 from nanochat_pl.common.errors import UserError, did_you_mean
 
 
@@ -45,7 +45,9 @@ def _print_groups(verb: str, schema: type) -> None:
 
 
 def _print_group(schema: type, name: str) -> None:
-    hint = type_of_key(schema, name)
+    hint = without_none(type_of_key(schema, name))
+    if get_origin(hint) is dict and dataclasses.is_dataclass(without_none(get_args(hint)[1])):
+        name, hint = f"{name}.NAME", without_none(get_args(hint)[1])
     if hint is UNKNOWN:
         names = [field.name for field in dataclasses.fields(schema)]
         raise UserError(f"--help {name}: there is no such group or key; {did_you_mean(name, names)}")
@@ -63,7 +65,7 @@ def _print_group(schema: type, name: str) -> None:
 def _describe(schema: type, key: str) -> tuple[str, str, str]:
     """A key as (key=default, type, meaning)."""
     *groups, name = key.split(".")
-    owner: Any = type_of_key(schema, ".".join(groups)) if groups else schema
+    owner: Any = without_none(type_of_key(schema, ".".join(groups))) if groups else schema
     field = next(field for field in dataclasses.fields(owner) if field.name == name)
     shown = "" if field.default is dataclasses.MISSING else f"={_show(field.default)}"
     return f"{key}{shown}", _type_name(get_type_hints(owner)[name]), field.metadata.get("doc", "")

@@ -150,7 +150,7 @@ def type_of_key(schema: type, key: str) -> Any:
     """The declared type of a dotted key, :data:`UNKNOWN` where the settings classes have no such key."""
     hint: Any = schema
     for part in key.split("."):
-        hint = _without_none(hint)
+        hint = without_none(hint)
         if dataclasses.is_dataclass(hint):
             hint = get_type_hints(hint).get(part, UNKNOWN)
         elif get_origin(hint) is dict:
@@ -162,15 +162,16 @@ def type_of_key(schema: type, key: str) -> Any:
 
 def is_text(hint: Any) -> bool:
     """Whether a key of this type takes any text: ``str`` or ``str | None``."""
-    return _without_none(hint) is str
+    return without_none(hint) is str
 
 
 def is_group(hint: Any) -> bool:
     """Whether a key of this type has keys of its own."""
-    return dataclasses.is_dataclass(_without_none(hint)) or get_origin(_without_none(hint)) is dict
+    return dataclasses.is_dataclass(without_none(hint)) or get_origin(without_none(hint)) is dict
 
 
-def _without_none(hint: Any) -> Any:
+def without_none(hint: Any) -> Any:
+    """The type of a key that may be null, when it is not."""
     if get_origin(hint) in (Union, types.UnionType):
         others = [choice for choice in get_args(hint) if choice is not type(None)]
         return others[0] if len(others) == 1 else hint
