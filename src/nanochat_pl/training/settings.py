@@ -43,7 +43,7 @@ class TrainerSettings:
     compile: bool | Literal["auto"] = setting("auto", "torch.compile the model; auto: where a compiler is at hand.")
     deterministic: bool = setting(False, "Only algorithms that give the same bits again (a CPU always does).")
     activation_checkpointing: bool = setting(
-        False, "Keep only what goes into each block and compute the rest again: less memory, a quarter more time."
+        False, "Keep only what goes into each block and compute the rest again: less memory, up to a third more time."
     )
     loss_chunk_tokens: int | None = setting(
         None, "Tokens whose logits are in memory at once; null: as suits vocabulary and device.", at_least=1
