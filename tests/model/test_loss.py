@@ -34,6 +34,7 @@ def test_loss_and_its_gradients_are_those_of_the_textbook(cap, chunk_tokens):
         inputs = [tensor.to(dtype, copy=True).requires_grad_() for tensor in (hidden, head)]
         options = {"vocab_size": 33, "chunk_tokens": chunk_tokens} if function is weighted_nats else {}
         loss = function(*inputs, targets, weights, cap=cap, **options)
+        loss = loss[0] if function is weighted_nats else loss
         (0.1 * loss).backward()  # the caller divides by the number of targets
         results.append([loss.detach().float(), *(tensor.grad.float() for tensor in inputs)])
     for ours, expected in zip(*results, strict=True):
@@ -46,7 +47,7 @@ def test_gradcheck_in_float64():
     )
 
     def loss(hidden, head):
-        return weighted_nats(hidden, head, targets, weights.double(), vocab_size=7, cap=1.5, chunk_tokens=3)
+        return weighted_nats(hidden, head, targets, weights.double(), vocab_size=7, cap=1.5, chunk_tokens=3)[0]
 
     targets = targets.clamp(max=6)
     assert torch.autograd.gradcheck(loss, (hidden, head))
@@ -81,7 +82,7 @@ def test_the_gradient_of_the_head_is_summed_in_float32():
     hidden = torch.ones(1000, 1, dtype=torch.bfloat16)
     head = torch.zeros(2, 1, requires_grad=True)
     targets = torch.zeros(1000, dtype=torch.int64)
-    weighted_nats(hidden, head, targets, torch.ones(1000), vocab_size=2, cap=15.0, chunk_tokens=1).backward()
+    weighted_nats(hidden, head, targets, torch.ones(1000), vocab_size=2, cap=15.0, chunk_tokens=1)[0].backward()
     torch.testing.assert_close(head.grad, torch.tensor([[-500.0], [500.0]]))
 
 
@@ -98,7 +99,7 @@ def test_nothing_differentiates_the_loss_twice():
     """Its gradients are numbers by then: a second derivative would be wrong, so it is refused."""
     hidden, head, targets, weights = loss_case()
     hidden.requires_grad_()
-    loss = weighted_nats(hidden, head, targets, weights, vocab_size=33, cap=15.0, chunk_tokens=16)
+    loss, _ = weighted_nats(hidden, head, targets, weights, vocab_size=33, cap=15.0, chunk_tokens=16)
     (gradient,) = torch.autograd.grad(loss, hidden, create_graph=True)
     with pytest.raises(RuntimeError):
         gradient.sum().backward()

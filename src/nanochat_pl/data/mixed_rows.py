@@ -148,7 +148,7 @@ class MixedRows:
     def wait_for(self, num_rows: int, check: Callable[[], None] = lambda: None) -> None:
         """Wait until the first so many rows are there; ``check`` is called again and again."""
         for part, count in zip(self._parts, self.turns.counts(num_rows), strict=True):
-            part.index.wait_for(count, check)
+            part.wait_for(count, check)
 
     def record(self) -> dict[str, Any]:
         """What the rows are made of, for the record of a stage. Waits for all of them."""

@@ -19,20 +19,14 @@ class MixedSource:
         turns: which share each has, in the same order.
 
     Raises:
-        UserError: two of them share a file, or a part of their documents.
+        UserError: two of them share a file.
     """
 
     name = "mixture"
 
     def __init__(self, parts: Mapping[str, Source], turns: Turns) -> None:
         self.parts, self.turns = dict(parts), turns
-        seen: dict[str, str] = {}
-        for shard in [*self.shards("train"), *self.shards("val")]:
-            if (other := seen.setdefault(shard.fingerprint, shard.name)) != shard.name:
-                raise UserError(
-                    f"data.sources: {other} and {shard.name} are the same text.",
-                    fix="Leave it to one of them, and give that one the weights of both.",
-                )
+        _refuse_shared_text(self.parts)
 
     @property
     def fingerprint(self) -> str:
@@ -86,3 +80,15 @@ class MixedSource:
 
 def _documents(source: Source) -> Iterator[str]:
     return (text for shard in source.shards("train") for text in shard.documents())
+
+
+def _refuse_shared_text(parts: Mapping[str, Source]) -> None:
+    seen: dict[str, tuple[str, str]] = {}
+    for name, part in parts.items():
+        for shard in [*part.shards("train"), *part.shards("val")]:
+            first, its_name = seen.setdefault(shard.fingerprint, (name, shard.name))
+            if first != name:
+                raise UserError(
+                    f"data.sources: {shard.name} of {name} is the same text as {its_name} of {first}.",
+                    fix="Leave it to one of them; a greater weight lets a source be trained on more often.",
+                )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,10 @@ class Rows:
 
     def __len__(self) -> int:
         return self.index.num_rows
+
+    def wait_for(self, num_rows: int, check: Callable[[], None] = lambda: None) -> None:
+        """Wait until the first so many rows are there; ``check`` is called again and again."""
+        self.index.wait_for(num_rows, check)
 
     def record(self) -> dict[str, Any]:
         """What the rows are made of, for the record of a stage. Waits for all of them."""

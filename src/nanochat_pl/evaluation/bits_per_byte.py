@@ -7,6 +7,7 @@ tokens, ignored positions) count on neither side. Checked against ``golden/bpb.j
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -64,12 +65,32 @@ class BitsPerByte(Metric):
 
     def compute(self) -> BitsPerByteResult:
         """The figure over all that was added; None instead of a division by zero."""
-        nats, size, nats_nats, nats_size, size_size, rows = self.sums.tolist()
-        if size == 0:
-            return BitsPerByteResult(None, None, 0, 0)
-        ratio = nats / size
-        stderr = None
-        if rows >= 2:
-            squares = max(0.0, nats_nats - 2 * ratio * nats_size + ratio**2 * size_size)
-            stderr = math.sqrt(squares * rows / (rows - 1)) / size / math.log(2)
-        return BitsPerByteResult(ratio / math.log(2), stderr, int(size), int(rows))
+        return result_of(self.sums.tolist())
+
+
+def weighted_result(sums: Sequence[Tensor], shares: Sequence[float]) -> BitsPerByteResult:
+    """The figure over several sets of rows, as if each had its share of the rows, however many were measured.
+
+    Args:
+        sums: of a :class:`BitsPerByte` for each set; one without any bytes is passed over.
+        shares: of each set; they sum to one.
+    """
+    num_rows = sum(float(each[-1]) for each in sums)
+    total = torch.zeros(6, dtype=torch.float64)
+    for each, share in zip(sums, shares, strict=True):
+        factor = share * num_rows / max(float(each[-1]), 1.0)  # one row stands for so many
+        total += each.cpu() * torch.tensor([factor, factor, factor**2, factor**2, factor**2, 1.0]).double()
+    return result_of(total.tolist())
+
+
+def result_of(sums: Sequence[float]) -> BitsPerByteResult:
+    """The figure of the sums over rows, see :class:`BitsPerByte`."""
+    nats, size, nats_nats, nats_size, size_size, rows = sums
+    if size == 0:
+        return BitsPerByteResult(None, None, 0, 0)
+    ratio = nats / size
+    stderr = None
+    if rows >= 2:
+        squares = max(0.0, nats_nats - 2 * ratio * nats_size + ratio**2 * size_size)
+        stderr = math.sqrt(squares * rows / (rows - 1)) / size / math.log(2)
+    return BitsPerByteResult(ratio / math.log(2), stderr, int(size), int(rows))

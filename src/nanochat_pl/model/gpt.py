@@ -289,11 +289,16 @@ class GPT(nn.Module):
             ids, targets: int64 (B, T); ``IGNORE_INDEX`` where nothing is to be learnt.
             weights: float32 (B, T), ones by default.
         """
+        return self.loss_by_row(ids, targets, weights)[0]
+
+    def loss_by_row(self, ids: Tensor, targets: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """As :meth:`weighted_loss`, and what each row has of it: float32 (B,), without gradients."""
         if weights is None:
             weights = torch.ones_like(targets, dtype=torch.float32)
         if not torch.is_grad_enabled():
-            return (self.losses(ids, targets) * weights).sum()
-        return weighted_nats(
+            nats = self.losses(ids, targets) * weights
+            return nats.sum(), nats.sum(dim=1)
+        total, nats = weighted_nats(
             self.hidden(ids).flatten(0, 1),
             self.lm_head.weight,
             targets.flatten(),
@@ -302,6 +307,7 @@ class GPT(nn.Module):
             cap=self.config.softcap,
             chunk_tokens=self._chunk_tokens(),
         )
+        return total, nats.view_as(targets).sum(dim=1)
 
     def _chunk_tokens(self) -> int:
         return self.loss_chunk_tokens or default_chunk_tokens(self.config.vocab_size, self.device.type == "cpu")

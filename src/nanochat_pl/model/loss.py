@@ -158,8 +158,8 @@ def _piece(raw: Tensor, targets: Tensor, weights: Tensor, cap: float) -> tuple[T
     # Of the cross entropy: the probability, and one less at the target. Of the softcap: 1 - ratio².
     at_target = weights * torch.expm1(-nats) * (1 - of_target.square())
     gradient = exponentials.mul_((weights / sums)[:, None]).mul_(ratio.square_().neg_().add_(1))
-    # Cast last: in bfloat16 a CPU scatters through a float32 copy of the whole.
     terms = weights * nats
+    # Cast last: in bfloat16 a CPU scatters through a float32 copy of the whole.
     return terms.sum(), gradient.scatter_(1, targets[:, None], at_target[:, None]).to(raw.dtype), terms
 
 

@@ -11,6 +11,7 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from nanochat_pl.common.constants import IGNORE_INDEX
+from nanochat_pl.data.mixed_rows import MixedRows
 from nanochat_pl.data.rows import Rows
 from nanochat_pl.training.step import StepBatch
 from nanochat_pl.training.stopping import GracefulStop, StopRequested
@@ -30,7 +31,7 @@ def share(first: int, count: int, rank: int, world: int) -> range:
 class StepRows(Dataset):
     """Map-style data: item k is this process's share of optimizer step k: with one process, the whole of it."""
 
-    def __init__(self, rows: Rows, rows_per_step: int, rank: int = 0, world: int = 1) -> None:
+    def __init__(self, rows: Rows | MixedRows, rows_per_step: int, rank: int = 0, world: int = 1) -> None:
         self.rows, self.rows_per_step, self.rank, self.world = rows, rows_per_step, rank, world
 
     def __getitem__(self, step: int) -> StepBatch:
@@ -41,11 +42,12 @@ class StepRows(Dataset):
         inputs, targets = self.rows.read(numbers)
         # Those of this share: with several processes, the step sums them before its first backward.
         num_targets = int((targets != IGNORE_INDEX).sum())
-        return StepBatch(torch.as_tensor(inputs), torch.as_tensor(targets), num_targets)
+        sources = torch.as_tensor(self.rows.place(numbers)[0]) if isinstance(self.rows, MixedRows) else None
+        return StepBatch(torch.as_tensor(inputs), torch.as_tensor(targets), num_targets, sources)
 
     def wait_for(self, step: int, check: Callable[[], None]) -> None:
         """Wait until the rows of a step are there; ``check`` is called again and again."""
-        self.rows.index.wait_for(min((step + 1) * self.rows_per_step, len(self.rows)), check)
+        self.rows.wait_for(min((step + 1) * self.rows_per_step, len(self.rows)), check)
 
 
 class StepsFrom(Sampler[int]):
@@ -76,7 +78,7 @@ class RowsDataModule(LightningDataModule):
 
     def __init__(
         self,
-        rows: Rows,
+        rows: Rows | MixedRows,
         rows_per_step: int,
         num_steps: int,
         num_workers: int | None = 0,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,13 +13,16 @@ import torch
 from lightning.pytorch import Callback, Trainer
 
 from nanochat_pl.common.files import disk_errors_explained, write_text
-from nanochat_pl.data.rows import Rows
+from nanochat_pl.data.mixed_source import MixedSource
+from nanochat_pl.data.rows import Rows, validation_rows
+from nanochat_pl.data.sources import Source
+from nanochat_pl.data.token_cache import TokenCache
 from nanochat_pl.engine import Engine
-from nanochat_pl.evaluation.bits_per_byte import BitsPerByte
+from nanochat_pl.evaluation.bits_per_byte import BitsPerByte, BitsPerByteResult, weighted_result
 from nanochat_pl.evaluation.samples import write_samples
 from nanochat_pl.model.gpt import GPT
 from nanochat_pl.tokenizer import Tokenizer
-from nanochat_pl.training.metrics import StepClock, log_everywhere
+from nanochat_pl.training.metrics import StepClock, log_everywhere, name_by_source
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,6 @@ class Validation:
     tokenizer: Tokenizer
     device_batch_size: int
 
-    @torch.no_grad()
     def measure(self, net: GPT, between: Callable[[], None] = lambda: None) -> dict[str, float]:
         """Bits per byte with its standard error, and nats per target.
 
@@ -39,6 +41,17 @@ class Validation:
             net: the model; runs eagerly (its training graph is not compiled again), in eval mode.
             between: called between batches.
         """
+        metric, loss = self.sums(net, between)
+        return _figures(metric.compute(), loss)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the held-out text, of which the rows are the beginning."""
+        return self.rows.cache.num_tokens
+
+    @torch.no_grad()
+    def sums(self, net: GPT, between: Callable[[], None] = lambda: None) -> tuple[BitsPerByte, float]:
+        """What :meth:`measure` measures, as sums over rows, and the nats per target."""
         device = next(net.parameters()).device
         metric = BitsPerByte(self.tokenizer.token_bytes).to(device)
         nats, targets_seen = 0.0, 0
@@ -52,9 +65,79 @@ class Validation:
             nats += losses.sum().item()
             targets_seen += int((targets >= 0).sum())
         net.train()
-        result = metric.compute()
-        figures = {"val/bpb": result.bpb, "val/bpb_stderr": result.stderr, "val/loss": nats / max(targets_seen, 1)}
-        return {name: value for name, value in figures.items() if value is not None}
+        return metric, nats / max(targets_seen, 1)
+
+
+@dataclass(frozen=True)
+class MixedValidation:
+    """Fixed rows of several sources. Each source has figures of its own; those of all are weighted as the training is.
+
+    Of each source there are as many rows as its share of them; fewer where its held-out text ends before, and then
+    each counts for more; one at least.
+    """
+
+    parts: Mapping[str, Validation]
+    shares: Sequence[float]
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of all sources."""
+        return sum(part.num_rows for part in self.parts.values())
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the held-out text of all sources."""
+        return sum(part.num_tokens for part in self.parts.values())
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """What made the ids."""
+        return next(iter(self.parts.values())).tokenizer
+
+    def measure(self, net: GPT, between: Callable[[], None] = lambda: None) -> dict[str, float]:
+        """As :meth:`Validation.measure`, and bits per byte of each source."""
+        measured = {name: part.sums(net, between) for name, part in self.parts.items()}
+        loss = sum(share * loss for share, (_, loss) in zip(self.shares, measured.values(), strict=True))
+        figures = _figures(weighted_result([metric.sums for metric, _ in measured.values()], self.shares), loss)
+        for name, (metric, _) in measured.items():
+            if (bpb := metric.compute().bpb) is not None:
+                figures[name_by_source("val/bpb", name)] = bpb
+        return figures
+
+
+def _figures(result: BitsPerByteResult, loss: float) -> dict[str, float]:
+    figures = {"val/bpb": result.bpb, "val/bpb_stderr": result.stderr, "val/loss": loss}
+    return {name: value for name, value in figures.items() if value is not None}
+
+
+def open_validation(
+    source: Source,
+    tokenise: Callable[[Source], TokenCache],
+    tokenizer: Tokenizer,
+    cache: Path,
+    *,
+    sequence_len: int,
+    num_rows: int,
+    device_batch_size: int,
+) -> Validation | MixedValidation:
+    """The rows to validate on, of the source's held-out text.
+
+    Args:
+        source: one or a mixture.
+        tokenise: gives the tokens of the held-out text of one.
+        tokenizer, cache: that it uses.
+        sequence_len: T.
+        num_rows: at most; fewer where the text ends before.
+        device_batch_size: rows in memory at once.
+    """
+    if not isinstance(source, MixedSource):
+        rows = validation_rows(tokenise(source), sequence_len, tokenizer.bos_id, cache, num_rows)
+        return Validation(rows, len(rows), tokenizer, device_batch_size)
+    parts = {}
+    for (name, part), count in zip(source.parts.items(), source.turns.counts(num_rows), strict=True):
+        rows = validation_rows(tokenise(part), sequence_len, tokenizer.bos_id, cache, max(count, 1))
+        parts[name] = Validation(rows, len(rows), tokenizer, device_batch_size)
+    return MixedValidation(parts, source.turns.shares)
 
 
 class _Voice(NamedTuple):
@@ -96,7 +179,7 @@ class PeriodicEvaluation(Callback):
 
     def __init__(
         self,
-        validation: Validation | None,
+        validation: Validation | MixedValidation | None,
         samples: Samples,
         every_steps: int,
         samples_every_steps: int,

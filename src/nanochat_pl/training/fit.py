@@ -13,8 +13,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from nanochat_pl.common.console import say
 from nanochat_pl.common.errors import UserError
+from nanochat_pl.data.mixed_rows import MixedRows
 from nanochat_pl.training.datamodule import RowsDataModule
-from nanochat_pl.training.evaluation import PeriodicEvaluation, Samples, Validation
+from nanochat_pl.training.evaluation import MixedValidation, PeriodicEvaluation, Samples, Validation
 from nanochat_pl.training.garbage import GarbageCollection
 from nanochat_pl.training.metrics import MetricsCSV, StepClock, StepMetrics
 from nanochat_pl.training.progress import TrainingProgress
@@ -27,7 +28,7 @@ from nanochat_pl.training.tensorboard import rewind_events
 
 @dataclass(frozen=True)
 class Fitting:
-    """All that one fit needs besides the stage and its data."""
+    """All that one fit needs besides the stage and its data; ``mixed`` are the rows where they have several sources."""
 
     name: str
     folder: Path
@@ -36,8 +37,9 @@ class Fitting:
     device: torch.device
     flops_per_token: float
     peak_flops: float | None
-    validation: Validation | None
+    validation: Validation | MixedValidation | None
     samples: Samples
+    mixed: MixedRows | None = None
     loggers: Sequence[Logger] = ()
     callbacks: Sequence[Callback] = ()
 
@@ -60,11 +62,13 @@ def fit(stage: TrainingStage, data: RowsDataModule, fitting: Fitting) -> Fitted:
     checkpoints = fitting.folder / "checkpoints"
     resume_from = newest_resume_file(checkpoints)
     first_step = _step_to_go_on_from(stage, resume_from) if resume_from else 0
-    csv = MetricsCSV(fitting.folder / "metrics.csv")
+    csv = MetricsCSV(fitting.folder / "metrics.csv", fitting.mixed.names if fitting.mixed else ())
     figures_kept = csv.rewind(first_step)
     fitting.samples.rewind(first_step)
     clock = StepClock()
-    metrics = StepMetrics(clock, fitting.flops_per_token, fitting.peak_flops, fitting.trainer.log_every_steps)
+    metrics = StepMetrics(
+        clock, fitting.flops_per_token, fitting.peak_flops, fitting.trainer.log_every_steps, fitting.mixed
+    )
     resume_files = ResumeFiles(checkpoints, fitting.trainer.checkpoint_every_steps, fitting.trainer.keep_last, clock)
     stop = GracefulStop(resume_files)
     evaluation = PeriodicEvaluation(

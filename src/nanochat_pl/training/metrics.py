@@ -9,14 +9,18 @@ import os
 import statistics
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers.logger import Logger
+from torch import Tensor
 
+from nanochat_pl.common.constants import IGNORE_INDEX
 from nanochat_pl.common.files import disk_errors_explained, write_text
+from nanochat_pl.data.mixed_rows import MixedRows
 from nanochat_pl.optim.schedules import schedule_values
 from nanochat_pl.training.step import StepBatch
 
@@ -35,18 +39,33 @@ COLUMNS = (
     "val/bpb_stderr",
     "val/loss",
 )
+# Of each source of a mixture, with its name behind them.
+COLUMNS_BY_SOURCE = ("train/loss", "train/tokens", "val/bpb")
 SMOOTHING = 0.9
+
+
+def name_by_source(column: str, source: str) -> str:
+    """The name of a source's figure, ``train/loss_wiki``."""
+    return f"{column}_{source}"
 
 
 class MetricsCSV(Logger):
     """`metrics.csv`: one row a step, one column a figure, empty where nothing was measured.
 
     A resumed run cuts the rows after the step that it resumes from, so no step stands in the file twice.
+
+    Args:
+        path: of the file.
+        sources: names of a mixture's sources; each has columns of its own.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, sources: Sequence[str] = ()) -> None:
         super().__init__()
         self.path = path
+        self.columns = (
+            *COLUMNS,
+            *(name_by_source(column, source) for source in sources for column in COLUMNS_BY_SOURCE),
+        )
         self._row: dict[str, Any] = {}
         self._row_starts_at: int | None = None
 
@@ -77,9 +96,9 @@ class MetricsCSV(Logger):
                 rows = csv.DictReader(file)
                 kept = [row for row in rows if (row["step"] or "").isdigit() and int(row["step"]) <= step]
         if kept and int(kept[-1]["step"]) == step:
-            self._row = {**{name: value for name, value in kept.pop().items() if name in COLUMNS}, "step": step}
+            self._row = {**{name: value for name, value in kept.pop().items() if name in self.columns}, "step": step}
         text = io.StringIO()
-        writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore", restval="", lineterminator="\n")
+        writer = csv.DictWriter(text, self.columns, extrasaction="ignore", restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows(kept)
         write_text(self.path, text.getvalue())
@@ -90,7 +109,7 @@ class MetricsCSV(Logger):
         if self._row and self._row["step"] != step:
             self.save()
             self._row, self._row_starts_at = {}, None
-        self._row.update({"step": step, **{k: v for k, v in metrics.items() if k in COLUMNS}})
+        self._row.update({"step": step, **{k: v for k, v in metrics.items() if k in self.columns}})
 
     def save(self) -> None:
         """Write the row at hand, over what was written of it before."""
@@ -101,7 +120,7 @@ class MetricsCSV(Logger):
             self._row_starts_at = end if self._row_starts_at is None else self._row_starts_at
             file.seek(self._row_starts_at)
             file.truncate()
-            csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n").writerow(self._row)
+            csv.DictWriter(file, self.columns, restval="", lineterminator="\n").writerow(self._row)
 
     def finalize(self, status: str) -> None:
         """Write the last row."""
@@ -134,15 +153,26 @@ class StepClock:
 class StepMetrics(Callback):
     """Measures each step and writes its figures every ``log_every_steps`` steps.
 
+    Args:
+        clock: what counts as the training's time.
+        flops_per_token, peak_flops: of the model and of the device; without a peak there is no MFU.
+        log_every_steps: see above.
+        mixed: the rows, where they are of several sources: each has figures of its own.
+
     Attributes:
         latest: the figures of the last step, for the progress bar.
     """
 
     def __init__(
-        self, clock: StepClock, flops_per_token: float, peak_flops: float | None, log_every_steps: int
+        self,
+        clock: StepClock,
+        flops_per_token: float,
+        peak_flops: float | None,
+        log_every_steps: int,
+        mixed: MixedRows | None = None,
     ) -> None:
         self.clock, self.log_every_steps = clock, log_every_steps
-        self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
+        self.flops_per_token, self.peak_flops, self.mixed = flops_per_token, peak_flops, mixed
         self.latest: dict[str, float] = {}
         self._smoothed, self._weight, self._tokens, self._seconds = 0.0, 0.0, 0, 0.0
         self._recent: deque[float] = deque(maxlen=20)
@@ -204,7 +234,22 @@ class StepMetrics(Callback):
         if self.peak_flops is not None:
             self.latest["train/mfu"] = tokens / seconds * self.flops_per_token / self.peak_flops
         if trainer.global_step % self.log_every_steps == 0 or trainer.global_step == trainer.max_steps:
-            log_everywhere(trainer, self.latest)
+            by_source = {} if self.mixed is None else self._by_source(self.mixed, outputs["nats_of_rows"], batch)
+            log_everywhere(trainer, self.latest | by_source)
+
+    def _by_source(self, mixed: MixedRows, nats_of_rows: Tensor, batch: StepBatch) -> dict[str, float]:
+        """Of each source the mean loss in this step, if it had rows there, and its tokens so far."""
+        assert batch.sources is not None
+        of_rows = (batch.sources, nats_of_rows, (batch.targets != IGNORE_INDEX).sum(dim=1))
+        sources, nats, num_targets = (tensor.cpu().numpy() for tensor in of_rows)
+        rows_so_far = mixed.turns.counts(self._tokens // mixed.sequence_len)
+        figures: dict[str, float] = {}
+        for source, name in enumerate(mixed.names):
+            here = sources == source
+            if count := int(num_targets[here].sum()):
+                figures[name_by_source("train/loss", name)] = float(nats[here].sum(dtype=np.float64)) / count
+            figures[name_by_source("train/tokens", name)] = rows_so_far[source] * mixed.sequence_len
+        return figures
 
 
 def log_everywhere(trainer: Trainer, metrics: Mapping[str, float]) -> None:

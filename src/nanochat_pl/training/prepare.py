@@ -12,16 +12,19 @@ from torch import Tensor
 
 from nanochat_pl.common.console import by_difference, progress, say
 from nanochat_pl.common.run_folder import StageFolder
+from nanochat_pl.data.mixed_rows import MixedRows
+from nanochat_pl.data.mixed_source import MixedSource
 from nanochat_pl.data.opening import open_source
-from nanochat_pl.data.rows import Rows, packed_rows, streamed_rows, validation_rows
-from nanochat_pl.data.sources import Source, Split
+from nanochat_pl.data.rows import Rows, packed_rows, streamed_rows
+from nanochat_pl.data.sources import Source, SourceSettings, Split
 from nanochat_pl.data.streamed_index import StreamedIndex
 from nanochat_pl.data.token_cache import TokenCache, build_token_cache
 from nanochat_pl.model.config import GPTConfig, resolve_model
 from nanochat_pl.planning import Plan, check_horizon, estimate_cpu_seconds, make_plan
 from nanochat_pl.planning.devices import detected_device
+from nanochat_pl.planning.horizon import MAX_EPOCHS
 from nanochat_pl.tokenizer import Tokenizer
-from nanochat_pl.training.evaluation import Validation
+from nanochat_pl.training.evaluation import MixedValidation, Validation, open_validation
 from nanochat_pl.training.limits import require_room
 from nanochat_pl.training.machine import Machine
 from nanochat_pl.training.settings import TrainConfig, row_options
@@ -48,8 +51,8 @@ class Prepared:
     plan: Plan
     model: GPTConfig
     tokenizer: Tokenizer
-    rows: Rows
-    validation: Validation
+    rows: Rows | MixedRows
+    validation: Validation | MixedValidation
     data: dict[str, Any]
     weights: Mapping[str, Tensor] | None = None
     moments: Mapping[str, Tensor] | None = None
@@ -69,53 +72,99 @@ def prepare_base(config: TrainConfig, folder: StageFolder, cache: Path, machine:
     source = open_source(config.data, cache, first_plan["num_steps"] * first_plan["total_batch_tokens"])
     say(source.describe())
     tokenizer = tokenizer_for(config, folder, source)
-    if config.data.shuffle == "global":
-        train = _tokenise(source, "train", tokenizer, cache)
-        plan = _base_plan(config, machine, tokenizer.vocab_size, train.num_tokens)
-        rows = packed_rows(train, bos_id=tokenizer.bos_id, cache_dir=cache, **_packing(config, plan))
+    parts = _parts(config, source, tokenizer, cache)
+    # How much has been tokenised by now must have no say in the plan, so what is streamed has none.
+    known = [part.tokens.num_tokens for part in parts.values() if part.tokens is not None]
+    plan = _base_plan(config, machine, tokenizer.vocab_size, sum(known) if len(known) == len(parts) else None)
+    num_rows = plan["num_steps"] * plan["rows_per_step"]
+    rows: Rows | MixedRows
+    if isinstance(source, MixedSource):
+        counts = zip(parts.items(), source.turns.counts(num_rows), strict=True)
+        of_parts = {
+            name: _rows_of(part, tokenizer, cache, plan["sequence_len"], count) for (name, part), count in counts
+        }
+        rows = MixedRows(of_parts, source.turns, num_rows)
     else:
-        # How much has been tokenised by now must have no say in the plan, so the tokens at hand have none.
-        plan = _base_plan(config, machine, tokenizer.vocab_size, None)
-        rows = streamed_rows(source.shards("train"), tokenizer, cache, **_packing(config, plan))
-    held_out = _tokenise(source, "val", tokenizer, cache)
-    fixed = validation_rows(held_out, plan["sequence_len"], tokenizer.bos_id, cache, plan["validation_rows"])
-    rows.index.wait_for(plan["rows_per_step"])
+        rows = _rows_of(parts[""], tokenizer, cache, plan["sequence_len"], num_rows)
+    validation = open_validation(
+        source,
+        lambda part: _tokenise(part, "val", tokenizer, cache),
+        tokenizer,
+        cache,
+        sequence_len=plan["sequence_len"],
+        num_rows=plan["validation_rows"],
+        device_batch_size=plan["device_batch_size"],
+    )
+    rows.wait_for(plan["rows_per_step"])
     _announce_rows(rows, plan)
     return Prepared(
         plan=plan,
         model=resolve_model(config.model, tokenizer.vocab_size, machine.compute_dtype),
         tokenizer=tokenizer,
         rows=rows,
-        validation=Validation(fixed, len(fixed), tokenizer, plan["device_batch_size"]),
+        validation=validation,
         data={
             "source": source.name,
             "fingerprint": source.fingerprint,
-            "validation_tokens": held_out.num_tokens,
+            "validation_tokens": validation.num_tokens,
         },
     )
 
 
-def _packing(config: TrainConfig, plan: Plan) -> dict[str, Any]:
-    return {
-        "sequence_len": plan["sequence_len"],
-        "mode": config.data.long_documents,
-        "num_rows": plan["num_steps"] * plan["rows_per_step"],
-        "buffer_documents": config.data.pack_buffer_documents,
-        "refill_documents": config.data.pack_refill_documents,
-        "shuffle": config.data.shuffle,
-        "seed": config.data.seed,
+@dataclass(frozen=True)
+class _Part:
+    """A source, alone or of a mixture; without its tokens where the training begins before they are all there."""
+
+    source: Source
+    settings: SourceSettings
+    tokens: TokenCache | None
+
+
+def _parts(config: TrainConfig, source: Source, tokenizer: Tokenizer, cache: Path) -> dict[str, _Part]:
+    sources = source.parts if isinstance(source, MixedSource) else {"": source}
+    parts = {}
+    for name, part in sources.items():
+        settings: SourceSettings = config.data.parts[name] if name else config.data
+        tokens = _tokenise(part, "train", tokenizer, cache) if settings.shuffle == "global" else None
+        parts[name] = _Part(part, settings, tokens)
+    return parts
+
+
+def _rows_of(part: _Part, tokenizer: Tokenizer, cache: Path, sequence_len: int, num_rows: int) -> Rows:
+    settings = part.settings
+    packing: dict[str, Any] = {
+        "sequence_len": sequence_len,
+        "mode": settings.long_documents,
+        "num_rows": num_rows,
+        "buffer_documents": settings.pack_buffer_documents,
+        "refill_documents": settings.pack_refill_documents,
+        "shuffle": settings.shuffle,
+        "seed": settings.seed,
     }
+    if part.tokens is None:
+        return streamed_rows(part.source.shards("train"), tokenizer, cache, **packing)
+    return packed_rows(part.tokens, bos_id=tokenizer.bos_id, cache_dir=cache, **packing)
 
 
-def _announce_rows(rows: Rows, plan: Plan) -> None:
-    line = f"Rows: {len(rows):,} of {plan['sequence_len']:,} tokens for {plan['num_steps']:,} steps, "
-    if isinstance(rows.index, StreamedIndex):
-        say(f"{line}{rows.index.num_ready:,} of them are there; the others are packed while the training runs.")
+def _announce_rows(rows: Rows | MixedRows, plan: Plan) -> None:
+    line = f"Rows: {len(rows):,} of {plan['sequence_len']:,} tokens for {plan['num_steps']:,} steps"
+    if isinstance(rows, Rows):
+        say(f"{line}, {_what_of(rows)}.")
         return
+    say(f"{line}:")
+    for name, part in rows.parts().items():
+        say(f"- {name}: {len(part):,} of them, {_what_of(part)}.")
+
+
+def _what_of(rows: Rows) -> str:
+    if isinstance(rows.index, StreamedIndex):
+        return f"{rows.index.num_ready:,} of them are there; the others are packed while the training runs"
     stats, num_tokens = rows.index.stats, rows.cache.num_tokens
-    say(
-        f"{line}{stats.placed_tokens / num_tokens:.2f} epochs of {num_tokens:,} tokens"
-        + (f"; {stats.cropped_tokens:,} tokens cropped." if stats.cropped_tokens else ".")
+    epochs = stats.placed_tokens / num_tokens
+    return (
+        f"{epochs:.2f} epochs of {num_tokens:,} tokens"
+        + (f"; {stats.cropped_tokens:,} tokens cropped" if stats.cropped_tokens else "")
+        + (f"; more than {MAX_EPOCHS:g} epochs teach little that is new" if epochs > MAX_EPOCHS else "")
     )
 
 

@@ -16,6 +16,7 @@ from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.files import write_json
 from nanochat_pl.common.run_folder import StageFolder
 from nanochat_pl.common.settings import to_plain
+from nanochat_pl.data.mixed_rows import MixedRows
 from nanochat_pl.data.opening import open_source
 from nanochat_pl.model.loss import default_chunk_tokens
 from nanochat_pl.planning import Plan, hyperparameters
@@ -86,6 +87,7 @@ def _train(
         peak_flops=machine.peak_flops,
         validation=prepared.validation,
         samples=samples,
+        mixed=prepared.rows if isinstance(prepared.rows, MixedRows) else None,
         loggers=loggers,
         callbacks=callbacks,
     )

@@ -49,6 +49,7 @@ class TrainingStage(LightningModule):
         # Called before each micro-batch with its number: the progress bar moves and a stop is noticed there.
         self.micro_batch_hooks: list[Callable[[int], None]] = []
         self.net: GPT | None = None
+        self._nats_of_rows: list[Tensor] = []
 
     def configure_model(self) -> None:
         """Build the model on the training device, with its first weights."""
@@ -60,7 +61,7 @@ class TrainingStage(LightningModule):
                 loss_chunk_tokens=recipe.loss_chunk_tokens,
             ).materialise(self.device)
             self.first_weights(self.net)
-            loss = self.net.weighted_loss
+            loss = self.net.loss_by_row
             # A plain function in a tuple: modules or bound methods as attributes would double the state dict's keys.
             self._loss = (torch.compile(loss, dynamic=False) if self.recipe.compile else loss,)
 
@@ -90,7 +91,9 @@ class TrainingStage(LightningModule):
 
     def weighted_loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Summed nats over the targets of a micro-batch, compiled where that was asked for."""
-        return self._loss[0](inputs, targets)
+        nats, nats_of_rows = self._loss[0](inputs, targets)
+        self._nats_of_rows.append(nats_of_rows)
+        return nats
 
     def between_micro_batches(self, part: int) -> None:
         """Let the callbacks look in between two micro-batches."""
@@ -98,8 +101,11 @@ class TrainingStage(LightningModule):
             hook(part)
 
     def training_step(self, batch: StepBatch, batch_idx: int) -> Mapping[str, Any]:
-        """One optimizer step; Lightning's batch is the step's rows."""
-        return {"loss": training_step(self, batch), "num_targets": batch.num_targets}
+        """One optimizer step; Lightning's batch is the step's rows. What each has of the loss stays on the device."""
+        self._nats_of_rows = []  # a step that was stopped has left some
+        loss = training_step(self, batch)
+        nats_of_rows = torch.cat(self._nats_of_rows)[: len(batch.inputs)]
+        return {"loss": loss, "num_targets": batch.num_targets, "nats_of_rows": nats_of_rows}
 
 
 class BaseStage(TrainingStage):

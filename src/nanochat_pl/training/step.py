@@ -25,6 +25,7 @@ class StepBatch(NamedTuple):
     inputs: Tensor  # int64 (R, T)
     targets: Tensor  # int64 (R, T), IGNORE_INDEX where nothing is to be learnt
     num_targets: int  # over the whole step, counted on the host
+    sources: Tensor | None = None  # int64 (R,): of a mixture, the number of each row's source
 
 
 def training_step(stage: TrainingStage, batch: StepBatch) -> Tensor:

@@ -13,6 +13,7 @@ from nanochat_pl.common.console import print_table, say
 from nanochat_pl.common.files import write_json
 from nanochat_pl.common.run_folder import StageFolder
 from nanochat_pl.common.settings import to_plain
+from nanochat_pl.data.mixed_source import MixedSource
 from nanochat_pl.data.sources import Source
 from nanochat_pl.tokenizer import Tokenizer, train_tokenizer
 from nanochat_pl.tokenizer.comparison import ComparisonRow, compare_tokenizers
@@ -31,10 +32,13 @@ def train_tokenizer_stage(config: TrainConfig, folder: StageFolder, source: Sour
     """
     start = time.perf_counter()
     say(f"Training a tokenizer of {config.tokenizer.vocab_size:,} tokens on {source.name}.")
-    documents = (text for shard in source.shards("train") for text in shard.documents())
+    if isinstance(source, MixedSource):
+        documents = source.documents(config.tokenizer.max_chars_per_document)
+        texts = {f"held-out {name}": _held_out(part) for name, part in source.parts.items()}
+    else:
+        documents = (text for shard in source.shards("train") for text in shard.documents())
+        texts = {"held-out text": _held_out(source)}
     tokenizer = train_tokenizer(documents, config.tokenizer)
-    held_out = (text for shard in source.shards("val") for text in shard.documents())
-    texts = {"held-out text": "\n\n".join(itertools.islice(held_out, COMPARED_DOCUMENTS))}
     comparison = compare_tokenizers(tokenizer, texts)
     _print_comparison(comparison)
     info = StageInfo(
@@ -47,6 +51,11 @@ def train_tokenizer_stage(config: TrainConfig, folder: StageFolder, source: Sour
     save_bundle(folder.bundle, info, tokenizer=tokenizer)
     seconds = time.perf_counter() - start
     write_json(folder.path / "finished.json", {"step": 0, "metrics": info.metrics, "seconds": seconds})
+
+
+def _held_out(source: Source) -> str:
+    documents = (text for shard in source.shards("val") for text in shard.documents())
+    return "\n\n".join(itertools.islice(documents, COMPARED_DOCUMENTS))
 
 
 def tokenizer_for(config: TrainConfig, folder: StageFolder, source: Source) -> Tokenizer:
@@ -69,7 +78,9 @@ def _print_comparison(rows: Sequence[ComparisonRow]) -> None:
         for row in rows
         if not row.skipped
     ]
-    print_table(("tokenizer", "tokens", "bytes per token"), figures)
+    texts = list(rows[0].bytes_per_token)
+    names = ["bytes per token"] if len(texts) == 1 else [f"bytes per token, {text}" for text in texts]
+    print_table(("tokenizer", "tokens", *names), figures)
     for row in rows:
         if row.skipped:
             say(f"{row.name}: {row.skipped}")
