@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nanochat_pl.cli.compose import Composed
 from nanochat_pl.cli.experiment import compose_step
@@ -74,7 +74,9 @@ def run(arguments: Sequence[str]) -> int:
         return 0
     bundle = {} if config.eval_bundle is None else read_eval_bundle(Path(config.eval_bundle))
     data, problems = open_stage_data(config, folder, cache, config.max_documents)
+    to = Path(config.paths.runs) / "doctor" / f"{folder.run}-{folder.stage}"
     if data is None:
+        _write_json(to, {"stage": folder.stage}, problems)
         return _show_findings(problems)
     examination = Examination(
         data.train,
@@ -92,7 +94,6 @@ def run(arguments: Sequence[str]) -> int:
         print_table(columns, rows, title=title)
         for note in notes:
             say(note)
-    to = Path(config.paths.runs) / "doctor" / f"{folder.run}-{folder.stage}"
     _write(to, data, figures, problems)
     code = _show_findings(problems)
     say(f"{to / PICTURE}, {to / JSON}")
@@ -113,10 +114,13 @@ def _show_findings(problems: Sequence[Finding]) -> int:
 
 def _write(to: Path, data: StageData, figures: Figures, problems: Sequence[Finding]) -> None:
     """The picture, and all figures for programs."""
-    ensure_folder(to)
     unit = "tokens" if data.train.counts_tokens else "characters"
-    row_tokens = figures.rows.sequence_len if figures.rows else None
+    row_tokens = next((rows.sequence_len for rows in figures.rows.values()), None)
     picture = lengths_png(to.name, unit, data.train.lengths, data.validation.lengths, row_tokens)
     write_bytes(to / PICTURE, picture)
-    found = {**to_plain(figures), "findings": to_plain(list(problems)), "fails": failing(problems)}
-    write_json(to / JSON, found)
+    _write_json(to, to_plain(figures), problems)
+
+
+def _write_json(to: Path, figures: dict[str, Any], problems: Sequence[Finding]) -> None:
+    ensure_folder(to)
+    write_json(to / JSON, {**figures, "findings": to_plain(list(problems)), "fails": failing(problems)})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,19 +17,24 @@ from nanochat_pl.common.run_folder import StageFolder
 from nanochat_pl.common.settings import to_plain
 from nanochat_pl.data.cache_folder import fingerprint_of
 from nanochat_pl.data.conversation_cache import ConversationCache
-from nanochat_pl.data.doctor import CachedDocuments, Documents, Found, TextDocuments, both_ends
-from nanochat_pl.data.doctor_findings import Figures, Finding, RowFigures, finding_of, row_figures
+from nanochat_pl.data.doctor import Found
+from nanochat_pl.data.doctor_documents import CachedDocuments, Documents, JoinedDocuments, TextDocuments, both_ends
+from nanochat_pl.data.doctor_findings import Figures, Finding, finding_of, row_figures
 from nanochat_pl.data.doctor_sets import ConversationTexts
 from nanochat_pl.data.hub_files import HubFiles
+from nanochat_pl.data.mixed_rows import MixedRows
+from nanochat_pl.data.mixed_source import MixedSource
 from nanochat_pl.data.opening import open_source
 from nanochat_pl.data.python_docs import built_python_docs
 from nanochat_pl.data.rows import Rows, packed_rows
-from nanochat_pl.data.sources import Source, Split
+from nanochat_pl.data.sources import Source, SourceSettings, Split
 from nanochat_pl.data.streamed_index import StreamedIndex
 from nanochat_pl.data.token_cache import TokenCache
+from nanochat_pl.tasks import Task
 from nanochat_pl.tasks.conversations import ConversationSet
 from nanochat_pl.tasks.mixture import Mixture, build_mixture
 from nanochat_pl.tasks.settings import DocumentationSettings, MixtureTasks, SpellingSettings
+from nanochat_pl.training.evaluation import MixedValidation, Validation
 from nanochat_pl.training.machine import Machine
 from nanochat_pl.training.prepare import Prepared, prepare_base
 from nanochat_pl.training.prepare_sft import prepare_sft
@@ -45,10 +50,11 @@ class StageData:
         name: of the data, for people.
         train, validation: the documents.
         prepared: what a training starts with; None for a tokenizer.
-        rows: None for a tokenizer.
-        steps: of the plan; 0 where it was refused.
+        rows: by the name of the source, "" where there is one; and the documents that they are made of.
+        refused: whether the plan is not the one that was asked for.
         eval_sets: the tasks that are at hand, by name.
         wanted_copies: that the tasks' ``repeat`` asks for.
+        cut: conversations cut to a row.
         bad_rows: rows of files that were left out, by cause.
     """
 
@@ -57,50 +63,61 @@ class StageData:
     train: Documents
     validation: Documents
     prepared: Prepared | None = None
-    rows: Rows | None = None
-    steps: int = 0
-    crops: bool = False
-    eval_sets: dict[str, Sequence[str]] = field(default_factory=dict)
+    rows: dict[str, tuple[Rows, Documents]] = field(default_factory=dict)
+    refused: bool = False
+    eval_sets: dict[str, ConversationTexts] = field(default_factory=dict)
     wanted_copies: int = 0
     cut: int = 0
     bad_rows: dict[str, int] = field(default_factory=dict)
 
     def figures(self, found: Found) -> Figures:
         """All figures, with those that an examination found."""
-        prepared = self.prepared
-        return Figures(
+        figures = Figures(
             stage=self.stage,
             data=self.name,
             found=found,
-            rows=self._row_figures(),
-            crops=self.crops,
-            vocab_size=prepared.tokenizer.vocab_size if prepared else None,
-            model_vocab_size=prepared.model.vocab_size if prepared else None,
             cut=self.cut,
             bad_rows=self.bad_rows,
+            made_sets=tuple(name for name, texts in self.eval_sets.items() if not texts.from_files),
         )
-
-    def _row_figures(self) -> RowFigures | None:
-        if self.prepared is None or self.rows is None:
-            return None
+        if self.prepared is None:
+            return figures
         plan = self.prepared.plan
-        return row_figures(
-            self.rows,
-            self.train.lengths,
-            self.train.target_share,
-            self.steps,
-            plan["rows_per_step"],
-            (self.prepared.validation.num_rows, plan["validation_rows"]),
+        return dataclasses.replace(
+            figures,
+            rows={
+                name: row_figures(rows, documents.lengths, documents.target_share, num_rows)
+                for (name, (rows, documents)), num_rows in zip(self.rows.items(), self._rows_taken(), strict=True)
+            },
+            steps=0 if self.refused else plan["num_steps"],
+            rows_per_step=plan["rows_per_step"],
+            validation_rows=self.prepared.validation.num_rows,
+            validation_rows_wanted=plan["validation_rows"],
+            vocab_size=self.prepared.tokenizer.vocab_size,
+            model_vocab_size=self.prepared.model.vocab_size,
         )
 
     def shortfall(self, config: TrainConfig, cache: Path) -> list[Finding]:
         """What is missing of the files that the plan needs."""
-        source = open_source(config.data, cache) if self.stage == "base" else None
-        if self.prepared is None or not isinstance(source, HubFiles):
+        if self.stage != "base" or self.prepared is None or self.refused:
             return []
-        plan = self.prepared.plan
-        lines = source.shortfall(plan["num_steps"] * plan["total_batch_tokens"])
-        return [Finding(False, lines[0], " ".join(lines[1:]))] if lines else []
+        source = open_source(config.data, cache)
+        sources = source.parts.values() if isinstance(source, MixedSource) else [source]
+        lacks = [
+            part.shortfall(num_rows * self.prepared.rows.sequence_len)
+            for part, num_rows in zip(sources, self._rows_taken(), strict=True)
+            if isinstance(part, HubFiles)
+        ]
+        return [Finding(False, lines[0], " ".join(lines[1:])) for lines in lacks if lines]
+
+    def _rows_taken(self) -> list[int]:
+        """Rows that the plan takes of each source."""
+        assert self.prepared is not None
+        if self.refused:
+            return [len(rows) for rows, _ in self.rows.values()]
+        num_rows = self.prepared.plan["num_steps"] * self.prepared.plan["rows_per_step"]
+        rows = self.prepared.rows
+        return rows.turns.counts(num_rows) if isinstance(rows, MixedRows) else [num_rows]
 
 
 def prepare_stage(config: TrainConfig, folder: StageFolder, cache: Path) -> Prepared:
@@ -143,19 +160,23 @@ def open_stage_data(
         data = _base_data(smallest, folder, cache)
     except UserError as error:
         return None, list(dict.fromkeys([*problems, *finding_of(error)]))
-    assert data.rows is not None
-    rows = packed_rows(
-        data.rows.cache,
-        data.rows.sequence_len,
-        data.rows.bos_id,
-        config.data.long_documents,
+    whole = {name: (_one_epoch(rows, config, name, cache), docs) for name, (rows, docs) in data.rows.items()}
+    return dataclasses.replace(data, rows=whole, refused=True), problems
+
+
+def _one_epoch(rows: Rows, config: TrainConfig, name: str, cache: Path) -> Rows:
+    settings: SourceSettings = config.data.parts[name] if name else config.data
+    return packed_rows(
+        rows.cache,
+        rows.sequence_len,
+        rows.bos_id,
+        settings.long_documents,
         cache,
         epochs=1,
-        buffer_documents=config.data.pack_buffer_documents,
-        refill_documents=config.data.pack_refill_documents,
-        seed=config.data.seed,
+        buffer_documents=settings.pack_buffer_documents,
+        refill_documents=settings.pack_refill_documents,
+        seed=settings.seed,
     )
-    return dataclasses.replace(data, rows=rows, steps=0), problems
 
 
 def _tokenizer_data(config: TrainConfig, cache: Path, max_documents: int) -> StageData:
@@ -175,28 +196,43 @@ def _texts(source: Source, split: Split, max_documents: int) -> list[tuple[str, 
 
 def _base_data(config: TrainConfig, folder: StageFolder, cache: Path) -> StageData:
     prepared = prepare_stage(config, folder, cache)
-    rows = prepared.rows
-    if isinstance(rows.index, StreamedIndex):  # of the shards that the plan comes to
-        read = TokenCache(rows.cache.shards[: rows.index.num_segments], rows.cache.fingerprint)
-        rows = Rows(read, rows.index, rows.sequence_len, rows.bos_id)
+    tokenizer, validation = prepared.tokenizer, prepared.validation
+    rows: dict[str, tuple[Rows, Documents]] = {}
+    for name, part in parts_of(prepared.rows).items():
+        part.wait_for(len(part))
+        read = part.cache
+        if isinstance(part.index, StreamedIndex):  # the shards that the plan comes to
+            read = TokenCache(read.shards[: part.index.num_segments], read.fingerprint)
+        rows[name] = Rows(read, part.index, part.sequence_len, part.bos_id), CachedDocuments(read, tokenizer)
+    held_out = validation.parts if isinstance(validation, MixedValidation) else {"": validation}
     return StageData(
         "base",
         open_source(config.data, cache).describe(),
-        CachedDocuments(rows.cache, prepared.tokenizer),
-        CachedDocuments(prepared.validation.rows.cache, prepared.tokenizer),
+        _joined({name: documents for name, (_, documents) in rows.items()}),
+        _joined({name: CachedDocuments(part.rows.cache, tokenizer) for name, part in held_out.items()}),
         prepared=prepared,
         rows=rows,
-        steps=prepared.plan["num_steps"],
-        crops=config.data.long_documents == "crop",
         eval_sets=_at_hand(config, cache),
     )
+
+
+def parts_of(rows: Rows | MixedRows) -> dict[str, Rows]:
+    """Rows by the name of their source, "" where there is one alone."""
+    return rows.parts() if isinstance(rows, MixedRows) else {"": rows}
+
+
+def _joined(parts: Mapping[str, Documents]) -> Documents:
+    return parts[""] if "" in parts else JoinedDocuments(parts)
 
 
 def _sft_data(config: TrainConfig, folder: StageFolder, cache: Path) -> StageData:
     prepared = prepare_stage(config, folder, cache)
     train, test = mixtures(config, cache)
-    conversations = prepared.rows.cache
+    rows, validation = prepared.rows, prepared.validation
+    assert isinstance(rows, Rows) and isinstance(validation, Validation)
+    conversations = rows.cache
     assert isinstance(conversations, ConversationCache)
+    documents = CachedDocuments(conversations, prepared.tokenizer, place_in(train))
     bad: dict[str, int] = {}
     for name, task in train.tasks.items():
         if isinstance(task, ConversationSet):
@@ -204,12 +240,11 @@ def _sft_data(config: TrainConfig, folder: StageFolder, cache: Path) -> StageDat
     return StageData(
         "sft",
         ", ".join(f"{len(task):,} × {train.repeats[name]} {name}" for name, task in train.tasks.items()),
-        CachedDocuments(conversations, prepared.tokenizer, place_in(train)),
-        CachedDocuments(prepared.validation.rows.cache, prepared.tokenizer, place_in(test)),
+        documents,
+        CachedDocuments(validation.rows.cache, prepared.tokenizer, place_in(test)),
         prepared=prepared,
-        rows=prepared.rows,
-        steps=prepared.plan["num_steps"],
-        eval_sets={name: ConversationTexts(task) for name, task in test.tasks.items()},
+        rows={"": (rows, documents)},
+        eval_sets={name: _texts_of(task) for name, task in test.tasks.items()},
         wanted_copies=sum(len(task) * (train.repeats[name] - 1) for name, task in train.tasks.items()),
         cut=conversations.rendering.num_cut,
         bad_rows=bad,
@@ -238,9 +273,9 @@ def place_in(mixture: Mixture) -> Callable[[int], str]:
     return place
 
 
-def _at_hand(config: TrainConfig, cache: Path) -> dict[str, Sequence[str]]:
+def _at_hand(config: TrainConfig, cache: Path) -> dict[str, ConversationTexts]:
     """The test parts of those tasks of the mixture that are here: nothing is built or fetched for them."""
-    sets: dict[str, Sequence[str]] = {}
+    sets: dict[str, ConversationTexts] = {}
     for name, task in config.mixture.tasks.chosen().items():
         if isinstance(task, (SpellingSettings, DocumentationSettings)) and built_python_docs(cache) is None:
             continue
@@ -248,8 +283,12 @@ def _at_hand(config: TrainConfig, cache: Path) -> dict[str, Sequence[str]]:
         alone = dataclasses.replace(config.mixture, tasks=MixtureTasks(**tasks))
         # One that has not been downloaded, or is bad, is nothing that a training on text minds.
         with contextlib.suppress(UserError):
-            sets[name] = ConversationTexts(build_mixture(alone, "test", cache).tasks[name])
+            sets[name] = _texts_of(build_mixture(alone, "test", cache).tasks[name])
     return sets
+
+
+def _texts_of(task: Task) -> ConversationTexts:
+    return ConversationTexts(task, from_files=isinstance(task, ConversationSet))
 
 
 def row_lines(config: TrainConfig, folder: StageFolder, cache: Path, row: int) -> list[str]:
@@ -261,26 +300,32 @@ def row_lines(config: TrainConfig, folder: StageFolder, cache: Path, row: int) -
     if config.stage.name == "tokenizer":
         raise UserError(f"row={row}: a tokenizer is trained without rows.", "Say stage=base or stage=sft.")
     prepared = prepare_stage(config, folder, cache)
-    plan, rows, tokenizer = prepared.plan, prepared.rows, prepared.tokenizer
+    plan, rows = prepared.plan, prepared.rows
     if row >= len(rows):
         raise UserError(
             f"row={row}: the training has {len(rows):,} rows, 0 … {len(rows) - 1:,}"
             f" ({plan['num_steps']:,} steps of {plan['rows_per_step']:,})."
         )
+    rows.wait_for(row + 1)
+    name, part, own = "", rows, row
+    if isinstance(rows, MixedRows):
+        (source,), (own,) = rows.place([row])
+        name, part = rows.names[source], rows.parts()[rows.names[source]]
+    assert isinstance(part, Rows)
     place = place_in(mixtures(config, cache)[0]) if config.stage.name == "sft" else None
-    documents = CachedDocuments(rows.cache, tokenizer, place)
-    pieces = rows.index.pieces_of(np.array([row]))[1].tolist()
+    documents = CachedDocuments(part.cache, prepared.tokenizer, place)
+    pieces = part.index.pieces_of(np.array([own]))[1].tolist()
     places = sum(length + 1 for _, _, length in pieces)
     step, within = divmod(row, plan["rows_per_step"])
     lines = [
-        f"Row {row:,} of {len(rows):,}: row {within:,} of step {step:,} (from 0), {len(pieces):,} pieces in"
-        f" {places:,} of {rows.sequence_len + 1:,} places, bos in front of each."
+        f"Row {row:,} of {len(rows):,}, the row {within:,} of step {step:,} (both from 0)"
+        + (f", of {name}" if name else "")
+        + f": {places:,} of {rows.sequence_len + 1:,} places are filled."
     ]
     for number, (document, start, length) in enumerate(pieces, 1):
-        ids = rows.cache.tokens(document, start, start + length)
-        size = len(rows.cache.tokens(document))
+        ids, size = part.cache.tokens(document, start, start + length), len(part.cache.tokens(document))
         lines.append(
             f"{number:>3}. {documents.place(document)}, tokens {start:,} to {start + length - 1:,} of {size:,}:"
         )
-        lines.append(f"     {both_ends(tokenizer.decode(ids.tolist()))}")
+        lines.append(f"     {both_ends(prepared.tokenizer.decode(ids.tolist()))}")
     return lines

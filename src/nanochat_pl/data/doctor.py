@@ -12,10 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from nanochat_pl.data.doctor_documents import Documents, shortened
 from nanochat_pl.data.doctor_overlap import Overlap, OverlapCounter
 from nanochat_pl.data.near_duplicates import seen_before
-from nanochat_pl.data.token_cache import TokenCache
-from nanochat_pl.tokenizer import Tokenizer
 
 MAX_REPEATED_LINES = 0.3  # share of a document's lines that repeat another: more is junk (arXiv 2112.11446, table A1)
 MAX_SHARE_SEEN = 0.5  # of its 8-grams that earlier documents have: more makes a near duplicate
@@ -23,7 +22,6 @@ NUM_LONGEST = 3
 MAX_NEAR_CHARS = 30_000_000  # of the text that is searched for near duplicates: what takes the memory
 _MAX_NEAR_CHARS_A_TEXT = 100_000
 _BATCH, _BATCH_CHARS = 256, 4_000_000
-_SHOWN_CHARS = 70
 
 Advance = Callable[[int], None]
 
@@ -40,7 +38,9 @@ class Lengths:
 
     @classmethod
     def of(cls, lengths: np.ndarray) -> Lengths:
-        """Of documents that have a length, at least one."""
+        """Of documents that have a length; all zero where there are none."""
+        if not len(lengths):
+            return cls(0, 0.0, 0.0, 0.0, 0)
         return cls(
             int(lengths.sum(dtype=np.int64)),
             float(np.median(lengths)),
@@ -58,7 +58,8 @@ class SplitFigures:
         documents: all, empty ones too.
         empty: those without a token: empty, blank, or left out.
         tokens: of the others, without bos; None where there are no tokens yet.
-        sampled: documents whose text was read, and all of what follows is about.
+        distinct: those that are neither empty nor the copy of an earlier one.
+        sampled: of these, those whose text was read: what all of the following is about.
         characters: of these.
         bytes_per_token: UTF-8 bytes of text per token.
         non_ascii_share: characters outside of ASCII.
@@ -71,6 +72,7 @@ class SplitFigures:
     documents: int
     empty: int
     tokens: Lengths | None
+    distinct: int
     sampled: int
     characters: Lengths
     bytes_per_token: float | None
@@ -106,83 +108,7 @@ class Duplicates:
     examples: dict[str, str] = field(default_factory=dict)
 
 
-class Documents:
-    """Documents by number, with their text.
-
-    Attributes:
-        lengths: tokens of each, 0 for an empty one; characters where ``counts_tokens`` is false.
-        counts_tokens: which of both.
-        target_share: share of the tokens that are trained on.
-    """
-
-    counts_tokens = True
-    target_share = 1.0
-    lengths: np.ndarray
-
-    def text(self, number: int) -> str:
-        """The text of a document; what is no text, such as the marks of a conversation, is a line end."""
-        raise NotImplementedError
-
-    def place(self, number: int) -> str:
-        """Where a document is, for people."""
-        raise NotImplementedError
-
-    def content(self, number: int) -> bytes:
-        """Bytes that are equal where documents are."""
-        raise NotImplementedError
-
-
 _Address = tuple[Documents, int]
-
-
-class CachedDocuments(Documents):
-    """The documents of a token cache."""
-
-    def __init__(self, cache: TokenCache, tokenizer: Tokenizer, place: Callable[[int], str] | None = None) -> None:
-        self.lengths = cache.lengths
-        self._cache, self._tokenizer, self._place = cache, tokenizer, place
-        if cache.masked:
-            trained = sum(int(shard.mask.sum(dtype=np.int64)) for shard in cache.shards if shard.mask is not None)
-            self.target_share = trained / max(cache.num_tokens, 1)
-
-    def text(self, number: int) -> str:
-        ids = self._cache.tokens(number)
-        ordinary = len(self._tokenizer.tokens)
-        if not (ids >= ordinary).any():
-            return self._tokenizer.decode(ids.tolist())
-        marks = np.flatnonzero(ids >= ordinary)
-        parts = np.split(ids, np.unique(np.concatenate([marks, marks + 1])))
-        texts = [self._tokenizer.decode(part.tolist()) for part in parts if len(part) and part[0] < ordinary]
-        return "\n".join(texts)
-
-    def place(self, number: int) -> str:
-        if self._place is not None:
-            return self._place(number)
-        shard, document = self._cache.locate(number)
-        return f"{shard.name}, document {document:,}"
-
-    def content(self, number: int) -> bytes:
-        return self._cache.tokens(number).tobytes()
-
-
-class TextDocuments(Documents):
-    """Documents that have no tokens yet."""
-
-    counts_tokens = False
-
-    def __init__(self, texts: Sequence[tuple[str, str]]) -> None:
-        """``texts``: place and text of each."""
-        self.lengths = np.array([len(text) for _, text in texts], np.int64)
-        self._texts = texts
-
-    def text(self, number: int) -> str:
-        return self._texts[number][1]
-
-    def place(self, number: int) -> str:
-        return self._texts[number][0]
-
-    def content(self, number: int) -> bytes:
-        return self._texts[number][1].encode("utf-8", "surrogatepass")
 
 
 class _Texts(Sequence[str]):
@@ -233,11 +159,12 @@ class Examination:
         """Read everything."""
         digests = [_digests(documents, advance) for documents in (self._train, self._validation)]
         first_of = [_first_of_copies(digest, documents.lengths) for digest, documents in self._both(digests)]
-        samples = [_spread(np.flatnonzero(first == np.arange(len(first))), self._max_documents) for first in first_of]
+        distinct = [np.flatnonzero(first == np.arange(len(first))) for first in first_of]
+        samples = [_spread(numbers, self._max_documents) for numbers in distinct]
         held_out = {"validation": _Texts(self._validation, samples[1])} if self._validation_is_a_set else {}
         counter = OverlapCounter({**held_out, **self._eval_sets})
-        train = _read(self._train, samples[0], advance, counter.add)
-        validation = _read(self._validation, samples[1], advance)
+        train = _read(self._train, len(distinct[0]), samples[0], advance, counter.add)
+        validation = _read(self._validation, len(distinct[1]), samples[1], advance)
         overlaps = [
             replace(overlap, example_place=self._train.place(overlap.example_document)) if overlap.example else overlap
             for overlap in counter.results()
@@ -281,18 +208,6 @@ class Found:
     overlaps: list[Overlap]
 
 
-def shortened(text: str, chars: int = _SHOWN_CHARS) -> str:
-    """The beginning of a text in one line, in quotes."""
-    line = " ".join(text[: 4 * chars].split())
-    return repr(line if len(line) <= chars and len(text) <= 4 * chars else f"{line[:chars]}…")
-
-
-def both_ends(text: str, chars: int = 2 * _SHOWN_CHARS) -> str:
-    """The beginning and the end of a text in one line, in quotes."""
-    line = " ".join(text.split())
-    return repr(line if len(line) <= chars else f"{line[: chars // 2]} … {line[-chars // 2 :]}")
-
-
 def _digests(documents: Documents, advance: Advance) -> np.ndarray:
     """64 bits of a hash of each document, uint64."""
     digests = np.zeros(len(documents.lengths), np.uint64)
@@ -319,6 +234,7 @@ def _spread(numbers: np.ndarray, most: int) -> np.ndarray:
 
 def _read(
     documents: Documents,
+    distinct: int,
     numbers: np.ndarray,
     advance: Advance,
     look: Callable[[Sequence[int], Sequence[str]], None] = lambda numbers, texts: None,
@@ -334,13 +250,14 @@ def _read(
             repeating += _share_of_repeated_lines(text) > MAX_REPEATED_LINES
         look(batch, texts)
         advance(len(batch))
-    lengths, characters = documents.lengths, np.array(chars or [0], np.int64)
+    lengths, characters = documents.lengths, np.array(chars, np.int64)
     longest = np.argsort(-lengths, kind="stable")[:NUM_LONGEST].tolist()
     tokens = int(lengths[numbers].sum(dtype=np.int64))
     return SplitFigures(
         documents=len(lengths),
         empty=int((lengths == 0).sum()),
         tokens=Lengths.of(lengths[lengths > 0]) if documents.counts_tokens else None,
+        distinct=distinct,
         sampled=len(numbers),
         characters=Lengths.of(characters),
         bytes_per_token=num_bytes / max(tokens, 1) if documents.counts_tokens else None,
@@ -383,7 +300,7 @@ def _near_duplicates(
     held_out = _texts_within(validation, validation_sample, room)
     texts = _texts_within(train, train_sample, MAX_NEAR_CHARS - room)
     everything = [text for _, text in [*texts, *held_out]]
-    shares, sources = seen_before(everything)
+    shares, sources = seen_before(everything, among=len(texts))
     near = shares > MAX_SHARE_SEEN
     places = [(train, number) for number, _ in texts] + [(validation, number) for number, _ in held_out]
     for kind, first, last in (("near copy", 0, len(texts)), ("near copy in validation", len(texts), len(near))):

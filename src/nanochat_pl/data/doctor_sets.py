@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from nanochat_pl.common.errors import UserError
+from nanochat_pl.data.conversation_cache import Conversations
 from nanochat_pl.data.file_formats import lines_of
 
 
 class ConversationTexts(Sequence[str]):
     """The text of conversations, each made when it is asked for: questions and reference answers, a line each."""
 
-    def __init__(self, conversations: Any) -> None:
-        """``conversations``: anything with a length and with conversations by number."""
-        self._conversations = conversations
+    def __init__(self, conversations: Conversations, from_files: bool = True) -> None:
+        """``from_files``: whether people wrote them; else they are made of templates."""
+        self._conversations, self.from_files = conversations, from_files
 
     def __len__(self) -> int:
         return len(self._conversations)

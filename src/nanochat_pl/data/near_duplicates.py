@@ -16,7 +16,7 @@ def shares_seen_before(texts: Sequence[str]) -> np.ndarray:
     return seen_before(texts)[0]
 
 
-def seen_before(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+def seen_before(texts: Sequence[str], among: int | None = None) -> tuple[np.ndarray, np.ndarray]:
     """For each text, the share of its 8-grams of words that some earlier text has too, and where most of them stand.
 
     Words are compared without case and punctuation. A text is filled up with ``GRAM_WORDS - 1`` empty words, so that
@@ -25,6 +25,7 @@ def seen_before(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
 
     Args:
         texts: in the order of precedence: a copy counts against the later one.
+        among: only the first so many texts are looked at as earlier ones; None: all.
 
     Returns:
         shares, float64 (len(texts),): 0 for a text of new grams alone (or without words), 1 for a copy; and sources,
@@ -45,7 +46,7 @@ def seen_before(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     begins[1:] = grams[order][1:] != grams[order][:-1]
     first_text = np.zeros(len(grams), np.int64)
     first_text[order] = gram_text[order][begins][np.cumsum(begins) - 1]
-    seen = first_text < gram_text
+    seen = first_text < (gram_text if among is None else np.minimum(gram_text, among))
     shares = np.bincount(gram_text, weights=seen, minlength=len(texts)) / np.maximum(num_words, 1)
 
     pairs, counts = np.unique(gram_text[seen] * len(texts) + first_text[seen], return_counts=True)

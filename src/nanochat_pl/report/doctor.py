@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from nanochat_pl.data.doctor import Lengths, SplitFigures
-from nanochat_pl.data.doctor_findings import Figures, RowFigures
+from nanochat_pl.data.doctor_findings import Figures
 from nanochat_pl.data.doctor_overlap import GRAM_WORDS, Overlap
 
 MAX_EXAMPLES = 3  # of overlaps
@@ -26,8 +26,8 @@ class Table(NamedTuple):
 def tables(figures: Figures) -> Iterator[Table]:
     """The tables in the order in which they are shown."""
     yield _documents(figures)
-    if figures.rows is not None:
-        yield Table("Rows", ("", "training"), list(_rows(figures.rows, figures.stage)), [])
+    if figures.rows:
+        yield _rows(figures)
     yield _duplicates(figures)
     yield _overlaps(figures.found.overlaps)
 
@@ -49,13 +49,15 @@ def _documents(figures: Figures) -> Table:
     rows.append(("characters outside of ASCII", *(f"{split.non_ascii_share:.2%}" for split in splits)))
     rows.append((f"{noun} with U+FFFD", *(_count(split.replaced) for split in splits)))
     rows.append((f"{noun} that repeat their lines", *(_count(split.repeating) for split in splits)))
+    if figures.validation_rows:
+        rows.append(("rows to validate on", "", _count(figures.validation_rows)))
     notes = [_sampled(noun, splits)] if any(_is_sample(split) for split in splits) else []
     unit = "tokens" if figures.found.train.tokens else "characters"
     notes += [
         f"{'Longest:' if not number else '        '} {size:,} {unit}, {place}: {text}"
         for number, (place, size, text) in enumerate(figures.found.train.longest)
     ]
-    return Table(f"Data: {figures.data}", ("", "training", "validation"), rows, notes)
+    return Table(figures.data, ("", "training", "validation"), rows, notes)
 
 
 def _lengths(unit: str, lengths: Sequence[Lengths]) -> list[Cells]:
@@ -69,30 +71,33 @@ def _lengths(unit: str, lengths: Sequence[Lengths]) -> list[Cells]:
 
 
 def _is_sample(split: SplitFigures) -> bool:
-    return split.sampled < split.documents - split.empty
+    return split.sampled < split.distinct
 
 
 def _sampled(noun: str, splits: Sequence[SplitFigures]) -> str:
-    of = " and ".join(f"{split.sampled:,} of {split.documents:,}" for split in splits)
-    return f"Of the text {of} {noun} were read, evenly spread, copies left out; max_documents=… reads more."
+    of = " and ".join(f"{split.sampled:,} of {split.distinct:,}" for split in splits)
+    return f"A sample: the text of {of} different {noun} was read. max_documents=… reads more."
 
 
-def _rows(rows: RowFigures, stage: str) -> Iterator[Cells]:
-    if rows.steps:
-        yield "rows of the plan", f"{rows.rows:,} of {rows.sequence_len:,} tokens"
-        yield "steps", f"{rows.steps:,} of {rows.rows_per_step:,} rows"
-        yield "epochs", f"{rows.epochs:,.2f}"
-    else:
-        yield "rows of an epoch", f"{rows.rows:,} of {rows.sequence_len:,} tokens (the plan is refused)"
-    yield "text trained on", f"{rows.trained_share:.1%} of what is taken"
-    if stage != "sft":
-        yield "cropped", f"{rows.cropped_tokens:,} tokens"
-        yield "documents that fit nowhere", f"{rows.never_placed:,}"
-    yield "padding", f"{rows.padded_share:.1%} of the places"
-    yield "trained on", f"{rows.target_share:.1%} of the places"
-    if stage == "sft":
-        yield "masked", f"{1 - rows.target_share - rows.padded_share:.1%} of the places"
-    yield "rows to validate on", f"{rows.validation_rows:,}"
+def _rows(figures: Figures) -> Table:
+    of = list(figures.rows.values())
+    rows: list[Cells] = [
+        (
+            "rows of the plan" if figures.steps else "rows of an epoch (the plan is refused)",
+            *(f"{each.rows:,} of {each.sequence_len:,} tokens" for each in of),
+        ),
+        ("epochs", *(f"{each.epochs:,.2f}" for each in of)),
+        ("text trained on", *(f"{each.trained_share:.1%} of what is taken" for each in of)),
+    ]
+    if any(each.cropped_tokens or each.never_placed for each in of):
+        rows.append(("cropped", *(f"{each.cropped_tokens:,} tokens" for each in of)))
+        rows.append(("documents that fit nowhere", *(_count(each.never_placed) for each in of)))
+    rows.append(("padding", *(f"{each.padded_share:.1%} of the places" for each in of)))
+    if figures.stage == "sft":
+        rows.append(("masked", *(f"{1 - each.target_share - each.padded_share:.1%} of the places" for each in of)))
+    rows.append(("trained on", *(f"{each.target_share:.1%} of the places" for each in of)))
+    notes = [f"{figures.steps:,} steps of {figures.rows_per_step:,} rows."] if figures.steps else []
+    return Table("Rows", ("", *(name or "training" for name in figures.rows)), rows, notes)
 
 
 def _duplicates(figures: Figures) -> Table:
@@ -107,7 +112,7 @@ def _duplicates(figures: Figures) -> Table:
             _of(found.validation_copies, validation.documents),
         ),
         (
-            "near copies of them in validation",
+            "near copies of these in validation",
             _count(found.near_validation),
             _of(found.near_validation, found.near_validation_sampled),
         ),

@@ -15,8 +15,8 @@ from nanochat_pl.training.settings import TrainConfig
 
 # The groups of settings that a parent decides for the stage that starts from it.
 INHERITED = {"tokenizer": ("tokenizer",), "base": ("model", "tokenizer", "data")}
-# A matter of the machine and not of the model: it may be given anew.
-FREE = ("model.compute_dtype",)
+# A matter of the machine, or of the files of this stage: it may be given anew.
+FREE = ("model.compute_dtype", "data.max_bad_fraction")
 
 
 def parent_folder(config: TrainConfig, folder: StageFolder) -> StageFolder | None:
