@@ -19,7 +19,14 @@ from torch import Tensor
 from nanochat_pl.model.config import DType, GPTConfig, ModelSettings, resolve_model
 from nanochat_pl.model.gpt import GPT, TORCH_DTYPES, parameter_roles
 from nanochat_pl.model.init import init_weights
-from nanochat_pl.optim import OptimSettings, ScheduleSettings, build_optimizer, resolve_hyperparameters
+from nanochat_pl.optim import (
+    MuonAdamW,
+    OptimSettings,
+    ScheduleSettings,
+    build_optimizer,
+    resolve_hyperparameters,
+    schedule_values,
+)
 from nanochat_pl.training.step import StepBatch, micro_batches, training_step
 
 NUM_STEPS = 20
@@ -29,7 +36,7 @@ ROWS_PER_STEP = 4
 # Windows of 128 and 256, grouped queries, a padded vocabulary: all that the current generation has.
 MODEL = ModelSettings(depth=4, aspect_ratio=32, head_dim=32, num_kv_heads=2, sequence_len=256)
 OPTIM = OptimSettings(
-    matrix_lr=0.003, embedding_lr=0.026, unembedding_lr=0.001, scalar_lr=0.04, smear_lr=0.05, weight_decay=0.05
+    matrix_lr=0.003, embedding_lr=0.026, unembedding_lr=0.001, scalar_lr=0.01, smear_lr=0.01, weight_decay=0.05
 )
 SCHEDULE = ScheduleSettings(warmup_steps=5)
 # Deviation of what is added to every first weight. With the recipe's own, the gradients of the residual factors are
@@ -93,6 +100,14 @@ def first_net(seed: int, dtype: DType, net: GPT | None = None, jitter: int = 0) 
     return net
 
 
+def first_optimizer(net: GPT, dtype: DType) -> MuonAdamW:
+    """The optimizer of a network that computes in ``dtype``."""
+    hyper = resolve_hyperparameters(OPTIM, width=net.config.width, compute_dtype=dtype)
+    optimizer = build_optimizer(net.named_parameters(), parameter_roles(net), hyper)
+    optimizer.allocate_state()
+    return optimizer
+
+
 class Training:
     """What :func:`training_step` needs of a stage, without Lightning."""
 
@@ -106,9 +121,7 @@ class Training:
         jitter: int = 0,
     ) -> None:
         self.net = first_net(seed, dtype, net, jitter)
-        hyper = resolve_hyperparameters(OPTIM, width=self.net.config.width, compute_dtype=dtype)
-        self.optimizer = build_optimizer(self.net.named_parameters(), parameter_roles(self.net), hyper)
-        self.optimizer.allocate_state()
+        self.optimizer = first_optimizer(self.net, dtype)
         self.schedule, self.num_steps, self.global_step = SCHEDULE, NUM_STEPS, 0
         self.device, self.device_batch_size = torch.device("cpu"), device_batch_size
         self.weighted_loss = loss or self.net.weighted_loss
@@ -127,24 +140,57 @@ class Training:
 
 @dataclass(frozen=True)
 class Gradients:
-    """Of the step's loss, with the first weights and a batch of their own: float64, all parameters of a role flat."""
+    """Of the loss of a step, with the first weights: float64, all parameters of a role flat."""
 
     token_losses: Tensor
     by_role: dict[str, Tensor]
 
 
 def gradients(seed: int, dtype: DType, net: GPT | None = None, loss: Loss | None = None) -> Gradients:
-    """Losses of each token and gradients, computed in ``dtype``."""
+    """Losses of each token and gradients of a batch that no step has, computed in ``dtype``."""
     net = first_net(seed, dtype, net).set_compute_dtype(TORCH_DTYPES[dtype])
-    batch, by_role = batches(seed)[NUM_STEPS], {}
+    batch = batches(seed)[NUM_STEPS]
     with torch.no_grad():
         token_losses = net.losses(batch.inputs, batch.targets).double()
+    _backward(net, batch, loss)
+    found = {name: parameter.grad for name, parameter in net.named_parameters() if parameter.grad is not None}
+    net.zero_grad(set_to_none=True)
+    return Gradients(token_losses, _by_role(net, found))
+
+
+def updates(seed: int, dtype: DType) -> dict[str, Tensor]:
+    """What the optimizer of a model that computes in ``dtype`` makes of three float32 gradients, by role, float64.
+
+    All three are taken at the first weights, so that they are the same whatever the optimizer does.
+    """
+    net = first_net(seed, "float32")
+    first = {name: parameter.detach().clone() for name, parameter in net.named_parameters()}
+    optimizer = first_optimizer(net, dtype)
+    for step, by_name in enumerate(_exact_gradients(seed)):
+        for name, parameter in net.named_parameters():
+            parameter.grad = by_name[name].clone()
+        optimizer.set_step_values(schedule_values(SCHEDULE, step, NUM_STEPS))
+        optimizer.step()
+    return _by_role(net, {name: parameter.detach() - first[name] for name, parameter in net.named_parameters()})
+
+
+@functools.cache
+def _exact_gradients(seed: int) -> tuple[dict[str, Tensor], ...]:
+    net, all_steps = first_net(seed, "float32"), []
+    for batch in batches(seed)[:3]:
+        _backward(net, batch, None)
+        all_steps.append({name: p.grad for name, p in net.named_parameters() if p.grad is not None})
+    return tuple(all_steps)
+
+
+def _backward(net: GPT, batch: StepBatch, loss: Loss | None) -> None:
     net.zero_grad(set_to_none=True)
     for inputs, targets in micro_batches(batch, device_batch_size=2):
         ((loss or net.weighted_loss)(inputs, targets) / batch.num_targets).backward()
+
+
+def _by_role(net: GPT, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    parts: dict[str, list[Tensor]] = {}
     for name, role in parameter_roles(net).items():
-        gradient = net.get_parameter(name).grad
-        assert gradient is not None
-        by_role.setdefault(role, []).append(gradient.double().flatten())
-    net.zero_grad(set_to_none=True)
-    return Gradients(token_losses, {role: torch.cat(parts) for role, parts in by_role.items()})
+        parts.setdefault(role, []).append(tensors[name].double().flatten())
+    return {role: torch.cat(flat) for role, flat in parts.items()}

@@ -26,10 +26,11 @@ from nanochat_pl.training.evaluation import Validation
 from tests.fidelity.setting import NUM_STEPS, VOCAB_SIZE, Training, batches
 
 SEED = 0
-# Measured, of logits whose deviation is 0.58: the training's are 0.0096 (root mean square) from float32's, those of the
-# other ways 0.0096 too (0.995 to 1.001 of it), and 0.0013 to 0.0022 from the training's, nowhere more than 0.016.
+# Measured, of logits whose deviation is 0.41: the training's are 0.0023 (root mean square) from float32's, those of the
+# other ways too (0.998 to 1.001 of it), and 0.0007 to 0.0012 from the training's, nowhere more than 0.0154: one
+# rounding of a logit. So three roundings are too many, and two logits six apart must keep their order.
 AS_NEAR = 1.05
-APART = 0.4
+APART = 0.8
 MOST = 0.05
 
 
@@ -89,7 +90,7 @@ def test_a_bundle_computes_in_bfloat16_what_was_trained_bit_for_bit(trained: Tra
     assert loaded.compute_dtype == net.compute_dtype == torch.bfloat16
     for name, weight in net.state_dict().items():
         assert weight.dtype == torch.float32 and torch.equal(weight, loaded.state_dict()[name]), name
-    inputs, targets, _ = batches(SEED)[NUM_STEPS]
+    inputs, targets = batches(SEED)[NUM_STEPS][:2]
     with torch.no_grad():
         assert torch.equal(loaded.losses(inputs, targets), net.losses(inputs, targets))
         assert torch.equal(loaded(inputs), net(inputs))
@@ -107,7 +108,7 @@ class FixedRows:
 
 def test_evaluation_of_the_bundle_gives_the_loss_of_the_training(trained: Trained) -> None:
     """The step sums nats where it makes the gradients, evaluation takes them token by token: other code, same bits."""
-    inputs, targets, count = batches(SEED)[NUM_STEPS]
+    inputs, targets, count = batches(SEED)[NUM_STEPS][:3]
     nats = torch.zeros(())
     for start in (0, 2):
         with torch.enable_grad():

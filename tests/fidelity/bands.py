@@ -1,0 +1,117 @@
+"""What is held against what: the stored losses of float32, and bands for how far bfloat16 may be from float32.
+
+A band has a centre and a spread: mean and standard deviation of a figure over the seeds that it was measured with
+(each a new draw of all roundings). The mean of a figure over n seeds must be within
+``MARGIN * spread * sqrt(1 / n + 1 / number of measured seeds)`` of the centre.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.fidelity.setting import NUM_STEPS, Gradients
+
+FILE = Path(__file__).with_name("bands.json")
+MARGIN = 4.0
+# Of float32 losses, in nats, and of the norms of float32 gradients by role, as a share: ten times what orders of
+# summation, jitter, instruction sets, threads and the compiler were measured to make of them.
+LOSS_TOLERANCE = 1e-5
+NORM_TOLERANCE = 2e-4
+# Steps whose spreads are one: a step that happened to be alike for all seeds is not held to that.
+NEIGHBOURS = 2
+TINY = 1e-12
+
+Figures = dict[str, float]
+Band = dict[str, float]
+
+
+@functools.cache
+def stored() -> dict[str, Any]:
+    """The contents of bands.json."""
+    return dict(json.loads(FILE.read_text(encoding="utf-8")))
+
+
+def curve_figures(losses: Sequence[float], float32_losses: Sequence[float]) -> Figures:
+    """Differences of two curves of the same seed, in nats: at each step, and on the average of all."""
+    differences = [other - exact for other, exact in zip(losses, float32_losses, strict=False)]
+    figures = {f"loss at step {step}": difference for step, difference in enumerate(differences)}
+    if len(losses) == NUM_STEPS:
+        figures["loss of all steps"] = statistics.mean(differences)
+    return figures
+
+
+def gradient_figures(other: Gradients, exact: Gradients) -> Figures:
+    """How far losses of tokens and gradients are from float32's."""
+    distance = (other.token_losses - exact.token_losses).square().mean().sqrt().item()
+    return {"token losses": math.log10(max(distance, TINY))} | _by_role("gradient", other.by_role, exact.by_role)
+
+
+def update_figures(other: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> Figures:
+    """How far the optimizer's updates are from those of float32."""
+    return _by_role("update", other, exact)
+
+
+def _by_role(what: str, other: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> Figures:
+    """For each role the logarithm of 1 - cosine, and the ratio of the norms less 1."""
+    figures = {}
+    for role, one in other.items():
+        two = exact[role]
+        ratio, cosine = one.norm() / two.norm(), torch.dot(one, two) / one.norm() / two.norm()
+        figures[f"{what} of {role}: 1 - cosine"] = math.log10(max(1 - cosine.item(), TINY))
+        figures[f"{what} of {role}: norm"] = ratio.item() - 1
+    return figures
+
+
+def bands_of(figures: Sequence[Figures]) -> dict[str, Band]:
+    """Bands from the figures of many seeds."""
+    centre = {name: statistics.mean(one[name] for one in figures) for name in figures[0]}
+    spread = {name: statistics.stdev(one[name] for one in figures) for name in figures[0]}
+    widest = {name: max([spread[name], *(spread.get(other, 0.0) for other in _near(name))]) for name in spread}
+    return {name: {"centre": centre[name], "spread": widest[name]} for name in centre}
+
+
+def _near(name: str) -> list[str]:
+    if not name.startswith("loss at step "):
+        return []
+    step = int(name.rsplit(" ", 1)[1])
+    return [f"loss at step {step + by}" for by in range(-NEIGHBOURS, NEIGHBOURS + 1)]
+
+
+def outside(figures: Sequence[Figures], how: str) -> list[str]:
+    """A line for each figure whose mean over these seeds is not in the band of ``how``, e.g. "bfloat16 eager"."""
+    bands: Mapping[str, Band] = stored()["bands"][how]
+    factor = MARGIN * math.sqrt(1 / len(figures) + 1 / stored()["num_seeds"])
+    lines = []
+    for name in figures[0]:
+        mean, band = statistics.mean(one[name] for one in figures), bands[name]
+        if abs(mean - band["centre"]) > factor * band["spread"]:
+            lines.append(f"{how}, {name}: {mean:.3g}, not {band['centre']:.3g} ± {factor * band['spread']:.2g}")
+    return lines
+
+
+def wrong_float32_losses(losses: Sequence[float], seed: int) -> list[str]:
+    """A line for each step whose float32 loss is not the stored one."""
+    return [
+        f"float32 loss at step {step}: {loss:.6f}, not {expected:.6f}"
+        for step, (loss, expected) in enumerate(zip(losses, stored()["float32_losses"][str(seed)], strict=False))
+        if abs(loss - expected) > LOSS_TOLERANCE
+    ]
+
+
+def wrong_float32_norms(gradients: Gradients, seed: int) -> list[str]:
+    """A line for each role whose float32 gradient has not the stored norm."""
+    expected = stored()["float32_gradient_norms"][str(seed)]
+    return [
+        f"float32 gradient of {role}: norm {gradient.norm():.6g}, not {expected[role]:.6g}"
+        for role, gradient in gradients.by_role.items()
+        if abs(gradient.norm().item() / expected[role] - 1) > NORM_TOLERANCE
+    ]

@@ -1,0 +1,91 @@
+"""Twenty steps of training, float32 and bfloat16, eager and compiled, against what is stored."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from nanochat_pl.model.config import DType
+from tests.fidelity.bands import curve_figures, gradient_figures, outside, stored, wrong_float32_losses
+from tests.fidelity.figures import exact_gradients, wrong_exact_losses, wrong_gradients, wrong_losses, wrong_updates
+from tests.fidelity.make_bands import compiled
+from tests.fidelity.setting import NUM_STEPS, SEEDS, Training, batches, gradients
+
+
+@pytest.fixture(autouse=True)
+def deterministic() -> Iterator[None]:
+    """As the training on CPUs is."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(before)
+    torch.compiler.reset()
+
+
+def test_the_text_is_the_same_on_every_machine() -> None:
+    """If it is not, no other figure here says anything."""
+    batch = batches(0)[0]
+    assert batch.num_targets == batch.targets.numel() == 1024
+    assert torch.equal(batch.inputs[:, 1:], batch.targets[:, :-1])
+    assert batch.inputs[0, :8].tolist() == [0, 22, 16, 283, 283, 550, 8, 83]
+    assert int(torch.stack([batch.inputs for batch in batches(4)]).sum()) == 6_063_345
+
+
+def test_float32_trains_as_stored() -> None:
+    assert not wrong_exact_losses(0)
+
+
+def test_bfloat16_trains_within_the_bands_of_one_seed() -> None:
+    assert not wrong_losses([0])
+
+
+def test_bfloat16_gradients_are_within_the_bands() -> None:
+    """Cosine and norm by role, and the losses of tokens."""
+    assert not wrong_gradients([0])
+
+
+def test_the_optimizer_of_a_bfloat16_model_is_within_the_bands() -> None:
+    """Given the same gradients: the matrices in their band, all other roles bit for bit."""
+    assert not wrong_updates([0])
+
+
+def test_what_is_learnt_is_hundreds_of_times_the_bands() -> None:
+    for seed in SEEDS:
+        losses = stored()["float32_losses"][str(seed)]
+        assert len(losses) == NUM_STEPS and losses[0] - losses[-1] > 0.5
+    for how in ("bfloat16 eager", "bfloat16 compiled"):
+        spreads = [stored()["bands"][how][f"loss at step {step}"]["spread"] for step in range(NUM_STEPS)]
+        assert max(spreads) < 5e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", SEEDS)
+def test_float32_trains_as_stored_with_every_seed(seed: int) -> None:
+    assert not wrong_exact_losses(seed)
+
+
+@pytest.mark.slow
+def test_bfloat16_is_within_the_narrower_bands_of_five_seeds() -> None:
+    assert not wrong_losses(SEEDS) + wrong_gradients(SEEDS) + wrong_updates(SEEDS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_compiled_it_trains_as_stored_or_within_its_bands(dtype: DType) -> None:
+    """Compiled float32 is eager float32; compiled bfloat16 rounds less often than eager and has bands of its own."""
+    net, loss = compiled(dtype)
+    curves = [list(Training(seed, dtype, net, loss).losses()) for seed in SEEDS]
+    if dtype == "float32":
+        assert not [
+            line for seed, curve in zip(SEEDS, curves, strict=True) for line in wrong_float32_losses(curve, seed)
+        ]
+        return
+    exact = stored()["float32_losses"]
+    figures = [
+        curve_figures(curve, exact[str(seed)])
+        | gradient_figures(gradients(seed, dtype, net, loss), exact_gradients(seed))
+        for seed, curve in zip(SEEDS, curves, strict=True)
+    ]
+    assert not outside(figures[:1], "bfloat16 compiled") + outside(figures, "bfloat16 compiled")
