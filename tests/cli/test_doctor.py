@@ -231,7 +231,10 @@ def test_shards_that_come_in_one_after_the_other(here: Path, capsys: Captured) -
     for number in range(3):
         column(here / "texts" / f"{number}.parquet", texts[number::3])
     assert main(["doctor", *of(here), "data.shuffle=shards"]) == 0
-    assert found(here)["rows"][""]["rows"] == 320
+    figures = found(here)
+    rows = figures["rows"][""]
+    assert (rows["rows"], rows["target_share"]) == (320, 1.0)
+    assert rows["epochs"] == pytest.approx(320 * 32 / figures["found"]["train"]["tokens"]["total"], rel=0.1)
 
 
 def test_a_tokenizer_has_documents_and_no_rows(here: Path, capsys: Captured) -> None:

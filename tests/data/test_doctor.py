@@ -119,7 +119,7 @@ def test_documents_without_tokens_and_of_several_sources(tmp_path: Path) -> None
     assert joined.place(0) == "one/a, document 0" and joined.content(0) == b"short"
 
 
-def test_cropping_and_documents_that_fit_nowhere_are_counted(tmp_path: Path) -> None:
+def test_cropping_and_documents_in_no_row_are_counted(tmp_path: Path) -> None:
     """While a shorter one waits in the buffer, a document that is longer than a row is never placed."""
     cache = cache_of(tmp_path, ["x" * 40, "aa", "bb", "cc"])
     rows = packed_rows(

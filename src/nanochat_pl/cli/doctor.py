@@ -114,9 +114,10 @@ def _show_findings(problems: Sequence[Finding]) -> int:
 
 def _write(to: Path, data: StageData, figures: Figures, problems: Sequence[Finding]) -> None:
     """The picture, and all figures for programs."""
+    noun = "conversations" if data.stage == "sft" else "documents"
     unit = "tokens" if data.train.counts_tokens else "characters"
     row_tokens = next((rows.sequence_len for rows in figures.rows.values()), None)
-    picture = lengths_png(to.name, unit, data.train.lengths, data.validation.lengths, row_tokens)
+    picture = lengths_png(to.name, noun, unit, data.train.lengths, data.validation.lengths, row_tokens)
     write_bytes(to / PICTURE, picture)
     _write_json(to, to_plain(figures), problems)
 

@@ -42,8 +42,8 @@ class RowFigures:
         sequence_len: T.
         rows: that the plan trains on; without a plan those of an epoch.
         epochs: passes over the documents' tokens.
-        trained_share: share of the tokens taken that are in a row; documents that are read and never placed count too.
-        never_placed: documents that are read again and again and fit into no row.
+        trained_share: share of the tokens taken that are in a row; documents that wait for their turn count too.
+        never_placed: documents that have been read and are in no row: they wait in the packer's buffer.
         cropped_tokens: dropped to fill rows.
         padded_share: share of the places that hold nothing.
         target_share: share of the places that are trained on.
@@ -105,16 +105,18 @@ def row_figures(rows: Rows, lengths: np.ndarray, target_share: float, num_rows: 
     for first in range(0, len(rows) if never.any() else 0, _ROWS_AT_ONCE):
         never[rows.index.pieces_of(np.arange(first, min(first + _ROWS_AT_ONCE, len(rows))))[1][:, 0]] = False
     taken = stats.placed_tokens + stats.cropped_tokens
-    trained = stats.placed_tokens * target_share + (0 if rows.cache.masked else stats.pieces - len(rows))
+    places = stats.placed_tokens + stats.pieces + stats.padded_places
+    packed = places // (rows.sequence_len + 1)  # of rows that are packed shard by shard more than are asked for
+    trained = stats.placed_tokens * target_share + (0 if rows.cache.masked else stats.pieces - packed)
     return RowFigures(
         sequence_len=rows.sequence_len,
         rows=num_rows,
-        epochs=taken / max(int(lengths.sum(dtype=np.int64)), 1) * num_rows / max(len(rows), 1),
+        epochs=taken / max(int(lengths.sum(dtype=np.int64)), 1) * num_rows / max(packed, 1),
         trained_share=stats.placed_tokens / max(taken + int(lengths[never].sum(dtype=np.int64)), 1),
         never_placed=int(never.sum()),
         cropped_tokens=stats.cropped_tokens,
-        padded_share=stats.padded_places / max(len(rows) * (rows.sequence_len + 1), 1),
-        target_share=trained / max(len(rows) * rows.sequence_len, 1),
+        padded_share=stats.padded_places / max(places, 1),
+        target_share=trained / max(packed * rows.sequence_len, 1),
     )
 
 
@@ -165,7 +167,7 @@ def _of_source(rows: RowFigures, figures: Figures, what: str, key: str) -> Itera
             f"Set max_steps={steps} or lower, or give more text.",
         )
     if rows.trained_share < MIN_TRAINED_SHARE:
-        waiting = f", and {rows.never_placed:,} documents never fit into a row" if rows.never_placed else ""
+        waiting = f", and {rows.never_placed:,} documents are in no row" if rows.never_placed else ""
         yield Finding(
             False,
             f"{what}{rows.trained_share:.0%} of the text is trained on: the rest is cropped to fill rows{waiting}.",

@@ -16,11 +16,14 @@ BINS_A_DOUBLING = 2
 _INCHES = (9.6, 3.6)
 
 
-def lengths_png(title: str, unit: str, train: np.ndarray, validation: np.ndarray, row_tokens: int | None) -> bytes:
+def lengths_png(
+    title: str, noun: str, unit: str, train: np.ndarray, validation: np.ndarray, row_tokens: int | None
+) -> bytes:
     """Two histograms over lengths on a logarithmic axis: share of the documents, and share of their tokens.
 
     Args:
         title: of the whole.
+        noun: what has a length: ``documents``, ``conversations``.
         unit: of the lengths, e.g. ``tokens``.
         train, validation: length of each document; empty ones are left out.
         row_tokens: a line at the longest piece that fits into a row; None: no line.
@@ -31,14 +34,23 @@ def lengths_png(title: str, unit: str, train: np.ndarray, validation: np.ndarray
     panels: Sequence[Any] = figure.subplots(1, 2)
     figure.subplots_adjust(left=0.06, right=0.975, top=0.76, bottom=0.15, wspace=0.2)
     figure.text(0.06, 0.93, title, size=13, weight="bold", color=PRINT.ink, va="center")
-    for axes, what, by_length in ((panels[0], "Documents", False), (panels[1], unit.capitalize(), True)):
+    for axes, what, by_length in ((panels[0], noun.capitalize(), False), (panels[1], unit.capitalize(), True)):
         for lengths, name in series:
             _draw(axes, edges, lengths, by_length, name)
         _finish(axes, edges, row_tokens)
-        axes.set_title(f"{what} by length of the document", loc="left", size=10, weight="bold", color=PRINT.ink, pad=14)
+        axes.set_title(
+            f"{what} by length of the {noun}" if by_length else f"{what} by length",
+            loc="left",
+            size=10,
+            weight="bold",
+            color=PRINT.ink,
+            pad=14,
+        )
         axes.set_title("% of the split", loc="right", size=8.5, color=PRINT.muted, pad=14)
-        axes.set_xlabel(f"{unit} of the document", size=9, color=PRINT.muted)
-    panels[0].legend(frameon=False, fontsize=9.5, labelcolor=PRINT.ink, loc="best")
+        axes.set_xlabel(f"length in {unit}", size=9, color=PRINT.muted)
+    handles, names = panels[0].get_legend_handles_labels()
+    place = {"loc": "center right", "bbox_to_anchor": (0.985, 0.93), "ncols": 2}
+    figure.legend(handles, names, frameon=False, fontsize=9.5, labelcolor=PRINT.ink, **place)
     return drawing_bytes(figure, "png", "")
 
 
