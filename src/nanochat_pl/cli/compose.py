@@ -171,7 +171,8 @@ def _hydra_tree(root: str, choices: Mapping[str, str | list[str]]) -> tuple[Dict
         raise UserError(f"configs/{root}.yaml: cannot be composed: {str(error).splitlines()[0]}") from error
     OmegaConf.set_struct(tree, False)
     taken = tree.pop("hydra").runtime.choices
-    return tree, {group: choice for group, choice in taken.items() if choice and not group.startswith("hydra/")}
+    # A file may take another one of its group for a part of its own: GROUP@PLACE is no choice of a person.
+    return tree, {group: choice for group, choice in taken.items() if choice and not re.search("^hydra/|@", group)}
 
 
 def _lay_over(tree: DictConfig, setting: Setting, problems: list[str]) -> None:

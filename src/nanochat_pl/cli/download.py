@@ -44,6 +44,11 @@ HELP_KEYS = ("data.repo", "data.revision", "data.files")
 def run(arguments: Sequence[str]) -> int:
     """The verb."""
     config = compose("download", DownloadConfig, arguments).config
+    if config.data.name == "mixture":
+        raise UserError(
+            "data=mixture: is not fetched as one: say which of its sources, data=climbmix or data=hub data.repo=…",
+            "With data.download=true a training fetches what it needs of all of them.",
+        )
     if not config.data.is_on_hub:
         raise UserError(f"data={config.data.name}: is on this machine; there is nothing to download.")
     cache = cache_folder(config.paths)

@@ -11,7 +11,7 @@ import csv
 import io
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -108,16 +108,20 @@ def _places(config: EvaluateConfig, experiment: str) -> tuple[Path, Path]:
 def _bits_per_byte(bundle: Bundle, config: EvaluateConfig, to: Path) -> dict[str, Any]:
     """Bits per byte on the held-out text of the data that the model was trained on."""
     from nanochat_pl.data.opening import open_source
-    from nanochat_pl.data.rows import validation_rows
     from nanochat_pl.data.token_cache import build_token_cache
-    from nanochat_pl.training.evaluation import Validation
+    from nanochat_pl.training.evaluation import open_validation
 
     cache, tokenizer = cache_folder(config.paths), bundle.tokenizer
     assert tokenizer is not None
-    source = open_source(_data_of(bundle, config), cache)
-    tokens = build_token_cache(source, "val", tokenizer, cache)
-    rows = validation_rows(tokens, bundle.config.sequence_len, tokenizer.bos_id, cache, config.num_rows)
-    validation = Validation(rows, min(config.num_rows, len(rows)), tokenizer, config.batch_size)
+    validation = open_validation(
+        open_source(_data_of(bundle, config), cache),
+        lambda part: build_token_cache(part, "val", tokenizer, cache),
+        tokenizer,
+        cache,
+        sequence_len=bundle.config.sequence_len,
+        num_rows=config.num_rows,
+        device_batch_size=config.batch_size,
+    )
     figures = validation.measure(bundle.net)
     say(f"bits per byte: {figures['val/bpb']:.4f} ± {figures.get('val/bpb_stderr', float('nan')):.4f}")
     return {name.removeprefix("val/"): value for name, value in figures.items()}
@@ -138,12 +142,12 @@ def _data_of(bundle: Bundle, config: EvaluateConfig) -> DataSettings:
             txt_document_chars=data.txt_document_chars,
             validation_fraction=data.validation_fraction,
         )
-    if config.bundle is not None and data.name == "local":
+    if config.bundle is not None and data.own_paths:
         raise UserError(
-            f"{bundle.path}: names {data.path!r} as its data; what a bundle names is not read from this machine.",
+            f"{bundle.path}: names {data.own_paths[0]!r} as data; what a bundle names is not read from this machine.",
             "Say where the text is, data_path=PATH; or leave it out, suites=[chat,samples].",
         )
-    return replace(data, download=False)  # nobody has asked for that here
+    return data.without_download()  # nobody has asked for that here
 
 
 def _chat(bundle: Bundle, config: EvaluateConfig, to: Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Mapping
 from datetime import datetime, timezone
@@ -50,7 +51,9 @@ def write_records(folder: StageFolder, composed: Composed[Any], goes_on: bool = 
 def settings_that_matter(values: Mapping[str, Any], stage: str) -> dict[str, Any]:
     """Of all settings as plain data those that a stage depends on, by their dotted keys."""
     keys = _flat(values)
-    return {key: keys[key] for key in keys if key.split(".")[0] in MATTERS[stage] and key not in WITHOUT_A_SAY}
+    # Keys of a source of a mixture, data.sources.NAME.KEY, are keys of data.
+    own = {key: re.sub(r"^data\.sources\.[^.]+\.", "data.", key) for key in keys}
+    return {key: keys[key] for key in keys if key.split(".")[0] in MATTERS[stage] and own[key] not in WITHOUT_A_SAY}
 
 
 def require_same_settings(folder: StageFolder, composed: Composed[Any]) -> None:

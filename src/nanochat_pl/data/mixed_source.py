@@ -3,12 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.data.cache_folder import fingerprint_of
 from nanochat_pl.data.mixed_rows import Turns
 from nanochat_pl.data.sources import Shard, Source, Split
+
+MAX_READS = 4  # of a source, for a tokenizer
+
+
+@dataclass(frozen=True)
+class NamedSource:
+    """A source under the name that a person gave it."""
+
+    name: str
+    source: Source
+
+    @property
+    def fingerprint(self) -> str:
+        return self.source.fingerprint
+
+    def describe(self) -> str:
+        """What the source says."""
+        return self.source.describe()
+
+    def shards(self, split: Split) -> list[Shard]:
+        """Those of the source."""
+        return self.source.shards(split)
 
 
 class MixedSource:
@@ -25,7 +47,8 @@ class MixedSource:
     name = "mixture"
 
     def __init__(self, parts: Mapping[str, Source], turns: Turns) -> None:
-        self.parts, self.turns = dict(parts), turns
+        self.parts: dict[str, Source] = {name: NamedSource(name, part) for name, part in parts.items()}
+        self.turns = turns
         _refuse_shared_text(self.parts)
 
     @property
@@ -52,7 +75,8 @@ class MixedSource:
     def documents(self, document_chars: int) -> Iterator[str]:
         """Training documents, at any time of each source its share of the characters, or a document more.
 
-        A source that has ended is read again, until each has been read once: as the training will do.
+        A source that has ended is read again, as the training will do. It ends when each has been read once, or one of
+        them MAX_READS times: more of the others would need more of that one than helps.
 
         Args:
             document_chars: after so many each document is cut.
@@ -62,8 +86,8 @@ class MixedSource:
         """
         weights, given = self.turns.weights, [0] * len(self.parts)
         streams = [_documents(part) for part in self.parts.values()]
-        unread = set(range(len(streams)))
-        while unread:
+        reads = [0] * len(streams)
+        while min(reads) == 0 and max(reads) < MAX_READS:
             # The one whose characters are fewest for its weight; among equals the first.
             source = min(range(len(streams)), key=lambda each: given[each] / weights[each])
             text = next(streams[source], None)
@@ -71,10 +95,10 @@ class MixedSource:
                 given[source] += len(text[:document_chars])
                 yield text[:document_chars]
                 continue
-            unread.discard(source)
             name, part = list(self.parts.items())[source]
             if not given[source]:
                 raise UserError(f"data.sources.{name}: no training document of it has any text.")
+            reads[source] += 1
             streams[source] = _documents(part)
 
 

@@ -141,13 +141,13 @@ class DataSettings(SourceSettings):
 
     @property
     def parts(self) -> dict[str, WeightedSource]:
-        """The sources of a mixture that are not left out, by name; of anything else none."""
-        return {name: source for name, source in self.sources.items() if source is not None}
+        """The sources of a mixture that are not left out, in the order of their names; of anything else none."""
+        return {name: source for name, source in sorted(self.sources.items()) if source is not None}
 
     @property
-    def reads_own_files(self) -> bool:
-        """Whether documents are read from where ``path`` says, a place on this machine."""
-        return any(source.name == "local" for source in (self, *self.parts.values()))
+    def own_paths(self) -> list[str]:
+        """The places on this machine that the settings name, to read text there."""
+        return [source.path for source in (self, *self.parts.values()) if source.path is not None]
 
     def without_download(self) -> DataSettings:
         """The same, and nothing is fetched."""
