@@ -134,8 +134,8 @@ def _compose(words: list[str]) -> None:
         check_all(steps_of(arguments))
     elif verb == "train":
         compose_train(arguments)
-    elif verb in ("plan", "evaluate", "report"):
-        compose_step(verb, "base" if verb == "plan" else verb, schema, arguments)
+    elif verb in ("plan", "doctor", "evaluate", "report"):
+        compose_step(verb, "base" if verb in ("plan", "doctor") else verb, schema, arguments)
     else:
         compose(verb, schema, arguments)
 
