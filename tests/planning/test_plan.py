@@ -147,6 +147,7 @@ def test_rows_for_people() -> None:
     assert rows["num_steps"].source == "max_steps=2000"
     assert rows["width"].source == "derived"
     assert rows["windows"].value == "128 128 128 256"
+    assert show([512] * 9 + [2048]) == "9 × 512, 1 × 2,048"
 
 
 def test_the_plan_tells_the_parts_of_the_schedule() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -10,6 +11,7 @@ from nanochat_pl.common.errors import UserError, did_you_mean
 from nanochat_pl.common.settings import build, setting, to_plain
 from nanochat_pl.optim.settings import RECIPE
 
+LONG_LIST = 8  # a longer one is shown by how often each of its items occurs
 
 @dataclass(frozen=True)
 class Derived:
@@ -147,6 +149,8 @@ def show(value: Any, name: str = "") -> str:
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 1e6 else f"{value:,.6g}"
     if isinstance(value, (list, tuple)):
+        if len(value) > LONG_LIST:  # the windows of many layers
+            return ", ".join(f"{count} × {show(item)}" for item, count in Counter(value).items())
         return " ".join(show(item) for item in value)
     return str(value)
 
