@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,6 +25,7 @@ from nanochat_pl.data.sources import DataSettings
 from nanochat_pl.data.token_cache import build_token_cache
 from nanochat_pl.tokenizer import Tokenizer
 from nanochat_pl.training.datamodule import RowsDataModule, share
+from tests.small_disk import enlarge, small_disk
 from tests.training.conftest import same_weights, weights_of
 from tests.training.test_resume import command, interrupt, start_run
 
@@ -187,29 +187,18 @@ def test_an_error_of_the_builder_ends_the_training_with_one_message(
     (tmp_path / "texts" / "3.jsonl").unlink()
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 3 MB."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)]
-    if os.geteuid() != 0 or subprocess.run(mount, check=False).returncode:
-        pytest.skip("needs to mount a small disk")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
-
-
 @pytest.mark.parametrize("shuffle", ["global", "shards"])
 def test_a_disk_that_fills_while_caching_is_one_error_and_leaves_nothing_half_written(
-    shared: Path, small_disk: Path, tokenizer: Tokenizer, shuffle: str
+    shared: Path, tmp_path: Path, tokenizer: Tokenizer, shuffle: str
 ) -> None:
     path = shared / "data" / "text_tiny"
-    with pytest.raises(UserError, match="the disk is full") as error:
-        open_rows(path, shuffle, 450, tokenizer, small_disk).read([0, 450 * STEPS - 1])
-    assert len(error.value.problems) == 1 and "paths.cache" in error.value.fix
-    assert not list(small_disk.rglob("*.tmp.*"))
-    done = len(list(small_disk.glob("tokens/*/manifest.json")))
-    assert 0 < done < 3
-    subprocess.run(["mount", "-o", "remount,size=30m", str(small_disk)], check=True)
-    rows = open_rows(path, shuffle, 450, tokenizer, small_disk)
-    assert len(set(hashes(rows, 0, STEPS))) == STEPS
+    with small_disk(tmp_path / "small", "3m") as disk:
+        with pytest.raises(UserError, match="the disk is full") as error:
+            open_rows(path, shuffle, 450, tokenizer, disk).read([0, 450 * STEPS - 1])
+        assert len(error.value.problems) == 1 and "paths.cache" in error.value.fix
+        assert not list(disk.rglob("*.tmp.*"))
+        done = len(list(disk.glob("tokens/*/manifest.json")))
+        assert 0 < done < 3
+        enlarge(disk, "30m")
+        rows = open_rows(path, shuffle, 450, tokenizer, disk)
+        assert len(set(hashes(rows, 0, STEPS))) == STEPS

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import os
 import shutil
 import signal
 import subprocess
@@ -16,6 +15,7 @@ import pytest
 import torch
 
 from nanochat_pl.training.resume import damage, newest_resume_file, resume_files
+from tests.small_disk import small_disk
 from tests.training.conftest import same_weights, sft_overrides, tiny_overrides, weights_of
 
 
@@ -200,28 +200,24 @@ def test_every_resume_file_is_plain_data(place: Path) -> None:
 
 
 @pytest.fixture
-def small_disk(place: Path) -> Iterator[Path]:
+def full_disk(place: Path) -> Iterator[Path]:
     """The folder of a base stage on a disk of 1.5 MB."""
     folder = start_run(place, "full", "base") / "base"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", str(folder)]
-    if os.geteuid() != 0 or subprocess.run(mount, check=False).returncode:
-        pytest.skip("needs to mount a small disk")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    with small_disk(folder, "1500k"):
+        yield folder
     shutil.rmtree(folder.parent)
 
 
 def test_a_disk_that_is_too_small_ends_the_run_before_it_begins(
-    small_disk: Path, train: Callable[..., int], capsys: pytest.CaptureFixture[str]
+    full_disk: Path, train: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert train("run=full") == 2
     assert "MiB free" in capsys.readouterr().err
-    assert not (small_disk / "metrics.csv").exists()
+    assert not (full_disk / "metrics.csv").exists()
 
 
 def test_a_disk_that_fills_up_costs_no_file(
-    small_disk: Path,
+    full_disk: Path,
     train: Callable[..., int],
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -230,4 +226,4 @@ def test_a_disk_that_fills_up_costs_no_file(
     assert train("run=full") == 2
     error = capsys.readouterr().err
     assert "step=0000" in error and "MiB free" in error
-    assert all(damage(path) is None for path in resume_files(small_disk / "checkpoints"))
+    assert all(damage(path) is None for path in resume_files(full_disk / "checkpoints"))
