@@ -11,6 +11,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.loggers.logger import Logger
 
 from nanochat_pl.common.constants import IGNORE_INDEX
+from nanochat_pl.data.mixed_rows import MixedRows
 from nanochat_pl.data.rows import Rows, packed_rows
 from nanochat_pl.data.token_cache import build_token_cache
 from nanochat_pl.model.config import GPTConfig, ModelSettings, resolve_model
@@ -83,10 +84,10 @@ def batch_of(num_targets: list[int]) -> StepBatch:
     return StepBatch(inputs, targets, sum(num_targets))
 
 
-def tiny_rows(folder: Path) -> Rows:
+def tiny_rows(folder: Path, num_texts: int = 200) -> Rows:
     """Real rows of made-up words, tokenised and packed in ``folder``."""
     chance = random.Random(0)
-    texts = ["".join(chance.choices("abcdefg ", k=chance.randint(5, 40))) for _ in range(200)]
+    texts = ["".join(chance.choices("abcdefg ", k=chance.randint(5, 40))) for _ in range(num_texts)]
     tokenizer = byte_tokenizer()
     cache = build_token_cache(ListSource({"one": texts}), "train", tokenizer, folder)
     return packed_rows(cache, SEQUENCE_LEN, tokenizer.bos_id, "split", folder, num_rows=100)
@@ -100,16 +101,19 @@ def fit_tiny(
     checkpoint_every_steps: int = 2,
     loggers: Sequence[Logger] = (),
     callbacks: Sequence[Callback] = (),
+    mixed: MixedRows | None = None,
+    num_texts: int = 200,
+    num_workers: int = 0,
 ) -> BaseStage:
     """A real fit of ``num_steps`` steps of two micro-batches each, or the rest of one that was stopped, with one block.
 
-    ``every_steps`` is for validation and samples.
+    ``every_steps`` is for validation and samples, ``mixed`` for the training, in place of rows of one source.
     """
     config = tiny_model(depth=1)
     hyper = resolve_hyperparameters(OptimSettings(compile=compiled), width=config.width)
     schedule = ScheduleSettings(warmup_steps=2)
     stage = BaseStage(StageRecipe(config, hyper, schedule, num_steps, ROWS_PER_STEP // 2, seed=0, compile=compiled))
-    rows = tiny_rows(folder / "cache")
+    rows = tiny_rows(folder / "cache", num_texts)
     fitting = Fitting(
         name="tiny",
         folder=folder,
@@ -120,8 +124,9 @@ def fit_tiny(
         peak_flops=1e9,
         validation=Validation(rows, 3, byte_tokenizer(), device_batch_size=2),
         samples=Samples(folder / "samples.jsonl", ["a", "bcd"], 2),
+        mixed=mixed,
         loggers=loggers,
         callbacks=callbacks,
     )
-    fit(stage, RowsDataModule(rows, ROWS_PER_STEP, num_steps), fitting)
+    fit(stage, RowsDataModule(mixed or rows, ROWS_PER_STEP, num_steps, num_workers), fitting)
     return stage

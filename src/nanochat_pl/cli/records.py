@@ -80,9 +80,10 @@ def _of_younger_keys(then: Mapping[str, Any], stage: str) -> dict[str, Any]:
     """The defaults of keys that did not exist yet when a stage was begun: what they name was done so all the time."""
     defaults = settings_that_matter(to_plain(TrainConfig()), stage)
 
-    def known(key: str) -> bool:  # or part of a group that was null
+    def known(key: str) -> bool:  # or part of a group that was null, or a group that was not empty
         parts = key.split(".")
-        return any(".".join(parts[:count]) in then for count in range(1, len(parts) + 1))
+        within = any(".".join(parts[:count]) in then for count in range(1, len(parts) + 1))
+        return within or any(other.startswith(f"{key}.") for other in then)
 
     return {key: value for key, value in defaults.items() if not known(key)}
 

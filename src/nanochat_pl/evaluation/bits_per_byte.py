@@ -79,7 +79,8 @@ def weighted_result(sums: Sequence[Tensor], shares: Sequence[float]) -> BitsPerB
     total = torch.zeros(6, dtype=torch.float64)
     for each, share in zip(sums, shares, strict=True):
         factor = share * num_rows / max(float(each[-1]), 1.0)  # one row stands for so many
-        total += each.cpu() * torch.tensor([factor, factor, factor**2, factor**2, factor**2, 1.0]).double()
+        powers = torch.tensor([1, 1, 2, 2, 2, 0], dtype=torch.float64)
+        total += each.cpu() * factor**powers
     return result_of(total.tolist())
 
 
