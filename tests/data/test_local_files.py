@@ -109,8 +109,8 @@ def test_files_are_read_as_utf8_whatever_the_locale(tmp_path: Path, monkeypatch:
     assert all_texts(opened(tmp_path, tmp_path / "cache")) == ["größer als 北京 🙂"] * 2
 
 
-def test_what_is_held_out_does_not_depend_on_the_files(tmp_path: Path) -> None:
-    """Museum 20: validation is the last file on disk, and changes while the next one downloads."""
+def test_museum_20_what_is_held_out_does_not_depend_on_the_files(tmp_path: Path) -> None:
+    """Validation was the last file on the disk, so it changed with the files that were there."""
     write_jsonl(tmp_path / "1.jsonl", TEXTS[:30])
     write_jsonl(tmp_path / "2.jsonl", TEXTS[30:])
     both = opened(tmp_path, tmp_path / "cache", validation_fraction=0.2)
@@ -124,8 +124,8 @@ def test_what_is_held_out_does_not_depend_on_the_files(tmp_path: Path) -> None:
     assert sorted(texts_of(renamed, "val")) == sorted(of_both)
 
 
-def test_one_file_with_two_documents_has_both_splits(tmp_path: Path) -> None:
-    """Museum 21: one shard only, the train split is empty, and the loader waits for ever."""
+def test_museum_21_one_file_with_two_documents_has_both_splits(tmp_path: Path) -> None:
+    """With one file only the train split was empty, and the loader waited for ever."""
     write_jsonl(tmp_path / "a.jsonl", ["one", "", "another"])
     source = opened(tmp_path / "a.jsonl", tmp_path / "cache", validation_fraction=0.001)
     assert len(texts_of(source, "val")) == 1
@@ -258,8 +258,8 @@ def wrong_files(folder: Path) -> dict[str, tuple[Path, str]]:
     }
 
 
-def test_every_broken_file_is_named_with_its_fault(tmp_path: Path) -> None:
-    """Museum 22: a download that was cut off passes for a shard."""
+def test_museum_22_every_broken_file_is_named_with_its_fault(tmp_path: Path) -> None:
+    """A download that was cut off passed for a shard."""
     for name, message in wrong_files(tmp_path).items():
         with pytest.raises(UserError, match=message) as raised:
             all_texts(opened(tmp_path / name, tmp_path / "cache"))

@@ -136,15 +136,6 @@ def test_an_epoch_split_into_pieces_drops_nothing() -> None:
     assert {len(row) for row in rows_of(index, documents)[:-1]} == {65}
 
 
-def test_cropped_tokens_are_counted() -> None:
-    """Museum 24: a packer drops a third of the tokens, and no figure says so."""
-    documents = random_documents(5, 300, 500)
-    index = pack(lengths_of(documents), 65, "crop", epochs=1, buffer_documents=50)
-    total = sum(map(len, documents))
-    assert index.stats.placed_tokens + index.stats.cropped_tokens == total
-    assert index.stats.cropped_tokens > total // 10
-
-
 @pytest.mark.parametrize("mode", ["crop", "split", "pad"])
 def test_fewer_rows_are_the_beginning_of_more(mode: str) -> None:
     documents = [document for document in random_documents(6, 120, 60) if document]

@@ -124,8 +124,8 @@ def test_a_changed_file_of_ones_own_is_tokenised_anew(tmp_path: Path) -> None:
         assert found == sorted([text[:10].strip(), text[10:20].strip(), text[20:]])
 
 
-def test_a_split_without_text_is_an_error_that_names_it(tmp_path: Path) -> None:
-    """Museum 21: an empty train split hangs."""
+def test_museum_21_a_split_without_text_is_an_error_that_names_it(tmp_path: Path) -> None:
+    """The loader of an empty train split waited for ever."""
     (tmp_path / "a.jsonl").write_text('{"text": "only one"}\n{"text": ""}\n', encoding="utf-8")
     source = open_source(DataSettings(name="local", path=str(tmp_path / "a.jsonl")), tmp_path / "cache")
     assert texts_in(build_token_cache(source, "val", ByteTokenizer(), tmp_path / "cache"))
@@ -164,8 +164,8 @@ def test_two_processes_may_build_at_once(tmp_path: Path) -> None:
     assert texts_in(cache) == [text for texts in SHARDS.values() for text in texts]
 
 
-def test_conversations_are_rendered_once_cut_and_counted(tmp_path: Path) -> None:
-    """Museum 56: a conversation longer than a row clogs the buffer: batches without targets, and NaN for ever."""
+def test_museum_56_conversations_are_rendered_once_cut_and_counted(tmp_path: Path) -> None:
+    """Conversations longer than a row filled the packer's buffer: batches without targets, and NaN for ever."""
     conversations = [
         talk("hi", "you"),
         talk("a question of a certain length", "answer past the cut"),

@@ -11,7 +11,6 @@ import pytest
 from nanochat_pl.cli.main import main
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.settings import build, to_plain
-from nanochat_pl.tasks.base import generator
 from nanochat_pl.tasks.conversations import ConversationSet
 from nanochat_pl.tasks.mixture import Mixture, build_mixture, only_judged
 from nanochat_pl.tasks.settings import ConversationSettings, MixtureSettings
@@ -152,9 +151,3 @@ def test_a_data_set_of_the_hub_is_fetched_when_asked_and_then_read_without_it(
         local = opened(tmp_path, path=real)
         assert [train[i] for i in range(512)] == [local[i] for i in range(512)]
         assert len(hub.requests) == requests, "no network unless asked"
-
-
-def test_museum_29_seeds_of_opposite_sign_give_other_examples() -> None:
-    """Elsewhere ``seed(1)`` was ``seed(-1)``: the training part and the test part had the same problems."""
-    draws = {tuple(generator("task", number).random() for _ in range(4)) for number in range(-50, 51)}
-    assert len(draws) == 101

@@ -168,6 +168,13 @@ def _what_of(rows: Rows) -> str:
     )
 
 
+def announce_cropped(rows: Rows | MixedRows) -> None:
+    """Say what was dropped of documents that were packed while the training ran; of others it was said before."""
+    for name, part in (rows.parts() if isinstance(rows, MixedRows) else {"rows": rows}).items():
+        if isinstance(part.index, StreamedIndex) and (stats := part.index.stats).cropped_tokens:
+            say(f"{name}: {stats.cropped_tokens:,} tokens cropped, {stats.trained_share:.0%} of the text is in a row.")
+
+
 def _base_plan(config: TrainConfig, machine: Machine, vocab_size: int, tokens_at_hand: int | None) -> Plan:
     """The plan of pretraining. Raises :class:`UserError` for one that is wrong, or longer than anybody would want."""
     plan = make_plan(
