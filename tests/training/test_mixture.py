@@ -16,6 +16,7 @@ import torch
 from lightning.pytorch import Callback
 
 from nanochat_pl.cli.main import main
+from nanochat_pl.cli.train import compose_train
 from nanochat_pl.data.mixed_rows import MixedRows, Turns
 from nanochat_pl.data.opening import open_source
 from nanochat_pl.data.rows import Rows, packed_rows, streamed_rows
@@ -107,6 +108,32 @@ def test_epochs_of_each_source_are_said(place: Path, others: Path, capfd: pytest
     assert code == 2 and "Rows: 16,000 of 32 tokens for 2,000 steps: - cats: 15,868 of them" in said
     assert "more than 4 epochs" in said.split("- cats")[1].split("- numbers")[0]
     assert "- numbers: 132 of them, 0.1" in said and "more than" not in said.split("- numbers")[1]
+
+
+def test_plan_and_doctor_tell_of_each_source(
+    trained: Path, place: Path, others: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    settings = mixture(place, others)
+    assert main(["plan", *settings, "max_steps=4000", "data.sources.cats.weight=30"]) == 0
+    said = " ".join(capfd.readouterr().out.split())
+    assert "cats: 0.992 of the tokens, 1,015,537; about " in said and ", more than 4. - numbers: 0.00826 of" in said
+    assert main(["doctor", "run=mixed", *settings, "row=3"]) == 0
+    said = " ".join(capfd.readouterr().out.split())
+    assert "Row 3 of 320" in said and "of numbers: 33 of 33 places are filled. 1. one.txt, document" in said
+
+
+def test_the_example_is_composed_and_its_keys_are_checked(capfd: pytest.CaptureFixture[str]) -> None:
+    composed = compose_train(["data=mixture", "data.sources.docs.weight=2"]).config.data
+    assert {name: (part.name, part.weight) for name, part in composed.parts.items()} == {
+        "docs": ("python_docs", 2),
+        "web": ("climbmix", 0.99),
+    }
+    assert composed.parts["web"].shuffle == "shards", "what configs/data/climbmix.yaml says"
+    assert main(["train", "data=mixture", "data.sources.web.wieght=1", "data.sources.docs.seed=-1"]) == 2
+    said = capfd.readouterr().err
+    assert "did you mean data.sources.web.weight?" in said and "data.sources.docs.seed=-1: is below 0" in said
+    assert main(["download", "data=mixture"]) == 2
+    assert "data=mixture: is not fetched as one" in capfd.readouterr().err
 
 
 def test_a_mixture_is_evaluated_source_by_source(trained: Path, place: Path) -> None:

@@ -102,7 +102,7 @@ class StageData:
         if self.stage != "base" or self.prepared is None or self.refused:
             return []
         source = open_source(config.data, cache)
-        sources = source.parts.values() if isinstance(source, MixedSource) else [source]
+        sources = [part.source for part in source.parts.values()] if isinstance(source, MixedSource) else [source]
         lacks = [
             part.shortfall(num_rows * self.prepared.rows.sequence_len)
             for part, num_rows in zip(sources, self._rows_taken(), strict=True)

@@ -20,11 +20,12 @@ from nanochat_pl.common.console import next_steps, print_table, say
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.hardware import ComputeDType, choose_compute_dtype, choose_device
 from nanochat_pl.common.settings import setting
-from nanochat_pl.data.at_hand import tokens_at_hand
+from nanochat_pl.data.at_hand import tokens_at_hand, tokens_by_source
 from nanochat_pl.data.hub_files import BYTES_PER_TOKEN
 from nanochat_pl.model.config import resolve_model
 from nanochat_pl.planning import Plan, check_horizon, make_plan, plan_sections, width_remark
 from nanochat_pl.planning.devices import Device, detected_device, named_device
+from nanochat_pl.planning.horizon import MAX_EPOCHS
 from nanochat_pl.planning.make import MIN_STEPS_PER_EPOCH
 from nanochat_pl.planning.outlook import TextFacts, add_memory, add_text, add_time, device_remarks
 from nanochat_pl.training.settings import TrainConfig, row_options
@@ -114,7 +115,8 @@ def full_plan(config: TrainConfig) -> tuple[Plan, Device, list[str]]:
     add_time(plan, model, options, os.cpu_count() or 1, ours.mfu, ours.price_per_hour)
     add_text(plan, _text_facts(ours))
     remarks = [*filter(None, [width_remark(plan)]), *device_remarks(plan, memory, device)]
-    return plan, device, [*remarks, *_remarks_on_settings(ours, device), *_what_train_adds(ours, plan, device)]
+    remarks += [*_remarks_on_settings(ours, device), *_epochs_by_source(ours, plan)]
+    return plan, device, [*remarks, *_what_train_adds(ours, plan, device)]
 
 
 def _device(config: PlanConfig) -> tuple[Device, ComputeDType]:
@@ -152,6 +154,23 @@ def _remarks_on_settings(config: PlanConfig, device: Device) -> list[str]:
             " everything but the other rows, and the time is theirs together, whatever they lose in talking to each"
             " other being part of mfu."
         )
+    return remarks
+
+
+def _epochs_by_source(config: PlanConfig, plan: Plan) -> list[str]:
+    """Of a mixture what each source gives, and how often it is read for that."""
+    known = tokens_by_source(config.data, cache_folder(config.paths))
+    total = sum(part.weight for part in config.data.parts.values())
+    remarks = []
+    for name, part in config.data.parts.items():
+        taken, tokens = plan["total_tokens"] * part.weight / total, known[name]
+        remark = f"{name}: {part.weight / total:.3g} of the tokens, {taken:,.0f}; "
+        if tokens is None:
+            remark += "how many there are is not known yet."
+        else:
+            remark += f"about {taken / max(tokens, 1):,.2f} epochs of {tokens:,}"
+            remark += f", more than {MAX_EPOCHS:g}." if taken > MAX_EPOCHS * tokens else "."
+        remarks.append(remark)
     return remarks
 
 

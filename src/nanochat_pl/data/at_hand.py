@@ -25,9 +25,14 @@ def tokens_at_hand(settings: DataSettings, cache_dir: Path) -> int | None:
         UserError: data.path names no file, or one that cannot be read.
     """
     if settings.name == "mixture":
-        known = [_tokens_of(f"data.sources.{name}", part, cache_dir) for name, part in settings.parts.items()]
+        known = tokens_by_source(settings, cache_dir).values()
         return None if None in known else sum(filter(None, known))
     return _tokens_of("data", settings, cache_dir)
+
+
+def tokens_by_source(settings: DataSettings, cache_dir: Path) -> dict[str, int | None]:
+    """As :func:`tokens_at_hand`, of each source of a mixture."""
+    return {name: _tokens_of(f"data.sources.{name}", part, cache_dir) for name, part in settings.parts.items()}
 
 
 def _tokens_of(key: str, settings: SourceSettings, cache_dir: Path) -> int | None:

@@ -47,7 +47,7 @@ class MixedSource:
     name = "mixture"
 
     def __init__(self, parts: Mapping[str, Source], turns: Turns) -> None:
-        self.parts: dict[str, Source] = {name: NamedSource(name, part) for name, part in parts.items()}
+        self.parts = {name: NamedSource(name, part) for name, part in parts.items()}
         self.turns = turns
         _refuse_shared_text(self.parts)
 
