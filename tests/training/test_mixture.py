@@ -182,6 +182,21 @@ def test_a_source_without_text_is_named(
     assert not (place / "runs" / "hollow" / "base").exists()
 
 
+@pytest.mark.parametrize("shuffle", ["global", "none"])
+def test_a_source_whose_turn_never_comes_does_no_harm(
+    place: Path, others: Path, trained: Path, shuffle: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The training ended well, and then the record of what it was made of could not be written."""
+    folder = place / "runs" / f"never-{shuffle}"
+    shutil.copytree(trained / "tokenizer", folder / "tokenizer")
+    keys = ["max_steps=2", "data.sources.numbers.weight=0.0001", f"data.sources.numbers.shuffle={shuffle}"]
+    assert main(["train", f"run={folder.name}", *mixture(place, others), *keys, "data.seed=0"]) == 0
+    assert "- numbers: 0 of them" in capfd.readouterr().out
+    rows = metrics_of(folder)
+    assert [(row["train/tokens_numbers"], row["train/loss_numbers"]) for row in rows] == [("0", "")] * 2
+    assert float(rows[-1]["val/bpb_numbers"]) > 0
+
+
 class Watch(Callback):
     """Before each step the loss of every row, from the weights as they are."""
 

@@ -80,8 +80,9 @@ def prepare_base(config: TrainConfig, folder: StageFolder, cache: Path, machine:
     rows: Rows | MixedRows
     if isinstance(source, MixedSource):
         counts = zip(parts.items(), source.turns.counts(num_rows), strict=True)
-        of_parts = {
-            name: _rows_of(part, tokenizer, cache, plan["sequence_len"], count) for (name, part), count in counts
+        of_parts = {  # of a source whose turn never comes a row all the same
+            name: _rows_of(part, tokenizer, cache, plan["sequence_len"], max(count, 1))
+            for (name, part), count in counts
         }
         rows = MixedRows(of_parts, source.turns, num_rows)
     else:
@@ -152,8 +153,8 @@ def _announce_rows(rows: Rows | MixedRows, plan: Plan) -> None:
         say(f"{line}, {_what_of(rows)}.")
         return
     say(f"{line}:")
-    for name, part in rows.parts().items():
-        say(f"- {name}: {len(part):,} of them, {_what_of(part)}.")
+    for (name, part), count in zip(rows.parts().items(), rows.turns.counts(len(rows)), strict=True):
+        say(f"- {name}: {count:,} of them, {_what_of(part)}.")
 
 
 def _what_of(rows: Rows) -> str:
