@@ -16,6 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from nanochat_pl.common.errors import visible
+
 # A log file has no width: wide enough that no table is cut.
 WIDTH_WITHOUT_TERMINAL = 160
 SECONDS_BETWEEN_LINES = 15.0
@@ -39,8 +41,8 @@ def replace_unknown_signs(*streams: TextIO) -> None:
 
 
 def say(text: str = "", style: str = "") -> None:
-    """Print a line as it is: brackets are not markup, long lines are not broken."""
-    console().print(Text(text, style=style))
+    """Print a line as it is: brackets are not markup, long lines are not broken, nothing steers the terminal."""
+    console().print(Text(visible(text), style=style))
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], title: str = "") -> None:
@@ -57,7 +59,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], title:
         numeric = bool(body) and all(_is_number(row[n]) for row in body)
         table.add_column(heading, justify="right" if numeric else "left", overflow="fold")
     for row in body:
-        table.add_row(*(Text(cell) for cell in row))
+        table.add_row(*(Text(visible(cell)) for cell in row))
     if title:
         say(title, style="bold")
     console().print(table, soft_wrap=False)

@@ -7,7 +7,11 @@ command line prints it without a traceback and exits with code 2. ``assert`` is 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Sequence
+
+# Control characters but for tab and line end, and halves of surrogate pairs.
+_UNSEEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 class UserError(Exception):
@@ -19,9 +23,15 @@ class UserError(Exception):
     """
 
     def __init__(self, problem: str | Sequence[str], fix: str = "") -> None:
-        self.problems: tuple[str, ...] = (problem,) if isinstance(problem, str) else tuple(problem)
-        self.fix = fix
+        problems = (problem,) if isinstance(problem, str) else tuple(problem)
+        self.problems: tuple[str, ...] = tuple(map(visible, problems))
+        self.fix = visible(fix)
         super().__init__("\n".join([*self.problems, *([fix] if fix else [])]))
+
+
+def visible(text: str) -> str:
+    """A text as a terminal may have it: what would steer the terminal, or cannot be encoded, becomes its escape."""
+    return _UNSEEN.sub(lambda sign: ascii(sign[0])[1:-1], text)
 
 
 def did_you_mean(name: str, valid: Iterable[str], limit: int = 3) -> str:

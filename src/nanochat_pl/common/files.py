@@ -15,6 +15,7 @@ from typing import Any
 from nanochat_pl.common.errors import UserError
 
 MAX_JSON_BYTES = 64 * 2**20
+_PLACES = "paths.runs=… (runs), paths.cache=… (caches), to=… (import and export)"
 
 
 @contextlib.contextmanager
@@ -34,8 +35,8 @@ def _explain(error: OSError, path: Path) -> str:
 
 def _fix(error: OSError) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return "Free some space, or set paths.runs=… and paths.cache=… to folders on another disk."
-    return "Set paths.runs=… (runs) or paths.cache=… (caches) to a folder that can be written."
+        return f"Free some space, or write to another disk: {_PLACES}."
+    return f"Give a folder that can be written: {_PLACES}."
 
 
 def free_bytes(path: Path) -> int:
@@ -122,7 +123,11 @@ def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES, infinities: bool = Fa
         size = path.stat().st_size
         if size > max_bytes:
             raise UserError(f"{path}: {size:,} bytes, more than the {max_bytes:,} that such a file may have.")
-        return json.loads(path.read_text(encoding="utf-8"), parse_constant=None if infinities else _refuse_constant)
+        text = path.read_text(encoding="utf-8")
+        value = json.loads(text, parse_constant=None if infinities else _refuse_constant)
+        if "\\ud" in text.lower():  # half a surrogate pair is JSON, but no file could hold it
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+        return value
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from nanochat_pl.common.errors import visible
 from nanochat_pl.common.settings import to_plain
 
 READ = "read"
@@ -101,4 +102,4 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 def _cell(value: object) -> str:
-    return " ".join(str(value).split()).replace("|", "\\|")
+    return " ".join(visible(str(value)).split()).replace("|", "\\|")

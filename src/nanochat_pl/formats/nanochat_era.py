@@ -75,7 +75,7 @@ def find_era(there: ReferenceConfig, weights: Mapping[str, torch.Tensor]) -> tup
             return "nanochat", f"by {name}"
     for name, tensor in weights.items():
         if name.endswith(".ve_gate.weight"):
-            channels = tensor.shape[-1]
+            channels = tensor.shape[-1] if tensor.ndim else 0
             return ("nanochat_2026_02" if channels == 32 else "nanochat"), f"by {channels} channels of {name}"
     for name in weights:
         if name in FILLED_IN or name.startswith("value_embeds."):
@@ -95,7 +95,7 @@ def model_settings(there: ReferenceConfig, era: Era, value_embeddings: bool) -> 
         **{
             **own,
             "depth": there.n_layer,
-            "aspect_ratio": there.n_embd // there.n_layer,
+            "aspect_ratio": max(1, there.n_embd // there.n_layer),
             "head_dim": there.n_embd // there.n_head,
             "sequence_len": there.sequence_len,
             "window_pattern": (there.window_pattern or "L").upper(),

@@ -50,10 +50,13 @@ class Checkpoint:
     @property
     def optimizers(self) -> list[Path]:
         """The optimizer's file of each process that is there, sorted."""
-        return sorted(self.folder.glob(f"optim_{self.step:06d}*.pt"))
+        named = re.compile(rf"optim_{self.step:06d}(_.*)?\.pt")
+        return sorted(path for path in self.folder.iterdir() if named.fullmatch(path.name))
 
-    def optimizer(self, rank: int = 0) -> Path:
-        return self.folder / f"optim_{self.step:06d}_rank{rank}.pt"
+    def optimizer(self, rank: int | None = 0) -> Path:
+        """The file of a process, or the one that names none."""
+        ending = "" if rank is None else f"_rank{rank}"
+        return self.folder / f"optim_{self.step:06d}{ending}.pt"
 
     def keys(self) -> str:
         """How a person names it."""
@@ -101,6 +104,11 @@ def choose_checkpoint(source: Path, stage: Stage | None, tag: str | None, step: 
     if fitting:
         raise UserError(f"source={source}: has several checkpoints: {listed}{more}.", fix="Say which, with these keys.")
     raise UserError(f"source={source}: has no such checkpoint; there are: {listed}{more}.")
+
+
+def stage_of(checkpoint: Checkpoint, asked: Stage | None) -> Stage:
+    """The stage that a checkpoint is of: its folder says it, else whoever asked for it."""
+    return checkpoint.stage or asked or "base"
 
 
 def tokenizer_folders(source: Path, checkpoint: Checkpoint) -> Iterable[Path]:

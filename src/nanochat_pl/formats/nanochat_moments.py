@@ -17,10 +17,11 @@ from torch import Tensor
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.settings import build
 from nanochat_pl.formats.imported import require_finite
-from nanochat_pl.formats.reference_pickle import STORED_DTYPES, read_torch
+from nanochat_pl.formats.reference_pickle import problem_of_tensor, problem_of_weight, read_torch
 from nanochat_pl.model.gpt import GPT, parameter_roles
 from nanochat_pl.optim import OptimSettings, resolve_hyperparameters
 from nanochat_pl.optim.parameter_groups import make_groups
+from nanochat_pl.planning.horizon import MAX_STEPS
 
 # Names of the moments there, and here.
 ADAMW = {"exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
@@ -144,10 +145,15 @@ def _groups_fit(found: list[Any], expected: list[dict[str, Any]]) -> bool:
     if len(found) != len(expected) or not all(isinstance(group, dict) for group in found):
         return False
     return all(
-        theirs.get("params") == list(range(first, first + len(ours["names"])))
+        _numbers(theirs.get("params")) == list(range(first, first + len(ours["names"])))
         and theirs.get("kind", ours["kind"]) == ours["kind"]
         for theirs, (first, ours) in zip(found, _numbered(expected), strict=True)
     )
+
+
+def _numbers(value: Any) -> list[int] | None:
+    """A list of whole numbers, or None: a stranger may have put tensors there, which nothing is equal to."""
+    return value if isinstance(value, list) and all(type(number) is int for number in value) else None
 
 
 def _numbered(groups: list[dict[str, Any]]) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -170,9 +176,9 @@ class _Reader:
     def read_adamw(self, number: int, name: str, shape: tuple[int, ...]) -> None:
         own = self.state.get(number)
         step = own.get("step") if isinstance(own, dict) else None
-        if isinstance(step, Tensor) and step.numel() == 1:
+        if isinstance(step, Tensor) and problem_of_tensor(step) is None and step.numel() == 1:
             self.step_is_tensor, step = True, step.item()
-        if isinstance(step, (int, float)):
+        if isinstance(step, (int, float)) and not isinstance(step, bool) and 0 <= step <= MAX_STEPS:
             self.moments[f"{name}.step"] = torch.tensor(float(step))
         else:
             self.problems.append(f"{name} has no number of steps.")
@@ -192,8 +198,10 @@ class _Reader:
     def _find(self, number: int, moment: str, shape: tuple[int, ...], name: str) -> Tensor | None:
         own = self.state.get(number)
         found = own.get(moment) if isinstance(own, dict) else None
-        if not isinstance(found, Tensor) or found.dtype not in STORED_DTYPES or found.layout is not torch.strided:
+        if not isinstance(found, Tensor):
             self.problems.append(f"{name} has no {moment}.")
+        elif problem := problem_of_weight(found):
+            self.problems.append(f"{moment} of {name} {problem}.")
         elif tuple(found.shape) != shape:
             self.problems.append(f"{moment} of {name} has the shape {tuple(found.shape)}, not {shape}.")
         else:

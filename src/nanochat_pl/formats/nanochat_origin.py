@@ -10,6 +10,7 @@ from nanochat_pl.bundle import StageInfo
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.settings import build, setting
 from nanochat_pl.formats.nanochat_folder import Stage
+from nanochat_pl.formats.reference_pickle import MAX_NAME_LENGTH, is_unicode
 
 FORMAT: Literal["nanochat"] = "nanochat"
 # The reference writes the numbers that JSON does not have as JavaScript has them; they are kept as {NUMBER: name}.
@@ -29,7 +30,7 @@ class NanochatOrigin:
     step: int = setting(doc="Number in the files' names.", at_least=0, at_most=10**12)
     meta: dict[str, Any] = setting(doc="All values of the meta file, also those that mean nothing here.")
     names: list[str] = setting(doc="Of the tensors, in their order.", max_length=10**5)
-    tokenizer_name: str | None = setting(None, "Of the pickled encoding.", max_length=1000)
+    tokenizer_name: str | None = setting(None, "Of the pickled encoding.", max_length=MAX_NAME_LENGTH)
     optimizer_groups: list[dict[str, Any]] | None = setting(
         None, "Settings of the optimizer's groups.", max_length=10**4
     )
@@ -56,11 +57,13 @@ def to_json(value: Any, where: str, depth: int = 0) -> Any:
     if depth > _MAX_DEPTH:
         raise UserError(f"{where}: is nested deeper than {_MAX_DEPTH} levels.")
     if isinstance(value, dict) and all(isinstance(key, str) for key in value):
-        return {key: to_json(item, where, depth + 1) for key, item in value.items()}
+        return {to_json(key, where, depth + 1): to_json(item, where, depth + 1) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [to_json(item, where, depth + 1) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return {NUMBER: "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"}
+    if isinstance(value, str) and not is_unicode(value):
+        raise UserError(f"{where}: holds {value!r:.100}, with half a surrogate pair in it, which is no text.")
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     raise UserError(f"{where}: holds a {type(value).__name__}, which is no plain data.")

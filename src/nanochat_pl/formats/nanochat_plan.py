@@ -9,6 +9,7 @@ from typing import Any
 from nanochat_pl.model.config import GPTConfig
 from nanochat_pl.optim.settings import RECIPE, width_lr_scale
 from nanochat_pl.planning import Plan
+from nanochat_pl.planning.horizon import MAX_BATCH_TOKENS
 from nanochat_pl.planning.make import REFERENCE_BATCH_TOKENS
 
 # Which group's learning rate is which hyperparameter, and whether the width is in it.
@@ -33,7 +34,7 @@ def plan_of_checkpoint(
     """
     plan = Plan()
     batch, asked = meta.get("total_batch_size"), meta.get("user_config")
-    if isinstance(batch, int) and batch > 0:
+    if type(batch) is int and 0 < batch <= MAX_BATCH_TOKENS:  # true is no batch
         plan.derive("total_batch_tokens", batch, "total_batch_size of the meta file")
     else:
         plan.derive("total_batch_tokens", REFERENCE_BATCH_TOKENS, "the recipe's: the meta file has none")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nanochat_pl.bundle import StageInfo
 from nanochat_pl.bundle.stage_info import library_versions
-from nanochat_pl.common.errors import UserError
+from nanochat_pl.common.errors import UserError, visible
 from nanochat_pl.common.files import read_json, sha256_of_file
 from nanochat_pl.common.hardware import memory_bytes
 from nanochat_pl.common.settings import build, to_plain
@@ -36,12 +36,19 @@ from nanochat_pl.formats.nanochat_folder import (
     Checkpoint,
     Stage,
     choose_checkpoint,
+    stage_of,
     tokenizer_folders,
 )
 from nanochat_pl.formats.nanochat_moments import WITHOUT, groups_by_role, read_moments
 from nanochat_pl.formats.nanochat_origin import FORMAT, NanochatOrigin, to_json
 from nanochat_pl.formats.nanochat_plan import plan_of_checkpoint
-from nanochat_pl.formats.reference_pickle import STORED_DTYPES, read_encoding, read_torch
+from nanochat_pl.formats.reference_pickle import (
+    STORED_DTYPES,
+    problem_of_tensor,
+    problem_of_weight,
+    read_encoding,
+    read_torch,
+)
 from nanochat_pl.model.accounting import require_size
 from nanochat_pl.model.config import GPTConfig
 from nanochat_pl.model.gpt import GPT
@@ -80,7 +87,8 @@ def read_nanochat(
     names, weights = _read_weights(checkpoint.model)
     found, reason = (era, f"era={era} was given") if era else find_era(there, weights)
     config = _config(checkpoint, there, found, weights)
-    net, rows = _fit(checkpoint, config, names, weights, f"{found}, {reason}")
+    net, rows = _fit(checkpoint, config, names, weights, f"{found} ({reason})")
+    weights = _own_memory(weights)
     require_finite(weights, str(checkpoint.model))
 
     files = [checkpoint.model, checkpoint.meta]
@@ -94,8 +102,8 @@ def read_nanochat(
     origin = NanochatOrigin(
         format=FORMAT,
         era=found,
-        stage=checkpoint.stage or stage or "base",
-        tag=checkpoint.folder.absolute().name[:100],
+        stage=stage_of(checkpoint, stage),
+        tag=visible(checkpoint.folder.absolute().name)[:100],
         step=checkpoint.step,
         meta=to_json(meta, str(checkpoint.meta)),
         names=list(names.values()),
@@ -118,10 +126,10 @@ def read_nanochat(
             origin=to_plain(origin),
         ),
         certificate=Certificate(
-            source=str(source),
+            source=visible(str(source)),
             layout=FORMAT,
             found=f"architecture {found} ({reason})",
-            files={_shown(path, source): sha256_of_file(path) for path in [*files, *encoder_files]},
+            files={visible(_shown(path, source)): sha256_of_file(path) for path in [*files, *encoder_files]},
             facts=facts(config, there, found, checkpoint.meta.name),
             tensors=rows,
             remarks=tuple(remarks),
@@ -172,22 +180,31 @@ def _read_weights(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
         raise UserError(f"{path}: must hold the tensors of a model by name.")
     names: dict[str, str] = {}
     weights: dict[str, Tensor] = {}
-    memory: set[int] = set()
     for there, tensor in state.items():
         if not isinstance(there, str) or not isinstance(tensor, Tensor):
             raise UserError(f"{path}: must hold nothing but tensors by name; it has {there!r:.100}.")
-        if tensor.layout is not torch.strided or tensor.dtype not in STORED_DTYPES:
-            types = ", ".join(STORED_DTYPES.values())
-            raise UserError(f"{path}: {there} is of type {tensor.dtype}, {tensor.layout}; must be {types}, dense.")
+        if problem := problem_of_weight(tensor):
+            raise UserError(f"{path}: {there:.200} {problem}.")
         here = there.removeprefix(COMPILED)
         if here in names:
             raise UserError(f"{path}: has {here} twice, with and without {COMPILED}.")
-        shared = tensor.untyped_storage().data_ptr() in memory
-        memory.add(tensor.untyped_storage().data_ptr())
-        names[here], weights[here] = there, tensor.detach().clone() if shared else tensor.detach()
-    if WTE not in weights or weights[WTE].ndim != 2:
+        names[here], weights[here] = there, tensor.detach()
+    if WTE not in weights:
         raise UserError(f"{path}: has no {WTE}, so it is no model of nanochat.")
+    if weights[WTE].ndim != 2:
+        raise UserError(f"{path}: {WTE} has the shape {tuple(weights[WTE].shape)}; must be rows of a width.")
     return names, weights
+
+
+def _own_memory(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights, each in memory of its own, also where two of them shared one. Their sizes were checked before."""
+    taken: set[int] = set()
+    own = {}
+    for name, tensor in weights.items():
+        place = tensor.untyped_storage().data_ptr()
+        own[name] = tensor.clone() if place in taken else tensor
+        taken.add(place)
+    return own
 
 
 def _config(checkpoint: Checkpoint, there: ReferenceConfig, era: Era, weights: Mapping[str, Tensor]) -> GPTConfig:
@@ -268,7 +285,13 @@ def _read_tokenizer(
 
 def _compare_token_bytes(path: Path, tokenizer: Tokenizer) -> list[str]:
     found, own = read_torch(path), torch.from_numpy(tokenizer.token_bytes.copy())
-    if not isinstance(found, Tensor) or found.shape != own.shape or found.is_floating_point() or found.is_complex():
+    if (
+        not isinstance(found, Tensor)
+        or problem_of_tensor(found)
+        or found.shape != own.shape
+        or found.is_floating_point()
+        or found.is_complex()
+    ):
         raise UserError(f"{path}: must be a list of {len(own):,} whole numbers, one for each id.")
     if wrong := int((found.to(torch.int64) != own).sum()):
         return [
@@ -281,10 +304,11 @@ def _optimizer_file(checkpoint: Checkpoint) -> Path | None:
     found = checkpoint.optimizers
     if not found:
         return None
-    if found != [checkpoint.optimizer()]:
+    if found not in ([checkpoint.optimizer()], [checkpoint.optimizer(None)]):
+        shown = ", ".join(path.name for path in found[:3]) + (" …" if len(found) > 3 else "")
         raise UserError(
-            f"{checkpoint.folder}: has the optimizer state of several processes ({len(found)} files,"
-            f" {found[0].name} …); that of a single one is read, {checkpoint.optimizer().name}.",
+            f"{checkpoint.folder}: has the optimizer state of several processes or a share of it ({shown}); that of a"
+            f" single process is read, {checkpoint.optimizer().name}.",
             fix=WITHOUT,
         )
     return found[0]

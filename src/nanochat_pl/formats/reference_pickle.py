@@ -13,10 +13,11 @@ import struct
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import tiktoken
 import torch
+from torch import Tensor
 
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.files import write_bytes
@@ -47,7 +48,21 @@ _DAMAGED = (
     TypeError,
     ValueError,
 )
-_BYTEARRAY8 = 0x96
+# All that a pickled Encoding consists of, in the protocols from 3 on. Nothing here nests but dictionaries, which are no
+# keys, so no depth is reached at which the interpreter falls over; nothing takes memory for a length that is only said.
+_INSTRUCTIONS = frozenset(
+    b"".join(
+        (
+            pickle.PROTO + pickle.FRAME + pickle.MARK + pickle.STOP,
+            pickle.EMPTY_DICT + pickle.SETITEM + pickle.SETITEMS + pickle.EMPTY_TUPLE,
+            pickle.SHORT_BINBYTES + pickle.BINBYTES + pickle.SHORT_BINUNICODE + pickle.BINUNICODE,
+            pickle.BININT + pickle.BININT1 + pickle.BININT2,
+            pickle.GLOBAL + pickle.STACK_GLOBAL + pickle.NEWOBJ + pickle.BUILD,
+            pickle.MEMOIZE + pickle.BINPUT + pickle.LONG_BINPUT + pickle.BINGET + pickle.LONG_BINGET,
+        )
+    )
+)
+MAX_NAME_LENGTH = 1000
 _COPY_AGAIN = "Copy it again from where it came."
 
 
@@ -74,6 +89,27 @@ def read_torch(path: Path) -> Any:
         raise UserError(f"{path}: is cut short, damaged or no file of torch.save: {reason}", fix=_COPY_AGAIN) from error
 
 
+def problem_of_tensor(tensor: Tensor) -> str | None:
+    """Why a tensor of a file is none that a checkpoint has; None for one that lies in memory, dense, number by number.
+
+    The reader of torch also gives tensors without memory, nested, sparse and quantized ones.
+    """
+    if tensor.is_nested:
+        return "is nested; must be one dense tensor"
+    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_neg() or tensor.is_conj():
+        return f"is of type {tensor.dtype}, {tensor.layout}; must be dense, its numbers as they are"
+    if tensor.device.type != "cpu":
+        return f"has no numbers in the file (device {tensor.device})"
+    return None
+
+
+def problem_of_weight(tensor: Tensor) -> str | None:
+    """As :func:`problem_of_tensor`, and of a type that weights and moments have."""
+    if (problem := problem_of_tensor(tensor)) is None and tensor.dtype not in STORED_DTYPES:
+        return f"is of type {tensor.dtype}; must be {', '.join(STORED_DTYPES.values())}"
+    return problem
+
+
 @dataclass(frozen=True)
 class EncodingState:
     """What a pickled ``tiktoken.Encoding`` consists of."""
@@ -97,11 +133,19 @@ class _Refused(Exception):
     """A name that a pickle asks for and does not get."""
 
 
+class _Instructions(dict[int, Any]):
+    """What the machine does by the number of the instruction; it has no others."""
+
+    def __missing__(self, code: int) -> NoReturn:
+        raise pickle.UnpicklingError(f"it has the instruction {code:#04x}, which no tokenizer needs")
+
+
 class _Unpickler(pickle._Unpickler):
     """The machine in Python: the one in C takes gigabytes for a file of some bytes that names a high memo slot."""
 
-    # The one instruction that takes memory for a length before it has seen the bytes; a tokenizer has no use for it.
-    dispatch: ClassVar = {code: act for code, act in pickle._Unpickler.dispatch.items() if code != _BYTEARRAY8}
+    dispatch: ClassVar = _Instructions(
+        (code, act) for code, act in pickle._Unpickler.dispatch.items() if code in _INSTRUCTIONS
+    )
 
     def find_class(self, module: str, name: str) -> type:
         if (module, name) == ENCODING:
@@ -142,13 +186,20 @@ def read_encoding(path: Path) -> EncodingState:
 def _problem_of_state(state: dict[Any, Any]) -> str | None:
     if set(state) != set(EncodingState.__annotations__):
         return f"its state must have the keys {', '.join(EncodingState.__annotations__)}"
-    if not isinstance(state["name"], str) or not isinstance(state["pat_str"], str):
+    if not all(isinstance(state[key], str) and is_unicode(state[key]) for key in ("name", "pat_str")):
         return "name and pat_str must be text"
+    if len(state["name"]) > MAX_NAME_LENGTH:
+        return f"its name has {len(state['name']):,} characters, above {MAX_NAME_LENGTH:,}"
     for key, kind in (("mergeable_ranks", bytes), ("special_tokens", str)):
         table = state[key]
         if type(table) is not dict or not all(type(k) is kind and type(v) is int for k, v in table.items()):
             return f"{key} must map {kind.__name__} to whole numbers"
     return None
+
+
+def is_unicode(text: str) -> bool:
+    """Pickles have halves of surrogate pairs, files of text do not."""
+    return not any("\ud800" <= sign <= "\udfff" for sign in text)
 
 
 def write_encoding(path: Path, tokenizer: Tokenizer, name: str) -> None:

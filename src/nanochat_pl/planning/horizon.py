@@ -14,6 +14,12 @@ if TYPE_CHECKING:
 MAX_EPOCHS = 4.0  # beyond, repeated text teaches little more (arXiv 2305.16264)
 MAX_CPU_SECONDS = 3600.0
 
+# Bounds far above what anybody trains, so that every figure of a plan is a number.
+MAX_STEPS = 10**12
+MAX_BATCH_TOKENS = 2**40
+MAX_FLOPS = 1e36
+MAX_TOKENS_PER_PARAMETER = 1e9
+
 # What one CPU core is taken to reach in training, in FLOP/s: float32 with 256-bit vectors, a small model. Two
 # newer cores with bfloat16 units reach three times that. It decides nothing but whether check_horizon asks back.
 ASSUMED_FLOPS_PER_CORE = 50e9
@@ -23,15 +29,23 @@ ASSUMED_FLOPS_PER_CORE = 50e9
 class HorizonSettings:
     """The length of a stage. Precedence: max_steps, flops_budget, tokens_per_parameter."""
 
-    max_steps: int | None = setting(None, "Optimizer steps; null: from the FLOPs budget or the ratio.", at_least=1)
+    max_steps: int | None = setting(
+        None, "Optimizer steps; null: from the FLOPs budget or the ratio.", at_least=1, at_most=MAX_STEPS
+    )
     flops_budget: float | None = setting(
-        None, "Training FLOPs to spend, e.g. 1e18; null: the ratio sets the length.", above=0
+        None, "Training FLOPs to spend, e.g. 1e18; null: the ratio sets the length.", above=0, at_most=MAX_FLOPS
     )
     tokens_per_parameter: float | None = setting(
-        None, "Training tokens per scaling parameter; null: 12. 8 is the speedrun's, 20 Chinchilla's.", above=0
+        None,
+        "Training tokens per scaling parameter; null: 12. 8 is the speedrun's, 20 Chinchilla's.",
+        above=0,
+        at_most=MAX_TOKENS_PER_PARAMETER,
     )
     total_batch_tokens: int | None = setting(
-        None, "Tokens of one optimizer step over all processes; null: from the horizon.", at_least=1
+        None,
+        "Tokens of one optimizer step over all processes; null: from the horizon.",
+        at_least=1,
+        at_most=MAX_BATCH_TOKENS,
     )
 
 
