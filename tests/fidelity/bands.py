@@ -21,11 +21,12 @@ from torch import Tensor
 from tests.fidelity.setting import NUM_STEPS, Gradients
 
 FILE = Path(__file__).with_name("bands.json")
-MARGIN = 4.0
-# Of float32 losses, in nats, and of the norms of float32 gradients by role, as a share: ten times what orders of
-# summation, jitter, instruction sets, threads and the compiler were measured to make of them.
+MARGIN = 5.0
+# Of float32 losses, in nats, and of the norms of float32 gradients by role, as a share. Other orders of summation,
+# instruction sets, threads and the compiler made up to 1e-6 of losses. Of norms they made up to 3e-4: of those of the
+# residual factors, whose sums nearly cancel.
 LOSS_TOLERANCE = 1e-5
-NORM_TOLERANCE = 2e-4
+NORM_TOLERANCE = 1e-3
 # Steps whose spreads are one: a step that happened to be alike for all seeds is not held to that.
 NEIGHBOURS = 2
 TINY = 1e-12
@@ -73,10 +74,12 @@ def _by_role(what: str, other: Mapping[str, Tensor], exact: Mapping[str, Tensor]
 
 def bands_of(figures: Sequence[Figures]) -> dict[str, Band]:
     """Bands from the figures of many seeds."""
+    if not figures:
+        return {}
     centre = {name: statistics.mean(one[name] for one in figures) for name in figures[0]}
     spread = {name: statistics.stdev(one[name] for one in figures) for name in figures[0]}
     widest = {name: max([spread[name], *(spread.get(other, 0.0) for other in _near(name))]) for name in spread}
-    return {name: {"centre": centre[name], "spread": widest[name]} for name in centre}
+    return {name: {"centre": centre[name], "spread": widest[name], "seeds": len(figures)} for name in centre}
 
 
 def _near(name: str) -> list[str]:
@@ -89,13 +92,18 @@ def _near(name: str) -> list[str]:
 def outside(figures: Sequence[Figures], how: str) -> list[str]:
     """A line for each figure whose mean over these seeds is not in the band of ``how``, e.g. "bfloat16 eager"."""
     bands: Mapping[str, Band] = stored()["bands"][how]
-    factor = MARGIN * math.sqrt(1 / len(figures) + 1 / stored()["num_seeds"])
     lines = []
     for name in figures[0]:
         mean, band = statistics.mean(one[name] for one in figures), bands[name]
-        if abs(mean - band["centre"]) > factor * band["spread"]:
-            lines.append(f"{how}, {name}: {mean:.3g}, not {band['centre']:.3g} ± {factor * band['spread']:.2g}")
+        width = half_width(band, len(figures))
+        if abs(mean - band["centre"]) > width:
+            lines.append(f"{how}, {name}: {mean:.3g}, not {band['centre']:.3g} ± {width:.2g}")
     return lines
+
+
+def half_width(band: Band, num_seeds: int) -> float:
+    """How far from the centre the mean of so many seeds may be."""
+    return MARGIN * band["spread"] * math.sqrt(1 / num_seeds + 1 / band["seeds"])
 
 
 def wrong_float32_losses(losses: Sequence[float], seed: int) -> list[str]:

@@ -15,10 +15,11 @@ import torch
 from nanochat_pl.common.files import write_text
 from nanochat_pl.model.config import DType
 from nanochat_pl.model.gpt import GPT
-from tests.fidelity.bands import FILE, Figures, bands_of, curve_figures, gradient_figures, update_figures
+from tests.fidelity.bands import FILE, Figures, bands_of, curve_figures, gradient_figures, half_width, update_figures
 from tests.fidelity.setting import NUM_STEPS, SEEDS, Loss, Training, gradients, model_config, updates
 
-NUM_SEEDS = 15
+# Curves take seconds each, gradients and updates a fraction of one.
+CURVE_SEEDS, GRADIENT_SEEDS = range(15), range(40)
 HOWS: tuple[tuple[DType, str], ...] = (("bfloat16", "eager"), ("float32", "compiled"), ("bfloat16", "compiled"))
 
 
@@ -31,46 +32,48 @@ def compiled(dtype: DType) -> tuple[GPT, Loss]:
 def main(plot: Path | None) -> None:
     """Measure, print, write."""
     torch.use_deterministic_algorithms(True)
-    seeds = range(NUM_SEEDS)
-    exact = {seed: list(Training(seed, "float32").losses()) for seed in seeds}
-    exact_gradients = {seed: gradients(seed, "float32") for seed in seeds}
-    measured: dict[str, list[Figures]] = {}
+    exact = {seed: list(Training(seed, "float32").losses()) for seed in CURVE_SEEDS}
+    exact_gradients = {seed: gradients(seed, "float32") for seed in GRADIENT_SEEDS}
+    curves: dict[str, list[Figures]] = {}
+    by_role: dict[str, list[Figures]] = {}
     for dtype, way in HOWS:
         net, loss = compiled(dtype) if way == "compiled" else (None, None)
-        measured[f"{dtype} {way}"] = [
-            curve_figures(list(Training(seed, dtype, net, loss).losses()), exact[seed])
-            | gradient_figures(gradients(seed, dtype, net, loss), exact_gradients[seed])
-            for seed in seeds
+        how = f"{dtype} {way}"
+        curves[how] = [
+            curve_figures(list(Training(seed, dtype, net, loss).losses()), exact[seed]) for seed in CURVE_SEEDS
         ]
-    exact_updates = {seed: updates(seed, "float32") for seed in seeds}
-    measured["bfloat16 optimizer"] = [update_figures(updates(seed, "bfloat16"), exact_updates[seed]) for seed in seeds]
-    for kind in ("loss at step", "gradient"):
-        worst = max(
-            abs(one[name])
-            for one in measured["float32 compiled"]
-            for name in one
-            if name.startswith(kind) and "cosine" not in name
-        )
+        by_role[how] = [
+            gradient_figures(gradients(seed, dtype, net, loss), one) for seed, one in exact_gradients.items()
+        ]
+    curves["bfloat16 optimizer"] = []
+    by_role["bfloat16 optimizer"] = [
+        update_figures(updates(seed, "bfloat16"), updates(seed, "float32")) for seed in GRADIENT_SEEDS
+    ]
+    for kind, figures in (("losses", curves), ("gradients", by_role)):
+        worst = max(abs(one[name]) for one in figures["float32 compiled"] for name in one if not _is_logarithm(name))
         print(f"float32, compiled against eager, {kind}: at most {worst:.1e}")
     content = {
         "made_by": "python -m tests.fidelity.make_bands",
         "torch": torch.__version__,
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "machine": platform.machine(),
-        "num_seeds": NUM_SEEDS,
         "float32_losses": {str(seed): exact[seed] for seed in SEEDS},
         "float32_gradient_norms": {
             str(seed): {role: part.norm().item() for role, part in exact_gradients[seed].by_role.items()}
             for seed in SEEDS
         },
-        "bands": {how: bands_of(figures) for how, figures in measured.items() if how.startswith("bfloat16")},
+        "bands": {how: bands_of(curves[how]) | bands_of(by_role[how]) for how in by_role if how != "float32 compiled"},
     }
     write_text(FILE, json.dumps(content, indent=1) + "\n")
     if plot is not None:
-        draw(plot, measured)
+        draw(plot, curves, by_role)
 
 
-def draw(path: Path, measured: dict[str, list[Figures]]) -> None:
+def _is_logarithm(name: str) -> bool:
+    return "cosine" in name or name == "token losses"
+
+
+def draw(path: Path, curves: dict[str, list[Figures]], by_role: dict[str, list[Figures]]) -> None:
     """Differences to float32 in the bands: losses step by step, and gradients by role."""
     import matplotlib
 
@@ -79,9 +82,9 @@ def draw(path: Path, measured: dict[str, list[Figures]]) -> None:
 
     figure, axes = pyplot.subplots(2, 2, figsize=(13, 8.5), layout="constrained")
     for axis, how in zip(axes[0], ("bfloat16 eager", "bfloat16 compiled"), strict=True):
-        _draw_curves(axis, how, measured[how])
-    _draw_gradients(axes[1][0], ": 1 - cosine", measured, "log10 (1 − cosine)")
-    _draw_gradients(axes[1][1], ": norm", measured, "norm of the gradient / that of float32 − 1")
+        _draw_curves(axis, how, curves[how])
+    _draw_gradients(axes[1][0], ": 1 - cosine", by_role, "log10 (1 − cosine)")
+    _draw_gradients(axes[1][1], ": norm", by_role, "norm of the gradient / that of float32 − 1")
     figure.savefig(path, dpi=110)
     print(path)
 
@@ -89,8 +92,9 @@ def draw(path: Path, measured: dict[str, list[Figures]]) -> None:
 def _draw_curves(axis, how: str, figures: list[Figures]) -> None:  # type: ignore[no-untyped-def]
     bands = bands_of(figures)
     names = [f"loss at step {step}" for step in range(NUM_STEPS)]
-    centre, spread = ([1e3 * bands[name][key] for name in names] for key in ("centre", "spread"))
-    low, high = ([c + sign * 4.13 * s for c, s in zip(centre, spread, strict=True)] for sign in (-1, 1))
+    centre = [1e3 * bands[name]["centre"] for name in names]
+    width = [1e3 * half_width(bands[name], 1) for name in names]
+    low, high = ([c + sign * s for c, s in zip(centre, width, strict=True)] for sign in (-1, 1))
     axis.fill_between(range(NUM_STEPS), low, high, color="0.88", label="band for one seed")
     for one in figures:
         axis.plot(range(NUM_STEPS), [1e3 * one[name] for name in names], lw=0.9)
