@@ -32,7 +32,7 @@ from nanochat_pl.training.step import StepBatch, micro_batches, training_step
 NUM_STEPS = 20
 SEEDS = (0, 1, 2, 3, 4)
 VOCAB_SIZE = 1000
-ROWS_PER_STEP = 4
+ROWS_PER_STEP, DEVICE_BATCH_SIZE = 4, 2
 # Windows of 128 and 256, grouped queries, a padded vocabulary: all that the current generation has.
 MODEL = ModelSettings(depth=4, aspect_ratio=32, head_dim=32, num_kv_heads=2, sequence_len=256)
 OPTIM = OptimSettings(
@@ -83,20 +83,17 @@ def language(seed: int) -> Iterator[int]:
         yield from document
 
 
-def first_net(seed: int, dtype: DType, net: GPT | None = None, jitter: int = 0) -> GPT:
+def first_net(seed: int, dtype: DType, net: GPT | None = None) -> GPT:
     """A network with its first weights.
 
     Args:
         net: an older one to take instead of a new one (a compiled function belongs to its network).
-        jitter: changes every weight by some millionth of it, seeded so; 0: does not. All but the rounding stays.
     """
     net = init_weights(net or GPT(model_config(dtype)).materialise(), seed)
-    away, factors = (torch.Generator().manual_seed(number) for number in (seed, jitter))
+    away = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in net.parameters():
             parameter += AWAY * torch.randn(parameter.shape, generator=away)
-            if jitter:
-                parameter *= 1 + 1e-6 * torch.randn(parameter.shape, generator=factors)
     return net
 
 
@@ -111,19 +108,11 @@ def first_optimizer(net: GPT, dtype: DType) -> MuonAdamW:
 class Training:
     """What :func:`training_step` needs of a stage, without Lightning."""
 
-    def __init__(
-        self,
-        seed: int,
-        dtype: DType,
-        net: GPT | None = None,
-        loss: Loss | None = None,
-        device_batch_size: int = 2,
-        jitter: int = 0,
-    ) -> None:
-        self.net = first_net(seed, dtype, net, jitter)
+    def __init__(self, seed: int, dtype: DType, net: GPT | None = None, loss: Loss | None = None) -> None:
+        self.net = first_net(seed, dtype, net)
         self.optimizer = first_optimizer(self.net, dtype)
         self.schedule, self.num_steps, self.global_step = SCHEDULE, NUM_STEPS, 0
-        self.device, self.device_batch_size = torch.device("cpu"), device_batch_size
+        self.device, self.device_batch_size = torch.device("cpu"), DEVICE_BATCH_SIZE
         self.weighted_loss = loss or self.net.weighted_loss
         self.manual_backward = Tensor.backward
         self.batches = batches(seed)
@@ -185,7 +174,7 @@ def _exact_gradients(seed: int) -> tuple[dict[str, Tensor], ...]:
 
 def _backward(net: GPT, batch: StepBatch, loss: Loss | None) -> None:
     net.zero_grad(set_to_none=True)
-    for inputs, targets in micro_batches(batch, device_batch_size=2):
+    for inputs, targets in micro_batches(batch, DEVICE_BATCH_SIZE):
         ((loss or net.weighted_loss)(inputs, targets) / batch.num_targets).backward()
 
 
