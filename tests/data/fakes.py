@@ -58,7 +58,7 @@ class ListSource:
 
     def shards(self, split: Split) -> list[Shard]:
         return [
-            Shard(name, split, repr(texts), lambda texts=texts: iter(texts))
+            Shard(name, split, repr(texts), repr(texts), lambda texts=texts: iter(texts))
             for name, texts in self._shards.items()
             if split == "train"
         ]

@@ -187,6 +187,22 @@ def test_validation_files_of_ones_own(tmp_path: Path) -> None:
         opened(tmp_path, tmp_path / "cache", validation_path=str(tmp_path / "val.jsonl"))
 
 
+def test_a_copy_of_the_training_text_is_nothing_to_validate_on(tmp_path: Path) -> None:
+    """Only paths were compared: all that was validated on had been trained on."""
+    write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    write_jsonl(tmp_path / "copy.jsonl", TEXTS)
+    with pytest.raises(
+        UserError, match=r"copy\.jsonl: is under .*validation_path, with the same contents as .*a\.jsonl"
+    ):
+        opened(tmp_path / "a.jsonl", tmp_path / "cache", validation_path=str(tmp_path / "copy.jsonl"))
+    for folder in ("train", "val"):  # two empty files share nothing
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "empty.jsonl").write_bytes(b"")
+        write_jsonl(tmp_path / folder / "texts.jsonl", [folder])
+    source = opened(tmp_path / "train", tmp_path / "cache", validation_path=str(tmp_path / "val"))
+    assert texts_of(source, "val") == ["val"]
+
+
 def test_fingerprints_follow_the_contents_and_the_settings(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     write_jsonl(path, TEXTS)

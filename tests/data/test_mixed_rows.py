@@ -147,8 +147,38 @@ def test_what_is_wrong_with_files_names_the_source(tmp_path: Path) -> None:
     settings = DataSettings(
         name="mixture", sources={"one": local(tmp_path, 1), "two": local(tmp_path / "one.txt", 1), "off": None}
     )
-    with pytest.raises(UserError, match=r"one\.txt of two is the same text as one\.txt of one"):
+    with pytest.raises(UserError, match=r"sources\.two: one\.txt is the same text as one\.txt of data\.sources\.one"):
         open_source(settings, tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    ("one", "two"),
+    [
+        ({"path": "a.jsonl"}, {"path": "[a].jsonl", "validation_fraction": 0.2}),
+        ({"path": "b.jsonl", "validation_path": "a.jsonl"}, {"path": "copy.jsonl"}),
+        ({"path": "a.jsonl"}, {"path": "b.jsonl", "validation_path": "copy.jsonl"}),
+    ],
+)
+def test_no_source_trains_on_what_another_holds_out(
+    tmp_path: Path, one: dict[str, object], two: dict[str, object]
+) -> None:
+    """Files were compared together with the rule by which they are split, so the same ones passed for others."""
+    for name, text in (("a", "words"), ("b", "others"), ("copy", "words")):
+        (tmp_path / f"{name}.jsonl").write_text(f'{{"text": "{text}", "title": "of {text}"}}\n' * 9, encoding="utf-8")
+
+    def opened(*parts: dict[str, object]) -> object:
+        keys = [
+            {key: str(tmp_path / str(v)) if key.endswith("path") else v for key, v in part.items()} for part in parts
+        ]
+        sources = {
+            name: build(WeightedSource, {"name": "local", "weight": 1, **part})
+            for name, part in zip(("one", "two"), keys, strict=True)
+        }
+        return open_source(DataSettings(name="mixture", sources=dict(sources)), tmp_path / "cache")
+
+    with pytest.raises(UserError, match=r"data\.sources\.two: .* is the same text as .* of data\.sources\.one"):
+        opened(one, two)
+    assert opened({"path": "a.jsonl"}, {"path": "a.jsonl", "text_column": "title"}), "another column is another text"
 
 
 def test_the_order_of_the_sources_is_that_of_their_names(tmp_path: Path) -> None:

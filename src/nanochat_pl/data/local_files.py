@@ -18,6 +18,7 @@ from nanochat_pl.data.cache_folder import fingerprint_of, known_sha256
 from nanochat_pl.data.file_formats import SUFFIXES, check_file, documents_of, format_of, reading
 from nanochat_pl.data.sources import Shard, SourceSettings, Split
 
+_NOTHING = hashlib.sha256().hexdigest()
 _RULE = 2  # part of every fingerprint: how files become documents and documents become splits
 
 
@@ -30,7 +31,8 @@ class LocalFiles:
         key: of these settings, for messages.
 
     Raises:
-        UserError: no file matches, a suffix is unknown, a file cannot be opened or lacks the text column.
+        UserError: no file matches, a suffix is unknown, a file cannot be opened or lacks the text column; a file to
+            validate on is one to train on, or has the same contents.
     """
 
     name = "local"
@@ -42,9 +44,10 @@ class LocalFiles:
         self._train_files = self._val_files = find_files(f"{key}.path", settings.path)
         if settings.validation_path is not None:
             self._val_files = find_files(f"{key}.validation_path", settings.validation_path)
-            _refuse_shared_files(self._train_files, self._val_files)
         for path in dict.fromkeys([*self._train_files.values(), *self._val_files.values()]):
             check_file(path, settings.text_column)
+        if settings.validation_path is not None:
+            self._refuse_shared_files(key)
         self._held_out = None if settings.validation_path is not None else self._share_held_out()
 
     @property
@@ -74,6 +77,18 @@ class LocalFiles:
             "Run the same command again.",
         )
         return documents.as_shard(name, sha256)
+
+    def _refuse_shared_files(self, key: str) -> None:
+        """Two keys that give the same text: paths that lead to one file, and copies under other names."""
+        train = {self._sha256(path): path for path in self._train_files.values()}
+        for path in self._val_files.values():
+            twin = train.get(sha256 := self._sha256(path))
+            if twin is not None and sha256 != _NOTHING:
+                same = f", with the same contents as {twin}" if twin.resolve() != path.resolve() else ""
+                raise UserError(
+                    f"{path}: is under {key}.path and under {key}.validation_path{same}.",
+                    fix=f"Leave it to one of them, or leave {key}.validation_path out: then a share is held out.",
+                )
 
     def _share_held_out(self) -> float:
         return share_held_out(list(self._train_files.values()), self._settings)
@@ -122,7 +137,10 @@ class FileDocuments:
         """A shard of these documents; ``contents`` stands for the file's in its fingerprint."""
         settings = self.settings
         how = [format_of(self.path), settings.text_column, settings.txt_document_chars, self.held_out, self.split]
-        return Shard(name, self.split, fingerprint_of(_RULE, contents, how), self)
+        # Columns of one table hold different text.
+        column = None if format_of(self.path) == ".txt" else settings.text_column
+        whole = "" if self.sha256 == _NOTHING else fingerprint_of(self.sha256 or contents, column)
+        return Shard(name, self.split, fingerprint_of(_RULE, contents, how), whole, self)
 
     def _require_same(self) -> None:
         with reading(self.path):
@@ -173,9 +191,3 @@ def find_files(key: str, given: str, suffixes: Sequence[str] = SUFFIXES) -> dict
         raise UserError(f"{key}={given!r}: {unknown[0]} does not end with {' or '.join(suffixes)}.")
     folder = Path(os.path.commonpath([file.parent for file in paths]))
     return {file.relative_to(folder).as_posix(): file for file in paths}
-
-
-def _refuse_shared_files(train: dict[str, Path], val: dict[str, Path]) -> None:
-    shared = {path.resolve() for path in train.values()} & {path.resolve() for path in val.values()}
-    if shared:
-        raise UserError(f"{min(shared)}: is under data.path and under data.validation_path.")

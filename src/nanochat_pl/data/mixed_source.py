@@ -41,7 +41,7 @@ class MixedSource:
         turns: which share each has, in the same order.
 
     Raises:
-        UserError: two of them share a file.
+        UserError: two of them share a file, or have files with the same contents.
     """
 
     name = "mixture"
@@ -110,9 +110,10 @@ def _refuse_shared_text(parts: Mapping[str, Source]) -> None:
     seen: dict[str, tuple[str, str]] = {}
     for name, part in parts.items():
         for shard in [*part.shards("train"), *part.shards("val")]:
-            first, its_name = seen.setdefault(shard.fingerprint, (name, shard.name))
-            if first != name:
+            first, its_name = seen.setdefault(shard.contents, (name, shard.name))
+            if shard.contents and first != name:
                 raise UserError(
-                    f"data.sources: {shard.name} of {name} is the same text as {its_name} of {first}.",
+                    f"data.sources.{name}: {shard.name} is the same text as {its_name} of data.sources.{first}: "
+                    "one would train on what the other holds out, or both on the same.",
                     fix="Leave it to one of them; a greater weight lets a source be trained on more often.",
                 )

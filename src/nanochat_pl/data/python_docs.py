@@ -82,7 +82,7 @@ class PythonDocs:
     def shards(self, split: Split) -> list[Shard]:
         """The shards of a split, in order."""
         return [
-            Shard(entry["file"], split, entry["sha256"], partial(_texts, self.folder / entry["file"]))
+            Shard(entry["file"], split, entry["sha256"], entry["sha256"], partial(_texts, self.folder / entry["file"]))
             for entry in self.manifest["splits"][split]["shards"]
         ]
 

@@ -174,7 +174,7 @@ class DataSettings(SourceSettings):
                 yield f"sources.{name}: a figure of the log has that name; take another one."
             if part.weight / total < MIN_SHARE:
                 yield f"sources.{name}.weight={part.weight:g}: is less than {MIN_SHARE:g} of all weights."
-            text = part.path, part.repo, part.revision, part.files
+            text = part.path, part.repo, part.revision, part.files, part.text_column
             if text in seen:
                 yield f"sources.{name}: is the same text as sources.{seen[text]}; give one of them both weights."
             seen.setdefault(text, name)
@@ -194,12 +194,15 @@ class Shard:
         name: unique within its source and split; part of a row's address. May hold slashes.
         split: which split it belongs to.
         fingerprint: changes whenever the documents or their order do; the same text elsewhere has the same one.
+        contents: a hash of all that its documents are chosen from. Shards with the same one share text, whichever
+            split they belong to and by whatever rule; of nothing at all it is "".
         read: gives the documents from the first; every call the same ones. Blank ones are "", and keep their place.
     """
 
     name: str
     split: Split
     fingerprint: str
+    contents: str
     read: Callable[[], Iterator[str]]
 
     def documents(self) -> Iterator[str]:
