@@ -8,7 +8,7 @@ import logging
 import pickle
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -197,8 +197,16 @@ def test_a_damaged_shard_is_found_and_fetched_again(
     assert "shard_00002.parquet: what came is not what the hub lists" in capsys.readouterr().out
 
 
-def test_a_shard_that_stays_damaged_is_an_error(hub: HubServer, tmp_path: Path, waits: list[float]) -> None:
-    hub.fail("GET", r"/resolve/.*00002", *[Answer(change=flip)] * 9)
+def cut(data: bytes) -> bytes:
+    return data[: len(data) // 2]
+
+
+@pytest.mark.parametrize("change", [flip, cut])
+def test_museum_22_a_shard_that_stays_damaged_is_an_error(
+    hub: HubServer, tmp_path: Path, waits: list[float], change: Callable[[bytes], bytes]
+) -> None:
+    """What came was never compared with what should have come."""
+    hub.fail("GET", r"/resolve/.*00002", *[Answer(change=change)] * 9)
     with pytest.raises(UserError, match=r"shard_00002\.parquet: what came is not what the hub lists .*twice"):
         downloaded(tmp_path / "cache")
     assert [path[-19:] for path, _ in hub.downloads()].count("shard_00002.parquet") == 2
