@@ -8,7 +8,6 @@ second run reads nothing.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from array import array
 from collections.abc import Callable, Iterator
@@ -25,6 +24,7 @@ from nanochat_pl.common.errors import UserError
 from nanochat_pl.data.cache_folder import fingerprint_of, known_sha256, read_cache, write_cache
 from nanochat_pl.data.conversation_rows import NOT_UTF8, Audit, judge, parse_json, parse_line
 from nanochat_pl.data.file_formats import format_of, lines_of, parquet_errors, reading
+from nanochat_pl.data.sources import place_by_hash
 from nanochat_pl.tokenizer.chat_format import Fault
 
 CONVERSATION_SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".json")
@@ -146,7 +146,7 @@ def _write(folder: Path, key: Any, path: Path, column: str) -> dict[str, Any]:
                     file.write(line)
                     offsets.append(offsets[-1] + len(line))
                     numbers.append(number)
-                    places.append(_place_by_hash(line))
+                    places.append(place_by_hash(line))
         facts.update(asdict(audit))
 
     def writer(values: array, dtype: str) -> Callable[[Path], None]:
@@ -165,10 +165,6 @@ def _no_conversation(path: Path, audit: Audit) -> UserError:
     return UserError(
         [f"{path}: of its first {audit.rows:,} rows none is a conversation ({'; '.join(lines)}).", *examples]
     )
-
-
-def _place_by_hash(line: bytes) -> float:
-    return int.from_bytes(hashlib.sha256(line).digest()[:6], "big") / 2**48
 
 
 def _rows(path: Path, column: str) -> tuple[str, Numbered]:

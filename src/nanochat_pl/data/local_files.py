@@ -16,7 +16,7 @@ from pathlib import Path
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.data.cache_folder import fingerprint_of, known_sha256
 from nanochat_pl.data.file_formats import SUFFIXES, check_file, documents_of, format_of, reading
-from nanochat_pl.data.sources import Shard, SourceSettings, Split
+from nanochat_pl.data.sources import Shard, SourceSettings, Split, place_by_hash
 
 _NOTHING = hashlib.sha256().hexdigest()
 _RULE = 2  # part of every fingerprint: how files become documents and documents become splits
@@ -129,7 +129,7 @@ class FileDocuments:
         settings = self.settings
         self._require_same()
         for text in documents_of(self.path, settings.text_column, settings.txt_document_chars):
-            if self.held_out is None or (_place_by_hash(text) <= self.held_out) == (self.split == "val"):
+            if self.held_out is None or (place_by_hash(text.encode("utf-8")) <= self.held_out) == (self.split == "val"):
                 yield text
         self._require_same()
 
@@ -153,15 +153,10 @@ def share_held_out(paths: Sequence[Path], settings: SourceSettings) -> float:
     lowest = 1.0
     for path in paths:
         for text in filter(None, documents_of(path, settings.text_column, settings.txt_document_chars)):
-            lowest = min(lowest, _place_by_hash(text))
+            lowest = min(lowest, place_by_hash(text.encode("utf-8")))
             if lowest <= settings.validation_fraction:
                 return settings.validation_fraction
     return lowest
-
-
-def _place_by_hash(text: str) -> float:
-    """A number in [0, 1) that depends on the text alone, evenly spread over texts."""
-    return int.from_bytes(hashlib.sha256(text.encode("utf-8")).digest()[:6], "big") / 2**48
 
 
 def find_files(key: str, given: str, suffixes: Sequence[str] = SUFFIXES) -> dict[str, Path]:

@@ -7,6 +7,7 @@ depends on which files happen to be there.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
@@ -16,6 +17,7 @@ from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.settings import setting
 
 Split = Literal["train", "val"]
+SPLITS: tuple[Split, Split] = ("train", "val")
 MAX_BAD_FRACTION = 0.01
 MIN_SHARE = 1e-5
 # Figures of the log have these names: train/loss_smoothed, train/tokens_per_second, val/bpb_stderr.
@@ -184,6 +186,11 @@ class DataSettings(SourceSettings):
 
     def _key(self, key: str) -> str:
         return f"data.{key}"
+
+
+def place_by_hash(content: bytes) -> float:
+    """A number in [0, 1) that depends on the content alone, evenly spread over contents: low ones are held out."""
+    return int.from_bytes(hashlib.sha256(content).digest()[:6], "big") / 2**48
 
 
 @dataclass(frozen=True)
