@@ -12,6 +12,7 @@ import pytest
 from nanochat_pl import load_bundle
 from nanochat_pl.cli.main import main
 from nanochat_pl.training.inherit import inherited
+from tests.formats.exports import make_bundle, write
 from tests.formats.nanochat_copies import copy, only
 
 
@@ -108,3 +109,42 @@ def test_two_checkpoints_are_asked_about(golden: Path, here: Path, capsys: pytes
     assert main(["import", "source=era_oct2025", "to=mine", "step=5", "stage=mid"]) == 0
     stage = json.loads((here / "mine" / "stage.json").read_text(encoding="utf-8"))
     assert (stage["stage"], stage["step"]) == ("mid", 5)
+
+
+def test_what_is_in_the_way_is_said_before_a_checkpoint_is_read(
+    golden: Path, here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reading a large model takes minutes."""
+
+    def read(*arguments: object, **options: object) -> object:
+        raise AssertionError("was read")
+
+    monkeypatch.setattr("nanochat_pl.cli.import_.read_nanochat", read)
+    (here / "runs" / "gold" / "base").mkdir(parents=True)
+    (here / "link").symlink_to(here)
+    for key, said in (
+        ("run=gold", "runs/gold/base: is there already"),
+        ("to=.", "to=.: must name the folder"),
+        ("to=", "to=.: must name the folder"),
+        ("to=/", "to=/: must name the folder"),
+        ("to=link", "to=link: is a link"),
+    ):
+        assert main(["import", f"source={golden / 'nanochat_trained'}", key]) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_folders_made_for_an_import_that_fails_go_again(
+    golden: Path, here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nanochat_pl.bundle.tensors.free_bytes", lambda path: 10)
+    for key in ("to=a/b/c", "run=gold"):
+        assert main(["import", f"source={golden / 'era_oct2025'}", key]) == 2
+        assert "to=… (import and export)" in capsys.readouterr().err
+        assert list(here.iterdir()) == []
+
+
+def test_an_import_of_transformers_as_a_run(golden: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(make_bundle(golden, here / "bundle", "2026"), here / "hf")
+    for code in (0, 2):
+        assert main(["import", "source=hf", "run=gold"]) == code
+    assert "runs/gold/base: is there already." in capsys.readouterr().err

@@ -155,3 +155,41 @@ def test_a_model_that_does_not_fit_is_said(here: Path, capsys: pytest.CaptureFix
     assert "A step of device_batch_size=1 takes" in out and "t4 has 14.50 GiB" in out
     assert plan("model.depth=200", "hardware=t4", "explain=largest_batch_both") == 0
     assert capsys.readouterr().out.startswith("largest_batch_both = 0\n")
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["tokens_per_parameter=1e300", "flops_budget=1e300", f"max_steps={10**400}", f"total_batch_tokens={10**400}"],
+)
+def test_lengths_that_no_figure_can_hold(key: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The sums of the plan overflowed."""
+    assert plan(key) == 2
+    assert f"{key.partition('=')[0]}=" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        ["tokens_per_parameter=1e9"],
+        ["flops_budget=1e36"],
+        [f"max_steps={10**12}", f"total_batch_tokens={2**40}"],
+        ["tokens_per_parameter=1e9", "hardware=h100", "price_per_hour=1e9"],
+    ],
+)
+def test_the_longest_that_may_be_asked_for(keys: list[str], here: Path) -> None:
+    assert plan(*keys) == 0
+
+
+def test_a_budget_below_one_step_is_named(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan("flops_budget=1") == 0
+    assert "flops_budget=1: is less than one step takes" in capsys.readouterr().out
+    assert plan("flops_budget=1e18") == 0
+    assert "less than one step" not in capsys.readouterr().out
+
+
+def test_more_devices_than_rows_and_another_machine(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan("num_devices=65536", "hardware=h100") == 0
+    out = capsys.readouterr().out
+    assert "num_devices=65536: a step has" in out and "train it on this machine" in out
+    assert plan("num_devices=2") == 0
+    assert "so the other devices would have none" not in capsys.readouterr().out

@@ -31,6 +31,8 @@ def test_native_export_names_the_rotary_tables(
     assert found.max_difference < 1e-5 and found.agreement == 1.0
     assert found.max_difference_as_is is not None and 1e-5 < found.max_difference_as_is < 1e-2
     assert found.num_positions == 1024 and found.num_texts > 100
+    rounded = found.bfloat16
+    assert rounded is not None and 1e-3 < rounded.theirs < 3 * rounded.ours < 0.3 and rounded.agreement > 0.9
     assert leftovers(tmp_path) == {"hf"}, "neither a scratch folder nor anything in the person's cache"
     card = (tmp_path / "hf" / "README.md").read_text(encoding="utf-8")
     for said in (
@@ -42,6 +44,7 @@ def test_native_export_names_the_rotary_tables(
         "split_special_tokens=True",
         "docstrings of Python's standard library",
         "| val/bpb | 1.25 |",
+        "In bfloat16, whose numbers have 8 significant bits, logits of 256 positions differ",
     ):
         assert said in card
     assert "trust_remote_code" not in card
@@ -52,10 +55,10 @@ def test_what_is_not_equal_does_not_appear(golden: Path, tmp_path: Path, monkeyp
 
     def other_logits(
         folder: Path, layout: str, ids: torch.Tensor, *others: object
-    ) -> tuple[torch.Tensor, list[list[int]]]:
+    ) -> tuple[torch.Tensor, list[list[int]], None]:
         assert (folder / "model.safetensors").exists()
         with torch.inference_mode():
-            return bundle.net(ids) + 0.01, []
+            return bundle.net(ids) + 0.01, [], None
 
     monkeypatch.setattr(parity, "_in_fresh_process", other_logits)
     with pytest.raises(UserError, match=r"logits differ by up to 0\.01 \(at most 0\.001\).* agrees at 100\.00%"):
@@ -76,7 +79,7 @@ def test_a_tokenizer_that_gives_other_ids(golden: Path, tmp_path: Path, monkeypa
 
     def other_ids(folder: Path, layout: str, ids: torch.Tensor, texts: list[str], *rest: object) -> object:
         with torch.inference_mode():
-            return bundle.net(ids), [[1]] * (len(texts) + 1)
+            return bundle.net(ids), [[1]] * (len(texts) + 1), None
 
     monkeypatch.setattr(parity, "_in_fresh_process", other_ids)
     with pytest.raises(UserError, match="its tokenizer gives other ids"):

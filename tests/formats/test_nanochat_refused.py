@@ -301,7 +301,10 @@ def test_moments_of_several_processes(source: Path) -> None:
     path = only(source, "optim_*.pt")
     shutil.copyfile(path, path.with_name("optim_000013_rank1.pt"))
     error = refused(source)
-    assert "several processes or a share of it (optim_000013_rank0.pt, optim_000013_rank1.pt)" in str(error) and "moments=false" in error.fix
+    assert (
+        "several processes or a share of it (optim_000013_rank0.pt, optim_000013_rank1.pt)" in str(error)
+        and "moments=false" in error.fix
+    )
     assert read_nanochat(source, moments=False).moments is None
 
 

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.common.files import free_bytes, write_atomically
+from nanochat_pl.common.files import FREE_SPACE, free_bytes, write_atomically
 
 # Types in which weights and moments are stored, as the header names them.
 DTYPES = ("F32", "BF16", "F16")
@@ -36,7 +36,7 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapp
     if needed > free_bytes(path.parent):
         raise UserError(
             f"{path}: needs {needed / 2**20:,.0f} MiB, the disk has {free_bytes(path.parent) / 2**20:,.0f} MiB free.",
-            fix="Free some space, or set paths.runs=… to a folder on another disk.",
+            fix=FREE_SPACE,
         )
     try:
         write_atomically(path, lambda temporary: save_file(contiguous, temporary, dict(metadata) if metadata else None))

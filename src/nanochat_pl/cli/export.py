@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from nanochat_pl.bundle import Bundle
 from nanochat_pl.cli.compose import compose
 from nanochat_pl.cli.locate import locate_bundle
 from nanochat_pl.common.console import next_steps, say
@@ -21,6 +22,10 @@ from nanochat_pl.formats.export import CARD, export, load_for_export
 from nanochat_pl.formats.parity import Parity
 from nanochat_pl.training.settings import PathsSettings
 
+CLASSIC_MUON = (
+    "It was trained with classic Muon, which nanochat does not have: where there are moments, the second ones of the"
+    " matrices are zero, and a training goes on from them with nanochat's Muon."
+)
 READERS = {"hf": "transformers", "nanochat": "nanochat"}
 
 
@@ -33,6 +38,7 @@ class ExportConfig:
     bundle: str | None = setting(None, "Folder of a bundle, instead of a run.")
     format: Literal["hf", "nanochat"] = setting("hf", "For whom: hf = transformers, nanochat = its base folder.")
     to: str | None = setting(None, "The folder to make; it must not be there, or be empty.")
+    moments: bool = setting(True, "nanochat: write the optimizer's moments along where they are there.")
     paths: PathsSettings = setting(factory=PathsSettings)
 
 
@@ -44,18 +50,26 @@ def run(arguments: Sequence[str]) -> int:
     config = compose("export", ExportConfig, arguments).config
     if config.to is None:
         raise UserError("to: is missing: it names the folder to make.", "For example to=my-model-hf")
-    to = Path(config.to)
+    to = Path(config.to).expanduser()
     source = locate_bundle(config.bundle, config.run, config.stage, Path(config.paths.runs))
-    bundle = load_for_export(source, to, config.format)
+    bundle = load_for_export(source, to, config.format, config.moments)
     say(f"{source} → {to}, for {READERS[config.format]}")
     if bundle.tokenizer is None:
         say("The bundle has no tokenizer: the model is written without one.")
+    if config.format == "nanochat" and _is_of_classic_muon(bundle):
+        say(CLASSIC_MUON)
     say("Writing; then a fresh process loads what was written, to compare …")
-    _say_parity(export(bundle, to, config.format))
+    _say_parity(export(bundle, to, config.format, config.moments))
     say(f"model card: {to / CARD}")
     again = f"nanochat-pl import {shlex.quote(f'source={to}')} {shlex.quote(f'to={to}-bundle')}"
     next_steps([("read the figures", f"less {shlex.quote(str(to / CARD))}"), ("make a bundle of it again", again)])
     return 0
+
+
+def _is_of_classic_muon(bundle: Bundle) -> bool:
+    """Whether its matrices were trained with the optimizer that the reference does not have."""
+    optim = bundle.stage.settings.get("optim")
+    return isinstance(optim, dict) and optim.get("matrix_optimizer") == "classic_muon"
 
 
 def _say_parity(parity: Parity) -> None:
@@ -64,6 +78,8 @@ def _say_parity(parity: Parity) -> None:
     say(f"  same most likely token            {parity.agreement:.2%}")
     if parity.num_texts:
         say(f"  texts with the same ids           {parity.num_texts:,}")
+    if (rounded := parity.bfloat16) is not None:
+        say(f"  in bfloat16, 8 significant bits   {rounded.theirs:.2g} ({rounded.ours:.2g} in nanochat-pl's own)")
     if parity.max_difference_as_is is not None:
         say(
             "  The rotary tables are in float32 there; against the bundle's, rounded to bfloat16, logits differ by"

@@ -19,11 +19,12 @@ from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.files import write_json
 from nanochat_pl.common.run_folder import StageFolder, stage_folder
 from nanochat_pl.common.settings import setting
-from nanochat_pl.formats.huggingface_read import is_huggingface, read_huggingface
-from nanochat_pl.formats.imported import CERTIFICATE, Imported, require_free, save_imported
+from nanochat_pl.formats.huggingface_read import is_huggingface, read_huggingface, stage_of_huggingface
+from nanochat_pl.formats.imported import CERTIFICATE, Imported, save_imported
 from nanochat_pl.formats.nanochat_era import Era
-from nanochat_pl.formats.nanochat_folder import Stage
+from nanochat_pl.formats.nanochat_folder import Stage, choose_checkpoint, stage_of
 from nanochat_pl.formats.nanochat_read import read_nanochat
+from nanochat_pl.formats.target import parents_removed_on_error, require_free
 from nanochat_pl.training.settings import PathsSettings
 
 
@@ -54,19 +55,19 @@ def run(arguments: Sequence[str]) -> int:
     if (config.to is None) == (config.run is None):
         raise UserError("to: a folder for the bundle, or run: the name of a new run; give one of them.")
     source = Path(config.source).expanduser()
-    if config.to is not None:
-        require_free(Path(config.to))
-    imported = _read(source, config)
-    for line in imported.certificate.summary():
-        say(line)
-    if config.to is not None:
-        bundle = save_imported(imported, Path(config.to))
-        model = shlex.quote(f"bundle={bundle}")
+    _require_checkpoint(source)
+    if config.run is not None:
+        folder = stage_folder(Path(config.paths.runs), config.run, _stage_in(source, config))
+        _require_absent(folder)
+        imported = _read_and_tell(source, config)
+        bundle, model = _save_as_stage(imported, folder), run_keys(config.run, Path(config.paths.runs))
     else:
-        assert config.run is not None
-        folder = stage_folder(Path(config.paths.runs), config.run, imported.stage.stage)
-        bundle = _save_as_stage(imported, folder)
-        model = run_keys(config.run, Path(config.paths.runs))
+        assert config.to is not None
+        to = Path(config.to).expanduser()
+        require_free(to)
+        imported = _read_and_tell(source, config)
+        bundle = save_imported(imported, to)
+        model = shlex.quote(f"bundle={bundle}")
     say(f"bundle: {bundle}")
     say(f"certificate: {bundle / f'{CERTIFICATE}.md'}")
     if imported.tokenizer is not None:
@@ -74,8 +75,7 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _read(source: Path, config: ImportConfig) -> Imported:
-    """What lies in the folder, whatever it is."""
+def _require_checkpoint(source: Path) -> None:
     if not source.is_dir():
         raise UserError(
             f"source={source}: there is no such folder.",
@@ -83,6 +83,24 @@ def _read(source: Path, config: ImportConfig) -> Imported:
         )
     if (source / STAGE).is_file():
         raise UserError(f"source={source}: is a bundle already.", "Use it as it is: bundle=…")
+
+
+def _stage_in(source: Path, config: ImportConfig) -> str:
+    """The stage that will be read, found without reading a weight."""
+    if is_huggingface(source):
+        return stage_of_huggingface(source)
+    return stage_of(choose_checkpoint(source, config.stage, config.tag, config.step), config.stage)
+
+
+def _read_and_tell(source: Path, config: ImportConfig) -> Imported:
+    imported = _read(source, config)
+    for line in imported.certificate.summary():
+        say(line)
+    return imported
+
+
+def _read(source: Path, config: ImportConfig) -> Imported:
+    """What lies in the folder, whatever it is."""
     if is_huggingface(source):
         return read_huggingface(source)
     return read_nanochat(
@@ -96,11 +114,14 @@ def _read(source: Path, config: ImportConfig) -> Imported:
     )
 
 
-def _save_as_stage(imported: Imported, folder: StageFolder) -> Path:
-    """The bundle as the finished stage of a run."""
+def _require_absent(folder: StageFolder) -> None:
     if folder.status != "absent":
         raise UserError(f"{folder.path}: is there already.", "Give the run another name: run=…")
-    with folder.discarded_on_error():
+
+
+def _save_as_stage(imported: Imported, folder: StageFolder) -> Path:
+    """The bundle as the finished stage of a run."""
+    with parents_removed_on_error(folder.path), folder.discarded_on_error():
         folder.create()
         bundle = save_imported(imported, folder.bundle)
         stage = imported.stage

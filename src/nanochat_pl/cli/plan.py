@@ -45,7 +45,7 @@ class PlanConfig(TrainConfig):
         None, "Share of the GPU's peak that the training reaches; null: assumed.", above=0, at_most=1
     )
     price_per_hour: float | None = setting(
-        None, "Price of one device for an hour, in any currency; null: no cost.", at_least=0
+        None, "Price of one device for an hour, in any currency; null: no cost.", at_least=0, at_most=1e9
     )
     explain: str | None = setting(None, "One value of the plan, with its formula, its inputs and what overrode it.")
 
@@ -73,10 +73,15 @@ def run(arguments: Sequence[str]) -> int:
     next_steps(
         [
             ("one value with its inputs", f"nanochat-pl plan {_typed(composed)}explain=total_batch_tokens"),
-            ("train it", f"nanochat-pl train {_typed(composed)}".rstrip()),
+            (_label(config), f"nanochat-pl train {_typed(composed)}".rstrip()),
         ]
     )
     return 0
+
+
+def _label(config: PlanConfig) -> str:
+    """What the command to train does: it knows nothing of the hardware that was planned for."""
+    return "train it" if config.hardware is None and config.num_devices == 1 else "train it on this machine"
 
 
 def print_plan(config: TrainConfig) -> None:
@@ -115,7 +120,7 @@ def full_plan(config: TrainConfig) -> tuple[Plan, Device, list[str]]:
     add_time(plan, model, options, os.cpu_count() or 1, ours.mfu, ours.price_per_hour)
     add_text(plan, _text_facts(ours))
     remarks = [*filter(None, [width_remark(plan)]), *device_remarks(plan, memory, device)]
-    remarks += [*_remarks_on_settings(ours, device), *_epochs_by_source(ours, plan)]
+    remarks += [*_remarks_on_settings(ours, plan, device), *_epochs_by_source(ours, plan)]
     return plan, device, [*remarks, *_what_train_adds(ours, plan, device)]
 
 
@@ -144,8 +149,13 @@ def _text_facts(config: PlanConfig) -> TextFacts:
     )
 
 
-def _remarks_on_settings(config: PlanConfig, device: Device) -> list[str]:
+def _remarks_on_settings(config: PlanConfig, plan: Plan, device: Device) -> list[str]:
     remarks = []
+    step_flops = plan["flops_per_token"] * plan["total_batch_tokens"]
+    if config.max_steps is None and config.flops_budget is not None and config.flops_budget < step_flops:
+        remarks.append(
+            f"flops_budget={config.flops_budget:g}: is less than one step takes, {step_flops:.3g}; one step is made."
+        )
     if device.type == "cpu" and config.mfu is not None:
         remarks.append("mfu has no say for a CPU, whose peak is not known: its time is that of an assumed core.")
     if config.num_devices > 1:
@@ -153,6 +163,11 @@ def _remarks_on_settings(config: PlanConfig, device: Device) -> list[str]:
             f"Training on several devices is not built yet: memory is that of one of {config.num_devices} that holds"
             " everything but the other rows, and the time is theirs together, whatever they lose in talking to each"
             " other being part of mfu."
+        )
+    if config.num_devices > plan["rows_per_step"]:
+        remarks.append(
+            f"num_devices={config.num_devices}: a step has {plan['rows_per_step']:,} rows, so the other devices would"
+            " have none and the time is not to be had: take fewer, or a larger total_batch_tokens."
         )
     return remarks
 

@@ -16,6 +16,7 @@ from nanochat_pl.common.errors import UserError
 
 MAX_JSON_BYTES = 64 * 2**20
 _PLACES = "paths.runs=… (runs), paths.cache=… (caches), to=… (import and export)"
+FREE_SPACE = f"Free some space, or write to another disk: {_PLACES}."
 
 
 @contextlib.contextmanager
@@ -35,7 +36,7 @@ def _explain(error: OSError, path: Path) -> str:
 
 def _fix(error: OSError) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"Free some space, or write to another disk: {_PLACES}."
+        return FREE_SPACE
     return f"Give a folder that can be written: {_PLACES}."
 
 

@@ -21,6 +21,7 @@ from nanochat_pl.model.config import ROTARY_REACH, GPTConfig
 OURS = "nanochat_pl"
 NATIVE_TYPE, REMOTE_TYPE = "nanochat", "nanochat_pl"
 REMOTE_MODULE = "modeling_nanochat_pl"
+REMOTE_CODE = f"{REMOTE_MODULE}.py"
 
 # Fields of GPTConfig under the names that transformers has for them.
 _COMMON = {

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from nanochat_pl.bundle import StageInfo
-from nanochat_pl.common.errors import UserError
+from nanochat_pl.common.errors import UserError, visible
 from nanochat_pl.common.files import read_json, sha256_of_file
 from nanochat_pl.common.hardware import memory_bytes
 from nanochat_pl.formats.certificate import Certificate, FactRow, TensorRow
@@ -22,6 +22,7 @@ from nanochat_pl.model.config import GPTConfig
 from nanochat_pl.tokenizer import Tokenizer
 
 CONFIG = "config.json"
+IMPORTED = "imported"  # the stage of a model that does not say its own
 
 
 def is_huggingface(folder: Path) -> bool:
@@ -32,15 +33,19 @@ def is_huggingface(folder: Path) -> bool:
     return isinstance(document, dict) and "model_type" in document
 
 
+def stage_of_huggingface(folder: Path) -> str:
+    """The stage that a folder of transformers is imported as."""
+    _, stage = from_keys(_document(folder), str(folder / CONFIG))
+    return stage.stage if stage else IMPORTED
+
+
 def read_huggingface(folder: Path) -> Imported:
     """Read a model of transformers, weights in one safetensors file or in several.
 
     Raises:
         UserError: anything is missing, damaged, hostile, of another architecture, or contradicts something else.
     """
-    document = read_json(folder / CONFIG)
-    if not isinstance(document, dict):
-        raise UserError(f"{folder / CONFIG}: must be a JSON object.")
+    document = _document(folder)
     config, stage = from_keys(document, str(folder / CONFIG))
     tokenizer = read_tokenizer(folder)
     config, remarks = _fit_vocabulary(config, tokenizer, folder, is_ours=stage is not None)
@@ -48,21 +53,28 @@ def read_huggingface(folder: Path) -> Imported:
     weights = read_weights(folder, config)
     require_finite(weights, str(folder))
     if stage is None:
-        stage = StageInfo(stage="imported")
+        stage = StageInfo(stage=IMPORTED)
         remarks += [
             "Rotary tables are kept in float32, as transformers has them; the training may have rounded them.",
             f"rms_norm_eps={document.get('rms_norm_eps', 1e-6)!r} is not kept: ours is the machine epsilon of float32.",
         ]
     certificate = Certificate(
-        source=str(folder),
+        source=visible(str(folder)),
         layout="huggingface",
         found=f"model_type {document['model_type']}" + (", written by nanochat-pl" if OURS in document else ""),
-        files=_hashes(folder),
+        files={visible(name): digest for name, digest in _hashes(folder).items()},
         facts=_facts(config, document),
         tensors=_tensor_rows(weights, config),
         remarks=tuple(remarks),
     )
     return Imported(config, weights, tokenizer, None, stage, certificate)
+
+
+def _document(folder: Path) -> dict[str, Any]:
+    document = read_json(folder / CONFIG)
+    if not isinstance(document, dict):
+        raise UserError(f"{folder / CONFIG}: must be a JSON object.")
+    return document
 
 
 def _fit_vocabulary(

@@ -12,11 +12,11 @@ from nanochat_pl.bundle.bundle import load_weights
 from nanochat_pl.bundle.tensors import save_tensors
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.files import disk_errors_explained, write_json
-from nanochat_pl.formats.huggingface_config import OURS, REMOTE_MODULE, is_native, own_part, to_keys
+from nanochat_pl.formats.huggingface_config import OURS, REMOTE_CODE, is_native, own_part, to_keys
 from nanochat_pl.formats.huggingface_tokenizer import write_tokenizer
 from nanochat_pl.formats.huggingface_weights import MODEL, PADDING, to_theirs
 
-REMOTE_CODE = Path(__file__).parent / "remote_code" / f"{REMOTE_MODULE}.py"
+_CODE = Path(__file__).parent / "remote_code" / REMOTE_CODE
 
 
 def require_transformers() -> None:
@@ -50,7 +50,7 @@ def write_huggingface(bundle: Bundle, folder: Path) -> None:
         save_tensors(folder / PADDING, padding, {"format": "pt"})
     if not is_native(config):
         with disk_errors_explained(folder):
-            shutil.copyfile(REMOTE_CODE, folder / REMOTE_CODE.name)
+            shutil.copyfile(_CODE, folder / REMOTE_CODE)
     # A padding token in the config would keep the embedding of that token from being trained.
     ids = {"bos_token_id": stops[-1] if stops else None, "eos_token_id": stops or None, "pad_token_id": None}
     own = {OURS: own_part(config, bundle.stage)}

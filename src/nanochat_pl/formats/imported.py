@@ -13,6 +13,7 @@ from torch import Tensor
 from nanochat_pl.bundle import StageInfo, save_bundle
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.formats.certificate import Certificate
+from nanochat_pl.formats.target import parents_removed_on_error, require_free
 from nanochat_pl.model.config import GPTConfig
 from nanochat_pl.model.gpt import GPT
 from nanochat_pl.tokenizer import Tokenizer
@@ -41,40 +42,24 @@ class Imported:
     certificate: Certificate
 
 
-def require_free(to: Path) -> None:
-    """Refuse a folder to write to that has something in it.
-
-    Raises:
-        UserError: it has, or it is a file, or an import into it was killed half-way.
-    """
-    unfinished = to.with_name(to.name + ".tmp")
-    if to.exists() and not (to.is_dir() and not any(to.iterdir())):
-        raise UserError(f"to={to}: is there already.", fix="Give another folder, or delete this one first.")
-    if unfinished.exists():
-        raise UserError(f"{unfinished}: is there already, and would be written to.", fix="Delete it first.")
-
-
 def save_imported(imported: Imported, to: Path) -> Path:
     """Write the bundle, with ``certificate.json`` and ``certificate.md`` in it; it appears whole or not at all.
 
     Raises:
-        UserError: see :func:`require_free`; or the disk refuses.
+        UserError: see :func:`~nanochat_pl.formats.target.require_free`; or the disk refuses.
     """
     require_free(to)
     net = GPT(imported.config)
     net.load_state_dict(dict(imported.weights), assign=True)
     certificate = imported.certificate
-    return save_bundle(
-        to,
-        imported.stage,
-        net=net,
-        tokenizer=imported.tokenizer,
-        moments=imported.moments,
-        texts={
-            f"{CERTIFICATE}.json": json.dumps(certificate.to_plain(), indent=2, ensure_ascii=False) + "\n",
-            f"{CERTIFICATE}.md": certificate.to_markdown(),
-        },
-    )
+    texts = {
+        f"{CERTIFICATE}.json": json.dumps(certificate.to_plain(), indent=2, ensure_ascii=False) + "\n",
+        f"{CERTIFICATE}.md": certificate.to_markdown(),
+    }
+    with parents_removed_on_error(to):
+        return save_bundle(
+            to, imported.stage, net=net, tokenizer=imported.tokenizer, moments=imported.moments, texts=texts
+        )
 
 
 def require_finite(weights: Mapping[str, Tensor], where: str) -> None:

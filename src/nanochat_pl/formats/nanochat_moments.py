@@ -93,7 +93,7 @@ def write_moments(net: GPT, moments: Mapping[str, Tensor], groups: list[dict[str
     Raises:
         UserError: they are not the moments, or not the groups, of this model.
     """
-    _require_moments(net, moments, len(groups))
+    require_moments(net, {name: tuple(moment.shape) for name, moment in moments.items()}, len(groups))
     state: dict[int, dict[str, Any]] = {}
     param_groups = []
     for (first, expected), settings in zip(_numbered(reference_groups(net)), groups, strict=True):
@@ -113,16 +113,46 @@ def write_moments(net: GPT, moments: Mapping[str, Tensor], groups: list[dict[str
     return {"state": state, "param_groups": param_groups}
 
 
-def _require_moments(net: GPT, moments: Mapping[str, Tensor], num_groups: int) -> None:
-    expected = reference_groups(net)
-    kinds = {"adamw": ("step", *ADAMW.values()), "muon": tuple(MUON.values())}
-    names = {f"{name}.{moment}" for group in expected for name in group["names"] for moment in kinds[group["kind"]]}
-    if names != moments.keys() or num_groups != len(expected):
-        unlike = sorted(names ^ moments.keys())
-        raise UserError(
-            f"optimizer state: is not that of this model: {unlike[0] if unlike else f'{num_groups} groups'} …",
-            fix="Without optimizer.safetensors in the bundle's folder, the weights alone are written.",
-        )
+def require_moments(net: GPT, found: Mapping[str, tuple[int, ...]], num_groups: int) -> None:
+    """Refuse moments, of which the shapes are known by name, that are not those of this model.
+
+    Raises:
+        UserError: with the first that is missing, unknown or of another shape.
+    """
+    expected = _shapes_of_moments(net)
+    lacking, unknown = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    misshapen = [name for name in sorted(expected) if name in found and found[name] != expected[name]]
+    if lacking:
+        problem = f"lacks {lacking[0]}"
+    elif unknown:
+        problem = f"has {unknown[0]}, which this model does not have"
+    elif misshapen:
+        problem = f"{misshapen[0]} has the shape {found[misshapen[0]]}, not {expected[misshapen[0]]}"
+    elif num_groups != (number := len(reference_groups(net))):
+        problem = f"has {num_groups} groups, the model {number}"
+    else:
+        return
+    raise UserError(f"optimizer state of the bundle: {problem}.", fix="moments=false writes the weights alone.")
+
+
+def _shapes_of_moments(net: GPT) -> dict[str, tuple[int, ...]]:
+    """The shape of each moment by our names."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for group in reference_groups(net):
+        for name, shape in zip(group["names"], group["shapes"], strict=True):
+            if group["kind"] == "muon":
+                shapes |= {
+                    f"{name}.{here}": one for here, one in zip(MUON.values(), _shapes_of_muon(shape), strict=True)
+                }
+            else:
+                shapes |= {f"{name}.step": (), **{f"{name}.{here}": shape for here in ADAMW.values()}}
+    return shapes
+
+
+def _shapes_of_muon(shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Of the momentum of a matrix, and of its second moment."""
+    rows, columns = shape
+    return shape, (rows, 1) if rows >= columns else (1, columns)
 
 
 def groups_by_role(net: GPT, groups: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
@@ -188,9 +218,7 @@ class _Reader:
                 self.moments[f"{name}.{here}"] = found
 
     def read_muon(self, number: int, names: Sequence[str], shape: tuple[int, ...]) -> None:
-        rows, columns = shape
-        reduced = (rows, 1) if rows >= columns else (1, columns)
-        for (there, here), one in zip(MUON.items(), (shape, reduced), strict=True):
+        for (there, here), one in zip(MUON.items(), _shapes_of_muon(shape), strict=True):
             stack = self._find(number, there, (len(names), *one), names[0])
             if stack is not None:
                 self.moments.update({f"{name}.{here}": stack[i].clone() for i, name in enumerate(names)})

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from nanochat_pl.bundle import StageInfo
 from nanochat_pl.bundle.bundle import (
+    OPTIMIZER,
     TOKENIZER,
     load_config,
     load_moments,
@@ -21,10 +21,10 @@ from nanochat_pl.bundle.bundle import (
     load_tokenizer,
     load_weights,
 )
+from nanochat_pl.bundle.tensors import read_header
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.files import disk_errors_explained, write_atomically, write_text
 from nanochat_pl.common.settings import to_plain
-from nanochat_pl.formats.imported import require_free
 from nanochat_pl.formats.nanochat_era import ERAS, FILLED_IN, Era, ReferenceConfig, resolve
 from nanochat_pl.formats.nanochat_folder import (
     STAGE_FOLDERS,
@@ -34,9 +34,10 @@ from nanochat_pl.formats.nanochat_folder import (
     Checkpoint,
     Stage,
 )
-from nanochat_pl.formats.nanochat_moments import recipe_groups, write_moments
+from nanochat_pl.formats.nanochat_moments import recipe_groups, require_moments, write_moments
 from nanochat_pl.formats.nanochat_origin import NanochatOrigin, from_json, origin_of
 from nanochat_pl.formats.reference_pickle import write_encoding
+from nanochat_pl.formats.target import appears_whole, require_free
 from nanochat_pl.model.config import GPTConfig, ModelSettings
 from nanochat_pl.model.gpt import GPT
 from nanochat_pl.optim.settings import RECIPE
@@ -48,7 +49,7 @@ _TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _FREE = {"embedding_dtype", "compute_dtype"}
 
 
-def write_nanochat(bundle_folder: Path, to: Path) -> Path:
+def write_nanochat(bundle_folder: Path, to: Path, moments: bool = True) -> Path:
     """Write a bundle as nanochat reads it; the folder appears whole or not at all.
 
     A bundle that was imported from nanochat gives the same tensors (names, types, bits) and the same JSON values again.
@@ -56,6 +57,7 @@ def write_nanochat(bundle_folder: Path, to: Path) -> Path:
     Args:
         bundle_folder: the bundle.
         to: the base folder to make.
+        moments: whether to write the optimizer's moments, where there are any.
 
     Raises:
         UserError: ``to`` is there already, the bundle is damaged, the layout cannot express its architecture, or the
@@ -67,26 +69,36 @@ def write_nanochat(bundle_folder: Path, to: Path) -> Path:
     there = express(config)
     weights = load_weights(bundle_folder, as_stored=True)
     tokenizer = load_tokenizer(bundle_folder) if (bundle_folder / TOKENIZER).exists() else None
-    moments = load_moments(bundle_folder, as_stored=True)
-    growing = to.with_name(to.name + ".tmp")
-    checkpoint = _place(growing, stage, origin, config)
-    try:
+    kept = load_moments(bundle_folder, as_stored=True) if moments else None
+    with appears_whole(to) as growing:
+        checkpoint = _place(growing, stage, origin, config)
         with disk_errors_explained(to):
             checkpoint.folder.mkdir(parents=True)
         _save(checkpoint.model, _named(weights, origin))
         meta = from_json(origin.meta) if origin else _meta(stage, there)
         write_text(checkpoint.meta, json.dumps(meta, indent=2))
-        if moments is not None:
-            _save(checkpoint.optimizer(), _optimizer(GPT(config), stage, origin, moments))
+        if kept is not None:
+            net = GPT(config)
+            groups, step_is_tensor = _groups(net, stage, origin)
+            _save(checkpoint.optimizer(), write_moments(net, kept, groups, step_is_tensor))
         if tokenizer is not None:
             _write_tokenizer(growing / TOKENIZER_FOLDER, tokenizer, origin)
-        with disk_errors_explained(to):
-            if to.exists():
-                to.rmdir()  # empty, as was checked
-            growing.replace(to)
-    finally:
-        shutil.rmtree(growing, ignore_errors=True)
     return to
+
+
+def require_expressible(bundle_folder: Path, moments: bool = True) -> None:
+    """Refuse what :func:`write_nanochat` would refuse, before anything large is read.
+
+    Raises:
+        UserError: the layout cannot express the architecture, or the moments are not those of this model.
+    """
+    config, stage = load_config(bundle_folder), load_stage_info(bundle_folder)
+    origin = origin_of(stage, str(bundle_folder))
+    express(config)
+    if moments and (bundle_folder / OPTIMIZER).is_file():
+        net = GPT(config)
+        found = {name: stored.shape for name, stored in read_header(bundle_folder / OPTIMIZER).items()}
+        require_moments(net, found, len(_groups(net, stage, origin)[0]))
 
 
 def express(config: GPTConfig) -> ReferenceConfig:
@@ -178,15 +190,16 @@ def _meta(stage: StageInfo, there: ReferenceConfig) -> dict[str, Any]:
     }
 
 
-def _optimizer(net: GPT, stage: StageInfo, origin: NanochatOrigin | None, moments: dict[str, Tensor]) -> Any:
+def _groups(net: GPT, stage: StageInfo, origin: NanochatOrigin | None) -> tuple[list[dict[str, Any]], bool]:
+    """Settings of the optimizer's groups, and whether the number of steps is a tensor there."""
     if origin and origin.optimizer_groups is not None:
         groups = [
             {key: tuple(value) if isinstance(value, list) else value for key, value in from_json(group).items()}
             for group in origin.optimizer_groups
         ]
-        return write_moments(net, moments, groups, origin.step_is_tensor)
+        return groups, origin.step_is_tensor
     final = {name: value for name, value in _planned(stage).items() if name in RECIPE}
-    return write_moments(net, moments, recipe_groups(net, final), step_is_tensor=False)
+    return recipe_groups(net, final), False
 
 
 def _planned(stage: StageInfo) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from nanochat_pl.bundle import Bundle
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.files import read_json
 from nanochat_pl.data.docstrings import docstrings_of_source
+from nanochat_pl.formats.huggingface_config import REMOTE_CODE
 from nanochat_pl.model.config import GPTConfig
 from nanochat_pl.model.gpt import GPT
 from nanochat_pl.tokenizer import Tokenizer
@@ -37,6 +38,7 @@ Layout = Literal["hf", "nanochat"]
 MAX_DIFFERENCE = 1e-3
 MIN_AGREEMENT = 0.999
 NUM_POSITIONS = 1024
+NUM_BFLOAT16_POSITIONS = 256  # few: on CPUs without units for it, bfloat16 is slow
 MAX_LOGITS = 2**26  # of one comparison: 256 MiB
 
 # Modules of the standard library with much prose in their docstrings.
@@ -61,6 +63,23 @@ _CONVERSATION: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
+class InBfloat16:
+    """How far computing in bfloat16 leads from the bundle in float32: for the reader's information, not a condition.
+
+    Attributes:
+        num_positions: of the first row.
+        theirs: largest absolute difference of two logits, exported model in bfloat16 and bundle in float32.
+        ours: the same of the bundle in bfloat16.
+        agreement: share of the positions at which the exported model in bfloat16 has the most likely token of float32.
+    """
+
+    num_positions: int
+    theirs: float
+    ours: float
+    agreement: float
+
+
+@dataclass(frozen=True)
 class Parity:
     """How equal the exported model is to the bundle, in float32 on a CPU.
 
@@ -72,6 +91,7 @@ class Parity:
         max_difference_as_is: the same against the bundle's own rotary tables, where these are rounded to bfloat16 and
             the other side's cannot be; else None.
         num_texts: texts, a conversation among them, for which both tokenizers gave the same ids; 0 without a tokenizer.
+        bfloat16: figures of computing in that type; None where they were not measured.
     """
 
     text: str
@@ -80,6 +100,7 @@ class Parity:
     agreement: float
     max_difference_as_is: float | None = None
     num_texts: int = 0
+    bfloat16: InBfloat16 | None = None
 
 
 def measure(bundle: Bundle, folder: Path, layout: Layout, unrounded: bool) -> Parity:
@@ -101,7 +122,7 @@ def measure(bundle: Bundle, folder: Path, layout: Layout, unrounded: bool) -> Pa
     if unrounded and bundle.config.rotary_bfloat16:
         as_is, ours = ours, _logits(_with_tables_in_float32(bundle.net), ids)
     with tempfile.TemporaryDirectory() as scratch:
-        theirs, their_ids = _in_fresh_process(folder, layout, ids, texts, Path(scratch))
+        theirs, their_ids, rounded = _in_fresh_process(folder, layout, ids, texts, Path(scratch))
     if theirs.shape != ours.shape or not torch.isfinite(theirs).all():
         raise UserError(f"{folder}: gives logits of shape {tuple(theirs.shape)}, not finite {tuple(ours.shape)}.")
     if bundle.tokenizer is not None:
@@ -113,6 +134,7 @@ def measure(bundle: Bundle, folder: Path, layout: Layout, unrounded: bool) -> Pa
         float((theirs.argmax(-1) == ours.argmax(-1)).double().mean()),
         None if as_is is None else float((theirs - as_is).abs().max()),
         len(their_ids),
+        None if rounded is None else _in_bfloat16(bundle.net, ids, rounded, ours),
     )
     if parity.max_difference > MAX_DIFFERENCE or parity.agreement < MIN_AGREEMENT:
         raise UserError(
@@ -145,6 +167,20 @@ def _sample(config: GPTConfig, tokenizer: Tokenizer | None, texts: Sequence[str]
     return torch.randint(config.vocab_size, (rows, length), generator=generator), what
 
 
+def _in_bfloat16(net: GPT, ids: Tensor, theirs: Tensor, exact: Tensor) -> InBfloat16:
+    """Figures of the exported model's logits (1, T, V) in bfloat16, against those (B, T, V) of float32."""
+    number = theirs.size(1)
+    other = GPT(net.config, torch.bfloat16)
+    other.load_state_dict(net.state_dict(), assign=True)
+    ours, exact = _logits(other.set_compute_dtype(torch.bfloat16), ids[:1, :number]), exact[:1, :number]
+    return InBfloat16(
+        number,
+        float((theirs - exact).abs().max()),
+        float((ours - exact).abs().max()),
+        float((theirs.argmax(-1) == exact.argmax(-1)).double().mean()),
+    )
+
+
 def _with_tables_in_float32(net: GPT) -> GPT:
     other = GPT(replace(net.config, rotary_bfloat16=False), net.compute_dtype)
     other.load_state_dict(net.state_dict(), assign=True)
@@ -167,8 +203,8 @@ def _compare_ids(tokenizer: Tokenizer, texts: Sequence[str], found: Sequence[lis
 
 def _in_fresh_process(
     folder: Path, layout: Layout, ids: Tensor, texts: Sequence[str], scratch: Path
-) -> tuple[Tensor, list[list[int]]]:
-    """Logits, and the ids of the texts and the conversation (none for layout nanochat), from a process of its own."""
+) -> tuple[Tensor, list[list[int]], Tensor | None]:
+    """From a process of its own: logits, ids of the texts and the conversation, logits of the first row in bfloat16."""
     save_file({"ids": ids}, scratch / "ids.safetensors")
     (scratch / "texts.json").write_text(json.dumps(list(texts)), encoding="utf-8")
     # Nothing is asked of the network, nothing is left in the person's caches, no module of the current folder is taken.
@@ -181,11 +217,20 @@ def _in_fresh_process(
         "PYTHONDONTWRITEBYTECODE": "1",
     }
     command = [sys.executable, "-m", __name__, layout, str(folder.resolve()), str(scratch)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, encoding="utf-8", errors="replace")
+    done = subprocess.run(  # without a standard input, for nobody is there to answer a question
+        command,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        errors="replace",
+    )
     if done.returncode:
         last = done.stderr.strip().splitlines()[-1:] or ["it said nothing"]
         raise UserError(f"{folder}: cannot be loaded in a fresh process (exit code {done.returncode}): {last[0]}")
-    return load_file(scratch / "logits.safetensors")["logits"], read_json(scratch / "their_ids.json")
+    found = load_file(scratch / "logits.safetensors")
+    return found["logits"], read_json(scratch / "their_ids.json"), found.get("bfloat16")
 
 
 def _load_and_answer(layout: str, folder: Path, scratch: Path) -> None:
@@ -193,12 +238,17 @@ def _load_and_answer(layout: str, folder: Path, scratch: Path) -> None:
     ids = load_file(scratch / "ids.safetensors")["ids"]
     texts = json.loads((scratch / "texts.json").read_text(encoding="utf-8"))
     their_ids: list[list[int]] = []
+    logits = {}
     if layout == "hf":
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        net = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
+        # As the model card says it: without trust where no code travels.
+        trust = {"trust_remote_code": True} if (folder / REMOTE_CODE).exists() else {}
+        net = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **trust).eval()
+        logits["bfloat16"] = _logits(net, ids[:1, :NUM_BFLOAT16_POSITIONS])
+        net = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **trust).eval()
         if texts:
-            tokenizer = AutoTokenizer.from_pretrained(folder)
+            tokenizer = AutoTokenizer.from_pretrained(folder, **trust)
             their_ids = [tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True) for text in texts]
             rendered: Any = tokenizer.apply_chat_template(
                 _CONVERSATION["messages"], add_generation_prompt=True, tokenize=True, return_dict=True
@@ -214,7 +264,7 @@ def _load_and_answer(layout: str, folder: Path, scratch: Path) -> None:
         if texts and imported.tokenizer is not None:
             their_ids = [imported.tokenizer.encode(text) for text in texts]
             their_ids.append(imported.tokenizer.render_for_completion(_CONVERSATION))
-    save_file({"logits": _logits(net, ids)}, scratch / "logits.safetensors")
+    save_file({**logits, "logits": _logits(net, ids)}, scratch / "logits.safetensors")
     (scratch / "their_ids.json").write_text(json.dumps(their_ids), encoding="utf-8")
 
 
