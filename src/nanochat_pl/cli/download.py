@@ -52,7 +52,7 @@ def run(arguments: Sequence[str]) -> int:
     if not config.data.is_on_hub:
         raise UserError(f"data={config.data.name}: is on this machine; there is nothing to download.")
     cache = cache_folder(config.paths)
-    source = HubFiles(config.data, cache, ask_hub=True, refresh=config.refresh)
+    source = HubFiles(config.data, cache, ask_hub=True, refresh=config.refresh, with_json=True)
     num_shards = config.num_shards or config.data.num_shards or _all_shards(source)
     fetched = source.fetch(num_shards, config.parallel)
     if fetched.num_new:

@@ -23,6 +23,7 @@ from nanochat_pl.common.files import write_json, write_text
 from nanochat_pl.common.hardware import choose_device, device_name
 from nanochat_pl.common.run_folder import StageFolder
 from nanochat_pl.common.settings import to_plain
+from nanochat_pl.data.opening import read_chosen
 from nanochat_pl.training.settings import TrainConfig
 
 # Keys, or groups of keys, that have no say in what is learnt: they may differ when a stage goes on.
@@ -67,6 +68,7 @@ def require_same_settings(folder: StageFolder, composed: Composed[Any]) -> None:
         return
     then, now = (settings_that_matter(values, folder.stage) for values in (begun, composed.plain()))
     then |= _of_younger_keys(then, folder.stage)
+    then, now = (_with_counted_files(values, folder) for values in (then, now))
     differences = [
         f"{key}={as_typed(now.get(key))}: {folder.path} was begun with {key}={as_typed(then.get(key))}."
         for key in sorted(then.keys() | now.keys())
@@ -74,6 +76,12 @@ def require_same_settings(folder: StageFolder, composed: Composed[Any]) -> None:
     ]
     if differences:
         raise UserError(differences, "Leave these keys as they were, or begin a new run with run=NAME or resume=never.")
+
+
+def _with_counted_files(values: dict[str, Any], folder: StageFolder) -> dict[str, Any]:
+    """The settings, where null files of a hub are as many as the stage was begun with: it goes on with these."""
+    counted = {f"{key}.num_shards": len(chosen.train) for key, chosen in read_chosen(folder.chosen_files).items()}
+    return values | {key: number for key, number in counted.items() if key in values and values[key] is None}
 
 
 def _of_younger_keys(then: Mapping[str, Any], stage: str) -> dict[str, Any]:

@@ -60,6 +60,11 @@ class StageFolder:
         return self.path / "checkpoints"
 
     @property
+    def chosen_files(self) -> Path:
+        """Which files of data sets of a hub the stage was begun with."""
+        return self.path / "data.json"
+
+    @property
     def status(self) -> Status:
         with _looking_into(self.runs):
             if (self.path / "finished.json").is_file():

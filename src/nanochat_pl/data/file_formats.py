@@ -107,25 +107,51 @@ def parquet_errors(path: Path, part: str = "") -> Iterator[None]:
 def _parquet_documents(path: Path, text_column: str) -> Iterator[str]:
     with _open_parquet(path, text_column) as file:
         for group in range(file.num_row_groups):
+            where = f"{path}, row group {group}"
             with parquet_errors(path, f", row group {group}"):
-                texts = file.read_row_group(group, columns=[text_column]).column(0).to_pylist()
-            for text in texts:
+                texts = file.read_row_group(group, columns=[text_column]).column(0)
+            try:
+                documents = texts.to_pylist()
+            except UnicodeDecodeError as error:
+                row = _first_undecodable(texts)
+                raise UserError(
+                    f"{where}: the {text_column!r} of its row {row:,} is not UTF-8 ({error.reason}).",
+                    fix="The file is whole, that text is not: leave the row out, or write it as UTF-8.",
+                ) from error
+            for text in documents:
                 yield _blank_as_empty(text or "")
+
+
+def _first_undecodable(texts: pa.ChunkedArray) -> int:
+    """The number, from 0, of the first text that is not UTF-8."""
+    for row, text in enumerate(texts):
+        try:
+            text.as_py()
+        except UnicodeDecodeError:
+            return row
+    raise AssertionError("called where there is one")
 
 
 def _blank_as_empty(text: str) -> str:
     return "" if text.isspace() else text
 
 
-def parquet_facts(path: Path) -> tuple[int, int, int]:
-    """Row groups, rows and bytes before compression of a parquet file, as its footer tells them.
+def parquet_facts(path: Path) -> tuple[int, int, dict[str, int]]:
+    """Row groups, rows, and of each column the bytes before compression, as the footer of a parquet file tells them.
 
     Raises:
         UserError: it is no parquet file, or not a whole one.
     """
     with parquet_errors(path), pq.ParquetFile(path) as file:
+        sizes = dict.fromkeys(file.schema_arrow.names, 0)
         groups = [file.metadata.row_group(number) for number in range(file.num_row_groups)]
-        return len(groups), file.metadata.num_rows, sum(group.total_byte_size for group in groups)
+        for group in groups:
+            for number in range(group.num_columns):
+                column = group.column(number)
+                name = column.path_in_schema  # of a nested column that of a leaf, NAME.list.element
+                name = name if name in sizes else name.split(".")[0]
+                sizes[name] = sizes.get(name, 0) + column.total_uncompressed_size
+        return len(groups), file.metadata.num_rows, sizes
 
 
 def _jsonl_documents(path: Path, text_column: str) -> Iterator[str]:

@@ -29,6 +29,14 @@ _TIMEOUT_SECONDS = 20.0
 
 
 @dataclass(frozen=True)
+class Column:
+    """A column of a table, and its bytes before they are compressed."""
+
+    name: str
+    bytes: int = setting(at_least=0)
+
+
+@dataclass(frozen=True)
 class HubFile:
     """A file of a commit.
 
@@ -37,7 +45,7 @@ class HubFile:
         bytes: its size.
         git_blob: git's hash of what is stored: of the contents, or of the pointer to them where they are in LFS.
         sha256: of the contents; given by the hub for files in LFS, else known when it has been downloaded.
-        row_groups, rows, uncompressed_bytes: of a parquet file, known when it has been downloaded.
+        row_groups, rows, columns: of a parquet file, known when it has been downloaded.
     """
 
     path: str
@@ -46,7 +54,11 @@ class HubFile:
     sha256: str | None = None
     row_groups: int | None = None
     rows: int | None = None
-    uncompressed_bytes: int | None = None
+    columns: tuple[Column, ...] = ()
+
+    def column_bytes(self, name: str) -> int | None:
+        """Bytes of a column before they are compressed; None where that is not known."""
+        return next((column.bytes for column in self.columns if column.name == name), None)
 
     @property
     def contents(self) -> str:

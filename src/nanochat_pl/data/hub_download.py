@@ -16,7 +16,7 @@ from nanochat_pl.common.console import Advance, progress, say
 from nanochat_pl.common.files import free_bytes
 from nanochat_pl.data.cache_folder import known_sha256
 from nanochat_pl.data.file_formats import parquet_facts
-from nanochat_pl.data.hub import HubFile, Manifest, commit_of, hash_memo, keep_manifest, open_manifest
+from nanochat_pl.data.hub import Column, HubFile, Manifest, commit_of, hash_memo, keep_manifest
 from nanochat_pl.data.hub_errors import DamagedFile, disk_full, library_heard, patiently
 
 PARALLEL = 8
@@ -38,22 +38,6 @@ class Fetched:
     manifest: Manifest
     num_new: int
     new_bytes: int
-
-
-def fetch(repo: str, path: str, cache_dir: Path, revision: str = "main") -> Path:
-    """One file of a data set, verified: from the disk where it is there, else from the hub.
-
-    Args:
-        repo: ``owner/name``.
-        path: of the file, e.g. ``main/train-00000-of-00001.parquet``.
-        cache_dir: ``paths.cache``.
-        revision: a branch, a tag or a commit; see :func:`~nanochat_pl.data.hub.open_manifest`.
-
-    Raises:
-        UserError: there is no such data set, revision or file, or it cannot be had.
-    """
-    manifest = open_manifest(repo, revision, cache_dir)
-    return fetch_files(manifest, [manifest.file(path)], cache_dir).paths[0]
 
 
 def fetch_files(manifest: Manifest, files: Sequence[HubFile], cache_dir: Path, parallel: int = PARALLEL) -> Fetched:
@@ -112,10 +96,9 @@ def _verified(file: HubFile, path: Path, cache_dir: Path) -> HubFile | None:
         return None
     if file.rows is not None or not path.name.endswith(".parquet"):
         return dataclasses.replace(file, sha256=sha256)
-    row_groups, rows, uncompressed_bytes = parquet_facts(path)
-    return dataclasses.replace(
-        file, sha256=sha256, row_groups=row_groups, rows=rows, uncompressed_bytes=uncompressed_bytes
-    )
+    row_groups, rows, sizes = parquet_facts(path)
+    columns = tuple(Column(name, size) for name, size in sizes.items())
+    return dataclasses.replace(file, sha256=sha256, row_groups=row_groups, rows=rows, columns=columns)
 
 
 def _git_blob_hash(path: Path) -> str:

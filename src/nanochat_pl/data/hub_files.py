@@ -13,7 +13,8 @@ from __future__ import annotations
 import itertools
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -27,7 +28,9 @@ from nanochat_pl.data.hub_download import PARALLEL, Fetched, fetch_files
 from nanochat_pl.data.local_files import FileDocuments, share_held_out
 from nanochat_pl.data.sources import Shard, SourceSettings, Split
 
-_MARK = re.compile(r"(?:^|[/._-])(?:(train|training)|(validation|valid|val|dev|eval)|(test))(?=[/._-])", re.IGNORECASE)
+_SPLITS = r"(?:(train|training)|(validation|valid|val|dev|eval)|(test))"
+_IN_NAME = re.compile(rf"(?:^|[._-]){_SPLITS}(?=[._-])", re.IGNORECASE)
+_FOLDER = re.compile(rf"(?:partial-)?{_SPLITS}", re.IGNORECASE)
 _MARKED = ("train", "val", "test")
 # For the first estimate of how many shards a plan takes: English text, a vocabulary of 32 thousand or more; files
 # of text shrink to less than this share when they are compressed.
@@ -36,9 +39,15 @@ COMPRESSED_SHARE = 0.4
 
 
 def split_in_name(path: str) -> str | None:
-    """``train``, ``val`` or ``test``, if a file's path says which it holds."""
-    match = _MARK.search(path)
-    return _MARKED[match.lastindex - 1] if match and match.lastindex else None
+    """``train``, ``val`` or ``test``, if a file's path says which it holds.
+
+    A part of the file's own name tells; else the nearest folder that has the name of a split and no other word in it.
+    """
+    *folders, name = path.split("/")
+    for match in (_IN_NAME.search(name), *(_FOLDER.fullmatch(folder) for folder in reversed(folders))):
+        if match and match.lastindex:
+            return _MARKED[match.lastindex - 1]
+    return None
 
 
 def split_by_name(files: Sequence[HubFile]) -> tuple[list[HubFile], list[HubFile]]:
@@ -50,8 +59,28 @@ def split_by_name(files: Sequence[HubFile]) -> tuple[list[HubFile], list[HubFile
     return (list(files[:-1]), [files[-1]]) if len(files) > 1 else (list(files), list(files))
 
 
+@dataclass(frozen=True)
+class ChosenFiles:
+    """The files that a training was begun with, by their paths: what has come since is none of its business."""
+
+    commit: str
+    train: tuple[str, ...]
+    validation: tuple[str, ...]
+
+
 class HubFiles:
     """A :class:`~nanochat_pl.data.sources.Source` of downloaded files; one shard per file.
+
+    Which files are here is looked at when it is made and by :meth:`fetch`, so that all that is said of them fits
+    together, whatever another process fetches meanwhile.
+
+    Args:
+        settings: which data set.
+        cache_dir: ``paths.cache``.
+        ask_hub: for its list of files, where that is not known here.
+        refresh: ask for it anyway.
+        chosen: of a training that goes on, the files that it was begun with: these and no others.
+        with_json: :meth:`fetch` takes the .json files too. They may hold conversations, and never documents.
 
     Attributes:
         name: what users call it, e.g. ``climbmix``.
@@ -62,20 +91,31 @@ class HubFiles:
         UserError: the data set has never been downloaded from; no file of it matches.
     """
 
-    def __init__(self, settings: SourceSettings, cache_dir: Path, ask_hub: bool = False, refresh: bool = False) -> None:
+    def __init__(
+        self,
+        settings: SourceSettings,
+        cache_dir: Path,
+        ask_hub: bool = False,
+        refresh: bool = False,
+        chosen: ChosenFiles | None = None,
+        with_json: bool = False,
+    ) -> None:
         assert settings.repo is not None, "checked by the settings"
         self.name = settings.name
         self._settings, self._cache_dir, self._repo = settings, cache_dir, settings.repo
-        revision = settings.revision or "main"
-        manifest = known_manifest(self._repo, revision, cache_dir)
+        self._chosen, self._with_json = chosen, with_json
+        self._all_train_files: list[HubFile] = []
+        self._revision = settings.revision
+        manifest = known_manifest(self._repo, self._revision or "main", cache_dir)
+        if chosen and manifest and manifest.commit != chosen.commit:  # the branch has moved on, the training stays
+            self._revision = chosen.commit
+            manifest = known_manifest(self._repo, self._revision, cache_dir)
+        revision = self._revision or "main"
         if ask_hub and (manifest is None or refresh):
             manifest = open_manifest(self._repo, revision, cache_dir, refresh)
         if manifest is None:
             raise UserError(f"data={self.name}: nothing of {self._repo} ({revision}) is here.", self._how_to_fetch(8))
-        self.manifest = manifest
-        train, self.val_files = split_by_name(_with_documents(manifest, settings.files))
-        self.train_files = train[: settings.num_shards]
-        self._is_split_by_hash = train == self.val_files
+        self._look_at(manifest)
 
     @property
     def fingerprint(self) -> str:
@@ -96,33 +136,46 @@ class HubFiles:
         """The shards of a split that are here, in the order of the manifest.
 
         Raises:
-            UserError: none is, or one of the validation files is not; says how to fetch it.
+            UserError: none is; or one is not that must be, of validation or of a training that goes on; says how to
+                fetch it.
         """
         files = self.train_files if split == "train" else self.val_files
-        here = [(file, path) for file in files if (path := self.manifest.at_hand(file))]
-        if not here or (split == "val" and len(here) < len(files)):
-            missing = next(file.path for file in files if not self.manifest.at_hand(file))
-            raise UserError(f"data={self.name}: {missing} of {self._repo} is not here.", self._how_to_fetch())
+        here = [(file, self._here[file.path]) for file in files if file.path in self._here]
+        if not here or (len(here) < len(files) and (split == "val" or self._chosen)):
+            missing = next(file.path for file in files if file.path not in self._here)
+            needs = ", and this run was begun with it" if self._chosen else ""
+            raise UserError(f"data={self.name}: {missing} of {self._repo} is not here{needs}.", self._how_to_fetch())
         check_file(here[0][1], self._settings.text_column)
         fix = self._how_to_fetch(len(self._train_files_here()))
         return [self._shard(file, path, split, fix) for file, path in here]
 
     def fetch(self, num_shards: int, parallel: int = PARALLEL) -> Fetched:
         """Have the validation files and the first ``num_shards`` training files here, verified."""
-        fetched = fetch_files(self.manifest, self.files_of(num_shards), self._cache_dir, parallel)
-        self.manifest = fetched.manifest
+        manifest = self.manifest
+        try:
+            fetched = fetch_files(manifest, self.files_of(num_shards), self._cache_dir, parallel)
+            manifest = fetched.manifest
+        finally:  # what has come stays
+            self._look_at(manifest)
         return fetched
 
     def files_of(self, num_shards: int) -> list[HubFile]:
-        """The validation files and the first ``num_shards`` training files, each once."""
-        return list(dict.fromkeys([*self.val_files, *self.train_files[:num_shards]]))
+        """The validation files, the first ``num_shards`` training files and lists of conversations, each once."""
+        return list(dict.fromkeys([*self.val_files, *self.train_files[:num_shards], *self._json_files]))
+
+    def chosen(self) -> ChosenFiles:
+        """The files that a training begins with now."""
+        train, val = self.shards("train"), self.shards("val")
+        return ChosenFiles(
+            self.manifest.commit, tuple(shard.name for shard in train), tuple(shard.name for shard in val)
+        )
 
     def num_shards_for(self, num_tokens: int | None) -> int:
         """How many training files are wanted: ``data.num_shards``, else about as many as hold so many tokens.
 
         Never more than there are. Without a number of tokens: those that are here.
         """
-        if self._settings.num_shards is not None:
+        if self._settings.num_shards is not None or self._chosen:
             return len(self.train_files)
         if num_tokens is None:
             return len(self._train_files_here())
@@ -130,7 +183,12 @@ class HubFiles:
         return next((number for number, total in enumerate(totals, 1) if total >= num_tokens), len(self.train_files))
 
     def shortfall(self, num_tokens: int | None) -> list[str]:
-        """What is missing of the files that are wanted, and the command that fetches it; empty where nothing is."""
+        """What is missing of the files that are wanted, and the command that fetches it; empty where nothing is.
+
+        Of a training that goes on: what there is besides the files that it was begun with.
+        """
+        if self._chosen:
+            return self._new_since()
         here, wanted = self._train_files_here(), self.num_shards_for(num_tokens)
         if len(here) >= wanted:
             return []
@@ -151,23 +209,47 @@ class HubFiles:
         """The command that trains on these files."""
         return f"nanochat-pl train stage=base {self._keys()}"
 
+    def _look_at(self, manifest: Manifest) -> None:
+        """Settle which files these are and where they lie."""
+        self.manifest = manifest
+        self._json_files = _of_format(manifest, self._settings.files, (".json",)) if self._with_json else []
+        documents = _of_format(manifest, self._settings.files, SUFFIXES) or self._json_files
+        if not documents:
+            raise _no_documents(manifest, self._settings.files)
+        self._all_train_files, self.val_files = split_by_name(documents)
+        self.train_files = self._all_train_files[: self._settings.num_shards]
+        if self._chosen:
+            self.train_files = [manifest.file(path) for path in self._chosen.train]
+            self.val_files = [manifest.file(path) for path in self._chosen.validation]
+        self._is_split_by_hash = self._all_train_files == self.val_files
+        files = dict.fromkeys([*self._all_train_files, *self.train_files, *self.val_files])
+        self._here = {file.path: path for file in files if (path := manifest.at_hand(file))}
+
     def _train_files_here(self) -> list[HubFile]:
-        return [file for file in self.train_files if self.manifest.at_hand(file)]
+        return [file for file in self.train_files if file.path in self._here]
+
+    def _new_since(self) -> list[str]:
+        candidates = self._all_train_files[: self._settings.num_shards]
+        new = sum(file.path in self._here for file in candidates if file not in self.train_files)
+        if not new:
+            return []
+        more = f"{new:,} more files are" if new > 1 else "1 more file is"
+        return [f"{more} here of {self._repo}; this run goes on with its {len(self.train_files):,}."]
 
     def _tokens_of(self, files: Sequence[HubFile]) -> list[float]:
         """An estimate for each file, from its bytes of text; where they are not known, from those of the others."""
-        known = [file for file in self.train_files if file.uncompressed_bytes]
-        share = sum(file.bytes for file in known) / max(sum(file.uncompressed_bytes or 0 for file in known), 1)
-        sizes = (file.uncompressed_bytes or file.bytes / (share or COMPRESSED_SHARE) for file in files)
-        return [size / BYTES_PER_TOKEN for size in sizes]
+        column = self._settings.text_column
+        text_bytes = {file.path: size for file in self.train_files if (size := file.column_bytes(column))}
+        known = sum(file.bytes for file in self.train_files if file.path in text_bytes)
+        share = known / sum(text_bytes.values()) if text_bytes else COMPRESSED_SHARE
+        return [text_bytes.get(file.path, file.bytes / share) / BYTES_PER_TOKEN for file in files]
 
     @cached_property
     def _held_out(self) -> float | None:
         """Of a single file the share of its documents that is for validation."""
         if not self._is_split_by_hash:
             return None
-        paths = [path for file in self.train_files if (path := self.manifest.at_hand(file))]
-        return share_held_out(paths, self._settings)
+        return share_held_out([self._here[file.path] for file in self._train_files_here()], self._settings)
 
     def _shard(self, file: HubFile, path: Path, split: Split, fix: str) -> Shard:
         problem, memo = f"is damaged: it is not what {self._repo} has.", hash_memo(path, self._cache_dir)
@@ -177,6 +259,9 @@ class HubFiles:
         return documents.as_shard(file.path, file.contents)
 
     def _how_to_fetch(self, num_shards: int | None = None) -> str:
+        if self._chosen:  # as many from the first as have them all
+            wanted = [number for number, file in enumerate(self._all_train_files, 1) if file in self.train_files]
+            num_shards = max(wanted, default=len(self._chosen.train))
         num_shards = num_shards or self._settings.num_shards or self.num_shards_for(None) or 1
         return f"Fetch it: nanochat-pl download {self._keys()} num_shards={num_shards}"
 
@@ -186,24 +271,34 @@ class HubFiles:
         keys: dict[str, str] = {"data": self.name}
         if self.name == "hub":
             keys |= {"data.repo": self._repo} | ({"data.files": given.files} if given.files else {})
-        keys |= {"data.revision": given.revision} if given.revision else {}
-        if self._cache_dir != Path(platformdirs.user_cache_dir("nanochat_pl")):
-            keys["paths.cache"] = str(self._cache_dir)
-        return " ".join(shlex.quote(f"{key}={value}") for key, value in keys.items())
+        keys |= {"data.revision": self._revision} if self._revision else {}
+        return typed_keys(keys | key_of_cache(self._cache_dir))
+
+
+def key_of_cache(cache_dir: Path) -> dict[str, str]:
+    """What a command needs to use the same cache; nothing where it is the usual one."""
+    return {} if cache_dir == Path(platformdirs.user_cache_dir("nanochat_pl")) else {"paths.cache": str(cache_dir)}
+
+
+def typed_keys(keys: Mapping[str, str]) -> str:
+    """Keys as they are typed in a shell."""
+    return " ".join(shlex.quote(f"{key}={value}") for key, value in keys.items())
 
 
 def _count(number: float) -> str:
     return f"{number / 1e6:,.1f} million" if number >= 1e6 else f"{number:,.0f}"
 
 
-def _with_documents(manifest: Manifest, pattern: str | None) -> list[HubFile]:
-    """The files of a known format that match a glob (None: all), in order; hidden ones are left out."""
-    found = manifest.matching(pattern) if pattern else list(manifest.files)
-    files = [file for file in found if format_of(Path(file.path)) and not f"/{file.path}".count("/.")]
-    if not files:
-        suffixes = sorted({Path(file.path).suffix for file in found} - {""})
-        raise UserError(
-            f"data.repo={manifest.repo!r}: no file of it ends with {' or '.join(SUFFIXES)}; "
-            f"there are {', '.join(suffixes[:8]) or 'none'}."
-        )
-    return files
+def _of_format(manifest: Manifest, pattern: str | None, suffixes: Sequence[str]) -> list[HubFile]:
+    """The files with one of the suffixes that match a glob (None: all), in order; hidden ones are left out."""
+    found = manifest.matching(pattern) if pattern else manifest.files
+    return [file for file in found if format_of(Path(file.path), suffixes) and not f"/{file.path}".count("/.")]
+
+
+def _no_documents(manifest: Manifest, pattern: str | None) -> UserError:
+    found = manifest.matching(pattern) if pattern else manifest.files
+    suffixes = sorted({Path(file.path).suffix for file in found} - {""})
+    return UserError(
+        f"data.repo={manifest.repo!r}: no file of it ends with {' or '.join(SUFFIXES)}; "
+        f"there are {', '.join(suffixes[:8]) or 'none'}."
+    )

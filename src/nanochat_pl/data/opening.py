@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from nanochat_pl.common.console import say
-from nanochat_pl.data.hub_files import HubFiles
+from nanochat_pl.common.files import read_json, write_json
+from nanochat_pl.common.settings import build, to_plain
+from nanochat_pl.data.hub_files import ChosenFiles, HubFiles
 from nanochat_pl.data.local_files import LocalFiles
 from nanochat_pl.data.mixed_rows import Turns
 from nanochat_pl.data.mixed_source import MixedSource
@@ -13,7 +16,12 @@ from nanochat_pl.data.python_docs import open_python_docs
 from nanochat_pl.data.sources import DataSettings, Source, SourceSettings
 
 
-def open_source(settings: DataSettings, cache_dir: Path, tokens_needed: int | None = None) -> Source:
+def open_source(
+    settings: DataSettings,
+    cache_dir: Path,
+    tokens_needed: int | None = None,
+    chosen: Mapping[str, ChosenFiles] | None = None,
+) -> Source:
     """Open the source that the settings name. Of a hub's data set that is what has been downloaded of it.
 
     Args:
@@ -21,29 +29,64 @@ def open_source(settings: DataSettings, cache_dir: Path, tokens_needed: int | No
         cache_dir: where a source may keep what it makes or has found out (``paths.cache``).
         tokens_needed: tokens that the plan trains on. Where what is here falls short of them, it is said, with the
             command that fetches the rest.
+        chosen: of a training that goes on, the files of hubs that it was begun with, see :func:`read_chosen`.
 
     Raises:
         UserError: no file matches, a suffix or a column is unknown, a file cannot be read; nothing is downloaded yet;
             two sources of a mixture share a file.
     """
+    chosen = chosen or {}
     if settings.name != "mixture":
-        return _open_one("data", settings, cache_dir, tokens_needed)
+        return _open_one("data", settings, cache_dir, tokens_needed, chosen)
     turns = Turns([part.weight for part in settings.parts.values()])
     parts = {}
     for (name, part), share in zip(settings.parts.items(), turns.shares, strict=True):
         needed = None if tokens_needed is None else round(tokens_needed * share)
-        parts[name] = _open_one(f"data.sources.{name}", part, cache_dir, needed)
+        parts[name] = _open_one(f"data.sources.{name}", part, cache_dir, needed, chosen)
     return MixedSource(parts, turns)
 
 
-def _open_one(key: str, settings: SourceSettings, cache_dir: Path, tokens_needed: int | None) -> Source:
+def write_chosen(path: Path, source: Source) -> None:
+    """Record the files of hubs that a source has, by the key of each: ``data``, or ``data.sources.NAME`` of a mixture.
+
+    A training that goes on has the same ones then, also where more have been fetched meanwhile.
+    """
+    parts = (
+        {f"data.sources.{name}": part.source for name, part in source.parts.items()}
+        if isinstance(source, MixedSource)
+        else {"data": source}
+    )
+    write_json(path, {key: to_plain(part.chosen()) for key, part in parts.items() if isinstance(part, HubFiles)})
+
+
+def read_chosen(path: Path) -> dict[str, ChosenFiles]:
+    """What :func:`write_chosen` has recorded; nothing where there is no such file.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    if not path.is_file():
+        return {}
+    return {key: build(ChosenFiles, values, f"{path}: {key}") for key, values in read_json(path).items()}
+
+
+def _open_one(
+    key: str,
+    settings: SourceSettings,
+    cache_dir: Path,
+    tokens_needed: int | None,
+    chosen: Mapping[str, ChosenFiles],
+) -> Source:
     if settings.name == "python_docs":
         return open_python_docs(cache_dir)
     if settings.name == "local":
         return LocalFiles(settings, cache_dir, key)
-    source = HubFiles(settings, cache_dir, ask_hub=settings.download)
-    if settings.download:
-        source.fetch(max(source.num_shards_for(tokens_needed), 1))
+    source = HubFiles(settings, cache_dir, ask_hub=settings.download, chosen=chosen.get(key))
+    num_shards = 0
+    # What the first ones hold tells better how many are wanted.
+    while settings.download and (wanted := max(source.num_shards_for(tokens_needed), 1)) > num_shards:
+        num_shards = wanted
+        source.fetch(num_shards)
     for line in source.shortfall(tokens_needed):
         say(line)
     return source

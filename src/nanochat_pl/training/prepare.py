@@ -14,7 +14,7 @@ from nanochat_pl.common.console import by_difference, progress, say
 from nanochat_pl.common.run_folder import StageFolder
 from nanochat_pl.data.mixed_rows import MixedRows
 from nanochat_pl.data.mixed_source import MixedSource
-from nanochat_pl.data.opening import open_source
+from nanochat_pl.data.opening import open_source, read_chosen, write_chosen
 from nanochat_pl.data.rows import Rows, packed_rows, streamed_rows
 from nanochat_pl.data.sources import Source, SourceSettings, Split
 from nanochat_pl.data.streamed_index import StreamedIndex
@@ -27,6 +27,7 @@ from nanochat_pl.tokenizer import Tokenizer
 from nanochat_pl.training.evaluation import MixedValidation, Validation, open_validation
 from nanochat_pl.training.limits import require_room
 from nanochat_pl.training.machine import Machine
+from nanochat_pl.training.resume import newest_resume_file
 from nanochat_pl.training.settings import TrainConfig, row_options
 from nanochat_pl.training.tokenizer_stage import tokenizer_for
 
@@ -69,7 +70,15 @@ def prepare_base(config: TrainConfig, folder: StageFolder, cache: Path, machine:
     first_plan = _base_plan(config, machine, config.tokenizer.vocab_size, None)
     model = resolve_model(config.model, config.tokenizer.vocab_size, machine.compute_dtype)
     require_room(model, machine.device, folder.path, config.trainer.keep_last)
-    source = open_source(config.data, cache, first_plan["num_steps"] * first_plan["total_batch_tokens"])
+    goes_on = newest_resume_file(folder.checkpoints) is not None
+    source = open_source(
+        config.data,
+        cache,
+        first_plan["num_steps"] * first_plan["total_batch_tokens"],
+        read_chosen(folder.chosen_files) if goes_on else None,
+    )
+    if not goes_on:
+        write_chosen(folder.chosen_files, source)
     say(source.describe())
     tokenizer = tokenizer_for(config, folder, source)
     parts = _parts(config, source, tokenizer, cache)
