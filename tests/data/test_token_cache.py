@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import multiprocessing.synchronize
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from nanochat_pl.common.errors import UserError
+from nanochat_pl.common.files import write_atomically, write_text
+from nanochat_pl.data.cache_folder import building
 from nanochat_pl.data.conversation_cache import build_conversation_cache
 from nanochat_pl.data.opening import open_source
 from nanochat_pl.data.sources import DataSettings
 from nanochat_pl.data.token_cache import TokenCache, build_token_cache
+from nanochat_pl.data.tokenising import Abandoned
 from tests.data.fakes import ByteTokenizer, ListSource, cache_files
 
 SHARDS = {"a": ["first text", "", "größer"], "b": [], "c": [f"text {i}" for i in range(600)]}
@@ -162,6 +167,65 @@ def test_two_processes_may_build_at_once(tmp_path: Path) -> None:
     cache = build_token_cache(ListSource(SHARDS), "train", tokenizer, tmp_path)
     assert tokenizer.num_texts == 0
     assert texts_in(cache) == [text for texts in SHARDS.values() for text in texts]
+
+
+def test_equal_shards_of_one_source_share_a_folder(tmp_path: Path) -> None:
+    """Two threads had the lock of the folder at once, and the same temporary files in it."""
+    for attempt in range(10):
+        cache_dir, tokenizer = tmp_path / f"cache{attempt}", ByteTokenizer()
+        source = ListSource({"a": SHARDS["c"], "b": SHARDS["c"]})  # their fingerprint is that of their texts
+        cache = build_token_cache(source, "train", tokenizer, cache_dir, num_threads=2)
+        assert texts_in(cache) == 2 * SHARDS["c"]
+        assert tokenizer.num_texts == 600, "tokenised once"
+
+
+def test_a_held_folder_is_waited_for_by_threads_until_they_are_told_to_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("nanochat_pl.data.cache_folder._PATIENCE_SECONDS", 0.0)
+    looks: list[int] = []
+
+    def check() -> None:
+        looks.append(1)
+        if len(looks) > 2:
+            raise Abandoned
+
+    def second() -> None:
+        with building(tmp_path, check):
+            raise AssertionError("held twice")
+
+    with ThreadPoolExecutor(1) as threads:
+        with building(tmp_path), pytest.raises(Abandoned):
+            threads.submit(second).result()
+        assert "Waiting for another run" in capsys.readouterr().out
+        with building(tmp_path, check):
+            pass
+
+
+def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fcntl = pytest.importorskip("fcntl")
+
+    def no_locks(*arguments: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", no_locks)
+    with pytest.raises(UserError, match=r"lock: cannot be locked: No locks(.|\n)*paths\.cache"), building(tmp_path):
+        pass
+
+
+def test_writers_with_the_same_process_number_do_not_share_a_temporary_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Containers number their processes alike and may share a cache."""
+    monkeypatch.setattr(os, "getpid", lambda: 7)
+
+    def write(temporary: Path) -> None:
+        temporary.write_text("one", encoding="utf-8")
+        write_text(tmp_path / "file", "two")
+
+    write_atomically(tmp_path / "file", write)
+    assert (tmp_path / "file").read_text(encoding="utf-8") == "one"
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_museum_56_conversations_are_rendered_once_cut_and_counted(tmp_path: Path) -> None:

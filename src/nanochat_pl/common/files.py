@@ -7,6 +7,7 @@ import errno
 import hashlib
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -55,7 +56,7 @@ def ensure_folder(path: Path) -> Path:
     """
     with disk_errors_explained(path):
         path.mkdir(parents=True, exist_ok=True)
-        probe = path / f".write-probe.{os.getpid()}"
+        probe = path / f".write-probe.{secrets.token_hex(8)}"
         probe.write_bytes(b"x")
         probe.unlink()
     return path
@@ -77,7 +78,8 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
 
     ``write`` fills a temporary file in the same folder, which is synced and renamed over ``path``.
     """
-    temporary = path.with_name(f"{path.name}.tmp.{os.getpid()}")
+    # Not the process's number: threads share it, and so do processes of two containers or machines.
+    temporary = path.with_name(f"{path.name}.tmp.{secrets.token_hex(8)}")
     try:
         with disk_errors_explained(path):
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -6,6 +6,8 @@ from __future__ import annotations
 import sys
 from typing import IO
 
+from nanochat_pl.common.errors import UserError
+
 if sys.platform == "win32":
     import msvcrt
 
@@ -21,10 +23,21 @@ else:
     import fcntl
 
     def try_lock(file: IO[str]) -> bool:
-        """Lock an open file for this process until it is closed; False where another process has it."""
+        """Lock an open file for this process until it is closed; False where another process has it.
+
+        Threads of one process do not keep each other out, and closing the file once more lets go of it.
+
+        Raises:
+            UserError: the file system has no locks.
+        """
         # A record lock, not flock: loader processes that outlive a killed run for a moment do not hold it.
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             return False
+        except OSError as error:
+            raise UserError(
+                f"{file.name}: cannot be locked: {error.strerror or error}",
+                fix="Give a folder on another file system: paths.cache=… (caches), paths.runs=… (runs).",
+            ) from error
         return True

@@ -10,11 +10,13 @@ import contextlib
 import hashlib
 import json
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+from nanochat_pl.common.console import say
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.files import disk_errors_explained, read_json, sha256_of_file, write_atomically, write_json
 from nanochat_pl.common.locks import try_lock
@@ -25,6 +27,9 @@ _MANIFEST = "manifest.json"
 _CLOCK_STEP_SECONDS = 2.0
 _ABANDONED_SECONDS = 24 * 3600.0
 _LOOK_AGAIN_SECONDS = 0.1
+_PATIENCE_SECONDS = 5.0
+_held_here: set[Path] = set()  # folders that threads of this process hold
+_one_at_a_time = threading.Lock()
 
 
 def fingerprint_of(*parts: Any) -> str:
@@ -97,19 +102,45 @@ def read_cache(folder: Path, key: Any) -> dict[str, Any] | None:
 
 
 @contextlib.contextmanager
-def building(folder: Path) -> Iterator[None]:
-    """Hold a folder while it is filled: other processes that want the same wait, and find it filled.
+def building(folder: Path, check: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Hold a folder while it is filled: other threads and processes that want the same wait, and find it filled.
+
+    Args:
+        check: called again and again while it waits; what it raises ends the waiting.
 
     Raises:
-        UserError: the folder cannot be written to.
+        UserError: the folder cannot be written to or locked.
     """
     with disk_errors_explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / "lock").open("a", encoding="utf-8")
-    with file:
-        while not try_lock(file):
-            time.sleep(_LOOK_AGAIN_SECONDS)
-        yield
+    folder = folder.resolve()
+    begin, told = time.monotonic(), False
+    while (lock := _try_to_hold(folder)) is None:
+        check()
+        if not told and time.monotonic() - begin > _PATIENCE_SECONDS:
+            told = True
+            say(f"Waiting for another run, which is filling {folder}.")
+        time.sleep(_LOOK_AGAIN_SECONDS)
+    try:
+        with lock:
+            yield
+    finally:
+        _held_here.remove(folder)
+
+
+def _try_to_hold(folder: Path) -> IO[str] | None:
+    """The lock of a folder, to be closed in the end; None where another thread or process has it."""
+    with _one_at_a_time, contextlib.ExitStack() as stack:
+        # Of a process's threads one alone may open the file: whichever closes it lets go of the lock for all.
+        if folder in _held_here:
+            return None
+        with disk_errors_explained(folder):
+            lock = stack.enter_context((folder / "lock").open("a", encoding="utf-8"))
+        if not try_lock(lock):
+            return None
+        stack.pop_all()
+        _held_here.add(folder)
+        return lock
 
 
 def _memo(path: Path) -> Path:

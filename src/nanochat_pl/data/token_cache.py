@@ -218,8 +218,9 @@ def tokenised(
 
     def build(to_build: ShardToBuild, encode: Encoder) -> CachedShard:
         if not to_build.is_there():
-            with building(to_build.cached.folder):
-                if not to_build.is_there():  # another process may have built it meanwhile
+            with building(to_build.cached.folder, encode.check):
+                # Another process may have built it meanwhile, or the thread that had an equal shard.
+                if not to_build.is_there():
                     documents = ((ids, None) for ids in encode(to_build.shard.documents()))
                     write_shard(to_build.cached.folder, to_build.key, documents, to_build.cached.dtype, {})
         return to_build.cached

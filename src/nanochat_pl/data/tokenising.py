@@ -55,14 +55,18 @@ class Encoder:
                 window.append(self.threads.submit(self._encode, texts))
                 if len(window) > 2 * self.num_threads:
                     yield from window.popleft().result()
-                if self.abandoned.is_set():
-                    raise Abandoned
+                self.check()
             self.all_read()
             while window:
                 yield from window.popleft().result()
         finally:
             for future in window:
                 future.cancel()
+
+    def check(self) -> None:
+        """Raise :class:`Abandoned` where the work is to end."""
+        if self.abandoned.is_set():
+            raise Abandoned
 
     def _encode(self, texts: list[str]) -> list[np.ndarray]:
         return [self.encode(text).astype(self.dtype) for text in texts]
@@ -81,7 +85,9 @@ def in_order(
     def run(shard: A, turn: threading.Event, all_read: threading.Event) -> B:
         turn.wait()
         try:
-            return work(shard, Encoder(encode, dtype, encoders, num_threads, all_read.set, abandoned))
+            encoder = Encoder(encode, dtype, encoders, num_threads, all_read.set, abandoned)
+            encoder.check()
+            return work(shard, encoder)
         finally:
             all_read.set()
 
