@@ -195,6 +195,8 @@ def test_a_copy_of_the_training_text_is_nothing_to_validate_on(tmp_path: Path) -
         UserError, match=r"copy\.jsonl: is under .*validation_path, with the same contents as .*a\.jsonl"
     ):
         opened(tmp_path / "a.jsonl", tmp_path / "cache", validation_path=str(tmp_path / "copy.jsonl"))
+    both = opened(tmp_path / "*.jsonl", tmp_path / "cache").describe()
+    assert both.endswith("; copy.jsonl is a copy of a.jsonl: trained on twice")
     for folder in ("train", "val"):  # two empty files share nothing
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "empty.jsonl").write_bytes(b"")

@@ -12,7 +12,7 @@ from nanochat_pl.cli.main import main
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.settings import build, to_plain
 from nanochat_pl.tasks.conversations import ConversationSet
-from nanochat_pl.tasks.mixture import Mixture, build_mixture, only_judged
+from nanochat_pl.tasks.mixture import Mixture, build_mixture, build_tasks, only_judged
 from nanochat_pl.tasks.settings import ConversationSettings, MixtureSettings
 from tests.data.hub_server import serving_this_process
 
@@ -70,6 +70,32 @@ def test_files_are_held_out_by_their_names(tmp_path: Path) -> None:
     assert answers(opened(tmp_path, **named)) == ["1", "2"] and answers(opened(tmp_path, "test", **named)) == ["3"]
     with pytest.raises(UserError, match=r"test_path=.*is under mixture.tasks.conversations.own.path too"):
         opened(tmp_path, path=tmp_path / "a.jsonl", test_path=tmp_path / "*.jsonl")
+
+
+def test_what_one_set_holds_out_no_other_trains_on(tmp_path: Path) -> None:
+    """Only paths were compared, and those of one set: copies and other sets took the held-out conversations."""
+
+    def mixed(**sets: dict[str, Any]) -> dict[str, ConversationSet]:
+        chosen = {name: to_plain_text(keys) for name, keys in sets.items()}
+        return build_tasks(build(MixtureSettings, {"tasks": {"conversations": chosen}}), "train", tmp_path)  # type: ignore[return-value]
+
+    one, other = write(tmp_path / "one.jsonl", *range(40)), write(tmp_path / "d/other.jsonl", *reversed(range(40)))
+    none = write(tmp_path / "none/a.jsonl", *range(90, 95)).parent
+    for name in ("train", "test"):
+        (none / f"{name}-0.jsonl").write_text("", encoding="utf-8")
+    for sets in (
+        {"a": {"path": one, "test_path": other}},
+        {"a": {"path": one}, "b": {"path": other, "test_fraction": 0.3}},
+        {"a": {"path": none / "a.jsonl", "test_path": one}, "b": {"path": other}},
+    ):
+        with pytest.raises(
+            UserError, match=r"(one|other)\.jsonl of .*\) has the same conversations as .*held out of one"
+        ):
+            mixed(**sets)
+    assert len(mixed(a={"path": one}, b={"path": other, "repeat": 2})["a"]) < 40, "both are split by the same rule"
+    both = mixed(a={"path": tmp_path / "**/o*.jsonl"})["a"]
+    assert "a: one.jsonl is a copy of d/other.jsonl: trained on twice" in both.describe()
+    assert mixed(a={"path": none}), "files without conversations share none"
 
 
 def test_slices_go_over_all_files(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ second run reads nothing.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from array import array
 from collections.abc import Callable, Iterator
@@ -63,6 +64,11 @@ class ConversationFile:
     def places(self) -> np.ndarray:
         """float64 (n,): for each conversation a number in [0, 1) that depends on it alone."""
         return np.fromfile(self.folder / "places.bin", dtype="<f8")
+
+    @cached_property
+    def contents(self) -> str:
+        """A hash of the conversations, in whatever order and format; "" where there are none."""
+        return hashlib.sha256(np.sort(self.places).tobytes()).hexdigest() if len(self) else ""
 
     def row_number(self, index: int) -> int:
         """Which row of the file a conversation was: a line's number from 1, a row's of a table from 0."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,7 +58,9 @@ class LocalFiles:
         """One line for people: the files, what is held out, and the hash of their documents."""
         files = len({*self._train_files.values(), *self._val_files.values()})
         held_out = f"; {self._held_out:.2%} of the documents are held out" if self._held_out is not None else ""
-        return f"{self._settings.path}: {files:,} file{'s' if files > 1 else ''}, {self.fingerprint[:12]}{held_out}"
+        copies = copies_of_files((shard.contents, shard.name) for shard in self.shards("train"))
+        line = f"{self._settings.path}: {files:,} file{'s' if files > 1 else ''}, {self.fingerprint[:12]}{held_out}"
+        return "; ".join([line, *copies])
 
     def shards(self, split: Split) -> list[Shard]:
         files = self._train_files if split == "train" else self._val_files
@@ -146,6 +148,16 @@ class FileDocuments:
         with reading(self.path):
             if self.sha256 is not None and known_sha256(self.path, self.memo, self.at_rest) != self.sha256:
                 raise UserError(f"{self.path}: {self.problem}", self.fix)
+
+
+def copies_of_files(files: Iterable[tuple[str, str]]) -> list[str]:
+    """A line where files have the same contents. ``files``: hash of the contents, "" for nothing, and name of each."""
+    seen: dict[str, str] = {}
+    copies = [
+        (name, seen[contents]) for contents, name in files if contents and seen.setdefault(contents, name) != name
+    ]
+    more = f" (and {len(copies) - 1:,} more are copies)" if len(copies) > 1 else ""
+    return [f"{copies[0][0]} is a copy of {copies[0][1]}: trained on twice{more}"] if copies else []
 
 
 def share_held_out(paths: Sequence[Path], settings: SourceSettings) -> float:

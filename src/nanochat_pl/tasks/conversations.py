@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +18,7 @@ from nanochat_pl.data.conversation_rows import Audit
 from nanochat_pl.data.file_formats import format_of
 from nanochat_pl.data.hub import hash_memo, known_manifest
 from nanochat_pl.data.hub_files import split_in_name
-from nanochat_pl.data.local_files import find_files
+from nanochat_pl.data.local_files import copies_of_files, find_files
 from nanochat_pl.tasks.base import Content, Conversation, Split, Task
 from nanochat_pl.tasks.settings import ConversationSettings, SmolTalkSettings
 
@@ -52,6 +52,7 @@ class ConversationSet(Task):
         """
         where = f"mixture.tasks.{name if isinstance(settings, SmolTalkSettings) else f'conversations.{name}'}"
         train, test = _find(where, settings, cache_dir)
+        self._where, self._num_train_files = where, len(train)
         self._by_hash = train == test
         self.files = _read(name, train if self._by_hash else [*train, *test], settings.column, cache_dir)
         self.audit = Audit()
@@ -59,7 +60,7 @@ class ConversationSet(Task):
             self.audit.add(file.audit, f"{file.name}, ")
         _require_good(where, self.audit, max_bad_fraction)
         self._held_out = _share_held_out(where, self.files, settings.test_fraction) if self._by_hash else None
-        self._indices = self._choose(split, len(train))
+        self._indices = self._choose(split)
         limits = (settings.start, settings.size) if split == "train" else (0, settings.test_size)
         self._indices = _slice(self._indices, *limits)
         super().__init__(name, split, sum(map(len, self._indices)))
@@ -71,12 +72,20 @@ class ConversationSet(Task):
         self._ends = np.cumsum([len(indices) for indices in self._indices])
         self._limits = limits
 
-    def _choose(self, split: Split, num_train_files: int) -> list[np.ndarray]:
+    def _choose(self, split: Split) -> list[np.ndarray]:
         """For each file the conversations of a split."""
         if self._held_out is not None:
             return [np.flatnonzero((file.places <= self._held_out) == (split == "test")) for file in self.files]
-        wanted = range(num_train_files) if split == "train" else range(num_train_files, len(self.files))
+        first, all_files = self._num_train_files, len(self.files)
+        wanted = range(first) if split == "train" else range(first, all_files)
         return [np.arange(len(file) if number in wanted else 0) for number, file in enumerate(self.files)]
+
+    def uses(self) -> Iterator[_Use]:
+        """What is done with each file in which there is a conversation."""
+        for number, file in enumerate(self.files):
+            held_out = float(number >= self._num_train_files) if self._held_out is None else self._held_out
+            if file.contents:
+                yield _Use(self._where, file.name, file.contents, held_out)
 
     def conversation(self, index: int) -> Conversation:
         file, number = self._locate(index)
@@ -111,8 +120,40 @@ class ConversationSet(Task):
             causes = ", ".join(f"{count:,} {cause}" for cause, count in self.audit.bad.items())
             first = next(line for lines in self.audit.examples.values() for line in lines)
             lines.append(f"{self.name}: {self.audit.num_bad:,} bad rows are left out ({causes}; the first: {first})")
+        trained_on = [(use.contents, use.file) for use in self.uses() if use.held_out < 1]
+        lines += [f"{self.name}: {line}" for line in copies_of_files(trained_on)]
         lines += [f"{self.name}: {count:,} rows: {change}." for change, count in self.audit.changed.items()]
         return lines
+
+
+@dataclass(frozen=True)
+class _Use:
+    """Which share of a file's conversations, known by their hash, is held out: 0 none, 1 all, else a hash tells."""
+
+    where: str
+    file: str
+    contents: str
+    held_out: float
+
+    def __str__(self) -> str:
+        share = {0.0: "none", 1.0: "all"}.get(self.held_out, f"a share of {self.held_out:.4g}")
+        return f"{self.file} of {self.where} ({share} of it held out)"
+
+
+def refuse_shared_conversations(sets: Iterable[ConversationSet]) -> None:
+    """Refuse files with the same conversations that are not all split by the same rule, in one set or in several.
+
+    Raises:
+        UserError: what is held out of one would be trained on.
+    """
+    seen: dict[str, _Use] = {}
+    for use in (use for conversations in sets for use in conversations.uses()):
+        first = seen.setdefault(use.contents, use)
+        if first.held_out != use.held_out:
+            raise UserError(
+                f"{use} has the same conversations as {first}: what is held out of one would be trained on.",
+                "Leave it to one of them, or give both the same test_fraction and no test_path.",
+            )
 
 
 @dataclass(frozen=True)

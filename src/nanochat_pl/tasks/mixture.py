@@ -15,7 +15,7 @@ from nanochat_pl.data.python_docs import PythonDocs, open_python_docs
 from nanochat_pl.data.sources import MAX_BAD_FRACTION
 from nanochat_pl.tasks.arithmetic import Arithmetic, WordProblems
 from nanochat_pl.tasks.base import Conversation, Split, Task, generator
-from nanochat_pl.tasks.conversations import ConversationSet
+from nanochat_pl.tasks.conversations import ConversationSet, refuse_shared_conversations
 from nanochat_pl.tasks.documentation import Documentation, documented_functions
 from nanochat_pl.tasks.identity import Identity
 from nanochat_pl.tasks.settings import (
@@ -101,7 +101,7 @@ def build_tasks(
         max_bad_fraction: the share of bad rows in such files that is put up with (``data.max_bad_fraction``).
 
     Raises:
-        UserError: what the tasks say of their files.
+        UserError: what the tasks say of their files; two of them share conversations and split them otherwise.
     """
     chosen = settings.tasks.chosen()
     needs_corpus = any(isinstance(task, (SpellingSettings, DocumentationSettings)) for task in chosen.values())
@@ -112,6 +112,7 @@ def build_tasks(
             tasks[name] = ConversationSet(name, task, split, cache_dir, max_bad_fraction)
         else:
             tasks[name] = _build_task(task, split, corpus)
+    refuse_shared_conversations(task for task in tasks.values() if isinstance(task, ConversationSet))
     return tasks
 
 
