@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pytest
 
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.common.settings import build, setting
+from nanochat_pl.common.settings import build, problems_of, setting
 
 
 @dataclass(frozen=True)
@@ -19,3 +19,14 @@ class Settings:
 def test_a_number_that_no_float_can_hold_is_a_problem_and_no_crash(value: float) -> None:
     with pytest.raises(UserError, match="must be a number"):
         build(Settings, {"scale": value})
+
+
+@dataclass(frozen=True)
+class Root:
+    paths: str = setting("x")
+    group: Settings = setting(factory=Settings)
+
+
+def test_a_key_of_a_group_is_found_by_its_own_name() -> None:
+    name = next(iter(Settings.__dataclass_fields__))
+    assert problems_of(Root, {name: 3}) == [f"{name}: there is no such key; did you mean group.{name}?"]

@@ -98,12 +98,24 @@ def _join(where: str, name: str) -> str:
     return f"{where}.{name}" if where else name
 
 
-def _nearest(where: str, name: str, valid: Iterable[str]) -> str:
+def _nearest(where: str, name: str, cls: Any, valid: Iterable[str]) -> str:
     """The nearest names as a person types them, with their group. A ``where`` that is a file is left out."""
+    if name in (nested := _nested_names(cls)):  # depth=4 for model.depth=4
+        return f"did you mean {_join(where, nested[name])}?"
     hint = did_you_mean(name, valid)
     if hint.startswith("did you mean ") and where and all(part.isidentifier() for part in where.split(".")):
         hint = hint.replace(" mean ", f" mean {where}.").replace(" or ", f" or {where}.")
     return hint
+
+
+def _nested_names(cls: Any) -> dict[str, str]:
+    """The keys of the groups of a group, by their own names; the first where several groups have one of that name."""
+    found: dict[str, str] = {}
+    for group, hint in get_type_hints(cls).items():
+        if dataclasses.is_dataclass(hint):
+            for field in dataclasses.fields(hint):
+                found.setdefault(field.name, f"{group}.{field.name}")
+    return found
 
 
 def _build(cls: Any, values: Any, where: str, problems: list[str]) -> Any:
@@ -115,7 +127,7 @@ def _build(cls: Any, values: Any, where: str, problems: list[str]) -> Any:
     found = len(problems)
     for key in values:
         if key not in fields:
-            problems.append(f"{_join(where, str(key))}: there is no such key; {_nearest(where, str(key), fields)}")
+            problems.append(f"{_join(where, str(key))}: there is no such key; {_nearest(where, str(key), cls, fields)}")
     arguments = {}
     for name, field in fields.items():
         if name in values:

@@ -13,6 +13,7 @@ from nanochat_pl.optim.settings import RECIPE
 
 LONG_LIST = 8  # a longer one is shown by how often each of its items occurs
 
+
 @dataclass(frozen=True)
 class Derived:
     """A value and its reason.
@@ -103,7 +104,10 @@ class Plan:
 
     def _find(self, name: str) -> Derived:
         if name not in self.values:
-            raise UserError(f"plan: there is no value {name!r}; {did_you_mean(name, self.values)}")
+            raise UserError(
+                f"plan: there is no value {name!r}; {did_you_mean(name, self.values)}",
+                fix="nanochat-pl plan lists them all.",
+            )
         return self.values[name]
 
 
