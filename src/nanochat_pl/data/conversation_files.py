@@ -84,7 +84,7 @@ class ConversationFile:
 
 
 def holds_conversations(path: Path, text_column: str) -> bool:
-    """Whether a file has ``messages`` and no text: the columns of a table, or the first line of another, tell.
+    """Whether a file has ``messages`` and no text: the columns of a table, or the first row of another, tell.
 
     Raises:
         UserError: it cannot be read.
@@ -92,7 +92,8 @@ def holds_conversations(path: Path, text_column: str) -> bool:
     if format_of(path) == ".parquet":
         with parquet_errors(path), pq.ParquetFile(path) as file:
             return "messages" in file.schema_arrow.names and text_column not in file.schema_arrow.names
-    first = next(_jsonl_rows(path), None)
+    _, rows = _rows(path, "messages")
+    first = next(rows, None)
     return first is not None and not isinstance(judge(first[1], "messages"), Fault)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,7 +16,7 @@ from nanochat_pl.data.conversation_files import CONVERSATION_SUFFIXES, Conversat
 from nanochat_pl.data.conversation_rows import Audit
 from nanochat_pl.data.file_formats import format_of
 from nanochat_pl.data.hub import hash_memo, known_manifest
-from nanochat_pl.data.hub_files import split_in_name
+from nanochat_pl.data.hub_files import key_of_cache, split_in_name, typed_keys
 from nanochat_pl.data.local_files import copies_of_files, find_files
 from nanochat_pl.tasks.base import Content, Conversation, Split, Task
 from nanochat_pl.tasks.settings import ConversationSettings, SmolTalkSettings
@@ -189,7 +188,7 @@ def _find(where: str, settings: ConversationSettings, cache_dir: Path) -> tuple[
     if missing := [file.name for file in [*train, *held_out] if file.path is None]:
         raise UserError(
             f"{where}: files of {settings.repo} that are not here: {len(missing):,}, the first is {missing[0]}.",
-            _how_to_fetch(settings),
+            _how_to_fetch(settings, cache_dir),
         )
     return train, held_out
 
@@ -205,7 +204,7 @@ def _on_hub(where: str, settings: ConversationSettings, cache_dir: Path) -> list
     repo, revision = str(settings.repo), settings.revision or "main"
     manifest = known_manifest(repo, revision, cache_dir)
     if manifest is None:
-        raise UserError(f"{where}: nothing of {repo} ({revision}) is here.", _how_to_fetch(settings))
+        raise UserError(f"{where}: nothing of {repo} ({revision}) is here.", _how_to_fetch(settings, cache_dir))
     files = manifest.matching(settings.files, f"{where}.files") if settings.files else manifest.files
     found = []
     for file in files:
@@ -217,10 +216,10 @@ def _on_hub(where: str, settings: ConversationSettings, cache_dir: Path) -> list
     return found
 
 
-def _how_to_fetch(settings: ConversationSettings) -> str:
+def _how_to_fetch(settings: ConversationSettings, cache_dir: Path) -> str:
     keys = {"repo": settings.repo, "revision": settings.revision, "files": settings.files}
-    given = [shlex.quote(f"data.{key}={value}") for key, value in keys.items() if value is not None]
-    return f"Fetch it: nanochat-pl download data=hub {' '.join(given)}"
+    given = {"data": "hub"} | {f"data.{key}": value for key, value in keys.items() if value is not None}
+    return f"Fetch it: nanochat-pl download {typed_keys(given | key_of_cache(cache_dir))}"
 
 
 def _read(name: str, found: Sequence[_Found], column: str, cache_dir: Path) -> list[ConversationFile]:
