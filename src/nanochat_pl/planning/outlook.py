@@ -116,7 +116,7 @@ def add_time(
     else:
         peak = device.peaks.get(config.compute_dtype)
         plan.derive("device_peak_flops", peak, f"FLOP/s of dense products in {config.compute_dtype}, its data sheet's")
-        formula = "assumed: well-tuned training of such models; not measured here"
+        formula = "share of the peak; 0.4 is well-tuned training of large models, assumed and not measured here"
         share = plan.derive("mfu", ASSUMED_MFU, formula, (), (f"mfu={mfu}", mfu))
         seconds = None if peak is None else plan["total_flops"] / (peak * share * num_devices)
         several = ("num_devices",) if num_devices > 1 else ()

@@ -176,5 +176,6 @@ def _duration(seconds: float) -> str:
 _SHOWN = {
     "bytes": _size,
     "seconds": _duration,
+    "cost": lambda cost: f"{cost:,.2f}",
     "flops": lambda flops: f"{flops:,.0f}" if flops < 1e9 else f"{flops:.4g}",
 }
