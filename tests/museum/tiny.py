@@ -99,6 +99,7 @@ def fit_tiny(
     compiled: bool = False,
     every_steps: int = 0,
     checkpoint_every_steps: int = 2,
+    log_every_steps: int = 1,
     loggers: Sequence[Logger] = (),
     callbacks: Sequence[Callback] = (),
     mixed: MixedRows | None = None,
@@ -117,7 +118,9 @@ def fit_tiny(
     fitting = Fitting(
         name="tiny",
         folder=folder,
-        trainer=TrainerSettings(checkpoint_every_steps=checkpoint_every_steps, keep_last=100),
+        trainer=TrainerSettings(
+            log_every_steps=log_every_steps, checkpoint_every_steps=checkpoint_every_steps, keep_last=100
+        ),
         evaluation=EvaluationSettings(every_steps=every_steps, samples_every_steps=every_steps),
         device=torch.device("cpu"),
         flops_per_token=1e6,

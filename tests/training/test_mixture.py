@@ -27,6 +27,8 @@ from nanochat_pl.report import write_report
 from nanochat_pl.tokenizer import Tokenizer
 from nanochat_pl.training.step import StepBatch
 from tests.engine.small import byte_tokenizer
+from tests.museum.test_fit import metrics_of as metrics_in
+from tests.museum.test_fit import stop_after
 from tests.museum.tiny import ROWS_PER_STEP, SEQUENCE_LEN, fit_tiny, tiny_model
 from tests.training.conftest import same_weights, tiny_overrides, weights_of
 from tests.training.test_feeding import STEPS, T, hashes
@@ -211,8 +213,11 @@ class Watch(Callback):
             self.rows.append((batch.sources, net.losses(batch.inputs, batch.targets).mean(dim=1)))
 
 
-def test_the_loss_of_a_source_is_that_of_its_rows(tmp_path: Path, others: Path) -> None:
-    """Of a source that has no row in a step there is no figure."""
+@pytest.mark.parametrize("log_every_steps", [1, 3])
+def test_the_loss_of_a_source_is_that_of_its_rows_since_the_last_line(
+    tmp_path: Path, others: Path, log_every_steps: int
+) -> None:
+    """Of a source that has no row there, there is no figure. Those of the steps between two lines had been dropped."""
     turns, num_rows, parts = Turns([5, 3, 1]), 4 * ROWS_PER_STEP, {}
     for number, name in enumerate(("one", "two", "three")):
         settings = DataSettings(name="local", path=str(others / f"{('one', 'two')[number % 2]}.txt"), seed=number)
@@ -221,11 +226,15 @@ def test_the_loss_of_a_source_is_that_of_its_rows(tmp_path: Path, others: Path) 
             cache, SEQUENCE_LEN, byte_tokenizer().bos_id, "split", tmp_path, num_rows=num_rows, seed=number
         )
     watch = Watch()
-    fit_tiny(tmp_path, callbacks=[watch], mixed=MixedRows(parts, turns, num_rows))
-    with (tmp_path / "metrics.csv").open(encoding="utf-8", newline="") as file:
-        found = list(csv.DictReader(file))
-    seen = 0
-    for row, (sources, losses) in zip(found, watch.rows, strict=True):
+    mixed = MixedRows(parts, turns, num_rows)
+    fit_tiny(tmp_path, callbacks=[watch], mixed=mixed, log_every_steps=log_every_steps)
+    found = metrics_in(tmp_path)
+    assert [int(row["step"]) for row in found] == ([1, 2, 3, 4] if log_every_steps == 1 else [3, 4])
+    seen, steps = 0, 0
+    for row in found:
+        since = watch.rows[steps : int(row["step"])]
+        sources, losses = (torch.cat(tensors) for tensors in zip(*since, strict=True))
+        steps = int(row["step"])
         for number, name in enumerate(parts):
             of_source = losses[sources == number]
             cell = row[f"train/loss_{name}"]
@@ -233,7 +242,11 @@ def test_the_loss_of_a_source_is_that_of_its_rows(tmp_path: Path, others: Path) 
             seen += len(of_source)
             if cell:
                 assert float(cell) == pytest.approx(of_source.mean().item(), rel=1e-5)
-    assert seen == num_rows and any(row["train/loss_three"] == "" for row in found)
+    assert seen == num_rows
+    assert any(row["train/loss_three"] == "" for row in found)
+    stop_after(tmp_path, 2)
+    fit_tiny(tmp_path, mixed=mixed, log_every_steps=log_every_steps)
+    assert [row["train/loss_one"] for row in metrics_in(tmp_path)] == [row["train/loss_one"] for row in found]
 
 
 @pytest.mark.parametrize("shuffle", ["global", "shards"])

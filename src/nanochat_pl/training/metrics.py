@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers.logger import Logger
 from torch import Tensor
@@ -176,10 +176,13 @@ class StepMetrics(Callback):
         self.latest: dict[str, float] = {}
         self._smoothed, self._weight, self._tokens, self._seconds = 0.0, 0.0, 0, 0.0
         self._recent: deque[float] = deque(maxlen=20)
+        # Nats and targets of each source since the last logged step, (2, S), on the device of the training.
+        self._by_source = torch.zeros(2, len(mixed.names) if mixed else 0)
 
-    def state_dict(self) -> dict[str, float]:
+    def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to go on with the same figures."""
         return {
+            "by_source": self._by_source.tolist(),
             "smoothed": self._smoothed,
             "weight": self._weight,
             "tokens": self._tokens,
@@ -190,6 +193,8 @@ class StepMetrics(Callback):
         """Go on from a resume file."""
         self._smoothed, self._weight = state_dict["smoothed"], state_dict["weight"]
         self._tokens, self._seconds = state_dict["tokens"], state_dict["seconds"]
+        if "by_source" in state_dict:  # older files have none
+            self._by_source = torch.tensor(state_dict["by_source"])
 
     @property
     def seconds(self) -> float:
@@ -233,22 +238,28 @@ class StepMetrics(Callback):
         }
         if self.peak_flops is not None:
             self.latest["train/mfu"] = tokens / seconds * self.flops_per_token / self.peak_flops
+        if batch.sources is not None:
+            self._add_by_source(batch.sources, outputs["nats_of_rows"], batch.targets)
         if trainer.global_step % self.log_every_steps == 0 or trainer.global_step == trainer.max_steps:
-            by_source = {} if self.mixed is None else self._by_source(self.mixed, outputs["nats_of_rows"], batch)
+            by_source = {} if self.mixed is None else self._take_by_source(self.mixed)
             log_everywhere(trainer, self.latest | by_source)
 
-    def _by_source(self, mixed: MixedRows, nats_of_rows: Tensor, batch: StepBatch) -> dict[str, float]:
-        """Of each source the mean loss in this step, if it had rows there, and its tokens so far."""
-        assert batch.sources is not None
-        of_rows = (batch.sources, nats_of_rows, (batch.targets != IGNORE_INDEX).sum(dim=1))
-        sources, nats, num_targets = (tensor.cpu().numpy() for tensor in of_rows)
+    def _add_by_source(self, sources: Tensor, nats: Tensor, targets: Tensor) -> None:
+        """Add a step's rows; nothing waits for the device."""
+        of_rows = torch.stack([nats.float(), (targets != IGNORE_INDEX).sum(dim=1).float()])
+        is_of = sources == torch.arange(self._by_source.shape[1], device=sources.device)[:, None]
+        self._by_source = self._by_source.to(sources.device) + torch.where(is_of, of_rows[:, None], 0.0).sum(dim=2)
+
+    def _take_by_source(self, mixed: MixedRows) -> dict[str, float]:
+        """Of each source the mean loss since the last logged step, if it had rows there, and its tokens so far."""
+        all_nats, all_targets = self._by_source.tolist()
+        self._by_source = torch.zeros_like(self._by_source)
         rows_so_far = mixed.turns.counts(self._tokens // mixed.sequence_len)
         figures: dict[str, float] = {}
-        for source, name in enumerate(mixed.names):
-            here = sources == source
-            if count := int(num_targets[here].sum()):
-                figures[name_by_source("train/loss", name)] = float(nats[here].sum(dtype=np.float64)) / count
-            figures[name_by_source("train/tokens", name)] = rows_so_far[source] * mixed.sequence_len
+        for name, nats, num_targets, rows in zip(mixed.names, all_nats, all_targets, rows_so_far, strict=True):
+            if num_targets:
+                figures[name_by_source("train/loss", name)] = nats / num_targets
+            figures[name_by_source("train/tokens", name)] = rows * mixed.sequence_len
         return figures
 
 
