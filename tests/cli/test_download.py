@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -94,6 +95,49 @@ def test_training_takes_what_was_fetched_and_says_what_it_lacks(hub: HubServer, 
     assert "is finished" in capsys.readouterr().out
     own_text = ["evaluate", "run=a", f"paths.runs={here / 'runs'}", f"data_path={here / 'texts'}", "suites=[bpb]"]
     assert main(own_text) == 0
+
+
+def test_a_stopped_training_goes_on_after_more_has_been_fetched(
+    hub: HubServer, here: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Our own advice, to fetch more, made it other data, and the run could not be finished any more."""
+    texts = (write_texts(here / "texts") / "texts.txt").read_text(encoding="utf-8").split("\n\n")
+    hub.add("some-owner/small", {f"part-{n}.parquet": parquet([*texts[n::8]]) for n in range(8)})
+    keys = ["data=hub", "data.repo=some-owner/small", f"paths.cache={here / 'cache'}"]
+    tiny = [text for text in tiny_overrides(here) if not text.startswith(("data", "paths.cache", "max_steps"))]
+    train = ["train", "stage=base", *keys, *tiny, "max_steps=10", "run=a"]
+    assert main(["download", *keys, "num_shards=2"]) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr("nanochat_pl.training.run._finish", _stop)
+        assert main(train) == 130
+    assert main(["download", *keys, "num_shards=4"]) == 0
+    capsys.readouterr()
+    assert main([*train, "data.num_shards=3"]) == 2
+    assert "was begun with data.num_shards=2" in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        patch.setattr("nanochat_pl.training.run._finish", _stop)
+        assert main([*train, "data.num_shards=2"]) == 130  # the number that it has
+    capsys.readouterr()
+    assert main(train) == 0
+    said = capsys.readouterr().out
+    assert "2 more files are here" in said and "goes on with its 2" in said and "going on after step 10" in said
+
+
+def _stop(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("besides", [{}, {"LICENSE.txt": b"Do as you like."}])
+def test_conversations_in_json_are_fetched_too(
+    hub: HubServer, here: Path, capsys: Captured, besides: dict[str, bytes]
+) -> None:
+    """The pages promise them; the command knew only the formats of text."""
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
+    data = json.dumps([{"messages": turns}] * 3, indent=1).encode()
+    hub.add("some-owner/talk", {"talk.json": data, **besides})
+    assert main(["download", "data=hub", "data.repo=some-owner/talk", "paths.cache=cache"]) == 0
+    assert "mixture.tasks.conversations.NAME.repo=some-owner/talk" in capsys.readouterr().out
+    assert [path[-9:] for path, _ in hub.downloads() if path.endswith(".json")] == ["talk.json"]
 
 
 def test_a_large_data_set_is_not_fetched_by_accident(

@@ -60,7 +60,8 @@ def run(arguments: Sequence[str]) -> int:
     else:
         say(f"Nothing to fetch: {_files(len(fetched.paths))} are here and verified.")
     say(f"Where: {fetched.paths[0].parent}")
-    if holds_conversations(fetched.paths[0], config.data.text_column):
+    telling = [fetched.paths[0], *(path for path in fetched.paths if path.suffix == ".json")]
+    if any(holds_conversations(path, config.data.text_column) for path in telling):
         own = f"mixture=own mixture.tasks.conversations.NAME.repo={source.manifest.repo}"
         next_steps([("fine-tune on it", f"nanochat-pl train stage=sft {own}")])
         return 0
