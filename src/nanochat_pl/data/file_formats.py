@@ -58,19 +58,22 @@ def documents_of(path: Path, text_column: str, txt_document_chars: int) -> Itera
     return _jsonl_documents(path, text_column)
 
 
-def check_file(path: Path, text_column: str) -> None:
+def check_file(path: Path, text_column: str) -> bool:
     """Find at once what a look at a file's footer or first line can tell.
+
+    Returns:
+        whether there is anything in it.
 
     Raises:
         UserError: it cannot be opened, is cut off, or has no text under ``text_column``.
     """
     if format_of(path) == ".parquet":
-        _open_parquet(path, text_column).close()
-    elif format_of(path) != ".txt":
-        next(_jsonl_documents(path, text_column), None)
-    else:
-        with reading(path), path.open("rb"):
-            pass
+        with _open_parquet(path, text_column) as file:
+            return bool(file.metadata.num_rows)
+    if format_of(path) != ".txt":
+        return next(_jsonl_documents(path, text_column), None) is not None
+    with reading(path), path.open("rb") as text:
+        return bool(text.read(1))
 
 
 def _open_parquet(path: Path, text_column: str) -> pq.ParquetFile:

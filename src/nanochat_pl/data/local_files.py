@@ -44,8 +44,8 @@ class LocalFiles:
         self._train_files = self._val_files = find_files(f"{key}.path", settings.path)
         if settings.validation_path is not None:
             self._val_files = find_files(f"{key}.validation_path", settings.validation_path)
-        for path in dict.fromkeys([*self._train_files.values(), *self._val_files.values()]):
-            check_file(path, settings.text_column)
+        paths = dict.fromkeys([*self._train_files.values(), *self._val_files.values()])
+        self._num_empty = sum(not check_file(path, settings.text_column) for path in paths)
         if settings.validation_path is not None:
             self._refuse_shared_files(key)
         self._held_out = None if settings.validation_path is not None else self._share_held_out()
@@ -59,7 +59,10 @@ class LocalFiles:
         files = len({*self._train_files.values(), *self._val_files.values()})
         held_out = f"; {self._held_out:.2%} of the documents are held out" if self._held_out is not None else ""
         copies = copies_of_files((shard.contents, shard.name) for shard in self.shards("train"))
-        line = f"{self._settings.path}: {files:,} file{'s' if files > 1 else ''}, {self.fingerprint[:12]}{held_out}"
+        empty = f", {self._num_empty:,} of them empty" if self._num_empty else ""
+        line = (
+            f"{self._settings.path}: {files:,} file{'s' if files > 1 else ''}{empty}, {self.fingerprint[:12]}{held_out}"
+        )
         return "; ".join([line, *copies])
 
     def shards(self, split: Split) -> list[Shard]:

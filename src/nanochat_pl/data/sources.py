@@ -233,3 +233,11 @@ class Source(Protocol):
 
     def shards(self, split: Split) -> list[Shard]:
         """The shards of a split, in an order that does not change while the text stays the same."""
+
+
+def too_little_text(source: Source, split: Split) -> UserError:
+    """What is said of a source that has no document with a token in a split."""
+    return UserError(
+        f"{source.name}: there is too little text: nothing of it is left for the {split} split.",
+        fix="Give more text (data.path=…), or say what to validate on (data.validation_path=…).",
+    )

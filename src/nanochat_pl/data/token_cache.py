@@ -25,17 +25,17 @@ from typing import Any
 
 import numpy as np
 
-from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.files import ensure_folder
 from nanochat_pl.data.cache_folder import building, fingerprint_of, read_cache, write_cache
-from nanochat_pl.data.sources import Shard, Source, Split
+from nanochat_pl.data.sources import Shard, Source, Split, too_little_text
 from nanochat_pl.data.tokenising import Encoder, in_order
 from nanochat_pl.tokenizer import Tokenizer
 
 FORMAT = 1
 _LENGTH = np.dtype("<i4")
-# Each open one takes a file descriptor, of which a process may have few: 256 on macOS.
+# Each open file takes a descriptor, of which a process may have few: 256 on macOS.
 _MOST_OPEN_SHARDS = 100
+_open_shards: OrderedDict[CachedShard, None] = OrderedDict()  # of all caches of this process, the last read last
 
 Progress = Callable[[int, int, int], None]  # shards done, shards in all, tokens so far
 
@@ -113,7 +113,6 @@ class TokenCache:
         self.fingerprint = fingerprint
         self.masked = any(shard.masked for shard in self.shards)
         self._first_documents = np.zeros(1, dtype=np.int64)  # of the shards that were asked for so far, and the next
-        self._used: OrderedDict[int, None] = OrderedDict()
 
     @property
     def lengths(self) -> np.ndarray:
@@ -152,12 +151,13 @@ class TokenCache:
         return self.open_shard(shard), document - int(self._first_documents[shard])
 
     def open_shard(self, number: int) -> CachedShard:
-        """A shard that is about to be read; of those open, the one that was not read for longest is closed."""
-        self._used[number] = None
-        self._used.move_to_end(number)
-        if len(self._used) > _MOST_OPEN_SHARDS:
-            self.shards[self._used.popitem(last=False)[0]].close()
-        return self.shards[number]
+        """A shard that is about to be read. Of those open in this process, the one read longest ago is closed."""
+        shard = self.shards[number]
+        _open_shards[shard] = None
+        _open_shards.move_to_end(shard)
+        if len(_open_shards) > _MOST_OPEN_SHARDS:
+            _open_shards.popitem(last=False)[0].close()
+        return shard
 
     def positions(self, documents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """For each document the number of its shard, and where in that shard's tokens it begins."""
@@ -257,10 +257,7 @@ def build_token_cache(
             if progress is not None:
                 progress(done, len(to_build), num_tokens)
     if num_tokens == 0:
-        raise UserError(
-            f"{source.name}: there is too little text: nothing of it is left for the {split} split.",
-            fix="Give more text (data.path=…), or say what to validate on (data.validation_path=…).",
-        )
+        raise too_little_text(source, split)
     return cache
 
 

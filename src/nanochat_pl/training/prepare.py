@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from nanochat_pl.common.console import by_difference, progress, say
@@ -18,7 +19,7 @@ from nanochat_pl.data.opening import open_source, read_chosen, write_chosen
 from nanochat_pl.data.rows import Rows, packed_rows, streamed_rows
 from nanochat_pl.data.sources import Source, SourceSettings, Split
 from nanochat_pl.data.streamed_index import StreamedIndex
-from nanochat_pl.data.token_cache import TokenCache, build_token_cache
+from nanochat_pl.data.token_cache import CachedShard, TokenCache, build_token_cache
 from nanochat_pl.model.config import GPTConfig, resolve_model
 from nanochat_pl.planning import Plan, check_horizon, estimate_cpu_seconds, make_plan
 from nanochat_pl.planning.devices import detected_device
@@ -178,11 +179,15 @@ def _what_of(rows: Rows) -> str:
     )
 
 
-def announce_cropped(rows: Rows | MixedRows) -> None:
-    """Say what was dropped of documents that were packed while the training ran; of others it was said before."""
-    for name, part in (rows.parts() if isinstance(rows, MixedRows) else {"rows": rows}).items():
-        if isinstance(part.index, StreamedIndex) and (stats := part.index.stats).cropped_tokens:
-            say(f"{name}: {stats.cropped_tokens:,} tokens cropped, {stats.trained_share:.0%} of the text is in a row.")
+def announce_streamed(prepared: Prepared) -> None:
+    """Say what was left out of text that was packed while the training ran; of other text it was said before."""
+    rows = prepared.rows
+    for name, part in (rows.parts() if isinstance(rows, MixedRows) else {prepared.data["source"]: rows}).items():
+        if isinstance(part.index, StreamedIndex):
+            _announce_empty(f"{name}, train", part.cache.shards[: part.index.num_segments])
+            if (stats := part.index.stats).cropped_tokens:
+                share = f"{stats.trained_share:.0%} of what was taken is in a row"
+                say(f"{name}: {stats.cropped_tokens:,} tokens cropped, {share}.")
 
 
 def _base_plan(config: TrainConfig, machine: Machine, vocab_size: int, tokens_at_hand: int | None) -> Plan:
@@ -206,8 +211,11 @@ def _tokenise(source: Source, split: Split, tokenizer: Tokenizer, cache: Path) -
     with progress(f"tokenising {source.name}, {split}", len(source.shards(split)), "shards") as advance:
         report = by_difference(advance)
         tokens = build_token_cache(source, split, tokenizer, cache, lambda done, total, tokens: report(done, total))
-    if empty := tokens.num_documents - int(tokens.lengths.astype(bool).sum()):
-        say(
-            f"{source.name}, {split}: {empty:,} of {tokens.num_documents:,} documents are empty or blank, and left out."
-        )
+    _announce_empty(f"{source.name}, {split}", tokens.shards)
     return tokens
+
+
+def _announce_empty(what: str, shards: Sequence[CachedShard]) -> None:
+    num_documents = sum(shard.num_documents for shard in shards)
+    if empty := num_documents - sum(int(np.count_nonzero(shard.lengths())) for shard in shards):
+        say(f"{what}: {empty:,} of {num_documents:,} documents are empty or blank, and left out.")

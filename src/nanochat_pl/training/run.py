@@ -25,7 +25,7 @@ from nanochat_pl.training.evaluation import Samples
 from nanochat_pl.training.fit import Fitted, Fitting, fit
 from nanochat_pl.training.machine import Machine, prepare_machine
 from nanochat_pl.training.metrics import log_everywhere
-from nanochat_pl.training.prepare import Prepared, announce_cropped, prepare_base
+from nanochat_pl.training.prepare import Prepared, announce_streamed, prepare_base
 from nanochat_pl.training.prepare_sft import prepare_sft
 from nanochat_pl.training.settings import TrainConfig
 from nanochat_pl.training.stages import BaseStage, SFTStage, StageRecipe, TrainingStage
@@ -141,7 +141,7 @@ def _finish(
 ) -> None:
     """Measure, sample, write the bundle, and last of all the mark that the stage is finished."""
     assert stage.net is not None
-    announce_cropped(prepared.rows)
+    announce_streamed(prepared)
     say("Final validation and samples …")
     figures = prepared.validation.measure(stage.net)
     log_everywhere(fitted.trainer, figures)

@@ -14,7 +14,7 @@ from nanochat_pl.common.files import write_json
 from nanochat_pl.common.run_folder import StageFolder
 from nanochat_pl.common.settings import to_plain
 from nanochat_pl.data.mixed_source import MixedSource
-from nanochat_pl.data.sources import Source
+from nanochat_pl.data.sources import Source, too_little_text
 from nanochat_pl.tokenizer import Tokenizer, train_tokenizer
 from nanochat_pl.tokenizer.comparison import ComparisonRow, compare_tokenizers
 from nanochat_pl.training.settings import TrainConfig
@@ -29,9 +29,15 @@ def train_tokenizer_stage(config: TrainConfig, folder: StageFolder, source: Sour
         config: the settings; ``tokenizer`` is used.
         folder: of this stage; created and locked by the caller.
         source: the documents.
+
+    Raises:
+        UserError: there is no text, or too little for the vocabulary.
     """
     start = time.perf_counter()
     say(f"Training a tokenizer of {config.tokenizer.vocab_size:,} tokens on {source.name}.")
+    for part in source.parts.values() if isinstance(source, MixedSource) else [source]:
+        if not any(text for shard in part.shards("train") for text in shard.documents()):
+            raise too_little_text(part, "train")
     if isinstance(source, MixedSource):
         documents = source.documents(config.tokenizer.max_chars_per_document)
         texts = {f"held-out {name}": _held_out(part) for name, part in source.parts.items()}
