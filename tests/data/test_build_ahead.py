@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import multiprocessing
+import os
 import pickle
 import random
 import time
@@ -21,6 +22,7 @@ from nanochat_pl.data.build_ahead import BuilderProcess, Job, build
 from nanochat_pl.data.packing import Packing, pack_as_they_come
 from nanochat_pl.data.rows import Rows, streamed_rows
 from nanochat_pl.data.sources import Shard
+from nanochat_pl.data.streamed_index import StreamedIndex
 from tests.data.fakes import ByteTokenizer, ListSource, cache_files
 
 T = 64
@@ -232,6 +234,50 @@ def test_an_error_of_the_builder_is_raised_once_its_rows_are_asked_for(tmp_path:
     with pytest.raises(UserError, match=r"shard 2: is no whole.*\n?.*Download it again") as error:
         rows.read([499])
     assert len(error.value.problems) == 1
+
+
+@pytest.fixture
+def forked(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Builders are processes, and what is patched here is patched there."""
+    fork, before = multiprocessing.get_context("fork"), multiprocessing.active_children()
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method: fork)
+    yield
+    for process in set(multiprocessing.active_children()) - set(before):
+        process.kill()
+        process.join()
+
+
+def test_what_a_builder_said_is_kept_as_long_as_its_parent_lives(tmp_path: Path, forked: None) -> None:
+    """It was cleared away after a day, by any other run that began, and a run of two days ended with an error."""
+    rows = open_rows(tmp_path, 500)
+    rows.wait_for(500)
+    [lock] = (tmp_path / "ahead").glob("*.lock")
+    dead = BuilderProcess(tmp_path / "ahead" / "dead.json")
+    dead.tell(0)
+    dead.lock.touch()
+    for path in (lock, dead.lock):
+        os.utime(path, (1e9, 1e9))
+    open_rows(tmp_path, 600)
+    assert isinstance(rows.index, StreamedIndex) and isinstance(rows.index._builder, BuilderProcess)
+    assert rows.index._builder.segments_ready(0) > 0
+    assert not dead.status.exists() and not dead.lock.exists()
+
+
+def test_a_builder_that_cannot_even_write_its_error_is_an_error_without_a_traceback(
+    tmp_path: Path, forked: None, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    real = BuilderProcess.tell
+
+    def tell(builder: BuilderProcess, segments: int, *more: object, **others: object) -> None:
+        if segments or more or others:
+            raise UserError(f"{builder.status}: cannot be written: the disk is full (0 MiB free)")
+        real(builder, segments)
+
+    monkeypatch.setattr(BuilderProcess, "tell", tell)
+    rows = open_rows(tmp_path, 500)
+    with pytest.raises(UserError, match=r"could not be written \([\d,]+ MiB free\)(.|\n)*paths\.cache"):
+        rows.wait_for(500)
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_shards_without_a_token_are_an_error_and_no_endless_loop(tmp_path: Path, in_process: None) -> None:

@@ -1,7 +1,8 @@
 """Tokenising and packing ahead of the training, in a process of its own that ends with the one that started it.
 
 It speaks through files alone, so any number of processes (loaders, other ranks) may read and wait: the cache that it
-fills, a small status file, and beside that a lock, which the operating system frees however the process ends.
+fills, a small status file, and beside that a lock, which the operating system frees however the process ends. When its
+work is done it stays and keeps the lock: as long as somebody may ask for the status, nobody clears it away.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.common.files import ensure_folder, read_json, write_json
+from nanochat_pl.common.files import FREE_SPACE, ensure_folder, free_bytes, read_json, write_json
 from nanochat_pl.common.locks import try_lock
 from nanochat_pl.data.packing import Packing, pack_as_they_come
 from nanochat_pl.data.streamed_index import Segments
@@ -29,7 +30,7 @@ from nanochat_pl.data.token_cache import ShardToBuild, TokenCache, tokenised
 from nanochat_pl.tokenizer import Tokenizer
 
 _LOOK_AGAIN_SECONDS = 0.05
-_FORGOTTEN_SECONDS = 24 * 3600.0
+_FORGOTTEN_SECONDS = 24 * 3600.0  # younger ones may not have their lock yet
 
 
 @dataclass(frozen=True)
@@ -89,8 +90,16 @@ class BuilderProcess:
         Raises:
             UserError: there are no more than those ``known``, and the process has failed or was ended.
         """
-        alive = self._is_alive()  # asked first: then its last words have been written
-        told = read_json(self.status)
+        alive = self.is_alive()  # asked first: then its last words have been written
+        try:
+            told = read_json(self.status)
+        except UserError as error:  # where it cannot be written it is removed, which needs no space
+            free = free_bytes(self.status) / 2**20
+            raise UserError(
+                f"{self.status}: what the process that tokenises ahead says is gone: it was removed, or could not be "
+                f"written ({free:,.0f} MiB free).",
+                fix=f"{FREE_SPACE} The same command goes on.",
+            ) from error
         if told["segments"] > known:
             return int(told["segments"])
         if told["problems"]:
@@ -102,7 +111,8 @@ class BuilderProcess:
             )
         return known
 
-    def _is_alive(self) -> bool:
+    def is_alive(self) -> bool:
+        """Whether the process has its lock."""
         with self.lock.open("a", encoding="utf-8") as file:
             return not try_lock(file)
 
@@ -115,16 +125,20 @@ class BuilderProcess:
 def start_builder(job: Job, cache_dir: Path) -> BuilderProcess:
     """Start a process that builds; it is at work when this returns.
 
+    Several may work at once, as those of a mixture do. Each encodes with as many threads as its job says, by default
+    one for each core: they share the cores, and leave them to the training first.
+
     Raises:
-        UserError: it could not be started.
+        UserError: it could not be started, or its folder cannot be written or locked.
     """
     folder = ensure_folder(cache_dir / "ahead")
     _forget_old_ones(folder)
     builder = BuilderProcess(folder / f"{uuid.uuid4().hex}.json")
+    builder.tell(0)
     # Not forked: this process may have threads of torch, and a device.
     process = multiprocessing.get_context("spawn").Process(target=_run, args=(job, builder), daemon=True)
     process.start()
-    while not builder.status.exists():
+    while not builder.is_alive():
         if process.exitcode is not None:
             raise UserError(f"the process that tokenises ahead could not start (exit code {process.exitcode}).")
         time.sleep(_LOOK_AGAIN_SECONDS)
@@ -136,6 +150,17 @@ def _run(job: Job, builder: BuilderProcess) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if hasattr(os, "nice"):
         os.nice(10)  # where both want the cores, the training has them
+    with builder.lock.open("a", encoding="utf-8") as lock:
+        while not try_lock(lock):  # whoever looks whether this process is alive has it for a moment
+            time.sleep(_LOOK_AGAIN_SECONDS)
+        try:
+            _build_and_tell(job, builder)
+        except UserError:  # the disk is full: nothing can be told, but something be taken away
+            builder.status.unlink(missing_ok=True)
+        _end_with_parent()
+
+
+def _build_and_tell(job: Job, builder: BuilderProcess) -> None:
     done = 0
 
     def report(segments: int) -> None:
@@ -143,15 +168,12 @@ def _run(job: Job, builder: BuilderProcess) -> None:
         done = segments
         builder.tell(segments)
 
-    with builder.lock.open("a", encoding="utf-8") as lock:
-        while not try_lock(lock):
-            time.sleep(_LOOK_AGAIN_SECONDS)
-        builder.tell(0)
-        try:
-            build(job, report)
-            builder.tell(done, finished=True)
-        except UserError as error:
-            builder.tell(done, error.problems, error.fix)
+    try:
+        build(job, report)
+    except UserError as error:
+        builder.tell(done, error.problems, error.fix)
+    else:
+        builder.tell(done, finished=True)
 
 
 def _end_with_parent() -> None:
