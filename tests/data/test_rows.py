@@ -14,6 +14,7 @@ from nanochat_pl.common.constants import IGNORE_INDEX
 from nanochat_pl.data.conversation_cache import build_conversation_cache
 from nanochat_pl.data.opening import open_source
 from nanochat_pl.data.packing import pack
+from nanochat_pl.data.row_index import RowIndex
 from nanochat_pl.data.rows import Rows, packed_rows, validation_rows
 from nanochat_pl.data.sources import DataSettings
 from nanochat_pl.data.token_cache import TokenCache, build_token_cache
@@ -138,10 +139,11 @@ def test_validation_rows_are_all_of_the_text_and_depend_on_no_setting_of_trainin
     assert len(few) == 5 and np.array_equal(few.read(range(5))[0], inputs[:5])
 
 
-def test_rows_reach_the_workers_of_a_loader_without_their_tokens(cache: TokenCache, tmp_path: Path) -> None:
+def test_rows_reach_the_workers_of_a_loader_without_what_is_on_the_disk(cache: TokenCache, tmp_path: Path) -> None:
     rows = packed_rows(cache, T, BOS, "split", tmp_path, num_rows=100)
     parcel = pickle.dumps(rows)
     assert cache.shards[0].tokens.tobytes() not in parcel
+    assert isinstance(rows.index, RowIndex) and rows.index.pieces.tobytes() not in parcel
     assert np.array_equal(pickle.loads(parcel).read(range(100))[0], rows.read(range(100))[0])
 
 

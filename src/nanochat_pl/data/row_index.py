@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 
+from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.settings import build, to_plain
 from nanochat_pl.data.cache_folder import read_cache, write_cache
 
@@ -50,6 +51,7 @@ class RowIndex:
         pieces: int32 (num_pieces, 3): document, first token, number of tokens; bos comes on top, in front of each.
         epoch_starts: int64: the first row of each epoch, where rows keep to one epoch; else only 0.
         stats: what became of the documents.
+        kept: folder and key, where it was read from the disk.
     """
 
     row_capacity: int
@@ -57,6 +59,7 @@ class RowIndex:
     pieces: np.ndarray
     epoch_starts: np.ndarray
     stats: PackingStats
+    kept: tuple[Path, Any] | None = None
 
     @property
     def num_rows(self) -> int:
@@ -79,6 +82,10 @@ class RowIndex:
     def wait_for(self, num_rows: int, check: Callable[[], None] = lambda: None) -> None:
         """All rows are there."""
 
+    def __reduce_ex__(self, protocol: SupportsIndex) -> str | tuple[Any, ...]:
+        """Sent to another process, what is on the disk is opened there again and not copied."""
+        return super().__reduce_ex__(protocol) if self.kept is None else (_opened_again, self.kept)
+
 
 _ARRAYS = ("row_starts", "pieces", "epoch_starts")
 
@@ -99,7 +106,15 @@ def read_index(folder: Path, key: Any) -> RowIndex | None:
     if facts is None:
         return None
     arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in _ARRAYS}
-    return RowIndex(facts["row_capacity"], stats=build(PackingStats, facts["stats"], str(folder)), **arrays)
+    stats = build(PackingStats, facts["stats"], str(folder))
+    return RowIndex(facts["row_capacity"], stats=stats, kept=(folder, key), **arrays)
+
+
+def _opened_again(folder: Path, key: Any) -> RowIndex:
+    index = read_index(folder, key)
+    if index is None:
+        raise UserError(f"{folder}: the row index was whole and is not any more.", fix="The same command goes on.")
+    return index
 
 
 def _write(folder: Path, key: Any, index: RowIndex) -> None:
