@@ -220,7 +220,7 @@ def test_the_rows_of_several_sources(here: Path, capsys: Captured) -> None:
     capsys.readouterr()
     assert main(["doctor", *keys, "row=4"]) == 0
     said = capsys.readouterr().out
-    name = re.search(r"Row 4 of 320.*, of (one|two): 33 of 33", said)
+    name = re.search(r"Row 4 of 320.*: 33 of 33 .*\n +1\. (one|two)/texts\.txt, document", said)
     assert name is not None
     text = re.findall(r"\n +'(.*)'\n", said)[0]
     assert text.isupper() == (name[1] == "two")

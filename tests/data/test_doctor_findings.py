@@ -68,6 +68,18 @@ def test_nothing_is_said_of_good_data() -> None:
             "data.validation_path",
         ),
         (with_rows(target_share=0.0), "No token is trained on", "mixture"),
+        (
+            replace(
+                GOOD,
+                found=replace(
+                    GOOD.found,
+                    validation=replace(SPLIT, empty=400),
+                    duplicates=replace(DUPLICATES, validation_copies=301),
+                ),
+            ),
+            "301 (30.1%) of the validation documents are trained on",
+            "data.validation_path",
+        ),
         (replace(GOOD, model_vocab_size=480), "tokenizer has 500 ids, the model 480", "run=NAME"),
     ],
 )

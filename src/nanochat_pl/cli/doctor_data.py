@@ -9,8 +9,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.hardware import choose_compute_dtype, choose_device, device_name
 from nanochat_pl.common.run_folder import StageFolder
@@ -307,25 +305,18 @@ def row_lines(config: TrainConfig, folder: StageFolder, cache: Path, row: int) -
             f" ({plan['num_steps']:,} steps of {plan['rows_per_step']:,})."
         )
     rows.wait_for(row + 1)
-    name, part, own = "", rows, row
-    if isinstance(rows, MixedRows):
-        (source,), (own,) = rows.place([row])
-        name, part = rows.names[source], rows.parts()[rows.names[source]]
-    assert isinstance(part, Rows)
     place = place_in(mixtures(config, cache)[0]) if config.stage.name == "sft" else None
-    documents = CachedDocuments(part.cache, prepared.tokenizer, place)
-    pieces = part.index.pieces_of(np.array([own]))[1].tolist()
-    places = sum(length + 1 for _, _, length in pieces)
+    pieces = rows.address(row)
+    places = sum(1 + len(piece.ids) for piece in pieces)
     step, within = divmod(row, plan["rows_per_step"])
     lines = [
         f"Row {row:,} of {len(rows):,}, the row {within:,} of step {step:,} (both from 0)"
-        + (f", of {name}" if name else "")
-        + f": {places:,} of {rows.sequence_len + 1:,} places are filled."
+        f": {places:,} of {rows.sequence_len + 1:,} places are filled."
     ]
-    for number, (document, start, length) in enumerate(pieces, 1):
-        ids, size = part.cache.tokens(document, start, start + length), len(part.cache.tokens(document))
-        lines.append(
-            f"{number:>3}. {documents.place(document)}, tokens {start:,} to {start + length - 1:,} of {size:,}:"
-        )
-        lines.append(f"     {both_ends(prepared.tokenizer.decode(ids.tolist()))}")
+    for number, piece in enumerate(pieces, 1):
+        # All conversations are one shard.
+        where = place(piece.document) if place else f"{piece.shard}, document {piece.document:,}"
+        text = both_ends(prepared.tokenizer.decode(piece.ids.tolist()))
+        lines.append(f"{number:>3}. {where}, tokens {piece.start:,} to {piece.stop - 1:,} of {piece.length:,}:")
+        lines.append(f"     {text}")
     return lines

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
@@ -140,10 +141,7 @@ class MixedRows:
         """What a row is made of, from left to right; its shards are named SOURCE/SHARD."""
         sources, rows = self.place([row_number])
         name, part = self.names[sources[0]], self._parts[sources[0]]
-        return [
-            PieceAddress(f"{name}/{piece.shard}", piece.document, piece.start, piece.stop)
-            for piece in part.address(int(rows[0]))
-        ]
+        return [replace(piece, shard=f"{name}/{piece.shard}") for piece in part.address(int(rows[0]))]
 
     def wait_for(self, num_rows: int, check: Callable[[], None] = lambda: None) -> None:
         """Wait until the first so many rows are there; ``check`` is called again and again."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +28,16 @@ class PieceAddress:
     Attributes:
         shard: name of the source's shard.
         document: the document's number in that shard, from 0, empty ones counted too.
+        length: tokens of the whole document.
+        ids: of the piece, without its bos; of the tokenizer's integer type.
     """
 
     shard: str
     document: int
     start: int
     stop: int
+    length: int
+    ids: np.ndarray = field(repr=False, compare=False)
 
 
 class Rows:
@@ -112,7 +116,9 @@ class Rows:
         addresses = []
         for document, start, length in self.index.pieces_of(np.array([row_number]))[1].tolist():
             shard, number = self.cache.locate(document)
-            addresses.append(PieceAddress(shard.name, number, start, start + length))
+            first, end = shard.offsets[number : number + 2].tolist()
+            ids = np.array(shard.tokens[first + start : first + start + length])
+            addresses.append(PieceAddress(shard.name, number, start, start + length, end - first, ids))
         return addresses
 
     def _check(self, numbers: np.ndarray) -> None:
