@@ -240,6 +240,10 @@ def wrong_files(folder: Path) -> dict[str, tuple[Path, str]]:
     (folder / "cut.parquet").write_bytes(whole[: len(whole) // 2])
     (folder / "spoilt.parquet").write_bytes(whole[:4] + bytes(len(whole) // 2) + whole[4 + len(whole) // 2 :])
     pq.write_table(pa.table({"text": [1, 2]}), folder / "numbers.parquet")
+    not_utf8 = pa.Array.from_buffers(
+        pa.string(), 2, [None, pa.array([0, 2, 4], pa.int32()).buffers()[1], pa.py_buffer(b"ok\xff\xfe")]
+    )
+    pq.write_table(pa.table({"text": not_utf8}), folder / "bytes.parquet")
     (folder / "latin1.txt").write_bytes(b"x" * 70_000 + "café".encode("latin1") + b" more")
     (folder / "line.jsonl").write_text('{"text": "a"}\n\n{"text": \n', encoding="utf-8")
     (folder / "list.jsonl").write_text('{"text": "a"}\n["b"]\n', encoding="utf-8")
@@ -259,6 +263,7 @@ def wrong_files(folder: Path) -> dict[str, tuple[Path, str]]:
         "cut.parquet": "no whole parquet file",
         "spoilt.parquet": "no whole parquet file",
         "numbers.parquet": "holds int64 and not text",
+        "bytes.parquet": "bytes.parquet, row group 0: the 'text' of its row 1 is not UTF-8",
         "latin1.txt": "is not UTF-8: byte 70,003",
         "line.jsonl": "line.jsonl:3: is no JSON",
         "list.jsonl": "list.jsonl:2: is no JSON object",

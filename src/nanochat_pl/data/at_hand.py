@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pyarrow.parquet as pq
-
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.data.file_formats import check_file, format_of, reading
+from nanochat_pl.data.file_formats import check_file, format_of, parquet_facts, reading
 from nanochat_pl.data.hub_files import BYTES_PER_TOKEN, COMPRESSED_SHARE, HubFiles
 from nanochat_pl.data.local_files import find_files
 from nanochat_pl.data.python_docs import built_python_docs
@@ -61,11 +59,7 @@ def _of_source(key: str, settings: SourceSettings, cache_dir: Path) -> int | Non
 def _text_bytes(path: Path, text_column: str) -> float:
     """Bytes of text in a file: of a table what its column has, of compressed lines by the usual share."""
     check_file(path, text_column)
+    if format_of(path) == ".parquet":
+        return parquet_facts(path)[2][text_column]
     with reading(path):
-        size = path.stat().st_size
-        if format_of(path) != ".parquet":
-            return size / (COMPRESSED_SHARE if path.suffix in (".gz", ".zst") else 1)
-        footer = pq.ParquetFile(path).metadata
-    groups = [footer.row_group(number) for number in range(footer.num_row_groups)]
-    columns = [group.column(number) for group in groups for number in range(group.num_columns)]
-    return sum(column.total_uncompressed_size for column in columns if column.path_in_schema == text_column)
+        return path.stat().st_size / (COMPRESSED_SHARE if path.suffix in (".gz", ".zst") else 1)

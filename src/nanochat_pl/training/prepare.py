@@ -182,7 +182,8 @@ def _what_of(rows: Rows) -> str:
 def announce_streamed(prepared: Prepared) -> None:
     """Say what was left out of text that was packed while the training ran; of other text it was said before."""
     rows = prepared.rows
-    for name, part in (rows.parts() if isinstance(rows, MixedRows) else {prepared.data["source"]: rows}).items():
+    source = prepared.data.get("source", "rows")  # conversations have many, and are never streamed
+    for name, part in (rows.parts() if isinstance(rows, MixedRows) else {source: rows}).items():
         if isinstance(part.index, StreamedIndex):
             _announce_empty(f"{name}, train", part.cache.shards[: part.index.num_segments])
             if (stats := part.index.stats).cropped_tokens:
