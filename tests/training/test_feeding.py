@@ -25,6 +25,7 @@ from nanochat_pl.data.sources import DataSettings
 from nanochat_pl.data.token_cache import build_token_cache
 from nanochat_pl.tokenizer import Tokenizer
 from nanochat_pl.training.datamodule import RowsDataModule, share
+from nanochat_pl.training.resume import newest_resume_file
 from tests.small_disk import enlarge, small_disk
 from tests.training.conftest import same_weights, weights_of
 from tests.training.test_resume import command, interrupt, start_run
@@ -183,7 +184,9 @@ def test_an_error_of_the_builder_ends_the_training_with_one_message(
     assert train(f"run={folder.name}", *streaming, "max_steps=400", f"trainer.num_workers={num_workers}") == 2
     said = capsys.readouterr()
     assert said.err.count("3.jsonl:2: is no JSON") == 1 and "Traceback" not in said.err + said.out
-    assert (folder / "base" / "metrics.csv").exists(), "it had begun"
+    last = (folder / "base" / "metrics.csv").read_text(encoding="utf-8").splitlines()[-1]
+    newest = newest_resume_file(folder / "base" / "checkpoints")
+    assert newest is not None and newest.name == f"step={int(last.split(',')[0]):06d}.ckpt", "no step is lost"
     (tmp_path / "texts" / "3.jsonl").unlink()
 
 

@@ -11,10 +11,11 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from nanochat_pl.common.constants import IGNORE_INDEX
+from nanochat_pl.common.errors import UserError
 from nanochat_pl.data.mixed_rows import MixedRows
 from nanochat_pl.data.rows import Rows
 from nanochat_pl.training.step import StepBatch
-from nanochat_pl.training.stopping import GracefulStop, StopRequested
+from nanochat_pl.training.stopping import GracefulStop, NoMoreRows, StopRequested
 
 
 def share(first: int, count: int, rank: int, world: int) -> range:
@@ -105,7 +106,10 @@ class RowsDataModule(LightningDataModule):
         )
 
     def _wait_for(self, step: int) -> None:
-        self.steps.wait_for(step, self._check_stop)
+        try:
+            self.steps.wait_for(step, self._check_stop)
+        except UserError as error:
+            raise NoMoreRows(error.problems, error.fix) from error
 
     def _check_stop(self) -> None:
         assert self.trainer is not None

@@ -9,6 +9,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 
+from nanochat_pl.common.errors import UserError
 from nanochat_pl.training.resume import ResumeFiles
 
 NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
@@ -27,6 +28,10 @@ class StopRequested(Exception):
     def __init__(self, signum: int, step: int) -> None:
         super().__init__(f"{signal.Signals(signum).name} after step {step}")
         self.signum, self.step = signum, step
+
+
+class NoMoreRows(UserError):
+    """The data cannot give the rows of the next step. The steps before are whole."""
 
 
 class GracefulStop(Callback):
@@ -70,7 +75,7 @@ class GracefulStop(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
         """Write the resume file of the last finished step: until the optimizer steps, nothing has changed."""
-        if self.is_a_stop(exception) and trainer.global_step > 0:
+        if (self.is_a_stop(exception) or isinstance(exception, NoMoreRows)) and trainer.global_step > 0:
             self.resume_files.save(trainer)
 
     def is_a_stop(self, error: BaseException) -> bool:
