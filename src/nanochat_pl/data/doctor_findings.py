@@ -103,11 +103,11 @@ def row_figures(rows: Rows, lengths: np.ndarray, target_share: float, num_rows: 
         target_share: of the documents' tokens, those that are trained on.
     """
     stats = rows.index.stats
-    # Of what has been read once, and not of documents that are still to come.
-    never = (lengths > 0) & (stats.epochs > 1)
+    taken = stats.placed_tokens + stats.cropped_tokens
+    # Of what has been read once, and not of documents that are still to come. Conversations (masked) never wait.
+    never = (lengths > 0) & (stats.epochs > 1 and not rows.cache.masked)
     for first in range(0, len(rows) if never.any() else 0, _ROWS_AT_ONCE):
         never[rows.index.pieces_of(np.arange(first, min(first + _ROWS_AT_ONCE, len(rows))))[1][:, 0]] = False
-    taken = stats.placed_tokens + stats.cropped_tokens
     places = stats.placed_tokens + stats.pieces + stats.padded_places
     packed = places // (rows.sequence_len + 1)  # of rows that are packed shard by shard more than are asked for
     trained = stats.placed_tokens * target_share + (0 if rows.cache.masked else stats.pieces - packed)
@@ -169,8 +169,8 @@ def _of_source(rows: RowFigures, figures: Figures, what: str, key: str) -> Itera
             f"{what}The plan goes {rows.epochs:,.1f} times over the text; more than {MAX_EPOCHS:g} teach little new.",
             f"Set max_steps={steps} or lower, or give more text.",
         )
-    if rows.trained_share < MIN_TRAINED_SHARE:
-        waiting = f", and {rows.never_placed:,} documents are in no row" if rows.never_placed else ""
+    if rows.trained_share < MIN_TRAINED_SHARE and not sft:
+        waiting = f", and {rows.never_placed:,} documents still wait for a row" if rows.never_placed else ""
         yield Finding(
             False,
             f"{what}{rows.trained_share:.0%} of the text is trained on: the rest is cropped to fill rows{waiting}.",

@@ -91,7 +91,7 @@ def _rows(figures: Figures) -> Table:
     ]
     if any(each.cropped_tokens or each.never_placed for each in of):
         rows.append(("cropped", *(f"{each.cropped_tokens:,} tokens" for each in of)))
-        rows.append(("documents in no row", *(_count(each.never_placed) for each in of)))
+        rows.append(("documents that still wait for a row", *(_count(each.never_placed) for each in of)))
     rows.append(("padding", *(f"{each.padded_share:.1%} of the places" for each in of)))
     if figures.stage == "sft":
         rows.append(("masked", *(f"{1 - each.target_share - each.padded_share:.1%} of the places" for each in of)))
