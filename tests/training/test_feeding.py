@@ -181,7 +181,8 @@ def test_an_error_of_the_builder_ends_the_training_with_one_message(
     folder = start_run(place, f"broken-{num_workers}", "base")
     (tmp_path / "texts" / "3.jsonl").write_text('{"text": "fine"}\n{"text": \n', encoding="utf-8")
     # More rows than the files before have, in one epoch.
-    assert train(f"run={folder.name}", *streaming, "max_steps=400", f"trainer.num_workers={num_workers}") == 2
+    keys = ["max_steps=400", f"trainer.num_workers={num_workers}", "trainer.checkpoint_every_steps=1000"]
+    assert train(f"run={folder.name}", *streaming, *keys) == 2
     said = capsys.readouterr()
     assert said.err.count("3.jsonl:2: is no JSON") == 1 and "Traceback" not in said.err + said.out
     last = (folder / "base" / "metrics.csv").read_text(encoding="utf-8").splitlines()[-1]
