@@ -168,7 +168,7 @@ def column(path: Path, texts: list[str]) -> Path:
             "data.validation_path",
         ),
         (None, ["max_steps=null", "model.depth=12"], "plan's own horizon", "max_steps="),
-        (None, ["tokenizer.vocab_size=5000"], "tokenizer.vocab_size=5000", "Take a smaller one"),
+        (None, ["tokenizer.vocab_size=5000"], "tokenizer.vocab_size=5000", "Set tokenizer.vocab_size="),
     ],
 )
 def test_what_would_break_a_run_fails(
