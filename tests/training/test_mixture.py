@@ -121,7 +121,7 @@ def test_plan_and_doctor_tell_of_each_source(
     assert "cats: 0.992 of the tokens, 1,015,537; about " in said and ", more than 4. - numbers: 0.00826 of" in said
     assert main(["doctor", "run=mixed", *settings, "row=3"]) == 0
     said = " ".join(capfd.readouterr().out.split())
-    assert "Row 3 of 320" in said and "of numbers: 33 of 33 places are filled. 1. one.txt, document" in said
+    assert "Row 3 of 320" in said and "33 of 33 places are filled. 1. numbers/one.txt, document" in said
 
 
 def test_the_example_is_composed_and_its_keys_are_checked(capfd: pytest.CaptureFixture[str]) -> None:
