@@ -89,7 +89,8 @@ def _open_parquet(path: Path, text_column: str) -> pq.ParquetFile:
     kind = schema.field(text_column).type
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+    # A table without rows, or of nulls alone, often has no other type.
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)):
         file.close()
         raise UserError(f"{path}: the column {text_column!r} holds {kind} and not text; set data.text_column=…")
     return file
