@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import gzip
 import multiprocessing
-import multiprocessing.process
-import os
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -22,7 +20,6 @@ from nanochat_pl.data import rows
 from nanochat_pl.data.build_ahead import BuilderProcess, Job, start_builder
 from nanochat_pl.data.opening import open_source
 from nanochat_pl.data.sources import DataSettings
-from nanochat_pl.tokenizer import Tokenizer
 from tests.data.fakes import cache_files
 from tests.small_disk import enlarge, small_disk
 from tests.training.conftest import same_weights, tiny_overrides, weights_of, write_texts
@@ -209,31 +206,35 @@ def test_a_disk_that_fills_while_caching(shuffle: str, size: str, place: Path, c
     assert same_weights(weights_of(place / "runs" / "r", "base"), weights_of(place / "runs" / "whole", "base"))
 
 
-def in_a_process(work: Callable[[], int]) -> multiprocessing.process.BaseProcess:
-    """A copy of this process at work; its exit code is what ``work`` gives.
+def in_a_process(arguments: list[str], before: str = "") -> subprocess.Popen[bytes]:
+    """The command in a process of its own, with some lines of Python run before it.
 
-    A tokenizer must have been trained before: the threads of ``tokenizers`` do not outlive being copied.
+    Not a copy of this one: threads of libraries do not outlive being copied, and what waits for them waits for ever.
     """
-    process = multiprocessing.get_context("fork").Process(target=lambda: sys.exit(work()), daemon=True)
-    process.start()
-    return process
+    lines = f"import sys\nfrom nanochat_pl.cli.main import main\n{before}\nsys.exit(main(sys.argv[1:]))"
+    return subprocess.Popen([sys.executable, "-c", lines, *arguments])
 
 
-def test_a_cache_killed_half_built(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    encode = Tokenizer.encode_array
+ENCODE_OR_DIE = """
+import os, pathlib, signal
+from nanochat_pl.tokenizer import Tokenizer
 
-    def encode_or_die(tokenizer: Tokenizer, text: str) -> np.ndarray:
-        if cache_files(place / "cache", "manifest.json"):  # of a file that is done; the others are not
-            os.kill(os.getpid(), signal.SIGKILL)
-        return encode(tokenizer, text)
+encode = Tokenizer.encode_array
 
+def encode_or_die(tokenizer, text):
+    if list(pathlib.Path({cache!r}, "tokens").rglob("manifest.json")):  # of a file that is done; the others are not
+        os.kill(os.getpid(), signal.SIGKILL)
+    return encode(tokenizer, text)
+
+Tokenizer.encode_array = encode_or_die
+"""
+
+
+def test_a_cache_killed_half_built(place: Path) -> None:
     write_four_files(place)
     assert train(place, "stage=tokenizer") == 0
-    with monkeypatch.context() as patch:
-        patch.setattr(Tokenizer, "encode_array", encode_or_die)
-        killed = in_a_process(lambda: train(place))
-    killed.join(60)
-    assert killed.exitcode == -signal.SIGKILL
+    killed = in_a_process(arguments(place), ENCODE_OR_DIE.format(cache=str(place / "cache")))
+    assert killed.wait(120) == -signal.SIGKILL
     done = tokens_on_the_disk(place / "cache")
     assert done
     assert train(place) == 0
@@ -266,11 +267,8 @@ def test_a_builder_killed_while_the_training_waits(
 
 def test_two_runs_that_build_the_same_cache_at_once(place: Path) -> None:
     write_four_files(place)
-    assert [train(place, "stage=tokenizer", f"run={run}") for run in ("one", "other")] == [0, 0]
-    both = [in_a_process(lambda run=run: train(place, f"run={run}")) for run in ("one", "other")]  # type: ignore[misc]
-    for process in both:
-        process.join(60)
-    assert [process.exitcode for process in both] == [0, 0]
+    both = [in_a_process(arguments(place, f"run={run}")) for run in ("one", "other")]
+    assert [process.wait(120) for process in both] == [0, 0]
     runs = place / "runs"
     assert same_weights(weights_of(runs / "one", "base"), weights_of(runs / "other", "base"))
     found = tokens_on_the_disk(place / "cache")
