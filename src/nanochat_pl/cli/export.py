@@ -68,8 +68,8 @@ def run(arguments: Sequence[str]) -> int:
 
 def _is_of_classic_muon(bundle: Bundle) -> bool:
     """Whether its matrices were trained with the optimizer that the reference does not have."""
-    optim = bundle.stage.settings.get("optim")
-    return isinstance(optim, dict) and optim.get("matrix_optimizer") == "classic_muon"
+    settings = bundle.stage.settings.get("optim")
+    return isinstance(settings, dict) and settings.get("matrix_optimizer") == "classic_muon"
 
 
 def _say_parity(parity: Parity) -> None:

@@ -111,13 +111,14 @@ def write_bytes(path: Path, data: bytes) -> None:
     write_atomically(path, write)
 
 
-def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES, infinities: bool = False) -> Any:
+def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES, infinities: bool = False, surrogates: bool = False) -> Any:
     """Read a JSON file of bounded size.
 
     Args:
         path: the file.
         max_bytes: the bound.
         infinities: read NaN and infinities, which other programs write, instead of refusing them.
+        surrogates: read halves of surrogate pairs, which a model may write, instead of refusing them.
 
     Raises:
         UserError: it is missing, too large, or no JSON.
@@ -128,7 +129,7 @@ def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES, infinities: bool = Fa
             raise UserError(f"{path}: {size:,} bytes, more than the {max_bytes:,} that such a file may have.")
         text = path.read_text(encoding="utf-8")
         value = json.loads(text, parse_constant=None if infinities else _refuse_constant)
-        if "\\ud" in text.lower():  # half a surrogate pair is JSON, but no file could hold it
+        if not surrogates and "\\ud" in text.lower():  # half a surrogate pair is JSON, but no file could hold it
             json.dumps(value, ensure_ascii=False).encode("utf-8")
         return value
     except OSError as error:

@@ -312,7 +312,7 @@ def _is_finite_number(value: Any) -> bool:
 def _optional_object(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
-    value = read_json(path)
+    value = read_json(path, surrogates=True)
     if not isinstance(value, dict):
         raise UserError(f"{path}: must hold a JSON object, not {type(value).__name__}.")
     return value
