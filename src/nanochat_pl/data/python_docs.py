@@ -36,7 +36,7 @@ from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.files import disk_errors_explained, ensure_folder, read_json, write_json
 from nanochat_pl.data.docstrings import Docstring, Package, Progress, installed_packages, python_files, read_packages
 from nanochat_pl.data.near_duplicates import shares_seen_before
-from nanochat_pl.data.sources import Shard, Split
+from nanochat_pl.data.sources import SPLITS, Shard, Split
 
 BUILDER_VERSION = 1  # counts up whenever the same packages would give other documents
 MIN_CHARS = 64
@@ -46,7 +46,6 @@ DOCUMENTS_A_SHARD = 4_000
 VALIDATION_PACKAGES = frozenset(
     ("asyncio", "email", "filelock", "fsspec", "jinja2", "pyparsing", "requests", "rich", "unittest")
 )
-_SPLITS: tuple[Split, ...] = ("train", "val")
 
 
 @dataclass(frozen=True)
@@ -211,9 +210,9 @@ def _write_corpus(
         "absent": list(absent),
         "docstrings": len(docstrings),
         "long_enough": sum(len(docstring.text) >= MIN_CHARS for docstring in docstrings),
-        "splits": {split: _write_split(folder, split, splits[split]) for split in _SPLITS},
+        "splits": {split: _write_split(folder, split, splits[split]) for split in SPLITS},
     }
-    shard_hashes = [shard["sha256"] for split in _SPLITS for shard in manifest["splits"][split]["shards"]]
+    shard_hashes = [shard["sha256"] for split in SPLITS for shard in manifest["splits"][split]["shards"]]
     manifest["corpus_hash"] = hashlib.sha256("".join(shard_hashes).encode()).hexdigest()
     stdlib = {package.name for package in packages if package.is_stdlib} - VALIDATION_PACKAGES
     rows = [asdict(docstring) for docstring in docstrings if docstring.package in stdlib]

@@ -32,8 +32,6 @@ from nanochat_pl.training.resume import newest_resume_file
 from nanochat_pl.training.settings import TrainConfig, row_options
 from nanochat_pl.training.tokenizer_stage import tokenizer_for
 
-SPLITS: tuple[Split, Split] = ("train", "val")
-
 
 @dataclass(frozen=True)
 class Prepared:
