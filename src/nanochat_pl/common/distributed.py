@@ -1,0 +1,187 @@
+"""The processes of one training, and all that they say to each other. Every collective of the project is in this file.
+
+A launcher (torchrun, Slurm) starts the processes and gives each its place in the environment: RANK, WORLD_SIZE,
+LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT. Facts of the host (counts, flags, texts) go through gloo and
+wait for no device; tensors go through the backend of their device. With one process all of it is free: nothing is set
+up and everything is answered at once. All processes must call the same functions in the same order.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from datetime import timedelta
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# What no collective of a healthy training takes. One that waits for work on the host (a cache that is built by one
+# process while the others wait) may take hours, and a process that is gone is noticed by other means.
+PATIENCE = timedelta(hours=24)
+
+
+class Place(NamedTuple):
+    """Where this process stands among those that were started together."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+
+
+def launched_place() -> Place:
+    """What the launcher says, whether the processes speak to each other yet or not; alone where there is none."""
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    return Place(
+        rank,
+        world_size,
+        int(os.environ.get("LOCAL_RANK", rank)),
+        int(os.environ.get("LOCAL_WORLD_SIZE", world_size)),
+    )
+
+
+def world_size() -> int:
+    """How many processes train together: one, until :func:`start` was called."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """The number of this process among them, from 0."""
+    return dist.get_rank() if world_size() > 1 else launched_place().rank
+
+
+def is_main() -> bool:
+    """Whether this is the process that writes files and speaks to the person."""
+    return rank() == 0
+
+
+def start(device: torch.device) -> None:
+    """Let the processes that were started together speak to each other. Of one process, nothing."""
+    place = launched_place()
+    if place.world_size == 1 or dist.is_initialized():
+        return
+    on_gpu = device.type == "cuda"
+    dist.init_process_group(
+        backend="cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+        rank=place.rank,
+        world_size=place.world_size,
+        timeout=PATIENCE,
+        device_id=device if on_gpu else None,
+    )
+
+
+def stop() -> None:
+    """The end of :func:`start`."""
+    if world_size() > 1:
+        dist.destroy_process_group()
+
+
+# Facts of the host.
+
+
+def total(number: int) -> int:
+    """The sum of a whole number over all processes."""
+    return _over_all(number, dist.ReduceOp.SUM)
+
+
+def largest(number: int) -> int:
+    """The largest of the processes' whole numbers."""
+    return _over_all(number, dist.ReduceOp.MAX)
+
+
+def barrier() -> None:
+    """Wait until all processes are here."""
+    total(0)
+
+
+def from_main(text: str) -> str:
+    """The text that the main process has."""
+    return from_all(text if is_main() else "")[0]
+
+
+def from_all(text: str) -> list[str]:
+    """The texts of all processes, in the order of their ranks."""
+    if world_size() == 1:
+        return [text]
+    own = torch.frombuffer(bytearray(text.encode("utf-8") or b"\0"), dtype=torch.uint8)
+    length = len(text.encode("utf-8"))
+    lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(world_size())]
+    _timed(dist.all_gather, lengths, torch.tensor([length]))
+    longest = max(1, *(int(each) for each in lengths))
+    padded = torch.zeros(longest, dtype=torch.uint8)
+    padded[: len(own)] = own[:longest]
+    texts = [torch.zeros(longest, dtype=torch.uint8) for _ in lengths]
+    _timed(dist.all_gather, texts, padded)
+    return [bytes(each[: int(n)].tolist()).decode("utf-8") for each, n in zip(texts, lengths, strict=True)]
+
+
+def _over_all(number: int, operation: Any) -> int:
+    if world_size() == 1:
+        return number
+    value = torch.tensor([number], dtype=torch.int64)
+    _timed(dist.all_reduce, value, operation)
+    return int(value)
+
+
+# Tensors of the device.
+
+
+class Pending:
+    """A collective under way. It holds what goes in, which must stay as it is until the wait is over."""
+
+    def __init__(self, work: Any, inputs: Tensor) -> None:
+        self._work, self._inputs = work, inputs
+
+    def wait(self) -> None:
+        """Wait until the output is there (on a GPU: until what is launched next sees it)."""
+        _timed(self._work.wait)
+        del self._inputs
+
+
+def broadcast_(tensor: Tensor, source: int = 0) -> None:
+    """Replace a tensor by that of one process."""
+    if world_size() > 1:
+        _timed(dist.broadcast, tensor, source)
+
+
+def sum_(tensor: Tensor) -> None:
+    """Replace a tensor by the sum over all processes, the same bits on each."""
+    if world_size() > 1:
+        _timed(dist.all_reduce, tensor)
+
+
+def start_reduce_scatter(output: Tensor, inputs: Tensor) -> Pending:
+    """Begin to sum ``inputs`` over all processes; this process gets its part.
+
+    Args:
+        output: contiguous, a ``world_size``-th of the input.
+        inputs: contiguous; its first dimension is divided among the processes.
+    """
+    collective = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # its name before 2.13
+    return Pending(collective(output, inputs, async_op=True), inputs)
+
+
+def start_all_gather(output: Tensor, inputs: Tensor) -> Pending:
+    """Begin to put the parts of all processes together: the reverse of :func:`start_reduce_scatter`, without sums."""
+    collective = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before 2.13
+    return Pending(collective(output, inputs, async_op=True), inputs)
+
+
+# What it takes.
+
+_seconds_waited = 0.0
+
+
+def seconds_waited() -> float:
+    """Seconds that this process's host has waited for others, since it began. On a GPU a collective of tensors is only
+    launched in that time."""
+    return _seconds_waited
+
+
+def _timed(function: Any, *arguments: Any) -> None:
+    global _seconds_waited
+    begin = time.perf_counter()
+    function(*arguments)
+    _seconds_waited += time.perf_counter() - begin
