@@ -57,6 +57,9 @@ class TrainerSettings:
     log_every_steps: int = setting(1, "Steps between two lines of metrics.", at_least=1)
     checkpoint_every_steps: int = setting(100, "Steps between two resume files.", at_least=1)
     keep_last: int = setting(2, "Resume files that are kept; the older ones go.", at_least=2, at_most=1000)
+    keep_best: int = setting(
+        0, "Further ones that are kept: of the measured steps those with the lowest val/bpb.", at_least=0, at_most=1000
+    )
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,7 @@ class TrainConfig(HorizonSettings):
     )
     seed: int = setting(42, "Seed of weights, row order and mixture.", at_least=0, at_most=2**31)
     resume: Literal["auto", "never"] = setting("auto", "Go on with an unfinished run of that name, or begin a new one.")
+    resume_with_changes: bool = setting(False, "Go on also where settings or data changed that alter the result.")
     check_only: bool = setting(False, "Compose, check and plan; train nothing.")
 
 
