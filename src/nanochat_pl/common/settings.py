@@ -8,6 +8,9 @@ A settings class is a frozen dataclass whose fields are made with :func:`setting
     @dataclass(frozen=True)
     class ModelSettings:
         depth: int = setting(12, "Number of transformer blocks: the one dial.", at_least=1, at_most=200)
+
+A class may have a static method ``explain_unknown(key, value) -> str | None``: of some keys that the class has not, it
+knows more than which others have a name like theirs, and gives what is said behind the key's name.
 """
 
 from __future__ import annotations
@@ -127,7 +130,9 @@ def _build(cls: Any, values: Any, where: str, problems: list[str]) -> Any:
     found = len(problems)
     for key in values:
         if key not in fields:
-            problems.append(f"{_join(where, str(key))}: there is no such key; {_nearest(where, str(key), cls, fields)}")
+            name, explain = _join(where, str(key)), getattr(cls, "explain_unknown", lambda key, value: None)
+            nearest = f": there is no such key; {_nearest(where, str(key), cls, fields)}"
+            problems.append(f"{name}{explain(str(key), values[key]) or nearest}")
     arguments = {}
     for name, field in fields.items():
         if name in values:

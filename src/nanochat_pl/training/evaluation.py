@@ -188,6 +188,15 @@ class PeriodicEvaluation(Callback):
     ) -> None:
         self.validation, self.samples, self.clock, self.check_stop = validation, samples, clock, check_stop
         self.every_steps, self.samples_every_steps = every_steps, samples_every_steps
+        self._measured = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """The step measured last: a run that goes on from there does not measure it again, nor count it twice."""
+        return {"measured": self._measured}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a resume file."""
+        self._measured = state_dict["measured"]
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Make up for what a stop kept from being measured after the step of the resume file."""
@@ -203,10 +212,13 @@ class PeriodicEvaluation(Callback):
         if self.validation is None or step >= trainer.max_steps:
             return
         with self.clock.paused():
-            if self.every_steps and step % self.every_steps == 0:
+            if self.every_steps and step % self.every_steps == 0 and step != self._measured:
                 figures = self.validation.measure(pl_module.net, self.check_stop)
                 trainer.callback_metrics.update({name: torch.tensor(value) for name, value in figures.items()})
                 log_everywhere(trainer, figures)
+                self._measured = step
+                for callback in trainer.callbacks:  # type: ignore[attr-defined]
+                    callback.on_validation_end(trainer, pl_module)  # what EarlyStopping waits for
             if self.samples_every_steps and step % self.samples_every_steps == 0:
                 self.samples.rewind(step - 1)
                 self.samples.write(pl_module.net, self.validation.tokenizer, step)

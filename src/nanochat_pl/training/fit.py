@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.profilers import AdvancedProfiler, Profiler, PyTorchProfiler, SimpleProfiler
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from nanochat_pl.common.console import say
@@ -115,6 +116,9 @@ def _trainer(stage: TrainingStage, fitting: Fitting, loggers: list[Logger], call
         deterministic=fitting.trainer.deterministic or fitting.device.type == "cpu",
         log_every_n_steps=fitting.trainer.log_every_steps,
         limit_val_batches=0,
+        check_val_every_n_epoch=None,  # so that callbacks take validation for something that comes in steps
+        detect_anomaly=fitting.trainer.detect_anomaly,
+        profiler=_profiler(fitting),
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
         inference_mode=False,
@@ -123,6 +127,12 @@ def _trainer(stage: TrainingStage, fitting: Fitting, loggers: list[Logger], call
         enable_model_summary=False,
         default_root_dir=fitting.folder,
     )
+
+
+def _profiler(fitting: Fitting) -> Profiler | None:
+    kinds = {"simple": SimpleProfiler, "advanced": AdvancedProfiler, "pytorch": PyTorchProfiler}
+    name = fitting.trainer.profiler
+    return None if name is None else kinds[name](dirpath=fitting.folder, filename="profile")
 
 
 def _step_to_go_on_from(stage: TrainingStage, path: Path) -> int:

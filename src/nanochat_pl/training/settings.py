@@ -18,6 +18,7 @@ from nanochat_pl.planning.memory import MemoryKnobs
 from nanochat_pl.planning.rows import RowOptions
 from nanochat_pl.tasks.settings import MixtureSettings
 from nanochat_pl.tokenizer.training import TokenizerSettings
+from nanochat_pl.training.trainer_arguments import explain_argument
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,15 @@ class TrainerSettings:
     keep_best: int = setting(
         0, "Further ones that are kept: of the measured steps those with the lowest val/bpb.", at_least=0, at_most=1000
     )
+    spike_sigmas: float = setting(
+        6.0, "Say which rows a step had whose loss is so many standard deviations above the last; 0: never.", at_least=0
+    )
+    detect_anomaly: bool = setting(False, "Find the operation that made a gradient NaN: many times slower.")
+    profiler: Literal["simple", "advanced", "pytorch"] | None = setting(
+        None, "Measure what takes the time of a step, into profile files in the stage's folder."
+    )
+
+    explain_unknown = staticmethod(explain_argument)
 
 
 @dataclass(frozen=True)
@@ -107,6 +117,8 @@ class TrainConfig(HorizonSettings):
     resume: Literal["auto", "never"] = setting("auto", "Go on with an unfinished run of that name, or begin a new one.")
     resume_with_changes: bool = setting(False, "Go on also where settings or data changed that alter the result.")
     check_only: bool = setting(False, "Compose, check and plan; train nothing.")
+
+    explain_unknown = staticmethod(explain_argument)
 
 
 def row_options(config: TrainConfig, device: Device, num_devices: int = 1) -> RowOptions:
