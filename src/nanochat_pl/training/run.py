@@ -90,6 +90,7 @@ def _train(
         mixed=prepared.rows if isinstance(prepared.rows, MixedRows) else None,
         loggers=loggers,
         callbacks=callbacks,
+        resume_with_changes=config.resume_with_changes,
     )
     fitted = fit(stage, data, fitting)
     _finish(config, folder, prepared, stage, fitted, samples)
@@ -118,6 +119,9 @@ def _make_stage(config: TrainConfig, machine: Machine, prepared: Prepared) -> Tr
         activation_checkpointing=trainer.activation_checkpointing,
         loss_chunk_tokens=chunk_tokens,
         init=config.model.init,
+        on_nonfinite=trainer.on_nonfinite,
+        max_grad_norm=config.optim.max_grad_norm,
+        batch_size_as_recorded=config.device_batch_size == "auto",
         identity={
             "steps": plan["num_steps"],
             "tokens a step": plan["total_batch_tokens"],
@@ -141,17 +145,20 @@ def _finish(
 ) -> None:
     """Measure, sample, write the bundle, and last of all the mark that the stage is finished."""
     assert stage.net is not None
+    step = fitted.trainer.global_step
+    if step < stage.num_steps:
+        say(f"{config.stage.name}: a callback ended the training after step {step:,} of {stage.num_steps:,}.")
     announce_streamed(prepared)
     say("Final validation and samples …")
     figures = prepared.validation.measure(stage.net)
     log_everywhere(fitted.trainer, figures)
     for logger in fitted.trainer.loggers:
         logger.save()
-    samples.rewind(stage.num_steps - 1)
-    samples.write(stage.net, prepared.tokenizer, stage.num_steps)
+    samples.rewind(step - 1)
+    samples.write(stage.net, prepared.tokenizer, step)
     info = StageInfo(
         stage=config.stage.name,
-        step=stage.num_steps,
+        step=step,
         plan=prepared.plan.to_plain(),
         settings=to_plain(config),
         metrics=figures,
@@ -163,7 +170,7 @@ def _finish(
     save_bundle(folder.bundle, info, net=stage.net, tokenizer=prepared.tokenizer, moments=moments)
     write_json(
         folder.path / "finished.json",
-        {"step": stage.num_steps, "metrics": figures, "seconds": fitted.seconds, "tokens": fitted.tokens},
+        {"step": step, "metrics": figures, "seconds": fitted.seconds, "tokens": fitted.tokens},
     )
     stderr = f" ± {figures['val/bpb_stderr']:.4f}" if "val/bpb_stderr" in figures else ""
     bpb = f"validation {figures['val/bpb']:.4f}{stderr} bits per byte, " if "val/bpb" in figures else ""
