@@ -15,7 +15,8 @@ from collections.abc import Iterator, Sequence
 from nanochat_pl.cli.child import is_child
 from nanochat_pl.common.console import replace_unknown_signs
 from nanochat_pl.common.constants import EXIT_USER_ERROR
-from nanochat_pl.common.errors import UserError, did_you_mean
+from nanochat_pl.common.errors import SharedError, UserError, did_you_mean
+from nanochat_pl.common.place import launched_place
 
 # Each verb is a file of this folder with a function run(overrides) -> exit code, and Config.
 VERBS = {
@@ -29,11 +30,14 @@ VERBS = {
     "import": "a bundle of a model from elsewhere: import source=PATH to=PATH",
     "export": "a trained stage for other programs: export run=NAME to=PATH",
     "report": "tables and plots of a run: report run=NAME",
+    "selftest": "proves this machine in a minute: arithmetic, collectives, resume files; also under torchrun",
     "runs": "what has been trained; runs delete=NAME",
 }
 
 # Several values for a key, one job for each: these verbs can be swept.
 SWEEP_FLAGS, SWEPT = ("-m", "--multirun"), ("train", "pipeline")
+# Verbs that several processes do together, as torchrun starts them.
+TOGETHER = ("train", "selftest")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,7 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if is_child():
         _stop_with_parent()
     try:
-        return _dispatch(list(sys.argv[1:] if arguments is None else arguments))
+        arguments = list(sys.argv[1:] if arguments is None else arguments)
+        return _dispatch(arguments) if launched_place().world_size == 1 else _dispatch_together(arguments)
     except UserError as error:
         _print_problems(error)
         return EXIT_USER_ERROR
@@ -89,6 +94,31 @@ def _dispatch(arguments: list[str]) -> int:
     return int(module.run(rest))
 
 
+def _dispatch_together(arguments: list[str]) -> int:
+    """One of several processes that a launcher has started with the same command."""
+    from nanochat_pl.common import together
+
+    together.begin()
+    try:
+        _require_one_for_all(arguments)
+        code = _dispatch(arguments)
+    except SharedError as error:
+        _print_problems(error)
+        code = EXIT_USER_ERROR
+    together.end()  # not after an error of this process alone: the others may never come here
+    return code
+
+
+def _require_one_for_all(arguments: list[str]) -> None:
+    verb, place = arguments[0] if arguments else "help", launched_place()
+    if verb in VERBS and (verb not in TOGETHER or any(flag in arguments for flag in SWEEP_FLAGS)):
+        raise SharedError(
+            f"nanochat-pl {' '.join(arguments[:2])} …: was started {place.world_size} times at once.",
+            "Several processes train one stage together: torchrun … train.py stage=base|sft …; what comes before and"
+            " after, and pipelines and sweeps, run as one process each.",
+        )
+
+
 def module_of(verb: str) -> str:
     """The module of a verb. One that is a word of the language, as import, has an underscore behind it."""
     return f"nanochat_pl.cli.{verb}{'_' if keyword.iskeyword(verb) else ''}"
@@ -121,8 +151,11 @@ def _print_verbs() -> None:
 
 
 def _print_problems(error: UserError) -> None:
+    rank = launched_place().rank
+    if rank and isinstance(error, SharedError):
+        return
     for problem in error.problems:
-        print(f"error: {problem}", file=sys.stderr)
+        print(f"{f'process {rank}: ' if rank else ''}error: {problem}", file=sys.stderr)
     if error.fix:
         print(error.fix, file=sys.stderr)
 

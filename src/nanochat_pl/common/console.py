@@ -1,6 +1,7 @@
 """What a person sees in the terminal: lines, tables, progress of long work, and what to do next.
 
-On a terminal there are colours and moving bars; in a pipe or a log file plain lines, one now and then.
+On a terminal there are colours and moving bars; in a pipe or a log file plain lines, one now and then. Of the processes
+of a training the main one speaks; the others are silent.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from nanochat_pl.common.errors import visible
+from nanochat_pl.common.place import launched_place
 
 # A log file has no width: wide enough that no table is cut.
 WIDTH_WITHOUT_TERMINAL = 160
@@ -25,9 +27,14 @@ SECONDS_BETWEEN_LINES = 15.0
 Advance = Callable[[int], None]
 
 
+def is_silent() -> bool:
+    """Whether another process speaks to the person."""
+    return launched_place().rank > 0
+
+
 def console(stderr: bool = False) -> Console:
     """A rich console on today's stdout or stderr (asked for anew each time, so that redirection works)."""
-    made = Console(stderr=stderr, highlight=False, soft_wrap=True)
+    made = Console(stderr=stderr, highlight=False, soft_wrap=True, quiet=is_silent())
     if not made.is_terminal:
         made.width = WIDTH_WITHOUT_TERMINAL
     return made
@@ -91,7 +98,7 @@ def progress(what: str, total: int, unit: str = "") -> Iterator[Advance]:
 
     A bar on a terminal; else a line every :data:`SECONDS_BETWEEN_LINES`, and none at all for work that is short.
     """
-    if console(stderr=True).is_terminal:
+    if console(stderr=True).is_terminal and not is_silent():
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),

@@ -8,38 +8,19 @@ up and everything is answered at once. All processes must call the same function
 
 from __future__ import annotations
 
-import os
 import time
 from datetime import timedelta
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nanochat_pl.common.place import launched_place
+
 # What no collective of a healthy training takes. One that waits for work on the host (a cache that is built by one
 # process while the others wait) may take hours, and a process that is gone is noticed by other means.
 PATIENCE = timedelta(hours=24)
-
-
-class Place(NamedTuple):
-    """Where this process stands among those that were started together."""
-
-    rank: int
-    world_size: int
-    local_rank: int
-    local_world_size: int
-
-
-def launched_place() -> Place:
-    """What the launcher says, whether the processes speak to each other yet or not; alone where there is none."""
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    return Place(
-        rank,
-        world_size,
-        int(os.environ.get("LOCAL_RANK", rank)),
-        int(os.environ.get("LOCAL_WORLD_SIZE", world_size)),
-    )
 
 
 def world_size() -> int:
@@ -68,7 +49,7 @@ def start(device: torch.device) -> None:
         rank=place.rank,
         world_size=place.world_size,
         timeout=PATIENCE,
-        device_id=device if on_gpu else None,
+        device_id=None if device.index is None else device,
     )
 
 

@@ -31,6 +31,10 @@ class UserError(Exception):
         super().__init__("\n".join([*self.problems, *([fix] if fix else [])]))
 
 
+class SharedError(UserError):
+    """One that all processes of a training raise alike: the main one prints it."""
+
+
 def visible(text: str) -> str:
     """A text as a terminal may have it: what would steer the terminal, or cannot be encoded, becomes its escape."""
     return _UNSEEN.sub(lambda sign: ascii(sign[0])[1:-1], text)

@@ -8,7 +8,7 @@ from typing import Any
 from lightning.pytorch import Callback, Trainer
 from rich.progress import BarColumn, Progress, TextColumn
 
-from nanochat_pl.common.console import SECONDS_BETWEEN_LINES, console, say
+from nanochat_pl.common.console import SECONDS_BETWEEN_LINES, console, is_silent, say
 from nanochat_pl.training.metrics import StepMetrics
 from nanochat_pl.training.step import StepBatch, num_micro_batches
 
@@ -28,7 +28,7 @@ class TrainingProgress(Callback):
         """Show the bar where the terminal can; it begins at the step that the run goes on from."""
         self._trainer, self._spoken = trainer, time.monotonic()
         pl_module.micro_batch_hooks.append(self._within_step)
-        if console(stderr=True).is_terminal:
+        if console(stderr=True).is_terminal and not is_silent():
             columns = ("{task.description}", BarColumn(), "{task.fields[steps]}", TextColumn("{task.fields[figures]}"))
             self._bar = Progress(*columns, console=console(stderr=True), refresh_per_second=4)
             self._task = self._bar.add_task(self.name, total=trainer.max_steps, steps="", figures="first step …")
@@ -37,7 +37,7 @@ class TrainingProgress(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: StepBatch, batch_idx: int) -> None:
         """Learn how many parts this step has."""
-        self._parts = num_micro_batches(len(batch.inputs), pl_module.device_batch_size)
+        self._parts = num_micro_batches(batch.num_rows or len(batch.inputs), pl_module.device_batch_size)
 
     def _within_step(self, part: int) -> None:
         if self._bar is not None and self._trainer is not None and part:

@@ -1,0 +1,106 @@
+"""Work on the host that several processes do one after the other, or one for all; and errors that all of them share.
+
+With one process each of these is a plain call. A :class:`UserError` on one process is raised on all of them, as a
+:class:`SharedError`, so that none goes on and waits for one that is gone.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+
+from nanochat_pl.common import distributed
+from nanochat_pl.common.errors import SharedError, UserError
+from nanochat_pl.common.place import launched_place
+
+T = TypeVar("T")
+
+_launch = ""
+
+
+def begin() -> None:
+    """Let the processes of this launch speak to each other. Which device each trains on is not known yet."""
+    global _launch
+    distributed.start(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    _launch = distributed.from_main(uuid.uuid4().hex)
+
+
+def end() -> None:
+    """The end of :func:`begin`: wait for each other and part. After an error of one process, it is left out."""
+    distributed.barrier()
+    distributed.stop()
+
+
+def launch_of_node() -> str:
+    """A name that the processes of one launch on one node have, and nobody else; empty where there is one process."""
+    place = launched_place()
+    return f"{_launch}-{place.rank - place.local_rank}" if distributed.world_size() > 1 else ""
+
+
+def agreed(function: Callable[[], T]) -> T:
+    """Call a function that has no collectives, on all processes at once.
+
+    Raises:
+        SharedError: one of them raised a :class:`UserError`: that of the lowest rank.
+    """
+    result, error = None, None
+    try:
+        result = function()
+    except UserError as raised:
+        if distributed.world_size() == 1:
+            raise
+        error = raised
+    told = "" if error is None else json.dumps({"problems": error.problems, "fix": error.fix})
+    for rank, text in enumerate(distributed.from_all(told)):
+        if text:
+            problems, fix = json.loads(text).values()
+            raise SharedError([f"process {rank}: {line}" if rank else line for line in problems], fix) from error
+    return result  # type: ignore[return-value]
+
+
+def by_main(function: Callable[[], Any]) -> Any:
+    """Call a function on the main process alone; all get its result, which must be plain data (JSON).
+
+    Raises:
+        SharedError: it raised a :class:`UserError`.
+    """
+    result = agreed(function if distributed.is_main() else lambda: None)
+    return json.loads(distributed.from_main(json.dumps(result))) if distributed.world_size() > 1 else result
+
+
+def main_first(function: Callable[[], T]) -> T:
+    """Call a function on all processes: first on the main one, then on the first of each other node, then on the rest.
+
+    What is made and kept on a disk is made once, and found by the others.
+
+    Raises:
+        SharedError: one of them raised a :class:`UserError`.
+    """
+    if distributed.world_size() == 1:
+        return function()
+    turn = 0 if distributed.is_main() else 1 if launched_place().local_rank == 0 else 2
+    results = [agreed(function if turn == each else lambda: None) for each in range(3)]
+    return results[turn]  # type: ignore[return-value]
+
+
+def require_same(mine: str, problem: Callable[[str], str]) -> None:
+    """Hold a text against that of the main process.
+
+    Args:
+        mine: this process's.
+        problem: what to say where they differ, given the main process's.
+
+    Raises:
+        SharedError: they differ on some process.
+    """
+    mains = distributed.from_main(mine)
+
+    def compare() -> None:
+        if mine != mains:
+            raise UserError(problem(mains), "Start all processes with the same command.")
+
+    agreed(compare)
