@@ -18,6 +18,7 @@ from nanochat_pl.data.mixed_rows import MixedRows
 from nanochat_pl.training.datamodule import RowsDataModule
 from nanochat_pl.training.evaluation import MixedValidation, PeriodicEvaluation, Samples, Validation
 from nanochat_pl.training.garbage import GarbageCollection
+from nanochat_pl.training.going_on import step_to_go_on_from
 from nanochat_pl.training.metrics import MetricsCSV, StepClock, StepMetrics
 from nanochat_pl.training.progress import TrainingProgress
 from nanochat_pl.training.resume import AtomicCheckpointIO, ResumeFiles, newest_resume_file
@@ -43,6 +44,7 @@ class Fitting:
     mixed: MixedRows | None = None
     loggers: Sequence[Logger] = ()
     callbacks: Sequence[Callback] = ()
+    resume_with_changes: bool = False
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ def fit(stage: TrainingStage, data: RowsDataModule, fitting: Fitting) -> Fitted:
     """
     checkpoints = fitting.folder / "checkpoints"
     resume_from = newest_resume_file(checkpoints)
-    first_step = _step_to_go_on_from(stage, resume_from) if resume_from else 0
+    first_step = step_to_go_on_from(resume_from, stage.recipe, fitting.resume_with_changes) if resume_from else 0
     csv = MetricsCSV(fitting.folder / "metrics.csv", fitting.mixed.names if fitting.mixed else ())
     figures_kept = csv.rewind(first_step)
     fitting.samples.rewind(first_step)
@@ -70,7 +72,14 @@ def fit(stage: TrainingStage, data: RowsDataModule, fitting: Fitting) -> Fitted:
     metrics = StepMetrics(
         clock, fitting.flops_per_token, fitting.peak_flops, fitting.trainer.log_every_steps, fitting.mixed
     )
-    resume_files = ResumeFiles(checkpoints, fitting.trainer.checkpoint_every_steps, fitting.trainer.keep_last, clock)
+    resume_files = ResumeFiles(
+        checkpoints,
+        fitting.trainer.checkpoint_every_steps,
+        fitting.trainer.keep_last,
+        clock,
+        fitting.trainer.keep_best,
+        0 if fitting.validation is None else fitting.evaluation.every_steps,
+    )
     stop = GracefulStop(resume_files)
     evaluation = PeriodicEvaluation(
         fitting.validation,
@@ -133,28 +142,3 @@ def _profiler(fitting: Fitting) -> Profiler | None:
     kinds = {"simple": SimpleProfiler, "advanced": AdvancedProfiler, "pytorch": PyTorchProfiler}
     name = fitting.trainer.profiler
     return None if name is None else kinds[name](dirpath=fitting.folder, filename="profile")
-
-
-def _step_to_go_on_from(stage: TrainingStage, path: Path) -> int:
-    """The step of a resume file, where rows and length of the run are still those that it was made with.
-
-    What this machine chooses otherwise than the one that wrote the file is said.
-
-    Raises:
-        UserError: another text, tokenizer or plan than when the run began: it would end as neither of the two.
-    """
-    saved = AtomicCheckpointIO().load_checkpoint(path)
-    identity, choices = stage.recipe.identity, stage.recipe.choices
-    problems = [
-        f"{path}: was written with {key} {was}, now it is {identity.get(key)}."
-        for key, was in saved["nanochat_pl"]["identity"].items()
-        if identity.get(key) != was
-    ]
-    if problems:
-        raise UserError(
-            problems, fix="Bring the data back as it was, or begin a new run with run=NAME or resume=never."
-        )
-    for key, was in saved["nanochat_pl"]["choices"].items():
-        if key in choices and choices[key] != was:
-            say(f"{key} was {was} and is {choices[key]} now: the run goes on, its last bits may be others.")
-    return int(saved["global_step"])

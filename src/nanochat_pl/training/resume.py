@@ -2,11 +2,17 @@
 
 They are Lightning checkpoints (weights, optimizer, loops, callbacks), written atomically into the run's folder,
 loadable with ``weights_only=True``, and named by the step. The same command goes on from the newest readable one.
+Nothing in a training draws random numbers from a global generator, so none has to be kept: first weights, row orders
+and tasks have generators of their own, which are functions of a seed and a number.
 """
 
 from __future__ import annotations
 
+import json
+import math
+import pickle
 import re
+import socket
 import warnings
 import zipfile
 from pathlib import Path
@@ -15,25 +21,36 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.io import CheckpointIO
+from torch.utils._pytree import tree_leaves
 
+from nanochat_pl.common import distributed
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.common.files import free_bytes, write_atomically
+from nanochat_pl.common.files import FREE_SPACE, free_bytes, read_json, write_atomically, write_json
 from nanochat_pl.training.metrics import StepClock
 
 _NAME = re.compile(r"step=(\d{6,})\.ckpt")
+BEST = "best.json"
 
 
 class AtomicCheckpointIO(CheckpointIO):
-    """Checkpoints that are whole or not there: written beside their place, synced, read back, renamed."""
+    """Checkpoints that are whole or not there: written beside their place, synced, read back, renamed.
+
+    Attributes:
+        failure: why the last one was not written. It is raised by :meth:`ResumeFiles.save`, on all processes: where
+            Lightning calls this one, the others are waiting for the main process.
+    """
+
+    failure: UserError | None = None
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Write ``checkpoint`` to ``path``.
-
-        Raises:
-            UserError: the disk is full or the folder cannot be written; older files are untouched.
-        """
+        """Write ``checkpoint`` to ``path``. Where that cannot be, older files are untouched and ``failure`` is set."""
         path = Path(path)
-        write_atomically(path, lambda temporary: _write_verified(checkpoint, temporary, path))
+        self.failure = None
+        try:
+            _require_space(checkpoint, path)
+            write_atomically(path, lambda temporary: _write_verified(checkpoint, temporary, path))
+        except UserError as error:
+            self.failure = error
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint; its tensors stay on the disk until they are copied into place."""
@@ -44,20 +61,31 @@ class AtomicCheckpointIO(CheckpointIO):
         Path(path).unlink(missing_ok=True)
 
 
+def _require_space(checkpoint: dict[str, Any], path: Path) -> None:
+    needed = sum(leaf.nbytes for leaf in tree_leaves(checkpoint) if isinstance(leaf, torch.Tensor))
+    if needed > (free := free_bytes(path)):
+        raise UserError(
+            f"{path}: takes {needed / 2**20:,.1f} MiB, and the disk has {free / 2**20:,.1f} MiB free;"
+            " the older files are whole.",
+            fix=f"{FREE_SPACE} Then the same command goes on.",
+        )
+
+
 def _write_verified(checkpoint: dict[str, Any], temporary: Path, path: Path) -> None:
     try:
         torch.save(checkpoint, temporary)
     except RuntimeError as error:  # what torch's zip writer raises where the disk is full
         raise UserError(
-            f"{path}: could not be written ({free_bytes(path) / 2**20:,.0f} MiB free on the disk): {error}",
-            fix="Free some space, or set paths.runs=… to a folder on another disk; the same command goes on.",
+            f"{path}: could not be written ({free_bytes(path) / 2**20:,.1f} MiB free on the disk):"
+            f" {str(error).splitlines()[0]}",
+            fix=f"{FREE_SPACE} Then the same command goes on.",
         ) from error
-    if (problem := damage(temporary)) is not None:
+    if (problem := _broken_bytes(temporary)) is not None:
         raise UserError(f"{path}: what was written cannot be read back: {problem}.", fix="Check the disk.")
 
 
-def damage(path: Path) -> str | None:
-    """What is wrong with a resume file: None where nothing is (every byte's checksum is verified)."""
+def _broken_bytes(path: Path) -> str | None:
+    """What is wrong with the bytes of a checkpoint: None where each one's checksum is right."""
     try:
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()
@@ -66,16 +94,57 @@ def damage(path: Path) -> str | None:
     return f"{broken} is damaged" if broken else None
 
 
+def damage(path: Path) -> str | None:
+    """What is wrong with a resume file: None where nothing is (every byte is verified)."""
+    if (problem := _broken_bytes(path)) is not None:
+        return problem
+    try:
+        content = AtomicCheckpointIO().load_checkpoint(path)
+    except (OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+        return f"is a file of another kind: {str(error).splitlines()[0]}"
+    if not isinstance(content, dict) or not {"global_step", "state_dict", "optimizer_states"} <= content.keys():
+        return "is a file of another kind"
+    step = step_of(path)
+    return None if content["global_step"] == step else f"is of step {content['global_step']}"
+
+
+def step_of(path: Path) -> int:
+    """The step that a resume file is of."""
+    match = _NAME.fullmatch(path.name)
+    assert match is not None, path
+    return int(match[1])
+
+
 def resume_files(folder: Path) -> list[Path]:
     """The resume files of a folder, newest step first."""
-    numbered = [(int(match[1]), path) for path in folder.glob("step=*.ckpt") if (match := _NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(numbered, reverse=True)]
+    files = [path for path in folder.glob("step=*.ckpt") if _NAME.fullmatch(path.name)]
+    return sorted(files, key=step_of, reverse=True)
 
 
 def newest_resume_file(folder: Path) -> Path | None:
-    """The newest file that can be read; damaged ones are named in a warning and passed over."""
-    for stale in folder.glob("*.tmp.*"):  # of a writer that was killed; the lock says that nobody else writes
-        stale.unlink()
+    """The newest file that can be read; damaged ones are named in a warning and passed over.
+
+    All processes call it; the main one looks and tells the others.
+
+    Raises:
+        UserError: a process cannot see what the main process sees.
+    """
+    found = _newest_readable(folder) if distributed.is_main() else None
+    name = distributed.from_main(found.name if found else "")
+    if not name:
+        return None
+    path = folder / name
+    missing = [place for place in distributed.from_all("" if path.is_file() else socket.gethostname()) if place]
+    if missing:
+        raise UserError(
+            f"{path}: cannot be seen by {len(missing)} of {distributed.world_size()} processes"
+            f" ({', '.join(sorted(set(missing)))}).",
+            fix="All nodes need the same folder of runs: set paths.runs=… to one on a disk that they share.",
+        )
+    return path
+
+
+def _newest_readable(folder: Path) -> Path | None:
     for path in resume_files(folder):
         problem = damage(path)
         if problem is None:
@@ -87,26 +156,94 @@ def newest_resume_file(folder: Path) -> Path | None:
 
 
 class ResumeFiles(Callback):
-    """Writes a resume file every N steps, at the last step, and when the run is stopped; keeps the newest few."""
+    """Writes a resume file every N steps, at the last step, and when the run is stopped; keeps the newest few.
 
-    def __init__(self, folder: Path, every_steps: int, keep_last: int, clock: StepClock) -> None:
+    Args:
+        folder: where the files are.
+        every_steps: N.
+        keep_last: how many of the newest are kept.
+        clock: what counts as the training's time.
+        keep_best: how many are kept besides: of the measured steps those with the lowest val/bpb, which stand in
+            ``best.json``. Each measured step then has a file.
+        measured_every: steps between two validations.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        every_steps: int,
+        keep_last: int,
+        clock: StepClock,
+        keep_best: int = 0,
+        measured_every: int = 0,
+    ) -> None:
         self.folder, self.every_steps, self.keep_last, self.clock = folder, every_steps, keep_last, clock
+        self.keep_best, self.measured_every = keep_best, measured_every
+        if keep_best and not measured_every:
+            raise UserError(
+                f"trainer.keep_best={keep_best}: nothing is measured before the end (evaluation.every_steps=0).",
+                fix="Set evaluation.every_steps, or trainer.keep_best=0.",
+            )
+        self._best: dict[str, float] = {}  # names of files, best first
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find out which files are the best so far."""
+        path = self.folder / BEST
+        if not distributed.is_main() or not path.exists():
+            return
+        if not self.keep_best:
+            path.unlink()
+            return
+        there = {file.name for file in resume_files(self.folder)}
+        self._best = {name: bpb for name, bpb in read_json(path).items() if name in there}
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """After a step."""
-        if trainer.global_step % self.every_steps == 0 or trainer.global_step == trainer.max_steps:
+        """After a step, before what is measured after it: that may fail or take long."""
+        step = trainer.global_step
+        measured = self.keep_best and step % self.measured_every == 0
+        if step % self.every_steps == 0 or step == trainer.max_steps or measured:
             with self.clock.paused():
                 self.save(trainer)
 
     def save(self, trainer: Trainer) -> None:
-        """Write the file of the last finished step, then let the oldest go."""
+        """Write the file of the last finished step, then let the oldest go. All processes call it.
+
+        Raises:
+            UserError: on all processes: the main one could not write the file. The older ones are untouched.
+        """
         path = self.folder / f"step={trainer.global_step:06d}.ckpt"
-        if path.exists():
+        if distributed.from_main("written" if path.exists() else ""):
             return
         for logger in trainer.loggers:
             logger.save()
         trainer.save_checkpoint(path, weights_only=False)  # False: all of it, not the weights alone
+        io = trainer.strategy.checkpoint_io
+        assert isinstance(io, AtomicCheckpointIO)
+        _raise_on_all(io.failure)
+        if distributed.is_main():
+            self._let_go()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Rank the file of the step that was just measured."""
+        name, bpb = f"step={trainer.global_step:06d}.ckpt", trainer.callback_metrics.get("val/bpb")
+        if not self.keep_best or bpb is None or not math.isfinite(bpb) or not distributed.is_main():
+            return
+        ranked = sorted((self._best | {name: float(bpb)}).items(), key=lambda item: item[1])
+        self._best = dict(ranked[: self.keep_best])
+        write_json(self.folder / BEST, self._best)
+        self._let_go()
+
+    def _let_go(self) -> None:
         for old in resume_files(self.folder)[self.keep_last :]:
-            old.unlink()
+            if old.name not in self._best:
+                old.unlink()
+
+
+def _raise_on_all(error: UserError | None) -> None:
+    """Raise an error of the main process on all processes."""
+    told = distributed.from_main("" if error is None else json.dumps([error.problems, error.fix]))
+    if told:
+        problems, fix = json.loads(told)
+        raise UserError(problems, fix) from error

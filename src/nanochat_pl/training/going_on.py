@@ -1,0 +1,110 @@
+"""Going on with a run: what must be as it was, what may change where that is asked for, and the record of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nanochat_pl.common import distributed
+from nanochat_pl.common.console import say
+from nanochat_pl.common.errors import UserError
+from nanochat_pl.common.files import write_text
+from nanochat_pl.optim.schedules import schedule_values
+from nanochat_pl.training.resume import AtomicCheckpointIO
+
+if TYPE_CHECKING:
+    from nanochat_pl.training.stages import StageRecipe
+
+CHANGES = "changes.jsonl"
+# Of what a resume file says of its run: what cannot be otherwise, and why.
+_FIXED = {
+    "tokens a step": "step N begins at row N times the rows of a step, so rows would be left out or seen twice",
+    "tokenizer": "the weights were trained on its ids",
+}
+_BEGIN_ANEW = "or begin a new run with run=NAME or resume=never"
+
+
+def step_to_go_on_from(path: Path, recipe: StageRecipe, with_changes: bool = False) -> int:
+    """The step of a resume file, where rows and length of the run are still those that it was made with.
+
+    What this machine chooses otherwise than the one that wrote the file is said.
+
+    Args:
+        path: of the file.
+        recipe: of the stage that is to go on.
+        with_changes: other data and a longer horizon are said and recorded instead of refused.
+
+    Raises:
+        UserError: another text, tokenizer or plan than when the run began: it would end as neither of the two.
+    """
+    saved = AtomicCheckpointIO().load_checkpoint(path)
+    step, then, now = int(saved["global_step"]), saved["nanochat_pl"]["identity"], recipe.identity
+    differences = {key: was for key, was in then.items() if now.get(key) != was}
+    fixed = {key for key in differences if key in _FIXED or not _may_change(key, step, recipe)}
+    problems = [
+        f"{path}: was written with {key} {was}, now it is {now.get(key)}{_why_not(key, step) if key in fixed else ''}."
+        for key, was in differences.items()
+        if key in fixed or not with_changes
+    ]
+    if problems:
+        how = "" if fixed else "; or say resume_with_changes=true to go on all the same"
+        raise UserError(problems, f"Bring it back as it was, {_BEGIN_ANEW}{how}.")
+    changes = [_consequence(key, was, step, recipe) for key, was in differences.items()]
+    for line in changes:
+        say(line)
+    if changes and distributed.is_main():
+        note_changes(path.parent.parent, changes)
+    choices = saved["nanochat_pl"]["choices"]
+    for key, was in choices.items():
+        if key in recipe.choices and recipe.choices[key] != was:
+            say(f"{key} was {was} and is {recipe.choices[key]} now: the run goes on, its last bits may be others.")
+    return step
+
+
+def _may_change(key: str, step: int, recipe: StageRecipe) -> bool:
+    return key != "steps" or recipe.num_steps >= step
+
+
+def _why_not(key: str, step: int) -> str:
+    return f": {_FIXED.get(key, f'{step:,} of them are made')}"
+
+
+def _consequence(key: str, was: Any, step: int, recipe: StageRecipe) -> str:
+    if key != "steps":
+        return (
+            f"{key} {was} → {recipe.identity.get(key)}: the rows from step {step:,} on are others; of text that is in"
+            " both, some may be seen twice and some never."
+        )
+    before, after = (schedule_values(recipe.schedule, step, steps).lr_multiplier for steps in (was, recipe.num_steps))
+    return (
+        f"Horizon {was:,} → {recipe.num_steps:,} steps. The schedule is a function of step and horizon: in the next"
+        f" step, {step + 1:,}, the learning rates jump from {before:.4g} of their peak to {after:.4g}."
+    )
+
+
+def note_changes(stage_folder: Path, changes: Sequence[str], code: Mapping[str, Any] | None = None) -> None:
+    """Add to the record of a stage what is otherwise than before, unless its last line says so already.
+
+    Args:
+        stage_folder: of the stage.
+        changes: one sentence each.
+        code: of the program that goes on, where it is not that of before.
+    """
+    lines = read_changes(stage_folder)
+    line = {"changes": [*changes], **({"code": code} if code else {})}
+    if not lines or line != {key: value for key, value in lines[-1].items() if key != "time"}:
+        lines.append({"time": datetime.now(timezone.utc).isoformat(timespec="seconds"), **line})
+        text = "".join(json.dumps(each, ensure_ascii=False, allow_nan=False) + "\n" for each in lines)
+        write_text(stage_folder / CHANGES, text)
+
+
+def read_changes(stage_folder: Path) -> list[dict[str, Any]]:
+    """The record of all changes of a stage, oldest first."""
+    path = stage_folder / CHANGES
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    except ValueError as error:
+        raise UserError(f"{path}: is no valid JSON: {error}", fix="Delete it: it is a record, nothing more.") from error
