@@ -27,6 +27,7 @@ from nanochat_pl.optim import (
     resolve_hyperparameters,
     schedule_values,
 )
+from nanochat_pl.training.guards import Guard
 from nanochat_pl.training.step import StepBatch, micro_batches, training_step
 
 NUM_STEPS = 20
@@ -114,7 +115,7 @@ class Training:
         self.schedule, self.num_steps, self.global_step = SCHEDULE, NUM_STEPS, 0
         self.device, self.device_batch_size = torch.device("cpu"), DEVICE_BATCH_SIZE
         self.weighted_loss = loss or self.net.weighted_loss
-        self.manual_backward = Tensor.backward
+        self.manual_backward, self.guard = Tensor.backward, Guard()
         self.batches = batches(seed)
 
     def between_micro_batches(self, part: int) -> None:
@@ -123,7 +124,7 @@ class Training:
     def losses(self) -> Iterator[float]:
         """Train; gives the loss of each step in nats per target."""
         while self.global_step < NUM_STEPS:
-            yield training_step(self, self.batches[self.global_step]).item()  # type: ignore[arg-type]
+            yield training_step(self, self.batches[self.global_step]).loss  # type: ignore[arg-type]
             self.global_step += 1
 
 

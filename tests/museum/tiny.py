@@ -21,6 +21,7 @@ from nanochat_pl.optim import OptimSettings, ScheduleSettings, StepValues, build
 from nanochat_pl.training.datamodule import RowsDataModule
 from nanochat_pl.training.evaluation import Samples, Validation
 from nanochat_pl.training.fit import Fitting, fit
+from nanochat_pl.training.guards import Guard
 from nanochat_pl.training.settings import EvaluationSettings, TrainerSettings
 from nanochat_pl.training.stages import BaseStage, StageRecipe
 from nanochat_pl.training.step import StepBatch, training_step
@@ -52,7 +53,7 @@ class Loop:
         self.gradients: dict[str, torch.Tensor] = {}
         self._set_step_values = self.optimizer.set_step_values
         self.optimizer.set_step_values = self._record  # type: ignore[method-assign]
-        self.schedule = ScheduleSettings(warmup_steps=2)
+        self.schedule, self.guard = ScheduleSettings(warmup_steps=2), Guard()
         self.num_steps, self.global_step = num_steps, 0
         self.device, self.device_batch_size = torch.device("cpu"), device_batch_size
         self.weighted_loss = self.net.weighted_loss
@@ -70,7 +71,7 @@ class Loop:
     def train(self, batch: StepBatch, num_steps: int = 1) -> list[float]:
         losses = []
         for _ in range(num_steps):
-            losses.append(training_step(self, batch).item())  # type: ignore[arg-type]
+            losses.append(training_step(self, batch).loss)  # type: ignore[arg-type]
             self.global_step += 1
         return losses
 

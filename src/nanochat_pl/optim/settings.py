@@ -42,6 +42,9 @@ class OptimSettings:
     matrix_optimizer: Literal["muon", "classic_muon"] = setting(
         "muon", "muon (the recipe's: Polar Express, NorMuon) or classic_muon (Newton-Schulz alone)."
     )
+    max_grad_norm: float | None = setting(
+        None, "Gradients of a step with a larger L2 norm are scaled down to it; null: they stay as they are.", above=0
+    )
     compile: bool = setting(False, "Compile the Muon update (slow to start, faster steps on a GPU).")
 
 

@@ -39,12 +39,14 @@ class StepRows(Dataset):
         # Of conversations each is trained on as often as was asked for, so the last step may have fewer rows.
         first = step * self.rows_per_step
         count = min(self.rows_per_step, len(self.rows) - first)
-        numbers = np.array(share(first, count, self.rank, self.world), dtype=np.int64)
+        own, largest = (share(first, count, rank, self.world) for rank in (self.rank, 0))
+        numbers = np.array(own, dtype=np.int64)
         inputs, targets = self.rows.read(numbers)
         # Those of this share: with several processes, the step sums them before its first backward.
         num_targets = int((targets != IGNORE_INDEX).sum())
         sources = torch.as_tensor(self.rows.place(numbers)[0]) if isinstance(self.rows, MixedRows) else None
-        return StepBatch(torch.as_tensor(inputs), torch.as_tensor(targets), num_targets, sources)
+        ids = torch.as_tensor(inputs), torch.as_tensor(targets)
+        return StepBatch(*ids, num_targets, sources, num_rows=len(largest), first_row=own.start)
 
     def wait_for(self, step: int, check: Callable[[], None]) -> None:
         """Wait until the rows of a step are there; ``check`` is called again and again."""

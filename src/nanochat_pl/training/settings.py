@@ -18,6 +18,7 @@ from nanochat_pl.planning.memory import MemoryKnobs
 from nanochat_pl.planning.rows import RowOptions
 from nanochat_pl.tasks.settings import MixtureSettings
 from nanochat_pl.tokenizer.training import TokenizerSettings
+from nanochat_pl.training.guards import OnNonfinite
 from nanochat_pl.training.trainer_arguments import explain_argument
 
 
@@ -54,6 +55,9 @@ class TrainerSettings:
         "Loader processes that read rows ahead of the training; null: one for a GPU, else none.",
         at_least=0,
         at_most=64,
+    )
+    on_nonfinite: OnNonfinite = setting(
+        "stop", "What to do with a step whose loss or gradient is not finite: stop the run, or skip the step."
     )
     log_every_steps: int = setting(1, "Steps between two lines of metrics.", at_least=1)
     checkpoint_every_steps: int = setting(100, "Steps between two resume files.", at_least=1)
@@ -110,8 +114,10 @@ class TrainConfig(HorizonSettings):
     logger: dict[str, Any] = setting(factory=dict, doc="Loggers, each with a _target_ (configs/logger).")
     callbacks: dict[str, Any] = setting(factory=dict, doc="Further Lightning callbacks, each with a _target_.")
     run: str | None = setting(None, "Name of the run; null: d<depth>.", max_length=200)
-    device_batch_size: int | None = setting(
-        None, "Rows in memory at once: memory, not results; null: as the plan says.", at_least=1
+    device_batch_size: int | Literal["auto"] = setting(
+        "auto",
+        "Rows in memory at once: memory, not results; auto: as the plan says. Halved where memory runs out.",
+        at_least=1,
     )
     seed: int = setting(42, "Seed of weights, row order and mixture.", at_least=0, at_most=2**31)
     resume: Literal["auto", "never"] = setting("auto", "Go on with an unfinished run of that name, or begin a new one.")
@@ -127,7 +133,7 @@ def row_options(config: TrainConfig, device: Device, num_devices: int = 1) -> Ro
         device=device,
         knobs=MemoryKnobs(config.trainer.activation_checkpointing, config.trainer.loss_chunk_tokens),
         num_devices=num_devices,
-        device_batch_size=config.device_batch_size,
+        device_batch_size=None if config.device_batch_size == "auto" else config.device_batch_size,
         validation_rows=config.evaluation.num_rows,
         evaluate_every_steps=config.evaluation.every_steps,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,9 @@ from nanochat_pl.model.config import GPTConfig, InitSettings
 from nanochat_pl.model.gpt import GPT, parameter_roles
 from nanochat_pl.model.init import init_weights
 from nanochat_pl.optim import Hyperparameters, MuonAdamW, ScheduleSettings, build_optimizer
+from nanochat_pl.training.guards import Guard, OnNonfinite
+from nanochat_pl.training.loss_scale import LossScale
+from nanochat_pl.training.resume import ResumeFiles, resume_files
 from nanochat_pl.training.step import StepBatch, training_step
 
 
@@ -31,6 +35,10 @@ class StageRecipe:
     activation_checkpointing: bool = False
     loss_chunk_tokens: int | None = None
     init: InitSettings = field(default_factory=InitSettings)
+    on_nonfinite: OnNonfinite = "stop"
+    max_grad_norm: float | None = None
+    # Whether a resumed run begins with the device_batch_size that the one before it had to come down to.
+    batch_size_as_recorded: bool = False
     # What rows and length of the run come from: a resumed run must have the same.
     identity: dict[str, Any] = field(default_factory=dict)
     # What the machine chose: it may change the bits, and a resumed run says where it differs.
@@ -45,7 +53,10 @@ class TrainingStage(LightningModule):
         self.automatic_optimization = False
         self.recipe = recipe
         self.schedule, self.num_steps = recipe.schedule, recipe.num_steps
-        self.device_batch_size = recipe.device_batch_size
+        self.device_batch_size = recipe.device_batch_size  # halved where memory runs out, on all processes alike
+        self.guard = Guard(
+            recipe.on_nonfinite, recipe.max_grad_norm, LossScale(recipe.model.compute_dtype == "float16")
+        )
         # Called before each micro-batch with its number: the progress bar moves and a stop is noticed there.
         self.micro_batch_hooks: list[Callable[[int], None]] = []
         self.net: GPT | None = None
@@ -87,7 +98,29 @@ class TrainingStage(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put what the run is and what the machine chose into the resume file, to be compared when it is used."""
-        checkpoint["nanochat_pl"] = {"identity": self.recipe.identity, "choices": self.recipe.choices}
+        checkpoint["nanochat_pl"] = {
+            "identity": self.recipe.identity,
+            "choices": {**self.recipe.choices, "device_batch_size": self.device_batch_size},
+            "guard": self.guard.state_dict(),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on with what the guards had counted, and where memory had run out with as many rows as fitted."""
+        saved = checkpoint["nanochat_pl"]
+        if "guard" in saved:  # older files have none
+            self.guard.load_state_dict(saved["guard"])
+        if self.recipe.batch_size_as_recorded:
+            recorded = saved["choices"].get("device_batch_size", self.device_batch_size)
+            self.device_batch_size = min(self.device_batch_size, recorded)
+
+    def resume_files(self) -> list[Path]:
+        """The run's resume files, newest first."""
+        writers = [each for each in self.trainer.callbacks if isinstance(each, ResumeFiles)]  # type: ignore[attr-defined]
+        return resume_files(writers[0].folder) if writers else []
+
+    def nats_of_rows(self, num_rows: int) -> Tensor:
+        """Summed nats of each of the step's first ``num_rows`` rows, float32 (num_rows,)."""
+        return torch.cat(self._nats_of_rows)[:num_rows]
 
     def weighted_loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Summed nats over the targets of a micro-batch, compiled where that was asked for."""
@@ -97,15 +130,27 @@ class TrainingStage(LightningModule):
 
     def between_micro_batches(self, part: int) -> None:
         """Let the callbacks look in between two micro-batches."""
+        if part == 0:
+            self._nats_of_rows = []  # a step that was stopped, or is done again, has left some
         for hook in self.micro_batch_hooks:
             hook(part)
 
     def training_step(self, batch: StepBatch, batch_idx: int) -> Mapping[str, Any]:
-        """One optimizer step; Lightning's batch is the step's rows. What each has of the loss stays on the device."""
-        self._nats_of_rows = []  # a step that was stopped has left some
-        loss = training_step(self, batch)
-        nats_of_rows = torch.cat(self._nats_of_rows)[: len(batch.inputs)]
-        return {"loss": loss, "num_targets": batch.num_targets, "nats_of_rows": nats_of_rows}
+        """One optimizer step; Lightning's batch is the step's rows.
+
+        Returns:
+            ``loss`` (nats per target) and ``gradient_norm`` over all processes, float32 scalars on the CPU;
+            ``num_targets`` of all of them; ``nats_of_rows`` of this process's rows (R,), on the device; ``skipped``:
+            whether a figure was not finite and nothing was updated.
+        """
+        result = training_step(self, batch)
+        return {
+            "loss": torch.tensor(result.loss),
+            "gradient_norm": torch.tensor(result.gradient_norm),
+            "num_targets": result.num_targets,
+            "nats_of_rows": self.nats_of_rows(len(batch.inputs)),
+            "skipped": result.skipped,
+        }
 
 
 class BaseStage(TrainingStage):
