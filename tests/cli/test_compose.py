@@ -176,7 +176,7 @@ def test_every_group_file_composes() -> None:
             override = f"{group}=[{choice}]" if group in ("logger", "callbacks") else f"{group}={choice}"
             compose_train([override, *needs.get(override, [])])
             count += 1
-    assert count == 25
+    assert count == 28
 
 
 def test_composition_does_not_depend_on_the_current_folder(here: Path) -> None:

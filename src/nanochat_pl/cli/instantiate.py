@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nanochat_pl.common.errors import UserError, did_you_mean
+from nanochat_pl.training.stock_callbacks import why_refused
 
 ALLOWED_PACKAGES = ("nanochat_pl", "lightning", "torchmetrics")
 # Groups of such objects, and the arguments that the program gives to each of them.
@@ -57,9 +58,12 @@ def _problems_of_object(node: Any, where: str, given: Sequence[str]) -> list[str
     if target.split(".")[0] not in ALLOWED_PACKAGES:
         return [f"{where}._target_={target!r}: only classes of {', '.join(ALLOWED_PACKAGES)} are made from files."]
     try:
-        signature = inspect.signature(_find_class(target, where))
+        found = _find_class(target, where)
     except UserError as error:
         return list(error.problems)
+    if (reason := why_refused(found, _arguments(node))) is not None:
+        return [f"{where}{reason}"]
+    signature = inspect.signature(found)
     arguments, known = {**_arguments(node), **dict.fromkeys(given)}, signature.parameters
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
         unknown = [key for key in arguments if key not in known]
