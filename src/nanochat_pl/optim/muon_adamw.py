@@ -2,9 +2,11 @@
 
 Shapes: K matrices of one shape in a stack, M rows, N columns. Each Muon group is one such stack: its state lives in
 two stacked tensors, and ``state[parameter]`` holds views of them, so that the state by parameter name (what is saved
-and handed on) does not depend on how the work is stacked or, later, divided over processes: a sharded step reduces
-the gradients of a group, updates this process's share of its stack, and gathers the parameters, in
-:meth:`MuonAdamW._step_adamw` and :meth:`MuonAdamW._step_muon`.
+and handed on) does not depend on how the work is stacked or divided over processes.
+
+With several processes each has a share of every group (:mod:`nanochat_pl.optim.shares`) and the state of that share
+alone. A step sums the gradients, each process getting its share of the sum, updates the share, and gathers the
+parameters. With one process there are no shares: gradients and parameters are used where they lie.
 
 Sources: AdamW (arXiv 1711.05101), Muon (kellerjordan.github.io/posts/muon), NorMuon (arXiv 2510.05491),
 golden/optimizer_6_steps.
@@ -13,19 +15,22 @@ golden/optimizer_6_steps.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from nanochat_pl.common import distributed
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.optim.orthogonalize import SMALL, newton_schulz, polar_express
 from nanochat_pl.optim.schedules import StepValues
+from nanochat_pl.optim.shares import ALIGNMENT, Share, norm_of
 
 logger = logging.getLogger(__name__)
 
 Scalar = float | Tensor
+Shape = tuple[int, ...]
 # What a resume file must agree on with the configuration, else the difference is told. The rest follows schedules.
 FIXED_HYPERPARAMETERS = ("kind", "initial_lr", "initial_weight_decay", "betas", "eps", "beta2")
 
@@ -55,6 +60,9 @@ class MuonAdamW(torch.optim.Optimizer):
         self._compile_muon = compile_muon
         self._muon_update: Callable[..., None] | None = None
         self._stacks: dict[int, tuple[Tensor, Tensor]] = {}  # group number → (momentum, second moment)
+        self._shares: list[list[Share]] = []  # of each group; none with one process
+        self._reduced = self._skipping = False
+        self._consolidated: dict[str, dict[str, Tensor]] | None = None
         for group in self.param_groups:
             group["initial_lr"] = group["lr"]
             group["initial_weight_decay"] = group["weight_decay"]
@@ -72,6 +80,12 @@ class MuonAdamW(torch.optim.Optimizer):
 
         (What a step itself needs for a while is less than what the backward pass has just given back.)
         """
+        if self._shares:
+            return
+        if distributed.world_size() > 1:
+            assert not self.state, "the processes began to train together after the state was allocated"
+            self._shares = [list(self._make_shares(group)) for group in self.param_groups]
+            return
         for number, group in enumerate(self.param_groups):
             if group["params"][0] in self.state:
                 continue
@@ -85,15 +99,63 @@ class MuonAdamW(torch.optim.Optimizer):
             else:
                 self._allocate_stack(number, group)
 
+    def _make_shares(self, group: dict[str, Any]) -> Iterator[Share]:
+        """One of a stack, which is cut between matrices; one of each parameter of AdamW."""
+        names, parameters = group["param_names"], group["params"]
+        place = distributed.rank(), distributed.world_size()
+        if group["kind"] == "muon":
+            shares = [Share(names, parameters, parameters[0].numel(), *place)]
+        else:
+            shares = [Share([name], [p], ALIGNMENT, *place) for name, p in zip(names, parameters, strict=True)]
+        for share in shares:
+            share.allocate(moment_shapes(group["kind"], share.parameters[0].shape))
+            yield share
+
     def _allocate_stack(self, number: int, group: dict[str, Any]) -> None:
         first = group["params"][0]
-        stack_size, (rows, columns) = len(group["params"]), first.shape
-        reduced = (rows, 1) if rows >= columns else (1, columns)
-        momentum = torch.zeros(stack_size, rows, columns, device=first.device)
-        second_moment = torch.zeros(stack_size, *reduced, device=first.device)
+        shapes = moment_shapes("muon", first.shape)
+        momentum, second_moment = (
+            torch.zeros(len(group["params"]), *shape, device=first.device) for shape in shapes.values()
+        )
         self._stacks[number] = (momentum, second_moment)
         for i, parameter in enumerate(group["params"]):
             self.state[parameter] = {"momentum": momentum[i], "second_moment": second_moment[i]}
+
+    @torch.no_grad()
+    def reduce_gradients(self) -> Tensor:
+        """Sum the gradients over all processes; each keeps its share of the sum, and its ``grad`` are given up.
+
+        With one process there is nothing to sum, and the gradients stay where they are.
+
+        Returns:
+            The L2 norm of the summed gradient: float32, a scalar on the device, the same bits on every process.
+
+        Raises:
+            RuntimeError: a parameter has no gradient on some process. Nothing has been changed then, on any.
+        """
+        self._reduce()
+        norm = norm_of(self._gradients(), self.param_groups[0]["params"][0].device)
+        if self._shares:
+            norm.square_()
+            distributed.sum_(norm)
+            norm.sqrt_()
+        return norm
+
+    @torch.no_grad()
+    def scale_gradients(self, factor: float | Tensor) -> None:
+        """Multiply the summed gradient, after :meth:`reduce_gradients`: to clip it, or to undo the loss's scale."""
+        assert self._reduced, "reduce_gradients comes first"
+        torch._foreach_mul_(self._gradients(), factor)
+
+    def skip_step(self) -> None:
+        """Drop the summed gradients: the next :meth:`step` changes neither parameters nor state."""
+        self._drop_gradients()
+        self._skipping = True
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop all gradients, the summed ones too."""
+        self._drop_gradients()
+        super().zero_grad(set_to_none)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -106,26 +168,91 @@ class MuonAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 result = closure()
-        missing = [name for name, parameter in self._named() if parameter.grad is None]
-        if missing:
-            raise RuntimeError(f"no gradient for {', '.join(missing)}: every parameter takes part in every step")
-        self.allocate_state()
-        for number, group in enumerate(self.param_groups):
-            if group["kind"] == "adamw":
-                self._step_adamw(group)
-            else:
-                self._step_muon(group, *self._stacks[number])
+        if self._skipping:
+            self._skipping = False
+            return result
+        if not (self._shares and self._reduced):
+            self._reduce()
+        if self._shares:
+            self._step_shares()
+        else:
+            for number, group in enumerate(self.param_groups):
+                if group["kind"] == "adamw":
+                    self._step_adamw(group)
+                else:
+                    self._step_muon(group, *self._stacks[number])
+        self._drop_gradients()
         return result
 
+    def _reduce(self) -> None:
+        missing = [name for name, parameter in self._named() if parameter.grad is None]
+        if distributed.largest(len(missing)):
+            names = ", ".join(missing) or "a parameter of another process"
+            raise RuntimeError(f"no gradient for {names}: every parameter takes part in every step")
+        self.allocate_state()
+        pending = [share.start_reduce() for shares in self._shares for share in shares]
+        for each in pending:
+            each.wait()
+        self._reduced, self._skipping = True, False
+
+    def _gradients(self) -> list[Tensor]:
+        """What this process has of the summed gradient."""
+        if self._shares:
+            return [share.gradient for shares in self._shares for share in shares if share.gradient is not None]
+        return [parameter.grad for _, parameter in self._named() if parameter.grad is not None]
+
+    def _drop_gradients(self) -> None:
+        self._reduced = False
+        for shares in self._shares:
+            for share in shares:
+                share.gradient = None
+
+    def _step_shares(self) -> None:
+        """Update the own shares; one is sent while the next is computed."""
+        pending = []
+        for group, shares in zip(self.param_groups, self._shares, strict=True):
+            update = self._adamw_shares if group["kind"] == "adamw" else self._muon_shares
+            for share, own in zip(shares, update(group, shares), strict=True):
+                pending.append((share, share.start_gather(own)))
+        for share, work in pending:
+            work.wait()
+            share.finish_gather()
+
+    def _adamw_shares(self, group: dict[str, Any], shares: list[Share]) -> list[Tensor]:
+        values = [share.own_values() for share in shares]
+        self._adamw(group, values, [share.take_gradient() for share in shares], [share.moments for share in shares])
+        return values
+
+    def _muon_shares(self, group: dict[str, Any], shares: list[Share]) -> list[Tensor]:
+        (share,) = shares
+        values = share.own_values()
+        if values.numel():
+            shape = group["params"][0].shape
+            momentum, second_moment = (
+                share.moments[key].view(-1, *whole) for key, whole in moment_shapes("muon", shape).items()
+            )
+            gradients = share.take_gradient()
+            self._muon(group, values.view(-1, *shape), gradients.view(-1, *shape), momentum, second_moment)
+        return [values]
+
     def _step_adamw(self, group: dict[str, Any]) -> None:
-        states = [self.state[parameter] for parameter in group["params"]]
         # In float32 whatever the parameters' dtype; float() of a float32 tensor is the tensor itself.
         values = [parameter.float() for parameter in group["params"]]
+        gradients = [parameter.grad.float() for parameter in group["params"]]
+        self._adamw(group, values, gradients, [self.state[parameter] for parameter in group["params"]])
+        for parameter, value in zip(group["params"], values, strict=True):
+            if value.dtype != parameter.dtype:
+                parameter.copy_(value)
+
+    def _adamw(
+        self, group: dict[str, Any], values: list[Tensor], gradients: list[Tensor], states: list[dict[str, Tensor]]
+    ) -> None:
+        """AdamW in place, on float32."""
         steps = [state["step"] for state in states]
         torch._foreach_add_(steps, 1)
         torch._fused_adamw_(
             values,
-            [parameter.grad.float() for parameter in group["params"]],
+            gradients,
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states],
             [],
@@ -138,21 +265,24 @@ class MuonAdamW(torch.optim.Optimizer):
             amsgrad=False,
             maximize=False,
         )
-        for parameter, value in zip(group["params"], values, strict=True):
-            if value.dtype != parameter.dtype:
-                parameter.copy_(value)
 
     def _step_muon(self, group: dict[str, Any], momentum_stack: Tensor, second_moment: Tensor) -> None:
-        rows, columns = momentum_stack.shape[-2:]
+        values = torch.stack(group["params"]).float()
+        gradients = torch.stack([parameter.grad for parameter in group["params"]]).float()
+        self._muon(group, values, gradients, momentum_stack, second_moment)
+        torch._foreach_copy_(group["params"], list(values.unbind()))
+
+    def _muon(
+        self, group: dict[str, Any], values: Tensor, gradients: Tensor, momentum_stack: Tensor, second_moment: Tensor
+    ) -> None:
+        """Muon in place, on float32 stacks; the gradients are used up."""
+        rows, columns = values.shape[-2:]
         lr = group["lr"] * max(1.0, rows / columns) ** 0.5
         scalars: list[Scalar] = [lr, lr * group["weight_decay"], group["momentum"], group["beta2"]]
         update = self._muon_update or self._make_muon_update()
         if self._compile_muon:  # a float would be compiled in as a constant, again for every new value
             scalars = [torch.tensor(value) for value in scalars]
-        values = torch.stack(group["params"]).float()
-        gradients = torch.stack([parameter.grad for parameter in group["params"]]).float()
         update(values, gradients, momentum_stack, second_moment, *scalars, self.classic, self.muon_dtype)
-        torch._foreach_copy_(group["params"], list(values.unbind()))
 
     def _make_muon_update(self) -> Callable[..., None]:
         self._muon_update = torch.compile(muon_update, dynamic=False) if self._compile_muon else muon_update
@@ -162,13 +292,30 @@ class MuonAdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             yield from zip(group["param_names"], group["params"], strict=True)
 
-    # What is saved. By name, so that it depends on neither the order of groups nor their stacking.
+    # What is saved. By name, so that it depends on neither order nor stacking of the groups, nor on the processes.
+
+    def consolidate_state_dict(self) -> None:
+        """Put the state together for :meth:`state_dict`, on the CPU of process 0. Called on all processes."""
+        self.allocate_state()
+        if self._shares:
+            states: dict[str, dict[str, Tensor]] = {}
+            for name, key, moment in self._whole_moments():
+                states.setdefault(name, {})[key] = moment
+            self._consolidated = states
 
     def state_dict(self) -> dict[str, Any]:
-        """State by parameter name and the groups' hyperparameters, all plain: loads with ``weights_only=True``."""
+        """State by parameter name and the groups' hyperparameters, all plain: loads with ``weights_only=True``.
+
+        With several processes :meth:`consolidate_state_dict` comes first, each time, and process 0 alone has the state.
+        """
         self.allocate_state()
         groups = [{key: value for key, value in group.items() if key != "params"} for group in self.param_groups]
-        return {"state": {name: dict(self.state[parameter]) for name, parameter in self._named()}, "groups": groups}
+        if not self._shares:
+            return {"state": {name: dict(self.state[parameter]) for name, parameter in self._named()}, "groups": groups}
+        if self._consolidated is None:
+            raise RuntimeError("with several processes consolidate_state_dict() comes first, on all of them")
+        states, self._consolidated = self._consolidated, None
+        return {"state": states, "groups": groups}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> list[str]:  # type: ignore[override]
         """Load the state; keep the current hyperparameters, which come from the configuration.
@@ -207,30 +354,39 @@ class MuonAdamW(torch.optim.Optimizer):
         """A copy of the state, one flat dict ``<parameter>.<moment>``, for warm starts (safetensors).
 
         Moments: ``step``, ``exp_avg``, ``exp_avg_sq`` (AdamW); ``momentum`` (M, N), ``second_moment`` (M, 1) or
-        (1, N) (Muon). All float32.
+        (1, N) (Muon). All float32. With several processes it is called on all of them, process 0 gets the dict, on the
+        CPU, and the others an empty one.
         """
+        self.allocate_state()
+        if self._shares:
+            return {f"{name}.{key}": moment for name, key, moment in self._whole_moments()}
         return {key: moment.clone() for key, moment in self._moments().items()}
 
     def load_moments(self, moments: Mapping[str, Tensor]) -> None:
-        """Take over moments of :meth:`moments_by_name`.
+        """Take over moments of :meth:`moments_by_name`. With several processes each reads its share alone.
 
         Raises:
             UserError: a moment is missing, unknown or of another shape. Nothing has been changed then.
         """
-        own = self._moments()
-        problems = [f"optimizer state: {key} is missing." for key in own if key not in moments]
-        problems += [f"optimizer state: {key} is unknown." for key in moments if key not in own]
+        shapes = self._moment_shapes()
+        problems = [f"optimizer state: {key} is missing." for key in shapes if key not in moments]
+        problems += [f"optimizer state: {key} is unknown." for key in moments if key not in shapes]
         problems += [
-            f"optimizer state: {key} has the shape {tuple(moments[key].shape)}, not {tuple(moment.shape)}."
-            for key, moment in own.items()
-            if key in moments and moments[key].shape != moment.shape
+            f"optimizer state: {key} has the shape {tuple(moments[key].shape)}, not {tuple(shape)}."
+            for key, shape in shapes.items()
+            if key in moments and moments[key].shape != shape
         ]
         if problems:
             shown = problems[:8] + ([f"… and {len(problems) - 8} more."] if len(problems) > 8 else [])
             raise UserError(shown, fix="It belongs to another model, or another matrix optimizer.")
+        self.allocate_state()
         with torch.no_grad():
-            for key, moment in own.items():
-                moment.copy_(moments[key])
+            if self._shares:
+                for share, i, key, _ in self._shared_moments():
+                    share.load_moment(i, key, moments[f"{share.names[i]}.{key}"])
+            else:
+                for key, moment in self._moments().items():
+                    moment.copy_(moments[key])
 
     def _moments(self) -> dict[str, Tensor]:
         self.allocate_state()
@@ -239,6 +395,37 @@ class MuonAdamW(torch.optim.Optimizer):
             for name, parameter in self._named()
             for key, moment in self.state[parameter].items()
         }
+
+    def _moment_shapes(self) -> dict[str, Shape]:
+        return {
+            f"{name}.{key}": shape
+            for group in self.param_groups
+            for name, parameter in zip(group["param_names"], group["params"], strict=True)
+            for key, shape in moment_shapes(group["kind"], parameter.shape).items()
+        }
+
+    def _shared_moments(self) -> Iterator[tuple[Share, int, str, Shape]]:
+        """Every moment of every parameter: the share, the parameter's number in it, the moment and its whole shape."""
+        for group, shares in zip(self.param_groups, self._shares, strict=True):
+            for share in shares:
+                for i, parameter in enumerate(share.parameters):
+                    for key, shape in moment_shapes(group["kind"], parameter.shape).items():
+                        yield share, i, key, shape
+
+    def _whole_moments(self) -> Iterator[tuple[str, str, Tensor]]:
+        """Every moment put together, one at a time: on process 0. The others take part and get none."""
+        for share, i, key, shape in self._shared_moments():
+            moment = share.gather_moment(i, key, shape)
+            if moment is not None:
+                yield share.names[i], key, moment
+
+
+def moment_shapes(kind: str, shape: Shape) -> dict[str, Shape]:
+    """The moments of a parameter and their shapes."""
+    if kind == "adamw":
+        return {"step": (), "exp_avg": shape, "exp_avg_sq": shape}
+    rows, columns = shape
+    return {"momentum": shape, "second_moment": (rows, 1) if rows >= columns else (1, columns)}
 
 
 def muon_update(
