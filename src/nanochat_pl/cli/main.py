@@ -51,19 +51,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         arguments = list(sys.argv[1:] if arguments is None else arguments)
         return _dispatch(arguments) if launched_place().world_size == 1 else _dispatch_together(arguments)
-    except UserError as error:
+    except (Exception, KeyboardInterrupt) as error:
+        return _report(error)
+
+
+def _report(error: BaseException) -> int:
+    """Say what went wrong, on stderr; gives the exit code."""
+    if isinstance(error, UserError):
         _print_problems(error)
         return EXIT_USER_ERROR
-    except KeyboardInterrupt:
+    if isinstance(error, KeyboardInterrupt):
         print("\nStopped.", file=sys.stderr)
         return 128 + signal.SIGINT
-    except BrokenPipeError:  # the reader of our output has gone, as in `… | head`
+    if isinstance(error, BrokenPipeError):  # the reader of our output has gone, as in `… | head`
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, PTH123 (closed with the process)
         return 128 + signal.SIGPIPE if hasattr(signal, "SIGPIPE") else 1
-    except Exception:
-        traceback.print_exc()
-        print("\nThis is a bug in nanochat_pl: please report it with the lines above.", file=sys.stderr)
-        return 1
+    traceback.print_exception(error)
+    print("\nThis is a bug in nanochat_pl: please report it with the lines above.", file=sys.stderr)
+    return 1
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -97,14 +102,17 @@ def _dispatch(arguments: list[str]) -> int:
 def _dispatch_together(arguments: list[str]) -> int:
     """One of several processes that a launcher has started with the same command."""
     from nanochat_pl.common import together
+    from nanochat_pl.training.watchdog import watchdog
 
     together.begin()
-    try:
-        _require_one_for_all(arguments)
-        code = _dispatch(arguments)
-    except SharedError as error:
-        _print_problems(error)
-        code = EXIT_USER_ERROR
+    with watchdog(_report):
+        try:
+            _require_one_for_all(arguments)
+            code = _dispatch(arguments)
+        except SharedError as error:
+            if launched_place().rank == 0:
+                _print_problems(error)
+            code = EXIT_USER_ERROR
     together.end()  # not after an error of this process alone: the others may never come here
     return code
 
@@ -151,11 +159,8 @@ def _print_verbs() -> None:
 
 
 def _print_problems(error: UserError) -> None:
-    rank = launched_place().rank
-    if rank and isinstance(error, SharedError):
-        return
     for problem in error.problems:
-        print(f"{f'process {rank}: ' if rank else ''}error: {problem}", file=sys.stderr)
+        print(f"error: {problem}", file=sys.stderr)
     if error.fix:
         print(error.fix, file=sys.stderr)
 

@@ -1,24 +1,35 @@
-"""Stops: a signal is noticed between two micro-batches, drops the unfinished step, and leaves an exact resume file."""
+"""Stops: a signal is noticed between two micro-batches, drops the unfinished step, and leaves an exact resume file.
+
+With several processes one that has heard of it is enough: they agree between the same two micro-batches.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import time
+from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 
+from nanochat_pl.common import distributed
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.training.resume import ResumeFiles
 
 NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
 SIGNALS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))
+SIGALRM = 14  # what the end of trainer.max_time counts as, also on systems without that signal
 SHOW_CURSOR = b"\x1b[?25h"
+SAME_SIGNAL_SECONDS = 0.5  # one that comes again so soon is the same one, on another way to us
+# How it stands with the rows that a process waits for; above, a stop is asked for.
+_READY, _NOT_YET, _NEVER = range(3)
 
 
 class StopRequested(Exception):
-    """A signal asked the training to end.
+    """A signal asked the training to end, or its time was over. All processes raise it at the same place.
 
     Attributes:
         signum: the signal; the process exits with 128 + signum.
@@ -26,7 +37,7 @@ class StopRequested(Exception):
     """
 
     def __init__(self, signum: int, step: int) -> None:
-        super().__init__(f"{signal.Signals(signum).name} after step {step}")
+        super().__init__(f"signal {signum} after step {step}")
         self.signum, self.step = signum, step
 
 
@@ -35,11 +46,18 @@ class NoMoreRows(UserError):
 
 
 class GracefulStop(Callback):
-    """Turns signals into a flag that the training step looks at. A second signal ends the process at once."""
+    """Turns signals into a flag that the training step looks at. A second signal ends the process at once.
 
-    def __init__(self, resume_files: ResumeFiles) -> None:
-        self.resume_files = resume_files
+    Args:
+        resume_files: writes the file of the last finished step.
+        max_seconds: of the training, after which it stops as on a signal.
+    """
+
+    def __init__(self, resume_files: ResumeFiles, max_seconds: float | None = None) -> None:
+        self.resume_files, self.max_seconds = resume_files, max_seconds
         self.signum: int | None = None
+        self._since = 0.0
+        self._deadline: float | None = None
         self._trainer: Trainer | None = None
         self._previous: dict[int, Any] = {}
 
@@ -54,29 +72,98 @@ class GracefulStop(Callback):
             signal.signal(signum, handler)
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
-        if self.signum is not None:
+        if self.signum is None:
+            self._note(signum)
+        elif signum != self.signum or time.monotonic() - self._since > SAME_SIGNAL_SECONDS:
             os.write(2, SHOW_CURSOR if os.isatty(2) else b"")
             os._exit(128 + signum)
-        self.signum = signum
-        # Not through Python's buffers: the signal may have come in the middle of writing to them.
-        os.write(2, b"\nStopping after this micro-batch; once more stops at once.\n")
+
+    def _note(self, signum: int, why: str = "") -> None:
+        self.signum, self._since = signum, time.monotonic()
+        if distributed.is_main():
+            # Not through Python's buffers: the signal may have come in the middle of writing to them.
+            os.write(2, f"\n{why}Stopping after this micro-batch; once more stops at once.\n".encode())
+
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        """The time that the training may take begins."""
+        self._trainer = trainer
+        if self.max_seconds is not None:
+            self._deadline = time.monotonic() + self.max_seconds
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Take the signals back: Lightning has put handlers of its own, whose exit code would be 0."""
-        for signum in self._previous:
-            signal.signal(signum, self._handle)
-        self._trainer = trainer
+        """From here on the step asks."""
         pl_module.micro_batch_hooks.append(self.check)
 
     def check(self, part: int = 0) -> None:
-        """Raise :class:`StopRequested` where a signal came."""
-        if self.signum is not None and self._trainer is not None:
-            raise StopRequested(self.signum, self._trainer.global_step)
+        """Raise :class:`StopRequested` where a signal came, or the time is over, in any of the processes.
+
+        All processes call it equally often.
+        """
+        if signum := distributed.largest(self._asked()):
+            self._stop(signum)
+
+    def wait_for(self, wait: Callable[[Callable[[], None]], None]) -> None:
+        """Wait for rows; all processes come back together.
+
+        Args:
+            wait: waits for them, and calls its argument again and again.
+
+        Raises:
+            StopRequested: a stop was asked for.
+            NoMoreRows: in one of the processes ``wait`` raised a :class:`UserError`: its problems.
+        """
+        state, problem = _READY, None
+
+        def not_yet() -> None:
+            self._compare(_NOT_YET)
+
+        try:
+            wait(not_yet)
+        except NoMoreRows:
+            raise  # of a comparison
+        except UserError as error:
+            state, problem = _NEVER, error
+        while self._compare(state, problem) == _NOT_YET:
+            pass  # a comparison waits for the others, who look again and again
+
+    def _compare(self, state: int, problem: UserError | None = None) -> int:
+        """Tell the others how it stands here; what counts most of all processes."""
+        asked = self._asked()
+        agreed = distributed.largest(_NEVER + asked if asked else state)
+        if agreed > _NEVER:
+            self._stop(agreed - _NEVER)
+        if agreed == _NEVER:
+            told = json.dumps([problem.problems, problem.fix]) if problem else ""
+            problems, fix = json.loads(next(text for text in distributed.from_all(told) if text))
+            raise NoMoreRows(problems, fix)
+        return agreed
+
+    def _asked(self) -> int:
+        """The signal that came, here; 0 where none did."""
+        if self.signum is None and self._deadline is not None and time.monotonic() > self._deadline:
+            self._note(SIGALRM, "trainer.max_time is over. ")
+        return self.signum or 0
+
+    def _stop(self, signum: int) -> None:
+        if self.signum is None:
+            self._note(signum)
+        assert self._trainer is not None
+        raise StopRequested(signum, self._trainer.global_step)
 
     def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
         """Write the resume file of the last finished step: until the optimizer steps, nothing has changed."""
         if (self.is_a_stop(exception) or isinstance(exception, NoMoreRows)) and trainer.global_step > 0:
             self.resume_files.save(trainer)
+        if isinstance(exception, StopRequested) and distributed.world_size() > 1:
+            self._end_together()
+
+    def _end_together(self) -> None:
+        """From here on nothing but the end is left, and no process goes before all know it: a launcher that sees the
+        first one end sends signals to the others."""
+        for signum in self._previous:
+            signal.signal(signum, signal.SIG_IGN)
+        self._previous = {}
+        distributed.barrier()
 
     def is_a_stop(self, error: BaseException) -> bool:
         """Whether an exception came of a signal: ours, or torch's where the signal ended a loader process first."""
