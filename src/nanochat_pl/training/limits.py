@@ -9,31 +9,36 @@ import torch
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.files import free_bytes
 from nanochat_pl.common.hardware import memory_bytes
+from nanochat_pl.common.place import launched_place
 from nanochat_pl.model.accounting import count_parameters, weight_bytes
 from nanochat_pl.model.config import GPTConfig
+from nanochat_pl.planning.memory import NO_KNOBS, MemoryKnobs, step_memory
 
-# Weights, gradients and two moments in memory; weights and two moments in a file.
-COPIES_IN_MEMORY, COPIES_IN_FILE = 4, 3
+COPIES_IN_FILE = 3  # weights and two moments
 
 
-def require_room(model: GPTConfig, device: torch.device, folder: Path, keep_last: int) -> None:
-    """Refuse a model that the device cannot hold, and a disk that the stage's files would fill.
+def require_room(
+    model: GPTConfig, device: torch.device, folder: Path, keep_last: int, knobs: MemoryKnobs = NO_KNOBS
+) -> None:
+    """Refuse a model whose step with one row does not fit into memory, and a disk that the stage's files would fill.
 
     Args:
         model: the architecture.
         device: where it is trained.
         folder: where the files go: one resume file more than is kept, and a bundle.
         keep_last: resume files that are kept.
+        knobs: what trades time for memory.
 
     Raises:
         UserError: memory or disk is too small; with the sizes.
     """
-    in_memory, memory = COPIES_IN_MEMORY * weight_bytes(model), memory_bytes(device)
-    if in_memory > memory:
+    needed, memory = least_memory(model, device, knobs), memory_bytes(device)
+    if needed > memory:
         raise UserError(
-            f"{count_parameters(model)['total']:,} parameters: weights, gradients and optimizer take "
-            f"{_size(in_memory)}, the {device.type} has {_size(memory)}.",
-            fix="Use a smaller model.depth, model.aspect_ratio or tokenizer.vocab_size.",
+            f"{count_parameters(model)['total']:,} parameters: a step with one row of {model.sequence_len:,} tokens "
+            f"takes {_size(needed)}, the {device.type} has {_size(memory)}.",
+            fix="Use a smaller model.depth, model.aspect_ratio, model.sequence_len or tokenizer.vocab_size"
+            + ("." if knobs.activation_checkpointing else ", or trainer.activation_checkpointing=true."),
         )
     in_files, free = COPIES_IN_FILE * weight_bytes(model) * (keep_last + 2), free_bytes(folder)
     if in_files > free:
@@ -41,6 +46,17 @@ def require_room(model: GPTConfig, device: torch.device, folder: Path, keep_last
             f"{folder}: the stage writes up to {_size(in_files)}, the disk has {_size(free)} free.",
             fix="Free some space, or set paths.runs=… to a folder on another disk.",
         )
+
+
+def least_memory(model: GPTConfig, device: torch.device, knobs: MemoryKnobs = NO_KNOBS) -> int:
+    """Bytes that a step with one row at once takes of a device's memory.
+
+    Each of several processes keeps its share of the optimizer's state; those of one machine share a CPU's memory.
+    """
+    place, on_cpu = launched_place(), device.type == "cpu"
+    step = step_memory(model, 1, on_cpu=on_cpu, knobs=knobs)
+    of_others = step.optimizer_state - step.optimizer_state // place.world_size
+    return (step.total - of_others) * (place.local_world_size if on_cpu else 1)
 
 
 def _size(num_bytes: float) -> str:

@@ -10,6 +10,7 @@ import torch
 from nanochat_pl.common.console import say
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.hardware import ComputeDType, choose_compute_dtype, choose_device, device_name
+from nanochat_pl.common.place import Place, launched_place
 from nanochat_pl.planning.devices import peak_flops
 from nanochat_pl.training.settings import TrainConfig
 
@@ -43,18 +44,26 @@ def prepare_machine(config: TrainConfig) -> Machine:
     if config.trainer.num_threads is not None:
         torch.set_num_threads(config.trainer.num_threads)
     device = choose_device(config.trainer.accelerator)
+    place = launched_place()
+    if device.type == "cuda" and place.world_size > 1:
+        device = _gpu_of(place)
     dtype = choose_compute_dtype(config.model.compute_dtype, device)
-    if dtype == "float16":
-        raise UserError(
-            "model.compute_dtype=float16: training in it needs a scaled loss, which is not here yet.",
-            fix="Use bfloat16 or float32; float16 is for inference.",
-        )
     compiled = config.trainer.compile
     if compiled == "auto":
         compiled = compiler_works(device)
     machine = Machine(device, device_name(device), dtype, compiled)
-    say(f"Training on {machine.name} in {dtype}, {'compiled' if compiled else 'eager'}.")
+    many = f"{place.world_size} processes, each on " if place.world_size > 1 else ""
+    say(f"Training on {many}{machine.name} in {dtype}, {'compiled' if compiled else 'eager'}.")
     return machine
+
+
+def _gpu_of(place: Place) -> torch.device:
+    if place.local_rank >= (found := torch.cuda.device_count()):
+        raise UserError(
+            f"{place.local_world_size} processes on a machine where PyTorch sees {found} GPUs: each needs one.",
+            fix=f"Start {found} processes, or use trainer.accelerator=cpu.",
+        )
+    return torch.device("cuda", place.local_rank)
 
 
 def compiler_works(device: torch.device) -> bool:

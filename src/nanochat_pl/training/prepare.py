@@ -29,7 +29,7 @@ from nanochat_pl.training.evaluation import MixedValidation, Validation, open_va
 from nanochat_pl.training.limits import require_room
 from nanochat_pl.training.machine import Machine
 from nanochat_pl.training.resume import newest_resume_file
-from nanochat_pl.training.settings import TrainConfig, row_options
+from nanochat_pl.training.settings import TrainConfig, memory_knobs, row_options
 from nanochat_pl.training.tokenizer_stage import tokenizer_for
 
 
@@ -68,7 +68,7 @@ def prepare_base(config: TrainConfig, folder: StageFolder, cache: Path, machine:
     # First what can be known without reading any text.
     first_plan = _base_plan(config, machine, config.tokenizer.vocab_size, None)
     model = resolve_model(config.model, config.tokenizer.vocab_size, machine.compute_dtype)
-    require_room(model, machine.device, folder.path, config.trainer.keep_last)
+    require_room(model, machine.device, folder.path, config.trainer.keep_last, memory_knobs(config))
     goes_on = newest_resume_file(folder.checkpoints) is not None
     source = open_source(
         config.data,

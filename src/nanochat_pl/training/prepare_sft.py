@@ -27,7 +27,7 @@ from nanochat_pl.training.inherit import parent_folder
 from nanochat_pl.training.limits import require_room
 from nanochat_pl.training.machine import Machine
 from nanochat_pl.training.prepare import Prepared
-from nanochat_pl.training.settings import TrainConfig, row_options
+from nanochat_pl.training.settings import TrainConfig, memory_knobs, row_options
 
 PADDED_BUFFER = 100  # conversations among which the packer finds the best fit: the recipe's
 VALIDATION_SEED = 0  # a setting of the training has no say in what is validated on
@@ -42,7 +42,7 @@ def prepare_sft(config: TrainConfig, folder: StageFolder, cache: Path, machine: 
     parent = parent_folder(config, folder)
     assert parent is not None, "the settings of a stage that is fine-tuned name its parent"
     parent_name, info, model = parent.stage, load_stage_info(parent.bundle), load_config(parent.bundle)
-    require_room(model, machine.device, folder.path, config.trainer.keep_last)
+    require_room(model, machine.device, folder.path, config.trainer.keep_last, memory_knobs(config))
     inherited = Inherited.from_plain(info.plan, f"{parent.bundle}/stage.json: plan")
     tokenizer = load_tokenizer(parent.bundle)
     mixture = build_mixture(config.mixture, "train", cache, config.data.max_bad_fraction)

@@ -127,11 +127,16 @@ class TrainConfig(HorizonSettings):
     explain_unknown = staticmethod(explain_argument)
 
 
+def memory_knobs(config: TrainConfig) -> MemoryKnobs:
+    """What the settings say of time for memory."""
+    return MemoryKnobs(config.trainer.activation_checkpointing, config.trainer.loss_chunk_tokens)
+
+
 def row_options(config: TrainConfig, device: Device, num_devices: int = 1) -> RowOptions:
     """What the plan of the rows needs of the settings."""
     return RowOptions(
         device=device,
-        knobs=MemoryKnobs(config.trainer.activation_checkpointing, config.trainer.loss_chunk_tokens),
+        knobs=memory_knobs(config),
         num_devices=num_devices,
         device_batch_size=None if config.device_batch_size == "auto" else config.device_batch_size,
         validation_rows=config.evaluation.num_rows,
