@@ -8,10 +8,12 @@ from pathlib import Path
 
 import torch
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.loggers.logger import DummyLogger, Logger
+from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.profilers import AdvancedProfiler, Profiler, PyTorchProfiler, SimpleProfiler
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from nanochat_pl.common import distributed, together
 from nanochat_pl.common.console import say
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.data.mixed_rows import MixedRows
@@ -25,6 +27,7 @@ from nanochat_pl.training.resume import AtomicCheckpointIO, ResumeFiles, newest_
 from nanochat_pl.training.settings import EvaluationSettings, TrainerSettings
 from nanochat_pl.training.stages import TrainingStage
 from nanochat_pl.training.stopping import GracefulStop, StopRequested
+from nanochat_pl.training.strategy import OneDeviceEach
 from nanochat_pl.training.tensorboard import rewind_events
 
 
@@ -63,11 +66,14 @@ def fit(stage: TrainingStage, data: RowsDataModule, fitting: Fitting) -> Fitted:
         StopRequested: a signal ended it; the resume file of the last finished step is written.
     """
     checkpoints = fitting.folder / "checkpoints"
-    resume_from = newest_resume_file(checkpoints)
-    first_step = step_to_go_on_from(resume_from, stage.recipe, fitting.resume_with_changes) if resume_from else 0
+    newest = together.by_main(lambda: str(newest_resume_file(checkpoints) or ""))
+    resume_from = Path(newest) if newest else None
+    first_step = together.agreed(
+        lambda: step_to_go_on_from(resume_from, stage.recipe, fitting.resume_with_changes) if resume_from else 0
+    )
     csv = MetricsCSV(fitting.folder / "metrics.csv", fitting.mixed.names if fitting.mixed else ())
-    figures_kept = csv.rewind(first_step)
-    fitting.samples.rewind(first_step)
+    figures_kept = together.by_main(lambda: csv.rewind(first_step))
+    together.by_main(lambda: fitting.samples.rewind(first_step))
     clock = StepClock()
     metrics = StepMetrics(
         clock, fitting.flops_per_token, fitting.peak_flops, fitting.trainer.log_every_steps, fitting.mixed
@@ -93,14 +99,16 @@ def fit(stage: TrainingStage, data: RowsDataModule, fitting: Fitting) -> Fitted:
     # The order matters: figures first, then the file that holds them, then what may fail or take long.
     ours = [stop, metrics, TrainingProgress(fitting.name, metrics), resume_files, evaluation, garbage]
     deterministic_before = torch.are_deterministic_algorithms_enabled()
-    trainer = _trainer(stage, fitting, [csv, *fitting.loggers], [*ours, *fitting.callbacks])
+    # Callbacks of others may want a logger on each process.
+    loggers = [csv, *fitting.loggers] if distributed.is_main() else [DummyLogger()]
+    trainer = _trainer(stage, fitting, loggers, [*ours, *fitting.callbacks])
     rewind_events(fitting.loggers, first_step, figures_kept)
     if resume_from:
         say(f"{fitting.name}: going on after step {first_step:,} ({resume_from}).")
     with stop, garbage:
         try:
             trainer.fit(stage, datamodule=data, ckpt_path=None if resume_from is None else str(resume_from))
-        except MisconfigurationException as error:
+        except (MisconfigurationException, ModuleNotFoundError) as error:
             raise UserError(f"callbacks, logger: Lightning refuses them: {error}") from error
         except RuntimeError as error:
             if stop.signum is None or not stop.is_a_stop(error):
@@ -113,14 +121,16 @@ def fit(stage: TrainingStage, data: RowsDataModule, fitting: Fitting) -> Fitted:
 
 
 def _trainer(stage: TrainingStage, fitting: Fitting, loggers: list[Logger], callbacks: list[Callback]) -> Trainer:
-    return Trainer(
+    trainer = Trainer(
         accelerator={"cuda": "gpu"}.get(fitting.device.type, fitting.device.type),
         devices=1,
+        strategy=OneDeviceEach(fitting.device),
         max_steps=stage.num_steps,
         max_epochs=-1,
         logger=loggers,
         callbacks=callbacks,
-        plugins=[AtomicCheckpointIO()],
+        # The environment is said so that Lightning looks for no launcher: where this process stands is known.
+        plugins=[AtomicCheckpointIO(), LightningEnvironment()],
         # Compiled for a CPU, the gradient of an embedding is otherwise added up by threads in the order they come.
         deterministic=fitting.trainer.deterministic or fitting.device.type == "cpu",
         log_every_n_steps=fitting.trainer.log_every_steps,
@@ -136,6 +146,10 @@ def _trainer(stage: TrainingStage, fitting: Fitting, loggers: list[Logger], call
         enable_model_summary=False,
         default_root_dir=fitting.folder,
     )
+    # Lightning's own way to agree on SIGTERM waits for the device at each step, and hangs if asked at the wrong moment.
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+    return trainer
 
 
 def _profiler(fitting: Fitting) -> Profiler | None:
