@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ from nanochat_pl.evaluation.samples import write_samples
 from nanochat_pl.model.gpt import GPT
 from nanochat_pl.tokenizer import Tokenizer
 from nanochat_pl.training.metrics import StepClock, log_everywhere, name_by_source
+from nanochat_pl.training.out_of_memory import InPieces
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Validation:
     num_rows: int
     tokenizer: Tokenizer
     device_batch_size: int
+    in_pieces: InPieces = field(default_factory=lambda: InPieces("validation"), repr=False, compare=False)
 
     def measure(self, net: GPT, between: Callable[[], None] = lambda: None) -> dict[str, float]:
         """Bits per byte with its standard error, and nats per target.
@@ -60,7 +62,7 @@ class Validation:
             between()
             numbers = np.arange(first, min(first + self.device_batch_size, self.num_rows))
             inputs, targets = (torch.as_tensor(part).to(device) for part in self.rows.read(numbers))
-            losses = net.losses(inputs, targets)
+            losses = self.in_pieces(net.losses, inputs, targets)
             metric.update(losses, targets)
             nats += losses.sum().item()
             targets_seen += int((targets >= 0).sum())

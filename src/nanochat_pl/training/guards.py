@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nanochat_pl.common import distributed
 from nanochat_pl.common.console import say
-from nanochat_pl.common.errors import MOST_LISTED, UserError
+from nanochat_pl.common.errors import MOST_LISTED, SharedError
 from nanochat_pl.training.loss_scale import LossScale
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class Guard:
             norm: of the gradients, the loss scale taken out.
 
         Raises:
-            UserError: a figure is not finite and that is not to be skipped, or it was so too often in a row.
+            SharedError: a figure is not finite and that is not to be skipped, or it was so too often in a row.
         """
         overflowed = self.loss_scale.overflowed(loss, norm)
         self.loss_scale.update(overflowed)
@@ -72,7 +72,7 @@ class Guard:
         if overflowed:
             what = f"step {stage.global_step}: float16 overflowed"
             if self._in_a_row >= MOST_IN_A_ROW:
-                raise UserError(
+                raise SharedError(
                     f"{what}, {self._in_a_row} steps in a row; the loss scale came down to {self.loss_scale.factor:g}.",
                     fix="Use model.compute_dtype=bfloat16 or float32.",
                 )
@@ -111,12 +111,12 @@ class Guard:
         self.loss_scale.load_state_dict(state["loss_scale"])
 
 
-def _stopped(stage: TrainingStage, problems: list[str]) -> UserError:
+def _stopped(stage: TrainingStage, problems: list[str]) -> SharedError:
     """The end of a run: all processes call it."""
     step = stage.global_step
     # One process looks, since another machine may not see the files.
     newest = distributed.from_main(str(last_good_file(stage.resume_files()) or "") if distributed.is_main() else "")
-    return UserError(
+    return SharedError(
         [*problems, f"Nothing was updated. The newest resume file with finite weights: {newest or 'none'}."],
         fix=f"Look at the text with `nanochat-pl doctor step={step}`; trainer.on_nonfinite=skip leaves such steps out.",
     )

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nanochat_pl.common import distributed
 from nanochat_pl.common.console import say
-from nanochat_pl.common.errors import UserError
+from nanochat_pl.common.errors import SharedError, UserError
 
 if TYPE_CHECKING:
     from nanochat_pl.training.stages import TrainingStage
@@ -66,7 +66,7 @@ def halve_device_batch_size(stage: TrainingStage, ran_out: bool) -> None:
         ran_out: whether memory ran out on this process.
 
     Raises:
-        UserError: there was one row.
+        SharedError: there was one row.
     """
     answers = distributed.from_all("x" if ran_out else "")
     where = f" on process {', '.join(str(rank) for rank, x in enumerate(answers) if x)}" if len(answers) > 1 else ""
@@ -74,7 +74,7 @@ def halve_device_batch_size(stage: TrainingStage, ran_out: bool) -> None:
     release_memory(stage.device)
     rows, what = stage.device_batch_size, f"step {stage.global_step}: out of memory{where}"
     if rows == 1:
-        raise UserError(f"{what}, with one row of {stage.recipe.model.sequence_len:,} tokens at once.", fix=FIX)
+        raise SharedError(f"{what}, with one row of {stage.recipe.model.sequence_len:,} tokens at once.", fix=FIX)
     stage.device_batch_size = rows // 2
     say(f"{what} with device_batch_size={rows}: the step is done again, and all go on with {rows // 2}.")
 

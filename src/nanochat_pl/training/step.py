@@ -6,7 +6,7 @@ R rows of this process in one optimizer step, T positions, M rows in memory at o
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -64,7 +64,7 @@ def training_step(stage: TrainingStage, batch: StepBatch) -> StepResult:
         halve_device_batch_size(stage, ran_out)
         return training_step(stage, batch)
     distributed.sum_(share)
-    norm = _reduced(optimizer) / guard.loss_scale.factor
+    norm = optimizer.reduce_gradients() / guard.loss_scale.factor
     loss, norm = torch.stack([share, norm]).tolist()  # the one wait for the device
     if passed := guard.passes(stage, batch, loss, norm):
         guard.scale_gradients(optimizer, norm)
@@ -101,9 +101,3 @@ def micro_batches(batch: StepBatch, device_batch_size: int) -> Iterator[tuple[Te
 def num_micro_batches(num_rows: int, device_batch_size: int) -> int:
     """Micro-batches that :func:`micro_batches` gives."""
     return -(-num_rows // device_batch_size)
-
-
-def _reduced(optimizer: Any) -> Tensor:  # until the optimizer does it
-    if hasattr(type(getattr(optimizer, "optimizer", optimizer)), "reduce_gradients"):
-        return optimizer.reduce_gradients()
-    return torch.nn.utils.get_total_norm([p.grad for group in optimizer.param_groups for p in group["params"]])
