@@ -36,6 +36,7 @@ from nanochat_pl.training.evaluation import MixedValidation, Validation
 from nanochat_pl.training.machine import Machine
 from nanochat_pl.training.prepare import Prepared, prepare_base
 from nanochat_pl.training.prepare_sft import prepare_sft
+from nanochat_pl.training.resume import newest_resume_file
 from nanochat_pl.training.settings import TrainConfig
 
 
@@ -129,7 +130,8 @@ def prepare_stage(config: TrainConfig, folder: StageFolder, cache: Path) -> Prep
     machine = Machine(device, device_name(device), dtype, compile=False)
     if config.stage.name == "sft":
         return prepare_sft(config, folder, cache, machine)
-    return prepare_base(config, _with_tokenizer(config, folder, cache), cache, machine)
+    folder = _with_tokenizer(config, folder, cache)
+    return prepare_base(config, folder, cache, machine, newest_resume_file(folder.checkpoints) is not None)
 
 
 def _with_tokenizer(config: TrainConfig, folder: StageFolder, cache: Path) -> StageFolder:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from nanochat_pl.cli.locate import cache_folder, run_keys
 from nanochat_pl.cli.overrides import take_key
 from nanochat_pl.cli.plan import print_plan
 from nanochat_pl.cli.records import as_typed, require_same_settings, settings_that_matter, write_records
+from nanochat_pl.common import together
 from nanochat_pl.common.console import next_steps, print_table, say
 from nanochat_pl.common.run_folder import StageFolder, fresh_stage_folder, only_run_with, stage_folder
 from nanochat_pl.planning import Plan, width_remark
@@ -37,26 +39,54 @@ EXTRA_KEYS = {
 
 def run(arguments: Sequence[str]) -> int:
     """The verb."""
-    composed = compose_train(arguments)
-    config, folder = composed.config, place_of(composed)
+    composed = together.agreed(lambda: compose_train(arguments))
+    _require_same_settings_everywhere(composed)
+    config = composed.config
+    place = together.by_main(lambda: _names(place_of(composed)))
+    folder = StageFolder(Path(config.paths.runs), **place)
     if config.check_only:
-        _print_check(composed, folder)
+        together.by_main(lambda: _print_check(composed, folder))
         return 0
     if folder.status != "finished":
         # Before the folder is made: a stage whose parent is not there leaves nothing behind.
-        composed = dataclasses.replace(composed, config=inherited(config, folder, composed.given))
-    folder.create()
-    with folder.locked():  # first of all: another process may have been at it, and just ended
-        if is_finished(folder, composed):
-            say(f"{folder.path}: is finished. resume=never trains a new one.")
+        inherits = together.agreed(lambda: inherited(config, folder, composed.given))
+        composed = dataclasses.replace(composed, config=inherits)
+    with contextlib.ExitStack() as held:
+        if not together.by_main(lambda: _opened(folder, composed, held)):
             return 0
-        # A start that is refused leaves nothing behind; one that has a resume file stays.
-        with contextlib.nullcontext() if _begun(folder) else folder.discarded_on_error():
-            write_records(folder, composed, goes_on=_begun(folder))
-            code = _train(composed, folder)
+        code = _train(composed, folder)
     if code == 0 and not is_child():
         next_steps(_next_commands(folder))
     return code
+
+
+def _opened(folder: StageFolder, composed: Composed[TrainConfig], held: contextlib.ExitStack) -> bool:
+    """Make a stage's folder, lock it and write down what is done in it; False where it is finished."""
+    folder.create()
+    held.enter_context(folder.locked())  # first of all: another process may have been at it, and just ended
+    if is_finished(folder, composed):
+        say(f"{folder.path}: is finished. resume=never trains a new one.")
+        return False
+    # A start that is refused leaves nothing behind; one that has a resume file stays.
+    if not _begun(folder):
+        held.enter_context(folder.discarded_on_error())
+    write_records(folder, composed, goes_on=_begun(folder))
+    return True
+
+
+def _names(folder: StageFolder) -> dict[str, str]:
+    return {"run": folder.run, "stage": folder.stage, "parent_run": folder.parent_run}
+
+
+def _require_same_settings_everywhere(composed: Composed[TrainConfig]) -> None:
+    """Refuse processes of one launch that were given different settings."""
+
+    def problem(mains: str) -> str:
+        theirs, own = json.loads(mains)["typed"], composed.overrides
+        typed = f"{' '.join(own)}; the main process: {' '.join(theirs)}" if own != tuple(theirs) else "the same command"
+        return f"has other settings than the main process: {typed}."
+
+    together.require_same(json.dumps({"typed": composed.overrides, "all": composed.plain()}, default=str), problem)
 
 
 def is_finished(folder: StageFolder, composed: Composed[TrainConfig]) -> bool:

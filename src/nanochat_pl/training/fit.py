@@ -17,6 +17,7 @@ from nanochat_pl.common import distributed, together
 from nanochat_pl.common.console import say
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.data.mixed_rows import MixedRows
+from nanochat_pl.training.agreement import ProcessesAgree
 from nanochat_pl.training.datamodule import RowsDataModule
 from nanochat_pl.training.evaluation import MixedValidation, PeriodicEvaluation, Samples, Validation
 from nanochat_pl.training.garbage import GarbageCollection
@@ -66,8 +67,7 @@ def fit(stage: TrainingStage, data: RowsDataModule, fitting: Fitting) -> Fitted:
         StopRequested: a signal ended it; the resume file of the last finished step is written.
     """
     checkpoints = fitting.folder / "checkpoints"
-    newest = together.by_main(lambda: str(newest_resume_file(checkpoints) or ""))
-    resume_from = Path(newest) if newest else None
+    resume_from = newest_resume_file(checkpoints)
     first_step = together.agreed(
         lambda: step_to_go_on_from(resume_from, stage.recipe, fitting.resume_with_changes) if resume_from else 0
     )
@@ -86,7 +86,8 @@ def fit(stage: TrainingStage, data: RowsDataModule, fitting: Fitting) -> Fitted:
         fitting.trainer.keep_best,
         0 if fitting.validation is None else fitting.evaluation.every_steps,
     )
-    stop = GracefulStop(resume_files)
+    stop = GracefulStop(resume_files, fitting.trainer.max_seconds)
+    agree = ProcessesAgree(fitting.trainer.check_processes_every_steps)
     evaluation = PeriodicEvaluation(
         fitting.validation,
         fitting.samples,
@@ -97,10 +98,10 @@ def fit(stage: TrainingStage, data: RowsDataModule, fitting: Fitting) -> Fitted:
     )
     garbage = GarbageCollection(clock)
     # The order matters: figures first, then the file that holds them, then what may fail or take long.
-    ours = [stop, metrics, TrainingProgress(fitting.name, metrics), resume_files, evaluation, garbage]
+    ours = [stop, agree, metrics, TrainingProgress(fitting.name, metrics), resume_files, evaluation, garbage]
     deterministic_before = torch.are_deterministic_algorithms_enabled()
     # Callbacks of others may want a logger on each process.
-    loggers = [csv, *fitting.loggers] if distributed.is_main() else [DummyLogger()]
+    loggers: list[Logger] = [csv, *fitting.loggers] if distributed.is_main() else [DummyLogger()]
     trainer = _trainer(stage, fitting, loggers, [*ours, *fitting.callbacks])
     rewind_events(fitting.loggers, first_step, figures_kept)
     if resume_from:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from nanochat_pl.common import distributed
 from nanochat_pl.common.console import by_difference, progress, say
 from nanochat_pl.common.run_folder import StageFolder
 from nanochat_pl.data.mixed_rows import MixedRows
@@ -28,7 +29,6 @@ from nanochat_pl.tokenizer import Tokenizer
 from nanochat_pl.training.evaluation import MixedValidation, Validation, open_validation
 from nanochat_pl.training.limits import require_room
 from nanochat_pl.training.machine import Machine
-from nanochat_pl.training.resume import newest_resume_file
 from nanochat_pl.training.settings import TrainConfig, memory_knobs, row_options
 from nanochat_pl.training.tokenizer_stage import tokenizer_for
 
@@ -59,8 +59,13 @@ class Prepared:
     parents: tuple[dict[str, Any], ...] = ()
 
 
-def prepare_base(config: TrainConfig, folder: StageFolder, cache: Path, machine: Machine) -> Prepared:
+def prepare_base(
+    config: TrainConfig, folder: StageFolder, cache: Path, machine: Machine, goes_on: bool = False
+) -> Prepared:
     """Pretraining: documents, packed.
+
+    Args:
+        goes_on: whether there is a resume file: the stage keeps to the files of data sets that it was begun with.
 
     Raises:
         UserError: the plan's own horizon is longer than anybody would want here; or what the data says.
@@ -69,14 +74,13 @@ def prepare_base(config: TrainConfig, folder: StageFolder, cache: Path, machine:
     first_plan = _base_plan(config, machine, config.tokenizer.vocab_size, None)
     model = resolve_model(config.model, config.tokenizer.vocab_size, machine.compute_dtype)
     require_room(model, machine.device, folder.path, config.trainer.keep_last, memory_knobs(config))
-    goes_on = newest_resume_file(folder.checkpoints) is not None
     source = open_source(
         config.data,
         cache,
         first_plan["num_steps"] * first_plan["total_batch_tokens"],
         read_chosen(folder.chosen_files) if goes_on else None,
     )
-    if not goes_on:
+    if not goes_on and distributed.is_main():
         write_chosen(folder.chosen_files, source)
     say(source.describe())
     tokenizer = tokenizer_for(config, folder, source)
@@ -199,7 +203,7 @@ def _base_plan(config: TrainConfig, machine: Machine, vocab_size: int, tokens_at
         compute_dtype=machine.compute_dtype,
         schedule=config.schedule,
         tokens_at_hand=tokens_at_hand,
-        options=row_options(config, detected_device(machine.device)),
+        options=row_options(config, detected_device(machine.device), distributed.world_size()),
     )
     seconds = estimate_cpu_seconds(plan["total_flops"], os.cpu_count() or 1) if machine.device.type == "cpu" else None
     check_horizon(plan, tokens_at_hand, seconds)

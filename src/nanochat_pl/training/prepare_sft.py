@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nanochat_pl.bundle.bundle import MODEL, load_config, load_moments, load_stage_info, load_tokenizer, load_weights
+from nanochat_pl.common import distributed
 from nanochat_pl.common.console import by_difference, progress, say
 from nanochat_pl.common.files import sha256_of_file
 from nanochat_pl.common.run_folder import StageFolder
@@ -33,7 +34,9 @@ PADDED_BUFFER = 100  # conversations among which the packer finds the best fit: 
 VALIDATION_SEED = 0  # a setting of the training has no say in what is validated on
 
 
-def prepare_sft(config: TrainConfig, folder: StageFolder, cache: Path, machine: Machine) -> Prepared:
+def prepare_sft(
+    config: TrainConfig, folder: StageFolder, cache: Path, machine: Machine, goes_on: bool = False
+) -> Prepared:
     """Fine-tuning: conversations, padded; model, tokenizer and what is not given from the parent stage.
 
     Raises:
@@ -71,7 +74,7 @@ def prepare_sft(config: TrainConfig, folder: StageFolder, cache: Path, machine: 
         parent=inherited.hyperparameters,
         parent_batch_tokens=inherited.total_batch_tokens,
         parent_name=parent_name,
-        options=row_options(config, detected_device(machine.device)),
+        options=row_options(config, detected_device(machine.device), distributed.world_size()),
     )
     _announce_inherited(plan)
     if config.max_steps is not None or config.flops_budget is not None:

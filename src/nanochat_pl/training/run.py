@@ -11,6 +11,7 @@ from lightning.pytorch.loggers.logger import Logger
 
 from nanochat_pl.bundle import StageInfo, save_bundle
 from nanochat_pl.bundle.stage_info import library_versions
+from nanochat_pl.common import distributed, together
 from nanochat_pl.common.console import say
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.files import write_json
@@ -27,6 +28,7 @@ from nanochat_pl.training.machine import Machine, prepare_machine
 from nanochat_pl.training.metrics import log_everywhere
 from nanochat_pl.training.prepare import Prepared, announce_streamed, prepare_base
 from nanochat_pl.training.prepare_sft import prepare_sft
+from nanochat_pl.training.resume import newest_resume_file
 from nanochat_pl.training.settings import TrainConfig
 from nanochat_pl.training.stages import BaseStage, SFTStage, StageRecipe, TrainingStage
 from nanochat_pl.training.tokenizer_stage import train_tokenizer_stage
@@ -54,15 +56,17 @@ def train_stage(
         StopRequested: a signal ended it; the same command goes on.
     """
     if config.stage.name == "tokenizer":
-        train_tokenizer_stage(config, folder, open_source(config.data, cache))
+        together.by_main(lambda: train_tokenizer_stage(config, folder, open_source(config.data, cache)))
         return
-    machine = prepare_machine(config)
+    machine = together.agreed(lambda: prepare_machine(config))
     prepare = {"base": prepare_base, "sft": prepare_sft}[config.stage.name]
-    prepared = prepare(config, folder, cache, machine)
+    goes_on = newest_resume_file(folder.checkpoints) is not None
+    prepared = together.main_first(lambda: prepare(config, folder, cache, machine, goes_on))
     on_plan(prepared.plan)
-    _require_short_prompts(config, prepared)
-    write_json(folder.path / "plan.json", prepared.plan.to_plain())
-    _train(config, folder, machine, prepared, make_loggers(), make_callbacks())
+    together.agreed(lambda: _require_short_prompts(config, prepared))
+    together.by_main(lambda: write_json(folder.path / "plan.json", prepared.plan.to_plain()))
+    loggers = together.agreed(lambda: make_loggers() if distributed.is_main() else [])
+    _train(config, folder, machine, prepared, loggers, together.agreed(make_callbacks))
 
 
 def _train(
@@ -75,7 +79,14 @@ def _train(
 ) -> None:
     plan = prepared.plan
     stage = _make_stage(config, machine, prepared)
-    data = RowsDataModule(prepared.rows, plan["rows_per_step"], plan["num_steps"], config.trainer.num_workers)
+    data = RowsDataModule(
+        prepared.rows,
+        plan["rows_per_step"],
+        plan["num_steps"],
+        config.trainer.num_workers,
+        distributed.rank(),
+        distributed.world_size(),
+    )
     samples = Samples(folder.path / "samples.jsonl", config.evaluation.sample_prompts, config.evaluation.sample_tokens)
     fitting = Fitting(
         name=config.stage.name,
@@ -148,30 +159,35 @@ def _finish(
     step = fitted.trainer.global_step
     if step < stage.num_steps:
         say(f"{config.stage.name}: a callback ended the training after step {step:,} of {stage.num_steps:,}.")
-    announce_streamed(prepared)
+    together.by_main(lambda: announce_streamed(prepared))
     say("Final validation and samples …")
     figures = prepared.validation.measure(stage.net)
-    log_everywhere(fitted.trainer, figures)
-    for logger in fitted.trainer.loggers:
-        logger.save()
-    samples.rewind(step - 1)
-    samples.write(stage.net, prepared.tokenizer, step)
-    info = StageInfo(
-        stage=config.stage.name,
-        step=step,
-        plan=prepared.plan.to_plain(),
-        settings=to_plain(config),
-        metrics=figures,
-        parents=list(prepared.parents),
-        versions=library_versions(),
-        data=prepared.rows.record() | prepared.data,
-    )
-    moments = stage.optimizer.optimizer.moments_by_name()
-    save_bundle(folder.bundle, info, net=stage.net, tokenizer=prepared.tokenizer, moments=moments)
-    write_json(
-        folder.path / "finished.json",
-        {"step": step, "metrics": figures, "seconds": fitted.seconds, "tokens": fitted.tokens},
-    )
+    moments = stage.optimizer.optimizer.moments_by_name()  # of all processes
+    net = stage.net
+
+    def write() -> None:
+        log_everywhere(fitted.trainer, figures)
+        for logger in fitted.trainer.loggers:
+            logger.save()
+        samples.rewind(step - 1)
+        samples.write(net, prepared.tokenizer, step)
+        info = StageInfo(
+            stage=config.stage.name,
+            step=step,
+            plan=prepared.plan.to_plain(),
+            settings=to_plain(config),
+            metrics=figures,
+            parents=list(prepared.parents),
+            versions=library_versions(),
+            data=prepared.rows.record() | prepared.data,
+        )
+        save_bundle(folder.bundle, info, net=net, tokenizer=prepared.tokenizer, moments=moments)
+        write_json(
+            folder.path / "finished.json",
+            {"step": step, "metrics": figures, "seconds": fitted.seconds, "tokens": fitted.tokens},
+        )
+
+    together.by_main(write)
     stderr = f" ± {figures['val/bpb_stderr']:.4f}" if "val/bpb_stderr" in figures else ""
     bpb = f"validation {figures['val/bpb']:.4f}{stderr} bits per byte, " if "val/bpb" in figures else ""
     say(f"{folder.run}/{folder.stage}: {bpb}{fitted.tokens:,} tokens in {fitted.seconds:,.0f} s → {folder.bundle}")
