@@ -52,7 +52,8 @@ def training_step(stage: TrainingStage, batch: StepBatch) -> StepResult:
         UserError: the step has no targets; its loss or gradient is not finite, and that is not to be skipped (raised
             before the update); a single row needs more memory than there is.
     """
-    step, optimizer, guard = stage.global_step, stage.optimizer, stage.guard
+    step, guard = stage.global_step, stage.guard
+    optimizer = stage.optimizer.optimizer  # the wrapped one: what a method notes would stay in the wrapper
     num_targets = distributed.total(batch.num_targets)
     if num_targets == 0:
         raise UserError(f"step {step}: none of its rows has a token to train on.", fix="Look at the stage's data.")
@@ -72,7 +73,7 @@ def training_step(stage: TrainingStage, batch: StepBatch) -> StepResult:
         optimizer.skip_step()
     optimizer.set_step_values(schedule_values(stage.schedule, step, stage.num_steps))
     with ends_with_the_newest_file(stage):
-        optimizer.step()
+        stage.optimizer.step()
     optimizer.zero_grad()
     return StepResult(loss, norm, num_targets, skipped=not passed)
 
