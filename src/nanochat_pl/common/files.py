@@ -7,6 +7,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from nanochat_pl.common.errors import UserError
 
 MAX_JSON_BYTES = 64 * 2**20
 _PLACES = "paths.runs=… (runs), paths.cache=… (caches), to=… (import and export)"
+_LEFTOVER = re.compile(r"(.+\.tmp|\.write-probe)\.[0-9a-f]{16}")
 FREE_SPACE = f"Free some space, or write to another disk: {_PLACES}."
 
 
@@ -58,8 +60,14 @@ def ensure_folder(path: Path) -> Path:
         path.mkdir(parents=True, exist_ok=True)
         probe = path / f".write-probe.{secrets.token_hex(8)}"
         probe.write_bytes(b"x")
-        probe.unlink()
+        probe.unlink(missing_ok=True)
     return path
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what writers that were killed left in a folder and those below. The caller knows that nobody writes."""
+    for path in [path for path in folder.rglob("*") if _LEFTOVER.fullmatch(path.name)]:
+        path.unlink(missing_ok=True)
 
 
 def fsync_folder(path: Path) -> None:

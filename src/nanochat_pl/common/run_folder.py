@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from nanochat_pl.common.errors import UserError, did_you_mean
-from nanochat_pl.common.files import disk_errors_explained, ensure_folder, read_json, write_json
+from nanochat_pl.common.files import disk_errors_explained, ensure_folder, read_json, remove_leftovers, write_json
 from nanochat_pl.common.locks import try_lock
 
 # Stages in the order in which a model goes through them. Other folders of a run (evaluation, report) are no stages.
@@ -127,6 +127,7 @@ class StageFolder:
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
             file.flush()
+            remove_leftovers(self.path)
             yield
 
 
