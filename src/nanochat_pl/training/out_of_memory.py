@@ -72,7 +72,7 @@ def halve_device_batch_size(stage: TrainingStage, ran_out: bool) -> None:
     where = f" on process {', '.join(str(rank) for rank, x in enumerate(answers) if x)}" if len(answers) > 1 else ""
     stage.optimizer.zero_grad()
     release_memory(stage.device)
-    rows, what = stage.device_batch_size, f"step {stage.global_step}: out of memory{where}"
+    rows, what = stage.device_batch_size, f"step {stage.global_step + 1}: out of memory{where}"
     if rows == 1:
         raise SharedError(f"{what}, with one row of {stage.recipe.model.sequence_len:,} tokens at once.", fix=FIX)
     stage.device_batch_size = rows // 2
@@ -89,7 +89,7 @@ def ends_with_the_newest_file(stage: TrainingStage) -> Iterator[None]:
             raise
         newest = next((f" The same command goes on from {path}." for path in stage.resume_files()), "")
         raise UserError(
-            f"step {stage.global_step}: out of memory in the optimizer's step; its weights may be changed in part.",
+            f"step {stage.global_step + 1}: out of memory in the optimizer's step; its weights may be changed in part.",
             fix=FIX + newest,
         ) from error
 

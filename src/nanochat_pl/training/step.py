@@ -56,7 +56,7 @@ def training_step(stage: TrainingStage, batch: StepBatch) -> StepResult:
     optimizer = stage.optimizer.optimizer  # the wrapped one: what a method notes would stay in the wrapper
     num_targets = distributed.total(batch.num_targets)
     if num_targets == 0:
-        raise UserError(f"step {step}: none of its rows has a token to train on.", fix="Look at the stage's data.")
+        raise UserError(f"step {step + 1}: none of its rows has a token to train on.", fix="Look at the stage's data.")
     share, ran_out = torch.zeros((), device=stage.device), False  # this process's share of the loss
     for part, (inputs, targets) in enumerate(micro_batches(batch, stage.device_batch_size)):
         stage.between_micro_batches(part)
