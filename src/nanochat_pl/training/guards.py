@@ -49,6 +49,7 @@ class Guard:
         self.on_nonfinite, self.max_grad_norm = on_nonfinite, max_grad_norm
         self.loss_scale = loss_scale or LossScale()
         self.skipped_steps = self._in_a_row = 0
+        self._norm = math.nan
 
     def passes(self, stage: TrainingStage, batch: StepBatch, loss: float, norm: float) -> bool:
         """Whether a step may update the weights. Called on all processes, with the same figures.
@@ -62,6 +63,7 @@ class Guard:
         Raises:
             SharedError: a figure is not finite and that is not to be skipped, or it was so too often in a row.
         """
+        self._norm = norm
         overflowed = self.loss_scale.overflowed(loss, norm)
         self.loss_scale.update(overflowed)
         if math.isfinite(loss) and math.isfinite(norm):
@@ -70,7 +72,7 @@ class Guard:
         self.skipped_steps += 1
         self._in_a_row += 1
         if overflowed:
-            what = f"step {stage.global_step}: float16 overflowed"
+            what = f"step {stage.global_step + 1}: float16 overflowed"
             if self._in_a_row >= MOST_IN_A_ROW:
                 raise SharedError(
                     f"{what}, {self._in_a_row} steps in a row; the loss scale came down to {self.loss_scale.factor:g}.",
@@ -97,6 +99,11 @@ class Guard:
         if (factor := factor / self.loss_scale.factor) != 1.0:
             optimizer.scale_gradients(factor)
 
+    def figures(self) -> dict[str, float]:
+        """What is logged of the last step."""
+        scale = {"train/loss_scale": self.loss_scale.factor} if self.loss_scale.active else {}
+        return {"train/gradient_norm": self._norm, "train/skipped_steps": self.skipped_steps, **scale}
+
     def state_dict(self) -> dict[str, Any]:
         """For the resume file."""
         return {
@@ -113,7 +120,7 @@ class Guard:
 
 def _stopped(stage: TrainingStage, problems: list[str]) -> SharedError:
     """The end of a run: all processes call it."""
-    step = stage.global_step
+    step = stage.global_step + 1  # as metrics.csv and the bar count
     # One process looks, since another machine may not see the files.
     newest = distributed.from_main(str(last_good_file(stage.resume_files()) or "") if distributed.is_main() else "")
     return SharedError(
@@ -134,7 +141,7 @@ def _what_is_not_finite(stage: TrainingStage, batch: StepBatch, loss: float, nor
     }
     every = [json.loads(text) for text in distributed.from_all(json.dumps(own))]
     first, end = min(each["rows"][0] for each in every), max(each["rows"][1] for each in every)
-    lines = [f"step {stage.global_step}: {figure}. Its rows are {first:,} to {end - 1:,}."]
+    lines = [f"step {stage.global_step + 1}: {figure}. Its rows are {first:,} to {end - 1:,}."]
     for rank, each in enumerate(every):
         where = f"Process {rank}: " if len(every) > 1 else ""
         if each["weights"]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
+import math
 import os
 import statistics
 import time
@@ -35,6 +36,9 @@ COLUMNS = (
     "train/tokens_per_second",
     "train/mfu",
     "train/step_seconds",
+    "train/gradient_norm",
+    "train/skipped_steps",
+    "train/loss_scale",
     "val/bpb",
     "val/bpb_stderr",
     "val/loss",
@@ -220,25 +224,27 @@ class StepMetrics(Callback):
     ) -> None:
         """After a step: ``global_step`` is the number of steps made."""
         seconds, tokens, loss = self.clock.lap(), batch.inputs.numel(), outputs["loss"].item()
-        self._smoothed = SMOOTHING * self._smoothed + (1 - SMOOTHING) * loss
-        self._weight = SMOOTHING * self._weight + (1 - SMOOTHING)
+        if is_number := math.isfinite(loss):  # else the step was skipped
+            self._smoothed = SMOOTHING * self._smoothed + (1 - SMOOTHING) * loss
+            self._weight = SMOOTHING * self._weight + (1 - SMOOTHING)
         self._tokens += tokens
         self._seconds += seconds
         self._recent.append(seconds)
         values = schedule_values(pl_module.schedule, trainer.global_step - 1, pl_module.num_steps)
         self.latest = {
             "train/loss": loss,
-            "train/loss_smoothed": self._smoothed / self._weight,
+            "train/loss_smoothed": self._smoothed / self._weight if self._weight else math.nan,
             "train/lr_multiplier": values.lr_multiplier,
             "train/muon_momentum": values.muon_momentum,
             "train/muon_weight_decay": values.weight_decay_multiplier * pl_module.recipe.hyperparameters.weight_decay,
             "train/tokens": self._tokens,
             "train/tokens_per_second": tokens / seconds,
             "train/step_seconds": seconds,
+            **pl_module.guard.figures(),
         }
         if self.peak_flops is not None:
             self.latest["train/mfu"] = tokens / seconds * self.flops_per_token / self.peak_flops
-        if batch.sources is not None:
+        if batch.sources is not None and is_number:
             self._add_by_source(batch.sources, outputs["nats_of_rows"], batch.targets)
         if trainer.global_step % self.log_every_steps == 0 or trainer.global_step == trainer.max_steps:
             by_source = {} if self.mixed is None else self._take_by_source(self.mixed)
@@ -264,6 +270,7 @@ class StepMetrics(Callback):
 
 
 def log_everywhere(trainer: Trainer, metrics: Mapping[str, float]) -> None:
-    """Write figures at the current optimizer step to every logger."""
+    """Write figures at the current optimizer step to every logger; a figure that is not finite stands nowhere."""
+    finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
     for logger in trainer.loggers:
-        logger.log_metrics(dict(metrics), step=trainer.global_step)
+        logger.log_metrics(dict(finite), step=trainer.global_step)
