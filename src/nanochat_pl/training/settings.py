@@ -126,6 +126,14 @@ class TrainConfig(HorizonSettings):
 
     explain_unknown = staticmethod(explain_argument)
 
+    def __post_init__(self) -> None:
+        if self.trainer.keep_best and not self.evaluation.every_steps:
+            raise UserError(
+                f"trainer.keep_best={self.trainer.keep_best}: nothing is measured before the end, with"
+                " evaluation.every_steps=0.",
+                fix="Set evaluation.every_steps, or trainer.keep_best=0.",
+            )
+
 
 def memory_knobs(config: TrainConfig) -> MemoryKnobs:
     """What the settings say of time for memory."""
