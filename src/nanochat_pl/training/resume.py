@@ -8,7 +8,6 @@ and tasks have generators of their own, which are functions of a seed and a numb
 
 from __future__ import annotations
 
-import json
 import math
 import pickle
 import re
@@ -23,7 +22,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.io import CheckpointIO
 from torch.utils._pytree import tree_leaves
 
-from nanochat_pl.common import distributed
+from nanochat_pl.common import together
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.files import FREE_SPACE, free_bytes, read_json, write_atomically, write_json
 from nanochat_pl.training.metrics import StepClock
@@ -129,26 +128,27 @@ def newest_resume_file(folder: Path) -> Path | None:
     Raises:
         UserError: a process cannot see what the main process sees.
     """
-    found = _newest_readable(folder) if distributed.is_main() else None
-    name = distributed.from_main(found.name if found else "")
-    if not name:
+    name = together.by_main(lambda: _newest_readable(folder))
+    if name is None:
         return None
-    path = folder / name
-    missing = [place for place in distributed.from_all("" if path.is_file() else socket.gethostname()) if place]
-    if missing:
-        raise UserError(
-            f"{path}: cannot be seen by {len(missing)} of {distributed.world_size()} processes"
-            f" ({', '.join(sorted(set(missing)))}).",
-            fix="All nodes need the same folder of runs: set paths.runs=… to one on a disk that they share.",
-        )
+    path: Path = folder / name
+
+    def look() -> None:
+        if not path.is_file():
+            raise UserError(
+                f"{path}: the main process sees it, {socket.gethostname()} does not.",
+                fix="All nodes need the same folder of runs: set paths.runs=… to one on a disk that they share.",
+            )
+
+    together.agreed(look)
     return path
 
 
-def _newest_readable(folder: Path) -> Path | None:
+def _newest_readable(folder: Path) -> str | None:
     for path in resume_files(folder):
         problem = damage(path)
         if problem is None:
-            return path
+            return path.name
         # Out of the way: the run will come to this step again and write it anew.
         path.replace(path.with_name(f"{path.name}.damaged"))
         warnings.warn(f"{path} is damaged ({problem}): going on from an older one.", stacklevel=2)
@@ -178,24 +178,13 @@ class ResumeFiles(Callback):
         measured_every: int = 0,
     ) -> None:
         self.folder, self.every_steps, self.keep_last, self.clock = folder, every_steps, keep_last, clock
+        assert measured_every or not keep_best, "nothing is measured"
         self.keep_best, self.measured_every = keep_best, measured_every
-        if keep_best and not measured_every:
-            raise UserError(
-                f"trainer.keep_best={keep_best}: nothing is measured before the end (evaluation.every_steps=0).",
-                fix="Set evaluation.every_steps, or trainer.keep_best=0.",
-            )
         self._best: dict[str, float] = {}  # names of files, best first
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find out which files are the best so far."""
-        path = self.folder / BEST
-        if not distributed.is_main() or not path.exists():
-            return
-        if not self.keep_best:
-            path.unlink()
-            return
-        there = {file.name for file in resume_files(self.folder)}
-        self._best = {name: bpb for name, bpb in read_json(path).items() if name in there}
+        self._best = together.by_main(self._ranking)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -214,25 +203,36 @@ class ResumeFiles(Callback):
             UserError: on all processes: the main one could not write the file. The older ones are untouched.
         """
         path = self.folder / f"step={trainer.global_step:06d}.ckpt"
-        if distributed.from_main("written" if path.exists() else ""):
+        if together.by_main(path.exists):
             return
-        for logger in trainer.loggers:
-            logger.save()
+        together.by_main(lambda: _save_figures(trainer))  # first: a run that goes on from the file has them
         trainer.save_checkpoint(path, weights_only=False)  # False: all of it, not the weights alone
         io = trainer.strategy.checkpoint_io
         assert isinstance(io, AtomicCheckpointIO)
-        _raise_on_all(io.failure)
-        if distributed.is_main():
-            self._let_go()
+        together.by_main(lambda: self._settle(io.failure))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Rank the file of the step that was just measured."""
         name, bpb = f"step={trainer.global_step:06d}.ckpt", trainer.callback_metrics.get("val/bpb")
-        if not self.keep_best or bpb is None or not math.isfinite(bpb) or not distributed.is_main():
-            return
-        ranked = sorted((self._best | {name: float(bpb)}).items(), key=lambda item: item[1])
+        if self.keep_best and bpb is not None and math.isfinite(bpb):
+            together.by_main(lambda: self._rank(name, float(bpb)))
+
+    def _ranking(self) -> dict[str, float]:
+        path = self.folder / BEST
+        if not self.keep_best:
+            path.unlink(missing_ok=True)
+        best = read_json(path) if path.exists() else {}
+        return {name: bpb for name, bpb in best.items() if (self.folder / name).exists()}
+
+    def _rank(self, name: str, bpb: float) -> None:
+        ranked = sorted((self._best | {name: bpb}).items(), key=lambda item: item[1])
         self._best = dict(ranked[: self.keep_best])
         write_json(self.folder / BEST, self._best)
+        self._let_go()
+
+    def _settle(self, failure: UserError | None) -> None:
+        if failure is not None:
+            raise failure
         self._let_go()
 
     def _let_go(self) -> None:
@@ -241,9 +241,6 @@ class ResumeFiles(Callback):
                 old.unlink()
 
 
-def _raise_on_all(error: UserError | None) -> None:
-    """Raise an error of the main process on all processes."""
-    told = distributed.from_main("" if error is None else json.dumps([error.problems, error.fix]))
-    if told:
-        problems, fix = json.loads(told)
-        raise UserError(problems, fix) from error
+def _save_figures(trainer: Trainer) -> None:
+    for logger in trainer.loggers:
+        logger.save()
