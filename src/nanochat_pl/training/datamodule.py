@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,11 +12,10 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from nanochat_pl.common.constants import IGNORE_INDEX
-from nanochat_pl.common.errors import UserError
 from nanochat_pl.data.mixed_rows import MixedRows
 from nanochat_pl.data.rows import Rows
 from nanochat_pl.training.step import StepBatch
-from nanochat_pl.training.stopping import GracefulStop, NoMoreRows, StopRequested
+from nanochat_pl.training.stopping import GracefulStop
 
 
 def share(first: int, count: int, rank: int, world: int) -> range:
@@ -108,13 +108,10 @@ class RowsDataModule(LightningDataModule):
         )
 
     def _wait_for(self, step: int) -> None:
-        try:
-            self.steps.wait_for(step, self._check_stop)
-        except UserError as error:
-            raise NoMoreRows(error.problems, error.fix) from error
-
-    def _check_stop(self) -> None:
         assert self.trainer is not None
-        for stop in self.trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(stop, GracefulStop) and stop.signum is not None:
-                raise StopRequested(stop.signum, self.trainer.global_step)
+        wait = partial(self.steps.wait_for, step)
+        stops = [each for each in self.trainer.callbacks if isinstance(each, GracefulStop)]  # type: ignore[attr-defined]
+        if stops:
+            stops[0].wait_for(wait)
+        else:
+            wait(lambda: None)

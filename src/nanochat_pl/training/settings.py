@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,6 +21,8 @@ from nanochat_pl.tasks.settings import MixtureSettings
 from nanochat_pl.tokenizer.training import TokenizerSettings
 from nanochat_pl.training.guards import OnNonfinite
 from nanochat_pl.training.trainer_arguments import explain_argument
+
+_TIME = re.compile(r"(\d{1,3}):([01]?\d|2[0-3]):([0-5]?\d):([0-5]?\d)")
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,12 @@ class TrainerSettings:
     keep_best: int = setting(
         0, "Further ones that are kept: of the measured steps those with the lowest val/bpb.", at_least=0, at_most=1000
     )
+    max_time: str | None = setting(
+        None, "Time of training, days:hours:minutes:seconds as 00:11:30:00, after which it stops as on a signal."
+    )
+    check_processes_every_steps: int = setting(
+        100, "Steps between two checks that all processes hold the same weights; 0: never.", at_least=0
+    )
     spike_sigmas: float = setting(
         6.0, "Say which rows a step had whose loss is so many standard deviations above the last; 0: never.", at_least=0
     )
@@ -74,6 +83,22 @@ class TrainerSettings:
     )
 
     explain_unknown = staticmethod(explain_argument)
+
+    def __post_init__(self) -> None:
+        if self.max_time is not None and not self.max_seconds:
+            raise UserError(
+                f"max_time={self.max_time}: is not a time of the form days:hours:minutes:seconds, as 00:11:30:00 for"
+                " eleven and a half hours."
+            )
+
+    @property
+    def max_seconds(self) -> float | None:
+        """``max_time`` in seconds; 0 where it cannot be read."""
+        if self.max_time is None:
+            return None
+        match = _TIME.fullmatch(self.max_time)
+        days, hours, minutes, seconds = map(int, match.groups()) if match else (0, 0, 0, 0)
+        return ((days * 24.0 + hours) * 60 + minutes) * 60 + seconds
 
 
 @dataclass(frozen=True)
