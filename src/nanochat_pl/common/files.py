@@ -157,3 +157,11 @@ def sha256_of_file(path: Path) -> str:
         while block := file.read(2**20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def keep_lines_until(path: Path, step: int) -> None:
+    """Of a file of JSON lines, each with its ``step``, drop those after ``step``, and one that was cut off."""
+    if path.exists():
+        # Not splitlines(): a text may hold other ends of lines than \n. The last piece is empty, or was cut off.
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+        write_text(path, "".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= step))

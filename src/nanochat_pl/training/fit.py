@@ -26,6 +26,7 @@ from nanochat_pl.training.metrics import MetricsCSV, StepClock, StepMetrics
 from nanochat_pl.training.progress import TrainingProgress
 from nanochat_pl.training.resume import AtomicCheckpointIO, ResumeFiles, newest_resume_file
 from nanochat_pl.training.settings import EvaluationSettings, TrainerSettings
+from nanochat_pl.training.spikes import LossSpikes
 from nanochat_pl.training.stages import TrainingStage
 from nanochat_pl.training.stopping import GracefulStop, StopRequested
 from nanochat_pl.training.strategy import OneDeviceEach
@@ -74,6 +75,8 @@ def fit(stage: TrainingStage, data: RowsDataModule, fitting: Fitting) -> Fitted:
     csv = MetricsCSV(fitting.folder / "metrics.csv", fitting.mixed.names if fitting.mixed else ())
     figures_kept = together.by_main(lambda: csv.rewind(first_step))
     together.by_main(lambda: fitting.samples.rewind(first_step))
+    spikes = LossSpikes(fitting.folder, fitting.trainer.spike_sigmas)
+    together.by_main(lambda: spikes.rewind(first_step))
     clock = StepClock()
     metrics = StepMetrics(
         clock, fitting.flops_per_token, fitting.peak_flops, fitting.trainer.log_every_steps, fitting.mixed
@@ -98,7 +101,7 @@ def fit(stage: TrainingStage, data: RowsDataModule, fitting: Fitting) -> Fitted:
     )
     garbage = GarbageCollection(clock)
     # The order matters: figures first, then the file that holds them, then what may fail or take long.
-    ours = [stop, agree, metrics, TrainingProgress(fitting.name, metrics), resume_files, evaluation, garbage]
+    ours = [stop, agree, metrics, TrainingProgress(fitting.name, metrics), spikes, resume_files, evaluation, garbage]
     deterministic_before = torch.are_deterministic_algorithms_enabled()
     # Callbacks of others may want a logger on each process.
     loggers: list[Logger] = [csv, *fitting.loggers] if distributed.is_main() else [DummyLogger()]
