@@ -8,20 +8,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from lightning.pytorch import Callback, Trainer
+from torch import Tensor
 
-from nanochat_pl.common.files import disk_errors_explained, write_text
+from nanochat_pl.common import distributed, together
+from nanochat_pl.common.files import disk_errors_explained, keep_lines_until
 from nanochat_pl.data.mixed_source import MixedSource
 from nanochat_pl.data.rows import Rows, validation_rows
 from nanochat_pl.data.sources import Source
 from nanochat_pl.data.token_cache import TokenCache
 from nanochat_pl.engine import Engine
-from nanochat_pl.evaluation.bits_per_byte import BitsPerByte, BitsPerByteResult, weighted_result
+from nanochat_pl.evaluation.bits_per_byte import BitsPerByte, BitsPerByteResult, result_of, weighted_result
 from nanochat_pl.evaluation.samples import write_samples
 from nanochat_pl.model.gpt import GPT
 from nanochat_pl.tokenizer import Tokenizer
+from nanochat_pl.training.datamodule import share
 from nanochat_pl.training.metrics import StepClock, log_everywhere, name_by_source
 from nanochat_pl.training.out_of_memory import InPieces
 
@@ -41,10 +43,10 @@ class Validation:
 
         Args:
             net: the model; runs eagerly (its training graph is not compiled again), in eval mode.
-            between: called between batches.
+            between: called between batches, on all processes equally often.
         """
-        metric, loss = self.sums(net, between)
-        return _figures(metric.compute(), loss)
+        sums, loss = self.sums(net, between)
+        return _figures(result_of(sums.tolist()), loss)
 
     @property
     def num_tokens(self) -> int:
@@ -52,22 +54,30 @@ class Validation:
         return self.rows.cache.num_tokens
 
     @torch.no_grad()
-    def sums(self, net: GPT, between: Callable[[], None] = lambda: None) -> tuple[BitsPerByte, float]:
-        """What :meth:`measure` measures, as sums over rows, and the nats per target."""
+    def sums(self, net: GPT, between: Callable[[], None] = lambda: None) -> tuple[Tensor, float]:
+        """What :meth:`measure` measures, as sums over rows (see :class:`BitsPerByte`), and the nats per target.
+
+        Each process has a share of the rows, and all have the sums of all.
+        """
         device = next(net.parameters()).device
+        own, largest = (share(0, self.num_rows, rank, distributed.world_size()) for rank in (distributed.rank(), 0))
         metric = BitsPerByte(self.tokenizer.token_bytes).to(device)
         nats, targets_seen = 0.0, 0
         net.eval()
-        for first in range(0, self.num_rows, self.device_batch_size):
+        for first in range(0, len(largest), self.device_batch_size):
             between()
-            numbers = np.arange(first, min(first + self.device_batch_size, self.num_rows))
+            numbers = own[first : first + self.device_batch_size]
+            if not numbers:  # the largest share has a row more
+                continue
             inputs, targets = (torch.as_tensor(part).to(device) for part in self.rows.read(numbers))
             losses = self.in_pieces(net.losses, inputs, targets)
             metric.update(losses, targets)
             nats += losses.sum().item()
             targets_seen += int((targets >= 0).sum())
         net.train()
-        return metric, nats / max(targets_seen, 1)
+        sums = torch.cat([metric.sums.cpu(), torch.tensor([nats, targets_seen], dtype=torch.float64)])
+        distributed.sum_(sums)
+        return sums[:-2], (sums[-2] / sums[-1].clamp(min=1)).item()
 
 
 @dataclass(frozen=True)
@@ -100,9 +110,9 @@ class MixedValidation:
         """As :meth:`Validation.measure`, and bits per byte of each source."""
         measured = {name: part.sums(net, between) for name, part in self.parts.items()}
         loss = sum(share * loss for share, (_, loss) in zip(self.shares, measured.values(), strict=True))
-        figures = _figures(weighted_result([metric.sums for metric, _ in measured.values()], self.shares), loss)
-        for name, (metric, _) in measured.items():
-            if (bpb := metric.compute().bpb) is not None:
+        figures = _figures(weighted_result([sums for sums, _ in measured.values()], self.shares), loss)
+        for name, (sums, _) in measured.items():
+            if (bpb := result_of(sums.tolist()).bpb) is not None:
                 figures[name_by_source("val/bpb", name)] = bpb
         return figures
 
@@ -170,10 +180,7 @@ class Samples:
 
     def rewind(self, step: int) -> None:
         """Drop what a run that was stopped wrote after ``step``."""
-        if self.path.exists():
-            # Not splitlines(): a sample may hold other ends of lines than \n. The last piece is empty, or was cut off.
-            lines = self.path.read_text(encoding="utf-8").split("\n")[:-1]
-            write_text(self.path, "".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= step))
+        keep_lines_until(self.path, step)
 
 
 class PeriodicEvaluation(Callback):
@@ -222,5 +229,9 @@ class PeriodicEvaluation(Callback):
                 for callback in trainer.callbacks:  # type: ignore[attr-defined]
                     callback.on_validation_end(trainer, pl_module)  # what EarlyStopping waits for
             if self.samples_every_steps and step % self.samples_every_steps == 0:
-                self.samples.rewind(step - 1)
-                self.samples.write(pl_module.net, self.validation.tokenizer, step)
+                together.by_main(lambda: self._sample(pl_module.net, step))
+
+    def _sample(self, net: GPT, step: int) -> None:
+        assert self.validation is not None
+        self.samples.rewind(step - 1)
+        self.samples.write(net, self.validation.tokenizer, step)
