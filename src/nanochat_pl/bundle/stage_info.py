@@ -25,6 +25,7 @@ class StageInfo:
     parents: list[dict[str, Any]] = setting(factory=list, doc="Earlier stages: stage, step, SHA-256 of the weights.")
     versions: dict[str, str] = setting(factory=dict, doc="Versions of Python and of the libraries.")
     data: dict[str, Any] = setting(factory=dict, doc="What it was trained on: names, hashes, sizes.")
+    changes: list[dict[str, Any]] = setting(factory=list, doc="What was otherwise each time that the stage went on.")
     origin: dict[str, Any] = setting(factory=dict, doc="What an import carries along, to write the same files again.")
 
 

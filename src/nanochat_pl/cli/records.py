@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 import platform
 import re
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -18,16 +19,20 @@ import nanochat_pl
 from nanochat_pl.bundle.bundle import load_stage_info
 from nanochat_pl.bundle.stage_info import library_versions
 from nanochat_pl.cli.compose import Composed
+from nanochat_pl.common.console import say
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.common.files import write_json, write_text
+from nanochat_pl.common.files import read_json, sha256_of_file, write_json, write_text
 from nanochat_pl.common.hardware import choose_device, device_name
 from nanochat_pl.common.run_folder import StageFolder
 from nanochat_pl.common.settings import to_plain
 from nanochat_pl.data.opening import read_chosen
+from nanochat_pl.training.changes import note_changes, read_changes
 from nanochat_pl.training.settings import TrainConfig
 
+# What says how a command is run, and nothing of the training.
+_OF_THE_COMMAND = {"run", "resume", "resume_with_changes", "check_only"}
 # Keys, or groups of keys, that have no say in what is learnt: they may differ when a stage goes on.
-NO_SAY = {"trainer", "evaluation", "paths", "logger", "callbacks", "device_batch_size", "run", "resume", "check_only"}
+NO_SAY = {"trainer", "evaluation", "paths", "logger", "callbacks", "device_batch_size"} | _OF_THE_COMMAND
 _HAVE_A_SAY = {field.name for field in dataclasses.fields(TrainConfig)} - NO_SAY
 # What each stage depends on. Model and tokenizer of a later stage are its parent's.
 MATTERS = {
@@ -37,10 +42,22 @@ MATTERS = {
 }
 # Of those groups what changes when the work is done and never its result.
 WITHOUT_A_SAY = {"data.download", "data.max_bad_fraction"}
+# What cannot change on the way, even with resume_with_changes=true, and why.
+_FIXED = {
+    "model": "the weights are of that model",
+    "tokenizer": "the weights were trained on its ids",
+    "total_batch_tokens": "step N begins at row N times the rows of a step, so rows would be left out or seen twice",
+}
+_NOT_FIXED = {"model.compute_dtype"}
 
 
 def write_records(folder: StageFolder, composed: Composed[Any], goes_on: bool = False) -> None:
-    """Write config.yaml and overrides.txt; and about.json, unless the stage goes on: that is of its beginning."""
+    """Write config.yaml and overrides.txt; and about.json, unless the stage goes on: that is of its beginning.
+
+    Where it goes on, what is otherwise than at the last start is said, and added to changes.jsonl.
+    """
+    if goes_on:
+        _tell_changes(folder, composed)
     config = yaml.safe_dump(composed.plain(), sort_keys=False, allow_unicode=True)
     overrides = [f"experiment={composed.experiment}"] if composed.experiment else []
     write_text(folder.path / "config.yaml", config)
@@ -57,25 +74,109 @@ def settings_that_matter(values: Mapping[str, Any], stage: str) -> dict[str, Any
     return {key: keys[key] for key in keys if key.split(".")[0] in MATTERS[stage] and own[key] not in WITHOUT_A_SAY}
 
 
-def require_same_settings(folder: StageFolder, composed: Composed[Any]) -> None:
+def require_same_settings(folder: StageFolder, composed: Composed[TrainConfig]) -> None:
     """Refuse to go on with a stage, or to call it finished, under other settings than it was begun with.
+
+    With resume_with_changes=true, a stage that is not finished may go on under other settings.
 
     Raises:
         UserError: names each key with both values.
     """
+    finished = folder.status == "finished"
+    _require_same(folder, composed, but_for_changes=composed.config.resume_with_changes and not finished)
+
+
+def reopen_to_train_longer(folder: StageFolder, composed: Composed[TrainConfig]) -> None:
+    """Make a finished stage one that goes on, where resume_with_changes=true and more steps are asked for.
+
+    Raises:
+        UserError: what cannot be changed was changed, too.
+    """
+    longer = folder.status == "finished" and (composed.config.max_steps or 0) > folder.finished().get("step", 0)
+    if longer and composed.config.resume_with_changes and any(folder.checkpoints.glob("*.ckpt")):
+        with folder.locked():
+            _require_same(folder, composed, but_for_changes=True)
+            (folder.path / "finished.json").unlink(missing_ok=True)
+
+
+def _require_same(folder: StageFolder, composed: Composed[TrainConfig], but_for_changes: bool) -> None:
+    differences = _differences(folder, composed)
+    reasons = {key: _why_fixed(key) if composed.config.resume_with_changes else None for key in differences}
+    problems = [
+        f"{key}={as_typed(now)}: {folder.path} was begun with {key}={as_typed(then)}{f'; {why}' if why else ''}."
+        for (key, (then, now)), why in zip(differences.items(), reasons.values(), strict=True)
+        if why or not but_for_changes
+    ]
+    if problems:
+        how = "Leave these keys as they were, or begin a new run with run=NAME or resume=never"
+        raise UserError(problems, f"{how}{_how_to_change(folder, differences.keys())}.")
+
+
+def _how_to_change(folder: StageFolder, keys: Collection[str]) -> str:
+    if any(map(_why_fixed, keys)):
+        return ""
+    if folder.status != "finished":
+        return "; or go on all the same with resume_with_changes=true"
+    longer = "; or train on, with a larger max_steps and resume_with_changes=true"
+    return longer if "max_steps" in keys and folder.stage != "tokenizer" else ""
+
+
+def _differences(folder: StageFolder, composed: Composed[Any]) -> dict[str, tuple[Any, Any]]:
+    """The settings that a stage depends on, where they are others than it was begun with: the old and the new."""
     begun = _read_settings(folder)
     if not begun:
-        return
+        return {}
     then, now = (settings_that_matter(values, folder.stage) for values in (begun, composed.plain()))
     then |= _of_younger_keys(then, folder.stage)
     then, now = (_with_counted_files(values, folder) for values in (then, now))
-    differences = [
-        f"{key}={as_typed(now.get(key))}: {folder.path} was begun with {key}={as_typed(then.get(key))}."
-        for key in sorted(then.keys() | now.keys())
-        if then.get(key) != now.get(key)
+    return _unequal(then, now)
+
+
+def _unequal(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    keys = sorted(then.keys() | now.keys())
+    return {key: (then.get(key), now.get(key)) for key in keys if then.get(key) != now.get(key)}
+
+
+def _why_fixed(key: str) -> str | None:
+    return None if key in _NOT_FIXED else _FIXED.get(key.split(".")[0])
+
+
+def _tell_changes(folder: StageFolder, composed: Composed[Any]) -> None:
+    """Say what is otherwise than at the last start, and add it to the record."""
+    then, now = (
+        {key: value for key, value in _flat(values).items() if key.split(".")[0] not in _OF_THE_COMMAND}
+        for values in (_read_settings(folder), composed.plain())
+    )
+    then = {**_flat(to_plain(TrainConfig())), **then}  # of keys that are younger than the stage
+    matters = _differences(folder, composed)
+    changes = [
+        f"{key} {as_typed(was)} → {as_typed(value)}" + (" (it alters the result)" if key in matters else "")
+        for key, (was, value) in _unequal({key: then[key] for key in then if key in now}, now).items()
     ]
-    if differences:
-        raise UserError(differences, "Leave these keys as they were, or begin a new run with run=NAME or resume=never.")
+    changes += _code_changes(_last_code(folder), code())
+    if changes:
+        say(f"Since the last start: {'; '.join(changes)}.")
+        note_changes(folder.path, changes, code())
+
+
+def _last_code(folder: StageFolder) -> dict[str, Any]:
+    """The code that the stage last went on with, empty where it is older than this record."""
+    path = folder.path / "about.json"
+    begun = [read_json(path)] if path.exists() else []
+    noted = [line["code"] for line in read_changes(folder.path) if "code" in line]
+    return next((state for state in reversed(begun + noted) if "source" in state), {})
+
+
+def _code_changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What of the code is otherwise; where the commit differs and not the source, nothing that runs here does."""
+    if not then:
+        return []
+    changed = _unequal(then["versions"], now["versions"])
+    lines = [f"{name} {was} → {value}" for name, (was, value) in changed.items()]
+    if then["source"] != now["source"]:
+        commits = f" ({then['git'] or '?'} → {now['git'] or '?'})" if then["git"] != now["git"] else ""
+        lines.append(f"the code of nanochat_pl{commits}")
+    return [f"{line} (the last bits may be others)" for line in lines]
 
 
 def _with_counted_files(values: dict[str, Any], folder: StageFolder) -> dict[str, Any]:
@@ -129,12 +230,24 @@ def about() -> dict[str, Any]:
     """Time, versions, machine and git state, as plain data."""
     return {
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "git": _git_state(),
-        "versions": library_versions(),
+        **code(),
         "system": f"{platform.system()} {platform.machine()}",
         "cpus": os.cpu_count(),
         "device": device_name(choose_device()),
     }
+
+
+def code() -> dict[str, Any]:
+    """What runs: git state, SHA-256 of the source, versions."""
+    return {"git": _git_state(), "source": _source_hash(), "versions": library_versions()}
+
+
+def _source_hash() -> str:
+    """SHA-256 over all source files of this package."""
+    package, digest = Path(nanochat_pl.__file__).parent, hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        digest.update(f"{path.relative_to(package).as_posix()} {sha256_of_file(path)}\n".encode())
+    return digest.hexdigest()
 
 
 def _git_state() -> str:

@@ -19,7 +19,13 @@ from nanochat_pl.cli.instantiate import make_objects
 from nanochat_pl.cli.locate import cache_folder, run_keys
 from nanochat_pl.cli.overrides import take_key
 from nanochat_pl.cli.plan import print_plan
-from nanochat_pl.cli.records import as_typed, require_same_settings, settings_that_matter, write_records
+from nanochat_pl.cli.records import (
+    as_typed,
+    reopen_to_train_longer,
+    require_same_settings,
+    settings_that_matter,
+    write_records,
+)
 from nanochat_pl.common import together
 from nanochat_pl.common.console import next_steps, print_table, say
 from nanochat_pl.common.run_folder import StageFolder, fresh_stage_folder, only_run_with, stage_folder
@@ -47,6 +53,7 @@ def run(arguments: Sequence[str]) -> int:
     if config.check_only:
         together.by_main(lambda: _print_check(composed, folder))
         return 0
+    together.by_main(lambda: reopen_to_train_longer(folder, composed))
     if folder.status != "finished":
         # Before the folder is made: a stage whose parent is not there leaves nothing behind.
         inherits = together.agreed(lambda: inherited(config, folder, composed.given))

@@ -1,24 +1,20 @@
-"""Going on with a run: what must be as it was, what may change where that is asked for, and the record of it."""
+"""Going on with a run: what must be as it was, and what may change where that is asked for."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nanochat_pl.common import distributed
 from nanochat_pl.common.console import say
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.common.files import write_text
 from nanochat_pl.optim.schedules import schedule_values
+from nanochat_pl.training.changes import note_changes
 from nanochat_pl.training.resume import AtomicCheckpointIO
 
 if TYPE_CHECKING:
     from nanochat_pl.training.stages import StageRecipe
 
-CHANGES = "changes.jsonl"
 # Of what a resume file says of its run: what cannot be otherwise, and why.
 _FIXED = {
     "tokens a step": "step N begins at row N times the rows of a step, so rows would be left out or seen twice",
@@ -59,7 +55,10 @@ def step_to_go_on_from(path: Path, recipe: StageRecipe, with_changes: bool = Fal
         note_changes(path.parent.parent, changes)
     choices = saved["nanochat_pl"]["choices"]
     for key, was in choices.items():
-        if key in recipe.choices and recipe.choices[key] != was:
+        as_before = (
+            key == "device_batch_size" and recipe.batch_size_as_recorded and saved["nanochat_pl"].get("most_rows")
+        )
+        if key in recipe.choices and recipe.choices[key] != was and not as_before:
             say(f"{key} was {was} and is {recipe.choices[key]} now: the run goes on, its last bits may be others.")
     return step
 
@@ -83,28 +82,3 @@ def _consequence(key: str, was: Any, step: int, recipe: StageRecipe) -> str:
         f"Horizon {was:,} → {recipe.num_steps:,} steps. The schedule is a function of step and horizon: in the next"
         f" step, {step + 1:,}, the learning rates jump from {before:.4g} of their peak to {after:.4g}."
     )
-
-
-def note_changes(stage_folder: Path, changes: Sequence[str], code: Mapping[str, Any] | None = None) -> None:
-    """Add to the record of a stage what is otherwise than before, unless its last line says so already.
-
-    Args:
-        stage_folder: of the stage.
-        changes: one sentence each.
-        code: of the program that goes on, where it is not that of before.
-    """
-    lines = read_changes(stage_folder)
-    line = {"changes": [*changes], **({"code": code} if code else {})}
-    if not lines or line != {key: value for key, value in lines[-1].items() if key != "time"}:
-        lines.append({"time": datetime.now(timezone.utc).isoformat(timespec="seconds"), **line})
-        text = "".join(json.dumps(each, ensure_ascii=False, allow_nan=False) + "\n" for each in lines)
-        write_text(stage_folder / CHANGES, text)
-
-
-def read_changes(stage_folder: Path) -> list[dict[str, Any]]:
-    """The record of all changes of a stage, oldest first."""
-    path = stage_folder / CHANGES
-    try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
-    except ValueError as error:
-        raise UserError(f"{path}: is no valid JSON: {error}", fix="Delete it: it is a record, nothing more.") from error

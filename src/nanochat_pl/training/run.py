@@ -21,6 +21,7 @@ from nanochat_pl.data.mixed_rows import MixedRows
 from nanochat_pl.data.opening import open_source
 from nanochat_pl.model.loss import default_chunk_tokens
 from nanochat_pl.planning import Plan, hyperparameters
+from nanochat_pl.training.changes import read_changes
 from nanochat_pl.training.datamodule import RowsDataModule
 from nanochat_pl.training.evaluation import Samples
 from nanochat_pl.training.fit import Fitted, Fitting, fit
@@ -162,7 +163,7 @@ def _finish(
     together.by_main(lambda: announce_streamed(prepared))
     say("Final validation and samples …")
     figures = prepared.validation.measure(stage.net)
-    moments = stage.optimizer.optimizer.moments_by_name()  # of all processes
+    moments = stage.optimizer.moments_by_name()  # of all processes
     net = stage.net
 
     def write() -> None:
@@ -180,6 +181,7 @@ def _finish(
             parents=list(prepared.parents),
             versions=library_versions(),
             data=prepared.rows.record() | prepared.data,
+            changes=read_changes(folder.path),
         )
         save_bundle(folder.bundle, info, net=net, tokenizer=prepared.tokenizer, moments=moments)
         write_json(
