@@ -46,7 +46,7 @@ class StepRows(Dataset):
         num_targets = int((targets != IGNORE_INDEX).sum())
         sources = torch.as_tensor(self.rows.place(numbers)[0]) if isinstance(self.rows, MixedRows) else None
         ids = torch.as_tensor(inputs), torch.as_tensor(targets)
-        return StepBatch(*ids, num_targets, sources, num_rows=len(largest), first_row=own.start)
+        return StepBatch(*ids, num_targets, sources, num_rows=len(largest), num_rows_of_all=count, first_row=own.start)
 
     def wait_for(self, step: int, check: Callable[[], None]) -> None:
         """Wait until the rows of a step are there; ``check`` is called again and again."""

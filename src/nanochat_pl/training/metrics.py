@@ -19,6 +19,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers.logger import Logger
 from torch import Tensor
 
+from nanochat_pl.common import distributed
 from nanochat_pl.common.constants import IGNORE_INDEX
 from nanochat_pl.common.files import disk_errors_explained, write_text
 from nanochat_pl.data.mixed_rows import MixedRows
@@ -36,6 +37,7 @@ COLUMNS = (
     "train/tokens_per_second",
     "train/mfu",
     "train/step_seconds",
+    "train/communication_seconds",
     "train/gradient_norm",
     "train/skipped_steps",
     "train/loss_scale",
@@ -159,7 +161,7 @@ class StepMetrics(Callback):
 
     Args:
         clock: what counts as the training's time.
-        flops_per_token, peak_flops: of the model and of the device; without a peak there is no MFU.
+        flops_per_token, peak_flops: of the model and of one device; without a peak there is no MFU.
         log_every_steps: see above.
         mixed: the rows, where they are of several sources: each has figures of its own.
 
@@ -180,13 +182,15 @@ class StepMetrics(Callback):
         self.latest: dict[str, float] = {}
         self._smoothed, self._weight, self._tokens, self._seconds = 0.0, 0.0, 0, 0.0
         self._recent: deque[float] = deque(maxlen=20)
-        # Nats and targets of each source since the last logged step, (2, S), on the device of the training.
+        self._waited = 0.0
+        # Nats and targets of each source since the last logged step, (2, S), on the device of the training; of the rows
+        # of this process.
         self._by_source = torch.zeros(2, len(mixed.names) if mixed else 0)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to go on with the same figures."""
         return {
-            "by_source": self._by_source.tolist(),
+            "by_source": self._by_source_of_all().tolist(),
             "smoothed": self._smoothed,
             "weight": self._weight,
             "tokens": self._tokens,
@@ -197,7 +201,7 @@ class StepMetrics(Callback):
         """Go on from a resume file."""
         self._smoothed, self._weight = state_dict["smoothed"], state_dict["weight"]
         self._tokens, self._seconds = state_dict["tokens"], state_dict["seconds"]
-        if "by_source" in state_dict:  # older files have none
+        if "by_source" in state_dict and distributed.is_main():  # older files have none
             self._by_source = torch.tensor(state_dict["by_source"])
 
     @property
@@ -219,11 +223,16 @@ class StepMetrics(Callback):
         """The first lap begins here."""
         self.clock.lap()
 
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """What is waited for from here on is the step's."""
+        self._waited = distributed.seconds_waited()
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: StepBatch, batch_idx: int
     ) -> None:
-        """After a step: ``global_step`` is the number of steps made."""
-        seconds, tokens, loss = self.clock.lap(), batch.inputs.numel(), outputs["loss"].item()
+        """After a step: ``global_step`` is the number of steps made. Tokens are those of all processes."""
+        seconds, loss = self.clock.lap(), outputs["loss"].item()
+        tokens = (batch.num_rows_of_all or len(batch.inputs)) * batch.inputs.shape[1]
         if is_number := math.isfinite(loss):  # else the step was skipped
             self._smoothed = SMOOTHING * self._smoothed + (1 - SMOOTHING) * loss
             self._weight = SMOOTHING * self._weight + (1 - SMOOTHING)
@@ -243,7 +252,10 @@ class StepMetrics(Callback):
             **pl_module.guard.figures(),
         }
         if self.peak_flops is not None:
-            self.latest["train/mfu"] = tokens / seconds * self.flops_per_token / self.peak_flops
+            peak_flops = self.peak_flops * distributed.world_size()
+            self.latest["train/mfu"] = tokens / seconds * self.flops_per_token / peak_flops
+        if distributed.world_size() > 1:
+            self.latest["train/communication_seconds"] = distributed.seconds_waited() - self._waited
         if batch.sources is not None and is_number:
             self._add_by_source(batch.sources, outputs["nats_of_rows"], batch.targets)
         if trainer.global_step % self.log_every_steps == 0 or trainer.global_step == trainer.max_steps:
@@ -256,9 +268,14 @@ class StepMetrics(Callback):
         is_of = sources == torch.arange(self._by_source.shape[1], device=sources.device)[:, None]
         self._by_source = self._by_source.to(sources.device) + torch.where(is_of, of_rows[:, None], 0.0).sum(dim=2)
 
+    def _by_source_of_all(self) -> Tensor:
+        total = self._by_source.clone()
+        distributed.sum_(total)
+        return total
+
     def _take_by_source(self, mixed: MixedRows) -> dict[str, float]:
         """Of each source the mean loss since the last logged step, if it had rows there, and its tokens so far."""
-        all_nats, all_targets = self._by_source.tolist()
+        all_nats, all_targets = self._by_source_of_all().tolist()
         self._by_source = torch.zeros_like(self._by_source)
         rows_so_far = mixed.turns.counts(self._tokens // mixed.sequence_len)
         figures: dict[str, float] = {}

@@ -29,6 +29,7 @@ class StepBatch(NamedTuple):
     num_targets: int  # of these rows, counted on the host
     sources: Tensor | None = None  # int64 (R,): of a mixture, the number of each row's source
     num_rows: int = 0  # of the largest share that a process has of this step; 0: of this one
+    num_rows_of_all: int = 0  # of all shares; 0: of this one
     first_row: int = 0  # the number of the first of these rows; the others follow
 
 
@@ -52,8 +53,7 @@ def training_step(stage: TrainingStage, batch: StepBatch) -> StepResult:
         UserError: the step has no targets; its loss or gradient is not finite, and that is not to be skipped (raised
             before the update); a single row needs more memory than there is.
     """
-    step, guard = stage.global_step, stage.guard
-    optimizer = stage.optimizer.optimizer  # the wrapped one: what a method notes would stay in the wrapper
+    step, optimizer, guard = stage.global_step, stage.optimizer, stage.guard
     num_targets = distributed.total(batch.num_targets)
     if num_targets == 0:
         raise UserError(f"step {step + 1}: none of its rows has a token to train on.", fix="Look at the stage's data.")
@@ -73,7 +73,7 @@ def training_step(stage: TrainingStage, batch: StepBatch) -> StepResult:
         optimizer.skip_step()
     optimizer.set_step_values(schedule_values(stage.schedule, step, stage.num_steps))
     with ends_with_the_newest_file(stage):
-        stage.optimizer.step()
+        stage.update()
     optimizer.zero_grad()
     return StepResult(loss, norm, num_targets, skipped=not passed)
 
