@@ -115,7 +115,7 @@ class Training:
         self.schedule, self.num_steps, self.global_step = SCHEDULE, NUM_STEPS, 0
         self.device, self.device_batch_size = torch.device("cpu"), DEVICE_BATCH_SIZE
         self.weighted_loss = loss or self.net.weighted_loss
-        self.manual_backward, self.guard = Tensor.backward, Guard()
+        self.manual_backward, self.update, self.guard = Tensor.backward, self.optimizer.step, Guard()
         self.batches = batches(seed)
 
     def between_micro_batches(self, part: int) -> None:

@@ -38,7 +38,7 @@ def test_museum_40_a_compiled_run_writes_the_names_of_an_eager_one(tmp_path: Pat
     saved = torch.load(tmp_path / "checkpoints" / "step=000002.ckpt", weights_only=True)
     assert [*saved["state_dict"]] == [f"net.{name}" for name in expected]
     assert saved["optimizer_states"][0]["state"].keys() == expected
-    moments = stage.optimizer.optimizer.moments_by_name()
+    moments = stage.optimizer.moments_by_name()
     save_bundle(tmp_path / "bundle", StageInfo(stage="base", step=2), net=stage.net, moments=moments)
     assert load_file(tmp_path / "bundle" / "model.safetensors").keys() == expected
     assert {name.rpartition(".")[0] for name in load_moments(tmp_path / "bundle") or {}} == expected

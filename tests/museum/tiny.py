@@ -49,6 +49,7 @@ class Loop:
         hyper = resolve_hyperparameters(OptimSettings(compile=compile_muon), width=self.net.config.width)
         self.optimizer = build_optimizer(self.net.named_parameters(), parameter_roles(self.net), hyper)
         self.optimizer.allocate_state()
+        self.update = self.optimizer.step
         self.values: list[StepValues] = []
         self.gradients: dict[str, torch.Tensor] = {}
         self._set_step_values = self.optimizer.set_step_values

@@ -52,6 +52,13 @@ def say(text: str = "", style: str = "") -> None:
     console().print(Text(visible(text), style=style))
 
 
+def say_from_any(text: str) -> None:
+    """As :func:`say`, but for what matters whichever process it comes from: its rank is said."""
+    made = console()
+    made.quiet = False
+    made.print(Text(visible(f"process {launched_place().rank}: {text}" if is_silent() else text)))
+
+
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], title: str = "") -> None:
     """Print a table. Columns that hold only numbers in every row are set right.
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from nanochat_pl.common import distributed
-from nanochat_pl.common.console import say
+from nanochat_pl.common.console import say, say_from_any
 from nanochat_pl.common.errors import SharedError, UserError
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def halve_device_batch_size(stage: TrainingStage, ran_out: bool) -> None:
     rows, what = stage.device_batch_size, f"step {stage.global_step + 1}: out of memory{where}"
     if rows == 1:
         raise SharedError(f"{what}, with one row of {stage.recipe.model.sequence_len:,} tokens at once.", fix=FIX)
-    stage.device_batch_size = rows // 2
+    stage.device_batch_size = stage.most_rows = rows // 2
     say(f"{what} with device_batch_size={rows}: the step is done again, and all go on with {rows // 2}.")
 
 
@@ -131,7 +131,7 @@ class InPieces:
             if size == 1:
                 raise UserError(f"{self.what}: out of memory with one row of {rows[0].shape[1]:,} tokens.", fix=FIX)
             self.most = size // 2
-            say(f"{self.what}: out of memory with {size} rows at once, goes on with {self.most}.")
+            say_from_any(f"{self.what}: out of memory with {size} rows at once, goes on with {self.most}.")
 
 
 def _append(results: list[Tensor], work: Callable[..., Tensor], rows: tuple[Tensor, ...]) -> None:

@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
+from nanochat_pl.common.console import say
 from nanochat_pl.model.config import GPTConfig, InitSettings
 from nanochat_pl.model.gpt import GPT, parameter_roles
 from nanochat_pl.model.init import init_weights
@@ -37,7 +38,7 @@ class StageRecipe:
     init: InitSettings = field(default_factory=InitSettings)
     on_nonfinite: OnNonfinite = "stop"
     max_grad_norm: float | None = None
-    # Whether a resumed run begins with the device_batch_size that the one before it had to come down to.
+    # Whether a resumed run begins with the device_batch_size that it had to come down to before.
     batch_size_as_recorded: bool = False
     # What rows and length of the run come from: a resumed run must have the same.
     identity: dict[str, Any] = field(default_factory=dict)
@@ -53,7 +54,8 @@ class TrainingStage(LightningModule):
         self.automatic_optimization = False
         self.recipe = recipe
         self.schedule, self.num_steps = recipe.schedule, recipe.num_steps
-        self.device_batch_size = recipe.device_batch_size  # halved where memory runs out, on all processes alike
+        self.device_batch_size = recipe.device_batch_size
+        self.most_rows: int | None = None  # at once, since memory ran out with more: the same on all processes
         self.guard = Guard(
             recipe.on_nonfinite, recipe.max_grad_norm, LossScale(recipe.model.compute_dtype == "float16")
         )
@@ -92,15 +94,20 @@ class TrainingStage(LightningModule):
         """Give the optimizer its first moments: none here."""
 
     @property
-    def optimizer(self) -> Any:
-        """Lightning's wrapper of the optimizer (its ``step`` counts ``global_step``)."""
-        return self.optimizers()
+    def optimizer(self) -> MuonAdamW:
+        """The optimizer itself: what its methods note would stay in the object that Lightning wraps around it."""
+        return self.optimizers().optimizer  # type: ignore[union-attr, return-value]
+
+    def update(self) -> None:
+        """Let the optimizer step, through Lightning's wrapper, which counts ``global_step``."""
+        self.optimizers().step()  # type: ignore[union-attr]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put what the run is and what the machine chose into the resume file, to be compared when it is used."""
         checkpoint["nanochat_pl"] = {
             "identity": self.recipe.identity,
             "choices": {**self.recipe.choices, "device_batch_size": self.device_batch_size},
+            "most_rows": self.most_rows,
             "guard": self.guard.state_dict(),
         }
 
@@ -109,9 +116,13 @@ class TrainingStage(LightningModule):
         saved = checkpoint["nanochat_pl"]
         if "guard" in saved:  # older files have none
             self.guard.load_state_dict(saved["guard"])
-        if self.recipe.batch_size_as_recorded:
-            recorded = saved["choices"].get("device_batch_size", self.device_batch_size)
-            self.device_batch_size = min(self.device_batch_size, recorded)
+        self.most_rows = saved.get("most_rows")
+        if self.recipe.batch_size_as_recorded and self.most_rows and self.most_rows < self.device_batch_size:
+            say(
+                f"device_batch_size={self.most_rows}: with more, memory ran out before"
+                f" (device_batch_size={self.device_batch_size} tries again)."
+            )
+            self.device_batch_size = self.most_rows
 
     def resume_files(self) -> list[Path]:
         """The run's resume files, newest first."""
