@@ -8,6 +8,7 @@ import warnings
 
 # Message (a regular expression, from its beginning) → why it is noise here.
 NOISE = {
+    r"The `srun` command is available": "who starts the processes is known",
     r"The '\w+' does not have many workers": "rows come from a memory map: no workers are needed",
     r"`isinstance\(treespec, LeafSpec\)` is deprecated": "between Lightning and torch",
 }

@@ -29,3 +29,18 @@ def launched_place() -> Place:
         int(os.environ.get("LOCAL_RANK", rank)),
         int(os.environ.get("LOCAL_WORLD_SIZE", world_size)),
     )
+
+
+_launch = ""
+
+
+def name_launch(name: str) -> None:
+    """Note a name that all processes of this launch have, and no other launch."""
+    global _launch
+    _launch = name
+
+
+def launch_on_node() -> str:
+    """A name that this launch's processes on this node have, and nobody else; empty where none was noted."""
+    place = launched_place()
+    return f"{_launch}-{place.rank - place.local_rank}" if _launch else ""

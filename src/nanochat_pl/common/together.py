@@ -15,30 +15,21 @@ import torch
 
 from nanochat_pl.common import distributed
 from nanochat_pl.common.errors import SharedError, UserError
-from nanochat_pl.common.place import launched_place
+from nanochat_pl.common.place import launched_place, name_launch
 
 T = TypeVar("T")
-
-_launch = ""
 
 
 def begin() -> None:
     """Let the processes of this launch speak to each other. Which device each trains on is not known yet."""
-    global _launch
     distributed.start(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    _launch = distributed.from_main(uuid.uuid4().hex)
+    name_launch(distributed.from_main(uuid.uuid4().hex))
 
 
 def end() -> None:
     """The end of :func:`begin`: wait for each other and part. After an error of one process, it is left out."""
     distributed.barrier()
     distributed.stop()
-
-
-def launch_of_node() -> str:
-    """A name that the processes of one launch on one node have, and nobody else; empty where there is one process."""
-    place = launched_place()
-    return f"{_launch}-{place.rank - place.local_rank}" if distributed.world_size() > 1 else ""
 
 
 def agreed(function: Callable[[], T]) -> T:

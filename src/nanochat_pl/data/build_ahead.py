@@ -24,6 +24,8 @@ import numpy as np
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.files import FREE_SPACE, ensure_folder, free_bytes, read_json, write_json
 from nanochat_pl.common.locks import try_lock
+from nanochat_pl.common.place import launch_on_node
+from nanochat_pl.data.cache_folder import fingerprint_of
 from nanochat_pl.data.packing import Packing, pack_as_they_come
 from nanochat_pl.data.streamed_index import Segments
 from nanochat_pl.data.token_cache import ShardToBuild, TokenCache, tokenised
@@ -123,7 +125,8 @@ class BuilderProcess:
 
 
 def start_builder(job: Job, cache_dir: Path) -> BuilderProcess:
-    """Start a process that builds; it is at work when this returns.
+    """Start a process that builds; it is at work when this returns. One for all processes of a training on this node:
+    the first of them to call this starts it.
 
     Several may work at once, as those of a mixture do. Each encodes with as many threads as its job says, by default
     one for each core: they share the cores, and leave them to the training first.
@@ -133,7 +136,11 @@ def start_builder(job: Job, cache_dir: Path) -> BuilderProcess:
     """
     folder = ensure_folder(cache_dir / "ahead")
     _forget_old_ones(folder)
-    builder = BuilderProcess(folder / f"{uuid.uuid4().hex}.json")
+    launch = launch_on_node()
+    name = f"{launch}-{fingerprint_of(job.segments.key, job.num_rows)[:16]}" if launch else uuid.uuid4().hex
+    builder = BuilderProcess(folder / f"{name}.json")
+    if builder.status.exists():
+        return builder
     builder.tell(0)
     # Not forked: this process may have threads of torch, and a device.
     process = multiprocessing.get_context("spawn").Process(target=_run, args=(job, builder), daemon=True)
