@@ -1,0 +1,57 @@
+"""Proves a machine in a minute: devices, arithmetic, collectives, sharded optimizer, resume files.
+
+nanochat-pl selftest
+torchrun --nproc-per-node 8 -m nanochat_pl.cli.main selftest
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from nanochat_pl.cli.compose import compose
+from nanochat_pl.cli.locate import cache_folder
+from nanochat_pl.common import distributed, together
+from nanochat_pl.common.console import print_table, say
+from nanochat_pl.common.files import write_json
+from nanochat_pl.common.settings import setting
+from nanochat_pl.training.settings import PathsSettings
+
+
+@dataclass(frozen=True)
+class SelftestConfig:
+    """The root of configs/selftest.yaml."""
+
+    accelerator: Literal["auto", "cpu", "cuda", "mps"] = setting("auto", "Device to test; auto: the best there is.")
+    to: str | None = setting(None, "A file for the table, as JSON; null: none.")
+    timeout_seconds: float = setting(120.0, "Seconds for a check; longer means that it never ends.", above=0)
+    paths: PathsSettings = setting(factory=PathsSettings)
+
+
+Config = SelftestConfig
+
+
+def run(arguments: Sequence[str]) -> int:
+    """The verb."""
+    config = together.agreed(lambda: compose("selftest", SelftestConfig, arguments)).config
+    from nanochat_pl.training.selftest import CheckBroke, selftest, verdict
+
+    size = distributed.world_size()
+    say(f"Testing {size} process{'es' if size > 1 else ''} …")
+    try:
+        findings = selftest(
+            config.accelerator, Path(config.paths.runs), cache_folder(config.paths), config.timeout_seconds
+        )
+    except CheckBroke as error:
+        # Not by the way that waits for the other processes: they wait for what will not come.
+        print(error, file=sys.stderr, flush=True)
+        raise SystemExit(1) from error
+    passed = all(finding.result != "FAILED" for finding in findings)
+    print_table(("check", "result", "figure", "tolerance"), findings)
+    if config.to is not None and distributed.is_main():
+        write_json(Path(config.to), {"passed": passed, "checks": [finding._asdict() for finding in findings]})
+    say(verdict(findings))
+    return 0 if passed else 1

@@ -1,0 +1,137 @@
+"""What a machine is made to prove before it is trusted with a training: the runner of the checks, and their table.
+
+Every process makes all checks in the same order. After each, the processes tell each other what they found, so a
+failure of one is named in the table of the first. A check that gets no answer (a network that lets nothing through, a
+process that is gone) ends the process with the name of the check, long before any patience of the backend.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from nanochat_pl.common import distributed, together
+from nanochat_pl.common.hardware import choose_compute_dtype, choose_device
+from nanochat_pl.common.place import launched_place
+from nanochat_pl.training import selftest_arithmetic, selftest_processes
+from nanochat_pl.training.selftest_findings import Bench, Check, Finding
+
+
+class CheckBroke(Exception):
+    """A check in which the processes speak to each other raised an error in one of them: the others wait for it."""
+
+
+def selftest(accelerator: str, runs: Path, caches: Path, timeout_seconds: float) -> list[Finding]:
+    """Make all checks on this process's device, together with the processes that were started with it.
+
+    Args:
+        accelerator: the setting: ``auto``, ``cpu``, ``cuda`` or ``mps``.
+        runs, caches: folders of the runs and of the data caches.
+        timeout_seconds: for a check.
+
+    Returns:
+        the lines of the table, the same on all processes.
+
+    Raises:
+        SharedError: there is no such device on one of them.
+        CheckBroke: a check with collectives raised in this process.
+    """
+    device = together.agreed(lambda: device_of_process(accelerator))
+    bench = Bench(device, choose_compute_dtype("auto", device), accelerator, runs, caches)
+    with selftest_processes.make_checks() as checks:
+        return run_checks([*selftest_arithmetic.CHECKS, *checks], bench, timeout_seconds)
+
+
+def device_of_process(accelerator: str) -> torch.device:
+    """The device of this process: of several GPUs the one with its number on this node."""
+    device = choose_device(accelerator)
+    if device.type != "cuda" or device.index is not None:
+        return device
+    # A launcher may show each process only its own GPU.
+    number = 0 if torch.cuda.device_count() == 1 else launched_place().local_rank
+    device = choose_device(f"cuda:{number}")
+    torch.cuda.set_device(device)
+    return device
+
+
+def run_checks(checks: Sequence[Check], bench: Bench, timeout_seconds: float) -> list[Finding]:
+    """Make all checks on all processes; gives the lines of the table, the same on each.
+
+    Raises:
+        CheckBroke: a check with collectives raised in this process.
+    """
+    findings: list[Finding] = []
+    for check in checks:
+        with no_answer_ends(check.name, timeout_seconds):
+            own = _findings_of(check, bench)
+            everyones = [
+                [Finding(*line) for line in json.loads(text)] for text in distributed.from_all(json.dumps(own))
+            ]
+        findings += _merged(everyones)
+    return findings
+
+
+def _findings_of(check: Check, bench: Bench) -> list[Finding]:
+    try:
+        return list(check.function(bench))
+    except Exception as error:  # whatever a broken device, driver or library makes of it: that is the finding
+        lines = str(error).strip().splitlines() or [""]
+        said = f"{type(error).__name__}: {lines[0][:300]}"
+        if check.together and distributed.world_size() > 1:
+            raise CheckBroke(f"process {distributed.rank()}: {check.name}: {said}") from error
+        return [Finding(check.name, "FAILED", said)]
+
+
+def _merged(everyones: Sequence[Sequence[Finding]]) -> list[Finding]:
+    """The lines of one check: the first process's figure, or who failed and how."""
+    merged = []
+    for name in dict.fromkeys(finding.check for own in everyones for finding in own):
+        by_rank = [(rank, f) for rank, own in enumerate(everyones) for f in own if f.check == name]
+        failed = [(rank, finding) for rank, finding in by_rank if finding.result == "FAILED"]
+        shown = by_rank[0][1]
+        if failed and len(everyones) > 1:
+            figures = "; ".join(f"process {rank}: {finding.figure}" for rank, finding in failed)
+            shown = failed[0][1]._replace(figure=figures)
+        merged.append(shown)
+    return merged
+
+
+def verdict(findings: Sequence[Finding]) -> str:
+    """The last line: whether all is well, else what is not."""
+    failed = [finding.check for finding in findings if finding.result == "FAILED"]
+    left_out = [finding.check for finding in findings if finding.result == "left out"]
+    rest = f" ({len(left_out)} left out: {', '.join(left_out)})" if left_out else ""
+    if failed:
+        return f"{len(failed)} of {len(findings) - len(left_out)} checks FAILED: {', '.join(failed)}{rest}"
+    return f"all {len(findings) - len(left_out)} checks passed{rest}"
+
+
+@contextlib.contextmanager
+def no_answer_ends(what: str, seconds: float) -> Iterator[None]:
+    """End this process, saying so, where the block takes longer: it waits for what does not come."""
+
+    def end() -> None:
+        place = launched_place()
+        print(
+            f"\nprocess {place.rank} of {place.world_size}: {what}: no answer in {seconds:,.0f} s.\n"
+            "Another process is gone or in another check, or the network lets nothing through: see its lines, try"
+            " NCCL_DEBUG=INFO, and NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME set to the right interface.",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()

@@ -1,0 +1,216 @@
+"""The checks that a process makes by itself: what its device computes, held against the plain thing on the CPU."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from nanochat_pl.common.constants import IGNORE_INDEX
+from nanochat_pl.common.files import free_bytes
+from nanochat_pl.common.hardware import device_name, has_bfloat16, memory_bytes
+from nanochat_pl.common.place import launched_place
+from nanochat_pl.model import attention
+from nanochat_pl.model.gpt import TORCH_DTYPES
+from nanochat_pl.model.loss import weighted_nats
+from nanochat_pl.training.machine import compiler_works
+from nanochat_pl.training.selftest_findings import Bench, Check, Finding, within
+from nanochat_pl.training.selftest_steps import NUM_POSITIONS, NUM_ROWS, distance, pattern, rows, tiny_net
+
+# Largest distances, relative (L2). What is measured is a fifth of it or less; a product in TF32 is 3e-4 off.
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+BACKENDS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+LENGTH, WINDOW, HEAD_DIM = 320, 100, 32
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def check_device(bench: Bench) -> list[Finding]:
+    """Which devices there are, which one this process has, and the type that it computes in, with the reasons."""
+    if bench.device.type == "cuda":
+        there = f"of {torch.cuda.device_count()} that this process sees"
+    else:
+        there = "PyTorch sees no GPU" if not torch.cuda.is_available() else "there are GPUs"
+    chosen = f"accelerator={bench.accelerator}" + (": the best there is" if bench.accelerator == "auto" else "")
+    why = "has units for bfloat16" if has_bfloat16(bench.device) else "has no units for bfloat16"
+    x = torch.arange(4.0, device=bench.device)
+    figure = f"{bench.device} ({device_name(bench.device)}); {chosen}; {there}"
+    return [
+        Finding("device", "ok" if float((x * x).sum()) == 14 else "FAILED", figure),
+        Finding("compute type", "ok", f"{bench.dtype}: the device {why}"),
+    ]
+
+
+def check_memory(bench: Bench) -> list[Finding]:
+    """Memory of the device and free space of the disks: less than a gigabyte is no machine to train on."""
+    memory = memory_bytes(bench.device)
+    figure = f"{memory / 2**30:,.1f} GiB"
+    if bench.device.type == "cuda":
+        free = torch.cuda.mem_get_info(bench.device)[0]
+        figure += f", {free / 2**30:,.1f} GiB of it free"
+    findings = [Finding("memory", "ok" if memory >= 2**30 else "FAILED", figure, ">= 1 GiB")]
+    for name, folder in (("disk of runs", bench.runs), ("disk of caches", bench.caches)):
+        free = free_bytes(folder)
+        figure = f"{free / 2**30:,.1f} GiB free at {folder}"
+        findings.append(Finding(name, "ok" if free >= 2**30 else "FAILED", figure, ">= 1 GiB"))
+    return findings
+
+
+def check_attention(bench: Bench) -> list[Finding]:
+    """Attention as it is trained with, and each backend that the device offers: forward and gradients."""
+    findings = []
+    for dtype in dict.fromkeys((torch.float32, TORCH_DTYPES[bench.dtype])):
+        ways: dict[str, Callable[[int], Attend]] = {"as trained": _as_trained, "plain products": _products}
+        ways |= {f"sdpa, {name}": _with_backend(backend) for name, backend in BACKENDS.items()}
+        for name, way in ways.items():
+            errors = [_attention_error(way(window), window, dtype, bench.device) for window in (LENGTH, WINDOW)]
+            offered = [error for error in errors if error is not None]
+            if offered:
+                check = f"attention in {_name(dtype)}: {name}"
+                only = "" if len(offered) == 2 else ", without a window" if errors[1] is None else ", with a window"
+                findings.append(within(check, max(offered), TOLERANCE[dtype], only))
+    return findings
+
+
+def _as_trained(window: int) -> Attend:
+    return lambda q, k, v: attention.windowed_attention(q, k, v, window, HEAD_DIM**-0.5)
+
+
+def _products(window: int) -> Attend:
+    return lambda q, k, v: attention.products(q, k, v, HEAD_DIM**-0.5, _mask(window, q.device))
+
+
+def _with_backend(backend: SDPBackend) -> Callable[[int], Attend]:
+    def way(window: int) -> Attend:
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            causal = window >= LENGTH
+            with sdpa_kernel([backend]):
+                mask = None if causal else _mask(window, q.device)
+                return attention.sdpa(q, k, v, HEAD_DIM**-0.5, mask, causal)
+
+        return attend
+
+    return way
+
+
+def _mask(window: int, device: torch.device) -> Tensor:
+    return attention.band_mask(LENGTH, LENGTH, 0, window, device)
+
+
+def _attention_error(attend: Attend, window: int, dtype: torch.dtype, device: torch.device) -> float | None:
+    """Relative distance of output and gradients from the plain way in float64; None: the device does not offer it."""
+    shape = (2, 4, LENGTH, HEAD_DIM)
+    tensors = [pattern(shape, number).to(dtype) for number in range(3)]
+    slope = pattern(shape, 3).to(dtype)
+    expected = _with_gradients(_plain_attention(window), [tensor.double() for tensor in tensors], slope.double())
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a backend that is not offered says why
+            found = _with_gradients(attend, [tensor.to(device) for tensor in tensors], slope.to(device))
+    except RuntimeError as error:
+        if "No available kernel" in str(error) or "No viable backend" in str(error):
+            return None
+        raise
+    return max(distance([one], [other]) for one, other in zip(found, expected, strict=True))
+
+
+def _plain_attention(window: int) -> Attend:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = (q @ k.transpose(-2, -1)) * HEAD_DIM**-0.5
+        place = torch.arange(LENGTH)
+        behind = place[:, None] - place
+        return scores.masked_fill((behind < 0) | (behind > window), -torch.inf).softmax(dim=-1) @ v
+
+    return attend
+
+
+def _with_gradients(attend: Attend, tensors: Sequence[Tensor], slope: Tensor) -> list[Tensor]:
+    inputs = [tensor.requires_grad_() for tensor in tensors]
+    output = attend(*inputs)
+    return [output.detach(), *torch.autograd.grad(output, inputs, slope)]
+
+
+def check_dtypes(bench: Bench) -> list[Finding]:
+    """The tiny model's logits in each type of activations against float32 on the CPU."""
+    inputs, _ = rows()
+    with torch.no_grad():
+        expected = tiny_net(torch.device("cpu"))(inputs)
+        findings = []
+        for name in ["float32"] if bench.device.type == "mps" else TORCH_DTYPES:
+            dtype = TORCH_DTYPES[name]  # type: ignore[index]
+            found = tiny_net(bench.device, dtype)(inputs.to(bench.device))
+            findings.append(within(f"logits in {name}", distance([found], [expected]), 3 * TOLERANCE[dtype]))
+    return findings
+
+
+def check_loss(bench: Bench) -> list[Finding]:
+    """Loss and gradients made piece by piece against the plain cross entropy in float64."""
+    width, vocabulary, cap = 48, 90, 15.0
+    hidden, head = pattern((75, width), 0), 0.5 * pattern((96, width), 1)
+    targets = torch.arange(75) * 7 % vocabulary
+    targets[::9] = IGNORE_INDEX
+    x, matrix = hidden.clone().requires_grad_(), head.clone().requires_grad_()
+    capped = cap * torch.tanh(x @ matrix[:vocabulary].T / cap)
+    plain = F.cross_entropy(capped, targets, ignore_index=IGNORE_INDEX, reduction="sum")
+    expected = [plain.detach(), *torch.autograd.grad(plain, (x, matrix))]
+    leaves = [tensor.float().to(bench.device).requires_grad_() for tensor in (hidden, head)]
+    weights, goals = torch.ones(75, device=bench.device), targets.to(bench.device)
+    worst = 0.0
+    for chunk in (7, 32, 75):
+        nats, _ = weighted_nats(
+            leaves[0], leaves[1], goals, weights, vocab_size=vocabulary, cap=cap, chunk_tokens=chunk
+        )
+        found = [nats.detach(), *torch.autograd.grad(nats, leaves)]
+        worst = max(worst, *(distance([one], [other]) for one, other in zip(found, expected, strict=True)))
+    return [within("loss in pieces, gradients", worst, TOLERANCE[torch.float32])]
+
+
+def check_compile(bench: Bench) -> list[Finding]:
+    """Loss and gradients of a compiled layer against the uncompiled one, in the type of the training.
+
+    By the first process of each node alone: compiling keeps all cores busy.
+    """
+    if launched_place().local_rank > 0:
+        return []
+    dtype = TORCH_DTYPES[bench.dtype]
+    net = tiny_net(bench.device, dtype, depth=1)
+    inputs, targets = (tensor.to(bench.device) for tensor in rows())
+    parameters = list(net.parameters())
+    expected = _loss_and_gradients(net.loss_by_row, inputs, targets, parameters)
+    try:
+        compiled = torch.compile(net.loss_by_row, dynamic=False)
+        found = _loss_and_gradients(compiled, inputs, targets, parameters)
+    except Exception:  # whatever a missing compiler, header or library makes of it
+        if compiler_works(bench.device):
+            raise
+        return [Finding("torch.compile", "left out", "does not run here: trainings are not compiled")]
+    return [within("torch.compile", distance(found, expected), 3 * TOLERANCE[dtype], f" in {bench.dtype}")]
+
+
+def _loss_and_gradients(
+    loss_by_row: Callable[..., tuple[Tensor, Tensor]], inputs: Tensor, targets: Tensor, parameters: Sequence[Tensor]
+) -> list[Tensor]:
+    loss = loss_by_row(inputs, targets)[0] / (NUM_ROWS * NUM_POSITIONS)
+    return [loss.detach(), *torch.autograd.grad(loss, parameters)]
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+CHECKS = (
+    Check("device", check_device),
+    Check("memory", check_memory),
+    Check("attention", check_attention),
+    Check("logits", check_dtypes),
+    Check("loss", check_loss),
+    Check("torch.compile", check_compile),
+)
