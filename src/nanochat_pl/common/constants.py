@@ -5,3 +5,6 @@ IGNORE_INDEX = -1
 
 # Exit code of a command that ends for a foreseeable mistake (wrong key, missing file, full disk).
 EXIT_USER_ERROR = 2
+
+# A signal that comes again so soon is the same one, on another way: a terminal or a launcher may deliver it twice.
+SAME_SIGNAL_SECONDS = 0.5

@@ -2,7 +2,8 @@
 
 What is left waits for the failed one in a collective, for ever if nobody says a word. So each process has a thread that
 speaks to the others past the collectives: through the store by which the launcher brought them together. It beats its
-heart there, looks at the hearts of the others, and at a place where a process that fails writes why.
+heart there, looks at the hearts of the others, and at a place where a process that fails writes why. It also hears
+signals, which the main thread does not while it waits in a collective.
 
 Nothing is saved here: the same command goes on from the last regular resume file.
 """
@@ -11,14 +12,21 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import os
+import select
+import signal
+import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from types import FrameType
 from typing import Any
 
+from nanochat_pl.common.constants import SAME_SIGNAL_SECONDS
 from nanochat_pl.common.errors import SharedError, UserError, visible
 from nanochat_pl.common.place import Place, launched_place
 
@@ -36,7 +44,8 @@ class Pace:
         interval: between two beats, and two looks.
         silence: a heart that did not beat for so long has stopped. A thread cannot beat while a library holds the
             interpreter's lock, so this is generous.
-        suspicion: the same, once a collective has failed.
+        suspicion: the same, once a collective has failed, or a signal has come: launchers send one to the others when a
+            process has died.
         grace: what a process has to end by itself, once another has failed.
     """
 
@@ -85,6 +94,15 @@ class _Watchdog:
         self._looks_without_beat = dict.fromkeys(self._others, 0)
         self._leaving = threading.Event()
         self._collective_failed = False
+        self._signals: list[int] = []
+        self._last_signal = -math.inf
+        self._wake, self._woken_by = socket.socketpair()
+        self._woken_by.setblocking(False)
+        signal.set_wakeup_fd(self._woken_by.fileno(), warn_on_full_buffer=False)
+        # A process is not to end silently between the error of a collective and what is said of it.
+        self._has_term = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+        if self._has_term:
+            signal.signal(signal.SIGTERM, _left_to_the_thread)
         self._beat(self._store, "0")
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
@@ -93,17 +111,26 @@ class _Watchdog:
 
     def leave(self) -> None:
         """The end without an error: the others need not listen for this heart any more."""
-        self._leaving.set()
+        self._dismiss_thread()
         self._thread.join()
         with contextlib.suppress(RuntimeError):  # the store is gone, with all who could have listened
             self._beat(self._main_store, "left")
+        self._wake.close()
+        self._woken_by.close()
+
+    def _dismiss_thread(self) -> None:
+        self._leaving.set()
+        signal.set_wakeup_fd(-1)
+        self._woken_by.send(b"\0")
+        if self._has_term:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def fail(self, error: BaseException) -> None:
         """Say what went wrong here, then to the others that it did, and end."""
         if isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _OF_COLLECTIVES):
             self._collective_failed = True  # another process is gone: the thread finds which, and ends this one
             self._thread.join(self.pace.suspicion + self.pace.grace + 3 * self.pace.interval)
-        self._leaving.set()
+        self._dismiss_thread()
         printed, line = io.StringIO(), _first_line(error)
         with contextlib.redirect_stderr(printed):
             code = self.report(error)
@@ -135,7 +162,7 @@ class _Watchdog:
 
     def _watch(self) -> None:
         beat = 0
-        while not self._leaving.wait(self.pace.interval):
+        while not self._leaves_within(self.pace.interval):
             beat += 1
             try:
                 self._beat(self._store, str(beat))
@@ -143,8 +170,29 @@ class _Watchdog:
                     self._end_after_failure()
                 elif (silent := self._silent()) is not None:
                     self._store.compare_set("failure", "", f"{silent}\nit is gone: killed, or its machine has failed")
+                elif self._signals:
+                    self._end_where_main_does_not()
             except RuntimeError:
                 self._end_without_store()
+
+    def _leaves_within(self, seconds: float) -> bool:
+        """Whether the main thread is done with the block; a signal ends the waiting, too."""
+        if select.select([self._wake], [], [], seconds)[0]:
+            came = next((signum for signum in self._wake.recv(64) if signum), None)
+            if came and time.monotonic() - self._last_signal > SAME_SIGNAL_SECONDS:
+                self._signals.append(came)
+                self._last_signal = time.monotonic()
+        return self._leaving.is_set()
+
+    def _end_where_main_does_not(self) -> None:
+        """Signals came. The first one in a training is the training's; any other is to end the process now, which the
+        main thread cannot do while it waits for a process that does not come."""
+        handler = signal.getsignal(self._signals[-1])
+        ours = handler in (_left_to_the_thread, signal.default_int_handler)
+        if (ours or len(self._signals) > 1) and not self._collective_failed:
+            signum = self._signals[-1]
+            if not self._leaving.wait(self.pace.grace) and not self._collective_failed:
+                os._exit(128 + signum)
 
     def _silent(self) -> int | None:
         """A process whose heart has stopped. Looks are counted and not seconds: where all were suspended, nobody
@@ -153,7 +201,7 @@ class _Watchdog:
             news = beat != self._last_beats[rank] or beat == b"left"
             self._last_beats[rank] = beat
             self._looks_without_beat[rank] = 0 if news else self._looks_without_beat[rank] + 1
-        limit = self.pace.suspicion if self._collective_failed else self.pace.silence
+        limit = self.pace.suspicion if self._collective_failed or self._signals else self.pace.silence
         silent = [rank for rank, looks in self._looks_without_beat.items() if looks * self.pace.interval > limit]
         return silent[0] if silent else None
 
@@ -196,6 +244,10 @@ def _connect(pace: Pace) -> Any:
     )
     # A launcher that starts the workers again keeps its store, and with it the failure of those before.
     return PrefixStore(f"nanochat_pl/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+
+
+def _left_to_the_thread(signum: int, frame: FrameType | None) -> None:
+    """That there is a handler at all makes Python wake the thread."""
 
 
 def _report(error: BaseException) -> int:

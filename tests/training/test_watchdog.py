@@ -1,0 +1,162 @@
+"""One process fails: all end soon, and the error that comes first is the true one."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from torch.distributed import TCPStore
+
+# Two or three processes with a watchdog that looks ten times a second. What each does is a line of Python.
+PROGRAM = """
+import os, signal, sys, time
+import torch
+from nanochat_pl.common import distributed
+from nanochat_pl.common.errors import SharedError, UserError
+from nanochat_pl.training.watchdog import Pace, watchdog
+
+def report(error):
+    print(f"error: {error}", file=sys.stderr)
+    return 2 if isinstance(error, UserError) else 1
+
+rank = int(os.environ["RANK"])
+distributed.start(torch.device("cpu"))
+with watchdog(report, Pace(interval=0.1, silence=SILENCE, suspicion=1.0, grace=0.5)):
+    distributed.barrier()
+    print("ready", flush=True)
+    exec(sys.argv[1])
+distributed.stop()
+"""
+
+
+@dataclass
+class Ended:
+    """Of each process the exit code, and what all have printed, in its order."""
+
+    codes: list[int]
+    lines: list[str]
+
+
+@contextlib.contextmanager
+def processes(work: list[str], tmp_path: Path, silence: float = 60.0) -> Iterator[list[subprocess.Popen[str]]]:
+    """A process for each piece of work; they find each other through a store that this one hosts, as under torchrun."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    shared = {"WORLD_SIZE": str(len(work)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+    environment = {**os.environ, **shared, "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCH_CPP_LOG_LEVEL": "FATAL"}
+    program = PROGRAM.replace("SILENCE", str(silence))
+    with (tmp_path / "printed").open("wb") as printed:
+        begun = [
+            subprocess.Popen(
+                [sys.executable, "-c", program, line],
+                env=environment | {"RANK": str(rank)},
+                stdout=subprocess.PIPE,
+                stderr=printed,
+                text=True,
+            )
+            for rank, line in enumerate(work)
+        ]
+        try:
+            for process in begun:
+                assert process.stdout is not None and process.stdout.readline() == "ready\n", printed_in(tmp_path)
+            yield begun
+        finally:
+            for process in begun:
+                process.kill()
+                process.wait()
+                assert process.stdout is not None
+                process.stdout.close()
+
+
+def printed_in(tmp_path: Path) -> list[str]:
+    return (tmp_path / "printed").read_text(encoding="utf-8").splitlines()
+
+
+def end_of(begun: list[subprocess.Popen[str]], tmp_path: Path) -> Ended:
+    """Wait for all: they must end by themselves."""
+    return Ended([process.wait(timeout=120) for process in begun], printed_in(tmp_path))
+
+
+BARRIER, SLEEP = "distributed.barrier()", "time.sleep(600)"
+
+
+def test_the_true_error_is_on_top(tmp_path: Path) -> None:
+    """One waits for the failed process in a collective, one does something else: both end and say why."""
+    with processes([BARRIER, "raise UserError('the disk is full')", SLEEP], tmp_path) as begun:
+        ended = end_of(begun, tmp_path)
+    assert ended.codes == [1, 2, 1]
+    assert ended.lines[0] == "process 1: error: the disk is full"
+    why = "ended because process 1 failed: the disk is full"
+    assert sorted(ended.lines[1:]) == [f"process 0: {why}", f"process 2: {why}"]
+
+
+def test_the_same_error_everywhere_is_printed_once(tmp_path: Path) -> None:
+    with processes(["raise UserError('no such file')"] * 3, tmp_path) as begun:
+        ended = end_of(begun, tmp_path)
+    assert ended.codes == [2, 2, 2]
+    assert len(ended.lines) == 1 and ended.lines[0].endswith("error: no such file")
+
+
+def test_a_killed_process_is_named(tmp_path: Path) -> None:
+    """It can say nothing. What the collective of the second says of it is not the true error."""
+    with processes([SLEEP, BARRIER, SLEEP], tmp_path, silence=5.0) as begun:
+        begun[0].send_signal(signal.SIGKILL)
+        ended = end_of(begun, tmp_path)
+    assert ended.codes == [-signal.SIGKILL, 1, 1]
+    why = "ended because process 0 failed: it is gone"
+    assert len(ended.lines) == 2
+    assert all(line.startswith(f"process {rank}: {why}") for rank, line in enumerate(sorted(ended.lines), start=1))
+
+
+def test_a_heart_that_is_silent(tmp_path: Path) -> None:
+    """A machine that is gone closes no connection: only its silence tells. As if suspended, and never again awake."""
+    with processes([SLEEP, BARRIER], tmp_path, silence=2.0) as begun:
+        begun[0].send_signal(signal.SIGSTOP)
+        assert begun[1].wait(timeout=120) == 1
+    assert printed_in(tmp_path)[0].startswith("process 1: ended because process 0 failed: it is gone")
+
+
+def test_a_second_signal_ends_what_waits_in_a_collective(tmp_path: Path) -> None:
+    """There the main thread hears nothing. The first one is to end the training between two micro-batches."""
+    noted = "signal.signal(signal.SIGUSR1, lambda *_: None); signal.signal(signal.SIGTERM, lambda *_: None); "
+    with processes([noted + BARRIER, SLEEP], tmp_path) as begun:
+        deadline = time.monotonic() + 120
+        while begun[0].poll() is None:
+            begun[0].send_signal(signal.SIGUSR1)
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        assert begun[0].returncode == 128 + signal.SIGUSR1
+
+
+def test_before_the_training_one_signal_ends_it(tmp_path: Path) -> None:
+    """As it does without other processes, whose preparations this one waits for."""
+    with processes([BARRIER, SLEEP], tmp_path) as begun:
+        begun[0].send_signal(signal.SIGTERM)
+        assert begun[0].wait(timeout=120) == 128 + signal.SIGTERM
+
+
+def test_all_of_them_may_be_suspended(tmp_path: Path) -> None:
+    """A laptop that sleeps: on waking nobody takes the others for dead."""
+    with processes(["time.sleep(1); distributed.barrier()"] * 2, tmp_path, silence=1.0) as begun:
+        for process in begun:
+            process.send_signal(signal.SIGSTOP)
+        with pytest.raises(subprocess.TimeoutExpired):
+            begun[0].wait(timeout=3)
+        for process in begun:
+            process.send_signal(signal.SIGCONT)
+        ended = end_of(begun, tmp_path)
+    assert ended.codes == [0, 0] and ended.lines == []
+
+
+def test_the_end_without_an_error(tmp_path: Path) -> None:
+    """One is done long before the other; an error that all have raised together is not one of a single process."""
+    with processes(["pass", "time.sleep(3)"], tmp_path, silence=1.0) as begun:
+        ended = end_of(begun, tmp_path)
+    assert ended.codes == [0, 0] and ended.lines == []
