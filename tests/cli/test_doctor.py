@@ -102,7 +102,7 @@ def test_a_row_is_shown_with_its_documents(trained: Path, capsys: Captured) -> N
     keys = [*of(trained, "max_steps"), "max_steps=2"]
     assert main(["doctor", *keys, "row=11"]) == 0
     said = capsys.readouterr().out
-    assert "Row 11 of 16, the row 3 of step 1 (both from 0): 33 of 33 places are filled." in said
+    assert "Row 11 of 16 (from 0), in step 2 of 2: 33 of 33 places are filled." in said
     pieces = re.findall(r"\d+\. (\S+), document ([\d,]+), tokens (\d+) to (\d+) of (\d+):\n +(['\"])(.*)\6\n", said)
     assert pieces and sum(int(stop) + 1 - int(start) + 1 for _, _, start, stop, *_ in pieces) == 33
     (shard,) = source_of(trained).shards("train")

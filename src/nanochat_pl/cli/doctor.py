@@ -3,6 +3,7 @@
 nanochat-pl doctor stage=base data=local data.path=texts
 nanochat-pl doctor stage=sft run=NAME
 nanochat-pl doctor stage=base model.depth=12 row=123456
+nanochat-pl doctor stage=base run=NAME step=4711
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ from nanochat_pl.cli.compose import Composed
 from nanochat_pl.cli.experiment import compose_step
 from nanochat_pl.cli.locate import cache_folder
 from nanochat_pl.cli.overrides import take_key
+from nanochat_pl.cli.records import own_settings
 from nanochat_pl.cli.train import place_of
 from nanochat_pl.common.console import print_table, progress, say
 from nanochat_pl.common.files import ensure_folder, write_bytes, write_json
+from nanochat_pl.common.run_folder import StageFolder
 from nanochat_pl.common.settings import setting, to_plain
 from nanochat_pl.data.doctor import Examination
 from nanochat_pl.data.doctor_findings import Figures, Finding, failing, findings
@@ -40,7 +43,10 @@ class DoctorConfig(TrainConfig):
     """The root of configs/doctor.yaml: the keys of train, and what to look at."""
 
     row: int | None = setting(
-        None, "Show which documents this row of the training is made of, and nothing else.", at_least=0
+        None, "Show which documents this row of the training is made of, and nothing else. From 0.", at_least=0
+    )
+    step: int | None = setting(
+        None, "The same of all rows of this step; counted as metrics.csv does, from 1.", at_least=1
     )
     max_documents: int = setting(
         100_000, "Documents of each split whose text is read; of more of them, an even sample.", at_least=1
@@ -54,22 +60,25 @@ Config = DoctorConfig
 HELP_KEYS = ("model.depth", "model.sequence_len", "data.path", "data.long_documents", "paths.runs")
 EXTRA_KEYS = {
     "stage=base": "Whose data: tokenizer, base or sft.",
+    "run=NAME": "With a stage that has begun: its own settings, but for those that are given.",
     "experiment=NAME": "Take the settings of an experiment file (its shared keys and those of the stage).",
 }
 
 
 def run(arguments: Sequence[str]) -> int:
     """The verb: 0, or 1 where something would break a run."""
-    from nanochat_pl.cli.doctor_data import open_stage_data, row_lines
+    from nanochat_pl.cli.doctor_data import open_stage_data
+    from nanochat_pl.cli.doctor_rows import row_lines, step_lines
 
-    stage, _ = take_key(arguments, "stage")
-    composed: Composed[DoctorConfig] = compose_step("doctor", stage or "base", DoctorConfig, arguments)
-    folder = place_of(Composed[TrainConfig](composed.config, given=composed.given, experiment=composed.experiment))
+    composed, folder = _composed(arguments)
     config = inherited(composed.config, folder, composed.given)
     assert isinstance(config, DoctorConfig)
     cache = cache_folder(config.paths)
-    if config.row is not None:
-        for line in row_lines(config, folder, cache, config.row):
+    if config.row is not None or config.step is not None:
+        for line in [
+            *([] if config.row is None else row_lines(config, folder, cache, config.row)),
+            *([] if config.step is None else step_lines(config, folder, cache, config.step)),
+        ]:
             say(line)
         return 0
     bundle = {} if config.eval_bundle is None else read_eval_bundle(Path(config.eval_bundle))
@@ -98,6 +107,16 @@ def run(arguments: Sequence[str]) -> int:
     code = _show_findings(problems)
     say(f"{to / PICTURE}, {to / JSON}")
     return code
+
+
+def _composed(arguments: Sequence[str]) -> tuple[Composed[DoctorConfig], StageFolder]:
+    """The settings, with the folder of the stage. Of a run that is named, those that the stage was begun with."""
+    stage, _ = take_key(arguments, "stage")
+    composed: Composed[DoctorConfig] = compose_step("doctor", stage or "base", DoctorConfig, arguments)
+    folder = place_of(Composed[TrainConfig](composed.config, given=composed.given, experiment=composed.experiment))
+    if composed.config.run is not None and (own := own_settings(folder, DoctorConfig)):
+        composed = compose_step("doctor", stage or "base", DoctorConfig, arguments, own)
+    return composed, folder
 
 
 def _show_findings(problems: Sequence[Finding]) -> int:

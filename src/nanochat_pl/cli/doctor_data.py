@@ -16,7 +16,7 @@ from nanochat_pl.common.settings import to_plain
 from nanochat_pl.data.cache_folder import fingerprint_of
 from nanochat_pl.data.conversation_cache import ConversationCache
 from nanochat_pl.data.doctor import Found
-from nanochat_pl.data.doctor_documents import CachedDocuments, Documents, JoinedDocuments, TextDocuments, both_ends
+from nanochat_pl.data.doctor_documents import CachedDocuments, Documents, JoinedDocuments, TextDocuments
 from nanochat_pl.data.doctor_findings import Figures, Finding, finding_of, row_figures
 from nanochat_pl.data.doctor_sets import ConversationTexts
 from nanochat_pl.data.hub_files import HubFiles
@@ -120,7 +120,9 @@ class StageData:
 
 
 def prepare_stage(config: TrainConfig, folder: StageFolder, cache: Path) -> Prepared:
-    """What a training of these settings starts with. No folder of a run is made.
+    """What a training of these settings starts with; of a stage that has begun, with the files that it has.
+
+    No folder of a run is made, and nothing in one is changed.
 
     Raises:
         UserError: what the training would end with.
@@ -129,7 +131,7 @@ def prepare_stage(config: TrainConfig, folder: StageFolder, cache: Path) -> Prep
     dtype = choose_compute_dtype(config.model.compute_dtype, device)
     machine = Machine(device, device_name(device), dtype, compile=False)
     if config.stage.name == "sft":
-        return prepare_sft(config, folder, cache, machine)
+        return prepare_sft(config, folder, cache, machine, goes_on=True)
     folder = _with_tokenizer(config, folder, cache)
     return prepare_base(config, folder, cache, machine, newest_resume_file(folder.checkpoints) is not None)
 
@@ -289,36 +291,3 @@ def _at_hand(config: TrainConfig, cache: Path) -> dict[str, ConversationTexts]:
 
 def _texts_of(task: Task) -> ConversationTexts:
     return ConversationTexts(task, from_files=isinstance(task, ConversationSet))
-
-
-def row_lines(config: TrainConfig, folder: StageFolder, cache: Path, row: int) -> list[str]:
-    """What a row of the training is made of, a line for each piece and one for its text.
-
-    Raises:
-        UserError: there is no such row.
-    """
-    if config.stage.name == "tokenizer":
-        raise UserError(f"row={row}: a tokenizer is trained without rows.", "Say stage=base or stage=sft.")
-    prepared = prepare_stage(config, folder, cache)
-    plan, rows = prepared.plan, prepared.rows
-    if row >= len(rows):
-        raise UserError(
-            f"row={row}: the training has {len(rows):,} rows, 0 … {len(rows) - 1:,}"
-            f" ({plan['num_steps']:,} steps of {plan['rows_per_step']:,})."
-        )
-    rows.wait_for(row + 1)
-    place = place_in(mixtures(config, cache)[0]) if config.stage.name == "sft" else None
-    pieces = rows.address(row)
-    places = sum(1 + len(piece.ids) for piece in pieces)
-    step, within = divmod(row, plan["rows_per_step"])
-    lines = [
-        f"Row {row:,} of {len(rows):,}, the row {within:,} of step {step:,} (both from 0)"
-        f": {places:,} of {rows.sequence_len + 1:,} places are filled."
-    ]
-    for number, piece in enumerate(pieces, 1):
-        # All conversations are one shard.
-        where = place(piece.document) if place else f"{piece.shard}, document {piece.document:,}"
-        text = both_ends(prepared.tokenizer.decode(piece.ids.tolist()))
-        lines.append(f"{number:>3}. {where}, tokens {piece.start:,} to {piece.stop - 1:,} of {piece.length:,}:")
-        lines.append(f"     {text}")
-    return lines

@@ -82,12 +82,18 @@ def settings_of_step(experiment: Experiment, path: Path, step: str, schema: type
     ]
 
 
-def compose_step(verb: str, step: str, schema: type[T], overrides: Sequence[str]) -> Composed[T]:
-    """Compose a verb whose command line may name an experiment: group files, its sections, then the command line."""
+def compose_step(
+    verb: str, step: str, schema: type[T], overrides: Sequence[str], own: Sequence[Setting] = ()
+) -> Composed[T]:
+    """Compose a verb whose command line may name an experiment.
+
+    Group files, then what a stage has of its ``own``, the experiment's sections, the command line.
+    """
     name, rest = take_key(overrides, "experiment")
     if not name:
-        return compose(verb, schema, rest)
+        return compose(verb, schema, rest, own)
     experiment, path = read_experiment(name)
-    before = [Setting("stage", step, is_choice=True)] if "stage" in groups_of(schema) else []
+    before = [*own]
+    before += [Setting("stage", step, is_choice=True)] if "stage" in groups_of(schema) else []
     before += settings_of_step(experiment, path, step, schema)
     return compose(verb, schema, rest, before, experiment=path.stem)

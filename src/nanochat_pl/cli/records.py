@@ -19,6 +19,7 @@ import nanochat_pl
 from nanochat_pl.bundle.bundle import load_stage_info
 from nanochat_pl.bundle.stage_info import library_versions
 from nanochat_pl.cli.compose import Composed
+from nanochat_pl.cli.overrides import UNKNOWN, Setting, type_of_key
 from nanochat_pl.common.console import say
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.files import read_json, sha256_of_file, write_json, write_text
@@ -72,6 +73,20 @@ def settings_that_matter(values: Mapping[str, Any], stage: str) -> dict[str, Any
     # Keys of a source of a mixture, data.sources.NAME.KEY, are keys of data.
     own = {key: re.sub(r"^data\.sources\.[^.]+\.", "data.", key) for key in keys}
     return {key: keys[key] for key in keys if key.split(".")[0] in MATTERS[stage] and own[key] not in WITHOUT_A_SAY}
+
+
+def own_settings(folder: StageFolder, schema: type) -> list[Setting]:
+    """What a stage was begun with, of the keys that its rows depend on, and where its caches are. None: not begun."""
+    path = folder.path / "config.yaml"
+    if not path.is_file():
+        return []
+    values = _read_settings(folder)
+    own = settings_that_matter(values, folder.stage) | {"paths.cache": values.get("paths", {}).get("cache")}
+    return [
+        Setting(key, value, is_text=isinstance(value, str), origin=str(path))
+        for key, value in own.items()
+        if type_of_key(schema, key) is not UNKNOWN  # of an older version
+    ]
 
 
 def require_same_settings(folder: StageFolder, composed: Composed[TrainConfig]) -> None:
