@@ -6,7 +6,6 @@ torchrun --nproc-per-node 8 -m nanochat_pl.cli.main selftest
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,18 +36,12 @@ Config = SelftestConfig
 def run(arguments: Sequence[str]) -> int:
     """The verb."""
     config = together.agreed(lambda: compose("selftest", SelftestConfig, arguments)).config
-    from nanochat_pl.training.selftest import CheckBroke, selftest, verdict
+    from nanochat_pl.training.selftest import selftest, verdict
 
     size = distributed.world_size()
     say(f"Testing {size} process{'es' if size > 1 else ''} …")
-    try:
-        findings = selftest(
-            config.accelerator, Path(config.paths.runs), cache_folder(config.paths), config.timeout_seconds
-        )
-    except CheckBroke as error:
-        # Not by the way that waits for the other processes: they wait for what will not come.
-        print(error, file=sys.stderr, flush=True)
-        raise SystemExit(1) from error
+    runs, caches = Path(config.paths.runs), cache_folder(config.paths)
+    findings = selftest(config.accelerator, runs, caches, config.timeout_seconds)
     passed = all(finding.result != "FAILED" for finding in findings)
     print_table(("check", "result", "figure", "tolerance"), findings)
     if config.to is not None and distributed.is_main():

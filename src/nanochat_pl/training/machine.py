@@ -10,7 +10,7 @@ import torch
 from nanochat_pl.common.console import say
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.hardware import ComputeDType, choose_compute_dtype, choose_device, device_name
-from nanochat_pl.common.place import Place, launched_place
+from nanochat_pl.common.place import launched_place
 from nanochat_pl.planning.devices import peak_flops
 from nanochat_pl.training.settings import TrainConfig
 
@@ -43,10 +43,7 @@ def prepare_machine(config: TrainConfig) -> Machine:
     """Choose the device and how to compute on it, as the settings say; say what was chosen."""
     if config.trainer.num_threads is not None:
         torch.set_num_threads(config.trainer.num_threads)
-    device = choose_device(config.trainer.accelerator)
-    place = launched_place()
-    if device.type == "cuda" and place.world_size > 1:
-        device = _gpu_of(place)
+    device, place = own_device(config.trainer.accelerator), launched_place()
     dtype = choose_compute_dtype(config.model.compute_dtype, device)
     compiled = config.trainer.compile
     if compiled == "auto":
@@ -57,7 +54,15 @@ def prepare_machine(config: TrainConfig) -> Machine:
     return machine
 
 
-def _gpu_of(place: Place) -> torch.device:
+def own_device(accelerator: str) -> torch.device:
+    """The device of this process that a setting means: of several GPUs the one with its number on this machine.
+
+    Raises:
+        UserError: there is none.
+    """
+    device, place = choose_device(accelerator), launched_place()
+    if device.type != "cuda" or place.world_size == 1:
+        return device
     if place.local_rank >= (found := torch.cuda.device_count()):
         raise UserError(
             f"{place.local_world_size} processes on a machine where PyTorch sees {found} GPUs: each needs one.",

@@ -18,13 +18,15 @@ from pathlib import Path
 import torch
 
 from nanochat_pl.common import distributed, together
-from nanochat_pl.common.hardware import choose_compute_dtype, choose_device
+from nanochat_pl.common.errors import UserError
+from nanochat_pl.common.hardware import choose_compute_dtype
 from nanochat_pl.common.place import launched_place
 from nanochat_pl.training import selftest_arithmetic, selftest_processes
+from nanochat_pl.training.machine import own_device
 from nanochat_pl.training.selftest_findings import Bench, Check, Finding
 
 
-class CheckBroke(Exception):
+class CheckBroke(UserError):
     """A check in which the processes speak to each other raised an error in one of them: the others wait for it."""
 
 
@@ -43,22 +45,12 @@ def selftest(accelerator: str, runs: Path, caches: Path, timeout_seconds: float)
         SharedError: there is no such device on one of them.
         CheckBroke: a check with collectives raised in this process.
     """
-    device = together.agreed(lambda: device_of_process(accelerator))
+    device = together.agreed(lambda: own_device(accelerator))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     bench = Bench(device, choose_compute_dtype("auto", device), accelerator, runs, caches)
     with selftest_processes.make_checks() as checks:
         return run_checks([*selftest_arithmetic.CHECKS, *checks], bench, timeout_seconds)
-
-
-def device_of_process(accelerator: str) -> torch.device:
-    """The device of this process: of several GPUs the one with its number on this node."""
-    device = choose_device(accelerator)
-    if device.type != "cuda" or device.index is not None:
-        return device
-    # A launcher may show each process only its own GPU.
-    number = 0 if torch.cuda.device_count() == 1 else launched_place().local_rank
-    device = choose_device(f"cuda:{number}")
-    torch.cuda.set_device(device)
-    return device
 
 
 def run_checks(checks: Sequence[Check], bench: Bench, timeout_seconds: float) -> list[Finding]:
@@ -85,7 +77,7 @@ def _findings_of(check: Check, bench: Bench) -> list[Finding]:
         lines = str(error).strip().splitlines() or [""]
         said = f"{type(error).__name__}: {lines[0][:300]}"
         if check.together and distributed.world_size() > 1:
-            raise CheckBroke(f"process {distributed.rank()}: {check.name}: {said}") from error
+            raise CheckBroke(f"{check.name}: {said}") from error
         return [Finding(check.name, "FAILED", said)]
 
 
