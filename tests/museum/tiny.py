@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback
@@ -107,15 +109,19 @@ def fit_tiny(
     mixed: MixedRows | None = None,
     num_texts: int = 200,
     num_workers: int = 0,
+    recipe: Mapping[str, Any] | None = None,
 ) -> BaseStage:
     """A real fit of ``num_steps`` steps of two micro-batches each, or the rest of one that was stopped, with one block.
 
-    ``every_steps`` is for validation and samples, ``mixed`` for the training, in place of rows of one source.
+    ``every_steps`` is for validation and samples, ``mixed`` for the training, in place of rows of one source. What is
+    in ``recipe`` is otherwise than here.
     """
-    config = tiny_model(depth=1)
+    recipe = dict(recipe or {})
+    config = replace(tiny_model(depth=1), compute_dtype=recipe.pop("compute_dtype", "float32"))
     hyper = resolve_hyperparameters(OptimSettings(compile=compiled), width=config.width)
     schedule = ScheduleSettings(warmup_steps=2)
-    stage = BaseStage(StageRecipe(config, hyper, schedule, num_steps, ROWS_PER_STEP // 2, seed=0, compile=compiled))
+    usual = StageRecipe(config, hyper, schedule, num_steps, ROWS_PER_STEP // 2, seed=0, compile=compiled)
+    stage = BaseStage(replace(usual, **recipe))
     rows = tiny_rows(folder / "cache", num_texts)
     fitting = Fitting(
         name="tiny",

@@ -71,16 +71,14 @@ class Guard:
             return True
         self.skipped_steps += 1
         self._in_a_row += 1
-        if overflowed:
-            what = f"step {stage.global_step + 1}: float16 overflowed"
-            if self._in_a_row >= MOST_IN_A_ROW:
-                raise SharedError(
-                    f"{what}, {self._in_a_row} steps in a row; the loss scale came down to {self.loss_scale.factor:g}.",
-                    fix="Use model.compute_dtype=bfloat16 or float32.",
-                )
-            say(f"{what}: skipped; the loss scale is {self.loss_scale.factor:g} now.")
+        scale = f"the loss scale is {self.loss_scale.factor:g} now"
+        if overflowed and self._in_a_row < MOST_IN_A_ROW:
+            say(f"step {stage.global_step + 1}: float16 overflowed; {scale}, and the step is skipped.")
             return False
         problems = _what_is_not_finite(stage, batch, loss, norm)
+        if overflowed:
+            problems.append(f"float16 overflowed in {self._in_a_row} steps in a row; {scale}.")
+            raise _stopped(stage, problems, "Use model.compute_dtype=bfloat16 or float32.")
         if self.on_nonfinite == "stop":
             raise _stopped(stage, problems)
         if self._in_a_row >= MOST_IN_A_ROW:
@@ -118,14 +116,15 @@ class Guard:
         self.loss_scale.load_state_dict(state["loss_scale"])
 
 
-def _stopped(stage: TrainingStage, problems: list[str]) -> SharedError:
-    """The end of a run: all processes call it."""
+def _stopped(stage: TrainingStage, problems: list[str], fix: str = "") -> SharedError:
+    """The end of a run, and what to do. All processes call it."""
     step = stage.global_step + 1  # as metrics.csv and the bar count
     # One process looks, since another machine may not see the files.
     newest = distributed.from_main(str(last_good_file(stage.resume_files()) or "") if distributed.is_main() else "")
     return SharedError(
         [*problems, f"Nothing was updated. The newest resume file with finite weights: {newest or 'none'}."],
-        fix=f"Look at the text with `nanochat-pl doctor step={step}`; trainer.on_nonfinite=skip leaves such steps out.",
+        fix
+        or f"Look at the text with `nanochat-pl doctor step={step}`; trainer.on_nonfinite=skip leaves such steps out.",
     )
 
 
@@ -143,11 +142,11 @@ def _what_is_not_finite(stage: TrainingStage, batch: StepBatch, loss: float, nor
     first, end = min(each["rows"][0] for each in every), max(each["rows"][1] for each in every)
     lines = [f"step {stage.global_step + 1}: {figure}. Its rows are {first:,} to {end - 1:,}."]
     for rank, each in enumerate(every):
-        where = f"Process {rank}: " if len(every) > 1 else ""
+        whose = f" of process {rank}" if len(every) > 1 else ""
         if each["weights"]:
-            lines.append(f"{where}weights were not finite before the step: {_listed(each['weights'])}.")
+            lines.append(f"Weights{whose} that were not finite before the step: {_listed(each['weights'])}.")
         elif each["bad"]:
-            lines.append(f"{where}the loss of these rows is not finite: {_listed(each['bad'])}.")
+            lines.append(f"Rows{whose} whose loss is not finite: {_listed(each['bad'])}.")
     if len(lines) == 1:
         lines.append("The loss of each row is finite: it is the backward that is not.")
     return lines
