@@ -1,0 +1,175 @@
+"""Arguments of Lightning's Trainer: none is taken and then does nothing; each that is not ours says what to type."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+
+from nanochat_pl.cli.main import main
+from nanochat_pl.cli.train import compose_train
+from nanochat_pl.common.errors import UserError
+from nanochat_pl.training.settings import TrainerSettings
+from nanochat_pl.training.stages import TrainingStage
+from nanochat_pl.training.trainer_arguments import ARGUMENTS, Ours, Refused, Use, explain_argument
+from tests.training.conftest import tiny_overrides, write_texts
+
+SIGNATURE = inspect.signature(Trainer.__init__).parameters
+OURS = [name for name, what in ARGUMENTS.items() if isinstance(what, Ours)]
+OTHERS = [name for name in ARGUMENTS if name not in OURS]
+# As people type them to Lightning.
+TYPED = {
+    "accumulate_grad_batches": "4",
+    "devices": "2",
+    "fast_dev_run": "true",
+    "gradient_clip_val": "1.5",
+    "limit_train_batches": "0.1",
+    "max_epochs": "3",
+    "max_steps": "10",
+    "num_nodes": "2",
+    "overfit_batches": "1",
+    "precision": "bf16-mixed",
+    "strategy": "ddp",
+    "val_check_interval": "100",
+}
+
+
+def said_of(*texts: str) -> list[str]:
+    with pytest.raises(UserError) as caught:
+        compose_train(texts)
+    return list(caught.value.problems)
+
+
+def test_every_argument_of_the_installed_trainer_has_its_answer() -> None:
+    """A new version of Lightning brings new ones: write what becomes of them."""
+    assert set(ARGUMENTS) == set(SIGNATURE) - {"self"}
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_ours_are_keys_with_a_meaning(name: str) -> None:
+    (field,) = [field for field in dataclasses.fields(TrainerSettings) if field.name == name]
+    assert field.metadata["doc"]
+    assert explain_argument(name, "x") is None
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_no_argument_that_is_answered_is_a_key(name: str) -> None:
+    """Else the answer is never given."""
+    assert name not in {field.name for field in dataclasses.fields(TrainerSettings)}
+
+
+@pytest.mark.parametrize("group", ["trainer.", ""])
+def test_others_are_refused_with_what_to_type(group: str) -> None:
+    names = [name for name in OTHERS if group or name not in ("max_steps", "logger", "callbacks")]  # keys of the root
+    typed = {name: f"{group}{name}={TYPED.get(name, '1')}" for name in names}
+    said = said_of(*typed.values())
+    assert len(said) == len(typed)
+    for (name, text), problem in zip(typed.items(), said, strict=True):
+        what = ARGUMENTS[name]
+        assert problem.startswith(f"{text}: is an argument of Lightning's Trainer")
+        assert not isinstance(what, Ours) and (what.why if isinstance(what, Refused) else what.note) in problem
+
+
+@pytest.mark.parametrize("name", [name for name in OTHERS if isinstance(ARGUMENTS[name], Use)])
+def test_what_is_to_be_typed_can_be_typed(name: str) -> None:
+    """Whatever value was given, the example is one that the command takes."""
+    what = ARGUMENTS[name]
+    assert isinstance(what, Use)
+    values = [TYPED.get(name, "1"), "1", "0", "0.5", "-1", "true", "null", "x y", "[0, 1]"]
+    for example in {what.example.replace("{}", what.value(value)) for value in values}:
+        texts = [text for text in shlex.split(example) if "=" in text and not text.startswith("-")]
+        if example.startswith("torchrun"):
+            assert not texts and re.search(r"--n(proc-per-node|nodes)=\d+ ", example)
+        else:
+            assert texts == shlex.split(example)
+            compose_train(texts)
+
+
+@pytest.mark.parametrize(
+    ("typed", "answer"),
+    [
+        ("max_steps=10", "use max_steps=10."),
+        ("max_steps=-1", "use max_steps=1000."),
+        ("precision=bf16-mixed", "use model.compute_dtype=bfloat16."),
+        ("precision=16", "use model.compute_dtype=float16."),
+        ("precision=64-true", "use model.compute_dtype=float32."),
+        ("devices=2", "use torchrun --nproc-per-node=2 -m nanochat_pl.cli.main train … Each"),
+        ("devices=[0,1]", "use torchrun --nproc-per-node=2 "),
+        ("strategy=ddp", "use torchrun --nproc-per-node=2 "),
+        ("num_nodes=4", "use torchrun --nnodes=4 "),
+        ("accumulate_grad_batches=4", "use total_batch_tokens=65536 device_batch_size=4."),
+        ("gradient_clip_val=1", "use optim.max_grad_norm=1."),
+        ("gradient_clip_val=0", "use optim.max_grad_norm=1.0."),
+        ("val_check_interval=500", "use evaluation.every_steps=500."),
+        ("val_check_interval=0.25", "use evaluation.every_steps=250."),
+        ("limit_val_batches=8", "use evaluation.num_rows=8."),
+        ("fast_dev_run=true", "use max_steps=1."),
+        ("fast_dev_run=7", "use max_steps=7."),
+        ("max_epochs=2", "use stage.num_epochs=2."),
+        ("log_every_n_steps=5", "use trainer.log_every_steps=5."),
+        ("default_root_dir=/data/x", "use paths.runs=/data/x."),
+    ],
+)
+def test_the_value_is_carried_over_where_it_fits(typed: str, answer: str) -> None:
+    (problem,) = said_of(f"trainer.{typed}")
+    assert answer in problem
+
+
+def test_values_of_files_are_said_as_one_would_type_them() -> None:
+    assert str(explain_argument("fast_dev_run", True)).startswith("=true: ")
+    assert str(explain_argument("devices", 2)).startswith("=2: ") and "node=2 " in str(explain_argument("devices", 2))
+    assert str(explain_argument("precision", None)).startswith("=null: ")
+    assert explain_argument("depth", 3) is None
+
+
+def test_all_are_said_at_once_before_anything_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text(
+        "stages: {base: {trainer: {strategy: fsdp, max_time: {hours: 1}}}}\n", encoding="utf-8"
+    )
+    typed = ["trainer.devices=2", "trainer.precision=16-mixed", "trainer.keep_lst=3", "trainer.accelerator=gpu"]
+    assert main(["train", "experiment=mine.yaml", *typed]) == 2
+    error = capsys.readouterr().err
+    for part in (
+        "trainer.strategy=fsdp: is an argument of Lightning's Trainer; use torchrun",
+        "(mine.yaml, stages.base)",
+        "trainer.devices=2: is an argument of",
+        "model.compute_dtype=float16",
+        "trainer.keep_lst: there is no such key; did you mean trainer.keep_last",
+        "trainer.accelerator='gpu': must be one of auto, cpu, cuda, mps.",
+    ):
+        assert part in error, part
+    assert len(re.findall("^error: ", error, re.MULTILINE)) == 6
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.yaml"]
+
+
+@pytest.mark.parametrize("profiler", ["simple", "pytorch"])
+def test_a_profile_of_a_run(tmp_path: Path, profiler: str) -> None:
+    write_texts(tmp_path / "texts")
+    changed = ["max_steps=8", "tokenizer.vocab_size=265", f"trainer.profiler={profiler}", "run=it"]
+    assert main(["train", *tiny_overrides(tmp_path), *changed]) == 0
+    text = (tmp_path / "runs" / "it" / "base" / "fit-profile.txt").read_text(encoding="utf-8")
+    assert ("aten::" if profiler == "pytorch" else "training_step") in text
+
+
+def test_anomalies_are_looked_for_in_the_training_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_texts(tmp_path / "texts")
+    modes = []
+    step = TrainingStage.training_step
+
+    def noted(self: TrainingStage, batch: object, batch_idx: int) -> object:
+        modes.append(torch.is_anomaly_enabled())
+        return step(self, batch, batch_idx)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(TrainingStage, "training_step", noted)
+    settings = [*tiny_overrides(tmp_path), "max_steps=1", "tokenizer.vocab_size=265"]
+    assert main(["train", *settings, "run=with", "trainer.detect_anomaly=true"]) == 0
+    assert modes == [True] and not torch.is_anomaly_enabled()
