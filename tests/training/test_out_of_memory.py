@@ -36,7 +36,7 @@ def test_nothing_of_what_failed_stays_alive() -> None:
     def work() -> None:
         tensor = torch.ones(3)
         alive.append(weakref.ref(tensor))
-        raise MEMORY
+        raise torch.OutOfMemoryError
 
     gc.disable()  # not even until the next collection
     try:
