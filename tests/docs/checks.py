@@ -66,9 +66,9 @@ class Page:
             for line in block.text.replace("\\\n", " ").splitlines()
         ]
         for line in [*lines, *self.inline]:
-            for part in re.split(r"&&|;|\|", line):
+            for part in re.split(r"&&|;|\||&(?=\s|$)", line):
                 words = _words(part)
-                if words and (words[0] in ("nanochat-pl", "make") or "train.py" in words[:8]):
+                if words and (words[0] == "make" or _our_command(words) is not None):
                     yield words
 
     def runnable(self) -> Iterator[Block]:
@@ -108,12 +108,24 @@ def check_commands(page: Page, root: Path) -> Iterator[str]:
             wanted = [word for word in words[1:] if "=" not in word and not word.startswith("-") and word != ELLIPSIS]
             yield from (f"{shown}: the Makefile has no target {word}" for word in wanted if word not in targets)
             continue
-        where = next(n for n, word in enumerate(words) if word in ("nanochat-pl", "train.py"))
+        where = _our_command(words)
+        assert where is not None
         verb_and_keys = (["train"] if words[where] == "train.py" else []) + words[where + 1 :]
         try:
             _compose([word for word in verb_and_keys if word != ELLIPSIS])
         except UserError as error:
             yield from (f"{shown}: {problem}" for problem in error.problems)
+
+
+def _our_command(words: list[str]) -> int | None:
+    """Which word is our program, behind what a shell, torchrun or sbatch is told; None: the command is another's."""
+    first = words[0]
+    for number, word in enumerate(words):
+        behind_launcher = first in ("torchrun", "sbatch", "python", "srun") or "=" in first
+        ours = word in ("train.py", "nanochat_pl.cli.main") or word.endswith(".sbatch") or word == "nanochat-pl"
+        if ours and (number == 0 or behind_launcher):
+            return number
+    return None
 
 
 def _compose(words: list[str]) -> None:

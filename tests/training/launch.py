@@ -78,6 +78,7 @@ def launched(
     env: Mapping[str, str] | None = None,
     nodes: int = 1,
     cwd: Path | None = None,
+    module: str = "nanochat_pl.cli.main",
 ) -> Iterator[Launched]:
     """``torchrun … -m nanochat_pl.cli.main ARGUMENTS``, as long as the block lasts.
 
@@ -87,6 +88,7 @@ def launched(
         env: on top of today's environment.
         nodes: agents of torchrun, all on this machine.
         cwd: folder in which they run.
+        module: another program to start.
     """
     of_nodes = [processes] * nodes if isinstance(processes, int) else list(processes)
     mark, port = uuid.uuid4().hex, _free_port()
@@ -99,7 +101,7 @@ def launched(
             command = [
                 *(sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={count}"),
                 *(f"--nnodes={len(of_nodes)}", f"--node-rank={number}"),
-                *("--master-addr=127.0.0.1", f"--master-port={port}", "-m", "nanochat_pl.cli.main", *arguments),
+                *("--master-addr=127.0.0.1", f"--master-port={port}", "-m", module, *arguments),
             ]
             out, err = streams[number]
             # Signals reach it once, through whoever sends them, also where the test was interrupted by Ctrl-C.
@@ -125,9 +127,10 @@ def launch(
     nodes: int = 1,
     cwd: Path | None = None,
     timeout: float = TIMEOUT,
+    module: str = "nanochat_pl.cli.main",
 ) -> subprocess.CompletedProcess[str]:
     """As :func:`launched`, and wait for it: the largest exit code, and what all nodes have printed."""
-    with launched(processes, arguments, env, nodes, cwd) as run:
+    with launched(processes, arguments, env, nodes, cwd, module) as run:
         ended = run.wait(timeout)
     return subprocess.CompletedProcess(
         ended[0].args,
