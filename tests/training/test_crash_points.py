@@ -1,0 +1,145 @@
+"""Killed anywhere, the same command goes on to the same bits and figures, and leaves nothing else behind."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import random
+import shutil
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.crash_points import one_of_each_kind
+from tests.fork_server import ForkServer, fork_server
+from tests.training.conftest import sft_overrides, tiny_overrides
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork") or not Path("/proc/self/fd").exists(), reason="needs Linux")
+
+STAGES = ("base", "sft")
+FIVE_STEPS = [
+    "max_steps=5",
+    "trainer.checkpoint_every_steps=2",
+    "trainer.keep_best=1",
+    "evaluation.every_steps=2",
+    "evaluation.samples_every_steps=2",
+    "evaluation.sample_prompts=[a]",
+    "evaluation.num_rows=2",
+]
+
+
+class Trainings:
+    """Trains the same stage again and again, each time as another run."""
+
+    def __init__(self, server: ForkServer, place: Path) -> None:
+        self.server, self.place = server, place
+        self.log = place / "crashes.log"
+
+    def begin(self, run: str, stage: str) -> Path:
+        """The folder of a run with what the stage builds on; of base nothing, it makes its tokenizer on the way."""
+        folder = self.place / "runs" / run
+        shutil.rmtree(folder, ignore_errors=True)
+        for parent in ("tokenizer", "base") if stage == "sft" else ():
+            shutil.copytree(self.place / "runs" / "whole" / parent, folder / parent)
+        return folder
+
+    def train(self, run: str, stage: str, settings: list[str], **how: Any) -> int:
+        overrides = tiny_overrides(self.place) if stage == "base" else sft_overrides(self.place)
+        self.log.write_text("", encoding="utf-8")
+        return self.server.run(["train", f"run={run}", *overrides, *settings], self.log, **how)
+
+    def crash(self, stage: str, crash_at: int) -> Path:
+        """A training that is killed at a point; the same command again."""
+        folder = self.begin(f"crash-{stage}", stage)
+        watch = {"folder": str(folder), "crash_at": crash_at}
+        assert self.train(folder.name, stage, FIVE_STEPS, watch=watch) == -signal.SIGKILL, self.log.read_text("utf-8")
+        assert self.train(folder.name, stage, FIVE_STEPS) == 0, self.log.read_text("utf-8")
+        return folder
+
+
+def result(folder: Path, stage: str) -> dict[str, Any]:
+    """All that a stage ends with, but for times; tensors as the bytes of their files."""
+    place = folder / stage
+    with (place / "metrics.csv").open(encoding="utf-8", newline="") as file:
+        rows = [
+            {name: value for name, value in row.items() if "second" not in name and name != "train/mfu"}
+            for row in csv.DictReader(file)
+        ]
+    finished = json.loads((place / "finished.json").read_text(encoding="utf-8"))
+    return {
+        "files": sorted(str(path.relative_to(place)) for path in place.rglob("*")),
+        "metrics": rows,
+        "samples": (place / "samples.jsonl").read_text(encoding="utf-8"),
+        "best": json.loads((place / "checkpoints" / "best.json").read_text(encoding="utf-8")),
+        "finished": {key: finished[key] for key in ("step", "metrics", "tokens")},
+        "weights": (place / "bundle" / "model.safetensors").read_bytes(),
+        "moments": (place / "bundle" / "optimizer.safetensors").read_bytes(),
+        "tokenizer": (place / "bundle" / "tokenizer.json").read_bytes(),
+    }
+
+
+@pytest.fixture(scope="module")
+def trainings(place: Path) -> Iterator[Trainings]:
+    with fork_server() as server:
+        yield Trainings(server, place)
+
+
+@pytest.fixture(scope="module")
+def points(trainings: Trainings) -> dict[str, list[str]]:
+    """The points of each stage; the runs that come to all of them are the ones that nobody kills."""
+    found = {}
+    for stage in STAGES:
+        folder = trainings.begin(f"uncrashed-{stage}", stage)
+        names = trainings.place / f"points-{stage}.json"
+        watch = {"folder": str(folder), "names_to": str(names)}
+        assert trainings.train(folder.name, stage, FIVE_STEPS, watch=watch) == 0, trainings.log.read_text("utf-8")
+        found[stage] = json.loads(names.read_text(encoding="utf-8"))
+    return found
+
+
+def assert_all_are_survived(trainings: Trainings, stage: str, names: list[str], numbers: list[int]) -> None:
+    expected = result(trainings.place / "runs" / f"uncrashed-{stage}", stage)
+    for number in numbers:
+        folder = trainings.crash(stage, number)
+        found = result(folder, stage)
+        other = [key for key in expected if found[key] != expected[key]]
+        assert not other, f"killed at point {number}, {names[number]}: other {other}"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_killed_at_each_kind_of_point(trainings: Trainings, points: dict[str, list[str]], stage: str) -> None:
+    numbers = one_of_each_kind(points[stage])
+    assert {points[stage][number].split()[0] for number in numbers} >= {"open", "half", "fsync", "rename", "before"}
+    # The files of both stages are the same: of the second one every other kind.
+    assert_all_are_survived(trainings, stage, points[stage], numbers[:: 1 + STAGES.index(stage)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+def test_killed_at_every_point(trainings: Trainings, points: dict[str, list[str]], stage: str) -> None:
+    assert len(points[stage]) > 200
+    assert_all_are_survived(trainings, stage, points[stage], list(range(len(points[stage]))))
+
+
+@pytest.mark.slow
+def test_twenty_kills_at_random_times(trainings: Trainings) -> None:
+    """A longer run is killed again and again on its way."""
+    chance = random.Random(0)
+    settings = ["evaluation.samples_every_steps=10", "trainer.keep_best=2", "evaluation.every_steps=5"]
+    whole = trainings.begin("unkilled", "base")
+    assert trainings.train(whole.name, "base", settings) == 0
+    kills, turn = 0, 0
+    while kills < 20:
+        folder, turn = trainings.begin(f"killed-{turn}", "base"), turn + 1
+        while not (folder / "base" / "finished.json").exists():
+            code = trainings.train(
+                folder.name, "base", settings, kill_after=chance.uniform(0.2, 3) if kills < 20 else None
+            )
+            assert code in (0, -signal.SIGKILL), trainings.log.read_text("utf-8")
+            kills += code != 0
+        assert trainings.train(folder.name, "base", settings) == 0
+        assert result(folder, "base") == result(whole, "base")
