@@ -95,8 +95,8 @@ def _watch_files() -> None:
                 _point(f"{event.removeprefix('os.')} {name}")
 
     sys.addaudithook(hook)
-    os.fsync = _fsync
-    builtins.open = io.open = _open_watched  # type: ignore[assignment]
+    os.fsync = _fsync  # type: ignore[assignment]
+    builtins.open = io.open = _open_watched
     torch.save = _torn(torch.save)
     tensors.save_file = _torn(tensors.save_file)
 
@@ -170,7 +170,7 @@ def _watch_steps() -> None:
                 _around(callback, hook)
 
 
-def _our_callbacks(base: type) -> Iterator[type]:
+def _our_callbacks(base: type[Any]) -> Iterator[type[Any]]:
     for callback in base.__subclasses__():
         if callback.__module__.startswith("nanochat_pl."):
             yield callback
