@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,16 @@ from nanochat_pl.training.resume import resume_files
 from nanochat_pl.training.stages import BaseStage
 from tests.museum.tiny import fit_tiny
 from tests.training.steps import BATCH, StepLoop
+
+
+def test_the_settings_reach_the_stage(place: Path, train: Callable[..., int]) -> None:
+    """float16, clipping and what is to be done come from the command line; figures go into metrics.csv."""
+    given = ("model.compute_dtype=float16", "optim.max_grad_norm=0.001", "trainer.on_nonfinite=skip", "max_steps=2")
+    assert train("run=guarded", "device_batch_size=auto", *given) == 0
+    with (place / "runs" / "guarded" / "base" / "metrics.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["train/loss_scale"]) for row in rows] == [2.0**16] * 2
+    assert all(float(row["train/gradient_norm"]) > 0.001 and row["train/skipped_steps"] == "0" for row in rows)
 
 
 def resume_file(path: Path, value: float) -> Path:

@@ -184,8 +184,9 @@ def _convert_union(
         if not attempt:
             return result
         attempts.append(attempt)
-    if len(others) == 1:
-        problems.extend(attempts[0])
+    of_right_type = [attempt for attempt in attempts if " must be " not in attempt[0]]  # but out of bounds
+    if len(others) == 1 or of_right_type:
+        problems.extend([*of_right_type, *attempts][0])
     else:
         problems.append(f"{where}={value!r}: must be {' or '.join(_describe(choice) for choice in choices)}.")
     return value
