@@ -27,11 +27,13 @@ class Launched:
     Attributes:
         agents: one a node.
         mark: stands in the environment of each of the processes.
+        module: the program of the workers.
     """
 
     agents: list[subprocess.Popen[str]]
     mark: str
     streams: list[tuple[TextIO, TextIO]]
+    module: str
 
     def wait(self, timeout: float = TIMEOUT) -> list[subprocess.CompletedProcess[str]]:
         """Wait for all agents; gives exit code, stdout and stderr of each."""
@@ -56,7 +58,7 @@ class Launched:
         for pid in _marked(self.mark):
             environment = _environment(pid)
             command = _words(Path(f"/proc/{pid}/cmdline"))
-            if "RANK" in environment and "nanochat_pl.cli.main" in command:
+            if "RANK" in environment and self.module in command:
                 found[int(environment["RANK"])] = pid
         return found
 
@@ -95,7 +97,7 @@ def launched(
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {}), MARK: mark}
     with contextlib.ExitStack() as stack:
         streams = [(stack.enter_context(_file()), stack.enter_context(_file())) for _ in of_nodes]
-        run = Launched([], mark, streams)
+        run = Launched([], mark, streams, module)
         stack.callback(run.kill)
         for number, count in enumerate(of_nodes):
             command = [

@@ -1,0 +1,86 @@
+"""`nanochat-pl` with a fault put in: the program that tests of failures start, several of them with torchrun.
+
+NANOCHAT_PL_TEST_FAULT is `WHAT RANK STEP`: what happens to the process of that rank when it has made so many steps.
+NANOCHAT_PL_TEST_SECONDS is how long each step takes at least. NANOCHAT_PL_TEST_CODES is a folder where each process
+leaves its exit code.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nanochat_pl.cli.main import main
+from nanochat_pl.common.errors import UserError
+
+RANK = int(os.environ.get("RANK", 0))
+MODULE = "tests.training.faults"
+
+
+def fails(stage: Any) -> None:
+    """What is this process's alone, and a bug."""
+    raise ZeroDivisionError("a fault of this process alone")
+
+
+def is_refused(stage: Any) -> None:
+    """What is this process's alone, and a person can put right."""
+    raise UserError("a file of this process alone cannot be read.", "Mend it.")
+
+
+def is_killed(stage: Any) -> None:
+    """As by the system where memory is short."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def hangs(stage: Any) -> None:
+    """As on a network file system that does not answer; it hears no signal."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+    time.sleep(10_000)
+
+
+@torch.no_grad()
+def gets_nan(stage: Any) -> None:
+    """A weight is not a number."""
+    next(stage.net.parameters()).view(-1)[0] = float("nan")
+
+
+@torch.no_grad()
+def flips_a_bit(stage: Any) -> None:
+    """The last bit of one weight of a matrix of the first block."""
+    name, weight = next((name, each) for name, each in stage.net.named_parameters() if "blocks.0" in name)
+    assert weight.dtype == torch.float32, name
+    weight.view(torch.int32).view(-1)[0] ^= 1
+
+
+FAULTS = {each.__name__: each for each in (fails, is_refused, is_killed, hangs, gets_nan, flips_a_bit)}
+
+
+def put_in() -> None:
+    """Let each step begin with the fault."""
+    from nanochat_pl.training.stages import TrainingStage
+
+    what, rank, step = (os.environ.get("NANOCHAT_PL_TEST_FAULT") or "- -1 -1").split()
+    seconds = float(os.environ.get("NANOCHAT_PL_TEST_SECONDS", 0))
+    whole = TrainingStage.training_step
+
+    def faulty(stage: TrainingStage, *arguments: Any) -> Any:
+        time.sleep(seconds)
+        if (RANK, stage.global_step) == (int(rank), int(step)):
+            FAULTS[what](stage)
+        return whole(stage, *arguments)
+
+    TrainingStage.training_step = faulty  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    put_in()
+    code = main()
+    if folder := os.environ.get("NANOCHAT_PL_TEST_CODES"):
+        Path(folder, str(RANK)).write_text(str(code))
+    sys.exit(code)

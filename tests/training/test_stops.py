@@ -1,0 +1,149 @@
+"""Stops of several processes: one that has heard of it is enough, all end at the same place, and nothing is lost."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from nanochat_pl.common.errors import UserError
+from nanochat_pl.common.settings import build
+from nanochat_pl.training.resume import newest_resume_file
+from nanochat_pl.training.settings import TrainerSettings
+from nanochat_pl.training.stages import TrainingStage
+from tests.training.conftest import same_weights, tiny_overrides, weights_of
+from tests.training.faults import MODULE
+from tests.training.launch import Launched, launched
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+# Two rows a step, one of each process: the sum has the two terms of one process, and the same bits.
+TWO_ROWS = ["total_batch_tokens=64", "device_batch_size=1", "evaluation.every_steps=7"]
+
+
+def arguments(place: Path, run: str, *overrides: str) -> list[str]:
+    """A run of forty steps, which has its tokenizer."""
+    folder = place / "runs" / run
+    if not folder.exists():
+        shutil.copytree(place / "runs" / "whole" / "tokenizer", folder / "tokenizer")
+    return ["train", f"run={run}", *tiny_overrides(place), *TWO_ROWS, "trainer.checkpoint_every_steps=1000", *overrides]
+
+
+@pytest.fixture(scope="module")
+def expected(place: Path) -> Path:
+    """The run that nobody stopped, on one process."""
+    from nanochat_pl.cli.main import main
+
+    assert main(arguments(place, "not-stopped")) == 0
+    return place / "runs" / "not-stopped"
+
+
+def wait_until(condition: Callable[[], object], run: Launched) -> None:
+    deadline = time.monotonic() + 240
+    while not condition():
+        assert all(agent.poll() is None for agent in run.agents) and time.monotonic() < deadline, run.printed()
+        time.sleep(0.02)
+
+
+def has_begun(place: Path, run: str) -> Callable[[], bool]:
+    figures = place / "runs" / run / "base" / "metrics.csv"
+    return lambda: figures.exists() and figures.read_text().count("\n") > 3
+
+
+def stopped(place: Path, tmp_path: Path, run: str, to: str, signum: int, *overrides: str) -> str:
+    """Train on two processes, send a signal in the middle; gives what was printed.
+
+    Args:
+        to: who gets it: the agent of torchrun, one worker, all workers.
+    """
+    env = {"NANOCHAT_PL_TEST_CODES": str(tmp_path), "NANOCHAT_PL_TEST_SECONDS": "0.2"}
+    with launched(2, arguments(place, run, *overrides), env, cwd=REPOSITORY, module=MODULE) as launch:
+        wait_until(has_begun(place, run), launch)
+        workers = launch.workers()
+        assert sorted(workers) == [0, 1]
+        for pid in {"agent": [launch.agents[0].pid], "one": [workers[1]], "all": list(workers.values())}[to]:
+            os.kill(pid, signum)
+        launch.wait()
+        return launch.printed()
+
+
+def check_stopped_and_resumed(
+    place: Path, tmp_path: Path, expected: Path, train: Callable[..., int], run: str, signum: int
+) -> None:
+    codes = {path.name: int(path.read_text()) for path in tmp_path.iterdir()}
+    assert codes == {"0": 128 + signum, "1": 128 + signum}
+    folder = place / "runs" / run
+    assert newest_resume_file(folder / "base" / "checkpoints") is not None
+    assert not (folder / "base" / "finished.json").exists()
+    assert train(*arguments(place, run)[1:]) == 0
+    assert same_weights(weights_of(expected, "base"), weights_of(folder, "base"))
+
+
+def test_a_signal_to_one_process_stops_all(
+    place: Path, tmp_path: Path, expected: Path, train: Callable[..., int]
+) -> None:
+    """SIGUSR1, which torchrun does not pass on, to the process of rank 1."""
+    printed = stopped(place, tmp_path, "stop-one", "one", signal.SIGUSR1)
+    check_stopped_and_resumed(place, tmp_path, expected, train, "stop-one", signal.SIGUSR1)
+    assert printed.count("Stopping after this micro-batch") == printed.count("Stopped after step") == 1, printed
+    assert printed.count("exitcode  : 138") >= 1, printed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("to", ["agent", "one", "all"])
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
+def test_any_signal_to_anyone(
+    place: Path, tmp_path: Path, expected: Path, train: Callable[..., int], to: str, signum: int
+) -> None:
+    if (to, signum) == ("agent", signal.SIGUSR1):
+        pytest.skip("torchrun does not handle it: the agent dies of it")
+    run = f"stop-{to}-{signum}"
+    stopped(place, tmp_path, run, to, signum)
+    check_stopped_and_resumed(place, tmp_path, expected, train, run, signum)
+
+
+@pytest.mark.slow
+def test_a_second_signal_ends_at_once(place: Path, tmp_path: Path) -> None:
+    """Also where the first cannot be heeded: the other process hangs, and this one waits for it."""
+    env = {"NANOCHAT_PL_TEST_FAULT": "hangs 1 5"}
+    with launched(2, arguments(place, "stop-twice"), env, cwd=REPOSITORY, module=MODULE) as launch:
+        wait_until(has_begun(place, "stop-twice"), launch)
+        main = launch.workers()[0]
+        while launch.agents[0].poll() is None and main in launch.workers().values():
+            os.kill(main, signal.SIGUSR1)
+            time.sleep(0.2)
+        os.kill(launch.agents[0].pid, signal.SIGKILL)
+        assert newest_resume_file(place / "runs" / "stop-twice" / "base" / "checkpoints") is None
+
+
+def test_max_time(
+    place: Path,
+    expected: Path,
+    train: Callable[..., int],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """It stops as on a signal, with the exit code of SIGALRM; the time is that of each start."""
+    whole = TrainingStage.training_step
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingStage, "training_step", lambda *given: (time.sleep(0.1), whole(*given))[1])
+        assert train(*arguments(place, "timed", "trainer.max_time=00:00:00:01")[1:]) == 142
+    assert "trainer.max_time is over. Stopping" in capfd.readouterr().err
+    assert newest_resume_file(place / "runs" / "timed" / "base" / "checkpoints") is not None
+    assert train(*arguments(place, "timed", "trainer.max_time=01:00:00:00")[1:]) == 0
+    assert same_weights(weights_of(expected, "base"), weights_of(place / "runs" / "timed", "base"))
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("00:00:00:30", 30), ("00:11:30:00", 41_400), ("3:4:05:06", 273_906)])
+def test_max_time_in_seconds(text: str, seconds: float) -> None:
+    assert TrainerSettings(max_time=text).max_seconds == seconds
+
+
+@pytest.mark.parametrize("text", ["00:00:00:00", "11:30:00", "2h", "00:24:00:00", "00:00:60:00", "-1:00:00:00", ""])
+def test_max_time_of_another_form(text: str) -> None:
+    with pytest.raises(UserError, match=f"trainer.max_time={text}: .*00:11:30:00"):
+        build(TrainerSettings, {"max_time": text}, "trainer")
