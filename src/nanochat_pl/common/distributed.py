@@ -43,6 +43,10 @@ def start(device: torch.device) -> None:
     place = launched_place()
     if place.world_size == 1 or dist.is_initialized():
         return
+    # Defaults of its functions are the group that there is when it is first imported (torch.compile does): the group's
+    # threads would then outlive stop(), and one that lets go of its last tensor while Python ends aborts the process.
+    import torch.distributed.nn.functional  # noqa: F401
+
     on_gpu = device.type == "cuda"
     dist.init_process_group(
         backend="cpu:gloo,cuda:nccl" if on_gpu else "gloo",
@@ -86,16 +90,15 @@ def from_all(text: str) -> list[str]:
     """The texts of all processes, in the order of their ranks."""
     if world_size() == 1:
         return [text]
-    own = torch.frombuffer(bytearray(text.encode("utf-8") or b"\0"), dtype=torch.uint8)
-    length = len(text.encode("utf-8"))
+    own = text.encode("utf-8", "surrogatepass")  # a name of a file may hold half a pair
     lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(world_size())]
-    _timed(dist.all_gather, lengths, torch.tensor([length]))
+    _timed(dist.all_gather, lengths, torch.tensor([len(own)]))
     longest = max(1, *(int(each) for each in lengths))
-    padded = torch.zeros(longest, dtype=torch.uint8)
-    padded[: len(own)] = own[:longest]
+    filled = torch.frombuffer(bytearray(own.ljust(longest, b"\0")), dtype=torch.uint8)
     texts = [torch.zeros(longest, dtype=torch.uint8) for _ in lengths]
-    _timed(dist.all_gather, texts, padded)
-    return [bytes(each[: int(n)].tolist()).decode("utf-8") for each, n in zip(texts, lengths, strict=True)]
+    _timed(dist.all_gather, texts, filled)
+    all_bytes = [each.numpy().tobytes()[: int(n)] for each, n in zip(texts, lengths, strict=True)]
+    return [each.decode("utf-8", "surrogatepass") for each in all_bytes]
 
 
 def _over_all(number: int, operation: Any) -> int:

@@ -1,0 +1,160 @@
+"""The collectives, on processes that speak gloo; and that with one process they cost and change nothing."""
+
+from __future__ import annotations
+
+import gc
+import os
+import time
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+
+from nanochat_pl.common import distributed
+from tests import processes
+from tests.processes import JobFailed, run
+
+TASKS = Path("/proc/self/task")
+TEXTS = ["", "a", "größer 🙂", "x" * 100_000, "half a pair \udc80"]
+
+
+def facts(texts: list[str]) -> dict:
+    rank = distributed.rank()
+    return {
+        "place": [rank, distributed.world_size(), distributed.is_main()],
+        "total": distributed.total(10**15 + rank),
+        "largest": distributed.largest(-rank),
+        "texts": distributed.from_all(texts[rank]),
+        "nothing": distributed.from_all(""),
+        "main": distributed.from_main(texts[rank]),
+    }
+
+
+@pytest.mark.parametrize("texts", [TEXTS[:3], TEXTS[2:], TEXTS[:1] * 3])
+def test_facts_of_the_host(texts: list[str]) -> None:
+    found = run(3, facts, texts)
+    assert [each.pop("place") for each in found] == [[0, 3, True], [1, 3, False], [2, 3, False]]
+    expected = {"total": 3 * 10**15 + 3, "largest": 0, "texts": texts, "nothing": [""] * 3, "main": texts[0]}
+    assert found == [expected] * 3
+
+
+def test_one_process_is_answered_at_once() -> None:
+    tensor = torch.ones(3)
+    distributed.start(torch.device("cpu"))
+    distributed.sum_(tensor)
+    distributed.broadcast_(tensor)
+    distributed.barrier()
+    assert torch.equal(tensor, torch.ones(3)) and not torch.distributed.is_initialized()
+    assert (distributed.total(3), distributed.largest(-2)) == (3, -2)
+    assert distributed.from_all("ä") == ["ä"] and distributed.from_main("ä") == "ä"
+    assert facts([""])["place"] == [0, 1, True]
+    distributed.stop()
+
+
+def tensors() -> list[torch.Tensor]:
+    rank, world_size = distributed.rank(), distributed.world_size()
+    own = torch.arange(2.0 * world_size) * 10**rank
+    part, whole, sums, sent = torch.empty(2), torch.empty(2 * world_size), own.clone(), own.clone()
+    distributed.start_reduce_scatter(part, own).wait()
+    distributed.start_all_gather(whole, part).wait()
+    distributed.sum_(sums)
+    distributed.broadcast_(sent, source=1)
+    return [part, whole, sums, sent]
+
+
+def test_tensors() -> None:
+    base = torch.arange(6.0)
+    for rank, (part, whole, sums, sent) in enumerate(run(3, tensors)):
+        assert torch.equal(part, 111 * base[2 * rank : 2 * rank + 2])
+        assert torch.equal(whole, 111 * base) and torch.equal(sums, 111 * base) and torch.equal(sent, 10 * base)
+
+
+def freed_inputs() -> list:
+    """The input's last other reference goes before the other process has begun; its memory would be used again."""
+    rank = distributed.rank()
+    inputs, output = torch.full((200_000,), 1.0 + rank), torch.empty(100_000)
+    kept = weakref.ref(inputs)
+    time.sleep(0.5 * rank)
+    pending = distributed.start_reduce_scatter(output, inputs)
+    del inputs
+    gc.collect()
+    held = kept() is not None
+    others = [torch.full((200_000,), -7.0) for _ in range(20)]
+    pending.wait()
+    del others
+    return [held, kept() is None, output]
+
+
+def test_museum_18_an_input_is_held_until_it_was_waited_for() -> None:
+    for held, dropped, output in run(2, freed_inputs):
+        assert held and dropped and torch.equal(output, torch.full((100_000,), 3.0))
+
+
+def waits() -> float:
+    before = distributed.seconds_waited()
+    if distributed.rank() == 1:
+        time.sleep(1.0)
+    distributed.barrier()
+    return distributed.seconds_waited() - before
+
+
+def test_waiting_is_counted() -> None:
+    waited, _ = run(2, waits)
+    assert waited > 0.5
+
+
+def threads_left() -> list[str]:
+    import torch._dynamo  # noqa: F401  what torch.compile imports, after the start
+
+    distributed.total(1)
+    distributed.stop()
+    names = [(task / "comm").read_text().strip() for task in TASKS.iterdir()]
+    return [name for name in names if "gloo" in name]
+
+
+@pytest.mark.skipif(not TASKS.is_dir(), reason="needs Linux")
+def test_no_thread_outlives_the_group() -> None:
+    """One that held the last tensor while Python ended has aborted the process."""
+    assert run(2, threads_left) == [[], []]
+
+
+# The pool itself.
+
+
+def fails(who: int) -> None:
+    if distributed.rank() == who:
+        raise ValueError(f"no good on {who}")
+    distributed.barrier()
+
+
+def dies() -> None:
+    if distributed.rank() == 1:
+        os._exit(7)
+    distributed.barrier()
+
+
+def hangs() -> None:
+    if distributed.rank() == 1:
+        time.sleep(1000)
+    distributed.barrier()
+
+
+def test_the_pool_tells_what_a_worker_raised_and_goes_on() -> None:
+    with pytest.raises(JobFailed, match=r"process 1: Traceback[^$]*in fails[^$]*no good on 1"):
+        run(2, fails, 1)
+    assert run(2, waits)[1] < 0.5
+
+
+def test_the_pool_is_made_anew_after_one_hangs() -> None:
+    with pytest.raises(JobFailed, match="process 1: was not done in time"):
+        run(2, hangs, timeout=2)
+    assert processes._workers == []
+    assert run(2, facts, ["a", "b"])[1]["texts"] == ["a", "b"]
+
+
+@pytest.mark.slow
+def test_the_pool_is_made_anew_after_one_died() -> None:
+    with pytest.raises(JobFailed, match="process 1: died with exit code 7"):
+        run(2, dies)
+    assert run(2, facts, ["a", "b"])[1]["texts"] == ["a", "b"]
