@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -76,6 +78,31 @@ def weights_of(run: Path, stage: str) -> dict[str, torch.Tensor]:
 def same_weights(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     """Bit for bit."""
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def start_run(place: Path, run: str, stage: str) -> Path:
+    """A new run with what the stage builds on."""
+    folder = place / "runs" / run
+    shutil.copytree(place / "runs" / "whole" / "tokenizer", folder / "tokenizer")
+    if stage == "sft":
+        shutil.copytree(place / "runs" / "whole" / "base", folder / "base")
+    return folder
+
+
+def copy_unfinished(place: Path, run: str, stage: str = "base") -> Path:
+    """The finished run once more, as one that was killed after its last resume file."""
+    folder = start_run(place, run, stage)
+    shutil.copytree(place / "runs" / "whole" / stage, folder / stage)
+    shutil.rmtree(folder / stage / "bundle")
+    (folder / stage / "finished.json").unlink()
+    return folder
+
+
+def metrics_of(run: Path, stage: str) -> list[tuple[str, ...]]:
+    """Steps with the figures that do not depend on the clock."""
+    with (run / stage / "metrics.csv").open(encoding="utf-8", newline="") as file:
+        names = ("step", "train/loss", "train/loss_smoothed", "train/lr_multiplier", "train/tokens", "val/bpb")
+        return [tuple(row[name] for name in names) for row in csv.DictReader(file)]
 
 
 @pytest.fixture(scope="session")

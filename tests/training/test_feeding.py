@@ -27,8 +27,8 @@ from nanochat_pl.tokenizer import Tokenizer
 from nanochat_pl.training.datamodule import RowsDataModule, share
 from nanochat_pl.training.resume import newest_resume_file
 from tests.small_disk import enlarge, small_disk
-from tests.training.conftest import same_weights, weights_of
-from tests.training.test_resume import command, interrupt, start_run
+from tests.training.conftest import same_weights, start_run, weights_of
+from tests.training.test_resume import command, interrupt
 
 T = 128
 STEPS = 50

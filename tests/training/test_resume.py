@@ -2,35 +2,31 @@
 
 from __future__ import annotations
 
-import csv
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
-from nanochat_pl.training.resume import damage, newest_resume_file, resume_files
-from tests.small_disk import small_disk
-from tests.training.conftest import same_weights, sft_overrides, tiny_overrides, weights_of
+from nanochat_pl.training.resume import newest_resume_file, resume_files
+from tests.training.conftest import (
+    copy_unfinished,
+    metrics_of,
+    same_weights,
+    sft_overrides,
+    start_run,
+    tiny_overrides,
+    weights_of,
+)
 
 
 def command(place: Path, run: str, stage: str) -> list[str]:
     settings = tiny_overrides(place) if stage == "base" else sft_overrides(place)
     return [sys.executable, "-m", "nanochat_pl.cli.main", "train", f"run={run}", *settings]
-
-
-def start_run(place: Path, run: str, stage: str) -> Path:
-    """A new run with what the stage builds on."""
-    folder = place / "runs" / run
-    shutil.copytree(place / "runs" / "whole" / "tokenizer", folder / "tokenizer")
-    if stage == "sft":
-        shutil.copytree(place / "runs" / "whole" / "base", folder / "base")
-    return folder
 
 
 def interrupt(arguments: list[str], when: Callable[[], bool], signum: int) -> int:
@@ -48,13 +44,6 @@ def interrupt(arguments: list[str], when: Callable[[], bool], signum: int) -> in
 def _heed_ctrl_c() -> None:
     """Tests that run in the background of a shell inherit that Ctrl-C is ignored."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
-def metrics_of(run: Path, stage: str) -> list[tuple[str, ...]]:
-    """Steps with the figures that do not depend on the clock."""
-    with (run / stage / "metrics.csv").open(encoding="utf-8", newline="") as file:
-        names = ("step", "train/loss", "train/loss_smoothed", "train/lr_multiplier", "train/tokens", "val/bpb")
-        return [tuple(row[name] for name in names) for row in csv.DictReader(file)]
 
 
 @pytest.mark.parametrize("stage", ["base", "sft"])
@@ -111,10 +100,7 @@ def test_two_threads_and_compiled_kill_9_changes_nothing(place: Path) -> None:
 
 
 def test_killed_after_the_last_step_it_only_writes_the_bundle(place: Path, train: Callable[..., int]) -> None:
-    folder = start_run(place, "late", "base")
-    shutil.copytree(place / "runs" / "whole" / "base", folder / "base")
-    shutil.rmtree(folder / "base" / "bundle")
-    (folder / "base" / "finished.json").unlink()
+    folder = copy_unfinished(place, "late")
     assert train("run=late") == 0
     whole = place / "runs" / "whole"
     assert same_weights(weights_of(whole, "base"), weights_of(folder, "base"))
@@ -160,70 +146,3 @@ def test_an_ignored_signal_stays_ignored(place: Path) -> None:
     begun = folder / "base" / "metrics.csv"
     arguments = ["sh", "-c", 'trap "" HUP; exec "$@"', "sh", *command(place, "nohup", "base")]
     assert interrupt(arguments, lambda: begun.exists() and begun.read_text().count("\n") > 3, signal.SIGHUP) == 0
-
-
-def test_a_damaged_newest_file_is_passed_over(tmp_path: Path) -> None:
-    for step in (5, 10):
-        torch.save({"step": step, "weights": torch.ones(100)}, tmp_path / f"step={step:06d}.ckpt")
-    newest = tmp_path / "step=000010.ckpt"
-    data = bytearray(newest.read_bytes())
-    data[len(data) // 2] ^= 0xFF
-    newest.write_bytes(bytes(data))
-    assert damage(newest) is not None
-    with pytest.warns(UserWarning, match="step=000010"):
-        assert newest_resume_file(tmp_path) == tmp_path / "step=000005.ckpt"
-    assert not newest.exists(), "else the run would not write this step again"
-
-
-def test_what_a_killed_writer_left_goes(tmp_path: Path) -> None:
-    (tmp_path / "step=000005.ckpt.tmp.123").write_bytes(b"half")
-    assert newest_resume_file(tmp_path) is None
-    assert not list(tmp_path.iterdir())
-
-
-def test_steps_are_numbers_and_not_names(tmp_path: Path) -> None:
-    for step in (999_999, 1_000_000, 20):
-        torch.save({}, tmp_path / f"step={step:06d}.ckpt")
-    (tmp_path / "step=best.ckpt").touch()
-    assert [path.name for path in resume_files(tmp_path)] == [
-        "step=1000000.ckpt",
-        "step=999999.ckpt",
-        "step=000020.ckpt",
-    ]
-
-
-def test_every_resume_file_is_plain_data(place: Path) -> None:
-    files = resume_files(place / "runs" / "whole" / "base" / "checkpoints")
-    assert len(files) == 2, "trainer.keep_last"
-    for path in files:
-        assert torch.load(path, weights_only=True)["global_step"] == int(path.stem.split("=")[1])
-
-
-@pytest.fixture
-def full_disk(place: Path) -> Iterator[Path]:
-    """The folder of a base stage on a disk of 1.5 MB."""
-    folder = start_run(place, "full", "base") / "base"
-    with small_disk(folder, "1500k"):
-        yield folder
-    shutil.rmtree(folder.parent)
-
-
-def test_a_disk_that_is_too_small_ends_the_run_before_it_begins(
-    full_disk: Path, train: Callable[..., int], capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert train("run=full") == 2
-    assert "MiB free" in capsys.readouterr().err
-    assert not (full_disk / "metrics.csv").exists()
-
-
-def test_a_disk_that_fills_up_costs_no_file(
-    full_disk: Path,
-    train: Callable[..., int],
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("nanochat_pl.training.limits.free_bytes", lambda path: 2**40)
-    assert train("run=full") == 2
-    error = capsys.readouterr().err
-    assert "step=0000" in error and "MiB free" in error
-    assert all(damage(path) is None for path in resume_files(full_disk / "checkpoints"))

@@ -105,6 +105,7 @@ class RowsDataModule(LightningDataModule):
             batch_size=None,
             num_workers=int(on_gpu) if self.num_workers is None else self.num_workers,
             pin_memory=on_gpu,
+            generator=torch.Generator(),  # else it draws a seed for its processes from the global one
         )
 
     def _wait_for(self, step: int) -> None:

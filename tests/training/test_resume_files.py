@@ -1,0 +1,314 @@
+"""Resume files: whole or not there, the damaged passed over, the best kept, what a full disk costs."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import subprocess
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from nanochat_pl.common import distributed
+from nanochat_pl.common.errors import UserError
+from nanochat_pl.common.files import free_bytes
+from nanochat_pl.common.run_folder import StageFolder
+from nanochat_pl.training import resume
+from nanochat_pl.training.metrics import StepClock
+from nanochat_pl.training.resume import (
+    BEST,
+    AtomicCheckpointIO,
+    ResumeFiles,
+    damage,
+    newest_resume_file,
+    resume_files,
+    step_of,
+)
+from tests.processes import run
+from tests.small_disk import small_disk
+from tests.training.conftest import copy_unfinished, metrics_of, same_weights, start_run, weights_of
+
+
+def _flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 0xFF
+    path.write_bytes(bytes(data))
+
+
+def _make_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "a flipped bit": _flip,
+    "truncated": lambda path: os.truncate(path, path.stat().st_size // 2),
+    "zeroed": lambda path: path.write_bytes(bytes(path.stat().st_size)),
+    "emptied": lambda path: path.write_bytes(b""),
+    "text": lambda path: path.write_text("weights", encoding="utf-8"),
+    "another archive": lambda path: zipfile.ZipFile(path, "w").close(),
+    "another checkpoint": lambda path: torch.save({"model": torch.ones(3)}, path),
+    "a folder": _make_folder,
+    "another step's": lambda path: shutil.copy(path.with_name("step=000035.ckpt"), path),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGES)
+def test_a_damaged_newest_file_is_passed_over(what: str, place: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(place / "runs" / "whole" / "base" / "checkpoints", tmp_path / "checkpoints")
+    newest, older = resume_files(folder)
+    DAMAGES[what](newest)
+    with pytest.warns(UserWarning, match="step=000040.*is damaged.*going on from an older one"):
+        assert newest_resume_file(folder) == older
+    assert not newest.exists(), "else the run would not write this step again"
+
+
+@pytest.mark.parametrize("what", ["truncated", "zeroed", "deleted"])
+def test_a_run_goes_on_from_the_older_file(what: str, place: Path, train: Callable[..., int]) -> None:
+    folder = copy_unfinished(place, f"newest-{what.split()[-1]}")
+    newest = resume_files(folder / "base" / "checkpoints")[0]
+    newest.unlink() if what == "deleted" else DAMAGES[what](newest)
+    with pytest.warns(UserWarning) if what != "deleted" else contextlib.nullcontext():
+        assert train(f"run={folder.name}") == 0
+    assert same_weights(weights_of(place / "runs" / "whole", "base"), weights_of(folder, "base"))
+    assert metrics_of(place / "runs" / "whole", "base") == metrics_of(folder, "base")
+
+
+def test_without_a_readable_file_a_run_begins_again(place: Path, train: Callable[..., int]) -> None:
+    folder = copy_unfinished(place, "none-readable")
+    for path in resume_files(folder / "base" / "checkpoints"):
+        path.write_bytes(b"")
+    with pytest.warns(UserWarning, match="is damaged"):
+        assert train("run=none-readable") == 0
+    assert same_weights(weights_of(place / "runs" / "whole", "base"), weights_of(folder, "base"))
+
+
+def test_what_a_killed_writer_left_goes(tmp_path: Path) -> None:
+    stage = StageFolder(tmp_path, "r", "base", "r")
+    stage.checkpoints.mkdir(parents=True)
+    left = ["checkpoints/step=000005.ckpt.tmp.0123456789abcdef", "plan.json.tmp.0123456789abcdef"]
+    kept = ["checkpoints/step=000005.ckpt", "notes.tmp.txt"]
+    for name in [*left, *kept, ".write-probe.0123456789abcdef"]:
+        (stage.path / name).write_bytes(b"half")
+    with stage.locked():
+        assert {path.name for path in stage.path.rglob("*") if path.is_file()} == {*map(os.path.basename, kept), "lock"}
+
+
+def _global_generators() -> tuple[Any, ...]:
+    state: Any = np.random.get_state()
+    return torch.get_rng_state().tolist(), random.getstate(), state[1].tolist(), state[2]
+
+
+@pytest.mark.parametrize("stage", ["base", "sft"])
+def test_nothing_depends_on_global_generators(stage: str, place: Path, train: Callable[..., int]) -> None:
+    """What draws from them is lost at a resume: they are not in the file."""
+    folder = copy_unfinished(place, f"seeds-{stage}", stage)
+    resume_files(folder / stage / "checkpoints")[0].unlink()
+    torch.manual_seed(123)
+    random.seed(123)
+    np.random.seed(123)
+    before = _global_generators()
+    assert train(f"run={folder.name}", stage=stage) == 0
+    assert _global_generators() == before
+    assert same_weights(weights_of(place / "runs" / "whole", stage), weights_of(folder, stage))
+
+
+def test_steps_are_numbers_and_not_names(tmp_path: Path) -> None:
+    for step in (999_999, 1_000_000, 20):
+        torch.save({}, tmp_path / f"step={step:06d}.ckpt")
+    (tmp_path / "step=best.ckpt").touch()
+    assert [path.name for path in resume_files(tmp_path)] == [
+        "step=1000000.ckpt",
+        "step=999999.ckpt",
+        "step=000020.ckpt",
+    ]
+
+
+def test_every_resume_file_is_plain_data(place: Path) -> None:
+    files = resume_files(place / "runs" / "whole" / "base" / "checkpoints")
+    assert len(files) == 2, "trainer.keep_last"
+    for path in files:
+        assert torch.load(path, weights_only=True)["global_step"] == int(path.stem.split("=")[1])
+
+
+@pytest.fixture
+def full_disk(place: Path) -> Iterator[Path]:
+    """The folder of a base stage on a disk of 1.5 MB."""
+    folder = start_run(place, "full", "base") / "base"
+    with small_disk(folder, "1500k"):
+        yield folder
+    shutil.rmtree(folder.parent)
+
+
+def test_a_disk_that_is_too_small_ends_the_run_before_it_begins(
+    full_disk: Path, train: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train("run=full") == 2
+    assert "MiB free" in capsys.readouterr().err
+    assert not (full_disk / "metrics.csv").exists()
+
+
+def test_a_file_that_has_no_room_is_not_begun(
+    place: Path, train: Callable[..., int], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = copy_unfinished(place, "no-room")
+    newest, older = resume_files(folder / "base" / "checkpoints")
+    newest.unlink()
+    monkeypatch.setattr("nanochat_pl.training.resume.free_bytes", lambda path: 2**20)
+    assert train("run=no-room") == 2
+    error = capsys.readouterr().err
+    assert "step=000040.ckpt: takes 1." in error and "1.0 MiB free" in error and "paths.runs" in error
+    assert resume_files(older.parent) == [older] and damage(older) is None
+    monkeypatch.undo()
+    assert train("run=no-room") == 0
+    assert same_weights(weights_of(place / "runs" / "whole", "base"), weights_of(folder, "base"))
+
+
+def test_a_disk_that_fills_up_costs_no_file(
+    full_disk: Path,
+    train: Callable[..., int],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The space is looked at before a file is written; here it is gone all the same."""
+    for module in ("limits", "resume"):
+        monkeypatch.setattr(f"nanochat_pl.training.{module}.free_bytes", lambda path: 2**40)
+    assert train("run=full") == 2
+    error = capsys.readouterr().err
+    assert "step=0000" in error and "MiB free" in error and "paths.runs" in error
+    checkpoints = full_disk / "checkpoints"
+    assert all(damage(path) is None for path in resume_files(checkpoints))
+    assert not [path for path in checkpoints.iterdir() if ".tmp." in path.name]
+
+
+def test_a_disk_that_may_only_be_read_is_named(
+    place: Path, train: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = start_run(place, "read-only", "base") / "base"
+    with small_disk(folder, "20m"):
+        whole = copy_unfinished(place, "read-only-source") / "base"
+        shutil.copytree(whole, folder, dirs_exist_ok=True)
+        files = {path.name: path.read_bytes() for path in resume_files(folder / "checkpoints")}
+        subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True)
+        assert train("run=read-only") == 2
+        error = capsys.readouterr().err
+        assert str(folder) in error and "Read-only file system" in error and "paths.runs" in error
+        assert {path.name: path.read_bytes() for path in resume_files(folder / "checkpoints")} == files
+    shutil.rmtree(folder.parent)
+
+
+def test_the_best_are_kept_besides_the_newest(place: Path, train: Callable[..., int]) -> None:
+    folder = start_run(place, "best", "base")
+    settings = ["run=best", "trainer.keep_best=2", "evaluation.every_steps=4", "trainer.checkpoint_every_steps=15"]
+    assert train(*settings) == 0
+    checkpoints = folder / "base" / "checkpoints"
+    bpb = {int(row[0]): float(row[-1]) for row in metrics_of(folder, "base") if row[-1] and int(row[0]) < 40}
+    assert sorted(bpb) == list(range(4, 40, 4))
+    ranked = sorted(bpb, key=lambda step: bpb[step])
+    best = json.loads((checkpoints / BEST).read_text(encoding="utf-8"))
+    assert [*best] == [f"step={step:06d}.ckpt" for step in ranked[:2]]
+    assert list(best.values()) == pytest.approx([bpb[step] for step in ranked[:2]])
+    assert {step_of(path) for path in resume_files(checkpoints)} == {*ranked[:2], 36, 40}
+
+
+class _Trainer:
+    """What the ranking needs of Lightning's: the step, and the figure of its validation."""
+
+    def __init__(self, step: int, bpb: float) -> None:
+        self.global_step, self.callback_metrics = step, {"val/bpb": torch.tensor(bpb)}
+
+
+def test_the_ranking_outlives_the_process(tmp_path: Path) -> None:
+    """Files are written before they are measured; those that are worse go, those that are damaged do not count."""
+
+    def begin(keep_best: int = 2) -> ResumeFiles:
+        files = ResumeFiles(tmp_path, 1, 1, StepClock(), keep_best=keep_best, measured_every=1)
+        files.on_train_start(None, None)
+        return files
+
+    def measured(files: ResumeFiles, step: int, bpb: float) -> list[int]:
+        (tmp_path / f"step={step:06d}.ckpt").touch()
+        files.on_validation_end(_Trainer(step, bpb), None)
+        return [step_of(path) for path in resume_files(tmp_path)]
+
+    files = begin()
+    assert measured(files, 1, 2.0) == [1]
+    assert measured(files, 2, 3.0) == [2, 1]
+    files = begin()
+    assert measured(files, 3, 1.0) == [3, 1]
+    assert measured(files, 4, float("nan")) == [4, 3, 1]
+    files = begin()
+    assert measured(files, 5, 9.0) == [5, 3, 1]
+    (tmp_path / "step=000003.ckpt").unlink()
+    files = begin()
+    assert measured(files, 6, 4.0) == [6, 1]
+    assert json.loads((tmp_path / BEST).read_text(encoding="utf-8")) == {
+        "step=000001.ckpt": 2.0,
+        "step=000006.ckpt": 4.0,
+    }
+    begin(keep_best=0)
+    assert not (tmp_path / BEST).exists()
+
+
+def test_the_best_need_something_to_be_ranked_by(train: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+    assert train("run=unranked", "trainer.keep_best=1", "evaluation.every_steps=0") == 2
+    assert "trainer.keep_best=1" in capsys.readouterr().err
+
+
+def test_processes_learn_that_the_main_one_could_not_write(tmp_path: Path) -> None:
+    for errors in run(2, _save_without_room, str(tmp_path)):
+        assert len(errors) == 2 and all("step=000003.ckpt: takes" in error for error in errors)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_process_on_another_disk_says_so(tmp_path: Path, place: Path) -> None:
+    (newest, *_) = resume_files(place / "runs" / "whole" / "base" / "checkpoints")
+    (tmp_path / "main").mkdir()
+    shutil.copy(newest, tmp_path / "main")
+    for told in run(3, _look_into_another_folder, str(tmp_path)):
+        assert "process 1: " in told and "paths.runs" in told
+
+
+class _TwoProcessTrainer(_Trainer):
+    """What saving needs of Lightning's: the main process writes, and then all wait for each other."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(step, 0.0)
+        self.loggers: list[object] = []
+        self.strategy, self.checkpoint_io = self, AtomicCheckpointIO()
+
+    def save_checkpoint(self, path: Path, weights_only: bool) -> None:
+        if distributed.is_main():
+            self.checkpoint_io.save_checkpoint({"weights": torch.ones(10)}, path)
+        distributed.barrier()
+
+
+def _save_without_room(folder: str) -> list[str]:
+    """Two attempts in a row: all processes hear of both, and are still in step."""
+    resume.free_bytes = lambda path: 0
+    files = ResumeFiles(Path(folder), 1, 1, StepClock())
+    errors = []
+    for _ in range(2):
+        try:
+            files.save(_TwoProcessTrainer(3))
+        except UserError as error:
+            errors.append(str(error))
+    resume.free_bytes = free_bytes
+    return errors
+
+
+def _look_into_another_folder(folder: str) -> str:
+    """Only the main process sees the file: the others look elsewhere, as on another node."""
+    try:
+        newest_resume_file(Path(folder) / ("main" if distributed.is_main() else "other"))
+    except UserError as error:
+        return str(error)
+    return ""
