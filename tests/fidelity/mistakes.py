@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nanochat_pl.model import attention, gpt
 from nanochat_pl.model.gpt import GPT, parameter_roles
-from nanochat_pl.optim import muon_adamw, schedules
+from nanochat_pl.optim import muon_adamw, schedules, updates
 from nanochat_pl.training import step as training
 from tests.fidelity import setting
 
@@ -146,14 +146,14 @@ def gradients_summed_low() -> AbstractContextManager[Any]:
 
 def muon_low() -> AbstractContextManager[Any]:
     """All of Polar Express in the type of its products, the norms too."""
-    whole = muon_adamw.polar_express
-    return patch.object(muon_adamw, "polar_express", lambda x, dtype: whole(x.to(dtype), dtype))
+    whole = updates.polar_express
+    return patch.object(updates, "polar_express", lambda x, dtype: whole(x.to(dtype), dtype))
 
 
 def muon_always(used: torch.dtype) -> Mistake:
     """Muon's products in one type, whatever the model computes in."""
-    whole = muon_adamw.polar_express
-    return lambda: patch.object(muon_adamw, "polar_express", lambda x, dtype: whole(x, used))
+    whole = updates.polar_express
+    return lambda: patch.object(updates, "polar_express", lambda x, dtype: whole(x, used))
 
 
 def kept_low(what: str) -> Mistake:

@@ -53,7 +53,7 @@ def polar_express(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tenso
 
     Returns:
         (K, M, N) in ``dtype``, singular values near 1. The Frobenius norm is set afterwards, by
-        :func:`~nanochat_pl.optim.muon_adamw.line_factors`.
+        :func:`~nanochat_pl.optim.updates.line_factors`.
     """
     row_norms = matrices.norm(dim=-1, keepdim=True)
     to_mean = row_norms.clamp_min(SMALL)

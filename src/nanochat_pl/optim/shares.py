@@ -20,9 +20,19 @@ from torch import Tensor
 from nanochat_pl.common import distributed
 from nanochat_pl.common.distributed import Pending
 
+Shape = tuple[int, ...]
+
 ALIGNMENT = 64  # elements: a multiple of every vector's length
 # The CPU sums float32 squares in a few running sums: 3e-3 off after 5e7 elements, 1e-6 after these.
 PIECE_OF_NORM = 2**18
+
+
+def moment_shapes(kind: str, shape: Shape) -> dict[str, Shape]:
+    """The moments of a parameter and their shapes."""
+    if kind == "adamw":
+        return {"step": (), "exp_avg": shape, "exp_avg_sq": shape}
+    rows, columns = shape
+    return {"momentum": shape, "second_moment": (rows, 1) if rows >= columns else (1, columns)}
 
 
 class Share:
@@ -50,7 +60,7 @@ class Share:
         self.gradient: Tensor | None = None
         self._gathered: Tensor | None = None
 
-    def allocate(self, shapes: Mapping[str, Sequence[int]]) -> None:
+    def allocate(self, shapes: Mapping[str, Shape]) -> None:
         """Allocate this process's moments, zeros.
 
         Args:
