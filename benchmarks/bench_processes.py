@@ -1,0 +1,84 @@
+"""Two processes against one, each with one thread: tokens a second, and the time spent waiting for each other.
+
+Every round trains the same few steps with one process and with two, one after the other, so the machine's moods meet
+both; the ratios are of a round. The first steps are left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+WARM_UP_STEPS = 4
+MODEL = ("model.depth=4", "model.aspect_ratio=64", "model.head_dim=64", "model.sequence_len=256")
+SETTINGS = (
+    *("stage=base", "data=local", "data.txt_document_chars=1000", "tokenizer.vocab_size=4096"),
+    *("total_batch_tokens=8192", "evaluation.every_steps=0", "evaluation.num_rows=8", "evaluation.sample_tokens=1"),
+    *("trainer.accelerator=cpu", "trainer.num_threads=1", "trainer.compile=false", "logger=[]"),
+    *("trainer.checkpoint_every_steps=1000", "resume=never"),
+)
+
+
+def write_text(path: Path) -> None:
+    """A few megabytes of made-up words."""
+    chance = random.Random(0)
+    words = ["".join(chance.choices("abcdefghijklmnopqrstuvwxyz", k=chance.randint(2, 9))) for _ in range(5_000)]
+    path.write_text("\n\n".join(" ".join(chance.choices(words, k=300)) for _ in range(1_500)), encoding="utf-8")
+
+
+def train(processes: int, folder: Path, num_steps: int, device_batch_size: int) -> tuple[float, float]:
+    """Median seconds of a step, and the median share of them that was spent waiting for the other process."""
+    runs = folder / f"runs{processes}"
+    own = (f"data.path={folder / 'text.txt'}", f"paths.runs={runs}", f"paths.cache={folder / 'cache'}")
+    steps = (f"max_steps={num_steps + WARM_UP_STEPS}", f"device_batch_size={device_batch_size}", "run=bench")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
+    launcher = [sys.executable, "-m"] if processes == 1 else torchrun
+    command = [*launcher, "nanochat_pl.cli.main", "train", *SETTINGS, *MODEL, *own, *steps]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    if done.returncode:
+        raise SystemExit(done.stdout + done.stderr)
+    newest = max(runs.glob("bench*/base/metrics.csv"), key=lambda path: path.stat().st_mtime_ns)
+    with newest.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))[WARM_UP_STEPS:]
+    seconds = [float(row["train/step_seconds"]) for row in rows]
+    waited = [float(row["train/communication_seconds"] or 0) for row in rows]
+    return statistics.median(seconds), statistics.median(w / s for w, s in zip(waited, seconds, strict=True))
+
+
+def spread(values: list[float]) -> str:
+    """Median, and the lowest and highest."""
+    return f"{statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f}, n={len(values)})"
+
+
+def main(rounds: int, num_steps: int, device_batch_size: int) -> None:
+    """Print tokens a second of two processes over those of one, and the share of the time that they wait."""
+    ratios, shares, rates = [], [], []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_text(folder / "text.txt")
+        train(1, folder, 1, device_batch_size)  # makes the caches
+        for number in range(rounds):
+            order = (1, 2) if number % 2 == 0 else (2, 1)
+            found = {processes: train(processes, folder, num_steps, device_batch_size) for processes in order}
+            ratios.append(found[1][0] / found[2][0])
+            shares.append(found[2][1])
+            rates.append((8192 / found[1][0], 8192 / found[2][0]))
+    one, two = (statistics.median(rate) for rate in zip(*rates, strict=True))
+    print(f"tokens a second, two processes over one: {spread(ratios)}; {one:,.0f} and {two:,.0f} tokens/s (medians)")
+    print(f"share of a step that a process waits for the other: {spread(shares)}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--device-batch-size", type=int, default=8)
+    options = parser.parse_args()
+    main(options.rounds, options.steps, options.device_batch_size)
