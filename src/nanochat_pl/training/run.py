@@ -142,6 +142,7 @@ def _make_stage(config: TrainConfig, machine: Machine, prepared: Prepared) -> Tr
         },
         choices={
             **machine.choices(),
+            "processes": distributed.world_size(),
             "device_batch_size": plan["device_batch_size"],
             "activation_checkpointing": trainer.activation_checkpointing,
             "loss_chunk_tokens": chunk_tokens,
