@@ -68,6 +68,9 @@ class StepLoop(Loop):
     def nats_of_rows(self, num_rows: int) -> Tensor:
         return torch.cat(self._nats)[:num_rows]
 
+    def doctor_of(self, step: int) -> str:
+        return f"doctor step={step}"
+
     def resume_files(self) -> list[Path]:
         return self.files
 

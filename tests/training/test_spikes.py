@@ -20,10 +20,13 @@ from tests.museum.tiny import ROWS_PER_STEP, fit_tiny
 
 
 class At:
-    """A trainer that has made so many steps."""
+    """A trainer that has made so many steps, and its stage."""
 
     def __init__(self, step: int) -> None:
         self.global_step = step
+
+    def doctor_of(self, step: int) -> str:
+        return f"doctor step={step}"
 
 
 def lines_of(folder: Path) -> list[dict[str, Any]]:
@@ -39,7 +42,13 @@ def batch_of(targets: list[list[int]], first_row: int = 0) -> StepBatch:
 def feed(callback: LossSpikes, losses: list[float], first_step: int = 1, skipped: bool = False) -> None:
     for step, loss in enumerate(losses, first_step):
         outputs = {"loss": torch.tensor(loss), "nats_of_rows": torch.tensor([loss * 2]), "skipped": skipped}
-        callback.on_train_batch_end(At(step), None, outputs, batch_of([[1, 1]], first_row=step - 1), step - 1)
+        callback.on_train_batch_end(
+            At(step),
+            At(step),
+            outputs,  # type: ignore[arg-type]
+            batch_of([[1, 1]], first_row=step - 1),
+            step - 1,
+        )
 
 
 def noise(count: int, seed: int = 0) -> list[float]:
@@ -62,8 +71,8 @@ def test_a_spike_is_told_from_noise_and_does_not_hide_the_next(tmp_path: Path) -
     losses = noise(1_000)
     losses[500] = losses[503] = 3.9
     feed(callback, losses)
-    assert [line["step"] for line in lines_of(callback.folder)] == [501, 504]
-    assert lines_of(callback.folder)[0]["expected"] == pytest.approx(3, abs=0.05)
+    assert [line["step"] for line in lines_of(callback.path.parent)] == [501, 504]
+    assert lines_of(callback.path.parent)[0]["expected"] == pytest.approx(3, abs=0.05)
 
 
 def test_a_falling_loss_and_the_first_steps_are_no_spikes(tmp_path: Path) -> None:

@@ -118,13 +118,11 @@ class Guard:
 
 def _stopped(stage: TrainingStage, problems: list[str], fix: str = "") -> SharedError:
     """The end of a run, and what to do. All processes call it."""
-    step = stage.global_step + 1  # as metrics.csv and the bar count
     # One process looks, since another machine may not see the files.
     newest = distributed.from_main(str(last_good_file(stage.resume_files()) or "") if distributed.is_main() else "")
     return SharedError(
         [*problems, f"Nothing was updated. The newest resume file with finite weights: {newest or 'none'}."],
-        fix
-        or f"Look at the text with `nanochat-pl doctor step={step}`; trainer.on_nonfinite=skip leaves such steps out.",
+        fix or f"Its text: {stage.doctor_of(stage.global_step + 1)}. trainer.on_nonfinite=skip leaves such steps out.",
     )
 
 

@@ -39,7 +39,7 @@ class LossSpikes(Callback):
     """
 
     def __init__(self, folder: Path, sigmas: float) -> None:
-        self.folder, self.path, self.sigmas = folder, folder / "spikes.jsonl", sigmas
+        self.path, self.sigmas = folder / "spikes.jsonl", sigmas
         self._losses: deque[float] = deque(maxlen=WINDOW)
 
     def rewind(self, step: int) -> None:
@@ -64,32 +64,18 @@ class LossSpikes(Callback):
         if self.sigmas and len(self._losses) == WINDOW:
             expected, deviation = middle_and_deviation(self._losses)
             if loss > expected + self.sigmas * deviation:
-                self._write(trainer.global_step, loss, expected, deviation, outputs["nats_of_rows"], batch)
+                line = {"step": trainer.global_step, "loss": loss, "expected": expected, "deviation": deviation}
+                line |= rows_of_all(outputs["nats_of_rows"], batch, expected)
+                if distributed.is_main():
+                    self._write(line, pl_module.doctor_of(trainer.global_step))
         self._losses.append(loss)
 
-    def _write(
-        self, step: int, loss: float, expected: float, deviation: float, nats: torch.Tensor, batch: StepBatch
-    ) -> None:
-        own = {"rows": [batch.first_row, batch.first_row + len(nats)], "worst": worst_rows(nats, batch, expected)}
-        every = [json.loads(text) for text in distributed.from_all(json.dumps(own))]
-        if not distributed.is_main():
-            return
-        worst = sorted((row for each in every for row in each["worst"]), key=lambda row: -row["excess_nats"])
-        line = {
-            "step": step,
-            "loss": loss,
-            "expected": expected,
-            "deviation": deviation,
-            "first_row": min(each["rows"][0] for each in every),
-            "last_row": max(each["rows"][1] for each in every) - 1,
-            "worst_rows": worst[:WORST_ROWS],
-        }
+    def _write(self, line: dict[str, Any], command: str) -> None:
         with disk_errors_explained(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-        stage, run = self.folder.name, self.folder.parent.name
         say(
-            f"{stage}: the loss of step {step:,} is {loss:.3f}, after {expected:.3f} ± {deviation:.3f}."
-            f" Its text: nanochat-pl doctor stage={stage} run={run} step={step}"
+            f"{self.path.parent.name}: the loss of step {line['step']:,} is {line['loss']:.3f},"
+            f" after {line['expected']:.3f} ± {line['deviation']:.3f}. Its text: {command}"
         )
 
 
@@ -98,6 +84,18 @@ def middle_and_deviation(losses: Sequence[float] | deque[float]) -> tuple[float,
     middle = statistics.median(losses)
     distance = statistics.median(abs(loss - middle) for loss in losses)
     return middle, max(SD_OF_MEDIAN_DISTANCE * distance, 1e-3 * abs(middle))
+
+
+def rows_of_all(nats: torch.Tensor, batch: StepBatch, expected: float) -> dict[str, Any]:
+    """The first and the last row of a step and the worst ones, over all processes, each of which gives its own."""
+    own = {"rows": [batch.first_row, batch.first_row + len(nats)], "worst": worst_rows(nats, batch, expected)}
+    every = [json.loads(text) for text in distributed.from_all(json.dumps(own))]
+    worst = sorted((row for each in every for row in each["worst"]), key=lambda row: -row["excess_nats"])
+    return {
+        "first_row": min(each["rows"][0] for each in every),
+        "last_row": max(each["rows"][1] for each in every) - 1,
+        "worst_rows": worst[:WORST_ROWS],
+    }
 
 
 def worst_rows(nats: torch.Tensor, batch: StepBatch, expected: float) -> list[dict[str, float]]:

@@ -129,6 +129,11 @@ class TrainingStage(LightningModule):
         writers = [each for each in self.trainer.callbacks if isinstance(each, ResumeFiles)]  # type: ignore[attr-defined]
         return resume_files(writers[0].folder) if writers else []
 
+    def doctor_of(self, step: int) -> str:
+        """The command that shows the text of a step; these count from 1, as in metrics.csv."""
+        folder = Path(self.trainer.default_root_dir)
+        return f"nanochat-pl doctor stage={folder.name} run={folder.parent.name} step={step}"
+
     def nats_of_rows(self, num_rows: int) -> Tensor:
         """Summed nats of each of the step's first ``num_rows`` rows, float32 (num_rows,)."""
         return torch.cat(self._nats_of_rows)[:num_rows]
