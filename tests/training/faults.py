@@ -52,9 +52,8 @@ def gets_nan(stage: Any) -> None:
 
 @torch.no_grad()
 def flips_a_bit(stage: Any) -> None:
-    """The last bit of one weight of a matrix of the first block."""
-    name, weight = next((name, each) for name, each in stage.net.named_parameters() if "blocks.0" in name)
-    assert weight.dtype == torch.float32, name
+    """The last bit of one weight of the first matrix."""
+    weight = next(each for each in stage.net.parameters() if each.ndim == 2 and each.dtype == torch.float32)
     weight.view(torch.int32).view(-1)[0] ^= 1
 
 
@@ -62,7 +61,7 @@ FAULTS = {each.__name__: each for each in (fails, is_refused, is_killed, hangs, 
 
 
 def put_in() -> None:
-    """Let each step begin with the fault."""
+    """Let the step end with the fault."""
     from nanochat_pl.training.stages import TrainingStage
 
     what, rank, step = (os.environ.get("NANOCHAT_PL_TEST_FAULT") or "- -1 -1").split()
@@ -71,9 +70,10 @@ def put_in() -> None:
 
     def faulty(stage: TrainingStage, *arguments: Any) -> Any:
         time.sleep(seconds)
+        outputs = whole(stage, *arguments)
         if (RANK, stage.global_step) == (int(rank), int(step)):
             FAULTS[what](stage)
-        return whole(stage, *arguments)
+        return outputs
 
     TrainingStage.training_step = faulty  # type: ignore[method-assign]
 

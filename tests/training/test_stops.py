@@ -11,14 +11,17 @@ from pathlib import Path
 
 import pytest
 
+from nanochat_pl.cli.main import main
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.settings import build
 from nanochat_pl.training.resume import newest_resume_file
 from nanochat_pl.training.settings import TrainerSettings
 from nanochat_pl.training.stages import TrainingStage
+from tests.processes import run
 from tests.training.conftest import same_weights, tiny_overrides, weights_of
 from tests.training.faults import MODULE
 from tests.training.launch import Launched, launched
+from tests.training.stop_jobs import check_once, wait_for_rows
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 # Two rows a step, one of each process: the sum has the two terms of one process, and the same bits.
@@ -33,13 +36,15 @@ def arguments(place: Path, run: str, *overrides: str) -> list[str]:
     return ["train", f"run={run}", *tiny_overrides(place), *TWO_ROWS, "trainer.checkpoint_every_steps=1000", *overrides]
 
 
-@pytest.fixture(scope="module")
-def expected(place: Path) -> Path:
+def not_stopped(place: Path) -> Path:
     """The run that nobody stopped, on one process."""
-    from nanochat_pl.cli.main import main
-
     assert main(arguments(place, "not-stopped")) == 0
     return place / "runs" / "not-stopped"
+
+
+@pytest.fixture(scope="module")
+def expected(place: Path) -> Path:
+    return not_stopped(place)
 
 
 def wait_until(condition: Callable[[], object], run: Launched) -> None:
@@ -112,9 +117,9 @@ def test_a_second_signal_ends_at_once(place: Path, tmp_path: Path) -> None:
     env = {"NANOCHAT_PL_TEST_FAULT": "hangs 1 5"}
     with launched(2, arguments(place, "stop-twice"), env, cwd=REPOSITORY, module=MODULE) as launch:
         wait_until(has_begun(place, "stop-twice"), launch)
-        main = launch.workers()[0]
-        while launch.agents[0].poll() is None and main in launch.workers().values():
-            os.kill(main, signal.SIGUSR1)
+        first = launch.workers()[0]
+        while launch.agents[0].poll() is None and first in launch.workers().values():
+            os.kill(first, signal.SIGUSR1)
             time.sleep(0.2)
         os.kill(launch.agents[0].pid, signal.SIGKILL)
         assert newest_resume_file(place / "runs" / "stop-twice" / "base" / "checkpoints") is None
@@ -147,3 +152,23 @@ def test_max_time_in_seconds(text: str, seconds: float) -> None:
 def test_max_time_of_another_form(text: str) -> None:
     with pytest.raises(UserError, match=f"trainer.max_time={text}: .*00:11:30:00"):
         build(TrainerSettings, {"max_time": text}, "trainer")
+
+
+@pytest.mark.parametrize(
+    ("what", "ends"),
+    [
+        (["ready 0", "ready 5", "ready 2"], ["ready"]),
+        (["ready 0", "broken 2", "ready 9"], ["no more", "texts.txt: is gone.", "Bring it back."]),
+        (["ready 4", "ready 0", "SIGUSR1 2"], ["stop", signal.SIGUSR1, 3]),
+        (["broken 2", "SIGTERM 2", "ready 0"], ["stop", signal.SIGTERM, 3]),
+    ],
+)
+def test_processes_wait_for_rows_together(what: list[str], ends: list[object]) -> None:
+    """However often each looks: all come back at the same time with the same, and a stop counts more than all else."""
+    assert run(3, wait_for_rows, what) == [[*ends, 3]] * 3
+
+
+def test_the_signals_of_several_processes_are_one() -> None:
+    assert run(3, check_once, [0, int(signal.SIGINT), 0]) == [signal.SIGINT] * 3
+    assert len(set(run(3, check_once, [int(signal.SIGUSR1), int(signal.SIGTERM), 0]))) == 1
+    assert run(3, check_once, [0, 0, 0]) == [0, 0, 0]
