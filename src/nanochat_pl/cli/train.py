@@ -21,9 +21,11 @@ from nanochat_pl.cli.overrides import take_key
 from nanochat_pl.cli.plan import print_plan
 from nanochat_pl.cli.records import (
     as_typed,
-    reopen_to_train_longer,
+    reopen,
     require_same_settings,
+    restored_on_refusal,
     settings_that_matter,
+    trains_longer,
     write_records,
 )
 from nanochat_pl.common import together
@@ -46,15 +48,14 @@ EXTRA_KEYS = {
 def run(arguments: Sequence[str]) -> int:
     """The verb."""
     composed = together.agreed(lambda: compose_train(arguments))
-    _require_same_settings_everywhere(composed)
+    require_same_settings_everywhere(composed)
     config = composed.config
     place = together.by_main(lambda: _names(place_of(composed)))
     folder = StageFolder(Path(config.paths.runs), **place)
     if config.check_only:
         together.by_main(lambda: _print_check(composed, folder))
         return 0
-    together.by_main(lambda: reopen_to_train_longer(folder, composed))
-    if folder.status != "finished":
+    if folder.status != "finished" or trains_longer(folder, composed):
         # Before the folder is made: a stage whose parent is not there leaves nothing behind.
         inherits = together.agreed(lambda: inherited(config, folder, composed.given))
         composed = dataclasses.replace(composed, config=inherits)
@@ -71,6 +72,10 @@ def _opened(folder: StageFolder, composed: Composed[TrainConfig], held: contextl
     """Make a stage's folder, lock it and write down what is done in it; False where it is finished."""
     folder.create()
     held.enter_context(folder.locked())  # first of all: another process may have been at it, and just ended
+    if _begun(folder):
+        held.enter_context(restored_on_refusal(folder))
+    if trains_longer(folder, composed):
+        reopen(folder, composed)
     if is_finished(folder, composed):
         say(f"{folder.path}: is finished. resume=never trains a new one.")
         return False
@@ -85,7 +90,7 @@ def _names(folder: StageFolder) -> dict[str, str]:
     return {"run": folder.run, "stage": folder.stage, "parent_run": folder.parent_run}
 
 
-def _require_same_settings_everywhere(composed: Composed[TrainConfig]) -> None:
+def require_same_settings_everywhere(composed: Composed[TrainConfig]) -> None:
     """Refuse processes of one launch that were given different settings."""
 
     def problem(mains: str) -> str:
