@@ -110,6 +110,10 @@ def larger(net: Any) -> Any:
     return net
 
 
+def refused(*arguments: Any, **named: Any) -> Any:
+    raise RuntimeError("no execution plan supports the graph")
+
+
 ATTENTION = "attention in float32: "
 MISTAKES_ALONE: list[tuple[str, Any, str, Callable[[Any], Any], set[str]]] = [
     ("device", torch, "arange", lambda right: lambda *a, **k: right(*a, **k) + 1, {"device"}),
@@ -137,6 +141,13 @@ MISTAKES_ALONE: list[tuple[str, Any, str, Callable[[Any], Any], set[str]]] = [
         attention,
         "sdpa",
         lambda right: lambda q, k, v, scale, *rest: right(q, k, v, scale * 1.1, *rest),
+        {ATTENTION + "sdpa, math", ATTENTION + "sdpa, flash"},
+    ),
+    (
+        "attention",
+        attention,
+        "sdpa",
+        lambda right: refused,
         {ATTENTION + "sdpa, math", ATTENTION + "sdpa, flash"},
     ),
     (
