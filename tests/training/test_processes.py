@@ -10,7 +10,17 @@ from pathlib import Path
 
 import pytest
 
+from nanochat_pl.cli.locate import cache_folder
+from nanochat_pl.cli.main import main
+from nanochat_pl.cli.train import compose_train, place_of, require_same_settings_everywhere
+from nanochat_pl.common import distributed, together
+from nanochat_pl.common.errors import SharedError
+from nanochat_pl.model.gpt import GPT
+from nanochat_pl.model.init import init_weights
+from nanochat_pl.training.machine import prepare_machine
+from nanochat_pl.training.prepare import prepare_base
 from nanochat_pl.training.resume import resume_files
+from tests.processes import run
 from tests.training.conftest import same_weights, sft_overrides, tiny_overrides, weights_of
 from tests.training.launch import launch
 
@@ -19,23 +29,23 @@ TWO_ROWS = ("total_batch_tokens=64", "device_batch_size=1", "max_steps=12", "eva
 EIGHT_ROWS = ("total_batch_tokens=256", "device_batch_size=2", "max_steps=24", "model.compute_dtype=float32")
 
 
-def command(place: Path, run: str, *overrides: str, stage: str = "base") -> list[str]:
-    settings = tiny_overrides(place) if stage == "base" else sft_overrides(place)
-    return ["train", f"run={run}", *settings, *overrides]
+def command(place: Path, name: str, *overrides: str, stage: str = "base") -> list[str]:
+    settings = sft_overrides(place) if stage == "sft" else [*tiny_overrides(place), f"stage={stage}"]
+    return ["train", f"run={name}", *settings, *overrides]
 
 
-def new_run(place: Path, run: str, stage: str = "base") -> Path:
+def new_run(place: Path, name: str, stage: str = "base") -> Path:
     """A run with what the stage builds on."""
-    folder = place / "runs" / run
+    folder = place / "runs" / name
     for parent in ("tokenizer", "base") if stage == "sft" else ("tokenizer",):
         shutil.copytree(place / "runs" / "whole" / parent, folder / parent)
     return folder
 
 
-def rewound(place: Path, run: str, to: str, step: int, stage: str = "base") -> Path:
+def rewound(place: Path, name: str, to: str, step: int, stage: str = "base") -> Path:
     """A copy of a run as it was when the resume file of a step was its newest."""
     folder = place / "runs" / to
-    shutil.copytree(place / "runs" / run, folder)
+    shutil.copytree(place / "runs" / name, folder)
     for path in (folder / stage / "bundle", *(folder / stage).glob("finished.json")):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     newest, *others = [path for path in resume_files(folder / stage / "checkpoints") if f"{step:06d}" in path.name]
@@ -67,12 +77,11 @@ def trained(processes: int | list[int], arguments: list[str]) -> str:
 @pytest.fixture(scope="module")
 def on_one(place: Path) -> Callable[..., Path]:
     """The folder of a run on one process, in this one; trained once for each set of settings."""
-    from nanochat_pl.cli.main import main
 
-    def train(run: str, *overrides: str, stage: str = "base") -> Path:
-        if not (folder := place / "runs" / run).exists():
-            new_run(place, run, stage)
-            assert main(command(place, run, *overrides, stage=stage)) == 0
+    def train(name: str, *overrides: str, stage: str = "base") -> Path:
+        if not (folder := place / "runs" / name).exists():
+            new_run(place, name, stage)
+            assert main(command(place, name, *overrides, stage=stage)) == 0
         return folder
 
     return train
@@ -113,9 +122,125 @@ def test_a_file_of_one_process_is_gone_on_with_on_two_and_back(
 
 
 def test_a_wrong_setting_is_said_once(place: Path) -> None:
-    run = place / "runs" / "wrong"
-    done = launch(2, command(place, run.name, "data.path=/nowhere/at/all"))
+    done = launch(2, command(place, "wrong", "data.path=/nowhere/at/all"))
     assert done.returncode != 0 and done.stdout.count("error") == 0
     assert done.stderr.count("error: ") == done.stderr.count("error: data.path='/nowhere/at/all'") == 1, done.stderr
     assert "exitcode  : 2" in done.stderr and "Traceback" not in done.stderr.partition("torch/distributed")[0]
-    assert not run.exists()
+    assert not (place / "runs" / "wrong").exists()
+
+
+def differing_commands(place: str, depths: list[int]) -> str:
+    composed = compose_train(command(Path(place), "any", f"model.depth={depths[distributed.rank()]}")[1:])
+    try:
+        require_same_settings_everywhere(composed)
+    except SharedError as error:
+        return error.problems[0]
+    return ""
+
+
+def test_processes_that_were_started_with_different_settings_are_refused(place: Path) -> None:
+    assert run(2, differing_commands, str(place), [3, 3]) == ["", ""]
+    said = run(2, differing_commands, str(place), [3, 4])
+    assert said[0] == said[1] and said[0].startswith("process 1: ")
+    assert "model.depth=4" in said[0] and "model.depth=3" in said[0]
+
+
+def validated(place: str, num_rows: int) -> dict[str, float]:
+    composed = compose_train(command(Path(place), "whole", f"evaluation.num_rows={num_rows}")[1:])
+    config, cache = composed.config, cache_folder(composed.config.paths)
+    machine = prepare_machine(config)
+    prepared = together.main_first(lambda: prepare_base(config, place_of(composed), cache, machine))
+    net = init_weights(GPT(prepared.model).materialise(), seed=1)
+    pauses = 0
+
+    def between() -> None:
+        nonlocal pauses
+        pauses += 1
+
+    figures = prepared.validation.measure(net, between)
+    return {**figures, "pauses": float(pauses)}
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 23])
+def test_validation_does_not_depend_on_the_number_of_processes(place: Path, num_rows: int) -> None:
+    one = run(1, validated, str(place), num_rows)[0]
+    for processes in (2, 3):
+        of_all = run(processes, validated, str(place), num_rows)
+        assert of_all == [of_all[0]] * processes
+        most = -(-num_rows // processes)  # rows of the largest share; at most as many are in memory at once
+        assert of_all[0].pop("pauses") == -(-most // min(4, -(-8 // processes)))
+        assert of_all[0] == pytest.approx({key: one[key] for key in one if key != "pauses"}, abs=1e-6)
+
+
+@pytest.mark.slow
+def test_other_numbers_of_processes_go_on_with_a_file_of_two(place: Path, train: Callable[..., int]) -> None:
+    """Sums of several terms are added up in another order: the losses of twenty steps differ by less than 1e-5."""
+    settings = (*EIGHT_ROWS, "trainer.checkpoint_every_steps=4", "trainer.keep_last=20")
+    whole = new_run(place, "two-24")
+    trained(2, command(place, whole.name, *settings))
+    expected = figures(whole / "base", "train/loss", "train/tokens")
+
+    def check(folder: Path) -> None:
+        found = figures(folder / "base", "train/loss", "train/tokens")
+        assert len(found) == 24
+        for (loss, tokens), (expected_loss, expected_tokens) in zip(found, expected, strict=True):
+            assert loss == pytest.approx(expected_loss, abs=1e-5) and tokens == expected_tokens
+
+    on_one = rewound(place, whole.name, "two-then-1", step=4)
+    assert train(f"run={on_one.name}", *settings) == 0
+    check(on_one)
+    for processes in (3, 4):
+        folder = rewound(place, whole.name, f"two-then-{processes}", step=4)
+        trained(processes, command(place, folder.name, *settings))
+        check(folder)
+        back = rewound(place, folder.name, f"{processes}-then-two", step=12)
+        trained(2, command(place, back.name, *settings))
+        check(back)
+
+
+@pytest.mark.slow
+def test_two_nodes_train_and_go_on(place: Path, on_one: Callable[..., Path]) -> None:
+    """Two agents of torchrun; one node has a process more than the other, and the step fewer rows than processes."""
+    settings = (*TWO_ROWS, "trainer.checkpoint_every_steps=4", "trainer.keep_last=4")
+    whole = on_one("whole-12-rows", *settings)
+    nodes = new_run(place, "nodes")
+    printed = trained([1, 2], command(place, nodes.name, *settings))
+    assert printed.count("Final validation") == 1
+    expected = figures(whole / "base", "train/loss")
+    assert figures(nodes / "base", "train/loss") == expected  # the third process has no rows: x + 0 is x
+    assert same_weights(weights_of(whole, "base"), weights_of(nodes, "base"))
+    goes_on = rewound(place, nodes.name, "nodes-go-on", step=4)
+    trained([2, 1], command(place, goes_on.name, *settings))
+    assert figures(goes_on / "base", "train/loss") == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["streamed", "mixture"])
+def test_rows_of_all_kinds_of_sources(place: Path, tmp_path: Path, on_one: Callable[..., Path], kind: str) -> None:
+    """One process a node tokenises ahead; figures of a mixture's sources are summed over processes."""
+    settings = [*TWO_ROWS, "data.shuffle=shards"]
+    if kind == "mixture":
+        parts = [
+            f"data.sources.{name}={{name: local, path: {place / 'texts'}, seed: {seed}}}"
+            for name, seed in (("a", 1), ("b", 2))
+        ]
+        settings = [*TWO_ROWS, *parts]
+    one = on_one(f"one-{kind}", *settings)
+    two = new_run(place, f"two-{kind}")
+    fresh = f"paths.cache={tmp_path / 'cache'}"
+    trained(2, command(place, two.name, *settings, fresh))
+    assert figures(two / "base", "train/loss") == figures(one / "base", "train/loss")
+    assert same_weights(weights_of(one, "base"), weights_of(two, "base"))
+    if kind == "streamed":
+        assert len(list((tmp_path / "cache" / "ahead").glob("*.json"))) == 1
+
+
+@pytest.mark.slow
+def test_a_tokenizer_is_trained_once_and_a_finished_stage_is_left_alone(place: Path) -> None:
+    arguments = command(place, "only-tokenizer", stage="tokenizer")
+    assert trained(2, arguments).count("Training a tokenizer") == 1
+    bundle = place / "runs" / "only-tokenizer" / "tokenizer" / "bundle"
+    before = {path.name: path.stat().st_mtime_ns for path in bundle.iterdir()}
+    assert "is finished. resume=never trains a new one." in trained(2, arguments)
+    assert {path.name: path.stat().st_mtime_ns for path in bundle.iterdir()} == before
+    assert trained(2, [*arguments, "resume=never"]).count("New run: only-tokenizer-2") == 1
