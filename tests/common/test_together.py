@@ -85,7 +85,7 @@ def test_the_main_process_then_one_of_each_node_then_all(
 
 def hold_against_main(texts: list[str]) -> str:
     try:
-        together.require_same(texts[distributed.rank()], lambda mains: f"differs from {mains}.")
+        together.require_same(texts[distributed.rank()], lambda mains: f"differs from {mains}.", "do this")
     except SharedError as error:
         return error.problems[0]
     return ""
@@ -98,7 +98,7 @@ def test_what_must_be_the_same_is_compared_with_the_main_process() -> None:
 
 def test_one_process_is_a_plain_call() -> None:
     assert together.agreed(lambda: 1) == together.by_main(lambda: 1) == together.main_first(lambda: 1) == 1
-    together.require_same("a", lambda mains: "differs")
+    together.require_same("a", lambda mains: "differs", "")
     with pytest.raises(UserError) as raised:
         together.agreed(lambda: refuse("no"))
     assert not isinstance(raised.value, SharedError)

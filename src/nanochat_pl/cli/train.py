@@ -98,7 +98,8 @@ def require_same_settings_everywhere(composed: Composed[TrainConfig]) -> None:
         typed = f"{' '.join(own)}; the main process: {' '.join(theirs)}" if own != tuple(theirs) else "the same command"
         return f"has other settings than the main process: {typed}."
 
-    together.require_same(json.dumps({"typed": composed.overrides, "all": composed.plain()}, default=str), problem)
+    settings = json.dumps({"typed": composed.overrides, "all": composed.plain()}, default=str)
+    together.require_same(settings, problem, "Start all processes with the same command.")
 
 
 def is_finished(folder: StageFolder, composed: Composed[TrainConfig]) -> bool:

@@ -78,12 +78,13 @@ def main_first(function: Callable[[], T]) -> T:
     return results[turn]  # type: ignore[return-value]
 
 
-def require_same(mine: str, problem: Callable[[str], str]) -> None:
+def require_same(mine: str, problem: Callable[[str], str], fix: str) -> None:
     """Hold a text against that of the main process.
 
     Args:
         mine: this process's.
         problem: what to say where they differ, given the main process's.
+        fix: what to do then.
 
     Raises:
         SharedError: they differ on some process.
@@ -92,6 +93,6 @@ def require_same(mine: str, problem: Callable[[str], str]) -> None:
 
     def compare() -> None:
         if mine != mains:
-            raise UserError(problem(mains), "Start all processes with the same command.")
+            raise UserError(problem(mains), fix)
 
     agreed(compare)

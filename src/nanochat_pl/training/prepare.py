@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from nanochat_pl.common import distributed
 from nanochat_pl.common.console import by_difference, progress, say
+from nanochat_pl.common.place import launched_place
 from nanochat_pl.common.run_folder import StageFolder
 from nanochat_pl.data.mixed_rows import MixedRows
 from nanochat_pl.data.mixed_source import MixedSource
@@ -25,6 +27,7 @@ from nanochat_pl.model.config import GPTConfig, resolve_model
 from nanochat_pl.planning import Plan, check_horizon, estimate_cpu_seconds, make_plan
 from nanochat_pl.planning.devices import detected_device
 from nanochat_pl.planning.horizon import MAX_EPOCHS
+from nanochat_pl.planning.rows import RowOptions
 from nanochat_pl.tokenizer import Tokenizer
 from nanochat_pl.training.evaluation import MixedValidation, Validation, open_validation
 from nanochat_pl.training.limits import require_room
@@ -203,11 +206,19 @@ def _base_plan(config: TrainConfig, machine: Machine, vocab_size: int, tokens_at
         compute_dtype=machine.compute_dtype,
         schedule=config.schedule,
         tokens_at_hand=tokens_at_hand,
-        options=row_options(config, detected_device(machine.device), distributed.world_size()),
+        options=options_of_rows(config, machine),
     )
     seconds = estimate_cpu_seconds(plan["total_flops"], os.cpu_count() or 1) if machine.device.type == "cpu" else None
     check_horizon(plan, tokens_at_hand, seconds)
     return plan
+
+
+def options_of_rows(config: TrainConfig, machine: Machine) -> RowOptions:
+    """What the plan of the rows needs. The processes of a machine share a CPU's memory."""
+    device = detected_device(machine.device)
+    if device.type == "cpu" and device.memory_bytes is not None:
+        device = dataclasses.replace(device, memory_bytes=device.memory_bytes // launched_place().local_world_size)
+    return row_options(config, device, distributed.world_size())
 
 
 def _tokenise(source: Source, split: Split, tokenizer: Tokenizer, cache: Path) -> TokenCache:

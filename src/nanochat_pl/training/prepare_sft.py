@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from nanochat_pl.bundle.bundle import MODEL, load_config, load_moments, load_stage_info, load_tokenizer, load_weights
-from nanochat_pl.common import distributed
 from nanochat_pl.common.console import by_difference, progress, say
 from nanochat_pl.common.files import sha256_of_file
 from nanochat_pl.common.run_folder import StageFolder
@@ -19,7 +18,6 @@ from nanochat_pl.data.conversation_cache import ConversationCache, build_convers
 from nanochat_pl.data.row_index import RowIndex
 from nanochat_pl.data.rows import Rows, packed_rows
 from nanochat_pl.planning import Inherited, Plan, make_finetune_plan
-from nanochat_pl.planning.devices import detected_device
 from nanochat_pl.tasks.conversations import ConversationSet
 from nanochat_pl.tasks.mixture import Mixture, build_mixture
 from nanochat_pl.tokenizer import Tokenizer
@@ -27,8 +25,8 @@ from nanochat_pl.training.evaluation import Validation
 from nanochat_pl.training.inherit import parent_folder
 from nanochat_pl.training.limits import require_room
 from nanochat_pl.training.machine import Machine
-from nanochat_pl.training.prepare import Prepared
-from nanochat_pl.training.settings import TrainConfig, memory_knobs, row_options
+from nanochat_pl.training.prepare import Prepared, options_of_rows
+from nanochat_pl.training.settings import TrainConfig, memory_knobs
 
 PADDED_BUFFER = 100  # conversations among which the packer finds the best fit: the recipe's
 VALIDATION_SEED = 0  # a setting of the training has no say in what is validated on
@@ -74,7 +72,7 @@ def prepare_sft(
         parent=inherited.hyperparameters,
         parent_batch_tokens=inherited.total_batch_tokens,
         parent_name=parent_name,
-        options=row_options(config, detected_device(machine.device), distributed.world_size()),
+        options=options_of_rows(config, machine),
     )
     _announce_inherited(plan)
     if config.max_steps is not None or config.flops_budget is not None:

@@ -60,9 +60,15 @@ def train_stage(
         together.by_main(lambda: train_tokenizer_stage(config, folder, open_source(config.data, cache)))
         return
     machine = together.agreed(lambda: prepare_machine(config))
+    kind = f"{machine.device.type} in {machine.compute_dtype}"
+    same_machines = "Set trainer.accelerator and model.compute_dtype to what all machines have."
+    together.require_same(kind, lambda mains: f"would train on {kind}, the main process on {mains}.", same_machines)
     prepare = {"base": prepare_base, "sft": prepare_sft}[config.stage.name]
     goes_on = newest_resume_file(folder.checkpoints) is not None
     prepared = together.main_first(lambda: prepare(config, folder, cache, machine, goes_on))
+    rows = str(prepared.plan["device_batch_size"])
+    smaller = "Set device_batch_size to what fits into the memory of all machines."
+    together.require_same(rows, lambda mains: f"has memory for {rows} rows at once, the main one for {mains}.", smaller)
     on_plan(prepared.plan)
     together.agreed(lambda: _require_short_prompts(config, prepared))
     together.by_main(lambda: write_json(folder.path / "plan.json", prepared.plan.to_plain()))
