@@ -153,7 +153,13 @@ def start_builder(job: Job, cache_dir: Path) -> BuilderProcess:
 
 
 def _run(job: Job, builder: BuilderProcess) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the training, which ends this process in its time
+    # Signals are for the training, which ends this process in its time with a SIGTERM. Those that launchers send come
+    # to a whole group of processes.
+    for name in ("SIGINT", "SIGHUP", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    if hasattr(os, "setpgid"):
+        os.setpgid(0, 0)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if hasattr(os, "nice"):
         os.nice(10)  # where both want the cores, the training has them

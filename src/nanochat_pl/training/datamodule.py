@@ -15,7 +15,7 @@ from nanochat_pl.common.constants import IGNORE_INDEX
 from nanochat_pl.data.mixed_rows import MixedRows
 from nanochat_pl.data.rows import Rows
 from nanochat_pl.training.step import StepBatch
-from nanochat_pl.training.stopping import GracefulStop
+from nanochat_pl.training.stopping import GracefulStop, leave_signals_to_parent
 
 
 def share(first: int, count: int, rank: int, world: int) -> range:
@@ -105,6 +105,7 @@ class RowsDataModule(LightningDataModule):
             batch_size=None,
             num_workers=int(on_gpu) if self.num_workers is None else self.num_workers,
             pin_memory=on_gpu,
+            worker_init_fn=leave_signals_to_parent,
             generator=torch.Generator(),  # else it draws a seed for its processes from the global one
         )
 

@@ -28,7 +28,7 @@ from nanochat_pl.training.resume import AtomicCheckpointIO, ResumeFiles, newest_
 from nanochat_pl.training.settings import EvaluationSettings, TrainerSettings
 from nanochat_pl.training.spikes import LossSpikes
 from nanochat_pl.training.stages import TrainingStage
-from nanochat_pl.training.stopping import GracefulStop, StopRequested
+from nanochat_pl.training.stopping import GracefulStop
 from nanochat_pl.training.strategy import OneDeviceEach
 from nanochat_pl.training.tensorboard import rewind_events
 
@@ -114,10 +114,6 @@ def fit(stage: TrainingStage, data: RowsDataModule, fitting: Fitting) -> Fitted:
             trainer.fit(stage, datamodule=data, ckpt_path=None if resume_from is None else str(resume_from))
         except (MisconfigurationException, ModuleNotFoundError) as error:
             raise UserError(f"callbacks, logger: Lightning refuses them: {error}") from error
-        except RuntimeError as error:
-            if stop.signum is None or not stop.is_a_stop(error):
-                raise
-            raise StopRequested(stop.signum, trainer.global_step) from error
         finally:
             torch.use_deterministic_algorithms(deterministic_before)
         stop.check()

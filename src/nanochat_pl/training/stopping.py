@@ -17,7 +17,7 @@ from lightning.pytorch import Callback, Trainer
 
 from nanochat_pl.common import distributed
 from nanochat_pl.common.constants import SAME_SIGNAL_SECONDS
-from nanochat_pl.common.errors import UserError
+from nanochat_pl.common.errors import SharedError, UserError
 from nanochat_pl.training.resume import ResumeFiles
 
 NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
@@ -41,8 +41,15 @@ class StopRequested(Exception):
         self.signum, self.step = signum, step
 
 
-class NoMoreRows(UserError):
+class NoMoreRows(SharedError):
     """The data cannot give the rows of the next step. The steps before are whole."""
+
+
+def leave_signals_to_parent(worker: int = 0) -> None:
+    """For processes that read rows ahead: launchers signal whole groups, and a training that stops still needs them.
+    They end with it."""
+    for signum in SIGNALS:
+        signal.signal(signum, signal.SIG_IGN)
 
 
 class GracefulStop(Callback):
@@ -152,7 +159,7 @@ class GracefulStop(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
         """Write the resume file of the last finished step: until the optimizer steps, nothing has changed."""
-        if (self.is_a_stop(exception) or isinstance(exception, NoMoreRows)) and trainer.global_step > 0:
+        if isinstance(exception, StopRequested | NoMoreRows) and trainer.global_step > 0:
             self.resume_files.save(trainer)
         if isinstance(exception, StopRequested) and distributed.world_size() > 1:
             self._end_together()
@@ -164,9 +171,3 @@ class GracefulStop(Callback):
             signal.signal(signum, signal.SIG_IGN)
         self._previous = {}
         distributed.barrier()
-
-    def is_a_stop(self, error: BaseException) -> bool:
-        """Whether an exception came of a signal: ours, or torch's where the signal ended a loader process first."""
-        return isinstance(error, StopRequested) or (
-            self.signum is not None and isinstance(error, RuntimeError) and "DataLoader worker" in str(error)
-        )
