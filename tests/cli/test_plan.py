@@ -56,7 +56,7 @@ def test_a_named_gpu_with_its_price(here: Path, capsys: pytest.CaptureFixture[st
     assert "Memory on h100" in out and "79.00 GiB" in out
     assert "mfu=0.5" in out and "cost" in out and "1.1 hours" in out
     assert "shards_needed" in out and "data=climbmix has 6,542" in out
-    assert "Training on several devices is not built yet" in out
+    assert "Memory is that of one of" in out
     assert "nanochat-pl train trainer.accelerator=cpu model.depth=20 data=climbmix\n" in out, "without plan's own keys"
 
 
