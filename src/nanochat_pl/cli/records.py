@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import os
 import platform
 import re
 import subprocess
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,12 @@ from nanochat_pl.cli.compose import Composed
 from nanochat_pl.cli.overrides import UNKNOWN, Setting, type_of_key
 from nanochat_pl.common.console import say
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.common.files import read_json, sha256_of_file, write_json, write_text
+from nanochat_pl.common.files import read_json, sha256_of_file, write_bytes, write_json, write_text
 from nanochat_pl.common.hardware import choose_device, device_name
 from nanochat_pl.common.run_folder import StageFolder
 from nanochat_pl.common.settings import to_plain
 from nanochat_pl.data.opening import read_chosen
-from nanochat_pl.training.changes import note_changes, read_changes
+from nanochat_pl.training import changes
 from nanochat_pl.training.settings import TrainConfig
 
 # What says how a command is run, and nothing of the training.
@@ -101,17 +102,33 @@ def require_same_settings(folder: StageFolder, composed: Composed[TrainConfig]) 
     _require_same(folder, composed, but_for_changes=composed.config.resume_with_changes and not finished)
 
 
-def reopen_to_train_longer(folder: StageFolder, composed: Composed[TrainConfig]) -> None:
-    """Make a finished stage one that goes on, where resume_with_changes=true and more steps are asked for.
+def trains_longer(folder: StageFolder, composed: Composed[TrainConfig]) -> bool:
+    """Whether a finished stage is asked for more steps, with resume_with_changes=true."""
+    config = composed.config
+    if not config.resume_with_changes or folder.status != "finished" or not any(folder.checkpoints.glob("*.ckpt")):
+        return False
+    return (config.max_steps or 0) > folder.finished().get("step", 0)
 
-    Raises:
-        UserError: what cannot be changed was changed, too.
-    """
-    longer = folder.status == "finished" and (composed.config.max_steps or 0) > folder.finished().get("step", 0)
-    if longer and composed.config.resume_with_changes and any(folder.checkpoints.glob("*.ckpt")):
-        with folder.locked():
-            _require_same(folder, composed, but_for_changes=True)
-            (folder.path / "finished.json").unlink(missing_ok=True)
+
+def reopen(folder: StageFolder, composed: Composed[TrainConfig]) -> None:
+    """Make a finished stage one that goes on. Raises :class:`UserError` where what cannot change was changed, too."""
+    _require_same(folder, composed, but_for_changes=True)
+    (folder.path / "finished.json").unlink()
+
+
+@contextlib.contextmanager
+def restored_on_refusal(folder: StageFolder) -> Iterator[None]:
+    """Put a stage's records back where what is done inside is refused before it has come to another resume file."""
+    paths = [folder.path / name for name in ("finished.json", "config.yaml", "overrides.txt", changes.NAME)]
+    before = {path: path.read_bytes() for path in paths if path.exists()}
+    files = {*folder.checkpoints.glob("*.ckpt")}
+    try:
+        yield
+    except UserError:
+        if files.issuperset(folder.checkpoints.glob("*.ckpt")):
+            for path in paths:
+                write_bytes(path, before[path]) if path in before else path.unlink(missing_ok=True)
+        raise
 
 
 def _require_same(folder: StageFolder, composed: Composed[TrainConfig], but_for_changes: bool) -> None:
@@ -164,21 +181,21 @@ def _tell_changes(folder: StageFolder, composed: Composed[Any]) -> None:
     )
     then = {**_flat(to_plain(TrainConfig())), **then}  # of keys that are younger than the stage
     matters = _differences(folder, composed)
-    changes = [
+    lines = [
         f"{key} {as_typed(was)} → {as_typed(value)}" + (" (it alters the result)" if key in matters else "")
         for key, (was, value) in _unequal({key: then[key] for key in then if key in now}, now).items()
     ]
-    changes += _code_changes(_last_code(folder), code())
-    if changes:
-        say(f"Since the last start: {'; '.join(changes)}.")
-        note_changes(folder.path, changes, code())
+    lines += _code_changes(_last_code(folder), code())
+    if lines:
+        say(f"Since the last start: {'; '.join(lines)}.")
+        changes.note_changes(folder.path, lines, code())
 
 
 def _last_code(folder: StageFolder) -> dict[str, Any]:
     """The code that the stage last went on with, empty where it is older than this record."""
     path = folder.path / "about.json"
     begun = [read_json(path)] if path.exists() else []
-    noted = [line["code"] for line in read_changes(folder.path) if "code" in line]
+    noted = [line["code"] for line in changes.read_changes(folder.path) if "code" in line]
     return next((state for state in reversed(begun + noted) if "source" in state), {})
 
 

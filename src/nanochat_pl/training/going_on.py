@@ -74,8 +74,8 @@ def _why_not(key: str, step: int) -> str:
 def _consequence(key: str, was: Any, step: int, recipe: StageRecipe) -> str:
     if key != "steps":
         return (
-            f"{key} {was} → {recipe.identity.get(key)}: the rows from step {step:,} on are others; of text that is in"
-            " both, some may be seen twice and some never."
+            f"{key} {was} → {recipe.identity.get(key)}: the rows from step {step + 1:,} on are others; of text that"
+            " is in both, some may be seen twice and some never."
         )
     before, after = (schedule_values(recipe.schedule, step, steps).lr_multiplier for steps in (was, recipe.num_steps))
     return (
