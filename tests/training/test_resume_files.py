@@ -22,7 +22,7 @@ from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.files import free_bytes
 from nanochat_pl.common.run_folder import StageFolder
 from nanochat_pl.training import resume
-from nanochat_pl.training.metrics import StepClock
+from nanochat_pl.training.metrics import MetricsCSV, StepClock
 from nanochat_pl.training.resume import (
     BEST,
     AtomicCheckpointIO,
@@ -137,6 +137,21 @@ def test_every_resume_file_is_plain_data(place: Path) -> None:
     assert len(files) == 2, "trainer.keep_last"
     for path in files:
         assert torch.load(path, weights_only=True)["global_step"] == int(path.stem.split("=")[1])
+
+
+def test_a_torn_line_of_figures_is_no_other_step(tmp_path: Path) -> None:
+    """Of 12,4.5,… there was 1: a second row of step 1."""
+    csv = MetricsCSV(tmp_path / "metrics.csv")
+    csv.rewind(0)
+    for step in range(1, 12):
+        csv.log_metrics({"train/loss": 4.5}, step)
+    csv.save()
+    whole = csv.path.read_text(encoding="utf-8")
+    csv.path.write_text(f"{whole}1", encoding="utf-8")
+    again = MetricsCSV(csv.path)
+    again.rewind(11)
+    again.save()
+    assert again.path.read_text(encoding="utf-8") == whole
 
 
 @pytest.fixture

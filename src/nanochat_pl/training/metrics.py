@@ -98,9 +98,9 @@ class MetricsCSV(Logger):
         """
         kept: list[dict[str, str]] = []
         if self.path.exists():
-            with self.path.open(encoding="utf-8", newline="") as file:
-                rows = csv.DictReader(file)
-                kept = [row for row in rows if (row["step"] or "").isdigit() and int(row["step"]) <= step]
+            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+            rows = csv.DictReader(line for line in lines if line.endswith("\n"))  # the last one may be torn
+            kept = [row for row in rows if (row["step"] or "").isdigit() and int(row["step"]) <= step]
         if kept and int(kept[-1]["step"]) == step:
             self._row = {**{name: value for name, value in kept.pop().items() if name in self.columns}, "step": step}
         text = io.StringIO()
@@ -125,8 +125,8 @@ class MetricsCSV(Logger):
             end = file.seek(0, os.SEEK_END)
             self._row_starts_at = end if self._row_starts_at is None else self._row_starts_at
             file.seek(self._row_starts_at)
-            file.truncate()
             csv.DictWriter(file, self.columns, restval="", lineterminator="\n").writerow(self._row)
+            file.truncate()  # not before: a kill in between would cost a row that a resume file counts on
 
     def finalize(self, status: str) -> None:
         """Write the last row."""
