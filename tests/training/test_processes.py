@@ -23,6 +23,7 @@ from nanochat_pl.training.resume import resume_files
 from tests.processes import run
 from tests.training.conftest import same_weights, sft_overrides, tiny_overrides, weights_of
 from tests.training.launch import launch
+from tests.training.test_mixture import mixture, write_others
 
 # Two rows a step, one in memory at once: a sum over processes has the two terms of the sum over micro-batches.
 TWO_ROWS = ("total_batch_tokens=64", "device_batch_size=1", "max_steps=12", "evaluation.every_steps=6")
@@ -55,12 +56,17 @@ def rewound(place: Path, name: str, to: str, step: int, stage: str = "base") -> 
     return folder
 
 
+def table(folder: Path, *names: str) -> list[list[float | None]]:
+    """Columns of metrics.csv, a list for each line."""
+    with (folder / "metrics.csv").open(encoding="utf-8", newline="") as file:
+        return [[float(row[name]) if row[name] else None for name in names] for row in csv.DictReader(file)]
+
+
 def figures(folder: Path, *names: str) -> list[list[float | None]]:
     """Columns of metrics.csv, a list for each step; each step stands in it once."""
-    with (folder / "metrics.csv").open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert [row["step"] for row in rows] == [str(n + 1) for n in range(len(rows))]
-    return [[float(row[name]) if row[name] else None for name in names] for row in rows]
+    steps = table(folder, "step")
+    assert steps == [[n + 1] for n in range(len(steps))]
+    return table(folder, *names)
 
 
 def files(folder: Path) -> set[str]:
@@ -215,24 +221,34 @@ def test_two_nodes_train_and_go_on(place: Path, on_one: Callable[..., Path]) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["streamed", "mixture"])
-def test_rows_of_all_kinds_of_sources(place: Path, tmp_path: Path, on_one: Callable[..., Path], kind: str) -> None:
-    """One process a node tokenises ahead; figures of a mixture's sources are summed over processes."""
+def test_text_that_is_tokenised_ahead_is_so_by_one_process(
+    place: Path, tmp_path: Path, on_one: Callable[..., Path]
+) -> None:
     settings = [*TWO_ROWS, "data.shuffle=shards"]
-    if kind == "mixture":
-        parts = [
-            f"data.sources.{name}={{name: local, path: {place / 'texts'}, seed: {seed}}}"
-            for name, seed in (("a", 1), ("b", 2))
-        ]
-        settings = [*TWO_ROWS, *parts]
-    one = on_one(f"one-{kind}", *settings)
-    two = new_run(place, f"two-{kind}")
-    fresh = f"paths.cache={tmp_path / 'cache'}"
-    trained(2, command(place, two.name, *settings, fresh))
+    one, two = on_one("one-streamed", *settings), new_run(place, "two-streamed")
+    trained(2, command(place, two.name, *settings, f"paths.cache={tmp_path}", "trainer.num_workers=1"))
     assert figures(two / "base", "train/loss") == figures(one / "base", "train/loss")
     assert same_weights(weights_of(one, "base"), weights_of(two, "base"))
-    if kind == "streamed":
-        assert len(list((tmp_path / "cache" / "ahead").glob("*.json"))) == 1
+    assert len(list((tmp_path / "ahead").glob("*.json"))) == 1
+
+
+@pytest.mark.slow
+def test_figures_of_the_sources_of_a_mixture_are_those_of_all_processes(place: Path, tmp_path: Path) -> None:
+    """Also where a resume file lies between two lines of figures."""
+    logged = ("trainer.log_every_steps=3", "trainer.checkpoint_every_steps=4", "trainer.keep_last=4")
+    settings = [*mixture(place, write_others(tmp_path / "others")), *TWO_ROWS, *logged]
+    assert main(["train", "run=one-mixture", *settings]) == 0
+    one, two = place / "runs" / "one-mixture", place / "runs" / "two-mixture"
+    shutil.copytree(one / "tokenizer", two / "tokenizer")
+    trained(2, ["train", "run=two-mixture", *settings])
+    goes_on = rewound(place, "two-mixture", "two-mixture-goes-on", step=4)
+    trained(2, ["train", "run=two-mixture-goes-on", *settings])
+    names = ("train/loss", "train/loss_cats", "train/loss_numbers", "train/tokens_cats", "val/bpb", "val/bpb_numbers")
+    expected = table(one / "base", "step", *names)
+    assert [row[0] for row in expected] == [3, 6, 9, 12] and None not in [row[2] for row in expected]
+    for folder in (two, goes_on):
+        for found, row in zip(table(folder / "base", "step", *names), expected, strict=True):
+            assert found == pytest.approx(row, abs=1e-6)
 
 
 @pytest.mark.slow
