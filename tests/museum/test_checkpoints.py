@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
+import errno
+import math
+import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,20 +19,124 @@ from nanochat_pl import Engine, load_bundle
 from nanochat_pl.bundle import StageInfo, save_bundle
 from nanochat_pl.bundle.bundle import load_moments
 from nanochat_pl.cli.main import main
-from nanochat_pl.common import hardware
-from nanochat_pl.common.files import write_json
+from nanochat_pl.common import distributed, hardware
+from nanochat_pl.common.errors import UserError
+from nanochat_pl.common.files import read_json, write_json
 from nanochat_pl.formats.nanochat_read import read_nanochat
 from nanochat_pl.model.config import DType, GPTConfig
-from nanochat_pl.model.gpt import GPT, TORCH_DTYPES
+from nanochat_pl.model.gpt import GPT, TORCH_DTYPES, parameter_roles
 from nanochat_pl.model.init import init_weights
 from nanochat_pl.model.kv_cache import KVCache
+from nanochat_pl.optim import OptimSettings, build_optimizer, resolve_hyperparameters
+from nanochat_pl.training.evaluation import Validation
+from nanochat_pl.training.resume import newest_resume_file, step_of
 from tests.engine.small import byte_tokenizer
 from tests.model.helpers import random_ids, tiny_config
 from tests.museum.conftest import CountingCompiler
 from tests.museum.tiny import fit_tiny, tiny_model
+from tests.processes import run
 from tests.training.conftest import sft_overrides, tiny_overrides, write_texts
 
 DTYPES: list[DType] = ["float32", "bfloat16", "float16"]
+
+
+class _EvaluationFailed(Exception):
+    pass
+
+
+def test_museum_36_an_evaluation_that_fails_costs_no_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file was saved after the evaluation, which ran out of memory: an hour of steps was lost."""
+
+    def fail(self: Validation, net: GPT, *hooks: object) -> dict[str, float]:
+        raise _EvaluationFailed
+
+    with monkeypatch.context() as broken:
+        broken.setattr(Validation, "measure", fail)
+        with pytest.raises(_EvaluationFailed):
+            fit_tiny(tmp_path, num_steps=6, every_steps=3, checkpoint_every_steps=3)
+    newest = newest_resume_file(tmp_path / "checkpoints")
+    assert newest is not None and step_of(newest) == 3
+    fit_tiny(tmp_path, num_steps=6, every_steps=3, checkpoint_every_steps=3)
+    with (tmp_path / "metrics.csv").open(encoding="utf-8", newline="") as file:
+        measured = [row["step"] for row in csv.DictReader(file) if row["val/bpb"]]
+    assert measured == ["3"], "what the failure kept from being measured is made up for"
+
+
+def test_museum_37_a_bundle_is_the_old_one_or_the_new_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights, configuration and optimizer were written one by one: after a crash they were of two steps."""
+    net = init_weights(GPT(tiny_model()).materialise())
+    moments = {"a.momentum": torch.ones(3)}
+
+    def save(step: int) -> None:
+        with torch.no_grad():
+            net.lm_head.weight.fill_(step)
+        info = StageInfo(stage="base", step=step)
+        save_bundle(tmp_path / "b", info, net=net, tokenizer=byte_tokenizer(), moments=moments)
+
+    def steps() -> tuple[int, float]:
+        bundle = load_bundle(tmp_path / "b")
+        return bundle.stage.step, bundle.net.lm_head.weight[0, 0].item()
+
+    save(1)
+    replace = Path.replace
+    for count in range(6):  # five files, then the folder
+        left = [count]
+
+        def replace_so_many(path: Path, target: Path, left: list[int] = left) -> Path:
+            if left[0] == 0:
+                raise OSError(errno.EIO, "the disk is gone")
+            left[0] -= 1
+            return replace(path, target)
+
+        with monkeypatch.context() as failing:
+            failing.setattr(Path, "replace", replace_so_many)
+            with pytest.raises(UserError, match="the disk is gone"):
+                save(2)
+        if (tmp_path / "b").exists():
+            assert steps() == (1, 1.0)
+        assert [path.name for path in tmp_path.iterdir()] in (["b"], [])
+        save(1)
+    save(2)
+    assert steps() == (2, 2.0)
+
+
+def _three_steps_of_the_optimizer() -> dict[str, torch.Tensor]:
+    """The state after three steps, as the main process writes it; on the others none."""
+    net = init_weights(GPT(tiny_model()).materialise())
+    optimizer = build_optimizer(
+        net.named_parameters(), parameter_roles(net), resolve_hyperparameters(OptimSettings(compile=False), width=16)
+    )
+    for step in range(3):
+        for number, parameter in enumerate(net.parameters()):
+            generator = torch.Generator().manual_seed(100 * step + number)
+            parameter.grad = torch.randn(parameter.shape, generator=generator) / distributed.world_size()
+        optimizer.step()
+        optimizer.zero_grad()
+    return optimizer.moments_by_name()
+
+
+def test_museum_38_the_state_of_the_optimizer_does_not_depend_on_the_number_of_processes() -> None:
+    """Each process wrote the shards of its own, and only as many processes could read them again."""
+    alone = _three_steps_of_the_optimizer()
+    for world_size in (2, 3):
+        main, *others = run(world_size, _three_steps_of_the_optimizer)
+        assert main.keys() == alone.keys() and not any(others)
+        for name, moment in alone.items():
+            torch.testing.assert_close(main[name], moment, rtol=1e-4, atol=1e-6)
+
+
+def test_museum_39_the_newest_is_the_one_of_the_last_step(tmp_path: Path) -> None:
+    """It was the last name in the order of letters, or the youngest on the disk: step=1000000 came before step=999999,
+    and a copied folder had any order."""
+    for age, step in enumerate((1_000_000, 999_999, 20)):
+        path = tmp_path / f"step={step:06d}.ckpt"
+        torch.save({"global_step": step, "state_dict": {}, "optimizer_states": []}, path)
+        os.utime(path, (2e9 + age, 2e9 + age))
+    (tmp_path / "step=2000000.ckpt.part").touch()
+    (tmp_path / "step=last.ckpt").touch()
+    shutil.copy(tmp_path / "step=000020.ckpt", tmp_path / "step=3000000.ckpt")
+    with pytest.warns(UserWarning, match="step=3000000.ckpt is damaged .is of step 20."):
+        assert newest_resume_file(tmp_path) == tmp_path / "step=1000000.ckpt"
 
 
 def test_museum_40_a_compiled_run_writes_the_names_of_an_eager_one(tmp_path: Path, compiler: CountingCompiler) -> None:
@@ -132,3 +241,47 @@ def test_museum_42_windows_and_all_of_the_architecture_reach_the_last_stage(smal
     # Written on as a bundle by somebody else, it is still the same.
     again = save_bundle(small_folder / "again", bundle.stage, net=bundle.net)
     assert load_bundle(again).config == configs[0]
+
+
+def test_museum_43_a_figure_that_is_no_number_costs_no_weights(
+    small_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A validation loss of Infinity ended the training in its last line, before anything was written."""
+    measure = Validation.measure
+    monkeypatch.setattr(Validation, "measure", lambda *a, **k: {**measure(*a, **k), "val/loss": math.inf})
+    assert main(["train", *tiny_overrides(small_folder), "run=r", "max_steps=2", "evaluation.every_steps=1"]) == 0
+    assert "val/loss is inf" in capsys.readouterr().out
+    stage = small_folder / "runs" / "r" / "base"
+    metrics = load_bundle(stage / "bundle").stage.metrics
+    assert metrics.keys() == {"val/bpb", "val/bpb_stderr"} == read_json(stage / "finished.json")["metrics"].keys()
+
+
+def test_museum_43_a_setting_that_is_no_number_is_refused_before_the_training(
+    small_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = ["callbacks=[early_stopping]", "+callbacks.early_stopping.min_delta=inf"]
+    assert main(["train", *tiny_overrides(small_folder), "run=r", *own]) == 2
+    assert "callbacks.early_stopping.min_delta=inf: must be a finite number" in capsys.readouterr().err
+    assert not (small_folder / "runs").exists()
+
+
+def test_museum_44_a_full_disk_leaves_no_file_that_a_search_would_pick(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half a file had the name of a whole one, and the run that went on took it for the newest."""
+    save = torch.save
+
+    def save_half(value: object, path: Path) -> None:
+        save(value, path)
+        os.truncate(path, path.stat().st_size // 2)
+        raise RuntimeError("[enforce fail at inline_container.cc] . PytorchStreamWriter failed writing file")
+
+    fit_tiny(tmp_path, num_steps=2, checkpoint_every_steps=2)
+    with monkeypatch.context() as full:
+        full.setattr(torch, "save", save_half)
+        with pytest.raises(UserError, match=r"step=000004\.ckpt: could not be written .* MiB free"):
+            fit_tiny(tmp_path, num_steps=4, checkpoint_every_steps=2)
+        full.setattr(torch, "save", lambda value, path: (save(value, path), os.truncate(path, 1000)))
+        with pytest.raises(UserError, match=r"step=000004\.ckpt: what was written cannot be read back"):
+            fit_tiny(tmp_path, num_steps=4, checkpoint_every_steps=2)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step=000002.ckpt"]

@@ -150,6 +150,7 @@ def _build(cls: Any, values: Any, where: str, problems: list[str]) -> Any:
 
 def _convert(hint: Any, value: Any, where: str, limits: Mapping[str, Any], problems: list[str]) -> Any:
     if hint is Any:
+        _check_plain(value, where, problems)
         return value
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
@@ -169,6 +170,18 @@ def _convert(hint: Any, value: Any, where: str, limits: Mapping[str, Any], probl
     if dataclasses.is_dataclass(hint):
         return _build(hint, value, where, problems)
     return _convert_scalar(hint, value, where, limits, problems)
+
+
+def _check_plain(value: Any, where: str, problems: list[str]) -> None:
+    """Of data that may be anything, find the numbers that no JSON could keep."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            _check_plain(item, _join(where, str(key)), problems)
+    elif isinstance(value, (list, tuple)):
+        for i, item in enumerate(value):
+            _check_plain(item, f"{where}[{i}]", problems)
+    elif isinstance(value, float) and not math.isfinite(value):
+        problems.append(f"{where}={value!r}: must be a finite number.")
 
 
 def _convert_union(

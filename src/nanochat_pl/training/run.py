@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from lightning.pytorch import Callback
@@ -159,6 +160,14 @@ def _make_stage(config: TrainConfig, machine: Machine, prepared: Prepared) -> Tr
     return SFTStage(recipe, prepared.weights, prepared.moments)
 
 
+def _finite(figures: Mapping[str, float]) -> dict[str, float]:
+    """The figures that a bundle can hold: JSON knows no others, and one of them is no reason to lose the weights."""
+    for name, value in figures.items():
+        if not math.isfinite(value):
+            say(f"{name} is {value}, so it is left out: look at the weights before you use them.")
+    return {name: value for name, value in figures.items() if math.isfinite(value)}
+
+
 def _finish(
     config: TrainConfig, folder: StageFolder, prepared: Prepared, stage: TrainingStage, fitted: Fitted, samples: Samples
 ) -> None:
@@ -169,7 +178,7 @@ def _finish(
         say(f"{config.stage.name}: a callback ended the training after step {step:,} of {stage.num_steps:,}.")
     together.by_main(lambda: announce_streamed(prepared))
     say("Final validation and samples …")
-    figures = prepared.validation.measure(stage.net)
+    figures = _finite(prepared.validation.measure(stage.net))
     moments = stage.optimizer.moments_by_name()  # of all processes
     net = stage.net
 
