@@ -41,7 +41,7 @@ def run(
     function: Callable[..., Any],
     *arguments: Any,
     environment: Mapping[str, str] | None = None,
-    timeout: float = 300.0,
+    timeout: float = 240.0,
 ) -> list[Any]:
     """Call a function on so many processes at once, and give back what each returned, in the order of the ranks.
 

@@ -125,8 +125,14 @@ def test_sums_of_more_terms_differ_by_rounding(world_size: int) -> None:
     assert float((several - single).norm() / single.norm()) < 1e-6
 
 
+def debug_level() -> str:
+    return torch.distributed.get_debug_level().name
+
+
 def test_torchs_own_checks_of_the_collectives_are_clean(alone: dict[str, Any]) -> None:
-    assert_equal(run(3, train, LAST, 2, environment={"TORCH_DISTRIBUTED_DEBUG": "DETAIL"}), alone)
+    checked = {"TORCH_DISTRIBUTED_DEBUG": "DETAIL"}
+    assert run(2, debug_level, environment=checked) == ["DETAIL"] * 2 and run(2, debug_level) == ["OFF"] * 2
+    assert_equal(run(3, train, LAST, 2, environment=checked), alone)
 
 
 def test_processes_that_are_late_at_random_change_nothing(alone: dict[str, Any]) -> None:
