@@ -1,7 +1,8 @@
 """`nanochat-pl` with a fault put in: the program that tests of failures start, several of them with torchrun.
 
 NANOCHAT_PL_TEST_FAULT is `WHAT RANK STEP`: what happens to the process of that rank when it has made so many steps.
-NANOCHAT_PL_TEST_SECONDS is how long each step takes at least. NANOCHAT_PL_TEST_CODES is a folder where each process
+NANOCHAT_PL_TEST_SECONDS is how long each step takes at least, NANOCHAT_PL_TEST_VALIDATION_SECONDS each batch of a
+validation, NANOCHAT_PL_TEST_ROWS the step whose rows never come. NANOCHAT_PL_TEST_CODES is a folder where each process
 leaves its exit code.
 """
 
@@ -61,7 +62,9 @@ FAULTS = {each.__name__: each for each in (fails, is_refused, is_killed, hangs, 
 
 
 def put_in() -> None:
-    """Let the step end with the fault."""
+    """Let the step end with the fault, and make others wait."""
+    from nanochat_pl.training.datamodule import StepRows
+    from nanochat_pl.training.evaluation import Validation
     from nanochat_pl.training.stages import TrainingStage
 
     what, rank, step = (os.environ.get("NANOCHAT_PL_TEST_FAULT") or "- -1 -1").split()
@@ -75,7 +78,24 @@ def put_in() -> None:
             FAULTS[what](stage)
         return outputs
 
+    slowly = float(os.environ.get("NANOCHAT_PL_TEST_VALIDATION_SECONDS", 0))
+    sums = Validation.sums
+
+    def slow(validation: Validation, net: Any, between: Any = lambda: None) -> Any:
+        return sums(validation, net, lambda: (time.sleep(slowly), between())[1])
+
+    last = int(os.environ.get("NANOCHAT_PL_TEST_ROWS", sys.maxsize))
+    wait_for = StepRows.wait_for
+
+    def waits(rows: StepRows, step: int, check: Any) -> None:
+        while step >= last:
+            check()
+            time.sleep(0.02)
+        wait_for(rows, step, check)
+
     TrainingStage.training_step = faulty  # type: ignore[method-assign]
+    Validation.sums = slow  # type: ignore[method-assign]
+    StepRows.wait_for = waits  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -25,6 +25,7 @@ from tests.training.stop_jobs import check_once, wait_for_rows
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 # Two rows a step, one of each process: the sum has the two terms of one process, and the same bits.
+SLOW = {"NANOCHAT_PL_TEST_SECONDS": "0.2"}
 TWO_ROWS = ["total_batch_tokens=64", "device_batch_size=1", "evaluation.every_steps=7"]
 
 
@@ -54,20 +55,31 @@ def wait_until(condition: Callable[[], object], run: Launched) -> None:
         time.sleep(0.02)
 
 
-def has_begun(place: Path, run: str) -> Callable[[], bool]:
+def has_made(place: Path, run: str, steps: int) -> Callable[[], bool]:
     figures = place / "runs" / run / "base" / "metrics.csv"
-    return lambda: figures.exists() and figures.read_text().count("\n") > 3
+    return lambda: figures.exists() and figures.read_text().count("\n") > steps
 
 
-def stopped(place: Path, tmp_path: Path, run: str, to: str, signum: int, *overrides: str) -> str:
+def stopped(
+    place: Path,
+    tmp_path: Path,
+    run: str,
+    to: str,
+    signum: int,
+    after: int = 3,
+    waits: Mapping[str, str] = SLOW,
+    overrides: Sequence[str] = (),
+) -> str:
     """Train on two processes, send a signal in the middle; gives what was printed.
 
     Args:
         to: who gets it: the agent of torchrun, one worker, all workers.
+        after: so many steps have their line of figures; that of the last one is written with the next.
+        waits: what takes long, for tests.training.faults.
     """
-    env = {"NANOCHAT_PL_TEST_CODES": str(tmp_path), "NANOCHAT_PL_TEST_SECONDS": "0.2"}
+    env = {"NANOCHAT_PL_TEST_CODES": str(tmp_path), **waits}
     with launched(2, arguments(place, run, *overrides), env, cwd=REPOSITORY, module=MODULE) as launch:
-        wait_until(has_begun(place, run), launch)
+        wait_until(has_made(place, run, after), launch)
         workers = launch.workers()
         assert sorted(workers) == [0, 1]
         for pid in {"agent": [launch.agents[0].pid], "one": [workers[1]], "all": list(workers.values())}[to]:
@@ -112,11 +124,44 @@ def test_any_signal_to_anyone(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("where", "after", "waits"),
+    [
+        ("validation", 7, {"NANOCHAT_PL_TEST_VALIDATION_SECONDS": "2"}),
+        ("rows", 4, {"NANOCHAT_PL_TEST_ROWS": "5"}),  # they are asked for one step ahead
+    ],
+)
+def test_a_signal_where_the_training_waits(
+    place: Path,
+    tmp_path: Path,
+    expected: Path,
+    train: Callable[..., int],
+    where: str,
+    after: int,
+    waits: Mapping[str, str],
+) -> None:
+    """Between two batches of a validation, and while the rows of the next step are not there."""
+    printed = stopped(place, tmp_path, f"stop-{where}", "one", signal.SIGUSR1, after - 1, waits)
+    assert f"Stopped after step {after}" in printed
+    check_stopped_and_resumed(place, tmp_path, expected, train, f"stop-{where}", signal.SIGUSR1)
+
+
+@pytest.mark.slow
+def test_signals_to_processes_with_loaders(
+    place: Path, tmp_path: Path, expected: Path, train: Callable[..., int]
+) -> None:
+    """torchrun signals the whole group of each worker, its loader processes too: the stop still needs them."""
+    loaders = "trainer.num_workers=1"
+    stopped(place, tmp_path, "stop-loaders", "agent", signal.SIGTERM, overrides=[loaders])
+    check_stopped_and_resumed(place, tmp_path, expected, train, "stop-loaders", signal.SIGTERM)
+
+
+@pytest.mark.slow
 def test_a_second_signal_ends_at_once(place: Path, tmp_path: Path) -> None:
     """Also where the first cannot be heeded: the other process hangs, and this one waits for it."""
     env = {"NANOCHAT_PL_TEST_FAULT": "hangs 1 5"}
     with launched(2, arguments(place, "stop-twice"), env, cwd=REPOSITORY, module=MODULE) as launch:
-        wait_until(has_begun(place, "stop-twice"), launch)
+        wait_until(has_made(place, "stop-twice", 3), launch)
         first = launch.workers()[0]
         while launch.agents[0].poll() is None and first in launch.workers().values():
             os.kill(first, signal.SIGUSR1)

@@ -115,6 +115,7 @@ def test_a_killed_process_is_named(tmp_path: Path) -> None:
     assert all(line.startswith(f"process {rank}: {why}") for rank, line in enumerate(sorted(ended.lines), start=1))
 
 
+@pytest.mark.slow
 def test_a_heart_that_is_silent(tmp_path: Path) -> None:
     """A machine that is gone closes no connection: only its silence tells. As if suspended, and never again awake."""
     with processes([SLEEP, BARRIER], tmp_path, silence=2.0) as begun:
@@ -123,6 +124,7 @@ def test_a_heart_that_is_silent(tmp_path: Path) -> None:
     assert printed_in(tmp_path)[0].startswith("process 1: ended because process 0 failed: it is gone")
 
 
+@pytest.mark.slow
 def test_a_second_signal_ends_what_waits_in_a_collective(tmp_path: Path) -> None:
     """There the main thread hears nothing. The first one is to end the training between two micro-batches."""
     noted = "signal.signal(signal.SIGUSR1, lambda *_: None); signal.signal(signal.SIGTERM, lambda *_: None); "
@@ -142,6 +144,7 @@ def test_before_the_training_one_signal_ends_it(tmp_path: Path) -> None:
         assert begun[0].wait(timeout=120) == 128 + signal.SIGTERM
 
 
+@pytest.mark.slow
 def test_all_of_them_may_be_suspended(tmp_path: Path) -> None:
     """A laptop that sleeps: on waking nobody takes the others for dead."""
     with processes(["time.sleep(1); distributed.barrier()"] * 2, tmp_path, silence=1.0) as begun:
