@@ -22,7 +22,8 @@ from nanochat_pl.optim import ScheduleSettings, schedule_values
 from nanochat_pl.training.stock_callbacks import MEASURED, REFUSED, WORKING, why_refused
 from nanochat_pl.training.stopping import StopRequested
 from tests.museum.tiny import fit_tiny
-from tests.training.conftest import same_weights, weights_of
+from tests.training.conftest import same_weights, tiny_overrides, weights_of
+from tests.training.launch import launch
 
 EARLY = "lightning.pytorch.callbacks.EarlyStopping"
 
@@ -174,6 +175,18 @@ def test_a_validation_is_not_counted_twice(tmp_path: Path) -> None:
     again = Seen()
     fit_tiny(tmp_path, num_steps=8, every_steps=2, checkpoint_every_steps=100, callbacks=[again])
     assert again.validated == [6]
+
+
+@pytest.mark.slow
+def test_on_two_processes_both_end_at_the_same_step(place: Path) -> None:
+    """And one of them speaks."""
+    run = begun(place, "early-on-two")
+    early = ["callbacks=[early_stopping,model_summary]", "callbacks.early_stopping.patience=2"]
+    keys = ["evaluation.every_steps=5", "callbacks.early_stopping.min_delta=10.0", "trainer.profiler=simple"]
+    done = launch(2, ["train", "run=early-on-two", *tiny_overrides(place), *early, *keys])
+    assert done.returncode == 0, done.stderr
+    assert finished_step(run) == 15 and done.stdout.count("after step 15 of 40") == 1
+    assert (done.stdout + done.stderr).count("Trainable params") == 1
 
 
 def test_a_package_that_a_callback_lacks_is_no_bug_of_ours(
