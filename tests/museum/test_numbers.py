@@ -152,9 +152,9 @@ class RowsOfBos:
     def __init__(self, first: int) -> None:
         self.first = first
 
-    def read(self, row_numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def read(self, row_numbers: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         ids = np.stack([np.random.default_rng(number).integers(0, 256, 17) for number in row_numbers])
-        ids[row_numbers >= self.first] = byte_tokenizer().bos_id
+        ids[np.asarray(row_numbers) >= self.first] = byte_tokenizer().bos_id
         return ids[:, :-1].copy(), ids[:, 1:].copy()
 
 
