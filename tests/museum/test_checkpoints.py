@@ -8,6 +8,7 @@ import errno
 import math
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -77,24 +78,25 @@ def test_museum_37_a_bundle_is_the_old_one_or_the_new_one(tmp_path: Path, monkey
         bundle = load_bundle(tmp_path / "b")
         return bundle.stage.step, bundle.net.lm_head.weight[0, 0].item()
 
+    replace, made, most = Path.replace, 0, sys.maxsize
+
+    def replace_so_many(path: Path, target: Path) -> Path:
+        nonlocal made
+        if made == most:
+            raise OSError(errno.EIO, "the disk is gone")
+        made += 1
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", replace_so_many)
     save(1)
-    replace = Path.replace
-    for count in range(6):  # five files, then the folder
-        left = [count]
-
-        def replace_so_many(path: Path, target: Path, left: list[int] = left) -> Path:
-            if left[0] == 0:
-                raise OSError(errno.EIO, "the disk is gone")
-            left[0] -= 1
-            return replace(path, target)
-
-        with monkeypatch.context() as failing:
-            failing.setattr(Path, "replace", replace_so_many)
-            with pytest.raises(UserError, match="the disk is gone"):
-                save(2)
+    for number in range(made):  # each file, then the folder
+        made, most = 0, number
+        with pytest.raises(UserError, match="the disk is gone"):
+            save(2)
         if (tmp_path / "b").exists():
             assert steps() == (1, 1.0)
         assert [path.name for path in tmp_path.iterdir()] in (["b"], [])
+        most = sys.maxsize
         save(1)
     save(2)
     assert steps() == (2, 2.0)
