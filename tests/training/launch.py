@@ -93,7 +93,7 @@ def launched(
         module: another program to start.
     """
     of_nodes = [processes] * nodes if isinstance(processes, int) else list(processes)
-    mark, port = uuid.uuid4().hex, _free_port()
+    mark, port = uuid.uuid4().hex, free_port()
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {}), MARK: mark}
     with contextlib.ExitStack() as stack:
         streams = [(stack.enter_context(_file()), stack.enter_context(_file())) for _ in of_nodes]
@@ -152,7 +152,7 @@ def _read(stream: TextIO) -> str:
     return Path(f"/proc/self/fd/{stream.fileno()}").read_text(encoding="utf-8", errors="replace")
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 from torch.distributed import TCPStore
 
+from tests.training.launch import free_port
+
 # Two or three processes with a watchdog that looks ten times a second. What each does is a line of Python.
 PROGRAM = """
 import os, signal, sys, time
@@ -46,11 +48,19 @@ class Ended:
 
 
 @contextlib.contextmanager
-def processes(work: list[str], tmp_path: Path, silence: float = 60.0) -> Iterator[list[subprocess.Popen[str]]]:
-    """A process for each piece of work; they find each other through a store that this one hosts, as under torchrun."""
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    shared = {"WORLD_SIZE": str(len(work)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
-    environment = {**os.environ, **shared, "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCH_CPP_LOG_LEVEL": "FATAL"}
+def processes(
+    work: list[str], tmp_path: Path, silence: float = 60.0, store: TCPStore | None = None
+) -> Iterator[list[subprocess.Popen[str]]]:
+    """A process for each piece of work.
+
+    Args:
+        store: by which they find each other, hosted by this process as by torchrun; without it, by that of rank 0.
+    """
+    port = free_port() if store is None else store.port
+    shared = {"WORLD_SIZE": str(len(work)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    environment = {**os.environ, **shared, "TORCH_CPP_LOG_LEVEL": "FATAL"}
+    if store is not None:
+        environment["TORCHELASTIC_USE_AGENT_STORE"] = "True"
     program = PROGRAM.replace("SILENCE", str(silence))
     with (tmp_path / "printed").open("wb") as printed:
         begun = [
@@ -84,12 +94,17 @@ def end_of(begun: list[subprocess.Popen[str]], tmp_path: Path) -> Ended:
     return Ended([process.wait(timeout=120) for process in begun], printed_in(tmp_path))
 
 
+@pytest.fixture
+def store() -> TCPStore:
+    return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+
 BARRIER, SLEEP = "distributed.barrier()", "time.sleep(600)"
 
 
-def test_the_true_error_is_on_top(tmp_path: Path) -> None:
+def test_the_true_error_is_on_top(tmp_path: Path, store: TCPStore) -> None:
     """One waits for the failed process in a collective, one does something else: both end and say why."""
-    with processes([BARRIER, "raise UserError('the disk is full')", SLEEP], tmp_path) as begun:
+    with processes([BARRIER, "raise UserError('the disk is full')", SLEEP], tmp_path, store=store) as begun:
         ended = end_of(begun, tmp_path)
     assert ended.codes == [1, 2, 1]
     assert ended.lines[0] == "process 1: error: the disk is full"
@@ -97,16 +112,35 @@ def test_the_true_error_is_on_top(tmp_path: Path) -> None:
     assert sorted(ended.lines[1:]) == [f"process 0: {why}", f"process 2: {why}"]
 
 
-def test_the_same_error_everywhere_is_printed_once(tmp_path: Path) -> None:
-    with processes(["raise UserError('no such file')"] * 3, tmp_path) as begun:
+def test_the_process_that_hosts_the_store_fails(tmp_path: Path) -> None:
+    """Without an agent of torchrun it is that of rank 0, and ends with it: not before the others have read why."""
+    with processes(["raise UserError('the disk is full')", BARRIER, SLEEP], tmp_path) as begun:
+        ended = end_of(begun, tmp_path)
+    assert ended.codes == [2, 1, 1]
+    assert ended.lines[0] == "process 0: error: the disk is full"
+    assert all(line.endswith("ended because process 0 failed: the disk is full") for line in ended.lines[1:])
+
+
+@pytest.mark.slow
+def test_the_store_is_gone(tmp_path: Path) -> None:
+    """Nobody would notice a failure any more; a process that comes to its end before, does."""
+    with processes([SLEEP, SLEEP, "time.sleep(1)"], tmp_path, silence=5.0) as begun:
+        begun[0].send_signal(signal.SIGKILL)
+        ended = end_of(begun, tmp_path)
+    assert ended.codes == [-signal.SIGKILL, 1, 0]
+    assert ended.lines == ["process 1: ended because process 0 is gone: killed, or its machine has failed"]
+
+
+def test_the_same_error_everywhere_is_printed_once(tmp_path: Path, store: TCPStore) -> None:
+    with processes(["raise UserError('no such file')"] * 3, tmp_path, store=store) as begun:
         ended = end_of(begun, tmp_path)
     assert ended.codes == [2, 2, 2]
     assert len(ended.lines) == 1 and ended.lines[0].endswith("error: no such file")
 
 
-def test_a_killed_process_is_named(tmp_path: Path) -> None:
+def test_a_killed_process_is_named(tmp_path: Path, store: TCPStore) -> None:
     """It can say nothing. What the collective of the second says of it is not the true error."""
-    with processes([SLEEP, BARRIER, SLEEP], tmp_path, silence=5.0) as begun:
+    with processes([SLEEP, BARRIER, SLEEP], tmp_path, silence=5.0, store=store) as begun:
         begun[0].send_signal(signal.SIGKILL)
         ended = end_of(begun, tmp_path)
     assert ended.codes == [-signal.SIGKILL, 1, 1]
@@ -116,19 +150,19 @@ def test_a_killed_process_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_heart_that_is_silent(tmp_path: Path) -> None:
+def test_a_heart_that_is_silent(tmp_path: Path, store: TCPStore) -> None:
     """A machine that is gone closes no connection: only its silence tells. As if suspended, and never again awake."""
-    with processes([SLEEP, BARRIER], tmp_path, silence=2.0) as begun:
+    with processes([SLEEP, BARRIER], tmp_path, silence=2.0, store=store) as begun:
         begun[0].send_signal(signal.SIGSTOP)
         assert begun[1].wait(timeout=120) == 1
     assert printed_in(tmp_path)[0].startswith("process 1: ended because process 0 failed: it is gone")
 
 
 @pytest.mark.slow
-def test_a_second_signal_ends_what_waits_in_a_collective(tmp_path: Path) -> None:
+def test_a_second_signal_ends_what_waits_in_a_collective(tmp_path: Path, store: TCPStore) -> None:
     """There the main thread hears nothing. The first one is to end the training between two micro-batches."""
     noted = "signal.signal(signal.SIGUSR1, lambda *_: None); signal.signal(signal.SIGTERM, lambda *_: None); "
-    with processes([noted + BARRIER, SLEEP], tmp_path) as begun:
+    with processes([noted + BARRIER, SLEEP], tmp_path, store=store) as begun:
         deadline = time.monotonic() + 120
         while begun[0].poll() is None:
             begun[0].send_signal(signal.SIGUSR1)
@@ -137,17 +171,17 @@ def test_a_second_signal_ends_what_waits_in_a_collective(tmp_path: Path) -> None
         assert begun[0].returncode == 128 + signal.SIGUSR1
 
 
-def test_before_the_training_one_signal_ends_it(tmp_path: Path) -> None:
+def test_before_the_training_one_signal_ends_it(tmp_path: Path, store: TCPStore) -> None:
     """As it does without other processes, whose preparations this one waits for."""
-    with processes([BARRIER, SLEEP], tmp_path) as begun:
+    with processes([BARRIER, SLEEP], tmp_path, store=store) as begun:
         begun[0].send_signal(signal.SIGTERM)
         assert begun[0].wait(timeout=120) == 128 + signal.SIGTERM
 
 
 @pytest.mark.slow
-def test_all_of_them_may_be_suspended(tmp_path: Path) -> None:
+def test_all_of_them_may_be_suspended(tmp_path: Path, store: TCPStore) -> None:
     """A laptop that sleeps: on waking nobody takes the others for dead."""
-    with processes(["time.sleep(1); distributed.barrier()"] * 2, tmp_path, silence=1.0) as begun:
+    with processes(["time.sleep(1); distributed.barrier()"] * 2, tmp_path, silence=1.0, store=store) as begun:
         for process in begun:
             process.send_signal(signal.SIGSTOP)
         with pytest.raises(subprocess.TimeoutExpired):
@@ -158,8 +192,8 @@ def test_all_of_them_may_be_suspended(tmp_path: Path) -> None:
     assert ended.codes == [0, 0] and ended.lines == []
 
 
-def test_the_end_without_an_error(tmp_path: Path) -> None:
+def test_the_end_without_an_error(tmp_path: Path, store: TCPStore) -> None:
     """One is done long before the other; an error that all have raised together is not one of a single process."""
-    with processes(["pass", "time.sleep(3)"], tmp_path, silence=1.0) as begun:
+    with processes(["pass", "time.sleep(3)"], tmp_path, silence=1.0, store=store) as begun:
         ended = end_of(begun, tmp_path)
     assert ended.codes == [0, 0] and ended.lines == []

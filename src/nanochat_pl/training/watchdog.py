@@ -150,7 +150,7 @@ class _Watchdog:
 
     def _keep_store_for_the_others(self) -> None:
         """Without an agent that hosts the store, it ends with the process of rank 0: not before all have read it."""
-        if self.place.rank > 0 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True):
+        if self.place.rank > 0 or _launcher_hosts_store():
             return
         patience = threading.Event()
         for _ in range(int((self.pace.grace + self.pace.interval) * 20)):
@@ -212,10 +212,20 @@ class _Watchdog:
         self._end(f"ended because process {rank} failed: {line}")
 
     def _end_without_store(self) -> None:
-        """The launcher is gone, or the process that hosts the store. A stop that is under way may still come to its
-        end: the connections of the collectives are others."""
-        if not self._leaving.wait(self.pace.suspicion if self._collective_failed else self.pace.silence):
-            self._end("ended because the launcher is gone, or the machine that it was on")
+        """Nobody would hear of a failure any more. A stop that is under way may still come to its end, with a file
+        that takes long: the connections of the collectives are others."""
+        looks = 0
+        while looks * self.pace.interval < self._patience_without_store():
+            if self._leaves_within(self.pace.interval):
+                return
+            looks += 1
+        host = "the launcher" if _launcher_hosts_store() else "process 0"
+        self._end(f"ended because {host} is gone: killed, or its machine has failed")
+
+    def _patience_without_store(self) -> float:
+        if self._collective_failed:
+            return self.pace.suspicion
+        return 10 * self.pace.silence if self._signals else self.pace.silence
 
     def _end(self, why: str) -> None:
         _print(self.place.rank, f"{visible(why)}\n")
@@ -244,6 +254,10 @@ def _connect(pace: Pace) -> Any:
     )
     # A launcher that starts the workers again keeps its store, and with it the failure of those before.
     return PrefixStore(f"nanochat_pl/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+
+
+def _launcher_hosts_store() -> bool:
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
 
 
 def _left_to_the_thread(signum: int, frame: FrameType | None) -> None:
