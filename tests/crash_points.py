@@ -25,7 +25,14 @@ from nanochat_pl.bundle import tensors
 from nanochat_pl.optim import MuonAdamW
 from nanochat_pl.training.stages import TrainingStage
 
-HOOKS = ("on_train_start", "on_train_batch_start", "on_train_batch_end", "on_validation_end", "on_train_end")
+HOOKS = (
+    "on_fit_start",
+    "on_train_start",
+    "on_train_batch_start",
+    "on_train_batch_end",
+    "on_validation_end",
+    "on_train_end",
+)
 # What Python reports just before it does it, besides opening for writing.
 FILE_EVENTS = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.link", "os.symlink")
 _WRITE = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC

@@ -246,7 +246,7 @@ def test_the_ranking_outlives_the_process(tmp_path: Path) -> None:
 
     def begin(keep_best: int = 2) -> ResumeFiles:
         files = ResumeFiles(tmp_path, 1, 1, StepClock(), keep_best=keep_best, measured_every=1)
-        files.on_train_start(None, None)
+        files.on_fit_start(None, None)
         return files
 
     def measured(files: ResumeFiles, step: int, bpb: float) -> list[int]:

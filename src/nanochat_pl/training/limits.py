@@ -18,7 +18,7 @@ COPIES_IN_FILE = 3  # weights and two moments
 
 
 def require_room(
-    model: GPTConfig, device: torch.device, folder: Path, keep_last: int, knobs: MemoryKnobs = NO_KNOBS
+    model: GPTConfig, device: torch.device, folder: Path, num_files: int, knobs: MemoryKnobs = NO_KNOBS
 ) -> None:
     """Refuse a model whose step with one row does not fit into memory, and a disk that the stage's files would fill.
 
@@ -26,7 +26,7 @@ def require_room(
         model: the architecture.
         device: where it is trained.
         folder: where the files go: one resume file more than is kept, and a bundle.
-        keep_last: resume files that are kept.
+        num_files: resume files that are kept.
         knobs: what trades time for memory.
 
     Raises:
@@ -40,8 +40,9 @@ def require_room(
             fix="Use a smaller model.depth, model.aspect_ratio, model.sequence_len or tokenizer.vocab_size"
             + ("." if knobs.activation_checkpointing else ", or trainer.activation_checkpointing=true."),
         )
-    in_files, free = COPIES_IN_FILE * weight_bytes(model) * (keep_last + 2), free_bytes(folder)
-    if in_files > free:
+    in_files, free = COPIES_IN_FILE * weight_bytes(model) * (num_files + 2), free_bytes(folder)
+    there = sum(path.stat().st_size for path in folder.glob("checkpoints/step=*.ckpt"))  # of a stage that goes on
+    if in_files > free + there:
         raise UserError(
             f"{folder}: the stage writes up to {_size(in_files)}, the disk has {_size(free)} free.",
             fix="Free some space, or set paths.runs=… to a folder on another disk.",

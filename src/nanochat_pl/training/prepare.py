@@ -76,7 +76,8 @@ def prepare_base(
     # First what can be known without reading any text.
     first_plan = _base_plan(config, machine, config.tokenizer.vocab_size, None)
     model = resolve_model(config.model, config.tokenizer.vocab_size, machine.compute_dtype)
-    require_room(model, machine.device, folder.path, config.trainer.keep_last, memory_knobs(config))
+    num_files = config.trainer.keep_last + config.trainer.keep_best
+    require_room(model, machine.device, folder.path, num_files, memory_knobs(config))
     source = open_source(
         config.data,
         cache,

@@ -43,7 +43,8 @@ def prepare_sft(
     parent = parent_folder(config, folder)
     assert parent is not None, "the settings of a stage that is fine-tuned name its parent"
     parent_name, info, model = parent.stage, load_stage_info(parent.bundle), load_config(parent.bundle)
-    require_room(model, machine.device, folder.path, config.trainer.keep_last, memory_knobs(config))
+    num_files = config.trainer.keep_last + config.trainer.keep_best
+    require_room(model, machine.device, folder.path, num_files, memory_knobs(config))
     inherited = Inherited.from_plain(info.plan, f"{parent.bundle}/stage.json: plan")
     tokenizer = load_tokenizer(parent.bundle)
     mixture = build_mixture(config.mixture, "train", cache, config.data.max_bad_fraction)

@@ -182,9 +182,10 @@ class ResumeFiles(Callback):
         self.keep_best, self.measured_every = keep_best, measured_every
         self._best: dict[str, float] = {}  # names of files, best first
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find out which files are the best so far."""
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find out which files are the best so far, and let go of those that a kill has kept."""
         self._best = together.by_main(self._ranking)
+        together.by_main(self._let_go)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
