@@ -160,8 +160,8 @@ def _remarks_on_settings(config: PlanConfig, plan: Plan, device: Device) -> list
         remarks.append("mfu has no say for a CPU, whose peak is not known: its time is that of an assumed core.")
     if config.num_devices > 1:
         remarks.append(
-            f"Memory is that of one of {config.num_devices} devices, with all of the optimizer's state, of which each has"
-            " a share; the time is theirs together, whatever they lose in talking to each other being part of mfu."
+            f"Memory is that of one of {config.num_devices} devices, with all of the optimizer's state, of which each"
+            " has a share; the time is theirs together, whatever they lose in talking to each other being part of mfu."
         )
     if config.num_devices > plan["rows_per_step"]:
         remarks.append(
