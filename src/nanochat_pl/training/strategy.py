@@ -42,7 +42,16 @@ class OneDeviceEach(SingleDeviceStrategy):
         """All processes begin with the weights of the main one, which are the same anyway."""
         for tensor in model.state_dict().values():
             distributed.broadcast_(tensor)
+        if self.world_size > 1:
+            use_all_collectives(self.root_device)
         return model
+
+    def teardown(self) -> None:
+        """As Lightning's, but that model and optimizer stay on their device: what follows a fit is computed there."""
+        assert self.accelerator is not None
+        self.precision_plugin.teardown()
+        self.accelerator.teardown()
+        self.checkpoint_io.teardown()
 
     def barrier(self, *args: Any, **kwargs: Any) -> None:
         """Wait for all processes."""
@@ -75,3 +84,12 @@ class OneDeviceEach(SingleDeviceStrategy):
         """Whether all of the processes say so, or any."""
         count = distributed.total(decision)
         return count == self.world_size if all else count > 0
+
+
+def use_all_collectives(device: torch.device) -> None:
+    """Let each collective of a step take the buffers that it keeps, before activations fill the memory."""
+    ones = torch.ones(distributed.world_size(), device=device)
+    part = ones.new_empty(1)
+    distributed.start_reduce_scatter(part, ones).wait()
+    distributed.start_all_gather(ones, part).wait()
+    distributed.sum_(ones)

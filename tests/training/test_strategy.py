@@ -1,0 +1,27 @@
+"""What Lightning's Trainer sees of the device and the processes."""
+
+from __future__ import annotations
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.plugins.environments import LightningEnvironment
+
+from nanochat_pl.training.strategy import OneDeviceEach
+
+
+def test_model_and_optimizer_stay_on_their_device_after_a_fit() -> None:
+    """Lightning moves both to the CPU, where the final validation would then run. ``meta`` stands for a GPU."""
+    device = torch.device("meta")
+    module = LightningModule()
+    module.weight = torch.nn.Parameter(torch.ones(3, device=device))
+    optimizer = torch.optim.AdamW(module.parameters())
+    module.weight.grad = torch.ones_like(module.weight)
+    optimizer.step()
+    strategy = OneDeviceEach(device)
+    quiet = {"logger": False, "enable_checkpointing": False, "plugins": [LightningEnvironment()]}
+    trainer = Trainer(accelerator="cpu", strategy=strategy, **quiet)
+    strategy.connect(module)
+    strategy.optimizers = [optimizer]
+    trainer._teardown()
+    state = optimizer.state[module.weight]
+    assert {module.weight.device, state["exp_avg"].device} == {device}
