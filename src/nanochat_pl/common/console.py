@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TextIO
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -32,9 +34,14 @@ def is_silent() -> bool:
     return launched_place().rank > 0
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        raise  # rich would exit with 1 here: whether a reader who has left ends the program is not for it to say
+
+
 def console(stderr: bool = False) -> Console:
     """A rich console on today's stdout or stderr (asked for anew each time, so that redirection works)."""
-    made = Console(stderr=stderr, highlight=False, soft_wrap=True, quiet=is_silent())
+    made = _Console(stderr=stderr, highlight=False, soft_wrap=True, quiet=is_silent())
     if not made.is_terminal:
         made.width = WIDTH_WITHOUT_TERMINAL
     return made
@@ -45,6 +52,57 @@ def replace_unknown_signs(*streams: TextIO) -> None:
     for stream in streams:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
+
+
+class _Lasting:
+    """A stream whose end is no error: from then on what is written goes nowhere."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        self._carefully(lambda: self.stream.write(text))
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        self.write("".join(lines))
+
+    def flush(self) -> None:
+        self._carefully(lambda: self.stream.flush())
+
+    def _carefully(self, work: Callable[[], object]) -> None:
+        try:
+            work()
+        except BlockingIOError:
+            pass  # a slow reader of a stream that does not wait: it misses something
+        except (OSError, ValueError):  # ValueError: it was closed here
+            self._end()
+
+    def _end(self) -> None:
+        nowhere = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, PTH123 (may have to stay open)
+        try:
+            # In its place, for all who write to it: what Python has not written yet goes there, too.
+            os.dup2(nowhere.fileno(), self.stream.fileno())
+            nowhere.close()
+        except (OSError, ValueError):  # it has no number, or none any more
+            self.stream = nowhere
+
+
+@contextlib.contextmanager
+def output_may_end() -> Iterator[None]:
+    """Work that goes on where nobody can read any more what it prints: the terminal is closed, `tee` has died."""
+    before = sys.stdout, sys.stderr
+    lasting = [stream and _Lasting(stream) for stream in before]  # None: it was closed when Python began
+    sys.stdout, sys.stderr = lasting
+    try:
+        yield
+    finally:
+        for stream in filter(None, lasting):
+            stream.flush()
+        sys.stdout, sys.stderr = (stream and stream.stream for stream in lasting)
 
 
 def say(text: str = "", style: str = "") -> None:
