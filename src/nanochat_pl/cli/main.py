@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 
 from nanochat_pl.cli.child import is_child
-from nanochat_pl.common.console import replace_unknown_signs
+from nanochat_pl.common.console import output_may_end, replace_unknown_signs
 from nanochat_pl.common.constants import EXIT_USER_ERROR
 from nanochat_pl.common.errors import SharedError, UserError, did_you_mean
 from nanochat_pl.common.place import launched_place
@@ -55,6 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _report(error)
 
 
+@output_may_end()
 def _report(error: BaseException) -> int:
     """Say what went wrong, on stderr; gives the exit code."""
     if isinstance(error, UserError):
@@ -64,7 +65,6 @@ def _report(error: BaseException) -> int:
         print("\nStopped.", file=sys.stderr)
         return 128 + signal.SIGINT
     if isinstance(error, BrokenPipeError):  # the reader of our output has gone, as in `… | head`
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, PTH123 (closed with the process)
         return 128 + signal.SIGPIPE if hasattr(signal, "SIGPIPE") else 1
     traceback.print_exception(error)
     print("\nThis is a bug in nanochat_pl: please report it with the lines above.", file=sys.stderr)
@@ -99,6 +99,7 @@ def _dispatch(arguments: list[str]) -> int:
     return int(module.run(rest))
 
 
+@output_may_end()
 def _dispatch_together(arguments: list[str]) -> int:
     """One of several processes that a launcher has started with the same command."""
     from nanochat_pl.common import together

@@ -22,7 +22,7 @@ from nanochat_pl.cli.overrides import problems_of_form, split_override, take_key
 from nanochat_pl.cli.report import ReportConfig
 from nanochat_pl.cli.train import how_to_go_on, place_of
 from nanochat_pl.cli.train import is_finished as is_trained
-from nanochat_pl.common.console import next_steps, print_table, say
+from nanochat_pl.common.console import next_steps, output_may_end, print_table, say
 from nanochat_pl.common.errors import UserError, did_you_mean
 from nanochat_pl.common.run_folder import STAGES, fresh_run
 from nanochat_pl.common.settings import setting
@@ -54,6 +54,7 @@ class Step:
         return compose_step(self.verb, self.name, self.schema, self.overrides)
 
 
+@output_may_end()
 def run(arguments: Sequence[str]) -> int:
     """The verb."""
     steps = steps_of(arguments)

@@ -11,7 +11,7 @@ from nanochat_pl.cli.child import run_child
 from nanochat_pl.cli.overrides import parse_sweeps
 from nanochat_pl.cli.pipeline import check_all, run_folder_of, steps_of
 from nanochat_pl.cli.train import compose_train, is_finished, place_of
-from nanochat_pl.common.console import print_table, say
+from nanochat_pl.common.console import output_may_end, print_table, say
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.run_folder import MAX_NAME_LENGTH
 from nanochat_pl.training.settings import TrainConfig
@@ -27,6 +27,7 @@ class Job:
     overrides: tuple[str, ...]
 
 
+@output_may_end()
 def run_sweep(verb: str, arguments: Sequence[str]) -> int:
     """Run the jobs of a sweep one after the other, finished ones are skipped; one that fails does not stop the others.
 
