@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from tests.training.launch import free_port
 
 # Two or three processes with a watchdog that looks ten times a second. What each does is a line of Python.
 PROGRAM = """
-import os, signal, sys, time
+import os, signal, subprocess, sys, time
 import torch
 from nanochat_pl.common import distributed
 from nanochat_pl.common.errors import SharedError, UserError
@@ -36,6 +37,7 @@ with watchdog(report, Pace(interval=0.1, silence=SILENCE, suspicion=1.0, grace=0
     print("ready", flush=True)
     exec(sys.argv[1])
 distributed.stop()
+print(signal.getsignal(signal.SIGTERM).name)
 """
 
 
@@ -49,14 +51,16 @@ class Ended:
 
 @contextlib.contextmanager
 def processes(
-    work: list[str], tmp_path: Path, silence: float = 60.0, store: TCPStore | None = None
+    work: list[str], tmp_path: Path, silence: float = 60.0, store: TCPStore | int | None = None, stderr: int = 0
 ) -> Iterator[list[subprocess.Popen[str]]]:
     """A process for each piece of work.
 
     Args:
-        store: by which they find each other, hosted by this process as by torchrun; without it, by that of rank 0.
+        store: by which they find each other, hosted by this process as by torchrun, or the port of one; without it, by
+            that of rank 0.
+        stderr: instead of a file.
     """
-    port = free_port() if store is None else store.port
+    port = free_port() if store is None else store if isinstance(store, int) else store.port
     shared = {"WORLD_SIZE": str(len(work)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     environment = {**os.environ, **shared, "TORCH_CPP_LOG_LEVEL": "FATAL"}
     if store is not None:
@@ -68,7 +72,7 @@ def processes(
                 [sys.executable, "-c", program, line],
                 env=environment | {"RANK": str(rank)},
                 stdout=subprocess.PIPE,
-                stderr=printed,
+                stderr=stderr or printed,
                 text=True,
             )
             for rank, line in enumerate(work)
@@ -178,6 +182,89 @@ def test_before_the_training_one_signal_ends_it(tmp_path: Path, store: TCPStore)
         assert begun[0].wait(timeout=120) == 128 + signal.SIGTERM
 
 
+HEARS_CHILDREN = "signal.signal(signal.SIGCHLD, lambda *_: None)\n"  # as the loaders of torch do
+
+
+@pytest.mark.parametrize(
+    "children",
+    [
+        "for _ in range(10): subprocess.run(['true']); time.sleep(0.3)",
+        "for _ in range(1000): os.kill(os.getpid(), signal.SIGCHLD); time.sleep(0.002)",
+        "signal.signal(signal.SIGUSR1, lambda *_: None); os.kill(os.getpid(), signal.SIGUSR1)\n"
+        "for _ in range(6): time.sleep(0.6); subprocess.run(['true'])",
+    ],
+    ids=["some", "many", "in a stop"],
+)
+def test_children_that_end_are_no_signals(children: str, tmp_path: Path, store: TCPStore) -> None:
+    """Compilers, git, loaders: nobody is to stop for them, nor to think less time has passed than has."""
+    with processes([HEARS_CHILDREN + children, "time.sleep(1)"] * 2, tmp_path, store=store) as begun:
+        ended = end_of(begun, tmp_path)
+    assert ended.codes == [0] * 4 and ended.lines == []
+
+
+def test_the_store_does_not_answer(tmp_path: Path) -> None:
+    """The machine that hosts it is gone, and has closed no connection: a request to it would wait for ever."""
+    hosted = "store = TCPStore('127.0.0.1', 0, is_master=True, wait_for_workers=False)"
+    program = f"from torch.distributed import TCPStore; {hosted}; print(store.port, flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as host:
+        try:
+            assert host.stdout is not None
+            go, port = tmp_path / "go", int(host.stdout.readline())
+            is_done = f"while not os.path.exists({str(go)!r}): time.sleep(0.1)"
+            fails = f"{is_done}\nraise UserError('the disk is full')"
+            with processes([SLEEP, BARRIER, is_done, fails], tmp_path, silence=15.0, store=port) as begun:
+                host.send_signal(signal.SIGSTOP)
+                go.touch()
+                ended = end_of(begun, tmp_path)
+        finally:
+            host.kill()
+    assert ended.codes == [1, 1, 0, 2]
+    assert "process 3: error: the disk is full" in ended.lines
+    why = "ended because the launcher on 127.0.0.1 does not answer any more"
+    assert sum(line.startswith(f"process {rank}: {why}") for line in ended.lines for rank in (0, 1)) == 2
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_nobody_reads_what_is_printed(failing: int, tmp_path: Path, store: TCPStore) -> None:
+    """The terminal is closed: what cannot be said is no reason to live on."""
+    read, write = os.pipe()
+    os.close(read)
+    work = [SLEEP, SLEEP]
+    work[failing] = "raise UserError('the disk is full')"
+    try:
+        with processes(work, tmp_path, store=store, stderr=write) as begun:
+            ended = end_of(begun, tmp_path)
+    finally:
+        os.close(write)
+    assert ended.codes[failing] == 2 and ended.codes[1 - failing] == 1
+
+
+def test_nobody_reads_and_the_pipe_is_full(tmp_path: Path, store: TCPStore) -> None:
+    """As with a pager that waits: writing would wait for ever."""
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    while select.select([], [write], [], 0)[1]:
+        os.write(write, b"x" * 4096)
+    os.set_blocking(write, True)
+    try:
+        with processes(["raise UserError('the disk is full')", SLEEP], tmp_path, store=store, stderr=write) as begun:
+            ended = end_of(begun, tmp_path)
+    finally:
+        os.close(read)
+        os.close(write)
+    assert ended.codes == [2, 1]
+
+
+def test_a_signal_that_is_ignored_stays_so(tmp_path: Path, store: TCPStore) -> None:
+    """After a stop that all have agreed on the launcher's SIGTERM to those that have not ended yet means nothing."""
+    ignored = "signal.signal(signal.SIGTERM, signal.SIG_IGN)"
+    program = f"{ignored}\nimport atexit; atexit.register(os.kill, os.getpid(), signal.SIGTERM)"
+    with processes([program] * 2, tmp_path, store=store) as begun:
+        assert end_of(begun, tmp_path).codes == [0, 0]
+
+
 @pytest.mark.slow
 def test_all_of_them_may_be_suspended(tmp_path: Path, store: TCPStore) -> None:
     """A laptop that sleeps: on waking nobody takes the others for dead."""
@@ -193,7 +280,11 @@ def test_all_of_them_may_be_suspended(tmp_path: Path, store: TCPStore) -> None:
 
 
 def test_the_end_without_an_error(tmp_path: Path, store: TCPStore) -> None:
-    """One is done long before the other; an error that all have raised together is not one of a single process."""
-    with processes(["pass", "time.sleep(3)"], tmp_path, silence=1.0, store=store) as begun:
+    """One is done long before the other. Signals are handled as before, and those ignored that a stop ignores: a
+    launcher sends them to the others as soon as the first one has ended."""
+    stopped = "signal.signal(signal.SIGTERM, signal.SIG_IGN)"
+    with processes([stopped, "time.sleep(3)"], tmp_path, silence=1.0, store=store) as begun:
         ended = end_of(begun, tmp_path)
+        handlers = [process.stdout.read() for process in begun if process.stdout]
     assert ended.codes == [0, 0] and ended.lines == []
+    assert handlers == ["SIG_IGN\n", "SIG_DFL\n"]

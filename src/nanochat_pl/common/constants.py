@@ -8,3 +8,6 @@ EXIT_USER_ERROR = 2
 
 # A signal that comes again so soon is the same one, on another way: a terminal or a launcher may deliver it twice.
 SAME_SIGNAL_SECONDS = 0.5
+
+# To a terminal, before a process ends that may have hidden its cursor.
+SHOW_CURSOR = b"\x1b[?25h"

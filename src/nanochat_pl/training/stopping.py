@@ -16,14 +16,13 @@ from typing import Any
 from lightning.pytorch import Callback, Trainer
 
 from nanochat_pl.common import distributed
-from nanochat_pl.common.constants import SAME_SIGNAL_SECONDS
+from nanochat_pl.common.constants import SAME_SIGNAL_SECONDS, SHOW_CURSOR
 from nanochat_pl.common.errors import SharedError, UserError
 from nanochat_pl.training.resume import ResumeFiles
 
 NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
 SIGNALS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))
 SIGALRM = 14  # what the end of trainer.max_time counts as, also on systems without that signal
-SHOW_CURSOR = b"\x1b[?25h"
 # How it stands with the rows that a process waits for; above, a stop is asked for.
 _READY, _NOT_YET, _NEVER = range(3)
 

@@ -26,7 +26,7 @@ from datetime import timedelta
 from types import FrameType
 from typing import Any
 
-from nanochat_pl.common.constants import SAME_SIGNAL_SECONDS
+from nanochat_pl.common.constants import SAME_SIGNAL_SECONDS, SHOW_CURSOR
 from nanochat_pl.common.errors import SharedError, UserError, visible
 from nanochat_pl.common.place import Place, launched_place
 
@@ -100,8 +100,7 @@ class _Watchdog:
         self._woken_by.setblocking(False)
         signal.set_wakeup_fd(self._woken_by.fileno(), warn_on_full_buffer=False)
         # A process is not to end silently between the error of a collective and what is said of it.
-        self._has_term = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-        if self._has_term:
+        if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
             signal.signal(signal.SIGTERM, _left_to_the_thread)
         self._beat(self._store, "0")
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -122,7 +121,7 @@ class _Watchdog:
         self._leaving.set()
         signal.set_wakeup_fd(-1)
         self._woken_by.send(b"\0")
-        if self._has_term:
+        if signal.getsignal(signal.SIGTERM) is _left_to_the_thread:  # after a stop it is ignored, and stays so
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def fail(self, error: BaseException) -> None:
@@ -145,7 +144,8 @@ class _Watchdog:
             store.compare_set("failure", "", f"{self.place.rank}\n{line}")
             self._beat(store, "left")
             self._keep_store_for_the_others()
-        sys.stdout.flush()
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
         os._exit(code)
 
     def _keep_store_for_the_others(self) -> None:
@@ -278,4 +278,5 @@ def _first_line(error: BaseException) -> str:
 def _print(rank: int, text: str) -> None:
     """Say which process it is, in one write: lines of several processes do not mix."""
     lines = [f"process {rank}: {line}" if line.strip() else line for line in text.splitlines(keepends=True)]
-    os.write(2, "".join(lines).encode("utf-8", errors="replace"))
+    cursor = SHOW_CURSOR if os.isatty(2) else b""  # which a progress bar has hidden
+    os.write(2, cursor + "".join(lines).encode("utf-8", errors="replace"))
