@@ -6,7 +6,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins.environments import LightningEnvironment
 
-from nanochat_pl.training.strategy import OneDeviceEach
+from nanochat_pl.training.strategy import UnwrappedDDP
 
 
 def test_model_and_optimizer_stay_on_their_device_after_a_fit() -> None:
@@ -17,7 +17,7 @@ def test_model_and_optimizer_stay_on_their_device_after_a_fit() -> None:
     optimizer = torch.optim.AdamW(module.parameters())
     module.weight.grad = torch.ones_like(module.weight)
     optimizer.step()
-    strategy = OneDeviceEach(device)
+    strategy = UnwrappedDDP(device)
     quiet = {"logger": False, "enable_checkpointing": False, "plugins": [LightningEnvironment()]}
     trainer = Trainer(accelerator="cpu", strategy=strategy, **quiet)
     strategy.connect(module)

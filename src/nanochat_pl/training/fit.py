@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers.logger import DummyLogger, Logger
-from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.profilers import AdvancedProfiler, Profiler, PyTorchProfiler, SimpleProfiler
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -29,7 +28,7 @@ from nanochat_pl.training.settings import EvaluationSettings, TrainerSettings
 from nanochat_pl.training.spikes import LossSpikes
 from nanochat_pl.training.stages import TrainingStage
 from nanochat_pl.training.stopping import GracefulStop
-from nanochat_pl.training.strategy import OneDeviceEach
+from nanochat_pl.training.strategy import UnwrappedDDP
 from nanochat_pl.training.tensorboard import rewind_events
 
 
@@ -124,13 +123,12 @@ def _trainer(stage: TrainingStage, fitting: Fitting, loggers: list[Logger], call
     trainer = Trainer(
         accelerator={"cuda": "gpu"}.get(fitting.device.type, fitting.device.type),
         devices=1,
-        strategy=OneDeviceEach(fitting.device),
+        strategy=UnwrappedDDP(fitting.device),
         max_steps=stage.num_steps,
         max_epochs=-1,
         logger=loggers,
         callbacks=callbacks,
-        # The environment is said so that Lightning looks for no launcher: where this process stands is known.
-        plugins=[AtomicCheckpointIO(), LightningEnvironment()],
+        plugins=[AtomicCheckpointIO()],
         # Compiled for a CPU, the gradient of an embedding is otherwise added up by threads in the order they come.
         deterministic=fitting.trainer.deterministic or fitting.device.type == "cpu",
         log_every_n_steps=fitting.trainer.log_every_steps,

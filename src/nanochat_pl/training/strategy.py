@@ -1,8 +1,8 @@
-"""How Lightning sees the processes of a training: one device each, no wrapper around the model.
+"""Lightning's DDP strategy without its wrapper around the model.
 
-Gradients are summed by the optimizer, the process group is there before Lightning is, and each process is where
-the launcher put it. So nothing of Lightning's own launching and grouping is wanted: of what it calls a strategy there
-remain the few things that its Trainer and the callbacks of others ask for.
+Gradients are summed by the optimizer, the process group is there before Lightning is, and each process is where the
+launcher put it. So nothing of Lightning's own launching and grouping is wanted: there remain the few things that its
+Trainer and the callbacks of others ask a strategy for. With one process it is the same class, and nothing is sent.
 """
 
 from __future__ import annotations
@@ -11,40 +11,81 @@ import json
 from typing import Any
 
 import torch
-from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.plugins.environments import ClusterEnvironment
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
-from torch.nn import Module
 
 from nanochat_pl.common import distributed
 from nanochat_pl.common.place import launched_place
 
 
-class OneDeviceEach(SingleDeviceStrategy):
-    """Each process trains on one device; with one process, Lightning's own strategy for one device."""
+class Launched(ClusterEnvironment):
+    """Where the launcher put this process. Lightning then looks for no launcher itself, and starts nothing."""
+
+    creates_processes_externally = True
+    main_address, main_port = "", 0  # the processes speak to each other already
+
+    @staticmethod
+    def detect() -> bool:
+        """Never: it is given."""
+        return False
+
+    def world_size(self) -> int:
+        """How many processes train together."""
+        return distributed.world_size()
+
+    def global_rank(self) -> int:
+        """The number of this process among them."""
+        return distributed.rank()
+
+    def local_rank(self) -> int:
+        """Its number on this machine."""
+        return launched_place().local_rank
+
+    def node_rank(self) -> int:
+        """The number of the machine, where all have as many processes."""
+        return launched_place().rank // launched_place().local_world_size
+
+    def set_world_size(self, size: int) -> None:
+        """The launcher has set it."""
+
+    def set_global_rank(self, rank: int) -> None:
+        """The launcher has set it."""
+
+
+class UnwrappedDDP(DDPStrategy):
+    """Each process trains on one device of its own, on a model without hooks."""
 
     def __init__(self, device: torch.device) -> None:
-        place = launched_place()
         if device.type == "cuda" and device.index is None:
-            device = torch.device("cuda", place.local_rank)
-        super().__init__(device)
-        self.global_rank, self.local_rank = distributed.rank(), place.local_rank
-        self.world_size = distributed.world_size()
-        # Lightning takes it from the environment, also where a launcher has started one process for each of many jobs.
-        rank_zero_only.rank = self.global_rank  # type: ignore[attr-defined]
+            device = torch.device("cuda", launched_place().local_rank)
+        super().__init__(parallel_devices=[device], cluster_environment=Launched())
 
     @property
-    def is_global_zero(self) -> bool:
-        """Whether this process writes files."""
-        return self.global_rank == 0
+    def root_device(self) -> torch.device:
+        """The device of this process."""
+        assert self.parallel_devices is not None
+        return self.parallel_devices[0]
 
-    def _setup_model(self, model: Module) -> Module:
-        """All processes begin with the weights of the main one, which are the same anyway."""
-        for tensor in model.state_dict().values():
+    def _configure_launcher(self) -> None:
+        """The processes are there."""
+
+    def set_world_ranks(self) -> None:
+        """Lightning takes it from the environment, also where a launcher has started one process for each of many
+        jobs."""
+        rank_zero_only.rank = self.global_rank  # type: ignore[attr-defined]
+
+    def setup_distributed(self) -> None:
+        """The process group is there."""
+
+    def configure_ddp(self) -> None:
+        """In place of a wrapper: all processes begin with the weights of the main one, which are the same anyway."""
+        assert self.model is not None
+        for tensor in self.model.state_dict().values():
             distributed.broadcast_(tensor)
         if self.world_size > 1:
             use_all_collectives(self.root_device)
-        return model
 
     def teardown(self) -> None:
         """As Lightning's, but that model and optimizer stay on their device: what follows a fit is computed there."""
