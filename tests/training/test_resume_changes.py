@@ -57,14 +57,16 @@ def test_other_code_is_told(
     folder = copy_unfinished(place, "other-code")
     path = folder / "base" / "about.json"
     about = read_json(path)
-    write_json(path, {**about, "source": "0" * 64, "git": "abc", "versions": {**about["versions"], "torch": "1.0"}})
+    write_json(
+        path, {**about, "source_sha256": "0" * 16, "git": "abc", "versions": {**about["versions"], "torch": "1.0"}}
+    )
     for _ in range(2):
         assert train("run=other-code") == 0
         (folder / "base" / "finished.json").unlink()
     out = capsys.readouterr().out
     assert out.count("torch 1.0 → ") == 1 and out.count("the code of nanochat_pl (abc → ") == 1
     (line,) = read_changes(folder / "base")
-    assert len(line["code"]["source"]) == 64 and line["code"]["source"] != "0" * 64
+    assert len(line["code"]["source_sha256"]) == 16 and line["code"]["source_sha256"] != "0" * 16
 
 
 def test_a_change_that_alters_the_result_is_refused_unless_it_is_asked_for(

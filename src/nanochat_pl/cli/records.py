@@ -28,6 +28,7 @@ from nanochat_pl.common.hardware import choose_device, device_name
 from nanochat_pl.common.run_folder import StageFolder
 from nanochat_pl.common.settings import to_plain
 from nanochat_pl.data.opening import read_chosen
+from nanochat_pl.planning import Plan
 from nanochat_pl.training import changes
 from nanochat_pl.training.settings import TrainConfig
 
@@ -103,11 +104,16 @@ def require_same_settings(folder: StageFolder, composed: Composed[TrainConfig]) 
 
 
 def trains_longer(folder: StageFolder, composed: Composed[TrainConfig]) -> bool:
-    """Whether a finished stage is asked for more steps, with resume_with_changes=true."""
+    """Whether a finished stage is asked for more steps than were planned, with resume_with_changes=true.
+
+    One that a callback ended before has no more to do.
+    """
     config = composed.config
     if not config.resume_with_changes or folder.status != "finished" or not any(folder.checkpoints.glob("*.ckpt")):
         return False
-    return (config.max_steps or 0) > folder.finished().get("step", 0)
+    path = folder.path / "plan.json"
+    plan = Plan.from_plain(read_json(path), str(path)) if path.exists() else {"num_steps": folder.finished()["step"]}
+    return (config.max_steps or 0) > plan["num_steps"]
 
 
 def reopen(folder: StageFolder, composed: Composed[TrainConfig]) -> None:
@@ -119,7 +125,8 @@ def reopen(folder: StageFolder, composed: Composed[TrainConfig]) -> None:
 @contextlib.contextmanager
 def restored_on_refusal(folder: StageFolder) -> Iterator[None]:
     """Put a stage's records back where what is done inside is refused before it has come to another resume file."""
-    paths = [folder.path / name for name in ("finished.json", "config.yaml", "overrides.txt", changes.NAME)]
+    names = ("finished.json", "plan.json", "config.yaml", "overrides.txt", changes.NAME)
+    paths = [folder.path / name for name in names]
     before = {path: path.read_bytes() for path in paths if path.exists()}
     files = {*folder.checkpoints.glob("*.ckpt")}
     try:
@@ -185,10 +192,11 @@ def _tell_changes(folder: StageFolder, composed: Composed[Any]) -> None:
         f"{key} {as_typed(was)} → {as_typed(value)}" + (" (it alters the result)" if key in matters else "")
         for key, (was, value) in _unequal({key: then[key] for key in then if key in now}, now).items()
     ]
-    lines += _code_changes(_last_code(folder), code())
+    now_running = code()
+    lines += _code_changes(_last_code(folder), now_running)
     if lines:
         say(f"Since the last start: {'; '.join(lines)}.")
-        changes.note_changes(folder.path, lines, code())
+        changes.note_changes(folder.path, lines, now_running)
 
 
 def _last_code(folder: StageFolder) -> dict[str, Any]:
@@ -196,7 +204,7 @@ def _last_code(folder: StageFolder) -> dict[str, Any]:
     path = folder.path / "about.json"
     begun = [read_json(path)] if path.exists() else []
     noted = [line["code"] for line in changes.read_changes(folder.path) if "code" in line]
-    return next((state for state in reversed(begun + noted) if "source" in state), {})
+    return next((state for state in reversed(begun + noted) if "source_sha256" in state), {})
 
 
 def _code_changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -205,7 +213,7 @@ def _code_changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         return []
     changed = _unequal(then["versions"], now["versions"])
     lines = [f"{name} {was} → {value}" for name, (was, value) in changed.items()]
-    if then["source"] != now["source"]:
+    if then["source_sha256"] != now["source_sha256"]:
         commits = f" ({then['git'] or '?'} → {now['git'] or '?'})" if then["git"] != now["git"] else ""
         lines.append(f"the code of nanochat_pl{commits}")
     return [f"{line} (the last bits may be others)" for line in lines]
@@ -270,16 +278,21 @@ def about() -> dict[str, Any]:
 
 
 def code() -> dict[str, Any]:
-    """What runs: git state, SHA-256 of the source, versions."""
-    return {"git": _git_state(), "source": _source_hash(), "versions": library_versions()}
+    """What runs: git state, the first 16 digits of the SHA-256 of the source, versions."""
+    return {"git": _git_state(), "source_sha256": _source_hash(), "versions": library_versions()}
+
+
+def what_runs() -> dict[str, str]:
+    """The versions of the libraries, and the source of this package: what has to be the same on all nodes."""
+    return {**library_versions(), "source of nanochat_pl": _source_hash()}
 
 
 def _source_hash() -> str:
-    """SHA-256 over all source files of this package."""
+    """Of the SHA-256 over all source files of this package the first 16 digits."""
     package, digest = Path(nanochat_pl.__file__).parent, hashlib.sha256()
     for path in sorted(package.rglob("*.py")):
         digest.update(f"{path.relative_to(package).as_posix()} {sha256_of_file(path)}\n".encode())
-    return digest.hexdigest()
+    return digest.hexdigest()[:16]
 
 
 def _git_state() -> str:
