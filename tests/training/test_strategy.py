@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.plugins.environments import LightningEnvironment
 
 from nanochat_pl.training.strategy import UnwrappedDDP
 
@@ -18,8 +17,7 @@ def test_model_and_optimizer_stay_on_their_device_after_a_fit() -> None:
     module.weight.grad = torch.ones_like(module.weight)
     optimizer.step()
     strategy = UnwrappedDDP(device)
-    quiet = {"logger": False, "enable_checkpointing": False, "plugins": [LightningEnvironment()]}
-    trainer = Trainer(accelerator="cpu", strategy=strategy, **quiet)
+    trainer = Trainer(accelerator="cpu", strategy=strategy, logger=False, enable_checkpointing=False)
     strategy.connect(module)
     strategy.optimizers = [optimizer]
     trainer._teardown()
