@@ -24,6 +24,7 @@ from nanochat_pl.training.datamodule import RowsDataModule
 from nanochat_pl.training.evaluation import Samples, Validation
 from nanochat_pl.training.fit import Fitting, fit
 from nanochat_pl.training.guards import Guard
+from nanochat_pl.training.resume import newest_resume_file
 from nanochat_pl.training.settings import EvaluationSettings, TrainerSettings
 from nanochat_pl.training.stages import BaseStage, StageRecipe
 from nanochat_pl.training.step import StepBatch, training_step
@@ -138,6 +139,7 @@ def fit_tiny(
         mixed=mixed,
         loggers=loggers,
         callbacks=callbacks,
+        resume_from=newest_resume_file(folder / "checkpoints"),
     )
     fit(stage, RowsDataModule(mixed or rows, ROWS_PER_STEP, num_steps, num_workers), fitting)
     return stage

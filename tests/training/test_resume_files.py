@@ -82,15 +82,6 @@ def test_a_run_goes_on_from_the_older_file(what: str, place: Path, train: Callab
     assert metrics_of(place / "runs" / "whole", "base") == metrics_of(folder, "base")
 
 
-def test_without_a_readable_file_a_run_begins_again(place: Path, train: Callable[..., int]) -> None:
-    folder = copy_unfinished(place, "none-readable")
-    for path in resume_files(folder / "base" / "checkpoints"):
-        path.write_bytes(b"")
-    with pytest.warns(UserWarning, match="is damaged"):
-        assert train("run=none-readable") == 0
-    assert same_weights(weights_of(place / "runs" / "whole", "base"), weights_of(folder, "base"))
-
-
 def test_what_a_killed_writer_left_goes(tmp_path: Path) -> None:
     stage = StageFolder(tmp_path, "r", "base", "r")
     stage.checkpoints.mkdir(parents=True)

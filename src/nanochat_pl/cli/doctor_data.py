@@ -36,7 +36,6 @@ from nanochat_pl.training.evaluation import MixedValidation, Validation
 from nanochat_pl.training.machine import Machine
 from nanochat_pl.training.prepare import Prepared, prepare_base
 from nanochat_pl.training.prepare_sft import prepare_sft
-from nanochat_pl.training.resume import newest_resume_file
 from nanochat_pl.training.settings import TrainConfig
 
 
@@ -133,7 +132,7 @@ def prepare_stage(config: TrainConfig, folder: StageFolder, cache: Path) -> Prep
     if config.stage.name == "sft":
         return prepare_sft(config, folder, cache, machine, goes_on=True)
     folder = _with_tokenizer(config, folder, cache)
-    return prepare_base(config, folder, cache, machine, newest_resume_file(folder.checkpoints) is not None)
+    return prepare_base(config, folder, cache, machine, goes_on=True)  # else it records the files that it chooses
 
 
 def _with_tokenizer(config: TrainConfig, folder: StageFolder, cache: Path) -> StageFolder:

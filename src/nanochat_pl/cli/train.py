@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import socket
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,11 +27,13 @@ from nanochat_pl.cli.records import (
     restored_on_refusal,
     settings_that_matter,
     trains_longer,
+    what_runs,
     write_records,
 )
-from nanochat_pl.common import together
-from nanochat_pl.common.console import next_steps, print_table, say
-from nanochat_pl.common.run_folder import StageFolder, fresh_stage_folder, only_run_with, stage_folder
+from nanochat_pl.common import distributed, together
+from nanochat_pl.common.console import next_steps, output_may_end, print_table, say
+from nanochat_pl.common.files import entries
+from nanochat_pl.common.run_folder import SHARED_RUNS, StageFolder, fresh_stage_folder, only_run_with, stage_folder
 from nanochat_pl.planning import Plan, width_remark
 from nanochat_pl.training.inherit import inherited
 from nanochat_pl.training.settings import TrainConfig
@@ -45,9 +48,11 @@ EXTRA_KEYS = {
 }
 
 
+@output_may_end()
 def run(arguments: Sequence[str]) -> int:
     """The verb."""
     composed = together.agreed(lambda: compose_train(arguments))
+    require_same_code_everywhere()
     require_same_settings_everywhere(composed)
     config = composed.config
     place = together.by_main(lambda: _names(place_of(composed)))
@@ -55,10 +60,12 @@ def run(arguments: Sequence[str]) -> int:
     if config.check_only:
         together.by_main(lambda: _print_check(composed, folder))
         return 0
-    if folder.status != "finished" or trains_longer(folder, composed):
+    # The main process looks: what others see of the disk may be older.
+    if together.by_main(lambda: folder.status != "finished" or trains_longer(folder, composed)):
         # Before the folder is made: a stage whose parent is not there leaves nothing behind.
         inherits = together.agreed(lambda: inherited(config, folder, composed.given))
         composed = dataclasses.replace(composed, config=inherits)
+        require_same_parent_everywhere(composed)
     with contextlib.ExitStack() as held:
         if not together.by_main(lambda: _opened(folder, composed, held)):
             return 0
@@ -102,6 +109,29 @@ def require_same_settings_everywhere(composed: Composed[TrainConfig]) -> None:
     together.require_same(settings, problem, "Start all processes with the same command.")
 
 
+def require_same_code_everywhere() -> None:
+    """Refuse processes of one launch that run different code, or different versions of the libraries."""
+    if distributed.world_size() == 1:
+        return
+    own = what_runs()
+
+    def problem(mains: str) -> str:
+        theirs = json.loads(mains)
+        differ = [f"{name} {own[name]} (the main process: {theirs[name]})" for name in own if own[name] != theirs[name]]
+        return f"{socket.gethostname()} runs {', '.join(differ)}."
+
+    together.require_same(json.dumps(own), problem, "Install the same on all nodes.")
+
+
+def require_same_parent_everywhere(composed: Composed[TrainConfig]) -> None:
+    """Refuse processes of one launch that see another parent, or none."""
+
+    def problem(mains: str) -> str:
+        return f"{socket.gethostname()} inherits other settings than the main process: it sees another folder of runs."
+
+    together.require_same(json.dumps(composed.plain(), default=str), problem, SHARED_RUNS)
+
+
 def is_finished(folder: StageFolder, composed: Composed[TrainConfig]) -> bool:
     """Whether a stage is done. Raises :class:`UserError` where it was begun under other settings."""
     if _begun(folder):
@@ -111,7 +141,9 @@ def is_finished(folder: StageFolder, composed: Composed[TrainConfig]) -> bool:
 
 def _begun(folder: StageFolder) -> bool:
     """Whether there is something to go on with; a run that was killed before its first resume file starts over."""
-    return folder.status == "finished" or any(folder.checkpoints.glob("*.ckpt"))
+    # Damaged ones count: what they were part of is not to be begun anew without a word.
+    names = [path.name for path in entries(folder.checkpoints)]
+    return folder.status == "finished" or any(name.endswith((".ckpt", ".ckpt.damaged")) for name in names)
 
 
 def _print_check(composed: Composed[TrainConfig], folder: StageFolder) -> None:

@@ -43,6 +43,20 @@ def _fix(error: OSError) -> str:
     return f"Give a folder that can be written: {_PLACES}."
 
 
+def entries(folder: Path) -> list[Path]:
+    """What is in a folder: nothing where it is not there.
+
+    Raises:
+        UserError: it cannot be read; :meth:`Path.glob` would say that it is empty.
+    """
+    try:
+        return sorted(folder.iterdir())
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be read: {error.strerror or error}") from error
+
+
 def free_bytes(path: Path) -> int:
     """Free bytes on the disk that holds ``path``, or would hold it."""
     while not path.exists() and path != path.parent:
@@ -81,10 +95,13 @@ def fsync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomically(
+    path: Path, write: Callable[[Path], None], check: Callable[[Path], None] = lambda temporary: None
+) -> None:
     """Write a file so that a reader sees the old one or the new one whole, whatever kills the writer.
 
-    ``write`` fills a temporary file in the same folder, which is synced and renamed over ``path``.
+    ``write`` fills a temporary file in the same folder, which is synced, checked and renamed over ``path``. What
+    ``check`` raises leaves the old one.
     """
     # Not the process's number: threads share it, and so do processes of two containers or machines.
     temporary = path.with_name(f"{path.name}.tmp.{secrets.token_hex(8)}")
@@ -94,6 +111,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
             write(temporary)
             with temporary.open("rb+") as file:
                 os.fsync(file.fileno())
+            check(temporary)
             temporary.replace(path)
             fsync_folder(path.parent)
     finally:

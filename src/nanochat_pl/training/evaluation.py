@@ -13,6 +13,7 @@ from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
 from nanochat_pl.common import distributed, together
+from nanochat_pl.common.console import say
 from nanochat_pl.common.files import disk_errors_explained, keep_lines_until
 from nanochat_pl.data.mixed_source import MixedSource
 from nanochat_pl.data.rows import Rows, validation_rows
@@ -20,12 +21,12 @@ from nanochat_pl.data.sources import Source
 from nanochat_pl.data.token_cache import TokenCache
 from nanochat_pl.engine import Engine
 from nanochat_pl.evaluation.bits_per_byte import BitsPerByte, BitsPerByteResult, result_of, weighted_result
-from nanochat_pl.evaluation.samples import write_samples
+from nanochat_pl.evaluation.samples import Sample, write_samples
 from nanochat_pl.model.gpt import GPT
 from nanochat_pl.tokenizer import Tokenizer
 from nanochat_pl.training.datamodule import share
 from nanochat_pl.training.metrics import StepClock, log_everywhere, name_by_source
-from nanochat_pl.training.out_of_memory import InPieces
+from nanochat_pl.training.out_of_memory import InPieces, release_memory, runs_out_of_memory
 
 
 @dataclass(frozen=True)
@@ -166,14 +167,19 @@ class Samples:
         self.path, self.prompts, self.max_tokens = path, prompts, max_tokens
 
     def write(self, net: GPT, tokenizer: Tokenizer, step: int) -> list[dict[str, Any]]:
-        """Sample and append."""
+        """Sample and append. Where memory runs out there are none of this step: that is no reason to end a training."""
+        samples: list[Sample] = []
+
+        def sample() -> None:
+            samples.extend(write_samples(Engine(_Voice(net, tokenizer)), self.prompts, self.max_tokens))
+
         net.eval()
-        engine = Engine(_Voice(net, tokenizer))
-        rows = [
-            {"step": step, "prompt": sample.prompt, "text": sample.text}
-            for sample in write_samples(engine, self.prompts, self.max_tokens)
-        ]
+        ran_out = runs_out_of_memory(sample)
         net.train()
+        if ran_out:
+            release_memory(next(net.parameters()).device)
+            say(f"Samples after step {step:,}: out of memory, so there are none.")
+        rows = [{"step": step, "prompt": each.prompt, "text": each.text} for each in samples]
         with disk_errors_explained(self.path), self.path.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         return rows

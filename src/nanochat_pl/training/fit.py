@@ -23,7 +23,7 @@ from nanochat_pl.training.garbage import GarbageCollection
 from nanochat_pl.training.going_on import step_to_go_on_from
 from nanochat_pl.training.metrics import MetricsCSV, StepClock, StepMetrics
 from nanochat_pl.training.progress import TrainingProgress
-from nanochat_pl.training.resume import AtomicCheckpointIO, ResumeFiles, newest_resume_file
+from nanochat_pl.training.resume import AtomicCheckpointIO, ResumeFiles
 from nanochat_pl.training.settings import EvaluationSettings, TrainerSettings
 from nanochat_pl.training.spikes import LossSpikes
 from nanochat_pl.training.stages import TrainingStage
@@ -34,7 +34,10 @@ from nanochat_pl.training.tensorboard import rewind_events
 
 @dataclass(frozen=True)
 class Fitting:
-    """All that one fit needs besides the stage and its data; ``mixed`` are the rows where they have several sources."""
+    """All that one fit needs besides the stage and its data.
+
+    ``mixed`` are the rows where they have several sources, ``resume_from`` is the file to go on from.
+    """
 
     name: str
     folder: Path
@@ -48,6 +51,7 @@ class Fitting:
     mixed: MixedRows | None = None
     loggers: Sequence[Logger] = ()
     callbacks: Sequence[Callback] = ()
+    resume_from: Path | None = None
     resume_with_changes: bool = False
 
 
@@ -61,13 +65,13 @@ class Fitted:
 
 
 def fit(stage: TrainingStage, data: RowsDataModule, fitting: Fitting) -> Fitted:
-    """Train to the last step, from the newest resume file where there is one.
+    """Train to the last step, from the resume file where one is given.
 
     Raises:
         StopRequested: a signal ended it; the resume file of the last finished step is written.
     """
     checkpoints = fitting.folder / "checkpoints"
-    resume_from = newest_resume_file(checkpoints)
+    resume_from = fitting.resume_from
     first_step = together.agreed(
         lambda: step_to_go_on_from(resume_from, stage.recipe, fitting.resume_with_changes) if resume_from else 0
     )
@@ -115,7 +119,9 @@ def fit(stage: TrainingStage, data: RowsDataModule, fitting: Fitting) -> Fitted:
             raise UserError(f"callbacks, logger: Lightning refuses them: {error}") from error
         finally:
             torch.use_deterministic_algorithms(deterministic_before)
-        stop.check()
+        # Where a callback ended the fit there may be no file of its last step: that is measured and written first.
+        if trainer.global_step >= stage.num_steps:
+            stop.check()
     return Fitted(trainer, metrics.seconds, metrics.tokens)
 
 
@@ -153,4 +159,6 @@ def _trainer(stage: TrainingStage, fitting: Fitting, loggers: list[Logger], call
 def _profiler(fitting: Fitting) -> Profiler | None:
     kinds = {"simple": SimpleProfiler, "advanced": AdvancedProfiler, "pytorch": PyTorchProfiler}
     name = fitting.trainer.profiler
-    return None if name is None else kinds[name](dirpath=fitting.folder, filename="profile")
+    # Lightning adds the number on this machine.
+    filename = f"profile-{distributed.rank()}" if distributed.world_size() > 1 else "profile"
+    return None if name is None else kinds[name](dirpath=fitting.folder, filename=filename)

@@ -8,12 +8,14 @@ and tasks have generators of their own, which are functions of a seed and a numb
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import math
-import pickle
 import re
 import socket
 import warnings
 import zipfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +26,28 @@ from torch.utils._pytree import tree_leaves
 
 from nanochat_pl.common import together
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.common.files import FREE_SPACE, free_bytes, read_json, write_atomically, write_json
+from nanochat_pl.common.files import (
+    FREE_SPACE,
+    disk_errors_explained,
+    entries,
+    free_bytes,
+    read_json,
+    write_atomically,
+    write_json,
+)
+from nanochat_pl.common.run_folder import SHARED_RUNS
 from nanochat_pl.training.metrics import StepClock
 
 _NAME = re.compile(r"step=(\d{6,})\.ckpt")
+_DAMAGED = re.compile(rf"{_NAME.pattern}\.damaged")
 BEST = "best.json"
 
 
 class AtomicCheckpointIO(CheckpointIO):
     """Checkpoints that are whole or not there: written beside their place, synced, read back, renamed.
+
+    Reading back finds what went wrong on the way to the operating system: it gives the bytes that it keeps in memory.
+    What a disk loses is found at the next start, which verifies each file that it might use.
 
     Attributes:
         failure: why the last one was not written. It is raised by :meth:`ResumeFiles.save`, on all processes: where
@@ -47,13 +62,16 @@ class AtomicCheckpointIO(CheckpointIO):
         self.failure = None
         try:
             _require_space(checkpoint, path)
-            write_atomically(path, lambda temporary: _write_verified(checkpoint, temporary, path))
+            write_atomically(
+                path, lambda temporary: _write(checkpoint, temporary, path), lambda temporary: _verify(temporary, path)
+            )
         except UserError as error:
             self.failure = error
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint; its tensors stay on the disk until they are copied into place."""
-        return torch.load(path, map_location=map_location or "cpu", weights_only=True, mmap=True)
+        with _unreadable_explained(path):
+            return torch.load(path, map_location=map_location or "cpu", weights_only=True, mmap=True)
 
     def remove_checkpoint(self, path: Any) -> None:
         """Delete a checkpoint."""
@@ -70,7 +88,7 @@ def _require_space(checkpoint: dict[str, Any], path: Path) -> None:
         )
 
 
-def _write_verified(checkpoint: dict[str, Any], temporary: Path, path: Path) -> None:
+def _write(checkpoint: dict[str, Any], temporary: Path, path: Path) -> None:
     try:
         torch.save(checkpoint, temporary)
     except RuntimeError as error:  # what torch's zip writer raises where the disk is full
@@ -79,32 +97,68 @@ def _write_verified(checkpoint: dict[str, Any], temporary: Path, path: Path) -> 
             f" {str(error).splitlines()[0]}",
             fix=f"{FREE_SPACE} Then the same command goes on.",
         ) from error
-    if (problem := _broken_bytes(temporary)) is not None:
+
+
+def _verify(temporary: Path, path: Path) -> None:
+    if (problem := _wrong_bytes(temporary)) is not None:
         raise UserError(f"{path}: what was written cannot be read back: {problem}.", fix="Check the disk.")
 
 
-def _broken_bytes(path: Path) -> str | None:
-    """What is wrong with the bytes of a checkpoint: None where each one's checksum is right."""
+@contextlib.contextmanager
+def _unreadable_explained(path: Path) -> Iterator[None]:
+    """Tell a file that cannot be read from one that is damaged: nothing is known of its bytes."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            broken = archive.testzip()
-    except (OSError, zipfile.BadZipFile) as error:
-        return str(error)
-    return f"{broken} is damaged" if broken else None
+        yield
+    except (OSError, MemoryError) as error:
+        why = (error.strerror if isinstance(error, OSError) else None) or str(error) or "out of memory"
+        raise UserError(
+            f"{path}: cannot be read: {why}.",
+            fix="Nothing was changed. Where the disk, the network or its permissions are to blame, put that right, and"
+            " the same command goes on. Without this file it goes on from an older one.",
+        ) from error
 
 
 def damage(path: Path) -> str | None:
-    """What is wrong with a resume file: None where nothing is (every byte is verified)."""
-    if (problem := _broken_bytes(path)) is not None:
-        return problem
+    """What is wrong with a resume file: None where nothing is (every byte is verified).
+
+    Raises:
+        UserError: it cannot be read. That is no damage: a disk in the network may be back in a minute.
+    """
+    with _unreadable_explained(path):
+        return "is a folder" if path.is_dir() else _wrong_bytes(path) or _wrong_content(path)
+
+
+def _wrong_bytes(path: Path) -> str | None:
+    """What is wrong with the bytes of a checkpoint: None where each one's checksum is right."""
+    with path.open("rb") as file:
+        try:
+            with zipfile.ZipFile(file) as archive:
+                broken = archive.testzip()
+        except Exception as error:  # wrong bytes become whatever zipfile, zlib and all that they call make of them
+            # EINVAL: the archive's own table points to before the file's begin.
+            if isinstance(error, OSError) and error.errno != errno.EINVAL:
+                raise
+            return _first_line(error)
+    return f"{broken} is damaged" if broken else None
+
+
+def _wrong_content(path: Path) -> str | None:
     try:
-        content = AtomicCheckpointIO().load_checkpoint(path)
-    except (OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
-        return f"is a file of another kind: {str(error).splitlines()[0]}"
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # as above, and of torch's own reader
+        if str(error).startswith("unable to "):  # open, stat or map the file: how torch says what the system refused
+            raise OSError(_first_line(error)) from error
+        return f"is a file of another kind: {_first_line(error)}"
     if not isinstance(content, dict) or not {"global_step", "state_dict", "optimizer_states"} <= content.keys():
         return "is a file of another kind"
     step = step_of(path)
     return None if content["global_step"] == step else f"is of step {content['global_step']}"
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
 def step_of(path: Path) -> int:
@@ -116,8 +170,14 @@ def step_of(path: Path) -> int:
 
 def resume_files(folder: Path) -> list[Path]:
     """The resume files of a folder, newest step first."""
-    files = [path for path in folder.glob("step=*.ckpt") if _NAME.fullmatch(path.name)]
+    files = [path for path in entries(folder) if _NAME.fullmatch(path.name)]
     return sorted(files, key=step_of, reverse=True)
+
+
+def damaged_files(folder: Path) -> dict[Path, int]:
+    """The files that were found damaged at a start, each with the step that it was of."""
+    found = ((path, _DAMAGED.fullmatch(path.name)) for path in entries(folder))
+    return {path: int(match[1]) for path, match in found if match}
 
 
 def newest_resume_file(folder: Path) -> Path | None:
@@ -126,7 +186,8 @@ def newest_resume_file(folder: Path) -> Path | None:
     All processes call it; the main one looks and tells the others.
 
     Raises:
-        UserError: a process cannot see what the main process sees.
+        UserError: a file cannot be read; there are some, and all are damaged; or a process cannot see what the main
+            process sees.
     """
     name = together.by_main(lambda: _newest_readable(folder))
     if name is None:
@@ -137,7 +198,7 @@ def newest_resume_file(folder: Path) -> Path | None:
         if not path.is_file():
             raise UserError(
                 f"{path}: the main process sees it, {socket.gethostname()} does not.",
-                fix="All nodes need the same folder of runs: set paths.runs=… to one on a disk that they share.",
+                fix=SHARED_RUNS,
             )
 
     together.agreed(look)
@@ -145,14 +206,29 @@ def newest_resume_file(folder: Path) -> Path | None:
 
 
 def _newest_readable(folder: Path) -> str | None:
+    damaged: dict[Path, str] = {}
     for path in resume_files(folder):
         problem = damage(path)
         if problem is None:
+            _put_aside(damaged)
             return path.name
-        # Out of the way: the run will come to this step again and write it anew.
-        path.replace(path.with_name(f"{path.name}.damaged"))
-        warnings.warn(f"{path} is damaged ({problem}): going on from an older one.", stacklevel=2)
+        damaged[path] = problem
+    damaged |= dict.fromkeys(damaged_files(folder), "was so before")
+    if damaged:
+        raise UserError(
+            [f"{path} is damaged ({problem})." for path, problem in damaged.items()],
+            fix="No resume file is left to go on from, so nothing was done. Bring one back from a copy; or begin again,"
+            f" with resume=never or after deleting {folder.parent}.",
+        )
     return None
+
+
+def _put_aside(damaged: Mapping[Path, str]) -> None:
+    """Out of the way: the run will come to these steps again and write them anew."""
+    for path, problem in damaged.items():
+        with disk_errors_explained(path):
+            path.replace(path.with_name(f"{path.name}.damaged"))
+        warnings.warn(f"{path} is damaged ({problem}): going on from an older one.", stacklevel=2)
 
 
 class ResumeFiles(Callback):
@@ -237,9 +313,14 @@ class ResumeFiles(Callback):
         self._let_go()
 
     def _let_go(self) -> None:
-        for old in resume_files(self.folder)[self.keep_last :]:
+        files = resume_files(self.folder)
+        for old in files[self.keep_last :]:
             if old.name not in self._best:
-                old.unlink()
+                old.unlink(missing_ok=True)
+        for damaged, step in damaged_files(self.folder).items():
+            newer = [path for path in files if step_of(path) >= step]  # its own step, written anew, is one of them
+            if len(newer) >= self.keep_last and damaged.is_file():
+                damaged.unlink(missing_ok=True)
 
 
 def _save_figures(trainer: Trainer) -> None:

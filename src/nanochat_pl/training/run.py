@@ -61,12 +61,12 @@ def train_stage(
         together.by_main(lambda: train_tokenizer_stage(config, folder, open_source(config.data, cache)))
         return
     machine = together.agreed(lambda: prepare_machine(config))
-    kind = f"{machine.device.type} in {machine.compute_dtype}"
-    same_machines = "Set trainer.accelerator and model.compute_dtype to what all machines have."
+    kind = f"{machine.device.type} in {machine.compute_dtype}, {'compiled' if machine.compile else 'eager'}"
+    same_machines = "Set trainer.accelerator, model.compute_dtype and trainer.compile to what all machines have."
     together.require_same(kind, lambda mains: f"would train on {kind}, the main process on {mains}.", same_machines)
     prepare = {"base": prepare_base, "sft": prepare_sft}[config.stage.name]
-    goes_on = newest_resume_file(folder.checkpoints) is not None
-    prepared = together.main_first(lambda: prepare(config, folder, cache, machine, goes_on))
+    resume_from = newest_resume_file(folder.checkpoints)
+    prepared = together.main_first(lambda: prepare(config, folder, cache, machine, resume_from is not None))
     rows = str(prepared.plan["device_batch_size"])
     smaller = "Set device_batch_size to what fits into the memory of all machines."
     together.require_same(rows, lambda mains: f"has memory for {rows} rows at once, the main one for {mains}.", smaller)
@@ -74,7 +74,7 @@ def train_stage(
     together.agreed(lambda: _require_short_prompts(config, prepared))
     together.by_main(lambda: write_json(folder.path / "plan.json", prepared.plan.to_plain()))
     loggers = together.agreed(lambda: make_loggers() if distributed.is_main() else [])
-    _train(config, folder, machine, prepared, loggers, together.agreed(make_callbacks))
+    _train(config, folder, machine, prepared, resume_from, loggers, together.agreed(make_callbacks))
 
 
 def _train(
@@ -82,6 +82,7 @@ def _train(
     folder: StageFolder,
     machine: Machine,
     prepared: Prepared,
+    resume_from: Path | None,
     loggers: Sequence[Logger],
     callbacks: Sequence[Callback],
 ) -> None:
@@ -109,6 +110,7 @@ def _train(
         mixed=prepared.rows if isinstance(prepared.rows, MixedRows) else None,
         loggers=loggers,
         callbacks=callbacks,
+        resume_from=resume_from,
         resume_with_changes=config.resume_with_changes,
     )
     fitted = fit(stage, data, fitting)
