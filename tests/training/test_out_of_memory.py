@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback
+from torch.distributed import DistBackendError
 
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.model.gpt import GPT
@@ -19,7 +20,16 @@ from tests.museum.tiny import fit_tiny
 from tests.training.steps import BATCH, CPU_MEMORY, MEMORY, StepLoop, fails
 
 
-@pytest.mark.parametrize("error", [MEMORY, CPU_MEMORY, RuntimeError("MPS backend out of memory (MPS allocated: 5 GB)")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        MEMORY,
+        CPU_MEMORY,
+        RuntimeError("MPS backend out of memory (MPS allocated: 5 GB)"),
+        DistBackendError("NCCL error: unhandled cuda error\nLast error:\nFailed to CUDA calloc async 608 bytes"),
+        DistBackendError("NCCL error: unhandled cuda error\nLast error:\nCuda failure 2 'out of memory'"),
+    ],
+)
 def test_what_says_that_memory_ran_out(error: Exception) -> None:
     assert is_out_of_memory(error) and not is_out_of_memory(RuntimeError("shapes do not match"))
 
@@ -76,11 +86,12 @@ def test_it_is_halved_until_it_fits_or_there_is_one_row() -> None:
     loop.train(BATCH)
     assert loop.device_batch_size == 1
     before = loop.weights()
-    loop.forward = fails(MEMORY, 3)
+    loop.forward, loop.files = fails(MEMORY, 3), [Path("step=000001.ckpt")]
     with pytest.raises(UserError, match="step 2: out of memory, with one row of 16 tokens") as error:
         loop.train(BATCH)
     for key in ("model.sequence_len", "model.depth", "trainer.activation_checkpointing=true"):
         assert key in error.value.fix
+    assert "goes on from step=000001.ckpt" in error.value.fix
     assert all(torch.equal(weight, before[name]) for name, weight in loop.weights().items())
 
 
@@ -125,6 +136,17 @@ def test_in_the_optimizer_it_ends_the_run_with_the_file_named(tmp_path: Path) ->
         fit_tiny(tmp_path, 6, callbacks=[_Fault(3, "update")])
     newest = resume_files(tmp_path / "checkpoints")[0]
     assert newest.name == "step=000002.ckpt" and str(newest) in error.value.fix
+
+
+def test_where_gradients_are_summed_it_ends_the_run_with_the_file_named() -> None:
+    """Others may wait there, so this process alone cannot do the step again; and it is no bug."""
+    loop = StepLoop()
+    loop.files, before = [Path("step=000001.ckpt")], loop.weights()
+    loop.optimizer.reduce_gradients = fails(MEMORY, 1)  # type: ignore[method-assign]
+    with pytest.raises(UserError, match="step 1: out of memory where the gradients are summed; nothing") as error:
+        loop.train(BATCH)
+    assert "goes on from step=000001.ckpt" in error.value.fix
+    assert all(torch.equal(weight, before[name]) for name, weight in loop.weights().items())
 
 
 def test_validation_goes_on_in_pieces(

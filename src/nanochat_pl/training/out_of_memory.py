@@ -1,7 +1,8 @@
 """What happens where memory runs out: smaller micro-batches, and the work again.
 
 In forward and backward nothing has been changed but the gradients, so the whole step is done again with half the rows
-in memory, on all processes. In the optimizer's step weights may be changed in part: there it ends the run.
+in memory, on all processes. It ends the run where that cannot be: in the sum of the gradients, in which the others wait
+for this process, and in the optimizer's step, where weights may be changed in part.
 """
 
 from __future__ import annotations
@@ -21,12 +22,15 @@ from nanochat_pl.common.errors import SharedError, UserError
 if TYPE_CHECKING:
     from nanochat_pl.training.stages import TrainingStage
 
-# How those say it whose exception is a plain RuntimeError: a CPU, an Apple GPU, the CUDA driver, cuBLAS.
+# How those say it whose exception is a plain RuntimeError: a CPU, an Apple GPU, the CUDA driver, cuBLAS, NCCL.
 MESSAGES = (
     "DefaultCPUAllocator:",
     "MPS backend out of memory",
     "CUDA error: out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
+    "Failed to CUDA calloc",
+    "Cuda failure 2 'out of memory'",
+    "Cuda failure 'out of memory'",
 )
 FIX = "Use a smaller model.sequence_len or model.depth, or trainer.activation_checkpointing=true."
 
@@ -74,24 +78,32 @@ def halve_device_batch_size(stage: TrainingStage, ran_out: bool) -> None:
     release_memory(stage.device)
     rows, what = stage.device_batch_size, f"step {stage.global_step + 1}: out of memory{where}"
     if rows == 1:
-        raise SharedError(f"{what}, with one row of {stage.recipe.model.sequence_len:,} tokens at once.", fix=FIX)
+        one = f"{what}, with one row of {stage.recipe.model.sequence_len:,} tokens at once."
+        # One process looks, since another machine may not see the files.
+        raise SharedError(one, fix=FIX + distributed.from_main(_goes_on_from(stage)))
     stage.device_batch_size = stage.most_rows = rows // 2
     say(f"{what} with device_batch_size={rows}: the step is done again, and all go on with {rows // 2}.")
 
 
 @contextlib.contextmanager
-def ends_with_the_newest_file(stage: TrainingStage) -> Iterator[None]:
-    """Where memory runs out inside, say where the run can go on from: weights may be changed in part."""
+def ends_with_the_newest_file(stage: TrainingStage, where: str) -> Iterator[None]:
+    """Where memory runs out inside, say where the run can go on from.
+
+    Args:
+        stage: has the files.
+        where: the rest of the sentence "out of memory …".
+    """
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        newest = next((f" The same command goes on from {path}." for path in stage.resume_files()), "")
-        raise UserError(
-            f"step {stage.global_step + 1}: out of memory in the optimizer's step; its weights may be changed in part.",
-            fix=FIX + newest,
-        ) from error
+        what = f"step {stage.global_step + 1}: out of memory {where}."
+        raise UserError(what, fix=FIX + _goes_on_from(stage)) from error
+
+
+def _goes_on_from(stage: TrainingStage) -> str:
+    return next((f" The same command goes on from {path}." for path in stage.resume_files()), "")
 
 
 class InPieces:

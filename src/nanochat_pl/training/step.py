@@ -64,15 +64,16 @@ def training_step(stage: TrainingStage, batch: StepBatch) -> StepResult:
     if distributed.largest(ran_out):  # on any process
         halve_device_batch_size(stage, ran_out)
         return training_step(stage, batch)
-    distributed.sum_(share)
-    norm = optimizer.reduce_gradients() / guard.loss_scale.factor
+    with ends_with_the_newest_file(stage, "where the gradients are summed; nothing was changed"):
+        distributed.sum_(share)
+        norm = optimizer.reduce_gradients() / guard.loss_scale.factor
     loss, norm = torch.stack([share, norm]).tolist()  # the one wait for the device
     if passed := guard.passes(stage, batch, loss, norm):
         guard.scale_gradients(optimizer, norm)
     else:
         optimizer.skip_step()
     optimizer.set_step_values(schedule_values(stage.schedule, step, stage.num_steps))
-    with ends_with_the_newest_file(stage):
+    with ends_with_the_newest_file(stage, "in the optimizer's step; its weights may be changed in part"):
         stage.update()
     optimizer.zero_grad()
     return StepResult(loss, norm, num_targets, skipped=not passed)
