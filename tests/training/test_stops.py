@@ -161,7 +161,7 @@ def test_a_second_signal_ends_at_once(place: Path, tmp_path: Path) -> None:
     """Also where the first cannot be heeded: the other process hangs, and this one waits for it."""
     env = {"NANOCHAT_PL_TEST_FAULT": "hangs 1 5"}
     with launched(2, arguments(place, "stop-twice"), env, cwd=REPOSITORY, module=MODULE) as launch:
-        wait_until(has_made(place, "stop-twice", 3), launch)
+        wait_until(has_made(place, "stop-twice", 4), launch)  # it has asked for the last time
         first = launch.workers()[0]
         while launch.agents[0].poll() is None and first in launch.workers().values():
             os.kill(first, signal.SIGUSR1)

@@ -1,5 +1,7 @@
 """Constants that more than one room needs. Each lives here once."""
 
+import signal
+
 # Target of a position that is not trained on (padding, a user's words, tool output).
 IGNORE_INDEX = -1
 
@@ -11,3 +13,8 @@ SAME_SIGNAL_SECONDS = 0.5
 
 # To a terminal, before a process ends that may have hidden its cursor.
 SHOW_CURSOR = b"\x1b[?25h"
+
+# The signals that ask a training to stop.
+STOP_SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)
+)

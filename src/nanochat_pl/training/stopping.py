@@ -5,6 +5,7 @@ With several processes one that has heard of it is enough: they agree between th
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -16,12 +17,10 @@ from typing import Any
 from lightning.pytorch import Callback, Trainer
 
 from nanochat_pl.common import distributed
-from nanochat_pl.common.constants import SAME_SIGNAL_SECONDS, SHOW_CURSOR
+from nanochat_pl.common.constants import SAME_SIGNAL_SECONDS, SHOW_CURSOR, STOP_SIGNALS
 from nanochat_pl.common.errors import SharedError, UserError
 from nanochat_pl.training.resume import ResumeFiles
 
-NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
-SIGNALS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))
 SIGALRM = 14  # what the end of trainer.max_time counts as, also on systems without that signal
 # How it stands with the rows that a process waits for; above, a stop is asked for.
 _READY, _NOT_YET, _NEVER = range(3)
@@ -47,7 +46,7 @@ class NoMoreRows(SharedError):
 def leave_signals_to_parent(worker: int = 0) -> None:
     """For processes that read rows ahead: launchers signal whole groups, and a training that stops still needs them.
     They end with it."""
-    for signum in SIGNALS:
+    for signum in STOP_SIGNALS:
         signal.signal(signum, signal.SIG_IGN)
 
 
@@ -69,7 +68,7 @@ class GracefulStop(Callback):
 
     def __enter__(self) -> GracefulStop:
         # What is ignored stays so: with nohup, the training outlives its terminal.
-        heeded = [signum for signum in SIGNALS if signal.getsignal(signum) is not signal.SIG_IGN]
+        heeded = [signum for signum in STOP_SIGNALS if signal.getsignal(signum) is not signal.SIG_IGN]
         self._previous = {signum: signal.signal(signum, self._handle) for signum in heeded}
         return self
 
@@ -81,14 +80,14 @@ class GracefulStop(Callback):
         if self.signum is None:
             self._note(signum)
         elif signum != self.signum or time.monotonic() - self._since > SAME_SIGNAL_SECONDS:
-            os.write(2, SHOW_CURSOR if os.isatty(2) else b"")
+            _write(SHOW_CURSOR if os.isatty(2) else b"")
             os._exit(128 + signum)
 
     def _note(self, signum: int, why: str = "") -> None:
         self.signum, self._since = signum, time.monotonic()
         if distributed.is_main():
             # Not through Python's buffers: the signal may have come in the middle of writing to them.
-            os.write(2, f"\n{why}Stopping after this micro-batch; once more stops at once.\n".encode())
+            _write(f"\n{why}Stopping after this micro-batch; once more stops at once.\n".encode())
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         """The time that the training may take begins."""
@@ -170,3 +169,9 @@ class GracefulStop(Callback):
             signal.signal(signum, signal.SIG_IGN)
         self._previous = {}
         distributed.barrier()
+
+
+def _write(text: bytes) -> None:
+    """Print from the handler of a signal; where the terminal is gone, which is why the signal came, to nobody."""
+    with contextlib.suppress(OSError):
+        os.write(2, text)

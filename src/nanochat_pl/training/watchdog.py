@@ -26,11 +26,13 @@ from datetime import timedelta
 from types import FrameType
 from typing import Any
 
-from nanochat_pl.common.constants import SAME_SIGNAL_SECONDS, SHOW_CURSOR
+from nanochat_pl.common.constants import SAME_SIGNAL_SECONDS, SHOW_CURSOR, STOP_SIGNALS
 from nanochat_pl.common.errors import SharedError, UserError, visible
 from nanochat_pl.common.place import Place, launched_place
 
 Report = Callable[[BaseException], int]
+
+_SECONDS_TO_PRINT = 5.0  # where the reader of a full pipe waits
 
 # What collectives and stores say when another process has gone.
 _OF_COLLECTIVES = ("gloo", "nccl", "connection closed", "connection reset", "broken pipe", "socket")
@@ -85,15 +87,20 @@ def watchdog(report: Report | None = None, pace: Pace | None = None) -> Iterator
 
 
 class _Watchdog:
+    """Two threads: one speaks to the others, one waits for nobody and sees whether the first is answered."""
+
     def __init__(self, place: Place, pace: Pace, report: Report) -> None:
         self.place, self.pace, self.report = place, pace, report
         # One for each thread: a request of one does not wait for that of the other.
         self._store, self._main_store = _connect(pace), _connect(pace)
         self._others = [rank for rank in range(place.world_size) if rank != place.rank]
         self._last_beats = dict.fromkeys(self._others, b"")
+        # Looks are counted and not seconds: where all were suspended, nobody looked.
         self._looks_without_beat = dict.fromkeys(self._others, 0)
-        self._leaving = threading.Event()
+        self._looks_without_answer = 0
+        self._leaving, self._has_left = threading.Event(), threading.Event()
         self._collective_failed = False
+        self._failure: tuple[int, str] | None = None  # of this process: exit code, and what is to be printed yet
         self._signals: list[int] = []
         self._last_signal = -math.inf
         self._wake, self._woken_by = socket.socketpair()
@@ -103,86 +110,132 @@ class _Watchdog:
         if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
             signal.signal(signal.SIGTERM, _left_to_the_thread)
         self._beat(self._store, "0")
-        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
-        self._thread.start()
+        self._speaks = self._begun(self._watch_others, "watchdog")
+        self._hears = self._begun(self._watch_here, "watchdog of signals")
+
+    def _begun(self, watch: Callable[[], None], name: str) -> threading.Thread:
+        def guarded() -> None:
+            try:
+                watch()
+            except BaseException as error:
+                self._end(f"ended because its watchdog has failed: {type(error).__name__}: {error}")
+
+        thread = threading.Thread(target=guarded, name=name, daemon=True)
+        thread.start()
+        return thread
 
     # What the main thread does.
 
     def leave(self) -> None:
         """The end without an error: the others need not listen for this heart any more."""
-        self._dismiss_thread()
-        self._thread.join()
-        with contextlib.suppress(RuntimeError):  # the store is gone, with all who could have listened
-            self._beat(self._main_store, "left")
-        self._wake.close()
-        self._woken_by.close()
-
-    def _dismiss_thread(self) -> None:
         self._leaving.set()
+        self._speaks.join(self.pace.grace)  # no longer: what it asks may never be answered
+        self._has_left.set()
         signal.set_wakeup_fd(-1)
         self._woken_by.send(b"\0")
-        if signal.getsignal(signal.SIGTERM) is _left_to_the_thread:  # after a stop it is ignored, and stays so
+        self._hears.join()
+        self._wake.close()
+        self._woken_by.close()
+        if signal.getsignal(signal.SIGTERM) is _left_to_the_thread:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def fail(self, error: BaseException) -> None:
         """Say what went wrong here, then to the others that it did, and end."""
         if isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _OF_COLLECTIVES):
-            self._collective_failed = True  # another process is gone: the thread finds which, and ends this one
-            self._thread.join(self.pace.suspicion + self.pace.grace + 3 * self.pace.interval)
-        self._dismiss_thread()
-        printed, line = io.StringIO(), _first_line(error)
-        with contextlib.redirect_stderr(printed):
-            code = self.report(error)
-        store, said = self._main_store, False
+            self._collective_failed = True  # another process is gone: the threads find which, and end this one
+            time.sleep(self.pace.suspicion + self.pace.grace + 3 * self.pace.interval)
+        printed, line, code = io.StringIO(), _first_line(error), 1
+        self._failure = code, f"{line}\n"
+        self._leaving.set()
+        try:
+            with contextlib.redirect_stderr(printed):
+                code = self.report(error)
+            self._failure = code, printed.getvalue()
+            if not self._others_said(line):
+                _print(self.place.rank, printed.getvalue())
+            self._failure = code, ""
+        finally:
+            with contextlib.suppress(RuntimeError):
+                self._main_store.compare_set("failure", "", f"{self.place.rank}\n{line}")
+                self._beat(self._main_store, "left")
+                self._keep_store_for_the_others()
+            with contextlib.suppress(OSError, ValueError, AttributeError):  # it is closed
+                sys.stdout.flush()
+            os._exit(code)
+
+    def _others_said(self, line: str) -> bool:
+        """Whether another process has said the same: where all find one error, one prints it."""
+        own = str(self.place.rank)
         with contextlib.suppress(RuntimeError):
-            if store.compare_set("first", "", str(self.place.rank)) != str(self.place.rank).encode():
-                store.wait(["failure"], timedelta(seconds=self.pace.grace))
-                said = store.get("failure").decode("utf-8").partition("\n")[2] == line
-        if not said:  # where all processes find the same error, one prints it
-            _print(self.place.rank, printed.getvalue())
-        with contextlib.suppress(RuntimeError):
-            store.compare_set("failure", "", f"{self.place.rank}\n{line}")
-            self._beat(store, "left")
-            self._keep_store_for_the_others()
-        with contextlib.suppress(OSError):
-            sys.stdout.flush()
-        os._exit(code)
+            if self._main_store.compare_set("first", "", own) != own.encode():
+                self._main_store.wait(["failure"], timedelta(seconds=self.pace.grace))
+                return bool(self._main_store.get("failure").decode("utf-8").partition("\n")[2] == line)
+        return False
 
     def _keep_store_for_the_others(self) -> None:
         """Without an agent that hosts the store, it ends with the process of rank 0: not before all have read it."""
         if self.place.rank > 0 or _launcher_hosts_store():
             return
-        patience = threading.Event()
         for _ in range(int((self.pace.grace + self.pace.interval) * 20)):
             if all(beat == b"left" for beat in self._beats(self._main_store).values()):
                 return
-            patience.wait(0.1)
+            time.sleep(0.1)
 
-    # What the thread does.
+    # What the thread that speaks to the others does.
 
-    def _watch(self) -> None:
+    def _watch_others(self) -> None:
         beat = 0
-        while not self._leaves_within(self.pace.interval):
-            beat += 1
-            try:
+        with contextlib.suppress(RuntimeError):  # the store is gone: the other thread sees that nothing is answered
+            while not self._leaving.wait(self.pace.interval):
+                beat += 1
                 self._beat(self._store, str(beat))
                 if self._store.check(["failure"]):
                     self._end_after_failure()
                 elif (silent := self._silent()) is not None:
                     self._store.compare_set("failure", "", f"{silent}\nit is gone: killed, or its machine has failed")
-                elif self._signals:
-                    self._end_where_main_does_not()
-            except RuntimeError:
-                self._end_without_store()
+            if self._failure is None:
+                self._beat(self._store, "left")
 
-    def _leaves_within(self, seconds: float) -> bool:
-        """Whether the main thread is done with the block; a signal ends the waiting, too."""
-        if select.select([self._wake], [], [], seconds)[0]:
-            came = next((signum for signum in self._wake.recv(64) if signum), None)
-            if came and time.monotonic() - self._last_signal > SAME_SIGNAL_SECONDS:
-                self._signals.append(came)
-                self._last_signal = time.monotonic()
-        return self._leaving.is_set()
+    def _silent(self) -> int | None:
+        """A process whose heart has stopped."""
+        for rank, beat in self._beats(self._store).items():
+            news = beat != self._last_beats[rank] or beat == b"left"
+            self._last_beats[rank] = beat
+            self._looks_without_beat[rank] = 0 if news else self._looks_without_beat[rank] + 1
+        # As a signal can mean that another process has died, so can it be the first of a long end.
+        suspects = self._collective_failed or time.monotonic() - self._last_signal < self.pace.silence
+        limit = self.pace.suspicion if suspects else self.pace.silence
+        silent = [rank for rank, looks in self._looks_without_beat.items() if looks * self.pace.interval > limit]
+        return silent[0] if silent else None
+
+    def _end_after_failure(self) -> None:
+        rank, _, line = self._store.get("failure").decode("utf-8").partition("\n")
+        if self._leaving.wait(0 if self._collective_failed else self.pace.grace):
+            return
+        self._end(f"ended because process {rank} failed: {line}", self._store)
+
+    # What the thread that waits for nobody does.
+
+    def _watch_here(self) -> None:
+        while not self._has_left_within(self.pace.interval):
+            self._looks_without_answer += 1
+            if self._signals:
+                self._end_where_main_does_not()
+            if self._looks_without_answer * self.pace.interval > self._patience_without_answer():
+                host = f"the launcher on {os.environ['MASTER_ADDR']}" if _launcher_hosts_store() else "process 0"
+                self._end(f"ended because {host} does not answer any more: it was ended, or its machine has failed")
+
+    def _has_left_within(self, seconds: float) -> bool:
+        """Whether the main thread is done with the block; notes the signals that come."""
+        until = time.monotonic() + seconds
+        while not self._has_left.is_set() and (left := until - time.monotonic()) > 0:
+            if select.select([self._wake], [], [], left)[0]:
+                # Also those of children that end, which others want to hear.
+                came = next((number for number in self._wake.recv(4096) if number in STOP_SIGNALS), None)
+                if came and time.monotonic() - self._last_signal > SAME_SIGNAL_SECONDS:
+                    self._signals.append(came)
+                    self._last_signal = time.monotonic()
+        return self._has_left.is_set()
 
     def _end_where_main_does_not(self) -> None:
         """Signals came. The first one in a training is the training's; any other is to end the process now, which the
@@ -194,53 +247,35 @@ class _Watchdog:
             if not self._leaving.wait(self.pace.grace) and not self._collective_failed:
                 os._exit(128 + signum)
 
-    def _silent(self) -> int | None:
-        """A process whose heart has stopped. Looks are counted and not seconds: where all were suspended, nobody
-        looked."""
-        for rank, beat in self._beats(self._store).items():
-            news = beat != self._last_beats[rank] or beat == b"left"
-            self._last_beats[rank] = beat
-            self._looks_without_beat[rank] = 0 if news else self._looks_without_beat[rank] + 1
-        limit = self.pace.suspicion if self._collective_failed or self._signals else self.pace.silence
-        silent = [rank for rank, looks in self._looks_without_beat.items() if looks * self.pace.interval > limit]
-        return silent[0] if silent else None
-
-    def _end_after_failure(self) -> None:
-        rank, _, line = self._store.get("failure").decode("utf-8").partition("\n")
-        if self._leaving.wait(0 if self._collective_failed else self.pace.grace):
-            return
-        self._end(f"ended because process {rank} failed: {line}")
-
-    def _end_without_store(self) -> None:
+    def _patience_without_answer(self) -> float:
         """Nobody would hear of a failure any more. A stop that is under way may still come to its end, with a file
         that takes long: the connections of the collectives are others."""
-        looks = 0
-        while looks * self.pace.interval < self._patience_without_store():
-            if self._leaves_within(self.pace.interval):
-                return
-            looks += 1
-        host = "the launcher" if _launcher_hosts_store() else "process 0"
-        self._end(f"ended because {host} is gone: killed, or its machine has failed")
-
-    def _patience_without_store(self) -> float:
         if self._collective_failed:
             return self.pace.suspicion
-        return 10 * self.pace.silence if self._signals else self.pace.silence
+        return 10 * self.pace.silence if self._signals and not self._leaving.is_set() else self.pace.silence
 
-    def _end(self, why: str) -> None:
-        _print(self.place.rank, f"{visible(why)}\n")
-        with contextlib.suppress(RuntimeError):
-            self._beat(self._store, "left")
-        os._exit(1)
+    # What all do.
 
-    # What both do.
+    def _end(self, why: str, store: Any = None) -> None:
+        code, text = self._failure or (1, f"{visible(why)}\n")
+        try:
+            _print(self.place.rank, text)
+            if store is not None:
+                with contextlib.suppress(RuntimeError):
+                    self._beat(store, "left")
+        finally:
+            os._exit(code)
 
     def _beat(self, store: Any, beat: str) -> None:
         store.set(f"heart/{self.place.rank}", beat)
+        self._looks_without_answer = 0
 
     def _beats(self, store: Any) -> dict[int, bytes]:
-        there = [rank for rank in self._others if store.check([f"heart/{rank}"])]
-        beats = dict(zip(there, store.multi_get([f"heart/{rank}" for rank in there]), strict=True)) if there else {}
+        hearts = {rank: f"heart/{rank}" for rank in self._others}
+        if not store.check(list(hearts.values())):  # some have only begun
+            hearts = {rank: heart for rank, heart in hearts.items() if store.check([heart])}
+        beats = dict(zip(hearts, store.multi_get(list(hearts.values())) if hearts else [], strict=True))
+        self._looks_without_answer = 0
         return {rank: beats.get(rank, b"") for rank in self._others}
 
 
@@ -276,7 +311,9 @@ def _first_line(error: BaseException) -> str:
 
 
 def _print(rank: int, text: str) -> None:
-    """Say which process it is, in one write: lines of several processes do not mix."""
+    """Say which process it is, in one write: lines of several processes do not mix. To nobody, where nobody reads."""
     lines = [f"process {rank}: {line}" if line.strip() else line for line in text.splitlines(keepends=True)]
-    cursor = SHOW_CURSOR if os.isatty(2) else b""  # which a progress bar has hidden
-    os.write(2, cursor + "".join(lines).encode("utf-8", errors="replace"))
+    with contextlib.suppress(OSError, ValueError):
+        if select.select([], [2], [], _SECONDS_TO_PRINT)[1]:
+            cursor = SHOW_CURSOR if os.isatty(2) else b""  # which a progress bar has hidden
+            os.write(2, cursor + "".join(lines).encode("utf-8", errors="replace"))
