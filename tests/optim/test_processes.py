@@ -336,3 +336,15 @@ def test_the_compiled_update_on_two_processes() -> None:
     assert differing(found[0]["parameters"], found[1]["parameters"]) == []
     for name, parameter in one["parameters"].items():
         torch.testing.assert_close(found[0]["parameters"][name], parameter, rtol=1e-3, atol=1e-4)
+
+
+def muon_elements() -> int:
+    """Of this process's momentum."""
+    _, optimizer = tiny()
+    return sum(share.moments["momentum"].numel() for shares in optimizer._shares[-2:] for share in shares)
+
+
+def test_with_fewer_matrices_than_processes_the_work_is_spread() -> None:
+    """The two stacks of the feed-forward part, three matrices each: not both for the first three of four."""
+    counts = run(4, muon_elements)
+    assert min(counts) > 0 and max(counts) == 2 * min(counts)

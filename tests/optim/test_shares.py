@@ -22,10 +22,10 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def shares(shapes: list[tuple[int, ...]], quantum: int, world_size: int) -> list[Share]:
+def shares(shapes: list[tuple[int, ...]], quantum: int, world_size: int, at_end: bool = False) -> list[Share]:
     parameters = [torch.randn(shape) for shape in shapes]
     names = [f"p{i}" for i in range(len(shapes))]
-    return [Share(names, parameters, quantum, rank, world_size) for rank in range(world_size)]
+    return [Share(names, parameters, quantum, rank, world_size, at_end) for rank in range(world_size)]
 
 
 def test_every_element_is_in_one_share_and_cuts_lie_at_the_quantum() -> None:
@@ -34,22 +34,26 @@ def test_every_element_is_in_one_share_and_cuts_lie_at_the_quantum() -> None:
         world_size, shape = draw.randint(1, 9), (draw.randint(1, 40), draw.randint(1, 9))
         stack = draw.random() < 0.5
         size, quantum = (draw.randint(1, 20), shape[0] * shape[1]) if stack else (1, ALIGNMENT)
-        all_shares = shares([shape] * size, quantum, world_size)
+        all_shares = shares([shape] * size, quantum, world_size, draw.random() < 0.5)
         assert all_shares[0].begin == 0 and all_shares[-1].end == size * shape[0] * shape[1]
         for share, after in pairwise(all_shares):
             assert share.end == after.begin and (share.begin % quantum == 0 or share.begin == share.total)
+        assert all_shares[0].before == 0 or all_shares[-1].begin < all_shares[-1].end, "laid to the end"
         for share in all_shares:
             assert share.end - share.begin <= share.part < share.total / world_size + quantum
         own = torch.cat([share.own_values() for share in all_shares])
         assert torch.equal(own, torch.stack(list(all_shares[0].parameters)).view(-1))
 
 
+@pytest.mark.parametrize("at_end", [False, True])
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5, 8])
 @pytest.mark.parametrize("shape", [(13, 7), (7, 13), (41, 24), (1, 6)])
-def test_the_parts_of_a_moment_make_up_the_whole(kind: str, world_size: int, shape: tuple[int, int]) -> None:
+def test_the_parts_of_a_moment_make_up_the_whole(
+    kind: str, world_size: int, shape: tuple[int, int], at_end: bool
+) -> None:
     count, quantum = (5, shape[0] * shape[1]) if kind == "muon" else (1, ALIGNMENT)
-    all_shares = shares([shape] * count, quantum, world_size)
+    all_shares = shares([shape] * count, quantum, world_size, at_end)
     for moment, whole_shape in moment_shapes(kind, shape).items():
         wholes = [torch.randn(whole_shape) for _ in range(count)]
         for share in all_shares:

@@ -79,7 +79,7 @@ class MuonAdamW(torch.optim.Optimizer):
             return
         if distributed.world_size() > 1:
             assert not self.state, "the processes began to train together after the state was allocated"
-            self._shares = [list(self._make_shares(group)) for group in self.param_groups]
+            self._shares = [list(self._make_shares(*each)) for each in enumerate(self.param_groups)]
             return
         for number, group in enumerate(self.param_groups):
             if group["params"][0] in self.state:
@@ -94,12 +94,16 @@ class MuonAdamW(torch.optim.Optimizer):
             else:
                 self._allocate_stack(number, group)
 
-    def _make_shares(self, group: dict[str, Any]) -> Iterator[Share]:
-        """One of a stack, which is cut between matrices; one of each parameter of AdamW."""
+    def _make_shares(self, number: int, group: dict[str, Any]) -> Iterator[Share]:
+        """One of a stack, which is cut between matrices; one of each parameter of AdamW.
+
+        With fewer matrices than processes, every other stack is that of the last processes: the two of the feed-forward
+        part, the largest, are of one size and follow each other (groups are sorted by shape).
+        """
         names, parameters = group["param_names"], group["params"]
         place = distributed.rank(), distributed.world_size()
         if group["kind"] == "muon":
-            shares = [Share(names, parameters, parameters[0].numel(), *place)]
+            shares = [Share(names, parameters, parameters[0].numel(), *place, at_end=number % 2 == 1)]
         else:
             shares = [Share([name], [p], ALIGNMENT, *place) for name, p in zip(names, parameters, strict=True)]
         for share in shares:

@@ -2,7 +2,8 @@
 
 The parameters' elements are laid end to end and cut into one part per process. All parts are equally long, as
 reduce-scatter and all-gather want it: what the last parts have beyond the parameters is filled up with zeros, in what
-is sent only. Cuts lie at multiples of ``quantum`` elements:
+is sent only. With more processes than parts are needed for, some have nothing: the last ones, or the first where the
+parameters are laid to the end. Cuts lie at multiples of ``quantum`` elements:
 
 - a stack of matrices: at whole matrices, since each is orthogonalized as a whole;
 - one parameter of AdamW: at multiples of :data:`ALIGNMENT`. Vectorised kernels treat what is left after the last full
@@ -41,21 +42,30 @@ class Share:
     Args:
         names, parameters: laid end to end in this order; of one shape, dtype and device.
         quantum: elements that stay together: of a stack those of a matrix.
+        at_end: whether processes that get nothing are the first ones.
 
     Attributes:
         part: elements of each process's part, filling included.
+        before: of filling before the first parameter, a multiple of ``part``.
         begin, end: this process's elements among all, without filling.
         moments: this process's optimizer state by name, without filling, 1-D; a scalar is the same on every process.
         gradient: (end - begin,) its part of the summed gradient, from :meth:`start_reduce` until it is used up.
     """
 
     def __init__(
-        self, names: Sequence[str], parameters: Sequence[Tensor], quantum: int, rank: int, world_size: int
+        self,
+        names: Sequence[str],
+        parameters: Sequence[Tensor],
+        quantum: int,
+        rank: int,
+        world_size: int,
+        at_end: bool = False,
     ) -> None:
         self.names, self.parameters, self.rank, self.world_size = names, parameters, rank, world_size
         self.total = sum(parameter.numel() for parameter in parameters)
         self.part = -(-self.total // (quantum * world_size)) * quantum
-        self.begin, self.end = (min(place * self.part, self.total) for place in (rank, rank + 1))
+        self.before = (world_size - -(-self.total // self.part)) * self.part if at_end else 0
+        self.begin, self.end = (min(max(place * self.part - self.before, 0), self.total) for place in (rank, rank + 1))
         self.moments: dict[str, Tensor] = {}
         self.gradient: Tensor | None = None
         self._gathered: Tensor | None = None
@@ -84,7 +94,8 @@ class Share:
         gradients = [parameter.grad for parameter in self.parameters]
         for parameter in self.parameters:
             parameter.grad = None
-        inputs = self._filled([gradient for gradient in gradients if gradient is not None], self.part * self.world_size)
+        given = [gradient for gradient in gradients if gradient is not None]
+        inputs = self._filled(given, self.part * self.world_size, self.before)
         output = inputs.new_empty(self.part)
         self.gradient = output[: self.end - self.begin]
         return distributed.start_reduce_scatter(output, inputs)
@@ -112,7 +123,8 @@ class Share:
     def finish_gather(self) -> None:
         """Take over the parameters that have arrived."""
         if self._gathered is not None:
-            pieces = self._gathered[: self.total].split([parameter.numel() for parameter in self.parameters])
+            whole = self._gathered[self.before : self.before + self.total]
+            pieces = whole.split([parameter.numel() for parameter in self.parameters])
             values = [piece.view_as(parameter) for piece, parameter in zip(pieces, self.parameters, strict=True)]
             torch._foreach_copy_(list(self.parameters), values)
             self._gathered = None
@@ -150,18 +162,18 @@ class Share:
         if not shape:
             return slice(0, 1), slice(0, 1)
         numel, wanted = self.parameters[i].numel(), prod(shape)
-        start, offset = i * numel, rank * self.part
+        start, offset = i * numel, rank * self.part - self.before
         begin, end = (min(max(place - start, 0), numel) for place in (offset, offset + self.part))
         begin, end, shift = (number * wanted // numel for number in (begin, end, start - offset))
         return slice(begin, end), slice(begin + shift, end + shift)
 
-    def _filled(self, tensors: Sequence[Tensor], length: int) -> Tensor:
+    def _filled(self, tensors: Sequence[Tensor], length: int, before: int = 0) -> Tensor:
         """Tensors laid end to end and filled up with zeros; a single one of that length is given back itself."""
         flat = [tensor.reshape(-1) for tensor in tensors]
         missing = length - sum(map(len, flat))
         if len(flat) == 1 and not missing:
             return flat[0]
-        return torch.cat([*flat, flat[0].new_zeros(missing)])
+        return torch.cat([flat[0].new_zeros(before), *flat, flat[0].new_zeros(missing - before)])
 
 
 def norm_of(tensors: Iterable[Tensor], device: torch.device) -> Tensor:
