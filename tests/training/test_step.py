@@ -135,6 +135,19 @@ def test_the_scale_grows_after_good_steps_only(monkeypatch: pytest.MonkeyPatch) 
     assert scale.factor == MOST
 
 
+def test_a_file_of_a_run_in_another_type_does_not_switch_it_off() -> None:
+    """There the factor is 1, and float16 would go on without any scale."""
+    half, full = LossScale(active=True), LossScale(active=False)
+    half.load_state_dict(full.state_dict())
+    assert half.factor == START
+    half.update(overflowed=True)
+    again = LossScale(active=True)
+    again.load_state_dict(half.state_dict())
+    assert again.factor == START / 2
+    full.load_state_dict(half.state_dict())
+    assert full.factor == 1
+
+
 def test_a_loss_that_is_not_finite_is_no_overflow() -> None:
     """A smaller scale has no say in it: the run ends, and the scale stays."""
     loop = StepLoop(dtype="float16")

@@ -48,9 +48,9 @@ class LossScale:
 
     def state_dict(self) -> dict[str, Any]:
         """For the resume file."""
-        return {"factor": self.factor, "good_steps": self._good_steps}
+        return {"active": self.active, "factor": self.factor, "good_steps": self._good_steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a resume file."""
-        if self.active:
+        """Go on from a resume file; one of a run in another type has no factor to go on with."""
+        if self.active and state.get("active"):
             self.factor, self._good_steps = state["factor"], state["good_steps"]
