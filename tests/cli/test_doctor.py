@@ -258,6 +258,27 @@ def test_missing_shards_are_named(hub: HubServer, here: Path, capsys: Captured) 
     assert re.search(r"warning: 1 of 3 training files.*\n.*nanochat-pl download .*num_shards=[23]", said)
 
 
+def test_the_record_of_a_run_is_read_and_never_written(hub: HubServer, here: Path) -> None:  # noqa: F811
+    """A run goes on with the files that it was begun with; the doctor came by and noted others."""
+    texts = (write_texts(here / "texts") / "texts.txt").read_text(encoding="utf-8").split("\n\n")
+    hub.add("some-owner/small", {f"part-{n}.parquet": parquet([*texts[n::4]]) for n in range(4)})
+    keys = ["data=hub", "data.repo=some-owner/small", f"paths.cache={here / 'cache'}"]
+    command = [*of(here, "data", "paths.cache", "max_steps"), *keys, "run=hub"]
+    assert main(["download", *keys, "num_shards=1"]) == 0
+    assert main(["train", *command, "max_steps=2"]) == 0
+    folder = here / "runs" / "hub" / "base"
+    assert main(["download", *keys, "num_shards=3"]) == 0
+    for finished in (True, False):
+        if not finished:  # as it was before its first resume file
+            (folder / "finished.json").unlink()
+            for path in (folder / "checkpoints").iterdir():
+                path.unlink()
+        before = {path: path.read_bytes() for path in (here / "runs" / "hub").rglob("*") if path.is_file()}
+        assert folder / "data.json" in before
+        assert main(["doctor", *command, "max_steps=2"]) in (0, 1)
+        assert {path: path.read_bytes() for path in (here / "runs" / "hub").rglob("*") if path.is_file()} == before
+
+
 def test_mistakes_are_not_findings(here: Path, capsys: Captured) -> None:
     assert main(["doctor", "data.pathh=x"]) == 2
     assert main(["doctor", *of(here), "eval_bundle=nowhere"]) == 2
