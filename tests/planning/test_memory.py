@@ -24,6 +24,7 @@ from nanochat_pl.planning.memory import (
     optimizer_state_bytes,
     step_memory,
 )
+from tests.processes import run
 
 ROWS, VOCAB = 2, 500
 OLDEST = {"smear_channels": 0, "backout": False, "residual_lambdas": False, "value_embeddings": False}
@@ -86,6 +87,25 @@ def test_the_optimizers_state(keys: dict[str, Any]) -> None:
     state = optimizer.moments_by_name()
     counted = sum(moment.nbytes for name, moment in state.items() if not name.endswith(".step"))
     assert optimizer_state_bytes(config) == counted
+
+
+def state_of_a_share(num_layers: int) -> int:
+    """Bytes of this process's moments."""
+    config = small(depth=num_layers)
+    net = init_weights(GPT(config).materialise())
+    hyper = resolve_hyperparameters(OptimSettings(), width=config.width)
+    optimizer = build_optimizer(net.named_parameters(), parameter_roles(net), hyper)
+    optimizer.allocate_state()
+    shares = [share for group in optimizer._shares for share in group]
+    return sum(moment.nbytes for share in shares for moment in share.moments.values() if moment.ndim)
+
+
+@pytest.mark.parametrize("num_layers", [2, 5])
+def test_the_largest_share_of_the_optimizers_state(num_layers: int) -> None:
+    """Groups of few matrices cannot be divided evenly: more than a third. Not all are largest on the same process."""
+    shares = run(3, state_of_a_share, num_layers)
+    formula, whole = (optimizer_state_bytes(small(depth=num_layers), processes) for processes in (3, 1))
+    assert whole / 3 < max(shares) <= formula * 1.01 <= max(shares) * 1.2
 
 
 def test_each_knob_saves_and_the_peak_is_the_largest_phase() -> None:

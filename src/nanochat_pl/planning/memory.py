@@ -27,6 +27,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
+from math import prod
 
 from nanochat_pl.common.settings import setting
 from nanochat_pl.model.accounting import DTYPE_BYTES, count_parameters, rotary_bytes, weight_bytes
@@ -103,6 +104,7 @@ def step_memory(
     on_cpu: bool,
     knobs: MemoryKnobs = NO_KNOBS,
     micro_batches: int = 1,
+    processes: int = 1,
 ) -> StepMemory:
     """Memory of a training step.
 
@@ -111,6 +113,7 @@ def step_memory(
         rows: of a micro-batch (``device_batch_size``).
         on_cpu: attention and norm take other ways there than on a GPU.
         micro_batches: of a step; from the second on the gradients are there during forward and backward.
+        processes: that share the optimizer's state. In its step each has all parameters gathered in place of gradients.
     """
     tokens, compute = rows * config.sequence_len, DTYPE_BYTES[config.compute_dtype]
     stream = tokens * config.width * compute
@@ -118,7 +121,7 @@ def step_memory(
     # What goes into the first layer is kept anyway.
     kept = [0] + [stream] * (config.num_layers - 1) if knobs.activation_checkpointing else layers
     outside = _kept_outside(config, rows, on_cpu, knobs.activation_checkpointing)
-    state, gradients = optimizer_state_bytes(config), weight_bytes(config)
+    state, gradients = optimizer_state_bytes(config, processes), weight_bytes(config)
     of_head = FLOAT * config.padded_vocab_size * config.width
     # Below float32 the head is cast, and each piece's gradient of it is a tensor of its own before it is added.
     cast_head = compute * config.vocab_size * config.width if compute < FLOAT else 0
@@ -281,12 +284,16 @@ def backward_temporaries(config: GPTConfig, rows: int) -> int:
     return 3 * rows * config.sequence_len * config.mlp_width * DTYPE_BYTES[config.compute_dtype]
 
 
-def optimizer_state_bytes(config: GPTConfig) -> int:
-    """Moments: 8 bytes per parameter of AdamW; of Muon 4, and 4 per row or column (the longer side)."""
+def optimizer_state_bytes(config: GPTConfig, processes: int = 1) -> int:
+    """Moments: 8 bytes per parameter of AdamW; of Muon 4, and 4 per row or column (the longer side).
+
+    Of several processes the share of the one that has most: groups of matrices are divided at whole matrices.
+    """
     parameters = count_parameters(config)
-    matrices = parameters["transformer_matrices"]
-    lines = sum(count * max(shape) for shape, count in _matrix_shapes(config).items())
-    return 8 * (parameters["total"] - matrices) + FLOAT * (matrices + lines)
+    of_adamw = 8 * (parameters["total"] - parameters["transformer_matrices"])
+    shapes = _matrix_shapes(config).items()
+    of_muon = sum(-(-count // processes) * (prod(shape) + max(shape)) for shape, count in shapes)
+    return -(-of_adamw // processes) + FLOAT * of_muon
 
 
 def optimizer_temporaries(config: GPTConfig) -> int:

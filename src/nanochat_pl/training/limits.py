@@ -55,9 +55,8 @@ def least_memory(model: GPTConfig, device: torch.device, knobs: MemoryKnobs = NO
     Each of several processes keeps its share of the optimizer's state; those of one machine share a CPU's memory.
     """
     place, on_cpu = launched_place(), device.type == "cpu"
-    step = step_memory(model, 1, on_cpu=on_cpu, knobs=knobs)
-    of_others = step.optimizer_state - step.optimizer_state // place.world_size
-    return (step.total - of_others) * (place.local_world_size if on_cpu else 1)
+    step = step_memory(model, 1, on_cpu=on_cpu, knobs=knobs, processes=place.world_size)
+    return step.total * (place.local_world_size if on_cpu else 1)
 
 
 def _size(num_bytes: float) -> str:
