@@ -54,7 +54,7 @@ def test_it_is_a_script_of_bash_and_asks_slurm_for_what_it_needs() -> None:
 
 
 @contextlib.contextmanager
-def batch_job(folder: Path, arguments: list[str]) -> Iterator[subprocess.Popen[str]]:
+def batch_job(folder: Path, arguments: list[str], tasks: str = str(TASKS)) -> Iterator[subprocess.Popen[str]]:
     """The batch file as Slurm starts it; nothing of it outlives the block."""
     commands = folder / "bin"
     commands.mkdir(exist_ok=True)
@@ -67,6 +67,7 @@ def batch_job(folder: Path, arguments: list[str]) -> Iterator[subprocess.Popen[s
         "SLURM_JOB_ID": str(_free_port() - 20000),
         "SLURM_JOB_NODELIST": "node0",
         "SLURM_CPUS_PER_TASK": "1",
+        "SLURM_TASKS_PER_NODE": tasks,
     }
     job = subprocess.Popen(
         ["bash", str(SBATCH), *arguments],
@@ -97,6 +98,12 @@ def _free_port() -> int:
 
 def _steps(metrics: Path) -> int:
     return len(metrics.read_text(encoding="utf-8").splitlines()) - 1 if metrics.exists() else 0
+
+
+def test_nodes_with_different_numbers_of_tasks_are_refused(tmp_path: Path) -> None:
+    with batch_job(tmp_path, ["train"], tasks="8(x2),4") as job:
+        said, _ = job.communicate(timeout=60)
+    assert job.returncode == 2 and "--ntasks-per-node" in said and not (tmp_path / "tasks").exists()
 
 
 @pytest.mark.slow

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from nanochat_pl.common import distributed
 from nanochat_pl.common.console import say
-from nanochat_pl.common.errors import UserError
+from nanochat_pl.common.errors import SharedError, UserError
 from nanochat_pl.common.hardware import ComputeDType, choose_compute_dtype, choose_device, device_name
 from nanochat_pl.common.place import launched_place
 from nanochat_pl.planning.devices import peak_flops
@@ -57,18 +59,46 @@ def prepare_machine(config: TrainConfig) -> Machine:
 def own_device(accelerator: str) -> torch.device:
     """The device of this process that a setting means: of several GPUs the one with its number on this machine.
 
+    Where a launcher shows each process one GPU, it is that: :func:`require_own_gpus` finds out whether it is its own.
+
     Raises:
         UserError: there is none.
     """
     device, place = choose_device(accelerator), launched_place()
     if device.type != "cuda" or place.world_size == 1:
         return device
-    if place.local_rank >= (found := torch.cuda.device_count()):
+    found = torch.cuda.device_count()
+    if found == 1:
+        return torch.device("cuda", 0)
+    if place.local_rank >= found:
         raise UserError(
             f"{place.local_world_size} processes on a machine where PyTorch sees {found} GPUs: each needs one.",
             fix=f"Start {found} processes, or use trainer.accelerator=cpu.",
         )
     return torch.device("cuda", place.local_rank)
+
+
+def require_own_gpus(device: torch.device) -> None:
+    """Refuse processes that would share a GPU. All of them call it.
+
+    Raises:
+        SharedError: two have the same one.
+    """
+    if distributed.world_size() == 1:
+        return
+    place, own = launched_place(), ""
+    if device.type == "cuda":
+        # Parts of a GPU that is divided have its number, and differ in what each process sees.
+        number = getattr(torch.cuda.get_device_properties(device), "uuid", "")
+        own = f"{place.rank - place.local_rank} {number} {device.index} {os.environ.get('CUDA_VISIBLE_DEVICES')}"
+    everyones = distributed.from_all(own)
+    for rank, gpu in enumerate(everyones):
+        if gpu and (other := everyones.index(gpu)) < rank:
+            raise SharedError(
+                f"Processes {other} and {rank} have the same GPU: each needs one of its own.",
+                fix="Start as many processes on each machine as it has GPUs, and let each see all of them, or one of"
+                " its own (CUDA_VISIBLE_DEVICES); or use trainer.accelerator=cpu.",
+            )
 
 
 def compiler_works(device: torch.device) -> bool:

@@ -26,7 +26,7 @@ from nanochat_pl.training.changes import read_changes
 from nanochat_pl.training.datamodule import RowsDataModule
 from nanochat_pl.training.evaluation import Samples
 from nanochat_pl.training.fit import Fitted, Fitting, fit
-from nanochat_pl.training.machine import Machine, prepare_machine
+from nanochat_pl.training.machine import Machine, prepare_machine, require_own_gpus
 from nanochat_pl.training.metrics import log_everywhere
 from nanochat_pl.training.prepare import Prepared, announce_streamed, prepare_base
 from nanochat_pl.training.prepare_sft import prepare_sft
@@ -61,6 +61,7 @@ def train_stage(
         together.by_main(lambda: train_tokenizer_stage(config, folder, open_source(config.data, cache)))
         return
     machine = together.agreed(lambda: prepare_machine(config))
+    require_own_gpus(machine.device)
     kind = f"{machine.device.type} in {machine.compute_dtype}, {'compiled' if machine.compile else 'eager'}"
     same_machines = "Set trainer.accelerator, model.compute_dtype and trainer.compile to what all machines have."
     together.require_same(kind, lambda mains: f"would train on {kind}, the main process on {mains}.", same_machines)

@@ -22,7 +22,7 @@ from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.hardware import choose_compute_dtype
 from nanochat_pl.common.place import launched_place
 from nanochat_pl.training import selftest_arithmetic, selftest_processes
-from nanochat_pl.training.machine import own_device
+from nanochat_pl.training.machine import own_device, require_own_gpus
 from nanochat_pl.training.selftest_findings import Bench, Check, Finding
 
 
@@ -46,6 +46,7 @@ def selftest(accelerator: str, runs: Path, caches: Path, timeout_seconds: float)
         CheckBroke: a check with collectives raised in this process.
     """
     device = together.agreed(lambda: own_device(accelerator))
+    require_own_gpus(device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     bench = Bench(device, choose_compute_dtype("auto", device), accelerator, runs, caches)
