@@ -6,10 +6,13 @@ import gc
 import os
 import time
 import weakref
+from datetime import timedelta
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from nanochat_pl.common import distributed
 from tests import processes
@@ -89,6 +92,39 @@ def freed_inputs() -> list:
 def test_museum_18_an_input_is_held_until_it_was_waited_for() -> None:
     for held, dropped, output in run(2, freed_inputs):
         assert held and dropped and torch.equal(output, torch.full((100_000,), 3.0))
+
+
+def test_each_backend_has_its_patience() -> None:
+    """The host's work may take hours; a collective of devices that takes long has lost the network."""
+    store = dist.HashStore()
+    kinds = {"cpu": dist.ProcessGroup.BackendType.GLOO, "cuda": dist.ProcessGroup.BackendType.CUSTOM}
+
+    def patience(backends: list[str]) -> list[timedelta]:
+        group = dist.ProcessGroup(store, 0, 1)
+        made = {
+            name: dist.ProcessGroupGloo(dist.PrefixStore(name, store), 0, 1, timedelta(minutes=5)) for name in backends
+        }
+        for device, kind in kinds.items():
+            group._register_backend(torch.device(device), kind, made.get(device, made["cpu"]))
+        distributed.set_patience(group)
+        return [group._get_backend(torch.device(device)).options._timeout for device in kinds]
+
+    assert patience(["cpu", "cuda"]) == [timedelta(hours=24), timedelta(minutes=20)]
+    assert patience(["cpu"]) == [timedelta(hours=24)] * 2
+
+
+def waits_longer_than_for_a_meeting() -> int:
+    """The group is made with the time that a meeting may take; its collectives have another."""
+    distributed.stop()
+    with mock.patch.object(distributed, "SECONDS_TO_MEET", 4.0):
+        distributed.start(torch.device("cpu"))
+    if distributed.rank() == 1:
+        time.sleep(6.0)
+    return distributed.total(1)
+
+
+def test_the_host_waits_long_for_a_collective() -> None:
+    assert run(2, waits_longer_than_for_a_meeting) == [2, 2]
 
 
 def waits() -> float:

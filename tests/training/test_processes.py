@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
-import io
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -136,21 +133,6 @@ def test_a_wrong_setting_is_said_once(place: Path) -> None:
     assert done.stderr.count("error: ") == done.stderr.count("error: data.path='/nowhere/at/all'") == 1, done.stderr
     assert "exitcode  : 2" in done.stderr and "Traceback" not in done.stderr.partition("torch/distributed")[0]
     assert not (place / "runs" / "wrong").exists()
-
-
-def said_of(arguments: list[str]) -> list[Any]:
-    """Exit code, stdout and stderr of a command as this process of several runs it."""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = main(arguments)
-    return [code, out.getvalue(), err.getvalue()]
-
-
-@pytest.mark.parametrize("arguments", [["pipeline", "experiment=demo"], ["train", "-m", "max_steps=1,2"], ["report"]])
-def test_what_one_process_does_is_refused_to_several(arguments: list[str]) -> None:
-    (code, out, err), other = run(2, said_of, arguments)
-    assert (code, out) == (2, "") and other == [2, "", ""]
-    assert err.count("error: ") == 1 and "was started 2 times at once" in err and "torchrun" in err
 
 
 def differing_commands(place: str, depths: list[int]) -> str:

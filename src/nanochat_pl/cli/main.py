@@ -38,6 +38,8 @@ VERBS = {
 SWEEP_FLAGS, SWEPT = ("-m", "--multirun"), ("train", "pipeline")
 # Verbs that several processes do together, as torchrun starts them.
 TOGETHER = ("train", "selftest")
+# Which of these is set, it is a launcher that has started the processes.
+_LAUNCHERS = {"TORCHELASTIC_RUN_ID", "SLURM_PROCID"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -50,7 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _stop_with_parent()
     try:
         arguments = list(sys.argv[1:] if arguments is None else arguments)
-        return _dispatch(arguments) if launched_place().world_size == 1 else _dispatch_together(arguments)
+        if launched_place().world_size == 1:
+            return _dispatch(arguments)
+        return _dispatch_together(arguments) if _is_together(arguments) else _dispatch_alone(arguments)
     except (Exception, KeyboardInterrupt) as error:
         return _report(error)
 
@@ -108,24 +112,33 @@ def _dispatch_together(arguments: list[str]) -> int:
     together.begin()
     with watchdog(_report):
         try:
-            _require_one_for_all(arguments)
             code = _dispatch(arguments)
         except SharedError as error:
             if launched_place().rank == 0:
                 _print_problems(error)
             code = EXIT_USER_ERROR
-    together.end()  # not after an error of this process alone: the others may never come here
+        together.end()  # not after an error of this process alone: the others may never come here
     return code
 
 
-def _require_one_for_all(arguments: list[str]) -> None:
-    verb, place = arguments[0] if arguments else "help", launched_place()
-    if verb in VERBS and (verb not in TOGETHER or any(flag in arguments for flag in SWEEP_FLAGS)):
-        raise SharedError(
+def _is_together(arguments: list[str]) -> bool:
+    """Whether it is something that processes do together: whatever else is asked of several, one answers."""
+    return bool(arguments) and arguments[0] in TOGETHER and not {*SWEEP_FLAGS, "--help", "-h"} & {*arguments}
+
+
+def _dispatch_alone(arguments: list[str]) -> int:
+    """What is not done together, under a launcher: nobody waits for anybody."""
+    place = launched_place()
+    if place.rank > 0 and _LAUNCHERS & {*os.environ}:
+        return 0  # the first speaks; without a launcher there may be no first, but variables of a machine
+    if arguments and arguments[0] in VERBS and not {"--help", "-h"} & {*arguments}:
+        raise UserError(
             f"nanochat-pl {' '.join(arguments[:2])} …: was started {place.world_size} times at once.",
             "Several processes train one stage together: torchrun … train.py stage=base|sft …; what comes before and"
-            " after, and pipelines and sweeps, run as one process each.",
+            " after, and pipelines and sweeps, run as one process each. Where no launcher started it,"
+            f" WORLD_SIZE={place.world_size} has been left in the environment: unset it.",
         )
+    return _dispatch(arguments)
 
 
 def module_of(verb: str) -> str:

@@ -16,11 +16,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nanochat_pl.common.errors import UserError
+from nanochat_pl.common.meeting import SECONDS_TO_MEET, meet
 from nanochat_pl.common.place import launched_place
 
 # What no collective of a healthy training takes. One that waits for work on the host (a cache that is built by one
-# process while the others wait) may take hours, and a process that is gone is noticed by other means.
-PATIENCE = timedelta(hours=24)
+# process while the others wait) may take hours, and a process that is gone is noticed by other means. Those of devices
+# wait for nothing but devices and the network between them.
+PATIENCE, PATIENCE_OF_DEVICES = timedelta(hours=24), timedelta(minutes=20)
 
 
 def world_size() -> int:
@@ -47,14 +50,37 @@ def start(device: torch.device) -> None:
     # threads would then outlive stop(), and one that lets go of its last tensor while Python ends aborts the process.
     import torch.distributed.nn.functional  # noqa: F401
 
-    on_gpu = device.type == "cuda"
-    dist.init_process_group(
-        backend="cpu:gloo,cuda:nccl" if on_gpu else "gloo",
-        rank=place.rank,
-        world_size=place.world_size,
-        timeout=PATIENCE,
-        device_id=None if device.index is None else device,
-    )
+    store = meet(place)
+    try:
+        dist.init_process_group(
+            backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+            store=store,
+            rank=place.rank,
+            world_size=place.world_size,
+            timeout=timedelta(seconds=SECONDS_TO_MEET),
+            device_id=None if device.index is None else device,
+        )
+    except RuntimeError as error:
+        raise UserError(
+            f"process {place.rank} has met the others, but cannot speak to them: {str(error).partition(chr(10))[0]}",
+            "Between machines, GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name the network to use (see ip addr).",
+        ) from error
+    store.set_timeout(PATIENCE_OF_DEVICES)  # NCCL's processes find each other by it, at the first collective
+    set_patience()
+
+
+def set_patience(group: Any = None) -> None:
+    """Let each backend of a group wait as long as its work may take: the group has one timeout for all.
+
+    Args:
+        group: the process group; None: that of :func:`start`.
+    """
+    group = group or dist.distributed_c10d._get_default_group()
+    # The host's at last: gloo may be the backend of devices, too. What checks collectives wraps the backend.
+    for device in sorted(group._device_types, key=lambda device: device.type == "cpu"):
+        backend = group._get_backend(device)
+        patience = PATIENCE if device.type == "cpu" else PATIENCE_OF_DEVICES
+        getattr(backend, "wrapped_pg", backend)._set_default_timeout(patience)
 
 
 def stop() -> None:

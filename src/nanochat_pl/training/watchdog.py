@@ -28,7 +28,7 @@ from typing import Any
 
 from nanochat_pl.common.constants import SAME_SIGNAL_SECONDS, SHOW_CURSOR, STOP_SIGNALS
 from nanochat_pl.common.errors import SharedError, UserError, visible
-from nanochat_pl.common.place import Place, launched_place
+from nanochat_pl.common.place import Place, launched_place, launcher_hosts_store, meeting_point
 
 Report = Callable[[BaseException], int]
 
@@ -174,7 +174,7 @@ class _Watchdog:
 
     def _keep_store_for_the_others(self) -> None:
         """Without an agent that hosts the store, it ends with the process of rank 0: not before all have read it."""
-        if self.place.rank > 0 or _launcher_hosts_store():
+        if self.place.rank > 0 or launcher_hosts_store():
             return
         for _ in range(int((self.pace.grace + self.pace.interval) * 20)):
             if all(beat == b"left" for beat in self._beats(self._main_store).values()):
@@ -222,7 +222,7 @@ class _Watchdog:
             if self._signals:
                 self._end_where_main_does_not()
             if self._looks_without_answer * self.pace.interval > self._patience_without_answer():
-                host = f"the launcher on {os.environ['MASTER_ADDR']}" if _launcher_hosts_store() else "process 0"
+                host = f"the launcher on {meeting_point()[0]}" if launcher_hosts_store() else "process 0"
                 self._end(f"ended because {host} does not answer any more: it was ended, or its machine has failed")
 
     def _has_left_within(self, seconds: float) -> bool:
@@ -283,16 +283,12 @@ def _connect(pace: Pace) -> Any:
     """A client of the store that the launcher, or else the process of rank 0, hosts for all."""
     from torch.distributed import PrefixStore, TCPStore
 
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    host, port = meeting_point()
     store = TCPStore(
         host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=max(pace.silence / 2, 5))
     )
     # A launcher that starts the workers again keeps its store, and with it the failure of those before.
     return PrefixStore(f"nanochat_pl/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-
-
-def _launcher_hosts_store() -> bool:
-    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
 
 
 def _left_to_the_thread(signum: int, frame: FrameType | None) -> None:
