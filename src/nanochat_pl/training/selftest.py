@@ -112,10 +112,14 @@ def no_answer_ends(what: str, seconds: float) -> Iterator[None]:
 
     def end() -> None:
         place = launched_place()
-        print(
-            f"\nprocess {place.rank} of {place.world_size}: {what}: no answer in {seconds:,.0f} s.\n"
+        fix = (
             "Another process is gone or in another check, or the network lets nothing through: see its lines, try"
-            " NCCL_DEBUG=INFO, and NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME set to the right interface.",
+            " NCCL_DEBUG=INFO, and NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME set to the right interface."
+        )
+        if place.world_size == 1:
+            fix = "On a busy machine it may need longer: timeout_seconds=600."
+        print(
+            f"\nprocess {place.rank} of {place.world_size}: {what}: no answer in {seconds:,.0f} s.\n{fix}",
             file=sys.stderr,
             flush=True,
         )
