@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import pty
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,7 +24,7 @@ from nanochat_pl.training.stages import TrainingStage
 from tests.processes import run
 from tests.training.conftest import same_weights, tiny_overrides, weights_of
 from tests.training.faults import MODULE
-from tests.training.launch import Launched, launched
+from tests.training.launch import Launched, launch, launched
 from tests.training.stop_jobs import check_once, wait_for_rows
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -168,6 +172,52 @@ def test_a_second_signal_ends_at_once(place: Path, tmp_path: Path) -> None:
             time.sleep(0.2)
         os.kill(launch.agents[0].pid, signal.SIGKILL)
         assert newest_resume_file(place / "runs" / "stop-twice" / "base" / "checkpoints") is None
+
+
+ON_TERMINAL = """
+import fcntl, os, sys, termios
+os.setsid()
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+os.execv(sys.executable, [sys.executable, "-m", *sys.argv[1:]])
+"""
+
+
+def test_closing_the_terminal_keeps_the_run(place: Path, expected: Path, train: Callable[..., int]) -> None:
+    """What is then said has no reader; it is a stop as any other."""
+    ours, theirs = pty.openpty()
+    os.set_blocking(ours, False)
+    command = [sys.executable, "-c", ON_TERMINAL, MODULE, *arguments(place, "closed")]
+    process = subprocess.Popen(
+        command, stdin=theirs, stdout=theirs, stderr=theirs, env={**os.environ, **SLOW}, cwd=REPOSITORY
+    )
+    os.close(theirs)
+    printed = b""
+    try:
+        deadline = time.monotonic() + 240
+        while not has_made(place, "closed", 3)():
+            assert process.poll() is None and time.monotonic() < deadline, printed.decode()
+            with contextlib.suppress(BlockingIOError):
+                printed += os.read(ours, 65536)  # or else it waits for a reader
+            time.sleep(0.02)
+        os.close(ours)
+        assert process.wait(timeout=240) == 128 + signal.SIGHUP
+    finally:
+        process.kill()
+        process.wait()
+    assert newest_resume_file(place / "runs" / "closed" / "base" / "checkpoints") is not None
+    assert train(*arguments(place, "closed")[1:]) == 0
+    assert same_weights(weights_of(expected, "base"), weights_of(place / "runs" / "closed", "base"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_compilers_and_loaders_end_no_training(place: Path) -> None:
+    """Their ends are signals, too: of the loader that ends with the training, of each compiler that is started."""
+    overrides = ["trainer.num_workers=1", "trainer.compile=true", "max_steps=3", "evaluation.every_steps=2"]
+    env = {**SLOW, "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
+    done = launch(2, arguments(place, "compiled", *overrides), env, cwd=REPOSITORY, timeout=1000, module=MODULE)
+    assert done.returncode == 0, done.stderr
+    assert (place / "runs" / "compiled" / "base" / "finished.json").exists()
 
 
 def test_max_time(
