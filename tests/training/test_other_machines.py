@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -72,11 +73,17 @@ def test_other_versions_of_what_runs(place: Path) -> None:
     assert not (place / "runs" / "other-versions").exists()
 
 
+def go_no_further(folder: Path) -> None:
+    raise SharedError("it went on")
+
+
 def train_on(arguments: list[str], of_main: dict[str, Any], of_others: dict[str, Any]) -> str:
     composed = compose_train(arguments)
     own = of_main if distributed.is_main() else of_others
     machine = Machine(torch.device("cpu"), "CPU", **{"compute_dtype": "float32", "compile": False, **own})
-    with mock.patch.object(training_run, "prepare_machine", lambda config: machine):
+    with contextlib.ExitStack() as patched:
+        patched.enter_context(mock.patch.object(training_run, "prepare_machine", lambda config: machine))
+        patched.enter_context(mock.patch.object(training_run, "newest_resume_file", go_no_further))
         cache = cache_folder(composed.config.paths)
         return said(lambda: training_run.train_stage(composed.config, place_of(composed), cache))
 

@@ -89,6 +89,8 @@ def test_a_folder_that_cannot_be_read_is_not_empty(
     with monkeypatch.context() as broken:
         broken.setattr(Path, "iterdir", refuse)
         assert train("run=unreadable-folder") == 2
+        with pytest.raises(UserError, match="checkpoints: cannot be read: "):
+            newest_resume_file(folder / "checkpoints")
     assert "checkpoints: cannot be read: " in capsys.readouterr().err
     assert contents(folder) == before
 
