@@ -21,6 +21,7 @@ from tests.training.conftest import sft_overrides, tiny_overrides
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork") or not Path("/proc/self/fd").exists(), reason="needs Linux")
 
 STAGES = ("base", "sft")
+STARTS = ("first", "second")  # a run that begins, and one that goes on after it was killed
 FIVE_STEPS = [
     "max_steps=5",
     "trainer.checkpoint_every_steps=2",
@@ -39,10 +40,12 @@ class Trainings:
         self.server, self.place = server, place
         self.log = place / "crashes.log"
 
-    def begin(self, run: str, stage: str) -> Path:
+    def begin(self, run: str, stage: str, start: str = "first") -> Path:
         """The folder of a run with what the stage builds on; of base nothing, it makes its tokenizer on the way."""
         folder = self.place / "runs" / run
         shutil.rmtree(folder, ignore_errors=True)
+        if start == "second":
+            return shutil.copytree(self.place / "runs" / f"half-{stage}", folder)
         for parent in ("tokenizer", "base") if stage == "sft" else ():
             shutil.copytree(self.place / "runs" / "whole" / parent, folder / parent)
         return folder
@@ -52,13 +55,20 @@ class Trainings:
         self.log.write_text("", encoding="utf-8")
         return self.server.run(["train", f"run={run}", *overrides, *settings], self.log, **how)
 
-    def crash(self, stage: str, crash_at: int) -> Path:
-        """A training that is killed at a point; the same command again."""
-        folder = self.begin(f"crash-{stage}", stage)
+    def crash(self, run: str, stage: str, crash_at: int, start: str = "first") -> Path:
+        """A training that is killed at a point."""
+        folder = self.begin(run, stage, start)
         watch = {"folder": str(folder), "crash_at": crash_at}
-        assert self.train(folder.name, stage, FIVE_STEPS, watch=watch) == -signal.SIGKILL, self.log.read_text("utf-8")
-        assert self.train(folder.name, stage, FIVE_STEPS) == 0, self.log.read_text("utf-8")
+        assert self.train(run, stage, FIVE_STEPS, watch=watch) == -signal.SIGKILL, self.log.read_text("utf-8")
         return folder
+
+    def points(self, stage: str, start: str) -> list[str]:
+        """The points that a training comes to, which nobody kills."""
+        folder = self.begin(f"uncrashed-{stage}-{start}", stage, start)
+        names = self.place / "points.json"
+        watch = {"folder": str(folder), "names_to": str(names)}
+        assert self.train(folder.name, stage, FIVE_STEPS, watch=watch) == 0, self.log.read_text("utf-8")
+        return json.loads(names.read_text(encoding="utf-8"))
 
 
 def result(folder: Path, stage: str) -> dict[str, Any]:
@@ -89,40 +99,47 @@ def trainings(place: Path) -> Iterator[Trainings]:
 
 
 @pytest.fixture(scope="module")
-def points(trainings: Trainings) -> dict[str, list[str]]:
-    """The points of each stage; the runs that come to all of them are the ones that nobody kills."""
+def points(trainings: Trainings) -> dict[tuple[str, str], list[str]]:
+    """The points of each stage, by their start. The second one comes after a kill in the last step."""
     found = {}
     for stage in STAGES:
-        folder = trainings.begin(f"uncrashed-{stage}", stage)
-        names = trainings.place / f"points-{stage}.json"
-        watch = {"folder": str(folder), "names_to": str(names)}
-        assert trainings.train(folder.name, stage, FIVE_STEPS, watch=watch) == 0, trainings.log.read_text("utf-8")
-        found[stage] = json.loads(names.read_text(encoding="utf-8"))
+        found[stage, "first"] = trainings.points(stage, "first")
+        last_step = max(i for i, name in enumerate(found[stage, "first"]) if name == "before MuonAdamW.step")
+        trainings.crash(f"half-{stage}", stage, last_step)
+        found[stage, "second"] = trainings.points(stage, "second")
     return found
 
 
-def assert_all_are_survived(trainings: Trainings, stage: str, names: list[str], numbers: list[int]) -> None:
-    expected = result(trainings.place / "runs" / f"uncrashed-{stage}", stage)
+def assert_all_are_survived(trainings: Trainings, stage: str, start: str, names: list[str], numbers: list[int]) -> None:
+    """Killed at each of these points, the same command comes to the same end."""
+    expected = result(trainings.place / "runs" / f"uncrashed-{stage}-first", stage)
     for number in numbers:
-        folder = trainings.crash(stage, number)
+        folder = trainings.crash(f"crash-{stage}", stage, number, start)
+        assert trainings.train(folder.name, stage, FIVE_STEPS) == 0, trainings.log.read_text("utf-8")
         found = result(folder, stage)
         other = [key for key in expected if found[key] != expected[key]]
         assert not other, f"killed at point {number}, {names[number]}: other {other}"
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_killed_at_each_kind_of_point(trainings: Trainings, points: dict[str, list[str]], stage: str) -> None:
-    numbers = one_of_each_kind(points[stage])
-    assert {points[stage][number].split()[0] for number in numbers} >= {"open", "half", "fsync", "rename", "before"}
-    # The files of both stages are the same: of the second one every other kind.
-    assert_all_are_survived(trainings, stage, points[stage], numbers[:: 1 + STAGES.index(stage)])
+@pytest.mark.parametrize(("stage", "start"), [("base", "first"), ("sft", "second")])
+def test_killed_at_each_kind_of_point(
+    trainings: Trainings, points: dict[tuple[str, str], list[str]], stage: str, start: str
+) -> None:
+    names = points[stage, start]
+    numbers = one_of_each_kind(names)
+    assert {names[number].split()[0] for number in numbers} >= {"open", "half", "fsync", "rename", "before"}
+    assert_all_are_survived(trainings, stage, start, names, numbers)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
-def test_killed_at_every_point(trainings: Trainings, points: dict[str, list[str]], stage: str) -> None:
-    assert len(points[stage]) > 200
-    assert_all_are_survived(trainings, stage, points[stage], list(range(len(points[stage]))))
+@pytest.mark.parametrize("start", STARTS)
+def test_killed_at_every_point(
+    trainings: Trainings, points: dict[tuple[str, str], list[str]], stage: str, start: str
+) -> None:
+    names = points[stage, start]
+    assert len(names) > 100
+    assert_all_are_survived(trainings, stage, start, names, list(range(len(names))))
 
 
 @pytest.mark.slow

@@ -145,6 +145,23 @@ def test_a_torn_line_of_figures_is_no_other_step(tmp_path: Path) -> None:
     assert again.path.read_text(encoding="utf-8") == whole
 
 
+def test_figures_of_the_last_step_outlive_a_kill_right_after_the_start(tmp_path: Path) -> None:
+    """They were taken out of the file, to be written again with those of the validation."""
+    csv = MetricsCSV(tmp_path / "metrics.csv", sources=["wíki"])  # bytes and letters are not the same
+    csv.rewind(0)
+    for step in range(1, 4):
+        csv.log_metrics({"train/loss": 4.5}, step)
+    csv.save()
+    again = MetricsCSV(csv.path, sources=["wíki"])
+    assert again.rewind(2) == {"train/loss": 4.5}
+    rewound = csv.path.read_text(encoding="utf-8")
+    assert rewound.count("\n") == 3 and "\n2,4.5," in rewound
+    again.log_metrics({"val/bpb": 1.5}, 2)
+    again.save()
+    whole = csv.path.read_text(encoding="utf-8")
+    assert whole.count("\n") == 3 and "\n2,4.5," in whole and ",1.5," in whole
+
+
 @pytest.fixture
 def full_disk(place: Path) -> Iterator[Path]:
     """The folder of a base stage on a disk of 1.5 MB."""

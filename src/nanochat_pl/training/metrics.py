@@ -101,12 +101,14 @@ class MetricsCSV(Logger):
             lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
             rows = csv.DictReader(line for line in lines if line.endswith("\n"))  # the last one may be torn
             kept = [row for row in rows if (row["step"] or "").isdigit() and int(row["step"]) <= step]
-        if kept and int(kept[-1]["step"]) == step:
-            self._row = {**{name: value for name, value in kept.pop().items() if name in self.columns}, "step": step}
         text = io.StringIO()
         writer = csv.DictWriter(text, self.columns, extrasaction="ignore", restval="", lineterminator="\n")
         writer.writeheader()
-        writer.writerows(kept)
+        for row in kept:
+            if int(row["step"]) == step:
+                self._row = {**{name: value for name, value in row.items() if name in self.columns}, "step": step}
+                self._row_starts_at = len(text.getvalue().encode("utf-8"))
+            writer.writerow(row)
         write_text(self.path, text.getvalue())
         return {k: float(v) for k, v in self._row.items() if k.startswith("train/") and v}
 
