@@ -78,10 +78,10 @@ def test_a_signal_leaves_an_exact_file(place: Path, train: Callable[..., int], s
 
 
 def test_killed_before_the_first_file_it_starts_over(place: Path, train: Callable[..., int]) -> None:
-    folder = start_run(place, "early", "base")
-    code = interrupt(command(place, "early", "base"), (folder / "base" / "plan.json").exists, signal.SIGKILL)
+    folder = start_run(place, "killed-early", "base")
+    code = interrupt(command(place, "killed-early", "base"), (folder / "base" / "plan.json").exists, signal.SIGKILL)
     assert code == -signal.SIGKILL
-    assert train("run=early") == 0
+    assert train("run=killed-early") == 0
     assert same_weights(weights_of(place / "runs" / "whole", "base"), weights_of(folder, "base"))
 
 
