@@ -12,12 +12,15 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from nanochat_pl.cli.main import main
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.settings import build
+from nanochat_pl.training import stopping
 from nanochat_pl.training.resume import newest_resume_file
 from nanochat_pl.training.settings import TrainerSettings
 from nanochat_pl.training.stages import TrainingStage
@@ -28,8 +31,8 @@ from tests.training.launch import Launched, launch, launched
 from tests.training.stop_jobs import check_once, wait_for_rows
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-# Two rows a step, one of each process: the sum has the two terms of one process, and the same bits.
 SLOW = {"NANOCHAT_PL_TEST_SECONDS": "0.2"}
+# Two rows a step, one of each process: the sum has the two terms of one process, and the same bits.
 TWO_ROWS = ["total_batch_tokens=64", "device_batch_size=1", "evaluation.every_steps=7"]
 
 
@@ -131,7 +134,7 @@ def test_any_signal_to_anyone(
 @pytest.mark.parametrize(
     ("where", "after", "waits"),
     [
-        ("validation", 7, {"NANOCHAT_PL_TEST_VALIDATION_SECONDS": "2"}),
+        ("validation", 7, {"NANOCHAT_PL_TEST_VALIDATION_SECONDS": "6"}),
         ("rows", 4, {"NANOCHAT_PL_TEST_ROWS": "5"}),  # they are asked for one step ahead
     ],
 )
@@ -228,12 +231,19 @@ def test_max_time(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     """It stops as on a signal, with the exit code of SIGALRM; the time is that of each start."""
-    whole = TrainingStage.training_step
+    clock, whole = SimpleNamespace(seconds=0.0), TrainingStage.training_step
+
+    def step_of_a_second(*given: Any) -> Any:
+        clock.seconds += 1
+        return whole(*given)
+
     with monkeypatch.context() as patch:
-        patch.setattr(TrainingStage, "training_step", lambda *given: (time.sleep(0.1), whole(*given))[1])
-        assert train(*arguments(place, "timed", "trainer.max_time=00:00:00:01")[1:]) == 142
+        patch.setattr(TrainingStage, "training_step", step_of_a_second)
+        patch.setattr(stopping, "time", SimpleNamespace(monotonic=lambda: clock.seconds))
+        assert train(*arguments(place, "timed", "trainer.max_time=00:00:00:09")[1:]) == 142
     assert "trainer.max_time is over. Stopping" in capfd.readouterr().err
-    assert newest_resume_file(place / "runs" / "timed" / "base" / "checkpoints") is not None
+    newest = newest_resume_file(place / "runs" / "timed" / "base" / "checkpoints")
+    assert newest is not None and newest.name == "step=000009.ckpt"
     assert train(*arguments(place, "timed", "trainer.max_time=01:00:00:00")[1:]) == 0
     assert same_weights(weights_of(expected, "base"), weights_of(place / "runs" / "timed", "base"))
 

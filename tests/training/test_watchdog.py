@@ -167,8 +167,9 @@ def test_a_heart_that_is_silent(tmp_path: Path, store: TCPStore) -> None:
 @pytest.mark.slow
 def test_a_second_signal_ends_what_waits_in_a_collective(tmp_path: Path, store: TCPStore) -> None:
     """There the main thread hears nothing. The first one is to end the training between two micro-batches."""
-    noted = "signal.signal(signal.SIGUSR1, lambda *_: None); signal.signal(signal.SIGTERM, lambda *_: None); "
+    noted = "signal.signal(signal.SIGUSR1, lambda *_: None); print('noted', flush=True); "
     with processes([noted + BARRIER, SLEEP], tmp_path, store=store) as begun:
+        assert begun[0].stdout is not None and begun[0].stdout.readline() == "noted\n"
         deadline = time.monotonic() + 120
         while begun[0].poll() is None:
             begun[0].send_signal(signal.SIGUSR1)
