@@ -218,9 +218,9 @@ def test_compilers_and_loaders_end_no_training(place: Path) -> None:
     """Their ends are signals, too: of the loader that ends with the training, of each compiler that is started."""
     overrides = ["trainer.num_workers=1", "trainer.compile=true", "max_steps=3", "evaluation.every_steps=2"]
     env = {**SLOW, "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
-    done = launch(2, arguments(place, "compiled", *overrides), env, cwd=REPOSITORY, timeout=1000, module=MODULE)
+    done = launch(2, arguments(place, "compilers", *overrides), env, cwd=REPOSITORY, timeout=1000, module=MODULE)
     assert done.returncode == 0, done.stderr
-    assert (place / "runs" / "compiled" / "base" / "finished.json").exists()
+    assert (place / "runs" / "compilers" / "base" / "finished.json").exists()
 
 
 def test_max_time(
