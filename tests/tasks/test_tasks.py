@@ -247,3 +247,12 @@ def test_words_are_counted_in_the_tokens_in_which_they_were_asked():
         for text in (question(conversation), code):
             ids = tokenizer.encode(text)
             assert any(ids[start : start + len(wanted)] == wanted for start in range(len(ids))), (text, word)
+
+
+def test_documented_functions_do_not_depend_on_hooks_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch replaces sys.excepthook where several processes train: their conversations were not those of one."""
+    before = documented_functions([], 200)
+    assert "sys.excepthook" in dict(before)
+    monkeypatch.setattr(sys, "excepthook", lambda *error: None)
+    monkeypatch.setattr(sys, "displayhook", lambda value: None)
+    assert documented_functions([], 200) == before

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 
 from nanochat_pl.data.docstrings import Docstring
@@ -98,7 +99,9 @@ def _functions_in_c() -> Iterator[tuple[str, str]]:
     for module_name in _C_MODULES:
         module = importlib.import_module(module_name)
         prefix = "" if module_name == "builtins" else f"{module_name}."
-        for name, value in inspect.getmembers(module):
+        for name, member in inspect.getmembers(module):
+            # Of a hook that this process has replaced, as torch does for several processes, the one that it began with.
+            value = getattr(sys, f"__{name}__", member) if name.endswith("hook") else member
             is_function = inspect.isbuiltin(value) or (inspect.isclass(value) and not issubclass(value, BaseException))
             # A module in C may have an underscore: functools.reduce is one of _functools.
             made_there = (getattr(value, "__module__", None) or "").lstrip("_") == module_name
