@@ -63,13 +63,13 @@ def write_names() -> None:
         _names_to.write_text(json.dumps(_names), encoding="utf-8")
 
 
-def one_of_each_kind(names: Sequence[str]) -> list[int]:
-    """The middle one of each kind of point: of each operation on files, and of each phase of a step."""
+def one_of_each_kind(names: Sequence[str]) -> dict[str, int]:
+    """The number of the middle point of each kind: of each operation on files, and of each phase of a step."""
     kinds: dict[str, list[int]] = {}
     for number, name in enumerate(names):
         what, _, of = name.partition(" ")
         kinds.setdefault(name if what in ("before", "after") and ".on_" not in of else what, []).append(number)
-    return sorted(numbers[len(numbers) // 2] for numbers in kinds.values())
+    return {kind: numbers[len(numbers) // 2] for kind, numbers in sorted(kinds.items())}
 
 
 def _point(name: str, torn: Callable[[], None] = lambda: None) -> None:
