@@ -49,7 +49,11 @@ class ForkServer:
         order = {"arguments": [*arguments], "log": str(log), "watch": watch, "kill_after": kill_after}
         self._process.stdin.write(json.dumps(order) + "\n")
         self._process.stdin.flush()
-        answer = self._process.stdout.readline()
+        try:
+            answer = self._process.stdout.readline()
+        except BaseException:  # of a test's time limit: what comes late would be taken for the next answer
+            self._process.kill()
+            raise
         assert answer, "the fork server is gone"
         return int(answer)
 
