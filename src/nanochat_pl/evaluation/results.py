@@ -1,0 +1,260 @@
+"""What an evaluation found: outcomes of a task's problems, summaries of several tasks, differences of two models.
+
+Problems carry names, so that two models are compared on the problems that both were given.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from nanochat_pl.common import settings
+from nanochat_pl.common.errors import UserError
+from nanochat_pl.common.settings import setting
+from nanochat_pl.evaluation.statistics import DIFFERENCES, PERCENTILES, SHARES, deviations, standard_error
+
+MAX_ITEMS = 1_000_000  # of a result that is read
+MAX_NAME = 200  # characters
+SAME = 1e-9  # figures that are read may differ by rounding from those that the outcomes give
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """How a model did on one task. Made by :func:`make_result`.
+
+    Attributes:
+        name: the task's.
+        n: problems asked.
+        accuracy: mean of the outcomes, 0 … 1.
+        stderr: standard error of the accuracy, with one right and one wrong answer added: all right of a few problems
+            is no certainty.
+        baseline: accuracy of guessing.
+        centered: ``(accuracy - baseline) / (1 - baseline)``: 0 is guessing, 1 all right.
+        items: which problems: distinct names, the same for every model.
+        outcomes: how each came out: 0 or 1, or the share of right answers among several.
+        details: plain JSON: counts, pass@k, what is to be said with the score ("remark").
+        answers: one row a problem, for people.
+    """
+
+    name: str
+    n: int
+    accuracy: float
+    stderr: float
+    baseline: float
+    centered: float
+    items: list[str] = field(repr=False)
+    outcomes: list[float] = field(repr=False)
+    details: dict[str, Any]
+    answers: list[dict[str, Any]] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The mean of several tasks' centered accuracies.
+
+    Attributes:
+        name: its name, as "CORE".
+        value: the mean.
+        stderr: its standard error.
+        low, high: interval of 95%, by the bootstrap over problems within tasks.
+        num_tasks: tasks, each of the same weight.
+        n: problems of all of them.
+    """
+
+    name: str
+    value: float
+    stderr: float
+    low: float
+    high: float
+    num_tasks: int
+    n: int
+
+
+@dataclass(frozen=True)
+class Difference:
+    """By how much one model is better than another, on the problems that both were given.
+
+    Attributes:
+        name: of the task or summary.
+        difference: of the accuracies (of a summary: of the means of centered accuracies), the first less the second.
+        stderr: its standard error, of the pairs.
+        low, high: interval of 95%, by the bootstrap over pairs.
+        n: pairs.
+    """
+
+    name: str
+    difference: float
+    stderr: float
+    low: float
+    high: float
+    n: int
+
+
+def make_result(
+    name: str,
+    items: Sequence[str],
+    outcomes: Sequence[float],
+    *,
+    baseline: float = 0.0,
+    details: Mapping[str, Any] | None = None,
+    answers: Sequence[dict[str, Any]] = (),
+) -> TaskResult:
+    """Figures of outcomes.
+
+    Args:
+        name: the task's.
+        items: names of the problems, all different; at least one.
+        outcomes: one for each, 0 … 1.
+        baseline: accuracy of guessing, below 1.
+        details: plain JSON.
+        answers: rows for people.
+    """
+    n = len(items)
+    assert n == len(outcomes) == len(set(items)) and n > 0, f"{name}: {n} items, {len(outcomes)} outcomes"
+    assert all(0 <= outcome <= 1 for outcome in outcomes) and 0 <= baseline < 1, f"{name}: outcomes are shares"
+    accuracy = math.fsum(outcomes) / n
+    return TaskResult(
+        name=name,
+        n=n,
+        accuracy=accuracy,
+        stderr=standard_error(outcomes),
+        baseline=baseline,
+        centered=(accuracy - baseline) / (1 - baseline),
+        items=list(items),
+        outcomes=[float(outcome) for outcome in outcomes],
+        details=dict(details or {}),
+        answers=list(answers),
+    )
+
+
+def summarize(name: str, results: Sequence[TaskResult], draws: int = 1000, seed: int = 0) -> Summary:
+    """The mean of the tasks' centered accuracies, with its interval.
+
+    Args:
+        name: the summary's.
+        results: of the tasks, at least one.
+        draws, seed: of the bootstrap.
+    """
+    assert results, f"{name}: a summary of nothing"
+    groups = [(each.outcomes, each.baseline) for each in sorted(results, key=lambda each: each.name)]
+    value = math.fsum(each.centered for each in results) / len(results)
+    worst = -math.fsum(each.baseline / (1 - each.baseline) for each in results) / len(results)
+    stderr, low, high = _spread(groups, SHARES, draws, seed)
+    n = sum(each.n for each in results)
+    return Summary(name, value, stderr, max(worst, value + low), min(1.0, value + high), len(results), n)
+
+
+def paired_difference(a: TaskResult, b: TaskResult, draws: int = 1000, seed: int = 0) -> Difference:
+    """Accuracy of ``a`` less that of ``b``, on the problems that both were given.
+
+    Raises:
+        UserError: there are none.
+    """
+    return _difference(a.name, [(_pairs(a, b), 0.0)], draws, seed)
+
+
+def paired_summary(
+    name: str, a: Sequence[TaskResult], b: Sequence[TaskResult], draws: int = 1000, seed: int = 0
+) -> Difference:
+    """Mean of the centered accuracies of ``a`` less that of ``b``, over the tasks that both were given.
+
+    Raises:
+        UserError: they have no task in common, or one of these without common problems or with another baseline.
+    """
+    others = {each.name: each for each in b}
+    groups = []
+    for each in sorted(a, key=lambda each: each.name):
+        if (other := others.get(each.name)) is not None:
+            if abs(each.baseline - other.baseline) > SAME:
+                raise UserError(f"{each.name}: baseline {each.baseline} here and {other.baseline} there.")
+            groups.append((_pairs(each, other), each.baseline))
+    if not groups:
+        raise UserError(f"{name}: the two have no task in common.", fix="Measure both on the same tasks.")
+    return _difference(name, groups, draws, seed)
+
+
+def to_plain(result: TaskResult) -> dict[str, Any]:
+    """A result as plain data, for JSON."""
+    return dict(settings.to_plain(result))
+
+
+def from_plain(value: Mapping[str, Any], where: str) -> TaskResult:
+    """The inverse of :func:`to_plain`, of data that anybody may have written.
+
+    Args:
+        value: the data.
+        where: what it was read from, for messages.
+
+    Raises:
+        UserError: it is no result, or its figures are not those of its outcomes.
+    """
+    stated = settings.build(_Stated, value, where)
+    if len({len(stated.items), len(set(stated.items)), len(stated.outcomes), stated.n}) > 1:
+        raise UserError(
+            f"{where}: n={stated.n}, {len(set(stated.items))} different items of {len(stated.items)}, "
+            f"{len(stated.outcomes)} outcomes: must be as many of each."
+        )
+    result = make_result(
+        stated.name,
+        stated.items,
+        stated.outcomes,
+        baseline=stated.baseline,
+        details=stated.details,
+        answers=stated.answers,
+    )
+    for key in ("accuracy", "stderr", "centered"):
+        if abs(getattr(result, key) - getattr(stated, key)) > SAME:
+            raise UserError(f"{where}: {key}={getattr(stated, key)}, but its outcomes give {getattr(result, key)}.")
+    return result
+
+
+@dataclass(frozen=True)
+class _Stated:
+    """A result as it is read: names and bounds of what is in the file."""
+
+    name: str = setting(doc="The task's name.", max_length=MAX_NAME)
+    n: int = setting(doc="Problems.", at_least=1, at_most=MAX_ITEMS)
+    accuracy: float = setting(doc="Mean of the outcomes.", at_least=0, at_most=1)
+    stderr: float = setting(doc="Its standard error.", at_least=0, at_most=1)
+    baseline: float = setting(doc="Accuracy of guessing.", at_least=0, at_most=0.999)
+    centered: float = setting(doc="Accuracy over the baseline.", at_most=1)
+    items: list[str] = setting(doc="Names of the problems.", max_length=MAX_ITEMS)
+    outcomes: list[float] = setting(doc="One for each.", at_least=0, at_most=1, max_length=MAX_ITEMS)
+    details: dict[str, Any] = setting(factory=dict, doc="Counts and the like.")
+    answers: list[dict[str, Any]] = setting(factory=list, doc="Rows for people.", max_length=MAX_ITEMS)
+
+
+def _pairs(a: TaskResult, b: TaskResult) -> list[float]:
+    """Outcome of ``a`` less that of ``b`` for each problem that both were given."""
+    theirs = dict(zip(b.items, b.outcomes, strict=True))
+    pairs = [mine - theirs[item] for item, mine in zip(a.items, a.outcomes, strict=True) if item in theirs]
+    if not pairs:
+        raise UserError(
+            f"{a.name}: the two were not given any problem in common, so they cannot be compared.",
+            fix="Measure both with the same limit, and with the same settings of the task.",
+        )
+    return pairs
+
+
+def _difference(name: str, groups: Sequence[tuple[Sequence[float], float]], draws: int, seed: int) -> Difference:
+    """The mean over groups of (pairs, baseline)."""
+    value = math.fsum(math.fsum(pairs) / len(pairs) / (1 - baseline) for pairs, baseline in groups) / len(groups)
+    most = math.fsum(1 / (1 - baseline) for _, baseline in groups) / len(groups)
+    stderr, low, high = _spread(groups, DIFFERENCES, draws, seed)
+    n = sum(len(pairs) for pairs, _ in groups)
+    return Difference(name, value, stderr, max(-most, value + low), min(most, value + high), n)
+
+
+def _spread(
+    groups: Sequence[tuple[Sequence[float], float]], added: tuple[float, float], draws: int, seed: int
+) -> tuple[float, float, float]:
+    """Of the mean over groups of (outcomes, baseline): standard error, and both ends of the interval around it."""
+    generator = np.random.default_rng(seed)
+    errors = [standard_error(outcomes, added) / (1 - baseline) for outcomes, baseline in groups]
+    drawn = sum(deviations(outcomes, draws, generator, added) / (1 - baseline) for outcomes, baseline in groups)
+    low, high = np.percentile(drawn / len(groups), PERCENTILES)
+    return math.hypot(*errors) / len(groups), float(low), float(high)
