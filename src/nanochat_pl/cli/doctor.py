@@ -21,7 +21,7 @@ from nanochat_pl.cli.records import own_settings
 from nanochat_pl.cli.train import place_of
 from nanochat_pl.common.console import print_table, progress, say
 from nanochat_pl.common.files import ensure_folder, write_bytes, write_json
-from nanochat_pl.common.run_folder import StageFolder
+from nanochat_pl.common.run_folder import CHAT_STAGES, StageFolder
 from nanochat_pl.common.settings import setting, to_plain
 from nanochat_pl.data.doctor import Examination
 from nanochat_pl.data.doctor_findings import Figures, Finding, failing, findings
@@ -59,7 +59,7 @@ class DoctorConfig(TrainConfig):
 Config = DoctorConfig
 HELP_KEYS = ("model.depth", "model.sequence_len", "data.path", "data.long_documents", "paths.runs")
 EXTRA_KEYS = {
-    "stage=base": "Whose data: tokenizer, base or sft.",
+    "stage=base": "Whose data: tokenizer, base, mid or sft.",
     "run=NAME": "With a stage that has begun: its own settings, but for those that are given.",
     "experiment=NAME": "Take the settings of an experiment file (its shared keys and those of the stage).",
 }
@@ -93,7 +93,7 @@ def run(arguments: Sequence[str]) -> int:
         {**data.eval_sets, **bundle},
         config.max_documents,
         data.wanted_copies,
-        validation_is_a_set=data.stage != "sft",  # there it is made of the tasks' test parts
+        validation_is_a_set=data.stage not in CHAT_STAGES,  # there it is made of the tasks' test parts
     )
     with progress("reading the documents", examination.work, "documents") as advance:
         figures = data.figures(examination.run(advance))
@@ -133,7 +133,7 @@ def _show_findings(problems: Sequence[Finding]) -> int:
 
 def _write(to: Path, data: StageData, figures: Figures, problems: Sequence[Finding]) -> None:
     """The picture, and all figures for programs."""
-    noun = "conversations" if data.stage == "sft" else "documents"
+    noun = "conversations" if data.stage in CHAT_STAGES else "documents"
     unit = "tokens" if data.train.counts_tokens else "characters"
     row_tokens = next((rows.sequence_len for rows in figures.rows.values()), None)
     picture = lengths_png(to.name, noun, unit, data.train.lengths, data.validation.lengths, row_tokens)

@@ -23,15 +23,14 @@ from nanochat_pl.data.hub_files import HubFiles
 from nanochat_pl.data.mixed_rows import MixedRows
 from nanochat_pl.data.mixed_source import MixedSource
 from nanochat_pl.data.opening import open_source
-from nanochat_pl.data.python_docs import built_python_docs
 from nanochat_pl.data.rows import Rows, packed_rows
 from nanochat_pl.data.sources import Source, SourceSettings, Split
 from nanochat_pl.data.streamed_index import StreamedIndex
 from nanochat_pl.data.token_cache import TokenCache
 from nanochat_pl.tasks import Task
+from nanochat_pl.tasks.context import TaskContext
 from nanochat_pl.tasks.conversations import ConversationSet
-from nanochat_pl.tasks.mixture import Mixture, build_mixture
-from nanochat_pl.tasks.settings import DocumentationSettings, MixtureTasks, SpellingSettings
+from nanochat_pl.tasks.mixture import Mixture, build_mixture, build_tasks
 from nanochat_pl.training.evaluation import MixedValidation, Validation
 from nanochat_pl.training.machine import Machine
 from nanochat_pl.training.prepare import Prepared, prepare_base
@@ -129,7 +128,7 @@ def prepare_stage(config: TrainConfig, folder: StageFolder, cache: Path) -> Prep
     device = choose_device(config.trainer.accelerator)
     dtype = choose_compute_dtype(config.model.compute_dtype, device)
     machine = Machine(device, device_name(device), dtype, compile=False)
-    if config.stage.name == "sft":
+    if config.stage.trains_on_conversations:
         return prepare_sft(config, folder, cache, machine, goes_on=True)
     folder = _with_tokenizer(config, folder, cache)
     return prepare_base(config, folder, cache, machine, goes_on=True)  # else it records the files that it chooses
@@ -150,7 +149,7 @@ def open_stage_data(
     try:
         if config.stage.name == "tokenizer":
             return _tokenizer_data(config, cache, max_documents), []
-        return (_sft_data if config.stage.name == "sft" else _base_data)(config, folder, cache), []
+        return (_sft_data if config.stage.trains_on_conversations else _base_data)(config, folder, cache), []
     except UserError as error:
         problems = finding_of(error)
     if config.stage.name != "base":
@@ -239,7 +238,7 @@ def _sft_data(config: TrainConfig, folder: StageFolder, cache: Path) -> StageDat
         if isinstance(task, ConversationSet):
             bad |= {f"{name}: {cause}": count for cause, count in task.audit.bad.items()}
     return StageData(
-        "sft",
+        config.stage.name,
         ", ".join(f"{len(task):,} × {train.repeats[name]} {name}" for name, task in train.tasks.items()),
         documents,
         CachedDocuments(validation.rows.cache, prepared.tokenizer, place_in(test)),
@@ -254,9 +253,8 @@ def _sft_data(config: TrainConfig, folder: StageFolder, cache: Path) -> StageDat
 
 def mixtures(config: TrainConfig, cache: Path) -> tuple[Mixture, Mixture]:
     """The conversations to train on, and those held out."""
-    train, test = (
-        build_mixture(config.mixture, split, cache, config.data.max_bad_fraction) for split in ("train", "test")
-    )
+    context = TaskContext(cache, config.data.max_bad_fraction, config.paths.hub_folder)
+    train, test = (build_mixture(config.mixture, split, context) for split in ("train", "test"))
     return train, test
 
 
@@ -277,14 +275,11 @@ def place_in(mixture: Mixture) -> Callable[[int], str]:
 def _at_hand(config: TrainConfig, cache: Path) -> dict[str, ConversationTexts]:
     """The test parts of those tasks of the mixture that are here: nothing is built or fetched for them."""
     sets: dict[str, ConversationTexts] = {}
-    for name, task in config.mixture.tasks.chosen().items():
-        if isinstance(task, (SpellingSettings, DocumentationSettings)) and built_python_docs(cache) is None:
-            continue
-        tasks = {"conversations": {name: task}} if name in config.mixture.tasks.conversations else {name: task}
-        alone = dataclasses.replace(config.mixture, tasks=MixtureTasks(**tasks))
+    context = TaskContext(cache, hub=config.paths.hub_folder, builds_corpus=False)
+    for name in config.mixture.tasks.chosen():
         # One that has not been downloaded, or is bad, is nothing that a training on text minds.
         with contextlib.suppress(UserError):
-            sets[name] = _texts_of(build_mixture(alone, "test", cache).tasks[name])
+            sets[name] = _texts_of(build_tasks(config.mixture.tasks.only({name}), "test", context)[name])
     return sets
 
 

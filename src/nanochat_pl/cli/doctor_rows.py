@@ -79,7 +79,7 @@ def step_lines(config: TrainConfig, folder: StageFolder, cache: Path, step: int)
 
 def _prepared(config: TrainConfig, folder: StageFolder, cache: Path, asked: str) -> Prepared:
     if config.stage.name == "tokenizer":
-        raise UserError(f"{asked}: a tokenizer is trained without rows.", "Say stage=base or stage=sft.")
+        raise UserError(f"{asked}: a tokenizer is trained without rows.", "Say stage=base, stage=mid or stage=sft.")
     return prepare_stage(config, folder, cache)
 
 
@@ -90,7 +90,7 @@ def _filled(prepared: Prepared, row: int) -> str:
 
 def _place(config: TrainConfig, cache: Path) -> Callable[[PieceAddress], str]:
     """Says of a piece which tokens of which document, or conversation, it is."""
-    conversation = place_in(mixtures(config, cache)[0]) if config.stage.name == "sft" else None
+    conversation = place_in(mixtures(config, cache)[0]) if config.stage.trains_on_conversations else None
 
     def place(piece: PieceAddress) -> str:
         # All conversations are one shard.

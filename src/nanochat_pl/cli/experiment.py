@@ -3,7 +3,7 @@
 ::
 
     description: one line
-    pipeline: [tokenizer, base, sft, evaluate, report]
+    pipeline: [tokenizer, base, mid, sft, evaluate, report]
     shared: {…}                       keys of every step that has them
     stages: {base: {…}, sft: {…}}     keys of one step
 """
@@ -26,7 +26,7 @@ from nanochat_pl.common.settings import build, setting
 T = TypeVar("T")
 
 # What a pipeline is made of: the training stages, and verbs that read what these leave.
-STEPS = ("tokenizer", "base", "sft", "evaluate", "report")
+STEPS = ("tokenizer", "base", "mid", "sft", "evaluate", "report")
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from nanochat_pl.cli.experiment import compose_step, read_experiment
 from nanochat_pl.cli.locate import run_keys
 from nanochat_pl.cli.overrides import problems_of_form, split_override, take_key
 from nanochat_pl.cli.report import ReportConfig
-from nanochat_pl.cli.train import how_to_go_on, place_of
+from nanochat_pl.cli.train import how_to_go_on, place_of, with_parent
 from nanochat_pl.cli.train import is_finished as is_trained
 from nanochat_pl.common.console import next_steps, output_may_end, print_table, say
 from nanochat_pl.common.errors import UserError, did_you_mean
@@ -122,7 +122,8 @@ def run_folder_of(composed: Sequence[Composed]) -> Path:
 def is_finished(step: Step, composed: Composed, run_dir: Path) -> bool:
     """Whether a step's result is there. Evaluation and report are made again when what they read is newer."""
     if step.verb == "train":
-        return is_trained(place_of(composed), composed)
+        folder = place_of(composed)
+        return is_trained(folder, with_parent(composed, folder))
     if step.verb == "evaluate":
         return is_measured(composed)
     report = run_dir / "report" / "report.json"

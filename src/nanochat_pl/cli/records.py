@@ -41,7 +41,7 @@ _HAVE_A_SAY = {field.name for field in dataclasses.fields(TrainConfig)} - NO_SAY
 MATTERS = {
     "tokenizer": {"tokenizer", "data"},
     "base": _HAVE_A_SAY - {"mixture"},
-    "sft": _HAVE_A_SAY - {"tokenizer", "model", "data"},
+    **dict.fromkeys(("mid", "sft"), _HAVE_A_SAY - {"tokenizer", "model", "data"}),
 }
 # Of those groups what changes when the work is done and never its result.
 WITHOUT_A_SAY = {"data.download", "data.max_bad_fraction"}
@@ -82,7 +82,7 @@ def own_settings(folder: StageFolder, schema: type) -> list[Setting]:
     path = folder.path / "config.yaml"
     if not path.is_file():
         return []
-    values = _read_settings(folder)
+    values = settings_of(folder)
     own = settings_that_matter(values, folder.stage) | {"paths.cache": values.get("paths", {}).get("cache")}
     return [
         Setting(key, value, is_text=isinstance(value, str), origin=str(path))
@@ -162,7 +162,7 @@ def _how_to_change(folder: StageFolder, keys: Collection[str]) -> str:
 
 def _differences(folder: StageFolder, composed: Composed[Any]) -> dict[str, tuple[Any, Any]]:
     """The settings that a stage depends on, where they are others than it was begun with: the old and the new."""
-    begun = _read_settings(folder)
+    begun = settings_of(folder)
     if not begun:
         return {}
     then, now = (settings_that_matter(values, folder.stage) for values in (begun, composed.plain()))
@@ -184,7 +184,7 @@ def _tell_changes(folder: StageFolder, composed: Composed[Any]) -> None:
     """Say what is otherwise than at the last start, and add it to the record."""
     then, now = (
         {key: value for key, value in _flat(values).items() if key.split(".")[0] not in _OF_THE_COMMAND}
-        for values in (_read_settings(folder), composed.plain())
+        for values in (settings_of(folder), composed.plain())
     )
     then = {**_flat(to_plain(TrainConfig())), **then}  # of keys that are younger than the stage
     matters = _differences(folder, composed)
@@ -237,7 +237,7 @@ def _of_younger_keys(then: Mapping[str, Any], stage: str) -> dict[str, Any]:
     return {key: value for key, value in defaults.items() if not known(key)}
 
 
-def _read_settings(folder: StageFolder) -> dict[str, Any]:
+def settings_of(folder: StageFolder) -> dict[str, Any]:
     """What config.yaml says; else the bundle: base makes a tokenizer on its way, and that has no records of its own."""
     path = folder.path / "config.yaml"
     if not path.is_file():

@@ -1,6 +1,7 @@
 """Trains one stage of a run; the same command again goes on where it stopped.
 
 nanochat-pl train stage=base model.depth=4 max_steps=200
+nanochat-pl train stage=mid run=d4
 nanochat-pl train stage=sft run=d4
 """
 
@@ -25,6 +26,7 @@ from nanochat_pl.cli.records import (
     reopen,
     require_same_settings,
     restored_on_refusal,
+    settings_of,
     settings_that_matter,
     trains_longer,
     what_runs,
@@ -35,14 +37,14 @@ from nanochat_pl.common.console import next_steps, output_may_end, print_table, 
 from nanochat_pl.common.files import entries
 from nanochat_pl.common.run_folder import SHARED_RUNS, StageFolder, fresh_stage_folder, only_run_with, stage_folder
 from nanochat_pl.planning import Plan, width_remark
-from nanochat_pl.training.inherit import inherited
+from nanochat_pl.training.inherit import inherited, parent_name
 from nanochat_pl.training.settings import TrainConfig
 
 Config = TrainConfig
 # What --help shows first, besides the keys at the root.
 HELP_KEYS = ("model.depth", "model.sequence_len", "data.path", "trainer.accelerator", "paths.runs")
 EXTRA_KEYS = {
-    "stage=base": "Which stage: tokenizer, base or sft.",
+    "stage=base": "Which stage: tokenizer, base, mid or sft.",
     "experiment=NAME": "Take the settings of an experiment file (its shared keys and those of the stage).",
     "-m": "Several values for a key, model.depth=2,4: one job for each, finished ones are skipped.",
 }
@@ -57,6 +59,8 @@ def run(arguments: Sequence[str]) -> int:
     config = composed.config
     place = together.by_main(lambda: _names(place_of(composed)))
     folder = StageFolder(Path(config.paths.runs), **place)
+    composed = with_parent(composed, folder)
+    config = composed.config
     if config.check_only:
         together.by_main(lambda: _print_check(composed, folder))
         return 0
@@ -146,9 +150,23 @@ def _begun(folder: StageFolder) -> bool:
     return folder.status == "finished" or any(name.endswith((".ckpt", ".ckpt.damaged")) for name in names)
 
 
+def with_parent(composed: Composed[TrainConfig], folder: StageFolder) -> Composed[TrainConfig]:
+    """The settings with the stage's parent named: where they leave it open, that with which the stage was begun."""
+    stage = composed.config.stage
+    if stage.parent is not None or not stage.trains_on_conversations:
+        return composed
+
+    def look() -> str | None:
+        begun = settings_of(folder).get("stage", {}) if _begun(folder) else {}
+        return begun.get("parent") or parent_name(composed.config, folder)
+
+    named = dataclasses.replace(stage, parent=together.by_main(look))
+    return dataclasses.replace(composed, config=dataclasses.replace(composed.config, stage=named))
+
+
 def _print_check(composed: Composed[TrainConfig], folder: StageFolder) -> None:
     """What is known before anything is trained: of base its plan; a later stage's follows from its parent."""
-    stage, parent = folder.stage, composed.config.stage.parent
+    stage, parent = folder.stage, parent_name(composed.config, folder)
     if stage == "base":
         print_plan(composed.config)
     else:
@@ -176,9 +194,10 @@ def place_of(composed: Composed[TrainConfig]) -> StageFolder:
     config = composed.config
     runs = Path(config.paths.runs)
     name = config.run or composed.experiment
-    if not name and config.stage.parent not in (None, "tokenizer"):
-        name = only_run_with(runs, str(config.stage.parent))
-        say(f"run={name}: the only run with a finished stage {config.stage.parent}.")
+    if not name and config.stage.trains_on_conversations:
+        parent = config.stage.parent or "base"
+        name = only_run_with(runs, parent)
+        say(f"run={name}: the only run with a finished stage {parent}.")
     name = name or f"d{config.model.depth}"
     if config.resume == "never":
         folder = fresh_stage_folder(runs, name, config.stage.name)
@@ -228,6 +247,7 @@ def _next_commands(folder: StageFolder) -> list[tuple[str, str]]:
     following = {
         "tokenizer": ("train a model", f"nanochat-pl train stage=base {run}"),
         "base": ("make it a chat model", f"nanochat-pl train stage=sft {run}"),
+        "mid": ("fine-tune it", f"nanochat-pl train stage=sft {run}"),
         "sft": ("talk to it", f"nanochat-pl chat {run}"),
     }
     steps = [following[folder.stage]] if folder.stage in following else []

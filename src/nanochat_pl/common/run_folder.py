@@ -24,6 +24,7 @@ from nanochat_pl.common.locks import try_lock
 
 # Stages in the order in which a model goes through them. Other folders of a run (evaluation, report) are no stages.
 STAGES = ("tokenizer", "base", "mid", "sft", "rl")
+CHAT_STAGES = ("mid", "sft", "rl")  # those that train on conversations
 LOCK_PATIENCE_SECONDS = 5.0
 SHARED_RUNS = "All nodes need the same folder of runs: set paths.runs=… to one on a disk that they share."
 MAX_NAME_LENGTH = 200

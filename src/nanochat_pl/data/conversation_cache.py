@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.data.cache_folder import fingerprint_of, read_cache
@@ -23,6 +23,7 @@ from nanochat_pl.tokenizer import Tokenizer
 from nanochat_pl.tokenizer.chat_format import problems_of_conversation
 
 _RULE = 2  # part of every fingerprint: how conversations are cut and which are left out
+Trained = Literal["answers", "all"]
 _BATCH = 4_096  # conversations at a time: enough for all threads, little enough for the memory
 
 
@@ -42,7 +43,7 @@ class Rendering:
         num_cut: conversations cut at ``max_tokens``, those that are left out too.
         num_cut_tokens: tokens that the cuts dropped.
         num_without_target: conversations left out because (after the cut) no token of theirs is trained on.
-        num_targets: tokens that are trained on.
+        num_targets: tokens that are trained on, bos left out.
     """
 
     num_cut: int = 0
@@ -52,7 +53,7 @@ class Rendering:
 
 
 class ConversationCache(TokenCache):
-    """Rendered conversations as tokens and masks.
+    """Rendered conversations as tokens, with masks where not all of them are trained on.
 
     A conversation that is left out has length 0, so that each keeps its number.
     """
@@ -69,6 +70,7 @@ def build_conversation_cache(
     cache_dir: Path,
     key: str,
     progress: Callable[[int, int], None] | None = None,
+    trained: Trained = "answers",
 ) -> ConversationCache:
     """Render conversations once, or find them rendered.
 
@@ -78,6 +80,7 @@ def build_conversation_cache(
         key: says which conversations these are; another text needs another key.
         cache_dir: the cache of all runs (``paths.cache``).
         progress: called with the conversations rendered, and all.
+        trained: what is learnt: what the assistant writes, or every token as of a document, bos too.
 
     Raises:
         UserError: no conversation has a token to train on; or what the tokenizer says of a malformed one.
@@ -89,14 +92,18 @@ def build_conversation_cache(
         "count": len(conversations),
         "max_tokens": max_tokens,
     }
+    masked = trained == "answers"
+    if not masked:
+        full_key["trained"] = trained
     folder = cache_dir / "conversations" / fingerprint_of(full_key)[:32]
     dtype = token_dtype(tokenizer.vocab_size)
     facts = read_cache(folder, full_key)
     if facts is None:
         facts = asdict(Rendering())
-        rendered = _rendered(conversations, tokenizer, max_tokens, key, facts, progress or (lambda done, total: None))
-        write_shard(folder, full_key, rendered, dtype, facts, masked=True)
-    shard = CachedShard(key, folder, dtype, masked=True)
+        report = progress or (lambda done, total: None)
+        rendered = _rendered(conversations, tokenizer, max_tokens, key, facts, report, masked)
+        write_shard(folder, full_key, rendered, dtype, facts, masked)
+    shard = CachedShard(key, folder, dtype, masked)
     if not shard.num_tokens:
         raise UserError(f"{key}: none of {len(conversations):,} conversations has a token to train on.")
     return ConversationCache(shard, fingerprint_of(full_key), Rendering(**facts))
@@ -109,6 +116,7 @@ def _rendered(
     key: str,
     facts: dict[str, int],
     progress: Callable[[int, int], None],
+    masked: bool,
 ) -> Encoded:
     total, num_threads = len(conversations), os.cpu_count() or 1
     for first in range(0, total, _BATCH):
@@ -118,10 +126,10 @@ def _rendered(
                 raise UserError([f"{key}: conversation {number}: {problem}" for problem in problems])
         for all_ids, all_mask in tokenizer.render_conversations(batch, sys.maxsize, num_threads):
             ids, mask = all_ids[1:max_tokens], all_mask[1:max_tokens]  # without bos
-            num_targets = sum(mask)
+            num_targets = sum(mask) if masked else len(ids)
             facts["num_cut"] += len(all_ids) > max_tokens
             facts["num_cut_tokens"] += max(0, len(all_ids) - max_tokens)
             facts["num_without_target"] += num_targets == 0
             facts["num_targets"] += num_targets
-            yield (ids, mask) if num_targets else ([], [])
+            yield (ids if num_targets else []), (mask if num_targets else []) if masked else None
         progress(first + len(batch), total)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from nanochat_pl.common.errors import UserError
+from nanochat_pl.common.run_folder import CHAT_STAGES
 from nanochat_pl.data.doctor import Found, SplitFigures
 from nanochat_pl.data.rows import Rows
 from nanochat_pl.planning.horizon import MAX_EPOCHS
@@ -136,7 +137,7 @@ def findings(figures: Figures) -> list[Finding]:
 
 
 def _of_rows(figures: Figures) -> Iterator[Finding]:
-    sft = figures.stage == "sft"
+    chat = figures.stage in CHAT_STAGES
     if figures.vocab_size > figures.model_vocab_size:
         yield Finding(
             True,
@@ -145,7 +146,7 @@ def _of_rows(figures: Figures) -> Iterator[Finding]:
         )
     for name, rows in figures.rows.items():
         yield from _of_source(rows, figures, f"{name}: " if name else "", f"data.sources.{name}" if name else "data")
-    if figures.validation_rows < figures.validation_rows_wanted and not sft:
+    if figures.validation_rows < figures.validation_rows_wanted and not chat:
         yield Finding(
             False,
             f"The held-out text fills {figures.validation_rows:,} rows, the plan wants"
@@ -155,21 +156,21 @@ def _of_rows(figures: Figures) -> Iterator[Finding]:
 
 
 def _of_source(rows: RowFigures, figures: Figures, what: str, key: str) -> Iterator[Finding]:
-    sft = figures.stage == "sft"
+    chat = figures.stage in CHAT_STAGES
     if rows.target_share <= 0:
         yield Finding(
             True,
             f"{what}No token is trained on: the mask leaves none.",
             "Give conversations with answers (mixture.tasks.…).",
         )
-    if rows.epochs > MAX_EPOCHS and not sft:
+    if rows.epochs > MAX_EPOCHS and not chat:
         steps = max(int(figures.steps * MAX_EPOCHS / rows.epochs), 1)
         yield Finding(
             False,
             f"{what}The plan goes {rows.epochs:,.1f} times over the text; more than {MAX_EPOCHS:g} teach little new.",
             f"Set max_steps={steps} or lower, or give more text.",
         )
-    if rows.trained_share < MIN_TRAINED_SHARE and not sft:
+    if rows.trained_share < MIN_TRAINED_SHARE and not chat:
         waiting = f", and {rows.never_placed:,} documents still wait for a row" if rows.never_placed else ""
         yield Finding(
             False,
@@ -185,7 +186,7 @@ def _of_source(rows: RowFigures, figures: Figures, what: str, key: str) -> Itera
 
 
 def _of_text(figures: Figures) -> Iterator[Finding]:
-    train, sft = figures.found.train, figures.stage == "sft"
+    train, chat = figures.found.train, figures.stage in CHAT_STAGES
     if train.documents == train.empty:
         yield Finding(True, "There is no text to train on.", "Give some: data.path=….")
         return
@@ -196,7 +197,7 @@ def _of_text(figures: Figures) -> Iterator[Finding]:
             "Raise data.validation_fraction, or give data.validation_path=….",
         )
     if train.empty > MAX_LOST_SHARE * train.documents:
-        why = "left out: bad, or without anything to learn" if sft else "empty or blank"
+        why = "left out: bad, or without anything to learn" if chat else "empty or blank"
         yield Finding(False, f"{_share(train.empty, train.documents)} of the documents are {why}.")
     if figures.cut > MAX_LOST_SHARE * train.documents:
         yield Finding(
@@ -206,7 +207,7 @@ def _of_text(figures: Figures) -> Iterator[Finding]:
         )
     for cause, count in figures.bad_rows.items():
         yield Finding(False, f"Rows of files left out: {count:,} ({cause}).")
-    if train.bytes_per_token is not None and train.bytes_per_token < MIN_BYTES_PER_TOKEN and not sft:
+    if train.bytes_per_token is not None and train.bytes_per_token < MIN_BYTES_PER_TOKEN and not chat:
         yield Finding(
             False,
             f"A token stands for {train.bytes_per_token:.2f} bytes only: the tokenizer does not fit this text.",
@@ -242,7 +243,7 @@ def _of_duplicates(figures: Figures) -> Iterator[Finding]:
             "Take them out: a copy is trained on as often as there are copies, in every epoch.",
         )
     if duplicates.validation_copies > MAX_LEAKED_SHARE * validation.documents:
-        fix = "" if figures.stage == "sft" else "Give another data.validation_path=…, or take the copies out."
+        fix = "" if figures.stage in CHAT_STAGES else "Give another data.validation_path=…, or take the copies out."
         yield Finding(
             duplicates.validation_copies > MAX_COPIED_VALIDATION * (validation.documents - validation.empty),
             f"{_share(duplicates.validation_copies, validation.documents)} of the validation documents are trained on:"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from nanochat_pl.common.run_folder import CHAT_STAGES
 from nanochat_pl.data.doctor import Lengths, SplitFigures
 from nanochat_pl.data.doctor_findings import Figures
 from nanochat_pl.data.doctor_overlap import GRAM_WORDS, Overlap
@@ -33,12 +34,12 @@ def tables(figures: Figures) -> Iterator[Table]:
 
 
 def _documents(figures: Figures) -> Table:
-    noun = "conversations" if figures.stage == "sft" else "documents"
+    noun = "conversations" if figures.stage in CHAT_STAGES else "documents"
     splits = (figures.found.train, figures.found.validation)
     rows: list[Cells] = [(noun, *(_count(split.documents) for split in splits))]
-    empty = "left out: nothing to learn" if figures.stage == "sft" else "empty or blank"
+    empty = "left out: nothing to learn" if figures.stage in CHAT_STAGES else "empty or blank"
     rows.append((f"  {empty}", *(_count(split.empty) for split in splits)))
-    if figures.stage == "sft":
+    if figures.stage in CHAT_STAGES:
         rows.append(("  cut to a row", _count(figures.cut), ""))
     rows += [(f"  bad rows: {cause}", _count(count), "") for cause, count in figures.bad_rows.items()]
     if figures.found.train.tokens is not None:
@@ -93,7 +94,7 @@ def _rows(figures: Figures) -> Table:
         rows.append(("cropped", *(f"{each.cropped_tokens:,} tokens" for each in of)))
         rows.append(("documents that still wait for a row", *(_count(each.never_placed) for each in of)))
     rows.append(("padding", *(f"{each.padded_share:.1%} of the places" for each in of)))
-    if figures.stage == "sft":
+    if figures.stage in CHAT_STAGES:
         rows.append(("masked", *(f"{1 - each.target_share - each.padded_share:.1%} of the places" for each in of)))
     rows.append(("trained on", *(f"{each.target_share:.1%} of the places" for each in of)))
     notes = [f"{figures.steps:,} steps of {figures.rows_per_step:,} rows."] if figures.steps else []

@@ -14,9 +14,20 @@ from nanochat_pl.model.config import ModelSettings
 from nanochat_pl.training.settings import TrainConfig
 
 # The groups of settings that a parent decides for the stage that starts from it.
-INHERITED = {"tokenizer": ("tokenizer",), "base": ("model", "tokenizer", "data")}
+INHERITED = {
+    "tokenizer": ("tokenizer",),
+    "base": ("model", "tokenizer", "data"),
+    "mid": ("model", "tokenizer", "data"),
+}
 # A matter of the machine, or of the files of this stage: it may be given anew.
 FREE = ("model.compute_dtype", "data.max_bad_fraction")
+
+
+def parent_name(config: TrainConfig, folder: StageFolder) -> str | None:
+    """The stage that this one starts from: as the settings say, else, of sft, the newest one that is finished."""
+    if config.stage.parent is None and config.stage.name == "sft":
+        return "mid" if folder.parent("mid").status == "finished" else "base"
+    return config.stage.parent
 
 
 def parent_folder(config: TrainConfig, folder: StageFolder) -> StageFolder | None:
@@ -25,7 +36,7 @@ def parent_folder(config: TrainConfig, folder: StageFolder) -> StageFolder | Non
     Raises:
         UserError: it is not finished.
     """
-    name = config.stage.parent
+    name = parent_name(config, folder)
     if name is None:
         return None
     parent = folder.parent(name)

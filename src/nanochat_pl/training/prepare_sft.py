@@ -1,4 +1,4 @@
-"""From settings to what a fine-tuning needs: conversations, rendered, packed with padding, each as often as asked."""
+"""From settings to what mid and sft need: conversations, rendered, packed with padding, each as often as asked."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from nanochat_pl.common.console import by_difference, progress, say
 from nanochat_pl.common.files import sha256_of_file
 from nanochat_pl.common.run_folder import StageFolder
 from nanochat_pl.common.settings import to_plain
-from nanochat_pl.data.conversation_cache import ConversationCache, build_conversation_cache
+from nanochat_pl.data.conversation_cache import ConversationCache, Trained, build_conversation_cache
 from nanochat_pl.data.row_index import RowIndex
 from nanochat_pl.data.rows import Rows, packed_rows
 from nanochat_pl.planning import Inherited, Plan, make_finetune_plan
+from nanochat_pl.tasks.context import TaskContext
 from nanochat_pl.tasks.conversations import ConversationSet
 from nanochat_pl.tasks.mixture import Mixture, build_mixture
 from nanochat_pl.tokenizer import Tokenizer
@@ -35,7 +36,9 @@ VALIDATION_SEED = 0  # a setting of the training has no say in what is validated
 def prepare_sft(
     config: TrainConfig, folder: StageFolder, cache: Path, machine: Machine, goes_on: bool = False
 ) -> Prepared:
-    """Fine-tuning: conversations, padded; model, tokenizer and what is not given from the parent stage.
+    """Mid and sft: conversations, padded; model, tokenizer and what is not given from the parent stage.
+
+    They differ in what is learnt of a conversation: every token, or what the assistant writes.
 
     Raises:
         UserError: there is no finished parent; or what the tasks say.
@@ -45,14 +48,17 @@ def prepare_sft(
     parent_name, info, model = parent.stage, load_stage_info(parent.bundle), load_config(parent.bundle)
     num_files = config.trainer.keep_last + config.trainer.keep_best
     require_room(model, machine.device, folder.path, num_files, memory_knobs(config))
+    say(f"{config.stage.name} starts from {parent.bundle}, {info.step:,} steps.")
     inherited = Inherited.from_plain(info.plan, f"{parent.bundle}/stage.json: plan")
     tokenizer = load_tokenizer(parent.bundle)
-    mixture = build_mixture(config.mixture, "train", cache, config.data.max_bad_fraction)
-    held_out = build_mixture(config.mixture, "test", cache, config.data.max_bad_fraction)
+    context = TaskContext(cache, config.data.max_bad_fraction, config.paths.hub_folder)
+    mixture = build_mixture(config.mixture, "train", context)
+    held_out = build_mixture(config.mixture, "test", context)
     _announce_files(mixture)
     capacity = model.sequence_len + 1
-    train_cache = _rendered(mixture, "train", tokenizer, capacity, cache)
-    test_cache = _rendered(held_out, "test", tokenizer, capacity, cache)
+    trained = config.stage.trained
+    train_cache = _rendered(mixture, "train", tokenizer, capacity, cache, trained)
+    test_cache = _rendered(held_out, "test", tokenizer, capacity, cache, trained)
     padded = partial(
         packed_rows,
         sequence_len=model.sequence_len,
@@ -114,10 +120,12 @@ def rows_of_epochs(packed: Callable[..., Rows], num_epochs: float) -> Rows:
     return rows if wanted == len(rows) else packed(epochs=whole, num_rows=wanted)
 
 
-def _rendered(mixture: Mixture, split: str, tokenizer: Tokenizer, capacity: int, cache: Path) -> ConversationCache:
+def _rendered(
+    mixture: Mixture, split: str, tokenizer: Tokenizer, capacity: int, cache: Path, trained: Trained
+) -> ConversationCache:
     with progress(f"rendering conversations, {split}", len(mixture), "conversations") as advance:
         key = f"{split} {mixture.fingerprint}"
-        return build_conversation_cache(mixture, tokenizer, capacity, cache, key, by_difference(advance))
+        return build_conversation_cache(mixture, tokenizer, capacity, cache, key, by_difference(advance), trained)
 
 
 def _file_tasks(mixture: Mixture) -> dict[str, ConversationSet]:

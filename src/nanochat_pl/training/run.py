@@ -65,7 +65,7 @@ def train_stage(
     kind = f"{machine.device.type} in {machine.compute_dtype}, {'compiled' if machine.compile else 'eager'}"
     same_machines = "Set trainer.accelerator, model.compute_dtype and trainer.compile to what all machines have."
     together.require_same(kind, lambda mains: f"would train on {kind}, the main process on {mains}.", same_machines)
-    prepare = {"base": prepare_base, "sft": prepare_sft}[config.stage.name]
+    prepare = {"base": prepare_base, "mid": prepare_sft, "sft": prepare_sft}[config.stage.name]
     resume_from = newest_resume_file(folder.checkpoints)
     prepared = together.main_first(lambda: prepare(config, folder, cache, machine, resume_from is not None))
     rows = str(prepared.plan["device_batch_size"])

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from nanochat_pl.common.errors import UserError
+from nanochat_pl.common.run_folder import CHAT_STAGES
 from nanochat_pl.common.settings import setting
+from nanochat_pl.data.conversation_cache import Trained
 from nanochat_pl.data.sources import DataSettings
 from nanochat_pl.evaluation.samples import DEFAULT_PROMPTS
 from nanochat_pl.model.config import ModelSettings
@@ -22,6 +25,12 @@ from nanochat_pl.tokenizer.training import TokenizerSettings
 from nanochat_pl.training.guards import OnNonfinite
 from nanochat_pl.training.trainer_arguments import explain_argument
 
+_PARENTS = {
+    "tokenizer": (None,),
+    "base": ("tokenizer", None),
+    "mid": ("base",),
+    "sft": ("base", "mid", None),
+}
 _TIME = re.compile(r"(\d{1,3}):([01]?\d|2[0-3]):([0-5]?\d):([0-5]?\d)")
 
 
@@ -29,14 +38,28 @@ _TIME = re.compile(r"(\d{1,3}):([01]?\d|2[0-3]):([0-5]?\d):([0-5]?\d)")
 class StageSettings:
     """Group `stage`: what a stage is."""
 
-    name: Literal["tokenizer", "base", "sft"] = setting("base", "Which stage this is.")
-    parent: Literal["tokenizer", "base"] | None = setting(None, "The stage whose result this one starts from.")
+    name: Literal["tokenizer", "base", "mid", "sft"] = setting("base", "Which stage this is.")
+    parent: Literal["tokenizer", "base", "mid"] | None = setting(
+        None, "The stage whose result this one starts from; null, of sft: mid where that is finished, else base."
+    )
     num_epochs: float = setting(1.0, "Passes over the conversations, where max_steps is not given.", above=0)
     warm_start: bool = setting(True, "Start from the parent's optimizer moments (with fresh learning rates).")
 
     def __post_init__(self) -> None:
-        if self.name == "sft" and self.parent != "base":
-            raise UserError(f"parent={self.parent}: the stage sft starts from base.")
+        possible = _PARENTS[self.name]
+        if self.parent not in possible:
+            known = " or ".join(str(each) for each in possible if each)
+            raise UserError(f"parent={self.parent}: the stage {self.name} starts from {known or 'nothing'}.")
+
+    @property
+    def trains_on_conversations(self) -> bool:
+        """Whether it goes on from a trained stage, with conversations."""
+        return self.name in CHAT_STAGES
+
+    @property
+    def trained(self) -> Trained:
+        """What of a conversation is learnt."""
+        return "all" if self.name == "mid" else "answers"
 
 
 @dataclass(frozen=True)
@@ -120,6 +143,14 @@ class PathsSettings:
 
     runs: str = setting("runs", "Folder of all runs.")
     cache: str | None = setting(None, "Folder of corpora and token caches; null: the user's cache folder.")
+    hub: str | None = setting(
+        None, "Folder with data sets of a hub, datasets/OWNER/NAME/…, looked at before what was downloaded."
+    )
+
+    @property
+    def hub_folder(self) -> Path | None:
+        """``hub`` as a path."""
+        return Path(self.hub) if self.hub else None
 
 
 @dataclass(frozen=True)

@@ -174,7 +174,7 @@ class BaseStage(TrainingStage):
 
 
 class SFTStage(TrainingStage):
-    """Supervised fine-tuning: starts from the weights of another stage and, for a warm start, from its moments."""
+    """Fine-tuning (mid, sft): starts from the weights of another stage and, for a warm start, from its moments."""
 
     def __init__(
         self, recipe: StageRecipe, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor] | None = None
