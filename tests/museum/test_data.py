@@ -31,9 +31,8 @@ from nanochat_pl.data.rows import Rows, packed_rows, streamed_rows, validation_r
 from nanochat_pl.data.sources import DataSettings
 from nanochat_pl.data.token_cache import build_token_cache
 from nanochat_pl.tasks.base import Task, generator, reference_of, text_of
-from nanochat_pl.tasks.documentation import Documentation
-from nanochat_pl.tasks.identity import Identity
-from nanochat_pl.tasks.settings import DocumentationSettings, IdentitySettings
+from nanochat_pl.tasks.documentation import Documentation, DocumentationSettings
+from nanochat_pl.tasks.identity import Identity, IdentitySettings
 from nanochat_pl.tasks.spelling import LetterCounting, Spelling
 from nanochat_pl.tasks.stories import NAMES, THINGS
 from nanochat_pl.training.datamodule import StepRows

@@ -11,9 +11,10 @@ import pytest
 from nanochat_pl.cli.main import main
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.settings import build, to_plain
-from nanochat_pl.tasks.conversations import ConversationSet
+from nanochat_pl.tasks.context import TaskContext
+from nanochat_pl.tasks.conversations import ConversationSet, ConversationSettings
 from nanochat_pl.tasks.mixture import Mixture, build_mixture, build_tasks, only_judged
-from nanochat_pl.tasks.settings import ConversationSettings, MixtureSettings
+from nanochat_pl.tasks.settings import MixtureSettings, MixtureTasks
 from tests.data.hub_server import serving_this_process
 
 
@@ -28,7 +29,8 @@ def write(path: Path, *numbers: object) -> Path:
 
 
 def opened(cache: Path, split: Any = "train", most_bad: float = 0.01, **settings: Any) -> ConversationSet:
-    return ConversationSet("own", build(ConversationSettings, to_plain_text(settings)), split, cache, most_bad)
+    context = TaskContext(cache, most_bad)
+    return ConversationSet("own", build(ConversationSettings, to_plain_text(settings)), split, context)
 
 
 def to_plain_text(settings: dict[str, Any]) -> dict[str, Any]:
@@ -77,7 +79,7 @@ def test_what_one_set_holds_out_no_other_trains_on(tmp_path: Path) -> None:
 
     def mixed(**sets: dict[str, Any]) -> dict[str, ConversationSet]:
         chosen = {name: to_plain_text(keys) for name, keys in sets.items()}
-        return build_tasks(build(MixtureSettings, {"tasks": {"conversations": chosen}}), "train", tmp_path)  # type: ignore[return-value]
+        return build_tasks(build(MixtureTasks, {"conversations": chosen}), "train", TaskContext(tmp_path))  # type: ignore[return-value]
 
     one, other = write(tmp_path / "one.jsonl", *range(40)), write(tmp_path / "d/other.jsonl", *reversed(range(40)))
     none = write(tmp_path / "none/a.jsonl", *range(90, 95)).parent
@@ -129,7 +131,7 @@ def test_several_sets_stand_beside_the_tasks(tmp_path: Path) -> None:
     own = {"a": {"path": str(write(tmp_path / "a.jsonl", *range(40)))}, "b-2": None}
     own["c"] = {"path": str(write(tmp_path / "c.jsonl", *range(50, 90))), "repeat": 3}
     settings = build(MixtureSettings, {"tasks": {"identity": {"repeat": 1}, "conversations": own}}, "mixture")
-    mixture: Mixture = build_mixture(settings, "train", tmp_path)
+    mixture: Mixture = build_mixture(settings, "train", TaskContext(tmp_path))
     assert list(mixture.tasks) == ["a", "c", "identity"] and mixture.repeats["c"] == 3
     assert sum(mixture.place(i)[0] == "c" for i in range(len(mixture))) == 3 * len(mixture.tasks["c"])
     assert build(MixtureSettings, to_plain(settings)) == settings

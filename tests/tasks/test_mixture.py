@@ -9,6 +9,7 @@ import pytest
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.settings import build, to_plain
 from nanochat_pl.tasks.base import Task
+from nanochat_pl.tasks.context import TaskContext
 from nanochat_pl.tasks.mixture import Mixture, build_mixture, build_tasks
 from nanochat_pl.tasks.settings import MixtureSettings
 from nanochat_pl.tasks.words import count_documents
@@ -63,13 +64,14 @@ def test_fingerprint_changes_with_content_order_and_repeats():
 
 def test_built_from_settings(tmp_path):
     settings = build(MixtureSettings, {"tasks": SMALL, "seed": 3})
-    train, test = build_mixture(settings, "train", tmp_path), build_mixture(settings, "test", tmp_path)
+    context = TaskContext(tmp_path)
+    train, test = build_mixture(settings, "train", context), build_mixture(settings, "test", context)
     assert set(train.tasks) == set(test.tasks) == {"arithmetic", "identity"}
     assert len(train) == 300 + 2 * len(train.tasks["identity"])
     assert test.repeats == {"arithmetic": 1, "identity": 1}
     assert "Ada" in str(train.tasks["identity"][0])
     assert not list(tmp_path.iterdir()), "no corpus is built where no task needs it"
-    assert list(build_tasks(settings, "test", tmp_path)) == ["arithmetic", "identity"]
+    assert list(build_tasks(settings.tasks, "test", context)) == ["arithmetic", "identity"]
 
 
 def test_defaults_are_all_tasks_and_survive_yaml():

@@ -11,19 +11,11 @@ from pathlib import Path
 import pytest
 
 from nanochat_pl.data.docstrings import Docstring
-from nanochat_pl.tasks.arithmetic import Arithmetic, WordProblems
+from nanochat_pl.tasks.arithmetic import Arithmetic, ArithmeticSettings, WordProblems, WordProblemSettings
 from nanochat_pl.tasks.base import Task, is_held_out, last_number, reference_of, text_of
-from nanochat_pl.tasks.documentation import Documentation, documented_functions
-from nanochat_pl.tasks.identity import Identity
-from nanochat_pl.tasks.settings import (
-    ArithmeticSettings,
-    DocumentationSettings,
-    IdentitySettings,
-    LetterCountingSettings,
-    SpellingSettings,
-    WordProblemSettings,
-)
-from nanochat_pl.tasks.spelling import LetterCounting, Spelling
+from nanochat_pl.tasks.documentation import Documentation, DocumentationSettings, documented_functions
+from nanochat_pl.tasks.identity import Identity, IdentitySettings
+from nanochat_pl.tasks.spelling import LetterCounting, LetterCountingSettings, Spelling, SpellingSettings
 from nanochat_pl.tokenizer import TokenizerSettings, train_tokenizer
 from nanochat_pl.tokenizer.chat_format import problems_of_conversation
 from nanochat_pl.tools.calculator import evaluate

@@ -28,6 +28,7 @@ from nanochat_pl.data.sources import DataSettings
 from nanochat_pl.engine import Engine
 from nanochat_pl.evaluation.chat_tasks import TaskResult, evaluate_task
 from nanochat_pl.evaluation.samples import DEFAULT_PROMPTS, write_samples
+from nanochat_pl.tasks.context import TaskContext
 from nanochat_pl.tasks.mixture import build_tasks, only_judged
 from nanochat_pl.tasks.settings import MixtureSettings
 from nanochat_pl.training.settings import PathsSettings
@@ -156,7 +157,8 @@ def _chat(bundle: Bundle, config: EvaluateConfig, to: Path) -> dict[str, Any]:
     judged = only_judged(settings)
     if left_out := settings.tasks.chosen().keys() - (judged.tasks.chosen().keys() if judged else set()):
         say(f"{', '.join(sorted(left_out))}: left out; what is a right answer in a conversation, nobody can tell.")
-    tasks = build_tasks(judged, "test", cache_folder(config.paths)) if judged else {}
+    context = TaskContext(cache_folder(config.paths), hub=config.paths.hub_folder)
+    tasks = build_tasks(judged.tasks, "test", context) if judged else {}
     engine, results = Engine(bundle), []
     for name, task in tasks.items():
         asked = len(task) if config.limit is None else min(config.limit, len(task))

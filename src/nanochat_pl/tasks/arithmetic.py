@@ -11,19 +11,23 @@ import math
 from dataclasses import dataclass
 from random import Random
 
+from nanochat_pl.common.errors import UserError
+from nanochat_pl.common.settings import setting
 from nanochat_pl.tasks.base import (
     Content,
     Conversation,
     Part,
     Split,
     Task,
+    TaskSettings,
     conversation_of,
     generator,
     is_held_out,
+    limits,
     same_last_number,
     tool_answer,
 )
-from nanochat_pl.tasks.settings import ArithmeticSettings, WordProblemSettings
+from nanochat_pl.tasks.registry import task
 from nanochat_pl.tasks.stories import NAMES, STORIES, THINGS
 from nanochat_pl.tools.calculator import evaluate
 
@@ -91,11 +95,27 @@ class Problem:
         return tool_answer(code, output, f"{self.a} {self.operation} {self.b} = {output}")
 
 
+@dataclass(frozen=True)
+class ArithmeticSettings(TaskSettings):
+    """Two-operand arithmetic with the calculator: ``What is 12 + 7?``, or a story of one step."""
+
+    size: int = setting(10_000, "Training conversations.", at_least=1)
+    max_operand: int = setting(999, "Largest operand.", at_least=20, at_most=10**6)
+    small_operand: int = setting(99, "Largest operand of the small problems.", at_least=20)
+    small_share: float = setting(0.75, "Share of the small problems.", at_least=0, at_most=1)
+
+    def __post_init__(self) -> None:
+        if self.small_operand > self.max_operand:
+            raise UserError(f"small_operand={self.small_operand}: is above max_operand={self.max_operand}.")
+
+
+@task("arithmetic", ArithmeticSettings)
 class Arithmetic(Task):
     """``What is 12 + 7?`` in many wordings. An answer is right if it ends on the right number."""
 
     def __init__(self, settings: ArithmeticSettings, split: Split, name: str = "arithmetic") -> None:
-        super().__init__(name, split, settings.size if split == "train" else settings.test_size)
+        start, size = limits(name, settings, split)
+        super().__init__(name, split, size, start)
         self.settings = settings
 
     def conversation(self, index: int) -> Conversation:
@@ -142,6 +162,14 @@ def _operands(random: Random, operation: str, most: int, whole: bool) -> tuple[i
     return a, operation, b
 
 
+@dataclass(frozen=True)
+class WordProblemSettings(ArithmeticSettings):
+    """Stories of one step."""
+
+    size: int = setting(4_000, "Training conversations.", at_least=1)
+
+
+@task("word_problems", WordProblemSettings)
 class WordProblems(Arithmetic):
     """Stories of one step. Some wordings occur in the test part alone: one in eight of its problems."""
 

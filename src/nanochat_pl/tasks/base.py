@@ -7,9 +7,16 @@ import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from random import Random
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+from nanochat_pl.common.errors import UserError
+from nanochat_pl.common.settings import setting
+
+if TYPE_CHECKING:
+    from nanochat_pl.tasks.context import TaskContext
 
 Split = Literal["train", "test"]
 Part = dict[str, str]  # {"type": "text" | "python" | "python_output", "text": …}
@@ -21,6 +28,16 @@ TEST_ONE_IN = 10  # of the things that a task splits by (operand pairs, words), 
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 
 
+@dataclass(frozen=True)
+class TaskSettings:
+    """What every task has. A task's own settings are a subclass, in which every key has a default."""
+
+    size: int | None = setting(None, "Training conversations; null: as many as there are different ones.", at_least=1)
+    start: int = setting(0, "Training conversations that are passed over, from the first.", at_least=0)
+    repeat: int = setting(1, "How often each training conversation occurs in an epoch.", at_least=1)
+    test_size: int = setting(200, "Held-out problems, or as many as there are.", at_least=1)
+
+
 class Task(ABC):
     """A sequence of conversations. Number i is a pure function of (the task's settings, its split, i).
 
@@ -29,14 +46,37 @@ class Task(ABC):
 
     Attributes:
         judged: whether answers are right or wrong; of a task that is not, ``evaluate`` cannot be asked.
+        kind: how an answer is asked for: written freely, or chosen among :meth:`letters`.
+        baseline: the accuracy of guessing, 0 … 1.
+        remark: what has to be said with a score, None for most.
     """
 
     judged = True
+    kind: Literal["generative", "categorical"] = "generative"
+    baseline: float = 0.0
+    remark: str | None = None
 
-    def __init__(self, name: str, split: Split, size: int) -> None:
+    def __init__(self, name: str, split: Split, size: int, start: int = 0) -> None:
+        """
+        Args:
+            name: for people, and the key of its files.
+            split: which part.
+            size: how many conversations this part has; see :func:`limits`.
+            start: number of the first: ``task[0]`` is ``conversation(start)``.
+        """
         self.name = name
         self.split = split
         self._size = size
+        self._start = start
+
+    @classmethod
+    def from_settings(cls, settings: Any, split: Split, context: TaskContext) -> Task:
+        """Make the task of its settings (of the class that it was registered with).
+
+        Raises:
+            UserError: files are missing or wrong.
+        """
+        return cls(settings, split)  # type: ignore[call-arg]
 
     def __len__(self) -> int:
         return self._size
@@ -44,11 +84,11 @@ class Task(ABC):
     def __getitem__(self, index: int) -> Conversation:
         if not 0 <= index < self._size:
             raise IndexError(f"{self.name}: conversation {index} of {self._size}")
-        return self.conversation(index)
+        return self.conversation(self._start + index)
 
     @abstractmethod
     def conversation(self, index: int) -> Conversation:
-        """Conversation ``index``, 0 <= index < len(self); its last message is the reference answer."""
+        """Conversation ``index`` of the task; its last message is the reference answer."""
 
     @abstractmethod
     def evaluate(self, conversation: Conversation, answer: Content) -> bool:
@@ -59,6 +99,18 @@ class Task(ABC):
             answer: the content of the assistant's message: its parts, as the chat format parses them, or text alone.
         """
 
+    def evaluate_all(self, conversations: Sequence[Conversation], answers: Sequence[Content]) -> list[bool]:
+        """Judge many answers; for a task that can do it faster than one by one."""
+        return [self.evaluate(*pair) for pair in zip(conversations, answers, strict=True)]
+
+    def reward(self, conversation: Conversation, answer: Content) -> float:
+        """What an answer is worth in reinforcement learning: 1 for a right one, else 0."""
+        return float(self.evaluate(conversation, answer))
+
+    def letters(self, conversation: Conversation) -> Sequence[str]:
+        """The possible answers to a conversation of a categorical task."""
+        raise TypeError(f"{self.name}: is no categorical task")
+
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over all conversations: changes with settings, words, wordings and code, whatever it was."""
@@ -66,6 +118,34 @@ class Task(ABC):
         for index in range(len(self)):
             digest.update(json.dumps(self[index], ensure_ascii=True).encode() + b"\n")
         return digest.hexdigest()
+
+
+def limits(
+    name: str, settings: TaskSettings, split: Split, num_train: int | None = None, num_test: int | None = None
+) -> tuple[int, int]:
+    """Number of the first conversation of a part, and how many it has.
+
+    Args:
+        name: the task's, for messages.
+        settings: of the task.
+        split: which part.
+        num_train: how many different training conversations there are; None: any number. A size beyond it goes round
+            them again.
+        num_test: how many different held-out ones; None: any number.
+
+    Raises:
+        UserError: all are passed over.
+    """
+    if split == "test":
+        return 0, settings.test_size if num_test is None else min(settings.test_size, num_test)
+    if num_train is not None and settings.start >= num_train:
+        raise UserError(
+            f"mixture.tasks.{name}.start={settings.start}: passes over all {num_train:,} training conversations."
+        )
+    if settings.size is not None:
+        return settings.start, settings.size
+    assert num_train is not None, "a task without end has a size in its settings"
+    return settings.start, num_train - settings.start
 
 
 def conversation_of(question: str, answer: str | list[Part]) -> Conversation:

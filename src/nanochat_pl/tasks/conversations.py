@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,6 +12,7 @@ import numpy as np
 
 from nanochat_pl.common.console import progress
 from nanochat_pl.common.errors import UserError
+from nanochat_pl.common.settings import setting
 from nanochat_pl.data.cache_folder import fingerprint_of
 from nanochat_pl.data.conversation_files import CONVERSATION_SUFFIXES, ConversationFile, read_conversations
 from nanochat_pl.data.conversation_rows import Audit
@@ -18,8 +20,41 @@ from nanochat_pl.data.file_formats import format_of
 from nanochat_pl.data.hub import hash_memo, known_manifest
 from nanochat_pl.data.hub_files import key_of_cache, split_in_name, typed_keys
 from nanochat_pl.data.local_files import copies_of_files, find_files
-from nanochat_pl.tasks.base import Content, Conversation, Split, Task
-from nanochat_pl.tasks.settings import ConversationSettings, SmolTalkSettings
+from nanochat_pl.tasks.base import Content, Conversation, Split, Task, TaskSettings
+from nanochat_pl.tasks.context import TaskContext
+from nanochat_pl.tasks.registry import CONVERSATIONS, task
+
+
+@dataclass(frozen=True)
+class ConversationSettings(TaskSettings):
+    """Conversations out of files: parquet with a column of messages, JSON lines (also compressed), JSON."""
+
+    path: str | None = setting(None, "File, folder (searched recursively) or glob: parquet, jsonl, json.")
+    test_path: str | None = setting(None, "Files that are held out; then all of path is trained on.")
+    repo: str | None = setting(None, "Data set on the hub instead: OWNER/NAME. nanochat-pl download fetches it.")
+    revision: str | None = setting(None, "Branch, tag or commit of repo; null: main.")
+    files: str | None = setting(None, "Glob for the files of repo; null: all.")
+    column: str = setting("messages", "Column of parquet files, key of JSON objects, that holds the messages.")
+    test_fraction: float = setting(
+        0.05,
+        "Share held out by a hash of the conversation, where no file is named for it (test, validation).",
+        above=0,
+        at_most=0.5,
+    )
+    size: int | None = setting(None, "Training conversations, from there on; null: all.", at_least=1)
+    test_size: int = setting(25_000, "Held-out conversations, or as many as there are.", at_least=1)
+
+    def __post_init__(self) -> None:
+        problems = []
+        if (self.path is None) == (self.repo is None):
+            problems.append("path: say where the conversations are: path=FILE, FOLDER or GLOB, or repo=OWNER/NAME.")
+        if self.repo is not None and not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", self.repo):
+            problems.append(f"repo={self.repo!r}: is no data set's name, OWNER/NAME.")
+        for key, needed in (("test_path", "path"), ("revision", "repo"), ("files", "repo")):
+            if getattr(self, key) is not None and getattr(self, needed) is None:
+                problems.append(f"{key}={getattr(self, key)!r}: has no meaning without {needed}.")
+        if problems:
+            raise UserError(problems)
 
 
 class ConversationSet(Task):
@@ -33,31 +68,29 @@ class ConversationSet(Task):
         audit: what was found in the rows of all files, those of the other split too.
     """
 
+    group = f"{CONVERSATIONS}."  # the key, within the tasks, that its name stands under
     judged = False  # there are many right answers
 
-    def __init__(
-        self, name: str, settings: ConversationSettings, split: Split, cache_dir: Path, max_bad_fraction: float
-    ) -> None:
+    def __init__(self, name: str, settings: ConversationSettings, split: Split, context: TaskContext) -> None:
         """
         Args:
             name: the task's.
             settings: which files, and how much of them.
             split: which part.
-            cache_dir: where what was read is kept (``paths.cache``).
-            max_bad_fraction: the share of bad rows that is put up with.
+            context: folders, and the share of bad rows that is put up with.
 
         Raises:
             UserError: there are no such files, one cannot be read, too many rows are bad, or nothing is left.
         """
-        where = f"mixture.tasks.{name if isinstance(settings, SmolTalkSettings) else f'conversations.{name}'}"
-        train, test = _find(where, settings, cache_dir)
+        where = f"{context.where}.{self.group}{name}"
+        train, test = _find(where, settings, context.cache_dir)
         self._where, self._num_train_files = where, len(train)
         self._by_hash = train == test
-        self.files = _read(name, train if self._by_hash else [*train, *test], settings.column, cache_dir)
+        self.files = _read(name, train if self._by_hash else [*train, *test], settings.column, context.cache_dir)
         self.audit = Audit()
         for file in self.files:
             self.audit.add(file.audit, f"{file.name}, ")
-        _require_good(where, self.audit, max_bad_fraction)
+        _require_good(where, self.audit, context.max_bad_fraction)
         self._held_out = _share_held_out(where, self.files, settings.test_fraction) if self._by_hash else None
         self._indices = self._choose(split)
         limits = (settings.start, settings.size) if split == "train" else (0, settings.test_size)
@@ -123,6 +156,24 @@ class ConversationSet(Task):
         lines += [f"{self.name}: {line}" for line in copies_of_files(trained_on)]
         lines += [f"{self.name}: {count:,} rows: {change}." for change, count in self.audit.changed.items()]
         return lines
+
+
+@dataclass(frozen=True)
+class SmolTalkSettings(ConversationSettings):
+    """SmolTalk in its version for small models: 460 thousand conversations."""
+
+    repo: str | None = setting("HuggingFaceTB/smol-smoltalk", "Data set on the hub: OWNER/NAME.")
+
+
+@task("smoltalk", SmolTalkSettings)
+class SmolTalk(ConversationSet):
+    """SmolTalk."""
+
+    group = ""
+
+    @classmethod
+    def from_settings(cls, settings: SmolTalkSettings, split: Split, context: TaskContext) -> SmolTalk:
+        return cls("smoltalk", settings, split, context)
 
 
 @dataclass(frozen=True)

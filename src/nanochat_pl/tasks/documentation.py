@@ -7,10 +7,23 @@ import inspect
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
+from nanochat_pl.common.settings import setting
 from nanochat_pl.data.docstrings import Docstring
-from nanochat_pl.tasks.base import Content, Conversation, Split, Task, conversation_of, generator, text_of
-from nanochat_pl.tasks.settings import DocumentationSettings
+from nanochat_pl.tasks.base import (
+    Content,
+    Conversation,
+    Split,
+    Task,
+    TaskSettings,
+    conversation_of,
+    generator,
+    limits,
+    text_of,
+)
+from nanochat_pl.tasks.context import TaskContext
+from nanochat_pl.tasks.registry import task
 
 _QUESTIONS: dict[Split, tuple[str, ...]] = {
     "train": (
@@ -35,6 +48,16 @@ _MIN_CHARS = 15
 _SIGNATURE = re.compile(r"->|^\w+\(")
 
 
+@dataclass(frozen=True)
+class DocumentationSettings(TaskSettings):
+    """``What does `statistics.median` do?``; functions of the standard library."""
+
+    functions: int = setting(400, "How many documented functions are asked about.", at_least=1)
+    test_size: int = setting(300, "Functions asked about in a wording that training does not have.", at_least=1)
+    max_chars: int = setting(80, "Longest summary line, in characters.", at_least=20)
+
+
+@task("documentation", DocumentationSettings)
 class Documentation(Task):
     """``What does `statistics.median` do?`` Right is the summary line, to the letter.
 
@@ -53,8 +76,12 @@ class Documentation(Task):
         generator("documentation").shuffle(chosen)
         self.functions = chosen[: settings.functions]
         all_questions = len(self.functions) * len(_QUESTIONS["train"])
-        size = settings.size or all_questions if split == "train" else min(settings.test_size, len(self.functions))
-        super().__init__("documentation", split, size)
+        start, size = limits("documentation", settings, split, all_questions, len(self.functions))
+        super().__init__("documentation", split, size, start)
+
+    @classmethod
+    def from_settings(cls, settings: DocumentationSettings, split: Split, context: TaskContext) -> Documentation:
+        return cls(settings, split, documented_functions(context.corpus.stdlib_docstrings, settings.max_chars))
 
     def conversation(self, index: int) -> Conversation:
         questions = _QUESTIONS[self.split]

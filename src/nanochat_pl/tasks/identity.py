@@ -2,8 +2,22 @@
 
 from __future__ import annotations
 
-from nanochat_pl.tasks.base import Content, Conversation, Split, Task, conversation_of, generator, text_of
-from nanochat_pl.tasks.settings import IdentitySettings
+from dataclasses import dataclass
+
+from nanochat_pl.common.errors import UserError
+from nanochat_pl.common.settings import setting
+from nanochat_pl.tasks.base import (
+    Content,
+    Conversation,
+    Split,
+    Task,
+    TaskSettings,
+    conversation_of,
+    generator,
+    limits,
+    text_of,
+)
+from nanochat_pl.tasks.registry import task
 
 _ANSWERS = {
     "name": "My name is {name}.",
@@ -171,6 +185,20 @@ _QUESTIONS: dict[Split, dict[str, tuple[str, ...]]] = {
 _GREETINGS = ("", "Hello! ", "Hi, ")
 
 
+@dataclass(frozen=True)
+class IdentitySettings(TaskSettings):
+    """``Who are you?``"""
+
+    repeat: int = setting(5, "How often each training conversation occurs in an epoch.", at_least=1)
+    name: str = setting("nano", "What the model calls itself.", max_length=100)
+    creator: str = setting("nanochat_pl", "What it says that it was made with, or by whom.", max_length=200)
+
+    def __post_init__(self) -> None:
+        if not self.name.strip():
+            raise UserError(f"name={self.name!r}: must not be empty.")
+
+
+@task("identity", IdentitySettings)
 class Identity(Task):
     """``Who are you?`` An answer is right if the configured name is in it, in whatever case."""
 
@@ -178,8 +206,8 @@ class Identity(Task):
         self.settings = settings
         self.items = _items(split)
         # A size beyond the number of wordings goes round them again.
-        size = (settings.size or len(self.items)) if split == "train" else min(settings.test_size, len(self.items))
-        super().__init__("identity", split, size)
+        start, size = limits("identity", settings, split, len(self.items), len(self.items))
+        super().__init__("identity", split, size, start)
 
     def conversation(self, index: int) -> Conversation:
         kind, question = self.items[index % len(self.items)]

@@ -1,140 +1,34 @@
-"""Settings of the config group ``mixture``: which tasks, how much of each, and what each may vary."""
+"""Settings of the config group ``mixture``: which tasks, how much of each, and in which order."""
 
 from __future__ import annotations
 
-import dataclasses
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.settings import setting
+from nanochat_pl.tasks.base import TaskSettings
+from nanochat_pl.tasks.conversations import ConversationSettings
+from nanochat_pl.tasks.registry import all_tasks
+
+T = TypeVar("T", bound=type)
+
+
+def _with_a_field_per_task(cls: T) -> T:
+    """Give a settings class, before it becomes a dataclass, a field for each task that there is."""
+    fields = {name: kind.settings | None for name, kind in all_tasks().items()}
+    cls.__annotations__ = {**fields, **cls.__annotations__}
+    for name in fields:
+        setattr(cls, name, setting(None, "This task; {} for its defaults."))
+    return cls
 
 
 @dataclass(frozen=True)
-class TaskSettings:
-    """What every task has."""
-
-    size: int | None = setting(None, "Training conversations; null: as many as there are different ones.", at_least=1)
-    repeat: int = setting(1, "How often each training conversation occurs in an epoch.", at_least=1)
-    test_size: int = setting(200, "Held-out problems, or as many as there are.", at_least=1)
-
-
-@dataclass(frozen=True)
-class ArithmeticSettings(TaskSettings):
-    """Two-operand arithmetic with the calculator: ``What is 12 + 7?``, or a story of one step."""
-
-    size: int = setting(10_000, "Training conversations.", at_least=1)
-    max_operand: int = setting(999, "Largest operand.", at_least=20, at_most=10**6)
-    small_operand: int = setting(99, "Largest operand of the small problems.", at_least=20)
-    small_share: float = setting(0.75, "Share of the small problems.", at_least=0, at_most=1)
-
-    def __post_init__(self) -> None:
-        if self.small_operand > self.max_operand:
-            raise UserError(f"small_operand={self.small_operand}: is above max_operand={self.max_operand}.")
-
-
-@dataclass(frozen=True)
-class WordProblemSettings(ArithmeticSettings):
-    """Stories of one step."""
-
-    size: int = setting(4_000, "Training conversations.", at_least=1)
-
-
-@dataclass(frozen=True)
-class SpellingSettings(TaskSettings):
-    """``Spell the word: apple``; words of the corpus."""
-
-    min_letters: int = setting(3, "Shortest word.", at_least=1)
-    max_letters: int = setting(12, "Longest word.", at_least=1, at_most=40)
-    min_documents: int = setting(1, "In how many documents of python_docs a word must occur.", at_least=1)
-
-    def __post_init__(self) -> None:
-        if self.min_letters > self.max_letters:
-            raise UserError(f"min_letters={self.min_letters}: is above max_letters={self.max_letters}.")
-
-
-@dataclass(frozen=True)
-class LetterCountingSettings(SpellingSettings):
-    """``How many r are in strawberry?``; words of the corpus."""
-
-    size: int | None = setting(6_000, "Training conversations; null: one for each word.", at_least=1)
-    long_form: bool = setting(False, "Spell the word and walk through its letters before the tool is called.")
-
-
-@dataclass(frozen=True)
-class IdentitySettings(TaskSettings):
-    """``Who are you?``"""
-
-    repeat: int = setting(5, "How often each training conversation occurs in an epoch.", at_least=1)
-    name: str = setting("nano", "What the model calls itself.", max_length=100)
-    creator: str = setting("nanochat_pl", "What it says that it was made with, or by whom.", max_length=200)
-
-    def __post_init__(self) -> None:
-        if not self.name.strip():
-            raise UserError(f"name={self.name!r}: must not be empty.")
-
-
-@dataclass(frozen=True)
-class DocumentationSettings(TaskSettings):
-    """``What does `statistics.median` do?``; functions of the standard library."""
-
-    functions: int = setting(400, "How many documented functions are asked about.", at_least=1)
-    test_size: int = setting(300, "Functions asked about in a wording that training does not have.", at_least=1)
-    max_chars: int = setting(80, "Longest summary line, in characters.", at_least=20)
-
-
-@dataclass(frozen=True)
-class ConversationSettings(TaskSettings):
-    """Conversations out of files: parquet with a column of messages, JSON lines (also compressed), JSON."""
-
-    path: str | None = setting(None, "File, folder (searched recursively) or glob: parquet, jsonl, json.")
-    test_path: str | None = setting(None, "Files that are held out; then all of path is trained on.")
-    repo: str | None = setting(None, "Data set on the hub instead: OWNER/NAME. nanochat-pl download fetches it.")
-    revision: str | None = setting(None, "Branch, tag or commit of repo; null: main.")
-    files: str | None = setting(None, "Glob for the files of repo; null: all.")
-    column: str = setting("messages", "Column of parquet files, key of JSON objects, that holds the messages.")
-    test_fraction: float = setting(
-        0.05,
-        "Share held out by a hash of the conversation, where no file is named for it (test, validation).",
-        above=0,
-        at_most=0.5,
-    )
-    start: int = setting(0, "Training conversations that are passed over, from the first.", at_least=0)
-    size: int | None = setting(None, "Training conversations, from there on; null: all.", at_least=1)
-    test_size: int = setting(25_000, "Held-out conversations, or as many as there are.", at_least=1)
-
-    def __post_init__(self) -> None:
-        problems = []
-        if (self.path is None) == (self.repo is None):
-            problems.append("path: say where the conversations are: path=FILE, FOLDER or GLOB, or repo=OWNER/NAME.")
-        if self.repo is not None and not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", self.repo):
-            problems.append(f"repo={self.repo!r}: is no data set's name, OWNER/NAME.")
-        for key, needed in (("test_path", "path"), ("revision", "repo"), ("files", "repo")):
-            if getattr(self, key) is not None and getattr(self, needed) is None:
-                problems.append(f"{key}={getattr(self, key)!r}: has no meaning without {needed}.")
-        if problems:
-            raise UserError(problems)
-
-
-@dataclass(frozen=True)
-class SmolTalkSettings(ConversationSettings):
-    """SmolTalk in its version for small models: 460 thousand conversations."""
-
-    repo: str | None = setting("HuggingFaceTB/smol-smoltalk", "Data set on the hub: OWNER/NAME.")
-
-
-@dataclass(frozen=True)
+@_with_a_field_per_task
 class MixtureTasks:
     """One field per task; null, or not being named, leaves a task out. ``conversations`` holds any number by name."""
 
-    arithmetic: ArithmeticSettings | None = None
-    word_problems: WordProblemSettings | None = None
-    spelling: SpellingSettings | None = None
-    letter_counting: LetterCountingSettings | None = None
-    identity: IdentitySettings | None = None
-    documentation: DocumentationSettings | None = None
-    smoltalk: SmolTalkSettings | None = None
     conversations: dict[str, ConversationSettings | None] = setting(
         factory=dict, doc="Conversations out of files, by a name of yours: conversations.NAME.path=…"
     )
@@ -144,42 +38,59 @@ class MixtureTasks:
         for name in self.conversations:
             if not re.fullmatch(r"\w[\w-]{0,63}", name):
                 problems.append(f"conversations.{name}: names have letters, digits, _ and -, 64 at most.")
-            if name in _OWN_NAMES:
+            if name in all_tasks():
                 problems.append(f"conversations.{name}: a task has that name; take another one.")
         if problems:
             raise UserError(problems)
 
     def chosen(self) -> dict[str, TaskSettings]:
-        """The tasks that are not left out, in the order of the fields."""
-        pairs: Mapping[str, TaskSettings | None] = {name: getattr(self, name) for name in _OWN_NAMES}
-        return {name: settings for name, settings in {**pairs, **self.conversations}.items() if settings is not None}
+        """The tasks that are not left out, in the order of their names; those of one's own files at the end."""
+        pairs = {name: getattr(self, name) for name in all_tasks()} | self.conversations
+        return {name: settings for name, settings in pairs.items() if settings is not None}
+
+    def only(self, names: set[str]) -> MixtureTasks:
+        """These tasks with those of the names alone."""
+        own = {name: settings for name, settings in self.conversations.items() if name in names}
+        tasks = {name: getattr(self, name) for name in all_tasks() if name in names}
+        return MixtureTasks(**tasks, conversations=own)
 
 
-_OWN_NAMES = [field.name for field in dataclasses.fields(MixtureTasks) if field.name != "conversations"]
+# What is in configs/mixture/default.yaml: all that need nothing but this machine and that a small model learns.
+DEFAULT_TASKS = ("arithmetic", "word_problems", "spelling", "letter_counting", "identity", "documentation")
 
 
 def default_tasks() -> MixtureTasks:
-    """All tasks that need nothing but this machine."""
-    return MixtureTasks(
-        ArithmeticSettings(),
-        WordProblemSettings(),
-        SpellingSettings(),
-        LetterCountingSettings(),
-        IdentitySettings(),
-        DocumentationSettings(),
-    )
+    """The tasks of the default chat model, with the defaults of each."""
+    tasks = {name: all_tasks()[name].settings() for name in DEFAULT_TASKS}
+    return MixtureTasks(**tasks)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
 class MixtureSettings:
-    """The conversations of a stage: tasks in one seeded order."""
+    """The conversations of a stage: tasks in one seeded order, or one after the other."""
 
     tasks: MixtureTasks = setting(factory=default_tasks, doc="The tasks by name, each with its settings.")
+    sequence: list[str] | None = setting(
+        None,
+        "A curriculum: these tasks one after the other, each in a seeded order; null: all of them evenly mixed.",
+    )
     seed: int = setting(0, "Seed of the order of the training conversations.", at_least=0)
 
     def __post_init__(self) -> None:
-        if not self.tasks.chosen():
+        chosen = self.tasks.chosen()
+        if not chosen:
             raise UserError(
-                f"tasks: no task is chosen; there are {', '.join(_OWN_NAMES)}, and files of your own: "
+                f"tasks: no task is chosen; there are {', '.join(all_tasks())}, and files of your own: "
                 "conversations.NAME.path=…"
             )
+        if self.sequence is None:
+            return
+        problems = []
+        if unknown := [name for name in self.sequence if name not in chosen]:
+            problems.append(f"sequence: {', '.join(unknown)}: no task of the mixture; there are {', '.join(chosen)}.")
+        if twice := sorted({name for name in self.sequence if self.sequence.count(name) > 1}):
+            problems.append(f"sequence: {', '.join(twice)}: more than once; tasks.NAME.repeat=… repeats a task.")
+        if missing := [name for name in chosen if name not in self.sequence]:
+            problems.append(f"sequence: {', '.join(missing)}: left out; name it, or leave out the task: NAME: null.")
+        if problems:
+            raise UserError(problems)

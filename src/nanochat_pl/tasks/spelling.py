@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import string
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from nanochat_pl.common.errors import UserError
+from nanochat_pl.common.settings import setting
 from nanochat_pl.tasks.base import (
     Content,
     Conversation,
@@ -17,12 +19,15 @@ from nanochat_pl.tasks.base import (
     Task,
     conversation_of,
     generator,
+    limits,
     part_of,
     same_last_number,
     text_of,
     tool_answer,
 )
-from nanochat_pl.tasks.settings import LetterCountingSettings, SpellingSettings
+from nanochat_pl.tasks.context import TaskContext
+from nanochat_pl.tasks.registry import task
+from nanochat_pl.tasks.words import WordSettings, corpus_words
 from nanochat_pl.tools.calculator import evaluate
 
 _SPELL = (
@@ -65,6 +70,12 @@ def _words_of_split(words: Sequence[str], split: Split, name: str) -> list[str]:
     return chosen
 
 
+@dataclass(frozen=True)
+class SpellingSettings(WordSettings):
+    """``Spell the word: apple``; words of the corpus."""
+
+
+@task("spelling", SpellingSettings)
 class Spelling(Task):
     """``Spell the word: apple`` → ``apple:a,p,p,l,e``. An answer is right if it is just this."""
 
@@ -76,8 +87,12 @@ class Spelling(Task):
             words: all words; which of them are held out is a matter of each word's hash.
         """
         self.words = _words_of_split(words, split, "spelling")
-        size = (settings.size or len(self.words)) if split == "train" else min(settings.test_size, len(self.words))
-        super().__init__("spelling", split, size)
+        start, size = limits("spelling", settings, split, len(self.words), len(self.words))
+        super().__init__("spelling", split, size, start)
+
+    @classmethod
+    def from_settings(cls, settings: SpellingSettings, split: Split, context: TaskContext) -> Spelling:
+        return cls(settings, split, corpus_words(context.corpus, settings))
 
     def conversation(self, index: int) -> Conversation:
         word = self.words[index % len(self.words)]
@@ -90,6 +105,15 @@ class Spelling(Task):
         return text_of(answer).strip() == conversation["messages"][-1]["content"]
 
 
+@dataclass(frozen=True)
+class LetterCountingSettings(WordSettings):
+    """``How many r are in strawberry?``; words of the corpus."""
+
+    size: int | None = setting(6_000, "Training conversations; null: one for each word.", at_least=1)
+    long_form: bool = setting(False, "Spell the word and walk through its letters before the tool is called.")
+
+
+@task("letter_counting", LetterCountingSettings)
 class LetterCounting(Task):
     """``How many r are in strawberry?``, by ``'strawberry'.count('r')``. Right if the answer ends on the number."""
 
@@ -102,8 +126,12 @@ class LetterCounting(Task):
         """
         self.words = _words_of_split(words, split, "letter_counting")
         self.settings = settings
-        size = (settings.size or len(self.words)) if split == "train" else min(settings.test_size, len(self.words))
-        super().__init__("letter_counting", split, size)
+        start, size = limits("letter_counting", settings, split, len(self.words), len(self.words))
+        super().__init__("letter_counting", split, size, start)
+
+    @classmethod
+    def from_settings(cls, settings: LetterCountingSettings, split: Split, context: TaskContext) -> LetterCounting:
+        return cls(settings, split, corpus_words(context.corpus, settings))
 
     def conversation(self, index: int) -> Conversation:
         word = self.words[index % len(self.words)]

@@ -4,10 +4,27 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from dataclasses import dataclass
 
+from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.files import write_text
+from nanochat_pl.common.settings import setting
 from nanochat_pl.data.python_docs import PythonDocs
-from nanochat_pl.tasks.settings import SpellingSettings
+from nanochat_pl.tasks.base import TaskSettings
+
+
+@dataclass(frozen=True)
+class WordSettings(TaskSettings):
+    """Which words of the corpus."""
+
+    min_letters: int = setting(3, "Shortest word.", at_least=1)
+    max_letters: int = setting(12, "Longest word.", at_least=1, at_most=40)
+    min_documents: int = setting(1, "In how many documents of python_docs a word must occur.", at_least=1)
+
+    def __post_init__(self) -> None:
+        if self.min_letters > self.max_letters:
+            raise UserError(f"min_letters={self.min_letters}: is above max_letters={self.max_letters}.")
+
 
 # A run of lower-case letters that stands as prose: not joined to an underscore, digit, quote, bracket or dot as
 # names in code are. A full stop behind it is the end of a sentence unless a letter follows.
@@ -15,7 +32,7 @@ _PROSE_WORD = re.compile(r"(?<![\w.`'\"/\\\-:@=(\[])[a-z]+(?![\w`'\"/\\\-=(\[\]:
 _RULE_VERSION = 1
 
 
-def corpus_words(corpus: PythonDocs, settings: SpellingSettings) -> tuple[str, ...]:
+def corpus_words(corpus: PythonDocs, settings: WordSettings) -> tuple[str, ...]:
     """Words of the corpus's training part, sorted, as the settings bound them.
 
     Counted once and kept in the corpus's folder.
