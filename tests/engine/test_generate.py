@@ -189,3 +189,37 @@ def test_an_engine_needs_the_model_s_tokenizer(golden):
         Engine(SmallBundle(net, None))
     with pytest.raises(UserError, match="265 ids, the model 1,000"):
         Engine(SmallBundle(net, byte_tokenizer()))
+
+
+def test_a_stop_text_ends_an_answer_wherever_its_tokens_end(engine):
+    prompts, stops = ragged_prompts(4), ["Eheser", "ind A", "tance<|output_start|>", "ind AA"]
+
+    def text(ids: list[int]) -> str:
+        return engine.tokenizer.decode([each for each in ids if each < engine.tokenizer.bos_id])
+
+    free = engine.generate(prompts, max_tokens=24, tools=False)
+    stopped = engine.generate(prompts, max_tokens=24, tools=False, stop_texts=stops, max_batch=2)
+    found = [min((text(each.ids).find(stop) for stop in stops if stop in text(each.ids)), default=-1) for each in free]
+    # Within an answer, at the border of a token, and not at all: what looks like a special token is none.
+    assert [place >= 0 for place in found] == [False, True, True, False]
+    assert "tance<|output_start|>" in engine.tokenizer.decode(free[3].ids)
+    for result, whole, place in zip(stopped, free, found, strict=True):
+        assert result.ids == whole.ids[: len(result.ids)]
+        if place < 0:
+            assert (result.finish_reason, len(result.ids)) == ("length", 24)
+        else:
+            assert result.finish_reason == "stop"
+            assert any(stop in text(result.ids) for stop in stops)
+            assert not any(stop in text(result.ids[:-1]) for stop in stops)
+    with pytest.raises(UserError, match="an empty one"):
+        engine.generate(prompts, stop_texts=[""])
+
+
+def test_processes_that_share_prompts_draw_as_one_would(engine):
+    prompts = [[991, 5]] * 4
+    whole = engine.generate(prompts, max_tokens=8, temperature=1.0, seed=3)
+    halves = [
+        engine.generate(prompts[n::2], max_tokens=8, temperature=1.0, seed=3, indices=range(n, 4, 2)) for n in (0, 1)
+    ]
+    assert [result.ids for result in whole] == [halves[n % 2][n // 2].ids for n in range(4)]
+    assert len({tuple(result.ids) for result in whole}) == 4

@@ -45,7 +45,7 @@ class Result:
     """The continuation of one prompt.
 
     Attributes:
-        ids: the new tokens; with finish reason "stop" the last is the stop token.
+        ids: the new tokens; with finish reason "stop" the last is the stop token, or completes a stop text.
         text: what a reader sees: no special tokens, tool calls or tool results.
         logprobs: log-probability of each token under the model's plain softmax (temperature 1, all tokens), however
             it was chosen; of forced tokens too.
@@ -95,12 +95,14 @@ class Engine:
         tools: bool = True,
         max_batch: int | None = None,
         progress: Callable[[int, int], None] | None = None,
+        stop_texts: Iterable[str] = (),
+        indices: Iterable[int] | None = None,
     ) -> list[Result]:
         """Continue each prompt.
 
         Up to ``max_batch`` prompts are written at the same time; when one is finished, a waiting one takes its place.
         A result does not depend on its neighbours (beyond the rounding of a matrix product's shape): each prompt draws
-        from its own generator, seeded with ``seed`` and its index, and the same prompt given twice is drawn twice.
+        from its own generator, seeded with ``seed`` and its number, and the same prompt given twice is drawn twice.
 
         Args:
             prompts: token ids, at least one each, of any lengths.
@@ -112,6 +114,8 @@ class Engine:
             tools: whether the calculator answers expressions between python_start and python_end.
             max_batch: rows decoded together; memory and time only. By default 64, fewer where the cache would be huge.
             progress: called with (prompts finished, all prompts) when some have finished.
+            stop_texts: texts that end an answer as well; they are part of it.
+            indices: of the prompts in a longer list that several processes share; their places in this one by default.
 
         Returns:
             one result per prompt, in their order.
@@ -122,11 +126,13 @@ class Engine:
         """
         prompts = [list(prompt) for prompt in prompts]
         sampling = Sampling(temperature, top_k, seed)
-        limits = Limits(max_tokens, self.net.config.rotary_reach, self.stop_ids(stop_ids))
+        texts = tuple(text.encode("utf-8", "surrogatepass") for text in stop_texts)
+        limits = Limits(max_tokens, self.net.config.rotary_reach, self.stop_ids(stop_ids), texts)
         if max_batch is not None and max_batch < 1:
             raise UserError(f"max_batch={max_batch}: must be at least 1.")
         self._check(prompts, limits.max_context)
-        rows = [Sequence(prompt, i, limits, sampling, self.tokenizer, tools) for i, prompt in enumerate(prompts)]
+        numbered = zip(range(len(prompts)) if indices is None else indices, prompts, strict=True)
+        rows = [Sequence(prompt, i, limits, sampling, self.tokenizer, tools) for i, prompt in numbered]
         for num_finished in write_all(self, rows, max_batch or self._default_batch(rows), sampling):
             if progress is not None:
                 progress(num_finished, len(rows))
