@@ -46,15 +46,22 @@ def engine() -> Engine:
 def test_accuracy_and_answers(engine):
     seen = []
     result = evaluate_task(engine, Doubling(), batch=4, progress=lambda done, total: seen.append((done, total)))
-    assert (result.name, result.n, result.correct, result.accuracy) == ("doubling", 10, 9, 0.9)
+    assert (result.name, result.n, result.outcomes, result.accuracy) == (
+        "doubling",
+        10,
+        [1.0] * 6 + [0.0] + [1.0] * 3,
+        0.9,
+    )
     assert result.stderr == pytest.approx(math.sqrt(10 / 12 * 2 / 12 / 12))
     assert result.answers[3] == {
+        "item": result.items[3],
         "question": "3*2?",
         "answer": "[3*2][= 6], 6.",
         "reference": "[3*2][= 6], 6.",
         "correct": True,
     }
     assert result.answers[6] == {
+        "item": result.items[6],
         "question": "6*2?",
         "answer": "[7*2][= 14], 14.",
         "reference": "[6*2][= 12], 12.",

@@ -26,7 +26,8 @@ from nanochat_pl.common.hardware import choose_device
 from nanochat_pl.common.settings import build, setting
 from nanochat_pl.data.sources import DataSettings
 from nanochat_pl.engine import Engine
-from nanochat_pl.evaluation.chat_tasks import TaskResult, evaluate_task
+from nanochat_pl.evaluation.chat_tasks import evaluate_task
+from nanochat_pl.evaluation.results import TaskResult
 from nanochat_pl.evaluation.samples import DEFAULT_PROMPTS, write_samples
 from nanochat_pl.tasks.context import TaskContext
 from nanochat_pl.tasks.mixture import build_tasks, only_judged
@@ -200,7 +201,13 @@ def _first_chats(results: Sequence[TaskResult]) -> list[dict[str, Any]]:
 
 
 def _row(result: TaskResult) -> tuple[object, ...]:
-    return result.name, f"{100 * result.accuracy:.1f}", f"{100 * result.stderr:.1f}", result.correct, result.n
+    return (
+        result.name,
+        f"{100 * result.accuracy:.1f}",
+        f"{100 * result.stderr:.1f}",
+        round(sum(result.outcomes)),
+        result.n,
+    )
 
 
 def _write_table(path: Path, results: Sequence[TaskResult]) -> None:

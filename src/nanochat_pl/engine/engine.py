@@ -102,7 +102,7 @@ class Engine:
 
         Up to ``max_batch`` prompts are written at the same time; when one is finished, a waiting one takes its place.
         A result does not depend on its neighbours (beyond the rounding of a matrix product's shape): each prompt draws
-        from its own generator, seeded with ``seed`` and its number, and the same prompt given twice is drawn twice.
+        from its own generator, seeded with ``seed`` and its index, and the same prompt given twice is drawn twice.
 
         Args:
             prompts: token ids, at least one each, of any lengths.

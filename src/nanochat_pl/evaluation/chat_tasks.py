@@ -1,38 +1,79 @@
-"""Share of a task's problems that a chat model answers rightly: greedy answers, judged by the task itself."""
+"""Share of a task's problems that a chat model answers rightly: it writes answers, or chooses among letters.
+
+The task judges. Several processes share the problems out; what is found does not depend on how many there are.
+"""
 
 from __future__ import annotations
 
-import math
+import hashlib
+import json
 import random
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
+from nanochat_pl.common import distributed
 from nanochat_pl.common.errors import UserError
+from nanochat_pl.common.together import agreed
 from nanochat_pl.engine import Engine, readable
+from nanochat_pl.evaluation.categorical import letter_ids, letter_probabilities
+from nanochat_pl.evaluation.pass_at_k import pass_at_k_rows
+from nanochat_pl.evaluation.results import TaskResult, make_result
 from nanochat_pl.tasks import Task
+from nanochat_pl.tasks.base import Content, Conversation
+
+MAX_SAMPLES = 1000  # answers to a problem
+Report = Callable[[int, int], None]  # (done, all)
 
 
 @dataclass(frozen=True)
-class TaskResult:
-    """How a model did on one task.
+class _Writing:
+    """How answers are written.
 
     Attributes:
-        name: the task's.
-        n: problems asked.
-        correct: of them answered rightly.
-        accuracy: correct / n.
-        stderr: standard error of the accuracy, with one right and one wrong answer added: all right of a few problems
-            is no certainty.
-        answers: one row per problem: question, answer, reference (tool calls as ``[2*21][= 42]``), correct.
+        max_tokens: most new tokens of an answer.
+        num_samples: answers to each problem.
+        temperature: 0 is greedy.
+        top_k: draw from the k most likely tokens only; None: from all.
+        seed: of the draws.
     """
 
-    name: str
-    n: int
-    correct: int
-    accuracy: float
-    stderr: float
-    answers: list[dict[str, Any]] = field(repr=False)
+    max_tokens: int = 256
+    num_samples: int = 1
+    temperature: float = 0.0
+    top_k: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.num_samples <= MAX_SAMPLES:
+            raise UserError(f"num_samples={self.num_samples}: must be 1 … {MAX_SAMPLES:,}.")
+        if self.num_samples > 1 and self.temperature == 0:
+            raise UserError(
+                f"num_samples={self.num_samples}: at temperature=0 all answers to a problem are the same.",
+                fix="Use temperature=1, or num_samples=1.",
+            )
+
+
+@dataclass(frozen=True)
+class _Answered:
+    """What a process found for one problem, as plain data.
+
+    Attributes:
+        index: of the problem in its task.
+        item: hash of the problem.
+        correct: of each answer.
+        row: for people.
+        cut: whether the beginning of the prompt was left out.
+        unfinished: answers that came to no end.
+    """
+
+    index: int
+    item: str
+    correct: list[bool]
+    row: dict[str, Any]
+    cut: bool
+    unfinished: int = 0
 
 
 def evaluate_task(
@@ -41,9 +82,24 @@ def evaluate_task(
     limit: int | None = 200,
     max_tokens: int = 256,
     batch: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Report | None = None,
+    num_samples: int = 1,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    seed: int = 0,
 ) -> TaskResult:
-    """Let the model answer problems of a task, greedily and with the calculator.
+    """Let the model answer problems of a task: with the calculator, or of a categorical task by its letters' logits.
+
+    All processes of a launch call it, and all get the same result. Its ``details``:
+
+    - ``kind``: of the task; ``remark``: what has to be said with the score, if anything;
+    - ``cut_prompts``: problems whose beginning was left out, as the model's positions end before theirs;
+    - of a generative task ``num_samples``, ``unfinished`` (answers cut off by ``max_tokens`` or the end of the
+      positions) and ``pass_at_k``: rows of ``k``, ``value``, ``stderr`` for k = 1 … ``num_samples``.
+
+    A row of ``answers`` has item, question, answer, reference (tool calls as ``[2*21][= 42]``) and correct, of several
+    answers to a problem those of the first, and all of them under ``samples``; of a categorical task the
+    ``probabilities`` of the letters.
 
     Args:
         engine: the model.
@@ -51,28 +107,44 @@ def evaluate_task(
         limit: problems asked: a seeded choice, the same for every model; None: all.
         max_tokens: most new tokens of an answer.
         batch: answers written at the same time; None: the engine's default. Memory and time only.
-        progress: called with (answers finished, all) when some have finished.
+        progress: called with (problems finished, all) when some have finished, in the pace of this process.
+        num_samples: answers to each problem; the outcome is the share of right ones. A letter is chosen once.
+        temperature: 0 is greedy.
+        top_k: draw from the k most likely tokens only; None: from all.
+        seed: of the draws. A problem's draws depend on nothing else but its index.
 
     Raises:
-        UserError: the task has no problems, or ``limit`` is below 1.
+        UserError: the task has no problems or no judge, or a setting is out of bounds.
     """
-    items = choose_items(task.name, len(task), limit)
-    conversations = [task[item] for item in items]
-    prompts = [engine.tokenizer.render_for_completion(conversation) for conversation in conversations]
-    results = engine.generate(prompts, max_tokens=max_tokens, max_batch=batch, progress=progress)
-    answers = []
-    for conversation, result in zip(conversations, results, strict=True):
-        parts = engine.tokenizer.parse_assistant(result.ids)
-        question, reference = (message["content"] for message in conversation["messages"][-2:])
-        answers.append(
-            {
-                "question": question,
-                "answer": _readable(parts),
-                "reference": _readable(reference),
-                "correct": task.evaluate(conversation, parts),
-            }
-        )
-    return summarize(task.name, answers)
+
+    def answer_share() -> list[_Answered]:
+        writing = _Writing(max_tokens, num_samples, temperature, top_k, seed)
+        if not task.judged:
+            raise UserError(f"{task.name}: nobody can tell what is a right answer.", fix="Take it out of the tasks.")
+        asked = choose_items(task.name, len(task), limit)
+        share = asked[distributed.rank() :: distributed.world_size()]
+        report = _in_problems(progress, len(asked))
+        if task.kind == "categorical":
+            return _choose(engine, task, share, batch, report)
+        return _write(engine, task, share, writing, batch, report)
+
+    answered = _gather(agreed(answer_share))
+    details: dict[str, Any] = {"kind": task.kind, "cut_prompts": sum(each.cut for each in answered)}
+    if task.remark is not None:
+        details["remark"] = task.remark
+    if task.kind == "generative":
+        details["num_samples"] = num_samples
+        details["unfinished"] = sum(each.unfinished for each in answered)
+        details["pass_at_k"] = pass_at_k_rows([sum(each.correct) for each in answered], num_samples)
+    items = _distinct(each.item for each in answered)
+    return make_result(
+        task.name,
+        items,
+        [sum(each.correct) / len(each.correct) for each in answered],
+        baseline=task.baseline,
+        details=details,
+        answers=[{"item": item, **each.row} for item, each in zip(items, answered, strict=True)],
+    )
 
 
 def choose_items(name: str, size: int, limit: int | None) -> list[int]:
@@ -90,14 +162,109 @@ def choose_items(name: str, size: int, limit: int | None) -> list[int]:
     return sorted(random.Random(f"problems of {name}").sample(range(size), limit))
 
 
-def summarize(name: str, answers: list[dict[str, Any]]) -> TaskResult:
-    """Figures of judged answers (at least one)."""
-    n = len(answers)
-    correct = sum(answer["correct"] for answer in answers)
-    supposed = (correct + 1) / (n + 2)
-    return TaskResult(name, n, correct, correct / n, math.sqrt(supposed * (1 - supposed) / (n + 2)), answers)
+def item_of(conversation: Conversation) -> str:
+    """The name of a problem: a hash of its conversation, so that it is the same in whatever choice of problems."""
+    return hashlib.sha256(json.dumps(conversation, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _write(
+    engine: Engine, task: Task, share: Sequence[int], writing: _Writing, batch: int | None, report: Report | None
+) -> list[_Answered]:
+    """Write answers to problems, and have them judged."""
+    conversations = [task[index] for index in share]
+    reach, times = engine.net.config.rotary_reach, writing.num_samples
+    # An answer has room for its tokens, or at least for half of the positions.
+    prompts, cut = _prompts(engine, conversations, reach - 1, reach - min(writing.max_tokens, reach // 2))
+    results = engine.generate(
+        [prompt for prompt in prompts for _ in range(times)],
+        max_tokens=writing.max_tokens,
+        temperature=writing.temperature,
+        top_k=writing.top_k,
+        seed=writing.seed,
+        max_batch=batch,
+        indices=[index * MAX_SAMPLES + sample for index in share for sample in range(times)],
+        progress=report,
+    )
+    contents = [engine.tokenizer.parse_assistant(result.ids) for result in results]
+    verdicts = task.evaluate_all([each for each in conversations for _ in range(times)], contents)
+    answered = []
+    for place, (index, conversation) in enumerate(zip(share, conversations, strict=True)):
+        own = slice(place * times, (place + 1) * times)
+        unfinished = sum(result.finish_reason != "stop" for result in results[own])
+        answered.append(_answered(index, conversation, contents[own], verdicts[own], cut[place], unfinished))
+    return answered
+
+
+def _choose(
+    engine: Engine, task: Task, share: Sequence[int], batch: int | None, report: Report | None
+) -> list[_Answered]:
+    """Answer problems by the most likely of their letters."""
+    conversations = [task[index] for index in share]
+    reach = engine.net.config.rotary_reach
+    prompts, cut = _prompts(engine, conversations, reach, reach)
+    letters = [tuple(task.letters(conversation)) for conversation in conversations]
+    tokens = {each: letter_ids(engine.tokenizer, each, task.name) for each in set(letters)}
+    found = letter_probabilities(engine.net, prompts, [tokens[each] for each in letters], batch, report)
+    chances = [dict(zip(each, chance, strict=True)) for each, chance in zip(letters, found, strict=True)]
+    chosen = [max(each, key=each.__getitem__) for each in chances]
+    verdicts = task.evaluate_all(conversations, chosen)
+    answered = []
+    for place, (index, conversation) in enumerate(zip(share, conversations, strict=True)):
+        made = _answered(index, conversation, [chosen[place]], [verdicts[place]], cut[place])
+        made.row["probabilities"] = {letter: round(chance, 4) for letter, chance in chances[place].items()}
+        answered.append(made)
+    return answered
+
+
+def _prompts(
+    engine: Engine, conversations: Sequence[Conversation], longest: int, kept: int
+) -> tuple[list[list[int]], list[bool]]:
+    """What the answers follow on, and which of them were cut: one over ``longest`` ids has bos and its last ones."""
+    whole = [engine.tokenizer.render_for_completion(conversation) for conversation in conversations]
+    cut = [len(ids) > longest for ids in whole]
+    return [[ids[0], *ids[1 - kept :]] if is_cut else ids for ids, is_cut in zip(whole, cut, strict=True)], cut
+
+
+def _answered(
+    index: int,
+    conversation: Conversation,
+    contents: Sequence[Content],
+    verdicts: Sequence[bool],
+    cut: bool,
+    unfinished: int = 0,
+) -> _Answered:
+    """A problem with its answers and what the judge said of each."""
+    question, reference = (message["content"] for message in conversation["messages"][-2:])
+    samples = [{"answer": _readable(each), "correct": right} for each, right in zip(contents, verdicts, strict=True)]
+    row = {"question": question, "reference": _readable(reference), **samples[0]}
+    if len(samples) > 1:
+        row["samples"] = samples
+    return _Answered(index, item_of(conversation), list(verdicts), row, cut, unfinished)
 
 
 def _readable(content: str | Sequence[Mapping[str, str]]) -> str:
     """An assistant's message as one text, tool calls and results in brackets."""
     return content if isinstance(content, str) else "".join(readable(part["type"], part["text"]) for part in content)
+
+
+def _gather(mine: Sequence[_Answered]) -> list[_Answered]:
+    """The answers of all processes, in the order of the problems."""
+    texts = distributed.from_all(json.dumps([asdict(each) for each in mine]))
+    return sorted((_Answered(**each) for text in texts for each in json.loads(text)), key=lambda each: each.index)
+
+
+def _distinct(items: Iterable[str]) -> list[str]:
+    """Names that are all different: a problem that a task has several times gets a number from the second time on."""
+    seen: Counter[str] = Counter()
+    names = []
+    for item in items:
+        seen[item] += 1
+        names.append(item if seen[item] == 1 else f"{item}-{seen[item]}")
+    return names
+
+
+def _in_problems(progress: Report | None, num_problems: int) -> Report | None:
+    """Of a report on this process's answers, one on the problems of all."""
+    if progress is None:
+        return None
+    return lambda done, all_of_them: progress(num_problems * done // all_of_them, num_problems)
