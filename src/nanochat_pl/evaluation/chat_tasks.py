@@ -15,6 +15,7 @@ from typing import Any
 
 from nanochat_pl.common import distributed
 from nanochat_pl.common.errors import UserError
+from nanochat_pl.common.out_of_memory import out_of_memory_explained
 from nanochat_pl.common.together import agreed
 from nanochat_pl.engine import Engine, readable
 from nanochat_pl.evaluation.categorical import letter_ids, letter_probabilities
@@ -114,7 +115,8 @@ def evaluate_task(
         seed: of the draws. A problem's draws depend on nothing else but its index.
 
     Raises:
-        UserError: the task has no problems or no judge, or a setting is out of bounds.
+        UserError: the task has no problems or no judge, a setting is out of bounds, or memory ran out: on all
+            processes alike, so that a training may go on without the figure.
     """
 
     def answer_share() -> list[_Answered]:
@@ -124,9 +126,10 @@ def evaluate_task(
         asked = choose_items(task.name, len(task), limit)
         share = asked[distributed.rank() :: distributed.world_size()]
         report = _in_problems(progress, len(asked))
-        if task.kind == "categorical":
-            return _choose(engine, task, share, batch, report)
-        return _write(engine, task, share, writing, batch, report)
+        with out_of_memory_explained(task.name, "Use a smaller batch_size."):
+            if task.kind == "categorical":
+                return _choose(engine, task, share, batch, report)
+            return _write(engine, task, share, writing, batch, report)
 
     answered = _gather(agreed(answer_share))
     details: dict[str, Any] = {"kind": task.kind, "cut_prompts": sum(each.cut for each in answered)}

@@ -18,28 +18,12 @@ from torch import Tensor
 from nanochat_pl.common import distributed
 from nanochat_pl.common.console import say, say_from_any
 from nanochat_pl.common.errors import SharedError, UserError
+from nanochat_pl.common.out_of_memory import is_out_of_memory
 
 if TYPE_CHECKING:
     from nanochat_pl.training.stages import TrainingStage
 
-# How those say it whose exception is a plain RuntimeError: a CPU, an Apple GPU, the CUDA driver, cuBLAS, NCCL.
-MESSAGES = (
-    "DefaultCPUAllocator:",
-    "MPS backend out of memory",
-    "CUDA error: out of memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "Failed to CUDA calloc",
-    "Cuda failure 2 'out of memory'",
-    "Cuda failure 'out of memory'",
-)
 FIX = "Use a smaller model.sequence_len or model.depth, or trainer.activation_checkpointing=true."
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory ran out, on any device."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and any(message in str(error) for message in MESSAGES)
 
 
 def runs_out_of_memory(work: Callable[..., None], *arguments: Any) -> bool:
