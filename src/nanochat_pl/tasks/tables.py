@@ -1,0 +1,189 @@
+"""Tasks whose problems are rows of a published table: a data set of a hub, or files of the same columns."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar
+
+import numpy as np
+
+from nanochat_pl.common.errors import UserError
+from nanochat_pl.common.settings import setting, to_plain
+from nanochat_pl.data.cache_folder import fingerprint_of
+from nanochat_pl.data.hub_files import key_of_cache, typed_keys
+from nanochat_pl.data.tables import Row, TableFile, files_given, files_of_hub, files_of_mirror, read_rows
+from nanochat_pl.tasks.base import Split, Task, TaskSettings
+from nanochat_pl.tasks.context import TaskContext
+
+# Conversations that a fingerprint looks at: enough to see a change of their form.
+_FIRST = 16
+_MOST_CHOICES = 26
+
+
+@dataclass(frozen=True)
+class TableSettings(TaskSettings):
+    """Problems out of a table of the hub: fetched by nanochat-pl download, or found in paths.hub."""
+
+    size: int | None = setting(None, "Training problems, from start on; null: all.", at_least=1)
+    start: int = setting(0, "Training problems that are passed over, in the order of order_seed.", at_least=0)
+    test_size: int = setting(100_000, "Held-out problems, or as many as there are.", at_least=1)
+    repo: str = setting("", "Data set on the hub: OWNER/NAME.")
+    revision: str | None = setting(None, "Branch, tag or commit of repo; null: main.")
+    config: str = setting("", "Which part of repo: the folder of its tables.")
+    train_split: str = setting("train", "Split of repo that is trained on.")
+    test_split: str = setting("test", "Split of repo that is held out.")
+    path: str | None = setting(
+        None, "Files to train on instead: file, folder or glob; parquet or JSON lines with the columns of repo."
+    )
+    test_path: str | None = setting(None, "Files to hold out instead.")
+    order_seed: int | None = setting(
+        42,
+        "Seed of the order of the rows, in which start, size and test_size count; null: that of the files.",
+        at_least=0,
+        at_most=2**32 - 1,
+    )
+
+    def __post_init__(self) -> None:
+        problems = []
+        if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", self.repo):
+            problems.append(f"repo={self.repo!r}: is no data set's name, OWNER/NAME.")
+        for key in ("config", "train_split", "test_split"):
+            if not re.fullmatch(r"[\w-][\w.-]*", getattr(self, key)):
+                problems.append(f"{key}={getattr(self, key)!r}: is no name of a part of a data set.")
+        if self.train_split == self.test_split and self.path is None and self.test_path is None:
+            problems.append(f"test_split={self.test_split!r}: is trained on, as train_split says.")
+        if problems:
+            raise UserError(problems)
+
+    @property
+    def files(self) -> str:
+        """Glob for the files of ``repo``: all splits of ``config``."""
+        return f"{self.config}/*.parquet"
+
+
+class TableTask(Task):
+    """A task of a table's rows, in one seeded order.
+
+    A row is looked at when its conversation is asked for; one that is no problem of this task raises a UserError that
+    names file and row.
+
+    Attributes:
+        columns: those that are read.
+        files: the tables, in order.
+    """
+
+    columns: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, name: str, settings: TableSettings, split: Split, context: TaskContext) -> None:
+        """
+        Args:
+            name: the task's.
+            settings: which table, and how much of it.
+            split: which part.
+            context: where data lies.
+
+        Raises:
+            UserError: a file is missing (the fix is the command that fetches it), cannot be read, or lacks a column.
+        """
+        self.settings = settings
+        self.where = f"{context.where}.{name}"
+        self.files = _files(name, self.where, settings, split, context)
+        read = [(file, place, row) for file in self.files for place, row in enumerate(read_rows(file, self.columns))]
+        self._rows = [read[number] for number in self.select([row for _, _, row in read])]
+        order = range(len(self._rows))
+        if settings.order_seed is not None:
+            order = np.random.default_rng(settings.order_seed).permutation(len(self._rows)).tolist()
+        self._order = order[settings.start :][: settings.size] if split == "train" else order[: settings.test_size]
+        if not self._order:
+            raise UserError(f"{self.where}.start={settings.start}: nothing of its {len(self._rows):,} rows is left.")
+        super().__init__(name, split, len(self._order))
+
+    @classmethod
+    def from_settings(cls, settings: TableSettings, split: Split, context: TaskContext) -> Task:
+        return cls(settings, split, context)  # type: ignore[call-arg]
+
+    def select(self, rows: Sequence[Row]) -> list[int]:
+        """Which rows of the files, by number, belong to the task: all of them."""
+        return list(range(len(rows)))
+
+    def row(self, index: int) -> Row:
+        """The row of a conversation."""
+        return self._rows[self._order[index]][2]
+
+    def origin(self, index: int) -> str:
+        """File and row, from 0, of a conversation."""
+        file, place, _ = self._rows[self._order[index]]
+        return f"{file.name}, row {place:,}"
+
+    def bad_row(self, index: int, problem: str) -> UserError:
+        """What is said of a row that is no problem of this task."""
+        return UserError(f"{self.where}: {self.origin(index)}: {problem}", "Mend the row, or leave it out of the file.")
+
+    def text(self, index: int, column: str) -> str:
+        """The text in a column of a conversation's row. Raises UserError where it is none."""
+        value = self.row(index)[column]
+        if not isinstance(value, str):
+            raise self.bad_row(index, f"{column} is {type(value).__name__}, not text.")
+        return value
+
+    def texts(self, index: int, what: str, values: object) -> list[str]:
+        """Values of a row that have to be texts, from two to 26. Raises UserError where they are not."""
+        if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+            raise self.bad_row(index, f"{what} is no list of texts.")
+        if not 2 <= len(values) <= _MOST_CHOICES:
+            raise self.bad_row(index, f"{what} has {len(values):,} entries, not 2 … {_MOST_CHOICES}.")
+        return values
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the files, of what is taken from them in which order, and of the form of the first conversations."""
+        files = [file.sha256 for file in self.files]
+        first = [self[index] for index in range(min(_FIRST, len(self)))]
+        general = {field.name for field in dataclasses.fields(TableSettings)}
+        own = {key: value for key, value in to_plain(self.settings).items() if key not in general}
+        return fingerprint_of("table 1", self.name, self.split, files, own, list(self._order), first)
+
+
+def _files(name: str, where: str, settings: TableSettings, split: Split, context: TaskContext) -> list[TableFile]:
+    """The files of a split: given ones, else those of the mirror, else downloaded ones."""
+    given = {key: getattr(settings, key) for key in ("path", "test_path")}
+    key = "path" if split == "train" else "test_path"
+    if given[key] is not None:
+        files = files_given(f"{where}.{key}", given[key], context.cache_dir)
+        other = "test_path" if key == "path" else "path"
+        if given[other] is not None:
+            _refuse_shared(where, files, files_given(f"{where}.{other}", given[other], context.cache_dir))
+        return files
+    table = settings.train_split if split == "train" else settings.test_split
+    if context.hub is not None and settings.revision is None:
+        files = files_of_mirror(context.hub, settings.repo, settings.config, table, context.cache_dir)
+        if files:
+            return files
+        where += f": not in paths.hub={context.hub}"
+    fix = how_to_fetch(name, settings, context)
+    return files_of_hub(where, settings.repo, settings.revision, settings.config, table, context.cache_dir, fix)
+
+
+def how_to_fetch(name: str, settings: TableSettings, context: TaskContext) -> str:
+    """The command that fetches a task's table."""
+    default = type(settings)()
+    keys = {"task": name}
+    for key in ("repo", "revision", "config"):
+        if getattr(settings, key) != getattr(default, key):
+            keys[f"{key}"] = str(getattr(settings, key))
+    return f"Fetch it: nanochat-pl download {typed_keys(keys | key_of_cache(context.cache_dir))}"
+
+
+def _refuse_shared(where: str, files: Sequence[TableFile], others: Sequence[TableFile]) -> None:
+    contents = {file.sha256: file for file in others}
+    for file in files:
+        if file.sha256 in contents:
+            raise UserError(
+                f"{where}: {file.path} and {contents[file.sha256].path} have the same contents; one is trained on, the "
+                "other held out.",
+                f"Leave it to one of {where}.path and {where}.test_path.",
+            )
