@@ -192,7 +192,10 @@ def from_plain(value: Mapping[str, Any], where: str) -> TaskResult:
     Raises:
         UserError: it is no result, or its figures are not those of its outcomes.
     """
-    stated = settings.build(_Stated, value, where)
+    try:
+        stated = settings.build(_Stated, value, where)
+    except RecursionError as error:
+        raise UserError(f"{where}: lists and groups within each other, too many.") from error
     if len({len(stated.items), len(set(stated.items)), len(stated.outcomes), stated.n}) > 1:
         raise UserError(
             f"{where}: n={stated.n}, {len(set(stated.items))} different items of {len(stated.items)}, "
