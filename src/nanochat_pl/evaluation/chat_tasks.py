@@ -121,6 +121,8 @@ def evaluate_task(
 
     def answer_share() -> list[_Answered]:
         writing = _Writing(max_tokens, num_samples, temperature, top_k, seed)
+        if batch is not None and batch < 1:
+            raise UserError(f"batch_size={batch}: must be at least 1.")
         if not task.judged:
             raise UserError(f"{task.name}: nobody can tell what is a right answer.", fix="Take it out of the tasks.")
         asked = choose_items(task.name, len(task), limit)
