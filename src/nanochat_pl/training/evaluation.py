@@ -153,7 +153,7 @@ def open_validation(
     return MixedValidation(parts, source.turns.shares)
 
 
-class _Voice(NamedTuple):
+class Voice(NamedTuple):
     """What the engine needs of a model in training."""
 
     net: GPT
@@ -171,7 +171,7 @@ class Samples:
         samples: list[Sample] = []
 
         def sample() -> None:
-            samples.extend(write_samples(Engine(_Voice(net, tokenizer)), self.prompts, self.max_tokens))
+            samples.extend(write_samples(Engine(Voice(net, tokenizer)), self.prompts, self.max_tokens))
 
         net.eval()
         ran_out = runs_out_of_memory(sample)

@@ -17,6 +17,7 @@ from nanochat_pl.common.console import say
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.data.mixed_rows import MixedRows
 from nanochat_pl.training.agreement import ProcessesAgree
+from nanochat_pl.training.benchmarks import Benchmark, PeriodicBenchmarks, columns_of
 from nanochat_pl.training.datamodule import RowsDataModule
 from nanochat_pl.training.evaluation import MixedValidation, PeriodicEvaluation, Samples, Validation
 from nanochat_pl.training.garbage import GarbageCollection
@@ -48,6 +49,7 @@ class Fitting:
     peak_flops: float | None
     validation: Validation | MixedValidation | None
     samples: Samples
+    benchmarks: Sequence[Benchmark] = ()
     mixed: MixedRows | None = None
     loggers: Sequence[Logger] = ()
     callbacks: Sequence[Callback] = ()
@@ -75,7 +77,8 @@ def fit(stage: TrainingStage, data: RowsDataModule, fitting: Fitting) -> Fitted:
     first_step = together.agreed(
         lambda: step_to_go_on_from(resume_from, stage.recipe, fitting.resume_with_changes) if resume_from else 0
     )
-    csv = MetricsCSV(fitting.folder / "metrics.csv", fitting.mixed.names if fitting.mixed else ())
+    sources = fitting.mixed.names if fitting.mixed else ()
+    csv = MetricsCSV(fitting.folder / "metrics.csv", sources, columns_of(fitting.benchmarks))
     figures_kept = together.by_main(lambda: csv.rewind(first_step))
     together.by_main(lambda: fitting.samples.rewind(first_step))
     spikes = LossSpikes(fitting.folder, fitting.trainer.spike_sigmas)
@@ -102,9 +105,11 @@ def fit(stage: TrainingStage, data: RowsDataModule, fitting: Fitting) -> Fitted:
         clock,
         stop.check,
     )
+    benchmarks = PeriodicBenchmarks(fitting.benchmarks, clock, stop.check)
     garbage = GarbageCollection(clock)
     # The order matters: figures first, then the file that holds them, then what may fail or take long.
-    ours = [stop, agree, metrics, TrainingProgress(fitting.name, metrics), spikes, resume_files, evaluation, garbage]
+    looking_on = [TrainingProgress(fitting.name, metrics), spikes]
+    ours = [stop, agree, metrics, *looking_on, resume_files, evaluation, benchmarks, garbage]
     deterministic_before = torch.are_deterministic_algorithms_enabled()
     # Callbacks of others may want a logger on each process.
     loggers: list[Logger] = [csv, *fitting.loggers] if distributed.is_main() else [DummyLogger()]

@@ -63,14 +63,16 @@ class MetricsCSV(Logger):
     Args:
         path: of the file.
         sources: names of a mixture's sources; each has columns of its own.
+        further: further columns.
     """
 
-    def __init__(self, path: Path, sources: Sequence[str] = ()) -> None:
+    def __init__(self, path: Path, sources: Sequence[str] = (), further: Sequence[str] = ()) -> None:
         super().__init__()
         self.path = path
         self.columns = (
             *COLUMNS,
             *(name_by_source(column, source) for source in sources for column in COLUMNS_BY_SOURCE),
+            *further,
         )
         self._row: dict[str, Any] = {}
         self._row_starts_at: int | None = None

@@ -9,12 +9,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from nanochat_pl.bundle.bundle import MODEL, load_config, load_moments, load_stage_info, load_tokenizer, load_weights
 from nanochat_pl.common.console import by_difference, progress, say
 from nanochat_pl.common.files import sha256_of_file
 from nanochat_pl.common.run_folder import StageFolder
 from nanochat_pl.common.settings import to_plain
 from nanochat_pl.data.conversation_cache import ConversationCache, Trained, build_conversation_cache
+from nanochat_pl.data.packing import Shuffle
 from nanochat_pl.data.row_index import RowIndex
 from nanochat_pl.data.rows import Rows, packed_rows
 from nanochat_pl.planning import Inherited, Plan, make_finetune_plan
@@ -68,7 +71,8 @@ def prepare_sft(
         buffer_documents=PADDED_BUFFER,
         refill_documents=1,
     )
-    train_rows = partial(padded, train_cache, seed=config.seed)
+    shuffle: Shuffle = "none" if mixture.in_sequence else "global"
+    train_rows = partial(padded, train_cache, seed=config.seed, shuffle=shuffle)
     rows = rows_of_epochs(train_rows, config.stage.num_epochs)
     plan = make_finetune_plan(
         model,
@@ -85,6 +89,8 @@ def prepare_sft(
     if config.max_steps is not None or config.flops_budget is not None:
         num_rows = plan["num_steps"] * plan["rows_per_step"]
         rows = train_rows(num_rows=num_rows, epochs=num_rows)  # an epoch has a row at least
+    if mixture.in_sequence:
+        _announce_sequence(mixture, rows)
     fixed = padded(test_cache, seed=VALIDATION_SEED, epochs=1)
     _announce_rows(mixture, train_cache, rows)
     weights_hash = sha256_of_file(parent.bundle / MODEL)
@@ -142,6 +148,15 @@ def _announce_inherited(plan: Plan) -> None:
     for name, derived in plan.values.items():
         if derived.overridden_by and derived.overridden_by.startswith("inherited"):
             say(f"{name} = {derived.value:g}, {derived.overridden_by}.")
+
+
+def _announce_sequence(mixture: Mixture, rows: Rows) -> None:
+    """Say in which order the tasks come, and which ones are not reached."""
+    names = list(mixture.tasks)
+    _, pieces = rows.index.pieces_of(np.arange(len(rows)))
+    last = names.index(mixture.place(int(pieces[:, 0].max()))[0])
+    not_reached = f"; not reached: {', '.join(names[last + 1 :])}" if names[last + 1 :] else ""
+    say(f"In sequence: {', '.join(names[: last + 1])}{not_reached}.")
 
 
 def _announce_rows(mixture: Mixture, cache: ConversationCache, rows: Rows) -> None:

@@ -22,6 +22,8 @@ from nanochat_pl.data.mixed_rows import MixedRows
 from nanochat_pl.data.opening import open_source
 from nanochat_pl.model.loss import default_chunk_tokens
 from nanochat_pl.planning import Plan, hyperparameters
+from nanochat_pl.tasks.context import TaskContext
+from nanochat_pl.training.benchmarks import Benchmark, measure, open_benchmarks
 from nanochat_pl.training.changes import read_changes
 from nanochat_pl.training.datamodule import RowsDataModule
 from nanochat_pl.training.evaluation import Samples
@@ -74,8 +76,13 @@ def train_stage(
     on_plan(prepared.plan)
     together.agreed(lambda: _require_short_prompts(config, prepared))
     together.by_main(lambda: write_json(folder.path / "plan.json", prepared.plan.to_plain()))
+    hub = config.paths.hub_folder
+    context = TaskContext(cache, config.data.max_bad_fraction, hub, where="evaluation.chat")
+    benchmarks = together.main_first(
+        lambda: open_benchmarks(config.stage, config.evaluation, prepared.tokenizer, context)
+    )
     loggers = together.agreed(lambda: make_loggers() if distributed.is_main() else [])
-    _train(config, folder, machine, prepared, resume_from, loggers, together.agreed(make_callbacks))
+    _train(config, folder, machine, prepared, resume_from, loggers, together.agreed(make_callbacks), benchmarks)
 
 
 def _train(
@@ -86,6 +93,7 @@ def _train(
     resume_from: Path | None,
     loggers: Sequence[Logger],
     callbacks: Sequence[Callback],
+    benchmarks: Sequence[Benchmark],
 ) -> None:
     plan = prepared.plan
     stage = _make_stage(config, machine, prepared)
@@ -108,6 +116,7 @@ def _train(
         peak_flops=machine.peak_flops,
         validation=prepared.validation,
         samples=samples,
+        benchmarks=benchmarks,
         mixed=prepared.rows if isinstance(prepared.rows, MixedRows) else None,
         loggers=loggers,
         callbacks=callbacks,
@@ -115,7 +124,7 @@ def _train(
         resume_with_changes=config.resume_with_changes,
     )
     fitted = fit(stage, data, fitting)
-    _finish(config, folder, prepared, stage, fitted, samples)
+    _finish(config, folder, prepared, stage, fitted, samples, benchmarks)
 
 
 def _require_short_prompts(config: TrainConfig, prepared: Prepared) -> None:
@@ -172,7 +181,13 @@ def _finite(figures: Mapping[str, float]) -> dict[str, float]:
 
 
 def _finish(
-    config: TrainConfig, folder: StageFolder, prepared: Prepared, stage: TrainingStage, fitted: Fitted, samples: Samples
+    config: TrainConfig,
+    folder: StageFolder,
+    prepared: Prepared,
+    stage: TrainingStage,
+    fitted: Fitted,
+    samples: Samples,
+    benchmarks: Sequence[Benchmark],
 ) -> None:
     """Measure, sample, write the bundle, and last of all the mark that the stage is finished."""
     assert stage.net is not None
@@ -181,7 +196,10 @@ def _finish(
         say(f"{config.stage.name}: a callback ended the training after step {step:,} of {stage.num_steps:,}.")
     together.by_main(lambda: announce_streamed(prepared))
     say("Final validation and samples …")
-    figures = _finite(prepared.validation.measure(stage.net))
+    measured = prepared.validation.measure(stage.net)
+    for benchmark in benchmarks:
+        measured |= measure(benchmark, stage.net)
+    figures = _finite(measured)
     moments = stage.optimizer.moments_by_name()  # of all processes
     net = stage.net
 

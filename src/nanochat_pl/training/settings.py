@@ -12,6 +12,7 @@ from nanochat_pl.common.run_folder import CHAT_STAGES
 from nanochat_pl.common.settings import setting
 from nanochat_pl.data.conversation_cache import Trained
 from nanochat_pl.data.sources import DataSettings
+from nanochat_pl.evaluation.core import CoreSettings
 from nanochat_pl.evaluation.samples import DEFAULT_PROMPTS
 from nanochat_pl.model.config import ModelSettings
 from nanochat_pl.optim.schedules import ScheduleSettings
@@ -20,7 +21,7 @@ from nanochat_pl.planning.devices import Device
 from nanochat_pl.planning.horizon import HorizonSettings
 from nanochat_pl.planning.memory import MemoryKnobs
 from nanochat_pl.planning.rows import RowOptions
-from nanochat_pl.tasks.settings import MixtureSettings
+from nanochat_pl.tasks.settings import MixtureSettings, MixtureTasks
 from nanochat_pl.tokenizer.training import TokenizerSettings
 from nanochat_pl.training.guards import OnNonfinite
 from nanochat_pl.training.trainer_arguments import explain_argument
@@ -135,6 +136,23 @@ class EvaluationSettings:
         factory=lambda: list(DEFAULT_PROMPTS), doc="What the samples continue.", max_length=100
     )
     sample_tokens: int = setting(16, "New tokens of a sample.", at_least=1, at_most=4096)
+    core_every_steps: int | None = setting(
+        2000, "Of base: steps between two measurements of CORE; 0: only at the end; null: never.", at_least=0
+    )
+    core: CoreSettings = setting(
+        factory=CoreSettings, doc="Which data CORE takes, and how much; left out where it is not here."
+    )
+    chat_every_steps: int | None = setting(
+        200, "Of mid and sft: steps between two measurements of chat; 0: only at the end; null: never.", at_least=0
+    )
+    chat: MixtureTasks = setting(factory=MixtureTasks, doc="The tasks that are measured then, as in mixture.tasks.")
+    chat_limit: int | None = setting(
+        None, "Problems of each task whose answer is a letter; null: all that it holds out.", at_least=1
+    )
+    chat_limit_generative: int | None = setting(
+        24, "Problems of each task whose answer is written; null: all that it holds out.", at_least=1
+    )
+    chat_max_tokens: int = setting(256, "Most tokens of a written answer.", at_least=1, at_most=4096)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,180 @@
+"""Benchmarks of a model while it trains: CORE of a base model, tasks of one that chats. All processes take part."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, Trainer
+
+from nanochat_pl.common.console import say
+from nanochat_pl.common.errors import UserError
+from nanochat_pl.data.eval_bundle import bundle_in_cache
+from nanochat_pl.engine import Engine
+from nanochat_pl.evaluation.categorical import letter_ids
+from nanochat_pl.evaluation.chat_tasks import evaluate_task
+from nanochat_pl.evaluation.core import evaluate_core_task, open_core
+from nanochat_pl.evaluation.results import TaskResult, summarize
+from nanochat_pl.model.gpt import GPT
+from nanochat_pl.tasks.context import TaskContext
+from nanochat_pl.tasks.mixture import build_tasks
+from nanochat_pl.tokenizer import Tokenizer
+from nanochat_pl.training.evaluation import Voice
+from nanochat_pl.training.metrics import StepClock, log_everywhere
+from nanochat_pl.training.out_of_memory import release_memory, runs_out_of_memory
+from nanochat_pl.training.settings import EvaluationSettings, StageSettings
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """Tasks that are measured again and again.
+
+    Attributes:
+        name: stands before the figures' names: ``core/arc_easy``.
+        every_steps: steps between two measurements; 0: only at the end of the stage.
+        tasks: their names.
+        measure_task: measures one of them, on all processes.
+    """
+
+    name: str
+    every_steps: int
+    tasks: Sequence[str]
+    measure_task: Callable[[str, GPT], TaskResult]
+
+
+def open_benchmarks(
+    stage: StageSettings, settings: EvaluationSettings, tokenizer: Tokenizer, context: TaskContext
+) -> list[Benchmark]:
+    """What is measured while a stage trains: CORE while it is taught text, tasks while it is taught to answer.
+
+    Raises:
+        UserError: a task cannot be measured, or is not here.
+    """
+    if not stage.trains_on_conversations:
+        return _open_core(settings, tokenizer, context.cache_dir, context.hub)
+    if settings.chat_every_steps is None or not settings.chat.chosen():
+        return []
+    tasks = build_tasks(settings.chat, "test", context)
+    if not_judged := [name for name, task in tasks.items() if not task.judged]:
+        raise UserError(f"evaluation.chat: {', '.join(not_judged)}: nobody can tell what a right answer is there.")
+    for name, task in tasks.items():
+        if task.kind == "categorical":
+            letter_ids(tokenizer, task.letters(task[0]), name)
+
+    def measure_task(name: str, net: GPT) -> TaskResult:
+        task = tasks[name]
+        limit = settings.chat_limit if task.kind == "categorical" else settings.chat_limit_generative
+        return evaluate_task(Engine(Voice(net, tokenizer)), task, limit, settings.chat_max_tokens)
+
+    return [Benchmark("chat", settings.chat_every_steps, list(tasks), measure_task)]
+
+
+def _open_core(
+    settings: EvaluationSettings, tokenizer: Tokenizer, cache_dir: Path, hub: Path | None
+) -> list[Benchmark]:
+    if settings.core_every_steps is None:
+        return []
+    if settings.core.path is None and not bundle_in_cache(cache_dir).is_dir():
+        say("CORE is left out: its data is not here (nanochat-pl download eval_bundle=true).")
+        return []
+    bundle = open_core(settings.core, cache_dir, hub)
+    if bundle.missing:
+        say(f"CORE: {len(bundle.tasks)} tasks; the evaluation bundle lacks {', '.join(bundle.missing)}.")
+
+    def measure_task(name: str, net: GPT) -> TaskResult:
+        return evaluate_core_task(bundle, name, net, tokenizer)
+
+    return [Benchmark("core", settings.core_every_steps, bundle.tasks, measure_task)]
+
+
+def columns_of(benchmarks: Sequence[Benchmark]) -> list[str]:
+    """The names of all figures that these can give."""
+    return [f"{each.name}/{figure}" for each in benchmarks for figure in (*each.tasks, "mean", "mean_stderr")]
+
+
+def measure(benchmark: Benchmark, net: GPT, between: Callable[[], None] = lambda: None) -> dict[str, float]:
+    """Accuracy of each task; mean and standard error of the centered accuracies, where every task could be measured.
+
+    A task that cannot be measured (memory runs out, say) is left out with a word: no reason to end a training.
+
+    Args:
+        net: the model; it is in training mode again afterwards.
+        between: called before each task, on all processes.
+    """
+    name, results = benchmark.name, list[TaskResult]()
+    say(f"{name}: {len(benchmark.tasks)} tasks …")
+    net.eval()
+    for task in benchmark.tasks:
+        between()
+        results += _measure_task(benchmark, task, net)
+    net.train()
+    figures = {f"{name}/{result.name}": result.accuracy for result in results}
+    if len(results) == len(benchmark.tasks):
+        mean = summarize(name, results)
+        say(f"{name}: {mean.value:.4f} ± {mean.stderr:.4f}, the mean of {mean.num_tasks} centered accuracies.")
+        figures |= {f"{name}/mean": mean.value, f"{name}/mean_stderr": mean.stderr}
+    return figures
+
+
+def _measure_task(benchmark: Benchmark, task: str, net: GPT) -> list[TaskResult]:
+    """The result of a task, or none."""
+    found: list[TaskResult] = []
+    why = "out of memory"
+
+    def work() -> None:
+        found.append(benchmark.measure_task(task, net))
+
+    try:
+        ran_out = runs_out_of_memory(work)
+    except UserError as error:  # all processes raise it
+        ran_out, why = True, error.problems[0]
+    if ran_out:
+        release_memory(net.device)
+        say(f"{benchmark.name}: {task} is left out of this measurement: {why}")
+    return found
+
+
+class PeriodicBenchmarks(Callback):
+    """Measures benchmarks every N steps. The last step is left to the end of the stage, which always measures.
+
+    Args:
+        benchmarks: which.
+        clock: stands still meanwhile.
+        check_stop: called before each task; ends the training where that was asked for.
+    """
+
+    def __init__(self, benchmarks: Sequence[Benchmark], clock: StepClock, check_stop: Callable[[], None]) -> None:
+        self.benchmarks, self.clock, self.check_stop = benchmarks, clock, check_stop
+        self._measured: dict[str, int] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The step that each was measured at last: a run that goes on from there does not measure it again."""
+        return {"measured": self._measured}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a resume file."""
+        self._measured = dict(state_dict["measured"])
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Make up for what a stop kept from being measured after the step of the resume file."""
+        if trainer.global_step > 0:
+            self._measure(trainer, pl_module.net)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """After a step."""
+        self._measure(trainer, pl_module.net)
+
+    def _measure(self, trainer: Trainer, net: GPT) -> None:
+        step = trainer.global_step
+        for benchmark in self.benchmarks if step < trainer.max_steps else ():
+            every = benchmark.every_steps
+            if not every or step % every or self._measured.get(benchmark.name) == step:
+                continue
+            with self.clock.paused():
+                figures = measure(benchmark, net, self.check_stop)
+                trainer.callback_metrics.update({name: torch.tensor(value) for name, value in figures.items()})
+                log_everywhere(trainer, figures)
+            self._measured[benchmark.name] = step
