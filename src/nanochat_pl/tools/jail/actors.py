@@ -1,0 +1,168 @@
+"""The two that speak: the one that has the program, and the one that has its tests.
+
+They are processes of their own. The first may say whatever it likes, as values that do nothing; the second alone knows
+the tests and gives the verdict.
+"""
+
+from __future__ import annotations
+
+import builtins
+import os
+import sys
+import traceback
+import types
+from typing import Any, cast
+
+from nanochat_pl.tools.jail import values
+
+LOADED = "loaded"
+TEXT = 300  # characters of a message
+
+
+class _Gone(BaseException):
+    """The program ended, or does not keep to the protocol. No test can catch it and go on: see Candidate."""
+
+
+def say(error: BaseException) -> str:
+    """An error in one line. Errors may be of a foreign class."""
+    try:
+        text = str(error)[:TEXT].partition("\n")[0]
+        return f"{type(error).__name__}: {text}" if text else str(type(error).__name__)
+    except BaseException:
+        return "an exception that cannot be printed"
+
+
+def run_program(source: str) -> None:
+    """Run foreign code as Python runs a script, and end this process with its exit code."""
+    code = 1
+    try:
+        exec(compile(source, "program.py", "exec"), _new_main())
+        code = 0
+    except SystemExit as leave:
+        code = leave.code if type(leave.code) is int else int(leave.code is not None)
+    except BaseException as error:
+        behind = error.__traceback__.tb_next if error.__traceback__ is not None else None
+        traceback.print_exception(type(error), error, behind, limit=-3)
+    _flush()
+    os._exit(code & 0xFF)
+
+
+def _new_main(name: str = "__main__") -> dict[str, object]:
+    module = types.ModuleType(name)
+    sys.modules[name] = module
+    return module.__dict__
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except BaseException:  # they are the program's by now
+            continue
+
+
+def answer_calls(source: str, entry_point: str, calls: int, answers: int) -> None:
+    """Define a foreign function, then call it as asked on ``calls`` until that is closed. Ends this process."""
+    try:
+        names = _new_main("solution")
+        try:
+            exec(compile(source, "program.py", "exec"), names)
+            function = names[entry_point]
+        except KeyError as error:
+            missing = entry_point not in names
+            text = f"NameError: there is no {entry_point}" if missing else say(error)
+            values.send(answers, {"raised": ["NameError" if missing else "KeyError", text]})
+            return
+        except BaseException as error:
+            values.send(answers, {"raised": [type(error).__name__, say(error)]})
+            return
+        values.send(answers, {"value": LOADED})
+        while True:
+            arguments, keywords = cast(Any, values.receive(calls))
+            try:
+                values.send(answers, {"value": cast(Any, function)(*arguments, **keywords)})
+            except BaseException as error:
+                values.send(answers, {"raised": [type(error).__name__, say(error)]})
+    except BaseException:
+        pass
+    finally:
+        _flush()
+        os._exit(0)
+
+
+class Candidate:
+    """What the tests call: hands the arguments to the other process and gives what comes back.
+
+    Attributes:
+        gone: why the program can no longer be asked. It stays, so that tests which catch everything cannot pass.
+        raised: the last exception that came from the program.
+    """
+
+    def __init__(self, calls: int, answers: int) -> None:
+        self._calls = calls
+        self._answers = answers
+        self.gone: str | None = None
+        self.raised: Exception | None = None
+
+    def __call__(self, *arguments: object, **keywords: object) -> object:
+        if self.gone is not None:
+            raise _Gone
+        try:
+            values.send(self._calls, (arguments, keywords))
+        except values.Broken as error:
+            self.gone = str(error)
+            raise _Gone from None
+        return self.listen()
+
+    def listen(self) -> object:
+        """The next answer. Raises what the program raised, if that is an exception of Python's own."""
+        try:
+            answer = values.receive(self._answers)
+            if type(answer) is not dict or len(answer) != 1:
+                raise values.Broken("no answer")
+            if "value" in answer:
+                return answer["value"]
+            name, text = answer["raised"]
+            kind = getattr(builtins, str(name), None)
+            if not (isinstance(kind, type) and issubclass(kind, Exception)):
+                kind = RuntimeError
+        except (values.Broken, KeyError, ValueError, TypeError) as error:
+            self.gone = str(error)
+            raise _Gone from None
+        try:
+            self.raised = kind(str(text))
+        except TypeError:  # one that wants other arguments
+            self.raised = RuntimeError(str(text))
+        raise self.raised
+
+
+def judge(job: dict[str, str], calls: int, answers: int) -> dict[str, str]:
+    """Execute the tests. Gives ``reason`` and ``message``; ``reason`` is "gone" where the program's end must tell."""
+    candidate = Candidate(calls, answers)
+    try:
+        if candidate.listen() != LOADED:
+            return {"reason": "error", "message": "the program spoke first"}
+        names = _new_main("tests")
+        exec(compile(job["trusted"], "trusted.py", "exec"), names)
+        names[job["entry_point"]] = candidate
+        exec(compile(job["tests"], "tests.py", "exec"), names)
+        cast(Any, names["check"])(candidate)
+        passed, error = candidate.gone is None, None
+    except BaseException as caught:
+        passed, error = False, caught
+    if passed:
+        return {"reason": "passed", "message": "passed"}
+    if candidate.gone is not None:
+        return {"reason": "gone", "message": f"the program ended before its tests were through ({candidate.gone})"}
+    assert error is not None
+    return _verdict(error, candidate.raised)
+
+
+def _verdict(error: BaseException, raised: Exception | None) -> dict[str, str]:
+    if error is raised:
+        reason = "memory" if isinstance(error, MemoryError) else "error"
+        return {"reason": reason, "message": f"the program raised {error.args[0]}"}
+    if isinstance(error, AssertionError):
+        line = traceback.extract_tb(error.__traceback__)[-1].lineno
+        return {"reason": "failed", "message": f"the assertion in line {line} of the tests does not hold"}
+    return {"reason": "error", "message": f"the tests raised {say(error)}"}

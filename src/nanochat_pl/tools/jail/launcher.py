@@ -1,0 +1,65 @@
+"""Start a program behind walls, watch it, and print how it came out as one line of JSON.
+
+Run by the sandbox as ``python -I -S launcher.py CONFIG``. Who is who:
+
+- this process leaves the system's namespaces and waits for the supervisor;
+- the supervisor is the first process of the jail: when it ends, the kernel ends all others. It has the clock;
+- the judge has the tests, if there are any;
+- the warden is the first process of a process namespace inside of the jail's; its child is the program.
+
+The program and the tests lie in two files without a name, which only the two that need them read. So no secret is ever
+in the memory of the process from which the program is forked.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[3]))
+from nanochat_pl.tools.jail import supervisor, walls  # without site-packages, it is found here alone
+
+del sys.path[0]
+
+
+def main() -> None:
+    """One line on stdout: ``{"missing": [wall: why, …]}``, or ``reason``, ``message``, ``seconds`` and ``output``."""
+    config = json.loads(sys.argv[1])
+    os.environ.clear()
+    if config["probe"]:
+        return supervisor.report({"missing": missing_walls()})
+    try:
+        if config["strict"]:
+            os.chdir(config["prefix"])
+            walls.enter_namespaces(config["first"])
+    except walls.WallMissing as missing:
+        return supervisor.report({"missing": [str(missing)]})
+    pid = os.fork()
+    if pid == 0:
+        supervisor.supervise(config)
+    os.waitpid(pid, 0)
+
+
+def missing_walls() -> list[str]:
+    """Which walls this system does not give, each tried in a process of its own."""
+    missing = []
+    for name in (*walls.NAMESPACES, "system call filter"):
+        read_end, write_end = os.pipe()
+        if os.fork() == 0:
+            try:
+                walls.try_namespace(name) if name in walls.NAMESPACES else walls.filter_system_calls(signals=True)
+            except walls.WallMissing as absent:
+                os.write(write_end, str(absent).encode())
+            os._exit(0)
+        os.close(write_end)
+        os.wait()
+        if problem := os.read(read_end, 1000).decode():
+            missing.append(problem)
+        os.close(read_end)
+    return missing
+
+
+if __name__ == "__main__":
+    main()

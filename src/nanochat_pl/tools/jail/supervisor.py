@@ -1,0 +1,289 @@
+"""The supervisor of a jail: starts the judge and the program, watches both, and says how it came out."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import signal
+import time
+import traceback
+from pathlib import Path
+
+from nanochat_pl.tools.jail import actors, walls
+
+TICK = {True: 0.02, False: 0.1}  # seconds between two looks at what the processes use, strict and weak
+Found = dict[str, str]  # reason and message
+_PAGE = os.sysconf("SC_PAGE_SIZE")
+
+
+def report(found: dict[str, object]) -> None:
+    os.write(1, json.dumps(found).encode() + b"\n")
+
+
+def supervise(config: dict) -> None:
+    """Run one job, report, and end this process; in a jail all others with it."""
+    try:
+        walls.end_with_parent()
+        walls.keep_orphans()
+        report(Supervisor(config).run())
+    except walls.WallMissing as missing:
+        report({"missing": [str(missing)]})
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(0)
+
+
+class Supervisor:
+    """One job.
+
+    Pipes: ``calls`` from the judge to the program, ``answers`` back, ``verdict`` from the judge, ``status`` from the
+    warden, ``printed`` from the program.
+    """
+
+    def __init__(self, config: dict) -> None:
+        self.config = config
+        self.strict: bool = config["strict"]
+        self.has_judge: bool = config["tests"] is not None
+
+    def run(self) -> dict[str, object]:
+        """``reason``, ``message``, ``seconds`` and ``output``."""
+        config = self.config
+        if self.strict:
+            walls.build_root(config["base"], config["prefix"], config["libraries"], config["file"])
+        self.null = os.open("/dev/null", os.O_RDWR)
+        self.pipes = {name: os.pipe() for name in ("calls", "answers", "verdict", "status", "printed")}
+        start = time.monotonic()
+        if self.has_judge and os.fork() == 0:
+            self._judge()
+        if self.strict:
+            walls.enter_process_namespace()
+        if os.fork() == 0:
+            self._warden()
+        self._keep(0, 1, 2, *(self.pipes[name][0] for name in ("verdict", "status", "printed")))
+        if self.strict:
+            walls.become(None)
+        try:
+            found = self._watch(start)
+        finally:
+            if not self.strict:
+                kill_descendants()
+        return {**found, "seconds": time.monotonic() - start}
+
+    # The others' first steps
+
+    def _judge(self) -> None:
+        tests, verdict = self.config["tests"], self.pipes["verdict"][1]
+        calls, answers = self.pipes["calls"][1], self.pipes["answers"][0]
+        try:
+            self._keep(tests, verdict, calls, answers, null=(0, 1, 2))
+            self._shut_in(1)
+            found = actors.judge(json.loads(_contents(tests)), calls, answers)
+            os.write(verdict, json.dumps(found).encode())
+        finally:
+            os._exit(0)
+
+    def _warden(self) -> None:
+        """Start the program; tell its wait status, and whether processes of its are left."""
+        program, status = self.config["program"], self.pipes["status"][1]
+        calls, answers, printed = self.pipes["calls"][0], self.pipes["answers"][1], self.pipes["printed"][1]
+        try:
+            self._keep(program, status, calls, answers, printed, null=(0,))
+            os.dup2(printed, 1)
+            os.dup2(printed, 2)
+            walls.keep_orphans()
+            self._shut_in(2)
+            pid = os.fork()
+            if pid == 0:
+                os.chdir(self.config["folder"])
+                os.environ.update(HOME=self.config["folder"], TMPDIR=self.config["folder"], LANG="C.UTF-8")
+                source = _contents(program)
+                if self.has_judge:
+                    entry_point = self.config["entry_point"]
+                    self._keep(0, 1, 2, calls, answers)
+                    actors.answer_calls(source, entry_point, calls, answers)
+                self._keep(0, 1, 2)
+                actors.run_program(source)
+            self._keep(status)
+            found = [0, 0]
+            while found[0] != pid:
+                found = list(os.wait())
+            os.write(status, json.dumps([found[1], _has_children()]).encode())
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(0)
+
+    def _shut_in(self, number: int) -> None:
+        """Put this process behind the walls, as the judge (1) or the program (2)."""
+        config = self.config
+        if self.strict:
+            walls.hide_processes()
+        first = walls.INSIDE if self.strict else config["first"]
+        walls.become(None if config["first"] is None else first + number)
+        walls.limit(config["seconds"], config["memory"], config["file"], self._most_processes())
+        if config["filter"]:
+            walls.filter_system_calls(signals=self.strict or config["first"] is not None)
+
+    def _most_processes(self) -> int:
+        # The warden and, where all have one user, the supervisor and the judge count as well.
+        most = int(self.config["processes"]) + 3
+        return most if self.strict or self.config["first"] is not None else most + processes_of(os.getuid())
+
+    def _keep(self, *wanted: int, null: tuple[int, ...] = ()) -> None:
+        """Close all descriptors but these; ``null`` become /dev/null."""
+        for fd in null:
+            os.dup2(self.null, fd)
+        last = -1
+        for fd in sorted({*wanted, *null, 1 << 20}):
+            if fd > last + 1:  # closerange takes an empty range for an endless one
+                os.closerange(last + 1, fd)
+            last = fd
+
+    # Watching
+
+    def _watch(self, start: float) -> dict[str, object]:
+        seconds: float = self.config["seconds"]
+        self.texts = {self.pipes[name][0]: bytearray() for name in ("verdict", "status", "printed")}
+        self.closed: set[int] = set()
+        self.poll, deadline, next_look = select.poll(), start + seconds, start
+        for fd in self.texts:
+            self.poll.register(fd, select.POLLIN)
+        self.poll.register(0, 0)  # it is closed when the sandbox's own process ends
+        found: Found | None = None
+        while found is None:
+            now = time.monotonic()
+            if now >= deadline:
+                found = _found("timeout", f"not through after {seconds:g} seconds")
+            elif now >= next_look:
+                next_look = now + TICK[self.strict]
+                found = self._too_much()
+            else:
+                self._listen(min(deadline, next_look) - now)
+                found = self._decide()
+        printed = self.texts[self.pipes["printed"][0]][: self.config["output"]]
+        return {**found, "output": printed.decode("utf-8", "replace")}
+
+    def _listen(self, seconds: float) -> None:
+        for fd, _event in self.poll.poll(seconds * 1000):
+            if fd == 0:
+                raise SystemExit
+            part = os.read(fd, 1 << 16)
+            self.texts[fd] += part
+            if not part:
+                self.closed.add(fd)
+                self.poll.unregister(fd)
+
+    def _decide(self) -> Found | None:
+        """How it came out, if that is known by now."""
+        verdict_end, status_end, printed_end = (self.pipes[name][0] for name in ("verdict", "status", "printed"))
+        if len(self.texts[printed_end]) > self.config["output"]:
+            return _found("output", f"printed more than {self.config['output'] >> 10:,} KiB")
+        verdict: Found | None = None
+        if self.has_judge and verdict_end in self.closed:
+            verdict = json.loads(self.texts[verdict_end] or b'{"reason": "memory", "message": "the tests were killed"}')
+            if verdict["reason"] not in ("passed", "gone"):
+                return verdict
+        if status_end not in self.closed:
+            return None
+        if not self.texts[status_end]:
+            return _found("escaped", "the program ended its warden")
+        status, left = json.loads(self.texts[status_end])
+        if left:
+            return _found("escaped", "the program left processes behind")
+        if self.has_judge and verdict is None:
+            return None
+        return _judged_by_end(status, verdict, bytes(self.texts[printed_end]))
+
+    def _too_much(self) -> Found | None:
+        pids = [int(folder.name) for folder in Path("/proc").glob("[0-9]*")] if self.strict else descendants()
+        others = [pid for pid in pids if pid != os.getpid()]
+        if sum(map(resident, others)) > self.config["memory"]:
+            return _found("memory", f"its processes took more than {self.config['memory'] >> 20:,} MiB together")
+        if len(others) > self.config["processes"] + 2:
+            return _found("processes", f"more than {self.config['processes']:,} processes")
+        return None
+
+
+def _found(reason: str, message: str) -> Found:
+    return {"reason": reason, "message": message}
+
+
+def _judged_by_end(status: int, verdict: Found | None, printed: bytes) -> Found:
+    """From the program's wait status, and what the judge says."""
+    code = os.waitstatus_to_exitcode(status)
+    if code == -signal.SIGSYS:
+        return _found("escaped", "the program made a system call that is forbidden")
+    if verdict is not None and verdict["reason"] == "passed":
+        return verdict
+    if code == -signal.SIGXCPU:
+        return _found("timeout", "the program used up its CPU time")
+    last = printed.decode("utf-8", "replace").strip().rpartition("\n")[2][: actors.TEXT]
+    if verdict is None and code == 0:
+        return _found("passed", "ended with exit code 0")
+    how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+    if verdict is not None:
+        return _found("error", f"the program {how} before its tests were through")
+    return _found("memory" if last.startswith("MemoryError") else "error", f"{how}{': ' + last if last else ''}")
+
+
+def _contents(fd: int) -> str:
+    with open(fd, encoding="utf-8", errors="surrogatepass", newline="") as file:
+        file.seek(0)
+        return file.read()
+
+
+def _has_children() -> bool:
+    """Whether any child of this process is alive. Those that have ended are cleared away."""
+    try:
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+    except ChildProcessError:
+        return False
+    return True
+
+
+def resident(pid: int) -> int:
+    """Bytes of memory that a process takes; 0 where it has ended."""
+    try:
+        return int(Path(f"/proc/{pid}/statm").read_bytes().split()[1]) * _PAGE
+    except (OSError, IndexError):
+        return 0
+
+
+def processes_of(uid: int) -> int:
+    """How many processes and threads a user has now."""
+    count = 0
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            count += sum(1 for _ in (folder / "task").iterdir()) if folder.stat().st_uid == uid else 0
+    return count
+
+
+def descendants() -> list[int]:
+    """The processes that come from this one, as far as the system tells."""
+    parents = {}
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            parents[int(file.parent.name)] = int(file.read_text(errors="replace").rpartition(")")[2].split()[1])
+    found, new = [], [os.getpid()]
+    while new:
+        new = [pid for pid, parent in parents.items() if parent in new]
+        found += new
+    return found
+
+
+def kill_descendants() -> None:
+    """What the end of a process namespace does elsewhere. All orphans become children of this process, so none is lost."""
+    while True:
+        for pid in descendants():
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
+        try:
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        except ChildProcessError:
+            return
+        time.sleep(0.01)
