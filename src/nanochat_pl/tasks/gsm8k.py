@@ -17,8 +17,9 @@ from nanochat_pl.tasks.tables import TableSettings, TableTask
 from nanochat_pl.tools.calculator import evaluate
 
 _CALL = re.compile(r"<<([^<>=]*)=([^<>]*)>>")
-# What may stand between the mark and the number: a sign before or behind a currency, marks of emphasis.
-_AROUND = r"[\s*_$€£¥\\({]*"
+# What may stand between the mark and the number: a sign before or behind a currency, marks of emphasis. Bounded, or a
+# long run of blanks would take minutes.
+_AROUND = r"[\s*_$€£¥\\({]{0,8}"
 _FINAL = re.compile(rf"####{_AROUND}([-+−]?){_AROUND}([0-9][0-9,]*\.?[0-9]*|\.[0-9]+)(?:\s?/\s?([0-9][0-9,]*))?")
 _LONGEST = 100  # digits; a longer number is no answer
 

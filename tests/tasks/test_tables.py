@@ -1,0 +1,182 @@
+"""Tasks of tables: where their files are looked for, in which order rows come, and what is refused."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from nanochat_pl.common.errors import UserError
+from nanochat_pl.common.settings import build
+from nanochat_pl.data.hub import open_manifest
+from nanochat_pl.data.hub_download import fetch_files
+from nanochat_pl.tasks.base import Split
+from nanochat_pl.tasks.gsm8k import GSM8KSettings
+from nanochat_pl.tasks.mmlu import MMLUSettings
+from nanochat_pl.tasks.tables import TableTask
+from tests.data.hub_server import serving_this_process
+from tests.tasks.tables import opened, problem, write_table
+
+REPO = "openai/gsm8k"
+
+
+def numbers(task: TableTask) -> list[int]:
+    """Which problems a task has, in its order."""
+    return [int(task[i]["messages"][0]["content"].split()[-1].rstrip("?")) for i in range(len(task))]
+
+
+def mirror(folder: Path, train: range = range(20), test: range = range(100, 110)) -> Path:
+    table = folder / "datasets" / REPO / "main"
+    write_table(table / "train-00000-of-00001.parquet", [problem(n) for n in train])
+    write_table(table / "test-00000-of-00001.parquet", [problem(n) for n in test])
+    return folder
+
+
+def test_each_part_has_its_rows_in_the_order_that_published_figures_have(tmp_path: Path) -> None:
+    hub = mirror(tmp_path / "hub")
+    train = numbers(opened("gsm8k", "train", tmp_path, hub))
+    assert train == np.random.default_rng(42).permutation(20).tolist() and sorted(train) == list(range(20))
+    assert sorted(numbers(opened("gsm8k", "test", tmp_path, hub))) == list(range(100, 110))
+    assert numbers(opened("gsm8k", "train", tmp_path, hub, order_seed=None)) == list(range(20))
+    assert numbers(opened("gsm8k", "train", tmp_path, hub, start=3, size=4)) == train[3:7]
+    assert numbers(opened("gsm8k", "train", tmp_path, hub, start=18, size=9)) == train[18:], "none comes twice"
+    assert len(opened("gsm8k", "test", tmp_path, hub, test_size=3)) == 3
+    with pytest.raises(UserError, match=r"mixture.tasks.gsm8k.start=20: nothing of its 20 rows is left"):
+        opened("gsm8k", "train", tmp_path, hub, start=20)
+
+
+def test_the_order_of_numpy_s_generator_is_the_one_that_figures_were_published_with() -> None:
+    assert np.random.default_rng(42).permutation(10).tolist() == [5, 6, 0, 7, 3, 2, 4, 9, 1, 8]
+
+
+def test_given_files_stand_before_the_mirror(tmp_path: Path) -> None:
+    hub = mirror(tmp_path / "hub")
+    lines = [json.dumps(problem(n) | {"more": None}) for n in (7, 8)]
+    (tmp_path / "own.jsonl").write_text("\ufeff" + "\n".join([*lines, "", ""]), encoding="utf-8")
+    for number, rows in enumerate(([1, 2], [3])):
+        write_table(tmp_path / f"own/part{number}.parquet", [problem(n) for n in rows])
+    own: dict[str, Any] = {"path": tmp_path / "own", "test_path": tmp_path / "own.jsonl", "order_seed": None}
+    train, test = opened("gsm8k", "train", tmp_path, hub, **own), opened("gsm8k", "test", tmp_path, hub, **own)
+    assert numbers(train) == [1, 2, 3] and numbers(test) == [7, 8]
+    assert train.origin(2) == "part1.parquet, row 0"
+    only_train = opened("gsm8k", "test", tmp_path, hub, path=tmp_path / "own")
+    assert sorted(numbers(only_train)) == list(range(100, 110)), "each key stands for its own part"
+
+
+def test_what_is_trained_on_is_not_held_out(tmp_path: Path) -> None:
+    one = write_table(tmp_path / "a.parquet", [problem(1)])
+    shutil.copy(one, tmp_path / "b.parquet")
+    splits: tuple[Split, Split] = ("train", "test")
+    for split in splits:
+        with pytest.raises(UserError, match=r"\.parquet and .*\.parquet have the same contents"):
+            opened("gsm8k", split, tmp_path, path=one, test_path=tmp_path / "b.parquet")
+    with pytest.raises(UserError, match="test_split='dev': is trained on, as train_split says"):
+        build(MMLUSettings, {"train_split": "dev", "test_split": "dev"})
+
+
+def test_a_fingerprint_is_of_contents_and_of_what_is_taken(tmp_path: Path) -> None:
+    hub, moved, other = mirror(tmp_path / "hub"), mirror(tmp_path / "moved"), mirror(tmp_path / "other", range(1, 21))
+    first = opened("gsm8k", "train", tmp_path, hub).fingerprint
+    same = opened("gsm8k", "train", tmp_path / "b", moved, repeat=3, test_size=4)
+    assert same.fingerprint == first
+    path = moved / "datasets" / REPO / "main" / "train-00000-of-00001.parquet"
+    assert opened("gsm8k", "train", tmp_path, path=path).fingerprint == first, "wherever they lie"
+    changes: list[dict[str, Any]] = [{"start": 1}, {"size": 19}, {"order_seed": 1}, {"recompute": True}]
+    others = [opened("gsm8k", "train", tmp_path, hub, **change) for change in changes]
+    others += [opened("gsm8k", "train", tmp_path, other), opened("gsm8k", "test", tmp_path, hub)]
+    assert len({first, *(task.fingerprint for task in others)}) == 7
+
+
+def test_a_mirror_that_has_some_of_a_split_s_files(tmp_path: Path) -> None:
+    table = tmp_path / "hub/datasets" / REPO / "main"
+    for number in (0, 2):
+        write_table(table / f"train-0000{number}-of-00003.parquet", [problem(number)])
+    with pytest.raises(UserError, match="main: 2 of the 3 files of the split train are here"):
+        opened("gsm8k", "train", tmp_path, tmp_path / "hub")
+    write_table(table / "train-00001-of-00003.parquet", [problem(1)])
+    assert numbers(opened("gsm8k", "train", tmp_path, tmp_path / "hub", order_seed=None)) == [0, 1, 2]
+
+
+def test_missing_files_are_said_with_the_command_that_fetches_them(tmp_path: Path) -> None:
+    said = r"mixture.tasks.gsm8k: nothing of openai/gsm8k \(main\) is here.\nFetch it: nanochat-pl download task=gsm8k "
+    with pytest.raises(UserError, match=said + r"paths.cache=\S+$"):
+        opened("gsm8k", "train", tmp_path)
+    with pytest.raises(UserError, match=r"gsm8k: not in paths.hub=.*hub: nothing of openai/gsm8k \(main\) is here"):
+        opened("gsm8k", "train", tmp_path, tmp_path / "hub")
+    with pytest.raises(UserError, match=r"mixture.tasks.gsm8k.test_path='nowhere': there is no such file"):
+        opened("gsm8k", "test", tmp_path, test_path="nowhere")
+
+
+def as_bytes(*rows: dict[str, Any]) -> bytes:
+    file = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(list(rows)), file)
+    return file.getvalue()
+
+
+def test_downloaded_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {f"main/train-0000{n}-of-00002.parquet": as_bytes(problem(n)) for n in range(2)}
+    files |= {"main/test-00000-of-00001.parquet": as_bytes(problem(100)), "README.md": b"words"}
+    cache = tmp_path / "cache"
+    with serving_this_process(tmp_path / "home", monkeypatch) as server:
+        server.add(REPO, files)
+        manifest = open_manifest(REPO, "main", cache)
+        fetch_files(manifest, [manifest.file("main/train-00000-of-00002.parquet")], cache)
+        with pytest.raises(UserError, match=r"train-00001-of-00002.parquet of openai/gsm8k is not here[^$]*task=gsm8k"):
+            opened("gsm8k", "train", cache)
+        fetched = fetch_files(manifest, manifest.matching(GSM8KSettings().files), cache)
+    assert numbers(opened("gsm8k", "train", cache, order_seed=None)) == [0, 1]
+    assert numbers(opened("gsm8k", "test", cache)) == [100]
+    hub = mirror(tmp_path / "hub", train=range(5))
+    assert len(opened("gsm8k", "train", cache, hub)) == 5, "the mirror is looked at first"
+    assert len(opened("gsm8k", "train", cache, hub, revision="main")) == 2, "which has no revisions"
+    with pytest.raises(UserError, match=r"socratic/train-\*.parquet'.* has no such file"):
+        opened("gsm8k", "train", cache, config="socratic")
+    damaged = next(path for path in fetched.paths if path.name == "test-00000-of-00001.parquet").resolve()
+    data = bytearray(damaged.read_bytes())
+    data[len(data) // 2] ^= 1
+    damaged.unlink()
+    damaged.write_bytes(bytes(data))
+    with pytest.raises(UserError, match=r"is damaged: it is not what openai/gsm8k has[^$]*download task=gsm8k"):
+        opened("gsm8k", "test", cache)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "has no rows"),
+        ('{"question": "a"}\n', r":1: has no column 'answer'; its columns: question"),
+        ('{"question": "a", "answer": "#### 1"}\n{"quest', ":2: is no JSON"),
+        ("[1]\n", ":1: is no JSON object"),
+    ],
+)
+def test_lines_that_are_no_rows(text: str, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "own.jsonl"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=rf"own\.jsonl{said}" if said[0] == ":" else rf"own\.jsonl: {said}"):
+        opened("gsm8k", "train", tmp_path, path=path)
+
+
+def test_tables_that_are_none(tmp_path: Path) -> None:
+    path = write_table(tmp_path / "own.parquet", [{"question": "a", "text": "b"}])
+    with pytest.raises(UserError, match=r"own.parquet: has no column 'answer'; its columns: question, text"):
+        opened("gsm8k", "train", tmp_path, path=path)
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(UserError, match=r"own.parquet: is no whole parquet file"):
+        opened("gsm8k", "train", tmp_path, path=path)
+    path = write_table(tmp_path / "no.parquet", [problem(1), problem(2) | {"question": None}])
+    with pytest.raises(UserError, match=r"mixture.tasks.gsm8k: no.parquet, row 1: question is NoneType, not text"):
+        numbers(opened("gsm8k", "train", tmp_path, path=path))
+
+
+@pytest.mark.parametrize("key", ["repo", "config", "train_split", "test_split"])
+def test_names_stay_names(key: str) -> None:
+    for value in ("", "../..", "a/../b", "*"):
+        with pytest.raises(UserError, match=f"{key}="):
+            build(GSM8KSettings, {key: value})
