@@ -165,7 +165,8 @@ def _open_tasks(settings: HarnessSettings, hub: Path | None) -> dict[str, Task]:
     random.seed(0)  # some tasks draw from these when they are opened
     np.random.seed(_SEED)
     tasks: dict[str, Task] = {}
-    problems, missing = [], False
+    problems: list[str] = []
+    missing = False
     for name in settings.tasks:
         try:
             tasks.update(manager.load(_specs(manager, name, hub))["tasks"])
@@ -256,11 +257,12 @@ def _set_fewshot(task: Task, num_fewshot: int | None) -> None:
 
 def _trouble() -> tuple[type[Exception], ...]:
     """What opening a task raises where its file or its data is not as it must be: nearly all that Python has."""
+    from datasets.exceptions import DatasetsError
     from jinja2 import TemplateError
     from yaml import YAMLError
 
     names = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, TypeError, ValueError)
-    return (*names, TemplateError, YAMLError)
+    return (*names, DatasetsError, TemplateError, YAMLError)
 
 
 def _version() -> str:

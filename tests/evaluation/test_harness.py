@@ -1,0 +1,404 @@
+"""Bundles as models of lm-evaluation-harness: log-probabilities against plain ones, windows, stops, tasks of files."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nanochat_pl.common import distributed
+from nanochat_pl.common.errors import UserError
+from nanochat_pl.engine import Engine
+from nanochat_pl.evaluation.harness import HarnessSettings, evaluate_harness, open_harness
+from nanochat_pl.evaluation.harness_model import Requests, generation_settings, make_lm, shared_out
+from nanochat_pl.evaluation.results import from_plain, to_plain
+from tests.engine.small import ScriptedNet, SmallBundle, byte_tokenizer, golden_bundle, mark
+
+lm_eval = pytest.importorskip("lm_eval")
+
+BOS = 991
+TOLERANCE = 2e-4  # nats over some tens of tokens, float32
+
+
+@pytest.fixture
+def bundle(golden: Path) -> SmallBundle:
+    return golden_bundle(golden)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the package datasets makes of files is not kept in the home."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
+
+
+def plainly(bundle: SmallBundle, ids: list[int], start: int) -> tuple[float, bool]:
+    """Log-probability of ids[start:] by one whole forward, and whether each is the most probable token."""
+    with torch.inference_mode():
+        logits = bundle.net(torch.tensor([ids[:-1]]))[0].log_softmax(dim=-1)
+    rows = range(start, len(ids))
+    total = sum(logits[n - 1, ids[n]].item() for n in rows)
+    return total, all(logits[n - 1].argmax().item() == ids[n] for n in rows)
+
+
+def scripted(next_id: Callable[[list[int]], int]) -> SmallBundle:
+    """A model that goes on from a history of bytes and special tokens as it is told."""
+    return SmallBundle(ScriptedNet(next_id), byte_tokenizer())  # type: ignore[arg-type]
+
+
+# The three requests.
+
+
+def test_continuations_are_as_probable_as_by_a_whole_forward(bundle):
+    encode, requests = bundle.tokenizer.encode, Requests(bundle)
+    greedy = bundle.tokenizer.decode(Engine(bundle).generate([[BOS, *encode("The capital")]], 1, tools=False)[0].ids)
+    pairs = [("The capital of France", each) for each in (" is Paris", " is a city in the north", " is")]
+    pairs += [("", "Once upon a time"), ("The capital", greedy), ("The capital", " of France")]
+    found = requests.continuations(pairs)
+    for (context, continuation), figures in zip(pairs, found, strict=True):
+        ids, start = [BOS, *encode(context + continuation)], 1 + len(encode(context))
+        assert figures == pytest.approx(plainly(bundle, ids, start), abs=TOLERANCE)
+    assert [is_greedy for _, is_greedy in found] == [False, False, False, False, True, False]
+    assert requests.continuations([("A context", "")]) == [(0.0, True)]
+
+
+def test_blanks_before_a_continuation_are_its_own(bundle):
+    requests = Requests(bundle)
+    [mine, theirs] = requests.continuations([("The capital ", "of France"), ("The capital", " of France")])
+    assert mine == theirs
+
+
+def test_a_token_over_the_border_is_scored(bundle):
+    """Of "int" + "o" the tokens may be one: it is not lost, and the beginning is not scored twice."""
+    tokenizer, requests = bundle.tokenizer, Requests(bundle)
+    word = next(
+        text
+        for token in tokenizer.tokens[300:]
+        if (text := token.decode("utf-8", "replace")).isascii()
+        and text.isalpha()
+        and len(text) > 3
+        and tokenizer.encode(text) == tokenizer.encode(text)[:1]
+    )
+    [(nats, _)] = requests.continuations([(f"x {word[:2]}", word[2:])])
+    ids = [BOS, *tokenizer.encode(f"x {word}")]
+    border = len(f"x {word[:2]}")
+    start = next(n for n in range(1, len(ids)) if int(tokenizer.token_bytes[ids[: n + 1]].sum()) > border)
+    assert nats == pytest.approx(plainly(bundle, ids, start)[0], abs=TOLERANCE)
+    assert nats < 0
+
+
+def test_a_context_past_the_positions_loses_its_beginning_but_not_bos(bundle, monkeypatch):
+    reach, tokenizer = bundle.net.config.rotary_reach, bundle.tokenizer
+    requests = Requests(bundle)
+    requests._reach = 40  # the model's own are 5,120, which takes long
+    context, continuation = " one two three" * 30, " four"
+    [(nats, _)] = requests.continuations([(context, continuation)])
+    whole = [BOS, *tokenizer.encode(context + continuation)]
+    ids = [BOS, *whole[len(whole) - 40 :]]
+    assert len(ids) == 41 < reach
+    assert nats == pytest.approx(plainly(bundle, ids, len(ids) - len(tokenizer.encode(continuation)))[0], abs=TOLERANCE)
+    assert requests.num_cut == 1
+    with pytest.raises(UserError, match="positions end at 40"):
+        requests.continuations([("short", context)])
+
+
+def test_whole_texts_are_read_in_windows_and_each_token_once(golden):
+    whole = golden_bundle(golden)
+    config = dataclasses.replace(whole.net.config, sequence_len=16)
+    net = type(whole.net)(config).materialise()
+    net.load_state_dict(whole.net.state_dict())
+    bundle = SmallBundle(net.eval(), whole.tokenizer)
+    texts = ["The quick brown fox jumps over the lazy dog. " * 4, "", "Short", "Numbers: 1 2 3 4 5 6 7 8 9 and on"]
+    found = Requests(bundle).whole_texts(texts)
+    for text, nats in zip(texts, found, strict=True):
+        ids, expected = [BOS, *bundle.tokenizer.encode(text)], 0.0
+        for begin in range(1, len(ids), 16):  # the targets of a window, and as much before them as it has room for
+            end = min(begin + 16, len(ids))
+            first = max(0, end - 1 - 16)
+            expected += plainly(bundle, ids[first:end], begin - first)[0]
+        assert nats == pytest.approx(expected, abs=TOLERANCE), text
+    assert found[1] == 0
+    assert len(bundle.tokenizer.encode(texts[0])) > 32, "windows of several kinds"
+
+
+def test_answers_end_before_the_first_text_that_ends_them(bundle):
+    requests = Requests(bundle)
+    prompt = "The capital of France"
+    free = requests.answers([(prompt, {"max_gen_toks": 30})])[0]
+    assert len(free) > 12
+    ends = [free[9:11], free[4:6]]
+    asked = [
+        (prompt, {"until": ends, "max_gen_toks": 30}),
+        (prompt, {"until": "nowhere", "max_gen_toks": 3, "do_sample": False, "temperature": 0.7}),
+        (prompt, {"until": [], "max_gen_toks": 30, "do_sample": True, "temperature": 2.0, "top_k": 5}),
+        (prompt, {"until": [], "max_gen_toks": 30, "do_sample": True, "temperature": 2.0, "top_k": 5}),
+    ]
+    cut, short, *drawn = requests.answers(asked)
+    assert cut == free[: min(free.find(end) for end in ends)]
+    assert free.startswith(short) and short
+    assert len({free, *drawn}) == 3, "drawn, and each anew"
+
+
+@pytest.mark.parametrize(
+    "asked", [{"top_p": 0.9}, {"num_beams": 4}, {"penalty_alpha": 0.5}, {"top_p": 0.5, "repetition_penalty": 1.2}]
+)
+def test_what_would_change_answers_and_is_not_there_is_refused(asked):
+    with pytest.raises(UserError) as error:
+        generation_settings(asked)
+    assert len(error.value.problems) == len(asked)
+    assert all(key in str(error.value) for key in asked)
+
+
+def test_what_asks_for_nothing_is_passed_over():
+    asked = {"top_p": 1.0, "num_beams": 1, "do_sample": False, "temperature": 0.0, "until": "\n", "max_gen_toks": 7}
+    assert generation_settings(asked) == {"until": ["\n"], "max_tokens": 7, "temperature": 0.0, "top_k": None}
+
+
+def test_a_conversation_is_rendered_as_in_training(bundle):
+    requests = Requests(bundle, chat=True)
+    lm = make_lm(requests)
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Which letter?"}]
+    context = lm.apply_chat_template(messages)
+    [(nats, _)] = requests.continuations([(context, "B")])
+    prompt = bundle.tokenizer.render_for_completion({"messages": messages})
+    ids = [*prompt, *bundle.tokenizer.encode("B")]
+    assert nats == pytest.approx(plainly(bundle, ids, len(prompt))[0], abs=TOLERANCE)
+    begun = lm.apply_chat_template([*messages, {"role": "assistant", "content": "The letter is"}], False)
+    [(nats, _)] = requests.continuations([(begun, " B")])
+    ids = [*prompt, *bundle.tokenizer.encode("The letter is"), *bundle.tokenizer.encode(" B")]
+    assert nats == pytest.approx(plainly(bundle, ids, len(ids) - len(bundle.tokenizer.encode(" B")))[0], abs=TOLERANCE)
+    assert requests._context("conversation 0: []") != requests._context(context), "a text that looks like one is a text"
+
+
+def test_a_model_that_was_taught_conversations_answers_in_one(golden):
+    """It says "42" after the mark of an assistant's turn, and nothing sensible elsewhere."""
+
+    start, answer = mark("<|assistant_start|>")[0], mark("42<|assistant_end|>")
+
+    def next_id(history: list[int]) -> int:
+        return answer[len(history) - history.index(start) - 1] if start in history else mark("<|bos|>")[0]
+
+    requests = Requests(scripted(next_id), chat=True)
+    asked = requests.as_text([{"role": "user", "content": "6 times 7?"}])
+    assert requests.answers([(asked, {}), ("6 times 7?", {})]) == ["42", ""]
+
+
+def test_requests_are_shared_out_and_all_processes_get_all_answers(monkeypatch):
+    items = list(range(7))
+
+    def work(share: list[int]) -> list[int]:
+        return [10 * each for each in share]
+
+    for world in (2, 3, 8):
+        texts = [json.dumps(work(items[rank::world])) for rank in range(world)]
+        for rank in range(world):
+            monkeypatch.setattr(distributed, "world_size", lambda world=world: world)
+            monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+            monkeypatch.setattr(
+                distributed, "from_all", lambda own, texts=texts, rank=rank: texts if own == texts[rank] else None
+            )
+            assert shared_out(items, work) == [10 * each for each in items]
+
+
+# Tasks.
+
+CHOICES = """
+task: capitals
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {folder}/capitals.jsonl
+    train: {folder}/shots.jsonl
+test_split: test
+fewshot_split: train
+output_type: multiple_choice
+doc_to_text: "The capital of {{{{country}}}} is"
+doc_to_choice: "{{{{cities}}}}"
+doc_to_target: right
+metric_list:
+  - {{metric: acc, aggregation: mean, higher_is_better: true}}
+  - {{metric: acc_norm, aggregation: mean, higher_is_better: true}}
+metadata: {{version: 3}}
+"""
+ANSWERS = """
+task: sums
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: "{folder}/sums.jsonl"}}}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "{{{{answer}}}}"
+generation_kwargs: {{until: ["!"], max_gen_toks: 20}}
+metric_list:
+  - {{metric: exact_match, aggregation: mean, higher_is_better: true}}
+"""
+TEXTS = """
+task: texts
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: "{folder}/texts.jsonl"}}}}
+test_split: test
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: text
+metric_list:
+  - {{metric: word_perplexity}}
+  - {{metric: bits_per_byte}}
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Three tasks of local files."""
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    countries = [("France", ["Paris", "Rome", "Berlin", "Oslo"], 0), ("Italy", ["a pot", "Rome"], 1)]
+    rows: dict[str, list[dict[str, Any]]] = {
+        "capitals": [{"country": name, "cities": cities, "right": right} for name, cities, right in countries * 10],
+        "shots": [{"country": f"Land {n}", "cities": ["A", "B"], "right": n % 2} for n in range(6)],
+        "sums": [{"question": f"{n} plus 1 is", "answer": str(n + 1)} for n in range(5)],
+        "texts": [{"text": "The quick brown fox."}, {"text": "Grüße an alle, 1 2 3. " * 30}],
+    }
+    for name, lines in rows.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines), encoding="utf-8")
+    for name, text in {"capitals": CHOICES, "sums": ANSWERS, "texts": TEXTS}.items():
+        (folder / f"{name}.yaml").write_text(text.format(folder=folder), encoding="utf-8")
+    return folder
+
+
+def test_a_task_of_choices_end_to_end(bundle, folder, capfd, recwarn):
+    settings = HarnessSettings(tasks=["capitals"], include_path=str(folder), num_fewshot=2)
+    done: list[tuple[int, int]] = []
+    [result] = evaluate_harness(bundle, settings, lambda now, total: done.append((now, total)))
+    assert (result.name, result.n, result.baseline) == ("capitals", 20, pytest.approx(0.375))
+    assert result.details["metric"] == "acc" and result.details["num_fewshot"] == 2
+    assert result.details["metrics"]["acc,none"] == pytest.approx(result.accuracy)
+    assert result.accuracy == sum(result.outcomes) / 20
+    assert len(set(result.items)) == 20
+    for row in result.answers:
+        assert row["question"] in ("The capital of France is", "The capital of Italy is")
+        assert row["answer"] in ("Paris", "Rome", "Berlin", "Oslo", "a pot")
+        assert row["correct"] == (row["answer"] == row["reference"])
+    assert done[-1][0] == done[-1][1] <= 20, "questions that are alike are asked once"
+    assert from_plain(json.loads(json.dumps(to_plain(result))), "here") == result
+    assert capfd.readouterr() == ("", "") and not recwarn.list
+    [again] = evaluate_harness(bundle, settings)
+    assert again == result
+
+
+def test_the_answers_of_a_task_of_choices_are_those_of_plain_forwards(bundle, folder):
+    [result] = evaluate_harness(bundle, HarnessSettings(tasks=["capitals"], include_path=str(folder), limit=7))
+    assert result.n == 7 and result.details["num_fewshot"] == 0
+    rows = [json.loads(line) for line in (folder / "capitals.jsonl").read_text(encoding="utf-8").splitlines()]
+    numbers = [int(item.partition(":")[0]) for item in result.items]
+    assert numbers == sorted(numbers) and len(numbers) == 7 and numbers != list(range(7)), "a seeded choice"
+    for number, outcome in zip(numbers, result.outcomes, strict=True):
+        row, start = rows[number], f"The capital of {rows[number]['country']} is"
+        ids = [[BOS, *bundle.tokenizer.encode(f"{start} {city}")] for city in row["cities"]]
+        nats = [plainly(bundle, each, 1 + len(bundle.tokenizer.encode(start)))[0] for each in ids]
+        assert outcome == (nats.index(max(nats)) == row["right"])
+
+
+def test_another_metric_may_count(bundle, folder):
+    settings = HarnessSettings(tasks=["capitals"], include_path=str(folder), metric="acc_norm")
+    [result] = evaluate_harness(bundle, settings)
+    assert result.details["metric"] == "acc_norm"
+    assert result.details["metrics"]["acc_norm,none"] == pytest.approx(result.accuracy)
+    assert all(row["correct"] == (row["answer"] == row["reference"]) for row in result.answers)
+
+
+def test_a_task_of_answers_by_its_file_alone(folder):
+    def next_id(history: list[int]) -> int:  # a model that writes "3!"
+        said = bytes(history[1:]).partition(b" is")[2]
+        return ord(" 3!?"[len(said)]) if len(said) < 4 else mark("<|bos|>")[0]
+
+    [result] = evaluate_harness(scripted(next_id), HarnessSettings(tasks=[str(folder / "sums.yaml")]))
+    assert (result.name, result.n, result.accuracy) == ("sums", 5, 0.0), "a blank is a difference"
+    assert result.answers[2] == {"question": "2 plus 1 is", "answer": " 3", "reference": "3", "correct": 0.0}
+
+
+def test_a_task_of_whole_texts(bundle, folder):
+    [result] = evaluate_harness(bundle, HarnessSettings(tasks=["texts"], include_path=str(folder)))
+    texts = [json.loads(line)["text"] for line in (folder / "texts.jsonl").read_text(encoding="utf-8").splitlines()]
+    nats = Requests(bundle).whole_texts(texts)
+    sizes = [len(text.encode()) for text in texts]
+    bits = -sum(nats) / sum(sizes) / torch.log(torch.tensor(2.0)).item()
+    assert result.details["metrics"]["bits_per_byte,none"] == pytest.approx(bits, rel=1e-5)
+    expected = [torch.exp(torch.tensor(each / size)).item() for each, size in zip(nats, sizes, strict=True)]
+    assert result.outcomes == pytest.approx(expected, rel=1e-5)
+    assert "geometric mean" in result.details["remark"]
+
+
+def test_a_task_of_the_package_on_a_local_mirror(bundle, shared):
+    """Questions of ARC, prompts as the package has them, data from the folder: nothing is fetched."""
+    settings = HarnessSettings(tasks=["ai2_arc"], limit=12, num_fewshot=1)
+    tasks = open_harness(settings, shared / "data" / "hub")
+    assert tasks.names == ["arc_challenge", "arc_easy"]
+    results = [tasks.evaluate(name, bundle) for name in tasks.names]
+    assert [each.n for each in results] == [12, 12]
+    assert all(each.baseline == pytest.approx(0.25, abs=0.01) for each in results)
+    assert results[0].answers[0]["question"].startswith("Question: ")
+    others = open_harness(dataclasses.replace(settings, num_fewshot=2), shared / "data" / "hub")
+    assert tasks.fingerprint("arc_easy") != others.fingerprint("arc_easy") != others.fingerprint("arc_challenge")
+    again = open_harness(settings, shared / "data" / "hub")
+    assert tasks.fingerprint("arc_easy") == again.fingerprint("arc_easy")
+    assert tasks.size("arc_easy") == 12
+
+
+# Errors.
+
+
+def test_nothing_is_measured_where_something_is_wrong(bundle, folder):
+    sums = (folder / "sums.yaml").read_text(encoding="utf-8")
+    broken = sums.replace("task: sums", "task: broken").replace("{{question}}", "{{question")
+    (folder / "broken.yaml").write_text(broken, encoding="utf-8")
+    far = sums.replace("task: sums", "task: far")
+    far = far.replace("dataset_path: json", "dataset_path: nobody/nothing").replace("dataset_kwargs", "metadata")
+    (folder / "far.yaml").write_text(far, encoding="utf-8")
+    code = sums.replace("task: sums", "task: code\nunsafe_code: true")
+    (folder / "code.yaml").write_text(code, encoding="utf-8")
+    names = ["capitals", "broken", "far", "code"]
+    with pytest.raises(UserError) as error:
+        open_harness(HarnessSettings(tasks=names, include_path=str(folder), metric="acc"))
+    problems = error.value.problems
+    assert [line.split(": ")[1] for line in problems] == ["broken", "far", "code"]
+    assert "nobody/nothing" in problems[1] and "harness.download=true" in error.value.fix
+    assert "without walls" in problems[2]
+    with pytest.raises(UserError, match=r"harness\.metric=acc: sums has exact_match"):
+        open_harness(HarnessSettings(tasks=["sums"], include_path=str(folder), metric="acc"))
+
+
+def test_unknown_names_get_the_nearest_ones(folder):
+    with pytest.raises(UserError, match=r"arc_esy: there is no such task; did you mean arc_easy"):
+        open_harness(HarnessSettings(tasks=["arc_esy"]))
+    with pytest.raises(UserError, match="there is no such folder"):
+        open_harness(HarnessSettings(tasks=["capitals"], include_path=str(folder / "no")))
+    with pytest.raises(UserError, match="is empty"):
+        open_harness(HarnessSettings())
+
+
+def test_without_the_package_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval.evaluator", None)
+    with pytest.raises(UserError, match=r"nanochat-pl\[lm-eval\]"):
+        open_harness(HarnessSettings(tasks=["arc_easy"]))
+
+
+def test_the_library_is_left_as_it_was(bundle, folder):
+    import logging
+
+    import datasets
+    import huggingface_hub
+
+    before = huggingface_hub.constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+    level = logging.getLogger("datasets").level
+    with pytest.raises(UserError):
+        open_harness(HarnessSettings(tasks=["sums"], include_path=str(folder), metric="none"))
+    assert before == (huggingface_hub.constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE)
+    assert logging.getLogger("datasets").level == level
+    assert datasets.are_progress_bars_disabled() is False
