@@ -13,6 +13,7 @@ import json
 import socket
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from nanochat_pl.cli.child import is_child
 from nanochat_pl.cli.compose import Composed
@@ -101,7 +102,7 @@ def _names(folder: StageFolder) -> dict[str, str]:
     return {"run": folder.run, "stage": folder.stage, "parent_run": folder.parent_run}
 
 
-def require_same_settings_everywhere(composed: Composed[TrainConfig]) -> None:
+def require_same_settings_everywhere(composed: Composed[Any]) -> None:
     """Refuse processes of one launch that were given different settings."""
 
     def problem(mains: str) -> str:
