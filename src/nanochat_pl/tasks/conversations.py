@@ -16,12 +16,11 @@ from nanochat_pl.common.settings import setting
 from nanochat_pl.data.cache_folder import fingerprint_of
 from nanochat_pl.data.conversation_files import CONVERSATION_SUFFIXES, ConversationFile, read_conversations
 from nanochat_pl.data.conversation_rows import Audit
-from nanochat_pl.data.file_formats import format_of
-from nanochat_pl.data.hub import hash_memo, known_manifest
-from nanochat_pl.data.hub_files import key_of_cache, split_in_name, typed_keys
-from nanochat_pl.data.local_files import copies_of_files, find_files
+from nanochat_pl.data.hub_files import split_in_name
+from nanochat_pl.data.local_files import copies_of_files
 from nanochat_pl.tasks.base import Content, Conversation, Split, Task, TaskSettings
 from nanochat_pl.tasks.context import TaskContext
+from nanochat_pl.tasks.hub_sets import HubSet, SetFile, files_of_set, files_on_disk, require_all
 from nanochat_pl.tasks.registry import CONVERSATIONS, task
 
 
@@ -83,7 +82,7 @@ class ConversationSet(Task):
             UserError: there are no such files, one cannot be read, too many rows are bad, or nothing is left.
         """
         where = f"{context.where}.{self.group}{name}"
-        train, test = _find(where, settings, context.cache_dir)
+        train, test = _find(where, settings, context)
         self._where, self._num_train_files = where, len(train)
         self._by_hash = train == test
         self.files = _read(name, train if self._by_hash else [*train, *test], settings.column, context.cache_dir)
@@ -206,74 +205,29 @@ def refuse_shared_conversations(sets: Iterable[ConversationSet]) -> None:
             )
 
 
-@dataclass(frozen=True)
-class _Found:
-    """A file to read, and how its hash is remembered. Without a path it has not been downloaded."""
-
-    name: str
-    path: Path | None
-    memo: Path
-    at_rest: bool = False
-
-
-def _find(where: str, settings: ConversationSettings, cache_dir: Path) -> tuple[list[_Found], list[_Found]]:
-    """The files to train on and those to hold out; the same ones twice where a hash is to tell.
-
-    Of a data set of the hub all of them must be here: with fewer, its conversations would be others next time.
-    """
+def _find(where: str, settings: ConversationSettings, context: TaskContext) -> tuple[list[SetFile], list[SetFile]]:
+    """The files to train on and those to hold out; the same ones twice where a hash is to tell."""
+    wanted = HubSet(str(settings.repo), settings.revision, settings.files)
     if settings.repo is None:
-        found = _on_disk(f"{where}.path", str(settings.path), cache_dir)
+        found = files_on_disk(f"{where}.path", str(settings.path), CONVERSATION_SUFFIXES, context.cache_dir)
     else:
-        found = _on_hub(where, settings, cache_dir)
+        found = files_of_set(where, wanted, CONVERSATION_SUFFIXES, context)
     if settings.test_path is not None:
-        test = _on_disk(f"{where}.test_path", settings.test_path, cache_dir)
+        test = files_on_disk(f"{where}.test_path", settings.test_path, CONVERSATION_SUFFIXES, context.cache_dir)
         if shared := {str(file.path) for file in found} & {str(file.path) for file in test}:
             raise UserError(f"{where}.test_path={settings.test_path!r}: {min(shared)} is under {where}.path too.")
         return found, test
-    by_mark: dict[str, list[_Found]] = {"train": [], "val": [], "test": []}
+    by_mark: dict[str, list[SetFile]] = {"train": [], "val": [], "test": []}
     for file in found:
         by_mark[split_in_name(file.name) or "train"].append(file)
     train, held_out = by_mark["train"], by_mark["val"] or by_mark["test"]
     if not (train and held_out):
         train = held_out = found
-    if missing := [file.name for file in [*train, *held_out] if file.path is None]:
-        raise UserError(
-            f"{where}: files of {settings.repo} that are not here: {len(missing):,}, the first is {missing[0]}.",
-            _how_to_fetch(settings, cache_dir),
-        )
+    require_all(where, [*train, *held_out], wanted, context)
     return train, held_out
 
 
-def _on_disk(key: str, given: str, cache_dir: Path) -> list[_Found]:
-    files = find_files(key, given, CONVERSATION_SUFFIXES)
-    paths = {name: path.resolve() for name, path in files.items()}
-    memos = cache_dir / "file_hashes"
-    return [_Found(name, path, memos / f"{fingerprint_of(str(path))[:32]}.json") for name, path in paths.items()]
-
-
-def _on_hub(where: str, settings: ConversationSettings, cache_dir: Path) -> list[_Found]:
-    repo, revision = str(settings.repo), settings.revision or "main"
-    manifest = known_manifest(repo, revision, cache_dir)
-    if manifest is None:
-        raise UserError(f"{where}: nothing of {repo} ({revision}) is here.", _how_to_fetch(settings, cache_dir))
-    files = manifest.matching(settings.files, f"{where}.files") if settings.files else manifest.files
-    found = []
-    for file in files:
-        if format_of(Path(file.path), CONVERSATION_SUFFIXES) and not f"/{file.path}".count("/."):
-            path = manifest.at_hand(file)
-            found.append(_Found(file.path, path, hash_memo(path or Path(file.path), cache_dir), at_rest=True))
-    if not found:
-        raise UserError(f"{where}.repo={repo!r}: no file of it ends with {' or '.join(CONVERSATION_SUFFIXES)}.")
-    return found
-
-
-def _how_to_fetch(settings: ConversationSettings, cache_dir: Path) -> str:
-    keys = {"repo": settings.repo, "revision": settings.revision, "files": settings.files}
-    given = {"data": "hub"} | {f"data.{key}": value for key, value in keys.items() if value is not None}
-    return f"Fetch it: nanochat-pl download {typed_keys(given | key_of_cache(cache_dir))}"
-
-
-def _read(name: str, found: Sequence[_Found], column: str, cache_dir: Path) -> list[ConversationFile]:
+def _read(name: str, found: Sequence[SetFile], column: str, cache_dir: Path) -> list[ConversationFile]:
     files = []
     with progress(f"reading {name}", len(found), "files") as advance:
         for file in found:

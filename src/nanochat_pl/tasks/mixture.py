@@ -10,6 +10,7 @@ from functools import cached_property
 
 import numpy as np
 
+from nanochat_pl.common.errors import UserError
 from nanochat_pl.tasks.base import Conversation, Split, Task, TaskSettings, generator
 from nanochat_pl.tasks.context import TaskContext
 from nanochat_pl.tasks.conversations import ConversationSet, ConversationSettings, refuse_shared_conversations
@@ -101,12 +102,18 @@ def build_tasks(settings: MixtureTasks, split: Split, context: TaskContext) -> d
         context: what they may use.
 
     Raises:
-        UserError: what the tasks say of their files, of all tasks together; or two of them share conversations and
+        UserError: what the tasks say of their files, all tasks together; or two of them share conversations and
             split them otherwise.
     """
     tasks: dict[str, Task] = {}
+    errors: list[UserError] = []
     for name, task in settings.chosen().items():
-        tasks[name] = _build_task(name, task, split, context)
+        try:
+            tasks[name] = _build_task(name, task, split, context)
+        except UserError as error:
+            errors.append(error)
+    if errors:
+        raise errors[0] if len(errors) == 1 else _together(errors)
     refuse_shared_conversations(task for task in tasks.values() if isinstance(task, ConversationSet))
     return tasks
 
@@ -116,6 +123,12 @@ def only_judged(settings: MixtureSettings) -> MixtureSettings | None:
     kinds = {name: kind_of(name) for name in settings.tasks.chosen()}
     judged = {name for name, kind in kinds.items() if kind is not None and kind.cls.judged}
     return replace(settings, tasks=settings.tasks.only(judged), sequence=None) if judged else None
+
+
+def _together(errors: Sequence[UserError]) -> UserError:
+    """Several errors as one: each problem, and each thing to do once."""
+    problems = [problem for error in errors for problem in error.problems]
+    return UserError(problems, "\n".join(dict.fromkeys(error.fix for error in errors if error.fix)))
 
 
 def _build_task(name: str, settings: TaskSettings, split: Split, context: TaskContext) -> Task:

@@ -6,28 +6,22 @@ The words of the test part occur in neither task's training part.
 from __future__ import annotations
 
 import string
-from collections.abc import Sequence
 from dataclasses import dataclass
+from random import Random
 
-from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.settings import setting
 from nanochat_pl.tasks.base import (
     Content,
     Conversation,
     Part,
-    Split,
-    Task,
     conversation_of,
     generator,
-    limits,
-    part_of,
     same_last_number,
     text_of,
     tool_answer,
 )
-from nanochat_pl.tasks.context import TaskContext
 from nanochat_pl.tasks.registry import task
-from nanochat_pl.tasks.words import WordSettings, corpus_words
+from nanochat_pl.tasks.words import WordSettings, WordTask
 from nanochat_pl.tools.calculator import evaluate
 
 _SPELL = (
@@ -40,8 +34,6 @@ _SPELL = (
     "Can you spell the word {word}?",
     "Please spell {word}.",
 )
-# The reference's wording: half of all, and what the test part asks.
-_PLAIN_SHARE = 0.5
 _COUNT = (
     "How many {letter} are in {word}?",
     "how many {letter} are in {word}",
@@ -58,46 +50,26 @@ _QUOTES = ("", "", "'", '"')
 _LETTER_OF_WORD_SHARE = 0.9
 
 
-def _words_of_split(words: Sequence[str], split: Split, name: str) -> list[str]:
-    """The words of a split in a seeded order, so that any number from the first on is an even sample."""
-    chosen = part_of(sorted(set(words)), split, "word")
-    if not chosen:
-        raise UserError(
-            f"mixture.tasks.{name}: the corpus has no words for the {split} part.",
-            fix=f"Lower mixture.tasks.{name}.min_documents, or allow shorter and longer words.",
-        )
-    generator(name, "words", split).shuffle(chosen)
-    return chosen
-
-
 @dataclass(frozen=True)
 class SpellingSettings(WordSettings):
-    """``Spell the word: apple``; words of the corpus."""
+    """``Spell the word: apple``, half of it in other wordings; words of the corpus."""
 
 
 @task("spelling", SpellingSettings)
-class Spelling(Task):
-    """``Spell the word: apple`` → ``apple:a,p,p,l,e``. An answer is right if it is just this."""
+class Spelling(WordTask):
+    """``Spell the word: apple`` → ``apple:a,p,p,l,e``. An answer is right if it is just this.
 
-    def __init__(self, settings: SpellingSettings, split: Split, words: Sequence[str]) -> None:
-        """
-        Args:
-            settings: of this task.
-            split: which words.
-            words: all words; which of them are held out is a matter of each word's hash.
-        """
-        self.words = _words_of_split(words, split, "spelling")
-        start, size = limits("spelling", settings, split, len(self.words), len(self.words))
-        super().__init__("spelling", split, size, start)
+    Attributes:
+        plain_share: of the training questions, those in the plain wording, which is what the test part asks.
+    """
 
-    @classmethod
-    def from_settings(cls, settings: SpellingSettings, split: Split, context: TaskContext) -> Spelling:
-        return cls(settings, split, corpus_words(context.corpus, settings))
+    key = "spelling"
+    plain_share = 0.5
 
     def conversation(self, index: int) -> Conversation:
-        word = self.words[index % len(self.words)]
+        word = self.word(index)
         random = generator(self.name, self.split, index)
-        plain = self.split == "test" or random.random() < _PLAIN_SHARE
+        plain = self.split == "test" or random.random() < self.plain_share
         question = (_SPELL[0] if plain else random.choice(_SPELL)).format(word=word)
         return conversation_of(question, spelled(word))
 
@@ -107,64 +79,60 @@ class Spelling(Task):
 
 @dataclass(frozen=True)
 class LetterCountingSettings(WordSettings):
-    """``How many r are in strawberry?``; words of the corpus."""
+    """``How many r are in strawberry?``, answered with the tool; words of the corpus."""
 
     size: int | None = setting(6_000, "Training conversations; null: one for each word.", at_least=1)
     long_form: bool = setting(False, "Spell the word and walk through its letters before the tool is called.")
 
 
 @task("letter_counting", LetterCountingSettings)
-class LetterCounting(Task):
+class LetterCounting(WordTask):
     """``How many r are in strawberry?``, by ``'strawberry'.count('r')``. Right if the answer ends on the number."""
 
-    def __init__(self, settings: LetterCountingSettings, split: Split, words: Sequence[str]) -> None:
-        """
-        Args:
-            settings: of this task.
-            split: which words.
-            words: all words; see :class:`Spelling`, with which the held-out words are shared.
-        """
-        self.words = _words_of_split(words, split, "letter_counting")
-        self.settings = settings
-        start, size = limits("letter_counting", settings, split, len(self.words), len(self.words))
-        super().__init__("letter_counting", split, size, start)
-
-    @classmethod
-    def from_settings(cls, settings: LetterCountingSettings, split: Split, context: TaskContext) -> LetterCounting:
-        return cls(settings, split, corpus_words(context.corpus, settings))
+    key = "letter_counting"
 
     def conversation(self, index: int) -> Conversation:
-        word = self.words[index % len(self.words)]
+        word = self.word(index)
         random = generator(self.name, self.split, index)
-        of_word = random.random() < _LETTER_OF_WORD_SHARE
-        letter = random.choice(word if of_word else string.ascii_lowercase)
+        letter = letter_to_count(random, word)
         quote = random.choice(_QUOTES)
         question = random.choice(_COUNT).format(letter=f"{quote}{letter}{quote}", word=f"{quote}{word}{quote}")
         return conversation_of(question, self._answer(word, letter, quote))
 
     def _answer(self, word: str, letter: str, quote: str) -> list[Part]:
         if self.settings.long_form:
-            code = f"'{word}'.count('{letter}')"
-            walked = f"{spelled(word)}\n{_walk(word, letter)}\nLet me check: "
-            output = _count(code)
-            return [{"type": "text", "text": walked}, *tool_answer(code, output, f"\n#### {output}")]
+            code, output = count_by_tool(word, letter)
+            by_hand = f"{spelled(word)}\n{walked(word, letter)}\nLet me check: "
+            return [{"type": "text", "text": by_hand}, *tool_answer(code, output, f"\n#### {output}")]
         # A blank stands where it makes the tokens of the word those of the question (" tree" and "'tree" are cut in
         # different places), so that a small model has only to copy them. The count is the same with it.
+        _, output = count_by_tool(word, letter)
         code = f" '{word}'.count('{letter}')" if quote else f"' {word}'.count('{letter}')"
-        output = _count(code)
         return tool_answer(code, output, f"{letter} in {quote}{word}{quote}: {output}")
 
     def evaluate(self, conversation: Conversation, answer: Content) -> bool:
-        if self.settings.long_form:
-            _, mark, final = text_of(answer).rpartition("####")
-            return bool(mark) and same_last_number(conversation, final)
-        return same_last_number(conversation, answer)
+        judge = same_final_number if self.settings.long_form else same_last_number
+        return judge(conversation, answer)
 
 
-def _count(code: str) -> str:
+def same_final_number(conversation: Conversation, answer: Content) -> bool:
+    """Whether what an answer says behind its last ``####`` ends on the number of the reference."""
+    _, mark, final = text_of(answer).rpartition("####")
+    return bool(mark) and same_last_number(conversation, final)
+
+
+def letter_to_count(random: Random, word: str) -> str:
+    """A letter of the word, or, one time in ten, any of the alphabet."""
+    of_word = random.random() < _LETTER_OF_WORD_SHARE
+    return random.choice(word if of_word else string.ascii_lowercase)
+
+
+def count_by_tool(word: str, letter: str) -> tuple[str, str]:
+    """The expression that counts a letter in a word, and what the tool makes of it."""
+    code = f"'{word}'.count('{letter}')"
     output = evaluate(code)
     assert output is not None, code
-    return output
+    return code, output
 
 
 def spelled(word: str) -> str:
@@ -172,7 +140,7 @@ def spelled(word: str) -> str:
     return f"{word}:{','.join(word)}"
 
 
-def _walk(word: str, letter: str) -> str:
+def walked(word: str, letter: str) -> str:
     """The letters of a word one by one, with a running count of one of them."""
     count, lines = 0, []
     for place, found in enumerate(word, start=1):

@@ -1,0 +1,101 @@
+"""The files of a data set of a hub that a task reads whole: in a local mirror, or downloaded before."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from nanochat_pl.common.errors import UserError, did_you_mean
+from nanochat_pl.data.cache_folder import fingerprint_of
+from nanochat_pl.data.file_formats import format_of
+from nanochat_pl.data.hub import hash_memo, known_manifest
+from nanochat_pl.data.hub_files import key_of_cache, typed_keys
+from nanochat_pl.data.local_files import find_files
+from nanochat_pl.tasks.context import TaskContext
+
+
+@dataclass(frozen=True)
+class SetFile:
+    """A file to read, and how its hash is remembered. Without a path it has not been downloaded."""
+
+    name: str
+    path: Path | None
+    memo: Path
+    at_rest: bool = False
+
+
+@dataclass(frozen=True)
+class HubSet:
+    """Which files of which data set: ``OWNER/NAME``, a branch, tag or commit (None: main), a glob (None: all)."""
+
+    repo: str
+    revision: str | None = None
+    files: str | None = None
+
+
+def files_on_disk(key: str, given: str, suffixes: Sequence[str], cache_dir: Path) -> list[SetFile]:
+    """The files that a path, folder or glob means, in sorted order; see :func:`find_files`."""
+    paths = {name: path.resolve() for name, path in find_files(key, given, suffixes).items()}
+    memos = cache_dir / "file_hashes"
+    return [SetFile(name, path, memos / f"{fingerprint_of(str(path))[:32]}.json") for name, path in paths.items()]
+
+
+def files_of_set(where: str, wanted: HubSet, suffixes: Sequence[str], context: TaskContext) -> list[SetFile]:
+    """The files of a data set, in sorted order: those of ``paths.hub`` where it is there, else of what was downloaded.
+
+    Args:
+        where: the key of the task, for messages.
+        wanted: which.
+        suffixes: what their names may end with; others are left out.
+        context: the folders.
+
+    Raises:
+        UserError: nothing of it is here (the fix is the command that fetches it), or it has no such file.
+    """
+    folder = context.hub / "datasets" / wanted.repo if context.hub else None
+    if folder is not None and wanted.revision is None and folder.is_dir():
+        return _in_mirror(where, folder, wanted, suffixes, context)
+    manifest = known_manifest(wanted.repo, wanted.revision or "main", context.cache_dir)
+    if manifest is None:
+        problem = f"{where}: nothing of {wanted.repo} ({wanted.revision or 'main'}) is here."
+        raise UserError(problem, how_to_fetch(wanted, context))
+    found = []
+    for file in manifest.matching(wanted.files, f"{where}.files") if wanted.files else manifest.files:
+        if format_of(Path(file.path), suffixes) and not f"/{file.path}".count("/."):
+            path = manifest.at_hand(file)
+            memo = hash_memo(path or Path(file.path), context.cache_dir)
+            found.append(SetFile(file.path, path, memo, at_rest=True))
+    if not found:
+        raise UserError(f"{where}.repo={wanted.repo!r}: no file of it ends with {' or '.join(suffixes)}.")
+    return found
+
+
+def require_all(where: str, files: Sequence[SetFile], wanted: HubSet, context: TaskContext) -> None:
+    """Refuse files that are not here: with fewer, what is made of them would be different next time."""
+    if missing := [file.name for file in files if file.path is None]:
+        raise UserError(
+            f"{where}: files of {wanted.repo} that are not here: {len(missing):,}, the first is {missing[0]}.",
+            how_to_fetch(wanted, context),
+        )
+
+
+def how_to_fetch(wanted: HubSet, context: TaskContext) -> str:
+    """The command that fetches a data set."""
+    keys = {"repo": wanted.repo, "revision": wanted.revision, "files": wanted.files}
+    given = {"data": "hub"} | {f"data.{key}": value for key, value in keys.items() if value is not None}
+    return f"Fetch it: nanochat-pl download {typed_keys(given | key_of_cache(context.cache_dir))}"
+
+
+def _in_mirror(
+    where: str, folder: Path, wanted: HubSet, suffixes: Sequence[str], context: TaskContext
+) -> list[SetFile]:
+    found = files_on_disk(f"{where}.repo", str(folder), suffixes, context.cache_dir)
+    if wanted.files is None:
+        return found
+    chosen = [file for file in found if fnmatch.fnmatchcase(file.name, wanted.files)]
+    if not chosen:
+        near = did_you_mean(wanted.files, [file.name for file in found])
+        raise UserError(f"{where}.files={wanted.files!r}: {folder} has no such file; {near}")
+    return chosen
