@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from nanochat_pl.cli import download
 from nanochat_pl.cli.main import main
+from nanochat_pl.common.errors import UserError
+from nanochat_pl.tasks.context import TaskContext
+from nanochat_pl.tasks.gsm8k import GSM8K, GSM8KSettings
+from nanochat_pl.tasks.registry import all_tasks
 from tests.data.hub_server import Answer, HubServer, serving, serving_this_process
 from tests.data.test_hub import FILES, IN_GIT, REPO, parquet
 from tests.training.conftest import tiny_overrides, write_texts
@@ -149,6 +157,71 @@ def test_a_large_data_set_is_not_fetched_by_accident(
     assert hub.downloads() == []
 
 
+def gsm8k_table(count: int) -> bytes:
+    questions = [f"What is {n} plus 1?" for n in range(count)]
+    answers = [f"{n} + 1 = <<{n}+1={n + 1}>>{n + 1}.\n#### {n + 1}" for n in range(count)]
+    sink = io.BytesIO()
+    pq.write_table(pa.table({"question": questions, "answer": answers}), sink)
+    return sink.getvalue()
+
+
+@pytest.mark.parametrize("given", [[], ["repo=some-owner/sums", "config=all"]])
+def test_a_task_s_tables_are_fetched_and_found(hub: HubServer, here: Path, capsys: Captured, given: list[str]) -> None:
+    repo, config = ("some-owner/sums", "all") if given else ("openai/gsm8k", "main")
+    files = {f"{config}/{split}-00000-of-00001.parquet": gsm8k_table(n) for split, n in (("train", 9), ("test", 4))}
+    hub.add(repo, {**files, "elsewhere/train-00000-of-00001.parquet": gsm8k_table(3), "README.md": b"# Sums\n"})
+    settings = GSM8KSettings(**dict(text.split("=") for text in given))  # type: ignore[arg-type]
+    context = TaskContext(here / "cache")
+    with pytest.raises(UserError) as error:
+        GSM8K(settings, "test", context)
+    assert hub.requests == []
+    command = shlex.split(error.value.fix.removeprefix("Fetch it: nanochat-pl "))
+    assert command == ["download", "task=gsm8k", *given, f"paths.cache={here / 'cache'}"]
+    assert main(command) == 0
+    said = capsys.readouterr()
+    assert "Fetched 2 files" in said.out and said.err == ""
+    assert "nanochat-pl train stage=sft" in said.out and "mixture.tasks.gsm8k" in said.out
+    assert {path.rpartition("/")[2][:5] for path, _ in hub.downloads()} == {"train", "test-"}
+    assert [len(GSM8K(settings, split, context)) for split in ("train", "test")] == [9, 4]
+    requests = len(hub.requests)
+    assert main(command) == 0
+    assert "Nothing to fetch: 2 files" in capsys.readouterr().out
+    assert len(hub.requests) == requests
+
+
+def test_every_task_of_the_hub_can_be_fetched(hub: HubServer, here: Path, capsys: Captured) -> None:
+    """Whatever the tables hold: their files are those that the task would read."""
+    files: dict[str, dict[str, bytes]] = {}
+    for name, kind in all_tasks().items():
+        if repo := getattr(kind.settings(), "repo", None):
+            config = getattr(kind.settings(), "config", "data")
+            files.setdefault(repo, {})[f"{config}/test-00000-of-00001.parquet"] = parquet([name])
+    assert len(files) >= 5
+    for repo, tables in files.items():
+        hub.add(repo, tables)
+    for name, kind in all_tasks().items():
+        is_made = not getattr(kind.settings(), "repo", None)
+        assert main(["download", f"task={name}", "paths.cache=cache"]) == (2 if is_made else 0)
+        said = capsys.readouterr()
+        assert (f"task={name}: is made on this machine" if is_made else "Fetched 1 file") in said.out + said.err
+
+
+def test_the_evaluation_bundle_is_fetched_once(here: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    fetched: list[tuple[Path, bool]] = []
+
+    def fetch(cache_dir: Path, refresh: bool) -> tuple[Path, bool]:
+        fetched.append((cache_dir, refresh))
+        return cache_dir / "eval_bundle", len(fetched) == 1
+
+    monkeypatch.setattr(download, "fetch_eval_bundle", fetch)
+    assert main(["download", "eval_bundle=true", "paths.cache=cache"]) == 0
+    said = capsys.readouterr().out
+    assert "Fetched the evaluation bundle" in said and "cache/eval_bundle" in said and "suites=[core]" in said
+    assert main(["download", "eval_bundle=true", "paths.cache=cache", "refresh=true"]) == 0
+    assert "Nothing to fetch" in capsys.readouterr().out
+    assert fetched == [(Path("cache"), False), (Path("cache"), True)]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -158,6 +231,15 @@ def test_a_large_data_set_is_not_fetched_by_accident(
         (["data=climbmix", "num_shards=0"], "num_shards=0: is below 1"),
         (["data=local", "data.path=x", "data.repo=a/b"], "data.repo='a/b': has no meaning for data=local"),
         (["data=climbmixx"], "did you mean climbmix"),
+        (["task=gsm9k"], "task=gsm9k: there is no such task; did you mean gsm8k"),
+        (["task=arithmetic"], "is made on this machine"),
+        (["task=smoltalk", "config=all"], "config: the data of smoltalk has no such part"),
+        (["task=gsm8k", "repo=nowhere"], "repo='nowhere': is no data set's name"),
+        (["task=gsm8k", "num_shards=3"], "num_shards: has no meaning with task"),
+        (["task=gsm8k", "data=climbmix"], "data: has no meaning with task"),
+        (["task=gsm8k", "eval_bundle=true"], "one thing at a time"),
+        (["eval_bundle=true", "revision=x"], "revision: has no meaning with eval_bundle"),
+        (["data=climbmix", "repo=a/b"], "repo: has no meaning without task"),
     ],
 )
 def test_a_mistake_is_named(here: Path, arguments: list[str], message: str, capsys: Captured) -> None:

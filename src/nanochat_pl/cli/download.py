@@ -2,22 +2,30 @@
 
 nanochat-pl download data=climbmix num_shards=8
 nanochat-pl download data=hub data.repo=OWNER/NAME
+nanochat-pl download task=gsm8k
+nanochat-pl download eval_bundle=true
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from nanochat_pl.cli.compose import compose
 from nanochat_pl.cli.locate import cache_folder
 from nanochat_pl.common.console import next_steps, say
-from nanochat_pl.common.errors import UserError
+from nanochat_pl.common.errors import UserError, did_you_mean
 from nanochat_pl.common.settings import setting
-from nanochat_pl.data.conversation_files import holds_conversations
-from nanochat_pl.data.hub_download import PARALLEL
-from nanochat_pl.data.hub_files import HubFiles
+from nanochat_pl.data.conversation_files import CONVERSATION_SUFFIXES, holds_conversations
+from nanochat_pl.data.eval_bundle import fetch_eval_bundle
+from nanochat_pl.data.file_formats import format_of
+from nanochat_pl.data.hub import open_manifest
+from nanochat_pl.data.hub_download import PARALLEL, Fetched, fetch_files
+from nanochat_pl.data.hub_files import HubFiles, key_of_cache, typed_keys
 from nanochat_pl.data.sources import DataSettings
+from nanochat_pl.tasks.registry import all_tasks
 from nanochat_pl.training.settings import PathsSettings
 
 # More than this is fetched only when its number of files is named.
@@ -28,6 +36,11 @@ UNASKED_BYTES = 10 * 10**9
 class DownloadConfig:
     """The root of configs/download.yaml."""
 
+    task: str | None = setting(None, "Fetch the data set of this task, for instance gsm8k, instead of data.")
+    repo: str | None = setting(None, "With task: another data set of the same columns, OWNER/NAME.")
+    config: str | None = setting(None, "With task: another part of the data set.")
+    revision: str | None = setting(None, "With task: branch, tag or commit; null: main.")
+    eval_bundle: bool = setting(False, "Fetch the evaluation bundle of CORE instead of data.")
     num_shards: int | None = setting(
         None, "Training files to fetch, from the first; null: all, where they are not many.", at_least=1
     )
@@ -39,11 +52,84 @@ class DownloadConfig:
 
 Config = DownloadConfig
 HELP_KEYS = ("data.repo", "data.revision", "data.files")
+# What has a meaning without task and eval_bundle only, and with task only.
+_OF_DATA, _OF_TASK = ("num_shards", "data"), ("repo", "config", "revision")
 
 
 def run(arguments: Sequence[str]) -> int:
     """The verb."""
-    config = compose("download", DownloadConfig, arguments).config
+    keys = {text.lstrip("+").partition("=")[0] for text in arguments}
+    other = bool(keys & {"task", "eval_bundle"})
+    # The group data has to be chosen all the same, and the usual choice asks for the name of a data set.
+    besides = [] if not other or any(_is_of(key, ("data",)) for key in keys) else ["data=python_docs"]
+    config = compose("download", DownloadConfig, [*arguments, *besides]).config
+    _require_one_thing(config, keys)
+    if config.eval_bundle:
+        return _fetch_eval_bundle(config)
+    return _fetch_data(config) if config.task is None else _fetch_task(config, config.task)
+
+
+def _is_of(key: str, names: Sequence[str]) -> bool:
+    return key.partition(".")[0] in names
+
+
+def _require_one_thing(config: DownloadConfig, keys: Collection[str]) -> None:
+    """Raise :class:`UserError` for keys, of the command line, that have no meaning beside others."""
+    if config.eval_bundle and config.task is not None:
+        raise UserError("task, eval_bundle: one thing at a time.", "Run the command twice.")
+    asked = "task" if config.task is not None else "eval_bundle" if config.eval_bundle else ""
+    idle = {"task": _OF_DATA, "eval_bundle": (*_OF_DATA, *_OF_TASK), "": _OF_TASK}[asked]
+    beside = f"with {asked}" if asked else "without task"
+    if problems := [f"{key}: has no meaning {beside}." for key in sorted(keys) if _is_of(key, idle)]:
+        raise UserError(problems)
+
+
+def _fetch_eval_bundle(config: DownloadConfig) -> int:
+    folder, is_new = fetch_eval_bundle(cache_folder(config.paths), refresh=config.refresh)
+    say("Fetched the evaluation bundle." if is_new else "Nothing to fetch: the evaluation bundle is here.")
+    say(f"Where: {folder}")
+    next_steps([("measure a model on it", "nanochat-pl evaluate suites=[core]")])
+    return 0
+
+
+def _fetch_task(config: DownloadConfig, name: str) -> int:
+    """The files of a task's data set: all its splits."""
+    kind = all_tasks().get(name)
+    if kind is None:
+        raise UserError(f"task={name}: there is no such task; {did_you_mean(name, all_tasks())}")
+    names = {field.name for field in dataclasses.fields(kind.settings)}
+    given = {key: value for key in _OF_TASK if (value := getattr(config, key)) is not None}
+    if problems := [f"{key}: the data of {name} has no such part." for key in given if key not in names]:
+        raise UserError(problems)
+    settings = kind.settings(**given)
+    repo = getattr(settings, "repo", None)
+    if repo is None:
+        raise UserError(f"task={name}: is made on this machine; there is nothing to download.")
+    cache = cache_folder(config.paths)
+    manifest = open_manifest(repo, getattr(settings, "revision", None) or "main", cache, config.refresh)
+    pattern = getattr(settings, "files", None)
+    files = manifest.matching(pattern, f"task={name}: files") if pattern else manifest.files
+    wanted = [
+        file for file in files if format_of(Path(file.path), CONVERSATION_SUFFIXES) and not f"/{file.path}".count("/.")
+    ]
+    if not wanted:
+        raise UserError(f"task={name}: no file of {repo} ends with {' or '.join(CONVERSATION_SUFFIXES)}.")
+    fetched = fetch_files(manifest, wanted, cache, config.parallel)
+    _say_fetched(fetched)
+    keys = {f"mixture.tasks.{name}.{key}": value for key, value in given.items()} or {f"mixture.tasks.{name}": "{}"}
+    next_steps([("train on it", f"nanochat-pl train stage=sft {typed_keys(keys | key_of_cache(cache))}")])
+    return 0
+
+
+def _say_fetched(fetched: Fetched) -> None:
+    if fetched.num_new:
+        say(f"Fetched {_files(fetched.num_new)}, {fetched.new_bytes / 1e9:,.2f} GB, verified.")
+    else:
+        say(f"Nothing to fetch: {_files(len(fetched.paths))} are here and verified.")
+    say(f"Where: {fetched.paths[0].parent}")
+
+
+def _fetch_data(config: DownloadConfig) -> int:
     if config.data.name == "mixture":
         raise UserError(
             "data=mixture: is not fetched as one: say which of its sources, data=climbmix or data=hub data.repo=…",
@@ -55,11 +141,7 @@ def run(arguments: Sequence[str]) -> int:
     source = HubFiles(config.data, cache, ask_hub=True, refresh=config.refresh, with_json=True)
     num_shards = config.num_shards or config.data.num_shards or _all_shards(source)
     fetched = source.fetch(num_shards, config.parallel)
-    if fetched.num_new:
-        say(f"Fetched {_files(fetched.num_new)}, {fetched.new_bytes / 1e9:,.2f} GB, verified.")
-    else:
-        say(f"Nothing to fetch: {_files(len(fetched.paths))} are here and verified.")
-    say(f"Where: {fetched.paths[0].parent}")
+    _say_fetched(fetched)
     telling = [fetched.paths[0], *(path for path in fetched.paths if path.suffix == ".json")]
     if any(holds_conversations(path, config.data.text_column) for path in telling):
         own = f"mixture=own mixture.tasks.conversations.NAME.repo={source.manifest.repo}"
