@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from nanochat_pl.bundle import StageInfo, load_bundle, save_bundle
-from nanochat_pl.cli.evaluate import EvaluateConfig, _data_of
+from nanochat_pl.cli.evaluate_settings import EvaluateConfig
+from nanochat_pl.cli.evaluate_suites import data_of
 from nanochat_pl.cli.main import main
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.settings import to_plain
@@ -22,12 +23,12 @@ def test_files_that_a_strangers_bundle_names_are_not_read(tmp_path: Path) -> Non
     data = DataSettings(name="local", path="/etc/passwd", text_column="words")
     bundle.stage.settings["data"] = to_plain(data)
     with pytest.raises(UserError, match=r"'/etc/passwd' .*\n.*data_path=PATH; or leave it out, suites="):
-        _data_of(bundle, EvaluateConfig(bundle="x"))
-    assert _data_of(bundle, EvaluateConfig(run="mine")) == data
-    assert _data_of(bundle, EvaluateConfig(bundle="x", data_path="here")) == replace(data, path="here")
+        data_of(bundle, EvaluateConfig(bundle="x"))
+    assert data_of(bundle, EvaluateConfig(run="mine")) == data
+    assert data_of(bundle, EvaluateConfig(bundle="x", data_path="here")) == replace(data, path="here")
     bundle.stage.settings["data"] = to_plain(DataSettings())
-    assert _data_of(bundle, EvaluateConfig(bundle="x", data_path="here")).name == "local"
-    assert _data_of(bundle, EvaluateConfig(bundle="x")) == DataSettings()
+    assert data_of(bundle, EvaluateConfig(bundle="x", data_path="here")).name == "local"
+    assert data_of(bundle, EvaluateConfig(bundle="x")) == DataSettings()
 
 
 def test_a_bundle_without_a_tokenizer(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

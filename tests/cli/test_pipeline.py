@@ -13,13 +13,15 @@ import pytest
 
 from nanochat_pl.cli import pipeline
 from nanochat_pl.cli.compose import Composed
-from nanochat_pl.cli.evaluate import EvaluateConfig, _asked, _places
+from nanochat_pl.cli.evaluate_settings import EvaluateConfig, asked, places
 from nanochat_pl.cli.experiment import compose_step
 from nanochat_pl.cli.pipeline import check_all, is_finished, steps_of
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.files import write_json
 from nanochat_pl.common.run_folder import stage_folder
 from tests.cli.conftest import pretend_finished
+
+STAGES = ("tokenizer", "base", "mid", "sft")
 
 
 def test_keys_go_to_the_steps_that_have_them() -> None:
@@ -28,6 +30,7 @@ def test_keys_go_to_the_steps_that_have_them() -> None:
         for s in steps_of(["experiment=tiny", "model.depth=3", "run=x", "stages.base.seed=5", "limit=2"])
     }
     assert steps["base"] == ("experiment=tiny", "stage=base", "model.depth=3", "run=x", "seed=5")
+    assert steps["mid"] == ("experiment=tiny", "stage=mid", "model.depth=3", "run=x")
     assert steps["sft"] == ("experiment=tiny", "stage=sft", "model.depth=3", "run=x")
     assert steps["evaluate"] == ("experiment=tiny", "run=x", "limit=2")
     assert steps["report"] == ("experiment=tiny", "run=x")
@@ -68,22 +71,22 @@ def test_finished_steps_are_skipped_and_newer_inputs_make_them_again(here: Path)
     def finished() -> list[bool]:
         return [is_finished(step, checked, run_dir) for step, checked in zip(steps, composed, strict=True)]
 
-    assert not any(is_finished(*pair, run_dir) for pair in zip(steps[:3], composed[:3], strict=True))
-    for stage in ("tokenizer", "base", "sft"):
+    assert not any(is_finished(*pair, run_dir) for pair in zip(steps[:4], composed[:4], strict=True))
+    for stage in STAGES:
         pretend_finished("experiment=tiny", f"stage={stage}")
-    assert finished() == [True, True, True, False, False]
-    pretend_measured(composed[3])
+    assert finished() == [True, True, True, True, False, False]
+    pretend_measured(composed[4])
     write_json(run_dir / "report" / "report.json", {})
-    assert finished() == [True] * 5
+    assert finished() == [True] * 6
     later = time.time() + 10
     for file in ("finished.json", "bundle/stage.json"):
         os.utime(run_dir / "sft" / file, (later, later))
-    assert finished() == [True, True, True, False, False]
+    assert finished() == [True, True, True, True, False, False]
 
 
 def pretend_measured(composed: Composed[EvaluateConfig]) -> None:
-    _, to = _places(composed.config, composed.experiment)
-    write_json(to / "results.json", {"settings": _asked(composed.config), "suites": {}})
+    _, to = places(composed.config, composed.experiment)
+    write_json(to / "results.json", {"settings": asked(composed.config), "suites": {}})
 
 
 def test_other_questions_are_asked_anew(here: Path) -> None:
@@ -94,7 +97,7 @@ def test_other_questions_are_asked_anew(here: Path) -> None:
     pretend_measured(steps["evaluate"].compose())
 
     def is_measured(*overrides: str) -> bool:
-        step = steps_of(["experiment=tiny", *overrides])[3]
+        step = steps_of(["experiment=tiny", *overrides])[4]
         return is_finished(step, step.compose(), Path("runs/tiny"))
 
     assert is_measured()
@@ -107,7 +110,7 @@ def test_a_run_begun_anew_is_one_run(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Each step looked for a free name of its own: sft of demo-2 started from the base of demo."""
-    for stage in ("tokenizer", "base", "sft"):
+    for stage in STAGES:
         pretend_finished("experiment=tiny", f"stage={stage}")
     places: list[str] = []
 
@@ -117,12 +120,12 @@ def test_a_run_begun_anew_is_one_run(
         else:
             config = compose_step(arguments[0], arguments[0], EvaluateConfig, arguments[1:]).config
             places.append(f"{config.run}/{arguments[0]}")
-        return 0 if len(places) < 4 else 130
+        return 0 if len(places) < 5 else 130
 
     monkeypatch.setattr(pipeline, "run_child", fake)
     assert pipeline.run(["experiment=tiny", "resume=never", "max_steps=3"]) == 130
     assert capsys.readouterr().out.startswith("New run: tiny-2.\n")
-    assert places == [f"runs/tiny-2/{stage}" for stage in ("tokenizer", "base", "sft")] + ["tiny-2/evaluate"]
+    assert places == [f"runs/tiny-2/{stage}" for stage in STAGES] + ["tiny-2/evaluate"]
     assert stage_folder(Path("runs"), "tiny-2", "sft").parent("base").run == "tiny-2"
 
 

@@ -1,220 +1,196 @@
-"""Measures a trained stage: tasks, bits per byte, samples; as a table, JSON and CSV.
+"""Measures a trained stage: suites of tasks, bits per byte, samples; as tables, JSON and CSV.
 
 nanochat-pl evaluate run=demo
-nanochat-pl evaluate run=demo stage=base suites=[bpb,samples]
+nanochat-pl evaluate run=demo stage=base suites=[bpb,core,samples]
 nanochat-pl evaluate bundle=PATH to=FOLDER
+nanochat-pl evaluate run=new against=demo
+torchrun --nproc-per-node 8 -m nanochat_pl.cli.main evaluate run=demo
+
+Each finished task is kept: the same command goes on where it was stopped.
 """
 
 from __future__ import annotations
 
-import csv
-import io
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+import itertools
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, get_args
 
 from nanochat_pl.bundle import Bundle, load_bundle
+from nanochat_pl.bundle.bundle import TOKENIZER
 from nanochat_pl.cli.compose import Composed
+from nanochat_pl.cli.evaluate_against import Other, comparable, known_result, label_of, locate_other, require_pairs
+from nanochat_pl.cli.evaluate_records import find, identity_of, write_record
+from nanochat_pl.cli.evaluate_settings import EvaluateConfig, Suite, asked, places
+from nanochat_pl.cli.evaluate_suites import Job, Measured, open_jobs
+from nanochat_pl.cli.evaluate_tables import (
+    SuiteResult,
+    remove_tables,
+    show_differences,
+    show_suite,
+    write_differences,
+    write_suite,
+)
 from nanochat_pl.cli.experiment import compose_step
-from nanochat_pl.cli.locate import cache_folder, locate_bundle, locate_stage
-from nanochat_pl.common.console import by_difference, print_table, progress, say
+from nanochat_pl.cli.train import require_same_settings_everywhere
+from nanochat_pl.common import together
+from nanochat_pl.common.console import say
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.common.files import ensure_folder, read_json, write_json, write_text
-from nanochat_pl.common.hardware import choose_device
-from nanochat_pl.common.settings import build, setting
-from nanochat_pl.data.sources import DataSettings
-from nanochat_pl.engine import Engine
-from nanochat_pl.evaluation.chat_tasks import evaluate_task
-from nanochat_pl.evaluation.results import TaskResult
-from nanochat_pl.evaluation.samples import DEFAULT_PROMPTS, write_samples
-from nanochat_pl.tasks.context import TaskContext
-from nanochat_pl.tasks.mixture import build_tasks, only_judged
-from nanochat_pl.tasks.settings import MixtureSettings
-from nanochat_pl.training.settings import PathsSettings
-
-Suite = Literal["bpb", "chat", "samples"]
-# What is measured where nothing else is said. A base model has seen no conversation.
-SUITES: dict[str, list[Suite]] = {"base": ["bpb", "samples"], "sft": ["chat", "samples"]}
-TABLE = ("task", "accuracy %", "stderr", "right", "of")
-NUM_CHATS = 6
-
-
-@dataclass(frozen=True)
-class EvaluateConfig:
-    """The root of configs/evaluate.yaml."""
-
-    run: str | None = setting(None, "Name of the run; null: the only one there is.")
-    stage: str | None = setting(None, "Its stage; null: the newest that is finished.")
-    bundle: str | None = setting(None, "Folder of a bundle, instead of a run.")
-    to: str | None = setting(None, "Folder of the results; null: evaluation/STAGE in the run's folder.")
-    suites: list[Suite] | None = setting(None, "What to measure: bpb, chat, samples; null: as it suits the stage.")
-    limit: int | None = setting(200, "Most problems of a task, a seeded choice; null: all.", at_least=1)
-    max_tokens: int = setting(256, "Most tokens of an answer.", at_least=1, at_most=4096)
-    data_path: str | None = setting(
-        None, "Text for bits per byte: file, folder or glob; null: the data that the model was trained on."
-    )
-    num_rows: int = setting(512, "Validation rows for bits per byte, or as many as there are.", at_least=1)
-    batch_size: int = setting(32, "Rows at once: memory and time, not results.", at_least=1, at_most=4096)
-    accelerator: Literal["auto", "cpu", "cuda", "mps"] = setting("auto", "Device to run on; auto: the best there is.")
-    paths: PathsSettings = setting(factory=PathsSettings)
-
+from nanochat_pl.common.files import ensure_folder, read_json, write_json
+from nanochat_pl.training.machine import own_device, require_own_gpus
 
 Config = EvaluateConfig
+EXTRA_KEYS = {"experiment=NAME": "Take the settings of an experiment file (its section evaluate)."}
+RESULTS = "results.json"
 
 
 def run(arguments: Sequence[str]) -> int:
     """The verb."""
-    composed = compose_step("evaluate", "evaluate", EvaluateConfig, arguments)
-    config, (source, to) = composed.config, _places(composed.config, composed.experiment)
-    bundle = load_bundle(source, device=choose_device(config.accelerator))
-    if bundle.tokenizer is None:
-        raise UserError(f"{source}: has no tokenizer, so nothing can be measured.")
-    suites = config.suites or SUITES.get(bundle.stage.stage, ["samples"])
-    ensure_folder(to)
-    results: dict[str, Any] = {}
-    for suite in suites:
-        results[suite] = {"bpb": _bits_per_byte, "chat": _chat, "samples": _samples}[suite](bundle, config, to)
-    origin = {"bundle": str(source), "stage": bundle.stage.stage, "settings": _asked(config)}
-    write_json(to / "results.json", {**origin, "suites": results})
-    say(f"results: {to / 'results.json'}")
+    composed = together.agreed(lambda: compose_step("evaluate", "evaluate", EvaluateConfig, arguments))
+    require_same_settings_everywhere(composed)
+    config = composed.config
+    source, to = together.agreed(lambda: places(config, composed.experiment))
+    runs, against = Path(config.paths.runs), config.against
+    other = None if against is None else together.agreed(lambda: locate_other(against, runs))
+    bundle = together.agreed(lambda: _load(source, config))
+    require_own_gpus(next(bundle.net.parameters()).device)
+    jobs = open_jobs(bundle, config)
+    if other is not None:
+        together.agreed(lambda: require_pairs(other, jobs))
+    together.by_main(lambda: str(ensure_folder(to)))
+    identity = together.by_main(partial(identity_of, bundle))
+    suites = _measure(bundle, jobs, identity, to)
+    origin = {"bundle": str(source), "stage": bundle.stage.stage, "model": identity, "settings": asked(config)}
+    del bundle  # the other model may need the memory
+    compared = {} if other is None else _compare(other, jobs, suites, config, to)
+    together.by_main(lambda: _write(to, origin, suites, compared, other))
+    say(f"results: {to / RESULTS}")
     return 0
 
 
 def is_measured(composed: Composed[EvaluateConfig]) -> bool:
-    """Whether these figures of this model are there already."""
-    source, to = _places(composed.config, composed.experiment)
-    results = to / "results.json"
-    if not results.is_file() or results.stat().st_mtime_ns < (source / "stage.json").stat().st_mtime_ns:
+    """Whether these figures of this model are there already. What they are compared with may have changed."""
+    source, to = places(composed.config, composed.experiment)
+    results = to / RESULTS
+    if composed.config.against is not None or not results.is_file():
         return False
-    return bool(read_json(results).get("settings") == _asked(composed.config))
+    is_newer = results.stat().st_mtime_ns >= (source / "stage.json").stat().st_mtime_ns
+    return bool(is_newer and _object(results).get("settings") == asked(composed.config))
 
 
-def _asked(config: EvaluateConfig) -> dict[str, Any]:
-    """The settings that have a say in the figures."""
-    return {key: getattr(config, key) for key in ("suites", "limit", "max_tokens", "data_path", "num_rows")}
+def _load(source: Path, config: EvaluateConfig) -> Bundle:
+    """The model on this process's device."""
+    if not (source / TOKENIZER).is_file():
+        raise UserError(f"{source}: has no tokenizer, so nothing can be measured.")
+    return load_bundle(source, own_device(config.accelerator), config.dtype)
 
 
-def _places(config: EvaluateConfig, experiment: str) -> tuple[Path, Path]:
-    """The bundle to measure and the folder of the results."""
-    runs = Path(config.paths.runs)
-    if config.bundle is not None:
-        if config.to is None:
-            raise UserError("to: is missing: with bundle=PATH it names the folder of the results.")
-        return locate_bundle(config.bundle, config.run, config.stage, runs), Path(config.to)
-    stage = locate_stage(config.run or experiment or None, config.stage, runs)
-    return stage.bundle, Path(config.to) if config.to else runs / stage.run / "evaluation" / stage.stage
+def _measure(
+    bundle: Bundle, jobs: Sequence[Job], identity: Mapping[str, Any], to: Path, known: Path | None = None
+) -> list[SuiteResult]:
+    """Do what has not been done yet, and keep each task as soon as it is finished.
 
+    Args:
+        bundle: the model.
+        jobs: what to measure.
+        identity: of the model's files.
+        to: the folder of its results.
+        known: another folder where there may be some.
 
-def _bits_per_byte(bundle: Bundle, config: EvaluateConfig, to: Path) -> dict[str, Any]:
-    """Bits per byte on the held-out text of the data that the model was trained on."""
-    from nanochat_pl.data.opening import open_source
-    from nanochat_pl.data.token_cache import build_token_cache
-    from nanochat_pl.training.evaluation import open_validation
-
-    cache, tokenizer = cache_folder(config.paths), bundle.tokenizer
-    assert tokenizer is not None
-    validation = open_validation(
-        open_source(_data_of(bundle, config), cache),
-        lambda part: build_token_cache(part, "val", tokenizer, cache),
-        tokenizer,
-        cache,
-        sequence_len=bundle.config.sequence_len,
-        num_rows=config.num_rows,
-        device_batch_size=config.batch_size,
-    )
-    figures = validation.measure(bundle.net)
-    say(f"bits per byte: {figures['val/bpb']:.4f} ± {figures.get('val/bpb_stderr', float('nan')):.4f}")
-    return {name.removeprefix("val/"): value for name, value in figures.items()}
-
-
-def _data_of(bundle: Bundle, config: EvaluateConfig) -> DataSettings:
-    """Where the text is. Files that a bundle names are read for the run that was trained on them, not for a stranger's.
-
-    Raises:
-        UserError: the text would be files of this machine that nobody but the bundle named.
+    Returns:
+        what was found, of each suite; whole on the main process.
     """
-    data: DataSettings = _settings_of(bundle, "data", DataSettings)
-    if config.data_path is not None:
-        return DataSettings(
-            name="local",
-            path=config.data_path,
-            text_column=data.text_column,
-            txt_document_chars=data.txt_document_chars,
-            validation_fraction=data.validation_fraction,
-        )
-    if config.bundle is not None and data.own_paths:
-        raise UserError(
-            f"{bundle.path}: names {data.own_paths[0]!r} as data; what a bundle names is not read from this machine.",
-            "Say where the text is, data_path=PATH; or leave it out, suites=[chat,samples].",
-        )
-    return data.without_download()  # nobody has asked for that here
+    found: dict[int, Measured] = {}
+
+    def look() -> list[int]:
+        for number, job in enumerate(jobs):
+            measured = find(to, identity, job) or (find(known, identity, job, quiet=True) if known else None)
+            if measured is not None:
+                found[number] = measured
+        return [*found]
+
+    done = together.by_main(look)
+    if done:
+        say(f"Measured before: {', '.join(jobs[number].name for number in done)}.")
+    suites = []
+    for suite, numbers in itertools.groupby(range(len(jobs)), key=lambda number: jobs[number].suite):
+        result = SuiteResult(suite)
+        for number in numbers:
+            job = jobs[number]
+            if number not in done:
+                found[number] = job.run(bundle)
+                together.by_main(lambda: write_record(to, identity, job, found[number]))  # noqa: B023
+            if number in found:
+                result.add(found[number])
+        together.by_main(lambda: show_suite(result))  # noqa: B023
+        suites.append(result)
+    return suites
 
 
-def _chat(bundle: Bundle, config: EvaluateConfig, to: Path) -> dict[str, Any]:
-    """The held-out problems of the tasks that the model was trained on, as far as their answers can be judged."""
-    settings: MixtureSettings = _settings_of(bundle, "mixture", MixtureSettings)
-    judged = only_judged(settings)
-    if left_out := settings.tasks.chosen().keys() - (judged.tasks.chosen().keys() if judged else set()):
-        say(f"{', '.join(sorted(left_out))}: left out; what is a right answer in a conversation, nobody can tell.")
-    context = TaskContext(cache_folder(config.paths), hub=config.paths.hub_folder)
-    tasks = build_tasks(judged.tasks, "test", context) if judged else {}
-    engine, results = Engine(bundle), []
-    for name, task in tasks.items():
-        asked = len(task) if config.limit is None else min(config.limit, len(task))
-        with progress(name, asked, "problems") as advance:
-            report = by_difference(advance)
-            results.append(evaluate_task(engine, task, config.limit, config.max_tokens, config.batch_size, report))
-        _write_lines(to / f"answers_{name}.jsonl", results[-1].answers)
-    _write_lines(to / "chats.jsonl", _first_chats(results))
-    _write_table(to / "chat.csv", results)
-    if results:
-        print_table(TABLE, map(_row, results))
-    rows = [{"name": r.name, "accuracy": r.accuracy, "stderr": r.stderr, "n": r.n, "baseline": 0.0} for r in results]
-    return {"tasks": rows}
+def _compare(
+    other: Other, jobs: Sequence[Job], mine: Sequence[SuiteResult], config: EvaluateConfig, to: Path
+) -> dict[str, dict[str, Any]]:
+    """Paired differences by suite. The other model is measured where its results are not here."""
+    if other.bundle is None:
+        theirs = _read_results(other, jobs)
+    else:
+        say(f"Now {other.name}, on the same problems:")
+        folder = other.bundle
+        bundle = together.agreed(lambda: _load(folder, config))
+        identity = together.by_main(lambda: identity_of(bundle))
+        own = to / "against" / label_of(bundle, identity)
+        theirs = _measure(bundle, comparable(jobs), identity, own, other.results)
+
+    def compare() -> dict[str, dict[str, Any]]:
+        others = {each.suite: each for each in theirs}
+        pairs = [(each, others[each.suite]) for each in mine if each.suite in others]
+        return {a.suite: {"against": other.name, **found} for a, b in pairs if (found := a.compared_with(b))}
+
+    return dict(together.by_main(compare))
 
 
-def _samples(bundle: Bundle, config: EvaluateConfig, to: Path) -> list[dict[str, str]]:
-    """Greedy continuations of the recipe's prompts."""
-    samples = write_samples(Engine(bundle), DEFAULT_PROMPTS)
-    return [{"prompt": sample.prompt, "text": sample.text} for sample in samples]
+def _read_results(other: Other, jobs: Sequence[Job]) -> list[SuiteResult]:
+    """What a folder of results says of the same problems; on the main process."""
+    suites: dict[str, SuiteResult] = {}
+
+    def read() -> None:
+        for job in comparable(jobs):
+            if measured := known_result(other, job):
+                suites.setdefault(job.suite, SuiteResult(job.suite)).add(measured)
+
+    together.by_main(read)
+    return [*suites.values()]
 
 
-def _settings_of(bundle: Bundle, group: str, schema: type) -> Any:
-    """A group of the settings that the model was trained with, as its bundle keeps them."""
-    if group not in bundle.stage.settings:
-        raise UserError(
-            f"{bundle.path}: stage.json does not say its {group} settings.", "Leave that suite out: suites=[…]"
-        )
-    return build(schema, bundle.stage.settings[group], f"{bundle.path}/stage.json: settings.{group}")
+def _write(
+    to: Path,
+    origin: Mapping[str, Any],
+    suites: Sequence[SuiteResult],
+    compared: Mapping[str, Mapping[str, Any]],
+    other: Other | None,
+) -> None:
+    """All files for people and programs. Suites that were measured of the same model before stay in results.json."""
+    results = to / RESULTS
+    before = _object(results) if results.is_file() else {}
+    kept = before.get("suites", {}) if before.get("model") == origin["model"] else {}
+    if before and not kept:
+        remove_tables(to)  # of another model
+    for suite in suites:
+        write_suite(to, suite)
+    measured = {each.suite: _with(each.to_json(), compared.get(each.suite, {})) for each in suites}
+    found = {**kept, **measured}
+    write_json(results, {**origin, "suites": {name: found[name] for name in get_args(Suite) if name in found}})
+    if other is not None:
+        show_differences(other.name, compared)
+        write_differences(to / "differences.csv", compared)
 
 
-def _first_chats(results: Sequence[TaskResult]) -> list[dict[str, Any]]:
-    """One question with its answer of each task, as conversations."""
-    chats = []
-    for result in results[:NUM_CHATS]:
-        first = result.answers[0]
-        turns = (("user", first["question"]), ("assistant", first["answer"]))
-        chats.append({"messages": [{"role": role, "content": content} for role, content in turns]})
-    return chats
+def _with(figures: Any, compared: Mapping[str, Any]) -> Any:
+    return {**figures, **compared} if isinstance(figures, dict) else figures
 
 
-def _row(result: TaskResult) -> tuple[object, ...]:
-    return (
-        result.name,
-        f"{100 * result.accuracy:.1f}",
-        f"{100 * result.stderr:.1f}",
-        round(sum(result.outcomes)),
-        result.n,
-    )
-
-
-def _write_table(path: Path, results: Sequence[TaskResult]) -> None:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([TABLE, *map(_row, results)])
-    write_text(path, text.getvalue())
-
-
-def _write_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+def _object(path: Path) -> dict[str, Any]:
+    """What an earlier results.json says; nothing where it is none of ours."""
+    value = read_json(path, surrogates=True)
+    return value if isinstance(value, dict) else {}

@@ -25,7 +25,7 @@ VERBS = {
     "download": "files of a data set, verified: download data=climbmix num_shards=8",
     "doctor": "what the data of a stage will do, before it is trained on: doctor stage=base|sft",
     "plan": "the settings that follow from model.depth, each with its reason, without training",
-    "evaluate": "figures of a trained stage: evaluate run=NAME",
+    "evaluate": "figures of a trained stage: evaluate run=NAME suites=[bpb,core,chat,chatcore,samples]",
     "chat": 'talk to a model: chat run=NAME, or one answer: chat run=NAME prompt="…"',
     "import": "a bundle of a model from elsewhere: import source=PATH to=PATH",
     "export": "a trained stage for other programs: export run=NAME to=PATH",
@@ -37,7 +37,7 @@ VERBS = {
 # Several values for a key, one job for each: these verbs can be swept.
 SWEEP_FLAGS, SWEPT = ("-m", "--multirun"), ("train", "pipeline")
 # Verbs that several processes do together, as torchrun starts them.
-TOGETHER = ("train", "selftest")
+TOGETHER = ("train", "evaluate", "selftest")
 # Which of these is set, it is a launcher that has started the processes.
 _LAUNCHERS = {"TORCHELASTIC_RUN_ID", "SLURM_PROCID"}
 
@@ -134,8 +134,8 @@ def _dispatch_alone(arguments: list[str]) -> int:
     if arguments and arguments[0] in VERBS and not {"--help", "-h"} & {*arguments}:
         raise UserError(
             f"nanochat-pl {' '.join(arguments[:2])} …: was started {place.world_size} times at once.",
-            "Several processes train one stage together: torchrun … train.py stage=base|sft …; what comes before and"
-            " after, and pipelines and sweeps, run as one process each. Where no launcher started it,"
+            f"Several processes do together: {', '.join(TOGETHER)}, as in torchrun … -m nanochat_pl.cli.main train …;"
+            " all else, pipelines and sweeps too, runs as one process. Where no launcher started it,"
             f" WORLD_SIZE={place.world_size} has been left in the environment: unset it.",
         )
     return _dispatch(arguments)

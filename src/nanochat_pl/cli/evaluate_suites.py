@@ -1,0 +1,304 @@
+"""What can be measured: each suite as jobs, one for a task, that are opened before the first of them is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nanochat_pl.bundle import Bundle
+from nanochat_pl.cli.evaluate_settings import BASE_SUITES, CHAT_SUITES, EvaluateConfig, Suite
+from nanochat_pl.common import together
+from nanochat_pl.common.console import by_difference, progress, say
+from nanochat_pl.common.errors import UserError
+from nanochat_pl.common.settings import build, to_plain
+from nanochat_pl.data.opening import open_source
+from nanochat_pl.data.sources import DataSettings, Source
+from nanochat_pl.engine import Engine
+from nanochat_pl.evaluation import results as task_results
+from nanochat_pl.evaluation.chat_tasks import evaluate_task
+from nanochat_pl.evaluation.core import ask, evaluate_core_task, open_core
+from nanochat_pl.evaluation.harness import open_harness
+from nanochat_pl.evaluation.results import TaskResult
+from nanochat_pl.evaluation.samples import DEFAULT_PROMPTS, write_samples
+from nanochat_pl.tasks import Task
+from nanochat_pl.tasks.mixture import build_tasks, only_judged
+from nanochat_pl.tasks.settings import MixtureSettings, MixtureTasks
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a job gave.
+
+    Attributes:
+        results: of tasks.
+        plain: of what is no task: figures by name (bpb), or rows for people (samples).
+    """
+
+    results: list[TaskResult] = field(default_factory=list)
+    plain: Any = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """One task of a suite, opened: its data is there.
+
+    Attributes:
+        suite, name: what it is.
+        problems: what its problems are a function of, as plain data: two models can be compared where it is the same.
+        asked: further settings with a say in the figures.
+        measure: measures a model.
+        together: whether all processes take part; else the main one measures alone.
+    """
+
+    suite: Suite
+    name: str
+    problems: Mapping[str, Any]
+    asked: Mapping[str, Any]
+    measure: Callable[[Bundle], Measured]
+    together: bool = True
+
+    def run(self, bundle: Bundle) -> Measured:
+        """Measure a model: called on all processes, and all get what was found."""
+        if self.together:
+            return self.measure(bundle)
+        return from_plain(together.by_main(lambda: to_json(self.measure(bundle))), self.name)
+
+
+def to_json(measured: Measured) -> dict[str, Any]:
+    """As plain data."""
+    return {"results": [task_results.to_plain(each) for each in measured.results], "plain": measured.plain}
+
+
+def from_plain(value: Mapping[str, Any], where: str) -> Measured:
+    """The inverse of :func:`to_json`, of data that anybody may have written."""
+    rows = value.get("results")
+    if not isinstance(rows, list):
+        raise UserError(f"{where}: results: must be a list.")
+    return Measured(
+        [task_results.from_plain(each, f"{where}: results[{i}]") for i, each in enumerate(rows)], value.get("plain")
+    )
+
+
+def open_jobs(bundle: Bundle, config: EvaluateConfig) -> list[Job]:
+    """All that is to be measured, with its data at hand.
+
+    Raises:
+        UserError: the problems of all suites that were asked for. Without ``suites=`` those whose data is missing are
+            left out, and it is said how to get it.
+    """
+    jobs: list[Job] = []
+    problems: list[str] = []
+    fixes: list[str] = []
+    for suite in dict.fromkeys(config.suites or _suites_of(bundle)):
+        try:
+            jobs += _OPENERS[suite](bundle, config)
+        except UserError as error:
+            if config.suites is None:
+                _say_left_out(suite, error)
+            else:
+                problems += [line if line.startswith(f"{suite}:") else f"{suite}: {line}" for line in error.problems]
+                fixes += [error.fix] if error.fix else []
+    if problems:
+        raise UserError(problems, "\n".join(dict.fromkeys(fixes)))
+    if not jobs:
+        raise UserError("suites: there is nothing to measure.", "Name what to measure: suites=[…]")
+    return jobs
+
+
+def _say_left_out(suite: Suite, error: UserError) -> None:
+    say(f"{suite}: is left out.")
+    for line in [*error.problems, *filter(None, error.fix.split("\n"))]:
+        say(f"  {line}")
+
+
+def _suites_of(bundle: Bundle) -> Sequence[Suite]:
+    return BASE_SUITES if bundle.stage.stage == "base" else CHAT_SUITES
+
+
+def _open_bits_per_byte(bundle: Bundle, config: EvaluateConfig) -> list[Job]:
+    """Bits per byte on the held-out text of the data that the model was trained on."""
+    source = together.main_first(lambda: open_source(data_of(bundle, config), config.cache))
+    problems = {"text": source.fingerprint, "num_rows": config.num_rows}
+    return [Job("bpb", "bpb", problems, {}, lambda model: _measure_bits_per_byte(model, source, config))]
+
+
+def _measure_bits_per_byte(bundle: Bundle, source: Source, config: EvaluateConfig) -> Measured:
+    from nanochat_pl.data.token_cache import build_token_cache
+    from nanochat_pl.training.evaluation import open_validation
+
+    tokenizer = bundle.tokenizer
+    assert tokenizer is not None
+    validation = together.main_first(
+        lambda: open_validation(
+            source,
+            lambda part: build_token_cache(part, "val", tokenizer, config.cache),
+            tokenizer,
+            config.cache,
+            sequence_len=bundle.config.sequence_len,
+            num_rows=config.num_rows,
+            device_batch_size=config.batch_size,
+        )
+    )
+    batches = -(-validation.num_rows // config.batch_size)
+    with progress("bits per byte", batches, "batches") as advance:
+        figures = validation.measure(bundle.net, lambda: advance(1))
+    bundle.net.eval()
+    return Measured(plain={name.removeprefix("val/"): value for name, value in figures.items()})
+
+
+def data_of(bundle: Bundle, config: EvaluateConfig) -> DataSettings:
+    """Where the text is. Files that a bundle names are read for the run that was trained on them, not for a stranger's.
+
+    Raises:
+        UserError: the text would be files of this machine that nobody but the bundle named.
+    """
+    data: DataSettings = _settings_of(bundle, "data", DataSettings)
+    if config.data_path is not None:
+        return DataSettings(
+            name="local",
+            path=config.data_path,
+            text_column=data.text_column,
+            txt_document_chars=data.txt_document_chars,
+            validation_fraction=data.validation_fraction,
+        )
+    if config.bundle is not None and data.own_paths:
+        raise UserError(
+            f"{bundle.path}: names {data.own_paths[0]!r} as data; what a bundle names is not read from this machine.",
+            "Say where the text is, data_path=PATH; or leave it out, suites=[chat,samples].",
+        )
+    return data.without_download()  # nobody has asked for that here
+
+
+def _open_core(bundle: Bundle, config: EvaluateConfig) -> list[Job]:
+    core = together.main_first(lambda: open_core(config.core, config.cache, config.paths.hub_folder))
+
+    if core.missing:
+        say(f"core: {core.folder} has no {', '.join(core.missing)}.")
+    sizes = {name: len(together.agreed(lambda: ask(core, name)).problems) for name in core.tasks}  # noqa: B023
+
+    def job(name: str) -> Job:
+        def measure(model: Bundle) -> Measured:
+            assert model.tokenizer is not None
+            with progress(name, sizes[name], "problems") as advance:
+                return Measured([evaluate_core_task(core, name, model.net, model.tokenizer, advance)])
+
+        return Job("core", name, {"data": core.fingerprint(name)}, {}, measure)
+
+    return [job(name) for name in core.tasks]
+
+
+def _open_chat(bundle: Bundle, config: EvaluateConfig) -> list[Job]:
+    """The held-out problems of the tasks that the model was trained on, as far as their answers can be judged."""
+    require_chat_model(bundle.stage.stage, bundle.path, "chat")
+    settings: MixtureSettings = _settings_of(bundle, "mixture", MixtureSettings)
+    judged = only_judged(settings)
+    if left_out := settings.tasks.chosen().keys() - (judged.tasks.chosen().keys() if judged else set()):
+        say(f"{', '.join(sorted(left_out))}: left out; what is a right answer in a conversation, nobody can tell.")
+    return _task_jobs("chat", judged.tasks, config) if judged else []
+
+
+def _open_chatcore(bundle: Bundle, config: EvaluateConfig) -> list[Job]:
+    require_chat_model(bundle.stage.stage, bundle.path, "chatcore")
+    return _task_jobs("chatcore", config.chatcore, config)
+
+
+def require_chat_model(stage: str, path: Path, suite: Suite) -> None:
+    """Refuse to ask a model of a stage that has seen no conversation."""
+    if stage == "base" and suite in ("chat", "chatcore"):
+        raise UserError(
+            f"{path}: is a base model, which has seen no conversation: {suite} asks a chat model.",
+            "Measure suites=[bpb,core,samples] of it, or train stage=sft first.",
+        )
+
+
+def _task_jobs(suite: Suite, chosen: MixtureTasks, config: EvaluateConfig) -> list[Job]:
+    """One job a task. Raises :class:`UserError` with what is missing of all of them."""
+    where = "chatcore" if suite == "chatcore" else "mixture.tasks"
+    problems: list[str] = []
+    fixes: dict[str, None] = {}
+    jobs = []
+    for name in chosen.chosen():
+        single = chosen.only({name})
+        try:
+            task = together.main_first(lambda: build_tasks(single, "test", config.context(where))[name])  # noqa: B023
+        except UserError as error:
+            problems += error.problems
+            fixes |= {error.fix: None} if error.fix else {}
+            continue
+        jobs.append(_task_job(suite, task, config))
+    if problems:
+        raise UserError(problems, "\n".join(fixes))
+    return jobs
+
+
+def _task_job(suite: Suite, task: Task, config: EvaluateConfig) -> Job:
+    asked: dict[str, Any] = {"n": len(task) if config.limit is None else min(config.limit, len(task))}
+    if task.kind == "generative":
+        asked |= {key: getattr(config, key) for key in ("max_tokens", "num_samples", "temperature", "top_k", "seed")}
+    if task.remark is not None:
+        asked["remark"] = task.remark
+    if hasattr(task, "sandbox"):
+        asked["sandbox"] = to_plain(config.sandbox)
+
+    def measure(model: Bundle) -> Measured:
+        with progress(task.name, asked["n"], "problems") as advance:
+            result = evaluate_task(
+                Engine(model),
+                task,
+                config.limit,
+                config.max_tokens,
+                config.batch_size,
+                by_difference(advance),
+                num_samples=config.num_samples,
+                temperature=config.temperature,
+                top_k=config.top_k,
+                seed=config.seed,
+            )
+        return Measured([result])
+
+    return Job(suite, task.name, {"task": task.fingerprint}, asked, measure)
+
+
+def _open_samples(bundle: Bundle, config: EvaluateConfig) -> list[Job]:
+    """Greedy continuations of the recipe's prompts."""
+
+    def measure(model: Bundle) -> Measured:
+        samples = write_samples(Engine(model), DEFAULT_PROMPTS)
+        return Measured(plain=[{"prompt": sample.prompt, "text": sample.text} for sample in samples])
+
+    return [Job("samples", "samples", {"prompts": list(DEFAULT_PROMPTS)}, {}, measure, together=False)]
+
+
+def _open_harness(bundle: Bundle, config: EvaluateConfig) -> list[Job]:
+    """Tasks of lm-evaluation-harness."""
+    tasks = open_harness(config.harness, config.paths.hub_folder)
+
+    def job(name: str) -> Job:
+        def measure(model: Bundle) -> Measured:
+            with progress(name, tasks.size(name), "problems") as advance:
+                return Measured([tasks.evaluate(name, model, by_difference(advance), config.batch_size)])
+
+        return Job("harness", name, {"task": tasks.fingerprint(name)}, {}, measure)
+
+    return [job(name) for name in tasks.names]
+
+
+def _settings_of(bundle: Bundle, group: str, schema: type) -> Any:
+    """A group of the settings that the model was trained with, as its bundle keeps them."""
+    if group not in bundle.stage.settings:
+        raise UserError(
+            f"{bundle.path}: stage.json does not say its {group} settings.", "Leave that suite out: suites=[…]"
+        )
+    return build(schema, bundle.stage.settings[group], f"{bundle.path}/stage.json: settings.{group}")
+
+
+_OPENERS: dict[Suite, Callable[[Bundle, EvaluateConfig], list[Job]]] = {
+    "bpb": _open_bits_per_byte,
+    "core": _open_core,
+    "chat": _open_chat,
+    "chatcore": _open_chatcore,
+    "samples": _open_samples,
+    "harness": _open_harness,
+}
