@@ -87,7 +87,9 @@ def _type_name(hint: Any) -> str:
     if get_origin(hint) is Literal:
         return " | ".join(str(choice) for choice in get_args(hint))
     if get_origin(hint) in (Union, types.UnionType):
-        return " | ".join(_type_name(choice) for choice in get_args(hint))
+        return " | ".join(filter(None, map(_type_name, get_args(hint))))
+    if dataclasses.is_dataclass(hint):
+        return "a group of keys"
     if get_origin(hint) in (list, tuple):
         return "list"
     return {int: "whole number", float: "number", str: "text", bool: "true | false", type(None): "null"}.get(hint, "")

@@ -118,7 +118,7 @@ class Task(ABC):
 
         Of a task with more than ``_MOST_HASHED`` it is over some of them, evenly spread, and their number.
         """
-        step = -(-len(self) // _MOST_HASHED)
+        step = max(1, -(-len(self) // _MOST_HASHED))
         digest = hashlib.sha256(f"{len(self)}\n".encode() if step > 1 else b"")
         for index in range(0, len(self), step):
             digest.update(json.dumps(self[index], ensure_ascii=True).encode() + b"\n")

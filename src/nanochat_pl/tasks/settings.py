@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from dataclasses import dataclass
 from typing import TypeVar
@@ -17,17 +18,18 @@ T = TypeVar("T", bound=type)
 
 def _with_a_field_per_task(cls: T) -> T:
     """Give a settings class, before it becomes a dataclass, a field for each task that there is."""
-    fields = {name: kind.settings | None for name, kind in all_tasks().items()}
-    cls.__annotations__ = {**fields, **cls.__annotations__}
-    for name in fields:
-        setattr(cls, name, setting(None, "This task; {} for its defaults."))
+    kinds = all_tasks()
+    cls.__annotations__ = {**{name: kind.settings | None for name, kind in kinds.items()}, **cls.__annotations__}
+    for name, kind in kinds.items():
+        first_line = (inspect.getdoc(kind.settings) or "").partition("\n")[0]
+        setattr(cls, name, setting(None, first_line.replace("`", "")))
     return cls
 
 
 @dataclass(frozen=True)
 @_with_a_field_per_task
 class MixtureTasks:
-    """One field per task; null, or not being named, leaves a task out. ``conversations`` holds any number by name."""
+    """The tasks by name: ``{}`` takes one with its defaults; null, or not being named, leaves it out."""
 
     conversations: dict[str, ConversationSettings | None] = setting(
         factory=dict, doc="Conversations out of files, by a name of yours: conversations.NAME.path=…"
