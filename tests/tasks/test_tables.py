@@ -98,7 +98,7 @@ def test_a_mirror_that_has_some_of_a_split_s_files(tmp_path: Path) -> None:
     table = tmp_path / "hub/datasets" / REPO / "main"
     for number in (0, 2):
         write_table(table / f"train-0000{number}-of-00003.parquet", [problem(number)])
-    with pytest.raises(UserError, match="main: 2 of the 3 files of the split train are here"):
+    with pytest.raises(UserError, match=r"gsm8k: 2 of the 3 files main/train-\*.parquet of openai/gsm8k are here"):
         opened("gsm8k", "train", tmp_path, tmp_path / "hub")
     write_table(table / "train-00001-of-00003.parquet", [problem(1)])
     assert numbers(opened("gsm8k", "train", tmp_path, tmp_path / "hub", order_seed=None)) == [0, 1, 2]
@@ -108,8 +108,11 @@ def test_missing_files_are_said_with_the_command_that_fetches_them(tmp_path: Pat
     said = r"mixture.tasks.gsm8k: nothing of openai/gsm8k \(main\) is here.\nFetch it: nanochat-pl download task=gsm8k "
     with pytest.raises(UserError, match=said + r"paths.cache=\S+$"):
         opened("gsm8k", "train", tmp_path)
-    with pytest.raises(UserError, match=r"gsm8k: not in paths.hub=.*hub: nothing of openai/gsm8k \(main\) is here"):
-        opened("gsm8k", "train", tmp_path, tmp_path / "hub")
+    hub = mirror(tmp_path / "hub")
+    with pytest.raises(UserError, match=said):
+        opened("gsm8k", "train", tmp_path, tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"gsm8k.files='socratic/train-\*.parquet': .* has no such file"):
+        opened("gsm8k", "train", tmp_path, hub, config="socratic")
     with pytest.raises(UserError, match=r"mixture.tasks.gsm8k.test_path='nowhere': there is no such file"):
         opened("gsm8k", "test", tmp_path, test_path="nowhere")
 
@@ -128,7 +131,9 @@ def test_downloaded_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         server.add(REPO, files)
         manifest = open_manifest(REPO, "main", cache)
         fetch_files(manifest, [manifest.file("main/train-00000-of-00002.parquet")], cache)
-        with pytest.raises(UserError, match=r"train-00001-of-00002.parquet of openai/gsm8k is not here[^$]*task=gsm8k"):
+        with pytest.raises(
+            UserError, match=r"not here: 1, the first is main/train-00001-of-00002.parquet[^$]*task=gsm8k"
+        ):
             opened("gsm8k", "train", cache)
         fetched = fetch_files(manifest, manifest.matching(GSM8KSettings().files), cache)
     assert numbers(opened("gsm8k", "train", cache, order_seed=None)) == [0, 1]
@@ -143,7 +148,7 @@ def test_downloaded_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     data[len(data) // 2] ^= 1
     damaged.unlink()
     damaged.write_bytes(bytes(data))
-    with pytest.raises(UserError, match=r"is damaged: it is not what openai/gsm8k has[^$]*download task=gsm8k"):
+    with pytest.raises(UserError, match=r"is damaged.\nIt is not what openai/gsm8k has. .*download task=gsm8k"):
         opened("gsm8k", "test", cache)
 
 

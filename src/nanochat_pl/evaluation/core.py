@@ -18,7 +18,6 @@ from nanochat_pl.common.together import agreed
 from nanochat_pl.data.cache_folder import fingerprint_of
 from nanochat_pl.data.eval_bundle import bundle_in_cache
 from nanochat_pl.data.hub_files import key_of_cache, typed_keys
-from nanochat_pl.data.tables import files_of_hub, files_of_mirror, read_rows
 from nanochat_pl.evaluation.core_bundle import (
     CORE_TASKS,
     CoreTask,
@@ -41,10 +40,11 @@ from nanochat_pl.evaluation.core_prompts import (
 from nanochat_pl.evaluation.results import TaskResult, make_result
 from nanochat_pl.evaluation.scoring import Score, score
 from nanochat_pl.model.gpt import GPT
+from nanochat_pl.tasks.arc import ARCChallenge, ARCChallengeSettings, ARCEasy, ARCEasySettings
+from nanochat_pl.tasks.context import TaskContext
 from nanochat_pl.tokenizer import Tokenizer
 
-ARC_REPO = "allenai/ai2_arc"
-ARC_CONFIGS = {"arc_easy": "ARC-Easy", "arc_challenge": "ARC-Challenge"}
+_ARC = {"arc_easy": (ARCEasy, ARCEasySettings), "arc_challenge": (ARCChallenge, ARCChallengeSettings)}
 _ARC_BEGINNING = "Question: "
 # Characters of a context that a row for people shows.
 _SHOWN = 1000
@@ -136,7 +136,7 @@ def open_core(settings: CoreSettings, cache_dir: Path, hub: Path | None) -> Core
         there = {name: there[name] for name in settings.tasks}
     if not there:
         raise UserError(f"{folder}: no task of it has its file.")
-    arc = {name: _right_answers(name, cache_dir, hub) for name in ARC_CONFIGS if settings.fix_arc and name in there}
+    arc = {name: _right_answers(name, cache_dir, hub) for name in _ARC if settings.fix_arc and name in there}
     return CoreBundle(folder, there, missing, settings, arc)
 
 
@@ -292,17 +292,14 @@ def _row(
 
 def _right_answers(name: str, cache_dir: Path, hub: Path | None) -> Answers:
     """The right answers of ARC's test questions, from the hub's data set."""
-    config = ARC_CONFIGS[name]
-    files = files_of_mirror(hub, ARC_REPO, config, "test", cache_dir) if hub is not None else []
-    if not files:
-        fix = f"Fetch it: nanochat-pl download {typed_keys({'task': name} | key_of_cache(cache_dir))}"
-        files = files_of_hub("core.fix_arc", ARC_REPO, None, config, "test", cache_dir, fix)
+    task, settings = _ARC[name]
+    questions = task(settings(order_seed=None), "test", TaskContext(cache_dir, hub=hub, where="core.fix_arc"))
     answers: dict[str, list[tuple[frozenset[str], str]]] = {}
-    for file in files:
-        for row in read_rows(file, ("question", "choices", "answerKey")):
-            texts, labels = row["choices"]["text"], row["choices"]["label"]
-            answer = texts[labels.index(row["answerKey"])]
-            answers.setdefault(row["question"].strip(), []).append((frozenset(texts), answer))
+    for index in range(len(questions)):
+        row = questions.row(index)
+        texts, labels = row["choices"]["text"], row["choices"]["label"]
+        answer = texts[labels.index(row["answerKey"])]
+        answers.setdefault(row["question"].strip(), []).append((frozenset(texts), answer))
     return answers
 
 

@@ -18,12 +18,17 @@ from nanochat_pl.tasks.context import TaskContext
 
 @dataclass(frozen=True)
 class SetFile:
-    """A file to read, and how its hash is remembered. Without a path it has not been downloaded."""
+    """A file to read, and how its hash is remembered. Without a path it has not been downloaded.
+
+    Attributes:
+        sha256: what the hub says that it is; None for a file that did not come from there.
+    """
 
     name: str
     path: Path | None
     memo: Path
     at_rest: bool = False
+    sha256: str | None = None
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,9 @@ def files_on_disk(key: str, given: str, suffixes: Sequence[str], cache_dir: Path
     return [SetFile(name, path, memos / f"{fingerprint_of(str(path))[:32]}.json") for name, path in paths.items()]
 
 
-def files_of_set(where: str, wanted: HubSet, suffixes: Sequence[str], context: TaskContext) -> list[SetFile]:
+def files_of_set(
+    where: str, wanted: HubSet, suffixes: Sequence[str], context: TaskContext, fix: str | None = None
+) -> list[SetFile]:
     """The files of a data set, in sorted order: those of ``paths.hub`` where it is there, else of what was downloaded.
 
     Args:
@@ -50,6 +57,7 @@ def files_of_set(where: str, wanted: HubSet, suffixes: Sequence[str], context: T
         wanted: which.
         suffixes: what their names may end with; others are left out.
         context: the folders.
+        fix: the command that fetches it, where :func:`how_to_fetch` does not tell.
 
     Raises:
         UserError: nothing of it is here (the fix is the command that fetches it), or it has no such file.
@@ -60,24 +68,26 @@ def files_of_set(where: str, wanted: HubSet, suffixes: Sequence[str], context: T
     manifest = known_manifest(wanted.repo, wanted.revision or "main", context.cache_dir)
     if manifest is None:
         problem = f"{where}: nothing of {wanted.repo} ({wanted.revision or 'main'}) is here."
-        raise UserError(problem, how_to_fetch(wanted, context))
+        raise UserError(problem, fix or how_to_fetch(wanted, context))
     found = []
     for file in manifest.matching(wanted.files, f"{where}.files") if wanted.files else manifest.files:
         if format_of(Path(file.path), suffixes) and not f"/{file.path}".count("/."):
             path = manifest.at_hand(file)
             memo = hash_memo(path or Path(file.path), context.cache_dir)
-            found.append(SetFile(file.path, path, memo, at_rest=True))
+            found.append(SetFile(file.path, path, memo, at_rest=True, sha256=file.sha256))
     if not found:
         raise UserError(f"{where}.repo={wanted.repo!r}: no file of it ends with {' or '.join(suffixes)}.")
     return found
 
 
-def require_all(where: str, files: Sequence[SetFile], wanted: HubSet, context: TaskContext) -> None:
+def require_all(
+    where: str, files: Sequence[SetFile], wanted: HubSet, context: TaskContext, fix: str | None = None
+) -> None:
     """Refuse files that are not here: with fewer, what is made of them would be different next time."""
     if missing := [file.name for file in files if file.path is None]:
         raise UserError(
             f"{where}: files of {wanted.repo} that are not here: {len(missing):,}, the first is {missing[0]}.",
-            how_to_fetch(wanted, context),
+            fix or how_to_fetch(wanted, context),
         )
 
 

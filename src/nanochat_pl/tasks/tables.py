@@ -7,21 +7,25 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.settings import setting, to_plain
-from nanochat_pl.data.cache_folder import fingerprint_of
+from nanochat_pl.data.cache_folder import fingerprint_of, known_sha256
+from nanochat_pl.data.file_formats import reading
 from nanochat_pl.data.hub_files import key_of_cache, typed_keys
-from nanochat_pl.data.tables import Row, TableFile, files_given, files_of_hub, files_of_mirror, read_rows
+from nanochat_pl.data.tables import TABLE_SUFFIXES, Row, read_rows
 from nanochat_pl.tasks.base import Split, Task, TaskSettings
 from nanochat_pl.tasks.context import TaskContext
+from nanochat_pl.tasks.hub_sets import HubSet, SetFile, files_of_set, files_on_disk, require_all
 
 # Conversations that a fingerprint looks at: enough to see a change of their form.
 _FIRST = 16
 _MOST_CHOICES = 26
+_PART_OF = re.compile(r"-\d+-of-(\d+)")
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,15 @@ class TableSettings(TaskSettings):
         return f"{self.config}/*.parquet"
 
 
+@dataclass(frozen=True)
+class TableFile:
+    """A file of rows, with a hash of its contents."""
+
+    name: str
+    path: Path
+    sha256: str
+
+
 class TableTask(Task):
     """A task of a table's rows, in one seeded order.
 
@@ -92,7 +105,9 @@ class TableTask(Task):
         self.settings = settings
         self.where = f"{context.where}.{name}"
         self.files = _files(name, self.where, settings, split, context)
-        read = [(file, place, row) for file in self.files for place, row in enumerate(read_rows(file, self.columns))]
+        read = [
+            (file, place, row) for file in self.files for place, row in enumerate(read_rows(file.path, self.columns))
+        ]
         self._rows = [read[number] for number in self.select([row for _, _, row in read])]
         order = range(len(self._rows))
         if settings.order_seed is not None:
@@ -149,23 +164,38 @@ class TableTask(Task):
 
 
 def _files(name: str, where: str, settings: TableSettings, split: Split, context: TaskContext) -> list[TableFile]:
-    """The files of a split: given ones, else those of the mirror, else downloaded ones."""
-    given = {key: getattr(settings, key) for key in ("path", "test_path")}
-    key = "path" if split == "train" else "test_path"
-    if given[key] is not None:
-        files = files_given(f"{where}.{key}", given[key], context.cache_dir)
-        other = "test_path" if key == "path" else "path"
-        if given[other] is not None:
-            _refuse_shared(where, files, files_given(f"{where}.{other}", given[other], context.cache_dir))
+    """The files of a split: given ones, else those of the mirror or downloaded ones."""
+    key, other = ("path", "test_path") if split == "train" else ("test_path", "path")
+    if getattr(settings, key) is not None:
+        files = _given(where, key, settings, context)
+        if getattr(settings, other) is not None:
+            _refuse_shared(where, files, _given(where, other, settings, context))
         return files
     table = settings.train_split if split == "train" else settings.test_split
-    if context.hub is not None and settings.revision is None:
-        files = files_of_mirror(context.hub, settings.repo, settings.config, table, context.cache_dir)
-        if files:
-            return files
-        where += f": not in paths.hub={context.hub}"
+    wanted = HubSet(settings.repo, settings.revision, f"{settings.config}/{table}-*.parquet")
     fix = how_to_fetch(name, settings, context)
-    return files_of_hub(where, settings.repo, settings.revision, settings.config, table, context.cache_dir, fix)
+    found = files_of_set(where, wanted, TABLE_SUFFIXES, context, fix)
+    require_all(where, found, wanted, context, fix)
+    if (part := _PART_OF.search(found[0].name)) and int(part[1]) != len(found):
+        raise UserError(
+            f"{where}: {len(found):,} of the {int(part[1]):,} files {wanted.files} of {wanted.repo} are here.",
+            "Copy the others, too.",
+        )
+    return [_with_hash(file, f"It is not what {settings.repo} has. {fix}") for file in found]
+
+
+def _given(where: str, key: str, settings: TableSettings, context: TaskContext) -> list[TableFile]:
+    found = files_on_disk(f"{where}.{key}", getattr(settings, key), TABLE_SUFFIXES, context.cache_dir)
+    return [_with_hash(file) for file in found]
+
+
+def _with_hash(file: SetFile, fix: str = "") -> TableFile:
+    assert file.path is not None, "files that are not here have been refused"
+    with reading(file.path):
+        sha256 = known_sha256(file.path, file.memo, file.at_rest)
+    if file.sha256 not in (None, sha256):
+        raise UserError(f"{file.path}: is damaged.", fix)
+    return TableFile(file.name, file.path, sha256)
 
 
 def how_to_fetch(name: str, settings: TableSettings, context: TaskContext) -> str:
