@@ -68,7 +68,7 @@ def test_a_stage_that_is_older_than_a_key_was_done_with_its_default(here: Path) 
 
 
 def test_there_is_a_list_for_every_stage() -> None:
-    assert set(MATTERS) == {"tokenizer", "base", "sft"}
+    assert set(MATTERS) == {"tokenizer", "base", "mid", "sft"}
 
 
 def test_a_tokenizer_made_on_the_way_has_settings_too(here: Path) -> None:

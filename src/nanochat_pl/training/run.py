@@ -77,7 +77,8 @@ def train_stage(
     together.agreed(lambda: _require_short_prompts(config, prepared))
     together.by_main(lambda: write_json(folder.path / "plan.json", prepared.plan.to_plain()))
     hub = config.paths.hub_folder
-    context = TaskContext(cache, config.data.max_bad_fraction, hub, where="evaluation.chat")
+    sandbox = config.evaluation.sandbox
+    context = TaskContext(cache, config.data.max_bad_fraction, hub, sandbox, where="evaluation.chat")
     benchmarks = together.main_first(
         lambda: open_benchmarks(config.stage, config.evaluation, prepared.tokenizer, context)
     )

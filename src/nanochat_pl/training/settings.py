@@ -23,6 +23,7 @@ from nanochat_pl.planning.memory import MemoryKnobs
 from nanochat_pl.planning.rows import RowOptions
 from nanochat_pl.tasks.settings import MixtureSettings, MixtureTasks
 from nanochat_pl.tokenizer.training import TokenizerSettings
+from nanochat_pl.tools.sandbox import SandboxSettings
 from nanochat_pl.training.guards import OnNonfinite
 from nanochat_pl.training.trainer_arguments import explain_argument
 
@@ -153,6 +154,7 @@ class EvaluationSettings:
         24, "Problems of each task whose answer is written; null: all that it holds out.", at_least=1
     )
     chat_max_tokens: int = setting(256, "Most tokens of a written answer.", at_least=1, at_most=4096)
+    sandbox: SandboxSettings = setting(factory=SandboxSettings, doc="Where code that a model wrote is run.")
 
 
 @dataclass(frozen=True)
