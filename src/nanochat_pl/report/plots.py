@@ -97,6 +97,16 @@ def panels_of(stage: StageRecord) -> list[Panel]:
             (Line(column("val/bpb"), color="second", kind="dots", errors=column("val/bpb_stderr")),),
             tokens,
         ),
+        *(
+            Panel(
+                name,
+                title,
+                "mean of centered accuracies",
+                (Line(column(f"{name}/mean"), color="second", kind="dots", errors=column(f"{name}/mean_stderr")),),
+                tokens,
+            )
+            for name, title in (("core", "CORE"), ("chat", "Tasks"))
+        ),
         Panel("speed", "Throughput", "tokens a second", (Line(column("train/tokens_per_second")),), from_zero=True),
         Panel("lr", "Learning rate", "× the initial one", (Line(column("train/lr_multiplier")),), from_zero=True),
         Panel("momentum", "Muon momentum", "", (Line(column("train/muon_momentum")),)),

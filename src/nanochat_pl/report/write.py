@@ -10,7 +10,9 @@ from typing import Any
 from nanochat_pl.common.files import ensure_folder, write_atomically, write_json, write_text
 from nanochat_pl.common.settings import to_plain
 from nanochat_pl.report import plots
-from nanochat_pl.report.read import Answer, RunRecord, StageRecord, TaskResult, read_run
+from nanochat_pl.report.bars import bars_png, centered, centered_error
+from nanochat_pl.report.evaluations import Answer, EvaluationRecord, Summary, TaskResult
+from nanochat_pl.report.read import RunRecord, StageRecord, read_run
 from nanochat_pl.report.text import (
     clean,
     compact,
@@ -28,6 +30,7 @@ MAX_CHATS = 6
 ANSWERS_PER_TASK = 3
 # Files of one picture per stage, which report.md shows.
 PICTURE = "{stage}.png"
+BARS = "{stage}_{suite}.png"
 
 
 def write_report(run_dir: Path) -> Path:
@@ -47,6 +50,12 @@ def write_report(run_dir: Path) -> Path:
     for stage, panels in shown["panels"].items():
         picture = plots.png(panels, stage)
         write_atomically(folder / PICTURE.format(stage=stage), partial(_write_bytes, picture))
+    for evaluation in run.evaluations:
+        for suite, name in shown["bars"][evaluation.stage].items():
+            summary = evaluation.summaries[suite]
+            title = f"{evaluation.stage}, {summary.name}: {_figure(summary)}"
+            picture = bars_png(title, evaluation.suites[suite], summary)
+            write_atomically(folder / name, partial(_write_bytes, picture))
     write_json(folder / "report.json", _figures(run))
     write_text(folder / "report.md", _render("report.md.jinja", shown))
     write_text(folder / "report.html", _render("report.html.jinja", shown))
@@ -62,6 +71,7 @@ def summary_table(run_dir: Path) -> list[tuple[str, ...]]:
     run = read_run(run_dir)
     rows = [row for stage in run.stages for row in _stage_rows(stage)]
     for evaluation in run.evaluations:
+        rows.extend(_summary_rows(evaluation))
         for suite, tasks in evaluation.suites.items():
             for task in tasks:
                 error = "" if task.stderr is None else percent(task.stderr)
@@ -69,6 +79,12 @@ def summary_table(run_dir: Path) -> list[tuple[str, ...]]:
                 row = (evaluation.stage, figure, percent(task.accuracy), error, f"{task.n:,}", percent(task.baseline))
                 rows.append(row)
     return rows
+
+
+def _summary_rows(evaluation: EvaluationRecord) -> Iterator[tuple[str, ...]]:
+    for summary in evaluation.summaries.values():
+        figures = (f"{summary.value:.4f}", f"{summary.stderr:.4f}", f"{summary.n:,}", "")
+        yield (evaluation.stage, clean(summary.name), *figures)
 
 
 def _stage_rows(stage: StageRecord) -> Iterator[tuple[str, ...]]:
@@ -98,6 +114,14 @@ def _shown(run: RunRecord) -> dict[str, Any]:
             for evaluation in run.evaluations
         },
         "notes": list(_notes(run)),
+        "bars": {
+            evaluation.stage: {
+                suite: BARS.format(stage=evaluation.stage, suite=suite)
+                for suite in evaluation.summaries
+                if suite in evaluation.suites and suite.isidentifier()
+            }
+            for evaluation in run.evaluations
+        },
     }
 
 
@@ -126,8 +150,14 @@ def _tiles(run: RunRecord) -> Iterator[tuple[str, str, str]]:
         bpb, error = stage.figure("val/bpb"), stage.figure("val/bpb_stderr")
         if bpb is not None:
             yield (f"{stage.name}, bits per byte", f"{bpb:.3f}", "" if error is None else f"± {error:.3f}")
+    for evaluation in run.evaluations:
+        for summary in evaluation.summaries.values():
+            label = f"{evaluation.stage}, {clean(summary.name)}"
+            yield (label, f"{summary.value:.3f}", f"± {summary.stderr:.3f}, n {summary.n:,}")
     if run.evaluations:
         for suite, tasks in run.evaluations[-1].suites.items():
+            if suite in run.evaluations[-1].summaries:
+                continue
             mean = sum(task.accuracy for task in tasks) / len(tasks)
             yield (f"{run.evaluations[-1].stage}, {suite} tasks", percent(mean), f"mean of {len(tasks)}")
     trained = [last for stage in run.stages if (last := stage.column("train/tokens").last) is not None]
@@ -244,9 +274,15 @@ def _render(template: str, shown: dict[str, Any]) -> str:
         show=show,
         percent=percent,
         duration=duration,
+        figure=_figure,
+        signed=_signed,
+        centered=centered,
+        centered_error=centered_error,
     )
     # The drawings hold no text of the run folder: titles, labels and numbers are this room's own.
-    environment.globals.update(svg=lambda panel, prefix: Markup(plots.svg(panel, prefix)), error_bar=_error_bar)
+    environment.globals.update(
+        svg=lambda panel, prefix: Markup(plots.svg(panel, prefix)), error_bar=_error_bar, summary_bar=_summary_bar
+    )
     return environment.get_template(template).render(shown)
 
 
@@ -259,6 +295,23 @@ def _error_bar(task: TaskResult) -> dict[str, float]:
         "high": round(100 * min(1.0, task.accuracy + error), 2),
         "baseline": round(100 * task.baseline, 2),
     }
+
+
+def _summary_bar(summary: Summary) -> dict[str, float]:
+    """As :func:`_error_bar`, of a mean of centered accuracies and its interval."""
+    ends = {"accuracy": summary.value, "low": summary.low, "high": summary.high}
+    return {**{key: round(100 * min(1.0, max(0.0, end)), 2) for key, end in ends.items()}, "baseline": 0.0}
+
+
+def _figure(summary: Summary) -> str:
+    """A summary as people read it: with its error, interval and n."""
+    interval = f"95%: {summary.low:.4f} … {summary.high:.4f}"
+    return f"{summary.value:.4f} ± {summary.stderr:.4f} ({interval}), {summary.num_tasks} tasks, n {summary.n:,}"
+
+
+def _signed(share: float) -> str:
+    """A difference of shares in percent."""
+    return f"{100 * share:+.1f} %"
 
 
 def _write_bytes(data: bytes, path: Path) -> None:

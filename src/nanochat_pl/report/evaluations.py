@@ -1,0 +1,168 @@
+"""What evaluations of a run have found, as plain records: ``evaluation/STAGE/`` in its folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from nanochat_pl.common.errors import UserError
+from nanochat_pl.common.settings import setting
+from nanochat_pl.report.files import build_known, finite_numbers, json_lines, optional_object
+
+MAX_REMARK = 2000  # characters
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What a model wrote after a prompt."""
+
+    prompt: str = setting(doc="What the model was given.")
+    text: str = setting(doc="What it wrote.")
+    step: int = setting(0, "Optimizer step of the model.")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One test question with the model's answer."""
+
+    question: str = setting(doc="The question.")
+    answer: str = setting(doc="The model's answer.")
+    reference: str = setting("", "The right answer.")
+    correct: bool | None = setting(None, "Whether the answer counts as right, where that can be said.")
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """A row of the task table; shares are between 0 and 1."""
+
+    name: str = setting(doc="The task's name.")
+    accuracy: float = setting(doc="Share of right answers.", at_least=0, at_most=1)
+    n: int = setting(doc="Number of test problems.", at_least=0)
+    stderr: float | None = setting(None, "Standard error of the share.", at_least=0)
+    baseline: float = setting(0.0, "Share that guessing gives.", at_least=0, at_most=1)
+    centered: float | None = setting(None, "Accuracy over the baseline: 0 is guessing, 1 all right.", at_most=1)
+    remark: str | None = setting(None, "What has to be said with the figures.", max_length=MAX_REMARK)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The mean of the centered accuracies of several tasks, as CORE."""
+
+    name: str = setting(doc="Its name.")
+    value: float = setting(doc="The mean.")
+    stderr: float = setting(doc="Its standard error.", at_least=0)
+    low: float = setting(doc="Where its interval of 95% begins.")
+    high: float = setting(doc="Where it ends.")
+    num_tasks: int = setting(doc="Number of tasks.", at_least=1)
+    n: int = setting(doc="Number of problems.", at_least=1)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """By how much the model is better than another, on the same problems."""
+
+    name: str = setting(doc="The task's or summary's name.")
+    difference: float = setting(doc="Difference of the accuracies, or of the means.")
+    stderr: float = setting(doc="Its standard error.", at_least=0)
+    low: float = setting(doc="Where its interval of 95% begins.")
+    high: float = setting(doc="Where it ends.")
+    n: int = setting(doc="Pairs.", at_least=1)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The differences of a suite."""
+
+    against: str
+    differences: list[Difference]
+
+
+@dataclass(frozen=True)
+class EvaluationRecord:
+    """The figures of one evaluated bundle, by suite. ``figures`` are those that belong to no task."""
+
+    stage: str
+    suites: dict[str, list[TaskResult]] = field(default_factory=dict)
+    summaries: dict[str, Summary] = field(default_factory=dict)
+    comparisons: dict[str, Comparison] = field(default_factory=dict)
+    figures: dict[str, dict[str, float]] = field(default_factory=dict)
+    samples: list[Sample] = field(default_factory=list)
+    answers: dict[str, list[Answer]] = field(default_factory=dict)
+    chats: list[list[dict[str, Any]]] = field(default_factory=list)
+
+
+def read_evaluation(folder: Path) -> EvaluationRecord:
+    """Read ``evaluation/STAGE/``.
+
+    Raises:
+        UserError: a file is damaged; named, with the line or the key.
+    """
+    path = folder / "results.json"
+    suites = optional_object(path).get("suites", {})
+    if not isinstance(suites, Mapping):
+        raise UserError(f"{path}: suites: must be a group of named values.")
+    found = EvaluationRecord(
+        stage=folder.name,
+        answers={file.stem.removeprefix("answers_"): _answers(file) for file in sorted(folder.glob("answers_*.jsonl"))},
+        chats=[_messages(row, where) for where, row in json_lines(folder / "chats.jsonl")],
+    )
+    for name, suite in suites.items():
+        where = f"{path}: suites.{name}"
+        if isinstance(suite, list):
+            found.samples.extend(build_known(Sample, item, f"{where}[{i}]") for i, item in enumerate(suite))
+        elif isinstance(suite, Mapping):
+            _read_suite(found, name, suite, where)
+        else:
+            raise UserError(f"{where}: must be a group of named values or a list.")
+    return found
+
+
+def _read_suite(found: EvaluationRecord, name: str, suite: Mapping[str, Any], where: str) -> None:
+    if tasks := _rows(TaskResult, suite, "tasks", where):
+        found.suites[name] = tasks
+    if suite.get("summary") is not None:
+        found.summaries[name] = build_known(Summary, suite["summary"], f"{where}.summary")
+    differences = _rows(Difference, suite, "differences", where)
+    if suite.get("summary_difference") is not None:
+        differences.append(build_known(Difference, suite["summary_difference"], f"{where}.summary_difference"))
+    if differences:
+        found.comparisons[name] = Comparison(str(suite.get("against") or "another model"), differences)
+    if figures := finite_numbers(suite, where):
+        found.figures[name] = figures
+
+
+def _rows(cls: type[T], suite: Mapping[str, Any], key: str, where: str) -> list[T]:
+    rows = suite.get(key, [])
+    if not isinstance(rows, list):
+        raise UserError(f"{where}.{key}: must be a list.")
+    return [build_known(cls, row, f"{where}.{key}[{i}]") for i, row in enumerate(rows)]
+
+
+def _answers(path: Path) -> list[Answer]:
+    """Those that have words: of some tasks there are only choices."""
+    answers = [build_known(Answer, row, where) for where, row in json_lines(path)]
+    return [answer for answer in answers if answer.question or answer.answer]
+
+
+def _messages(row: Any, where: str) -> list[dict[str, Any]]:
+    messages = row.get("messages") if isinstance(row, Mapping) else None
+    if not isinstance(messages, list) or not all(
+        isinstance(message, Mapping) and isinstance(message.get("role"), str) for message in messages
+    ):
+        raise UserError(f"{where}: must hold messages, each with a role and a content.")
+    return [{"role": message["role"], "parts": _parts(message.get("content"), where)} for message in messages]
+
+
+def _parts(content: Any, where: str) -> list[dict[str, str]]:
+    """A message's content as parts of type text, python or python_output."""
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    if not isinstance(parts, list) or not all(
+        isinstance(part, Mapping) and isinstance(part.get("type"), str) and isinstance(part.get("text"), str)
+        for part in parts
+    ):
+        raise UserError(f"{where}: a message's content must be text or a list of parts.")
+    return [{"type": part["type"], "text": part["text"]} for part in parts]

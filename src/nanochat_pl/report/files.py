@@ -1,0 +1,85 @@
+"""Files of a run folder as plain data, each checked for its form; an error names the file and the line.
+
+A last line without a line end is what a killed process leaves behind, and is dropped.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from nanochat_pl.common.errors import UserError
+from nanochat_pl.common.files import read_json
+from nanochat_pl.common.settings import build
+
+MAX_FILE_BYTES = 512 * 2**20
+
+T = TypeVar("T")
+
+
+def build_known(cls: type[T], row: Any, where: str) -> T:
+    """A record of the keys that it knows: files of later versions may say more."""
+    if isinstance(row, Mapping):
+        row = {item.name: row[item.name] for item in fields(cls) if item.name in row}  # type: ignore[arg-type]
+    return build(cls, row, where)
+
+
+def number(values: Mapping[str, Any], key: str, path: Path, whole: bool = False) -> Any:
+    """A finite number of a file, or None where it is not there."""
+    value = values.get(key)
+    if value is None:
+        return None
+    if not _is_finitenumber(value) or (whole and not isinstance(value, int)):
+        raise UserError(f"{path}: {key}={value!r}: must be a {'whole ' if whole else ''}number.")
+    return value
+
+
+def finite_numbers(values: Any, path: Path | str) -> dict[str, float]:
+    """The finite numbers of a group; what else is in it is left out."""
+    if not isinstance(values, Mapping):
+        raise UserError(f"{path}: {values!r}: must be a group of named numbers.")
+    return {key: value for key, value in values.items() if _is_finitenumber(value)}
+
+
+def _is_finitenumber(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def optional_object(path: Path) -> dict[str, Any]:
+    """The JSON object of a file; empty where there is no such file."""
+    if not path.exists():
+        return {}
+    value = read_json(path, surrogates=True)
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: must hold a JSON object, not {type(value).__name__}.")
+    return value
+
+
+def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    """Each line's place, for messages, and its value."""
+    for number, line in enumerate(lines(path), start=1):
+        try:
+            yield f"{path}: line {number}", json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}: line {number}: is no valid JSON: {error}") from error
+
+
+def lines(path: Path) -> list[str]:
+    """The whole lines of a UTF-8 file; none where there is no such file."""
+    if not path.exists():
+        return []
+    try:
+        size = path.stat().st_size
+        if size > MAX_FILE_BYTES:
+            raise UserError(f"{path}: {size:,} bytes, more than the {MAX_FILE_BYTES:,} that such a file may have.")
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: is no UTF-8 text: {error}") from error
+    # Not splitlines: a JSON text may hold U+2028 as it is.
+    return text.split("\n")[:-1]
