@@ -25,8 +25,9 @@ del sys.path[0]
 
 
 def main() -> None:
-    """One line on stdout: ``{"missing": [wall: why, …]}``, or ``reason``, ``message``, ``seconds`` and ``output``."""
+    """One line on stdout: ``{"missing": [[wall, text], …]}``, or ``reason``, ``message``, ``seconds``, ``output``."""
     config = json.loads(sys.argv[1])
+    config["first"] = walls.first_free_id()
     os.environ.clear()
     if config["probe"]:
         return supervisor.report({"missing": missing_walls()})
@@ -34,29 +35,36 @@ def main() -> None:
         if config["strict"]:
             os.chdir(config["prefix"])
             walls.enter_namespaces(config["first"])
+        elif config["first"] is not None:
+            os.chown(config["folder"], config["first"] + 2, config["first"] + 2)
     except walls.WallMissing as missing:
-        return supervisor.report({"missing": [str(missing)]})
+        return supervisor.report({"missing": [["", str(missing)]]})
     pid = os.fork()
     if pid == 0:
         supervisor.supervise(config)
     os.waitpid(pid, 0)
 
 
-def missing_walls() -> list[str]:
-    """Which walls this system does not give, each tried in a process of its own."""
+def missing_walls() -> list[list[str]]:
+    """Name and reason of what this system does not give, each tried in a process of its own."""
     missing = []
-    for name in (*walls.NAMESPACES, "system call filter"):
+    for name in (*walls.NAMESPACES, "system call filter", "Landlock"):
         read_end, write_end = os.pipe()
         if os.fork() == 0:
             try:
-                walls.try_namespace(name) if name in walls.NAMESPACES else walls.filter_system_calls(signals=True)
+                if name in walls.NAMESPACES:
+                    walls.try_namespace(name)
+                elif name == "Landlock":
+                    walls.restrict_files([], [])
+                else:
+                    walls.filter_system_calls(signals=True)
             except walls.WallMissing as absent:
-                os.write(write_end, str(absent).encode())
+                os.write(write_end, json.dumps([name, str(absent)]).encode())
             os._exit(0)
         os.close(write_end)
         os.wait()
-        if problem := os.read(read_end, 1000).decode():
-            missing.append(problem)
+        if problem := os.read(read_end, 1000):
+            missing.append(json.loads(problem))
         os.close(read_end)
     return missing
 

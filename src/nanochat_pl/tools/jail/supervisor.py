@@ -7,6 +7,7 @@ import json
 import os
 import select
 import signal
+import sys
 import time
 import traceback
 from pathlib import Path
@@ -29,7 +30,9 @@ def supervise(config: dict) -> None:
         walls.keep_orphans()
         report(Supervisor(config).run())
     except walls.WallMissing as missing:
-        report({"missing": [str(missing)]})
+        report({"missing": [["", str(missing)]]})
+    except SystemExit:  # nobody waits for it any more
+        pass
     except BaseException:
         traceback.print_exc()
     finally:
@@ -47,12 +50,14 @@ class Supervisor:
         self.config = config
         self.strict: bool = config["strict"]
         self.has_judge: bool = config["tests"] is not None
+        self.libraries: list[int] = []
 
     def run(self) -> dict[str, object]:
         """``reason``, ``message``, ``seconds`` and ``output``."""
         config = self.config
         if self.strict:
             walls.build_root(config["base"], config["prefix"], config["libraries"], config["file"])
+        walls.close_to_others()
         self.null = os.open("/dev/null", os.O_RDWR)
         self.pipes = {name: os.pipe() for name in ("calls", "answers", "verdict", "status", "printed")}
         start = time.monotonic()
@@ -82,6 +87,8 @@ class Supervisor:
             self._shut_in(1)
             found = actors.judge(json.loads(_contents(tests)), calls, answers)
             os.write(verdict, json.dumps(found).encode())
+        except walls.WallMissing as missing:
+            os.write(verdict, json.dumps(str(missing)).encode())
         finally:
             os._exit(0)
 
@@ -97,35 +104,118 @@ class Supervisor:
             self._shut_in(2)
             pid = os.fork()
             if pid == 0:
-                os.chdir(self.config["folder"])
-                os.environ.update(HOME=self.config["folder"], TMPDIR=self.config["folder"], LANG="C.UTF-8")
-                source = _contents(program)
-                if self.has_judge:
-                    entry_point = self.config["entry_point"]
-                    self._keep(0, 1, 2, calls, answers)
-                    actors.answer_calls(source, entry_point, calls, answers)
-                self._keep(0, 1, 2)
-                actors.run_program(source)
+                self._program(program, calls, answers)
             self._keep(status)
-            found = [0, 0]
-            while found[0] != pid:
-                found = list(os.wait())
-            os.write(status, json.dumps([found[1], _has_children()]).encode())
-        except BaseException:
-            traceback.print_exc()
+            ended, code = os.wait()
+            while ended != pid:
+                ended, code = os.wait()
+            os.write(status, json.dumps([code, _has_children()]).encode())
+        except walls.WallMissing as missing:
+            os.write(status, json.dumps(str(missing)).encode())
         finally:
             os._exit(0)
+
+    def _program(self, program: int, calls: int, answers: int) -> None:
+        try:
+            os.environ.update(HOME=self.config["folder"], TMPDIR=self.config["folder"], LANG="C.UTF-8")
+            source = _contents(program)
+            self._keep(0, 1, 2, *([calls, answers] if self.has_judge else []), *self.libraries)
+            if self.has_judge:
+                actors.answer_calls(source, self.config["entry_point"], calls, answers)
+            actors.run_program(source)
+        finally:
+            os._exit(1)
 
     def _shut_in(self, number: int) -> None:
         """Put this process behind the walls, as the judge (1) or the program (2)."""
         config = self.config
-        if self.strict:
-            walls.hide_processes()
-        first = walls.INSIDE if self.strict else config["first"]
-        walls.become(None if config["first"] is None else first + number)
-        walls.limit(config["seconds"], config["memory"], config["file"], self._most_processes())
+        with walls.building("limits"):
+            if self.strict:
+                walls.hide_processes()
+            most = self._most_processes()
+            own_user = config["first"] is not None
+            if not self.strict and own_user:
+                self.libraries = _open_libraries()
+            opened = [config["folder"], *(config["libraries"] if config["landlock"] else [])]
+            folder, *folders = (os.open(path, os.O_PATH) for path in opened)
+            os.fchdir(folder)
+            walls.become(None)
+        try:
+            found = self._watch(start)
+        finally:
+            if not self.strict:
+                kill_descendants()
+        return {**found, "seconds": time.monotonic() - start}
+
+    # The others' first steps
+
+    def _judge(self) -> None:
+        tests, verdict = self.config["tests"], self.pipes["verdict"][1]
+        calls, answers = self.pipes["calls"][1], self.pipes["answers"][0]
+        try:
+            self._keep(tests, verdict, calls, answers, null=(0, 1, 2))
+            self._shut_in(1)
+            found = actors.judge(json.loads(_contents(tests)), calls, answers)
+            os.write(verdict, json.dumps(found).encode())
+        except walls.WallMissing as missing:
+            os.write(verdict, json.dumps(str(missing)).encode())
+        finally:
+            os._exit(0)
+
+    def _warden(self) -> None:
+        """Start the program; tell its wait status, and whether processes of its are left."""
+        program, status = self.config["program"], self.pipes["status"][1]
+        calls, answers, printed = self.pipes["calls"][0], self.pipes["answers"][1], self.pipes["printed"][1]
+        try:
+            self._keep(program, status, calls, answers, printed, null=(0,))
+            os.dup2(printed, 1)
+            os.dup2(printed, 2)
+            walls.keep_orphans()
+            self._shut_in(2)
+            pid = os.fork()
+            if pid == 0:
+                self._program(program, calls, answers)
+            self._keep(status)
+            ended, code = os.wait()
+            while ended != pid:
+                ended, code = os.wait()
+            os.write(status, json.dumps([code, _has_children()]).encode())
+        except walls.WallMissing as missing:
+            os.write(status, json.dumps(str(missing)).encode())
+        finally:
+            os._exit(0)
+
+    def _program(self, program: int, calls: int, answers: int) -> None:
+        try:
+            os.environ.update(HOME=self.config["folder"], TMPDIR=self.config["folder"], LANG="C.UTF-8")
+            source = _contents(program)
+            self._keep(0, 1, 2, *([calls, answers] if self.has_judge else []), *self.libraries)
+            if self.has_judge:
+                actors.answer_calls(source, self.config["entry_point"], calls, answers)
+            actors.run_program(source)
+        finally:
+            os._exit(1)
+
+    def _shut_in(self, number: int) -> None:
+        """Put this process behind the walls, as the judge (1) or the program (2)."""
+        config = self.config
+        with walls.building("limits"):
+            if self.strict:
+                walls.hide_processes()
+            most = self._most_processes()
+            own_user = config["first"] is not None
+            if not self.strict and own_user:
+                self.libraries = _open_libraries()
+            folder, *folders = (os.open(path, os.O_PATH) for path in (config["folder"], *config["libraries"]))
+            os.fchdir(folder)
+            walls.become((walls.INSIDE if self.strict else config["first"]) + number if own_user else None)
+            walls.limit(config["seconds"], config["memory"], config["file"], most)
+        if config["landlock"]:
+            walls.restrict_files(folders, [folder])
+        for fd in (folder, *folders):
+            os.close(fd)
         if config["filter"]:
-            walls.filter_system_calls(signals=self.strict or config["first"] is not None)
+            walls.filter_system_calls(signals=self.strict or own_user)
 
     def _most_processes(self) -> int:
         # The warden and, where all have one user, the supervisor and the judge count as well.
@@ -184,13 +274,18 @@ class Supervisor:
         verdict: Found | None = None
         if self.has_judge and verdict_end in self.closed:
             verdict = json.loads(self.texts[verdict_end] or b'{"reason": "memory", "message": "the tests were killed"}')
+            if isinstance(verdict, str):
+                raise walls.WallMissing(verdict)
             if verdict["reason"] not in ("passed", "gone"):
                 return verdict
         if status_end not in self.closed:
             return None
         if not self.texts[status_end]:
             return _found("escaped", "the program ended its warden")
-        status, left = json.loads(self.texts[status_end])
+        ended = json.loads(self.texts[status_end])
+        if isinstance(ended, str):
+            raise walls.WallMissing(ended)
+        status, left = ended
         if left:
             return _found("escaped", "the program left processes behind")
         if self.has_judge and verdict is None:
@@ -235,6 +330,15 @@ def _contents(fd: int) -> str:
         return file.read()
 
 
+def _open_libraries() -> list[int]:
+    """Python's folders as descriptors, by which they are found from now on: they may lie in another user's home."""
+    folders = [index for index, path in enumerate(sys.path) if Path(path).is_dir()]
+    fds = [os.open(sys.path[index], os.O_PATH) for index in folders]
+    for index, fd in zip(folders, fds, strict=True):
+        sys.path[index] = f"/proc/self/fd/{fd}"
+    return fds
+
+
 def _has_children() -> bool:
     """Whether any child of this process is alive. Those that have ended are cleared away."""
     try:
@@ -276,7 +380,7 @@ def descendants() -> list[int]:
 
 
 def kill_descendants() -> None:
-    """What the end of a process namespace does elsewhere. All orphans become children of this process, so none is lost."""
+    """What the end of a process namespace does elsewhere. Orphans become children of this process: none is lost."""
     while True:
         for pid in descendants():
             with contextlib.suppress(OSError):

@@ -43,7 +43,7 @@ def receive(fd: int) -> object:
         raise Broken("too long a message")
     try:
         return _unpack(json.loads(_read(fd, length)))
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError, MemoryError) as error:
         raise Broken("no message") from error
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import subprocess
 import sys
 import sysconfig
@@ -19,7 +18,7 @@ from nanochat_pl.common.errors import UserError, visible
 from nanochat_pl.tools.jail import walls
 from nanochat_pl.tools.sandbox.settings import Check, Outcome, SandboxSettings
 
-WALLS = (*walls.NAMESPACES, "system call filter", "limits")
+WALLS = (*walls.NAMESPACES, "bounded folder", "system call filter", "limits")
 MESSAGE_CHARS = 300
 # Seconds that a launcher gets beyond the program's: on a busy machine, starting takes long.
 GRACE = 60.0
@@ -47,17 +46,21 @@ class Sandbox:
 
     def __init__(self, settings: SandboxSettings) -> None:
         self.settings = settings
-        problems: list[str] = self._launch({"probe": True})["missing"]
-        self._filter = not any(problem.startswith("system call filter") for problem in problems)
-        if settings.mode == "weak":
-            missing = [*walls.NAMESPACES, *([] if self._filter else ["system call filter"])]
-        else:
-            missing = []
+        problems = dict(self._launch({"probe": True})["missing"])
+        strict = settings.mode == "strict"
+        self._filter = "system call filter" not in problems
+        self._landlock = "Landlock" not in problems and not strict
+        if strict:
+            problems.pop("Landlock", None)  # not needed
             if problems:
-                raise UserError([f"sandbox=strict: there is no {problem}" for problem in problems], _FIX)
-        self.missing: tuple[str, ...] = tuple(missing)
-        self.walls: tuple[str, ...] = tuple(wall for wall in WALLS if wall not in self.missing)
-        self.remark = f"sandbox=weak: no {', no '.join(missing)}" if missing else None
+                raise UserError([f"sandbox=strict: there is no {problem}" for problem in problems.values()], _FIX)
+        stand = dict.fromkeys(WALLS, strict) | {"limits": True}
+        if not strict:  # what a user id of its own, Landlock and the filter do for them
+            stand |= {"user wall": walls.first_free_id() is not None, "file wall": self._landlock}
+            stand |= dict.fromkeys(("network wall", "IPC wall", "system call filter"), self._filter)
+        self.walls = tuple(wall for wall in WALLS if stand[wall])
+        self.missing = tuple(wall for wall in WALLS if not stand[wall])
+        self.remark = f"sandbox=weak: no {', no '.join(self.missing)}" if self.missing else None
         trial = self.check(
             "def double(x):\n    return 2 * x\n", "double", "def check(f):\n    assert f([1]) == [1, 1]\n"
         )
@@ -111,15 +114,14 @@ class Sandbox:
             if judge is not None:
                 files.append(stack.enter_context(_nameless(json.dumps(judge))))
             strict = self.settings.mode == "strict"
-            first = walls.first_free_id() if walls.LINUX else None
-            folder = "/tmp" if strict else stack.enter_context(_folder(None if first is None else first + 2))
+            folder = "/tmp" if strict else stack.enter_context(_folder())
             found = self._launch(
                 {
                     "probe": False,
                     "strict": strict,
-                    "first": first,
                     "filter": self._filter,
-                    "base": tempfile.gettempdir(),
+                    "landlock": self._landlock,
+                    "base": "/tmp",  # a folder that everybody may enter
                     "folder": folder,
                     "prefix": sys.base_prefix,
                     "libraries": _libraries(),
@@ -135,7 +137,7 @@ class Sandbox:
                 *(file.fileno() for file in files),
             )
         if "missing" in found:
-            raise UserError([f"sandbox={self.settings.mode}: there is no {wall}" for wall in found["missing"]], _FIX)
+            raise UserError([f"sandbox={self.settings.mode}: there is no {wall}" for _, wall in found["missing"]], _FIX)
         message = visible(found["message"].replace("\n", " "))[:MESSAGE_CHARS]
         passed = found["reason"] == "passed"
         return Outcome(passed, found["reason"], message, float(found["seconds"]), visible(found["output"]))
@@ -194,12 +196,29 @@ def _libraries() -> list[str]:
 
 
 @contextlib.contextmanager
-def _folder(owner: int | None) -> Iterator[str]:
-    """A temporary folder of a user's (None: of this one). Of what is put into it, nothing is left."""
-    folder = tempfile.mkdtemp(prefix="nanochat-sandbox-")
+def _folder() -> Iterator[str]:
+    """A temporary folder. Of what is put into it, nothing is left."""
+    folder = Path(tempfile.mkdtemp(prefix="nanochat-sandbox-"))
     try:
-        if owner is not None:
-            os.chown(folder, owner, owner)
-        yield folder
+        yield str(folder)
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        _remove(folder)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder in which somebody may have done anything: nested it deeply, or taken rights away."""
+    number = 0
+    while entries := list(folder.iterdir()):
+        for entry in entries:
+            if entry.is_symlink() or not entry.is_dir():
+                entry.unlink()
+                continue
+            entry.chmod(0o700)
+            for below in list(entry.iterdir()):
+                if below.is_symlink() or not below.is_dir():
+                    below.unlink()
+                else:  # moved up, so that no path gets long
+                    below.chmod(0o700)
+                    below.rename(folder / f"{folder.name}-{(number := number + 1)}")
+            entry.rmdir()
+    folder.rmdir()
