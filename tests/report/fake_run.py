@@ -163,3 +163,48 @@ def make_run(run: Path, hostile: str = "") -> Path:
         ],
     )
     return run
+
+
+def add_benchmarks(run: Path, hostile: str = "") -> Path:
+    """What evaluations by tasks add: CORE of the base model, measured in training too, a stage mid, ChatCORE, and what
+    the two were compared with."""
+    write_stage(run, "mid", 120, 3.2, 1.1)
+    for stage, name in (("base", "core"), ("sft", "chat")):
+        path = run / stage / "metrics.csv"
+        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = [f"{lines[0]},{name}/mean,{name}/mean_stderr", *(f"{line},," for line in lines[1:])]
+        lines[50], lines[-1] = f"{lines[50][:-2]},0.02,0.01", f"{lines[-1][:-2]},0.11,0.012"
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+    def row(name: str, accuracy: float, baseline: float, remark: str | None = None) -> dict[str, Any]:
+        centered = (accuracy - baseline) / (1 - baseline)
+        figures = {"name": name + hostile, "accuracy": accuracy, "stderr": 0.02, "n": 500, "baseline": baseline}
+        return {**figures, "centered": centered, "details": {"cut_prompts": 0}, "remark": remark}
+
+    def mean(name: str, value: float, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        figures = {"value": value, "stderr": 0.008, "low": value - 0.015, "high": value + 0.016}
+        return {"name": name + hostile, **figures, "num_tasks": len(rows), "n": 500 * len(rows)}
+
+    def less(name: str, difference: float) -> dict[str, Any]:
+        figures = {"difference": difference, "stderr": 0.01, "low": difference - 0.02, "high": difference + 0.02}
+        return {"name": name + hostile, **figures, "n": 500}
+
+    core = [row("arc_easy", 0.43, 0.25), row("piqa", 0.61, 0.5), row("squad", 0.03, 0.0), row("boolq", 0.55, 0.62)]
+    suite = {"tasks": core, "summary": mean("CORE (4 of 22 tasks)", 0.0765, core)}
+    compared = {"differences": [less("arc_easy", 0.031)], "summary_difference": less("CORE (4 of 22 tasks)", -0.004)}
+    write_json(
+        run / "evaluation" / "base" / "results.json",
+        {"stage": "base", "suites": {"core": {**suite, **compared, "against": "other" + hostile}}},
+    )
+    write_lines(run / "evaluation" / "base" / "answers_core_piqa.jsonl", [{"question": "", "answer": "", "choice": 1}])
+    remark = "sandbox=weak: no wall around the network" + hostile
+    chatcore = [row("humaneval", 0.05, 0.0, remark), row("mmlu", 0.31, 0.25)]
+    path = run / "evaluation" / "sft" / "results.json"
+    results = json.loads(path.read_text(encoding="utf-8"))
+    results["suites"]["chatcore"] = {"tasks": chatcore, "summary": mean("ChatCORE (2 of 5 tasks)", 0.065, chatcore)}
+    write_json(path, results)
+    sampled = [
+        {"question": "Write a function", "answer": "def f(): ...", "reference": "", "samples": [{"answer": "x"}]}
+    ]
+    write_lines(run / "evaluation" / "sft" / "answers_chatcore_humaneval.jsonl", sampled)
+    return run

@@ -14,7 +14,7 @@ from markdown_it import MarkdownIt
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.report import SUMMARY_COLUMNS, summary_table, write_report
 from nanochat_pl.report.text import clean, compact, duration, markdown_block, markdown_inline, show
-from tests.report.fake_run import HOSTILE, make_run, write_json
+from tests.report.fake_run import HOSTILE, add_benchmarks, make_run, write_json
 
 
 class Page(html.parser.HTMLParser):
@@ -63,6 +63,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def hostile_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = make_run(tmp_path_factory.mktemp("runs") / "demo", hostile=HOSTILE)
+    write_report(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def measured_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = add_benchmarks(make_run(tmp_path_factory.mktemp("runs") / "demo"))
     write_report(folder)
     return folder
 
@@ -234,6 +241,9 @@ DAMAGES = {
         '{"suites": []}',
         '{"suites": {"chat": {"tasks": [{"name": "a", "accuracy": 7, "n": 3}]}}}',
         '{"suites": {"chat": {"tasks": [{"name": "a"}]}}}',
+        '{"suites": {"core": {"summary": {"name": "CORE", "value": "high"}}}}',
+        '{"suites": {"core": {"differences": 3}}}',
+        '{"suites": {"core": {"differences": [{"name": "a", "difference": 0.1}]}}}',
     ],
     "evaluation/sft/answers_arithmetic.jsonl": ['{"question": "x"}\n'],
     "evaluation/sft/chats.jsonl": ['{"messages": [{"role": "user", "content": 3}]}\n', "[]\n"],
@@ -280,6 +290,63 @@ def test_a_long_run_is_thinned_to_means_that_end_at_the_last_step() -> None:
     assert len(thinned.steps) <= MAX_POINTS
     assert thinned.steps[-1] == 100_000
     assert all(abs(value - 0.5) < 0.05 for value in thinned.values)
+
+
+@pytest.mark.parametrize("name", ["report.html", "report.md"])
+def test_benchmarks_are_shown_with_errors_numbers_and_remarks(measured_run: Path, name: str) -> None:
+    text = read(measured_run, name)
+    text = Page(text).text if name.endswith("html") else text.replace("\\", "")
+    for expected in (
+        "CORE (4 of 22 tasks)",  # the summary, its error, interval and n
+        "0.0765",
+        "± 0.0080",
+        "0.0615 … 0.0925",
+        "2,000",
+        "62.0 %",  # a baseline, and what is below it
+        "-0.184",
+        "ChatCORE (2 of 5 tasks)",
+        "humaneval: sandbox=weak: no wall around the network",
+        "Compared with other",
+        "+3.1 %",
+        "-0.4 %",
+        "mid",
+        "def f(): ...",
+        "mean of centered accuracies",
+    ):
+        assert expected in text, expected
+    assert "core_piqa" not in text, "answers without words"
+    assert "Stage mid was not trained" not in text
+
+
+def test_bars_of_a_summary_stand_beside_the_markdown(measured_run: Path) -> None:
+    text = read(measured_run, "report.md")
+    named = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", text)
+    assert named == ["base_core.png", "sft_chatcore.png", "base.png", "mid.png", "sft.png"]
+    for name in named:
+        assert (measured_run / "report" / name).read_bytes().startswith(b"\x89PNG")
+    page = Page(read(measured_run, "report.html"))
+    assert page.open == [] and page.tags.count("figure") == 20
+
+
+def test_benchmarks_are_in_the_json_and_in_the_summary(measured_run: Path) -> None:
+    evaluations = json.loads(read(measured_run, "report.json"))["evaluations"]
+    assert evaluations["base"]["summaries"]["core"]["value"] == 0.0765
+    assert evaluations["base"]["comparisons"]["core"]["against"] == "other"
+    assert [each["difference"] for each in evaluations["base"]["comparisons"]["core"]["differences"]] == [0.031, -0.004]
+    assert evaluations["sft"]["suites"]["chatcore"][0]["remark"].startswith("sandbox=weak")
+    rows = summary_table(measured_run)
+    assert ("base", "CORE (4 of 22 tasks)", "0.0765", "0.0080", "2,000", "") in rows
+    assert ("sft", "chatcore: mmlu", "31.0 %", "2.0 %", "500", "25.0 %") in rows
+
+
+def test_benchmarks_of_strangers_never_become_markup(tmp_path: Path, measured_run: Path) -> None:
+    hostile = add_benchmarks(make_run(tmp_path / "demo"), hostile=HOSTILE + " $\\frac{1$ \ud800 中文")
+    write_report(hostile)
+    page = Page(read(hostile, "report.html"))
+    assert page.tags == Page(read(measured_run, "report.html")).tags and page.open == []
+    assert not [name for name in page.attributes if name.startswith("on")]
+    rendered = MarkdownIt("commonmark", {"html": True}).enable("table").render(read(hostile, "report.md"))
+    assert "<script" not in rendered and 'href="javascript' not in rendered
 
 
 @pytest.mark.parametrize(
