@@ -60,7 +60,8 @@ def bars_png(title: str, tasks: Sequence[TaskResult], summary: Summary) -> bytes
         axes.spines[side].set_visible(False)
     axes.tick_params(labelsize=9.5, labelcolor=PRINT.muted, length=0, pad=4)
     axes.tick_params(axis="y", labelcolor=PRINT.ink)
-    figure.text(0.01, 1 - 0.2 / height, _drawable(title), size=12, weight="bold", color=PRINT.ink, va="center")
+    heading = f"{_drawable(title)}   {summary.value:.4f} ± {summary.stderr:.4f}"
+    figure.text(0.01, 1 - 0.2 / height, heading, size=12, weight="bold", color=PRINT.ink, va="center")
     return drawing_bytes(figure, "png", "")
 
 

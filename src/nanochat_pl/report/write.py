@@ -53,8 +53,7 @@ def write_report(run_dir: Path) -> Path:
     for evaluation in run.evaluations:
         for suite, name in shown["bars"][evaluation.stage].items():
             summary = evaluation.summaries[suite]
-            title = f"{evaluation.stage}, {summary.name}: {_figure(summary)}"
-            picture = bars_png(title, evaluation.suites[suite], summary)
+            picture = bars_png(f"{evaluation.stage}: {summary.name}", evaluation.suites[suite], summary)
             write_atomically(folder / name, partial(_write_bytes, picture))
     write_json(folder / "report.json", _figures(run))
     write_text(folder / "report.md", _render("report.md.jinja", shown))
