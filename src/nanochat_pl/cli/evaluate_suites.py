@@ -11,7 +11,7 @@ from nanochat_pl.bundle import Bundle
 from nanochat_pl.cli.evaluate_settings import BASE_SUITES, CHAT_SUITES, EvaluateConfig, Suite
 from nanochat_pl.common import together
 from nanochat_pl.common.console import by_difference, progress, say
-from nanochat_pl.common.errors import UserError
+from nanochat_pl.common.errors import SharedError, UserError
 from nanochat_pl.common.settings import build, to_plain
 from nanochat_pl.data.opening import open_source
 from nanochat_pl.data.sources import DataSettings, Source
@@ -98,12 +98,13 @@ def open_jobs(bundle: Bundle, config: EvaluateConfig) -> list[Job]:
             if config.suites is None:
                 _say_left_out(suite, error)
             else:
-                problems += [line if line.startswith(f"{suite}:") else f"{suite}: {line}" for line in error.problems]
+                own = (f"{suite}:", f"{suite}.")
+                problems += [line if line.startswith(own) else f"{suite}: {line}" for line in error.problems]
                 fixes += [error.fix] if error.fix else []
     if problems:
-        raise UserError(problems, "\n".join(dict.fromkeys(fixes)))
+        raise SharedError(problems, "\n".join(dict.fromkeys(fixes)))
     if not jobs:
-        raise UserError("suites: there is nothing to measure.", "Name what to measure: suites=[…]")
+        raise SharedError("suites: there is nothing to measure.", "Name what to measure: suites=[…]")
     return jobs
 
 
@@ -208,7 +209,7 @@ def require_chat_model(stage: str, path: Path, suite: Suite) -> None:
     """Refuse to ask a model of a stage that has seen no conversation."""
     if stage == "base" and suite in ("chat", "chatcore"):
         raise UserError(
-            f"{path}: is a base model, which has seen no conversation: {suite} asks a chat model.",
+            f"{suite}: {path}: is a base model, which has seen no conversation.",
             "Measure suites=[bpb,core,samples] of it, or train stage=sft first.",
         )
 
@@ -227,7 +228,10 @@ def _task_jobs(suite: Suite, chosen: MixtureTasks, config: EvaluateConfig) -> li
             problems += error.problems
             fixes |= {error.fix: None} if error.fix else {}
             continue
-        jobs.append(_task_job(suite, task, config))
+        if task.judged:
+            jobs.append(_task_job(suite, task, config))
+        else:
+            problems.append(f"{where}.{name}: what is a right answer in a conversation, nobody can tell.")
     if problems:
         raise UserError(problems, "\n".join(fixes))
     return jobs
