@@ -152,7 +152,7 @@ def _tiles(run: RunRecord) -> Iterator[tuple[str, str, str]]:
     for evaluation in run.evaluations:
         for summary in evaluation.summaries.values():
             label = f"{evaluation.stage}, {clean(summary.name)}"
-            yield (label, f"{summary.value:.3f}", f"± {summary.stderr:.3f}, n {summary.n:,}")
+            yield (label, f"{summary.value:.3f}", f"± {summary.stderr:.3f}")
     if run.evaluations:
         for suite, tasks in run.evaluations[-1].suites.items():
             if suite in run.evaluations[-1].summaries:
