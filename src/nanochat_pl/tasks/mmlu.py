@@ -12,7 +12,7 @@ from typing import Literal
 
 from nanochat_pl.common.errors import UserError, did_you_mean
 from nanochat_pl.common.settings import setting
-from nanochat_pl.data.tables import Row
+from nanochat_pl.data.tables import Rows
 from nanochat_pl.tasks.base import Conversation, Split
 from nanochat_pl.tasks.context import TaskContext
 from nanochat_pl.tasks.multiple_choice import MultipleChoice, choice_conversation
@@ -47,16 +47,19 @@ class MMLU(TableTask, MultipleChoice):
     def __init__(self, settings: MMLUSettings, split: Split, context: TaskContext, name: str = "mmlu") -> None:
         super().__init__(name, settings, split, context)
 
-    def select(self, rows: Sequence[Row]) -> list[int]:
+    def select(self, rows: Rows) -> Sequence[int]:
         wanted = self.settings.subjects
-        there = {str(row["subject"]) for row in rows if row["subject"]}
-        if wanted is None or not there:
+        if wanted is None:
+            return super().select(rows)
+        subjects = [row["subject"] for row in rows]
+        there = {str(subject) for subject in subjects if subject}
+        if not there:
             return super().select(rows)
         if unknown := [subject for subject in wanted if subject not in there]:
             raise UserError(
                 f"{self.where}.subjects: {unknown[0]!r}: no subject here; {did_you_mean(unknown[0], there)}"
             )
-        return [number for number, row in enumerate(rows) if row["subject"] in wanted]
+        return [number for number, subject in enumerate(subjects) if subject in wanted]
 
     def conversation(self, index: int) -> Conversation:
         row = self.row(index)

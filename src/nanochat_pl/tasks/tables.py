@@ -17,7 +17,7 @@ from nanochat_pl.common.settings import setting, to_plain
 from nanochat_pl.data.cache_folder import fingerprint_of, known_sha256
 from nanochat_pl.data.file_formats import reading
 from nanochat_pl.data.hub_files import key_of_cache, typed_keys
-from nanochat_pl.data.tables import TABLE_SUFFIXES, Row, read_rows
+from nanochat_pl.data.tables import TABLE_SUFFIXES, Row, Rows
 from nanochat_pl.tasks.base import Split, Task, TaskSettings
 from nanochat_pl.tasks.context import TaskContext
 from nanochat_pl.tasks.hub_sets import HubSet, SetFile, files_of_set, files_on_disk, require_all
@@ -105,34 +105,33 @@ class TableTask(Task):
         self.settings = settings
         self.where = f"{context.where}.{name}"
         self.files = _files(name, self.where, settings, split, context)
-        read = [
-            (file, place, row) for file in self.files for place, row in enumerate(read_rows(file.path, self.columns))
-        ]
-        self._rows = [read[number] for number in self.select([row for _, _, row in read])]
-        order = range(len(self._rows))
+        self._rows = Rows([file.path for file in self.files], self.columns)
+        chosen = self.select(self._rows)
+        order: Sequence[int] = range(len(chosen))
         if settings.order_seed is not None:
-            order = np.random.default_rng(settings.order_seed).permutation(len(self._rows)).tolist()
-        self._order = order[settings.start :][: settings.size] if split == "train" else order[: settings.test_size]
-        if not self._order:
-            raise UserError(f"{self.where}.start={settings.start}: nothing of its {len(self._rows):,} rows is left.")
+            order = np.random.default_rng(settings.order_seed).permutation(len(chosen)).tolist()
+        order = order[settings.start :][: settings.size] if split == "train" else order[: settings.test_size]
+        if not order:
+            raise UserError(f"{self.where}.start={settings.start}: nothing of its {len(chosen):,} rows is left.")
+        self._order = [chosen[number] for number in order]
         super().__init__(name, split, len(self._order))
 
     @classmethod
     def from_settings(cls, settings: TableSettings, split: Split, context: TaskContext) -> Task:
         return cls(settings, split, context)  # type: ignore[call-arg]
 
-    def select(self, rows: Sequence[Row]) -> list[int]:
+    def select(self, rows: Rows) -> Sequence[int]:
         """Which rows of the files, by number, belong to the task: all of them."""
-        return list(range(len(rows)))
+        return range(len(rows))
 
     def row(self, index: int) -> Row:
         """The row of a conversation."""
-        return self._rows[self._order[index]][2]
+        return self._rows[self._order[index]]
 
     def origin(self, index: int) -> str:
         """File and row, from 0, of a conversation."""
-        file, place, _ = self._rows[self._order[index]]
-        return f"{file.name}, row {place:,}"
+        file, place = self._rows.place(self._order[index])
+        return f"{self.files[file].name}, row {place:,}"
 
     def bad_row(self, index: int, problem: str) -> UserError:
         """What is said of a row that is no problem of this task."""
@@ -160,7 +159,7 @@ class TableTask(Task):
         first = [self[index] for index in range(min(_FIRST, len(self)))]
         general = {field.name for field in dataclasses.fields(TableSettings)}
         own = {key: value for key, value in to_plain(self.settings).items() if key not in general}
-        return fingerprint_of("table 1", self.name, self.split, files, own, list(self._order), first)
+        return fingerprint_of("table 1", self.name, self.split, files, own, self._order, first)
 
 
 def _files(name: str, where: str, settings: TableSettings, split: Split, context: TaskContext) -> list[TableFile]:
