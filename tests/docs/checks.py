@@ -16,6 +16,7 @@ from markdown_it.token import Token
 
 from nanochat_pl.cli.compose import compose
 from nanochat_pl.cli.config_files import groups
+from nanochat_pl.cli.download import compose_download
 from nanochat_pl.cli.experiment import compose_step
 from nanochat_pl.cli.main import VERBS, module_of
 from nanochat_pl.cli.overrides import UNKNOWN, type_of_key
@@ -148,6 +149,8 @@ def _compose(words: list[str]) -> None:
         compose_train(arguments)
     elif verb in ("plan", "doctor", "evaluate", "report"):
         compose_step(verb, "base" if verb in ("plan", "doctor") else verb, schema, arguments)
+    elif verb == "download":
+        compose_download(arguments)
     else:
         compose(verb, schema, arguments)
 

@@ -14,8 +14,11 @@ from nanochat_pl.data.docstrings import Docstring
 from nanochat_pl.tasks.arithmetic import Arithmetic, ArithmeticSettings, WordProblems, WordProblemSettings
 from nanochat_pl.tasks.base import Task, is_held_out, last_number, reference_of, text_of
 from nanochat_pl.tasks.documentation import Documentation, DocumentationSettings, documented_functions
+from nanochat_pl.tasks.documentation_choice import DocumentationChoice, DocumentationChoiceSettings
 from nanochat_pl.tasks.identity import Identity, IdentitySettings
+from nanochat_pl.tasks.simple_spelling import SimpleSpelling, SimpleSpellingSettings
 from nanochat_pl.tasks.spelling import LetterCounting, LetterCountingSettings, Spelling, SpellingSettings
+from nanochat_pl.tasks.spelling_bee import SpellingBee, SpellingBeeSettings
 from nanochat_pl.tokenizer import TokenizerSettings, train_tokenizer
 from nanochat_pl.tokenizer.chat_format import problems_of_conversation
 from nanochat_pl.tools.calculator import evaluate
@@ -23,6 +26,7 @@ from nanochat_pl.tools.calculator import evaluate
 _LETTERS = random.Random(7)
 WORDS = sorted({"".join(_LETTERS.choices("abcdehilmnorstu", k=_LETTERS.randint(3, 9))) for _ in range(600)})
 FUNCTIONS = [(f"module.function_{n}", f"Return the number {n} of all numbers.") for n in range(50)]
+MORE_FUNCTIONS = [(f"module.function_{n}", f"Return the number {n // 2} of all numbers.") for n in range(600)]
 
 
 def make(name: str, split: str) -> Task:
@@ -37,6 +41,12 @@ def make(name: str, split: str) -> Task:
             return LetterCounting(LetterCountingSettings(size=2_000), split, WORDS)
         case "long_letter_counting":
             return LetterCounting(LetterCountingSettings(size=500, long_form=True), split, WORDS)
+        case "spelling_bee":
+            return SpellingBee(SpellingBeeSettings(size=2_000), split, WORDS)
+        case "simple_spelling":
+            return SimpleSpelling(SimpleSpellingSettings(size=2_000), split, WORDS)
+        case "documentation_choice":
+            return DocumentationChoice(DocumentationChoiceSettings(size=2_000), split, MORE_FUNCTIONS)
         case "identity":
             return Identity(IdentitySettings(), split)
         case "documentation":
@@ -46,7 +56,7 @@ def make(name: str, split: str) -> Task:
 
 TASKS = (
     *("arithmetic", "word_problems", "spelling", "letter_counting", "long_letter_counting"),
-    *("identity", "documentation"),
+    *("identity", "documentation", "spelling_bee", "simple_spelling", "documentation_choice"),
 )
 
 
@@ -74,7 +84,9 @@ def test_wrong_answers_are_wrong(name):
     for conversation in task:
         text = text_of(reference_of(conversation))
         wrong = ["", "I do not know."]
-        if name in ("arithmetic", "word_problems", "letter_counting", "long_letter_counting"):
+        if name == "documentation_choice":
+            wrong += [letter for letter in "ABCDE" if letter != text] + [f"{text}{text}"]
+        elif name in ("arithmetic", "word_problems", "letter_counting", "long_letter_counting", "spelling_bee"):
             wrong += [text + " or 7777777", "It is a number."]
         elif name != "identity":
             wrong += [text + "x", text[:-1], text.upper()]

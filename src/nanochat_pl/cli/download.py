@@ -58,15 +58,21 @@ _OF_DATA, _OF_TASK = ("num_shards", "data"), ("repo", "config", "revision")
 
 def run(arguments: Sequence[str]) -> int:
     """The verb."""
+    config = compose_download(arguments)
+    if config.eval_bundle:
+        return _fetch_eval_bundle(config)
+    return _fetch_data(config) if config.task is None else _fetch_task(config, config.task)
+
+
+def compose_download(arguments: Sequence[str]) -> DownloadConfig:
+    """What the command line asks for, checked."""
     keys = {text.lstrip("+").partition("=")[0] for text in arguments}
     other = bool(keys & {"task", "eval_bundle"})
     # The group data has to be chosen all the same, and the usual choice asks for the name of a data set.
     besides = [] if not other or any(_is_of(key, ("data",)) for key in keys) else ["data=python_docs"]
     config = compose("download", DownloadConfig, [*arguments, *besides]).config
     _require_one_thing(config, keys)
-    if config.eval_bundle:
-        return _fetch_eval_bundle(config)
-    return _fetch_data(config) if config.task is None else _fetch_task(config, config.task)
+    return config
 
 
 def _is_of(key: str, names: Sequence[str]) -> bool:

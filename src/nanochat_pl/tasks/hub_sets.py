@@ -33,11 +33,15 @@ class SetFile:
 
 @dataclass(frozen=True)
 class HubSet:
-    """Which files of which data set: ``OWNER/NAME``, a branch, tag or commit (None: main), a glob (None: all)."""
+    """Which files of which data set: ``OWNER/NAME``, a branch, tag or commit (None: main), a glob (None: all).
+
+    ``prefix`` stands before the names of these keys in the settings, for messages.
+    """
 
     repo: str
     revision: str | None = None
     files: str | None = None
+    prefix: str = ""
 
 
 def files_on_disk(key: str, given: str, suffixes: Sequence[str], cache_dir: Path) -> list[SetFile]:
@@ -70,13 +74,14 @@ def files_of_set(
         problem = f"{where}: nothing of {wanted.repo} ({wanted.revision or 'main'}) is here."
         raise UserError(problem, fix or how_to_fetch(wanted, context))
     found = []
-    for file in manifest.matching(wanted.files, f"{where}.files") if wanted.files else manifest.files:
+    key = f"{where}.{wanted.prefix}"
+    for file in manifest.matching(wanted.files, f"{key}files") if wanted.files else manifest.files:
         if format_of(Path(file.path), suffixes) and not f"/{file.path}".count("/."):
             path = manifest.at_hand(file)
             memo = hash_memo(path or Path(file.path), context.cache_dir)
             found.append(SetFile(file.path, path, memo, at_rest=True, sha256=file.sha256))
     if not found:
-        raise UserError(f"{where}.repo={wanted.repo!r}: no file of it ends with {' or '.join(suffixes)}.")
+        raise UserError(f"{key}repo={wanted.repo!r}: no file of it ends with {' or '.join(suffixes)}.")
     return found
 
 
@@ -101,11 +106,12 @@ def how_to_fetch(wanted: HubSet, context: TaskContext) -> str:
 def _in_mirror(
     where: str, folder: Path, wanted: HubSet, suffixes: Sequence[str], context: TaskContext
 ) -> list[SetFile]:
-    found = files_on_disk(f"{where}.repo", str(folder), suffixes, context.cache_dir)
+    key = f"{where}.{wanted.prefix}"
+    found = files_on_disk(f"{key}repo", str(folder), suffixes, context.cache_dir)
     if wanted.files is None:
         return found
     chosen = [file for file in found if fnmatch.fnmatchcase(file.name, wanted.files)]
     if not chosen:
         near = did_you_mean(wanted.files, [file.name for file in found])
-        raise UserError(f"{where}.files={wanted.files!r}: {folder} has no such file; {near}")
+        raise UserError(f"{key}files={wanted.files!r}: {folder} has no such file; {near}")
     return chosen

@@ -33,7 +33,7 @@ class WordSettings(TaskSettings):
     min_documents: int = setting(1, "In how many documents of python_docs a word must occur.", at_least=1)
     words_path: str | None = setting(None, "A list of words instead, one a line: text file, folder or glob.")
     words_repo: str | None = setting(None, "Or a data set on the hub with such a file: OWNER/NAME.")
-    words_file: str = setting("*.txt", "Glob for the file of words_repo.")
+    words_files: str = setting("*.txt", "Glob for the files of words_repo.")
 
     def __post_init__(self) -> None:
         problems = []
@@ -101,7 +101,7 @@ def words_of(where: str, settings: WordSettings, context: TaskContext) -> tuple[
     if settings.words_path is not None:
         files = files_on_disk(f"{where}.words_path", settings.words_path, _LIST_SUFFIXES, context.cache_dir)
     elif settings.words_repo is not None:
-        wanted = HubSet(settings.words_repo, files=settings.words_file)
+        wanted = HubSet(settings.words_repo, files=settings.words_files, prefix="words_")
         files = files_of_set(where, wanted, _LIST_SUFFIXES, context)
         require_all(where, files, wanted, context)
     else:

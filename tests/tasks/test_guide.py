@@ -1,0 +1,105 @@
+"""The guide in docs/tasks.md is followed: its file is put into a copy of the package, and then the task is there."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.docs.checks import Block, read_page
+
+ROOT = Path(__file__).resolve().parents[2]
+LOOK = """
+import json, sys
+from nanochat_pl.cli.main import main
+from nanochat_pl.cli.train import compose_train
+from nanochat_pl.tasks.base import reference_of
+from nanochat_pl.tasks.context import TaskContext
+from nanochat_pl.tasks.mixture import build_mixture, only_judged
+from nanochat_pl.tokenizer import TokenizerSettings, train_tokenizer
+from nanochat_pl.tokenizer.chat_format import render_conversation
+import nanochat_pl
+from pathlib import Path
+
+assert str(Path(nanochat_pl.__file__).resolve()).startswith(sys.argv[1]), nanochat_pl.__file__
+assert main(["train", "--help", "mixture.tasks.capitals"]) == 0
+for wrong in ("sise=3", "size=0", "sentence=perhaps"):
+    assert main(["train", "stage=sft", f"mixture.tasks.capitals.{wrong}"]) == 2
+config = compose_train(json.loads(sys.argv[2])).config
+settings = config.mixture
+mixture, held_out = (build_mixture(settings, split, TaskContext(Path(sys.argv[1]))) for split in ("train", "test"))
+assert only_judged(settings) == settings
+tokenizer = train_tokenizer(["What is the capital of France? It is Paris."], TokenizerSettings(vocab_size=265))
+for part in (mixture, held_out):
+    for index in range(len(part)):
+        conversation, task = part[index], part.tasks["capitals"]
+        ids, mask = render_conversation(tokenizer, conversation)
+        assert conversation["capital"] in tokenizer.decode(ids) and sum(mask) > 0
+        assert task.evaluate(conversation, reference_of(conversation)) and not task.evaluate(conversation, "Nowhere")
+        assert task.reward(conversation, "Nowhere") == 0.0
+train, test = (set(part.tasks["capitals"].countries) for part in (mixture, held_out))
+assert train and test and not train & test
+print("settings:", mixture.repeats["capitals"], settings.tasks.capitals.sentence)
+"""
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the package and its configs with the file of the guide in it."""
+    folder = tmp_path_factory.mktemp("copy")
+    ignore = shutil.ignore_patterns("__pycache__", ".*")
+    for name in ("src", "configs", "conf_experiments"):
+        shutil.copytree(ROOT / name, folder / name, ignore=ignore)
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    (file,) = (block for block in blocks() if block.language == "python")
+    (folder / "src/nanochat_pl/tasks/capitals.py").write_text(file.text, encoding="utf-8")
+    return folder
+
+
+def blocks() -> tuple[Block, ...]:
+    return read_page(ROOT / "docs/tasks.md").blocks
+
+
+def commands() -> list[list[str]]:
+    """The guide's commands with its task, as words behind nanochat-pl."""
+    (block,) = (block for block in blocks() if block.language == "text")
+    lines = [shlex.split(line) for line in block.text.splitlines()]
+    assert all(words[0] == "nanochat-pl" for words in lines)
+    return [words[1:] for words in lines]
+
+
+def python(copy: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(copy / "src"), "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, timeout=280, check=False)
+
+
+def test_a_task_is_one_file(copy: Path) -> None:
+    """Its keys are known, checked and shown; its conversations are rendered and judged; its parts share nothing."""
+    (train,) = (words for words in commands() if words[0] == "train" and "--help" not in words)
+    done = python(copy, "-c", LOOK, str(copy), json.dumps([*train[1:], "mixture=own"]))
+    assert done.returncode == 0, done.stderr
+    assert "mixture.tasks.capitals: What is the capital of France?" in done.stdout
+    assert "mixture.tasks.capitals.sentence=true" in done.stdout and "settings: 3 False" in done.stdout
+    assert "did you mean mixture.tasks.capitals.size?" in done.stderr
+    assert "mixture.tasks.capitals.size=0: is below 1" in done.stderr
+    assert "mixture.tasks.capitals.sentence='perhaps'" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_task_of_ones_own_is_trained_on_and_measured(copy: Path) -> None:
+    steps = "pipeline=[tokenizer,base,sft,evaluate]"
+    text = copy / "text.txt"
+    text.write_text("\n\n".join(f"The capital number {n} is a town." for n in range(600)), encoding="utf-8")
+    places = [f"paths.runs={copy / 'runs'}", f"paths.cache={copy / 'cache'}"]
+    keys = ["data=local", f"data.path={text}", "mixture=own", "mixture.tasks.capitals={}", "run=own", "logger=[]"]
+    done = python(copy, "-m", "nanochat_pl.cli.main", "pipeline", "experiment=tiny", steps, *keys, *places)
+    assert done.returncode == 0, done.stderr
+    (results,) = (copy / "runs/own/evaluation").rglob("results.json")
+    assert '"capitals"' in results.read_text(encoding="utf-8")
