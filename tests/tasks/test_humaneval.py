@@ -31,6 +31,7 @@ def roots(xs: List[int]) -> List[float]:
     """ The square roots of halves.
     >>> roots([8])
     [2.0]
+Those of numbers below zero are left out.
 """
 '''
 BODY = """    found = []

@@ -180,6 +180,15 @@ def test_tables_that_are_none(tmp_path: Path) -> None:
         numbers(opened("gsm8k", "train", tmp_path, path=path))
 
 
+def test_a_text_that_is_not_utf_8(tmp_path: Path) -> None:
+    texts = pa.array([b"a", b"\xff"]).view(pa.string())
+    pq.write_table(pa.table({"question": texts, "answer": ["#### 1"] * 2}), tmp_path / "own.parquet")
+    task = opened("gsm8k", "train", tmp_path, path=tmp_path / "own.parquet", order_seed=None)
+    assert task[0]["messages"][0]["content"] == "a"
+    with pytest.raises(UserError, match=r"own.parquet, row 1: is not UTF-8"):
+        task[1]
+
+
 @pytest.mark.parametrize("key", ["repo", "config", "train_split", "test_split"])
 def test_names_stay_names(key: str) -> None:
     for value in ("", "../..", "a/../b", "*"):
