@@ -24,8 +24,9 @@ def pass_at_k(num_samples: int, num_correct: int) -> list[float]:
     """
     assert 0 <= num_correct <= num_samples and num_samples > 0
     i = np.arange(num_samples)
-    # Answers taken one after the other: the chance that each is wrong, if all before it were.
-    still_wrong = np.clip(num_samples - num_correct - i, 0, None) / (num_samples - i)
+    # Answers taken one after the other: the chance that each is wrong, if all before it were. Once it is 0, so are all
+    # products that follow.
+    still_wrong = (num_samples - num_correct - i) / (num_samples - i)
     return [float(each) for each in 1 - np.cumprod(still_wrong)]
 
 
