@@ -320,7 +320,7 @@ def test_a_task_of_answers_by_its_file_alone(folder):
 
     [result] = evaluate_harness(scripted(next_id), HarnessSettings(tasks=[str(folder / "sums.yaml")]))
     assert (result.name, result.n, result.accuracy) == ("sums", 5, 0.0), "a blank is a difference"
-    assert result.answers[2] == {"question": "2 plus 1 is", "answer": " 3", "reference": "3", "correct": 0.0}
+    assert result.answers[2] == {"question": "2 plus 1 is", "answer": " 3", "reference": "3", "correct": False}
 
 
 def test_a_task_of_whole_texts(bundle, folder):

@@ -117,4 +117,5 @@ def _for_people(task: Task, row: Mapping[str, Any], metric: str, outcome: float)
         elif isinstance(target, int) and 0 <= target < len(choices):
             target = choices[target]
     shown = {"question": question, "answer": answer, "reference": target}
-    return {**{key: str(value)[:_MOST_SHOWN] for key, value in shown.items()}, "correct": outcome}
+    judged = {"correct": bool(outcome)} if outcome in (0, 1) else {"outcome": outcome}
+    return {**{key: str(value)[:_MOST_SHOWN] for key, value in shown.items()}, **judged}
