@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from nanochat_pl.evaluation.core import CoreBundle, CoreSettings, ask, evaluate_core_task, open_core
+from nanochat_pl.evaluation.core import CoreBundle, CoreSettings, ask, open_core
 from nanochat_pl.evaluation.core_prompts import (
     Problem,
     choose_shots,

@@ -89,14 +89,37 @@ def test_candidates_of_which_one_begins_the_other(net: GPT) -> None:
     assert score(net, []) == []
 
 
+def tokens_read(net: GPT, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Filled with the number of tokens of each forward."""
+    read: list[int] = []
+    hidden = net.hidden_of_tree
+    monkeypatch.setattr(net, "hidden_of_tree", lambda tree: (read.append(tree.ids.numel()), hidden(tree))[1])
+    return read
+
+
 def test_what_is_shared_is_read_once(net: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
-    read = []
-    hidden = net.hidden
-    monkeypatch.setattr(net, "hidden", lambda ids, *rest: (read.append(ids.numel()), hidden(ids, *rest))[1])
+    read = tokens_read(net, monkeypatch)
     beginning = [n % 50 for n in range(100)]
     questions = [[Candidate([*beginning, rest, 1], 100, 102) for rest in range(4)] for _ in range(3)]
     require_equal(score(net, questions), net, questions)
-    assert sum(read[:2]) == 3 * 100 + 12, "each beginning once, each rest up to its last token"
+    assert read == [3 * (100 + 4)], "each beginning once, each rest up to its last token, no padding"
+
+
+def test_equal_candidates_are_read_once_and_score_the_same(net: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = tokens_read(net, monkeypatch)
+    ids = [n % 50 for n in range(60)]
+    questions = [[Candidate(ids, 20, 60), Candidate([*ids[:30], 7, 7], 20, 32), Candidate(ids, 20, 60)]]
+    found = score(net, questions)
+    require_equal(found, net, questions)
+    assert found[0][0] == found[0][2] and read == [30 + 29 + 1]
+
+
+def test_a_row_of_many_branches_is_divided(net: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = tokens_read(net, monkeypatch)
+    beginning = [n % 50 for n in range(40)]
+    questions = [[Candidate([*beginning, n, *[n + 1] * 19, 1], 40, 61) for n in range(9)]]
+    require_equal(score(net, questions, max_positions=100), net, questions)
+    assert sorted(read) == [40 + 3 * 20] * 3
 
 
 def test_logits_are_made_only_where_they_score(net: GPT, monkeypatch: pytest.MonkeyPatch) -> None:

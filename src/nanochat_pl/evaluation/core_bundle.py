@@ -16,7 +16,7 @@ import yaml
 
 from nanochat_pl.common.errors import UserError, did_you_mean
 from nanochat_pl.common.files import sha256_of_file
-from nanochat_pl.common.settings import build, problems_of, setting, to_plain
+from nanochat_pl.common.settings import build, setting, to_plain
 from nanochat_pl.data.cache_folder import fingerprint_of
 from nanochat_pl.data.file_formats import lines_of, reading
 from nanochat_pl.evaluation.core_prompts import Kind, Problem
@@ -156,46 +156,35 @@ def fingerprint(task: CoreTask) -> str:
     return fingerprint_of("core task 1", facts, contents)
 
 
-@dataclass(frozen=True)
-class _MultipleChoice:
-    query: str = setting(doc="The context.")
-    choices: list[str] = setting(doc="The endings.")
-    gold: int = setting(doc="The right one.", at_least=0)
-
-
-@dataclass(frozen=True)
-class _Schema:
-    context_options: list[str] = setting(doc="The contexts.")
-    continuation: str = setting(doc="The ending.")
-    gold: int = setting(doc="The right one.", at_least=0)
-
-
-@dataclass(frozen=True)
-class _LanguageModeling:
-    context: str = setting(doc="The context.")
-    continuation: str = setting(doc="The ending.")
-
-
-_ROWS = {"multiple_choice": _MultipleChoice, "schema": _Schema, "language_modeling": _LanguageModeling}
-
-
 def _problem(value: Any, row: int, kind: Kind) -> Problem:
     """A row of a file, checked. What else is in it is passed over."""
-    form: Any = _ROWS[kind]
-    if isinstance(value, Mapping):
-        value = {key: value[key] for key in form.__dataclass_fields__ if key in value}
-    if found := problems_of(form, value):
-        raise UserError(found)
-    read = form(**value)
-    if isinstance(read, _LanguageModeling):
-        return Problem(row, (read.context.strip(),), (read.continuation,), 0)
-    if isinstance(read, _Schema):
-        contexts, endings = tuple(read.context_options), (read.continuation,) * len(read.context_options)
+    if not isinstance(value, dict):
+        raise UserError("is no JSON object.")
+    if kind == "language_modeling":
+        return Problem(row, (_text(value, "context").strip(),), (_text(value, "continuation"),), 0)
+    if kind == "schema":
+        contexts = _texts(value, "context_options")
+        endings = (_text(value, "continuation"),) * len(contexts)
     else:
-        contexts, endings = (read.query,) * len(read.choices), tuple(read.choices)
-    if read.gold >= len(contexts):
-        raise UserError(f"gold={read.gold}: there are {len(contexts)} to choose from.")
-    return Problem(row, contexts, endings, read.gold)
+        endings = _texts(value, "choices")
+        contexts = (_text(value, "query"),) * len(endings)
+    gold = value.get("gold")
+    if type(gold) is not int or not 0 <= gold < len(contexts):
+        raise UserError(f"gold={gold!r}: must be 0 … {len(contexts) - 1}.")
+    return Problem(row, contexts, endings, gold)
+
+
+def _text(value: Mapping[str, Any], key: str) -> str:
+    if not isinstance(text := value.get(key), str):
+        raise UserError(f"{key}={text!r}: must be text.")
+    return text
+
+
+def _texts(value: Mapping[str, Any], key: str) -> tuple[str, ...]:
+    texts = value.get(key)
+    if not isinstance(texts, list) or len(texts) < 2 or not all(isinstance(text, str) for text in texts):
+        raise UserError(f"{key}={texts!r}: must be a list of two texts or more.")
+    return tuple(texts)
 
 
 def _read_baselines(path: Path) -> dict[str, float]:

@@ -1,30 +1,30 @@
 """How probable a model finds given tokens: many candidates at once, what they share read once.
 
-Shapes: B rows, T positions, C model width, V vocabulary, N positions whose logits are wanted.
+Shapes: N tokens of a forward, M scored tokens, C model width, V vocabulary.
 
-A question's candidates (the choices of a test item, say) mostly begin alike. That beginning is read once into a cache,
-and only the rests are read per candidate. Logits are the largest part of a small model's work and are made only where a
-token is scored. Rows of a forward are alike in length. None of this changes a score by more than float32 rounds.
+A question's candidates (the choices of a test item, say) mostly begin alike. Such candidates are one row that branches:
+the beginning is read once, and only the rests are read per candidate. Logits are the largest part of a small model's
+work and are made only where a token is scored. Rows of a forward are alike in length. None of this changes a score by
+more than float32 rounds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.model.accounting import kv_cache_bytes
 from nanochat_pl.model.gpt import GPT
-from nanochat_pl.model.kv_cache import KVCache
 from nanochat_pl.model.loss import default_chunk_tokens
+from nanochat_pl.model.tree import Branching, TokenTree
 
-# The cache of what is shared takes at most this many bytes, and the copies for the candidates as many again.
-CACHE_BYTES = 2**30
-# Fewer positions than this are not worth a cache and a second forward.
-LEAST_SAVED = 16
+# Candidates that share less than this part of their tokens are read apart.
+LEAST_SHARED = 0.1
+# Where more positions than this are in a forward, a CPU is slower: activations no longer fit into its caches.
+CPU_POSITIONS = 4096
 # A batch with positions enough to keep the cores busy ends before rows shorter than this share of its longest.
 LEAST_SHARE, BUSY_POSITIONS = 0.7, 1024
 
@@ -80,7 +80,7 @@ def score(
         UserError: a candidate is longer than the model's positions, has ids that the model lacks, or its span does not
             lie within it.
     """
-    return _Scoring(net, questions, max_positions, progress).run()
+    return _Scoring(net, questions, max_positions).run(progress)
 
 
 def batches_by_length(lengths: Sequence[int], max_positions: int) -> list[list[int]]:
@@ -108,134 +108,110 @@ def batches_by_length(lengths: Sequence[int], max_positions: int) -> list[list[i
 
 @dataclass(frozen=True)
 class _Unit:
-    """Candidates that are read together: the length of what they share, and behind it their rests, if any."""
+    """A row that branches, and whose tokens it scores: members with the numbers of their branches (0: the trunk)."""
 
-    members: list[int]
-    shared: int
+    row: Branching
+    members: list[tuple[int, int]]
 
-
-@dataclass(frozen=True)
-class _Row:
-    """Tokens ``begin`` … ``stop`` - 1 of a candidate, which score tokens of each member that begins like them."""
-
-    source: int
-    begin: int
-    stop: int
-    members: list[int]
+    @property
+    def length(self) -> int:
+        return len(self.row.trunk) + sum(map(len, self.row.branches))
 
 
 class _Scoring:
     """One call of :func:`score`. Candidates of all questions are numbered in order: these numbers are the members."""
 
-    def __init__(
-        self,
-        net: GPT,
-        questions: Sequence[Sequence[Candidate]],
-        max_positions: int,
-        progress: Callable[[int], None] | None,
-    ) -> None:
-        self._net, self._progress = net, progress
-        self._questions = questions
+    def __init__(self, net: GPT, questions: Sequence[Sequence[Candidate]], max_positions: int) -> None:
+        self._net, self._questions = net, questions
         self._candidates = [candidate for question in questions for candidate in question]
         _check(self._candidates, net.config.rotary_reach, net.config.vocab_size)
-        self._max_positions = max(1, min(max_positions, CACHE_BYTES // kv_cache_bytes(net.config, 1, 1)))
+        self._max_positions = min(max_positions, CPU_POSITIONS) if net.device.type == "cpu" else max_positions
         self._nats = torch.zeros(len(self._candidates), dtype=torch.float64)
         self._misses = torch.zeros(len(self._candidates), dtype=torch.int64)
-        self._num_open = [len(question) for question in questions]
-        self._question_of = [q for q, question in enumerate(questions) for _ in question]
 
     @torch.inference_mode()
-    def run(self) -> list[list[Score]]:
-        alone, together = self._units()
-        for units, read in ((together, self._read_together), (alone, self._read_alone)):
-            for batch in batches_by_length([self._longest(unit) for unit in units], self._max_positions):
-                read([units[index] for index in batch])
-                self._tell([member for index in batch for member in units[index].members])
+    def run(self, progress: Callable[[int], None] | None) -> list[list[Score]]:
+        units = list(self._units())
+        question_of = [number for number, question in enumerate(self._questions) for _ in question]
+        num_open = [len(question) for question in self._questions]
+        for batch in batches_by_length([unit.length for unit in units], self._max_positions):
+            self._read([units[index] for index in batch])
+            finished = 0
+            for member in (member for index in batch for member, _ in units[index].members):
+                num_open[question_of[member]] -= 1
+                finished += num_open[question_of[member]] == 0
+            if progress is not None and finished:
+                progress(finished)
         rows = zip(self._candidates, self._nats.tolist(), self._misses.tolist(), strict=True)
         scores = iter([Score(nats, each.end - each.start, not misses) for each, nats, misses in rows])
         return [[next(scores) for _ in question] for question in self._questions]
 
-    def _units(self) -> tuple[list[_Unit], list[_Unit]]:
-        """Candidates that are read alone, and those of questions where sharing saves enough."""
-        alone: list[_Unit] = []
-        together: list[_Unit] = []
+    def _units(self) -> Iterator[_Unit]:
+        """The rows to read. Candidates of a question that are the same are read once."""
         first = 0
         for question in self._questions:
-            members = list(range(first, first + len(question)))
+            alike: dict[tuple[int, ...], list[int]] = {}
+            for member, candidate in enumerate(question, first):
+                alike.setdefault(_tokens_to_read(candidate), []).append(member)
             first += len(question)
-            shared = _common_length(question)
-            if (len(question) - 1) * shared >= LEAST_SAVED:
-                together.append(_Unit(members, shared))
+            if unread := alike.pop((), None):
+                yield _Unit(Branching(()), [(member, 0) for member in unread])
+            shared = _common_length(list(alike))
+            if (len(alike) - 1) * shared <= LEAST_SHARED * sum(map(len, alike)):
+                for tokens, members in alike.items():
+                    yield _Unit(Branching(tokens), [(member, 0) for member in members])
             else:
-                alone += [_Unit([member], _read_length(self._candidates[member])) for member in members]
-        return alone, together
+                yield from self._branching(alike, shared)
 
-    def _longest(self, unit: _Unit) -> int:
-        return max(_read_length(self._candidates[member]) for member in unit.members)
+    def _branching(self, alike: dict[tuple[int, ...], list[int]], shared: int) -> Iterator[_Unit]:
+        """Rows of a question's candidates that share a beginning: one, or several where it would be too long."""
+        trunk, length = next(iter(alike))[:shared], shared
+        branches: list[tuple[int, ...]] = []
+        members: list[tuple[int, int]] = []
+        for tokens, those in alike.items():
+            if branches and length + len(tokens) - shared > self._max_positions:
+                yield _Unit(Branching(trunk, branches), members)
+                length, branches, members = shared, [], []
+            branches.append(tokens[shared:])
+            members += [(member, len(branches)) for member in those]
+            length += len(tokens) - shared
+        yield _Unit(Branching(trunk, branches), members)
 
-    def _read_alone(self, units: list[_Unit]) -> None:
-        self._read([_Row(unit.members[0], 0, unit.shared, unit.members) for unit in units])
-
-    def _read_together(self, units: list[_Unit]) -> None:
-        net = self._net
-        cache = KVCache(net.config, len(units), max(map(self._longest, units)), net.device, net.compute_dtype)
-        self._read([_Row(unit.members[0], 0, unit.shared, unit.members) for unit in units], cache)
-        rests = [
-            (slot, _Row(member, unit.shared, length, [member]))
-            for slot, unit in enumerate(units)
-            for member in unit.members
-            if (length := _read_length(self._candidates[member])) > unit.shared
-        ]
-        for batch in batches_by_length([rest.stop for _, rest in rests], self._max_positions):
-            chosen = [rests[index] for index in batch]
-            self._read([rest for _, rest in chosen], cache.select([slot for slot, _ in chosen]))
-
-    def _read(self, rows: list[_Row], cache: KVCache | None = None) -> None:
-        """One forward, and its share of the scores. A cache holds what stands before each row."""
-        lengths = [row.stop - row.begin for row in rows]
-        width = max(lengths)
-        if width == 0:
+    def _read(self, units: list[_Unit]) -> None:
+        """One forward, and the scores of its members."""
+        units = [unit for unit in units if unit.length]
+        if not units:
             return
-        tokens = [list(self._candidates[row.source].ids[row.begin : row.stop]) for row in rows]
-        ids = torch.tensor([row + [0] * (width - len(row)) for row in tokens], device=self._net.device)
-        hidden = self._net.hidden(ids, cache, lengths if cache is not None and min(lengths) < width else None)
+        tree = TokenTree([unit.row for unit in units], self._net.device)
         places: list[int] = []
         targets: list[int] = []
-        members: list[int] = []
-        for n, row in enumerate(rows):
-            for member in row.members:
+        owners: list[int] = []
+        for unit, starts in zip(units, tree.starts, strict=True):
+            depth = len(unit.row.trunk)
+            for member, branch in unit.members:
                 candidate = self._candidates[member]
-                first, last = max(candidate.start - 1, row.begin), min(candidate.end - 1, row.stop)
-                if first < last:
-                    places += range(n * width + first - row.begin, n * width + last - row.begin)
-                    targets += candidate.ids[first + 1 : last + 1]
-                    members += [member] * (last - first)
-        if places:
-            nats, misses = token_scores(self._net, hidden.flatten(0, 1), torch.tensor(places), torch.tensor(targets))
-            index = torch.tensor(members)
-            self._nats.index_add_(0, index, nats)
-            self._misses.index_add_(0, index, misses)
-
-    def _tell(self, members: list[int]) -> None:
-        finished = 0
-        for member in members:
-            question = self._question_of[member]
-            self._num_open[question] -= 1
-            finished += not self._num_open[question]
-        if self._progress is not None and finished:
-            self._progress(finished)
+                # The logits that score a token are those of the place before it: in the trunk, or in the branch.
+                before = range(candidate.start - 1, candidate.end - 1)
+                places += [starts[0] + n if n < depth else starts[branch] + n - depth for n in before]
+                targets += candidate.ids[candidate.start : candidate.end]
+                owners += [member] * len(before)
+        hidden = self._net.hidden_of_tree(tree)[0]
+        nats, misses = token_scores(self._net, hidden, torch.tensor(places), torch.tensor(targets))
+        index = torch.tensor(owners)
+        self._nats.index_add_(0, index, nats)
+        self._misses.index_add_(0, index, misses)
 
 
 def token_scores(net: GPT, hidden: Tensor, places: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Nats of tokens, and whether another token was more probable.
 
     Args:
-        hidden: (B·T, C), what the head reads.
-        places: int64 (N,) on the CPU: the row of ``hidden`` that predicts each token; it may come several times.
-        targets: int64 (N,) on the CPU: the tokens.
+        hidden: (N, C), what the head reads.
+        places: int64 (M,) on the CPU: the row of ``hidden`` that predicts each token; it may come several times.
+        targets: int64 (M,) on the CPU: the tokens.
 
     Returns:
-        On the CPU: nats float64 (N,) and misses int64 (N,), 0 or 1.
+        On the CPU: nats float64 (M,) and misses int64 (M,), 0 or 1.
     """
     wanted, order = places.unique(return_inverse=True)
     nats, misses = torch.zeros(len(places), dtype=torch.float64), torch.zeros(len(places), dtype=torch.int64)
@@ -249,21 +225,18 @@ def token_scores(net: GPT, hidden: Tensor, places: Tensor, targets: Tensor) -> t
     return nats, misses
 
 
-def _read_length(candidate: Candidate) -> int:
-    """Tokens that have to be read: the last scored one is only predicted, and nothing is where nothing is scored."""
-    return candidate.end - 1 if candidate.end > candidate.start else 0
+def _tokens_to_read(candidate: Candidate) -> tuple[int, ...]:
+    """The last scored token is only predicted, and nothing is read where nothing is scored."""
+    return tuple(candidate.ids[: candidate.end - 1]) if candidate.end > candidate.start else ()
 
 
-def _common_length(question: Sequence[Candidate]) -> int:
-    """Tokens that all candidates of a question begin with, of those that have to be read."""
-    if not question:
+def _common_length(rows: Sequence[tuple[int, ...]]) -> int:
+    """Tokens with which all rows begin."""
+    if not rows:
         return 0
-    first = list(question[0].ids[: max(map(_read_length, question))])
-    for candidate in question[1:]:
-        pairs = enumerate(zip(first, candidate.ids, strict=False))
-        same = min(len(first), len(candidate.ids))
-        first = first[: next((n for n, (one, other) in pairs if one != other), same)]
-    return len(first)
+    first, last = min(rows), max(rows)  # what these two share, all between them do
+    pairs = enumerate(zip(first, last, strict=False))
+    return next((n for n, (one, other) in pairs if one != other), min(len(first), len(last)))
 
 
 def _check(candidates: Sequence[Candidate], reach: int, vocab_size: int) -> None:

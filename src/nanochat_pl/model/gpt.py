@@ -10,7 +10,7 @@ activations where they are used. Names in the state dict are those of the publis
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
@@ -22,12 +22,16 @@ from nanochat_pl.model.attention import windowed_attention
 from nanochat_pl.model.config import DType, GPTConfig
 from nanochat_pl.model.kv_cache import CacheStep, KVCache
 from nanochat_pl.model.loss import default_chunk_tokens, softcap, token_losses, weighted_nats
+from nanochat_pl.model.tree import TokenTree
 
 TORCH_DTYPES: dict[DType, torch.dtype] = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+
+# What a forward may go over besides whole rows.
+Step: TypeAlias = CacheStep | TokenTree
 
 
 def norm(x: Tensor) -> Tensor:
@@ -81,7 +85,7 @@ class Attention(nn.Module):
             self.ve_gate = Linear(self.gate_channels, config.num_kv_heads)
 
     def forward(
-        self, x: Tensor, value_embedding: Tensor | None, rotary: tuple[Tensor, Tensor], step: CacheStep | None
+        self, x: Tensor, value_embedding: Tensor | None, rotary: tuple[Tensor, Tensor], step: Step | None
     ) -> Tensor:
         """x (B, T, C) normed, value_embedding (B, T, G·D) → (B, T, C)."""
         q, k, v = (linear(x).unflatten(-1, (-1, self.head_dim)) for linear in (self.c_q, self.c_k, self.c_v))
@@ -118,7 +122,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(
-        self, x: Tensor, value_embedding: Tensor | None, rotary: tuple[Tensor, Tensor], step: CacheStep | None
+        self, x: Tensor, value_embedding: Tensor | None, rotary: tuple[Tensor, Tensor], step: Step | None
     ) -> Tensor:
         x = x + self.attn(norm(x), value_embedding, rotary, step)
         return x + self.mlp(norm(x))
@@ -246,6 +250,16 @@ class GPT(nn.Module):
                 f"{ids.size(1):,} positions in a row: the model's rotary tables end at {self.config.rotary_reach:,}."
             )
         step = None if cache is None else cache.begin(ids, lengths)
+        x = self._hidden(ids, step)
+        if step is not None:
+            step.commit()
+        return x
+
+    def hidden_of_tree(self, tree: TokenTree) -> Tensor:
+        """What the head reads at each token of rows that branch: (1, N, C), as :meth:`hidden`."""
+        return self._hidden(tree.ids, tree)
+
+    def _hidden(self, ids: Tensor, step: Step | None) -> Tensor:
         rotary = self._rotary(ids.size(1), step)
         x = first = self._smear(self._embed(ids), step)
         middle = x
@@ -263,12 +277,10 @@ class GPT(nn.Module):
                 middle = x
         if self.config.backout:
             x = x - self.backout_lambda.to(x.dtype) * middle
-        if step is not None:
-            step.commit()
         return norm(x)
 
     def _layer(
-        self, layer: int, x: Tensor, first: Tensor, ids: Tensor, rotary: tuple[Tensor, Tensor], step: CacheStep | None
+        self, layer: int, x: Tensor, first: Tensor, ids: Tensor, rotary: tuple[Tensor, Tensor], step: Step | None
     ) -> Tensor:
         """One layer: mix the first residual x0 into x, then the block. x, first (B, T, C)."""
         if self.config.residual_lambdas:
@@ -320,17 +332,19 @@ class GPT(nn.Module):
             return None
         return self.value_embeds[str(layer)](ids).to(self.compute_dtype)
 
-    def _rotary(self, num_positions: int, step: CacheStep | None) -> tuple[Tensor, Tensor]:
+    def _rotary(self, num_positions: int, step: Step | None) -> tuple[Tensor, Tensor]:
         """Tables for the positions at hand: (T, 1, D/2), or (B, T, 1, D/2) where each row has its own."""
         index = slice(num_positions) if step is None else step.positions
         return self.cos[index].unsqueeze(-2), self.sin[index].unsqueeze(-2)
 
-    def _smear(self, x: Tensor, step: CacheStep | None) -> Tensor:
+    def _smear(self, x: Tensor, step: Step | None) -> Tensor:
         """Mix a gated share of the embedding of the token before into each position. x (B, T, C) normed."""
         if not self.config.smear_channels:
             return x
         if step is None:
             previous = F.pad(x, (0, 0, 1, -1))
+        elif isinstance(step, TokenTree):
+            previous = step.previous(x)
         else:
             ids, exists = step.previous_ids()
             before = self._embed(ids[:, None]) * exists[:, None, None]
