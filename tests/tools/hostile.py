@@ -8,11 +8,15 @@ user that has SECRET in its environment.
 
 from __future__ import annotations
 
+import json
+import sys
 import textwrap
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from nanochat_pl.tools.sandbox import Outcome, Sandbox, SandboxSettings
 
 TESTS = "KEY = 'key of the tests'\n\ndef check(candidate):\n    assert candidate(3) == 9\n"
-ENDS = frozenset({"failed", "error", "timeout", "memory", "processes", "output", "escaped"})
 # Tries an attack within f: 9 where it gets through.
 _TRY = """
 def f(x):
@@ -33,20 +37,38 @@ class Hostile:
     program: str
     reasons: frozenset[str]
 
+    @property
+    def seconds(self) -> float:
+        """What it gets: little, where its end is that of its time."""
+        return 1.0 if "timeout" in self.reasons else 20.0
+
+    def run(self, sandbox: Sandbox, names: Mapping[str, object], more: float) -> Outcome:
+        """Its outcome, with names such as CANARY replaced; ``more``: seconds to be added."""
+        program = self.program
+        for name, value in names.items():
+            program = program.replace(name, str(value))
+        sandbox.settings = replace(sandbox.settings, seconds=self.seconds + more)
+        return sandbox.check(program, "f", TESTS)
+
 
 def _attack(name: str, body: str, *reasons: str, before: str = "") -> Hostile:
     """One whose f tries ``body`` as ``attack``."""
     text = before + "\ndef attack():\n" + textwrap.indent(textwrap.dedent(body).strip(), "    ") + "\n" + _TRY
-    return Hostile(name, text, frozenset(reasons) or ENDS)
+    return Hostile(name, text, frozenset(reasons or ["failed"]))
 
 
 def _whole(name: str, program: str, *reasons: str) -> Hostile:
-    return Hostile(name, textwrap.dedent(program), frozenset(reasons) or ENDS)
+    return Hostile(name, textwrap.dedent(program), frozenset(reasons))
 
 
 HOSTILE = (
     # Using up the machine
-    _whole("fork bomb", "import os\nwhile True:\n    try:\n        os.fork()\n    except OSError:\n        pass\n"),
+    _whole(
+        "fork bomb",
+        "import os\nwhile True:\n    try:\n        os.fork()\n    except OSError:\n        pass\n",
+        "timeout",
+        "processes",
+    ),
     _whole(
         "thread bomb",
         """
@@ -190,6 +212,8 @@ HOSTILE = (
                 continue
         os.kill(-1, signal.SIGKILL)
         """,
+        "failed",
+        "escaped",
     ),
     _whole(
         "a process that stays behind",
@@ -307,12 +331,13 @@ HOSTILE = (
         """,
         "escaped",
     ),
-    _whole("too large an answer", "def f(x):\n    return [[[]] * 1000] * 100000\n"),
+    _whole("too large an answer", "def f(x):\n    return [[[]] * 1000] * 100000\n", "timeout", "error", "memory"),
     # The walls themselves
     _attack("namespaces of its own", "return libc.unshare(0x10000000) == 0", "escaped", before=_LIBC),
     _attack(
         "namespaces by clone",
         "return libc.syscall(56, 0x10000000 | 17, 0, 0, 0, 0) >= 0",
+        "escaped",
         before=_LIBC,
     ),
     _attack("mounting", "return libc.mount(b'proc', b'/tmp', b'proc', 0, None) == 0", "escaped", before=_LIBC),
@@ -367,3 +392,17 @@ HOSTILE = (
         before=_LIBC,
     ),
 )
+
+
+def main() -> None:
+    """All of them, as the user who runs this: prints of each its name, whether it was contained, and the outcome."""
+    mode, names, more = sys.argv[1], json.loads(sys.argv[2]), float(sys.argv[3])
+    sandbox = Sandbox(SandboxSettings(mode=mode, memory_mb=256))
+    for hostile in HOSTILE:
+        outcome = hostile.run(sandbox, names, more)
+        contained = not outcome.passed and outcome.reason in hostile.reasons
+        print(json.dumps([hostile.name, contained, str(outcome)]), flush=True)
+
+
+if __name__ == "__main__":
+    main()

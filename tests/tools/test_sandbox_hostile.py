@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import shutil
 import socket
 import subprocess
 import tempfile
@@ -14,11 +16,11 @@ from pathlib import Path
 import pytest
 
 from nanochat_pl.tools.sandbox import Sandbox, SandboxSettings
-from tests.tools.hostile import HOSTILE, TESTS, Hostile
+from tests.tools.hostile import HOSTILE, Hostile
 
 SECRET = "the-secret-of-the-canary"
-# A number of this test run's own: all processes of a sandbox have it in their command lines.
-SECONDS = 3 + os.getpid() / 1e8
+# A number of this test run's own, added to the seconds: all processes of a sandbox have it in their command lines.
+MARK = os.getpid() / 1e8
 
 
 @dataclass
@@ -33,18 +35,15 @@ class World:
     def canary(self) -> Path:
         return self.folder / "canary"
 
-    def program(self, hostile: Hostile) -> str:
-        names = {
-            "CANARY": self.canary,
+    @property
+    def names(self) -> dict[str, object]:
+        return {
+            "CANARY": str(self.canary),
             "SECRET": SECRET,
             "PORT": self.listeners[0].getsockname()[1],
             "SOCKET": self.listeners[1].getsockname(),
             "VICTIM": self.victim.pid,
         }
-        text = hostile.program
-        for name, value in names.items():
-            text = text.replace(name, str(value))
-        return text
 
     def assert_unharmed(self) -> None:
         assert [path.name for path in self.canary.iterdir()] == ["secret.txt"]
@@ -55,7 +54,7 @@ class World:
                 listener.accept()
         assert list((self.folder / "tmp").iterdir()) == []
         assert str(self.folder) not in Path("/proc/self/mountinfo").read_text()
-        assert [pid for pid in Path("/proc").glob("[0-9]*") if str(SECONDS).encode() in _command(pid)] == []
+        assert [pid for pid in Path("/proc").glob("[0-9]*") if f"{MARK:.8f}"[1:].encode() in _command(pid)] == []
 
 
 def _command(process: Path) -> bytes:
@@ -66,37 +65,73 @@ def _command(process: Path) -> bytes:
 
 
 @pytest.fixture
-def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
-    for name in ("tmp", "canary"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name).chmod(0o777)
-    (tmp_path / "canary" / "secret.txt").write_text(SECRET)
-    (tmp_path / "canary" / "secret.txt").chmod(0o666)
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+    with _world([]) as world:
+        monkeypatch.setattr(tempfile, "tempdir", str(world.folder / "tmp"))
+        yield world
+
+
+@contextlib.contextmanager
+def _world(as_user: list[str]) -> Iterator[World]:
+    """One that everybody may enter and change, as far as the system is concerned."""
     with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hostile-", dir="/tmp")))
+        for path in (folder, folder / "tmp", folder / "canary"):
+            path.mkdir(exist_ok=True)
+            path.chmod(0o777)
+        (folder / "canary" / "secret.txt").write_text(SECRET)
+        (folder / "canary" / "secret.txt").chmod(0o666)
         listeners = []
-        for family, address in ((socket.AF_INET, ("127.0.0.1", 0)), (socket.AF_UNIX, str(tmp_path / "socket"))):
+        for family, address in ((socket.AF_INET, ("127.0.0.1", 0)), (socket.AF_UNIX, str(folder / "socket"))):
             listener = stack.enter_context(socket.socket(family))
             listener.bind(address)
             listener.listen()
             listener.setblocking(False)
             listeners.append(listener)
-        victim = stack.enter_context(subprocess.Popen(["sleep", "600"], env={**os.environ, "CANARY_SECRET": SECRET}))
+        (folder / "socket").chmod(0o777)
+        environment = {**os.environ, "CANARY_SECRET": SECRET}
+        victim = stack.enter_context(subprocess.Popen([*as_user, "sleep", "600"], env=environment))
         try:
-            yield World(tmp_path, listeners, victim)
+            yield World(folder, listeners, victim)
         finally:
             victim.kill()
 
 
 @pytest.fixture(scope="module", params=["strict", "weak"])
 def sandbox(request: pytest.FixtureRequest) -> Sandbox:
-    return Sandbox(SandboxSettings(mode=request.param, seconds=SECONDS, memory_mb=256))
+    return Sandbox(SandboxSettings(mode=request.param, memory_mb=256))
 
 
 @pytest.mark.parametrize("hostile", HOSTILE, ids=lambda hostile: hostile.name)
 def test_contained(sandbox: Sandbox, world: World, hostile: Hostile) -> None:
-    outcome = sandbox.check(world.program(hostile), "f", TESTS)
+    outcome = hostile.run(sandbox, world.names, MARK)
     print(outcome)
     assert not outcome.passed
     assert outcome.reason in hostile.reasons
     world.assert_unharmed()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["strict", "weak"])
+def test_contained_as_an_ordinary_user(mode: str) -> None:
+    as_user = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
+    python, source = "/usr/bin/python3", Path(__file__).parents[2] / "src"
+    trial = [*as_user, python, "-c", "import sys, nanochat_pl; sys.exit(sys.version_info < (3, 10))"]
+    environment = {"PYTHONPATH": str(source), "PYTHONDONTWRITEBYTECODE": "1"}
+    if os.geteuid() != 0 or not shutil.which("setpriv") or not Path(python).exists():
+        pytest.skip("needs to be root, setpriv and the system's Python")
+    if subprocess.run(trial, env=environment, capture_output=True).returncode:
+        pytest.skip("an ordinary user cannot run this package with the system's Python")
+    with _world(as_user) as world:
+        script = str(Path(__file__).with_name("hostile.py"))
+        done = subprocess.run(
+            [*as_user, python, script, mode, json.dumps(world.names), str(MARK)],
+            env={**environment, "TMPDIR": str(world.folder / "tmp")},
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+        )
+        world.assert_unharmed()
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(found) == len(HOSTILE)
+    assert [outcome for _, contained, *outcome in found if not contained] == []

@@ -13,6 +13,7 @@ in the memory of the process from which the program is forked.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -29,6 +30,8 @@ def main() -> None:
     config = json.loads(sys.argv[1])
     config["first"] = walls.first_free_id()
     os.environ.clear()
+    with contextlib.suppress(OSError):  # where memory gets short, these are ended first
+        Path("/proc/self/oom_score_adj").write_text("1000")
     if config["probe"]:
         return supervisor.report({"missing": missing_walls()})
     try:

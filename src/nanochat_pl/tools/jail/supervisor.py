@@ -16,6 +16,7 @@ from nanochat_pl.tools.jail import actors, walls
 
 TICK = {True: 0.02, False: 0.1}  # seconds between two looks at what the processes use, strict and weak
 Found = dict[str, str]  # reason and message
+_O_PATH = getattr(os, "O_PATH", os.O_RDONLY)
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -65,7 +66,8 @@ class Supervisor:
             self._judge()
         if self.strict:
             walls.enter_process_namespace()
-        if os.fork() == 0:
+        warden = os.fork()
+        if warden == 0:
             self._warden()
         self._keep(0, 1, 2, *(self.pipes[name][0] for name in ("verdict", "status", "printed")))
         if self.strict:
@@ -74,7 +76,7 @@ class Supervisor:
             found = self._watch(start)
         finally:
             if not self.strict:
-                kill_descendants()
+                kill_descendants(warden)
         return {**found, "seconds": time.monotonic() - start}
 
     # The others' first steps
@@ -101,6 +103,7 @@ class Supervisor:
             os.dup2(printed, 1)
             os.dup2(printed, 2)
             walls.keep_orphans()
+            os.setpgid(0, 0)
             self._shut_in(2)
             pid = os.fork()
             if pid == 0:
@@ -117,6 +120,7 @@ class Supervisor:
 
     def _program(self, program: int, calls: int, answers: int) -> None:
         try:
+            sys.argv[:] = sys.orig_argv[:] = ["program.py"]
             os.environ.update(HOME=self.config["folder"], TMPDIR=self.config["folder"], LANG="C.UTF-8")
             source = _contents(program)
             self._keep(0, 1, 2, *([calls, answers] if self.has_judge else []), *self.libraries)
@@ -137,7 +141,7 @@ class Supervisor:
             if not self.strict and own_user:
                 self.libraries = _open_libraries()
             opened = [config["folder"], *(config["libraries"] if config["landlock"] else [])]
-            folder, *folders = (os.open(path, os.O_PATH) for path in opened)
+            folder, *folders = (os.open(path, _O_PATH) for path in opened)
             os.fchdir(folder)
             walls.become((walls.INSIDE if self.strict else config["first"]) + number if own_user else None)
             walls.limit(config["seconds"], config["memory"], config["file"], most)
@@ -264,7 +268,7 @@ def _contents(fd: int) -> str:
 def _open_libraries() -> list[int]:
     """Python's folders as descriptors, by which they are found from now on: they may lie in another user's home."""
     folders = [index for index, path in enumerate(sys.path) if Path(path).is_dir()]
-    fds = [os.open(sys.path[index], os.O_PATH) for index in folders]
+    fds = [os.open(sys.path[index], _O_PATH) for index in folders]
     for index, fd in zip(folders, fds, strict=True):
         sys.path[index] = f"/proc/self/fd/{fd}"
     return fds
@@ -310,8 +314,14 @@ def descendants() -> list[int]:
     return found
 
 
-def kill_descendants() -> None:
-    """What the end of a process namespace does elsewhere. Orphans become children of this process: none is lost."""
+def kill_descendants(group: int) -> None:
+    """What the end of a process namespace does elsewhere. Orphans become children of this process: none is lost.
+
+    Args:
+        group: a process group that is ended first: the most that can be done where there is no /proc.
+    """
+    with contextlib.suppress(OSError):
+        os.killpg(group, signal.SIGKILL)
     while True:
         for pid in descendants():
             with contextlib.suppress(OSError):

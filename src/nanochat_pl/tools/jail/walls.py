@@ -10,11 +10,14 @@ import contextlib
 import ctypes
 import os
 import platform
-import resource
 import struct
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+if sys.platform != "win32":
+    import resource
 
 LINUX = sys.platform == "linux"
 INSIDE = 1000  # the first id inside of the user namespace
@@ -34,7 +37,7 @@ _AT_FDCWD, _AT_RECURSIVE = -100, 0x8000
 _READ_ONLY = 0x1 | 0x2 | 0x4  # MOUNT_ATTR_RDONLY, NOSUID, NODEV
 _PR_DEATH_SIGNAL, _PR_DUMPABLE, _PR_SECCOMP, _PR_DROP_BOUND, _PR_SUBREAPER, _PR_NO_NEW_PRIVS = 1, 4, 22, 24, 36, 38
 
-_libc = ctypes.CDLL(None, use_errno=True)
+_libc: Any = ctypes.CDLL(None, use_errno=True) if sys.platform != "win32" else None
 
 
 class WallMissing(Exception):
@@ -275,6 +278,8 @@ def limit(seconds: float, memory: int, file: int, processes: int) -> None:
         "RLIMIT_MEMLOCK": 0,
         "RLIMIT_MSGQUEUE": 0,
         "RLIMIT_SIGPENDING": 256,
+        "RLIMIT_NICE": 0,
+        "RLIMIT_RTPRIO": 0,
     }
     for name, value in most.items():
         kind = getattr(resource, name, {"RLIMIT_SIGPENDING": 11}.get(name) if LINUX else None)
@@ -304,13 +309,14 @@ _DEADLY = {
 _REFUSED = {
     "execve": (59, 221), "execveat": (322, 281), "socket": (41, 198), "memfd_create": (319, 279),
     "memfd_secret": (447, 447), "shmget": (29, 194), "semget": (64, 190), "msgget": (68, 186), "mq_open": (240, 180),
+    "io_setup": (206, 0),
 }  # fmt: skip
 # Without a process namespace also these, as any process of the same user can be named.
 _SIGNALS = {
     "kill": (62, 129), "tkill": (200, 130), "tgkill": (234, 131), "rt_sigqueueinfo": (129, 138),
     "rt_tgsigqueueinfo": (297, 240), "pidfd_send_signal": (424, 424),
 }  # fmt: skip
-_CLONE, _CLONE3, _PRLIMIT, _MMAP = (56, 220), (435, 435), (302, 261), (9, 222)
+_CLONE, _CLONE3, _PRLIMIT, _MMAP, _SOCKETPAIR = (56, 220), (435, 435), (302, 261), (9, 222), (53, 199)
 # Memory that no process need hold: of no file and shared; in huge pages.
 _SHARED_ANONYMOUS, _HUGE = 0x21, 0x4_0000
 _NEW_NAMESPACE = 0x7E02_0000
@@ -351,6 +357,7 @@ def _filter_program(signals: bool) -> bytes:
     for numbers, argument, *test in (
         (_CLONE, 0, (_JUMP_SET, 0, 1, _NEW_NAMESPACE), (_RETURN, 0, 0, _KILL)),
         (_PRLIMIT, 0, (_JUMP_EQUAL, 1, 0, 0), refuse),  # of itself alone
+        (_SOCKETPAIR, 0, (_JUMP_EQUAL, 1, 0, 1), refuse),  # within this machine alone
         (_MMAP, 3, (_JUMP_SET, 2, 0, _HUGE), (_AND, 0, 0, _SHARED_ANONYMOUS), (_JUMP_EQUAL, 0, 1, 0x21), refuse),
     ):
         lines += [(_JUMP_EQUAL, 0, len(test) + 2, numbers[_COLUMN]), (_LOAD, 0, 0, _ARGUMENTS[argument]), *test, allow]

@@ -45,6 +45,8 @@ class Sandbox:
     """
 
     def __init__(self, settings: SandboxSettings) -> None:
+        if sys.platform == "win32":
+            raise UserError("sandbox: there is none on Windows", "run it on Linux; in WSL 2, for example")
         self.settings = settings
         problems = dict(self._launch({"probe": True})["missing"])
         strict = settings.mode == "strict"
