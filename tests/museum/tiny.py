@@ -20,6 +20,7 @@ from nanochat_pl.model.config import GPTConfig, ModelSettings, resolve_model
 from nanochat_pl.model.gpt import GPT, parameter_roles
 from nanochat_pl.model.init import init_weights
 from nanochat_pl.optim import OptimSettings, ScheduleSettings, StepValues, build_optimizer, resolve_hyperparameters
+from nanochat_pl.training.benchmarks import Benchmark
 from nanochat_pl.training.datamodule import RowsDataModule
 from nanochat_pl.training.evaluation import Samples, Validation
 from nanochat_pl.training.fit import Fitting, fit
@@ -111,6 +112,7 @@ def fit_tiny(
     num_texts: int = 200,
     num_workers: int = 0,
     recipe: Mapping[str, Any] | None = None,
+    benchmarks: Sequence[Benchmark] = (),
 ) -> BaseStage:
     """A real fit of ``num_steps`` steps of two micro-batches each, or the rest of one that was stopped, with one block.
 
@@ -137,6 +139,7 @@ def fit_tiny(
         validation=Validation(rows, 3, byte_tokenizer(), device_batch_size=2),
         samples=Samples(folder / "samples.jsonl", ["a", "bcd"], 2),
         mixed=mixed,
+        benchmarks=benchmarks,
         loggers=loggers,
         callbacks=callbacks,
         resume_from=newest_resume_file(folder / "checkpoints"),

@@ -1,0 +1,198 @@
+"""Benchmarks of a model in training: when they are measured, what they leave behind, and what they must not change."""
+
+from __future__ import annotations
+
+import csv
+import json
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from nanochat_pl.cli.main import main
+from nanochat_pl.common.errors import UserError
+from nanochat_pl.evaluation.results import TaskResult, make_result
+from nanochat_pl.model.gpt import GPT
+from nanochat_pl.training.benchmarks import Benchmark, columns_of, measure
+from nanochat_pl.training.stopping import StopRequested
+from tests.museum.tiny import fit_tiny, tiny_model
+from tests.training.conftest import same_weights, sft_overrides, start_run, tiny_overrides, weights_of
+from tests.training.launch import launch
+
+CHAT = (
+    "max_steps=5",
+    "evaluation.chat_every_steps=2",
+    "evaluation.chat.arithmetic.test_size=9",
+    "evaluation.chat.identity={}",
+    "evaluation.chat_limit_generative=5",
+    "evaluation.chat_max_tokens=8",
+    "model.compute_dtype=float32",
+)
+
+
+class Examiner:
+    """Tasks whose results are given, and a record of when they were asked."""
+
+    def __init__(self, *outcomes: list[float] | Exception, every_steps: int = 2) -> None:
+        self.outcomes = {f"task{number}": outcome for number, outcome in enumerate(outcomes)}
+        self.asked: list[str] = []
+        self.training: list[bool] = []
+        self.when_asked: Callable[[], None] = lambda: None
+        self.benchmark = Benchmark("chat", every_steps, list(self.outcomes), self.measure_task)
+
+    def measure_task(self, name: str, net: GPT) -> TaskResult:
+        self.asked.append(name)
+        self.when_asked()
+        self.training.append(net.training)
+        outcome = self.outcomes[name]
+        if isinstance(outcome, Exception):
+            raise outcome
+        return make_result(name, [str(number) for number in range(len(outcome))], outcome, baseline=0.5)
+
+
+def lines(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_figures_of_a_benchmark() -> None:
+    examiner = Examiner([1, 0, 1, 1], [1, 1, 1, 1])
+    figures = measure(examiner.benchmark, GPT(tiny_model()).materialise())
+    assert columns_of([examiner.benchmark]) == list(figures)
+    assert figures["chat/task0"] == 0.75 and figures["chat/task1"] == 1
+    assert figures["chat/mean"] == 0.75 and figures["chat/mean_stderr"] > 0
+    assert examiner.training == [False, False]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory."),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+        UserError("chat: out of memory."),
+    ],
+)
+def test_what_cannot_be_measured_is_left_out(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
+    """The mean of the others would be another figure under the same name."""
+    net = GPT(tiny_model()).materialise()
+    assert measure(Examiner(error, [1, 0]).benchmark, net) == {"chat/task1": 0.5}
+    assert net.training
+    assert "chat: task0 is left out of this measurement:" in capsys.readouterr().out
+
+
+def test_another_error_is_an_error() -> None:
+    with pytest.raises(RuntimeError, match="a bug"):
+        measure(Examiner(RuntimeError("a bug")).benchmark, GPT(tiny_model()).materialise())
+
+
+def test_it_is_measured_every_so_many_steps_and_not_at_the_last(tmp_path: Path) -> None:
+    """The last step is measured after the fit, beside the final validation."""
+    examiner = Examiner([1.0])
+    fit_tiny(tmp_path, num_steps=6, benchmarks=[examiner.benchmark])
+    assert examiner.asked == ["task0"] * 2
+    never = Examiner([1.0], every_steps=0)
+    fit_tiny(tmp_path / "never", num_steps=4, benchmarks=[never.benchmark])
+    assert not never.asked
+
+
+def test_a_stop_within_is_made_up_for_and_nothing_is_measured_twice(tmp_path: Path) -> None:
+    first = Examiner([1.0], [1.0])
+    first.when_asked = lambda: signal.raise_signal(signal.SIGTERM)
+    with pytest.raises(StopRequested):
+        fit_tiny(tmp_path, num_steps=5, benchmarks=[first.benchmark])
+    second = Examiner([1.0], [1.0])
+    fit_tiny(tmp_path, num_steps=5, benchmarks=[second.benchmark])
+    assert first.asked == ["task0"]
+    assert second.asked == ["task0", "task1"] * 2, "after step 2, to make up for it, and after step 4"
+
+
+def test_a_chat_model_is_measured_and_trains_as_if_it_were_not(place: Path) -> None:
+    for name in ("unmeasured", "measured"):
+        start_run(place, name, "sft")
+    still = [*sft_overrides(place), "max_steps=5", "model.compute_dtype=float32"]
+    assert main(["train", "run=unmeasured", *still]) == 0
+    assert main(["train", "run=measured", *sft_overrides(place), *CHAT]) == 0
+    runs = place / "runs"
+    assert same_weights(weights_of(runs / "unmeasured", "sft"), weights_of(runs / "measured", "sft"))
+    rows = lines(runs / "measured/sft/metrics.csv")
+    names = ("chat/arithmetic", "chat/identity", "chat/mean", "chat/mean_stderr")
+    assert [bool(row[name]) for name in names for row in rows] == [False, True, False, True, True] * 4
+    assert all(0 <= float(row[name]) <= 1 for name in names for row in rows if row[name])
+    finished = json.loads((runs / "measured/sft/finished.json").read_text(encoding="utf-8"))
+    assert {name: finished["metrics"][name] for name in names} == {name: float(rows[-1][name]) for name in names}
+    assert "chat/mean" not in lines(runs / "unmeasured/sft/metrics.csv")[0]
+
+
+@pytest.mark.slow
+def test_several_processes_measure_the_same(place: Path) -> None:
+    for name in ("alone", "together"):
+        start_run(place, name, "sft")
+    own = ("total_batch_tokens=64", "device_batch_size=1", *CHAT)
+    assert main(["train", "run=alone", *sft_overrides(place), *own]) == 0
+    done = launch(2, ["train", "run=together", *sft_overrides(place), *own])
+    assert done.returncode == 0, done.stdout + done.stderr
+    alone, together = (lines(place / "runs" / name / "sft/metrics.csv") for name in ("alone", "together"))
+    names = [name for name in alone[0] if name.startswith("chat/")]
+    assert len(names) == 4
+    assert [[row[name] for name in names] for row in alone] == [[row[name] for name in names] for row in together]
+
+
+@pytest.mark.parametrize(
+    ("stage", "overrides", "said"),
+    [
+        ("sft", ["evaluation.chat.conversations.mine.path=x"], "mine"),
+        ("sft", ["evaluation.chat.arithmetic.max_operand=5"], "evaluation.chat.arithmetic.max_operand"),
+        ("base", ["evaluation.core.path=nowhere/at/all"], "nowhere/at/all"),
+        ("base", ["evaluation.core.tasks=[]"], "evaluation.core"),
+    ],
+)
+def test_what_cannot_be_measured_is_said_before_the_training(
+    place: Path,
+    train: Callable[..., int],
+    capsys: pytest.CaptureFixture[str],
+    stage: str,
+    overrides: list[str],
+    said: str,
+) -> None:
+    name = f"early-{stage}-{len(said)}"
+    folder = start_run(place, name, stage)
+    assert train(f"run={name}", *overrides, stage=stage) == 2
+    assert said in capsys.readouterr().err
+    assert not (folder / stage / "metrics.csv").exists()
+
+
+def test_core_is_left_out_where_its_data_is_not(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    start_run(place, "no-core", "base")
+    assert main(["train", "run=no-core", *tiny_overrides(place), "max_steps=1"]) == 0
+    assert "CORE is left out: its data is not here" in capsys.readouterr().out
+    assert (
+        main(
+            [
+                "train",
+                "run=no-core",
+                "resume=never",
+                *tiny_overrides(place),
+                "max_steps=1",
+                "evaluation.core_every_steps=null",
+            ]
+        )
+        == 0
+    )
+    assert "CORE" not in capsys.readouterr().out
+
+
+def test_core_is_measured_while_a_base_model_trains(place: Path, shared: Path) -> None:
+    start_run(place, "core", "base")
+    core = [
+        "max_steps=3",
+        "evaluation.core_every_steps=2",
+        f"evaluation.core.path={shared / 'data' / 'eval_bundle'}",
+        "evaluation.core.max_per_task=3",
+        "evaluation.core.tasks=[copa,bigbench_cs_algorithms]",
+    ]
+    assert main(["train", "run=core", *tiny_overrides(place), *core]) == 0
+    rows = lines(place / "runs/core/base/metrics.csv")
+    names = ("core/copa", "core/bigbench_cs_algorithms", "core/mean")
+    assert [bool(row[name]) for name in names for row in rows] == [False, True, True] * 3
