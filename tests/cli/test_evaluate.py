@@ -1,20 +1,29 @@
-"""The verb `evaluate`: what it reads on whose word."""
+"""The verb `evaluate`: what it refuses before anything is measured, what it writes, what it reads on whose word."""
 
 from __future__ import annotations
 
+import csv
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from nanochat_pl.bundle import StageInfo, load_bundle, save_bundle
-from nanochat_pl.cli.evaluate_settings import EvaluateConfig
+from nanochat_pl.cli import evaluate_suites
+from nanochat_pl.cli.compose import compose
+from nanochat_pl.cli.evaluate_settings import CHATCORE, EvaluateConfig
 from nanochat_pl.cli.evaluate_suites import data_of
+from nanochat_pl.cli.evaluate_tables import summary_name
 from nanochat_pl.cli.main import main
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.settings import to_plain
 from nanochat_pl.data.sources import DataSettings
+from nanochat_pl.evaluation.core_bundle import CORE_TASKS
+from tests.cli.evaluated import QUICK, TASKS, make_eval_bundle, make_run, record_of, results_of
 from tests.tiny_run import make_tiny_run
+
+Captured = pytest.CaptureFixture[str]
 
 
 def test_files_that_a_strangers_bundle_names_are_not_read(tmp_path: Path) -> None:
@@ -31,8 +40,140 @@ def test_files_that_a_strangers_bundle_names_are_not_read(tmp_path: Path) -> Non
     assert data_of(bundle, EvaluateConfig(bundle="x")) == DataSettings()
 
 
-def test_a_bundle_without_a_tokenizer(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_bundle_without_a_tokenizer(here: Path, capsys: Captured) -> None:
     bundle = load_bundle(make_tiny_run(here / "full") / "sft" / "bundle")
     save_bundle(here / "bare", StageInfo(stage="base"), net=bundle.net)
     assert main(["evaluate", "bundle=bare", "to=out", "suites=[bpb]"]) == 2
     assert "bare: has no tokenizer" in capsys.readouterr().err
+    assert not (here / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "problem"),
+    [
+        ("limit=0", "limit=0: is below 1."),
+        ("suites=[cor]", "suites[0]='cor': must be one of bpb, core, chat"),
+        ("suites=[]", "suites=[]: names nothing to measure"),
+        ("num_samples=4", "num_samples=4: with temperature=0 all answers"),
+        ("top_k=3", "top_k=3: has no meaning with temperature=0"),
+        ("chatcore.hellaswag.size=3", "chatcore.hellaswag: there is no such key"),
+        ("sandbox=srict", "sandbox=srict: there is no such choice; did you mean strict?"),
+        ("core.tasks=[]", "core.tasks=[]: must name at least one task"),
+    ],
+)
+def test_wrong_settings(key: str, problem: str, here: Path, capsys: Captured) -> None:
+    assert main(["evaluate", key]) == 2
+    assert problem in capsys.readouterr().err
+
+
+def test_all_that_is_missing_is_said_before_anything_is_measured(here: Path, capsys: Captured) -> None:
+    make_run("a")
+    make_run("b", stage="base")
+    suites = "suites=[chat,chatcore,core,bpb,harness]"
+    assert main(["evaluate", "run=a", suites, "paths.cache=cache", *QUICK]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    missing = ("allenai/ai2_arc", "openai/gsm8k", "cais/mmlu", "openai/openai_humaneval", "evaluation bundle")
+    assert all(name in err for name in (*missing, "bpb: ", "data settings", "harness.tasks: is empty"))
+    commands = ("task=gsm8k", "task=mmlu", "task=arc_easy", "task=humaneval", "eval_bundle=true")
+    assert all(f"nanochat-pl download {command} paths.cache=cache" in err for command in commands)
+    assert not Path("runs/a/evaluation").exists()
+    assert main(["evaluate", "run=b", "suites=[chat,chatcore]", *QUICK]) == 2
+    assert capsys.readouterr().err.count("is a base model, which has seen no conversation") == 2
+
+
+def test_by_default_what_is_not_here_is_left_out(here: Path, capsys: Captured) -> None:
+    make_run("a", tasks={**TASKS, "conversations": {"own": {"path": "nowhere.jsonl"}}})
+    assert main(["evaluate", "run=a", "paths.cache=cache", *QUICK]) == 0
+    out = capsys.readouterr().out
+    assert "own: left out; what is a right answer in a conversation, nobody can tell." in out
+    assert "chatcore: left out: " in out and "suites=[chatcore] says how to get all of it." in out
+    assert list(results_of("a")["suites"]) == ["chat", "samples"]
+
+
+def test_an_unjudged_task_is_no_part_of_chatcore(here: Path, capsys: Captured) -> None:
+    make_run("a")
+    Path("own.jsonl").write_text(
+        "".join(
+            json.dumps([{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": "yes"}]) + "\n"
+            for i in range(60)
+        ),
+        encoding="utf-8",
+    )
+    off = [f"chatcore.{name}=null" for name in CHATCORE]
+    own = "chatcore.conversations.own.path=own.jsonl"
+    assert main(["evaluate", "run=a", "suites=[chatcore]", own, "paths.cache=cache", *off]) == 2
+    assert "chatcore.own: what is a right answer" in capsys.readouterr().err
+
+
+def test_suites_become_tables_and_files(here: Path, capsys: Captured) -> None:
+    make_run("a")
+    make_eval_bundle(here / "bundle_of_tasks")
+    off = [f"chatcore.{name}=null" for name in CHATCORE]
+    chatcore = ["chatcore.arithmetic.test_size=5", "core.path=bundle_of_tasks"]
+    assert main(["evaluate", "run=a", "suites=[core,chat,chatcore,samples]", *chatcore, *off, *QUICK]) == 0
+    out = capsys.readouterr().out
+    assert "core: bundle_of_tasks has no " in out and "boolq" in out
+    assert "CORE (2 of 22 tasks): " in out and "mean of the tasks: " in out
+    assert "ChatCORE (0 of 5 tasks, with arithmetic): " in out
+    suites = results_of("a")["suites"]
+    assert list(suites) == ["core", "chat", "chatcore", "samples"]
+    copa, squad = suites["core"]["tasks"]
+    assert (copa["name"], copa["n"], copa["baseline"]) == ("copa", 8, 0.5)
+    assert copa["centered"] == pytest.approx(2 * copa["accuracy"] - 1)
+    summary = suites["core"]["summary"]
+    assert summary["value"] == pytest.approx((copa["centered"] + squad["centered"]) / 2)
+    assert (summary["num_tasks"], summary["n"]) == (2, 16) and summary["low"] <= summary["value"] <= summary["high"]
+    assert {row["name"]: row["n"] for row in suites["chat"]["tasks"]} == {"arithmetic": 6, "identity": 4}
+    assert suites["chatcore"]["tasks"][0]["n"] == 5
+    folder = Path("runs/a/evaluation/sft")
+    rows = list(csv.DictReader((folder / "core.csv").open(encoding="utf-8")))
+    assert [row["task"] for row in rows] == ["copa", "squad"]
+    assert float(rows[0]["accuracy"]) == pytest.approx(copa["accuracy"])
+    published = (folder / "core_published.csv").read_text(encoding="utf-8").splitlines()
+    assert published[0] == f"{'Task':<35}, {'Accuracy':<10}, {'Centered':<10}" and len(published) == 4
+    answers = [json.loads(line) for line in (folder / "answers_arithmetic.jsonl").open(encoding="utf-8")]
+    assert len(answers) == 6 and {"question", "answer", "reference", "correct"} <= answers[0].keys()
+    assert len((folder / "answers_core_squad.jsonl").read_text(encoding="utf-8").splitlines()) == 8
+    assert len((folder / "chats.jsonl").read_text(encoding="utf-8").splitlines()) == 2
+
+
+def test_what_must_be_said_with_a_score_stands_everywhere(
+    here: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_run("a", tasks={"arithmetic": {"test_size": 3}})
+    task = evaluate_suites.build_tasks
+
+    def with_a_remark(*arguments):
+        tasks = task(*arguments)
+        tasks["arithmetic"].remark = "sandbox=weak: no network wall"
+        return tasks
+
+    monkeypatch.setattr(evaluate_suites, "build_tasks", with_a_remark)
+    assert main(["evaluate", "run=a", "suites=[chat]", "num_samples=2", "temperature=1", *QUICK]) == 0
+    out = capsys.readouterr().out
+    assert "arithmetic: sandbox=weak: no network wall" in out
+    assert "arithmetic: pass@1 " in out and ", pass@2 " in out
+    assert results_of("a")["suites"]["chat"]["tasks"][0]["remark"] == "sandbox=weak: no network wall"
+    assert "sandbox=weak: no network wall" in Path("runs/a/evaluation/sft/chat.csv").read_text(encoding="utf-8")
+    assert json.loads(record_of("a", "chat", "arithmetic").read_text())["asked"]["remark"].startswith("sandbox=weak")
+
+
+def test_the_sandbox_is_chosen_by_one_word_and_chatcore_by_task() -> None:
+    config = compose(
+        "evaluate", EvaluateConfig, ["sandbox=weak", "sandbox.seconds=9", "chatcore.humaneval=null"]
+    ).config
+    assert (config.sandbox.mode, config.sandbox.seconds) == ("weak", 9.0)
+    assert config.context("chatcore").sandbox == config.sandbox
+    assert sorted(config.chatcore.chosen()) == sorted({*CHATCORE} - {"humaneval"})
+    default = compose("evaluate", EvaluateConfig, []).config
+    assert default.sandbox.mode == "strict"
+    assert default.chatcore == EvaluateConfig().chatcore and sorted(default.chatcore.chosen()) == sorted(CHATCORE)
+
+
+def test_means_of_other_tasks_have_other_names() -> None:
+    assert summary_name("chatcore", CHATCORE) == "ChatCORE"
+    assert summary_name("chatcore", [*CHATCORE, "spelling_bee"]) == "ChatCORE (with spelling_bee)"
+    assert summary_name("chatcore", CHATCORE[1:]) == "ChatCORE (4 of 5 tasks)"
+    assert summary_name("core", CORE_TASKS) == "CORE"
+    assert summary_name("harness", ["x"]) is None and summary_name("core", []) is None

@@ -104,10 +104,17 @@ def _measure(
     found: dict[int, Measured] = {}
 
     def look() -> list[int]:
+        again: dict[tuple[str, str], list[str]] = {}
         for number, job in enumerate(jobs):
-            measured = find(to, identity, job) or (find(known, identity, job, quiet=True) if known else None)
+            measured, why = find(to, identity, job)
+            if measured is None and known is not None:
+                measured, _ = find(known, identity, job)
             if measured is not None:
                 found[number] = measured
+            elif why:
+                again.setdefault((job.suite, why), []).append(job.name)
+        for (suite, why), names in again.items():
+            say(f"Measured again ({suite}): {', '.join(names)}. {why}")
         return [*found]
 
     done = together.by_main(look)
@@ -191,6 +198,9 @@ def _with(figures: Any, compared: Mapping[str, Any]) -> Any:
 
 
 def _object(path: Path) -> dict[str, Any]:
-    """What an earlier results.json says; nothing where it is none of ours."""
-    value = read_json(path, surrogates=True)
+    """What an earlier results.json says; nothing where it is none: it will be written anew."""
+    try:
+        value = read_json(path, surrogates=True)
+    except UserError:
+        return {}
     return value if isinstance(value, dict) else {}

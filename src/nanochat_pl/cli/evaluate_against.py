@@ -146,6 +146,8 @@ def difference_of_bits(mine: Mapping[str, float], theirs: Mapping[str, float]) -
     Rows are cut by the model's own tokens, so there are no pairs: the error is that of two independent figures, and
     too large rather than too small.
     """
+    if "bpb" not in mine or "bpb" not in theirs:
+        return {}
     figures = {"difference": mine["bpb"] - theirs["bpb"]}
     if "bpb_stderr" in mine and "bpb_stderr" in theirs:
         figures["difference_stderr"] = math.hypot(mine["bpb_stderr"], theirs["bpb_stderr"])

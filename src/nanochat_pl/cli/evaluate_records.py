@@ -16,7 +16,6 @@ from urllib.parse import quote
 from nanochat_pl.bundle import Bundle
 from nanochat_pl.bundle.bundle import CONFIG, MODEL, TOKENIZER
 from nanochat_pl.cli.evaluate_suites import Job, Measured, from_plain, to_json
-from nanochat_pl.common.console import say
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.files import read_json, sha256_of_file, write_json
 
@@ -70,19 +69,17 @@ def read_record(folder: Path, job: Job) -> Record | None:
     return Record(value["model"], value["problems"], value["asked"], from_plain(value, str(path)))
 
 
-def find(folder: Path, model: Mapping[str, Any], job: Job, quiet: bool = False) -> Measured | None:
-    """What a task of this model gave before, under the same settings; None where it has to be measured.
+def find(folder: Path, model: Mapping[str, Any], job: Job) -> tuple[Measured | None, str]:
+    """What a task of this model gave before, under the same settings. None where it has to be measured.
 
-    What is there and does not fit is said, unless ``quiet``: it will be written over.
+    Of what is there and does not fit, the reason is given, too.
     """
     try:
         record = read_record(folder, job)
-        why = "" if record is None else _changes(record, model, job)
     except UserError as error:
-        record, why = None, " ".join(error.problems)
-    if why and not quiet:
-        say(f"{job.suite}, {job.name}: is measured again. {why}")
-    return None if record is None or why else record.measured
+        return None, " ".join(error.problems)
+    why = "" if record is None else _changes(record, model, job)
+    return (None if record is None or why else record.measured), why
 
 
 def _changes(record: Record, model: Mapping[str, Any], job: Job) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -109,9 +110,9 @@ def open_jobs(bundle: Bundle, config: EvaluateConfig) -> list[Job]:
 
 
 def _say_left_out(suite: Suite, error: UserError) -> None:
-    say(f"{suite}: is left out.")
-    for line in [*error.problems, *filter(None, error.fix.split("\n"))]:
-        say(f"  {line}")
+    problem, more = error.problems[0].removeprefix(f"{suite}: "), len(error.problems) - 1
+    rest = f"And {more} more; suites=[{suite}] says how to get all of it." if more else error.fix
+    say(f"{suite}: left out: {problem} {rest}".rstrip())
 
 
 def _suites_of(bundle: Bundle) -> Sequence[Suite]:
@@ -146,6 +147,8 @@ def _measure_bits_per_byte(bundle: Bundle, source: Source, config: EvaluateConfi
     with progress("bits per byte", batches, "batches") as advance:
         figures = validation.measure(bundle.net, lambda: advance(1))
     bundle.net.eval()
+    for name in [name for name, value in figures.items() if not math.isfinite(value)]:
+        say(f"{name} is {figures.pop(name)}, so it is left out: look at the weights before you use them.")
     return Measured(plain={name.removeprefix("val/"): value for name, value in figures.items()})
 
 

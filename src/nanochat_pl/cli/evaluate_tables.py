@@ -92,8 +92,8 @@ def task_row(result: TaskResult) -> dict[str, Any]:
 
 def show_suite(found: SuiteResult) -> None:
     """Print a suite's figures."""
-    if found.suite == "bpb":
-        bits = found.plain
+    bits = found.plain if found.suite == "bpb" else {}
+    if "bpb" in bits:
         say(f"bits per byte: {bits['bpb']:.4f} ± {bits.get('bpb_stderr', float('nan')):.4f}")
     if found.results:
         columns = ("task", "accuracy %", "stderr", "of", "guessing %", "centered %")
@@ -101,7 +101,10 @@ def show_suite(found: SuiteResult) -> None:
     for line in itertools.chain.from_iterable(map(_remarks, found.results)):
         say(line)
     if summary := found.summary:
-        say(f"{summary.name}: {_with_interval(summary, summary.value)}, {summary.num_tasks} tasks, n {summary.n:,}")
+        value, error, low, high = (
+            f"{round(figure, 4) + 0.0:.4f}" for figure in (summary.value, summary.stderr, summary.low, summary.high)
+        )
+        say(f"{summary.name}: {value} ± {error} (95%: {low} … {high}), {summary.num_tasks} tasks, n {summary.n:,}")
 
 
 def show_differences(name: str, compared: Mapping[str, Mapping[str, Any]]) -> None:
@@ -176,7 +179,7 @@ def _remarks(result: TaskResult) -> Iterator[str]:
     if remark := result.details.get("remark"):
         yield f"{result.name}: {remark}"
     if cut := result.details.get("cut_prompts"):
-        yield f"{result.name}: {cut:,} prompts are longer than the model's positions, and lost their beginning."
+        yield f"{result.name}: {cut:,} of {result.n:,} prompts lost their beginning: the model's positions end before."
     rows = result.details.get("pass_at_k", [])
     if len(rows) > 1:
         chosen = [row for row in rows if row["k"] in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, len(rows))]
@@ -199,10 +202,6 @@ def _difference_row(each: Difference) -> tuple[object, ...]:
     figures = (each.difference, each.stderr, each.low, each.high)
     difference, stderr, low, high = (100 * figure for figure in figures)
     return each.name, f"{difference:+.1f}", f"{stderr:.1f}", f"{low:+.1f}", f"{high:+.1f}", f"{each.n:,}"
-
-
-def _with_interval(each: Summary, value: float) -> str:
-    return f"{value:.4f} ± {each.stderr:.4f} (95%: {each.low:.4f} … {each.high:.4f})"
 
 
 def _first_chats(results: Sequence[TaskResult]) -> list[dict[str, Any]]:
