@@ -32,7 +32,6 @@ from nanochat_pl.evaluation.core_prompts import (
     choose,
     choose_shots,
     is_right,
-    kept_order,
     make_question,
     mean_nats,
     render,
@@ -207,20 +206,19 @@ def ask(bundle: CoreBundle, name: str) -> _Asked:
     Raises:
         UserError: the file is not as it must be, or has too few problems even so.
     """
-    task = bundle.by_name[name]
-    problems = read_problems(task)
-    details: dict[str, Any] = {}
-    if name in bundle.arc:
-        problems, details = _corrected(problems, bundle.arc[name])
-    order = [problems[n] for n in kept_order(len(problems), None)]
-    asked = order[: bundle.settings.max_per_task]
-    enough = len(asked) > task.num_shots
-    if len(order) <= task.num_shots:
+    task, most = bundle.by_name[name], bundle.settings.max_per_task
+    enough = most is None or most > task.num_shots
+    pool = read_problems(task, most if enough else None)
+    if len(pool) <= task.num_shots:
         raise UserError(
-            f"{task.path}: has {len(order)} problems, too few for {task.num_shots} shots in front of each.",
+            f"{task.path}: has {len(pool)} problems, too few for {task.num_shots} shots in front of each.",
             f"Leave {name} out of core.tasks.",
         )
-    return _Asked(asked, asked if enough else order, {"shots_from": "asked" if enough else "file", **details})
+    details: dict[str, Any] = {"shots_from": "asked" if enough else "file"}
+    if name in bundle.arc:
+        pool, corrected = _corrected(pool, bundle.arc[name])
+        details |= corrected
+    return _Asked(pool[:most], pool, details)
 
 
 def _evaluate_share(

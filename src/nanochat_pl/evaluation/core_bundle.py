@@ -19,7 +19,7 @@ from nanochat_pl.common.files import sha256_of_file
 from nanochat_pl.common.settings import build, setting, to_plain
 from nanochat_pl.data.cache_folder import fingerprint_of
 from nanochat_pl.data.file_formats import lines_of, reading
-from nanochat_pl.evaluation.core_prompts import Kind, Problem
+from nanochat_pl.evaluation.core_prompts import Kind, Problem, kept_order
 
 # In the order of the published results.
 CORE_TASKS = (
@@ -122,29 +122,28 @@ def read_tasks(folder: Path) -> dict[str, CoreTask]:
     return tasks
 
 
-def read_problems(task: CoreTask) -> list[Problem]:
-    """The problems of a task, in the order of the file.
+def read_problems(task: CoreTask, most: int | None = None) -> list[Problem]:
+    """The problems of a task in the seeded order in which they are asked, ``most`` of them; the others are not read.
 
     Raises:
         UserError: the file is missing or has no rows, or a row is not as its kind must be; names file and lines.
     """
+    lines = [(number, line) for number, line in enumerate(lines_of(task.path), 1) if line.strip()]
     problems: list[Problem] = []
     faults: list[str] = []
-    for number, line in enumerate(lines_of(task.path), 1):
-        if not line.strip():
-            continue
+    for row in kept_order(len(lines), most):
+        number, line = lines[row]
         try:
-            problems.append(_problem(json.loads(line.decode("utf-8")), len(problems), task.kind))
+            problems.append(_problem(json.loads(line), row, task.kind))
         except UserError as error:
             faults.append(f"{task.path}, line {number}: {error.problems[0]}")
         except (ValueError, RecursionError) as error:
             faults.append(f"{task.path}, line {number}: is no JSON: {error}")
         if len(faults) == MAX_PROBLEMS:
             break
-    if faults:
-        raise UserError(faults, f"Mend the file, or leave {task.name} out of core.tasks.")
-    if not problems:
-        raise UserError(f"{task.path}: has no problems.", f"Mend the file, or leave {task.name} out of core.tasks.")
+    if faults or not problems:
+        fix = f"Mend the file, or leave {task.name} out of core.tasks."
+        raise UserError(faults or f"{task.path}: has no problems.", fix)
     return problems
 
 
