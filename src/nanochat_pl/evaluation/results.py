@@ -142,7 +142,7 @@ def summarize(name: str, results: Sequence[TaskResult], draws: int = 1000, seed:
     assert results, f"{name}: a summary of nothing"
     groups = [(each.outcomes, each.baseline) for each in sorted(results, key=lambda each: each.name)]
     value = math.fsum(each.centered for each in results) / len(results)
-    worst = -math.fsum(each.baseline / (1 - each.baseline) for each in results) / len(results)
+    worst = 0.0 - math.fsum(each.baseline / (1 - each.baseline) for each in results) / len(results)
     stderr, low, high = _spread(groups, SHARES, draws, seed)
     n = sum(each.n for each in results)
     return Summary(name, value, stderr, max(worst, value + low), min(1.0, value + high), len(results), n)
