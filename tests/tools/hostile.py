@@ -163,6 +163,18 @@ HOSTILE = (
                 continue
         """,
     ),
+    _attack(
+        "taking rights away",
+        """
+        import os
+        for change in (lambda: os.chmod("CANARY/secret.txt", 0), lambda: os.utime("CANARY/secret.txt", (0, 0))):
+            try:
+                change()
+                return True
+            except OSError:
+                continue
+        """,
+    ),
     # Other processes
     _attack(
         "environments of others",
@@ -214,6 +226,31 @@ HOSTILE = (
         """,
         "failed",
         "escaped",
+    ),
+    _attack(
+        "a signal sent by the kernel",
+        """
+        import fcntl, os
+        reader, writer = os.pipe()
+        for owner in (VICTIM, os.getppid()):
+            try:
+                fcntl.fcntl(reader, fcntl.F_SETOWN, owner)
+                fcntl.fcntl(reader, 10, 9)
+                fcntl.fcntl(reader, fcntl.F_SETFL, os.O_ASYNC)
+                os.write(writer, b"x")
+                return True
+            except OSError:
+                continue
+        """,
+    ),
+    _attack("leaving dumps", "return libc.prctl(4, 1, 0, 0, 0) == 0", before=_LIBC),
+    _attack(
+        "slowing others down",
+        """
+        import os
+        os.setpriority(os.PRIO_PROCESS, VICTIM, 19)
+        return True
+        """,
     ),
     _whole(
         "a process that stays behind",
@@ -319,6 +356,32 @@ HOSTILE = (
         "ending the loop of the tests",
         "def f(x):\n    raise StopIteration\n",
         "error",
+    ),
+    _whole(
+        "raw bytes for the judge",
+        """
+        import os
+        def f(x):
+            deep = b"[" * 200000
+            for fd in range(3, 64):
+                try:
+                    os.write(fd, len(deep).to_bytes(4, "little") + deep)
+                except OSError:
+                    pass
+            os._exit(0)
+        """,
+        "error",
+    ),
+    _whole(
+        "numbers that all have one hash",
+        """
+        def f(x):
+            return {i * (2**61 - 1): 0 for i in range(1, 3)} and dict.fromkeys(
+                (i * (2**61 - 1) for i in range(20000)), 0
+            )
+        """,
+        "timeout",
+        "failed",
     ),
     _whole(
         "an impostor answers",

@@ -18,6 +18,7 @@ import pytest
 from nanochat_pl.tools.sandbox import Sandbox, SandboxSettings
 from tests.tools.hostile import HOSTILE, Hostile
 
+USER = 65534
 SECRET = "the-secret-of-the-canary"
 # A number of this test run's own, added to the seconds: all processes of a sandbox have it in their command lines.
 MARK = os.getpid() / 1e8
@@ -47,7 +48,9 @@ class World:
 
     def assert_unharmed(self) -> None:
         assert [path.name for path in self.canary.iterdir()] == ["secret.txt"]
-        assert (self.canary / "secret.txt").read_text() == SECRET
+        secret = self.canary / "secret.txt"
+        assert secret.read_text() == SECRET
+        assert secret.stat().st_mode & 0o777 == 0o666 and secret.stat().st_mtime > 1
         assert self.victim.poll() is None
         for listener in self.listeners:
             with pytest.raises(BlockingIOError):
@@ -89,6 +92,9 @@ def _world(as_user: list[str]) -> Iterator[World]:
             listener.setblocking(False)
             listeners.append(listener)
         (folder / "socket").chmod(0o777)
+        if as_user:
+            for path in (folder / "canary", folder / "canary" / "secret.txt"):
+                os.chown(path, USER, USER)
         environment = {**os.environ, "CANARY_SECRET": SECRET}
         victim = stack.enter_context(subprocess.Popen([*as_user, "sleep", "600"], env=environment))
         try:
@@ -114,7 +120,7 @@ def test_contained(sandbox: Sandbox, world: World, hostile: Hostile) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["strict", "weak"])
 def test_contained_as_an_ordinary_user(mode: str) -> None:
-    as_user = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
+    as_user = ["setpriv", f"--reuid={USER}", f"--regid={USER}", "--clear-groups"]
     python, source = "/usr/bin/python3", Path(__file__).parents[2] / "src"
     trial = [*as_user, python, "-c", "import sys, nanochat_pl; sys.exit(sys.version_info < (3, 10))"]
     environment = {"PYTHONPATH": str(source), "PYTHONDONTWRITEBYTECODE": "1"}

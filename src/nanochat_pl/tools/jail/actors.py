@@ -45,6 +45,7 @@ def run_program(source: str) -> None:
     except SystemExit as leave:
         code = leave.code if type(leave.code) is int else int(leave.code is not None)
     except BaseException as error:
+        _flush()
         behind = error.__traceback__.tb_next if error.__traceback__ is not None else None
         traceback.print_exception(type(error), error, behind, limit=-3)
     _flush()

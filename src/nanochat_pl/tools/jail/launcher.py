@@ -60,7 +60,7 @@ def missing_walls() -> list[list[str]]:
                 elif name == "Landlock":
                     walls.restrict_files([], [])
                 else:
-                    walls.filter_system_calls(signals=True)
+                    walls.filter_system_calls(strict=True)
             except walls.WallMissing as absent:
                 os.write(write_end, json.dumps([name, str(absent)]).encode())
             os._exit(0)

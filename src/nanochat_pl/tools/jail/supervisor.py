@@ -150,7 +150,7 @@ class Supervisor:
         for fd in (folder, *folders):
             os.close(fd)
         if config["filter"]:
-            walls.filter_system_calls(signals=self.strict or own_user)
+            walls.filter_system_calls(self.strict)
 
     def _most_processes(self) -> int:
         # The warden and, where all have one user, the supervisor and the judge count as well.

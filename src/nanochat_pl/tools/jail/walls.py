@@ -311,12 +311,20 @@ _REFUSED = {
     "memfd_secret": (447, 447), "shmget": (29, 194), "semget": (64, 190), "msgget": (68, 186), "mq_open": (240, 180),
     "io_setup": (206, 0),
 }  # fmt: skip
-# Without a process namespace also these, as any process of the same user can be named.
-_SIGNALS = {
+# In weak mode also these: with them, processes and files of the same user can be named, which Landlock leaves open.
+_REFUSED_WEAK = {
     "kill": (62, 129), "tkill": (200, 130), "tgkill": (234, 131), "rt_sigqueueinfo": (129, 138),
-    "rt_tgsigqueueinfo": (297, 240), "pidfd_send_signal": (424, 424),
+    "rt_tgsigqueueinfo": (297, 240), "pidfd_send_signal": (424, 424), "setpriority": (141, 140),
+    "ioprio_set": (251, 30), "sched_setscheduler": (144, 119), "sched_setparam": (142, 118),
+    "sched_setattr": (314, 274), "sched_setaffinity": (203, 122), "migrate_pages": (256, 238),
+    "move_pages": (279, 239), "truncate": (76, 45), "chmod": (90, 53), "fchmodat": (268, 53), "fchmodat2": (452, 452),
+    "chown": (92, 54), "lchown": (94, 54), "fchownat": (260, 54), "setxattr": (188, 5), "lsetxattr": (189, 6),
+    "removexattr": (197, 14), "lremovexattr": (198, 15), "setxattrat": (463, 463), "removexattrat": (466, 466),
+    "utime": (132, 88), "utimes": (235, 88), "futimesat": (261, 88), "utimensat": (280, 88),
 }  # fmt: skip
+# These are refused, killed or allowed by what they are asked: see _filter_program.
 _CLONE, _CLONE3, _PRLIMIT, _MMAP, _SOCKETPAIR = (56, 220), (435, 435), (302, 261), (9, 222), (53, 199)
+_PRCTL, _FCNTL, _IOCTL = (157, 167), (72, 25), (16, 29)
 # Memory that no process need hold: of no file and shared; in huge pages.
 _SHARED_ANONYMOUS, _HUGE = 0x21, 0x4_0000
 _NEW_NAMESPACE = 0x7E02_0000
@@ -329,25 +337,25 @@ _AUDIT, _COLUMN = _MACHINES.get(platform.machine() if LINUX else "", (0, -1))
 _SYSTEM_CALLS = {name: numbers[_COLUMN] for name, numbers in _DEADLY.items()} if _AUDIT else {}
 
 
-def filter_system_calls(signals: bool) -> None:
-    """Let this process and its children make none of the system calls above. ``signals``: they may send any."""
+def filter_system_calls(strict: bool) -> None:
+    """Let this process and its children make none of the system calls above."""
     with building("system call filter"):
         if not _AUDIT:
             raise OSError(_ENOSYS, f"its numbers are not known for {sys.platform} on {platform.machine()}")
-        program = _filter_program(signals)
+        program = _filter_program(strict)
         lines = ctypes.create_string_buffer(program)
         whole = struct.pack("HxxxxxxP", len(program) // 8, ctypes.addressof(lines))
         _prctl(_PR_NO_NEW_PRIVS, 1)
         _call("prctl", _PR_SECCOMP, ctypes.c_ulong(2), whole)
 
 
-def _filter_program(signals: bool) -> bytes:
+def _filter_program(strict: bool) -> bytes:
     """The filter in the kernel's packet-filter language: eight bytes a line."""
     lines = [
         (_LOAD, 0, 0, _ARCHITECTURE), (_JUMP_EQUAL, 1, 0, _AUDIT), (_RETURN, 0, 0, _KILL),
         (_LOAD, 0, 0, _NUMBER), (_JUMP_ABOVE, 0, 1, 0x4000_0000), (_RETURN, 0, 0, _KILL),
     ]  # fmt: skip
-    refused: Mapping[str, tuple[int, int]] = _REFUSED if signals else {**_REFUSED, **_SIGNALS}
+    refused: Mapping[str, tuple[int, int]] = _REFUSED if strict else {**_REFUSED, **_REFUSED_WEAK}
     answers = [(numbers, _KILL) for numbers in _DEADLY.values()]
     answers += [(numbers, _ERRNO | _EPERM) for numbers in refused.values()]
     answers += [(_CLONE3, _ERRNO | _ENOSYS)]  # its flags cannot be read; the C library then takes clone
@@ -358,6 +366,10 @@ def _filter_program(signals: bool) -> bytes:
         (_CLONE, 0, (_JUMP_SET, 0, 1, _NEW_NAMESPACE), (_RETURN, 0, 0, _KILL)),
         (_PRLIMIT, 0, (_JUMP_EQUAL, 1, 0, 0), refuse),  # of itself alone
         (_SOCKETPAIR, 0, (_JUMP_EQUAL, 1, 0, 1), refuse),  # within this machine alone
+        (_PRCTL, 0, (_JUMP_EQUAL, 0, 1, _PR_DUMPABLE), refuse),  # who is dumpable can be looked into, and leaves dumps
+        # Whom the kernel signals when a file can be read, and how: it may be anybody of the same user.
+        (_FCNTL, 1, (_JUMP_EQUAL, 2, 0, 8), (_JUMP_EQUAL, 1, 0, 10), (_JUMP_EQUAL, 0, 1, 15), refuse),
+        (_IOCTL, 1, (_JUMP_EQUAL, 1, 0, 0x8901), (_JUMP_EQUAL, 0, 1, 0x8902), refuse),
         (_MMAP, 3, (_JUMP_SET, 2, 0, _HUGE), (_AND, 0, 0, _SHARED_ANONYMOUS), (_JUMP_EQUAL, 0, 1, 0x21), refuse),
     ):
         lines += [(_JUMP_EQUAL, 0, len(test) + 2, numbers[_COLUMN]), (_LOAD, 0, 0, _ARGUMENTS[argument]), *test, allow]
