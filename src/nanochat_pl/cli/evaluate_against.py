@@ -55,10 +55,9 @@ def _other(against: str, runs: Path) -> Other:
         return _stage_of(against, runs / path)
     if (path / FOLDER).is_dir():
         return Other(against, None, path)
-    for folder in (path, path / "bundle"):
-        if (folder / MODEL).is_file():
-            return Other(against, folder, None)
-    if path.is_dir() and not any((path / stage).is_dir() for stage in STAGES):
+    if (path / MODEL).is_file():
+        return Other(against, path, None)
+    if path.is_dir() and path.name not in STAGES and not any((path / stage).is_dir() for stage in STAGES):
         raise UserError("is no bundle, and no folder of results that evaluate has written.")
     return _stage_of(against, path if path.is_dir() else runs / path)
 
