@@ -141,6 +141,28 @@ def test_several_sets_stand_beside_the_tasks(tmp_path: Path) -> None:
         mixture.tasks["a"].evaluate(mixture.tasks["a"][0], "1")
 
 
+def test_a_mirror_of_the_hub_is_looked_at_before_what_was_downloaded(tmp_path: Path) -> None:
+    folder = tmp_path / "hub/datasets/HuggingFaceTB/smol-smoltalk/data"
+    write(folder / "train-00000-of-00001.jsonl", *range(20))
+    write(folder / "test-00000-of-00001.jsonl", *range(50, 55))
+    context = TaskContext(tmp_path / "cache", hub=tmp_path / "hub")
+
+    def smoltalk(split: Any, in_context: TaskContext = context, **keys: Any) -> ConversationSet:
+        return build_tasks(build(MixtureTasks, {"smoltalk": keys}), split, in_context)["smoltalk"]  # type: ignore[return-value]
+
+    assert answers(smoltalk("train", start=5, size=3)) == ["5", "6", "7"] and len(smoltalk("test")) == 5
+    assert smoltalk("train").origin(3) == ("data/train-00000-of-00001.jsonl", 4)
+    assert len(smoltalk("train", files="*train*")) == 18, "of one file a hash holds out some"
+    with pytest.raises(UserError, match=r"mixture\.tasks\.smoltalk\.files='x\*': .*smol-smoltalk has no such file"):
+        smoltalk("train", files="x*")
+    for elsewhere, keys in ((TaskContext(tmp_path / "cache"), {}), (context, {"revision": "v2"})):
+        with pytest.raises(UserError, match=r"mixture\.tasks\.smoltalk: nothing of HuggingFaceTB/smol-smoltalk"):
+            smoltalk("train", elsewhere, **keys)
+    in_suite = TaskContext(tmp_path / "cache", where="chatcore")
+    with pytest.raises(UserError, match=r"chatcore\.smoltalk: nothing of"):
+        smoltalk("test", in_suite)
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -57,9 +58,13 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("src", "configs", "conf_experiments"):
         shutil.copytree(ROOT / name, folder / name, ignore=ignore)
     shutil.copy(ROOT / "pyproject.toml", folder)
-    (file,) = (block for block in blocks() if block.language == "python")
-    (folder / "src/nanochat_pl/tasks/capitals.py").write_text(file.text, encoding="utf-8")
+    (folder / "src/nanochat_pl/tasks/capitals.py").write_text(guide_file(), encoding="utf-8")
     return folder
+
+
+def guide_file() -> str:
+    (block,) = (block for block in blocks() if block.language == "python")
+    return block.text
 
 
 def blocks() -> tuple[Block, ...]:
@@ -92,14 +97,52 @@ def test_a_task_is_one_file(copy: Path) -> None:
     assert "mixture.tasks.capitals.sentence='perhaps'" in done.stderr
 
 
+LOOK_FOR_HELP = (
+    "import sys; sys.path.append(sys.argv[1]); from nanochat_pl.cli.main import main; sys.exit(main(sys.argv[2:]))"
+)
+
+
+def make_package(folder: Path) -> Path:
+    """What an installer leaves of a package whose entry point is the guide's."""
+    (entry_points,) = (block.text for block in blocks() if block.language == "toml")
+    group, line = re.fullmatch(r'\[project\.entry-points\."(.+)"\]\n(.+)\n', entry_points).groups()  # type: ignore[union-attr]
+    about = folder / "my_package-1.0.dist-info"
+    about.mkdir()
+    (folder / "my_package").mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: my-package\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text(f"[{group}]\n{line.replace(chr(34), '')}\n")
+    return folder / "my_package/capitals.py"
+
+
+def test_a_task_may_live_in_another_package(tmp_path: Path) -> None:
+    make_package(tmp_path).write_text(guide_file(), encoding="utf-8")
+    done = python(ROOT, "-c", LOOK_FOR_HELP, str(tmp_path), "train", "--help", "mixture.tasks.capitals")
+    assert done.returncode == 0 and "mixture.tasks.capitals.sentence=true" in done.stdout, done.stderr
+
+
+@pytest.mark.slow
+def test_another_package_that_is_broken_is_named(tmp_path: Path) -> None:
+    make_package(tmp_path)
+    broken = python(ROOT, "-c", LOOK_FOR_HELP, str(tmp_path), "train", "--help", "mixture.tasks")
+    assert broken.returncode == 2 and "error: entry point capitals = my_package.capitals of my-package" in broken.stderr
+    assert "uninstall it" in broken.stderr and "Traceback" not in broken.stderr
+
+
 @pytest.mark.slow
 def test_a_task_of_ones_own_is_trained_on_and_measured(copy: Path) -> None:
-    steps = "pipeline=[tokenizer,base,sft,evaluate]"
     text = copy / "text.txt"
     text.write_text("\n\n".join(f"The capital number {n} is a town." for n in range(600)), encoding="utf-8")
     places = [f"paths.runs={copy / 'runs'}", f"paths.cache={copy / 'cache'}"]
-    keys = ["data=local", f"data.path={text}", "mixture=own", "mixture.tasks.capitals={}", "run=own", "logger=[]"]
-    done = python(copy, "-m", "nanochat_pl.cli.main", "pipeline", "experiment=tiny", steps, *keys, *places)
+    keys = [
+        "data=local",
+        f"data.path={text}",
+        "mixture=own",
+        "mixture.tasks.capitals={}",
+        "run=own",
+        "logger=[]",
+        "tokenizer.vocab_size=300",
+    ]
+    done = python(copy, "-m", "nanochat_pl.cli.main", "pipeline", "experiment=tiny", *keys, *places)
     assert done.returncode == 0, done.stderr
     (results,) = (copy / "runs/own/evaluation").rglob("results.json")
     assert '"capitals"' in results.read_text(encoding="utf-8")

@@ -55,6 +55,32 @@ def test_order_is_even_and_depends_on_the_seed_alone():
     assert [mixture(1, a=6_000, b=1_000).place(n) for n in range(50)] != places[:50]
 
 
+def test_a_sequence_goes_through_the_tasks_one_after_the_other():
+    tasks = {name: Numbers(name, size) for name, size in {"a": 40, "b": 10, "c": 30}.items()}
+    curriculum = Mixture(tasks, {"b": 3}, 0, ["b", "c", "a"])
+    places = [curriculum.place(n) for n in range(len(curriculum))]
+    assert curriculum.in_sequence and list(curriculum.tasks) == ["b", "c", "a"]
+    assert [name for name, _ in places] == ["b"] * 30 + ["c"] * 30 + ["a"] * 40
+    a = [("a", n) for n in range(40)]
+    assert Counter(places) == Counter([*a, *[("b", n) for n in range(10)] * 3, *(("c", n) for n in range(30))])
+    assert places[60:] != a, "each task is in an order of its own"
+    assert [Mixture(tasks, {"b": 3}, 0, ["b", "c", "a"]).place(n) for n in range(100)] == places
+    other = Mixture(tasks, {"b": 3}, 1, ["b", "c", "a"])
+    assert [other.place(n) for n in range(100)] != places
+    mixed = Mixture(tasks, {"b": 3}, 0)
+    assert not mixed.in_sequence
+    prints = [each.fingerprint for each in (curriculum, other, mixed, Mixture(tasks, {"b": 3}, 0, ["a", "b", "c"]))]
+    assert len(set(prints)) == 4
+
+
+def test_a_sequence_is_for_training_and_not_for_what_is_held_out(tmp_path):
+    settings = build(MixtureSettings, {"tasks": SMALL, "sequence": ["identity", "arithmetic"]})
+    train, test = (build_mixture(settings, split, TaskContext(tmp_path)) for split in ("train", "test"))
+    first = [train.place(n)[0] for n in range(len(train))]
+    assert first == sorted(first, reverse=True) and train.in_sequence and not test.in_sequence
+    assert build(MixtureSettings, to_plain(settings)) == settings
+
+
 def test_fingerprint_changes_with_content_order_and_repeats():
     base = mixture(a=5, b=5).fingerprint
     assert base == mixture(b=5, a=5).fingerprint
@@ -95,6 +121,10 @@ def test_defaults_are_all_tasks_and_survive_yaml():
         ({"tasks": {"spelling": {"min_letters": 9, "max_letters": 8}}}, "above max_letters"),
         ({"tasks": {"identity": {"name": " "}}}, "must not be empty"),
         ({"tasks": {"identity": None}}, "no task is chosen"),
+        ({"tasks": SMALL, "sequence": ["identity"]}, "mixture.sequence: arithmetic: left out"),
+        ({"tasks": SMALL, "sequence": ["identity", "arithmetic", "gsm8k"]}, "mixture.sequence: gsm8k: no task of the"),
+        ({"tasks": SMALL, "sequence": ["identity", "arithmetic", "identity"]}, "mixture.sequence: identity: more than"),
+        ({"tasks": SMALL, "sequence": "identity"}, "mixture.sequence='identity': must be"),
     ],
 )
 def test_wrong_settings_are_named(values, message):
