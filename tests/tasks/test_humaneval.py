@@ -12,7 +12,7 @@ import pytest
 
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.settings import build
-from nanochat_pl.tasks.base import Conversation
+from nanochat_pl.tasks.base import Content, Conversation
 from nanochat_pl.tasks.context import TaskContext
 from nanochat_pl.tasks.humaneval import HumanEval, HumanEvalSettings, program_of
 from nanochat_pl.tools.sandbox import Sandbox, SandboxSettings
@@ -143,7 +143,14 @@ def test_answers_are_judged_by_the_tests(tmp_path: Path) -> None:
     assert {key: conversation[key] for key in ("task_id", "entry_point", "test")}.items() <= ROW.items()
     wrong = FULL.replace("x >= 0", "x > 9")
     raising = f"{FUNCTION}\n    raise SystemExit(0)\n".replace("found = []", "raise SystemExit(0)")
-    answers = [FULL, [{"type": "text", "text": BODY}], wrong, raising, "", [{"type": "python", "text": FULL}]]
+    answers: list[Content] = [
+        FULL,
+        [{"type": "text", "text": BODY}],
+        wrong,
+        raising,
+        "",
+        [{"type": "python", "text": FULL}],
+    ]
     assert task.evaluate_all([conversation] * len(answers), answers) == [True, True, False, False, False, False]
     assert task.evaluate(conversation, FULL) and task.reward(conversation, wrong) == 0.0
     outcomes = task.outcomes([conversation] * 2, [wrong, FULL])
@@ -162,6 +169,8 @@ def test_a_weak_sandbox_is_said_with_the_score(tmp_path: Path) -> None:
 def test_it_is_never_trained_on(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"humaneval: has no training part[^$]*mixture.tasks.humaneval=null"):
         opened("humaneval", "train", tmp_path)
+    with pytest.raises(UserError, match=r"size=3: has no meaning[^$]*path='a': has no meaning"):
+        build(HumanEvalSettings, {"size": 3, "path": "a"})
 
 
 @pytest.mark.parametrize(

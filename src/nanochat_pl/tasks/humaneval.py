@@ -5,6 +5,7 @@ Source: Chen et al. 2021, Evaluating Large Language Models Trained on Code, arXi
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import textwrap
 from collections.abc import Sequence
@@ -35,6 +36,17 @@ class HumanEvalSettings(TableSettings):
 
     repo: str = setting("openai/openai_humaneval", "Data set on the hub: OWNER/NAME.")
     config: str = setting("openai_humaneval", "Which part of repo: the folder of its tables.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        fields = {field.name: field.default for field in dataclasses.fields(self)}
+        given = {key: getattr(self, key) for key in ("size", "start", "repeat", "train_split", "path")}
+        if problems := [
+            f"{key}={value!r}: has no meaning: there is no training part."
+            for key, value in given.items()
+            if value != fields[key]
+        ]:
+            raise UserError(problems)
 
 
 @task("humaneval", HumanEvalSettings)
