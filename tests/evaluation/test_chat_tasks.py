@@ -11,8 +11,9 @@ from nanochat_pl.engine import Engine
 from nanochat_pl.evaluation.chat_tasks import choose_items, evaluate_task
 from nanochat_pl.evaluation.samples import DEFAULT_PROMPTS, write_samples
 from nanochat_pl.tasks import Task
-from nanochat_pl.tasks.base import conversation_of, same_last_number, tool_answer
+from nanochat_pl.tasks.base import Content, conversation_of, reference_of, same_last_number, tool_answer
 from tests.engine.small import golden_bundle, scripted_bundle
+from tests.tasks.tables import opened
 
 
 def answer_of(n: int) -> str:
@@ -92,6 +93,37 @@ def test_no_problems_are_an_error(engine):
     with pytest.raises(UserError, match="limit=0"):
         evaluate_task(engine, Doubling(), limit=0)
     assert evaluate_task(engine, Doubling(), limit=None).n == 10
+
+
+MARKS = {
+    "text": "{}",
+    "python": "<|python_start|>{}<|python_end|>",
+    "python_output": "<|output_start|>{}<|output_end|>",
+}
+
+
+def as_written(answer: Content) -> str:
+    """An answer as a model writes it."""
+    return answer if isinstance(answer, str) else "".join(MARKS[part["type"]].format(part["text"]) for part in answer)
+
+
+@pytest.mark.parametrize("name", ["gsm8k", "spelling_bee"])
+def test_a_model_that_gives_the_reference_solves_real_problems(name, shared, tmp_path):
+    """Rendered, written with the calculator, parsed and judged: nothing of an answer is lost on the way."""
+    (tmp_path / "words.txt").write_text(
+        "\n".join(f"pineapple{chr(97 + i % 26)}{chr(97 + i // 26)}" for i in range(400))
+    )
+    settings = {"gsm8k": {"recompute": True}, "spelling_bee": {"words_path": str(tmp_path / "words.txt")}}
+    task = opened(name, "test", tmp_path, shared / "data/hub", **settings[name])
+    conversations = [task[item] for item in choose_items(name, len(task), 8)]
+    answers = {each["messages"][-2]["content"]: as_written(reference_of(each)) for each in conversations}
+    right = evaluate_task(Engine(scripted_bundle(answers, sequence_len=512)), task, limit=8, max_tokens=1500)
+    assert (right.accuracy, right.n, right.details["unfinished"]) == (1.0, 8, 0)
+    assert all(row["answer"] == row["reference"] and "[= " in row["answer"] for row in right.answers)
+    questions = list(answers)
+    mixed_up = {question: answers[other] for question, other in zip(questions, questions[::-1], strict=True)}
+    wrong = evaluate_task(Engine(scripted_bundle(mixed_up, sequence_len=512)), task, limit=8, max_tokens=1500)
+    assert wrong.items == right.items and wrong.accuracy < 1
 
 
 def test_samples_of_the_recipe_s_prompts(golden):
