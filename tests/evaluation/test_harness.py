@@ -15,10 +15,13 @@ import torch
 from nanochat_pl.common import distributed
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.engine import Engine
+from nanochat_pl.evaluation import harness
 from nanochat_pl.evaluation.harness import HarnessSettings, evaluate_harness, open_harness
 from nanochat_pl.evaluation.harness_model import Requests, generation_settings, make_lm, shared_out
 from nanochat_pl.evaluation.results import from_plain, to_plain
 from tests.engine.small import ScriptedNet, SmallBundle, byte_tokenizer, golden_bundle, mark
+from tests.evaluation.random_model import random_bundle
+from tests.processes import run
 
 lm_eval = pytest.importorskip("lm_eval")
 
@@ -190,21 +193,37 @@ def test_a_model_that_was_taught_conversations_answers_in_one(golden):
     assert requests.answers([(asked, {}), ("6 times 7?", {})]) == ["42", ""]
 
 
-def test_requests_are_shared_out_and_all_processes_get_all_answers(monkeypatch):
-    items = list(range(7))
+def shared(folder: str) -> str:
+    """What a process finds; drawn answers too."""
+    torch.set_num_threads(1)
+    bundle, settings = random_bundle(), HarnessSettings(tasks=["capitals", "texts"], include_path=folder)
+    results = [to_plain(each) for each in evaluate_harness(bundle, settings)]
+    drawn = {"do_sample": True, "temperature": 1.0, "max_gen_toks": 6}
+    return json.dumps([results, Requests(bundle).answers([(f"{n}?", drawn) for n in range(5)])])
 
+
+@pytest.mark.slow
+def test_any_number_of_processes_finds_the_same(folder, tmp_path):
+    alone = shared(str(folder))
+    found = run(2, shared, str(folder), environment={"HF_DATASETS_CACHE": str(tmp_path / "datasets")})
+    assert json.loads(alone)[0][0]["n"] == 20
+    rounded = [json.loads(text, parse_float=lambda text: round(float(text), 6)) for text in found]
+    assert rounded == [json.loads(alone, parse_float=lambda text: round(float(text), 6))] * 2
+
+
+def without_memory() -> list[str]:
     def work(share: list[int]) -> list[int]:
-        return [10 * each for each in share]
+        if distributed.rank() == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return share
 
-    for world in (2, 3, 8):
-        texts = [json.dumps(work(items[rank::world])) for rank in range(world)]
-        for rank in range(world):
-            monkeypatch.setattr(distributed, "world_size", lambda world=world: world)
-            monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
-            monkeypatch.setattr(
-                distributed, "from_all", lambda own, texts=texts, rank=rank: texts if own == texts[rank] else None
-            )
-            assert shared_out(items, work) == [10 * each for each in items]
+    with pytest.raises(UserError) as error:
+        shared_out(list(range(4)), work)
+    return [*error.value.problems, error.value.fix, str(distributed.total(1))]
+
+
+def test_memory_that_runs_out_on_one_process_ends_all():
+    assert run(2, without_memory) == [["process 1: harness: out of memory.", "Use a smaller batch_size.", "2"]] * 2
 
 
 # Tasks.
@@ -335,6 +354,7 @@ def test_a_task_of_whole_texts(bundle, folder):
     assert "geometric mean" in result.details["remark"]
 
 
+@pytest.mark.slow  # it reads the package's 14,000 tasks
 def test_a_task_of_the_package_on_a_local_mirror(bundle, shared):
     """Questions of ARC, prompts as the package has them, data from the folder: nothing is fetched."""
     settings = HarnessSettings(tasks=["ai2_arc"], limit=12, num_fewshot=1)
@@ -374,9 +394,14 @@ def test_nothing_is_measured_where_something_is_wrong(bundle, folder):
         open_harness(HarnessSettings(tasks=["sums"], include_path=str(folder), metric="acc"))
 
 
-def test_unknown_names_get_the_nearest_ones(folder):
-    with pytest.raises(UserError, match=r"arc_esy: there is no such task; did you mean arc_easy"):
-        open_harness(HarnessSettings(tasks=["arc_esy"]))
+def test_unknown_names_get_the_nearest_ones(folder, monkeypatch):
+    own = harness._manager(str(folder), False)
+    monkeypatch.setattr(harness, "_manager", lambda include_path, include_defaults: own)
+    with pytest.raises(UserError, match=r"captals: there is no such task; did you mean capitals"):
+        open_harness(HarnessSettings(tasks=["captals", "sums"], include_path=str(folder)))
+
+
+def test_settings_that_name_nothing_are_refused(folder):
     with pytest.raises(UserError, match="there is no such folder"):
         open_harness(HarnessSettings(tasks=["capitals"], include_path=str(folder / "no")))
     with pytest.raises(UserError, match="is empty"):

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from nanochat_pl.common import distributed
 from nanochat_pl.common.errors import UserError
+from nanochat_pl.common.out_of_memory import out_of_memory_explained
+from nanochat_pl.common.together import agreed
 from nanochat_pl.engine import Engine
 from nanochat_pl.engine.engine import Model
 from nanochat_pl.evaluation.scoring import Candidate, score
@@ -22,6 +24,7 @@ from nanochat_pl.evaluation.scoring import Candidate, score
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
 
+_MAX_POSITIONS = 16_384  # of one forward, padding included
 DEFAULT_MAX_TOKENS = 256  # of an answer where a task does not say
 # What a task may ask of generation, beyond what is used, and the values that ask for nothing.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {"top_p": (None, 1), "num_beams": (None, 1), "repetition_penalty": (None, 1)}
@@ -37,8 +40,7 @@ class Requests:
     Args:
         bundle: the model and its tokenizer.
         chat: ask in the form of a conversation; for models that were trained on conversations.
-        max_positions: most positions of one forward: memory and time only.
-        max_batch: answers written at the same time; None: the engine's default.
+        max_batch: rows at once, and answers written at the same time: memory and time only; None: as many as are fast.
         progress: called with (done, all) of the questions of one call, of this process.
 
     Attributes:
@@ -52,14 +54,15 @@ class Requests:
         self,
         bundle: Model,
         chat: bool = False,
-        max_positions: int = 16_384,
         max_batch: int | None = None,
         progress: Progress | None = None,
     ) -> None:
         self.engine, self.chat, self.progress = Engine(bundle), chat, progress
         self.num_cut = 0
         self._net, self._tokenizer = self.engine.net, self.engine.tokenizer
-        self._max_positions, self._max_batch = max_positions, max_batch
+        self._max_batch = max_batch
+        rows = _MAX_POSITIONS if max_batch is None else max_batch * self._net.config.sequence_len
+        self._max_positions = min(_MAX_POSITIONS, rows)
         self._reach = self._net.config.rotary_reach
         # Before a conversation that the harness hands around as a text. No data can know it.
         self._mark = f"conversation {secrets.token_hex(16)}: "
@@ -219,11 +222,21 @@ class Requests:
 
 
 def shared_out(items: list[Any], function: Callable[[list[Any]], list[Any]]) -> list[Any]:
-    """The function's results for all items, each process having worked on its share. They must be plain data (JSON)."""
+    """The function's results for all items, each process having worked on its share. They must be plain data (JSON).
+
+    Raises:
+        UserError: on all processes, what one of them raised, or that its memory ran out.
+    """
     world, rank = distributed.world_size(), distributed.rank()
+
+    def work() -> list[Any]:
+        with out_of_memory_explained("harness", "Use a smaller batch_size."):
+            return function(items[rank::world])
+
+    own = agreed(work)
     if world == 1:
-        return function(items)
-    shares = [json.loads(text) for text in distributed.from_all(json.dumps(function(items[rank::world])))]
+        return own
+    shares = [json.loads(text) for text in distributed.from_all(json.dumps(own))]
     return [shares[number % world][number // world] for number in range(len(items))]
 
 
