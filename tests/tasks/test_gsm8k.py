@@ -128,5 +128,6 @@ def test_all_real_solutions(shared: Path, tmp_path: Path) -> None:
             others += sum(a != b for a, b in zip(parts, recomputed, strict=True))
             commas, negative = commas + ("," in last), negative + (last[0] == "-")
     assert (num, without, commas, negative) == (8_792, 95 + 18, 79 + 14, 3 + 2)
+    assert len(opened("gsm8k", "test", tmp_path, shared / "data/hub", config="socratic")) == 1_319
     # 6,637 results differ in form, 852 in the last digits of a float, and one is 3/4.
     assert (calls, others) == (27_998, 6_637 + 852 + 1)

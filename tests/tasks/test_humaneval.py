@@ -15,7 +15,7 @@ from nanochat_pl.common.settings import build
 from nanochat_pl.tasks.base import Content, Conversation
 from nanochat_pl.tasks.context import TaskContext
 from nanochat_pl.tasks.humaneval import HumanEval, HumanEvalSettings, program_of
-from nanochat_pl.tools.sandbox import Sandbox, SandboxSettings
+from nanochat_pl.tools.sandbox import Check, Outcome, Sandbox, SandboxSettings
 from tests.tasks.tables import opened, write_table
 
 PROMPT = '''
@@ -156,6 +156,20 @@ def test_answers_are_judged_by_the_tests(tmp_path: Path) -> None:
     outcomes = task.outcomes([conversation] * 2, [wrong, FULL])
     assert [outcome.reason for outcome in outcomes] == ["failed", "passed"]
     assert (task.kind, task.baseline) == ("generative", 0.0)
+
+
+def test_equal_answers_are_run_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = task_of(tmp_path, ROW, ROW | {"test": "def check(f): pass"})
+    judge, ran = task.sandbox.check_all, []
+
+    def counted(checks: list[Check]) -> list[Outcome]:
+        ran.extend(checks)
+        return judge(checks)
+
+    monkeypatch.setattr(task.sandbox, "check_all", counted)
+    conversations = [task[0], task[0], task[1], task[0]]
+    assert task.evaluate_all(conversations, [FULL, "", "", FULL]) == [True, False, True, True]
+    assert len(ran) == 3, "of two problems, one answered in two ways"
 
 
 def test_a_weak_sandbox_is_said_with_the_score(tmp_path: Path) -> None:
