@@ -78,7 +78,8 @@ def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
 def _world(as_user: list[str]) -> Iterator[World]:
     """One that everybody may enter and change, as far as the system is concerned."""
     with contextlib.ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hostile-", dir="/tmp")))
+        # Not in /tmp, which a sandbox covers with one of its own, so that a missing root would go unseen.
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hostile-", dir="/var/tmp")))
         for path in (folder, folder / "tmp", folder / "canary"):
             path.mkdir(exist_ok=True)
             path.chmod(0o777)
