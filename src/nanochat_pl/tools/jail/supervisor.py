@@ -109,10 +109,8 @@ class Supervisor:
             if pid == 0:
                 self._program(program, calls, answers)
             self._keep(status)
-            ended, code = os.wait()
-            while ended != pid:
-                ended, code = os.wait()
-            os.write(status, json.dumps([code, _has_children()]).encode())
+            code, left = _wait_for(pid)
+            os.write(status, json.dumps([code, left]).encode())
         except walls.WallMissing as missing:
             os.write(status, json.dumps(str(missing)).encode())
         finally:
@@ -274,14 +272,17 @@ def _open_libraries() -> list[int]:
     return fds
 
 
-def _has_children() -> bool:
-    """Whether any child of this process is alive. Those that have ended are cleared away."""
-    try:
-        while os.waitpid(-1, os.WNOHANG)[0]:
-            pass
-    except ChildProcessError:
-        return False
-    return True
+def _wait_for(pid: int) -> tuple[int, bool]:
+    """The wait status of a child, and whether it left children that it had not waited for: they are this process's."""
+    left = False
+    ended, code = os.wait()
+    while ended != pid:
+        left = True
+        ended, code = os.wait()
+    with contextlib.suppress(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
+        left = True
+    return code, left
 
 
 def resident(pid: int) -> int:
