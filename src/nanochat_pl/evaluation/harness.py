@@ -278,11 +278,10 @@ def _by_itself(download: bool) -> Iterator[None]:
     import evaluate
     import huggingface_hub
     import lm_eval.api.task
-    from tqdm import tqdm
 
     hub, offline = huggingface_hub.constants, not download
     changes: list[tuple[Any, str, Any]] = [
-        (lm_eval.api.task, "tqdm", functools.partial(tqdm, disable=True)),
+        (lm_eval.api.task, "tqdm", functools.partial(lm_eval.api.task.tqdm, disable=True)),
         (hub, "HF_HUB_OFFLINE", offline or hub.HF_HUB_OFFLINE),
         (hub, "HF_HUB_DISABLE_TELEMETRY", True),
         (datasets.config, "HF_HUB_OFFLINE", offline or datasets.config.HF_HUB_OFFLINE),
