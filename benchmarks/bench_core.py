@@ -2,10 +2,11 @@
 
     python benchmarks/bench_core.py BUNDLE [TASK …]
 
-BUNDLE is a folder with core.yaml. The straightforward way is the usual one: an example at a time, all of its choices
-from scratch in one padded forward, the logits of every position. Both ways get the same prompts as text, so tokenizing
-them counts. They are measured in turns, so that both meet the same machine. The model is new: time does not depend on
-what it has learnt.
+BUNDLE is a folder with core.yaml. The straightforward way takes an example at a time, all of its choices from scratch,
+and makes the logits of every position: the choices padded in one forward, or one after the other. All ways read the
+same file and get the same prompts as text. They are measured in turns, so that all meet the same machine, by the clock
+and by the CPU seconds of this process, which say more where others use the machine too. The model is new: time does not
+depend on what it has learnt.
 """
 
 from __future__ import annotations
@@ -28,11 +29,12 @@ from nanochat_pl.model.gpt import GPT
 from nanochat_pl.model.init import init_weights
 from nanochat_pl.tokenizer import Tokenizer, TokenizerSettings, train_tokenizer
 
-REPEATS = 7
+REPEATS = 5
 THREADS = 2
 ITEMS = 40
 DEPTH, VOCAB_SIZE = 4, 4096
 TASKS = ("arc_easy", "piqa", "winogrande")
+Seconds = tuple[float, float]  # by the clock, and of this process on the CPU
 
 
 def main(path: str, names: list[str]) -> None:
@@ -50,25 +52,29 @@ def main(path: str, names: list[str]) -> None:
 
 
 def bench(bundle: CoreBundle, name: str, net: GPT, tokenizer: Tokenizer) -> None:
-    """One task both ways, in turns."""
-    ours: list[float] = []
-    plain: list[float] = []
-    differing = 0
+    """One task all ways, in turns."""
+    ways: dict[str, Callable[[], list[float]]] = {
+        "ours": lambda: evaluate_core_task(bundle, name, net, tokenizer).outcomes,
+        "choices in one forward": lambda: straightforward(bundle, name, net, tokenizer, together=True),
+        "choice by choice": lambda: straightforward(bundle, name, net, tokenizer, together=False),
+    }
+    seconds: dict[str, list[Seconds]] = {way: [] for way in ways}
+    outcomes: dict[str, list[float]] = {}
     for _ in range(REPEATS + 1):
-        result, seconds = timed(lambda: evaluate_core_task(bundle, name, net, tokenizer))
-        ours.append(seconds)
-        outcomes, seconds = timed(lambda: straightforward(bundle, name, net, tokenizer))
-        plain.append(seconds)
-        differing += sum(one != other for one, other in zip(result.outcomes, outcomes, strict=True))
-    ours, plain = ours[1:], plain[1:]  # the first warms up
-    times = [other / one for one, other in zip(ours, plain, strict=True)]
-    print(
-        f"{name}: {statistics.median(times):.2f} times as fast (n={len(times)}, {min(times):.2f} … {max(times):.2f}): "
-        f"{spread(ours)} against {spread(plain)}; {differing} answers differ, accuracy {result.accuracy:.3f}"
-    )
+        for way, run in ways.items():
+            outcomes[way], spent = timed(run)
+            seconds[way].append(spent)
+    print(f"{name}, n={REPEATS}, accuracy {statistics.mean(outcomes['ours']):.3f}")
+    for way in list(ways)[1:]:
+        differing = sum(one != other for one, other in zip(outcomes["ours"], outcomes[way], strict=True))
+        print(f"  against {way}, {differing} answers differ")
+        for clock, what in enumerate(("by the clock", "by CPU seconds")):
+            ours, theirs = ([spent[clock] for spent in seconds[each][1:]] for each in ("ours", way))  # not the first
+            times = [other / one for one, other in zip(ours, theirs, strict=True)]
+            print(f"    {what}: {spread(times, 2)} times as fast; {spread(ours)} s against {spread(theirs)} s")
 
 
-def straightforward(bundle: CoreBundle, name: str, net: GPT, tokenizer: Tokenizer) -> list[float]:
+def straightforward(bundle: CoreBundle, name: str, net: GPT, tokenizer: Tokenizer, together: bool) -> list[float]:
     """Outcomes of a task's problems, one after the other."""
     task, asked = bundle.by_name[name], ask(bundle, name)
     outcomes = []
@@ -82,19 +88,26 @@ def straightforward(bundle: CoreBundle, name: str, net: GPT, tokenizer: Tokenize
             starts = [len(row) - shared for row in rows]
         else:
             starts = [1 + len(tokenizer.encode(render_unsolved(problem, shots, task.delimiter)))]
-        width = max(map(len, rows))
-        ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
-        with torch.no_grad():
-            logits = net(ids)
-        losses = F.cross_entropy(logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
-        best = logits.argmax(dim=-1)
-        scores = []
-        for n, (row, start) in enumerate(zip(rows, starts, strict=True)):
-            nats = losses[n, start - 1 : len(row) - 1]
-            greedy = bool((best[n, start - 1 : len(row) - 1] == ids[n, start : len(row)]).all())
-            scores.append(Score(float(nats.sum()), len(nats), greedy))
+        pairs = list(zip(rows, starts, strict=True))
+        forwards = [pairs] if together else [[pair] for pair in pairs]
+        scores = [found for forward in forwards for found in whole_logits(net, forward)]
         outcomes.append(float(is_right(task.kind, problem, scores)))
     return outcomes
+
+
+@torch.no_grad()
+def whole_logits(net: GPT, pairs: list[tuple[list[int], int]]) -> list[Score]:
+    """Scores of rows from where each starts, by the logits of all positions."""
+    width = max(len(row) for row, _ in pairs)
+    ids = torch.tensor([row + [0] * (width - len(row)) for row, _ in pairs])
+    logits = net(ids)
+    losses = F.cross_entropy(logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
+    best = logits.argmax(dim=-1)
+    scores = []
+    for n, (row, start) in enumerate(pairs):
+        nats, hits = losses[n, start - 1 : len(row) - 1], best[n, start - 1 : len(row) - 1] == ids[n, start : len(row)]
+        scores.append(Score(float(nats.sum()), len(nats), bool(hits.all())))
+    return scores
 
 
 def make_tokenizer(path: str) -> Tokenizer:
@@ -115,14 +128,14 @@ def make_net(vocab_size: int) -> GPT:
     return net.eval().requires_grad_(False)
 
 
-def timed(function: Callable[[], object]) -> tuple[object, float]:
-    begin = time.perf_counter()
+def timed(function: Callable[[], list[float]]) -> tuple[list[float], Seconds]:
+    begin = time.perf_counter(), time.process_time()
     result = function()
-    return result, time.perf_counter() - begin
+    return result, (time.perf_counter() - begin[0], time.process_time() - begin[1])
 
 
-def spread(seconds: list[float]) -> str:
-    return f"{statistics.median(seconds):.3f} s ({min(seconds):.3f} … {max(seconds):.3f})"
+def spread(numbers: list[float], digits: int = 3) -> str:
+    return f"{statistics.median(numbers):.{digits}f} ({min(numbers):.{digits}f} … {max(numbers):.{digits}f})"
 
 
 if __name__ == "__main__":
