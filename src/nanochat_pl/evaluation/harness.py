@@ -93,7 +93,7 @@ class HarnessTasks:
         Args:
             name: one of :attr:`names`.
             bundle: the model and its tokenizer.
-            progress: called with (questions done, all of them).
+            progress: called with (problems done, all of them).
             max_batch: answers written at the same time: memory and time only.
 
         Raises:
@@ -101,9 +101,17 @@ class HarnessTasks:
         """
         from lm_eval.evaluator import evaluate
 
+        size, told = self.size(name), 0
+
+        def tell(done: int, total: int) -> None:
+            nonlocal told
+            told = max(told, size * done // total)
+            if progress is not None:
+                progress(told, size)
+
         task, requests = (
             self._tasks[name],
-            Requests(bundle, self._settings.chat, progress=progress, max_batch=max_batch),
+            Requests(bundle, self._settings.chat, progress=tell, max_batch=max_batch),
         )
         with _by_itself(self._settings.download):
             found = evaluate(

@@ -41,7 +41,7 @@ class Requests:
         bundle: the model and its tokenizer.
         chat: ask in the form of a conversation; for models that were trained on conversations.
         max_batch: rows at once, and answers written at the same time: memory and time only; None: as many as are fast.
-        progress: called with (done, all) of the questions of one call, of this process.
+        progress: called with (done, all) of the questions of one call; of several processes, of this one's share.
 
     Attributes:
         num_cut: contexts that were longer than the model's positions, and so lost their beginning.
@@ -106,11 +106,17 @@ class Requests:
         for number, (_, asked) in enumerate(requests):
             groups.setdefault(json.dumps(generation_settings(asked), sort_keys=True), []).append(number)
         found = [""] * len(requests)
+        finished = 0
         for key, members in groups.items():
             settings = json.loads(key)
             prompts = [self._prompt(requests[number][0], settings["max_tokens"]) for number in members]
-            for number, text in zip(members, self._write(prompts, settings), strict=True):
+
+            def tell(done: int, total: int, finished: int = finished, size: int = len(members)) -> None:
+                self._tell(finished + done * size // total, len(requests))
+
+            for number, text in zip(members, self._write(prompts, settings, tell), strict=True):
                 found[number] = text
+            finished += len(members)
         return found
 
     def as_text(self, messages: Sequence[Mapping[str, str]]) -> str:
@@ -190,7 +196,7 @@ class Requests:
 
         return shared_out(questions, mine)
 
-    def _write(self, prompts: list[list[int]], settings: Mapping[str, Any]) -> list[str]:
+    def _write(self, prompts: list[list[int]], settings: Mapping[str, Any], tell: Progress) -> list[str]:
         numbers = list(range(len(prompts)))
 
         def mine(share: list[int]) -> list[str]:
@@ -203,7 +209,7 @@ class Requests:
                 top_k=settings["top_k"],
                 tools=self.chat,
                 max_batch=self._max_batch,
-                progress=self._tell,
+                progress=tell,
                 stop_texts=settings["until"],
                 indices=share,
             )
