@@ -17,6 +17,7 @@ from nanochat_pl.tasks.context import TaskContext
 from nanochat_pl.tasks.documentation_choice import DocumentationChoice, DocumentationChoiceSettings
 from nanochat_pl.tasks.multiple_choice import choice_conversation, render_choices
 from nanochat_pl.tasks.simple_spelling import SimpleSpelling, SimpleSpellingSettings
+from nanochat_pl.tasks.spelling_bee import _QUESTIONS as QUESTIONS
 from nanochat_pl.tasks.spelling_bee import SpellingBee, SpellingBeeSettings
 from nanochat_pl.tasks.words import words_of
 from tests.tasks.test_tasks import MORE_FUNCTIONS, WORDS, make, question
@@ -47,6 +48,14 @@ def test_spelling_bee_is_asked_in_many_ways() -> None:
     letters = [re.search(r"count\('(\w)'\)", reference_of(c)[1]["text"])[1] for c in task]  # type: ignore[index]
     absent = sum(reference_of(c)[2]["text"] == "0" for c in task) / len(letters)
     assert 0.02 < absent < 0.12, "one letter in ten is any of the alphabet"
+
+
+def test_wordings_of_spelling_bee_have_their_blanks() -> None:
+    """In languages that have them; an s may follow a letter, as in "the rs"."""
+    for wording in QUESTIONS:
+        assert wording.count("{letter}") == wording.count("{word}") == 1, wording
+        assert not re.search(r"[^\W\d_]\{|\}(?!s\b)[a-zа-яα-ω]|  |^ | $", wording), wording
+    assert len(set(QUESTIONS)) == len(QUESTIONS) >= 50
 
 
 def test_spelling_bee_is_judged_by_what_stands_behind_the_mark() -> None:
@@ -165,7 +174,7 @@ def test_documentation_choice_has_one_right_choice_among_four(split: str) -> Non
             right = [letter for letter, choice in choices.items() if summaries[choice] in first]
         assert right == [reference_of(conversation)], "no other choice is right as well"
         places[right[0]] += 1
-    assert min(places.values()) > 0.15 * len(task), "the right letter is any of the four"
+    assert len(places) == 4 and min(places.values()) > 0.15 * len(task), "the right letter is any of the four"
     assert 0.4 < kinds[True] / len(task) < 0.6
 
 
