@@ -38,9 +38,16 @@ def test_probabilities_are_those_of_each_prompt_by_itself(golden, max_rows):
     for mine, plain in zip(found, one_by_one(net, prompts, letters), strict=True):
         assert mine == pytest.approx(plain, abs=1e-5)
     assert seen[-1] == (20, 20)
-    steps = [done - before for (done, _), (before, _) in zip(seen, [(0, 20), *seen], strict=False)]
-    assert all(0 < step <= (max_rows or 20) for step in steps)
     assert letter_probabilities(net, [], []) == []
+
+
+def test_so_many_prompts_at_once():
+    seen = []
+    for max_rows in (None, 3):
+        letter_probabilities(
+            random_bundle().net, [[1, 2, 3]] * 7, [[1, 2]] * 7, max_rows, lambda done, total: seen.append(done)
+        )
+    assert seen == [7, 3, 6, 7]
 
 
 def test_near_letters_are_told_apart_in_bfloat16():
