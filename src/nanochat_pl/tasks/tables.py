@@ -203,7 +203,7 @@ def how_to_fetch(name: str, settings: TableSettings, context: TaskContext) -> st
     keys = {"task": name}
     for key in ("repo", "revision", "config"):
         if getattr(settings, key) != getattr(default, key):
-            keys[f"{key}"] = str(getattr(settings, key))
+            keys[key] = str(getattr(settings, key))
     return f"Fetch it: nanochat-pl download {typed_keys(keys | key_of_cache(context.cache_dir))}"
 
 
