@@ -108,7 +108,7 @@ def test_missing_files_are_said_with_the_command_that_fetches_them(tmp_path: Pat
     said = r"mixture.tasks.gsm8k: nothing of openai/gsm8k \(main\) is here.\nFetch it: nanochat-pl download task=gsm8k "
     with pytest.raises(UserError, match=said + r"paths.cache=\S+$"):
         opened("gsm8k", "train", tmp_path)
-    other = {"repo": "some/other", "revision": "v2", "config": "socratic"}
+    other: dict[str, Any] = {"repo": "some/other", "revision": "v2", "config": "socratic"}
     with pytest.raises(UserError, match=r"task=gsm8k repo=some/other revision=v2 config=socratic paths.cache=\S+$"):
         opened("gsm8k", "train", tmp_path, **other)
     hub = mirror(tmp_path / "hub")
