@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from nanochat_pl.cli.records import write_records
-from nanochat_pl.cli.train import compose_train, place_of
+from nanochat_pl.cli.train import compose_train, place_of, with_parent
 from nanochat_pl.common.files import write_json
 from nanochat_pl.common.run_folder import StageFolder
 
@@ -22,6 +22,7 @@ def pretend_finished(*overrides: str) -> StageFolder:
     """The folder of a stage as if the command had trained it."""
     composed = compose_train(overrides)
     folder = place_of(composed)
+    composed = with_parent(composed, folder)
     folder.create()
     write_records(folder, composed)
     write_json(folder.bundle / "stage.json", {"stage": folder.stage, "settings": composed.plain()})

@@ -9,12 +9,13 @@ import pytest
 
 from nanochat_pl.cli import config_files
 from nanochat_pl.cli.chat import ChatConfig
-from nanochat_pl.cli.compose import compose
+from nanochat_pl.cli.compose import compose, groups_of
 from nanochat_pl.cli.evaluate_settings import EvaluateConfig
 from nanochat_pl.cli.plan import PlanConfig
 from nanochat_pl.cli.train import compose_train
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.model.config import ModelSettings
+from nanochat_pl.training.settings import TrainConfig
 from tests.cli.nasty import NASTY
 
 
@@ -39,7 +40,7 @@ def test_values_groups_and_their_order() -> None:
 
 def test_stage_sets_its_schedule_and_the_command_line_wins() -> None:
     config = compose_train(["stage=sft", "schedule.warmup_steps=5"]).config
-    assert (config.stage.name, config.stage.parent) == ("sft", "base")
+    assert (config.stage.name, config.stage.parent) == ("sft", None)
     assert (config.schedule.initial_lr_fraction, config.schedule.warmup_steps) == (0.8, 5)
 
 
@@ -171,7 +172,7 @@ def test_every_group_file_composes() -> None:
         "mixture=own": ["mixture.tasks.conversations.mine.path=x"],
     }
     count = 0
-    for group, choices in config_files.groups().items():
+    for group, choices in groups_of(TrainConfig).items():
         for choice in choices:
             override = f"{group}=[{choice}]" if group in ("logger", "callbacks") else f"{group}={choice}"
             compose_train([override, *needs.get(override, [])])

@@ -14,7 +14,7 @@ import yaml
 from nanochat_pl.cli import train
 from nanochat_pl.cli.main import main
 from nanochat_pl.cli.records import MATTERS, require_same_settings, write_records
-from nanochat_pl.cli.train import compose_train, place_of
+from nanochat_pl.cli.train import compose_train, place_of, with_parent
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.files import write_json
 from nanochat_pl.common.run_folder import StageFolder
@@ -50,7 +50,7 @@ def trained(here: Path, monkeypatch: pytest.MonkeyPatch) -> list[StageFolder]:
 )
 def test_what_may_change_when_a_stage_goes_on(stage: str, override: str, matters: bool, here: Path) -> None:
     folder = pretend_finished(TINY, f"stage={stage}")
-    changed = compose_train([TINY, f"stage={stage}", override])
+    changed = with_parent(compose_train([TINY, f"stage={stage}", override]), folder)
     with pytest.raises(UserError, match=override) if matters else contextlib.nullcontext():
         require_same_settings(folder, changed)
 
