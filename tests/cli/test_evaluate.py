@@ -152,9 +152,12 @@ def test_what_must_be_said_with_a_score_stands_everywhere(
     monkeypatch.setattr(evaluate_suites, "build_tasks", with_a_remark)
     assert main(["evaluate", "run=a", "suites=[chat]", "num_samples=2", "temperature=1", *QUICK]) == 0
     out = capsys.readouterr().out
-    assert "arithmetic: sandbox=weak: no network wall" in out
+    assert "\narithmetic: sandbox=weak: no network wall\n" in out
+    assert "1 task, n 3 [arithmetic: sandbox=weak: no network wall]\n" in out
     assert "arithmetic: pass@1 " in out and ", pass@2 " in out
-    assert results_of("a")["suites"]["chat"]["tasks"][0]["remark"] == "sandbox=weak: no network wall"
+    chat = results_of("a")["suites"]["chat"]
+    assert chat["tasks"][0]["remark"] == "sandbox=weak: no network wall"
+    assert chat["summary"]["remark"] == "arithmetic: sandbox=weak: no network wall"
     assert "sandbox=weak: no network wall" in Path("runs/a/evaluation/sft/chat.csv").read_text(encoding="utf-8")
     assert json.loads(record_of("a", "chat", "arithmetic").read_text())["asked"]["remark"].startswith("sandbox=weak")
 
@@ -177,3 +180,11 @@ def test_means_of_other_tasks_have_other_names() -> None:
     assert summary_name("chatcore", CHATCORE[1:]) == "ChatCORE (4 of 5 tasks)"
     assert summary_name("core", CORE_TASKS) == "CORE"
     assert summary_name("harness", ["x"]) is None and summary_name("core", []) is None
+
+
+def test_home_is_expanded_in_all_that_names_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    keys = ["against=~/b", "core.path=~/c", "harness.include_path=~/h", "paths.hub=~"]
+    config = compose("evaluate", EvaluateConfig, keys).config
+    found = (config.against, config.core.path, config.harness.include_path, config.paths.hub)
+    assert found == ("/home/me/b", "/home/me/c", "/home/me/h", "/home/me")

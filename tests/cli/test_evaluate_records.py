@@ -74,10 +74,14 @@ def test_other_settings_are_measured_anew_and_said(here: Path, asked: Asked, cap
     assert evaluate("limit=5") == 0
     assert asked == ["arithmetic", "identity", "arithmetic"]  # of identity there are 4
     assert "Measured again (chat): arithmetic. Before: n=4.\n" in capsys.readouterr().out
-    assert evaluate("limit=5", "batch_size=2", "num_rows=7") == 0
+    assert evaluate("limit=5", "batch_size=2", "num_rows=7", "seed=3") == 0
     assert len(asked) == 3
     assert evaluate("limit=5", "max_tokens=2") == 0
     assert "Measured again (chat): arithmetic, identity. Before: max_tokens=3.\n" in capsys.readouterr().out
+    assert evaluate("limit=5", "max_tokens=2", "temperature=1", "seed=3") == 0
+    assert evaluate("limit=5", "max_tokens=2", "temperature=1", "seed=4") == 0
+    assert "Measured again (chat): arithmetic, identity. Before: seed=3.\n" in capsys.readouterr().out
+    assert len(asked) == 9
 
 
 def test_another_model_is_measured_anew_and_nothing_of_the_old_one_stays(

@@ -28,7 +28,10 @@ from nanochat_pl.common.settings import build, problems_of, to_plain
 
 T = TypeVar("T")
 # Keys that name a folder.
-FOLDERS = ("paths.runs", "paths.cache", "paths.hub", "bundle", "source", "to", "tokenizer", "eval_bundle")
+FOLDERS = (
+    *("paths.runs", "paths.cache", "paths.hub", "bundle", "source", "to", "tokenizer", "eval_bundle", "against"),
+    *("core.path", "evaluation.core.path", "harness.include_path"),
+)
 
 
 @dataclass(frozen=True)

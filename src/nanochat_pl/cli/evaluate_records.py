@@ -91,4 +91,6 @@ def _changes(record: Record, model: Mapping[str, Any], job: Job) -> str:
     now = {**job.asked, "dtype": model["dtype"]}
     before = {**record.asked, "dtype": record.model.get("dtype")}
     names = [name for name in {**now, **before} if now.get(name) != before.get(name)]
-    return f"Before: {', '.join(f'{name}={before.get(name)}' for name in names)}." if names else ""
+    # A setting that has no say, as top_k where nothing is drawn, is not in the record.
+    word, values = ("Before", before) if any(name in before for name in names) else ("Now", now)
+    return f"{word}: {', '.join(f'{name}={values[name]}' for name in names if name in values)}." if names else ""

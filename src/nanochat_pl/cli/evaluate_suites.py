@@ -243,7 +243,8 @@ def _task_jobs(suite: Suite, chosen: MixtureTasks, config: EvaluateConfig) -> li
 def _task_job(suite: Suite, task: Task, config: EvaluateConfig) -> Job:
     asked: dict[str, Any] = {"n": len(task) if config.limit is None else min(config.limit, len(task))}
     if task.kind == "generative":
-        asked |= {key: getattr(config, key) for key in ("max_tokens", "num_samples", "temperature", "top_k", "seed")}
+        drawn = ("num_samples", "temperature", "top_k", "seed") if config.temperature > 0 else ()
+        asked |= {key: getattr(config, key) for key in ("max_tokens", *drawn)}
     if task.remark is not None:
         asked["remark"] = task.remark
     if hasattr(task, "sandbox"):

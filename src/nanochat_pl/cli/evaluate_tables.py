@@ -44,6 +44,12 @@ class SuiteResult:
         name = summary_name(self.suite, [each.name for each in self.results])
         return summarize(name, self.results) if name else None
 
+    @property
+    def remark(self) -> str | None:
+        """What has to be said with the scores of its tasks."""
+        said = {result.name: result.details.get("remark") for result in self.results}
+        return "; ".join(f"{name}: {remark}" for name, remark in said.items() if remark) or None
+
     def to_json(self) -> Any:
         """What results.json says of it: rows of samples, or figures and tasks."""
         if isinstance(self.plain, list):
@@ -51,8 +57,8 @@ class SuiteResult:
         value: dict[str, Any] = dict(self.plain or {})
         if self.results:
             value["tasks"] = [task_row(each) for each in self.results]
-        if self.summary:
-            value["summary"] = to_plain(self.summary)
+        if summary := self.summary:
+            value["summary"] = {**to_plain(summary), "remark": self.remark}
         return value
 
     def compared_with(self, other: SuiteResult) -> dict[str, Any]:
@@ -104,7 +110,9 @@ def show_suite(found: SuiteResult) -> None:
         value, error, low, high = (
             f"{round(figure, 4) + 0.0:.4f}" for figure in (summary.value, summary.stderr, summary.low, summary.high)
         )
-        say(f"{summary.name}: {value} ± {error} (95%: {low} … {high}), {summary.num_tasks} tasks, n {summary.n:,}")
+        remark = f" [{found.remark}]" if found.remark else ""
+        size = f"{summary.num_tasks} task{'s' if summary.num_tasks > 1 else ''}, n {summary.n:,}"
+        say(f"{summary.name}: {value} ± {error} (95%: {low} … {high}), {size}{remark}")
 
 
 def show_differences(name: str, compared: Mapping[str, Mapping[str, Any]]) -> None:
