@@ -243,6 +243,22 @@ HOSTILE = (
                 continue
         """,
     ),
+    _attack(
+        "system calls of another kind",
+        """
+        import mmap, platform
+        if platform.machine() != "x86_64":
+            os.abort()
+        code = mmap.mmap(-1, 4096, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, prot=7)
+        code.write(bytes([0xB8, 20, 0, 0, 0, 0xCD, 0x80, 0xC3]))  # getpid as 32-bit programs call it
+        start = ctypes.addressof(ctypes.c_char.from_buffer(code))
+        return ctypes.CFUNCTYPE(ctypes.c_int)(start)() > 0
+        """,
+        "escaped",
+        "error",
+        before=_LIBC,
+    ),
+    _attack("system calls with another number", "return libc.syscall(0x40000000 | 39) > 0", "escaped", before=_LIBC),
     _attack("leaving dumps", "return libc.prctl(4, 1, 0, 0, 0) == 0", before=_LIBC),
     _attack(
         "slowing others down",
@@ -259,7 +275,10 @@ HOSTILE = (
         def f(x):
             return x * x
         if os.fork() == 0:
-            os.setsid()
+            try:
+                os.setsid()
+            except OSError:
+                pass
             if os.fork() == 0:
                 time.sleep(1)
                 open("CANARY/late.txt", "w").write("here")
@@ -353,11 +372,6 @@ HOSTILE = (
         "error",
     ),
     _whole(
-        "ending the loop of the tests",
-        "def f(x):\n    raise StopIteration\n",
-        "error",
-    ),
-    _whole(
         "raw bytes for the judge",
         """
         import os
@@ -371,6 +385,44 @@ HOSTILE = (
             os._exit(0)
         """,
         "error",
+    ),
+    _whole(
+        "answers to questions that nobody has asked yet",
+        """
+        import json, os
+        for fd in range(3, 64):
+            for text in ('{"dict":[["value","loaded"]]}', '{"dict":[["reason","passed"]]}', '{"passed":[]}'):
+                try:
+                    os.write(fd, len(text).to_bytes(4, "little") + text.encode())
+                except OSError:
+                    pass
+        def f(x):
+            return 8
+        """,
+        "failed",
+        "error",
+    ),
+    _whole(
+        "files laid out for the judge",
+        """
+        import os
+        for name in ("tests.py", "trusted.py", "program.py", "random.py", "usercustomize.py"):
+            os.mkfifo(name)
+        def f(x):
+            return 8
+        """,
+        "failed",
+    ),
+    _whole(
+        "a process that is never the same",
+        """
+        import os
+        while True:
+            if os.fork():
+                os._exit(0)
+        """,
+        "timeout",
+        "escaped",
     ),
     _whole(
         "numbers that all have one hash",

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -155,6 +156,12 @@ def test_an_error_of_the_programs_is_one_of_the_tests(strict: Sandbox) -> None:
     assert not strict.check("def f(x):\n    raise KeyError('other')\n", "f", tests).passed
 
 
+def test_an_exception_does_not_end_a_loop_of_the_tests(strict: Sandbox) -> None:
+    tests = "def check(f):\n    for answer in map(f, [1, 2]):\n        assert answer == 3\n"
+    assert strict.check("def f(x):\n    raise StopIteration\n", "f", tests).reason == "error"
+    assert strict.check("def f(x):\n    return 3\n", "f", tests).passed
+
+
 def test_many_in_their_order(strict: Sandbox) -> None:
     jobs = [
         Check(f"def f(x):\n    return x * {factor}\n", "f", "def check(f):\n    assert f(1) == 3\n")
@@ -208,12 +215,30 @@ def test_where_no_namespaces_can_be_made(mode: str) -> None:
 def test_nothing_outlives_the_process_that_asked(mode: str, tmp_path: Path) -> None:
     mark = f".{os.getpid():08d}1"
     settings = f"SandboxSettings(mode={mode!r}, seconds=600{mark})"
-    program = "import os, time\nif os.fork():\n    os.setsid()\nprint(1)\ntime.sleep(600)\n"
+    program = "import os, time\nos.fork()\ntime.sleep(600)\n"
     script = f"from nanochat_pl.tools.sandbox import *\nprint(1, flush=True)\nSandbox({settings}).run({program!r})\n"
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, env=_env(tmp_path)) as asking:
         assert _until(lambda: len(_processes(mark)) >= 6)  # itself, launcher, supervisor, warden, two of the program's
         asking.send_signal(signal.SIGKILL)
     assert _until(lambda: not _processes(mark)), _processes(mark)
+
+
+def test_whatever_lies_in_the_folder_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    program = """
+import os
+os.symlink("/", "everything")
+os.mkfifo("pipe")
+for name in (os.path.basename(os.getcwd()) + "-1", b"\\xff", "locked"):
+    os.makedirs(os.path.join(os.fsencode(name), b"in", b"it"))
+open("locked/file", "w").close()
+for _ in range(1500):
+    os.mkdir("deeper")
+    os.chdir("deeper")
+os.mkdir("shut", 0)
+"""
+    assert Sandbox(SandboxSettings(mode="weak", seconds=60)).run(program).passed
+    assert list(tmp_path.iterdir()) == []
 
 
 def _env(folder: Path) -> dict[str, str]:

@@ -127,17 +127,17 @@ class Candidate:
                 raise values.Broken("no answer")
             if "value" in answer:
                 return answer["value"]
-            name, text = answer["raised"]
-            kind = getattr(builtins, str(name), None)
+            name, text = (str(word)[:TEXT] for word in answer["raised"])
+            kind = getattr(builtins, name, None)
             if not (isinstance(kind, type) and issubclass(kind, Exception)) or kind in _QUIET:
                 kind = RuntimeError
         except (values.Broken, KeyError, ValueError, TypeError) as error:
             self.gone = str(error)
             raise _Gone from None
         try:
-            self.raised = kind(str(text))
+            self.raised = kind(text)
         except TypeError:  # one that wants other arguments
-            self.raised = RuntimeError(str(text))
+            self.raised = RuntimeError(text)
         raise self.raised
 
 
@@ -168,6 +168,9 @@ def _verdict(error: BaseException, raised: Exception | None) -> dict[str, str]:
         reason = "memory" if isinstance(error, MemoryError) else "error"
         return {"reason": reason, "message": f"the program raised {error.args[0]}"}
     if isinstance(error, AssertionError):
-        line = traceback.extract_tb(error.__traceback__)[-1].lineno
+        behind = error.__traceback__
+        while behind is not None and behind.tb_next is not None:
+            behind = behind.tb_next
+        line = behind.tb_lineno if behind is not None else "?"
         return {"reason": "failed", "message": f"the assertion in line {line} of the tests does not hold"}
     return {"reason": "error", "message": f"the tests raised {say(error)}"}

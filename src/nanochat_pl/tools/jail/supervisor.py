@@ -140,7 +140,8 @@ class Supervisor:
                 self.libraries = _open_libraries()
             opened = [config["folder"], *(config["libraries"] if config["landlock"] else [])]
             folder, *folders = (os.open(path, _O_PATH) for path in opened)
-            os.fchdir(folder)
+            if number == 2:  # the judge opens nothing that the program has written
+                os.fchdir(folder)
             walls.become((walls.INSIDE if self.strict else config["first"]) + number if own_user else None)
             walls.limit(config["seconds"], config["memory"], config["file"], most)
         if config["landlock"]:
@@ -319,11 +320,12 @@ def kill_descendants(group: int) -> None:
     """What the end of a process namespace does elsewhere. Orphans become children of this process: none is lost.
 
     Args:
-        group: a process group that is ended first: the most that can be done where there is no /proc.
+        group: the process group, which the filter does not let the program leave. It is ended at one blow, so that no
+            process gets away by forking faster than it can be found.
     """
-    with contextlib.suppress(OSError):
-        os.killpg(group, signal.SIGKILL)
     while True:
+        with contextlib.suppress(OSError):
+            os.killpg(group, signal.SIGKILL)
         for pid in descendants():
             with contextlib.suppress(OSError):
                 os.kill(pid, signal.SIGKILL)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
 import subprocess
 import sys
 import sysconfig
@@ -209,7 +210,6 @@ def _folder() -> Iterator[str]:
 
 def _remove(folder: Path) -> None:
     """Remove a folder in which somebody may have done anything: nested it deeply, or taken rights away."""
-    number = 0
     while entries := list(folder.iterdir()):
         for entry in entries:
             if entry.is_symlink() or not entry.is_dir():
@@ -221,6 +221,6 @@ def _remove(folder: Path) -> None:
                     below.unlink()
                 else:  # moved up, so that no path gets long
                     below.chmod(0o700)
-                    below.rename(folder / f"{folder.name}-{(number := number + 1)}")
+                    below.rename(folder / secrets.token_hex(16))
             entry.rmdir()
     folder.rmdir()
