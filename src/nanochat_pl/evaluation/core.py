@@ -13,6 +13,7 @@ from typing import Any
 
 from nanochat_pl.common import distributed
 from nanochat_pl.common.errors import UserError
+from nanochat_pl.common.out_of_memory import out_of_memory_explained
 from nanochat_pl.common.settings import setting
 from nanochat_pl.common.together import agreed
 from nanochat_pl.data.cache_folder import fingerprint_of
@@ -164,9 +165,14 @@ def evaluate_core_task(
         the same on all processes.
 
     Raises:
-        UserError: the task's file is not as it must be, or has too few problems for its shots.
+        UserError: the task's file is not as it must be, or has too few problems for its shots; memory ran out on one.
     """
-    own = agreed(lambda: _evaluate_share(bundle, name, net, tokenizer, progress))
+
+    def share() -> dict[str, Any]:
+        with out_of_memory_explained(name, "Free some of it, or use a smaller model."):
+            return _evaluate_share(bundle, name, net, tokenizer, progress)
+
+    own = agreed(share)
     rows = [row for text in distributed.from_all(json.dumps(own["rows"])) for row in json.loads(text)]
     rows.sort(key=lambda row: row["number"])
     task = bundle.by_name[name]
