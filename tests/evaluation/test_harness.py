@@ -72,10 +72,15 @@ def test_continuations_are_as_probable_as_by_a_whole_forward(bundle):
     assert requests.continuations([("A context", "")]) == [(0.0, True)]
 
 
-def test_blanks_before_a_continuation_are_its_own(bundle):
-    requests = Requests(bundle)
-    [mine, theirs] = requests.continuations([("The capital ", "of France"), ("The capital", " of France")])
+@pytest.mark.parametrize("blanks", [" ", "  ", " \n"])
+def test_blanks_before_a_continuation_are_its_own(bundle, blanks):
+    """So the harness has it, and published figures."""
+    [mine, theirs] = Requests(bundle).continuations([(f"The capital{blanks}", "of"), ("The capital", f"{blanks}of")])
     assert mine == theirs
+    ids = [BOS, *bundle.tokenizer.encode(f"The capital{blanks}of")]
+    assert mine[0] == pytest.approx(
+        plainly(bundle, ids, 1 + len(bundle.tokenizer.encode("The capital")))[0], abs=TOLERANCE
+    )
 
 
 def test_a_token_over_the_border_is_scored(bundle):
@@ -162,7 +167,7 @@ def test_what_would_change_answers_and_is_not_there_is_refused(asked):
 
 
 def test_what_asks_for_nothing_is_passed_over():
-    asked = {"top_p": 1.0, "num_beams": 1, "do_sample": False, "temperature": 0.0, "until": "\n", "max_gen_toks": 7}
+    asked = {"top_p": 1.0, "num_beams": 1, "do_sample": False, "temperature": 0.7, "until": "\n", "max_gen_toks": 7}
     assert generation_settings(asked) == {"until": ["\n"], "max_tokens": 7, "temperature": 0.0, "top_k": None}
 
 
@@ -219,6 +224,7 @@ def without_memory() -> list[str]:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return share
 
+    assert shared_out(list(range(5)), lambda share: [10 * each for each in share]) == [0, 10, 20, 30, 40]
     with pytest.raises(UserError) as error:
         shared_out(list(range(4)), work)
     return [*error.value.problems, error.value.fix, str(distributed.total(1))]

@@ -326,6 +326,7 @@ def test_bars_of_a_summary_stand_beside_the_markdown(measured_run: Path) -> None
         assert (measured_run / "report" / name).read_bytes().startswith(b"\x89PNG")
     page = Page(read(measured_run, "report.html"))
     assert page.open == [] and page.tags.count("figure") == 20
+    assert '<rect class="error" x="6.15"' in read(measured_run, "report.html"), "where the interval of CORE begins"
 
 
 def test_benchmarks_are_in_the_json_and_in_the_summary(measured_run: Path) -> None:
