@@ -67,7 +67,7 @@ def test_mistakes_give_exit_code_2_and_plain_sentences(capsys: pytest.CaptureFix
     out, err = capsys.readouterr()
     assert out == ""
     assert err.splitlines() == [
-        "error: stage=bsae: there is no such choice; did you mean base? There are: base, sft, tokenizer.",
+        "error: stage=bsae: there is no such choice; did you mean base? There are: base, mid, sft, tokenizer.",
         "error: model.dpeth: there is no such key; did you mean model.depth?",
         "Keys and their meaning: nanochat-pl train --help",
     ]
