@@ -209,7 +209,7 @@ def _manager_of(settings: HarnessSettings) -> TaskManager:
     if unknown := [name for name in asked if name not in known]:
         raise UserError(
             [f"harness.tasks: {name}: there is no such task; {did_you_mean(name, known)}" for name in unknown],
-            "nanochat-pl takes the names of lm-eval ls tasks; harness.include_path=FOLDER adds your own.",
+            "lm-eval ls tasks lists the names; harness.include_path=FOLDER adds tasks of your own.",
         )
     return manager
 
