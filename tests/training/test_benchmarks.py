@@ -82,6 +82,13 @@ def test_what_cannot_be_measured_is_left_out(error: Exception, capsys: pytest.Ca
     assert "chat: task0 is left out of this measurement:" in capsys.readouterr().out
 
 
+def test_a_weak_sandbox_is_said_with_the_score(capsys: pytest.CaptureFixture[str]) -> None:
+    remarked = make_result("code", ["a"], [1.0], details={"remark": "sandbox=weak: no network wall"})
+    benchmark = Benchmark("chat", 1, ["code"], lambda name, net: remarked)
+    measure(benchmark, GPT(tiny_model()).materialise())
+    assert "chat: code: sandbox=weak: no network wall" in capsys.readouterr().out
+
+
 def test_another_error_is_an_error() -> None:
     with pytest.raises(RuntimeError, match="a bug"):
         measure(Examiner(RuntimeError("a bug")).benchmark, GPT(tiny_model()).materialise())

@@ -137,6 +137,12 @@ def test_a_pipeline_knows_it(place: Path, chain: Path) -> None:
         assert is_finished(step, step.compose(), chain), step.name
 
 
+def test_the_doctor_looks_at_it(place: Path, chain: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "run=chain", *chat_overrides(place, "mid"), *STILL, "step=1"]) == 0
+    out = capsys.readouterr().out
+    assert "Row 0: " in out and ", 32 targets." in out, "a full row of 32 inputs, all of them learnt"
+
+
 def test_museum_57_the_mask_reaches_the_loss(place: Path) -> None:
     """Elsewhere a refactor lost it: the model was fine-tuned on the questions as well, and no figure looked odd."""
     start_run(place, "mask", "sft")

@@ -111,6 +111,9 @@ def measure(benchmark: Benchmark, net: GPT, between: Callable[[], None] = lambda
         between()
         results += _measure_task(benchmark, task, net)
     net.train()
+    for result in results:
+        if "remark" in result.details:
+            say(f"{name}: {result.name}: {result.details['remark']}")
     figures = {f"{name}/{result.name}": result.accuracy for result in results}
     if len(results) == len(benchmark.tasks):
         mean = summarize(name, results)
