@@ -65,6 +65,15 @@ def test_near_letters_are_told_apart_in_bfloat16():
     assert chances[1] > chances[0]
 
 
+def test_a_model_that_gives_no_numbers_is_no_guessing():
+    """The first letter was taken of all problems: the accuracy of guessing, without a word."""
+    bundle = random_bundle(sequence_len=64)
+    with torch.no_grad():
+        bundle.net.lm_head.weight.fill_(torch.nan)
+    with pytest.raises(UserError, match=r"^letters: the model's outputs are not finite numbers"):
+        evaluate_task(Engine(bundle), Letters())
+
+
 def test_a_letter_is_one_token():
     assert letter_ids(byte_tokenizer(), ["A", "B", "9"], "x") == [65, 66, 57]
     with pytest.raises(UserError, match="capitals: the tokenizer has no single token for 'ü', 'Paris', so"):

@@ -6,6 +6,7 @@ import csv
 import functools
 import json
 import math
+import random
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.settings import build
 from nanochat_pl.evaluation.core import CoreBundle, CoreSettings, ask, evaluate_core_task, open_core
 from nanochat_pl.evaluation.core_bundle import CORE_TASKS
-from nanochat_pl.evaluation.core_prompts import choose, kept_order, make_question
+from nanochat_pl.evaluation.core_prompts import choose, choose_shots, kept_order, make_question
 from nanochat_pl.evaluation.core_table import core_name, core_table, summarize_core, write_core_csv
 from nanochat_pl.evaluation.results import from_plain, make_result, to_plain
 from nanochat_pl.evaluation.scoring import Score
@@ -146,6 +147,15 @@ def test_an_ending_that_begins_another_one_has_no_mean(tmp_path: Path, shared: P
         assert second.startswith(first)
 
 
+@pytest.mark.parametrize("name", ["letters", "who", "numbers"])
+def test_a_model_that_gives_no_numbers_is_no_guessing(tmp_path: Path, name: str) -> None:
+    """Of NaN the first alternative is the least, so a task of choices had the figure of guessing."""
+    net = perturbed(tiny_config(vocab_size=model()[0].config.vocab_size)).requires_grad_(False).eval()
+    net.lm_head.weight[3, 3] = math.nan
+    with pytest.raises(UserError, match=f"^{name}: the model's outputs are not finite numbers"):
+        evaluate_core_task(opened(small_bundle(tmp_path)), name, net, model()[1])
+
+
 def test_equal_alternatives_give_the_first(tmp_path: Path) -> None:
     rows = [{"query": f"q{n}", "choices": ["same", "same", "same"], "gold": n} for n in range(3)]
     folder = write_bundle(tmp_path, {"same": MC | {"num_fewshot": [0]}}, {"mc.jsonl": rows})
@@ -257,6 +267,12 @@ def test_a_file_that_links_out_of_the_bundle_is_refused(tmp_path: Path) -> None:
         ("who", {"context_options": ["a", 1], "continuation": "b", "gold": 0}, r"a list of two texts"),
         ("numbers", {"context": "a"}, r"continuation=None"),
         ("numbers", [1], r"is no JSON object"),
+        ("numbers", {"context": "a", "continuation": "\ud83d"}, r"line 1: continuation='\\ud83d': .* half a surrogate"),
+        (
+            "letters",
+            {"query": "q", "choices": ["a", "\udc00b"], "gold": 0},
+            r"line 1: choices=.* half a surrogate pair",
+        ),
     ],
 )
 def test_a_row_that_is_no_problem_is_named(tmp_path: Path, name: str, row: Any, message: str) -> None:
@@ -265,6 +281,19 @@ def test_a_row_that_is_no_problem_is_named(tmp_path: Path, name: str, row: Any, 
     with pytest.raises(UserError, match=message) as raised:
         evaluate_core_task(bundle, name, *model())
     assert len(raised.value.problems) == 2 and "line 2: is no JSON" in str(raised.value)
+
+
+@pytest.mark.parametrize(("size", "shots"), [(2, 1), (12, 3), (12, 11), (200, 10), (5000, 2)])
+def test_shots_are_drawn_from_all_other_problems(size: int, shots: int) -> None:
+    """As the published evaluation draws them: from the list of the others."""
+    for index in {0, 1, size // 2, size - 1}:
+        others = [n for n in range(size) if n != index]
+        assert choose_shots(range(size), index, shots) == random.Random(1234 + index).sample(others, shots)  # type: ignore[arg-type]
+
+
+def test_drawing_shots_does_not_go_through_all_problems() -> None:
+    """It did for each of them: 10 s for the 20,321 of a task."""
+    assert len(choose_shots(range(10**15), 7, 10)) == 10  # type: ignore[arg-type]
 
 
 def test_an_empty_file_is_refused(tmp_path: Path) -> None:
@@ -311,7 +340,7 @@ def test_the_published_file_is_reproduced(shared: Path, tmp_path: Path) -> None:
         results.append(make_result(name, [str(i) for i in range(n)], outcomes, baseline=baselines[name]))
         assert results[-1].centered == pytest.approx(centered, abs=5e-7)
     assert tuple(result.name for result in results) == CORE_TASKS
-    write_core_csv(tmp_path / "core.csv", results, summarize_core(results))
+    write_core_csv(tmp_path / "core.csv", results)
     expected = (shared / "data/eval_bundle/openai-community-gpt2-xl.csv").read_bytes()
     assert (tmp_path / "core.csv").read_bytes() == expected
     assert summarize_core(results).value == pytest.approx(0.256525, abs=5e-7)

@@ -136,9 +136,7 @@ def write_suite(folder: Path, found: SuiteResult) -> None:
         return
     write_csv(folder / f"{found.suite}.csv", CSV_COLUMNS, map(_csv_row, found.results))
     if found.suite == "core":
-        summary = found.summary
-        assert summary is not None
-        write_core_csv(folder / PUBLISHED, found.results, summary)
+        write_core_csv(folder / PUBLISHED, found.results)
     for result in found.results:
         if result.answers:
             rows = [{"question": "", "answer": "", **row} for row in result.answers]  # some have no words of their own

@@ -5,13 +5,14 @@ Shapes: B rows of one forward, T positions, C model width.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.evaluation.scoring import batches_by_length
+from nanochat_pl.evaluation.scoring import batches_by_length, not_finite
 from nanochat_pl.model.gpt import GPT
 from nanochat_pl.model.loss import softcap
 from nanochat_pl.tokenizer import Tokenizer
@@ -43,6 +44,7 @@ def letter_probabilities(
     letters: Sequence[Sequence[int]],
     max_rows: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    name: str = "",
 ) -> list[list[float]]:
     """How likely each of a prompt's letters comes next, among them alone.
 
@@ -52,9 +54,13 @@ def letter_probabilities(
         letters: of each prompt the ids to choose from.
         max_rows: most prompts of one forward: memory and time, not results.
         progress: called with (prompts that were read, all prompts).
+        name: what they belong to, for messages.
 
     Returns:
         for each prompt as many probabilities as it has letters; they sum to one.
+
+    Raises:
+        UserError: the model's outputs are not finite numbers.
     """
     results: list[list[float]] = [[] for _ in prompts]
     num_read = 0
@@ -67,6 +73,8 @@ def letter_probabilities(
                 weight = net.lm_head.weight[torch.tensor(letters[i], device=x.device)]
                 logits = softcap(weight.float() @ x.float(), net.config.softcap)
                 results[i] = logits.softmax(dim=0).tolist()
+                if not all(map(math.isfinite, results[i])):
+                    raise not_finite(name)
             num_read += len(part)
             if progress is not None:
                 progress(num_read, len(prompts))

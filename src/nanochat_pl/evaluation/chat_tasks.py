@@ -20,6 +20,7 @@ from nanochat_pl.common.together import agreed
 from nanochat_pl.engine import Engine, readable
 from nanochat_pl.evaluation.categorical import letter_ids, letter_probabilities
 from nanochat_pl.evaluation.pass_at_k import pass_at_k_rows
+from nanochat_pl.evaluation.prompts import most_tokens, shortened
 from nanochat_pl.evaluation.results import TaskResult, make_result
 from nanochat_pl.tasks import Task
 from nanochat_pl.tasks.base import Content, Conversation
@@ -178,8 +179,7 @@ def _write(
     """Write answers to problems, and have them judged."""
     conversations = [task[index] for index in share]
     reach, times = engine.net.config.rotary_reach, writing.num_samples
-    # An answer has room for its tokens, or at least for half of the positions.
-    prompts, cut = _prompts(engine, conversations, reach - 1, reach - min(writing.max_tokens, reach // 2))
+    prompts, cut = _prompts(engine, conversations, most_tokens(reach, writing.max_tokens))
     results = engine.generate(
         [prompt for prompt in prompts for _ in range(times)],
         max_tokens=writing.max_tokens,
@@ -205,11 +205,10 @@ def _choose(
 ) -> list[_Answered]:
     """Answer problems by the most likely of their letters."""
     conversations = [task[index] for index in share]
-    reach = engine.net.config.rotary_reach
-    prompts, cut = _prompts(engine, conversations, reach, reach)
+    prompts, cut = _prompts(engine, conversations, engine.net.config.rotary_reach)
     letters = [tuple(task.letters(conversation)) for conversation in conversations]
     tokens = {each: letter_ids(engine.tokenizer, each, task.name) for each in set(letters)}
-    found = letter_probabilities(engine.net, prompts, [tokens[each] for each in letters], batch, report)
+    found = letter_probabilities(engine.net, prompts, [tokens[each] for each in letters], batch, report, task.name)
     chances = [dict(zip(each, chance, strict=True)) for each, chance in zip(letters, found, strict=True)]
     chosen = [max(each, key=each.__getitem__) for each in chances]
     verdicts = task.evaluate_all(conversations, chosen)
@@ -221,13 +220,11 @@ def _choose(
     return answered
 
 
-def _prompts(
-    engine: Engine, conversations: Sequence[Conversation], longest: int, kept: int
-) -> tuple[list[list[int]], list[bool]]:
-    """What the answers follow on, and which of them were cut: one over ``longest`` ids has bos and its last ones."""
-    whole = [engine.tokenizer.render_for_completion(conversation) for conversation in conversations]
-    cut = [len(ids) > longest for ids in whole]
-    return [[ids[0], *ids[1 - kept :]] if is_cut else ids for ids, is_cut in zip(whole, cut, strict=True)], cut
+def _prompts(engine: Engine, conversations: Sequence[Conversation], most: int) -> tuple[list[list[int]], list[bool]]:
+    """What the answers follow on, of at most so many tokens, and which of them were cut."""
+    render = engine.tokenizer.render_for_completion
+    pairs = [shortened(render(conversation), most) for conversation in conversations]
+    return [ids for ids, _ in pairs], [is_cut for _, is_cut in pairs]
 
 
 def _answered(

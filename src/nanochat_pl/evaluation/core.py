@@ -239,7 +239,7 @@ def _evaluate_share(
         for n, each in zip(numbers, shots, strict=True)
     ]
     report = None if progress is None else _of_all(progress, len(numbers), len(asked.problems))
-    scores = score(net, [question.candidates for question in questions], progress=report)
+    scores = score(net, [question.candidates for question in questions], progress=report, name=name)
     rows = [
         _row(task, number, asked.problems[number], before, question, found)
         for number, before, question, found in zip(numbers, shots, questions, scores, strict=True)

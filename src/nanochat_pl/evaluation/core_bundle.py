@@ -176,6 +176,17 @@ def _problem(value: Any, row: int, kind: Kind) -> Problem:
 def _text(value: Mapping[str, Any], key: str) -> str:
     if not isinstance(text := value.get(key), str):
         raise UserError(f"{key}={text!r}: must be text.")
+    return _whole(text, key)
+
+
+def _whole(text: str, key: str) -> str:
+    """A text that has a UTF-8 form: JSON can hold half a surrogate pair, which has none."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{key}={text!r}: has {text[error.start]!r}, half a surrogate pair, which is no sign."
+        ) from None
     return text
 
 
@@ -183,7 +194,7 @@ def _texts(value: Mapping[str, Any], key: str) -> tuple[str, ...]:
     texts = value.get(key)
     if not isinstance(texts, list) or len(texts) < 2 or not all(isinstance(text, str) for text in texts):
         raise UserError(f"{key}={texts!r}: must be a list of two texts or more.")
-    return tuple(texts)
+    return tuple(_whole(text, key) for text in texts)
 
 
 def _read_baselines(path: Path) -> dict[str, float]:

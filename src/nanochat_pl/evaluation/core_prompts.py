@@ -68,8 +68,9 @@ def kept_order(num_problems: int, max_per_task: int | None) -> list[int]:
 
 def choose_shots(problems: Sequence[Problem], index: int, num_shots: int) -> list[Problem]:
     """The solved problems in front of number ``index``: drawn from all others, seeded by the number."""
-    others = [n for n in range(len(problems)) if n != index]
-    return [problems[n] for n in random.Random(SHOTS_SEED + index).sample(others, num_shots)]
+    # What is drawn are places among the others; those from ``index`` on are one further in the whole.
+    places = random.Random(SHOTS_SEED + index).sample(range(len(problems) - 1), num_shots)
+    return [problems[place + (place >= index)] for place in places]
 
 
 def render(problem: Problem, shots: Sequence[Problem], delimiter: str) -> list[str]:

@@ -32,13 +32,12 @@ def core_table(results: Sequence[TaskResult]) -> str:
     return "".join([*lines, _line(core_name([result.name for result in results]), "", f"{mean:.6f}")])
 
 
-def write_core_csv(path: Path, results: Sequence[TaskResult], summary: Summary) -> None:
+def write_core_csv(path: Path, results: Sequence[TaskResult]) -> None:
     """Write :func:`core_table`, and beside it nothing: standard errors and the interval are in other files.
 
     Raises:
         UserError: the disk refuses.
     """
-    assert summary.num_tasks == len(results), "the summary of these results"
     write_text(path, core_table(results))
 
 

@@ -111,7 +111,7 @@ class HarnessTasks:
 
         task, requests = (
             self._tasks[name],
-            Requests(bundle, self._settings.chat, progress=tell, max_batch=max_batch),
+            Requests(bundle, self._settings.chat, progress=tell, max_batch=max_batch, name=f"harness.tasks: {name}"),
         )
         with _by_itself(self._settings.download):
             found = evaluate(

@@ -19,6 +19,7 @@ from nanochat_pl.common.out_of_memory import out_of_memory_explained
 from nanochat_pl.common.together import agreed
 from nanochat_pl.engine import Engine
 from nanochat_pl.engine.engine import Model
+from nanochat_pl.evaluation.prompts import most_tokens, shortened
 from nanochat_pl.evaluation.scoring import Candidate, score
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ class Requests:
         chat: ask in the form of a conversation; for models that were trained on conversations.
         max_batch: rows at once, and answers written at the same time: memory and time only; None: as many as are fast.
         progress: called with (done, all) of the questions of one call; of several processes, of this one's share.
+        name: the task's, for messages.
 
     Attributes:
         num_cut: contexts that were longer than the model's positions, and so lost their beginning.
@@ -56,9 +58,10 @@ class Requests:
         chat: bool = False,
         max_batch: int | None = None,
         progress: Progress | None = None,
+        name: str = "harness",
     ) -> None:
         self.engine, self.chat, self.progress = Engine(bundle), chat, progress
-        self.num_cut = 0
+        self.num_cut, self._name = 0, name
         self._net, self._tokenizer = self.engine.net, self.engine.tokenizer
         self._max_batch = max_batch
         rows = _MAX_POSITIONS if max_batch is None else max_batch * self._net.config.sequence_len
@@ -162,12 +165,9 @@ class Requests:
 
     def _prompt(self, context: str, max_tokens: int) -> list[int]:
         """The tokens to go on from, with room for the answer, or for as much as half of the positions."""
-        ids = self._context(context)
-        excess = len(ids) - max(self._reach - max_tokens, self._reach // 2, 1)
-        if excess <= 0:
-            return ids
-        self.num_cut += 1
-        return [ids[0], *ids[1 + excess :]]
+        ids, is_cut = shortened(self._context(context), most_tokens(self._reach, max_tokens))
+        self.num_cut += is_cut
+        return ids
 
     def _windows(self, ids: list[int]) -> list[Candidate]:
         from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
@@ -191,10 +191,10 @@ class Requests:
                 done += amount
                 self._tell(done, len(share))
 
-            scores = score(self._net, share, max_positions=self._max_positions, progress=count)
+            scores = score(self._net, share, max_positions=self._max_positions, progress=count, name=self._name)
             return [[[each.nats, float(each.greedy)] for each in question] for question in scores]
 
-        return shared_out(questions, mine)
+        return shared_out(questions, mine, self._name)
 
     def _write(self, prompts: list[list[int]], settings: Mapping[str, Any], tell: Progress) -> list[str]:
         numbers = list(range(len(prompts)))
@@ -215,7 +215,7 @@ class Requests:
             )
             return [self._text(result.ids, settings["until"]) for result in results]
 
-        return shared_out(numbers, mine)
+        return shared_out(numbers, mine, self._name)
 
     def _text(self, ids: Sequence[int], until: Sequence[str]) -> str:
         text = self._tokenizer.decode([each for each in ids if each < self._tokenizer.bos_id])
@@ -227,8 +227,10 @@ class Requests:
             self.progress(done, total)
 
 
-def shared_out(items: list[Any], function: Callable[[list[Any]], list[Any]]) -> list[Any]:
+def shared_out(items: list[Any], function: Callable[[list[Any]], list[Any]], name: str = "harness") -> list[Any]:
     """The function's results for all items, each process having worked on its share. They must be plain data (JSON).
+
+    ``name`` is said where memory runs out.
 
     Raises:
         UserError: on all processes, what one of them raised, or that its memory ran out.
@@ -236,7 +238,7 @@ def shared_out(items: list[Any], function: Callable[[list[Any]], list[Any]]) -> 
     world, rank = distributed.world_size(), distributed.rank()
 
     def work() -> list[Any]:
-        with out_of_memory_explained("harness", "Use a smaller batch_size."):
+        with out_of_memory_explained(name, "Use a smaller batch_size."):
             return function(items[rank::world])
 
     own = agreed(work)

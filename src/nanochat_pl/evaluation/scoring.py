@@ -64,6 +64,7 @@ def score(
     *,
     max_positions: int = 16_384,
     progress: Callable[[int], None] | None = None,
+    name: str = "",
 ) -> list[list[Score]]:
     """Score the candidates of each question.
 
@@ -72,15 +73,24 @@ def score(
         questions: candidates, in groups that may begin alike.
         max_positions: most positions of one forward, padding included. Memory and time only.
         progress: called with the number of questions just finished.
+        name: what they belong to, for messages.
 
     Returns:
         scores, arranged as the questions are.
 
     Raises:
         UserError: a candidate is longer than the model's positions, has ids that the model lacks, or its span does not
-            lie within it.
+            lie within it; or the model's outputs are not finite numbers.
     """
-    return _Scoring(net, questions, max_positions).run(progress)
+    return _Scoring(net, questions, max_positions, name).run(progress)
+
+
+def not_finite(name: str) -> UserError:
+    """What is said where a model gives NaN: a choice among such figures would look like guessing."""
+    return UserError(
+        f"{name}{': ' if name else ''}the model's outputs are not finite numbers (NaN).",
+        "Its weights are of no use, or overflow in this compute type: try dtype=float32, and look at its losses.",
+    )
 
 
 def batches_by_length(lengths: Sequence[int], max_positions: int) -> list[list[int]]:
@@ -121,8 +131,8 @@ class _Unit:
 class _Scoring:
     """One call of :func:`score`. Candidates of all questions are numbered in order: these numbers are the members."""
 
-    def __init__(self, net: GPT, questions: Sequence[Sequence[Candidate]], max_positions: int) -> None:
-        self._net, self._questions = net, questions
+    def __init__(self, net: GPT, questions: Sequence[Sequence[Candidate]], max_positions: int, name: str) -> None:
+        self._net, self._questions, self._name = net, questions, name
         self._candidates = [candidate for question in questions for candidate in question]
         _check(self._candidates, net.config.rotary_reach, net.config.vocab_size)
         self._max_positions = min(max_positions, CPU_POSITIONS) if net.device.type == "cpu" else max_positions
@@ -197,6 +207,8 @@ class _Scoring:
                 owners += [member] * len(before)
         hidden = self._net.hidden_of_tree(tree)[0]
         nats, misses = token_scores(self._net, hidden, torch.tensor(places), torch.tensor(targets))
+        if not nats.isfinite().all():
+            raise not_finite(self._name)
         index = torch.tensor(owners)
         self._nats.index_add_(0, index, nats)
         self._misses.index_add_(0, index, misses)
