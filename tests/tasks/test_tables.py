@@ -81,6 +81,84 @@ def test_what_is_trained_on_is_not_held_out(tmp_path: Path) -> None:
         build(MMLUSettings, {"train_split": "dev", "test_split": "dev"})
 
 
+SPLITS: tuple[Split, Split] = ("train", "test")
+
+
+def parts(cache: Path, hub: Path | None = None, **settings: Any) -> list[list[int]]:
+    """What is trained on and what is held out, sorted."""
+    return [sorted(numbers(opened("gsm8k", split, cache, hub, **settings))) for split in SPLITS]
+
+
+@pytest.mark.parametrize("files", ["", "/*.parquet"])
+def test_a_folder_with_both_parts_is_told_apart_by_the_names_of_its_files(files: str, tmp_path: Path) -> None:
+    folder = mirror(tmp_path) / "datasets" / REPO / "main"
+    path = f"{folder}{files}"
+    both = [list(range(20)), list(range(100, 110))]
+    assert parts(tmp_path, path=path) == both, "and no mirror is needed"
+    assert parts(tmp_path, path=path, test_path=path) == both
+    assert parts(tmp_path, tmp_path, test_path=path) == both, "to train on there is the data set's"
+    write_table(folder / "more.parquet", [problem(50)])
+    write_table(folder / "validation-00000-of-00001.parquet", [problem(60)])
+    assert parts(tmp_path, path=path) == [[*both[0], 50], both[1]], "a third part is for neither"
+    own = write_table(tmp_path / "own.parquet", [problem(7)])
+    assert parts(tmp_path, path=path, test_path=own) == [[*both[0], 50], [7]]
+    (folder / "test-00000-of-00001.parquet").unlink()
+    assert parts(tmp_path, path=path) == [[*both[0], 50], [60]], "without a test part validation is held out"
+
+
+@pytest.mark.parametrize(
+    ("files", "settings", "train", "test"),
+    [
+        (["auxiliary_train-0", "dev-0", "validation-0", "test-0"], {}, [0], [3]),
+        (["auxiliary_train-0", "dev-0", "validation-0", "test-0"], {"train_split": "dev"}, [1], [3]),
+        (["a-0", "dev-0", "validation-0"], {"train_split": "dev", "test_split": "validation"}, [0, 1], [2]),
+        (["train/0", "test/0"], {}, [0], [1]),
+        (["train", "valid"], {}, [0], [1]),
+        (["validation", "test"], {}, [0], [1]),
+    ],
+)
+def test_the_splits_of_the_settings_are_looked_for_first(
+    files: list[str], settings: dict[str, str], train: list[int], test: list[int], tmp_path: Path
+) -> None:
+    for number, name in enumerate(files):
+        row = {"question": str(number), "subject": "", "choices": ["a", "b"], "answer": 0}
+        write_table(tmp_path / "own" / f"{name}.parquet", [row])
+    for split, wanted in zip(SPLITS, (train, test), strict=True):
+        task = opened("mmlu", split, tmp_path, path=tmp_path / "own", **settings)
+        assert sorted(int(task.row(index)["question"]) for index in range(len(task))) == wanted
+
+
+def test_one_key_does_not_give_the_other_part_s_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The held-out file of the data set was trained on where path named it, and the other way round."""
+    hub, own = mirror(tmp_path / "hub"), tmp_path / "own"
+    table = hub / "datasets" / REPO / "main"
+    shutil.copytree(table, own)
+    train, test = (f"{own}/{split}-00000-of-00001.parquet" for split in SPLITS)
+    for key, file in (("path", test), ("test_path", train)):
+        for split in SPLITS:
+            with pytest.raises(UserError, match=rf"gsm8k: \S+ and \S+ have the same contents.*\nSay .*gsm8k\.{key}"):
+                opened("gsm8k", split, tmp_path, hub, **{key: file})
+    assert parts(tmp_path, hub, path=train) == parts(tmp_path, hub, test_path=test) == parts(tmp_path, hub)
+    with pytest.raises(UserError, match=r"hub/\S+/train-\S+ and \S+own/train-\S+ have the same"):
+        opened("gsm8k", "test", tmp_path, hub, test_path=train)
+    held_out = table / "test-00000-of-00001.parquet"
+    with pytest.raises(UserError, match=rf"gsm8k: {held_out} is trained on and held out\.\n"):
+        opened("gsm8k", "train", tmp_path, hub, path=held_out)
+    cache = tmp_path / "cache"
+    with serving_this_process(tmp_path / "home", monkeypatch) as server:
+        server.add(REPO, {f"main/{path.name}": path.read_bytes() for path in table.iterdir()})
+        open_manifest(REPO, "main", cache)
+    with pytest.raises(UserError, match=r"gsm8k: \S+ and main/test-\S+ have the same contents"):
+        opened("gsm8k", "train", cache, path=test)  # the list of the hub's files tells, before any is downloaded
+    assert numbers(opened("gsm8k", "train", tmp_path / "empty", path=test)), "nothing is known of the data set"
+
+
+@pytest.mark.parametrize("given", [{}, {"path": "a"}, {"test_path": "a"}])
+def test_a_split_is_not_both_parts(given: dict[str, str]) -> None:
+    with pytest.raises(UserError, match="test_split='train': is trained on, as train_split says"):
+        build(GSM8KSettings, {"test_split": "train", **given})
+
+
 def test_a_fingerprint_is_of_contents_and_of_what_is_taken(tmp_path: Path) -> None:
     hub, moved, other = mirror(tmp_path / "hub"), mirror(tmp_path / "moved"), mirror(tmp_path / "other", range(1, 21))
     first = opened("gsm8k", "train", tmp_path, hub).fingerprint
@@ -98,7 +176,7 @@ def test_a_mirror_that_has_some_of_a_split_s_files(tmp_path: Path) -> None:
     table = tmp_path / "hub/datasets" / REPO / "main"
     for number in (0, 2):
         write_table(table / f"train-0000{number}-of-00003.parquet", [problem(number)])
-    with pytest.raises(UserError, match=r"gsm8k: 2 of the 3 files main/train-\*.parquet of openai/gsm8k are here"):
+    with pytest.raises(UserError, match=r"gsm8k: 2 of the 3 files main/train… of openai/gsm8k are here"):
         opened("gsm8k", "train", tmp_path, tmp_path / "hub")
     write_table(table / "train-00001-of-00003.parquet", [problem(1)])
     assert numbers(opened("gsm8k", "train", tmp_path, tmp_path / "hub", order_seed=None)) == [0, 1, 2]
@@ -114,8 +192,10 @@ def test_missing_files_are_said_with_the_command_that_fetches_them(tmp_path: Pat
     hub = mirror(tmp_path / "hub")
     with pytest.raises(UserError, match=said):
         opened("gsm8k", "train", tmp_path, tmp_path / "nowhere")
-    with pytest.raises(UserError, match=r"gsm8k.files='socratic/train-\*.parquet': .* has no such file"):
+    with pytest.raises(UserError, match=r"gsm8k.config='socratic': openai/gsm8k has no such files; valid: main$"):
         opened("gsm8k", "train", tmp_path, hub, config="socratic")
+    with pytest.raises(UserError, match=r"gsm8k.test_split='tests': .* no such files; did you mean test\?"):
+        opened("gsm8k", "test", tmp_path, hub, test_split="tests")
     with pytest.raises(UserError, match=r"mixture.tasks.gsm8k.test_path='nowhere': there is no such file"):
         opened("gsm8k", "test", tmp_path, test_path="nowhere")
 
@@ -144,7 +224,7 @@ def test_downloaded_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     hub = mirror(tmp_path / "hub", train=range(5))
     assert len(opened("gsm8k", "train", cache, hub)) == 5, "the mirror is looked at first"
     assert len(opened("gsm8k", "train", cache, hub, revision="main")) == 2, "which has no revisions"
-    with pytest.raises(UserError, match=r"socratic/train-\*.parquet'.* has no such file"):
+    with pytest.raises(UserError, match=r"config='socratic': openai/gsm8k has no such files; valid: main"):
         opened("gsm8k", "train", cache, config="socratic")
     damaged = next(path for path in fetched.paths if path.name == "test-00000-of-00001.parquet").resolve()
     data = bytearray(damaged.read_bytes())

@@ -7,25 +7,21 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.settings import setting, to_plain
-from nanochat_pl.data.cache_folder import fingerprint_of, known_sha256
-from nanochat_pl.data.file_formats import reading
-from nanochat_pl.data.hub_files import key_of_cache, typed_keys
-from nanochat_pl.data.tables import TABLE_SUFFIXES, Row, Rows
+from nanochat_pl.data.cache_folder import fingerprint_of
+from nanochat_pl.data.tables import Row, Rows
 from nanochat_pl.tasks.base import Split, Task, TaskSettings
 from nanochat_pl.tasks.context import TaskContext
-from nanochat_pl.tasks.hub_sets import HubSet, SetFile, files_of_set, files_on_disk, require_all
+from nanochat_pl.tasks.table_files import table_files
 
 # Conversations that a fingerprint looks at: enough to see a change of their form.
 _FIRST = 16
 _MOST_CHOICES = 26
-_PART_OF = re.compile(r"-\d+-of-(\d+)")
 
 
 @dataclass(frozen=True)
@@ -41,9 +37,13 @@ class TableSettings(TaskSettings):
     train_split: str = setting("train", "Split of repo that is trained on.")
     test_split: str = setting("test", "Split of repo that is held out.")
     path: str | None = setting(
-        None, "Files to train on instead: file, folder or glob; parquet or JSON lines with the columns of repo."
+        None,
+        "Files instead: file, folder or glob; parquet or JSON lines with the columns of repo. Those that are named for "
+        "test_split are held out.",
     )
-    test_path: str | None = setting(None, "Files to hold out instead.")
+    test_path: str | None = setting(
+        None, "Files to hold out instead: of a folder or glob those named for it, else all."
+    )
     order_seed: int | None = setting(
         42,
         "Seed of the order of the rows, in which start, size and test_size count; null: that of the files.",
@@ -58,7 +58,7 @@ class TableSettings(TaskSettings):
         for key in ("config", "train_split", "test_split"):
             if not re.fullmatch(r"[\w-][\w.-]*", getattr(self, key)):
                 problems.append(f"{key}={getattr(self, key)!r}: is no name of a part of a data set.")
-        if self.train_split == self.test_split and self.path is None and self.test_path is None:
+        if self.train_split == self.test_split and None in (self.path, self.test_path):
             problems.append(f"test_split={self.test_split!r}: is trained on, as train_split says.")
         if problems:
             raise UserError(problems)
@@ -67,15 +67,6 @@ class TableSettings(TaskSettings):
     def files(self) -> str:
         """Glob for the files of ``repo``: all splits of ``config``."""
         return f"{self.config}/*.parquet"
-
-
-@dataclass(frozen=True)
-class TableFile:
-    """A file of rows, with a hash of its contents."""
-
-    name: str
-    path: Path
-    sha256: str
 
 
 class TableTask(Task):
@@ -104,7 +95,7 @@ class TableTask(Task):
         """
         self.settings = settings
         self.where = f"{context.where}.{name}"
-        self.files = _files(name, self.where, settings, split, context)
+        self.files = table_files(name, self.where, settings, split, context)
         self._rows = Rows([file.path for file in self.files], self.columns)
         chosen = self.select(self._rows)
         order: Sequence[int] = range(len(chosen))
@@ -160,59 +151,3 @@ class TableTask(Task):
         general = {field.name for field in dataclasses.fields(TableSettings)}
         own = {key: value for key, value in to_plain(self.settings).items() if key not in general}
         return fingerprint_of("table 1", self.name, self.split, files, own, self._order, first)
-
-
-def _files(name: str, where: str, settings: TableSettings, split: Split, context: TaskContext) -> list[TableFile]:
-    """The files of a split: given ones, else those of the mirror or downloaded ones."""
-    key, other = ("path", "test_path") if split == "train" else ("test_path", "path")
-    if getattr(settings, key) is not None:
-        files = _given(where, key, settings, context)
-        if getattr(settings, other) is not None:
-            _refuse_shared(where, files, _given(where, other, settings, context))
-        return files
-    table = settings.train_split if split == "train" else settings.test_split
-    wanted = HubSet(settings.repo, settings.revision, f"{settings.config}/{table}-*.parquet")
-    fix = how_to_fetch(name, settings, context)
-    found = files_of_set(where, wanted, TABLE_SUFFIXES, context, fix)
-    require_all(where, found, wanted, context, fix)
-    if (part := _PART_OF.search(found[0].name)) and int(part[1]) != len(found):
-        raise UserError(
-            f"{where}: {len(found):,} of the {int(part[1]):,} files {wanted.files} of {wanted.repo} are here.",
-            "Copy the others, too.",
-        )
-    return [_with_hash(file, f"It is not what {settings.repo} has. {fix}") for file in found]
-
-
-def _given(where: str, key: str, settings: TableSettings, context: TaskContext) -> list[TableFile]:
-    found = files_on_disk(f"{where}.{key}", getattr(settings, key), TABLE_SUFFIXES, context.cache_dir)
-    return [_with_hash(file) for file in found]
-
-
-def _with_hash(file: SetFile, fix: str = "") -> TableFile:
-    assert file.path is not None, "files that are not here have been refused"
-    with reading(file.path):
-        sha256 = known_sha256(file.path, file.memo, file.at_rest)
-    if file.sha256 not in (None, sha256):
-        raise UserError(f"{file.path}: is damaged.", fix)
-    return TableFile(file.name, file.path, sha256)
-
-
-def how_to_fetch(name: str, settings: TableSettings, context: TaskContext) -> str:
-    """The command that fetches a task's table."""
-    default = type(settings)()
-    keys = {"task": name}
-    for key in ("repo", "revision", "config"):
-        if getattr(settings, key) != getattr(default, key):
-            keys[key] = str(getattr(settings, key))
-    return f"Fetch it: nanochat-pl download {typed_keys(keys | key_of_cache(context.cache_dir))}"
-
-
-def _refuse_shared(where: str, files: Sequence[TableFile], others: Sequence[TableFile]) -> None:
-    contents = {file.sha256: file for file in others}
-    for file in files:
-        if file.sha256 in contents:
-            raise UserError(
-                f"{where}: {file.path} and {contents[file.sha256].path} have the same contents; one is trained on, the "
-                "other held out.",
-                f"Leave it to one of {where}.path and {where}.test_path.",
-            )
