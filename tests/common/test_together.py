@@ -102,3 +102,25 @@ def test_one_process_is_a_plain_call() -> None:
     with pytest.raises(UserError) as raised:
         together.agreed(lambda: refuse("no"))
     assert not isinstance(raised.value, SharedError)
+
+
+def any_failure_is_shared(failing: int) -> str:
+    def fail() -> None:
+        if distributed.rank() == failing:
+            raise ZeroDivisionError("of nothing")
+
+    try:
+        with together.failures_agreed():
+            together.agreed(fail)
+    except UserError as error:
+        return error.problems[0]
+    return ""
+
+
+def test_any_failure_may_be_shared() -> None:
+    assert run(2, any_failure_is_shared, 1) == ["process 1: ZeroDivisionError: of nothing"] * 2
+    assert run(1, any_failure_is_shared, 0) == ["ZeroDivisionError: of nothing"]
+    with pytest.raises(ZeroDivisionError):
+        together.agreed(lambda: 1 // 0)
+    with pytest.raises(ZeroDivisionError), together.failures_agreed(but=(ArithmeticError,)):
+        together.agreed(lambda: 1 // 0)

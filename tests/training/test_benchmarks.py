@@ -12,12 +12,14 @@ import pytest
 import torch
 
 from nanochat_pl.cli.main import main
+from nanochat_pl.common import distributed, together
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.evaluation.results import TaskResult, make_result
 from nanochat_pl.model.gpt import GPT
 from nanochat_pl.training.benchmarks import Benchmark, columns_of, measure
 from nanochat_pl.training.stopping import StopRequested
 from tests.museum.tiny import fit_tiny, tiny_model
+from tests.processes import run
 from tests.training.conftest import same_weights, sft_overrides, start_run, tiny_overrides, weights_of
 from tests.training.launch import launch
 
@@ -35,7 +37,7 @@ CHAT = (
 class Examiner:
     """Tasks whose results are given, and a record of when they were asked."""
 
-    def __init__(self, *outcomes: list[float] | Exception, every_steps: int = 2) -> None:
+    def __init__(self, *outcomes: list[float] | BaseException, every_steps: int = 2) -> None:
         self.outcomes = {f"task{number}": outcome for number, outcome in enumerate(outcomes)}
         self.asked: list[str] = []
         self.training: list[bool] = []
@@ -46,10 +48,15 @@ class Examiner:
         self.asked.append(name)
         self.when_asked()
         self.training.append(net.training)
-        outcome = self.outcomes[name]
-        if isinstance(outcome, Exception):
-            raise outcome
+        outcome = together.agreed(lambda: self._outcome(name))
         return make_result(name, [str(number) for number in range(len(outcome))], outcome, baseline=0.5)
+
+    def _outcome(self, name: str) -> list[float]:
+        """What an evaluation finds in its share of the problems."""
+        outcome = self.outcomes[name]
+        if isinstance(outcome, BaseException):
+            raise outcome
+        return outcome
 
 
 def lines(path: Path) -> list[dict[str, str]]:
@@ -67,19 +74,20 @@ def test_figures_of_a_benchmark() -> None:
 
 
 @pytest.mark.parametrize(
-    "error",
+    ("error", "said"),
     [
-        torch.OutOfMemoryError("CUDA out of memory."),
-        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
-        UserError("chat: out of memory."),
+        (torch.OutOfMemoryError("CUDA out of memory."), "OutOfMemoryError: CUDA out of memory."),
+        (UserError("chat: out of memory."), "chat: out of memory."),
+        (FileNotFoundError(2, "No such file or directory", "/gone"), "FileNotFoundError: [Errno 2] No such file"),
+        (RuntimeError("a bug\nof many lines"), "RuntimeError: a bug\n"),
     ],
 )
-def test_what_cannot_be_measured_is_left_out(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_be_measured_is_left_out(error: Exception, said: str, capsys: pytest.CaptureFixture[str]) -> None:
     """The mean of the others would be another figure under the same name."""
     net = GPT(tiny_model()).materialise()
     assert measure(Examiner(error, [1, 0]).benchmark, net) == {"chat/task1": 0.5}
     assert net.training
-    assert "chat: task0 is left out of this measurement:" in capsys.readouterr().out
+    assert f"chat: task0 is left out of this measurement: {said}" in capsys.readouterr().out
 
 
 def test_a_weak_sandbox_is_said_with_the_score(capsys: pytest.CaptureFixture[str]) -> None:
@@ -89,9 +97,48 @@ def test_a_weak_sandbox_is_said_with_the_score(capsys: pytest.CaptureFixture[str
     assert "chat: code: sandbox=weak: no network wall" in capsys.readouterr().out
 
 
-def test_another_error_is_an_error() -> None:
-    with pytest.raises(RuntimeError, match="a bug"):
-        measure(Examiner(RuntimeError("a bug")).benchmark, GPT(tiny_model()).materialise())
+@pytest.mark.parametrize("end", [StopRequested(15, 3), KeyboardInterrupt()])
+def test_a_stop_is_a_stop(end: BaseException) -> None:
+    with pytest.raises(type(end)):
+        measure(Examiner(end).benchmark, GPT(tiny_model()).materialise())
+
+
+def fails_on_one(rank: int) -> dict[str, float]:
+    """Two tasks; of the first one a process fails."""
+
+    def measure_task(name: str, net: GPT) -> TaskResult:
+        if name == "broken" and distributed.rank() == rank:
+            together.agreed(lambda: Path("/gone/at/all").read_text())
+        together.agreed(lambda: None)
+        return make_result(name, ["a", "b"], [0.0, 1.0])
+
+    return measure(Benchmark("chat", 1, ["broken", "whole"], measure_task), GPT(tiny_model()).materialise())
+
+
+def test_a_failure_of_one_process_is_known_to_all() -> None:
+    assert run(2, fails_on_one, 1) == [{"chat/whole": 0.5}] * 2
+
+
+def test_a_judge_that_fails_ends_no_training(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(*given: object) -> bool:
+        raise FileNotFoundError(2, "No such file or directory", "/tmp/gone")
+
+    monkeypatch.setattr("nanochat_pl.tasks.arithmetic.Arithmetic.evaluate", fails)
+    start_run(place, "unjudged", "sft")
+    assert main(["train", "run=unjudged", *sft_overrides(place), *CHAT]) == 0
+    left_out = "chat: arithmetic is left out of this measurement: FileNotFoundError: [Errno 2] No such file"
+    assert capsys.readouterr().out.count(left_out) == 3
+    rows = lines(place / "runs/unjudged/sft/metrics.csv")
+    assert rows[-1]["chat/identity"] and not any(row["chat/arithmetic"] + row["chat/mean"] for row in rows)
+
+
+def test_there_is_a_resume_file_before_a_benchmark_is_measured(tmp_path: Path) -> None:
+    examiner, found = Examiner([1.0]), list[str]()
+    examiner.when_asked = lambda: found.append(max(path.name for path in (tmp_path / "checkpoints").iterdir()))
+    fit_tiny(tmp_path, num_steps=5, checkpoint_every_steps=100, benchmarks=[examiner.benchmark])
+    assert found == ["step=000002.ckpt", "step=000004.ckpt"]
 
 
 def test_it_is_measured_every_so_many_steps_and_not_at_the_last(tmp_path: Path) -> None:

@@ -6,9 +6,10 @@ With one process each of these is a plain call. A :class:`UserError` on one proc
 
 from __future__ import annotations
 
+import contextlib
 import json
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -18,6 +19,8 @@ from nanochat_pl.common.errors import SharedError, UserError
 from nanochat_pl.common.place import launched_place, name_launch
 
 T = TypeVar("T")
+# Exceptions that are passed on as they are while failures are agreed on; None: they are not.
+_passed_on: tuple[type[BaseException], ...] | None = None
 
 
 def begin() -> None:
@@ -45,12 +48,34 @@ def agreed(function: Callable[[], T]) -> T:
         if distributed.world_size() == 1:
             raise
         error = raised
+    except Exception as raised:
+        if _passed_on is None or isinstance(raised, _passed_on):
+            raise
+        error = UserError(f"{type(raised).__name__}: {raised}".partition("\n")[0])
+        if distributed.world_size() == 1:
+            raise error from raised
     told = "" if error is None else json.dumps({"problems": error.problems, "fix": error.fix})
     for rank, text in enumerate(distributed.from_all(told)):
         if text:
             problems, fix = json.loads(text).values()
             raise SharedError([f"process {rank}: {line}" if rank else line for line in problems], fix) from error
     return result  # type: ignore[return-value]
+
+
+@contextlib.contextmanager
+def failures_agreed(but: tuple[type[BaseException], ...] = ()) -> Iterator[None]:
+    """Inside, :func:`agreed` takes any exception for a problem that a person can put right: for work that may be left
+    undone, whatever it fails of.
+
+    Args:
+        but: exceptions that stay what they are.
+    """
+    global _passed_on
+    before, _passed_on = _passed_on, but
+    try:
+        yield
+    finally:
+        _passed_on = before
 
 
 def by_main(function: Callable[[], Any]) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, Trainer
 
+from nanochat_pl.common import together
 from nanochat_pl.common.console import say
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.data.eval_bundle import bundle_in_cache
@@ -24,8 +25,9 @@ from nanochat_pl.tasks.mixture import build_tasks
 from nanochat_pl.tokenizer import Tokenizer
 from nanochat_pl.training.evaluation import Voice
 from nanochat_pl.training.metrics import StepClock, log_everywhere
-from nanochat_pl.training.out_of_memory import release_memory, runs_out_of_memory
+from nanochat_pl.training.out_of_memory import release_memory
 from nanochat_pl.training.settings import EvaluationSettings, StageSettings
+from nanochat_pl.training.stopping import StopRequested
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,8 @@ class Benchmark:
         name: stands before the figures' names: ``core/arc_easy``.
         every_steps: steps between two measurements; 0: only at the end of the stage.
         tasks: their names.
-        measure_task: measures one of them, on all processes.
+        measure_task: measures one of them, on all processes. Where that may fail on one of them, it is within
+            :func:`together.agreed`.
     """
 
     name: str
@@ -98,7 +101,7 @@ def columns_of(benchmarks: Sequence[Benchmark]) -> list[str]:
 def measure(benchmark: Benchmark, net: GPT, between: Callable[[], None] = lambda: None) -> dict[str, float]:
     """Accuracy of each task; mean and standard error of the centered accuracies, where every task could be measured.
 
-    A task that cannot be measured (memory runs out, say) is left out with a word: no reason to end a training.
+    A task that cannot be measured is left out with a word, whatever it fails of: no reason to end a training.
 
     Args:
         net: the model; it is in training mode again afterwards.
@@ -124,20 +127,14 @@ def measure(benchmark: Benchmark, net: GPT, between: Callable[[], None] = lambda
 
 def _measure_task(benchmark: Benchmark, task: str, net: GPT) -> list[TaskResult]:
     """The result of a task, or none."""
-    found: list[TaskResult] = []
-    why = "out of memory"
-
-    def work() -> None:
-        found.append(benchmark.measure_task(task, net))
-
     try:
-        ran_out = runs_out_of_memory(work)
+        with together.failures_agreed(but=(StopRequested,)):
+            return [benchmark.measure_task(task, net)]
     except UserError as error:  # all processes raise it
-        ran_out, why = True, error.problems[0]
-    if ran_out:
-        release_memory(net.device)
-        say(f"{benchmark.name}: {task} is left out of this measurement: {why}")
-    return found
+        why = error.problems[0]
+    release_memory(net.device)  # the exception is gone, with the tensors that it would keep
+    say(f"{benchmark.name}: {task} is left out of this measurement: {why}")
+    return []
 
 
 class PeriodicBenchmarks(Callback):
@@ -147,10 +144,17 @@ class PeriodicBenchmarks(Callback):
         benchmarks: which.
         clock: stands still meanwhile.
         check_stop: called before each task; ends the training where that was asked for.
+        save: writes the resume file of the step, where it is not there: what follows may fail or take long.
     """
 
-    def __init__(self, benchmarks: Sequence[Benchmark], clock: StepClock, check_stop: Callable[[], None]) -> None:
-        self.benchmarks, self.clock, self.check_stop = benchmarks, clock, check_stop
+    def __init__(
+        self,
+        benchmarks: Sequence[Benchmark],
+        clock: StepClock,
+        check_stop: Callable[[], None],
+        save: Callable[[Trainer], None],
+    ) -> None:
+        self.benchmarks, self.clock, self.check_stop, self.save = benchmarks, clock, check_stop, save
         self._measured: dict[str, int] = {}
 
     def state_dict(self) -> dict[str, Any]:
@@ -177,6 +181,7 @@ class PeriodicBenchmarks(Callback):
             if not every or step % every or self._measured.get(benchmark.name) == step:
                 continue
             with self.clock.paused():
+                self.save(trainer)
                 figures = measure(benchmark, net, self.check_stop)
                 trainer.callback_metrics.update({name: torch.tensor(value) for name, value in figures.items()})
                 log_everywhere(trainer, figures)

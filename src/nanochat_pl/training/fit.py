@@ -105,7 +105,7 @@ def fit(stage: TrainingStage, data: RowsDataModule, fitting: Fitting) -> Fitted:
         clock,
         stop.check,
     )
-    benchmarks = PeriodicBenchmarks(fitting.benchmarks, clock, stop.check)
+    benchmarks = PeriodicBenchmarks(fitting.benchmarks, clock, stop.check, resume_files.save)
     garbage = GarbageCollection(clock)
     # The order matters: figures first, then the file that holds them, then what may fail or take long.
     looking_on = [TrainingProgress(fitting.name, metrics), spikes]
