@@ -52,6 +52,9 @@ def test_it_is_categorical_and_guessing_counts(tmp_path: Path) -> None:
         (question(choices={"text": ["a", None], "label": ["A", "B"]}), "choices.text is no list of texts"),
         (question(choices=["a", "b"]), "choices.text is no list of texts"),
         (question(answerKey=None), "answerKey is NoneType, not text"),
+        (question(choices={"text": ["a", "b"], "label": ["(A)", "B"]}), r"the label '\(A\)' is not one letter"),
+        (question("AÄ"), "the label 'Ä' is not one letter, A … Z, or digit"),
+        (question("A "), "the label ' ' is not one letter, A … Z, or digit"),
     ],
 )
 def test_rows_that_are_no_questions_are_named(row: dict[str, Any], said: str, tmp_path: Path) -> None:
@@ -80,3 +83,12 @@ SIZES = {
     ("arc_challenge", "train"): 1119,
     ("arc_challenge", "test"): 1172,
 }
+
+
+def test_labels_of_every_row_are_looked_at(tmp_path: Path) -> None:
+    rows = [question(), question("1234", "2"), question(choices={"text": ["a", "b"], "label": ["10", "B"]})]
+    path = write_table(tmp_path / "own.parquet", rows)
+    task = opened("arc_easy", "test", tmp_path, test_path=path, order_seed=None)
+    assert task[0] and task[1]
+    with pytest.raises(UserError, match=r"own.parquet, row 2: the label '10' is not one letter"):
+        task[2]

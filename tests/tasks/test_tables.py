@@ -272,6 +272,26 @@ def test_a_text_that_is_not_utf_8(tmp_path: Path) -> None:
         task[1]
 
 
+@pytest.mark.parametrize(
+    ("name", "row", "said"),
+    [
+        ("gsm8k", problem(1) | {"question": "a \ud800"}, "question"),
+        ("mmlu", {"question": "a", "subject": "b", "choices": ["\udc00", "c"], "answer": 0}, "choices"),
+        (
+            "arc_easy",
+            {"question": "a\ud83d", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "A"},
+            "qu",
+        ),
+    ],
+)
+def test_half_of_a_surrogate_pair(name: str, row: dict[str, Any], said: str, tmp_path: Path) -> None:
+    """It went through a whole measurement and ended it with a traceback."""
+    path = tmp_path / "own.jsonl"
+    path.write_text(json.dumps(row) + "\n", encoding="utf-8")
+    with pytest.raises(UserError, match=rf"tasks.{name}: own.jsonl, row 0: {said}.* holds half of a surrogate pair"):
+        opened(name, "test", tmp_path, test_path=path)[0]
+
+
 @pytest.mark.parametrize("key", ["repo", "config", "train_split", "test_split"])
 def test_names_stay_names(key: str) -> None:
     for value in ("", "../..", "a/../b", "*"):

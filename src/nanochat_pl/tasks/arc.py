@@ -5,6 +5,7 @@ Source: Clark et al. 2018, Think you have Solved Question Answering? Try ARC, ar
 
 from __future__ import annotations
 
+import string
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,6 +15,8 @@ from nanochat_pl.tasks.context import TaskContext
 from nanochat_pl.tasks.multiple_choice import MultipleChoice, choice_conversation
 from nanochat_pl.tasks.registry import task
 from nanochat_pl.tasks.tables import TableSettings, TableTask
+
+_LABELS = frozenset(string.ascii_letters + string.digits)
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,9 @@ class ARCEasy(TableTask, MultipleChoice):
         choices, letters = (self.texts(index, f"choices.{key}", given.get(key)) for key in ("text", "label"))
         if len(choices) != len(letters) or len(set(letters)) != len(letters):
             raise self.bad_row(index, f"{len(choices)} choices have the labels {', '.join(letters)}.")
+        # An answer is chosen by the logit of its label: it has to be one token, as these are of any tokenizer.
+        if odd := [letter for letter in letters if letter not in _LABELS]:
+            raise self.bad_row(index, f"the label {odd[0]!r} is not one letter, A … Z, or digit.")
         if answer not in letters:
             raise self.bad_row(index, f"answerKey is {answer!r}, none of {', '.join(letters)}.")
         return choice_conversation(self.text(index, "question"), letters, choices, answer)

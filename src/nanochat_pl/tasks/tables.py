@@ -129,10 +129,11 @@ class TableTask(Task):
         return UserError(f"{self.where}: {self.origin(index)}: {problem}", "Mend the row, or leave it out of the file.")
 
     def text(self, index: int, column: str) -> str:
-        """The text in a column of a conversation's row. Raises UserError where it is none."""
+        """The text in a column of a conversation's row. Raises UserError where it is none, or no Unicode."""
         value = self.row(index)[column]
         if not isinstance(value, str):
             raise self.bad_row(index, f"{column} is {type(value).__name__}, not text.")
+        self._require_unicode(index, column, value)
         return value
 
     def texts(self, index: int, what: str, values: object) -> list[str]:
@@ -141,7 +142,15 @@ class TableTask(Task):
             raise self.bad_row(index, f"{what} is no list of texts.")
         if not 2 <= len(values) <= _MOST_CHOICES:
             raise self.bad_row(index, f"{what} has {len(values):,} entries, not 2 … {_MOST_CHOICES}.")
+        self._require_unicode(index, what, " ".join(values))
         return values
+
+    def _require_unicode(self, index: int, what: str, text: str) -> None:
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            problem = f"{what} holds half of a surrogate pair, which is no character."
+            raise self.bad_row(index, problem) from error
 
     @cached_property
     def fingerprint(self) -> str:
