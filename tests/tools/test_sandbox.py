@@ -156,6 +156,30 @@ def test_an_error_of_the_programs_is_one_of_the_tests(strict: Sandbox) -> None:
     assert not strict.check("def f(x):\n    raise KeyError('other')\n", "f", tests).passed
 
 
+@pytest.mark.parametrize("source", ["program", "tests", "trusted"])
+def test_annotations_are_evaluated_as_python_does(strict: Sandbox, source: str) -> None:
+    """Ours have a future import, which what they compile must not inherit."""
+    code = {"program": SQUARE, "tests": TESTS, "trusted": ""}
+    code[source] += "\ndef g(x: Missing) -> None:\n    pass\n"
+    outcome = strict.check(code["program"], "f", code["tests"], code["trusted"])
+    assert outcome.reason == "error" and "NameError: name 'Missing' is not defined" in outcome.message
+    assert "NameError" in strict.run(code["program"]).message or source != "program"
+
+
+def test_an_exception_arrives_as_the_builtin_one_that_it_is(strict: Sandbox) -> None:
+    tests = "def check(f):\n    try:\n        f(1)\n    except {}:\n        return\n    assert False\n"
+    own = "class Own(ValueError):\n    pass\n\ndef f(x):\n    {}\n"
+    for line, kind in (
+        ("raise Own('x')", "ValueError"),
+        ("raise type('Own', (Exception,), {})", "Exception"),
+        ("import json; json.loads('[')", "ValueError"),
+        ("b'\\xff'.decode()", "UnicodeError"),  # UnicodeDecodeError itself wants five arguments
+    ):
+        assert strict.check(own.replace("{}", line, 1), "f", tests.format(kind)).passed, line
+        outcome = strict.check(own.replace("{}", line, 1), "f", tests.format("(RuntimeError, KeyError)"))
+        assert outcome.reason == "error" and outcome.message.startswith("the program raised "), outcome
+
+
 def test_an_exception_does_not_end_a_loop_of_the_tests(strict: Sandbox) -> None:
     tests = "def check(f):\n    for answer in map(f, [1, 2]):\n        assert answer == 3\n"
     assert strict.check("def f(x):\n    raise StopIteration\n", "f", tests).reason == "error"

@@ -7,6 +7,7 @@ the tests and gives the verdict.
 from __future__ import annotations
 
 import builtins
+import contextlib
 import os
 import sys
 import traceback
@@ -36,11 +37,16 @@ def say(error: BaseException) -> str:
         return "an exception that cannot be printed"
 
 
+def _compiled(source: str, name: str) -> types.CodeType:
+    """As a file of its own: without the future import of this one."""
+    return compile(source, name, "exec", dont_inherit=True)
+
+
 def run_program(source: str) -> None:
     """Run foreign code as Python runs a script, and end this process with its exit code."""
     code = 1
     try:
-        exec(compile(source, "program.py", "exec"), _new_main())
+        exec(_compiled(source, "program.py"), _new_main())
         code = 0
     except SystemExit as leave:
         code = leave.code if type(leave.code) is int else int(leave.code is not None)
@@ -71,15 +77,14 @@ def answer_calls(source: str, entry_point: str, calls: int, answers: int) -> Non
     try:
         names = _new_main("solution")
         try:
-            exec(compile(source, "program.py", "exec"), names)
+            exec(_compiled(source, "program.py"), names)
             function = names[entry_point]
         except KeyError as error:
-            missing = entry_point not in names
-            text = f"NameError: there is no {entry_point}" if missing else say(error)
-            values.send(answers, {"raised": ["NameError" if missing else "KeyError", text]})
+            missing = {"raised": ["NameError", f"NameError: there is no {entry_point}"]}
+            values.send(answers, _raised(error) if entry_point in names else missing)
             return
         except BaseException as error:
-            values.send(answers, {"raised": [type(error).__name__, say(error)]})
+            values.send(answers, _raised(error))
             return
         values.send(answers, {"value": LOADED})
         while True:
@@ -87,12 +92,18 @@ def answer_calls(source: str, entry_point: str, calls: int, answers: int) -> Non
             try:
                 values.send(answers, {"value": cast(Any, function)(*arguments, **keywords)})
             except BaseException as error:
-                values.send(answers, {"raised": [type(error).__name__, say(error)]})
+                values.send(answers, _raised(error))
     except BaseException:
         pass
     finally:
         _flush()
         os._exit(0)
+
+
+def _raised(error: BaseException) -> dict[str, object]:
+    """An exception as it is sent: the builtin one that it is a kind of, and one line."""
+    name = next(kind.__name__ for kind in type(error).__mro__ if getattr(builtins, kind.__name__, None) is kind)
+    return {"raised": [name, say(error)]}
 
 
 class Candidate:
@@ -134,10 +145,11 @@ class Candidate:
         except (values.Broken, KeyError, ValueError, TypeError) as error:
             self.gone = str(error)
             raise _Gone from None
-        try:
-            self.raised = kind(text)
-        except TypeError:  # one that wants other arguments
-            self.raised = RuntimeError(text)
+        for base in kind.__mro__:
+            with contextlib.suppress(TypeError):  # it wants other arguments
+                self.raised = base(text)
+                break
+        assert self.raised is not None
         raise self.raised
 
 
@@ -148,9 +160,9 @@ def judge(job: dict[str, str], calls: int, answers: int) -> dict[str, str]:
         if candidate.listen() != LOADED:
             return {"reason": "error", "message": "the program spoke first"}
         names = _new_main("tests")
-        exec(compile(job["trusted"], "trusted.py", "exec"), names)
+        exec(_compiled(job["trusted"], "trusted.py"), names)
         names[job["entry_point"]] = candidate
-        exec(compile(job["tests"], "tests.py", "exec"), names)
+        exec(_compiled(job["tests"], "tests.py"), names)
         cast(Any, names["check"])(candidate)
         passed, error = candidate.gone is None, None
     except BaseException as caught:
