@@ -332,6 +332,24 @@ def test_the_answers_of_a_task_of_choices_are_those_of_plain_forwards(bundle, fo
         assert outcome == (nats.index(max(nats)) == row["right"])
 
 
+@pytest.mark.parametrize(
+    ("file", "num_fewshot", "changes"), [("capitals", 0, True), ("shots", 2, True), ("shots", 0, False)]
+)
+def test_other_data_under_the_same_names_are_other_problems(folder, file, num_fewshot, changes):
+    """Their number alone was looked at, so the figures of other problems were taken for those of these."""
+
+    def fingerprint() -> str:
+        settings = HarnessSettings(tasks=["capitals"], include_path=str(folder), num_fewshot=num_fewshot)
+        return open_harness(settings).fingerprint("capitals")
+
+    before, path = fingerprint(), folder / f"{file}.jsonl"
+    assert fingerprint() == before
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    rows[-1]["country"] += "ia"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    assert (fingerprint() != before) == changes
+
+
 def test_another_metric_may_count(bundle, folder):
     settings = HarnessSettings(tasks=["capitals"], include_path=str(folder), metric="acc_norm")
     [result] = evaluate_harness(bundle, settings)

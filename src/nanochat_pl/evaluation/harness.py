@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import json
 import logging
 import random
@@ -77,9 +78,9 @@ class HarnessTasks:
         """Changes where the figures of a task may change for another reason than the model."""
         asked = {key: value for key, value in to_plain(self._settings).items() if key not in ("tasks", "download")}
         config = {key: value for key, value in self._tasks[name].dump_config().items() if key != "metadata"}
-        return fingerprint_of(
-            json.dumps([asked, _version(), config, len(self._tasks[name].eval_docs)], sort_keys=True, default=str)
-        )
+        facts = json.dumps([asked, _version(), config], sort_keys=True, default=str)
+        with _by_itself(self._settings.download):
+            return fingerprint_of("harness 2", facts, _hash_of_documents(name, self._tasks[name]))
 
     def evaluate(
         self,
@@ -248,6 +249,20 @@ def _specs(manager: TaskManager, name: str, hub: Path | None) -> list[Any]:
         return [name]
     local = {"dataset_path": "parquet", "dataset_name": None, "dataset_kwargs": {"data_files": splits}}
     return [{**load_yaml(path), **local}]
+
+
+def _hash_of_documents(name: str, task: Task) -> str:
+    """Of the problems, and of the solved examples that are drawn from: files may change and keep their names."""
+    digest = hashlib.sha256()
+    try:
+        for documents in (task.eval_docs, task.fewshot_docs() if task.config.num_fewshot else ()):
+            digest.update(f"{len(documents)}\n".encode())
+            for document in documents:
+                digest.update(json.dumps(document, sort_keys=True, default=str).encode() + b"\n")
+    except _trouble() as error:
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"harness.tasks: {name}: its data cannot be read: {said[:500]}") from error
+    return digest.hexdigest()
 
 
 def _check(name: str, task: Task) -> None:
