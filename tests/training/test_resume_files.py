@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import json
 import os
 import random
@@ -132,14 +133,14 @@ def test_every_resume_file_is_plain_data(place: Path) -> None:
 
 def test_a_torn_line_of_figures_is_no_other_step(tmp_path: Path) -> None:
     """Of 12,4.5,… there was 1: a second row of step 1."""
-    csv = MetricsCSV(tmp_path / "metrics.csv")
-    csv.rewind(0)
+    first = MetricsCSV(tmp_path / "metrics.csv")
+    first.rewind(0)
     for step in range(1, 12):
-        csv.log_metrics({"train/loss": 4.5}, step)
-    csv.save()
-    whole = csv.path.read_text(encoding="utf-8")
-    csv.path.write_text(f"{whole}1", encoding="utf-8")
-    again = MetricsCSV(csv.path)
+        first.log_metrics({"train/loss": 4.5}, step)
+    first.save()
+    whole = first.path.read_text(encoding="utf-8")
+    first.path.write_text(f"{whole}1", encoding="utf-8")
+    again = MetricsCSV(first.path)
     again.rewind(11)
     again.save()
     assert again.path.read_text(encoding="utf-8") == whole
@@ -147,19 +148,37 @@ def test_a_torn_line_of_figures_is_no_other_step(tmp_path: Path) -> None:
 
 def test_figures_of_the_last_step_outlive_a_kill_right_after_the_start(tmp_path: Path) -> None:
     """They were taken out of the file, to be written again with those of the validation."""
-    csv = MetricsCSV(tmp_path / "metrics.csv", sources=["wíki"])  # bytes and letters are not the same
-    csv.rewind(0)
+    first = MetricsCSV(tmp_path / "metrics.csv", sources=["wíki"])  # bytes and letters are not the same
+    first.rewind(0)
     for step in range(1, 4):
-        csv.log_metrics({"train/loss": 4.5}, step)
-    csv.save()
-    again = MetricsCSV(csv.path, sources=["wíki"])
+        first.log_metrics({"train/loss": 4.5}, step)
+    first.save()
+    again = MetricsCSV(first.path, sources=["wíki"])
     assert again.rewind(2) == {"train/loss": 4.5}
-    rewound = csv.path.read_text(encoding="utf-8")
+    rewound = first.path.read_text(encoding="utf-8")
     assert rewound.count("\n") == 3 and "\n2,4.5," in rewound
     again.log_metrics({"val/bpb": 1.5}, 2)
     again.save()
-    whole = csv.path.read_text(encoding="utf-8")
+    whole = first.path.read_text(encoding="utf-8")
     assert whole.count("\n") == 3 and "\n2,4.5," in whole and ",1.5," in whole
+
+
+def test_figures_of_what_is_measured_no_longer_stay(tmp_path: Path) -> None:
+    first = MetricsCSV(tmp_path / "metrics.csv", further=["core/copa", "core/mean"])
+    first.rewind(0)
+    for step in (1, 2, 3):
+        first.log_metrics({"train/loss": 1.5, **({"core/copa": 0.25} if step < 3 else {"core/mean": 0.5})}, step=step)
+    first.save()
+    again = MetricsCSV(first.path, further=["chat/mean"])
+    again.rewind(2)
+    again.log_metrics({"chat/mean": 0.75}, step=2)
+    again.log_metrics({"train/loss": 1.0}, step=3)
+    again.save()
+    with first.path.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    names = ("step", "core/copa", "chat/mean")
+    assert [[row[name] for name in names] for row in rows] == [["1", "0.25", ""], ["2", "0.25", "0.75"], ["3", "", ""]]
+    assert "core/mean" not in rows[0], "of a step that is made again"
 
 
 @pytest.fixture

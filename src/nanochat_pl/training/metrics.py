@@ -93,7 +93,8 @@ class MetricsCSV(Logger):
     def rewind(self, step: int) -> dict[str, float]:
         """Drop what a run that was stopped wrote after ``step``, or begin the file.
 
-        The row of ``step`` itself stays open: its validation may be still to come.
+        Figures of what is measured no longer keep their columns, behind the others. The row of ``step`` itself stays
+        open: its validation may be still to come.
 
         Returns:
             the training's figures of ``step``, empty where none were written.
@@ -103,6 +104,8 @@ class MetricsCSV(Logger):
             lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
             rows = csv.DictReader(line for line in lines if line.endswith("\n"))  # the last one may be torn
             kept = [row for row in rows if (row["step"] or "").isdigit() and int(row["step"]) <= step]
+        figures = dict.fromkeys(name for row in kept for name, value in row.items() if name and value)
+        self.columns += tuple(name for name in figures if name not in self.columns)
         text = io.StringIO()
         writer = csv.DictWriter(text, self.columns, extrasaction="ignore", restval="", lineterminator="\n")
         writer.writeheader()
