@@ -12,8 +12,9 @@ import pytest
 
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.settings import build
-from nanochat_pl.tasks.base import reference_of, text_of
+from nanochat_pl.tasks.base import Split, reference_of, text_of
 from nanochat_pl.tasks.context import TaskContext
+from nanochat_pl.tasks.documentation import Documentation, DocumentationSettings
 from nanochat_pl.tasks.documentation_choice import DocumentationChoice, DocumentationChoiceSettings
 from nanochat_pl.tasks.multiple_choice import choice_conversation, render_choices
 from nanochat_pl.tasks.simple_spelling import SimpleSpelling, SimpleSpellingSettings
@@ -21,6 +22,8 @@ from nanochat_pl.tasks.spelling_bee import _QUESTIONS as QUESTIONS
 from nanochat_pl.tasks.spelling_bee import SpellingBee, SpellingBeeSettings
 from nanochat_pl.tasks.words import words_of
 from tests.tasks.test_tasks import MORE_FUNCTIONS, WORDS, make, question
+
+SPLITS: tuple[Split, Split] = ("train", "test")
 
 
 def test_spelling_bee_spells_counts_and_checks() -> None:
@@ -185,5 +188,10 @@ def test_functions_of_the_test_part_of_documentation_choice_are_not_in_training(
 
     train, test = named("train"), named("test")
     assert len(test[0]) > 30 and not train[0] & test[0] and not train[1] & test[1]
+    documentation = [Documentation(DocumentationSettings(functions=9_999), split, MORE_FUNCTIONS) for split in SPLITS]
+    for task in documentation:  # it taught a third of them
+        text = "\n".join(f"{question(c)} {reference_of(c)}" for c in task)
+        assert text and not test[0] & set(re.findall(r"function_\d+", text))
+        assert not test[1] & set(re.findall(r"the number \d+ of", text))
     with pytest.raises(UserError, match="there are not 4 functions for its test part"):
         DocumentationChoice(DocumentationChoiceSettings(), "test", MORE_FUNCTIONS[:10])

@@ -19,6 +19,7 @@ from nanochat_pl.tasks.base import (
     TaskSettings,
     conversation_of,
     generator,
+    is_held_out,
     limits,
     text_of,
 )
@@ -62,7 +63,8 @@ class Documentation(Task):
     """``What does `statistics.median` do?`` Right is the summary line, to the letter.
 
     Training and test part ask about the same functions; the wordings of the test part do not occur in training. It
-    measures what was memorised and is found again behind another question.
+    measures what was memorised and is found again behind another question. Functions whose summary line is held out, as
+    documentation_choice does, are in neither part.
     """
 
     def __init__(self, settings: DocumentationSettings, split: Split, functions: Sequence[tuple[str, str]]) -> None:
@@ -72,7 +74,7 @@ class Documentation(Task):
             split: which wordings.
             functions: (qualified name, summary line), see :func:`documented_functions`.
         """
-        chosen = sorted(functions)
+        chosen = sorted(pair for pair in functions if not summary_held_out(pair[1]))
         generator("documentation").shuffle(chosen)
         self.functions = chosen[: settings.functions]
         all_questions = len(self.functions) * len(_QUESTIONS["train"])
@@ -93,6 +95,11 @@ class Documentation(Task):
 
     def evaluate(self, conversation: Conversation, answer: Content) -> bool:
         return text_of(answer).strip() == conversation["messages"][-1]["content"]
+
+
+def summary_held_out(summary: str) -> bool:
+    """Whether no task trains on a function's summary line."""
+    return is_held_out("summary", summary)
 
 
 def documented_functions(docstrings: Iterable[Docstring], max_chars: int) -> list[tuple[str, str]]:

@@ -8,9 +8,9 @@ from random import Random
 
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.settings import setting
-from nanochat_pl.tasks.base import Conversation, Split, TaskSettings, generator, is_held_out, limits
+from nanochat_pl.tasks.base import Conversation, Split, TaskSettings, generator, limits
 from nanochat_pl.tasks.context import TaskContext
-from nanochat_pl.tasks.documentation import documented_functions
+from nanochat_pl.tasks.documentation import documented_functions, summary_held_out
 from nanochat_pl.tasks.multiple_choice import MultipleChoice, choice_conversation
 from nanochat_pl.tasks.registry import task
 
@@ -42,7 +42,7 @@ class DocumentationChoice(MultipleChoice):
     """Four choices, one of them right.
 
     Held out are summary lines with the functions they belong to: in training they are neither asked about nor among
-    the choices, and in the test part the wrong choices are held out too.
+    the choices, and in the test part the wrong choices are held out too. The task ``documentation`` leaves them out.
     """
 
     baseline = 1 / len(_LETTERS)
@@ -59,7 +59,7 @@ class DocumentationChoice(MultipleChoice):
         Raises:
             UserError: there are too few functions for four choices.
         """
-        self.functions = sorted(pair for pair in functions if is_held_out("summary", pair[1]) == (split == "test"))
+        self.functions = sorted(pair for pair in functions if summary_held_out(pair[1]) == (split == "test"))
         generator("documentation_choice", split).shuffle(self.functions)
         if len({summary for _, summary in self.functions}) < len(_LETTERS):
             raise UserError(
