@@ -2,7 +2,8 @@
 
 Each defines ``f``, whose tests ask for ``f(3) == 9``. An attack that is tried and refused gives 0, one that gets
 through gives 9: so a program passes only where its attack does. CANARY is a folder with ``secret.txt``, which holds
-SECRET; PORT a listener on this machine and SOCKET one in the file system; VICTIM the number of a process of the same
+SECRET; PORT a listener on this machine, SOCKET one in the file system and DATAGRAMS one there that takes messages of
+anybody; VICTIM the number of a process of the same
 user that has SECRET in its environment.
 """
 
@@ -309,6 +310,17 @@ HOSTILE = (
                 continue
         """,
     ),
+    _attack(
+        "messages without connecting",
+        """
+        import socket
+        for kind in (socket.SOCK_DGRAM, socket.SOCK_RAW, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC):
+            try:
+                return socket.socketpair(socket.AF_UNIX, kind)[0].sendto(b"SECRET", "DATAGRAMS") > 0
+            except OSError:
+                continue
+        """,
+    ),
     # The verdict
     _whole("ending before the check", "import os\ndef f(x):\n    os._exit(0)\n", "error"),
     _whole("ending while it is loaded", "import sys\nsys.exit(0)\n", "error"),
@@ -503,6 +515,15 @@ HOSTILE = (
             except OSError:
                 continue
         return libc.shmget(1, 64 << 20, 0o1666) >= 0
+        """,
+        before=_LIBC,
+    ),
+    _attack(
+        "watches that are charged to the user",
+        """
+        import platform
+        old = platform.machine() == "x86_64" and libc.syscall(253) >= 0
+        return old or libc.inotify_init1(0) >= 0
         """,
         before=_LIBC,
     ),

@@ -17,6 +17,7 @@ from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.settings import build
 from nanochat_pl.tools.jail import values
 from nanochat_pl.tools.sandbox import Check, Sandbox, SandboxSettings
+from tests.tools import ordinary_user
 
 TESTS = "def check(candidate):\n    assert candidate(2) == 4\n    assert candidate(3) == 9\n"
 SQUARE = "def f(x):\n    return x * x\n"
@@ -271,6 +272,44 @@ os.mkdir("shut", 0)
 """
     assert Sandbox(SandboxSettings(mode="weak", seconds=60)).run(program).passed
     assert list(tmp_path.iterdir()) == []
+
+
+def test_rights_cannot_be_changed_in_weak_mode() -> None:
+    program = """
+import os
+fd = os.open("file", os.O_RDWR | os.O_CREAT)
+for change in (
+    lambda: os.fchmod(fd, 0),
+    lambda: os.fchown(fd, -1, -1),
+    lambda: os.setxattr(fd, "user.x", b"x"),
+    lambda: os.removexattr(fd, "user.x"),
+):
+    try:
+        change()
+        print("allowed")
+    except OSError as error:
+        print(type(error).__name__)
+"""
+    outcome = Sandbox(SandboxSettings(mode="weak", seconds=60)).run(program)
+    assert outcome.output.split() == ["PermissionError"] * 4
+
+
+def test_a_folder_without_rights_is_removed() -> None:
+    script = """
+import os
+from nanochat_pl.tools.sandbox import Sandbox, SandboxSettings
+from nanochat_pl.tools.sandbox.sandbox import _folder
+sandbox = Sandbox(SandboxSettings(mode="weak", seconds=60))
+print(sandbox.run("import os\\nos.fchmod(os.open('.', os.O_RDONLY), 0)").reason)
+with _folder() as folder:
+    os.mkdir(folder + "/in")
+    os.chmod(folder, 0)
+"""
+    # Not where tmp_path lies: a user may not enter that.
+    with tempfile.TemporaryDirectory(prefix="sandbox-", dir="/var/tmp") as folder:
+        Path(folder).chmod(0o777)
+        assert ordinary_user.run("-c", script, TMPDIR=folder) == "error\n"
+        assert list(Path(folder).iterdir()) == []
 
 
 def _env(folder: Path) -> dict[str, str]:

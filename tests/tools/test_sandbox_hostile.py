@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import socket
 import subprocess
 import tempfile
@@ -16,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from nanochat_pl.tools.sandbox import Sandbox, SandboxSettings
+from tests.tools import ordinary_user
 from tests.tools.hostile import HOSTILE, Hostile
 
-USER = 65534
 SECRET = "the-secret-of-the-canary"
 # A number of this test run's own, added to the seconds: all processes of a sandbox have it in their command lines.
 MARK = os.getpid() / 1e8
@@ -30,6 +29,7 @@ class World:
 
     folder: Path
     listeners: list[socket.socket]
+    datagrams: socket.socket
     victim: subprocess.Popen[bytes]
 
     @property
@@ -43,6 +43,7 @@ class World:
             "SECRET": SECRET,
             "PORT": self.listeners[0].getsockname()[1],
             "SOCKET": self.listeners[1].getsockname(),
+            "DATAGRAMS": self.datagrams.getsockname(),
             "VICTIM": self.victim.pid,
         }
 
@@ -55,6 +56,8 @@ class World:
         for listener in self.listeners:
             with pytest.raises(BlockingIOError):
                 listener.accept()
+        with pytest.raises(BlockingIOError):
+            self.datagrams.recv(100)
         assert list((self.folder / "tmp").iterdir()) == []
         assert str(self.folder) not in Path("/proc/self/mountinfo").read_text()
         assert [pid for pid in Path("/proc").glob("[0-9]*") if f"{MARK:.8f}"[1:].encode() in _command(pid)] == []
@@ -92,14 +95,18 @@ def _world(as_user: list[str]) -> Iterator[World]:
             listener.listen()
             listener.setblocking(False)
             listeners.append(listener)
-        (folder / "socket").chmod(0o777)
+        datagrams = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
+        datagrams.bind(str(folder / "datagrams"))
+        datagrams.setblocking(False)
+        for path in (folder / "socket", folder / "datagrams"):
+            path.chmod(0o777)
         if as_user:
             for path in (folder / "canary", folder / "canary" / "secret.txt"):
-                os.chown(path, USER, USER)
+                os.chown(path, ordinary_user.USER, ordinary_user.USER)
         environment = {**os.environ, "CANARY_SECRET": SECRET}
         victim = stack.enter_context(subprocess.Popen([*as_user, "sleep", "600"], env=environment))
         try:
-            yield World(folder, listeners, victim)
+            yield World(folder, listeners, datagrams, victim)
         finally:
             victim.kill()
 
@@ -121,24 +128,11 @@ def test_contained(sandbox: Sandbox, world: World, hostile: Hostile) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["strict", "weak"])
 def test_contained_as_an_ordinary_user(mode: str) -> None:
-    as_user = ["setpriv", f"--reuid={USER}", f"--regid={USER}", "--clear-groups"]
-    python, source = "/usr/bin/python3", Path(__file__).parents[2] / "src"
-    trial = [*as_user, python, "-c", "import sys, nanochat_pl; sys.exit(sys.version_info < (3, 10))"]
-    environment = {"PYTHONPATH": str(source), "PYTHONDONTWRITEBYTECODE": "1"}
-    if os.geteuid() != 0 or not shutil.which("setpriv") or not Path(python).exists():
-        pytest.skip("needs to be root, setpriv and the system's Python")
-    if subprocess.run(trial, env=environment, capture_output=True).returncode:
-        pytest.skip("an ordinary user cannot run this package with the system's Python")
-    with _world(as_user) as world:
+    ordinary_user.needed()
+    with _world(ordinary_user.AS_USER) as world:
         script = str(Path(__file__).with_name("hostile.py"))
-        done = subprocess.run(
-            [*as_user, python, script, mode, json.dumps(world.names), str(MARK)],
-            env={**environment, "TMPDIR": str(world.folder / "tmp")},
-            stdout=subprocess.PIPE,
-            text=True,
-            check=True,
-        )
+        said = ordinary_user.run(script, mode, json.dumps(world.names), str(MARK), TMPDIR=str(world.folder / "tmp"))
         world.assert_unharmed()
-    found = [json.loads(line) for line in done.stdout.splitlines()]
+    found = [json.loads(line) for line in said.splitlines()]
     assert len(found) == len(HOSTILE)
     assert [outcome for _, contained, *outcome in found if not contained] == []

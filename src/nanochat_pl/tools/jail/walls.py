@@ -309,7 +309,7 @@ _DEADLY = {
 _REFUSED = {
     "execve": (59, 221), "execveat": (322, 281), "socket": (41, 198), "memfd_create": (319, 279),
     "memfd_secret": (447, 447), "shmget": (29, 194), "semget": (64, 190), "msgget": (68, 186), "mq_open": (240, 180),
-    "io_setup": (206, 0),
+    "io_setup": (206, 0), "inotify_init": (253, 26), "inotify_init1": (294, 26),  # charged to the host's user
 }  # fmt: skip
 # In weak mode also these: with them, processes and files of the same user can be named, which Landlock leaves open.
 _REFUSED_WEAK = {
@@ -317,9 +317,10 @@ _REFUSED_WEAK = {
     "rt_tgsigqueueinfo": (297, 240), "pidfd_send_signal": (424, 424), "setpriority": (141, 140),
     "ioprio_set": (251, 30), "sched_setscheduler": (144, 119), "sched_setparam": (142, 118),
     "sched_setattr": (314, 274), "sched_setaffinity": (203, 122), "migrate_pages": (256, 238),
-    "move_pages": (279, 239), "truncate": (76, 45), "chmod": (90, 53), "fchmodat": (268, 53), "fchmodat2": (452, 452),
-    "chown": (92, 54), "lchown": (94, 54), "fchownat": (260, 54), "setxattr": (188, 5), "lsetxattr": (189, 6),
-    "removexattr": (197, 14), "lremovexattr": (198, 15), "setxattrat": (463, 463), "removexattrat": (466, 466),
+    "move_pages": (279, 239), "truncate": (76, 45), "chmod": (90, 53), "fchmod": (91, 52), "fchmodat": (268, 53), "fchmodat2": (452, 452),
+    "chown": (92, 54), "fchown": (93, 55), "lchown": (94, 54), "fchownat": (260, 54), "setxattr": (188, 5),
+    "lsetxattr": (189, 6), "fsetxattr": (190, 7), "removexattr": (197, 14), "lremovexattr": (198, 15),
+    "fremovexattr": (199, 16), "setxattrat": (463, 463), "removexattrat": (466, 466),
     "file_setattr": (469, 469),
     "setsid": (112, 157), "setpgid": (109, 154),  # so that one signal to the group ends all
     "utime": (132, 88), "utimes": (235, 88), "futimesat": (261, 88), "utimensat": (280, 88),
@@ -367,7 +368,17 @@ def _filter_program(strict: bool) -> bytes:
     for numbers, argument, *test in (
         (_CLONE, 0, (_JUMP_SET, 0, 1, _NEW_NAMESPACE), (_RETURN, 0, 0, _KILL)),
         (_PRLIMIT, 0, (_JUMP_EQUAL, 1, 0, 0), refuse),  # of itself alone
-        (_SOCKETPAIR, 0, (_JUMP_EQUAL, 1, 0, 1), refuse),  # within this machine alone
+        # Streams and packets within this machine alone (AF_UNIX): by other kinds, anybody can be sent a message.
+        (
+            _SOCKETPAIR,
+            0,
+            (_JUMP_EQUAL, 0, 4, 1),
+            (_LOAD, 0, 0, _ARGUMENTS[1]),
+            (_AND, 0, 0, 0xF),
+            (_JUMP_EQUAL, 2, 0, 1),
+            (_JUMP_EQUAL, 1, 0, 5),
+            refuse,
+        ),
         (_PRCTL, 0, (_JUMP_EQUAL, 0, 1, _PR_DUMPABLE), refuse),  # who is dumpable can be looked into, and leaves dumps
         # Whom the kernel signals when a file can be read, and how: it may be anybody of the same user.
         (_FCNTL, 1, (_JUMP_EQUAL, 2, 0, 8), (_JUMP_EQUAL, 1, 0, 10), (_JUMP_EQUAL, 0, 1, 15), refuse),

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -205,11 +206,15 @@ def _folder() -> Iterator[str]:
     try:
         yield str(folder)
     finally:
-        _remove(folder)
+        try:
+            _remove(folder)
+        except OSError as error:  # no reason to lose an outcome
+            warnings.warn(f"sandbox: a temporary folder is left behind: {error}", stacklevel=2)
 
 
 def _remove(folder: Path) -> None:
     """Remove a folder in which somebody may have done anything: nested it deeply, or taken rights away."""
+    folder.chmod(0o700)
     while entries := list(folder.iterdir()):
         for entry in entries:
             if entry.is_symlink() or not entry.is_dir():

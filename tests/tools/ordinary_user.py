@@ -1,0 +1,33 @@
+"""Python as a user who has no rights and no other processes: for tests that run as root."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+USER = 61_234
+AS_USER = ["setpriv", f"--reuid={USER}", f"--regid={USER}", "--clear-groups"]
+_PYTHON = "/usr/bin/python3"
+_ENVIRONMENT = {"PYTHONPATH": str(Path(__file__).parents[2] / "src"), "PYTHONDONTWRITEBYTECODE": "1"}
+
+
+def needed() -> None:
+    """Skip the test where that cannot be tried."""
+    trial = [*AS_USER, _PYTHON, "-c", "import sys, nanochat_pl; sys.exit(sys.version_info < (3, 10))"]
+    if os.geteuid() != 0 or not shutil.which("setpriv") or not Path(_PYTHON).exists():
+        pytest.skip("needs to be root, setpriv and the system's Python")
+    if subprocess.run(trial, env=_ENVIRONMENT, capture_output=True, cwd="/").returncode:
+        pytest.skip("an ordinary user cannot run this package with the system's Python")
+
+
+def run(*command: str, **environment: str) -> str:
+    """What the system's Python prints."""
+    needed()
+    env = {**_ENVIRONMENT, **environment}
+    done = subprocess.run([*AS_USER, _PYTHON, *command], env=env, cwd="/", capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
