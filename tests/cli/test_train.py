@@ -55,6 +55,23 @@ def test_what_may_change_when_a_stage_goes_on(stage: str, override: str, matters
         require_same_settings(folder, changed)
 
 
+def test_a_task_more_or_less_is_one_line_and_says_how_to_begin_anew(here: Path) -> None:
+    """It was a line for each of its keys, and a run of another name was offered, in which there is no base."""
+    folder = pretend_finished(TINY, "stage=sft")
+    other = [TINY, "stage=sft", "mixture.tasks.simple_spelling={}", "mixture.tasks.word_problems=null"]
+    with pytest.raises(UserError) as raised:
+        require_same_settings(folder, with_parent(compose_train(other), folder))
+    assert [problem.split(":")[0] for problem in raised.value.problems] == [
+        "mixture.tasks.simple_spelling",
+        "mixture.tasks.word_problems",
+    ]
+    assert [problem.rpartition("begun ")[2] for problem in raised.value.problems] == [
+        "without that task.",
+        "with that task.",
+    ]
+    assert "resume=never" in raised.value.fix and "run=NAME" not in raised.value.fix
+
+
 def test_a_stage_that_is_older_than_a_key_was_done_with_its_default(here: Path) -> None:
     """A new key with a default made strangers of all runs that had been begun before it."""
     folder = pretend_finished(TINY, "stage=base")

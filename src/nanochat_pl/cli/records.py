@@ -141,14 +141,33 @@ def restored_on_refusal(folder: StageFolder) -> Iterator[None]:
 def _require_same(folder: StageFolder, composed: Composed[TrainConfig], but_for_changes: bool) -> None:
     differences = _differences(folder, composed)
     reasons = {key: _why_fixed(key) if composed.config.resume_with_changes else None for key in differences}
-    problems = [
+    whole = {} if but_for_changes else _tasks_of_one_side(differences)
+    problems = [f"{task}: {folder.path} was begun {how} that task." for task, how in whole.items()]
+    problems += [
         f"{key}={as_typed(now)}: {folder.path} was begun with {key}={as_typed(then)}{f'; {why}' if why else ''}."
         for (key, (then, now)), why in zip(differences.items(), reasons.values(), strict=True)
-        if why or not but_for_changes
+        if (why or not but_for_changes) and _task_of(key) not in whole
     ]
     if problems:
-        how = "Leave these keys as they were, or begin a new run with run=NAME or resume=never"
+        # What a later stage starts from is in this run: in one of another name there is no parent.
+        anew = "resume=never" if composed.config.stage.parent not in (None, "tokenizer") else "run=NAME or resume=never"
+        how = f"Leave these keys as they were, or begin a new run with {anew}"
         raise UserError(problems, f"{how}{_how_to_change(folder, differences.keys())}.")
+
+
+def _task_of(key: str) -> str:
+    """Of a key of a task, ``mixture.tasks.NAME.KEY``, the part that names the task."""
+    parts = key.split(".")
+    return ".".join(parts[: 4 if parts[2:3] == ["conversations"] else 3])
+
+
+def _tasks_of_one_side(differences: Mapping[str, tuple[Any, Any]]) -> dict[str, str]:
+    """Tasks that are only there now ("without"), or were only there when the stage was begun ("with")."""
+    return {
+        _task_of(key): "with" if now is None else "without"
+        for key, (then, now) in differences.items()
+        if re.fullmatch(r"mixture\.tasks\..+\.repeat", key) and None in (then, now)  # every task has that key
+    }
 
 
 def _how_to_change(folder: StageFolder, keys: Collection[str]) -> str:
