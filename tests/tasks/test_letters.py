@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -143,6 +144,24 @@ def test_words_come_from_a_mirror_of_the_hub(tmp_path: Path) -> None:
 def test_too_few_words_are_refused() -> None:
     with pytest.raises(UserError, match=r"mixture\.tasks\.simple_spelling: there are no words for its test part"):
         SimpleSpelling(SimpleSpellingSettings(), "test", ["apple"])
+
+
+def test_messages_name_the_group_that_the_task_is_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "words.txt").write_text("apple\n", encoding="utf-8")
+    context = TaskContext(tmp_path / "cache", where="chatcore")
+    for keys, said in (
+        ({}, "there are no words for its test part"),
+        ({"start": 9}, "start=9: passes over all 1 train"),
+    ):
+        settings = build(SpellingBeeSettings, {"words_path": str(tmp_path / "words.txt"), **keys})
+        with pytest.raises(UserError, match=rf"^chatcore\.spelling_bee[.:] ?{said}"):
+            SpellingBee.from_settings(settings, "train" if keys else "test", context)
+    monkeypatch.setitem(vars(context), "corpus", SimpleNamespace(stdlib_docstrings=[]))
+    with pytest.raises(UserError, match=r"^chatcore\.documentation_choice: there are not 4 functions") as error:
+        DocumentationChoice.from_settings(DocumentationChoiceSettings(max_chars=20), "test", context)
+    assert "chatcore.documentation_choice.max_chars" in error.value.fix
+    with pytest.raises(UserError, match=r"^chatcore\.documentation\.start=99999: passes over"):
+        Documentation.from_settings(DocumentationSettings(start=99_999), "train", context)
 
 
 def test_choices_stand_before_their_letters_without_a_blank() -> None:

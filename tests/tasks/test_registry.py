@@ -121,14 +121,18 @@ def test_limits(keys: dict, split: str, sizes: tuple, expected: tuple[int, int])
     assert limits("echo", build(TaskSettings, keys), split, *sizes) == expected  # type: ignore[arg-type]
 
 
-def test_fingerprint_of_a_large_task_looks_at_some_of_it_and_sees_size_and_form() -> None:
+def test_fingerprint_of_a_large_task_that_says_what_it_is_made_of_looks_at_some_of_it() -> None:
     @dataclass
     class Large(Echo):
         size: int
         form: str = "{}"
+        says: bool = True
 
         def __post_init__(self) -> None:
             Task.__init__(self, "large", "train", self.size)
+
+        def made_of(self) -> list[str] | None:
+            return [] if self.says else None
 
         def conversation(self, index: int) -> Conversation:
             asked.append(index)
@@ -139,6 +143,8 @@ def test_fingerprint_of_a_large_task_looks_at_some_of_it_and_sees_size_and_form(
     assert len(prints) == 3 and len(asked) <= 3 * 20_000 and max(asked) > 99_000
     assert Large(100_001).fingerprint in prints
     assert Large(0).fingerprint
+    asked.clear()
+    assert Large(100_001, says=False).fingerprint and asked == list(range(100_001)), "else at all of it"
 
 
 def test_problems_of_all_tasks_are_said_together(tmp_path: Path) -> None:

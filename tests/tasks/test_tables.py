@@ -186,6 +186,10 @@ def test_missing_files_are_said_with_the_command_that_fetches_them(tmp_path: Pat
     said = r"mixture.tasks.gsm8k: nothing of openai/gsm8k \(main\) is here.\nFetch it: nanochat-pl download task=gsm8k "
     with pytest.raises(UserError, match=said + r"paths.cache=\S+$"):
         opened("gsm8k", "train", tmp_path)
+    for place, why in (("nowhere", "is no mirror: it has no folder datasets"), ("hub", "does not have it")):
+        (tmp_path / "hub/datasets").mkdir(parents=True, exist_ok=True)
+        with pytest.raises(UserError, match=rf"is here, and paths\.hub=\S+{place} {why}\."):
+            opened("gsm8k", "train", tmp_path, tmp_path / place)
     other: dict[str, Any] = {"repo": "some/other", "revision": "v2", "config": "socratic"}
     with pytest.raises(UserError, match=r"task=gsm8k repo=some/other revision=v2 config=socratic paths.cache=\S+$"):
         opened("gsm8k", "train", tmp_path, **other)

@@ -6,13 +6,14 @@ import os
 import random
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from nanochat_pl.data.docstrings import Docstring
 from nanochat_pl.tasks.arithmetic import Arithmetic, ArithmeticSettings, WordProblems, WordProblemSettings
-from nanochat_pl.tasks.base import Task, is_held_out, last_number, reference_of, text_of
+from nanochat_pl.tasks.base import Task, conversation_of, is_held_out, last_number, reference_of, text_of
 from nanochat_pl.tasks.documentation import Documentation, DocumentationSettings, documented_functions
 from nanochat_pl.tasks.documentation_choice import DocumentationChoice, DocumentationChoiceSettings
 from nanochat_pl.tasks.identity import Identity, IdentitySettings
@@ -134,6 +135,66 @@ def test_an_item_depends_on_its_number_alone(name):
     for index in (-1, len(first)):
         with pytest.raises(IndexError):
             first[index]
+
+
+LONG_LIST = ["".join(_LETTERS.choices("abcdehilmnorstu", k=10)) for _ in range(60_000)]
+
+
+def test_a_corrected_word_of_a_long_list_is_another_task():
+    """Of large tasks every second conversation was looked at: half of the words could change unseen."""
+    settings = SimpleSpellingSettings(size=None)
+    task = SimpleSpelling(settings, "train", LONG_LIST)
+    assert len(task) > 50_000
+    again = SimpleSpelling(replace(settings, words_path="a", test_size=7, repeat=3), "train", LONG_LIST[::-1])
+    assert again.fingerprint == task.fingerprint, "it is of what it comes from, wherever that lies"
+    for place in (1, 5, 1001):
+        word = task.words[place]
+        near = next(other for last in "xyzw" if not is_held_out("word", other := word[:-1] + last))
+        other = SimpleSpelling(settings, "train", [near if each == word else each for each in LONG_LIST])
+        assert other.words[place] == near and other.words[place + 1 :] == task.words[place + 1 :]
+        assert other.fingerprint != task.fingerprint, place
+    changed = [replace(settings, start=1, size=len(task) - 1), replace(settings, size=len(task) - 1)]
+    assert len({task.fingerprint, *(SimpleSpelling(each, "train", LONG_LIST).fingerprint for each in changed)}) == 3
+
+
+class Numbers(Task):
+    """Numbers, of which one may be another."""
+
+    def __init__(self, size, other=-1):
+        super().__init__("numbers", "train", size)
+        self.other = other
+
+    def conversation(self, index):
+        return conversation_of(str(index), "other" if index == self.other else "same")
+
+    def evaluate(self, conversation, answer):
+        return True
+
+
+def test_a_fingerprint_is_of_everything_that_a_large_task_comes_from():
+    numbers = [Numbers(40_001), *(Numbers(40_001, other) for other in (0, 1, 2, 3, 39_999, 40_000)), Numbers(40_002)]
+    assert len({task.fingerprint for task in numbers}) == len(numbers), "one that says nothing is looked at whole"
+    settings = [ArithmeticSettings(size=40_000), ArithmeticSettings(size=40_000, max_operand=1_000)]
+    tasks = [Arithmetic(each, "train") for each in (*settings, replace(settings[0], start=4))]
+    assert len({task.fingerprint for task in tasks}) == 3
+    choices = DocumentationChoiceSettings(size=40_000)
+    functions = [MORE_FUNCTIONS, [*MORE_FUNCTIONS[:-1], ("module.renamed", MORE_FUNCTIONS[-1][1])]]
+    assert len({DocumentationChoice(choices, "train", each).fingerprint for each in functions}) == 2
+
+
+@pytest.mark.parametrize("operation", "+-*/")
+def test_a_fingerprint_of_a_large_task_looks_at_all_kinds_of_its_conversations(operation, monkeypatch):
+    """Every second or fourth conversation would be one operation's alone."""
+    task, changed = (Arithmetic(ArithmeticSettings(size=80_000), "train") for _ in range(2))
+    conversation = changed.conversation
+
+    def other_words(index):
+        made = conversation(index)
+        is_its = operation in reference_of(made)[0]["text"]
+        return conversation_of("other", "words") if is_its else made
+
+    monkeypatch.setattr(changed, "conversation", other_words)
+    assert changed.fingerprint != task.fingerprint
 
 
 def test_items_do_not_depend_on_the_hash_seed():

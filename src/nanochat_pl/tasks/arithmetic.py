@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from random import Random
+from typing import Any
 
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.settings import setting
@@ -24,6 +25,7 @@ from nanochat_pl.tasks.base import (
     generator,
     is_held_out,
     limits,
+    own_settings,
     same_last_number,
     tool_answer,
 )
@@ -117,6 +119,9 @@ class Arithmetic(Task):
         start, size = limits(name, settings, split)
         super().__init__(name, split, size, start)
         self.settings = settings
+
+    def made_of(self) -> Any:
+        return own_settings(self.settings, TaskSettings)
 
     def conversation(self, index: int) -> Conversation:
         random = generator(self.name, self.split, index)

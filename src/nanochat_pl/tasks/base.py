@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import re
@@ -13,7 +14,7 @@ from random import Random
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.common.settings import setting
+from nanochat_pl.common.settings import setting, to_plain
 
 if TYPE_CHECKING:
     from nanochat_pl.tasks.context import TaskContext
@@ -25,6 +26,7 @@ Conversation = dict[str, Any]  # {"messages": [{"role": "user" | "assistant", "c
 T = TypeVar("T")
 
 TEST_ONE_IN = 10  # of the things that a task splits by (operand pairs, words), this fraction is held out
+MIXTURE = "mixture.tasks"  # the group of settings that tasks are keys of where nothing else is said
 _MOST_HASHED = 20_000
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 
@@ -112,21 +114,41 @@ class Task(ABC):
         """The possible answers to a conversation of a categorical task."""
         raise TypeError(f"{self.name}: is no categorical task")
 
+    def made_of(self) -> Any:
+        """Plain data that, with the code, all conversations follow from; None: the conversations themselves tell."""
+        return None
+
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over the conversations: changes with settings, words, wordings and code, whatever it was.
 
-        Of a task with more than ``_MOST_HASHED`` it is over some of them, evenly spread, and their number.
+        Of a task with more than ``_MOST_HASHED``, if it says what it is :meth:`made_of`: over that, and over so
+        many of them, drawn once and for all, for what the code has a say in.
         """
-        step = max(1, -(-len(self) // _MOST_HASHED))
-        digest = hashlib.sha256(f"{len(self)}\n".encode() if step > 1 else b"")
-        for index in range(0, len(self), step):
+        parts = self.made_of() if len(self) > _MOST_HASHED else None
+        indices: Sequence[int] = range(len(self))
+        digest = hashlib.sha256()
+        if parts is not None:
+            indices = generator("fingerprint").sample(indices, _MOST_HASHED)
+            digest.update(json.dumps(["made 1", len(self), self._start, parts], sort_keys=True).encode() + b"\n")
+        for index in indices:
             digest.update(json.dumps(self[index], ensure_ascii=True).encode() + b"\n")
         return digest.hexdigest()
 
 
+def own_settings(settings: TaskSettings, general: type[TaskSettings]) -> dict[str, Any]:
+    """The settings that a task has besides those of ``general``, as plain data."""
+    shared = {field.name for field in dataclasses.fields(general)}
+    return {key: value for key, value in to_plain(settings).items() if key not in shared}
+
+
 def limits(
-    name: str, settings: TaskSettings, split: Split, num_train: int | None = None, num_test: int | None = None
+    name: str,
+    settings: TaskSettings,
+    split: Split,
+    num_train: int | None = None,
+    num_test: int | None = None,
+    where: str = MIXTURE,
 ) -> tuple[int, int]:
     """Number of the first conversation of a part, and how many it has.
 
@@ -137,6 +159,7 @@ def limits(
         num_train: how many different training conversations there are; None: any number. A size beyond it goes round
             them again.
         num_test: how many different held-out ones; None: any number.
+        where: the group that the task is a key of, for messages, as a context has it.
 
     Raises:
         UserError: all are passed over.
@@ -144,9 +167,7 @@ def limits(
     if split == "test":
         return 0, settings.test_size if num_test is None else min(settings.test_size, num_test)
     if num_train is not None and settings.start >= num_train:
-        raise UserError(
-            f"mixture.tasks.{name}.start={settings.start}: passes over all {num_train:,} training conversations."
-        )
+        raise UserError(f"{where}.{name}.start={settings.start}: passes over all {num_train:,} training conversations.")
     if settings.size is not None:
         return settings.start, settings.size
     assert num_train is not None, "a task without end has a size in its settings"

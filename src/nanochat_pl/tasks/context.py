@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.data.python_docs import PythonDocs, built_python_docs, open_python_docs
 from nanochat_pl.data.sources import MAX_BAD_FRACTION
+from nanochat_pl.tasks.base import MIXTURE
 
 if TYPE_CHECKING:
     from nanochat_pl.tools.sandbox import SandboxSettings
@@ -30,7 +31,7 @@ class TaskContext:
     max_bad_fraction: float = MAX_BAD_FRACTION
     hub: Path | None = None
     sandbox: SandboxSettings | None = None
-    where: str = "mixture.tasks"
+    where: str = MIXTURE
     builds_corpus: bool = True
 
     @cached_property

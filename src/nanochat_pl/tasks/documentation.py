@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from nanochat_pl.common.settings import setting
 from nanochat_pl.data.docstrings import Docstring
 from nanochat_pl.tasks.base import (
+    MIXTURE,
     Content,
     Conversation,
     Split,
@@ -67,23 +68,31 @@ class Documentation(Task):
     documentation_choice does, are in neither part.
     """
 
-    def __init__(self, settings: DocumentationSettings, split: Split, functions: Sequence[tuple[str, str]]) -> None:
+    def __init__(
+        self,
+        settings: DocumentationSettings,
+        split: Split,
+        functions: Sequence[tuple[str, str]],
+        where: str = MIXTURE,
+    ) -> None:
         """
         Args:
             settings: of this task.
             split: which wordings.
             functions: (qualified name, summary line), see :func:`documented_functions`.
+            where: the group that the task is a key of, for messages.
         """
         chosen = sorted(pair for pair in functions if not summary_held_out(pair[1]))
         generator("documentation").shuffle(chosen)
         self.functions = chosen[: settings.functions]
         all_questions = len(self.functions) * len(_QUESTIONS["train"])
-        start, size = limits("documentation", settings, split, all_questions, len(self.functions))
+        start, size = limits("documentation", settings, split, all_questions, len(self.functions), where)
         super().__init__("documentation", split, size, start)
 
     @classmethod
     def from_settings(cls, settings: DocumentationSettings, split: Split, context: TaskContext) -> Documentation:
-        return cls(settings, split, documented_functions(context.corpus.stdlib_docstrings, settings.max_chars))
+        functions = documented_functions(context.corpus.stdlib_docstrings, settings.max_chars)
+        return cls(settings, split, functions, context.where)
 
     def conversation(self, index: int) -> Conversation:
         questions = _QUESTIONS[self.split]

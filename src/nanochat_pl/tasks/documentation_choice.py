@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
+from typing import Any
 
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.settings import setting
-from nanochat_pl.tasks.base import Conversation, Split, TaskSettings, generator, limits
+from nanochat_pl.tasks.base import MIXTURE, Conversation, Split, TaskSettings, generator, limits
 from nanochat_pl.tasks.context import TaskContext
 from nanochat_pl.tasks.documentation import documented_functions, summary_held_out
 from nanochat_pl.tasks.multiple_choice import MultipleChoice, choice_conversation
@@ -48,13 +49,18 @@ class DocumentationChoice(MultipleChoice):
     baseline = 1 / len(_LETTERS)
 
     def __init__(
-        self, settings: DocumentationChoiceSettings, split: Split, functions: Sequence[tuple[str, str]]
+        self,
+        settings: DocumentationChoiceSettings,
+        split: Split,
+        functions: Sequence[tuple[str, str]],
+        where: str = MIXTURE,
     ) -> None:
         """
         Args:
             settings: of this task.
             split: which functions.
             functions: (qualified name, summary line), as ``documented_functions`` gives them.
+            where: the group that the task is a key of, for messages.
 
         Raises:
             UserError: there are too few functions for four choices.
@@ -63,17 +69,21 @@ class DocumentationChoice(MultipleChoice):
         generator("documentation_choice", split).shuffle(self.functions)
         if len({summary for _, summary in self.functions}) < len(_LETTERS):
             raise UserError(
-                f"mixture.tasks.documentation_choice: there are not {len(_LETTERS)} functions for its {split} part.",
-                "Allow longer ones, mixture.tasks.documentation_choice.max_chars, or leave the task out.",
+                f"{where}.documentation_choice: there are not {len(_LETTERS)} functions for its {split} part.",
+                f"Allow longer ones, {where}.documentation_choice.max_chars, or leave the task out.",
             )
-        start, size = limits("documentation_choice", settings, split, None, 2 * len(self.functions))
+        start, size = limits("documentation_choice", settings, split, None, 2 * len(self.functions), where)
         super().__init__("documentation_choice", split, size, start)
 
     @classmethod
     def from_settings(
         cls, settings: DocumentationChoiceSettings, split: Split, context: TaskContext
     ) -> DocumentationChoice:
-        return cls(settings, split, documented_functions(context.corpus.stdlib_docstrings, settings.max_chars))
+        functions = documented_functions(context.corpus.stdlib_docstrings, settings.max_chars)
+        return cls(settings, split, functions, context.where)
+
+    def made_of(self) -> Any:
+        return self.functions
 
     def conversation(self, index: int) -> Conversation:
         random = generator(self.name, self.split, index)

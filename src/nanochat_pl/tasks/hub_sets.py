@@ -71,7 +71,9 @@ def files_of_set(
         return _in_mirror(where, folder, wanted, suffixes, context)
     manifest = known_manifest(wanted.repo, wanted.revision or "main", context.cache_dir)
     if manifest is None:
-        problem = f"{where}: nothing of {wanted.repo} ({wanted.revision or 'main'}) is here."
+        problem = (
+            f"{where}: nothing of {wanted.repo} ({wanted.revision or 'main'}) is here{_not_in_mirror(folder, context)}."
+        )
         raise UserError(problem, fix or how_to_fetch(wanted, context))
     found = []
     key = f"{where}.{wanted.prefix}"
@@ -101,6 +103,14 @@ def how_to_fetch(wanted: HubSet, context: TaskContext) -> str:
     keys = {"repo": wanted.repo, "revision": wanted.revision, "files": wanted.files}
     given = {"data": "hub"} | {f"data.{key}": value for key, value in keys.items() if value is not None}
     return f"Fetch it: nanochat-pl download {typed_keys(given | key_of_cache(context.cache_dir))}"
+
+
+def _not_in_mirror(folder: Path | None, context: TaskContext) -> str:
+    if folder is None or folder.is_dir():
+        return ""
+    if not folder.parents[1].is_dir():
+        return f", and paths.hub={context.hub} is no mirror: it has no folder datasets"
+    return f", and paths.hub={context.hub} does not have it"
 
 
 def _in_mirror(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,10 +11,10 @@ from typing import ClassVar
 import numpy as np
 
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.common.settings import setting, to_plain
+from nanochat_pl.common.settings import setting
 from nanochat_pl.data.cache_folder import fingerprint_of
 from nanochat_pl.data.tables import Row, Rows
-from nanochat_pl.tasks.base import Split, Task, TaskSettings
+from nanochat_pl.tasks.base import Split, Task, TaskSettings, own_settings
 from nanochat_pl.tasks.context import TaskContext
 from nanochat_pl.tasks.table_files import table_files
 
@@ -157,6 +156,5 @@ class TableTask(Task):
         """Of the files, of what is taken from them in which order, and of the form of the first conversations."""
         files = [file.sha256 for file in self.files]
         first = [self[index] for index in range(min(_FIRST, len(self)))]
-        general = {field.name for field in dataclasses.fields(TableSettings)}
-        own = {key: value for key, value in to_plain(self.settings).items() if key not in general}
+        own = own_settings(self.settings, TableSettings)
         return fingerprint_of("table 1", self.name, self.split, files, own, self._order, first)

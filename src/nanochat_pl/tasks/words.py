@@ -13,7 +13,7 @@ from nanochat_pl.common.files import write_text
 from nanochat_pl.common.settings import setting
 from nanochat_pl.data.file_formats import lines_of
 from nanochat_pl.data.python_docs import PythonDocs
-from nanochat_pl.tasks.base import Split, Task, TaskSettings, generator, limits, part_of
+from nanochat_pl.tasks.base import MIXTURE, Split, Task, TaskSettings, generator, limits, own_settings, part_of
 from nanochat_pl.tasks.context import TaskContext
 from nanochat_pl.tasks.hub_sets import HubSet, SetFile, files_of_set, files_on_disk, require_all
 
@@ -57,12 +57,13 @@ class WordTask(Task):
 
     key: ClassVar[str]
 
-    def __init__(self, settings: Any, split: Split, words: Sequence[str]) -> None:
+    def __init__(self, settings: Any, split: Split, words: Sequence[str], where: str = MIXTURE) -> None:
         """
         Args:
             settings: of this task, a :class:`WordSettings`.
             split: which words.
             words: all of them, held-out ones too.
+            where: the group that the task is a key of, for messages.
 
         Raises:
             UserError: there are none for this part.
@@ -70,17 +71,20 @@ class WordTask(Task):
         chosen = part_of(sorted(set(words)), split, "word")
         if not chosen:
             raise UserError(
-                f"mixture.tasks.{self.key}: there are no words for its {split} part.",
+                f"{where}.{self.key}: there are no words for its {split} part.",
                 fix="Allow shorter and longer ones (min_letters, max_letters), lower min_documents, or give a list.",
             )
         generator(self.key, "words", split).shuffle(chosen)
         self.settings, self.words = settings, chosen
-        start, size = limits(self.key, settings, split, len(chosen), len(chosen))
+        start, size = limits(self.key, settings, split, len(chosen), len(chosen), where)
         super().__init__(self.key, split, size, start)
 
     @classmethod
     def from_settings(cls, settings: WordSettings, split: Split, context: TaskContext) -> Task:
-        return cls(settings, split, words_of(f"{context.where}.{cls.key}", settings, context))
+        return cls(settings, split, words_of(f"{context.where}.{cls.key}", settings, context), context.where)
+
+    def made_of(self) -> Any:
+        return [own_settings(self.settings, WordSettings), self.words]
 
     def word(self, index: int) -> str:
         """The word that conversation ``index`` is about; the words are gone round."""
