@@ -240,6 +240,9 @@ def test_the_evaluation_bundle_is_fetched_once(here: Path, capsys: Captured, mon
         (["task=gsm8k", "eval_bundle=true"], "one thing at a time"),
         (["eval_bundle=true", "revision=x"], "revision: has no meaning with eval_bundle"),
         (["data=climbmix", "repo=a/b"], "repo: has no meaning without task"),
+        (["repo=a/b"], "repo: has no meaning without task"),
+        (["config=main", "revision=x"], "revision: has no meaning without task"),
+        (["task=null", "repo=a/b", "data=climbmix"], "repo: has no meaning without task"),
     ],
 )
 def test_a_mistake_is_named(here: Path, arguments: list[str], message: str, capsys: Captured) -> None:

@@ -68,6 +68,13 @@ def compose_download(arguments: Sequence[str]) -> DownloadConfig:
     """What the command line asks for, checked."""
     keys = {text.lstrip("+").partition("=")[0] for text in arguments}
     other = bool(keys & {"task", "eval_bundle"})
+    if not other and (
+        idle := sorted(keys & {*_OF_TASK})
+    ):  # said first: without task there is no data set's name either
+        raise UserError(
+            [f"{key}: has no meaning without task." for key in idle],
+            "Name what to fetch: task=NAME; or data=hub data.repo=OWNER/NAME.",
+        )
     # The group data has to be chosen all the same, and the usual choice asks for the name of a data set.
     besides = [] if not other or any(_is_of(key, ("data",)) for key in keys) else ["data=python_docs"]
     config = compose("download", DownloadConfig, [*arguments, *besides]).config
