@@ -8,13 +8,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from nanochat_pl.bundle import StageInfo, load_bundle, save_bundle
 from nanochat_pl.cli import evaluate_suites
 from nanochat_pl.cli.compose import compose
+from nanochat_pl.cli.evaluate import is_measured
 from nanochat_pl.cli.evaluate_settings import CHATCORE, EvaluateConfig
 from nanochat_pl.cli.evaluate_suites import data_of
 from nanochat_pl.cli.evaluate_tables import summary_name
+from nanochat_pl.cli.experiment import compose_step
 from nanochat_pl.cli.main import main
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.settings import to_plain
@@ -38,6 +41,56 @@ def test_files_that_a_strangers_bundle_names_are_not_read(tmp_path: Path) -> Non
     bundle.stage.settings["data"] = to_plain(DataSettings())
     assert data_of(bundle, EvaluateConfig(bundle="x", data_path="here")).name == "local"
     assert data_of(bundle, EvaluateConfig(bundle="x")) == DataSettings()
+
+
+def test_tasks_do_not_read_files_that_a_strangers_bundle_names(here: Path, capsys: Captured) -> None:
+    """A list of words that only the bundle named was opened, and its words stood in the answers."""
+    Path("words.txt").write_text("".join(f"secret{chr(97 + n % 26)}{chr(97 + n // 26)}\n" for n in range(300)), "utf-8")
+    bundle = make_run("a", tasks={"simple_spelling": {"test_size": 4, "words_path": "words.txt"}})
+    assert main(["evaluate", f"bundle={bundle}", "to=out", "suites=[chat]", *QUICK]) == 2
+    said = capsys.readouterr().err
+    assert "mixture.tasks.simple_spelling.words_path names 'words.txt'; what a bundle names is not read" in said
+    assert "run=NAME" in said and not Path("out").exists()
+    assert main(["evaluate", f"bundle={bundle}", "to=out", *QUICK, "paths.cache=cache"]) == 0
+    assert "chat: left out: " in capsys.readouterr().out
+    assert main(["evaluate", "run=a", "suites=[chat]", *QUICK]) == 0
+
+
+def test_weights_that_are_no_numbers_are_refused(here: Path, capsys: Captured) -> None:
+    """Written answers had the figure 0, choices that of guessing."""
+    bundle = load_bundle(make_run("a"))
+    with torch.no_grad():
+        bundle.net.lm_head.weight[3, 3] = torch.nan
+    save_bundle(here / "broken", bundle.stage, net=bundle.net, tokenizer=bundle.tokenizer)
+    assert main(["evaluate", "bundle=broken", "to=out", "suites=[chat]", *QUICK]) == 2
+    assert "broken: has weights that are no finite numbers: lm_head.weight, 1" in capsys.readouterr().err
+    assert not Path("out").exists()
+
+
+def test_the_folder_of_a_stage_is_no_bundle(here: Path, capsys: Captured) -> None:
+    make_run("a")
+    assert main(["evaluate", "bundle=runs/a/sft", "to=out"]) == 2
+    said = capsys.readouterr().err
+    assert "bundle=runs/a/sft: is the folder of a stage." in said and "bundle=runs/a/sft/bundle" in said
+
+
+def test_a_suite_that_was_left_out_is_measured_once_its_data_is_here(here: Path, capsys: Captured) -> None:
+    """Its data was fetched, and the pipeline went on saying "finished before"."""
+    make_run("a", stage="base")
+    command = ["run=a", "core.path=tasks_of_core", *QUICK]
+
+    def measured() -> bool:
+        return is_measured(compose_step("evaluate", "evaluate", EvaluateConfig, command))
+
+    assert not measured()
+    assert main(["evaluate", *command]) == 0
+    assert results_of("a", "base")["left_out"] == ["bpb", "core"]
+    assert measured(), "a suite whose data is not here does not make it run for ever"
+    make_eval_bundle(here / "tasks_of_core")
+    assert not measured()
+    assert main(["evaluate", *command]) == 0
+    assert results_of("a", "base")["left_out"] == ["bpb"] and measured()
+    assert "Measured before: samples." in capsys.readouterr().out
 
 
 def test_a_bundle_without_a_tokenizer(here: Path, capsys: Captured) -> None:
@@ -104,6 +157,10 @@ def test_an_unjudged_task_is_no_part_of_chatcore(here: Path, capsys: Captured) -
     own = "chatcore.conversations.own.path=own.jsonl"
     assert main(["evaluate", "run=a", "suites=[chatcore]", own, "paths.cache=cache", *off]) == 2
     assert "chatcore.own: what is a right answer" in capsys.readouterr().err
+    # Of a set whose files are not here this is said, too, and not how to fetch them.
+    assert main(["evaluate", "run=a", "suites=[chatcore]", "chatcore.smoltalk={}", "paths.cache=cache", *off]) == 2
+    said = capsys.readouterr().err
+    assert "chatcore.smoltalk: what is a right answer" in said and "download" not in said
 
 
 def test_suites_become_tables_and_files(here: Path, capsys: Captured) -> None:

@@ -89,6 +89,37 @@ def test_a_folder_of_results_needs_no_model(two: Path, capsys: Captured) -> None
     assert found["summary_difference"]["name"] == "CORE (1 of 22 tasks)"
 
 
+def test_a_model_that_was_trained_again_is_compared_with_its_own_folder(two: Path, capsys: Captured) -> None:
+    """The records were overwritten before they were read: every difference was 0, whatever had changed."""
+    folder = Path("runs/a/evaluation/sft")
+    assert evaluate() == 0
+    before = result_in(folder / "tasks/core/copa.json"), result_in(folder / "tasks/core/squad.json")
+    make_run("a", seed=7)
+    assert evaluate(f"against={folder}") == 0
+    after = result_in(folder / "tasks/core/copa.json"), result_in(folder / "tasks/core/squad.json")
+    assert after != before, "the test is about two models"
+    expected = [vars(paired_difference(*pair)) for pair in zip(after, before, strict=True)]
+    assert results_of("a")["suites"]["core"]["differences"] == expected
+    # By now the folder has results of this very model, as after a stop.
+    capsys.readouterr()
+    assert evaluate(f"against={folder}") == 2
+    said = capsys.readouterr()
+    assert "core, copa: is of this very model, so it is not compared." in said.out
+    assert f"against={folder}: has results of this very model by now." in said.err
+    assert results_of("a")["suites"]["core"]["differences"] == expected
+
+
+def test_differences_are_those_of_results_json(two: Path) -> None:
+    differences = Path("runs/a/evaluation/sft/differences.csv")
+    assert evaluate("against=b") == 0
+    with differences.open(encoding="utf-8") as file:
+        assert [row["against"] for row in csv.DictReader(file)] == ["b"] * 3
+    assert evaluate("suites=[samples]") == 0
+    assert differences.exists() and "differences" in results_of("a")["suites"]["core"]
+    assert evaluate() == 0
+    assert not differences.exists() and "differences" not in results_of("a")["suites"]["core"]
+
+
 def test_what_cannot_be_compared_is_refused_before_anything_is_measured(two: Path, capsys: Captured) -> None:
     make_run("c", stage="base")
     Path("empty").mkdir()

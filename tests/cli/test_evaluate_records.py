@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from nanochat_pl.cli import evaluate_suites
+from nanochat_pl.cli import evaluate, evaluate_records, evaluate_suites
+from nanochat_pl.cli.evaluate_settings import CHATCORE
 from nanochat_pl.cli.main import main
 from tests.cli.evaluated import QUICK, make_run, record_of, results_of
 
@@ -35,19 +37,23 @@ def watch(monkeypatch: pytest.MonkeyPatch, before: Callable[[str], None]) -> Ask
     return names
 
 
-def evaluate(*keys: str) -> int:
+def ask(*keys: str) -> int:
     return main(["evaluate", "run=a", "suites=[chat,samples]", *QUICK, *keys])
 
 
 def test_the_same_command_does_nothing_twice(here: Path, asked: Asked, capsys: Captured) -> None:
     make_run("a")
-    assert evaluate() == 0
+    assert ask() == 0
     first, files = results_of("a"), [*Path("runs").rglob("*")]
     shown = capsys.readouterr().out
     assert asked == ["arithmetic", "identity"]
-    assert evaluate() == 0
+    assert ask() == 0
     assert asked == ["arithmetic", "identity"]
     assert results_of("a") == first and [*Path("runs").rglob("*")] == files
+    finished = re.findall(r"^(?:arithmetic|identity): .* ± .* %, n [64]\n", shown, re.MULTILINE)
+    assert len(finished) == 2, "a line for each task as soon as it is finished"
+    for line in finished:
+        shown = shown.replace(line, "")
     assert capsys.readouterr().out == f"Measured before: arithmetic, identity, samples.\n{shown}"
 
 
@@ -59,27 +65,27 @@ def test_a_stopped_command_goes_on(here: Path, monkeypatch: pytest.MonkeyPatch) 
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        assert watch(patch, stop) == [] and evaluate() == 130
+        assert watch(patch, stop) == [] and ask() == 130
     assert record_of("a", "chat", "arithmetic").is_file()
     assert not Path("runs/a/evaluation/sft/results.json").exists()
     asked = watch(monkeypatch, lambda name: None)
-    assert evaluate() == 0
+    assert ask() == 0
     assert asked == ["identity"]
     assert [task["n"] for task in results_of("a")["suites"]["chat"]["tasks"]] == [6, 4]
 
 
 def test_other_settings_are_measured_anew_and_said(here: Path, asked: Asked, capsys: Captured) -> None:
     make_run("a")
-    assert evaluate("limit=4") == 0
-    assert evaluate("limit=5") == 0
+    assert ask("limit=4") == 0
+    assert ask("limit=5") == 0
     assert asked == ["arithmetic", "identity", "arithmetic"]  # of identity there are 4
     assert "Measured again (chat): arithmetic. Before: n=4.\n" in capsys.readouterr().out
-    assert evaluate("limit=5", "batch_size=2", "num_rows=7", "seed=3") == 0
+    assert ask("limit=5", "batch_size=2", "num_rows=7", "seed=3") == 0
     assert len(asked) == 3
-    assert evaluate("limit=5", "max_tokens=2") == 0
+    assert ask("limit=5", "max_tokens=2") == 0
     assert "Measured again (chat): arithmetic, identity. Before: max_tokens=3.\n" in capsys.readouterr().out
-    assert evaluate("limit=5", "max_tokens=2", "temperature=1", "seed=3") == 0
-    assert evaluate("limit=5", "max_tokens=2", "temperature=1", "seed=4") == 0
+    assert ask("limit=5", "max_tokens=2", "temperature=1", "seed=3") == 0
+    assert ask("limit=5", "max_tokens=2", "temperature=1", "seed=4") == 0
     assert "Measured again (chat): arithmetic, identity. Before: seed=3.\n" in capsys.readouterr().out
     assert len(asked) == 9
 
@@ -88,9 +94,9 @@ def test_another_model_is_measured_anew_and_nothing_of_the_old_one_stays(
     here: Path, asked: Asked, capsys: Captured
 ) -> None:
     make_run("a")
-    assert evaluate() == 0
+    assert ask() == 0
     make_run("a", seed=1, tasks={"arithmetic": {"test_size": 6}})
-    assert evaluate("suites=[chat]") == 0
+    assert ask("suites=[chat]") == 0
     assert asked == ["arithmetic", "identity", "arithmetic"]
     assert "Measured again (chat): arithmetic. The model is another one." in capsys.readouterr().out
     assert list(results_of("a")["suites"]) == ["chat"]
@@ -100,24 +106,70 @@ def test_another_model_is_measured_anew_and_nothing_of_the_old_one_stays(
 
 def test_other_problems_are_measured_anew(here: Path, asked: Asked, capsys: Captured) -> None:
     make_run("a", tasks={"arithmetic": {"test_size": 6}})
-    assert evaluate() == 0
+    assert ask() == 0
     make_run("a", tasks={"arithmetic": {"test_size": 6, "max_operand": 500}})
-    assert evaluate() == 0
+    assert ask() == 0
     assert asked == ["arithmetic", "arithmetic"]
     assert "Measured again (chat): arithmetic. The problems are others." in capsys.readouterr().out
 
 
+def test_figures_of_an_earlier_version_are_measured_anew(
+    here: Path, asked: Asked, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A judge that was mended had no say: the old verdicts were taken for its own."""
+    make_run("a")
+    assert ask() == 0
+    for module in (evaluate, evaluate_records):
+        monkeypatch.setattr(module, "FIGURES_VERSION", 1000)
+    assert ask("suites=[chat]") == 0
+    assert asked == ["arithmetic", "identity"] * 2
+    assert "Measured again (chat): arithmetic, identity. An earlier version of" in capsys.readouterr().out
+    assert list(results_of("a")["suites"]) == ["chat"] and results_of("a")["version"] == 1000
+
+
+def test_tables_of_tasks_that_are_left_out_now_do_not_stay(here: Path) -> None:
+    make_run("a")
+    off = ["suites=[chatcore]", *(f"chatcore.{name}=null" for name in CHATCORE)]
+    folder = Path("runs/a/evaluation/sft")
+    (folder / "mine").mkdir(parents=True)
+    (folder / "answers_of_mine.jsonl").write_text("{}", encoding="utf-8")
+    assert ask(*off, "chatcore.arithmetic.test_size=3", "chatcore.identity.test_size=3") == 0
+    assert ask("suites=[chat]") == 0
+    assert ask(*off, "chatcore.arithmetic.test_size=3") == 0
+    answers = {path.name for path in folder.glob("answers_*")}
+    of_chat = {"answers_arithmetic.jsonl", "answers_identity.jsonl"}
+    assert answers == {*of_chat, "answers_chatcore_arithmetic.jsonl", "answers_of_mine.jsonl"}
+
+
+def test_half_a_surrogate_pair_is_written_and_read(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ended the command, after the task was measured."""
+    make_run("a", tasks={"arithmetic": {"test_size": 6}})
+    really = evaluate_suites.evaluate_task
+
+    def evaluate_task(*arguments, **settings):
+        result = really(*arguments, **settings)
+        result.answers[0]["answer"] = "an \ud83d \\ud83d"
+        return result
+
+    monkeypatch.setattr(evaluate_suites, "evaluate_task", evaluate_task)
+    assert ask() == 0 and ask() == 0
+    record = json.loads(record_of("a", "chat", "arithmetic").read_text(encoding="utf-8"))
+    assert record["results"][0]["answers"][0]["answer"] == "an \ud83d \\ud83d"
+    lines = Path("runs/a/evaluation/sft/answers_arithmetic.jsonl").read_text(encoding="utf-8").splitlines()
+    assert json.loads(lines[0])["answer"] == "an \ud83d \\ud83d"
+
+
 def test_suites_of_other_commands_stay(here: Path, asked: Asked) -> None:
     make_run("a")
-    assert evaluate("suites=[samples]") == 0
-    assert evaluate("suites=[chat]") == 0
+    assert ask("suites=[samples]") == 0
+    assert ask("suites=[chat]") == 0
     assert list(results_of("a")["suites"]) == ["chat", "samples"]
 
 
 @pytest.mark.parametrize("damage", ["{", "[]", '{"format": 2}', "accuracy", "answers"])
 def test_a_damaged_record_is_measured_again(damage: str, here: Path, asked: Asked, capsys: Captured) -> None:
     make_run("a")
-    assert evaluate() == 0
+    assert ask() == 0
     first, path = results_of("a"), record_of("a", "chat", "identity")
     record = json.loads(path.read_text(encoding="utf-8"))
     if damage == "accuracy":  # not what the outcomes give
@@ -125,7 +177,7 @@ def test_a_damaged_record_is_measured_again(damage: str, here: Path, asked: Aske
     elif damage == "answers":
         record["results"][0]["answers"] = 7
     path.write_text(damage if damage.startswith(("{", "[")) else json.dumps(record), encoding="utf-8")
-    assert evaluate() == 0
+    assert ask() == 0
     assert asked == ["arithmetic", "identity", "identity"]
     assert results_of("a") == first
     assert "Measured again (chat): identity. " in capsys.readouterr().out
@@ -133,8 +185,8 @@ def test_a_damaged_record_is_measured_again(damage: str, here: Path, asked: Aske
 
 def test_results_that_are_damaged_are_written_anew(here: Path, asked: Asked) -> None:
     make_run("a")
-    assert evaluate() == 0
+    assert ask() == 0
     first = results_of("a")
     Path("runs/a/evaluation/sft/results.json").write_text("{", encoding="utf-8")
-    assert evaluate() == 0
+    assert ask() == 0
     assert results_of("a") == first and len(asked) == 2

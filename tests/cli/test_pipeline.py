@@ -19,6 +19,7 @@ from nanochat_pl.cli.pipeline import check_all, is_finished, steps_of
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.files import write_json
 from nanochat_pl.common.run_folder import stage_folder
+from nanochat_pl.evaluation.results import FIGURES_VERSION
 from tests.cli.conftest import pretend_finished
 
 STAGES = ("tokenizer", "base", "mid", "sft")
@@ -86,7 +87,7 @@ def test_finished_steps_are_skipped_and_newer_inputs_make_them_again(here: Path)
 
 def pretend_measured(composed: Composed[EvaluateConfig]) -> None:
     _, to = places(composed.config, composed.experiment)
-    write_json(to / "results.json", {"settings": asked(composed.config), "suites": {}})
+    write_json(to / "results.json", {"settings": asked(composed.config), "version": FIGURES_VERSION, "suites": {}})
 
 
 def test_other_questions_are_asked_anew(here: Path) -> None:

@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any, get_args
 
 from nanochat_pl.bundle import Bundle, load_bundle
-from nanochat_pl.bundle.bundle import TOKENIZER
+from nanochat_pl.bundle.bundle import STAGE, TOKENIZER, load_stage_info
 from nanochat_pl.cli.compose import Composed
-from nanochat_pl.cli.evaluate_against import Other, comparable, known_result, label_of, locate_other, require_pairs
+from nanochat_pl.cli.evaluate_against import Other, comparable, known_results, label_of, locate_other, require_pairs
 from nanochat_pl.cli.evaluate_records import find, identity_of, write_record
 from nanochat_pl.cli.evaluate_settings import EvaluateConfig, Suite, asked, places
-from nanochat_pl.cli.evaluate_suites import Job, Measured, open_jobs
+from nanochat_pl.cli.evaluate_suites import Job, Measured, Unread, can_be_opened, open_jobs
 from nanochat_pl.cli.evaluate_tables import (
     SuiteResult,
     remove_tables,
@@ -38,6 +38,7 @@ from nanochat_pl.common import together
 from nanochat_pl.common.console import say
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.files import ensure_folder, read_json, write_json
+from nanochat_pl.evaluation.results import FIGURES_VERSION
 from nanochat_pl.training.machine import own_device, require_own_gpus
 
 Config = EvaluateConfig
@@ -55,35 +56,57 @@ def run(arguments: Sequence[str]) -> int:
     other = None if against is None else together.agreed(lambda: locate_other(against, runs))
     bundle = together.agreed(lambda: _load(source, config))
     require_own_gpus(next(bundle.net.parameters()).device)
-    jobs = open_jobs(bundle, config)
+    jobs, left_out = open_jobs(bundle, config)
     if other is not None:
         together.agreed(lambda: require_pairs(other, jobs))
     together.by_main(lambda: str(ensure_folder(to)))
     identity = together.by_main(partial(identity_of, bundle))
+    theirs = None if other is None or other.bundle is not None else _read_results(other, jobs, to, identity)
     suites = _measure(bundle, jobs, identity, to)
-    origin = {"bundle": str(source), "stage": bundle.stage.stage, "model": identity, "settings": asked(config)}
+    origin = {
+        "bundle": str(source),
+        "stage": bundle.stage.stage,
+        "model": identity,
+        "version": FIGURES_VERSION,
+        "settings": asked(config),
+        "left_out": left_out,
+    }
     del bundle  # the other model may need the memory
-    compared = {} if other is None else _compare(other, jobs, suites, config, to)
+    compared = {} if other is None else _compare(other, theirs, jobs, suites, config, to)
     together.by_main(lambda: _write(to, origin, suites, compared, other))
     say(f"results: {to / RESULTS}")
     return 0
 
 
 def is_measured(composed: Composed[EvaluateConfig]) -> bool:
-    """Whether these figures of this model are there already. What they are compared with may have changed."""
+    """Whether these figures of this model are there already, and no suite that was left out can be measured by now.
+
+    What they are compared with may have changed.
+    """
     source, to = places(composed.config, composed.experiment)
     results = to / RESULTS
     if composed.config.against is not None or not results.is_file():
         return False
-    is_newer = results.stat().st_mtime_ns >= (source / "stage.json").stat().st_mtime_ns
-    return bool(is_newer and _object(results).get("settings") == asked(composed.config))
+    if results.stat().st_mtime_ns < (source / STAGE).stat().st_mtime_ns:
+        return False
+    before = _object(results)
+    if before.get("settings") != asked(composed.config) or before.get("version") != FIGURES_VERSION:
+        return False
+    left_out, model = before.get("left_out") or [], Unread(source, load_stage_info(source))
+    return not any(can_be_opened(suite, model, composed.config) for suite in left_out)
 
 
 def _load(source: Path, config: EvaluateConfig) -> Bundle:
     """The model on this process's device."""
     if not (source / TOKENIZER).is_file():
         raise UserError(f"{source}: has no tokenizer, so nothing can be measured.")
-    return load_bundle(source, own_device(config.accelerator), config.dtype)
+    bundle = load_bundle(source, own_device(config.accelerator), config.dtype)
+    if broken := [name for name, values in bundle.net.named_parameters() if not values.isfinite().all()]:
+        raise UserError(
+            f"{source}: has weights that are no finite numbers: {broken[0]}, {len(broken)} tensors in all.",
+            "There is nothing to measure; look at the losses of its training.",
+        )
+    return bundle
 
 
 def _measure(
@@ -127,6 +150,8 @@ def _measure(
             job = jobs[number]
             if number not in done:
                 found[number] = job.run(bundle)
+                for each in found[number].results:
+                    say(f"{each.name}: {100 * each.accuracy:.1f} ± {100 * each.stderr:.1f} %, n {each.n:,}")
                 together.by_main(lambda: write_record(to, identity, job, found[number]))  # noqa: B023
             if number in found:
                 result.add(found[number])
@@ -136,12 +161,16 @@ def _measure(
 
 
 def _compare(
-    other: Other, jobs: Sequence[Job], mine: Sequence[SuiteResult], config: EvaluateConfig, to: Path
+    other: Other,
+    theirs: list[SuiteResult] | None,
+    jobs: Sequence[Job],
+    mine: Sequence[SuiteResult],
+    config: EvaluateConfig,
+    to: Path,
 ) -> dict[str, dict[str, Any]]:
     """Paired differences by suite. The other model is measured where its results are not here."""
-    if other.bundle is None:
-        theirs = _read_results(other, jobs)
-    else:
+    if theirs is None:
+        assert other.bundle is not None
         say(f"Now {other.name}, on the same problems:")
         folder = other.bundle
         bundle = together.agreed(lambda: _load(folder, config))
@@ -157,14 +186,13 @@ def _compare(
     return dict(together.by_main(compare))
 
 
-def _read_results(other: Other, jobs: Sequence[Job]) -> list[SuiteResult]:
+def _read_results(other: Other, jobs: Sequence[Job], to: Path, model: Mapping[str, Any]) -> list[SuiteResult]:
     """What a folder of results says of the same problems; on the main process."""
     suites: dict[str, SuiteResult] = {}
 
     def read() -> None:
-        for job in comparable(jobs):
-            if measured := known_result(other, job):
-                suites.setdefault(job.suite, SuiteResult(job.suite)).add(measured)
+        for job, measured in known_results(other, jobs, to, model):
+            suites.setdefault(job.suite, SuiteResult(job.suite)).add(measured)
 
     together.by_main(read)
     return [*suites.values()]
@@ -180,17 +208,18 @@ def _write(
     """All files for people and programs. Suites that were measured of the same model before stay in results.json."""
     results = to / RESULTS
     before = _object(results) if results.is_file() else {}
-    kept = before.get("suites", {}) if before.get("model") == origin["model"] else {}
-    if before and not kept:
-        remove_tables(to)  # of another model
-    for suite in suites:
-        write_suite(to, suite)
+    earlier = before["suites"] if isinstance(before.get("suites"), dict) else {}
+    kept = earlier if all(before.get(key) == origin[key] for key in ("model", "version")) else {}
     measured = {each.suite: _with(each.to_json(), compared.get(each.suite, {})) for each in suites}
     found = {**kept, **measured}
-    write_json(results, {**origin, "suites": {name: found[name] for name in get_args(Suite) if name in found}})
+    found = {name: found[name] for name in get_args(Suite) if name in found}
+    remove_tables(to, earlier, found)
+    for suite in suites:
+        write_suite(to, suite)
+    write_differences(to, found)
+    write_json(results, {**origin, "suites": found}, surrogates=True)
     if other is not None:
         show_differences(other.name, compared)
-        write_differences(to / "differences.csv", compared)
 
 
 def _with(figures: Any, compared: Mapping[str, Any]) -> Any:

@@ -16,7 +16,13 @@ from nanochat_pl.cli.locate import locate_stage
 from nanochat_pl.common.console import say
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.run_folder import STAGES
-from nanochat_pl.evaluation.results import Difference, TaskResult, paired_difference, paired_summary
+from nanochat_pl.evaluation.results import (
+    FIGURES_VERSION,
+    Difference,
+    TaskResult,
+    paired_difference,
+    paired_summary,
+)
 
 
 @dataclass(frozen=True)
@@ -99,13 +105,35 @@ def require_pairs(other: Other, jobs: Sequence[Job]) -> None:
         )
 
 
-def known_result(other: Other, job: Job) -> Measured | None:
-    """What a folder of results says of a task; None, and a line why, where it cannot be compared with."""
+def known_results(other: Other, jobs: Sequence[Job], to: Path, model: Mapping[str, Any]) -> list[tuple[Job, Measured]]:
+    """What a folder of results says of these tasks: read before anything is written, as it may be the same folder.
+
+    Args:
+        other: the folder.
+        jobs: the tasks.
+        to: where this model's results go.
+        model: identity of this model: of the same folder its own results, after a stop, are not those of the other one.
+
+    Raises:
+        UserError: there is nothing to compare with.
+    """
     assert other.results is not None
-    record = read_record(other.results, job)
-    if record is None or record.problems != job.problems:
-        why = "is not there" if record is None else "has other problems there"
-        say(f"{job.suite}, {job.name}: {why}, so it is not compared.")
+    mine = model if other.results.resolve() == to.resolve() else None
+    found = [(job, measured) for job in comparable(jobs) if (measured := _known_result(other.results, job, mine))]
+    if not found:
+        raise UserError(
+            f"against={other.name}: has results of this very model by now.",
+            "Compare with a copy of the folder, made before, or with the other model: against=RUN or against=BUNDLE.",
+        )
+    return found
+
+
+def _known_result(folder: Path, job: Job, mine: Mapping[str, Any] | None) -> Measured | None:
+    """What a folder of results says of a task; None, and a line why, where it cannot be compared with."""
+    record = read_record(folder, job)
+    if record is None or record.problems != job.problems or record.model == mine:
+        why = "is not there" if record is None else "is of this very model" if record.model == mine else ""
+        say(f"{job.suite}, {job.name}: {why or 'has other problems there'}, so it is not compared.")
         return None
     if differing := _differing(record, job):
         say(f"{job.suite}, {job.name}: was measured there with {differing}.")
@@ -113,13 +141,14 @@ def known_result(other: Other, job: Job) -> Measured | None:
 
 
 def _differing(record: Record, job: Job) -> str:
-    """Settings that differ but for the number of problems: pairs are made of those that both have."""
+    """What differs but for the number of problems: pairs are made of those that both have."""
     names = [name for name in {**record.asked, **job.asked} if name != "n"]
-    return ", ".join(
+    settings = [
         f"{name}={record.asked.get(name)} (here {job.asked.get(name)})"
         for name in names
         if record.asked.get(name) != job.asked.get(name)
-    )
+    ]
+    return ", ".join([*settings, *([] if record.version == FIGURES_VERSION else ["another version of nanochat_pl"])])
 
 
 def label_of(bundle: Bundle, identity: Mapping[str, Any]) -> str:

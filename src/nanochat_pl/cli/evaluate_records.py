@@ -1,8 +1,8 @@
 """Records of finished tasks, one file each: what is there need not be measured again.
 
 ``tasks/SUITE/NAME.json`` in the folder of the results holds what a task gave, and all that this is a function of: the
-model (hashes of its files, the type it computes in), the problems, the settings. Only what agrees with all of it is
-taken.
+model (hashes of its files, the type it computes in), the problems, the settings, the version of the measuring. Only
+what agrees with all of it is taken.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from nanochat_pl.bundle.bundle import CONFIG, MODEL, TOKENIZER
 from nanochat_pl.cli.evaluate_suites import Job, Measured, from_plain, to_json
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.files import read_json, sha256_of_file, write_json
+from nanochat_pl.evaluation.results import FIGURES_VERSION
 
 FORMAT = 1
 FOLDER = "tasks"
@@ -32,11 +33,12 @@ def identity_of(bundle: Bundle) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Record:
-    """A task that was measured."""
+    """A task that was measured. ``version`` is that of the measuring."""
 
     model: Mapping[str, Any]
     problems: Mapping[str, Any]
     asked: Mapping[str, Any]
+    version: Any
     measured: Measured
 
 
@@ -47,8 +49,12 @@ def path_of(folder: Path, job: Job) -> Path:
 
 def write_record(folder: Path, model: Mapping[str, Any], job: Job, measured: Measured) -> None:
     """Keep what a task gave."""
-    key = {"format": FORMAT, "model": dict(model), "problems": dict(job.problems), "asked": dict(job.asked)}
-    write_json(path_of(folder, job), {**key, **to_json(measured)})
+    key = {"model": dict(model), "problems": dict(job.problems), "asked": dict(job.asked)}
+    write_json(
+        path_of(folder, job),
+        {"format": FORMAT, "version": FIGURES_VERSION, **key, **to_json(measured)},
+        surrogates=True,
+    )
 
 
 def read_record(folder: Path, job: Job) -> Record | None:
@@ -66,7 +72,8 @@ def read_record(folder: Path, job: Job) -> Record | None:
     for key in ("model", "problems", "asked"):
         if not isinstance(value.get(key), dict):
             raise UserError(f"{path}: {key}: must be a group of named values.")
-    return Record(value["model"], value["problems"], value["asked"], from_plain(value, str(path)))
+    measured = from_plain(value, str(path))
+    return Record(value["model"], value["problems"], value["asked"], value.get("version"), measured)
 
 
 def find(folder: Path, model: Mapping[str, Any], job: Job) -> tuple[Measured | None, str]:
@@ -88,6 +95,8 @@ def _changes(record: Record, model: Mapping[str, Any], job: Job) -> str:
         return "The model is another one."
     if record.problems != job.problems:
         return "The problems are others."
+    if record.version != FIGURES_VERSION:
+        return "An earlier version of nanochat_pl measured otherwise."
     now = {**job.asked, "dtype": model["dtype"]}
     before = {**record.asked, "dtype": record.model.get("dtype")}
     names = [name for name in {**now, **before} if now.get(name) != before.get(name)]

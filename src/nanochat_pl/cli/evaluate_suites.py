@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, get_args
 
-from nanochat_pl.bundle import Bundle
+from nanochat_pl.bundle import Bundle, StageInfo
 from nanochat_pl.cli.evaluate_settings import BASE_SUITES, CHAT_SUITES, EvaluateConfig, Suite
 from nanochat_pl.common import together
 from nanochat_pl.common.console import by_difference, progress, say
@@ -82,14 +82,35 @@ def from_plain(value: Mapping[str, Any], where: str) -> Measured:
     )
 
 
-def open_jobs(bundle: Bundle, config: EvaluateConfig) -> list[Job]:
-    """All that is to be measured, with its data at hand.
+class Trained(Protocol):
+    """What is asked of a model before it is measured: a bundle, or one whose weights are not read."""
+
+    @property
+    def path(self) -> Path:
+        """Its folder."""
+
+    @property
+    def stage(self) -> StageInfo:
+        """Where it comes from."""
+
+
+@dataclass(frozen=True)
+class Unread:
+    """A bundle whose weights are not read."""
+
+    path: Path
+    stage: StageInfo
+
+
+def open_jobs(bundle: Trained, config: EvaluateConfig) -> tuple[list[Job], list[Suite]]:
+    """All that is to be measured, with its data at hand, and the suites that are left out.
 
     Raises:
         UserError: the problems of all suites that were asked for. Without ``suites=`` those whose data is missing are
             left out, and it is said how to get it.
     """
     jobs: list[Job] = []
+    left_out: list[Suite] = []
     problems: list[str] = []
     fixes: list[str] = []
     for suite in dict.fromkeys(config.suites or _suites_of(bundle)):
@@ -98,6 +119,7 @@ def open_jobs(bundle: Bundle, config: EvaluateConfig) -> list[Job]:
         except UserError as error:
             if config.suites is None:
                 _say_left_out(suite, error)
+                left_out.append(suite)
             else:
                 own = (f"{suite}:", f"{suite}.")
                 problems += [line if line.startswith(own) else f"{suite}: {line}" for line in error.problems]
@@ -106,7 +128,15 @@ def open_jobs(bundle: Bundle, config: EvaluateConfig) -> list[Job]:
         raise SharedError(problems, "\n".join(dict.fromkeys(fixes)))
     if not jobs:
         raise SharedError("suites: there is nothing to measure.", "Name what to measure: suites=[…]")
-    return jobs
+    return jobs, left_out
+
+
+def can_be_opened(suite: Any, bundle: Trained, config: EvaluateConfig) -> bool:
+    """Whether the data of a suite that was left out is here now. ``suite`` may be anything: it was in a file."""
+    try:
+        return suite in get_args(Suite) and bool(_OPENERS[suite](bundle, config))
+    except UserError:
+        return False
 
 
 def _say_left_out(suite: Suite, error: UserError) -> None:
@@ -115,11 +145,11 @@ def _say_left_out(suite: Suite, error: UserError) -> None:
     say(f"{suite}: left out: {problem} {rest}".rstrip())
 
 
-def _suites_of(bundle: Bundle) -> Sequence[Suite]:
+def _suites_of(bundle: Trained) -> Sequence[Suite]:
     return BASE_SUITES if bundle.stage.stage == "base" else CHAT_SUITES
 
 
-def _open_bits_per_byte(bundle: Bundle, config: EvaluateConfig) -> list[Job]:
+def _open_bits_per_byte(bundle: Trained, config: EvaluateConfig) -> list[Job]:
     """Bits per byte on the held-out text of the data that the model was trained on."""
     source = together.main_first(lambda: open_source(data_of(bundle, config), config.cache))
     problems = {"text": source.fingerprint, "num_rows": config.num_rows}
@@ -152,7 +182,7 @@ def _measure_bits_per_byte(bundle: Bundle, source: Source, config: EvaluateConfi
     return Measured(plain={name.removeprefix("val/"): value for name, value in figures.items()})
 
 
-def data_of(bundle: Bundle, config: EvaluateConfig) -> DataSettings:
+def data_of(bundle: Trained, config: EvaluateConfig) -> DataSettings:
     """Where the text is. Files that a bundle names are read for the run that was trained on them, not for a stranger's.
 
     Raises:
@@ -175,7 +205,7 @@ def data_of(bundle: Bundle, config: EvaluateConfig) -> DataSettings:
     return data.without_download()  # nobody has asked for that here
 
 
-def _open_core(bundle: Bundle, config: EvaluateConfig) -> list[Job]:
+def _open_core(bundle: Trained, config: EvaluateConfig) -> list[Job]:
     core = together.main_first(lambda: open_core(config.core, config.cache, config.paths.hub_folder))
 
     if core.missing:
@@ -193,17 +223,40 @@ def _open_core(bundle: Bundle, config: EvaluateConfig) -> list[Job]:
     return [job(name) for name in core.tasks]
 
 
-def _open_chat(bundle: Bundle, config: EvaluateConfig) -> list[Job]:
-    """The held-out problems of the tasks that the model was trained on, as far as their answers can be judged."""
+def _open_chat(bundle: Trained, config: EvaluateConfig) -> list[Job]:
+    """The held-out problems of the tasks that the model was trained on, as far as their answers can be judged.
+
+    Raises:
+        UserError: a task would read files of this machine that nobody but the bundle named.
+    """
     require_chat_model(bundle.stage.stage, bundle.path, "chat")
     settings: MixtureSettings = _settings_of(bundle, "mixture", MixtureSettings)
     judged = only_judged(settings)
+    if judged and config.bundle is not None and (named := _files_named(judged.tasks)):
+        raise UserError(
+            [
+                f"{bundle.path}: mixture.tasks.{key} names {path!r}; what a bundle names is not read from this machine."
+                for key, path in named.items()
+            ],
+            "A run of one's own is asked by its name, run=NAME; else leave the suite out, suites=[chatcore,samples].",
+        )
+    jobs = _task_jobs("chat", judged.tasks, config) if judged else []
     if left_out := settings.tasks.chosen().keys() - (judged.tasks.chosen().keys() if judged else set()):
         say(f"{', '.join(sorted(left_out))}: left out; what is a right answer in a conversation, nobody can tell.")
-    return _task_jobs("chat", judged.tasks, config) if judged else []
+    return jobs
 
 
-def _open_chatcore(bundle: Bundle, config: EvaluateConfig) -> list[Job]:
+def _files_named(tasks: MixtureTasks) -> dict[str, str]:
+    """Files of this machine that settings of tasks name, by key."""
+    return {
+        f"{name}.{key.name}": path
+        for name, settings in tasks.chosen().items()
+        for key in fields(settings)
+        if (key.name == "path" or key.name.endswith("_path")) and (path := getattr(settings, key.name)) is not None
+    }
+
+
+def _open_chatcore(bundle: Trained, config: EvaluateConfig) -> list[Job]:
     require_chat_model(bundle.stage.stage, bundle.path, "chatcore")
     return _task_jobs("chatcore", config.chatcore, config)
 
@@ -223,7 +276,12 @@ def _task_jobs(suite: Suite, chosen: MixtureTasks, config: EvaluateConfig) -> li
     problems: list[str] = []
     fixes: dict[str, None] = {}
     jobs = []
+    judged = only_judged(MixtureSettings(tasks=chosen))
+    can_be_judged = judged.tasks.chosen() if judged else {}
     for name in chosen.chosen():
+        if name not in can_be_judged:  # said before its data is looked for
+            problems.append(f"{where}.{name}: what is a right answer in a conversation, nobody can tell.")
+            continue
         single = chosen.only({name})
         try:
             task = together.main_first(lambda: build_tasks(single, "test", config.context(where))[name])  # noqa: B023
@@ -231,10 +289,7 @@ def _task_jobs(suite: Suite, chosen: MixtureTasks, config: EvaluateConfig) -> li
             problems += error.problems
             fixes |= {error.fix: None} if error.fix else {}
             continue
-        if task.judged:
-            jobs.append(_task_job(suite, task, config))
-        else:
-            problems.append(f"{where}.{name}: what is a right answer in a conversation, nobody can tell.")
+        jobs.append(_task_job(suite, task, config))
     if problems:
         raise UserError(problems, "\n".join(fixes))
     return jobs
@@ -269,7 +324,7 @@ def _task_job(suite: Suite, task: Task, config: EvaluateConfig) -> Job:
     return Job(suite, task.name, {"task": task.fingerprint}, asked, measure)
 
 
-def _open_samples(bundle: Bundle, config: EvaluateConfig) -> list[Job]:
+def _open_samples(bundle: Trained, config: EvaluateConfig) -> list[Job]:
     """Greedy continuations of the recipe's prompts."""
 
     def measure(model: Bundle) -> Measured:
@@ -279,7 +334,7 @@ def _open_samples(bundle: Bundle, config: EvaluateConfig) -> list[Job]:
     return [Job("samples", "samples", {"prompts": list(DEFAULT_PROMPTS)}, {}, measure, together=False)]
 
 
-def _open_harness(bundle: Bundle, config: EvaluateConfig) -> list[Job]:
+def _open_harness(bundle: Trained, config: EvaluateConfig) -> list[Job]:
     """Tasks of lm-evaluation-harness."""
     tasks = open_harness(config.harness, config.paths.hub_folder)
 
@@ -293,7 +348,7 @@ def _open_harness(bundle: Bundle, config: EvaluateConfig) -> list[Job]:
     return [job(name) for name in tasks.names]
 
 
-def _settings_of(bundle: Bundle, group: str, schema: type) -> Any:
+def _settings_of(bundle: Trained, group: str, schema: type) -> Any:
     """A group of the settings that the model was trained with, as its bundle keeps them."""
     if group not in bundle.stage.settings:
         raise UserError(
@@ -302,7 +357,7 @@ def _settings_of(bundle: Bundle, group: str, schema: type) -> Any:
     return build(schema, bundle.stage.settings[group], f"{bundle.path}/stage.json: settings.{group}")
 
 
-_OPENERS: dict[Suite, Callable[[Bundle, EvaluateConfig], list[Job]]] = {
+_OPENERS: dict[Suite, Callable[[Trained, EvaluateConfig], list[Job]]] = {
     "bpb": _open_bits_per_byte,
     "core": _open_core,
     "chat": _open_chat,

@@ -21,6 +21,7 @@ from nanochat_pl.evaluation.core_table import core_name, write_core_csv
 from nanochat_pl.evaluation.results import Difference, Summary, TaskResult, summarize
 
 CSV_COLUMNS = ("task", "accuracy", "stderr", "n", "baseline", "centered", "remark")
+DIFFERENCES = "differences.csv"
 PUBLISHED = "core_published.csv"  # CORE in the format of the published results
 NUM_CHATS = 6
 
@@ -145,11 +146,27 @@ def write_suite(folder: Path, found: SuiteResult) -> None:
         write_lines(folder / "chats.jsonl", _first_chats(found.results))
 
 
-def remove_tables(folder: Path) -> None:
-    """Remove what :func:`write_suite` and :func:`write_differences` have written of another model."""
-    names = [*(f"{suite}.csv" for suite in get_args(Suite)), PUBLISHED, "differences.csv", "chats.jsonl"]
-    for path in [*(folder / name for name in names), *folder.glob("answers_*.jsonl")]:
-        path.unlink(missing_ok=True)
+def remove_tables(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Remove what was written for the suites of an earlier results.json and is not written for those of today's."""
+    for name in _tables_of(before) - _tables_of(now):
+        (folder / name).unlink(missing_ok=True)
+
+
+def _tables_of(suites: Mapping[str, Any]) -> set[str]:
+    """The files that :func:`write_suite` and :func:`write_differences` write, by what results.json says."""
+    names: set[str] = set()
+    for suite in get_args(Suite):
+        if tasks := _names_of_tasks(suites.get(suite)):
+            names |= {f"{suite}.csv", *(answers_file(suite, task) for task in tasks)}
+            names |= {"core": {PUBLISHED}, "chat": {"chats.jsonl"}}.get(suite, set())
+            names |= {DIFFERENCES} if {"differences", "summary_difference"} & suites[suite].keys() else set()
+    return names
+
+
+def _names_of_tasks(figures: Any) -> list[str]:
+    """The tasks that results.json, which anybody may have written, has of a suite."""
+    rows = figures.get("tasks") if isinstance(figures, dict) else None
+    return [str(row["name"]) for row in rows if isinstance(row, dict) and "name" in row] if rows else []
 
 
 def answers_file(suite: Suite, name: str) -> str:
@@ -158,14 +175,16 @@ def answers_file(suite: Suite, name: str) -> str:
     return f"answers_{safe}.jsonl" if suite == "chat" else f"answers_{suite}_{safe}.jsonl"
 
 
-def write_differences(path: Path, compared: Mapping[str, Mapping[str, Any]]) -> None:
-    """All paired differences as CSV."""
+def write_differences(folder: Path, suites: Mapping[str, Any]) -> None:
+    """All paired differences in results.json as CSV."""
+    columns = ("difference", "stderr", "low", "high", "n")
     rows = []
-    for suite, found in compared.items():
-        summary = [found["summary_difference"]] if "summary_difference" in found else []
-        rows += [(suite, *each.values()) for each in [*found.get("differences", []), *summary]]
+    for suite, figures in suites.items():
+        if isinstance(figures, dict):
+            pairs = [*figures.get("differences", []), figures.get("summary_difference", {})]
+            rows += [(suite, *map(each.get, ("name", *columns)), figures.get("against")) for each in pairs if each]
     if rows:
-        write_csv(path, ("suite", "task", "difference", "stderr", "low", "high", "n"), rows)
+        write_csv(folder / DIFFERENCES, ("suite", "task", *columns, "against"), rows)
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
@@ -177,7 +196,7 @@ def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]])
 
 def write_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """A file of JSON lines."""
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), surrogates=True)
 
 
 def _remarks(result: TaskResult) -> Iterator[str]:

@@ -17,6 +17,10 @@ def locate_bundle(bundle: str | None, run: str | None, stage: str | None, runs: 
     if bundle is not None:
         if run is not None or stage is not None:
             raise UserError("bundle: names a model by itself; leave run= and stage= out.")
+        if (Path(bundle) / "bundle").is_dir():
+            raise UserError(
+                f"bundle={bundle}: is the folder of a stage.", f"Its bundle: bundle={Path(bundle) / 'bundle'}"
+            )
         if not Path(bundle).is_dir():
             raise UserError(f"bundle={bundle}: there is no such folder.", "nanochat-pl runs lists what is there.")
         return Path(bundle)

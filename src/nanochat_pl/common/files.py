@@ -118,14 +118,20 @@ def write_atomically(
         temporary.unlink(missing_ok=True)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text atomically."""
-    write_bytes(path, text.encode("utf-8"))
+def write_text(path: Path, text: str, surrogates: bool = False) -> None:
+    """Write UTF-8 text atomically.
+
+    Args:
+        path: the file.
+        text: what is in it.
+        surrogates: it is JSON, in which halves of surrogate pairs, which have no UTF-8, may be: each as its escape.
+    """
+    write_bytes(path, text.encode("utf-8", "backslashreplace" if surrogates else "strict"))
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON atomically. NaN and infinities are refused: they are not JSON."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+def write_json(path: Path, value: Any, surrogates: bool = False) -> None:
+    """Write JSON atomically. NaN and infinities are refused: they are not JSON; ``surrogates`` is as in write_text."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", surrogates)
 
 
 def write_bytes(path: Path, data: bytes) -> None:
