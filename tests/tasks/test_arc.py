@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,21 @@ SIZES = {
     ("arc_challenge", "train"): 1119,
     ("arc_challenge", "test"): 1172,
 }
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "jsonl"])
+def test_guessing_among_the_choices_of_other_files(suffix: str, tmp_path: Path, shared: Path) -> None:
+    """It was taken to be right once in four, whatever there was to choose from."""
+    rows = [question("AB"), question("AB"), question("ABCDE"), question("1234", "1")]
+    path = tmp_path / f"own.{suffix}"
+    write_table(path, rows)
+    if suffix == "jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, question(choices=None)]), encoding="utf-8")
+    for kind in ("arc_easy", "arc_challenge"):
+        task = opened(kind, "test", tmp_path, test_path=path, test_size=1)
+        assert task.baseline == pytest.approx((1 / 2 + 1 / 2 + 1 / 5 + 1 / 4) / 4), "of all rows, whatever the limit"
+        published = opened(kind, "test", tmp_path, shared / "data/hub", path=path)
+        assert published.baseline == 0.25, "of the data set's own questions what is said of them, as before"
 
 
 def test_labels_of_every_row_are_looked_at(tmp_path: Path) -> None:

@@ -71,6 +71,17 @@ def test_rows_that_are_no_questions_are_named(row: dict[str, Any], said: str, tm
         one(tmp_path, row)[0]
 
 
+def test_guessing_among_the_choices_of_other_files(tmp_path: Path, shared: Path) -> None:
+    rows = [question(0, subject, choices=list("abcde"[:n])) for subject, n in (("law", 2), ("law", 5), ("art", 3))]
+    assert one(tmp_path, *rows).baseline == pytest.approx((1 / 2 + 1 / 5 + 1 / 3) / 3)
+    assert one(tmp_path, *rows, subjects=["law"]).baseline == pytest.approx((1 / 2 + 1 / 5) / 2)
+    assert one(tmp_path, question(choices="abcd")).baseline == 0.25, "none is a question: they are refused when asked"
+    write_table(tmp_path / "hub/datasets/some/other/all/test-0.parquet", rows)
+    other = opened("mmlu", "test", tmp_path, tmp_path / "hub", repo="some/other")
+    assert other.baseline == pytest.approx((1 / 2 + 1 / 5 + 1 / 3) / 3), "and of another data set"
+    assert opened("mmlu", "test", tmp_path, shared / "data/hub").baseline == 0.25
+
+
 def test_splits() -> None:
     with pytest.raises(UserError, match="test_split='tests': must be one of test, validation, dev"):
         build(MMLUSettings, {"test_split": "tests"})

@@ -8,7 +8,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from nanochat_pl.common.errors import UserError
@@ -57,10 +59,34 @@ class Rows:
         except UnicodeDecodeError as error:
             raise UserError(f"{self._paths[file]}, row {place:,}: is not UTF-8 ({error.reason}).") from error
 
+    def lengths(self, column: str, field: str | None = None) -> np.ndarray:
+        """int64 (n,): how many entries each row's list has, without reading what they are; 0 where there is no list.
+
+        Args:
+            column: of the lists.
+            field: where the column holds objects, their key with the list.
+        """
+        return np.concatenate([_lengths(table, column, field) for table in self._tables])
+
     def place(self, index: int) -> tuple[int, int]:
         """Which file, and which of its rows, both from 0."""
         file = bisect.bisect_right(self._ends, index)
         return file, index - (self._ends[file] - len(self._tables[file]))
+
+
+def _lengths(table: pa.Table | list[Row], column: str, field: str | None) -> np.ndarray:
+    if isinstance(table, list):
+        values = [row[column] for row in table]
+        if field is not None:
+            values = [value.get(field) if isinstance(value, dict) else None for value in values]
+        return np.array([len(value) if isinstance(value, list) else 0 for value in values], dtype=np.int64)
+    lists = table.column(column)
+    if field is not None:
+        has_it = pa.types.is_struct(lists.type) and lists.type.get_field_index(field) >= 0
+        lists = pc.struct_field(lists, field) if has_it else pa.nulls(len(table))
+    if not (pa.types.is_list(lists.type) or pa.types.is_large_list(lists.type)):
+        return np.zeros(len(table), dtype=np.int64)
+    return np.asarray(pc.fill_null(pc.list_value_length(lists), 0), dtype=np.int64)
 
 
 def _read(path: Path, columns: Sequence[str]) -> pa.Table | list[Row]:

@@ -30,11 +30,12 @@ _NUMBERED = re.compile(r"-\d+-of-(\d+)")
 
 @dataclass(frozen=True)
 class TableFile:
-    """A file of rows, with a hash of its contents."""
+    """A file of rows, with a hash of its contents. ``given``: by its path, and not one of the data set's."""
 
     name: str
     path: Path
     sha256: str
+    given: bool
 
 
 def table_files(name: str, where: str, settings: TableSettings, split: Split, context: TaskContext) -> list[TableFile]:
@@ -57,9 +58,9 @@ def table_files(name: str, where: str, settings: TableSettings, split: Split, co
         fix = how_to_fetch(name, settings, context)
         found = _of_repo(where, settings, split, context, fix)
         _require_whole(where, settings, found, context, fix)
-        files = [_with_hash(file, f"It is not what {settings.repo} has. {fix}") for file in found]
+        files = [_with_hash(file, False, f"It is not what {settings.repo} has. {fix}") for file in found]
     else:
-        files = [_with_hash(file) for file in mine]
+        files = [_with_hash(file, True) for file in mine]
     if given[split] is not None or others is not None:
         if others is None:
             # What of it is not here is refused when that part is opened.
@@ -150,12 +151,12 @@ def _require_whole(
         )
 
 
-def _with_hash(file: SetFile, fix: str = "") -> TableFile:
+def _with_hash(file: SetFile, given: bool, fix: str = "") -> TableFile:
     assert file.path is not None, "files that are not here have been refused"
     sha256 = _sha256(file, file.path)
     if file.sha256 not in (None, sha256):
         raise UserError(f"{file.path}: is damaged.", fix)
-    return TableFile(file.name, file.path, sha256)
+    return TableFile(file.name, file.path, sha256, given)
 
 
 def _sha256(file: SetFile, path: Path) -> str:

@@ -104,6 +104,7 @@ class TableTask(Task):
         if not order:
             raise UserError(f"{self.where}.start={settings.start}: nothing of its {len(chosen):,} rows is left.")
         self._order = [chosen[number] for number in order]
+        self._chosen = chosen
         super().__init__(name, split, len(self._order))
 
     @classmethod
@@ -150,6 +151,21 @@ class TableTask(Task):
         except UnicodeEncodeError as error:
             problem = f"{what} holds half of a surrogate pair, which is no character."
             raise self.bad_row(index, problem) from error
+
+    def chance(self, column: str, field: str | None = None) -> float:
+        """Accuracy of guessing among the choices of each row: of the published table what is said of it.
+
+        Of another the mean of one over the number of choices, over all rows of the part, so that no limit changes it.
+
+        Args:
+            column: that holds the choices.
+            field: where the column holds objects, their key with the choices.
+        """
+        if not self.files[0].given and self.settings.repo == type(self.settings)().repo:
+            return type(self).baseline
+        lengths = self._rows.lengths(column, field)[np.asarray(self._chosen)]
+        lengths = lengths[(lengths >= 2) & (lengths <= _MOST_CHOICES)]  # others are refused when they are asked
+        return float(np.mean(1 / lengths)) if len(lengths) else type(self).baseline
 
     @cached_property
     def fingerprint(self) -> str:
