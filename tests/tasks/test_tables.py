@@ -198,6 +198,9 @@ def test_missing_files_are_said_with_the_command_that_fetches_them(tmp_path: Pat
         opened("gsm8k", "train", tmp_path, hub, config="socratic")
     with pytest.raises(UserError, match=r"gsm8k.test_split='tests': .* no such files; did you mean test\?"):
         opened("gsm8k", "test", tmp_path, hub, test_split="tests")
+    write_table(tmp_path / "flat/datasets" / REPO / "train.parquet", [problem(1)])
+    with pytest.raises(UserError, match=r"gsm8k.config='main': openai/gsm8k has no such files; valid: train.parquet"):
+        opened("gsm8k", "train", tmp_path, tmp_path / "flat")
     with pytest.raises(UserError, match=r"mixture.tasks.gsm8k.test_path='nowhere': there is no such file"):
         opened("gsm8k", "test", tmp_path, test_path="nowhere")
 

@@ -133,7 +133,8 @@ def _of_repo(
         valid = [PurePosixPath(file.name).name.partition("-")[0] for file in of_config]
         if not of_config:
             key, table = "config", settings.config
-            valid = [str(PurePosixPath(file.name).parent) for file in everything if "/" in file.name]
+            inside = [str(PurePosixPath(file.name).parent) for file in everything if "/" in file.name]
+            valid = inside or [file.name for file in everything]
         raise UserError(f"{where}.{key}={table!r}: {settings.repo} has no such files; {did_you_mean(table, valid)}")
     return found
 
