@@ -33,7 +33,10 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(UserError, match="4 processes on a machine where PyTorch sees 2 GPUs") as error:
         machine.own_device("auto")
-    assert "Start 2 processes" in error.value.fix
+    assert error.value.fix == "Start 2 processes, or use trainer.accelerator=cpu."
+    with pytest.raises(UserError, match="or use accelerator=cpu") as error:  # as evaluate has it
+        machine.own_device("auto", "accelerator")
+    assert "trainer." not in str(error.value)
 
 
 def asked(numbers: list[str], visible: list[str]) -> str:

@@ -55,7 +55,7 @@ def run(arguments: Sequence[str]) -> int:
     runs, against = Path(config.paths.runs), config.against
     other = None if against is None else together.agreed(lambda: locate_other(against, runs))
     bundle = together.agreed(lambda: _load(source, config))
-    require_own_gpus(next(bundle.net.parameters()).device)
+    require_own_gpus(next(bundle.net.parameters()).device, "accelerator")
     jobs, left_out = open_jobs(bundle, config)
     if other is not None:
         together.agreed(lambda: require_pairs(other, jobs))
@@ -100,7 +100,7 @@ def _load(source: Path, config: EvaluateConfig) -> Bundle:
     """The model on this process's device."""
     if not (source / TOKENIZER).is_file():
         raise UserError(f"{source}: has no tokenizer, so nothing can be measured.")
-    bundle = load_bundle(source, own_device(config.accelerator), config.dtype)
+    bundle = load_bundle(source, own_device(config.accelerator, "accelerator"), config.dtype)
     if broken := [name for name, values in bundle.net.named_parameters() if not values.isfinite().all()]:
         raise UserError(
             f"{source}: has weights that are no finite numbers: {broken[0]}, {len(broken)} tensors in all.",

@@ -56,10 +56,11 @@ def prepare_machine(config: TrainConfig) -> Machine:
     return machine
 
 
-def own_device(accelerator: str) -> torch.device:
+def own_device(accelerator: str, key: str = "trainer.accelerator") -> torch.device:
     """The device of this process that a setting means: of several GPUs the one with its number on this machine.
 
     Where a launcher shows each process one GPU, it is that: :func:`require_own_gpus` finds out whether it is its own.
+    ``key`` is what the setting is called, for messages.
 
     Raises:
         UserError: there is none.
@@ -73,13 +74,13 @@ def own_device(accelerator: str) -> torch.device:
     if place.local_rank >= found:
         raise UserError(
             f"{place.local_world_size} processes on a machine where PyTorch sees {found} GPUs: each needs one.",
-            fix=f"Start {found} processes, or use trainer.accelerator=cpu.",
+            fix=f"Start {found} processes, or use {key}=cpu.",
         )
     return torch.device("cuda", place.local_rank)
 
 
-def require_own_gpus(device: torch.device) -> None:
-    """Refuse processes that would share a GPU. All of them call it.
+def require_own_gpus(device: torch.device, key: str = "trainer.accelerator") -> None:
+    """Refuse processes that would share a GPU. All of them call it. ``key``: as in :func:`own_device`.
 
     Raises:
         SharedError: two have the same one.
@@ -97,7 +98,7 @@ def require_own_gpus(device: torch.device) -> None:
             raise SharedError(
                 f"Processes {other} and {rank} have the same GPU: each needs one of its own.",
                 fix="Start as many processes on each machine as it has GPUs, and let each see all of them, or one of"
-                " its own (CUDA_VISIBLE_DEVICES); or use trainer.accelerator=cpu.",
+                f" its own (CUDA_VISIBLE_DEVICES); or use {key}=cpu.",
             )
 
 
