@@ -2,8 +2,9 @@
 
 NANOCHAT_PL_TEST_FAULT is `WHAT RANK STEP`: what happens to the process of that rank when it has made so many steps.
 NANOCHAT_PL_TEST_SECONDS is how long each step takes at least, NANOCHAT_PL_TEST_VALIDATION_SECONDS each batch of a
-validation, NANOCHAT_PL_TEST_ROWS the step whose rows never come. NANOCHAT_PL_TEST_CODES is a folder where each process
-leaves its exit code.
+validation, NANOCHAT_PL_TEST_ROWS the step whose rows never come,
+NANOCHAT_PL_TEST_JUDGE the rank of the process that gets a SIGUSR1 when it judges a sum. NANOCHAT_PL_TEST_CODES is a
+folder where each process leaves its exit code.
 """
 
 from __future__ import annotations
@@ -63,6 +64,7 @@ FAULTS = {each.__name__: each for each in (fails, is_refused, is_killed, hangs, 
 
 def put_in() -> None:
     """Let the step end with the fault, and make others wait."""
+    from nanochat_pl.tasks.arithmetic import Arithmetic
     from nanochat_pl.training.datamodule import StepRows
     from nanochat_pl.training.evaluation import Validation
     from nanochat_pl.training.stages import TrainingStage
@@ -93,6 +95,14 @@ def put_in() -> None:
             time.sleep(0.02)
         wait_for(rows, step, check)
 
+    evaluate = Arithmetic.evaluate
+
+    def judges(task: Arithmetic, *given: Any) -> bool:
+        if os.environ.get("NANOCHAT_PL_TEST_JUDGE") == str(RANK):
+            signal.raise_signal(signal.SIGUSR1)
+        return evaluate(task, *given)
+
+    Arithmetic.evaluate = judges  # type: ignore[method-assign]
     TrainingStage.training_step = faulty  # type: ignore[method-assign]
     Validation.sums = slow  # type: ignore[method-assign]
     StepRows.wait_for = waits  # type: ignore[method-assign]

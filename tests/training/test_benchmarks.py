@@ -6,22 +6,31 @@ import csv
 import json
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from nanochat_pl import load_bundle
 from nanochat_pl.cli.main import main
 from nanochat_pl.common import distributed, together
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.evaluation.results import TaskResult, make_result
 from nanochat_pl.model.gpt import GPT
-from nanochat_pl.training.benchmarks import Benchmark, columns_of, measure
+from nanochat_pl.tasks.arithmetic import Arithmetic
+from nanochat_pl.training import benchmarks
+from nanochat_pl.training.benchmarks import Benchmark, MeasuredTasks, columns_of, measure
+from nanochat_pl.training.stages import TrainingStage
 from nanochat_pl.training.stopping import StopRequested
 from tests.museum.tiny import fit_tiny, tiny_model
 from tests.processes import run
 from tests.training.conftest import same_weights, sft_overrides, start_run, tiny_overrides, weights_of
+from tests.training.faults import MODULE
 from tests.training.launch import launch
+
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 CHAT = (
     "max_steps=5",
@@ -44,9 +53,10 @@ class Examiner:
         self.when_asked: Callable[[], None] = lambda: None
         self.benchmark = Benchmark("chat", every_steps, list(self.outcomes), self.measure_task)
 
-    def measure_task(self, name: str, net: GPT) -> TaskResult:
+    def measure_task(self, name: str, net: GPT, meanwhile: Callable[[], None]) -> TaskResult:
         self.asked.append(name)
         self.when_asked()
+        meanwhile()
         self.training.append(net.training)
         outcome = together.agreed(lambda: self._outcome(name))
         return make_result(name, [str(number) for number in range(len(outcome))], outcome, baseline=0.5)
@@ -92,7 +102,7 @@ def test_what_cannot_be_measured_is_left_out(error: Exception, said: str, capsys
 
 def test_a_weak_sandbox_is_said_with_the_score(capsys: pytest.CaptureFixture[str]) -> None:
     remarked = make_result("code", ["a"], [1.0], details={"remark": "sandbox=weak: no network wall"})
-    benchmark = Benchmark("chat", 1, ["code"], lambda name, net: remarked)
+    benchmark = Benchmark("chat", 1, ["code"], lambda name, net, meanwhile: remarked)
     measure(benchmark, GPT(tiny_model()).materialise())
     assert "chat: code: sandbox=weak: no network wall" in capsys.readouterr().out
 
@@ -106,7 +116,7 @@ def test_a_stop_is_a_stop(end: BaseException) -> None:
 def fails_on_one(rank: int) -> dict[str, float]:
     """Two tasks; of the first one a process fails."""
 
-    def measure_task(name: str, net: GPT) -> TaskResult:
+    def measure_task(name: str, net: GPT, meanwhile: Callable[[], None]) -> TaskResult:
         if name == "broken" and distributed.rank() == rank:
             together.agreed(lambda: Path("/gone/at/all").read_text())
         together.agreed(lambda: None)
@@ -158,7 +168,7 @@ def test_a_stop_within_is_made_up_for_and_nothing_is_measured_twice(tmp_path: Pa
         fit_tiny(tmp_path, num_steps=5, benchmarks=[first.benchmark])
     second = Examiner([1.0], [1.0])
     fit_tiny(tmp_path, num_steps=5, benchmarks=[second.benchmark])
-    assert first.asked == ["task0"]
+    assert first.asked == ["task0"] and not first.training, "a process that is alone need not come to the task's end"
     assert second.asked == ["task0", "task1"] * 2, "after step 2, to make up for it, and after step 4"
 
 
@@ -177,6 +187,84 @@ def test_a_chat_model_is_measured_and_trains_as_if_it_were_not(place: Path) -> N
     finished = json.loads((runs / "measured/sft/finished.json").read_text(encoding="utf-8"))
     assert {name: finished["metrics"][name] for name in names} == {name: float(rows[-1][name]) for name in names}
     assert "chat/mean" not in lines(runs / "unmeasured/sft/metrics.csv")[0]
+
+
+def finished_metrics(stage: Path) -> dict[str, float]:
+    return json.loads((stage / "finished.json").read_text(encoding="utf-8"))["metrics"]
+
+
+def test_a_stop_in_the_last_benchmarks_leaves_the_bundle_and_is_gone_on_from(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What was trained and measured is not trained and measured again."""
+    for name in ("not-stopped-late", "stopped-late"):
+        start_run(place, name, "sft")
+    command = [*sft_overrides(place), *CHAT, "evaluation.chat_every_steps=0"]
+    assert main(["train", "run=not-stopped-late", *command]) == 0
+    expected, stage = (place / "runs" / name / "sft" for name in ("not-stopped-late", "stopped-late"))
+    judged, evaluate = list[str](), Arithmetic.evaluate
+
+    def stops(self: Arithmetic, *given: Any) -> bool:
+        judged.append(self.name)
+        signal.raise_signal(signal.SIGTERM)
+        return evaluate(self, *given)
+
+    monkeypatch.setattr(Arithmetic, "evaluate", stops)
+    assert main(["train", "run=stopped-late", *command]) == 128 + signal.SIGTERM
+    assert "Stopped after step 5. The same command goes on from there." in capsys.readouterr().out
+    assert set(judged) == {"arithmetic"} and not (stage / "finished.json").exists()
+    figures = load_bundle(stage / "bundle").stage.metrics
+    assert "val/bpb" in figures and "chat/mean" not in figures
+
+    def trains(*given: Any) -> None:
+        raise AssertionError("it was trained")
+
+    monkeypatch.setattr(TrainingStage, "training_step", trains)
+    judged.clear()
+    assert main(["train", "run=stopped-late", *command]) == 0
+    assert not judged, "its result was kept"
+    assert finished_metrics(stage) == load_bundle(stage / "bundle").stage.metrics == finished_metrics(expected)
+    assert lines(stage / "metrics.csv")[-1]["chat/mean"] == lines(expected / "metrics.csv")[-1]["chat/mean"] != ""
+    assert same_weights(weights_of(expected.parent, "sft"), weights_of(stage.parent, "sft"))
+
+
+def test_results_of_other_weights_or_settings_are_none(tmp_path: Path) -> None:
+    kept = MeasuredTasks(tmp_path / "benchmarks.json", "one")
+    result = make_result("task0", ["a", "b"], [0.0, 1.0], details={"kind": "core"}, answers=[{"answer": "4"}])
+    kept.put("core", result)
+    assert MeasuredTasks(kept.path, "one").get("core", "task0") == replace(result, answers=[])
+    assert MeasuredTasks(kept.path, "one").get("chat", "task0") is None
+    assert MeasuredTasks(kept.path, "other").get("core", "task0") is None
+
+
+@pytest.mark.parametrize("every_steps", [0, 2])
+def test_a_stop_within_a_task(place: Path, monkeypatch: pytest.MonkeyPatch, every_steps: int) -> None:
+    def stopped(*given: Any, progress: Callable[[int, int], None]) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        progress(1, 2)
+        raise AssertionError("it went on")
+
+    monkeypatch.setattr(benchmarks, "evaluate_task", stopped)
+    name = f"stopped-within-{every_steps}"
+    start_run(place, name, "sft")
+    command = [f"run={name}", *sft_overrides(place), *CHAT, f"evaluation.chat_every_steps={every_steps}"]
+    assert main(["train", *command]) == 128 + signal.SIGTERM
+
+
+@pytest.mark.slow
+def test_a_stop_of_several_processes_in_the_last_benchmarks(place: Path, tmp_path: Path) -> None:
+    """The signal comes to one of them; they end after the task that they are at."""
+    folder = start_run(place, "stopped-together", "sft") / "sft"
+    own = ("total_batch_tokens=64", "device_batch_size=1", "evaluation.chat_every_steps=0")
+    command = ["train", "run=stopped-together", *sft_overrides(place), *CHAT, *own]
+    env = {"NANOCHAT_PL_TEST_JUDGE": "1", "NANOCHAT_PL_TEST_CODES": str(tmp_path)}
+    done = launch(2, command, env, cwd=REPOSITORY, module=MODULE)
+    codes = {path.name: int(path.read_text()) for path in tmp_path.iterdir()}
+    assert codes == {"0": 128 + signal.SIGUSR1, "1": 128 + signal.SIGUSR1}, done.stderr
+    assert load_bundle(folder / "bundle").stage.step == 5 and not (folder / "finished.json").exists()
+    assert list(json.loads((folder / "benchmarks.json").read_text())["results"]) == ["chat/arithmetic"]
+    assert launch(2, command).returncode == 0
+    assert "chat/mean" in finished_metrics(folder)
 
 
 @pytest.mark.slow
@@ -237,7 +325,9 @@ def test_core_is_left_out_where_its_data_is_not(place: Path, capsys: pytest.Capt
     assert "CORE" not in capsys.readouterr().out
 
 
-def test_core_is_measured_while_a_base_model_trains(place: Path, shared: Path) -> None:
+def test_core_is_measured_while_a_base_model_trains(
+    place: Path, shared: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     start_run(place, "core", "base")
     core = [
         "max_steps=3",
@@ -247,6 +337,9 @@ def test_core_is_measured_while_a_base_model_trains(place: Path, shared: Path) -
         "evaluation.core.tasks=[copa,bigbench_cs_algorithms]",
     ]
     assert main(["train", "run=core", *tiny_overrides(place), *core]) == 0
+    said = capsys.readouterr().out
+    assert "CORE (2 tasks) is measured every 2 steps and at the end" in said
+    assert "evaluation.core_every_steps=null leaves it out" in said
     rows = lines(place / "runs/core/base/metrics.csv")
     names = ("core/copa", "core/bigbench_cs_algorithms", "core/mean")
     assert [bool(row[name]) for name in names for row in rows] == [False, True, True] * 3

@@ -31,6 +31,11 @@ FIVE_STEPS = [
     "evaluation.samples_every_steps=2",
     "evaluation.sample_prompts=[a]",
     "evaluation.num_rows=2",
+    "evaluation.chat_every_steps=2",  # of sft
+    "evaluation.chat.arithmetic.test_size=4",
+    "evaluation.chat.identity={}",
+    "evaluation.chat_limit_generative=2",
+    "evaluation.chat_max_tokens=2",
 ]
 
 

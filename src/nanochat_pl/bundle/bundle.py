@@ -92,13 +92,18 @@ def save_bundle(
             save_tensors(growing / OPTIMIZER, moments)
         for name, text in (texts or {}).items():
             write_text(growing / name, text)
-        write_json(growing / STAGE, to_plain(stage))
+        save_stage_info(growing, stage)
         with disk_errors_explained(folder):
             shutil.rmtree(folder, ignore_errors=True)
             growing.replace(folder)
     finally:
         shutil.rmtree(growing, ignore_errors=True)
     return folder
+
+
+def save_stage_info(folder: Path, stage: StageInfo) -> None:
+    """Replace the origin and figures of a bundle; nothing else of it changes."""
+    write_json(folder / STAGE, to_plain(stage))
 
 
 def load_bundle(path: str | Path, device: str | torch.device = "cpu", dtype: str = "auto") -> Bundle:

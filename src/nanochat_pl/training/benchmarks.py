@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +14,13 @@ from lightning.pytorch import Callback, Trainer
 from nanochat_pl.common import together
 from nanochat_pl.common.console import say
 from nanochat_pl.common.errors import UserError
+from nanochat_pl.common.files import read_json, write_json
 from nanochat_pl.data.eval_bundle import bundle_in_cache
 from nanochat_pl.engine import Engine
 from nanochat_pl.evaluation.categorical import letter_ids
 from nanochat_pl.evaluation.chat_tasks import evaluate_task
 from nanochat_pl.evaluation.core import evaluate_core_task, open_core
-from nanochat_pl.evaluation.results import TaskResult, summarize
+from nanochat_pl.evaluation.results import TaskResult, from_plain, summarize, to_plain
 from nanochat_pl.model.gpt import GPT
 from nanochat_pl.tasks.context import TaskContext
 from nanochat_pl.tasks.mixture import build_tasks
@@ -27,7 +29,7 @@ from nanochat_pl.training.evaluation import Voice
 from nanochat_pl.training.metrics import StepClock, log_everywhere
 from nanochat_pl.training.out_of_memory import release_memory
 from nanochat_pl.training.settings import EvaluationSettings, StageSettings
-from nanochat_pl.training.stopping import StopRequested
+from nanochat_pl.training.stopping import GracefulStop, StopRequested
 
 
 @dataclass(frozen=True)
@@ -38,14 +40,15 @@ class Benchmark:
         name: stands before the figures' names: ``core/arc_easy``.
         every_steps: steps between two measurements; 0: only at the end of the stage.
         tasks: their names.
-        measure_task: measures one of them, on all processes. Where that may fail on one of them, it is within
+        measure_task: measures one of them, on all processes; calls its last argument now and then, as often as suits
+            each. Where that may fail on one of them, it is within
             :func:`together.agreed`.
     """
 
     name: str
     every_steps: int
     tasks: Sequence[str]
-    measure_task: Callable[[str, GPT], TaskResult]
+    measure_task: Callable[[str, GPT, Callable[[], None]], TaskResult]
 
 
 def open_benchmarks(
@@ -67,10 +70,11 @@ def open_benchmarks(
         if task.kind == "categorical":
             letter_ids(tokenizer, task.letters(task[0]), name)
 
-    def measure_task(name: str, net: GPT) -> TaskResult:
+    def measure_task(name: str, net: GPT, meanwhile: Callable[[], None]) -> TaskResult:
         task = tasks[name]
         limit = settings.chat_limit if task.kind == "categorical" else settings.chat_limit_generative
-        return evaluate_task(Engine(Voice(net, tokenizer)), task, limit, settings.chat_max_tokens)
+        engine = Engine(Voice(net, tokenizer))
+        return evaluate_task(engine, task, limit, settings.chat_max_tokens, progress=lambda done, total: meanwhile())
 
     return [Benchmark("chat", settings.chat_every_steps, list(tasks), measure_task)]
 
@@ -85,10 +89,15 @@ def _open_core(
         return []
     bundle = open_core(settings.core, cache_dir, hub)
     if bundle.missing:
-        say(f"CORE: {len(bundle.tasks)} tasks; the evaluation bundle lacks {', '.join(bundle.missing)}.")
+        say(f"CORE: the evaluation bundle lacks {', '.join(bundle.missing)}.")
+    every = f"every {settings.core_every_steps:,} steps and " if settings.core_every_steps else ""
+    say(
+        f"CORE ({len(bundle.tasks)} tasks) is measured {every}at the end: minutes on a GPU, more on a CPU;"
+        " evaluation.core_every_steps=null leaves it out."
+    )
 
-    def measure_task(name: str, net: GPT) -> TaskResult:
-        return evaluate_core_task(bundle, name, net, tokenizer)
+    def measure_task(name: str, net: GPT, meanwhile: Callable[[], None]) -> TaskResult:
+        return evaluate_core_task(bundle, name, net, tokenizer, progress=lambda done: meanwhile())
 
     return [Benchmark("core", settings.core_every_steps, bundle.tasks, measure_task)]
 
@@ -98,21 +107,62 @@ def columns_of(benchmarks: Sequence[Benchmark]) -> list[str]:
     return [f"{each.name}/{figure}" for each in benchmarks for figure in (*each.tasks, "mean", "mean_stderr")]
 
 
-def measure(benchmark: Benchmark, net: GPT, between: Callable[[], None] = lambda: None) -> dict[str, float]:
+class MeasuredTasks:
+    """Results at the end of a stage, a file of them: the next start of one that is stopped does not measure them again.
+
+    All processes use it alike; the main one has the file.
+
+    Args:
+        path: of the file.
+        key: names the weights and the settings; results under another one are none.
+    """
+
+    def __init__(self, path: Path, key: str) -> None:
+        self.path, self.key = path, key
+        self._results: dict[str, dict[str, Any]] = together.by_main(self._read)
+
+    def get(self, benchmark: str, task: str) -> TaskResult | None:
+        """The result of a task, where it is there."""
+        found = self._results.get(f"{benchmark}/{task}")
+        return None if found is None else from_plain(found, str(self.path))
+
+    def put(self, benchmark: str, result: TaskResult) -> None:
+        """Keep the result of a task, without its answers."""
+        self._results[f"{benchmark}/{result.name}"] = to_plain(dataclasses.replace(result, answers=[]))
+        together.by_main(lambda: write_json(self.path, {"key": self.key, "results": self._results}))
+
+    def _read(self) -> dict[str, dict[str, Any]]:
+        kept = read_json(self.path) if self.path.exists() else {}
+        return kept["results"] if kept.get("key") == self.key else {}
+
+
+def measure(
+    benchmark: Benchmark, net: GPT, stop: GracefulStop | None = None, measured: MeasuredTasks | None = None
+) -> dict[str, float]:
     """Accuracy of each task; mean and standard error of the centered accuracies, where every task could be measured.
 
     A task that cannot be measured is left out with a word, whatever it fails of: no reason to end a training.
 
     Args:
         net: the model; it is in training mode again afterwards.
-        between: called before each task, on all processes.
+        stop: asked before each task, and by one process that is alone also within.
+        measured: what is there already, and takes what is found.
+
+    Raises:
+        StopRequested: a stop was asked for.
     """
     name, results = benchmark.name, list[TaskResult]()
     say(f"{name}: {len(benchmark.tasks)} tasks …")
     net.eval()
     for task in benchmark.tasks:
-        between()
-        results += _measure_task(benchmark, task, net)
+        if stop is not None:
+            stop.check()
+        result = None if measured is None else measured.get(name, task)
+        if result is None:
+            result = _measure_task(benchmark, task, net, stop.check_alone if stop is not None else lambda: None)
+            if result is not None and measured is not None:
+                measured.put(name, result)
+        results += [] if result is None else [result]
     net.train()
     for result in results:
         if "remark" in result.details:
@@ -125,16 +175,16 @@ def measure(benchmark: Benchmark, net: GPT, between: Callable[[], None] = lambda
     return figures
 
 
-def _measure_task(benchmark: Benchmark, task: str, net: GPT) -> list[TaskResult]:
+def _measure_task(benchmark: Benchmark, task: str, net: GPT, meanwhile: Callable[[], None]) -> TaskResult | None:
     """The result of a task, or none."""
     try:
         with together.failures_agreed(but=(StopRequested,)):
-            return [benchmark.measure_task(task, net)]
+            return benchmark.measure_task(task, net, meanwhile)
     except UserError as error:  # all processes raise it
         why = error.problems[0]
     release_memory(net.device)  # the exception is gone, with the tensors that it would keep
     say(f"{benchmark.name}: {task} is left out of this measurement: {why}")
-    return []
+    return None
 
 
 class PeriodicBenchmarks(Callback):
@@ -143,7 +193,7 @@ class PeriodicBenchmarks(Callback):
     Args:
         benchmarks: which.
         clock: stands still meanwhile.
-        check_stop: called before each task; ends the training where that was asked for.
+        stop: ends the training where that was asked for.
         save: writes the resume file of the step, where it is not there: what follows may fail or take long.
     """
 
@@ -151,10 +201,10 @@ class PeriodicBenchmarks(Callback):
         self,
         benchmarks: Sequence[Benchmark],
         clock: StepClock,
-        check_stop: Callable[[], None],
+        stop: GracefulStop,
         save: Callable[[Trainer], None],
     ) -> None:
-        self.benchmarks, self.clock, self.check_stop, self.save = benchmarks, clock, check_stop, save
+        self.benchmarks, self.clock, self.stop, self.save = benchmarks, clock, stop, save
         self._measured: dict[str, int] = {}
 
     def state_dict(self) -> dict[str, Any]:
@@ -182,7 +232,7 @@ class PeriodicBenchmarks(Callback):
                 continue
             with self.clock.paused():
                 self.save(trainer)
-                figures = measure(benchmark, net, self.check_stop)
+                figures = measure(benchmark, net, self.stop)
                 trainer.callback_metrics.update({name: torch.tensor(value) for name, value in figures.items()})
                 log_everywhere(trainer, figures)
             self._measured[benchmark.name] = step

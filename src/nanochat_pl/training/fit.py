@@ -59,9 +59,10 @@ class Fitting:
 
 @dataclass(frozen=True)
 class Fitted:
-    """What a fit ended with: the trainer (its loggers are open), the seconds and tokens of training."""
+    """What a fit ended with: the trainer (its loggers are open), its stop, the seconds and tokens of training."""
 
     trainer: Trainer
+    stop: GracefulStop
     seconds: float
     tokens: int
 
@@ -105,7 +106,7 @@ def fit(stage: TrainingStage, data: RowsDataModule, fitting: Fitting) -> Fitted:
         clock,
         stop.check,
     )
-    benchmarks = PeriodicBenchmarks(fitting.benchmarks, clock, stop.check, resume_files.save)
+    benchmarks = PeriodicBenchmarks(fitting.benchmarks, clock, stop, resume_files.save)
     garbage = GarbageCollection(clock)
     # The order matters: figures first, then the file that holds them, then what may fail or take long.
     looking_on = [TrainingProgress(fitting.name, metrics), spikes]
@@ -127,7 +128,7 @@ def fit(stage: TrainingStage, data: RowsDataModule, fitting: Fitting) -> Fitted:
         # Where a callback ended the fit there may be no file of its last step: that is measured and written first.
         if trainer.global_step >= stage.num_steps:
             stop.check()
-    return Fitted(trainer, metrics.seconds, metrics.tokens)
+    return Fitted(trainer, stop, metrics.seconds, metrics.tokens)
 
 
 def _trainer(stage: TrainingStage, fitting: Fitting, loggers: list[Logger], callbacks: list[Callback]) -> Trainer:

@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers.logger import Logger
 
 from nanochat_pl.bundle import StageInfo, save_bundle
+from nanochat_pl.bundle.bundle import MODEL, save_stage_info
 from nanochat_pl.bundle.stage_info import library_versions
 from nanochat_pl.common import distributed, together
 from nanochat_pl.common.console import say
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.common.files import write_json
+from nanochat_pl.common.files import sha256_of_file, write_json
 from nanochat_pl.common.run_folder import StageFolder
 from nanochat_pl.common.settings import to_plain
+from nanochat_pl.data.cache_folder import fingerprint_of
 from nanochat_pl.data.mixed_rows import MixedRows
 from nanochat_pl.data.opening import open_source
+from nanochat_pl.model.gpt import GPT
 from nanochat_pl.model.loss import default_chunk_tokens
 from nanochat_pl.planning import Plan, hyperparameters
 from nanochat_pl.tasks.context import TaskContext
-from nanochat_pl.training.benchmarks import Benchmark, measure, open_benchmarks
+from nanochat_pl.training.benchmarks import Benchmark, MeasuredTasks, measure, open_benchmarks
 from nanochat_pl.training.changes import read_changes
 from nanochat_pl.training.datamodule import RowsDataModule
 from nanochat_pl.training.evaluation import Samples
@@ -35,6 +39,7 @@ from nanochat_pl.training.prepare_sft import prepare_sft
 from nanochat_pl.training.resume import newest_resume_file
 from nanochat_pl.training.settings import TrainConfig
 from nanochat_pl.training.stages import BaseStage, SFTStage, StageRecipe, TrainingStage
+from nanochat_pl.training.stopping import GracefulStop
 from nanochat_pl.training.tokenizer_stage import train_tokenizer_stage
 
 
@@ -173,6 +178,29 @@ def _make_stage(config: TrainConfig, machine: Machine, prepared: Prepared) -> Tr
     return SFTStage(recipe, prepared.weights, prepared.moments)
 
 
+def _log(trainer: Trainer, figures: Mapping[str, float]) -> None:
+    log_everywhere(trainer, figures)
+    for logger in trainer.loggers:
+        logger.save()
+
+
+def _measure_last(
+    config: TrainConfig, folder: StageFolder, net: GPT, benchmarks: Sequence[Benchmark], stop: GracefulStop | None
+) -> dict[str, float]:
+    """Benchmarks of the model whose bundle is written. Where a start was stopped in them, the next one goes on.
+
+    Raises:
+        StopRequested: a stop was asked for.
+    """
+    key = together.by_main(lambda: fingerprint_of(sha256_of_file(folder.bundle / MODEL), to_plain(config.evaluation)))
+    measured = MeasuredTasks(folder.path / "benchmarks.json", key)
+    figures: dict[str, float] = {}
+    with stop or contextlib.nullcontext():
+        for benchmark in benchmarks:
+            figures |= measure(benchmark, net, stop, measured)
+    return figures
+
+
 def _finite(figures: Mapping[str, float]) -> dict[str, float]:
     """The figures that a bundle can hold: JSON knows no others, and one of them is no reason to lose the weights."""
     for name, value in figures.items():
@@ -190,27 +218,19 @@ def _finish(
     samples: Samples,
     benchmarks: Sequence[Benchmark],
 ) -> None:
-    """Measure, sample, write the bundle, and last of all the mark that the stage is finished."""
+    """Measure, sample, write the bundle; then benchmarks, which take long; last of all the mark that it is finished."""
     assert stage.net is not None
     step = fitted.trainer.global_step
     if step < stage.num_steps:
         say(f"{config.stage.name}: a callback ended the training after step {step:,} of {stage.num_steps:,}.")
     together.by_main(lambda: announce_streamed(prepared))
     say("Final validation and samples …")
-    measured = prepared.validation.measure(stage.net)
-    for benchmark in benchmarks:
-        measured |= measure(benchmark, stage.net)
-    figures = _finite(measured)
+    figures = _finite(prepared.validation.measure(stage.net))
     moments = stage.optimizer.moments_by_name()  # of all processes
     net = stage.net
 
-    def write() -> None:
-        log_everywhere(fitted.trainer, figures)
-        for logger in fitted.trainer.loggers:
-            logger.save()
-        samples.rewind(step - 1)
-        samples.write(net, prepared.tokenizer, step)
-        info = StageInfo(
+    def info() -> StageInfo:
+        return StageInfo(
             stage=config.stage.name,
             step=step,
             plan=prepared.plan.to_plain(),
@@ -221,13 +241,28 @@ def _finish(
             data=prepared.rows.record() | prepared.data,
             changes=read_changes(folder.path),
         )
-        save_bundle(folder.bundle, info, net=net, tokenizer=prepared.tokenizer, moments=moments)
+
+    def write() -> None:
+        _log(fitted.trainer, figures)
+        samples.rewind(step - 1)
+        samples.write(net, prepared.tokenizer, step)
+        save_bundle(folder.bundle, info(), net=net, tokenizer=prepared.tokenizer, moments=moments)
+
+    def finish() -> None:
+        if benchmarks:
+            _log(fitted.trainer, later)
+            save_stage_info(folder.bundle, info())
         write_json(
             folder.path / "finished.json",
             {"step": step, "metrics": figures, "seconds": fitted.seconds, "tokens": fitted.tokens},
         )
 
     together.by_main(write)
+    # One that a callback ended may have no file of its last step: after a stop it would train again.
+    stop = fitted.stop if step >= stage.num_steps else None
+    later = _finite(_measure_last(config, folder, net, benchmarks, stop)) if benchmarks else {}
+    figures |= later
+    together.by_main(finish)
     stderr = f" ± {figures['val/bpb_stderr']:.4f}" if "val/bpb_stderr" in figures else ""
     bpb = f"validation {figures['val/bpb']:.4f}{stderr} bits per byte, " if "val/bpb" in figures else ""
     say(f"{folder.run}/{folder.stage}: {bpb}{fitted.tokens:,} tokens in {fitted.seconds:,.0f} s → {folder.bundle}")

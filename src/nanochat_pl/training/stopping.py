@@ -53,6 +53,8 @@ def leave_signals_to_parent(worker: int = 0) -> None:
 class GracefulStop(Callback):
     """Turns signals into a flag that the training step looks at. A second signal ends the process at once.
 
+    They are heeded in its context, which may be entered again.
+
     Args:
         resume_files: writes the file of the last finished step.
         max_seconds: of the training, after which it stops as on a signal.
@@ -73,6 +75,8 @@ class GracefulStop(Callback):
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if isinstance(error, StopRequested) and distributed.world_size() > 1:
+            self._end_together()
         for signum, handler in self._previous.items():
             signal.signal(signum, handler)
 
@@ -143,6 +147,11 @@ class GracefulStop(Callback):
             raise NoMoreRows(problems, fix)
         return agreed
 
+    def check_alone(self) -> None:
+        """As :meth:`check`, where processes need not call it equally often: of several it does nothing."""
+        if distributed.world_size() == 1:
+            self.check()
+
     def _asked(self) -> int:
         """The signal that came, here; 0 where none did."""
         if self.signum is None and self._deadline is not None and time.monotonic() > self._deadline:
@@ -159,8 +168,6 @@ class GracefulStop(Callback):
         """Write the resume file of the last finished step: until the optimizer steps, nothing has changed."""
         if isinstance(exception, StopRequested | NoMoreRows) and trainer.global_step > 0:
             self.resume_files.save(trainer)
-        if isinstance(exception, StopRequested) and distributed.world_size() > 1:
-            self._end_together()
 
     def _end_together(self) -> None:
         """From here on nothing but the end is left, and no process goes before all know it: a launcher that sees the
