@@ -425,6 +425,9 @@ def test_unknown_names_get_the_nearest_ones(folder, monkeypatch):
     monkeypatch.setattr(harness, "_manager", lambda include_path, include_defaults: own)
     with pytest.raises(UserError, match=r"captals: there is no such task; did you mean capitals"):
         open_harness(HarnessSettings(tasks=["captals", "sums"], include_path=str(folder)))
+    (folder / "own.yaml").write_text("task: [own\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"own\.yaml: cannot be read as YAML"):  # it was passed over
+        open_harness(HarnessSettings(tasks=["own"], include_path=str(folder)))
 
 
 def test_settings_that_name_nothing_are_refused(folder):

@@ -129,6 +129,8 @@ def open_core(settings: CoreSettings, cache_dir: Path, hub: Path | None) -> Core
         missing = tuple(name for name in dict.fromkeys([*CORE_TASKS, *known]) if name not in there)
     else:
         for name in settings.tasks:
+            if name not in known and name in CORE_TASKS:
+                raise UserError(f"core.tasks: {name}: the bundle in {folder} does not have this task of CORE.")
             if name not in known:
                 raise unknown_task(name, known)
             if name not in there:

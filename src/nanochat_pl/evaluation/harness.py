@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import yaml
 
 from nanochat_pl.common.errors import UserError, did_you_mean
 from nanochat_pl.common.settings import setting, to_plain
@@ -194,9 +195,20 @@ def _open_tasks(settings: HarnessSettings, hub: Path | None) -> dict[str, Task]:
         else:
             _set_fewshot(task, settings.num_fewshot)
     if problems:
-        fetch = "Data that is not here is fetched with harness.download=true." if missing else ""
+        fetch = "A file of yours: mend data_files. A data set: harness.download=true fetches it." if missing else ""
         raise UserError(problems, fetch)
     return tasks
+
+
+def _unreadable(include_path: str | None) -> list[str]:
+    """The YAML files of a folder that are none: the package passes over them without a word."""
+    problems = []
+    for path in sorted(Path(include_path).rglob("*.yaml")) if include_path is not None else ():
+        try:
+            yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+            problems.append(f"{path}: cannot be read as YAML: {' '.join(str(error).split())[:300]}")
+    return problems
 
 
 def _manager_of(settings: HarnessSettings) -> TaskManager:
@@ -209,7 +221,8 @@ def _manager_of(settings: HarnessSettings) -> TaskManager:
     known = set(manager.all_tasks)
     if unknown := [name for name in asked if name not in known]:
         raise UserError(
-            [f"harness.tasks: {name}: there is no such task; {did_you_mean(name, known)}" for name in unknown],
+            [f"harness.tasks: {name}: there is no such task; {did_you_mean(name, known)}" for name in unknown]
+            + _unreadable(settings.include_path),
             "lm-eval ls tasks lists the names; harness.include_path=FOLDER adds tasks of your own.",
         )
     return manager
