@@ -40,8 +40,8 @@ class Hostile:
 
     @property
     def seconds(self) -> float:
-        """What it gets: little, where its end is that of its time."""
-        return 1.0 if "timeout" in self.reasons else 20.0
+        """CPU time that it gets: little, where its end is that of its time. It may wait ten times as long."""
+        return 0.5 if "timeout" in self.reasons else 20.0
 
     def run(self, sandbox: Sandbox, names: Mapping[str, object], more: float) -> Outcome:
         """Its outcome, with names such as CANARY replaced; ``more``: seconds to be added."""
@@ -69,6 +69,7 @@ HOSTILE = (
         "import os\nwhile True:\n    try:\n        os.fork()\n    except OSError:\n        pass\n",
         "timeout",
         "processes",
+        "memory",
     ),
     _whole(
         "thread bomb",
@@ -82,6 +83,7 @@ HOSTILE = (
         """,
         "timeout",
         "memory",
+        "processes",
     ),
     _whole("memory", "hoard = []\nwhile True:\n    hoard.append(bytearray(1 << 20))\n", "memory", "error"),
     _whole(

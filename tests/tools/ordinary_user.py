@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 USER = 61_234
-AS_USER = ["setpriv", f"--reuid={USER}", f"--regid={USER}", "--clear-groups"]
+# The limit is there for the day on which the sandbox's own fails: without one, a fork bomb takes the whole machine.
+AS_USER = ["prlimit", "--nproc=1000", "setpriv", f"--reuid={USER}", f"--regid={USER}", "--clear-groups"]
 _PYTHON = "/usr/bin/python3"
 _ENVIRONMENT = {"PYTHONPATH": str(Path(__file__).parents[2] / "src"), "PYTHONDONTWRITEBYTECODE": "1"}
 
@@ -18,7 +19,7 @@ _ENVIRONMENT = {"PYTHONPATH": str(Path(__file__).parents[2] / "src"), "PYTHONDON
 def needed() -> None:
     """Skip the test where that cannot be tried."""
     trial = [*AS_USER, _PYTHON, "-c", "import sys, nanochat_pl; sys.exit(sys.version_info < (3, 10))"]
-    if os.geteuid() != 0 or not shutil.which("setpriv") or not Path(_PYTHON).exists():
+    if os.geteuid() != 0 or not all(map(shutil.which, ("setpriv", "prlimit"))) or not Path(_PYTHON).exists():
         pytest.skip("needs to be root, setpriv and the system's Python")
     if subprocess.run(trial, env=_ENVIRONMENT, capture_output=True, cwd="/").returncode:
         pytest.skip("an ordinary user cannot run this package with the system's Python")

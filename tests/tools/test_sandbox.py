@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import copy
+import errno
+import json
 import os
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.settings import build
 from nanochat_pl.tools.jail import values
+from nanochat_pl.tools.jail.supervisor import Supervisor
 from nanochat_pl.tools.sandbox import Check, Sandbox, SandboxSettings
+from nanochat_pl.tools.sandbox import sandbox as module
 from tests.tools import ordinary_user
 
 TESTS = "def check(candidate):\n    assert candidate(2) == 4\n    assert candidate(3) == 9\n"
@@ -65,10 +72,83 @@ def test_how_a_program_comes_out(sandbox: Sandbox, program: str, reason: str, me
     assert 0 < outcome.seconds < 60
 
 
-def test_time_is_bounded() -> None:
-    quick = Sandbox(SandboxSettings(seconds=0.5))
+def test_the_time_is_that_of_the_processors() -> None:
+    """So that a verdict does not hang on how busy the machine is: waiting does not count, up to a bound."""
+    waits = "import time\ntime.sleep(2.5)\ndef f(x):\n    return x * x\n"
+    assert Sandbox(SandboxSettings(seconds=2)).check(waits, "f", TESTS).passed
+    quick = Sandbox(SandboxSettings(seconds=0.3))
     outcome = quick.check("while True:\n    pass\n", "f", TESTS)
-    assert (outcome.passed, outcome.reason, outcome.message) == (False, "timeout", "not through after 0.5 seconds")
+    assert (outcome.reason, outcome.message) == ("timeout", "not through after 0.3 seconds of CPU time")
+    outcome = quick.check(waits.replace("2.5", "999"), "f", TESTS)
+    assert (outcome.reason, outcome.message) == ("timeout", "not through after 3 seconds")
+
+
+@pytest.mark.parametrize("mode", ["strict", "weak"])
+@pytest.mark.parametrize("who", ["program", "tests"])
+def test_the_time_of_all_processes_is_added_up(mode: Literal["strict", "weak"], who: str) -> None:
+    """Four, one after the other, none of which reaches the limit of each; and the tests' own."""
+    burn = """
+import os, time
+def burn(seconds):
+    until = time.process_time() + seconds
+    while time.process_time() < until:
+        pass
+"""
+    program = (
+        burn
+        + """
+def f(x):
+    for _ in range(4):
+        if os.fork() == 0:
+            burn(0.4)
+            os._exit(0)
+        os.wait()
+    return x * x
+"""
+    )
+    tests = TESTS
+    if who == "tests":
+        program, tests = SQUARE, burn + "def check(candidate):\n    burn(1.3)\n    assert candidate(2) == 4\n"
+    sandbox = Sandbox(SandboxSettings(mode=mode, seconds=60))
+    assert sandbox.check(program, "f", tests).passed
+    sandbox = Sandbox(SandboxSettings(mode=mode, seconds=1))
+    assert sandbox.check(program, "f", tests).message == "not through after 1 seconds of CPU time"
+
+
+def test_what_has_arrived_is_read_before_the_time_is_over(tmp_path: Path) -> None:
+    """A supervisor that gets no processor for long finds the time over and the verdict there."""
+    late = Supervisor({"seconds": 1e-9, "wall": 1e-9, "strict": True, "tests": 1, "output": 9, "memory": 1 << 40,
+                       "processes": 9999})  # fmt: skip
+    late.pipes = {name: os.pipe() for name in ("verdict", "status", "printed")}
+    for name, text in (("verdict", '{"reason": "passed", "message": "passed"}'), ("status", "[0, false]")):
+        os.write(late.pipes[name][1], text.encode())
+    for _, write_end in late.pipes.values():
+        os.close(write_end)
+    standing_by = os.dup(0)
+    held = os.pipe()
+    os.dup2(held[0], 0)
+    try:
+        assert late.watch(time.monotonic() - 1)["reason"] == "passed"
+    finally:
+        os.dup2(standing_by, 0)
+        for fd in (standing_by, *held, *(read_end for read_end, _ in late.pipes.values())):
+            os.close(fd)
+
+
+def test_as_many_processes_as_are_allowed(sandbox: Sandbox) -> None:
+    program = """
+import threading, time
+def f(x):
+    threads = [threading.Thread(target=time.sleep, args=(2,)) for _ in range(COUNT)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return x * x
+"""
+    outcome = sandbox.check(program.replace("COUNT", "15"), "f", TESTS)  # and the first one
+    assert outcome.passed, outcome
+    assert not sandbox.check(program.replace("COUNT", "40"), "f", TESTS).passed
 
 
 def test_run_is_a_script_of_its_own(sandbox: Sandbox) -> None:
@@ -196,6 +276,130 @@ def test_many_in_their_order(strict: Sandbox) -> None:
     outcomes = strict.check_all(jobs, workers=3, progress=seen.append)
     assert [outcome.passed for outcome in outcomes] == [factor == 3 for factor in range(6)]
     assert seen == [1, 2, 3, 4, 5, 6]
+
+
+def test_processes_of_one_launch_share_the_processors(monkeypatch: pytest.MonkeyPatch, strict: Sandbox) -> None:
+    asked = []
+
+    class Pool(ThreadPoolExecutor):
+        def __init__(self, workers: int) -> None:
+            asked.append(workers)
+            super().__init__(workers)
+
+    monkeypatch.setattr(module, "ThreadPoolExecutor", Pool)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    strict.check_all([])
+    for name, value in (("WORLD_SIZE", 6), ("RANK", 1), ("LOCAL_WORLD_SIZE", 3), ("LOCAL_RANK", 1)):
+        monkeypatch.setenv(name, str(value))
+    strict.check_all([])
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0})
+    strict.check_all([])
+    assert asked == [8, 2, 1]
+
+
+def _launcher(folder: Path, monkeypatch: pytest.MonkeyPatch, before: str) -> None:
+    """Let launchers do something else before they begin; ``count`` is how many there were."""
+    script = folder / "launcher.py"
+    script.write_text(
+        f"import os, runpy, sys, time\nfolder = {str(folder)!r}\ncount = len(os.listdir(folder))\n"
+        f"open(os.path.join(folder, str(count)), 'w').close()\n{before}\n"
+        f"runpy.run_path({str(module._LAUNCHER)!r}, run_name='__main__')\n"
+    )
+    monkeypatch.setattr(module, "_LAUNCHER", script)
+
+
+def test_a_launcher_that_is_killed_costs_no_other_outcome(
+    strict: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = [Check(SQUARE, "f", TESTS)] * 3
+    _launcher(tmp_path, monkeypatch, "if count in (1, 3, 4):\n    os.kill(os.getpid(), 9)\n")
+    outcomes = strict.check_all(jobs, workers=1)  # launchers 1 and 2, 3 and 4, 5
+    assert [outcome.reason for outcome in outcomes] == ["passed", "error", "passed"]
+    assert outcomes[1].message == "the sandbox gave no answer, twice: it was killed by signal 9"
+
+
+def test_a_launcher_that_hangs_is_not_the_programs_timeout(
+    strict: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _launcher(tmp_path, monkeypatch, "time.sleep(999)\n")
+    monkeypatch.setattr(module, "GRACE", 0.2)
+    outcome = Sandbox.check(_with(strict, seconds=0.01), SQUARE, "f", TESTS)
+    assert outcome.reason == "error"
+    assert outcome.message.startswith("the sandbox gave no answer, twice: not within 0.3 seconds")
+    with pytest.raises(UserError, match="gave no answer, twice: not within"):
+        Sandbox(SandboxSettings())
+
+
+def _with(sandbox: Sandbox, **changes: Any) -> Sandbox:
+    other = copy.copy(sandbox)
+    other.settings = replace(sandbox.settings, **changes)
+    return other
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "problem", "fix"),
+    [
+        (tempfile, "tempdir", "/nowhere", "TMPDIR"),
+        (sys, "executable", "/nowhere/python", "/nowhere/python"),
+        (os, "pipe", OSError(errno.EMFILE, os.strerror(errno.EMFILE)), "ulimit -n"),
+        (subprocess, "Popen", OSError(errno.EAGAIN, os.strerror(errno.EAGAIN)), "ulimit -u"),
+        (tempfile, "TemporaryFile", OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "TMPDIR"),
+    ],
+)
+def test_what_the_system_does_not_give_is_said(
+    strict: Sandbox, monkeypatch: pytest.MonkeyPatch, place: Any, name: str, problem: Any, fix: str
+) -> None:
+    def fails(*arguments: object, **keywords: object) -> None:
+        raise problem
+
+    monkeypatch.setattr(place, name, fails if isinstance(problem, OSError) else problem)
+    with pytest.raises(UserError) as error:
+        strict.check(SQUARE, "f", TESTS)
+    assert fix in str(error.value)
+
+
+_AS_USER = """
+import json, os, resource, subprocess, sys, threading, time
+from nanochat_pl.common.errors import UserError
+from nanochat_pl.tools.sandbox import Sandbox, SandboxSettings
+sandbox = Sandbox(SandboxSettings(mode="weak", seconds=60))
+TESTS = "def check(f):\\n    assert f(2) == 4\\n"
+SQUARE = "def f(x):\\n    return x * x\\n"
+"""
+
+
+@pytest.mark.slow
+def test_what_the_user_starts_meanwhile_is_no_fault_of_the_program() -> None:
+    script = """
+program = "import time, threading\\ntime.sleep(3)\\nthreading.Thread(target=print).start()\\n" + SQUARE
+found = []
+checking = threading.Thread(target=lambda: found.append(sandbox.check(program, "f", TESTS)))
+checking.start()
+time.sleep(1.5)
+others = [subprocess.Popen(["sleep", "600"]) for _ in range(60)]
+checking.join()
+for other in others:
+    other.kill()
+    other.wait()
+print(found[0].reason)
+"""
+    assert ordinary_user.run("-c", _AS_USER + script) == "passed\n"
+
+
+@pytest.mark.slow
+def test_where_the_user_may_start_no_more_processes_it_is_said() -> None:
+    """Of a check there are launcher, supervisor, judge, warden and program; this user has the asking one besides."""
+    script = """
+found = []
+for most in range(1, 7):
+    resource.setrlimit(resource.RLIMIT_NPROC, (most, resource.getrlimit(resource.RLIMIT_NPROC)[1]))
+    try:
+        found.append(sandbox.check(SQUARE, "f", TESTS).reason)
+    except UserError as error:
+        found.append("ulimit -u" in error.fix or str(error))
+print(json.dumps(found))
+"""
+    assert json.loads(ordinary_user.run("-c", _AS_USER + script)) == [True] * 5 + ["passed"]
 
 
 def test_strict_has_all_walls_and_nothing_to_remark(strict: Sandbox) -> None:

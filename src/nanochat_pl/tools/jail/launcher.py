@@ -26,7 +26,10 @@ del sys.path[0]
 
 
 def main() -> None:
-    """One line on stdout: ``{"missing": [[wall, text], …]}``, or ``reason``, ``message``, ``seconds``, ``output``."""
+    """One line on stdout: ``reason``, ``message``, ``seconds``, ``output``.
+
+    Or ``missing``: [[wall, text], …]; or ``failed``: why no process could be started.
+    """
     config = json.loads(sys.argv[1])
     config["first"] = walls.first_free_id()
     os.environ.clear()
@@ -42,7 +45,10 @@ def main() -> None:
             os.chown(config["folder"], config["first"] + 2, config["first"] + 2)
     except walls.WallMissing as missing:
         return supervisor.report({"missing": [["", str(missing)]]})
-    pid = os.fork()
+    try:
+        pid = supervisor.fork()
+    except supervisor.Failed as failed:
+        return supervisor.report({"failed": str(failed)})
     if pid == 0:
         supervisor.supervise(config)
     os.waitpid(pid, 0)
@@ -53,7 +59,7 @@ def missing_walls() -> list[list[str]]:
     missing = []
     for name in (*walls.NAMESPACES, "system call filter", "Landlock"):
         read_end, write_end = os.pipe()
-        if os.fork() == 0:
+        if supervisor.fork() == 0:
             try:
                 if name in walls.NAMESPACES:
                     walls.try_namespace(name)

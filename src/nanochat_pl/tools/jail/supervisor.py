@@ -11,13 +11,15 @@ import sys
 import time
 import traceback
 from pathlib import Path
+from typing import NamedTuple
 
 from nanochat_pl.tools.jail import actors, walls
 
 TICK = {True: 0.02, False: 0.1}  # seconds between two looks at what the processes use, strict and weak
-Found = dict[str, str]  # reason and message
+ROOM = 256  # processes and threads that a user may start while a program runs
 _O_PATH = getattr(os, "O_PATH", os.O_RDONLY)
 _PAGE = os.sysconf("SC_PAGE_SIZE")
+_CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
 
 
 def report(found: dict[str, object]) -> None:
@@ -27,17 +29,53 @@ def report(found: dict[str, object]) -> None:
 def supervise(config: dict) -> None:
     """Run one job, report, and end this process; in a jail all others with it."""
     try:
-        walls.end_with_parent()
+        if config["strict"]:  # elsewhere it has to end the others first
+            walls.end_with_parent()
         walls.keep_orphans()
         report(Supervisor(config).run())
-    except walls.WallMissing as missing:
-        report({"missing": [["", str(missing)]]})
+    except _OURS as problem:
+        report(_told(problem))
     except SystemExit:  # nobody waits for it any more
         pass
     except BaseException:
         traceback.print_exc()
     finally:
         os._exit(0)
+
+
+def fork() -> int:
+    """A new process. Where the system has too many for the moment, wait; Failed if it stays so."""
+    for pause in (0.05, 0.1, 0.2, 0.4, 0.8):
+        with contextlib.suppress(OSError):
+            return os.fork()
+        time.sleep(pause)
+    try:
+        return os.fork()
+    except OSError as error:
+        raise Failed(str(error)) from error
+
+
+class Failed(Exception):
+    """The system does not give what we need. It says nothing about the program."""
+
+
+_OURS = (walls.WallMissing, Failed)
+
+
+def _told(problem: Exception) -> dict[str, object]:
+    """What is reported in place of an outcome."""
+    if isinstance(problem, Failed):
+        return {"failed": str(problem)}
+    return {"missing": [["", str(problem)]]}
+
+
+class Usage(NamedTuple):
+    """What a process uses: seconds of CPU time, with those of the children that it waited for; bytes of memory."""
+
+    parent: int
+    cpu: float
+    threads: int
+    resident: int
 
 
 class Supervisor:
@@ -62,18 +100,18 @@ class Supervisor:
         self.null = os.open("/dev/null", os.O_RDWR)
         self.pipes = {name: os.pipe() for name in ("calls", "answers", "verdict", "status", "printed")}
         start = time.monotonic()
-        if self.has_judge and os.fork() == 0:
+        if self.has_judge and fork() == 0:
             self._judge()
         if self.strict:
             walls.enter_process_namespace()
-        warden = os.fork()
+        warden = fork()
         if warden == 0:
             self._warden()
         self._keep(0, 1, 2, *(self.pipes[name][0] for name in ("verdict", "status", "printed")))
         if self.strict:
             walls.become(None)
         try:
-            found = self._watch(start)
+            found = self.watch(start)
         finally:
             if not self.strict:
                 kill_descendants(warden)
@@ -89,8 +127,8 @@ class Supervisor:
             self._shut_in(1)
             found = actors.judge(json.loads(_contents(tests)), calls, answers)
             os.write(verdict, json.dumps(found).encode())
-        except walls.WallMissing as missing:
-            os.write(verdict, json.dumps(str(missing)).encode())
+        except _OURS as problem:
+            os.write(verdict, json.dumps(_told(problem)).encode())
         finally:
             os._exit(0)
 
@@ -105,14 +143,14 @@ class Supervisor:
             walls.keep_orphans()
             os.setpgid(0, 0)
             self._shut_in(2)
-            pid = os.fork()
+            pid = fork()
             if pid == 0:
                 self._program(program, calls, answers)
             self._keep(status)
             code, left = _wait_for(pid)
             os.write(status, json.dumps([code, left]).encode())
-        except walls.WallMissing as missing:
-            os.write(status, json.dumps(str(missing)).encode())
+        except _OURS as problem:
+            os.write(status, json.dumps(_told(problem)).encode())
         finally:
             os._exit(0)
 
@@ -134,7 +172,6 @@ class Supervisor:
         with walls.building("limits"):
             if self.strict:
                 walls.hide_processes()
-            most = self._most_processes()
             own_user = config["first"] is not None
             if not self.strict and own_user:
                 self.libraries = _open_libraries()
@@ -143,7 +180,7 @@ class Supervisor:
             if number == 2:  # the judge opens nothing that the program has written
                 os.fchdir(folder)
             walls.become((walls.INSIDE if self.strict else config["first"]) + number if own_user else None)
-            walls.limit(config["seconds"], config["memory"], config["file"], most)
+            walls.limit(config["seconds"], config["memory"], config["file"], self._most_processes())
         if config["landlock"]:
             walls.restrict_files(folders, [folder])
         for fd in (folder, *folders):
@@ -152,9 +189,15 @@ class Supervisor:
             walls.filter_system_calls(self.strict)
 
     def _most_processes(self) -> int:
-        # The warden and, where all have one user, the supervisor and the judge count as well.
-        most = int(self.config["processes"]) + 3
-        return most if self.strict or self.config["first"] is not None else most + processes_of(os.getuid())
+        """Of one user: the warden counts as well; in a jail of one user also launcher, supervisor and judge.
+
+        Where other things of that user's run, what they start meanwhile must not be the program's fault: there is room
+        for it. The supervisor does the counting, and this bounds what is forked between two of its looks.
+        """
+        most = int(self.config["processes"])
+        if self.config["first"] is not None:
+            return most + 1
+        return most + 4 if self.strict else most + ROOM + processes_of(os.getuid())
 
     def _keep(self, *wanted: int, null: tuple[int, ...] = ()) -> None:
         """Close all descriptors but these; ``null`` become /dev/null."""
@@ -168,30 +211,34 @@ class Supervisor:
 
     # Watching
 
-    def _watch(self, start: float) -> dict[str, object]:
-        seconds: float = self.config["seconds"]
+    def watch(self, start: float) -> dict[str, object]:
+        """How it comes out; ``start``: when it began, by the clock that ``time.monotonic`` reads."""
         self.texts = {self.pipes[name][0]: bytearray() for name in ("verdict", "status", "printed")}
         self.closed: set[int] = set()
-        self.poll, deadline, next_look = select.poll(), start + seconds, start
+        self.poll, next_look = select.poll(), start
         for fd in self.texts:
             self.poll.register(fd, select.POLLIN)
         self.poll.register(0, 0)  # it is closed when the sandbox's own process ends
-        found: Found | None = None
+        found: dict[str, object] | None = None
         while found is None:
-            now = time.monotonic()
-            if now >= deadline:
-                found = _found("timeout", f"not through after {seconds:g} seconds")
-            elif now >= next_look:
+            now, over = time.monotonic(), None
+            if now >= next_look:
                 next_look = now + TICK[self.strict]
-                found = self._too_much()
-            else:
-                self._listen(min(deadline, next_look) - now)
+                over = self._too_much(now - start)
+            if over is None:
+                self._listen(max(0.0, next_look - now))
                 found = self._decide()
+                continue
+            while found is None and self._listen(0):  # what was there before it was too much
+                found = self._decide()
+            found = found or over
         printed = self.texts[self.pipes["printed"][0]][: self.config["output"]]
         return {**found, "output": printed.decode("utf-8", "replace")}
 
-    def _listen(self, seconds: float) -> None:
-        for fd, _event in self.poll.poll(seconds * 1000):
+    def _listen(self, seconds: float) -> bool:
+        """Read what arrives within this time. False if there was nothing."""
+        ready = self.poll.poll(seconds * 1000)
+        for fd, _event in ready:
             if fd == 0:
                 raise SystemExit
             part = os.read(fd, 1 << 16)
@@ -199,26 +246,25 @@ class Supervisor:
             if not part:
                 self.closed.add(fd)
                 self.poll.unregister(fd)
+        return bool(ready)
 
-    def _decide(self) -> Found | None:
+    def _decide(self) -> dict[str, object] | None:
         """How it came out, if that is known by now."""
         verdict_end, status_end, printed_end = (self.pipes[name][0] for name in ("verdict", "status", "printed"))
         if len(self.texts[printed_end]) > self.config["output"]:
             return _found("output", f"printed more than {self.config['output'] >> 10:,} KiB")
-        verdict: Found | None = None
+        verdict: dict[str, object] | None = None
         if self.has_judge and verdict_end in self.closed:
             verdict = json.loads(self.texts[verdict_end] or b'{"reason": "memory", "message": "the tests were killed"}')
-            if isinstance(verdict, str):
-                raise walls.WallMissing(verdict)
-            if verdict["reason"] not in ("passed", "gone"):
+            if verdict.get("reason") not in ("passed", "gone"):
                 return verdict
         if status_end not in self.closed:
             return None
         if not self.texts[status_end]:
             return _found("escaped", "the program ended its warden")
         ended = json.loads(self.texts[status_end])
-        if isinstance(ended, str):
-            raise walls.WallMissing(ended)
+        if isinstance(ended, dict):
+            return ended
         status, left = ended
         if left:
             return _found("escaped", "the program left processes behind")
@@ -226,21 +272,26 @@ class Supervisor:
             return None
         return _judged_by_end(status, verdict, bytes(self.texts[printed_end]))
 
-    def _too_much(self) -> Found | None:
-        pids = [int(folder.name) for folder in Path("/proc").glob("[0-9]*")] if self.strict else descendants()
-        others = [pid for pid in pids if pid != os.getpid()]
-        if sum(map(resident, others)) > self.config["memory"]:
+    def _too_much(self, waited: float) -> dict[str, object] | None:
+        table = usage()
+        pids = [pid for pid in table if pid != os.getpid()] if self.strict else descendants(table)
+        others = [table[pid] for pid in pids]
+        if sum(other.resident for other in others) > self.config["memory"]:
             return _found("memory", f"its processes took more than {self.config['memory'] >> 20:,} MiB together")
-        if len(others) > self.config["processes"] + 2:
-            return _found("processes", f"more than {self.config['processes']:,} processes")
+        if sum(other.threads for other in others) > self.config["processes"] + 2:  # judge and warden
+            return _found("processes", f"more than {self.config['processes']:,} processes and threads")
+        if sum(other.cpu for other in others) > self.config["seconds"]:
+            return _found("timeout", f"not through after {self.config['seconds']:g} seconds of CPU time")
+        if waited > self.config["wall"]:
+            return _found("timeout", f"not through after {self.config['wall']:g} seconds")
         return None
 
 
-def _found(reason: str, message: str) -> Found:
+def _found(reason: str, message: str) -> dict[str, object]:
     return {"reason": reason, "message": message}
 
 
-def _judged_by_end(status: int, verdict: Found | None, printed: bytes) -> Found:
+def _judged_by_end(status: int, verdict: dict[str, object] | None, printed: bytes) -> dict[str, object]:
     """From the program's wait status, and what the judge says."""
     code = os.waitstatus_to_exitcode(status)
     if code == -signal.SIGSYS:
@@ -286,12 +337,23 @@ def _wait_for(pid: int) -> tuple[int, bool]:
     return code, left
 
 
-def resident(pid: int) -> int:
-    """Bytes of memory that a process takes; 0 where it has ended."""
-    try:
-        return int(Path(f"/proc/{pid}/statm").read_bytes().split()[1]) * _PAGE
-    except (OSError, IndexError):
-        return 0
+def usage() -> dict[int, Usage]:
+    """Number of a process → what it uses, for all that can be seen.
+
+    Parents come before their children: one that ends meanwhile is not counted as both itself and its parent's. It has
+    to be quick: where a program forks without end, this gets a small share of the processors.
+    """
+    table = {}
+    for pid in sorted(int(folder.name) for folder in Path("/proc").glob("[0-9]*")):
+        with contextlib.suppress(OSError):  # it has ended
+            fd = os.open(f"/proc/{pid}/stat", os.O_RDONLY)
+            try:
+                fields = os.read(fd, 4096).rpartition(b")")[2].split()
+            finally:
+                os.close(fd)
+            parent, threads, pages = (int(fields[index]) for index in (1, 17, 21))
+            table[pid] = Usage(parent, sum(map(int, fields[11:15])) / _CLOCK_TICKS, threads, pages * _PAGE)
+    return table
 
 
 def processes_of(uid: int) -> int:
@@ -303,16 +365,12 @@ def processes_of(uid: int) -> int:
     return count
 
 
-def descendants() -> list[int]:
-    """The processes that come from this one, as far as the system tells."""
-    parents = {}
-    for file in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            parents[int(file.parent.name)] = int(file.read_text(errors="replace").rpartition(")")[2].split()[1])
-    found, new = [], [os.getpid()]
+def descendants(table: dict[int, Usage]) -> list[int]:
+    """The processes that come from this one."""
+    found, new = [], {os.getpid()}
     while new:
-        new = [pid for pid, parent in parents.items() if parent in new]
-        found += new
+        new = {pid for pid, process in table.items() if process.parent in new}
+        found += sorted(new)
     return found
 
 
@@ -326,7 +384,7 @@ def kill_descendants(group: int) -> None:
     while True:
         with contextlib.suppress(OSError):
             os.killpg(group, signal.SIGKILL)
-        for pid in descendants():
+        for pid in descendants(usage()):
             with contextlib.suppress(OSError):
                 os.kill(pid, signal.SIGKILL)
         try:

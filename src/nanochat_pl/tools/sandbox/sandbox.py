@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import secrets
@@ -17,11 +18,14 @@ from pathlib import Path
 from typing import IO, Any
 
 from nanochat_pl.common.errors import UserError, visible
+from nanochat_pl.common.place import launched_place
 from nanochat_pl.tools.jail import walls
 from nanochat_pl.tools.sandbox.settings import Check, Outcome, SandboxSettings
 
 WALLS = (*walls.NAMESPACES, "bounded folder", "system call filter", "limits")
 MESSAGE_CHARS = 300
+# Wall-clock time of a program, in multiples of its CPU time: others run on the machine, and it may wait.
+PATIENCE = 10
 # Seconds that a launcher gets beyond the program's: on a busy machine, starting takes long.
 GRACE = 60.0
 _LAUNCHER = Path(walls.__file__).with_name("launcher.py")
@@ -50,7 +54,10 @@ class Sandbox:
         if sys.platform == "win32":
             raise UserError("sandbox: there is none on Windows", "run it on Linux; in WSL 2, for example")
         self.settings = settings
-        problems = dict(self._launch({"probe": True})["missing"])
+        probed = self._answer({"probe": True})
+        if "missing" not in probed:
+            raise UserError(f"sandbox: {probed['message']}", "try it again when the machine is less busy")
+        problems = dict(probed["missing"])
         strict = settings.mode == "strict"
         self._filter = "system call filter" not in problems
         self._landlock = "Landlock" not in problems and not strict
@@ -95,7 +102,7 @@ class Sandbox:
         """:meth:`check` for many, several at a time.
 
         Args:
-            workers: how many at a time; None: as many as there are processors for this process.
+            workers: how many at a time; None: this process's share of the processors that it may use.
             progress: called with the number of those that are through, from this thread.
         """
         outcomes = []
@@ -113,13 +120,13 @@ class Sandbox:
         return outcomes
 
     def _outcome(self, program: str, entry_point: str | None, judge: dict[str, str] | None) -> Outcome:
-        with contextlib.ExitStack() as stack:
+        with _system_errors_explained(), contextlib.ExitStack() as stack:
             files = [stack.enter_context(_nameless(program))]
             if judge is not None:
                 files.append(stack.enter_context(_nameless(json.dumps(judge))))
             strict = self.settings.mode == "strict"
             folder = "/tmp" if strict else stack.enter_context(_folder())
-            found = self._launch(
+            found = self._answer(
                 {
                     "probe": False,
                     "strict": strict,
@@ -133,6 +140,7 @@ class Sandbox:
                     "tests": files[1].fileno() if judge is not None else None,
                     "entry_point": entry_point,
                     "seconds": self.settings.seconds,
+                    "wall": PATIENCE * self.settings.seconds,
                     "memory": self.settings.memory_mb << 20,
                     "file": self.settings.file_mb << 20,
                     "processes": self.settings.max_processes,
@@ -146,37 +154,78 @@ class Sandbox:
         passed = found["reason"] == "passed"
         return Outcome(passed, found["reason"], message, float(found["seconds"]), visible(found["output"]))
 
+    def _answer(self, config: dict[str, Any], *files: int) -> dict[str, Any]:
+        """What a launcher says. Where it says nothing, another one is asked; then it is an error of this program."""
+        for _ in range(2):
+            found = self._launch(config, *files)
+            if "problem" not in found and "failed" not in found:
+                return found
+        if "failed" in found:
+            raise UserError(f"sandbox: no process can be started: {found['failed']}", _FIXES[errno.EAGAIN])
+        message = f"the sandbox gave no answer, twice: {found['problem']}"
+        return {"reason": "error", "message": message, "seconds": 0.0, "output": ""}
+
     def _launch(self, config: dict[str, Any], *files: int) -> dict[str, Any]:
-        """Start the launcher, and read its line. All that it started has ended when this returns."""
-        watched, held = os.pipe()  # the jail ends when the other end is closed: it does not outlive this process
-        try:
-            with subprocess.Popen(
-                [sys.executable, "-I", "-S", "-X", "utf8", str(_LAUNCHER), json.dumps(config)],
-                stdin=watched,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                env={name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ},
-                pass_fds=files,
-                start_new_session=True,
-                cwd="/",
-            ) as process:
-                try:
-                    out, err = process.communicate(timeout=config.get("seconds", 0.0) + GRACE)
-                except subprocess.TimeoutExpired:
-                    return {"reason": "timeout", "message": "the jail did not end", "seconds": GRACE, "output": ""}
-                finally:
-                    process.kill()
-        finally:
-            os.close(watched)
-            os.close(held)
+        """Start the launcher, and read its line; ``problem`` if there is none. All that it started has ended then."""
+        patience = config.get("wall", 0.0) + GRACE
+        with _system_errors_explained():
+            watched, held = os.pipe()  # the jail ends when the other end is closed: it does not outlive this process
+            try:
+                with subprocess.Popen(
+                    [sys.executable, "-I", "-S", "-X", "utf8", str(_LAUNCHER), json.dumps(config)],
+                    stdin=watched,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    env=_environment(),
+                    pass_fds=files,
+                    start_new_session=True,
+                    cwd="/",
+                ) as process:
+                    try:
+                        out, err = process.communicate(timeout=patience)
+                    except subprocess.TimeoutExpired:
+                        return {"problem": f"not within {patience:g} seconds"}
+                    finally:
+                        process.kill()
+            finally:
+                os.close(watched)
+                os.close(held)
         try:
             return json.loads(out)
         except ValueError:
-            raise UserError(f"the sandbox failed: {err.decode(errors='replace').strip()[-2000:]}", _FIX) from None
+            said, code = err.decode(errors="replace").strip(), process.returncode
+            ended = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+            return {"problem": said[-MESSAGE_CHARS:] or f"it {ended}"}
+
+
+def _environment() -> dict[str, str]:
+    """One pool of memory for all threads of a process: others would take 64 MiB of its address space each."""
+    kept = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
+    return {**kept, "MALLOC_ARENA_MAX": "1"}
+
+
+@contextlib.contextmanager
+def _system_errors_explained() -> Iterator[None]:
+    """What the system does not give us is no fault of a program's."""
+    try:
+        yield
+    except OSError as error:
+        fix = _FIXES.get(error.errno or 0, f"needed: a temporary folder to write to (TMPDIR), and {sys.executable}")
+        raise UserError(f"sandbox: {error}", fix) from error
+
+
+_FIXES = {
+    errno.EAGAIN: "allow more processes (ulimit -u; in a container its limit of processes), or have fewer run at once",
+    errno.EMFILE: "allow more open files: ulimit -n 4096",
+    errno.ENFILE: "have fewer programs run on this machine: it has no descriptors left",
+    errno.ENOSPC: "make room in the temporary folder, or name another one: TMPDIR",
+}
 
 
 def _processors() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """The share of this process, where a launcher started several on this machine."""
+    there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, there // launched_place().local_world_size)
 
 
 def _nameless(text: str) -> IO[bytes]:

@@ -17,7 +17,12 @@ class SandboxSettings:
     mode: Literal["strict", "weak"] = setting(
         "strict", "strict: refuses where a wall is missing; weak: the walls that need no namespaces, and scores say so."
     )
-    seconds: float = setting(5.0, "Time that a program may take, in seconds.", above=0, at_most=3600)
+    seconds: float = setting(
+        5.0,
+        "CPU time of a program and its tests, in seconds; it may wait for ten times as long.",
+        above=0,
+        at_most=3600,
+    )
     memory_mb: int = setting(512, "Memory of all its processes together, in MiB.", at_least=64, at_most=1_048_576)
     file_mb: int = setting(16, "Size of its temporary folder, and of any file, in MiB.", at_least=1, at_most=65_536)
     max_processes: int = setting(16, "Processes and threads at once.", at_least=1, at_most=4096)
