@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
@@ -60,6 +60,31 @@ def test_help_shows_numbers_as_numbers(capsys: pytest.CaptureFixture[str]) -> No
     shown = capsys.readouterr().out
     assert "model.init.smear=0.0 " in shown
     assert "trainer.log_every_steps=1 " in shown and "trainer.deterministic=false " in shown
+
+
+def test_help_of_a_group_shows_what_is_there_by_default(capsys: pytest.CaptureFixture[str]) -> None:
+    """The tasks of ChatCORE, which a factory makes, were shown as null."""
+    assert main(["evaluate", "--help", "chatcore", "chatcore.gsm8k"]) == 0
+    shown = capsys.readouterr().out
+    for name in ("arc_easy", "arc_challenge", "mmlu", "gsm8k", "humaneval"):
+        assert f"chatcore.{name}={{}} " in shown
+    assert "chatcore.spelling_bee=null " in shown and "chatcore.conversations={} " in shown
+    assert "chatcore.gsm8k.recompute=false " in shown
+    assert main(["train", "--help", "mixture.tasks", "mixture.tasks.conversations", "model"]) == 0
+    shown = capsys.readouterr().out
+    assert "mixture.tasks.arithmetic={} " in shown and "mixture.tasks.mmlu=null " in shown
+    assert "mixture.tasks.conversations.NAME.start=0 " in shown
+
+
+def test_the_verbs_name_every_stage_and_suite() -> None:
+    from nanochat_pl.cli import config_files
+    from nanochat_pl.cli.evaluate_settings import Suite
+    from nanochat_pl.common.run_folder import STAGES
+
+    stages = [stage for stage in STAGES if stage in config_files.groups()["stage"]]
+    assert f"stage={'|'.join(stages)}" in VERBS["train"]
+    assert f"stage={'|'.join(stages[1:])}" in VERBS["doctor"] and stages[0] == "tokenizer"
+    assert all(suite in VERBS["evaluate"] for suite in get_args(Suite))
 
 
 def test_mistakes_give_exit_code_2_and_plain_sentences(capsys: pytest.CaptureFixture[str]) -> None:

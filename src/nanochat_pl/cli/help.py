@@ -67,8 +67,34 @@ def _describe(schema: type, key: str) -> tuple[str, str, str]:
     *groups, name = key.split(".")
     owner: Any = without_none(type_of_key(schema, ".".join(groups))) if groups else schema
     field = next(field for field in dataclasses.fields(owner) if field.name == name)
-    shown = "" if field.default is dataclasses.MISSING else f"={_show(field.default)}"
-    return f"{key}{shown}", _type_name(get_type_hints(owner)[name]), field.metadata.get("doc", "")
+    hint, default = get_type_hints(owner)[name], _default(schema, key)
+    shown = "" if default is UNKNOWN or dataclasses.is_dataclass(hint) else f"={_show(default)}"
+    return f"{key}{shown}", _type_name(hint), field.metadata.get("doc", "")
+
+
+def _default(schema: Any, key: str) -> Any:
+    """The value of a key where nothing is set: of the group that its owner makes by itself, as far as it makes one."""
+    first, _, rest = key.partition(".")
+    fields = {field.name: field for field in dataclasses.fields(schema)}
+    if first not in fields:  # a name of one's own in a group of such
+        return UNKNOWN
+    if isinstance(schema, type):
+        value = _own_default(fields[first])
+        hint: Any = without_none(get_type_hints(schema)[first])
+    else:
+        value, hint = getattr(schema, first), without_none(get_type_hints(type(schema))[first])
+    if not rest:
+        return value
+    if get_origin(hint) is dict:
+        _, _, rest = rest.partition(".")
+        value, hint = None, without_none(get_args(hint)[1])
+    return _default(value if dataclasses.is_dataclass(value) else hint, rest)
+
+
+def _own_default(field: dataclasses.Field[Any]) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return UNKNOWN if field.default is dataclasses.MISSING else field.default
 
 
 def _print_lines(lines: Sequence[tuple[str, str, str]]) -> None:
@@ -80,7 +106,16 @@ def _print_lines(lines: Sequence[tuple[str, str, str]]) -> None:
 def _show(value: Any) -> str:
     if value is None or isinstance(value, bool):  # a dict of these would find True for 1
         return "null" if value is None else str(value).lower()
-    return "[…]" if isinstance(value, list) else str(value)
+    if dataclasses.is_dataclass(value) or isinstance(value, dict):
+        changed = value if isinstance(value, dict) else _changed(value)
+        return f"{{{', '.join(f'{key}: {_show(item)}' for key, item in changed.items())}}}"
+    return f"[{','.join(map(_show, value))}]" if isinstance(value, (list, tuple)) else str(value)
+
+
+def _changed(group: Any) -> dict[str, Any]:
+    """What a group sets otherwise than its class: a task with nothing of it is chosen as ``{}``."""
+    values = {field.name: (getattr(group, field.name), _own_default(field)) for field in dataclasses.fields(group)}
+    return {name: value for name, (value, default) in values.items() if value != default}
 
 
 def _type_name(hint: Any) -> str:

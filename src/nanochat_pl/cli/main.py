@@ -20,12 +20,12 @@ from nanochat_pl.common.place import launched_place
 
 # Each verb is a file of this folder with a function run(overrides) -> exit code, and Config.
 VERBS = {
-    "train": "one stage of a run: train stage=tokenizer|base|sft",
+    "train": "one stage of a run: train stage=tokenizer|base|mid|sft",
     "pipeline": "the stages that an experiment names, one after the other: pipeline experiment=demo",
     "download": "files of a data set, verified: download data=climbmix num_shards=8",
-    "doctor": "what the data of a stage will do, before it is trained on: doctor stage=base|sft",
+    "doctor": "what the data of a stage will do, before it is trained on: doctor stage=base|mid|sft",
     "plan": "the settings that follow from model.depth, each with its reason, without training",
-    "evaluate": "figures of a trained stage: evaluate run=NAME suites=[bpb,core,chat,chatcore,samples]",
+    "evaluate": "figures of a trained stage: evaluate run=NAME suites=[bpb,core,chat,chatcore,harness,samples]",
     "chat": 'talk to a model: chat run=NAME, or one answer: chat run=NAME prompt="…"',
     "import": "a bundle of a model from elsewhere: import source=PATH to=PATH",
     "export": "a trained stage for other programs: export run=NAME to=PATH",
