@@ -179,7 +179,8 @@ def _measure_bits_per_byte(bundle: Bundle, source: Source, config: EvaluateConfi
     bundle.net.eval()
     for name in [name for name, value in figures.items() if not math.isfinite(value)]:
         say(f"{name} is {figures.pop(name)}, so it is left out: look at the weights before you use them.")
-    return Measured(plain={name.removeprefix("val/"): value for name, value in figures.items()})
+    named = {name.removeprefix("val/"): value for name, value in figures.items()}
+    return Measured(plain={**named, "num_rows": validation.num_rows})
 
 
 def data_of(bundle: Trained, config: EvaluateConfig) -> DataSettings:

@@ -96,8 +96,9 @@ def evaluate_task(
 
     - ``kind``: of the task; ``remark``: what has to be said with the score, if anything;
     - ``cut_prompts``: problems whose beginning was left out, as the model's positions end before theirs;
-    - of a generative task ``num_samples``, ``unfinished`` (answers cut off by ``max_tokens`` or the end of the
-      positions) and ``pass_at_k``: rows of ``k``, ``value``, ``stderr`` for k = 1 … ``num_samples``.
+    - of a generative task ``num_samples``, ``temperature``, ``top_k``, ``unfinished`` (answers cut off by
+      ``max_tokens`` or the end of the positions) and ``pass_at_k``: rows of ``k``, ``value``, ``stderr`` for
+      k = 1 … ``num_samples``.
 
     A row of ``answers`` has item, question, answer, reference (tool calls as ``[2*21][= 42]``) and correct, of several
     answers to a problem those of the first, and all of them under ``samples``; of a categorical task the
@@ -139,7 +140,7 @@ def evaluate_task(
     if task.remark is not None:
         details["remark"] = task.remark
     if task.kind == "generative":
-        details["num_samples"] = num_samples
+        details |= {"num_samples": num_samples, "temperature": temperature, "top_k": top_k}
         details["unfinished"] = sum(each.unfinished for each in answered)
         details["pass_at_k"] = pass_at_k_rows([sum(each.correct) for each in answered], num_samples)
     items = _distinct(each.item for each in answered)
