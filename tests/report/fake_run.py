@@ -111,7 +111,13 @@ def make_run(run: Path, hostile: str = "") -> Path:
     folder = run / "evaluation" / "sft"
     tasks = [("arithmetic", 0.975, 0.0), ("letters", 0.92, 0.0), ("spelling", 0.66, 0.0), ("docs_choice", 0.41, 0.25)]
     rows = [
-        {"name": name + hostile, "accuracy": p, "n": 200, "stderr": math.sqrt(p * (1 - p) / 200), "baseline": base}
+        {
+            "name": name if name == "arithmetic" else name + hostile,  # of that one there is a file of answers
+            "accuracy": p,
+            "n": 200,
+            "stderr": math.sqrt(p * (1 - p) / 200),
+            "baseline": base,
+        }
         for name, p, base in tasks
     ]
     write_json(
@@ -176,10 +182,11 @@ def add_benchmarks(run: Path, hostile: str = "") -> Path:
         lines[50], lines[-1] = f"{lines[50][:-2]},0.02,0.01", f"{lines[-1][:-2]},0.11,0.012"
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
-    def row(name: str, accuracy: float, baseline: float, remark: str | None = None) -> dict[str, Any]:
+    def row(name: str, accuracy: float, baseline: float, remark: str | None = None, **details: Any) -> dict[str, Any]:
         centered = (accuracy - baseline) / (1 - baseline)
-        figures = {"name": name + hostile, "accuracy": accuracy, "stderr": 0.02, "n": 500, "baseline": baseline}
-        return {**figures, "centered": centered, "details": {"cut_prompts": 0}, "remark": remark}
+        named = name if name == "humaneval" else name + hostile
+        figures = {"name": named, "accuracy": accuracy, "stderr": 0.02, "n": 500, "baseline": baseline}
+        return {**figures, "centered": centered, "details": {"cut_prompts": 0, **details}, "remark": remark}
 
     def mean(name: str, value: float, rows: list[dict[str, Any]]) -> dict[str, Any]:
         figures = {"value": value, "stderr": 0.008, "low": value - 0.015, "high": value + 0.016}
@@ -198,10 +205,16 @@ def add_benchmarks(run: Path, hostile: str = "") -> Path:
     )
     write_lines(run / "evaluation" / "base" / "answers_core_piqa.jsonl", [{"question": "", "answer": "", "choice": 1}])
     remark = "sandbox=weak: no wall around the network" + hostile
-    chatcore = [row("humaneval", 0.05, 0.0, remark), row("mmlu", 0.31, 0.25)]
+    passes = [{"k": k, "value": 0.05 * k, "stderr": 0.01 + k / 1000} for k in range(1, 7)]
+    drawn = {"num_samples": 6, "temperature": 0.8, "top_k": 50, "pass_at_k": passes, "kind": "generative"}
+    chatcore = [row("humaneval", 0.05, 0.0, remark, **drawn), row("mmlu", 0.31, 0.25)]
+    harness = [row("mine", 0.5, 0.25, metric="acc_norm" + hostile[:80], num_fewshot=5, chat=True)]
     path = run / "evaluation" / "sft" / "results.json"
     results = json.loads(path.read_text(encoding="utf-8"))
     results["suites"]["chatcore"] = {"tasks": chatcore, "summary": mean("ChatCORE (2 of 5 tasks)", 0.065, chatcore)}
+    results["suites"]["harness"] = {"tasks": harness}
+    results["suites"]["bpb"] |= {"num_rows": 512, "against": "other" + hostile, "difference": 0.1436}
+    results["suites"]["bpb"]["difference_stderr"] = 0.02489
     write_json(path, results)
     sampled = [
         {"question": "Write a function", "answer": "def f(): ...", "reference": "", "samples": [{"answer": "x"}]}

@@ -13,6 +13,7 @@ from markdown_it import MarkdownIt
 
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.report import SUMMARY_COLUMNS, summary_table, write_report
+from nanochat_pl.report.evaluations import Conditions
 from nanochat_pl.report.text import clean, compact, duration, markdown_block, markdown_inline, show
 from tests.report.fake_run import HOSTILE, add_benchmarks, make_run, write_json
 
@@ -243,6 +244,7 @@ DAMAGES = {
         '{"suites": {"chat": {"tasks": [{"name": "a"}]}}}',
         '{"suites": {"core": {"summary": {"name": "CORE", "value": "high"}}}}',
         '{"suites": {"core": {"differences": 3}}}',
+        '{"suites": {"chat": {"tasks": [{"name": "a", "accuracy": 1, "n": 3, "details": {"pass_at_k": 3}}]}}}',
         '{"suites": {"core": {"differences": [{"name": "a", "difference": 0.1}]}}}',
     ],
     "evaluation/sft/answers_arithmetic.jsonl": ['{"question": "x"}\n'],
@@ -255,6 +257,9 @@ def test_a_damaged_file_is_named(tmp_path: Path, name: str, content: str | bytes
     (tmp_path / "demo" / "base").mkdir(parents=True)
     path = tmp_path / "demo" / name
     path.parent.mkdir(parents=True, exist_ok=True)
+    if "evaluation" in name:  # what is read is what the results name
+        tasks = [{"name": "arithmetic", "accuracy": 0.5, "n": 2}]
+        write_json(path.parent / "results.json", {"suites": {"chat": {"tasks": tasks}}})
     path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))
     with pytest.raises(UserError, match=re.escape(str(path))):
         write_report(tmp_path / "demo")
@@ -297,6 +302,16 @@ def test_benchmarks_are_shown_with_errors_numbers_and_remarks(measured_run: Path
     text = read(measured_run, name)
     text = Page(text).text if name.endswith("html") else text.replace("\\", "")
     for expected in (
+        "humaneval",
+        "mean of 6 answers, temperature 0.8, top_k 50",  # how answers were drawn, and pass@k with its errors
+        "pass@4",
+        "20.0 % ± 1.4 %",
+        "pass@6",
+        "the accuracy is the mean over all of them",
+        "acc_norm, 5 shots, as a chat",
+        "less that of other",  # bits per byte: against whom, and on how many rows
+        "0.1436 ± 0.02489",
+        "on 512 rows of held-out text",
         "CORE (4 of 22 tasks)",  # the summary, its error, interval and n
         "0.0765",
         "± 0.0080",
@@ -316,6 +331,69 @@ def test_benchmarks_are_shown_with_errors_numbers_and_remarks(measured_run: Path
         assert expected in text, expected
     assert "core_piqa" not in text, "answers without words"
     assert "Stage mid was not trained" not in text
+
+
+def test_answers_and_chats_of_other_evaluations_are_left_out(tmp_path: Path) -> None:
+    """They lie beside those of the last one, which has none of these tasks; and they may be damaged."""
+    run = make_run(tmp_path / "demo")
+    folder = run / "evaluation" / "sft"
+    rows = '{"question": "an earlier question", "answer": "a"}\n'
+    for name in ("answers_earlier.jsonl", "answers_harness_mine.jsonl", "answers_chat_arithmetic.jsonl"):
+        (folder / name).write_text(rows, encoding="utf-8")
+    (folder / "answers_letters_of_old.jsonl").write_text("no json\n", encoding="utf-8")
+    write_report(run)
+    text = read(run, "report.md")
+    assert "12 * 7 is 74." in text and "an earlier question" not in text
+    assert list(json.loads(read(run, "report.json"))["evaluations"]["sft"]["answers"]) == ["arithmetic"]
+    write_json(folder / "results.json", {"suites": {"bpb": {"bpb": 1.0}}})
+    write_report(run)
+    assert "I am a small language model" not in read(run, "report.md")
+
+
+@pytest.mark.parametrize(
+    ("details", "words"),
+    [
+        ({}, ""),
+        ({"num_samples": 1, "temperature": 0.0}, ""),
+        ({"num_samples": 1, "temperature": 1.0}, "temperature 1"),
+        ({"num_samples": 8}, "mean of 8 answers, drawn"),
+        ({"num_shots": 1}, "1 shot"),
+        ({"metric": "acc", "num_fewshot": 0, "chat": False}, "acc, 0 shots, as plain text"),
+    ],
+)
+def test_conditions_of_a_task_in_words(details: dict[str, object], words: str) -> None:
+    assert str(Conditions(**details)) == words  # type: ignore[arg-type]
+
+
+def test_epochs_are_how_often_the_tokens_were_read(tmp_path: Path) -> None:
+    """The file has the passes that the packer began."""
+    run = make_run(tmp_path / "demo")
+    packing = {"placed_tokens": 9740, "pieces": 184, "epochs": 2}
+    data = {"train_tokens": 50_611, "packing": packing, "held_out_conversations": 934}
+    write_json(run / "sft" / "bundle" / "stage.json", {"stage": "sft", "data": data})
+    mixed = {"sources": {"web": {"train_tokens": 20_000, "packing": {"placed_tokens": 24, "epochs": 1}}}}
+    write_json(run / "base" / "bundle" / "stage.json", {"stage": "base", "data": mixed})
+    text = Page(write_report(run).read_text(encoding="utf-8")).text
+    assert "pieces 184, epochs 0.19" in text and "placed_tokens 24, epochs 0.0012" in text
+    assert "the last validation of its training, on held-out conversations." in text
+
+
+@pytest.mark.parametrize("name", ["report.html", "report.md"])
+def test_the_plan_says_where_a_value_comes_from(tmp_path: Path, name: str) -> None:
+    run = make_run(tmp_path / "demo")
+    plan = {
+        "matrix_lr": {"value": 0.01, "formula": "0.02, the recipe's", "overridden_by": "inherited from base"},
+        "num_steps": {"value": 10, "formula": "rows / 8", "overridden_by": "max_steps=10"},
+        "validation_rows": {"value": 16, "formula": "at least 32"},
+    }
+    write_json(run / "sft" / "plan.json", plan)
+    write_report(run)
+    text = read(run, name)
+    text = Page(text).text if name.endswith("html") else text.replace("\\", "")
+    assert "inherited from base instead of 0.02, the recipe's" in text
+    assert "set by max_steps=10 instead of rows / 8" in text
+    assert "set by inherited" not in text
+    assert "on at most 16 rows of held-out text." in text
 
 
 def test_bars_of_a_summary_stand_beside_the_markdown(measured_run: Path) -> None:

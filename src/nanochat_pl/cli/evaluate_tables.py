@@ -19,6 +19,7 @@ from nanochat_pl.common.files import write_text
 from nanochat_pl.common.settings import to_plain
 from nanochat_pl.evaluation.core_table import core_name, write_core_csv
 from nanochat_pl.evaluation.results import Difference, Summary, TaskResult, summarize
+from nanochat_pl.report.evaluations import answers_file
 
 CSV_COLUMNS = ("task", "accuracy", "stderr", "n", "baseline", "centered", "remark")
 DIFFERENCES = "differences.csv"
@@ -167,12 +168,6 @@ def _names_of_tasks(figures: Any) -> list[str]:
     """The tasks that results.json, which anybody may have written, has of a suite."""
     rows = figures.get("tasks") if isinstance(figures, dict) else None
     return [str(row["name"]) for row in rows if isinstance(row, dict) and "name" in row] if rows else []
-
-
-def answers_file(suite: Suite, name: str) -> str:
-    """The answers to the tasks that a model was trained on have their names; those of other suites the suite's, too."""
-    safe = name.replace("/", "_")
-    return f"answers_{safe}.jsonl" if suite == "chat" else f"answers_{suite}_{safe}.jsonl"
 
 
 def write_differences(folder: Path, suites: Mapping[str, Any]) -> None:

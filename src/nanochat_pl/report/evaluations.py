@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -36,6 +36,44 @@ class Answer:
 
 
 @dataclass(frozen=True)
+class PassAtK:
+    """How likely one of k answers is right."""
+
+    k: int = setting(doc="Answers.", at_least=1)
+    value: float = setting(doc="The share of problems.", at_least=0, at_most=1)
+    stderr: float = setting(doc="Its standard error.", at_least=0)
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """How the problems of a task were put; what is not known, or has no meaning for the task, is null."""
+
+    metric: str | None = setting(None, "What is counted as right, where there are several ways.", max_length=100)
+    num_shots: int | None = setting(None, "Solved examples in front of each problem.", at_least=0)
+    num_fewshot: int | None = setting(None, "The same, of lm-evaluation-harness.", at_least=0)
+    chat: bool | None = setting(None, "Asked as a conversation; false: as plain text.")
+    num_samples: int | None = setting(None, "Answers to each problem.", at_least=1)
+    temperature: float | None = setting(None, "Of the draws; 0: the most likely token each time.", at_least=0)
+    top_k: int | None = setting(None, "Drawn from so many most likely tokens.", at_least=1)
+    pass_at_k: list[PassAtK] = setting(factory=list, doc="For each number of answers.")
+
+    def __str__(self) -> str:
+        """In words, for a cell of a table; empty where nothing is known."""
+        shots = self.num_fewshot if self.num_shots is None else self.num_shots
+        said = [] if self.metric is None else [self.metric]
+        said += [] if shots is None else [f"{shots} shot{'' if shots == 1 else 's'}"]
+        said += [] if self.chat is None else ["as a chat" if self.chat else "as plain text"]
+        if (self.num_samples or 1) > 1:
+            said.append(f"mean of {self.num_samples:,} answers")
+        if self.temperature:
+            said.append(f"temperature {self.temperature:g}")
+            said += [] if self.top_k is None else [f"top_k {self.top_k:,}"]
+        elif self.temperature is None and (self.num_samples or 1) > 1:
+            said.append("drawn")
+        return ", ".join(said)
+
+
+@dataclass(frozen=True)
 class TaskResult:
     """A row of the task table; shares are between 0 and 1."""
 
@@ -46,6 +84,7 @@ class TaskResult:
     baseline: float = setting(0.0, "Share that guessing gives.", at_least=0, at_most=1)
     centered: float | None = setting(None, "Accuracy over the baseline: 0 is guessing, 1 all right.", at_most=1)
     remark: str | None = setting(None, "What has to be said with the figures.", max_length=MAX_REMARK)
+    conditions: Conditions = setting(factory=Conditions, doc="How its problems were put.")
 
 
 @dataclass(frozen=True)
@@ -83,20 +122,24 @@ class Comparison:
 
 @dataclass(frozen=True)
 class EvaluationRecord:
-    """The figures of one evaluated bundle, by suite. ``figures`` are those that belong to no task."""
+    """The figures of one evaluated bundle, by suite.
+
+    ``figures`` are those that belong to no task; ``against`` is the other model, where they were compared.
+    """
 
     stage: str
     suites: dict[str, list[TaskResult]] = field(default_factory=dict)
     summaries: dict[str, Summary] = field(default_factory=dict)
     comparisons: dict[str, Comparison] = field(default_factory=dict)
     figures: dict[str, dict[str, float]] = field(default_factory=dict)
+    against: dict[str, str] = field(default_factory=dict)
     samples: list[Sample] = field(default_factory=list)
     answers: dict[str, list[Answer]] = field(default_factory=dict)
     chats: list[list[dict[str, Any]]] = field(default_factory=list)
 
 
 def read_evaluation(folder: Path) -> EvaluationRecord:
-    """Read ``evaluation/STAGE/``.
+    """Read ``evaluation/STAGE/``: what its results.json names. Answers and chats of other evaluations may lie beside.
 
     Raises:
         UserError: a file is damaged; named, with the line or the key.
@@ -105,11 +148,7 @@ def read_evaluation(folder: Path) -> EvaluationRecord:
     suites = optional_object(path).get("suites", {})
     if not isinstance(suites, Mapping):
         raise UserError(f"{path}: suites: must be a group of named values.")
-    found = EvaluationRecord(
-        stage=folder.name,
-        answers={file.stem.removeprefix("answers_"): _answers(file) for file in sorted(folder.glob("answers_*.jsonl"))},
-        chats=[_messages(row, where) for where, row in json_lines(folder / "chats.jsonl")],
-    )
+    found = EvaluationRecord(stage=folder.name)
     for name, suite in suites.items():
         where = f"{path}: suites.{name}"
         if isinstance(suite, list):
@@ -118,11 +157,24 @@ def read_evaluation(folder: Path) -> EvaluationRecord:
             _read_suite(found, name, suite, where)
         else:
             raise UserError(f"{where}: must be a group of named values or a list.")
+    present = {file.name: file for file in folder.glob("answers_*.jsonl")}
+    for name, tasks in found.suites.items():
+        for task in tasks:
+            if file := present.get(answers_file(name, task.name)):
+                found.answers[task.name if name == "chat" else f"{name}: {task.name}"] = _answers(file)
+    if "chat" in found.suites:
+        found.chats.extend(_messages(row, where) for where, row in json_lines(folder / "chats.jsonl"))
     return found
 
 
+def answers_file(suite: str, task: str) -> str:
+    """The file of the answers to a task; those to the tasks that a model was trained on have the task's name alone."""
+    safe = task.replace("/", "_")
+    return f"answers_{safe}.jsonl" if suite == "chat" else f"answers_{suite}_{safe}.jsonl"
+
+
 def _read_suite(found: EvaluationRecord, name: str, suite: Mapping[str, Any], where: str) -> None:
-    if tasks := _rows(TaskResult, suite, "tasks", where):
+    if tasks := _rows(TaskResult, _with_conditions(suite, where), "tasks", where):
         found.suites[name] = tasks
     if suite.get("summary") is not None:
         found.summaries[name] = build_known(Summary, suite["summary"], f"{where}.summary")
@@ -133,6 +185,23 @@ def _read_suite(found: EvaluationRecord, name: str, suite: Mapping[str, Any], wh
         found.comparisons[name] = Comparison(str(suite.get("against") or "another model"), differences)
     if figures := finite_numbers(suite, where):
         found.figures[name] = figures
+        if suite.get("against") and not differences:
+            found.against[name] = str(suite["against"])
+
+
+def _with_conditions(suite: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """The suite with what is known of ``details`` in each row of ``tasks``."""
+    rows = suite.get("tasks")
+    if not isinstance(rows, list):
+        return suite
+    known = {item.name for item in fields(Conditions)}
+    tasks = []
+    for row in rows:
+        details = row.get("details") if isinstance(row, Mapping) else None
+        if isinstance(details, Mapping):
+            row = {**row, "conditions": {key: details[key] for key in known & details.keys()}}
+        tasks.append(row)
+    return {**suite, "tasks": tasks}
 
 
 def _rows(cls: type[T], suite: Mapping[str, Any], key: str, where: str) -> list[T]:

@@ -48,6 +48,12 @@ class PlanValue:
     inputs: str = ""
     overridden_by: str = ""
 
+    @property
+    def source(self) -> str:
+        """Where the value comes from, where it is not from the formula."""
+        inherited = not self.overridden_by or self.overridden_by.startswith("inherited")
+        return self.overridden_by if inherited else f"set by {self.overridden_by}"
+
 
 @dataclass(frozen=True)
 class StageRecord:
@@ -70,6 +76,12 @@ class StageRecord:
     def column(self, name: str) -> Series:
         """A column of metrics.csv; empty where it was not written."""
         return self.series.get(name, Series())
+
+    @property
+    def num_validation_rows(self) -> int | None:
+        """How many rows the training's validation was planned to read; the text may have fewer."""
+        rows = [item.value for item in self.plan if item.name == "validation_rows"]
+        return rows[0] if rows and isinstance(rows[0], int) else None
 
     def figure(self, name: str) -> float | None:
         """The last value of a column, else what finished.json says."""
@@ -127,9 +139,25 @@ def _read_stage(folder: Path) -> StageRecord:
 
 def _about(folder: Path, metrics: Any) -> dict[str, Any]:
     """When, where and with what: about.json, the data that the bundle names, and what was measured in words."""
-    data = optional_object(folder / "bundle" / "stage.json").get("data")
+    data = _with_epochs(optional_object(folder / "bundle" / "stage.json").get("data"))
+    if isinstance(data, Mapping) and isinstance(sources := data.get("sources"), Mapping):
+        data = {**data, "sources": {name: _with_epochs(source) for name, source in sources.items()}}
     words = {key: value for key, value in metrics.items() if not isinstance(value, (int, float))}
     return {**optional_object(folder / "about.json"), **({"data": data} if data else {}), **words}
+
+
+def _with_epochs(data: Any) -> Any:
+    """Data whose packing says how often its tokens were read. In the file it is how many passes were begun to fill the
+    packer, of which a short stage takes little."""
+    if not isinstance(data, Mapping) or not isinstance(packing := data.get("packing"), Mapping):
+        return data
+    placed, tokens = (
+        finite_numbers(each, "").get(key) for each, key in ((packing, "placed_tokens"), (data, "train_tokens"))
+    )
+    packing = {key: value for key, value in packing.items() if key != "epochs"}
+    if placed is not None and tokens:
+        packing["epochs"] = float(f"{placed / tokens:.2g}")
+    return {**data, "packing": packing}
 
 
 def _read_metrics(path: Path) -> dict[str, Series]:

@@ -11,6 +11,7 @@ from nanochat_pl.common.files import ensure_folder, write_atomically, write_json
 from nanochat_pl.common.settings import to_plain
 from nanochat_pl.report import plots
 from nanochat_pl.report.bars import bars_png, centered, centered_error
+from nanochat_pl.report.beside import bits_note, figure_rows, pass_at_k, sampling_note
 from nanochat_pl.report.evaluations import Answer, EvaluationRecord, Summary, TaskResult
 from nanochat_pl.report.read import RunRecord, StageRecord, read_run
 from nanochat_pl.report.text import (
@@ -98,6 +99,7 @@ def _stage_rows(stage: StageRecord) -> Iterator[tuple[str, ...]]:
 
 def _shown(run: RunRecord) -> dict[str, Any]:
     """What both templates show."""
+    stages = {stage.name: stage for stage in run.stages}
     panels = {stage.name: found for stage in run.stages if (found := plots.panels_of(stage))}
     return {
         "run": run,
@@ -113,6 +115,10 @@ def _shown(run: RunRecord) -> dict[str, Any]:
             for evaluation in run.evaluations
         },
         "notes": list(_notes(run)),
+        "figures": {evaluation.stage: list(figure_rows(evaluation)) for evaluation in run.evaluations},
+        "bits_notes": {
+            evaluation.stage: bits_note(evaluation, stages.get(evaluation.stage)) for evaluation in run.evaluations
+        },
         "bars": {
             evaluation.stage: {
                 suite: BARS.format(stage=evaluation.stage, suite=suite)
@@ -277,6 +283,8 @@ def _render(template: str, shown: dict[str, Any]) -> str:
         signed=_signed,
         centered=centered,
         centered_error=centered_error,
+        pass_at_k=pass_at_k,
+        sampling_note=sampling_note,
     )
     # The drawings hold no text of the run folder: titles, labels and numbers are this room's own.
     environment.globals.update(
