@@ -214,6 +214,7 @@ def test_what_must_be_said_with_a_score_stands_everywhere(
     assert "arithmetic: pass@1 " in out and ", pass@2 " in out
     chat = results_of("a")["suites"]["chat"]
     assert chat["tasks"][0]["remark"] == "sandbox=weak: no network wall"
+    assert chat["tasks"][0]["details"].items() >= {"num_samples": 2, "temperature": 1.0, "top_k": None}.items()
     assert chat["summary"]["remark"] == "arithmetic: sandbox=weak: no network wall"
     assert "sandbox=weak: no network wall" in Path("runs/a/evaluation/sft/chat.csv").read_text(encoding="utf-8")
     assert json.loads(record_of("a", "chat", "arithmetic").read_text())["asked"]["remark"].startswith("sandbox=weak")

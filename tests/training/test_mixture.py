@@ -143,6 +143,7 @@ def test_a_mixture_is_evaluated_source_by_source(trained: Path, place: Path) -> 
     assert main(["evaluate", "run=mixed", "stage=base", "suites=[bpb]", "num_rows=8", *runs]) == 0
     results = json.loads((place / "runs" / "mixed" / "evaluation" / "base" / "results.json").read_text("utf-8"))
     last = metrics_of(trained)[-1]
+    assert results["suites"]["bpb"]["num_rows"] == 8
     assert results["suites"]["bpb"]["bpb"] == pytest.approx(float(last["val/bpb"]), rel=1e-6)
     assert results["suites"]["bpb"]["bpb_numbers"] == pytest.approx(float(last["val/bpb_numbers"]), rel=1e-6)
 
