@@ -83,7 +83,7 @@ def summary_name(suite: Suite, tasks: Sequence[str]) -> str | None:
         return None
     if suite == "core":
         return core_name(tasks)
-    if suite == "chat":
+    if suite == "chat" or not {*tasks} & {*CHATCORE}:
         return "mean of the tasks"
     others = sorted({*tasks} - {*CHATCORE})
     missing = len({*CHATCORE} - {*tasks})
