@@ -11,13 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from random import Random
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.settings import setting, to_plain
-
-if TYPE_CHECKING:
-    from nanochat_pl.tasks.context import TaskContext
+from nanochat_pl.tasks.context import MIXTURE, TaskContext
 
 Split = Literal["train", "test"]
 Part = dict[str, str]  # {"type": "text" | "python" | "python_output", "text": …}
@@ -26,7 +24,6 @@ Conversation = dict[str, Any]  # {"messages": [{"role": "user" | "assistant", "c
 T = TypeVar("T")
 
 TEST_ONE_IN = 10  # of the things that a task splits by (operand pairs, words), this fraction is held out
-MIXTURE = "mixture.tasks"  # the group of settings that tasks are keys of where nothing else is said
 _MOST_HASHED = 20_000
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 

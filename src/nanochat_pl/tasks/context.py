@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.data.python_docs import PythonDocs, built_python_docs, open_python_docs
 from nanochat_pl.data.sources import MAX_BAD_FRACTION
-from nanochat_pl.tasks.base import MIXTURE
 
 if TYPE_CHECKING:
     from nanochat_pl.tools.sandbox import SandboxSettings
+
+
+MIXTURE = "mixture.tasks"  # the group of settings that tasks are keys of where nothing else is said
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from nanochat_pl.common.settings import setting
 from nanochat_pl.data.docstrings import Docstring
 from nanochat_pl.tasks.base import (
-    MIXTURE,
     Content,
     Conversation,
     Split,
@@ -24,7 +23,7 @@ from nanochat_pl.tasks.base import (
     limits,
     text_of,
 )
-from nanochat_pl.tasks.context import TaskContext
+from nanochat_pl.tasks.context import MIXTURE, TaskContext
 from nanochat_pl.tasks.registry import task
 
 _QUESTIONS: dict[Split, tuple[str, ...]] = {

@@ -9,8 +9,8 @@ from typing import Any
 
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.settings import setting
-from nanochat_pl.tasks.base import MIXTURE, Conversation, Split, TaskSettings, generator, limits
-from nanochat_pl.tasks.context import TaskContext
+from nanochat_pl.tasks.base import Conversation, Split, TaskSettings, generator, limits
+from nanochat_pl.tasks.context import MIXTURE, TaskContext
 from nanochat_pl.tasks.documentation import documented_functions, summary_held_out
 from nanochat_pl.tasks.multiple_choice import MultipleChoice, choice_conversation
 from nanochat_pl.tasks.registry import task

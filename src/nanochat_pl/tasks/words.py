@@ -13,8 +13,8 @@ from nanochat_pl.common.files import write_text
 from nanochat_pl.common.settings import setting
 from nanochat_pl.data.file_formats import lines_of
 from nanochat_pl.data.python_docs import PythonDocs
-from nanochat_pl.tasks.base import MIXTURE, Split, Task, TaskSettings, generator, limits, own_settings, part_of
-from nanochat_pl.tasks.context import TaskContext
+from nanochat_pl.tasks.base import Split, Task, TaskSettings, generator, limits, own_settings, part_of
+from nanochat_pl.tasks.context import MIXTURE, TaskContext
 from nanochat_pl.tasks.hub_sets import HubSet, SetFile, files_of_set, files_on_disk, require_all
 
 # A run of lower-case letters that stands as prose: not joined to an underscore, digit, quote, bracket or dot as
