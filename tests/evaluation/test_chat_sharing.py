@@ -127,6 +127,8 @@ def test_answers_without_an_end_are_counted():
         "kind": "generative",
         "cut_prompts": 0,
         "num_samples": 1,
+        "temperature": 0.0,
+        "top_k": None,
         "unfinished": result.details["unfinished"],
         "pass_at_k": [{"k": 1, "value": result.accuracy, "stderr": result.stderr}],
     }

@@ -66,6 +66,10 @@ def test_what_the_guard_of_museum_35_sees(source: str, expected: bool, tmp_path:
     assert [opens_text_without_encoding(*found) for found in calls(tmp_path / "a.py")] == [expected]
 
 
+# The one file that runs foreign code, in a process behind walls that was started for it.
+IN_THE_JAIL = "tools/jail/actors.py"
+
+
 def test_museum_55_nothing_is_evaluated() -> None:
     """Code in a calculator's input ran with the rights of whoever opened it; alarms fired outside the main thread."""
     forbidden = {"eval", "exec", "alarm", "setitimer"}
@@ -75,6 +79,7 @@ def test_museum_55_nothing_is_evaluated() -> None:
         for call, name in calls(path)
         # net.eval() takes no argument; eval(text) does.
         if name in forbidden and (isinstance(call.func, ast.Name) or name != "eval")
+        if not (name == "exec" and path.as_posix().endswith(IN_THE_JAIL))
     ]
     assert found == []
 

@@ -34,7 +34,7 @@ def main() -> None:
     config["first"] = walls.first_free_id()
     os.environ.clear()
     with contextlib.suppress(OSError):  # where memory gets short, these are ended first
-        Path("/proc/self/oom_score_adj").write_text("1000")
+        Path("/proc/self/oom_score_adj").write_text("1000", "utf-8")
     if config["probe"]:
         return supervisor.report({"missing": missing_walls()})
     try:

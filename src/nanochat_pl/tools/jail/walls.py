@@ -90,7 +90,7 @@ def first_free_id() -> int | None:
     """The first of three user ids that nobody uses, for a privileged process; None where it has to keep its own."""
     if not LINUX or os.geteuid() != 0:
         return None
-    ranges = [tuple(map(int, line.split())) for line in Path("/proc/self/uid_map").read_text().splitlines()]
+    ranges = [tuple(map(int, line.split())) for line in Path("/proc/self/uid_map").read_text("utf-8").splitlines()]
     start, _, count = max(ranges, key=lambda entry: entry[2])
     if count > FIRST_ID * 3:
         return FIRST_ID + 4 * os.getpid()
@@ -135,9 +135,9 @@ def enter_namespaces(first: int | None) -> None:
 def _write_maps(pid: int, uid: int, gid: int, count: int) -> None:
     folder = Path("/proc") / str(pid)
     if count == 1:
-        (folder / "setgroups").write_text("deny")
-    (folder / "uid_map").write_text(f"{INSIDE} {uid} {count}")
-    (folder / "gid_map").write_text(f"{INSIDE} {gid} {count}")
+        (folder / "setgroups").write_text("deny", "utf-8")
+    (folder / "uid_map").write_text(f"{INSIDE} {uid} {count}", "utf-8")
+    (folder / "gid_map").write_text(f"{INSIDE} {gid} {count}", "utf-8")
 
 
 def enter_process_namespace() -> None:
