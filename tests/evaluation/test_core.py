@@ -181,7 +181,7 @@ def test_tasks_can_be_named(tmp_path: Path) -> None:
     folder = small_bundle(tmp_path)
     bundle = opened(folder, tasks=["who", "letters"])
     assert bundle.tasks == ("who", "letters") and bundle.missing == ()
-    with pytest.raises(UserError, match="core.tasks: jeopardy: the bundle in .* does not have this task of CORE"):
+    with pytest.raises(UserError, match=r"core.tasks: jeopardy: the bundle in .* does not have this task of CORE"):
         open_core(CoreSettings(path=str(tmp_path), tasks=["jeopardy"]), tmp_path, None)
     with pytest.raises(UserError, match=r"core.tasks: 'letter' is no task of CORE; did you mean letters\?"):
         opened(folder, tasks=["letter"])
