@@ -39,7 +39,7 @@ def result_in(path: Path):
 def test_another_run_is_measured_on_the_same_problems(two: Path, capsys: Captured) -> None:
     assert evaluate("against=b") == 0
     out = capsys.readouterr().out
-    assert "Now b, on the same problems:" in out and "this model less b" in out
+    assert "Now b, on the same problems:" in out and "this model minus b" in out
     folder = Path("runs/a/evaluation/sft")
     (theirs,) = folder.glob("against/*/tasks/core")
     mine = folder / "tasks" / "core"

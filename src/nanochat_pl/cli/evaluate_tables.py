@@ -129,7 +129,7 @@ def show_differences(name: str, compared: Mapping[str, Mapping[str, Any]]) -> No
             say(f"bits per byte: {found['difference']:+.4f} ± {error:.4f} against {name}; the rows are not the same.")
     if rows:
         columns = ("suite", "task", "difference %", "stderr", "95% from", "to", "pairs")
-        print_table(columns, rows, title=f"this model less {name}, on the same problems")
+        print_table(columns, rows, title=f"this model minus {name}, on the same problems")
 
 
 def write_suite(folder: Path, found: SuiteResult) -> None:
