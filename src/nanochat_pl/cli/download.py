@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from nanochat_pl.cli.compose import compose
 from nanochat_pl.cli.locate import cache_folder
@@ -20,10 +19,9 @@ from nanochat_pl.common.errors import UserError, did_you_mean
 from nanochat_pl.common.settings import setting
 from nanochat_pl.data.conversation_files import CONVERSATION_SUFFIXES, holds_conversations
 from nanochat_pl.data.eval_bundle import fetch_eval_bundle
-from nanochat_pl.data.file_formats import format_of
 from nanochat_pl.data.hub import open_manifest
 from nanochat_pl.data.hub_download import PARALLEL, Fetched, fetch_files
-from nanochat_pl.data.hub_files import HubFiles, key_of_cache, typed_keys
+from nanochat_pl.data.hub_files import HubFiles, files_of_format, key_of_cache, typed_keys
 from nanochat_pl.data.sources import DataSettings
 from nanochat_pl.tasks.registry import all_tasks
 from nanochat_pl.training.settings import PathsSettings
@@ -68,13 +66,8 @@ def compose_download(arguments: Sequence[str]) -> DownloadConfig:
     """What the command line asks for, checked."""
     keys = {text.lstrip("+").partition("=")[0] for text in arguments}
     other = bool(keys & {"task", "eval_bundle"})
-    if not other and (
-        idle := sorted(keys & {*_OF_TASK})
-    ):  # said first: without task there is no data set's name either
-        raise UserError(
-            [f"{key}: has no meaning without task." for key in idle],
-            "Name what to fetch: task=NAME; or data=hub data.repo=OWNER/NAME.",
-        )
+    if not other:  # said first: without task there is no data set's name either
+        _refuse(keys, _OF_TASK, "without task", "Name what to fetch: task=NAME; or data=hub data.repo=OWNER/NAME.")
     # The group data has to be chosen all the same, and the usual choice asks for the name of a data set.
     besides = [] if not other or any(_is_of(key, ("data",)) for key in keys) else ["data=python_docs"]
     config = compose("download", DownloadConfig, [*arguments, *besides]).config
@@ -92,9 +85,12 @@ def _require_one_thing(config: DownloadConfig, keys: Collection[str]) -> None:
         raise UserError("task, eval_bundle: one thing at a time.", "Run the command twice.")
     asked = "task" if config.task is not None else "eval_bundle" if config.eval_bundle else ""
     idle = {"task": _OF_DATA, "eval_bundle": (*_OF_DATA, *_OF_TASK), "": _OF_TASK}[asked]
-    beside = f"with {asked}" if asked else "without task"
+    _refuse(keys, idle, f"with {asked}" if asked else "without task")
+
+
+def _refuse(keys: Collection[str], idle: Sequence[str], beside: str, fix: str = "") -> None:
     if problems := [f"{key}: has no meaning {beside}." for key in sorted(keys) if _is_of(key, idle)]:
-        raise UserError(problems)
+        raise UserError(problems, fix)
 
 
 def _fetch_eval_bundle(config: DownloadConfig) -> int:
@@ -121,10 +117,7 @@ def _fetch_task(config: DownloadConfig, name: str) -> int:
     cache = cache_folder(config.paths)
     manifest = open_manifest(repo, getattr(settings, "revision", None) or "main", cache, config.refresh)
     pattern = getattr(settings, "files", None)
-    files = manifest.matching(pattern, f"task={name}: files") if pattern else manifest.files
-    wanted = [
-        file for file in files if format_of(Path(file.path), CONVERSATION_SUFFIXES) and not f"/{file.path}".count("/.")
-    ]
+    wanted = files_of_format(manifest, pattern, CONVERSATION_SUFFIXES, f"task={name}: files")
     if not wanted:
         raise UserError(f"task={name}: no file of {repo} ends with {' or '.join(CONVERSATION_SUFFIXES)}.")
     fetched = fetch_files(manifest, wanted, cache, config.parallel)

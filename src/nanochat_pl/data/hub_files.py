@@ -212,8 +212,8 @@ class HubFiles:
     def _look_at(self, manifest: Manifest) -> None:
         """Settle which files these are and where they lie."""
         self.manifest = manifest
-        self._json_files = _of_format(manifest, self._settings.files, (".json",)) if self._with_json else []
-        documents = _of_format(manifest, self._settings.files, SUFFIXES) or self._json_files
+        self._json_files = files_of_format(manifest, self._settings.files, (".json",)) if self._with_json else []
+        documents = files_of_format(manifest, self._settings.files, SUFFIXES) or self._json_files
         if not documents:
             raise _no_documents(manifest, self._settings.files)
         self._all_train_files, self.val_files = split_by_name(documents)
@@ -289,9 +289,15 @@ def _count(number: float) -> str:
     return f"{number / 1e6:,.1f} million" if number >= 1e6 else f"{number:,.0f}"
 
 
-def _of_format(manifest: Manifest, pattern: str | None, suffixes: Sequence[str]) -> list[HubFile]:
-    """The files with one of the suffixes that match a glob (None: all), in order; hidden ones are left out."""
-    found = manifest.matching(pattern) if pattern else manifest.files
+def files_of_format(
+    manifest: Manifest, pattern: str | None, suffixes: Sequence[str], key: str = "data.files"
+) -> list[HubFile]:
+    """The files with one of the suffixes that match a glob (None: all), in order; hidden ones are left out.
+
+    Raises:
+        UserError: no file matches the glob; names ``key``.
+    """
+    found = manifest.matching(pattern, key) if pattern else manifest.files
     return [file for file in found if format_of(Path(file.path), suffixes) and not f"/{file.path}".count("/.")]
 
 

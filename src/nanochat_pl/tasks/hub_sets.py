@@ -9,9 +9,8 @@ from pathlib import Path
 
 from nanochat_pl.common.errors import UserError, did_you_mean
 from nanochat_pl.data.cache_folder import fingerprint_of
-from nanochat_pl.data.file_formats import format_of
 from nanochat_pl.data.hub import hash_memo, known_manifest
-from nanochat_pl.data.hub_files import key_of_cache, typed_keys
+from nanochat_pl.data.hub_files import files_of_format, key_of_cache, typed_keys
 from nanochat_pl.data.local_files import find_files
 from nanochat_pl.tasks.context import TaskContext
 
@@ -77,11 +76,10 @@ def files_of_set(
         raise UserError(problem, fix or how_to_fetch(wanted, context))
     found = []
     key = f"{where}.{wanted.prefix}"
-    for file in manifest.matching(wanted.files, f"{key}files") if wanted.files else manifest.files:
-        if format_of(Path(file.path), suffixes) and not f"/{file.path}".count("/."):
-            path = manifest.at_hand(file)
-            memo = hash_memo(path or Path(file.path), context.cache_dir)
-            found.append(SetFile(file.path, path, memo, at_rest=True, sha256=file.sha256))
+    for file in files_of_format(manifest, wanted.files, suffixes, f"{key}files"):
+        path = manifest.at_hand(file)
+        memo = hash_memo(path or Path(file.path), context.cache_dir)
+        found.append(SetFile(file.path, path, memo, at_rest=True, sha256=file.sha256))
     if not found:
         raise UserError(f"{key}repo={wanted.repo!r}: no file of it ends with {' or '.join(suffixes)}.")
     return found
