@@ -24,6 +24,7 @@ from nanochat_pl.evaluation.harness import open_harness
 from nanochat_pl.evaluation.results import TaskResult
 from nanochat_pl.evaluation.samples import DEFAULT_PROMPTS, write_samples
 from nanochat_pl.tasks import Task
+from nanochat_pl.tasks.context import MIXTURE
 from nanochat_pl.tasks.mixture import build_tasks, only_judged
 from nanochat_pl.tasks.settings import MixtureSettings, MixtureTasks
 
@@ -273,27 +274,21 @@ def require_chat_model(stage: str, path: Path, suite: Suite) -> None:
 
 def _task_jobs(suite: Suite, chosen: MixtureTasks, config: EvaluateConfig) -> list[Job]:
     """One job a task. Raises :class:`UserError` with what is missing of all of them."""
-    where = "chatcore" if suite == "chatcore" else "mixture.tasks"
-    problems: list[str] = []
-    fixes: dict[str, None] = {}
-    jobs = []
+    context = config.context("chatcore" if suite == "chatcore" else MIXTURE)
     judged = only_judged(MixtureSettings(tasks=chosen))
-    can_be_judged = judged.tasks.chosen() if judged else {}
-    for name in chosen.chosen():
-        if name not in can_be_judged:  # said before its data is looked for
-            problems.append(f"{where}.{name}: what is a right answer in a conversation, nobody can tell.")
-            continue
-        single = chosen.only({name})
-        try:
-            task = together.main_first(lambda: build_tasks(single, "test", config.context(where))[name])  # noqa: B023
-        except UserError as error:
-            problems += error.problems
-            fixes |= {error.fix: None} if error.fix else {}
-            continue
-        jobs.append(_task_job(suite, task, config))
+    can_be_judged = judged.tasks if judged else MixtureTasks()
+    problems = [  # said although the data of such a one is not looked for
+        f"{context.where}.{name}: what is a right answer in a conversation, nobody can tell."
+        for name in chosen.chosen()
+        if name not in can_be_judged.chosen()
+    ]
+    try:
+        tasks = together.main_first(lambda: build_tasks(can_be_judged, "test", context))
+    except UserError as error:
+        raise UserError([*problems, *error.problems], error.fix) from error
     if problems:
-        raise UserError(problems, "\n".join(fixes))
-    return jobs
+        raise UserError(problems)
+    return [_task_job(suite, task, config) for task in tasks.values()]
 
 
 def _task_job(suite: Suite, task: Task, config: EvaluateConfig) -> Job:
