@@ -57,44 +57,29 @@ class TaskResult:
 
 @dataclass(frozen=True)
 class Summary:
-    """The mean of several tasks' centered accuracies.
+    """The mean of several tasks' centered accuracies, as CORE."""
 
-    Attributes:
-        name: its name, as "CORE".
-        value: the mean.
-        stderr: its standard error.
-        low, high: interval of 95%, by the bootstrap over problems within tasks.
-        num_tasks: tasks, each of the same weight.
-        n: problems of all of them.
-    """
-
-    name: str
-    value: float
-    stderr: float
-    low: float
-    high: float
-    num_tasks: int
-    n: int
+    name: str = setting(doc="Its name.")
+    value: float = setting(doc="The mean; each task has the same weight.")
+    stderr: float = setting(doc="Its standard error.", at_least=0)
+    low: float = setting(doc="Where its interval of 95% begins, by the bootstrap over problems within tasks.")
+    high: float = setting(doc="Where it ends.")
+    num_tasks: int = setting(doc="Number of tasks.", at_least=1)
+    n: int = setting(doc="Number of problems of all of them.", at_least=1)
 
 
 @dataclass(frozen=True)
 class Difference:
-    """By how much one model is better than another, on the problems that both were given.
+    """By how much one model is better than another, on the problems that both were given."""
 
-    Attributes:
-        name: of the task or summary.
-        difference: of the accuracies (of a summary: of the means of centered accuracies), the first less the second.
-        stderr: its standard error, of the pairs.
-        low, high: interval of 95%, by the bootstrap over pairs.
-        n: pairs.
-    """
-
-    name: str
-    difference: float
-    stderr: float
-    low: float
-    high: float
-    n: int
+    name: str = setting(doc="The task's or summary's name.")
+    difference: float = setting(
+        doc="Of the accuracies (of a summary: of the means of centered accuracies), the first less the second."
+    )
+    stderr: float = setting(doc="Its standard error, of the pairs.", at_least=0)
+    low: float = setting(doc="Where its interval of 95% begins, by the bootstrap over pairs.")
+    high: float = setting(doc="Where it ends.")
+    n: int = setting(doc="Pairs.", at_least=1)
 
 
 def make_result(

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.settings import setting
+from nanochat_pl.evaluation.results import Difference, Summary
 from nanochat_pl.report.files import build_known, finite_numbers, json_lines, optional_object
 
 MAX_REMARK = 2000  # characters
@@ -85,31 +86,6 @@ class TaskResult:
     centered: float | None = setting(None, "Accuracy over the baseline: 0 is guessing, 1 all right.", at_most=1)
     remark: str | None = setting(None, "What has to be said with the figures.", max_length=MAX_REMARK)
     conditions: Conditions = setting(factory=Conditions, doc="How its problems were put.")
-
-
-@dataclass(frozen=True)
-class Summary:
-    """The mean of the centered accuracies of several tasks, as CORE."""
-
-    name: str = setting(doc="Its name.")
-    value: float = setting(doc="The mean.")
-    stderr: float = setting(doc="Its standard error.", at_least=0)
-    low: float = setting(doc="Where its interval of 95% begins.")
-    high: float = setting(doc="Where it ends.")
-    num_tasks: int = setting(doc="Number of tasks.", at_least=1)
-    n: int = setting(doc="Number of problems.", at_least=1)
-
-
-@dataclass(frozen=True)
-class Difference:
-    """By how much the model is better than another, on the same problems."""
-
-    name: str = setting(doc="The task's or summary's name.")
-    difference: float = setting(doc="Difference of the accuracies, or of the means.")
-    stderr: float = setting(doc="Its standard error.", at_least=0)
-    low: float = setting(doc="Where its interval of 95% begins.")
-    high: float = setting(doc="Where it ends.")
-    n: int = setting(doc="Pairs.", at_least=1)
 
 
 @dataclass(frozen=True)
