@@ -21,6 +21,12 @@ from tests.museum.tiny import fit_tiny
 from tests.training.steps import BATCH, CPU_MEMORY, MEMORY, StepLoop, fails
 
 
+def raised(error: Exception, cause: Exception) -> Exception:
+    """An error that wraps another one."""
+    error.__cause__ = cause
+    return error
+
+
 @pytest.mark.parametrize(
     "error",
     [
@@ -29,10 +35,37 @@ from tests.training.steps import BATCH, CPU_MEMORY, MEMORY, StepLoop, fails
         RuntimeError("MPS backend out of memory (MPS allocated: 5 GB)"),
         DistBackendError("NCCL error: unhandled cuda error\nLast error:\nFailed to CUDA calloc async 608 bytes"),
         DistBackendError("NCCL error: unhandled cuda error\nLast error:\nCuda failure 2 'out of memory'"),
+        RuntimeError("Invalid buffer size: 24.00 GiB"),
+        RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
+        RuntimeError("CUDA driver error: out of memory"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("cuDNN Frontend error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
+        RuntimeError("HIP out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("HIP error: out of memory"),
+        RuntimeError("CUDA error: HIPBLAS_STATUS_ALLOC_FAILED when calling `hipblasCreate(handle)`"),
+        RuntimeError("miopenStatusAllocFailed"),
+        RuntimeError("std::bad_alloc"),
+        raised(RuntimeError("The above exception was raised while compiling"), torch.OutOfMemoryError("CUDA …")),
+        raised(RuntimeError("backend='inductor' raised"), RuntimeError("Triton Error [HIP]: out of memory")),
     ],
 )
 def test_what_says_that_memory_ran_out(error: Exception) -> None:
     assert is_out_of_memory(error) and not is_out_of_memory(RuntimeError("shapes do not match"))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("out of resource: shared memory, Required: 131072, Hardware limit: 101376"),
+        ValueError("CUDA out of memory"),
+        raised(RuntimeError("a"), ValueError("b")),
+    ],
+)
+def test_what_does_not(error: Exception) -> None:
+    """Smaller micro-batches would not help."""
+    assert not is_out_of_memory(error)
 
 
 def test_the_allocator_of_this_cpu_says_it_so() -> None:

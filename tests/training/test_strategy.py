@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
-from nanochat_pl.training.strategy import UnwrappedDDP
+from nanochat_pl.training.strategy import OneDevice, UnwrappedDDP
 
 
-def test_model_and_optimizer_stay_on_their_device_after_a_fit() -> None:
+@pytest.mark.parametrize("kind", [OneDevice, UnwrappedDDP])
+def test_model_and_optimizer_stay_on_their_device_after_a_fit(
+    kind: type[OneDevice] | type[UnwrappedDDP],
+) -> None:
     """Lightning moves both to the CPU, where the final validation would then run. ``meta`` stands for a GPU."""
     device = torch.device("meta")
     module = LightningModule()
@@ -16,7 +20,7 @@ def test_model_and_optimizer_stay_on_their_device_after_a_fit() -> None:
     optimizer = torch.optim.AdamW(module.parameters())
     module.weight.grad = torch.ones_like(module.weight)
     optimizer.step()
-    strategy = UnwrappedDDP(device)
+    strategy = kind(device)
     trainer = Trainer(accelerator="cpu", strategy=strategy, logger=False, enable_checkpointing=False)
     strategy.connect(module)
     strategy.optimizers = [optimizer]

@@ -9,13 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from nanochat_pl.bundle import load_bundle
 from nanochat_pl.cli.chat_session import ChatSettings, run_chat
 from nanochat_pl.cli.compose import compose
 from nanochat_pl.cli.locate import locate_bundle
-from nanochat_pl.common.hardware import choose_device
+from nanochat_pl.common.hardware import Accelerator, choose_device
 from nanochat_pl.common.settings import setting
 from nanochat_pl.training.settings import PathsSettings
 
@@ -27,7 +26,7 @@ class ChatConfig(ChatSettings):
     run: str | None = setting(None, "Name of the run; null: the only one there is.")
     stage: str | None = setting(None, "Its stage; null: the newest that is finished.")
     bundle: str | None = setting(None, "Folder of a bundle, instead of a run.")
-    accelerator: Literal["auto", "cpu", "cuda", "mps"] = setting("auto", "Device to run on; auto: the best there is.")
+    accelerator: Accelerator = setting("auto", "Device to run on; auto: the best there is.")
     paths: PathsSettings = setting(factory=PathsSettings)
 
 

@@ -12,6 +12,8 @@ from types import FrameType
 # Set for children: they end when their standard input does, that is, when their parent is gone; and they leave the
 # closing words to it.
 FOLLOW_PARENT = "NANOCHAT_PL_FOLLOW_PARENT"
+# Its value for processes that a child of ours has launched: the launcher tells them to stop.
+LAUNCHED = "launched"
 PASSED_ON = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name))
 
 
@@ -53,6 +55,11 @@ def run_child(arguments: Sequence[str]) -> int:
     return code if code >= 0 else 128 - code
 
 
+def follows_stdin() -> bool:
+    """Whether this process ends when its standard input does."""
+    return os.environ.get(FOLLOW_PARENT) == "1"
+
+
 def is_child() -> bool:
-    """Whether this process was started by :func:`run_child`."""
+    """Whether this process was started by :func:`run_child`, or launched by one that was."""
     return FOLLOW_PARENT in os.environ

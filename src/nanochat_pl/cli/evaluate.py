@@ -33,6 +33,7 @@ from nanochat_pl.cli.evaluate_tables import (
     write_suite,
 )
 from nanochat_pl.cli.experiment import compose_step
+from nanochat_pl.cli.launch import launch, processes_to_start
 from nanochat_pl.cli.train import require_same_settings_everywhere
 from nanochat_pl.common import together
 from nanochat_pl.common.console import say
@@ -49,8 +50,10 @@ RESULTS = "results.json"
 def run(arguments: Sequence[str]) -> int:
     """The verb."""
     composed = together.agreed(lambda: compose_step("evaluate", "evaluate", EvaluateConfig, arguments))
-    require_same_settings_everywhere(composed)
     config = composed.config
+    if (number := together.agreed(lambda: processes_to_start(config.accelerator, config.devices))) > 1:
+        return launch(["evaluate", *arguments], number)
+    require_same_settings_everywhere(composed)
     source, to = together.agreed(lambda: places(config, composed.experiment))
     runs, against = Path(config.paths.runs), config.against
     other = None if against is None else together.agreed(lambda: locate_other(against, runs))

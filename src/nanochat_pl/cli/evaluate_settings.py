@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from nanochat_pl.cli.locate import cache_folder, locate_bundle, locate_stage
 from nanochat_pl.common.errors import UserError
+from nanochat_pl.common.hardware import Accelerator
 from nanochat_pl.common.settings import build, setting, to_plain
 from nanochat_pl.evaluation.core import CoreSettings
 from nanochat_pl.evaluation.harness import HarnessSettings
@@ -22,7 +23,7 @@ BASE_SUITES: tuple[Suite, ...] = ("bpb", "core", "samples")
 CHAT_SUITES: tuple[Suite, ...] = ("chat", "chatcore", "samples")
 CHATCORE = ("arc_easy", "arc_challenge", "mmlu", "gsm8k", "humaneval")
 # Keys that say where things are and how fast it goes, and nothing of the figures.
-_NO_SAY = {"run", "stage", "bundle", "to", "batch_size", "accelerator", "paths"}
+_NO_SAY = {"run", "stage", "bundle", "to", "batch_size", "accelerator", "devices", "paths"}
 
 
 def chatcore_tasks() -> MixtureTasks:
@@ -60,7 +61,13 @@ class EvaluateConfig:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
         "auto", "Type that is computed in; auto: what the device does well."
     )
-    accelerator: Literal["auto", "cpu", "cuda", "mps"] = setting("auto", "Device to run on; auto: the best there is.")
+    accelerator: Accelerator = setting("auto", "Device to run on; auto: the best there is.")
+    devices: int | Literal["auto"] = setting(
+        "auto",
+        "Processes that share out the problems, each on a device of its own; auto: all GPUs of the machine, else one.",
+        at_least=1,
+        at_most=1024,
+    )
     core: CoreSettings = setting(factory=CoreSettings)
     chatcore: MixtureTasks = setting(factory=chatcore_tasks)
     harness: HarnessSettings = setting(factory=HarnessSettings)

@@ -12,7 +12,7 @@ import threading
 import traceback
 from collections.abc import Iterator, Sequence
 
-from nanochat_pl.cli.child import is_child
+from nanochat_pl.cli.child import follows_stdin
 from nanochat_pl.common.console import output_may_end, replace_unknown_signs
 from nanochat_pl.common.constants import EXIT_USER_ERROR
 from nanochat_pl.common.errors import SharedError, UserError, did_you_mean
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # another program wants a core.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     replace_unknown_signs(sys.stdout, sys.stderr)
-    if is_child():
+    if follows_stdin():
         _stop_with_parent()
     try:
         arguments = list(sys.argv[1:] if arguments is None else arguments)

@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from nanochat_pl.cli.compose import compose
 from nanochat_pl.cli.locate import cache_folder
 from nanochat_pl.common import distributed, together
 from nanochat_pl.common.console import print_table, say
 from nanochat_pl.common.files import write_json
+from nanochat_pl.common.hardware import Accelerator
 from nanochat_pl.common.settings import setting
 from nanochat_pl.training.settings import PathsSettings
 
@@ -24,7 +24,7 @@ from nanochat_pl.training.settings import PathsSettings
 class SelftestConfig:
     """The root of configs/selftest.yaml."""
 
-    accelerator: Literal["auto", "cpu", "cuda", "mps"] = setting("auto", "Device to test; auto: the best there is.")
+    accelerator: Accelerator = setting("auto", "Device to test; auto: the best there is.")
     to: str | None = setting(None, "A file for the table, as JSON; null: none.")
     timeout_seconds: float = setting(120.0, "Seconds for a check; longer means that it never ends.", above=0)
     paths: PathsSettings = setting(factory=PathsSettings)

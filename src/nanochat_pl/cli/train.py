@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import json
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from nanochat_pl.cli.child import is_child
 from nanochat_pl.cli.compose import Composed
 from nanochat_pl.cli.experiment import compose_step
 from nanochat_pl.cli.instantiate import make_objects
+from nanochat_pl.cli.launch import launch, processes_to_start
 from nanochat_pl.cli.locate import cache_folder, run_keys
 from nanochat_pl.cli.overrides import take_key
 from nanochat_pl.cli.plan import print_plan
@@ -55,6 +56,8 @@ EXTRA_KEYS = {
 def run(arguments: Sequence[str]) -> int:
     """The verb."""
     composed = together.agreed(lambda: compose_train(arguments))
+    if (num_processes := together.agreed(lambda: _processes_to_start(composed))) > 1:
+        return launch(["train", *arguments], num_processes)
     require_same_code_everywhere()
     require_same_settings_everywhere(composed)
     config = composed.config
@@ -78,6 +81,20 @@ def run(arguments: Sequence[str]) -> int:
     if code == 0 and not is_child():
         next_steps(_next_commands(folder))
     return code
+
+
+def _processes_to_start(composed: Composed[TrainConfig]) -> int:
+    """How many processes are to be started for the training; 1: this one does it, or there is nothing to train."""
+    config = composed.config
+    if config.stage.name == "tokenizer":
+        return 1
+    trainer = config.trainer
+    number = processes_to_start(trainer.accelerator, trainer.devices, trainer.num_nodes, "trainer.")
+    if number == 1 or config.check_only:
+        return 1
+    folder = place_of(composed, tell=lambda text: None)
+    finished = folder.status == "finished" and not trains_longer(folder, with_parent(composed, folder))
+    return 1 if finished else number
 
 
 def _opened(folder: StageFolder, composed: Composed[TrainConfig], held: contextlib.ExitStack) -> bool:
@@ -187,10 +204,10 @@ def compose_train(overrides: Sequence[str]) -> Composed[TrainConfig]:
     return compose_step("train", stage or "base", TrainConfig, overrides)
 
 
-def place_of(composed: Composed[TrainConfig]) -> StageFolder:
+def place_of(composed: Composed[TrainConfig], tell: Callable[[str], None] = say) -> StageFolder:
     """The folder of the stage: of the run that is named, else of the experiment's, else of the depth's.
 
-    A stage that builds on a trained one takes the only run that has it.
+    A stage that builds on a trained one takes the only run that has it. ``tell``: says which run was chosen.
     """
     config = composed.config
     runs = Path(config.paths.runs)
@@ -198,12 +215,12 @@ def place_of(composed: Composed[TrainConfig]) -> StageFolder:
     if not name and config.stage.trains_on_conversations:
         parent = config.stage.parent or "base"
         name = only_run_with(runs, parent)
-        say(f"run={name}: the only run with a finished stage {parent}.")
+        tell(f"run={name}: the only run with a finished stage {parent}.")
     name = name or f"d{config.model.depth}"
     if config.resume == "never":
         folder = fresh_stage_folder(runs, name, config.stage.name)
         if not (runs / folder.run).exists():
-            say(f"New run: {folder.run}.")
+            tell(f"New run: {folder.run}.")
         return folder
     return stage_folder(runs, name, config.stage.name)
 

@@ -15,21 +15,26 @@ import torch
 from nanochat_pl.common.errors import UserError
 
 ComputeDType = Literal["float32", "bfloat16", "float16"]
+Accelerator = Literal["auto", "cpu", "gpu", "cuda", "mps"]  # what settings say; gpu is Lightning's word
 
 
 def choose_device(name: str = "auto") -> torch.device:
     """The device that a setting means.
 
     Args:
-        name: ``auto`` (a GPU where there is one, else the CPU), ``cpu``, ``cuda``, ``cuda:1`` or ``mps``.
+        name: ``auto`` (a GPU where there is one, else the CPU), ``gpu`` (cuda or mps), ``cpu``, ``cuda``, ``cuda:1`` or
+            ``mps``.
 
     Raises:
         UserError: there is no such device, here or at all.
     """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name in ("auto", "gpu"):
+        found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        if name == "gpu" and found == "cpu":
+            raise UserError("device=gpu: PyTorch sees no GPU on this machine.", fix="Use device=auto.")
+        name = found
     if not re.fullmatch(r"cpu|mps|cuda(:\d{1,3})?", name):
-        raise UserError(f"device={name!r}: must be auto, cpu, cuda, cuda:N or mps.")
+        raise UserError(f"device={name!r}: must be auto, cpu, gpu, cuda, cuda:N or mps.")
     kind, _, index = name.partition(":")
     if kind == "mps" and not torch.backends.mps.is_available():
         raise UserError("device=mps: this machine has no Apple GPU that PyTorch can use.", fix="Use device=auto.")
@@ -39,6 +44,29 @@ def choose_device(name: str = "auto") -> torch.device:
             f"device={name}: PyTorch sees {torch.cuda.device_count()} CUDA devices.", fix="Use device=auto."
         )
     return torch.device(name)
+
+
+def num_devices(wanted: int | Literal["auto"], device: torch.device, key: str) -> int:
+    """How many devices of this machine a command takes, one for each of its processes.
+
+    Args:
+        wanted: the setting; ``auto``: all GPUs, one CPU.
+        device: of the kind that is meant. A CPU may have any number of processes.
+        key: of the setting, for messages.
+
+    Raises:
+        UserError: there are not so many.
+    """
+    there = torch.cuda.device_count() if device.type == "cuda" else 1
+    if wanted == "auto":
+        return there
+    if device.type != "cpu" and wanted > there:
+        raise UserError(
+            f"{key}={wanted}: PyTorch sees {there} {'CUDA device' if device.type == 'cuda' else 'Apple GPU'}"
+            f"{'s' if there > 1 else ''} on this machine.",
+            fix=f"Use {key}=auto.",
+        )
+    return wanted
 
 
 def choose_compute_dtype(name: str, device: torch.device) -> ComputeDType:

@@ -54,7 +54,8 @@ class BitsPerByte(Metric):
 
     def update(self, losses: Tensor, targets: Tensor) -> None:
         """Add rows: nats per token float32 (B, T) and the targets int64 (B, T), negative where ignored."""
-        token_bytes = self.token_bytes.to(targets.device)
+        # On the host: not every device has float64, and the sums need it.
+        losses, targets, token_bytes = losses.cpu(), targets.cpu(), self.token_bytes.cpu()
         num_bytes = torch.where(targets >= 0, token_bytes[targets.clamp(min=0)], 0)
         # Not a product: the loss of an ignored target may be anything, and 0 × inf is NaN.
         nats = torch.where(num_bytes > 0, losses.double(), 0.0).sum(dim=1)

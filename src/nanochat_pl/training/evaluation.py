@@ -62,7 +62,7 @@ class Validation:
         """
         device = next(net.parameters()).device
         own, largest = (share(0, self.num_rows, rank, distributed.world_size()) for rank in (distributed.rank(), 0))
-        metric = BitsPerByte(self.tokenizer.token_bytes).to(device)
+        metric = BitsPerByte(self.tokenizer.token_bytes)
         nats, targets_seen = 0.0, 0
         net.eval()
         for first in range(0, len(largest), self.device_batch_size):
@@ -76,7 +76,7 @@ class Validation:
             nats += losses.sum().item()
             targets_seen += int((targets >= 0).sum())
         net.train()
-        sums = torch.cat([metric.sums.cpu(), torch.tensor([nats, targets_seen], dtype=torch.float64)])
+        sums = torch.cat([metric.sums, torch.tensor([nats, targets_seen], dtype=torch.float64)])
         distributed.sum_(sums)
         return sums[:-2], (sums[-2] / sums[-1].clamp(min=1)).item()
 

@@ -29,7 +29,7 @@ from nanochat_pl.training.settings import EvaluationSettings, TrainerSettings
 from nanochat_pl.training.spikes import LossSpikes
 from nanochat_pl.training.stages import TrainingStage
 from nanochat_pl.training.stopping import GracefulStop
-from nanochat_pl.training.strategy import UnwrappedDDP
+from nanochat_pl.training.strategy import strategy_for
 from nanochat_pl.training.tensorboard import rewind_events
 
 
@@ -135,7 +135,7 @@ def _trainer(stage: TrainingStage, fitting: Fitting, loggers: list[Logger], call
     trainer = Trainer(
         accelerator={"cuda": "gpu"}.get(fitting.device.type, fitting.device.type),
         devices=1,
-        strategy=UnwrappedDDP(fitting.device),
+        strategy=strategy_for(fitting.device),
         max_steps=stage.num_steps,
         max_epochs=-1,
         logger=loggers,

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from nanochat_pl.common.errors import UserError
+from nanochat_pl.common.hardware import Accelerator
 from nanochat_pl.common.run_folder import CHAT_STAGES
 from nanochat_pl.common.settings import setting
 from nanochat_pl.data.conversation_cache import Trained
@@ -33,6 +34,8 @@ _PARENTS = {
     "mid": ("base",),
     "sft": ("base", "mid", None),
 }
+# What Lightning calls a compute type beside parameters in float32.
+PRECISIONS = {"bf16-mixed": "bfloat16", "16-mixed": "float16", "32-true": "float32"}
 _TIME = re.compile(r"(\d{1,3}):([01]?\d|2[0-3]):([0-5]?\d):([0-5]?\d)")
 
 
@@ -68,7 +71,23 @@ class StageSettings:
 class TrainerSettings:
     """Group `trainer`: the machine and what is written when. None of it changes what is learnt."""
 
-    accelerator: Literal["auto", "cpu", "cuda", "mps"] = setting("auto", "Device to train on; auto: the best there is.")
+    accelerator: Accelerator = setting("auto", "Device to train on; auto: the best there is; gpu: cuda or mps.")
+    devices: int | Literal["auto"] = setting(
+        "auto",
+        "Processes, each on a device of its own; auto: all GPUs of the machine, else one. More than one are started by"
+        " the command itself, unless a launcher has started it.",
+        at_least=1,
+        at_most=1024,
+    )
+    num_nodes: int = setting(
+        1, "Machines; more than one need a launcher: torchrun or Slurm.", at_least=1, at_most=10_000
+    )
+    strategy: Literal["auto", "ddp"] = setting(
+        "auto", "Data parallel in both cases: gradients are summed and optimizer state is sharded (ZeRO-1)."
+    )
+    precision: Literal["bf16-mixed", "16-mixed", "32-true"] | None = setting(
+        None, "Lightning's way to say model.compute_dtype: bfloat16, float16, float32; null: as that key says."
+    )
     num_threads: int | None = setting(None, "CPU threads of torch; null: as torch decides.", at_least=1, at_most=1024)
     compile: bool | Literal["auto"] = setting("auto", "torch.compile the model; auto: where a compiler is at hand.")
     deterministic: bool = setting(False, "Only algorithms that give the same bits again (a CPU always does).")
@@ -203,6 +222,14 @@ class TrainConfig(HorizonSettings):
     explain_unknown = staticmethod(explain_argument)
 
     def __post_init__(self) -> None:
+        asked, dtype = self.trainer.precision, self.model.compute_dtype
+        if asked is not None and dtype not in ("auto", PRECISIONS[asked]):
+            raise UserError(
+                f"trainer.precision={asked}: is model.compute_dtype={PRECISIONS[asked]}, and that key says {dtype}.",
+                fix="Set one of them.",
+            )
+        if asked is not None:  # one key says it from here on, and stands in the record of the run
+            object.__setattr__(self, "model", replace(self.model, compute_dtype=PRECISIONS[asked]))
         if self.trainer.keep_best and not self.evaluation.every_steps:
             raise UserError(
                 f"trainer.keep_best={self.trainer.keep_best}: nothing is measured before the end, with"

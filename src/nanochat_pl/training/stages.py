@@ -72,11 +72,16 @@ class TrainingStage(LightningModule):
                 recipe.model,
                 activation_checkpointing=recipe.activation_checkpointing,
                 loss_chunk_tokens=recipe.loss_chunk_tokens,
-            ).materialise(self.device)
+            ).materialise(self._training_device())
             self.first_weights(self.net)
             loss = self.net.loss_by_row
             # A plain function in a tuple: modules or bound methods as attributes would double the state dict's keys.
             self._loss = (torch.compile(loss, dynamic=False) if self.recipe.compile else loss,)
+
+    def _training_device(self) -> torch.device:
+        """Where the trainer trains: it moves the module there only after the model is built, once for each process."""
+        trainer = self._trainer
+        return self.device if trainer is None else trainer.strategy.root_device
 
     def first_weights(self, net: GPT) -> None:
         """Give the model its first weights: fresh ones."""

@@ -1,8 +1,9 @@
-"""Lightning's DDP strategy without its wrapper around the model.
+"""Lightning's strategies as they are used here: one device, or its DDP without the wrapper around the model.
 
-Gradients are summed by the optimizer, the process group is there before Lightning is, and each process is where the
-launcher put it. So nothing of Lightning's own launching and grouping is wanted: there remain the few things that its
-Trainer and the callbacks of others ask a strategy for. With one process it is the same class, and nothing is sent.
+With several processes gradients are summed by the optimizer, the process group is there before Lightning is, and each
+process is where the launcher put it. So nothing of Lightning's own launching and grouping is wanted: there remain the
+few things that its Trainer and the callbacks of others ask a strategy for. One process alone has a strategy for one
+device, which every accelerator takes: an Apple GPU refuses those of the DDP family.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.plugins.environments import ClusterEnvironment
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
@@ -54,7 +55,36 @@ class Launched(ClusterEnvironment):
         """The launcher has set it."""
 
 
-class UnwrappedDDP(DDPStrategy):
+def strategy_for(device: torch.device) -> OneDevice | UnwrappedDDP:
+    """The strategy of this process, which trains on ``device``."""
+    return UnwrappedDDP(device) if distributed.world_size() > 1 else OneDevice(device)
+
+
+class _StaysOnDevice:
+    """A strategy whose model and optimizer stay on their device: what follows a fit is computed there."""
+
+    accelerator: Any
+    precision_plugin: Any
+    checkpoint_io: Any
+
+    def teardown(self) -> None:
+        """As Lightning's, but that nothing is moved to the host."""
+        assert self.accelerator is not None
+        self.precision_plugin.teardown()
+        self.accelerator.teardown()
+        self.checkpoint_io.teardown()
+
+
+class OneDevice(_StaysOnDevice, SingleDeviceStrategy):
+    """One process on one device."""
+
+    def __init__(self, device: torch.device) -> None:
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", launched_place().local_rank)
+        super().__init__(device=device)
+
+
+class UnwrappedDDP(_StaysOnDevice, DDPStrategy):
     """Each process trains on one device of its own, on a model without hooks."""
 
     def __init__(self, device: torch.device) -> None:
@@ -86,13 +116,6 @@ class UnwrappedDDP(DDPStrategy):
             distributed.broadcast_(tensor)
         if self.world_size > 1:
             use_all_collectives(self.root_device)
-
-    def teardown(self) -> None:
-        """As Lightning's, but that model and optimizer stay on their device: what follows a fit is computed there."""
-        assert self.accelerator is not None
-        self.precision_plugin.teardown()
-        self.accelerator.teardown()
-        self.checkpoint_io.teardown()
 
     def barrier(self, *args: Any, **kwargs: Any) -> None:
         """Wait for all processes."""

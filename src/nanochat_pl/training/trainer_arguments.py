@@ -11,8 +11,6 @@ import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-LAUNCH = "torchrun --nproc-per-node={} -m nanochat_pl.cli.main train …"
-
 
 class Ours(NamedTuple):
     """A key of the group ``trainer`` here too."""
@@ -51,27 +49,16 @@ def _number(otherwise: float) -> Callable[[str], str]:
     return _fitting(r"\d*[1-9]\d*(\.\d*)?|\d*\.\d*[1-9]\d*", str(otherwise))
 
 
-def _compute_dtype(precision: str) -> str:
-    return "bfloat16" if "bf16" in precision else "float16" if precision.startswith("16") else "float32"
-
-
 ARGUMENTS: dict[str, Ours | Use | Refused] = {
     # The machine.
     "accelerator": Ours(),
     "deterministic": Ours(),
     "detect_anomaly": Ours(),
     "profiler": Ours(),
-    "strategy": Use(
-        LAUNCH.format(2),
-        note="The processes that are started together share the work; optimizer state is sharded, parameters are not.",
-    ),
-    "devices": Use(LAUNCH, _whole(2), "Each process takes one device."),
-    "num_nodes": Use("torchrun --nnodes={} --nproc-per-node=8 … -m nanochat_pl.cli.main train …", _whole(2)),
-    "precision": Use(
-        "model.compute_dtype={}",
-        _compute_dtype,
-        "Parameters, gradients and optimizer state are float32; the model computes in its own type.",
-    ),
+    "strategy": Ours(),
+    "devices": Ours(),
+    "num_nodes": Ours(),
+    "precision": Ours(),
     "benchmark": Refused("it times cuDNN's convolutions, and the model has none"),
     "sync_batchnorm": Refused("the model has no batch norm"),
     "plugins": Refused("precision, processes and checkpoints are this project's own"),

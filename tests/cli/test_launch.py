@@ -1,0 +1,60 @@
+"""A command that starts its own processes, one for each device."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+from nanochat_pl.cli import launch
+from nanochat_pl.cli.launch import processes_to_start
+from nanochat_pl.common.errors import UserError
+from nanochat_pl.common.place import Place
+
+
+@pytest.fixture
+def eight_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "devices", "number"),
+    [("auto", "auto", 8), ("gpu", "auto", 8), ("cuda", 2, 2), ("cpu", "auto", 1), ("cpu", 3, 3)],
+)
+@pytest.mark.usefixtures("eight_gpus")
+def test_all_gpus_or_as_many_as_were_asked_for(accelerator: str, devices: int | str, number: int) -> None:
+    assert processes_to_start(accelerator, devices) == number  # type: ignore[arg-type]
+
+
+def test_one_process_where_there_is_no_gpu() -> None:
+    assert processes_to_start("auto", "auto") == 1
+    with pytest.raises(UserError, match="no GPU"):
+        processes_to_start("gpu", "auto")
+
+
+@pytest.mark.usefixtures("eight_gpus")
+def test_idle_gpus_are_said_and_missing_ones_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    processes_to_start("auto", 2, prefix="trainer.")
+    assert "trainer.devices=2: 6 of the machine's 8 GPUs stay idle." in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"trainer\.devices=9: PyTorch sees 8 CUDA devices") as error:
+        processes_to_start("auto", 9, prefix="trainer.")
+    assert error.value.fix == "Use trainer.devices=auto."
+
+
+@pytest.mark.usefixtures("eight_gpus")
+def test_several_machines_need_a_launcher() -> None:
+    with pytest.raises(UserError, match="num_nodes=2") as error:
+        processes_to_start("auto", "auto", 2, "trainer.")
+    assert re.search(r"torchrun --nnodes 2 .*--nproc-per-node 8 .*sbatch --nodes 2", error.value.fix)
+
+
+@pytest.mark.usefixtures("eight_gpus")
+def test_under_a_launcher_nothing_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "launched_place", lambda: Place(9, 16, 1, 8))
+    assert processes_to_start("auto", "auto") == processes_to_start("auto", 8, 2) == 1
+    with pytest.raises(UserError, match="devices=4: the launcher has started 8"):
+        processes_to_start("auto", 4)
+    with pytest.raises(UserError, match="num_nodes=3: the launcher has started processes on 2 machines"):
+        processes_to_start("auto", 8, 3)
