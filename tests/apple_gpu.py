@@ -164,6 +164,8 @@ def apple_gpu() -> Iterator[None]:
         mock.patch("torch.cuda.is_available", lambda: False),
         mock.patch("platform.processor", lambda: "arm"),
         mock.patch("torch.mps.empty_cache", lambda: None),
+        mock.patch("torch.mps.current_allocated_memory", lambda: 2**30),
+        mock.patch("torch.mps.driver_allocated_memory", lambda: 2**31),
         mock.patch("torch.save", _save),
         # Views of tensors of a subclass cannot be made in it.
         mock.patch.object(torch.inference_mode, "__enter__", _enter_no_grad),

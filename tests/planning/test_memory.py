@@ -16,6 +16,8 @@ from nanochat_pl.model.config import GPTConfig, ModelSettings, resolve_model
 from nanochat_pl.model.gpt import GPT, parameter_roles
 from nanochat_pl.model.init import init_weights
 from nanochat_pl.optim import OptimSettings, build_optimizer, resolve_hyperparameters
+from nanochat_pl.planning import HorizonSettings, RowOptions, make_plan
+from nanochat_pl.planning.devices import named_device
 from nanochat_pl.planning.memory import (
     MARGIN,
     MemoryKnobs,
@@ -24,6 +26,8 @@ from nanochat_pl.planning.memory import (
     optimizer_state_bytes,
     step_memory,
 )
+from nanochat_pl.planning.outlook import add_memory
+from nanochat_pl.planning.rows import evenly
 from tests.processes import run
 
 ROWS, VOCAB = 2, 500
@@ -167,3 +171,45 @@ def test_the_predicted_peak_is_the_measured_one(monkeypatch: pytest.MonkeyPatch)
     measured = bench.peak_memory(shape, num_threads=1).peak
     assert measured > 500e6
     assert bench.predicted(shape).above_model == pytest.approx(measured, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("depth", "vocab_size", "compiled", "rows"),
+    [(20, 2**15, True, 32), (26, 2**15, False, 16), (26, 2**15, True, 16), (32, 2**15, True, 8), (32, 2**16, True, 4)],
+)
+def test_rows_at_once_on_eight_gpus_count_the_sharded_optimizer(
+    depth: int, vocab_size: int, compiled: bool, rows: int
+) -> None:
+    """Counted as if one GPU had all of its state, it was half of these (d26: 8)."""
+    options = RowOptions(device=named_device("h100"), num_devices=8, knobs=MemoryKnobs(compiled=compiled))
+    settings = ModelSettings(depth=depth)
+    plan = make_plan(
+        settings,
+        HorizonSettings(),
+        OptimSettings(),
+        vocab_size=vocab_size,
+        compute_dtype="bfloat16",
+        options=options,
+    )
+    assert plan["device_batch_size"] == rows
+    memory = add_memory(plan, resolve_model(settings, vocab_size, "bfloat16"), options)
+    assert memory.total <= 0.9 * named_device("h100").memory_bytes
+    assert plan["largest_batch_chunked_loss"] >= rows
+
+
+@pytest.mark.parametrize(
+    ("rows", "at_most", "chosen"),
+    [
+        (64, 30, 16),
+        (64, 64, 64),
+        (48, 30, 24),
+        (22, 15, 11),
+        (50, 18, 10),
+        (53, 18, 18),
+        (7, 4, 4),
+        (1, 9, 1),
+        (96, 40, 32),
+    ],
+)
+def test_micro_batches_of_equal_size_and_no_power_of_two(rows: int, at_most: int, chosen: int) -> None:
+    assert evenly(rows, at_most) == chosen

@@ -26,16 +26,12 @@ OTHERS = [name for name in ARGUMENTS if name not in OURS]
 # As people type them to Lightning.
 TYPED = {
     "accumulate_grad_batches": "4",
-    "devices": "2",
     "fast_dev_run": "true",
     "gradient_clip_val": "1.5",
     "limit_train_batches": "0.1",
     "max_epochs": "3",
     "max_steps": "10",
-    "num_nodes": "2",
     "overfit_batches": "1",
-    "precision": "bf16-mixed",
-    "strategy": "ddp",
     "val_check_interval": "100",
 }
 
@@ -84,11 +80,8 @@ def test_what_is_to_be_typed_can_be_typed(name: str) -> None:
     values = [TYPED.get(name, "1"), "1", "0", "0.5", "-1", "true", "null", "x y", "[0, 1]"]
     for example in {what.example.replace("{}", what.value(value)) for value in values}:
         texts = [text for text in shlex.split(example) if "=" in text and not text.startswith("-")]
-        if example.startswith("torchrun"):
-            assert not texts and re.search(r"--n(proc-per-node|nodes)=\d+ ", example)
-        else:
-            assert texts == shlex.split(example)
-            compose_train(texts)
+        assert texts == shlex.split(example)
+        compose_train(texts)
 
 
 @pytest.mark.parametrize(
@@ -96,13 +89,6 @@ def test_what_is_to_be_typed_can_be_typed(name: str) -> None:
     [
         ("max_steps=10", "use max_steps=10."),
         ("max_steps=-1", "use max_steps=1000."),
-        ("precision=bf16-mixed", "use model.compute_dtype=bfloat16."),
-        ("precision=16", "use model.compute_dtype=float16."),
-        ("precision=64-true", "use model.compute_dtype=float32."),
-        ("devices=2", "use torchrun --nproc-per-node=2 -m nanochat_pl.cli.main train … Each"),
-        ("devices=[0,1]", "use torchrun --nproc-per-node=2 "),
-        ("strategy=ddp", "use torchrun --nproc-per-node=2 "),
-        ("num_nodes=4", "use torchrun --nnodes=4 "),
         ("accumulate_grad_batches=4", "use total_batch_tokens=65536 device_batch_size=4."),
         ("gradient_clip_val=1", "use optim.max_grad_norm=1."),
         ("gradient_clip_val=0", "use optim.max_grad_norm=1.0."),
@@ -121,10 +107,19 @@ def test_the_value_is_carried_over_where_it_fits(typed: str, answer: str) -> Non
     assert answer in problem
 
 
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("bf16-mixed", "bfloat16"), ("16-mixed", "float16"), ("32-true", "float32")]
+)
+def test_precision_is_recorded_as_the_compute_type(precision: str, dtype: str) -> None:
+    config = compose_train([f"trainer.precision={precision}", "trainer.strategy=ddp"]).config
+    assert config.model.compute_dtype == dtype
+    (problem,) = said_of("trainer.precision=32-true", "model.compute_dtype=bfloat16")
+    assert problem.startswith("trainer.precision=32-true: is model.compute_dtype=float32, and that key says bfloat16")
+
+
 def test_values_of_files_are_said_as_one_would_type_them() -> None:
     assert str(explain_argument("fast_dev_run", True)).startswith("=true: ")
-    assert str(explain_argument("devices", 2)).startswith("=2: ") and "node=2 " in str(explain_argument("devices", 2))
-    assert str(explain_argument("precision", None)).startswith("=null: ")
+    assert str(explain_argument("max_epochs", None)).startswith("=null: ")
     assert explain_argument("depth", 3) is None
 
 
@@ -135,16 +130,16 @@ def test_all_are_said_at_once_before_anything_is_made(
     (tmp_path / "mine.yaml").write_text(
         "stages: {base: {trainer: {strategy: fsdp, max_time: {hours: 1}}}}\n", encoding="utf-8"
     )
-    typed = ["trainer.devices=2", "trainer.precision=16-mixed", "trainer.keep_lst=3", "trainer.accelerator=gpu"]
+    typed = ["trainer.devices=0", "trainer.precision=64-true", "trainer.keep_lst=3", "trainer.accelerator=tpu"]
     assert main(["train", "experiment=mine.yaml", *typed]) == 2
     error = capsys.readouterr().err
     for part in (
-        "trainer.strategy=fsdp: is an argument of Lightning's Trainer; use torchrun",
+        "trainer.strategy='fsdp': must be one of auto, ddp",
         "(mine.yaml, stages.base)",
-        "trainer.devices=2: is an argument of",
-        "model.compute_dtype=float16",
+        "trainer.devices",
+        "trainer.precision='64-true': must be one of bf16-mixed, 16-mixed, 32-true",
         "trainer.keep_lst: there is no such key; did you mean trainer.keep_last",
-        "trainer.accelerator='gpu': must be one of auto, cpu, cuda, mps.",
+        "trainer.accelerator='tpu': must be one of auto, cpu, gpu, cuda, mps.",
     ):
         assert part in error, part
     assert len(re.findall("^error: ", error, re.MULTILINE)) == 6

@@ -17,8 +17,8 @@ What is in memory when, on one device:
 - in the optimizer's step: all gradients, and stacked copies of the largest group of matrices, be it Muon's or the
   classic one's (:func:`optimizer_temporaries`). No activations are left then.
 
-The peak is the largest of these. It holds for eager execution; a compiled model fuses operations and keeps less. Not in
-it: a GPU's context and fragmentation; :data:`MARGIN` is for them.
+The peak is the largest of these. It holds for eager execution; a compiled model fuses operations and keeps less
+(:data:`COMPILED_SHARE`, on a GPU). Not in it: a GPU's context and fragmentation; :data:`MARGIN` is for them.
 Measured against largest resident sizes on a CPU (docs/LOG.md); on a GPU the terms are the same and unmeasured.
 """
 
@@ -40,6 +40,10 @@ FLOAT = 4
 CPU_LIBRARIES = 48 * 2**20
 # Share of a device's memory that the plan leaves free.
 MARGIN = 0.1
+# Of what an eager layer keeps from forward to backward, what a compiled one keeps: norms and the square of the
+# feed-forward part are computed again. An estimate, not measured; where it is too low, memory runs out in the first
+# step, which is then done again with half the rows.
+COMPILED_SHARE = 0.9
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,7 @@ class MemoryKnobs:
 
     activation_checkpointing: bool = setting(False, "Keep only what goes into each layer; compute the rest again.")
     loss_chunk_tokens: int | None = setting(None, "Tokens whose logits are in memory at once.", at_least=1)
+    compiled: bool = setting(False, "The model is compiled, which keeps less of each layer; on a GPU only.")
 
 
 NO_KNOBS = MemoryKnobs()
@@ -117,7 +122,8 @@ def step_memory(
     """
     tokens, compute = rows * config.sequence_len, DTYPE_BYTES[config.compute_dtype]
     stream = tokens * config.width * compute
-    layers = [kept_by_layer(config, layer, rows, on_cpu) for layer in range(config.num_layers)]
+    of_eager = COMPILED_SHARE if knobs.compiled and not on_cpu else 1.0
+    layers = [int(of_eager * kept_by_layer(config, layer, rows, on_cpu)) for layer in range(config.num_layers)]
     # What goes into the first layer is kept anyway.
     kept = [0] + [stream] * (config.num_layers - 1) if knobs.activation_checkpointing else layers
     outside = _kept_outside(config, rows, on_cpu, knobs.activation_checkpointing)
@@ -151,17 +157,19 @@ def step_memory(
 
 
 def largest_device_batch_size(
-    config: GPTConfig, memory_bytes: int, *, on_cpu: bool, knobs: MemoryKnobs, at_most: int
+    config: GPTConfig, memory_bytes: int, *, on_cpu: bool, knobs: MemoryKnobs, at_most: int, processes: int = 1
 ) -> int:
     """The most rows whose step fits into a device's memory less :data:`MARGIN`; 0 where not one does.
 
     Args:
         memory_bytes: of the device.
         at_most: rows of a step on one device; a micro-batch of all of them needs no gradients beside the forward.
+        processes: that share the optimizer's state.
     """
 
     def fits(rows: int) -> bool:
-        needed = step_memory(config, rows, on_cpu=on_cpu, knobs=knobs, micro_batches=2 if rows < at_most else 1)
+        several = 2 if rows < at_most else 1
+        needed = step_memory(config, rows, on_cpu=on_cpu, knobs=knobs, micro_batches=several, processes=processes)
         return needed.total <= (1 - MARGIN) * memory_bytes
 
     if fits(at_most):

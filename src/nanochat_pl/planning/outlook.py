@@ -6,7 +6,7 @@ of text that nobody has counted.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from nanochat_pl.model.accounting import DTYPE_BYTES, count_parameters, kv_cache_bytes, weight_bytes
 from nanochat_pl.model.config import GPTConfig
@@ -44,8 +44,8 @@ class TextFacts:
     crops: bool = False
 
 
-def add_memory(plan: Plan, config: GPTConfig, options: RowOptions) -> StepMemory:
-    """Add the section on memory: what a step takes, and the largest micro-batch with and without the knobs."""
+def add_step_memory(plan: Plan, config: GPTConfig, options: RowOptions) -> StepMemory:
+    """Add what a training step takes of a device's memory: what a run's measured peak is held against."""
     device, rows = options.device, plan["device_batch_size"]
     most = plan["rows_per_device"] if "rows_per_device" in plan else plan["rows_per_step"]
     memory = step_memory(
@@ -54,11 +54,14 @@ def add_memory(plan: Plan, config: GPTConfig, options: RowOptions) -> StepMemory
         on_cpu=device.type == "cpu",
         knobs=options.knobs,
         micro_batches=-(-most // rows),
+        processes=options.num_devices,
     )
     plan.section = f"Memory on {device.name}"
     plan.derive("weights_bytes", memory.weights, "parameters in float32, embeddings in model.embedding_dtype")
     plan.derive("gradients_bytes", memory.gradients, "as the weights")
-    plan.derive("optimizer_state_bytes", memory.optimizer_state, "float32: two moments in AdamW, one in Muon")
+    shared = ", of which each device has its share" if options.num_devices > 1 else ""
+    moments = f"float32: two moments in AdamW, one in Muon{shared}"
+    plan.derive("optimizer_state_bytes", memory.optimizer_state, moments)
     batch = ("device_batch_size", "sequence_len")
     plan.derive("activations_bytes", memory.activations, "kept by autograd from forward to backward", batch)
     plan.derive("logits_bytes", memory.logits, "of one piece of the loss (trainer.loss_chunk_tokens)", batch)
@@ -70,6 +73,13 @@ def add_memory(plan: Plan, config: GPTConfig, options: RowOptions) -> StepMemory
         f"weights, rotary tables and the largest phase of a step ({memory.peak_phase}); all phases: {phases}",
         ("weights_bytes", "rotary_bytes", *batch),
     )
+    return memory
+
+
+def add_memory(plan: Plan, config: GPTConfig, options: RowOptions) -> StepMemory:
+    """Add the section on memory: what a step takes, and the largest micro-batch with and without the knobs."""
+    memory, device = add_step_memory(plan, config, options), options.device
+    most = plan["rows_per_device"] if "rows_per_device" in plan else plan["rows_per_step"]
     cache = kv_cache_bytes(config, 1, config.sequence_len, config.compute_dtype)
     plan.derive("chat_cache_bytes", cache, "keys and values of one chat of sequence_len tokens", ("sequence_len",))
     plan.derive("device_memory_bytes", device.memory_bytes, f"of {device.name}")
@@ -77,7 +87,12 @@ def add_memory(plan: Plan, config: GPTConfig, options: RowOptions) -> StepMemory
         fit = None
         if device.memory_bytes is not None:
             fit = largest_device_batch_size(
-                config, device.memory_bytes, on_cpu=device.type == "cpu", knobs=knobs, at_most=most
+                config,
+                device.memory_bytes,
+                on_cpu=device.type == "cpu",
+                knobs=replace(knobs, compiled=options.knobs.compiled),
+                at_most=most,
+                processes=options.num_devices,
             )
         formula = f"most rows whose step fits into {1 - MARGIN:.0%} of it{what}, at most those of a step"
         plan.derive(name, fit, formula, ("device_memory_bytes", "rows_per_step"))
@@ -169,5 +184,8 @@ def device_remarks(plan: Plan, memory: StepMemory, device: Device) -> list[str]:
             " trainer.activation_checkpointing=true, a shorter model.sequence_len or a smaller model.depth."
         )
     if device.type == "cuda":
-        remarks.append("Memory on a GPU is predicted by the formula that was measured on CPUs; it is for eager mode.")
+        remarks.append(
+            "Memory on a GPU is predicted by the formula that was measured on CPUs in eager mode; what a compiled model"
+            " keeps is estimated. Where it is too much, memory runs out once and device_batch_size is halved."
+        )
     return remarks

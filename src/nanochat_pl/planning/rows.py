@@ -63,15 +63,31 @@ def _rows_that_fit(config: GPTConfig, options: RowOptions, most: int) -> tuple[i
     fit = most
     if device.memory_bytes is not None:
         fit = largest_device_batch_size(
-            config, device.memory_bytes, on_cpu=device.type == "cpu", knobs=options.knobs, at_most=most
+            config,
+            device.memory_bytes,
+            on_cpu=device.type == "cpu",
+            knobs=options.knobs,
+            at_most=most,
+            processes=options.num_devices,
         )
     if tokens is None:
-        rows = 2 ** (max(1, fit).bit_length() - 1)
-        return rows, f"the largest power of two whose step fits into {1 - MARGIN:.0%} of the memory of {device.name}"
+        return evenly(most, max(1, fit)), f"rows whose step fits into {1 - MARGIN:.0%} of the memory of {device.name}"
     wanted = max(1, tokens // row)
     if fit < min(wanted, most):
         return max(1, fit), f"rows whose step fits into {1 - MARGIN:.0%} of the memory of {device.name}"
     return min(most, wanted), f"rows of about {tokens:,} tokens ({device.type})"
+
+
+def evenly(rows: int, at_most: int) -> int:
+    """Rows of a micro-batch: the most that divide ``rows`` into equal ones.
+
+    Where such would be less than half of ``at_most``: those that leave least of the last one to be filled up.
+    """
+    at_most = min(rows, at_most)
+    divisor = next(each for each in range(at_most, 0, -1) if rows % each == 0)
+    if 2 * divisor >= at_most:
+        return divisor
+    return min(range(at_most, at_most // 2, -1), key=lambda each: -rows % each)
 
 
 def plan_validation(plan: Plan, options: RowOptions) -> None:

@@ -111,9 +111,21 @@ def panels_of(stage: StageRecord) -> list[Panel]:
         Panel("lr", "Learning rate", "× the initial one", (Line(column("train/lr_multiplier")),), from_zero=True),
         Panel("momentum", "Muon momentum", "", (Line(column("train/muon_momentum")),)),
         Panel("decay", "Muon weight decay", "", (Line(column("train/muon_weight_decay")),), from_zero=True),
+        Panel("memory", "Peak memory", "GiB", _memory_lines(stage, last_step), from_zero=True),
         Panel("mfu", "Model FLOPs utilisation", "share of the peak", (Line(column("train/mfu")),), from_zero=True),
     ]
     return [kept for panel in candidates if (kept := _measured(panel, last_step)).lines]
+
+
+def _memory_lines(stage: StageRecord, last_step: int) -> tuple[Line, ...]:
+    """What was taken; on a GPU also what the plan foretold, of a CPU's process the libraries are the larger part."""
+    taken = Line(stage.column("train/peak_memory_gib"), "taken by tensors")
+    reserved = stage.column("train/reserved_memory_gib")
+    if not reserved.steps:
+        return (Line(taken.series, "resident"),)
+    planned = stage.planned_memory_gib
+    line = () if planned is None else (Line(Series((1, last_step), (planned, planned)), "planned", "faint"),)
+    return (taken, Line(reserved, "reserved", "second"), *line)
 
 
 def _measured(panel: Panel, last_step: int) -> Panel:

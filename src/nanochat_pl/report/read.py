@@ -83,6 +83,12 @@ class StageRecord:
         rows = [item.value for item in self.plan if item.name == "validation_rows"]
         return rows[0] if rows and isinstance(rows[0], int) else None
 
+    @property
+    def planned_memory_gib(self) -> float | None:
+        """What the plan said that a step takes of the device's memory, in GiB."""
+        peaks = [item.value for item in self.plan if item.name == "step_peak_bytes"]
+        return peaks[0] / 2**30 if peaks and isinstance(peaks[0], (int, float)) else None
+
     def figure(self, name: str) -> float | None:
         """The last value of a column, else what finished.json says."""
         last = self.column(name).last

@@ -95,6 +95,10 @@ def _stage_rows(stage: StageRecord) -> Iterator[tuple[str, ...]]:
         yield (stage.name, "validation bits per byte", f"{bpb:.4f}", "" if error is None else f"{error:.4f}", "", "")
     if stage.seconds is not None:
         yield (stage.name, "training time", duration(stage.seconds), "", "", "")
+    if (peak := stage.column("train/peak_memory_gib").last) is not None:
+        on_gpu, planned = stage.column("train/reserved_memory_gib").last is not None, stage.planned_memory_gib
+        beside = f" of {planned:.2f} planned" if on_gpu and planned is not None else ""
+        yield (stage.name, "peak memory", f"{peak:.2f} GiB{beside}", "", "", "")
 
 
 def _shown(run: RunRecord) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from nanochat_pl.common.constants import IGNORE_INDEX
 from nanochat_pl.common.files import disk_errors_explained, write_text
 from nanochat_pl.data.mixed_rows import MixedRows
 from nanochat_pl.optim.schedules import schedule_values
+from nanochat_pl.training import peak_memory
 from nanochat_pl.training.step import StepBatch
 
 COLUMNS = (
@@ -41,6 +42,7 @@ COLUMNS = (
     "train/gradient_norm",
     "train/skipped_steps",
     "train/loss_scale",
+    *peak_memory.COLUMNS,
     "val/bpb",
     "val/bpb_stderr",
     "val/loss",
@@ -257,6 +259,7 @@ class StepMetrics(Callback):
             "train/tokens_per_second": tokens / seconds,
             "train/step_seconds": seconds,
             **pl_module.guard.figures(),
+            **peak_memory.peak_memory(pl_module.device),
         }
         if self.peak_flops is not None:
             peak_flops = self.peak_flops * distributed.world_size()

@@ -27,6 +27,7 @@ from nanochat_pl.model.config import GPTConfig, resolve_model
 from nanochat_pl.planning import Plan, check_horizon, estimate_cpu_seconds, make_plan
 from nanochat_pl.planning.devices import detected_device
 from nanochat_pl.planning.horizon import MAX_EPOCHS
+from nanochat_pl.planning.outlook import add_step_memory
 from nanochat_pl.planning.rows import RowOptions
 from nanochat_pl.tokenizer import Tokenizer
 from nanochat_pl.training.evaluation import MixedValidation, Validation, open_validation
@@ -211,6 +212,8 @@ def _base_plan(config: TrainConfig, machine: Machine, vocab_size: int, tokens_at
     )
     seconds = estimate_cpu_seconds(plan["total_flops"], os.cpu_count() or 1) if machine.device.type == "cpu" else None
     check_horizon(plan, tokens_at_hand, seconds)
+    model = resolve_model(config.model, vocab_size, machine.compute_dtype)
+    add_step_memory(plan, model, options_of_rows(config, machine))
     return plan
 
 
@@ -219,7 +222,7 @@ def options_of_rows(config: TrainConfig, machine: Machine) -> RowOptions:
     device = detected_device(machine.device)
     if device.type == "cpu" and device.memory_bytes is not None:
         device = dataclasses.replace(device, memory_bytes=device.memory_bytes // launched_place().local_world_size)
-    return row_options(config, device, distributed.world_size())
+    return row_options(config, device, distributed.world_size(), machine.compile)
 
 
 def _tokenise(source: Source, split: Split, tokenizer: Tokenizer, cache: Path) -> TokenCache:

@@ -21,6 +21,7 @@ from nanochat_pl.data.packing import Shuffle
 from nanochat_pl.data.row_index import RowIndex
 from nanochat_pl.data.rows import Rows, packed_rows
 from nanochat_pl.planning import Inherited, Plan, make_finetune_plan
+from nanochat_pl.planning.outlook import add_step_memory
 from nanochat_pl.tasks.context import TaskContext
 from nanochat_pl.tasks.conversations import ConversationSet
 from nanochat_pl.tasks.mixture import Mixture, build_mixture
@@ -85,6 +86,7 @@ def prepare_sft(
         parent_name=parent_name,
         options=options_of_rows(config, machine),
     )
+    add_step_memory(plan, model, options_of_rows(config, machine))
     _announce_inherited(plan)
     if config.max_steps is not None or config.flops_budget is not None:
         num_rows = plan["num_steps"] * plan["rows_per_step"]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.common.hardware import Accelerator
+from nanochat_pl.common.hardware import Accelerator, ComputeDType
 from nanochat_pl.common.run_folder import CHAT_STAGES
 from nanochat_pl.common.settings import setting
 from nanochat_pl.data.conversation_cache import Trained
@@ -35,7 +35,7 @@ _PARENTS = {
     "sft": ("base", "mid", None),
 }
 # What Lightning calls a compute type beside parameters in float32.
-PRECISIONS = {"bf16-mixed": "bfloat16", "16-mixed": "float16", "32-true": "float32"}
+PRECISIONS: dict[str, ComputeDType] = {"bf16-mixed": "bfloat16", "16-mixed": "float16", "32-true": "float32"}
 _TIME = re.compile(r"(\d{1,3}):([01]?\d|2[0-3]):([0-5]?\d):([0-5]?\d)")
 
 
@@ -238,16 +238,16 @@ class TrainConfig(HorizonSettings):
             )
 
 
-def memory_knobs(config: TrainConfig) -> MemoryKnobs:
-    """What the settings say of time for memory."""
-    return MemoryKnobs(config.trainer.activation_checkpointing, config.trainer.loss_chunk_tokens)
+def memory_knobs(config: TrainConfig, compiled: bool = False) -> MemoryKnobs:
+    """What the settings say of time for memory. ``compiled``: whether the model is."""
+    return MemoryKnobs(config.trainer.activation_checkpointing, config.trainer.loss_chunk_tokens, compiled)
 
 
-def row_options(config: TrainConfig, device: Device, num_devices: int = 1) -> RowOptions:
-    """What the plan of the rows needs of the settings."""
+def row_options(config: TrainConfig, device: Device, num_devices: int = 1, compiled: bool = False) -> RowOptions:
+    """What the plan of the rows needs of the settings, and of what the machine has chosen."""
     return RowOptions(
         device=device,
-        knobs=memory_knobs(config),
+        knobs=memory_knobs(config, compiled),
         num_devices=num_devices,
         device_batch_size=None if config.device_batch_size == "auto" else config.device_batch_size,
         validation_rows=config.evaluation.num_rows,
