@@ -23,7 +23,9 @@ def no_corpus(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def plan(*arguments: str) -> int:
-    return main(["plan", "trainer.accelerator=cpu", *arguments])
+    """Of the docstrings, of which there are none here, unless other data is given."""
+    group = [] if any(text.startswith("data") for text in arguments) else ["data=python_docs"]
+    return main(["plan", "trainer.accelerator=cpu", *group, *arguments])
 
 
 @pytest.mark.parametrize("era", ERAS)
@@ -45,7 +47,8 @@ def test_sections_of_every_generation(era: str, here: Path, capsys: pytest.Captu
     assert out.startswith("Plan for CPU")
     for name in ("parameters_total", "lr_matrix", "weight_decay", "total_flops", "step_peak_bytes", "training_seconds"):
         assert name in out
-    assert f"train it                   nanochat-pl train trainer.accelerator=cpu model={era} model.depth=6\n" in out
+    command = f"nanochat-pl train trainer.accelerator=cpu data=python_docs model={era} model.depth=6"
+    assert f"train it                   {command}\n" in out
     assert list(here.iterdir()) == []
 
 

@@ -57,6 +57,7 @@ class Answer:
         change: makes other bytes of those of the file, of the same length.
         stop_at: the share of the bytes after which the connection is closed.
         reset: close it in anger, as a firewall does.
+        hold: nothing is sent until it is set.
     """
 
     status: int | None = None
@@ -64,6 +65,7 @@ class Answer:
     change: Callable[[bytes], bytes] = bytes
     stop_at: float | None = None
     reset: bool = False
+    hold: threading.Event | None = None
 
 
 class HubServer:
@@ -100,6 +102,10 @@ class HubServer:
         """The next requests of a method whose path matches an expression get these answers, one each."""
         self._faults += [(method, path, answer) for answer in answers]
 
+    def mend(self) -> None:
+        """All requests get the usual answers again."""
+        self._faults.clear()
+
     def downloads(self) -> list[tuple[str, str]]:
         """(path, Range) of the requests for contents."""
         return [(path, wanted) for method, path, wanted in self.requests if method == "GET" and "/resolve/" in path]
@@ -130,6 +136,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _handle(self, with_body: bool) -> None:
         path = unquote(urlsplit(self.path).path)
         answer = self.server_hub.answer_for(self.command, path, self.headers.get("Range", ""))
+        if answer.hold is not None:
+            answer.hold.wait(120)
         with contextlib.suppress(ConnectionError):
             if answer.status is not None:
                 self._send(answer.status, b"", answer.headers, with_body)

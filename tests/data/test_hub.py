@@ -400,8 +400,9 @@ def test_what_falls_short_of_the_plan_is_said_with_the_command(
     assert "1 of 2 training files" in capsys.readouterr().out
     source = open_source(settings(download=True), tmp_path / "cache", tokens_needed=int(2.5 * per_shard))
     assert len(source.shards("train")) == 3
+    assert texts_of(source, "train") == [text for n in range(3) for text in texts_of_shard(n)], "fetched when read"
     assert len(open_source(settings(num_shards=2), tmp_path / "cache").shards("train")) == 2
-    open_source(settings(num_shards=4, download=True), tmp_path / "cache", tokens_needed=1)
+    texts_of(open_source(settings(num_shards=4, download=True), tmp_path / "cache", tokens_needed=1), "train")
     assert len(open_source(settings(), tmp_path / "cache").shards("train")) == 4
 
 

@@ -5,8 +5,12 @@ from __future__ import annotations
 import gzip
 import json
 import re
+import threading
+import time
 import tracemalloc
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,8 +18,9 @@ import pytest
 
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.settings import build
-from nanochat_pl.data import file_formats
+from nanochat_pl.data import file_formats, local_files, sources
 from nanochat_pl.data.opening import open_source
+from nanochat_pl.data.rows import validation_rows
 from nanochat_pl.data.sources import DataSettings, Source, Split
 from nanochat_pl.data.token_cache import build_token_cache
 from nanochat_pl.tokenizer import TokenizerSettings, train_tokenizer
@@ -303,3 +308,75 @@ def test_settings_that_do_not_go_together_are_refused() -> None:
         build(DataSettings, {"name": "local"}, "data")
     with pytest.raises(UserError, match=r"data\.path='x': has no meaning for data=python_docs"):
         build(DataSettings, {"path": "x"}, "data")
+
+
+def texts_in_files(folder: Path, number: int) -> Path:
+    folder.mkdir()
+    for file in range(number):
+        write_jsonl(folder / f"{file:02}.jsonl", [f"{text} of file {file} {'and more ' * 5}" for text in TEXTS])
+    return folder
+
+
+def counted_reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The files whose documents are read, in the order in which they are opened."""
+    opened_files: list[str] = []
+    real = local_files.documents_of
+
+    def documents_of(path: Path, *settings: Any) -> Iterator[str]:
+        opened_files.append(path.name)
+        return real(path, *settings)
+
+    monkeypatch.setattr(local_files, "documents_of", documents_of)
+    return opened_files
+
+
+def test_of_very_much_text_no_more_files_are_held_out_than_the_rows_take(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A terabyte was read and tokenised, to validate on a few million tokens of it."""
+    source = opened(texts_in_files(tmp_path / "in", 12), tmp_path / "cache", validation_fraction=0.3)
+    source.shards("val")  # the hashes
+    reads = counted_reads(monkeypatch)
+    whole = build_token_cache(source, "val", ByteTokenizer(), tmp_path / "whole", enough_tokens=2_000)
+    assert sorted(set(reads)) == [f"{file:02}.jsonl" for file in range(12)], "of little text all is held out, as ever"
+    reads.clear()
+    monkeypatch.setattr(sources, "MOST_TEXT_AT_ONCE", 1_000)
+    part = build_token_cache(source, "val", ByteTokenizer(), tmp_path / "part", enough_tokens=2_000)
+    assert part.num_tokens >= 2_000 and len(part.shards) < 6
+    assert set(reads) <= {f"{file:02}.jsonl" for file in range(len(part.shards) + 2)}, "one or two are read ahead"
+    assert [shard.lengths().tolist() for shard in part.shards] == [
+        shard.lengths().tolist() for shard in whole.shards[: len(part.shards)]
+    ]
+    everything = build_token_cache(source, "val", ByteTokenizer(), tmp_path / "all", enough_tokens=10**9)
+    rows = [
+        validation_rows(cache, 32, 0, tmp_path / "rows", 40).read(range(40))[0].tolist()
+        for cache in (whole, everything)
+    ]
+    assert everything.fingerprint == whole.fingerprint and rows[0] == rows[1]
+    fewer, again = (
+        validation_rows(cache, 32, 0, tmp_path / "rows", 40).read(range(40))[0].tolist()
+        for cache in (part, build_token_cache(source, "val", ByteTokenizer(), tmp_path / "2", enough_tokens=2_000))
+    )
+    assert fewer == again, "and they are the same each time"
+
+
+def test_files_are_looked_at_once_several_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = texts_in_files(tmp_path / "in", 12)
+    hashed, busy, most, lock = [], 0, 0, threading.Lock()
+
+    def slow(path: Path, memo: Path) -> str:
+        nonlocal busy, most
+        with lock:
+            busy, most = busy + 1, max(most, busy + 1)
+        time.sleep(0.02)
+        with lock:
+            busy -= 1
+        hashed.append(path.name)
+        return path.name
+
+    monkeypatch.setattr(local_files, "known_sha256", slow)
+    source = opened(folder, tmp_path / "cache")
+    for _ in range(3):
+        source.describe()
+    assert most > 1
+    assert sorted(hashed) == sorted(path.name for path in folder.iterdir())

@@ -12,6 +12,7 @@ from nanochat_pl.planning import HorizonSettings, Plan, RowOptions, make_plan
 from nanochat_pl.planning.devices import KNOWN_GPUS, Device, named_device
 from nanochat_pl.planning.memory import MARGIN, MemoryKnobs, step_memory
 from nanochat_pl.planning.outlook import ASSUMED_MFU, TextFacts, add_memory, add_text, add_time, device_remarks
+from nanochat_pl.planning.text import shards_for
 
 MODEL = ModelSettings(depth=12)
 STRANGER = Device("Some GPU", "cuda", memory_bytes=24 * 2**30, bfloat16=True)
@@ -106,3 +107,22 @@ def test_text_shards_and_epochs() -> None:
     add_text(plan, TextFacts("x", 4.0, crops=True))
     assert plan["text_bytes"] == pytest.approx(4 * tokens / 0.65), "a third of what is read is dropped"
     assert "shards_needed" not in plan and plan["epochs"] is None
+
+
+def test_cropping_counts_in_shards_and_epochs_and_the_cache() -> None:
+    """train counted 101 files for what plan called 155: it had left out what cropping drops."""
+    assert shards_for(100, False, [30.0] * 9) == 4 and shards_for(65, True, [30.0] * 9) == 4
+    assert shards_for(10**6, True, [30.0] * 9) == 9 and shards_for(1, True, []) == 0
+    plan, _ = planned(STRANGER)
+    tokens = plan["total_tokens"]
+    add_text(plan, TextFacts("x", 4.0, 1e9, 100, tokens_at_hand=tokens, crops=True, streamed=True))
+    assert plan["epochs"] == pytest.approx(1 / 0.65)
+    assert plan["shards_needed"] == -(-round(4 * tokens / 0.65) // 10**9)
+    per_token = plan["token_cache_bytes"] / tokens
+    assert 2 < per_token < 2.1, "two bytes an id, and the index: all that is at hand, read more than once"
+    plan, _ = planned(STRANGER)
+    add_text(plan, TextFacts("x", 4.0, tokens_at_hand=100 * tokens, crops=True, streamed=True))
+    assert plan["token_cache_bytes"] == pytest.approx(per_token * tokens / 0.65), "no more than is read"
+    plan, _ = planned(STRANGER)
+    add_text(plan, TextFacts("x", 4.0, tokens_at_hand=100 * tokens))
+    assert plan["token_cache_bytes"] == pytest.approx(per_token * 100 * tokens), "all of it, before it begins"

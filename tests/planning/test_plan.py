@@ -169,8 +169,12 @@ def test_a_horizon_of_ones_own_past_four_epochs_is_refused_with_the_keys_that_se
 def test_a_horizon_past_an_hour_on_a_cpu_is_refused() -> None:
     plan = small_plan(total_batch_tokens=4096)
     seconds = estimate_cpu_seconds(plan["total_flops"], num_cores=2)
-    with pytest.raises(UserError, match="hours on this CPU"):
+    with pytest.raises(UserError, match="hours on this CPU") as error:
         check_horizon(plan, tokens_at_hand=10**9, estimated_seconds=seconds)
+    assert "more data" not in error.value.fix, "it makes no step faster"
+    with pytest.raises(UserError) as error:
+        check_horizon(plan, tokens_at_hand=1000)
+    assert "more data" in error.value.fix
     check_horizon(plan, tokens_at_hand=10**9, estimated_seconds=3599.0)
 
 

@@ -8,6 +8,7 @@ nanochat-pl doctor stage=base run=NAME step=4711
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ from nanochat_pl.report.doctor import tables
 from nanochat_pl.report.lengths import lengths_png
 from nanochat_pl.training.inherit import inherited
 from nanochat_pl.training.settings import TrainConfig
+from nanochat_pl.training.source import chosen_data
 
 if TYPE_CHECKING:
     from nanochat_pl.cli.doctor_data import StageData
@@ -74,6 +76,7 @@ def run(arguments: Sequence[str]) -> int:
     config = inherited(composed.config, folder, composed.given)
     assert isinstance(config, DoctorConfig)
     cache = cache_folder(config.paths)
+    config = dataclasses.replace(config, data=chosen_data(config, folder, cache))
     if config.row is not None or config.step is not None:
         for line in [
             *([] if config.row is None else row_lines(config, folder, cache, config.row)),

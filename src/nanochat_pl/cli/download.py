@@ -17,6 +17,7 @@ from nanochat_pl.cli.locate import cache_folder
 from nanochat_pl.common.console import next_steps, say
 from nanochat_pl.common.errors import UserError, did_you_mean
 from nanochat_pl.common.settings import setting
+from nanochat_pl.data.auto import with_choice
 from nanochat_pl.data.conversation_files import CONVERSATION_SUFFIXES, holds_conversations
 from nanochat_pl.data.eval_bundle import fetch_eval_bundle
 from nanochat_pl.data.hub import open_manifest
@@ -144,12 +145,13 @@ def _fetch_data(config: DownloadConfig) -> int:
     if not config.data.is_on_hub:
         raise UserError(f"data={config.data.name}: is on this machine; there is nothing to download.")
     cache = cache_folder(config.paths)
-    source = HubFiles(config.data, cache, ask_hub=True, refresh=config.refresh, with_json=True)
-    num_shards = config.num_shards or config.data.num_shards or _all_shards(source)
+    data = with_choice(config.data, "web")
+    source = HubFiles(data, cache, ask_hub=True, refresh=config.refresh, with_json=True)
+    num_shards = config.num_shards or data.num_shards or _all_shards(source)
     fetched = source.fetch(num_shards, config.parallel)
     _say_fetched(fetched)
     telling = [fetched.paths[0], *(path for path in fetched.paths if path.suffix == ".json")]
-    if any(holds_conversations(path, config.data.text_column) for path in telling):
+    if any(holds_conversations(path, data.text_column) for path in telling):
         own = f"mixture=own mixture.tasks.conversations.NAME.repo={source.manifest.repo}"
         next_steps([("fine-tune on it", f"nanochat-pl train stage=sft {own}")])
         return 0

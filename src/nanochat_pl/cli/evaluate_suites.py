@@ -166,7 +166,7 @@ def _measure_bits_per_byte(bundle: Bundle, source: Source, config: EvaluateConfi
     validation = together.main_first(
         lambda: open_validation(
             source,
-            lambda part: build_token_cache(part, "val", tokenizer, config.cache),
+            lambda part, enough: build_token_cache(part, "val", tokenizer, config.cache, enough_tokens=enough),
             tokenizer,
             config.cache,
             sequence_len=bundle.config.sequence_len,

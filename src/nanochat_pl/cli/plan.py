@@ -7,6 +7,7 @@ nanochat-pl plan model.depth=12 explain=total_batch_tokens
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shlex
 from collections.abc import Sequence
@@ -20,19 +21,16 @@ from nanochat_pl.common.console import next_steps, print_table, say
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.hardware import ComputeDType, choose_compute_dtype, choose_device
 from nanochat_pl.common.settings import setting
-from nanochat_pl.data.at_hand import tokens_at_hand, tokens_by_source
-from nanochat_pl.data.hub_files import BYTES_PER_TOKEN
+from nanochat_pl.data.at_hand import text_facts, tokens_by_source
+from nanochat_pl.data.auto import choose_data
 from nanochat_pl.model.config import resolve_model
 from nanochat_pl.planning import Plan, check_horizon, make_plan, plan_sections, width_remark
 from nanochat_pl.planning.devices import Device, detected_device, named_device
 from nanochat_pl.planning.horizon import MAX_EPOCHS
 from nanochat_pl.planning.make import MIN_STEPS_PER_EPOCH
-from nanochat_pl.planning.outlook import TextFacts, add_memory, add_text, add_time, device_remarks
+from nanochat_pl.planning.outlook import add_memory, add_text, add_time, device_remarks
 from nanochat_pl.training.settings import TrainConfig, row_options
-
-# Training shards of the recipe's two corpora; each shard holds some 250 million characters.
-TRAINING_SHARDS = {"climbmix": 6_542, "fineweb_edu": 1_821}
-SHARD_BYTES = 250e6
+from nanochat_pl.training.source import tokens_planned
 
 
 @dataclass(frozen=True)
@@ -103,6 +101,7 @@ def show_plan(plan: Plan, device: Device, remarks: Sequence[str]) -> None:
 def full_plan(config: TrainConfig) -> tuple[Plan, Device, list[str]]:
     """The plan of pretraining with memory, time, cost and text, the device that it is for, and the remarks on it."""
     ours = config if isinstance(config, PlanConfig) else PlanConfig(**vars(config))
+    ours = dataclasses.replace(ours, data=choose_data(ours.data, tokens_planned(ours), cache_folder(ours.paths)))
     device, compute_dtype = _device(ours)
     options = row_options(ours, device, ours.num_devices)
     vocab_size = ours.tokenizer.vocab_size
@@ -118,7 +117,7 @@ def full_plan(config: TrainConfig) -> tuple[Plan, Device, list[str]]:
     model = resolve_model(ours.model, vocab_size, compute_dtype)
     memory = add_memory(plan, model, options)
     add_time(plan, model, options, os.cpu_count() or 1, ours.mfu, ours.price_per_hour)
-    add_text(plan, _text_facts(ours))
+    add_text(plan, text_facts(ours.data, cache_folder(ours.paths)))
     remarks = [*filter(None, [width_remark(plan)]), *device_remarks(plan, memory, device)]
     remarks += [*_remarks_on_settings(ours, plan, device), *_epochs_by_source(ours, plan)]
     return plan, device, [*remarks, *_what_train_adds(ours, plan, device)]
@@ -134,19 +133,6 @@ def _device(config: PlanConfig) -> tuple[Device, ComputeDType]:
     if wanted == "auto":
         return device, "bfloat16" if device.bfloat16 else "float32"
     return device, wanted
-
-
-def _text_facts(config: PlanConfig) -> TextFacts:
-    data = config.data
-    shards = TRAINING_SHARDS.get(data.name)
-    return TextFacts(
-        name=f"data={data.name}",
-        bytes_per_token=BYTES_PER_TOKEN,
-        shard_bytes=None if shards is None else SHARD_BYTES,
-        num_shards=shards,
-        tokens_at_hand=tokens_at_hand(data, cache_folder(config.paths)),
-        crops=data.long_documents == "crop",
-    )
 
 
 def _remarks_on_settings(config: PlanConfig, plan: Plan, device: Device) -> list[str]:

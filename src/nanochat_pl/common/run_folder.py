@@ -67,6 +67,11 @@ class StageFolder:
         return self.path / "data.json"
 
     @property
+    def chosen_source(self) -> Path:
+        """What data=auto came to when the stage was begun."""
+        return self.path / "data_choice.json"
+
+    @property
     def status(self) -> Status:
         with _looking_into(self.runs):
             if (self.path / "finished.json").is_file():

@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.data.file_formats import check_file, format_of, parquet_facts, reading
-from nanochat_pl.data.hub_files import BYTES_PER_TOKEN, COMPRESSED_SHARE, HubFiles
-from nanochat_pl.data.local_files import find_files
-from nanochat_pl.data.python_docs import built_python_docs
+from nanochat_pl.data.hub_files import HubFiles
+from nanochat_pl.data.local_files import find_files, text_bytes
+from nanochat_pl.data.python_docs import PythonDocs, built_python_docs
 from nanochat_pl.data.sources import DataSettings, SourceSettings
+from nanochat_pl.planning.outlook import TextFacts
+from nanochat_pl.planning.text import BYTES_PER_TOKEN, known_set
 
 
 def tokens_at_hand(settings: DataSettings, cache_dir: Path) -> int | None:
@@ -33,33 +34,60 @@ def tokens_by_source(settings: DataSettings, cache_dir: Path) -> dict[str, int |
     return {name: _tokens_of(f"data.sources.{name}", part, cache_dir) for name, part in settings.parts.items()}
 
 
+def text_facts(settings: DataSettings, cache_dir: Path) -> TextFacts:
+    """What a plan can know of the text. Of several sources, those of a mixture, no files are counted.
+
+    Args:
+        settings: the config group ``data``; of data=auto what it comes to.
+        cache_dir: ``paths.cache``; nothing is written there.
+
+    Raises:
+        UserError: as :func:`tokens_at_hand`.
+    """
+    num_shards, shard_bytes = None, None
+    if settings.is_on_hub and (files := _files_of_hub(settings, cache_dir)):
+        num_shards, shard_bytes = files
+    return TextFacts(
+        name=f"data={settings.name}",
+        bytes_per_token=BYTES_PER_TOKEN,
+        shard_bytes=shard_bytes,
+        num_shards=num_shards,
+        tokens_at_hand=tokens_at_hand(settings, cache_dir),
+        crops=settings.long_documents == "crop",
+        streamed=settings.shuffle != "global",
+        fetched=bool(settings.download),
+    )
+
+
+def tokens_of_docstrings(corpus: PythonDocs) -> int:
+    """About how many tokens the training documents of the embedded corpus have."""
+    return int(corpus.manifest["splits"]["train"]["bytes"] / BYTES_PER_TOKEN)
+
+
 def _tokens_of(key: str, settings: SourceSettings, cache_dir: Path) -> int | None:
-    if settings.name != "mixture":
-        return _of_source("data", settings, cache_dir)
-    parts = [_of_source(f"data.sources.{name}", part, cache_dir) for name, part in settings.parts.items()]
-    known = [part for part in parts if part is not None]
-    return sum(known) if len(known) == len(parts) else None
-
-
-def _of_source(key: str, settings: SourceSettings, cache_dir: Path) -> int | None:
     if settings.name == "python_docs":
         corpus = built_python_docs(cache_dir)
-        return None if corpus is None else int(corpus.manifest["splits"]["train"]["bytes"] / BYTES_PER_TOKEN)
+        return None if corpus is None else tokens_of_docstrings(corpus)
     if settings.name == "local":
         held_out = 0.0 if settings.validation_path is not None else settings.validation_fraction
         files = find_files(f"{key}.path", str(settings.path)).values()
-        num_bytes = sum(_text_bytes(path, settings.text_column) for path in files)
+        num_bytes = sum(text_bytes(path, settings.text_column) for path in files)
         return int(num_bytes * (1 - held_out) / BYTES_PER_TOKEN)
+    if settings.download:  # what is not here comes while the training runs
+        files_of_hub = _files_of_hub(settings, cache_dir)
+        return None if files_of_hub is None else int(files_of_hub[0] * files_of_hub[1] / BYTES_PER_TOKEN)
     try:
         return int(HubFiles(settings, cache_dir).tokens_here())
     except UserError:  # nothing of it has been downloaded yet
         return None
 
 
-def _text_bytes(path: Path, text_column: str) -> float:
-    """Bytes of text in a file: of a table what its column has, of compressed lines by the usual share."""
-    check_file(path, text_column)
-    if format_of(path) == ".parquet":
-        return parquet_facts(path)[2][text_column]
-    with reading(path):
-        return path.stat().st_size / (COMPRESSED_SHARE if path.suffix in (".gz", ".zst") else 1)
+def _files_of_hub(settings: SourceSettings, cache_dir: Path) -> tuple[int, float] | None:
+    """How many training files there are, here or not, and about how many bytes of text each has; None: not known."""
+    try:
+        source = HubFiles(settings, cache_dir)
+    except UserError:  # its list of files is not here either
+        known = known_set(settings.repo)
+        return known and (min(known.num_shards, settings.num_shards or known.num_shards), known.shard_bytes)
+    number = len(source.train_files)
+    return number, sum(source.shard_tokens()) * BYTES_PER_TOKEN / number

@@ -1,4 +1,4 @@
-"""Tokenising and packing ahead of the training, in a process of its own that ends with the one that started it.
+"""Fetching, tokenising and packing ahead of the training, in a process of its own that ends with its starter.
 
 It speaks through files alone, so any number of processes (loaders, other ranks) may read and wait: the cache that it
 fills, a small status file, and beside that a lock, which the operating system frees however the process ends. When its
@@ -26,6 +26,7 @@ from nanochat_pl.common.files import FREE_SPACE, ensure_folder, free_bytes, read
 from nanochat_pl.common.locks import try_lock
 from nanochat_pl.common.place import launch_on_node
 from nanochat_pl.data.cache_folder import fingerprint_of
+from nanochat_pl.data.hub_errors import library_heard
 from nanochat_pl.data.packing import Packing, pack_as_they_come
 from nanochat_pl.data.streamed_index import Segments
 from nanochat_pl.data.token_cache import ShardToBuild, TokenCache, tokenised
@@ -167,7 +168,8 @@ def _run(job: Job, builder: BuilderProcess) -> None:
         while not try_lock(lock):  # whoever looks whether this process is alive has it for a moment
             time.sleep(_LOOK_AGAIN_SECONDS)
         try:
-            _build_and_tell(job, builder)
+            with library_heard():
+                _build_and_tell(job, builder)
         except UserError:  # the disk is full: nothing can be told, but something be taken away
             builder.status.unlink(missing_ok=True)
         _end_with_parent()

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import hashlib
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -81,6 +82,32 @@ def fetch_files(manifest: Manifest, files: Sequence[HubFile], cache_dir: Path, p
             files_now = tuple(facts.get(file.path, file) for file in manifest.files)
             manifest = keep_manifest(dataclasses.replace(manifest, files=files_now), cache_dir)
     return Fetched(tuple(have[file.path][1] for file in files), manifest, len(missing), new_bytes)
+
+
+_recording = threading.Lock()  # of several threads of a process one alone writes what it has learnt of its file
+_fetching: defaultdict[tuple[str, str], threading.Lock] = defaultdict(threading.Lock)  # one alone fetches a file
+
+
+def fetch_file(manifest: Manifest, file: HubFile, cache_dir: Path) -> tuple[HubFile, Path]:
+    """As :func:`fetch_files`, of one file, and without a bar: for a process that works beside the training.
+
+    Returns:
+        the file with what is now known of it, and where it lies.
+    """
+    with _fetching[manifest.commit, file.path]:
+        path = manifest.at_hand(file)
+        if path is None or (verified := _verified(file, path, cache_dir)) is None:
+            verified, path = _download(manifest, file, cache_dir, lambda num_bytes: None)
+    if verified != file:
+        with _recording:
+            files = tuple(verified if each.path == file.path else each for each in manifest.files)
+            keep_manifest(dataclasses.replace(manifest, files=files), cache_dir)
+    return verified, path
+
+
+def require_room(manifest: Manifest, files: Sequence[HubFile]) -> None:
+    """Raise :class:`UserError` where the disk has no room for those of the files that are not here."""
+    _require_room(manifest.repo, sum(file.bytes for file in files if manifest.at_hand(file) is None))
 
 
 def _verified(file: HubFile, path: Path, cache_dir: Path) -> HubFile | None:

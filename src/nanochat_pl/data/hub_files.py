@@ -14,28 +14,27 @@ import itertools
 import re
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 import platformdirs
 
+from nanochat_pl.common.console import say
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.data.cache_folder import fingerprint_of
 from nanochat_pl.data.file_formats import SUFFIXES, check_file, format_of
 from nanochat_pl.data.hub import HubFile, Manifest, hash_memo, known_manifest, open_manifest
-from nanochat_pl.data.hub_download import PARALLEL, Fetched, fetch_files
+from nanochat_pl.data.hub_download import PARALLEL, Fetched, fetch_files, require_room
 from nanochat_pl.data.local_files import FileDocuments, share_held_out
+from nanochat_pl.data.on_demand import DocumentsOnDemand
 from nanochat_pl.data.sources import Shard, SourceSettings, Split
+from nanochat_pl.planning.text import BYTES_PER_TOKEN, COMPRESSED_SHARE, epochs_of, known_set, shards_for
 
 _SPLITS = r"(?:(train|training)|(validation|valid|val|dev|eval)|(test))"
 _IN_NAME = re.compile(rf"(?:^|[._-]){_SPLITS}(?=[._-])", re.IGNORECASE)
 _FOLDER = re.compile(rf"(?:partial-)?{_SPLITS}", re.IGNORECASE)
 _MARKED = ("train", "val", "test")
-# For the first estimate of how many shards a plan takes: English text, a vocabulary of 32 thousand or more; files
-# of text shrink to less than this share when they are compressed.
-BYTES_PER_TOKEN = 4.8
-COMPRESSED_SHARE = 0.4
 
 
 def split_in_name(path: str) -> str | None:
@@ -81,6 +80,8 @@ class HubFiles:
         refresh: ask for it anyway.
         chosen: of a training that goes on, the files that it was begun with: these and no others.
         with_json: :meth:`fetch` takes the .json files too. They may hold conversations, and never documents.
+        key: of these settings, for messages.
+        tokens_needed: that a training takes of them, for messages; None: no training is to begin.
 
     Attributes:
         name: what users call it, e.g. ``climbmix``.
@@ -99,11 +100,14 @@ class HubFiles:
         refresh: bool = False,
         chosen: ChosenFiles | None = None,
         with_json: bool = False,
+        key: str = "data",
+        tokens_needed: int | None = None,
     ) -> None:
         assert settings.repo is not None, "checked by the settings"
         self.name = settings.name
         self._settings, self._cache_dir, self._repo = settings, cache_dir, settings.repo
         self._chosen, self._with_json = chosen, with_json
+        self._key, self._tokens_needed = key, tokens_needed
         self._all_train_files: list[HubFile] = []
         self._revision = settings.revision
         manifest = known_manifest(self._repo, self._revision or "main", cache_dir)
@@ -111,10 +115,15 @@ class HubFiles:
             self._revision = chosen.commit
             manifest = known_manifest(self._repo, self._revision, cache_dir)
         revision = self._revision or "main"
+        self._on_demand: int | None = None  # training files that are fetched when they are read
         if ask_hub and (manifest is None or refresh):
-            manifest = open_manifest(self._repo, revision, cache_dir, refresh)
+            try:
+                manifest = open_manifest(self._repo, revision, cache_dir, refresh)
+            except UserError as error:
+                raise self._with_command(error) from error
         if manifest is None:
-            raise UserError(f"data={self.name}: nothing of {self._repo} ({revision}) is here.", self._how_to_fetch(8))
+            problem = f"data={self.name}: nothing of {self._repo} ({revision}) is here."
+            raise UserError(problem, self._how_to_fetch(self._num_shards_unseen()))
         self._look_at(manifest)
 
     @property
@@ -122,32 +131,35 @@ class HubFiles:
         return fingerprint_of([shard.fingerprint for split in ("train", "val") for shard in self.shards(split)])
 
     def describe(self) -> str:
-        """One line for people: the commit, what of it is here, what is validated on, and the hash of what is here."""
-        here = self._train_files_here()
-        size = sum(file.bytes for file in here) / 1e9
+        """One line for people: the commit, which files are read, what is validated on, and the hash of them."""
+        files, here = self._listed(self.train_files, self._on_demand), len(self._train_files_here())
+        size = sum(file.bytes for file in files) / 1e9
         held_out = f"{self._held_out:.2%} of its documents" if self._is_split_by_hash else self.val_files[0].path
         more = f" and {len(self.val_files) - 1} more" if len(self.val_files) > 1 else ""
+        still = f", {here:,} of them here" if here < len(files) else ""
         return (
-            f"{self.name}: {self._repo} at commit {self.manifest.commit[:12]}, {len(here):,} of "
-            f"{len(self.train_files):,} files ({size:,.2f} GB), validated on {held_out}{more}, {self.fingerprint[:12]}"
+            f"{self.name}: {self._repo} at commit {self.manifest.commit[:12]}, {len(files):,} of "
+            f"{len(self.train_files):,} files ({size:,.2f} GB{still}), validated on {held_out}{more}, "
+            f"{self.fingerprint[:12]}"
         )
 
     def shards(self, split: Split) -> list[Shard]:
-        """The shards of a split that are here, in the order of the manifest.
+        """The shards of a split that are here or are fetched when they are read, in the order of the manifest.
 
         Raises:
-            UserError: none is; or one is not that must be, of validation or of a training that goes on; says how to
-                fetch it.
+            UserError: there is none; or one is not here that must be, of validation or of a training that goes on; says
+                how to fetch it.
         """
         files = self.train_files if split == "train" else self.val_files
-        here = [(file, self._here[file.path]) for file in files if file.path in self._here]
-        if not here or (len(here) < len(files) and (split == "val" or self._chosen)):
+        listed = self._listed(files, self._on_demand if split == "train" else 0)
+        if not listed or (len(listed) < len(files) and (split == "val" or self._chosen)):
             missing = next(file.path for file in files if file.path not in self._here)
             needs = ", and this run was begun with it" if self._chosen else ""
             raise UserError(f"data={self.name}: {missing} of {self._repo} is not here{needs}.", self._how_to_fetch())
-        check_file(here[0][1], self._settings.text_column)
-        fix = self._how_to_fetch(len(self._train_files_here()))
-        return [self._shard(file, path, split, fix) for file, path in here]
+        if first := next((self._here[file.path] for file in listed if file.path in self._here), None):
+            check_file(first, self._settings.text_column)
+        fix = self._how_to_fetch(len(listed) if split == "train" else len(self._train_files_here()))
+        return [self._shard(file, split, fix) for file in listed]
 
     def fetch(self, num_shards: int, parallel: int = PARALLEL) -> Fetched:
         """Have the validation files and the first ``num_shards`` training files here, verified."""
@@ -158,6 +170,36 @@ class HubFiles:
         finally:  # what has come stays
             self._look_at(manifest)
         return fetched
+
+    def fetch_on_demand(self, num_tokens: int | None) -> None:
+        """Have the validation files and the first training file here; the other files that a training takes are
+        fetched when their documents are read. How many these are, and their size, is said first.
+
+        Args:
+            num_tokens: that the training takes; None: what is here is enough.
+
+        Raises:
+            UserError: no network, too little room on the disk for all of them, or what the hub says.
+        """
+        wanted = max(self.num_shards_for(num_tokens), 1)
+        files = [file for file in self.files_of(wanted) if file.path not in self._here]
+        if files:
+            number = f"{len(files):,} files" if len(files) > 1 else "1 file"
+            size = sum(file.bytes for file in files) / 1e9
+            verb = "are" if len(files) > 1 else "is"
+            say(
+                f"{self._repo}: {number}, {size:,.2f} GB, {verb} fetched while the training runs;"
+                " it begins when the first one to train on is here."
+            )
+            require_room(self.manifest, files)
+        try:
+            self.fetch(1)
+        except UserError as error:
+            raise self._with_command(error) from error
+        # What the first one holds tells better how many are wanted.
+        self._on_demand = max(self.num_shards_for(num_tokens), 1)
+        if files and self._on_demand != wanted:
+            say(f"{self._repo}: by the text of the first file it is {self._on_demand:,} files to train on.")
 
     def files_of(self, num_shards: int) -> list[HubFile]:
         """The validation files, the first ``num_shards`` training files and lists of conversations, each once."""
@@ -179,8 +221,7 @@ class HubFiles:
             return len(self.train_files)
         if num_tokens is None:
             return len(self._train_files_here())
-        totals = itertools.accumulate(self._tokens_of(self.train_files))
-        return next((number for number, total in enumerate(totals, 1) if total >= num_tokens), len(self.train_files))
+        return shards_for(num_tokens, self._crops, self.shard_tokens())
 
     def shortfall(self, num_tokens: int | None) -> list[str]:
         """What is missing of the files that are wanted, and the command that fetches it; empty where nothing is.
@@ -189,21 +230,30 @@ class HubFiles:
         """
         if self._chosen:
             return self._new_since()
-        here, wanted = self._train_files_here(), self.num_shards_for(num_tokens)
-        if len(here) >= wanted:
+        listed, wanted = self._listed(self.train_files, self._on_demand), self.num_shards_for(num_tokens)
+        tokens = sum(self._tokens_of(listed))
+        epochs = 0.0 if num_tokens is None else epochs_of(num_tokens, tokens, self._crops)
+        is_bounded = len(self.train_files) < len(self._all_train_files) and epochs > 1
+        if len(listed) >= wanted and not is_bounded:
             return []
-        line = f"{len(here):,} of {len(self.train_files):,} training files of {self._repo} are here."
+        line = f"{len(listed):,} of {len(self.train_files):,} training files of {self._repo} are here."
+        if len(listed) >= wanted:
+            line = f"{self._key}.num_shards={len(self.train_files)}: of {self._repo} no more files are trained on."
         if num_tokens is not None:
-            tokens = self.tokens_here()
+            cropped = ", of which cropping drops a part" if self._crops else ""
             line += (
-                f" They hold about {_count(tokens)} tokens, the plan trains on {_count(num_tokens)}: "
-                f"about {num_tokens / max(tokens, 1):.1f} epochs."
+                f" They hold about {_count(tokens)} tokens{cropped}, the plan trains on {_count(num_tokens)}: "
+                f"about {epochs:.1f} epochs."
             )
-        return [line, self._how_to_fetch(wanted)]
+        return [line, self._how_to_fetch(wanted)] if len(listed) < wanted else [line]
 
     def tokens_here(self) -> float:
         """About how many tokens the training files that are here hold."""
         return sum(self._tokens_of(self._train_files_here()))
+
+    def shard_tokens(self) -> list[float]:
+        """About how many tokens each training file holds, here or not."""
+        return self._tokens_of(self.train_files)
 
     def train_command(self) -> str:
         """The command that trains on these files."""
@@ -225,6 +275,14 @@ class HubFiles:
         files = dict.fromkeys([*self._all_train_files, *self.train_files, *self.val_files])
         self._here = {file.path: path for file in files if (path := manifest.at_hand(file))}
 
+    @property
+    def _crops(self) -> bool:
+        return self._settings.long_documents == "crop"
+
+    def _listed(self, files: Sequence[HubFile], on_demand: int | None) -> list[HubFile]:
+        """Those of the files that are here, and the first ones that are fetched when they are read."""
+        return [file for number, file in enumerate(files) if number < (on_demand or 0) or file.path in self._here]
+
     def _train_files_here(self) -> list[HubFile]:
         return [file for file in self.train_files if file.path in self._here]
 
@@ -242,6 +300,8 @@ class HubFiles:
         text_bytes = {file.path: size for file in self.train_files if (size := file.column_bytes(column))}
         known = sum(file.bytes for file in self.train_files if file.path in text_bytes)
         share = known / sum(text_bytes.values()) if text_bytes else COMPRESSED_SHARE
+        if not text_bytes and (published := known_set(self._repo)):
+            return [published.shard_bytes / BYTES_PER_TOKEN] * len(files)
         return [text_bytes.get(file.path, file.bytes / share) / BYTES_PER_TOKEN for file in files]
 
     @cached_property
@@ -251,19 +311,49 @@ class HubFiles:
             return None
         return share_held_out([self._here[file.path] for file in self._train_files_here()], self._settings)
 
-    def _shard(self, file: HubFile, path: Path, split: Split, fix: str) -> Shard:
-        problem, memo = f"is damaged: it is not what {self._repo} has.", hash_memo(path, self._cache_dir)
+    def _shard(self, file: HubFile, split: Split, fix: str) -> Shard:
+        path, size = self._here.get(file.path), self._tokens_of([file])[0] * BYTES_PER_TOKEN
+        problem = f"is damaged: it is not what {self._repo} has."
+        place = path or Path(file.path)
+        memo = hash_memo(place, self._cache_dir)
         documents = FileDocuments(
-            path, split, self._settings, self._held_out, file.sha256, memo, problem, fix, at_rest=True
+            place, split, self._settings, self._held_out, file.sha256, memo, problem, fix, at_rest=True
         )
-        return documents.as_shard(file.path, file.contents)
+        shard = replace(documents.as_shard(file.path, file.contents), text_bytes=size)
+        if self._on_demand is None or split == "val":
+            return shard
+        on_demand = DocumentsOnDemand(documents, self.manifest, file, self._cache_dir, fix)
+        return replace(shard, read=on_demand, fetch=on_demand.fetch)
+
+    def _with_command(self, error: UserError) -> UserError:
+        """What the hub, or the way to it, does not give: said with the command that fetches it at another time."""
+        if self._tokens_needed is None:
+            return error
+        return UserError(error.problems, f"{self._how_to_fetch(self._num_shards_unseen())}\n{error.fix}")
+
+    def _num_shards_unseen(self) -> int:
+        """About how many files a training takes, where their list may not be here."""
+        if hasattr(self, "manifest"):
+            return max(self.num_shards_for(self._tokens_needed), 1)
+        if self._settings.num_shards is not None:
+            return self._settings.num_shards
+        published = known_set(self._repo)
+        if published is None or self._tokens_needed is None:
+            return 8
+        tokens = itertools.repeat(published.shard_bytes / BYTES_PER_TOKEN, published.num_shards)
+        return shards_for(self._tokens_needed, self._crops, tokens)
 
     def _how_to_fetch(self, num_shards: int | None = None) -> str:
         if self._chosen:  # as many from the first as have them all
             wanted = [number for number, file in enumerate(self._all_train_files, 1) if file in self.train_files]
             num_shards = max(wanted, default=len(self._chosen.train))
         num_shards = num_shards or self._settings.num_shards or self.num_shards_for(None) or 1
-        return f"Fetch it: nanochat-pl download {self._keys()} num_shards={num_shards}"
+        command = f"nanochat-pl download {self._keys()} num_shards={num_shards}"
+        if self._settings.download:
+            also = f"{self._key}.download=false keeps to what is here. "
+            return f"{also}Fetch it where there is a network: {command}"
+        also = f"{self._key}.download=true fetches it while the training runs. " if self._tokens_needed else ""
+        return f"{also}Fetch it: {command}"
 
     def _keys(self) -> str:
         """The keys of a command that mean these files."""

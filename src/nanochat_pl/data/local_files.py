@@ -9,16 +9,23 @@ from __future__ import annotations
 import glob
 import hashlib
 import os
+import threading
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
+from nanochat_pl.common.console import progress
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.data.cache_folder import fingerprint_of, known_sha256
-from nanochat_pl.data.file_formats import SUFFIXES, check_file, documents_of, format_of, reading
+from nanochat_pl.data.file_formats import SUFFIXES, check_file, documents_of, format_of, parquet_facts, reading
 from nanochat_pl.data.sources import Shard, SourceSettings, Split, place_by_hash
+from nanochat_pl.planning.text import COMPRESSED_SHARE
 
 _NOTHING = hashlib.sha256().hexdigest()
+_FILES_AT_A_TIME = 8  # that are hashed: a fast disk gives more than one core can take
+_MB = 10**6
 _RULE = 2  # part of every fingerprint: how files become documents and documents become splits
 
 
@@ -44,8 +51,11 @@ class LocalFiles:
         self._train_files = self._val_files = find_files(f"{key}.path", settings.path)
         if settings.validation_path is not None:
             self._val_files = find_files(f"{key}.validation_path", settings.validation_path)
-        paths = dict.fromkeys([*self._train_files.values(), *self._val_files.values()])
-        self._num_empty = sum(not check_file(path, settings.text_column) for path in paths)
+        self._paths = list(dict.fromkeys([*self._train_files.values(), *self._val_files.values()]))
+        with ThreadPoolExecutor(_FILES_AT_A_TIME) as threads:
+            self._num_empty = sum(
+                not there for there in threads.map(lambda path: check_file(path, settings.text_column), self._paths)
+            )
         if settings.validation_path is not None:
             self._refuse_shared_files(key)
         self._held_out = None if settings.validation_path is not None else self._share_held_out()
@@ -56,7 +66,7 @@ class LocalFiles:
 
     def describe(self) -> str:
         """One line for people: the files, what is held out, and the hash of their documents."""
-        files = len({*self._train_files.values(), *self._val_files.values()})
+        files = len(self._paths)
         held_out = f"; {self._held_out:.2%} of the documents are held out" if self._held_out is not None else ""
         copies = copies_of_files((shard.contents, shard.name) for shard in self.shards("train"))
         empty = f", {self._num_empty:,} of them empty" if self._num_empty else ""
@@ -81,7 +91,7 @@ class LocalFiles:
             problem,
             "Run the same command again.",
         )
-        return documents.as_shard(name, sha256)
+        return replace(documents.as_shard(name, sha256), text_bytes=self._known[path][1])
 
     def _refuse_shared_files(self, key: str) -> None:
         """Two keys that give the same text: paths that lead to one file, and copies under other names."""
@@ -99,8 +109,33 @@ class LocalFiles:
         return share_held_out(list(self._train_files.values()), self._settings)
 
     def _sha256(self, path: Path) -> str:
-        with reading(path):
-            return known_sha256(path, self._memo(path))
+        return self._known[path][0]
+
+    @cached_property
+    def _known(self) -> dict[Path, tuple[str, float]]:
+        """Hash and about the bytes of text of each file; several at a time are read, but for those that are as they
+        were when their hash was remembered."""
+        sizes = {path: path.stat().st_size for path in self._paths if path.exists()}
+        lock, done = threading.Lock(), 0
+
+        def look_at(path: Path) -> tuple[str, float]:
+            nonlocal done
+            with reading(path):
+                sha256 = known_sha256(path, self._memo(path))
+            with lock:
+                before, done = done, done + sizes.get(path, 0)
+                advance(done // _MB - before // _MB)
+            return sha256, text_bytes(path, self._settings.text_column)
+
+        with (
+            progress(f"hashing {self._settings.path}", sum(sizes.values()) // _MB, "MB") as advance,
+            ThreadPoolExecutor(_FILES_AT_A_TIME) as threads,
+        ):
+            try:
+                return dict(zip(self._paths, threads.map(look_at, self._paths), strict=True))
+            except BaseException:
+                threads.shutdown(wait=False, cancel_futures=True)
+                raise
 
     def _memo(self, path: Path) -> Path:
         return self._memo_dir / f"{fingerprint_of(str(path.resolve()))[:32]}.json"
@@ -172,6 +207,19 @@ def share_held_out(paths: Sequence[Path], settings: SourceSettings) -> float:
             if lowest <= settings.validation_fraction:
                 return settings.validation_fraction
     return lowest
+
+
+def text_bytes(path: Path, text_column: str) -> float:
+    """About how many bytes of text a file has: of a table what its column has, of compressed lines by the usual share.
+
+    Raises:
+        UserError: it cannot be read, or lacks the column.
+    """
+    check_file(path, text_column)
+    if format_of(path) == ".parquet":
+        return parquet_facts(path)[2][text_column]
+    with reading(path):
+        return path.stat().st_size / (COMPRESSED_SHARE if path.suffix in (".gz", ".zst") else 1)
 
 
 def find_files(key: str, given: str, suffixes: Sequence[str] = SUFFIXES) -> dict[str, Path]:

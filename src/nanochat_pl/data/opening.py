@@ -22,10 +22,12 @@ def open_source(
     tokens_needed: int | None = None,
     chosen: Mapping[str, ChosenFiles] | None = None,
 ) -> Source:
-    """Open the source that the settings name. Of a hub's data set that is what has been downloaded of it.
+    """Open the source that the settings name. Of a hub's data set that is what has been downloaded of it; with
+    ``data.download=true`` it is what the plan takes, and what is missing is fetched when it is read.
 
     Args:
-        settings: the config group ``data``; the network is used with ``data.download=true`` only.
+        settings: the config group ``data``, of data=auto what it comes to; the network is used with
+            ``data.download=true`` only.
         cache_dir: where a source may keep what it makes or has found out (``paths.cache``).
         tokens_needed: tokens that the plan trains on. Where what is here falls short of them, it is said, with the
             command that fetches the rest.
@@ -77,16 +79,21 @@ def _open_one(
     tokens_needed: int | None,
     chosen: Mapping[str, ChosenFiles],
 ) -> Source:
+    assert settings.name != "auto", "choose_data says what it comes to"
     if settings.name == "python_docs":
         return open_python_docs(cache_dir)
     if settings.name == "local":
         return LocalFiles(settings, cache_dir, key)
-    source = HubFiles(settings, cache_dir, ask_hub=settings.download, chosen=chosen.get(key))
-    num_shards = 0
-    # What the first ones hold tells better how many are wanted.
-    while settings.download and (wanted := max(source.num_shards_for(tokens_needed), 1)) > num_shards:
-        num_shards = wanted
-        source.fetch(num_shards)
+    source = HubFiles(
+        settings,
+        cache_dir,
+        ask_hub=bool(settings.download),
+        chosen=chosen.get(key),
+        key=key,
+        tokens_needed=tokens_needed,
+    )
+    if settings.download:
+        source.fetch_on_demand(tokens_needed)
     for line in source.shortfall(tokens_needed):
         say(line)
     return source

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Literal, Protocol
 
@@ -19,6 +19,8 @@ from nanochat_pl.common.settings import setting
 Split = Literal["train", "val"]
 SPLITS: tuple[Split, Split] = ("train", "val")
 MAX_BAD_FRACTION = 0.01
+# More than this is not tokenised as a whole before the training begins, nor held out as a whole: bytes of text.
+MOST_TEXT_AT_ONCE = 20e9
 MIN_SHARE = 1e-5
 # Figures of the log have these names: train/loss_smoothed, train/tokens_per_second, val/bpb_stderr.
 _NAMES_OF_FIGURES = ("smoothed", "per_second", "stderr")
@@ -43,7 +45,11 @@ class SourceSettings:
     num_shards: int | None = setting(
         None, "Training files of data.repo, from the first; null: all that are here.", at_least=1
     )
-    download: bool = setting(False, "Fetch what is missing of data.repo when the training starts.")
+    download: bool | None = setting(
+        None,
+        "Fetch what is missing of data.repo while the training runs, which begins when the first file is here; "
+        "null: with data=auto.",
+    )
     text_column: str = setting("text", "Column of parquet files, key of JSON lines, that holds the text.")
     txt_document_chars: int = setting(
         8_000, "A txt file is cut at blank lines into documents of at most this many characters.", at_least=1
@@ -63,8 +69,9 @@ class SourceSettings:
     shuffle: Literal["global", "shards", "none"] = setting(
         "global",
         "Order of the documents. global: all of them in a seeded order of its own for each epoch, which needs all of "
-        "them tokenised first; shards: shard after shard, those of each in a seeded order, so the training begins with "
-        "the first ones while the others are tokenised; none: the order of the source, from the first ones too.",
+        "them tokenised first (of more than 20 GB of text it is as shards); shards: shard after shard, those of each "
+        "in a seeded order, so the training begins with the first ones while the others are tokenised; none: the order "
+        "of the source, from the first ones too.",
     )
     pack_buffer_documents: int = setting(1_000, "Documents among which the packer finds the best fit.", at_least=1)
     pack_refill_documents: int = setting(128, "Documents that are added to that buffer at a time.", at_least=1)
@@ -80,7 +87,8 @@ class SourceSettings:
         for key, fits, source in (
             ("path", self.name == "local", "local"),
             ("validation_path", self.name == "local", "local"),
-            *((key, self.is_on_hub, "hub") for key in ("repo", "revision", "files", "num_shards", "download")),
+            *((key, self.is_on_hub, "hub") for key in ("repo", "revision", "files")),
+            *((key, self.is_on_hub or self.name == "auto", "hub") for key in ("num_shards", "download")),
         ):
             value = getattr(self, key)
             if not fits and value not in (None, False):
@@ -93,7 +101,7 @@ class SourceSettings:
     @property
     def is_on_hub(self) -> bool:
         """Whether the documents are those of ``repo``."""
-        return self.name not in ("python_docs", "local", "mixture")
+        return self.name not in ("auto", "python_docs", "local", "mixture")
 
     def _said(self, name: str) -> str:
         """How a person chooses a source."""
@@ -117,10 +125,10 @@ class WeightedSource(SourceSettings):
 class DataSettings(SourceSettings):
     """Where the text comes from, what is held out, and how rows are packed."""
 
-    name: Literal["python_docs", "local", "hub", "climbmix", "fineweb_edu", "mixture"] = setting(  # type: ignore[assignment]
+    name: Literal["auto", "python_docs", "local", "hub", "climbmix", "fineweb_edu", "mixture"] = setting(  # type: ignore[assignment]
         "python_docs",
-        "python_docs: docstrings found on this machine; local: files under data.path; hub: the data set data.repo; "
-        "mixture: several of these, data.sources.",
+        "auto: python_docs where it is text enough for the plan, else climbmix; python_docs: docstrings found on this "
+        "machine; local: files under data.path; hub: the data set data.repo; mixture: several of these, data.sources.",
     )
     sources: dict[str, WeightedSource | None] = setting(
         factory=dict,
@@ -153,12 +161,14 @@ class DataSettings(SourceSettings):
 
     def without_download(self) -> DataSettings:
         """The same, and nothing is fetched."""
-        parts = ((name, replace(part, download=False)) for name, part in self.parts.items())
-        return replace(self, download=False, sources=dict(parts))
+        parts = {name: replace(part, download=False) if part.download else part for name, part in self.parts.items()}
+        download = False if self.name == "auto" or self.download else self.download
+        return replace(self, download=download, sources=dict(parts))
 
     def _problems_of_own_keys(self) -> Iterator[str]:
         for field in fields(SourceSettings):
-            if field.name != "name" and (value := getattr(self, field.name)) != field.default:
+            value = getattr(self, field.name)
+            if field.name != "name" and value != field.default and value is not False:  # nothing is fetched anyway
                 yield (
                     f"{field.name}={value!r}: has no meaning for data=mixture; each of its sources has its own: "
                     f"data.sources.NAME.{field.name}=…"
@@ -188,6 +198,11 @@ class DataSettings(SourceSettings):
         return f"data.{key}"
 
 
+def is_much(shards: Sequence[Shard]) -> bool:
+    """Whether these shards hold more text than is worked through before a training begins."""
+    return sum(shard.text_bytes or 0 for shard in shards) > MOST_TEXT_AT_ONCE
+
+
 def place_by_hash(content: bytes) -> float:
     """A number in [0, 1) that depends on the content alone, evenly spread over contents: low ones are held out."""
     return int.from_bytes(hashlib.sha256(content).digest()[:6], "big") / 2**48
@@ -204,6 +219,8 @@ class Shard:
         contents: a hash of all that its documents are chosen from. Shards with the same one share text, whichever
             split they belong to and by whatever rule; of nothing at all it is "".
         read: gives the documents from the first; every call the same ones. Blank ones are "", and keep their place.
+        fetch: has what is read on the disk; called ahead, so that nobody waits for it. Reading fetches it too.
+        text_bytes: about how many bytes of text it was chosen from; None: not known, and not many.
     """
 
     name: str
@@ -211,6 +228,8 @@ class Shard:
     fingerprint: str
     contents: str
     read: Callable[[], Iterator[str]]
+    fetch: Callable[[], object] | None = None
+    text_bytes: float | None = None
 
     def documents(self) -> Iterator[str]:
         """The shard's documents, in order."""

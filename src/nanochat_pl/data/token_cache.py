@@ -27,7 +27,8 @@ import numpy as np
 
 from nanochat_pl.common.files import ensure_folder
 from nanochat_pl.data.cache_folder import building, fingerprint_of, read_cache, write_cache
-from nanochat_pl.data.sources import Shard, Source, Split, too_little_text
+from nanochat_pl.data.on_demand import fetched_ahead
+from nanochat_pl.data.sources import Shard, Source, Split, is_much, too_little_text
 from nanochat_pl.data.tokenising import Encoder, in_order
 from nanochat_pl.tokenizer import Tokenizer
 
@@ -225,8 +226,13 @@ def tokenised(
                     write_shard(to_build.cached.folder, to_build.key, documents, to_build.cached.dtype, {})
         return to_build.cached
 
+    def fetch(to_build: ShardToBuild) -> None:
+        if to_build.shard.fetch is not None and not to_build.is_there():
+            to_build.shard.fetch()
+
     dtype = token_dtype(tokenizer.vocab_size)
-    return in_order(shards, build, tokenizer.encode_array, dtype, num_threads or os.cpu_count() or 1)
+    coming = fetched_ahead(shards, fetch) if any(each.shard.fetch for each in shards) else shards
+    return in_order(coming, build, tokenizer.encode_array, dtype, num_threads or os.cpu_count() or 1)
 
 
 def build_token_cache(
@@ -236,6 +242,7 @@ def build_token_cache(
     cache_dir: Path,
     progress: Progress | None = None,
     num_threads: int | None = None,
+    enough_tokens: int | None = None,
 ) -> TokenCache:
     """Tokenise a split, or find it tokenised.
 
@@ -245,20 +252,26 @@ def build_token_cache(
         cache_dir: the cache of all runs (``paths.cache``).
         progress: called with the shards done, the shards in all, and the tokens so far.
         num_threads: that encode; None: as many as there are cores.
+        enough_tokens: of a split of very much text (see :func:`~nanochat_pl.data.sources.is_much`) the first shards
+            that hold so many, and no more; None: all of it.
 
     Raises:
         UserError: the split has no text, or what the source says of a file. Shards that are done stay done.
     """
-    cache, to_build = token_cache_to_build(source.shards(split), tokenizer, cache_dir)
-    num_tokens = 0
+    listed = source.shards(split)
+    cache, to_build = token_cache_to_build(listed, tokenizer, cache_dir)
+    enough = enough_tokens if is_much(listed) else None
+    num_tokens, done = 0, 0
     with closing(tokenised(to_build, tokenizer, num_threads)) as shards:
         for done, shard in enumerate(shards, 1):
             num_tokens += shard.num_tokens
             if progress is not None:
                 progress(done, len(to_build), num_tokens)
+            if enough is not None and num_tokens >= enough:
+                break
     if num_tokens == 0:
         raise too_little_text(source, split)
-    return cache
+    return cache if done == len(listed) else token_cache_to_build(listed[:done], tokenizer, cache_dir)[0]
 
 
 Encoded = Iterator[tuple[Sequence[int] | np.ndarray, Sequence[int] | None]]  # the ids of a document, and its mask

@@ -83,16 +83,19 @@ def check_horizon(plan: Plan, tokens_at_hand: int | None, estimated_seconds: flo
         )
         steps_that_fit.append(int(num_steps * MAX_CPU_SECONDS / estimated_seconds))
     if problems:
-        raise UserError(problems, fix=_fix(min(steps_that_fit), batch_tokens))
+        only_epochs = estimated_seconds is None or estimated_seconds <= MAX_CPU_SECONDS
+        raise UserError(problems, fix=_fix(min(steps_that_fit), batch_tokens, only_epochs))
 
 
-def _fix(steps: int, batch_tokens: int) -> str:
+def _fix(steps: int, batch_tokens: int, more_data_helps: bool) -> str:
+    """The keys that set another length. More data makes fewer epochs of the same steps, and no step faster."""
+    or_more_data = " or more data" if more_data_helps else ""
     if steps < 1:
         return (
             f"Even one step is too much: set total_batch_tokens below {batch_tokens}, and max_steps,"
-            " or take a smaller model.depth or more data."
+            f" or take a smaller model.depth{or_more_data}."
         )
     return (
         f"Set the length yourself: max_steps={steps} fits; flops_budget=… and tokens_per_parameter=… are other ways,"
-        " total_batch_tokens=… makes steps smaller. A smaller model.depth or more data also does it."
+        f" total_batch_tokens=… makes steps smaller. A smaller model.depth{or_more_data} also does it."
     )

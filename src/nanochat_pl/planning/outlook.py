@@ -6,6 +6,7 @@ of text that nobody has counted.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 
 from nanochat_pl.model.accounting import DTYPE_BYTES, count_parameters, kv_cache_bytes, weight_bytes
@@ -15,12 +16,11 @@ from nanochat_pl.planning.horizon import ASSUMED_FLOPS_PER_CORE, estimate_cpu_se
 from nanochat_pl.planning.memory import MARGIN, MemoryKnobs, StepMemory, largest_device_batch_size, step_memory
 from nanochat_pl.planning.plan import Plan, show
 from nanochat_pl.planning.rows import RowOptions
+from nanochat_pl.planning.text import CROPPED_SHARE, epochs_of, shards_for, token_cache_bytes, tokens_taken
 
 # Share of the peak that a GPU is taken to reach where nobody says: what well-tuned training of such models in bfloat16
 # reaches. Small models stay below it.
 ASSUMED_MFU = 0.4
-# Of the recipe's packing with crop at 2,048 positions.
-CROPPED_SHARE = 0.35
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,8 @@ class TextFacts:
         num_shards: training shards that there are.
         tokens_at_hand: about how many tokens lie on this machine.
         crops: whether the packer drops the rest of documents that do not fit.
+        streamed: whether it is tokenised while the training runs, as far as it is read, and not all of it before.
+        fetched: whether what is missing of it is fetched; then ``tokens_at_hand`` are those of all shards.
     """
 
     name: str
@@ -42,6 +44,8 @@ class TextFacts:
     num_shards: int | None = None
     tokens_at_hand: int | None = None
     crops: bool = False
+    streamed: bool = False
+    fetched: bool = False
 
 
 def add_step_memory(plan: Plan, config: GPTConfig, options: RowOptions) -> StepMemory:
@@ -159,17 +163,27 @@ def _embedding_bytes(config: GPTConfig, parameters: dict[str, int]) -> int:
 def add_text(plan: Plan, text: TextFacts) -> None:
     """Add the section on data: the text that the horizon takes, shards, and epochs over what is at hand."""
     plan.section = "Data"
-    kept = 1 - CROPPED_SHARE if text.crops else 1.0
-    formula = f"total_tokens * {text.bytes_per_token:g} bytes a token"
-    formula += f" / {kept:g}, as data.long_documents=crop drops the rest" if text.crops else ""
-    needed = plan.derive("text_bytes", plan["total_tokens"] * text.bytes_per_token / kept, formula, ("total_tokens",))
+    tokens, kept = plan["total_tokens"], 1 - CROPPED_SHARE if text.crops else 1.0
+    dropped = f" / {kept:g}, as data.long_documents=crop drops the rest" if text.crops else ""
+    formula = f"total_tokens * {text.bytes_per_token:g} bytes a token{dropped}"
+    taken = tokens_taken(tokens, text.crops)
+    plan.derive("text_bytes", taken * text.bytes_per_token, formula, ("total_tokens",))
     if text.shard_bytes is not None:
-        formula = f"text_bytes / {text.shard_bytes / 1e6:g} million, rounded up; {text.name} has {text.num_shards:,}"
-        plan.derive("shards_needed", -int(-needed // text.shard_bytes), formula, ("text_bytes",))
+        files = itertools.repeat(text.shard_bytes / text.bytes_per_token, text.num_shards or 0)
+        formula = f"text_bytes / {text.shard_bytes / 1e6:,.4g} million, rounded up; {text.name} has {text.num_shards:,}"
+        plan.derive("shards_needed", shards_for(tokens, text.crops, files), formula, ("text_bytes",))
     how = "about, on this machine" if text.tokens_at_hand is not None else "not known before it has been read once"
+    how = "about, with what is fetched while the training runs" if text.fetched else how
     plan.derive("tokens_at_hand", text.tokens_at_hand, f"{text.name}: {how}")
-    epochs = None if text.tokens_at_hand is None else plan["total_tokens"] / kept / max(text.tokens_at_hand, 1)
-    plan.derive("epochs", epochs, "total_tokens / tokens_at_hand", ("total_tokens", "tokens_at_hand"))
+    epochs = None if text.tokens_at_hand is None else epochs_of(tokens, text.tokens_at_hand, text.crops)
+    formula = f"total_tokens{dropped.partition(',')[0]} / tokens_at_hand"
+    plan.derive("epochs", epochs, formula, ("total_tokens", "tokens_at_hand"))
+    tokenised = taken if text.tokens_at_hand is None else text.tokens_at_hand
+    if text.streamed:
+        tokenised = min(taken, tokenised)
+    size = token_cache_bytes(tokenised, plan["vocab_size"], plan["sequence_len"])
+    what = "those that are read" if text.streamed or text.tokens_at_hand is None else "all at hand"
+    plan.derive("token_cache_bytes", size, f"in paths.cache: {what}, as ids, and the index of their rows")
 
 
 def device_remarks(plan: Plan, memory: StepMemory, device: Device) -> list[str]:

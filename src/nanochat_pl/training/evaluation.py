@@ -125,7 +125,7 @@ def _figures(result: BitsPerByteResult, loss: float) -> dict[str, float]:
 
 def open_validation(
     source: Source,
-    tokenise: Callable[[Source], TokenCache],
+    tokenise: Callable[[Source, int], TokenCache],
     tokenizer: Tokenizer,
     cache: Path,
     *,
@@ -137,18 +137,22 @@ def open_validation(
 
     Args:
         source: one or a mixture.
-        tokenise: gives the tokens of the held-out text of one.
+        tokenise: gives the tokens of the held-out text of one: of very much of it the first shards that hold so many.
         tokenizer, cache: that it uses.
         sequence_len: T.
         num_rows: at most; fewer where the text ends before.
         device_batch_size: rows in memory at once.
     """
     if not isinstance(source, MixedSource):
-        rows = validation_rows(tokenise(source), sequence_len, tokenizer.bos_id, cache, num_rows)
+        rows = validation_rows(
+            tokenise(source, num_rows * (sequence_len + 1)), sequence_len, tokenizer.bos_id, cache, num_rows
+        )
         return Validation(rows, len(rows), tokenizer, device_batch_size)
     parts = {}
     for (name, part), count in zip(source.parts.items(), source.turns.counts(num_rows), strict=True):
-        rows = validation_rows(tokenise(part), sequence_len, tokenizer.bos_id, cache, max(count, 1))
+        count = max(count, 1)
+        tokens = tokenise(part, count * (sequence_len + 1))
+        rows = validation_rows(tokens, sequence_len, tokenizer.bos_id, cache, count)
         parts[name] = Validation(rows, len(rows), tokenizer, device_batch_size)
     return MixedValidation(parts, source.turns.shares)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,12 @@ from nanochat_pl.common import distributed
 from nanochat_pl.common.console import by_difference, progress, say
 from nanochat_pl.common.place import launched_place
 from nanochat_pl.common.run_folder import StageFolder
+from nanochat_pl.data.cache_room import bytes_to_make, require_cache_room
 from nanochat_pl.data.mixed_rows import MixedRows
 from nanochat_pl.data.mixed_source import MixedSource
 from nanochat_pl.data.opening import open_source, read_chosen, write_chosen
 from nanochat_pl.data.rows import Rows, packed_rows, streamed_rows
-from nanochat_pl.data.sources import Source, SourceSettings, Split
+from nanochat_pl.data.sources import MOST_TEXT_AT_ONCE, Source, SourceSettings, Split, is_much
 from nanochat_pl.data.streamed_index import StreamedIndex
 from nanochat_pl.data.token_cache import CachedShard, TokenCache, build_token_cache
 from nanochat_pl.model.config import GPTConfig, resolve_model
@@ -79,16 +80,19 @@ def prepare_base(
     model = resolve_model(config.model, config.tokenizer.vocab_size, machine.compute_dtype)
     num_files = config.trainer.keep_last + config.trainer.keep_best
     require_room(model, machine.device, folder.path, num_files, memory_knobs(config))
+    num_tokens = first_plan["num_steps"] * first_plan["total_batch_tokens"]
     source = open_source(
         config.data,
         cache,
-        first_plan["num_steps"] * first_plan["total_batch_tokens"],
-        read_chosen(folder.chosen_files) if goes_on else None,
+        num_tokens,
+        # Another process than the main one comes after it, when more may be here.
+        read_chosen(folder.chosen_files) if goes_on or not distributed.is_main() else None,
     )
     if not goes_on and distributed.is_main():
         write_chosen(folder.chosen_files, source)
     say(source.describe())
     tokenizer = tokenizer_for(config, folder, source)
+    _require_cache_room(config, source, tokenizer, cache, num_tokens, first_plan["sequence_len"])
     parts = _parts(config, source, tokenizer, cache)
     # How much has been tokenised by now must have no say in the plan, so what is streamed has none.
     known = [part.tokens.num_tokens for part in parts.values() if part.tokens is not None]
@@ -106,7 +110,7 @@ def prepare_base(
         rows = _rows_of(parts[""], tokenizer, cache, plan["sequence_len"], num_rows)
     validation = open_validation(
         source,
-        lambda part: _tokenise(part, "val", tokenizer, cache),
+        lambda part, enough: _tokenise(part, "val", tokenizer, cache, enough),
         tokenizer,
         cache,
         sequence_len=plan["sequence_len"],
@@ -138,11 +142,38 @@ class _Part:
     tokens: TokenCache | None
 
 
+def _require_cache_room(
+    config: TrainConfig, source: Source, tokenizer: Tokenizer, cache: Path, num_tokens: int, sequence_len: int
+) -> None:
+    sources = source.parts if isinstance(source, MixedSource) else {"": source}
+    shares = source.turns.shares if isinstance(source, MixedSource) else [1.0]
+    require_cache_room(
+        cache,
+        sum(
+            bytes_to_make(
+                part,
+                config.data.parts[name] if name else config.data,
+                tokenizer,
+                cache,
+                num_tokens=num_tokens * share,
+                sequence_len=sequence_len,
+            )
+            for (name, part), share in zip(sources.items(), shares, strict=True)
+        ),
+    )
+
+
 def _parts(config: TrainConfig, source: Source, tokenizer: Tokenizer, cache: Path) -> dict[str, _Part]:
     sources = source.parts if isinstance(source, MixedSource) else {"": source}
     parts = {}
     for name, part in sources.items():
         settings: SourceSettings = config.data.parts[name] if name else config.data
+        if settings.shuffle == "global" and is_much(part.shards("train")):
+            say(
+                f"{part.name}: more than {MOST_TEXT_AT_ONCE / 1e9:g} GB of text, so its order is that of"
+                " data.shuffle=shards: the training begins when the first files are tokenised."
+            )
+            settings = replace(settings, shuffle="shards")
         tokens = _tokenise(part, "train", tokenizer, cache) if settings.shuffle == "global" else None
         parts[name] = _Part(part, settings, tokens)
     return parts
@@ -225,10 +256,19 @@ def options_of_rows(config: TrainConfig, machine: Machine) -> RowOptions:
     return row_options(config, device, distributed.world_size(), machine.compile)
 
 
-def _tokenise(source: Source, split: Split, tokenizer: Tokenizer, cache: Path) -> TokenCache:
+def _tokenise(
+    source: Source, split: Split, tokenizer: Tokenizer, cache: Path, enough_tokens: int | None = None
+) -> TokenCache:
     with progress(f"tokenising {source.name}, {split}", len(source.shards(split)), "shards") as advance:
         report = by_difference(advance)
-        tokens = build_token_cache(source, split, tokenizer, cache, lambda done, total, tokens: report(done, total))
+        tokens = build_token_cache(
+            source,
+            split,
+            tokenizer,
+            cache,
+            lambda done, total, tokens: report(done, total),
+            enough_tokens=enough_tokens,
+        )
     _announce_empty(f"{source.name}, {split}", tokens.shards)
     return tokens
 

@@ -22,7 +22,6 @@ from nanochat_pl.common.run_folder import StageFolder
 from nanochat_pl.common.settings import to_plain
 from nanochat_pl.data.cache_folder import fingerprint_of
 from nanochat_pl.data.mixed_rows import MixedRows
-from nanochat_pl.data.opening import open_source
 from nanochat_pl.model.gpt import GPT
 from nanochat_pl.model.loss import default_chunk_tokens
 from nanochat_pl.planning import Plan, hyperparameters
@@ -38,6 +37,7 @@ from nanochat_pl.training.prepare import Prepared, announce_streamed, prepare_ba
 from nanochat_pl.training.prepare_sft import prepare_sft
 from nanochat_pl.training.resume import newest_resume_file
 from nanochat_pl.training.settings import TrainConfig
+from nanochat_pl.training.source import open_for_tokenizer, with_chosen_data
 from nanochat_pl.training.stages import BaseStage, SFTStage, StageRecipe, TrainingStage
 from nanochat_pl.training.stopping import GracefulStop
 from nanochat_pl.training.tokenizer_stage import train_tokenizer_stage
@@ -64,8 +64,10 @@ def train_stage(
         UserError: what a person can put right.
         StopRequested: a signal ended it; the same command goes on.
     """
+    resume_from = newest_resume_file(folder.checkpoints)
+    config = with_chosen_data(config, folder, cache, goes_on=resume_from is not None)
     if config.stage.name == "tokenizer":
-        together.by_main(lambda: train_tokenizer_stage(config, folder, open_source(config.data, cache)))
+        together.by_main(lambda: train_tokenizer_stage(config, folder, open_for_tokenizer(config, cache)))
         return
     machine = together.agreed(lambda: prepare_machine(config))
     require_own_gpus(machine.device)
@@ -73,7 +75,6 @@ def train_stage(
     same_machines = "Set trainer.accelerator, model.compute_dtype and trainer.compile to what all machines have."
     together.require_same(kind, lambda mains: f"would train on {kind}, the main process on {mains}.", same_machines)
     prepare = {"base": prepare_base, "mid": prepare_sft, "sft": prepare_sft}[config.stage.name]
-    resume_from = newest_resume_file(folder.checkpoints)
     prepared = together.main_first(lambda: prepare(config, folder, cache, machine, resume_from is not None))
     rows = str(prepared.plan["device_batch_size"])
     smaller = "Set device_batch_size to what fits into the memory of all machines."

@@ -13,6 +13,7 @@ from nanochat_pl.common.console import print_table, say
 from nanochat_pl.common.files import write_json
 from nanochat_pl.common.run_folder import StageFolder
 from nanochat_pl.common.settings import to_plain
+from nanochat_pl.data.hub_errors import library_heard
 from nanochat_pl.data.mixed_source import MixedSource
 from nanochat_pl.data.sources import Source, too_little_text
 from nanochat_pl.tokenizer import Tokenizer, train_tokenizer
@@ -44,7 +45,8 @@ def train_tokenizer_stage(config: TrainConfig, folder: StageFolder, source: Sour
     else:
         documents = (text for shard in source.shards("train") for text in shard.documents())
         texts = {"held-out text": _held_out(source)}
-    tokenizer = train_tokenizer(documents, config.tokenizer)
+    with library_heard():  # files of a hub may be fetched when they are read
+        tokenizer = train_tokenizer(documents, config.tokenizer)
     comparison = compare_tokenizers(tokenizer, texts)
     _print_comparison(comparison)
     info = StageInfo(
