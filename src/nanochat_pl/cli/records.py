@@ -33,7 +33,7 @@ from nanochat_pl.training import changes
 from nanochat_pl.training.settings import TrainConfig
 
 # What says how a command is run, and nothing of the training.
-_OF_THE_COMMAND = {"run", "resume", "resume_with_changes", "check_only"}
+_OF_THE_COMMAND = {"run", "resume", "resume_with_changes", "check_only", "yes"}
 # Keys, or groups of keys, that have no say in what is learnt: they may differ when a stage goes on.
 NO_SAY = {"trainer", "evaluation", "paths", "logger", "callbacks", "device_batch_size"} | _OF_THE_COMMAND
 _HAVE_A_SAY = {field.name for field in dataclasses.fields(TrainConfig)} - NO_SAY

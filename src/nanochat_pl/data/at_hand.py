@@ -1,4 +1,4 @@
-"""How much text lies on this machine, without reading, building or downloading any."""
+"""How much text lies on this machine, without tokenising or downloading any."""
 
 from __future__ import annotations
 
@@ -7,39 +7,49 @@ from pathlib import Path
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.data.hub_files import HubFiles
 from nanochat_pl.data.local_files import find_files, text_bytes
-from nanochat_pl.data.python_docs import PythonDocs, built_python_docs
+from nanochat_pl.data.python_docs import PythonDocs, built_python_docs, open_python_docs
 from nanochat_pl.data.sources import DataSettings, SourceSettings
 from nanochat_pl.planning.outlook import TextFacts
-from nanochat_pl.planning.text import BYTES_PER_TOKEN, known_set
+from nanochat_pl.planning.text import BYTES_PER_TOKEN, bytes_per_token, known_set
 
 
-def tokens_at_hand(settings: DataSettings, cache_dir: Path) -> int | None:
+def tokens_at_hand(
+    settings: DataSettings, cache_dir: Path, vocab_size: int = 2**15, build: bool = False
+) -> int | None:
     """About how many tokens there are to train on, of a mixture those of all sources; None where that is not known.
 
     Args:
         settings: the config group ``data``.
-        cache_dir: ``paths.cache``; nothing is written there.
+        cache_dir: ``paths.cache``.
+        vocab_size: of the tokenizer.
+        build: make the corpus of docstrings where it is missing; else nothing is written.
 
     Raises:
         UserError: data.path names no file, or one that cannot be read.
     """
     if settings.name == "mixture":
-        known = tokens_by_source(settings, cache_dir).values()
+        known = tokens_by_source(settings, cache_dir, vocab_size, build).values()
         return None if None in known else sum(filter(None, known))
-    return _tokens_of("data", settings, cache_dir)
+    return _in_tokens(_bytes_of("data", settings, cache_dir, build), vocab_size)
 
 
-def tokens_by_source(settings: DataSettings, cache_dir: Path) -> dict[str, int | None]:
+def tokens_by_source(
+    settings: DataSettings, cache_dir: Path, vocab_size: int = 2**15, build: bool = False
+) -> dict[str, int | None]:
     """As :func:`tokens_at_hand`, of each source of a mixture."""
-    return {name: _tokens_of(f"data.sources.{name}", part, cache_dir) for name, part in settings.parts.items()}
+    return {
+        name: _in_tokens(_bytes_of(f"data.sources.{name}", part, cache_dir, build), vocab_size)
+        for name, part in settings.parts.items()
+    }
 
 
-def text_facts(settings: DataSettings, cache_dir: Path) -> TextFacts:
+def text_facts(settings: DataSettings, cache_dir: Path, vocab_size: int = 2**15) -> TextFacts:
     """What a plan can know of the text. Of several sources, those of a mixture, no files are counted.
 
     Args:
         settings: the config group ``data``; of data=auto what it comes to.
         cache_dir: ``paths.cache``; nothing is written there.
+        vocab_size: of the tokenizer.
 
     Raises:
         UserError: as :func:`tokens_at_hand`.
@@ -49,10 +59,10 @@ def text_facts(settings: DataSettings, cache_dir: Path) -> TextFacts:
         num_shards, shard_bytes = files
     return TextFacts(
         name=f"data={settings.name}",
-        bytes_per_token=BYTES_PER_TOKEN,
+        bytes_per_token=bytes_per_token(vocab_size),
         shard_bytes=shard_bytes,
         num_shards=num_shards,
-        tokens_at_hand=tokens_at_hand(settings, cache_dir),
+        tokens_at_hand=tokens_at_hand(settings, cache_dir, vocab_size),
         crops=settings.long_documents == "crop",
         streamed=settings.shuffle != "global",
         fetched=bool(settings.download),
@@ -64,20 +74,24 @@ def tokens_of_docstrings(corpus: PythonDocs) -> int:
     return int(corpus.manifest["splits"]["train"]["bytes"] / BYTES_PER_TOKEN)
 
 
-def _tokens_of(key: str, settings: SourceSettings, cache_dir: Path) -> int | None:
+def _in_tokens(num_bytes: float | None, vocab_size: int) -> int | None:
+    return None if num_bytes is None else int(num_bytes / bytes_per_token(vocab_size))
+
+
+def _bytes_of(key: str, settings: SourceSettings, cache_dir: Path, build: bool) -> float | None:
+    """About how many bytes of text a source has to train on."""
     if settings.name == "python_docs":
-        corpus = built_python_docs(cache_dir)
-        return None if corpus is None else tokens_of_docstrings(corpus)
+        corpus = open_python_docs(cache_dir) if build else built_python_docs(cache_dir)
+        return None if corpus is None else corpus.manifest["splits"]["train"]["bytes"]
     if settings.name == "local":
         held_out = 0.0 if settings.validation_path is not None else settings.validation_fraction
         files = find_files(f"{key}.path", str(settings.path)).values()
-        num_bytes = sum(text_bytes(path, settings.text_column) for path in files)
-        return int(num_bytes * (1 - held_out) / BYTES_PER_TOKEN)
+        return sum(text_bytes(path, settings.text_column) for path in files) * (1 - held_out)
     if settings.download:  # what is not here comes while the training runs
         files_of_hub = _files_of_hub(settings, cache_dir)
-        return None if files_of_hub is None else int(files_of_hub[0] * files_of_hub[1] / BYTES_PER_TOKEN)
+        return None if files_of_hub is None else files_of_hub[0] * files_of_hub[1]
     try:
-        return int(HubFiles(settings, cache_dir).tokens_here())
+        return HubFiles(settings, cache_dir).tokens_here() * BYTES_PER_TOKEN
     except UserError:  # nothing of it has been downloaded yet
         return None
 

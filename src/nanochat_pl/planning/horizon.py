@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.settings import setting
+from nanochat_pl.planning.text import epochs_of
 
 if TYPE_CHECKING:
     from nanochat_pl.planning.plan import Plan
@@ -54,13 +55,20 @@ def estimate_cpu_seconds(total_flops: float, num_cores: int, flops_per_core: flo
     return total_flops / (num_cores * flops_per_core)
 
 
-def check_horizon(plan: Plan, tokens_at_hand: int | None, estimated_seconds: float | None = None) -> None:
+# What a CPU trains in minutes: said where a plan of hours is refused.
+CPU_EXAMPLE = "model.depth=4 max_steps=20"
+
+
+def check_horizon(
+    plan: Plan, tokens_at_hand: int | None, estimated_seconds: float | None = None, crops: bool = False
+) -> None:
     """Refuse a horizon that the plan came to by itself and that nobody would want.
 
     Args:
         plan: of the stage. Where the user set its length, there is nothing to check.
         tokens_at_hand: training tokens that the data has; one epoch. Null: not known yet, nothing is said of epochs.
         estimated_seconds: on a CPU, of :func:`estimate_cpu_seconds`; null: no limit of time.
+        crops: whether the packer drops the rest of documents that do not fit.
 
     Raises:
         UserError: more than four epochs, or more than an hour on a CPU; it names the keys that set another length.
@@ -69,13 +77,13 @@ def check_horizon(plan: Plan, tokens_at_hand: int | None, estimated_seconds: flo
         return
     num_steps, batch_tokens = plan["num_steps"], plan["total_batch_tokens"]
     problems, steps_that_fit = [], [num_steps]
-    epochs = 0.0 if tokens_at_hand is None else num_steps * batch_tokens / max(tokens_at_hand, 1)
+    epochs = 0.0 if tokens_at_hand is None else epochs_of(num_steps * batch_tokens, tokens_at_hand, crops)
     if tokens_at_hand is not None and epochs > MAX_EPOCHS:
         problems.append(
             f"The plan's own horizon, {num_steps:,} steps of {batch_tokens:,} tokens, is {epochs:,.1f} epochs of the"
-            f" {tokens_at_hand:,} tokens at hand (limit: {MAX_EPOCHS:g})."
+            f" {tokens_at_hand:,} tokens or so at hand (limit: {MAX_EPOCHS:g})."
         )
-        steps_that_fit.append(int(MAX_EPOCHS * tokens_at_hand / batch_tokens))
+        steps_that_fit.append(int(num_steps * MAX_EPOCHS / epochs))
     if estimated_seconds is not None and estimated_seconds > MAX_CPU_SECONDS:
         problems.append(
             f"The plan's own horizon, {num_steps:,} steps, would take about {estimated_seconds / 3600:,.1f} hours on"
@@ -83,19 +91,19 @@ def check_horizon(plan: Plan, tokens_at_hand: int | None, estimated_seconds: flo
         )
         steps_that_fit.append(int(num_steps * MAX_CPU_SECONDS / estimated_seconds))
     if problems:
-        only_epochs = estimated_seconds is None or estimated_seconds <= MAX_CPU_SECONDS
-        raise UserError(problems, fix=_fix(min(steps_that_fit), batch_tokens, only_epochs))
+        too_slow = estimated_seconds is not None and estimated_seconds > MAX_CPU_SECONDS
+        raise UserError(problems, fix=_fix(min(steps_that_fit), batch_tokens, too_slow))
 
 
-def _fix(steps: int, batch_tokens: int, more_data_helps: bool) -> str:
+def _fix(steps: int, batch_tokens: int, too_slow: bool) -> str:
     """The keys that set another length. More data makes fewer epochs of the same steps, and no step faster."""
-    or_more_data = " or more data" if more_data_helps else ""
-    if steps < 1:
-        return (
-            f"Even one step is too much: set total_batch_tokens below {batch_tokens}, and max_steps,"
-            f" or take a smaller model.depth{or_more_data}."
-        )
-    return (
-        f"Set the length yourself: max_steps={steps} fits; flops_budget=… and tokens_per_parameter=… are other ways,"
-        f" total_batch_tokens=… makes steps smaller. A smaller model.depth{or_more_data} also does it."
-    )
+    if steps >= 1:
+        example = f"max_steps={steps} fits" + (f", {CPU_EXAMPLE} takes minutes" if too_slow else "")
+        how = "flops_budget=… and tokens_per_parameter=… are other ways, total_batch_tokens=… makes steps smaller"
+        fix = f"Set the length yourself: {example}; {how}."
+    elif too_slow:
+        fix = f"Even one step is too much: take a smaller model and set its length; {CPU_EXAMPLE} takes minutes."
+    else:
+        fix = f"Even one step is too much: set total_batch_tokens below {batch_tokens}, and max_steps."
+    other = "" if too_slow else " A smaller model.depth or more data also does it."
+    return f"{fix}{other} yes=true trains all the same."

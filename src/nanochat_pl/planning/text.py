@@ -6,6 +6,7 @@ Before a text has been read its tokens are estimated from its bytes. All of thes
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -14,6 +15,8 @@ BYTES_PER_TOKEN = 4.8
 COMPRESSED_SHARE = 0.4
 # Of the recipe's packing with crop at 2,048 positions.
 CROPPED_SHARE = 0.35
+# Bytes a token by the logarithm of the vocabulary's size: measured on python_docs below 2^15.
+_BYTES_PER_TOKEN = {8: 1.0, 9: 1.85, 10: 2.35, 11: 2.8, 12: 3.3, 13: 3.7, 14: 4.1, 15: BYTES_PER_TOKEN}
 # For the index of documents and rows: a piece of a row takes 12 bytes, a document 4, a row 8.
 _DOCUMENT_TOKENS = 500
 _PIECE_BYTES, _LENGTH_BYTES, _ROW_BYTES = 12, 4, 8
@@ -40,6 +43,13 @@ KNOWN_SETS = {
     "climbmix": KnownSet("karpathy/climbmix-400b-shuffle", "shard_*.parquet", 6_542, 250e6),
     "fineweb_edu": KnownSet("karpathy/fineweb-edu-100b-shuffle", "shard_*.parquet", 1_821, 250e6),
 }
+
+
+def bytes_per_token(vocab_size: int) -> float:
+    """About how many bytes of text a token stands for, with a vocabulary of this size."""
+    size = min(max(math.log2(vocab_size), 8.0), 15.0)
+    low = min(int(size), 14)
+    return _BYTES_PER_TOKEN[low] + (size - low) * (_BYTES_PER_TOKEN[low + 1] - _BYTES_PER_TOKEN[low])
 
 
 def known_set(repo: str | None) -> KnownSet | None:

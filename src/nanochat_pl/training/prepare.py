@@ -25,12 +25,12 @@ from nanochat_pl.data.sources import MOST_TEXT_AT_ONCE, Source, SourceSettings, 
 from nanochat_pl.data.streamed_index import StreamedIndex
 from nanochat_pl.data.token_cache import CachedShard, TokenCache, build_token_cache
 from nanochat_pl.model.config import GPTConfig, resolve_model
-from nanochat_pl.planning import Plan, check_horizon, estimate_cpu_seconds, make_plan
+from nanochat_pl.planning import Plan
 from nanochat_pl.planning.devices import detected_device
 from nanochat_pl.planning.horizon import MAX_EPOCHS
 from nanochat_pl.planning.outlook import add_step_memory
-from nanochat_pl.planning.rows import RowOptions
 from nanochat_pl.tokenizer import Tokenizer
+from nanochat_pl.training.base_plan import Target, base_plan, bounding_tokens, refuse_unasked
 from nanochat_pl.training.evaluation import MixedValidation, Validation, open_validation
 from nanochat_pl.training.limits import require_room
 from nanochat_pl.training.machine import Machine
@@ -94,9 +94,9 @@ def prepare_base(
     tokenizer = tokenizer_for(config, folder, source)
     _require_cache_room(config, source, tokenizer, cache, num_tokens, first_plan["sequence_len"])
     parts = _parts(config, source, tokenizer, cache)
-    # How much has been tokenised by now must have no say in the plan, so what is streamed has none.
-    known = [part.tokens.num_tokens for part in parts.values() if part.tokens is not None]
-    plan = _base_plan(config, machine, tokenizer.vocab_size, sum(known) if len(known) == len(parts) else None)
+    plan = _base_plan(
+        config, machine, tokenizer.vocab_size, bounding_tokens(config.data, tokenizer.vocab_size, cache)
+    )
     num_rows = plan["num_steps"] * plan["rows_per_step"]
     rows: Rows | MixedRows
     if isinstance(source, MixedSource):
@@ -229,31 +229,22 @@ def announce_streamed(prepared: Prepared) -> None:
                 say(f"{name}: {stats.cropped_tokens:,} tokens cropped, {share}.")
 
 
-def _base_plan(config: TrainConfig, machine: Machine, vocab_size: int, tokens_at_hand: int | None) -> Plan:
+def _base_plan(config: TrainConfig, machine: Machine, vocab_size: int, at_hand: int | None) -> Plan:
     """The plan of pretraining. Raises :class:`UserError` for one that is wrong, or longer than anybody would want."""
-    plan = make_plan(
-        config.model,
-        config,
-        config.optim,
-        vocab_size=vocab_size,
-        compute_dtype=machine.compute_dtype,
-        schedule=config.schedule,
-        tokens_at_hand=tokens_at_hand,
-        options=options_of_rows(config, machine),
-    )
-    seconds = estimate_cpu_seconds(plan["total_flops"], os.cpu_count() or 1) if machine.device.type == "cpu" else None
-    check_horizon(plan, tokens_at_hand, seconds)
+    target = target_of(machine)
+    plan = base_plan(config, target, vocab_size, at_hand)
+    refuse_unasked(config, plan, target, at_hand)
     model = resolve_model(config.model, vocab_size, machine.compute_dtype)
-    add_step_memory(plan, model, options_of_rows(config, machine))
+    add_step_memory(plan, model, target.row_options(config))
     return plan
 
 
-def options_of_rows(config: TrainConfig, machine: Machine) -> RowOptions:
-    """What the plan of the rows needs. The processes of a machine share a CPU's memory."""
+def target_of(machine: Machine) -> Target:
+    """What a plan for this machine's processes is made for. Those of one machine share a CPU's memory."""
     device = detected_device(machine.device)
     if device.type == "cpu" and device.memory_bytes is not None:
         device = dataclasses.replace(device, memory_bytes=device.memory_bytes // launched_place().local_world_size)
-    return row_options(config, device, distributed.world_size(), machine.compile)
+    return Target(device, machine.compute_dtype, distributed.world_size(), machine.compile)
 
 
 def _tokenise(

@@ -30,7 +30,7 @@ from nanochat_pl.training.evaluation import Validation
 from nanochat_pl.training.inherit import parent_folder
 from nanochat_pl.training.limits import require_room
 from nanochat_pl.training.machine import Machine
-from nanochat_pl.training.prepare import Prepared, options_of_rows
+from nanochat_pl.training.prepare import Prepared, target_of
 from nanochat_pl.training.settings import TrainConfig, memory_knobs
 
 PADDED_BUFFER = 100  # conversations among which the packer finds the best fit: the recipe's
@@ -84,9 +84,9 @@ def prepare_sft(
         parent=inherited.hyperparameters,
         parent_batch_tokens=inherited.total_batch_tokens,
         parent_name=parent_name,
-        options=options_of_rows(config, machine),
+        options=target_of(machine).row_options(config),
     )
-    add_step_memory(plan, model, options_of_rows(config, machine))
+    add_step_memory(plan, model, target_of(machine).row_options(config))
     _announce_inherited(plan)
     if config.max_steps is not None or config.flops_budget is not None:
         num_rows = plan["num_steps"] * plan["rows_per_step"]

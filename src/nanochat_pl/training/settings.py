@@ -218,6 +218,7 @@ class TrainConfig(HorizonSettings):
     resume: Literal["auto", "never"] = setting("auto", "Go on with an unfinished run of that name, or begin a new one.")
     resume_with_changes: bool = setting(False, "Go on also where settings or data changed that alter the result.")
     check_only: bool = setting(False, "Compose, check and plan; train nothing.")
+    yes: bool = setting(False, "Train also what is refused unasked: hours on a CPU, more than four epochs.")
 
     explain_unknown = staticmethod(explain_argument)
 
