@@ -15,7 +15,7 @@ import torch
 
 from nanochat_pl.common import distributed, together
 from nanochat_pl.training import selftest_processes
-from nanochat_pl.training.resume import AtomicCheckpointIO
+from nanochat_pl.training.checkpoint_io import AtomicCheckpointIO
 from nanochat_pl.training.selftest import run_checks
 from nanochat_pl.training.selftest_findings import Bench
 

@@ -22,11 +22,11 @@ from nanochat_pl.common import distributed
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.files import free_bytes
 from nanochat_pl.common.run_folder import StageFolder
-from nanochat_pl.training import resume
+from nanochat_pl.training import checkpoint_io
+from nanochat_pl.training.checkpoint_io import BackgroundCheckpointIO
 from nanochat_pl.training.metrics import MetricsCSV, StepClock
 from nanochat_pl.training.resume import (
     BEST,
-    AtomicCheckpointIO,
     ResumeFiles,
     damage,
     newest_resume_file,
@@ -204,7 +204,7 @@ def test_a_file_that_has_no_room_is_not_begun(
     folder = copy_unfinished(place, "no-room")
     newest, older = resume_files(folder / "base" / "checkpoints")
     newest.unlink()
-    monkeypatch.setattr("nanochat_pl.training.resume.free_bytes", lambda path: 2**20)
+    monkeypatch.setattr("nanochat_pl.training.checkpoint_io.free_bytes", lambda path: 2**20)
     assert train("run=no-room") == 2
     error = capsys.readouterr().err
     assert "step=000040.ckpt: takes 1." in error and "1.0 MiB free" in error and "paths.runs" in error
@@ -221,7 +221,7 @@ def test_a_disk_that_fills_up_costs_no_file(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The space is looked at before a file is written; here it is gone all the same."""
-    for module in ("limits", "resume"):
+    for module in ("limits", "checkpoint_io"):
         monkeypatch.setattr(f"nanochat_pl.training.{module}.free_bytes", lambda path: 2**40)
     assert train("run=full") == 2
     error = capsys.readouterr().err
@@ -322,28 +322,28 @@ def test_a_process_on_another_disk_says_so(tmp_path: Path, place: Path) -> None:
 class _TwoProcessTrainer(_Trainer):
     """What saving needs of Lightning's: the main process writes, and then all wait for each other."""
 
-    def __init__(self, step: int) -> None:
+    def __init__(self, step: int, io: BackgroundCheckpointIO) -> None:
         super().__init__(step, 0.0)
         self.loggers: list[object] = []
-        self.strategy, self.checkpoint_io = self, AtomicCheckpointIO()
+        self.checkpoint_io = io
 
-    def save_checkpoint(self, path: Path, weights_only: bool) -> None:
+    def save_checkpoint(self, path: Path, weights_only: bool, storage_options: str) -> None:
         if distributed.is_main():
-            self.checkpoint_io.save_checkpoint({"weights": torch.ones(10)}, path)
+            self.checkpoint_io.save_checkpoint({"weights": torch.ones(10)}, path, storage_options)
         distributed.barrier()
 
 
 def _save_without_room(folder: str) -> list[str]:
     """Two attempts in a row: all processes hear of both, and are still in step."""
-    resume.free_bytes = lambda path: 0
+    checkpoint_io.free_bytes = lambda path: 0
     files = ResumeFiles(Path(folder), 1, 1, StepClock())
     errors = []
     for _ in range(2):
         try:
-            files.save(_TwoProcessTrainer(3))
+            files.save(_TwoProcessTrainer(3, files.io), wait=True)
         except UserError as error:
             errors.append(str(error))
-    resume.free_bytes = free_bytes
+    checkpoint_io.free_bytes = free_bytes
     return errors
 
 

@@ -26,7 +26,7 @@ import nanochat_pl
 from nanochat_pl.common import distributed
 from nanochat_pl.common.files import ensure_folder
 from nanochat_pl.model.gpt import GPT
-from nanochat_pl.training.resume import AtomicCheckpointIO
+from nanochat_pl.training.checkpoint_io import AtomicCheckpointIO
 from nanochat_pl.training.selftest_findings import Bench, Check, Finding, exact, within
 from nanochat_pl.training.selftest_steps import (
     NUM_STEPS,
