@@ -35,7 +35,7 @@ from nanochat_pl.training.settings import EvaluationSettings, TrainerSettings
 from nanochat_pl.training.stages import BaseStage, StageRecipe
 
 RATE = 0.05 * 2**30  # bytes a second
-WARM_UP_FILES, ROWS_PER_STEP = 1, 4
+WARM_UP_FILES, ROWS_PER_STEP = 1, 2
 
 
 def slowed(function: Callable[..., None], num_bytes: int) -> Callable[..., None]:
