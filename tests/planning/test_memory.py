@@ -88,6 +88,7 @@ def test_the_optimizers_state(keys: dict[str, Any]) -> None:
     state = optimizer.moments_by_name()
     counted = sum(moment.nbytes for name, moment in state.items() if not name.endswith(".step"))
     assert optimizer_state_bytes(config) == counted
+    assert resume_copy_bytes(config) == counted + sum(parameter.nbytes for parameter in net.parameters())
 
 
 def state_of_a_share(num_layers: int) -> int:

@@ -15,12 +15,13 @@ from lightning.pytorch import Callback
 
 from nanochat_pl.common import distributed
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.training import checkpoint_io, resume
+from nanochat_pl.planning.memory import resume_copy_bytes, step_memory
+from nanochat_pl.training import checkpoint_io, limits, resume
 from nanochat_pl.training.checkpoint_io import IN_BACKGROUND, AtomicCheckpointIO, BackgroundCheckpointIO
 from nanochat_pl.training.metrics import StepClock
 from nanochat_pl.training.resume import ResumeFiles, damage, resume_files, step_of
 from nanochat_pl.training.stopping import GracefulStop
-from tests.museum.tiny import fit_tiny
+from tests.museum.tiny import fit_tiny, tiny_model
 from tests.processes import run
 
 write = checkpoint_io._write
@@ -269,6 +270,17 @@ def test_is_writing_until_it_is_done(tmp_path: Path, gate: threading.Event) -> N
     gate.set()
     io.teardown()
     assert not io.is_writing and steps_of(tmp_path) == [1] and nothing_is_left(tmp_path)
+
+
+def test_a_cpu_needs_room_for_the_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a step takes alone is not enough: the training would end at its first resume file."""
+    config = tiny_model()
+    step = step_memory(config, 1, on_cpu=True).total
+    monkeypatch.setattr(limits, "memory_bytes", lambda device: step + resume_copy_bytes(config) - 1)
+    with pytest.raises(UserError, match="of it while a resume file is written"):
+        limits.require_room(config, torch.device("cpu"), tmp_path, 2)
+    monkeypatch.setattr(limits, "memory_bytes", lambda device: step + resume_copy_bytes(config))
+    limits.require_room(config, torch.device("cpu"), tmp_path, 2)
 
 
 def steps_of_processes(folder: str, minutes: float, fails: bool) -> list[Any]:

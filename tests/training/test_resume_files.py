@@ -12,6 +12,7 @@ import subprocess
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from nanochat_pl.common import distributed
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.files import free_bytes
 from nanochat_pl.common.run_folder import StageFolder
-from nanochat_pl.training import checkpoint_io
+from nanochat_pl.training import checkpoint_io, metrics
 from nanochat_pl.training.checkpoint_io import BackgroundCheckpointIO
 from nanochat_pl.training.metrics import MetricsCSV, StepClock
 from nanochat_pl.training.resume import (
@@ -179,6 +180,42 @@ def test_figures_of_what_is_measured_no_longer_stay(tmp_path: Path) -> None:
     names = ("step", "core/copa", "chat/mean")
     assert [[row[name] for name in names] for row in rows] == [["1", "0.25", ""], ["2", "0.25", "0.75"], ["3", "", ""]]
     assert "core/mean" not in rows[0], "of a step that is made again"
+
+
+def test_figures_are_written_by_time_and_at_once_where_they_are_rare(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not opened and closed at each step; a kill costs rows that no resume file counts on."""
+    now = [0.0]
+    monkeypatch.setattr(metrics, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    log = MetricsCSV(tmp_path / "metrics.csv")
+    log.rewind(0)
+
+    def steps_written() -> list[str]:
+        return [line.split(",")[0] for line in log.path.read_text(encoding="utf-8").splitlines()[1:]]
+
+    def train(*steps: int) -> list[str]:
+        for step in steps:
+            log.log_metrics({"train/loss": 4.5, "lr-of-a-callback": 0.1}, step)
+        return steps_written()
+
+    assert train(1, 2) == ["1"], "the first, to look at"
+    assert train(3, 4) == ["1"]
+    now[0] += metrics.SECONDS_BETWEEN_FLUSHES
+    assert train(5) == ["1", "2", "3", "4"]
+    assert train(6, 7) == ["1", "2", "3", "4"]
+    log.save()  # of a resume file of step 7
+    counted_on = log.path.read_text(encoding="utf-8")
+    assert steps_written() == [*"1234567"]
+    log.log_metrics({"val/bpb": 1.5}, 7)
+    assert steps_written() == [*"1234567"] and ",1.5," in log.path.read_text(encoding="utf-8")
+    train(8, 9)
+    log.finalize("success")
+    assert steps_written() == [*"123456789"]
+    again = MetricsCSV(log.path)
+    assert again.rewind(7) == {"train/loss": 4.5}
+    lines = log.path.read_text(encoding="utf-8").splitlines()
+    assert lines[:-1] == counted_on.splitlines()[:-1] and lines[-1].startswith("7,4.5,") and ",1.5," in lines[-1]
 
 
 @pytest.fixture
