@@ -113,6 +113,13 @@ def main(num_files: int, every_steps: int, compiled: bool) -> None:
         f"steps while a file of {num_bytes / 2**20:.0f} MiB is written at 0.05 GiB/s, against those while none is:"
         f" {statistics.median(ratios):.4f} (95% {low:.4f} to {high:.4f}, n={len(ratios)} files of {busy} steps)"
     )
+    lost = [
+        (sum(busy) - len(busy) * statistics.mean(quiet)) / (every_steps * statistics.mean(quiet))
+        for busy, quiet in cycles
+    ]
+    low, high = interval(lost)
+    print(f"  lost of all time, with a file every {every_steps} steps: {statistics.median(lost):.2%}", end="")
+    print(f" (95% {low:.2%} to {high:.2%}, n={len(lost)})")
     print(f"  a step takes {step:.3f} s; the copy {statistics.median(copies):.3f} s; the file {seconds:.1f} s,")
     print(f"  which a training that waited would lose: {seconds / (every_steps * step):.0%} of its time")
 

@@ -140,7 +140,7 @@ def test_killed_at_each_kind_of_point(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1500)
+@pytest.mark.timeout(3000)  # thirty times a training that is killed, and the one that goes on with it
 def test_killed_at_each_phase_of_writing_a_resume_file(
     trainings: Trainings, points: dict[tuple[str, str], list[str]]
 ) -> None:
