@@ -1,7 +1,8 @@
 """Every point at which a training may be killed: each change of a file in its folder, and each phase of a step.
 
-:func:`install` numbers the points as a process comes to them, and kills it at one of them with SIGKILL: no
-``finally``, nothing flushed. It cannot be taken back, so it belongs into a process of its own.
+:func:`install` names the points as a process comes to them, and kills it at one of them with SIGKILL: no ``finally``,
+nothing flushed. It cannot be taken back, so it belongs into a process of its own. Resume files are written in a thread
+beside the steps, so their points stand in no fixed order; of one name, there are equally many each time.
 """
 
 from __future__ import annotations
@@ -10,10 +11,13 @@ import builtins
 import functools
 import io
 import json
+import math
 import os
 import re
 import signal
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +27,7 @@ from lightning.pytorch import Callback, LightningModule
 
 from nanochat_pl.bundle import tensors
 from nanochat_pl.optim import MuonAdamW
+from nanochat_pl.training import checkpoint_io, metrics
 from nanochat_pl.training.stages import TrainingStage
 
 HOOKS = (
@@ -40,19 +45,24 @@ _WRITE = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 _folder = Path()
 _names: list[str] = []
 _names_to: Path | None = None
-_crash_at: int | None = None
+_crash_at: tuple[str, int] | None = None
+_lock = threading.RLock()
+SECONDS_AHEAD = 0.3  # that the writer of a resume file is held up before the kill, for the training to go on
+STEP = "before MuonAdamW.step"
 
 
-def install(folder: str, crash_at: int | None = None, names_to: str | None = None) -> None:
+def install(folder: str, crash_at: tuple[str, int] | None = None, names_to: str | None = None) -> None:
     """Watch this process.
 
     Args:
         folder: changes of files below count.
-        crash_at: number of the point at which it is killed, from 0; None: it is not.
+        crash_at: name of the point at which it is killed, and how often the process has been there; None: it is not.
         names_to: where :func:`write_names` writes the names of all points.
     """
     global _folder, _crash_at, _names_to
-    _folder, _crash_at, _names_to = Path(folder).resolve(), crash_at, Path(names_to) if names_to else None
+    _folder, _names_to = Path(folder).resolve(), Path(names_to) if names_to else None
+    _crash_at = None if crash_at is None else (crash_at[0], crash_at[1])
+    metrics.SECONDS_BETWEEN_FLUSHES = math.inf  # else there are as many as the machine is slow
     _watch_files()
     _watch_steps()
 
@@ -74,10 +84,22 @@ def one_of_each_kind(names: Sequence[str]) -> dict[str, int]:
 
 def _point(name: str, torn: Callable[[], None] = lambda: None) -> None:
     """A point; ``torn`` leaves behind what is torn by a kill here."""
-    if len(_names) == _crash_at:
+    with _lock:
+        is_reached = _crash_at == (name, _names.count(name))
+    if is_reached:
+        if threading.current_thread() is not threading.main_thread():
+            _let_the_training_go_on()
         torn()
         os.kill(os.getpid(), signal.SIGKILL)
-    _names.append(name)
+    with _lock:
+        _names.append(name)
+
+
+def _let_the_training_go_on() -> None:
+    """Until it is at work on another step, where it does not wait itself."""
+    deadline, steps = time.monotonic() + SECONDS_AHEAD, _names.count(STEP)
+    while time.monotonic() < deadline and _names.count(STEP) == steps:
+        time.sleep(0.001)
 
 
 def _inside(path: Any, folder: int = -1) -> str | None:
@@ -171,6 +193,8 @@ def _watch_steps() -> None:
     _around(TrainingStage, "between_micro_batches")
     _around(LightningModule, "manual_backward")
     _around(MuonAdamW, "step")
+    for phase in ("copy_to_host", "_write", "_verify"):
+        _around(checkpoint_io, phase)
     for callback in _our_callbacks(Callback):
         for hook in HOOKS:
             if hook in vars(callback):
@@ -190,9 +214,10 @@ def _around(owner: Any, name: str) -> None:
 
     @functools.wraps(method)
     def watched(*arguments: Any, **named: Any) -> Any:
-        _point(f"before {owner.__name__}.{name}")
+        of = owner.__name__.rpartition(".")[2]
+        _point(f"before {of}.{name}")
         result = method(*arguments, **named)
-        _point(f"after {owner.__name__}.{name}")
+        _point(f"after {of}.{name}")
         return result
 
     setattr(owner, name, watched)

@@ -73,6 +73,23 @@ def test_tensors() -> None:
         assert torch.equal(whole, 111 * base) and torch.equal(sums, 111 * base) and torch.equal(sent, 10 * base)
 
 
+def sent_to_the_first() -> torch.Tensor:
+    rank = distributed.rank()
+    own = torch.full((3,), float(rank))
+    if rank > 0:
+        distributed.send(own, 0)
+        return own
+    received = [torch.empty(3), torch.empty(3)]
+    for source in (2, 1):  # not the order in which they were sent
+        distributed.receive_(received[source - 1], source)
+    return torch.cat(received)
+
+
+def test_one_process_sends_to_another() -> None:
+    first, second, third = run(3, sent_to_the_first)
+    assert first.tolist() == [1, 1, 1, 2, 2, 2] and second.tolist() == [1] * 3 and third.tolist() == [2] * 3
+
+
 def freed_inputs() -> list:
     """The input's last other reference goes before the other process has begun; its memory would be used again."""
     rank = distributed.rank()

@@ -104,7 +104,7 @@ def fit_tiny(
     num_steps: int = 4,
     compiled: bool = False,
     every_steps: int = 0,
-    checkpoint_every_steps: int = 2,
+    checkpoint_every_steps: int | None = 2,
     log_every_steps: int = 1,
     loggers: Sequence[Logger] = (),
     callbacks: Sequence[Callback] = (),
@@ -113,11 +113,12 @@ def fit_tiny(
     num_workers: int = 0,
     recipe: Mapping[str, Any] | None = None,
     benchmarks: Sequence[Benchmark] = (),
+    trainer: Mapping[str, Any] | None = None,
 ) -> BaseStage:
     """A real fit of ``num_steps`` steps of two micro-batches each, or the rest of one that was stopped, with one block.
 
     ``every_steps`` is for validation and samples, ``mixed`` for the training, in place of rows of one source. What is
-    in ``recipe`` is otherwise than here.
+    in ``recipe`` or ``trainer`` is otherwise than here.
     """
     recipe = dict(recipe or {})
     config = replace(tiny_model(depth=1), compute_dtype=recipe.pop("compute_dtype", "float32"))
@@ -129,8 +130,11 @@ def fit_tiny(
     fitting = Fitting(
         name="tiny",
         folder=folder,
-        trainer=TrainerSettings(
-            log_every_steps=log_every_steps, checkpoint_every_steps=checkpoint_every_steps, keep_last=100
+        trainer=replace(
+            TrainerSettings(
+                log_every_steps=log_every_steps, checkpoint_every_steps=checkpoint_every_steps, keep_last=100
+            ),
+            **(trainer or {}),
         ),
         evaluation=EvaluationSettings(every_steps=every_steps, samples_every_steps=every_steps),
         device=torch.device("cpu"),

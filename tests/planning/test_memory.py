@@ -24,6 +24,7 @@ from nanochat_pl.planning.memory import (
     largest_device_batch_size,
     loss_piece_bytes,
     optimizer_state_bytes,
+    resume_copy_bytes,
     step_memory,
 )
 from nanochat_pl.planning.outlook import add_memory
@@ -91,6 +92,7 @@ def test_the_optimizers_state(keys: dict[str, Any]) -> None:
     state = optimizer.moments_by_name()
     counted = sum(moment.nbytes for name, moment in state.items() if not name.endswith(".step"))
     assert optimizer_state_bytes(config) == counted
+    assert resume_copy_bytes(config) == counted + sum(parameter.nbytes for parameter in net.parameters())
 
 
 def state_of_a_share(num_layers: int) -> int:
@@ -147,7 +149,8 @@ def test_the_largest_batch_fits_and_one_more_row_does_not() -> None:
     memory = 400 * 2**20
 
     def needed(rows: int, micro_batches: int) -> int:
-        return step_memory(config, rows, on_cpu=True, micro_batches=micro_batches).total
+        step = step_memory(config, rows, on_cpu=True, micro_batches=micro_batches)
+        return step.total + resume_copy_bytes(config)
 
     most = largest_device_batch_size(config, memory, on_cpu=True, knobs=MemoryKnobs(), at_most=10**6)
     assert needed(most, 2) <= (1 - MARGIN) * memory < needed(most + 1, 2)

@@ -65,10 +65,12 @@ FAULTS = {each.__name__: each for each in (fails, is_refused, is_killed, hangs, 
 def put_in() -> None:
     """Let the step end with the fault, and make others wait."""
     from nanochat_pl.tasks.arithmetic import Arithmetic
+    from nanochat_pl.training import metrics
     from nanochat_pl.training.datamodule import StepRows
     from nanochat_pl.training.evaluation import Validation
     from nanochat_pl.training.stages import TrainingStage
 
+    metrics.SECONDS_BETWEEN_FLUSHES = 0  # tests see by metrics.csv how far the training has come
     what, rank, step = (os.environ.get("NANOCHAT_PL_TEST_FAULT") or "- -1 -1").split()
     seconds = float(os.environ.get("NANOCHAT_PL_TEST_SECONDS", 0))
     whole = TrainingStage.training_step

@@ -15,15 +15,16 @@ import torch
 
 from nanochat_pl.common import distributed, together
 from nanochat_pl.training import selftest_processes
-from nanochat_pl.training.resume import AtomicCheckpointIO
+from nanochat_pl.training.checkpoint_io import AtomicCheckpointIO
 from nanochat_pl.training.selftest import run_checks
 from nanochat_pl.training.selftest_findings import Bench
 
-sum_, scatter, gather, broadcast_ = (
+sum_, scatter, gather, broadcast_, send = (
     distributed.sum_,
     distributed.start_reduce_scatter,
     distributed.start_all_gather,
     distributed.broadcast_,
+    distributed.send,
 )
 total, largest, from_main = distributed.total, distributed.largest, distributed.from_main
 take_given_steps, load = selftest_processes.take_given_steps, AtomicCheckpointIO.load_checkpoint
@@ -38,6 +39,10 @@ def sum_without_own_term(tensor: torch.Tensor) -> None:
 def broadcast_and_round(tensor: torch.Tensor, source: int = 0) -> None:
     broadcast_(tensor, source)
     tensor.floor_().clamp_(max=3)
+
+
+def send_something_else(tensor: torch.Tensor, destination: int) -> None:
+    send(torch.zeros_like(tensor), destination)
 
 
 def steps_with_a_flipped_bit(net: Any, *arguments: Any) -> Any:
@@ -79,6 +84,7 @@ MISTAKES: dict[str, Mistake] = {
         lambda output, inputs: gather(output, inputs.roll(1)),
         {"collectives: all-gather": "01"},
     ),
+    "send": (distributed, "send", send_something_else, {"collectives: send and receive": "0"}),
     "a flipped bit": (
         selftest_processes,
         "take_given_steps",

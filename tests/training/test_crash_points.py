@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import random
+import re
 import shutil
 import signal
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tests.crash_points import one_of_each_kind
+from tests.crash_points import STEP, one_of_each_kind
 from tests.fork_server import ForkServer, fork_server
 from tests.training.conftest import sft_overrides, tiny_overrides
 
@@ -61,10 +62,10 @@ class Trainings:
         self.log.write_text("", encoding="utf-8")
         return self.server.run(["train", f"run={run}", *overrides, *settings], self.log, **how)
 
-    def crash(self, run: str, stage: str, crash_at: int, start: str = "first") -> Path:
-        """A training that is killed at a point."""
+    def crash(self, run: str, stage: str, names: list[str], number: int, start: str = "first") -> Path:
+        """A training that is killed at the point with a number among those with these names."""
         folder = self.begin(run, stage, start)
-        watch = {"folder": str(folder), "crash_at": crash_at}
+        watch = {"folder": str(folder), "crash_at": [names[number], names[:number].count(names[number])]}
         assert self.train(run, stage, FIVE_STEPS, watch=watch) == -signal.SIGKILL, self.log.read_text("utf-8")
         return folder
 
@@ -110,8 +111,8 @@ def points(trainings: Trainings) -> dict[tuple[str, str], list[str]]:
     found = {}
     for stage in STAGES:
         found[stage, "first"] = trainings.points(stage, "first")
-        last_step = max(i for i, name in enumerate(found[stage, "first"]) if name == "before MuonAdamW.step")
-        trainings.crash(f"half-{stage}", stage, last_step)
+        last_step = max(i for i, name in enumerate(found[stage, "first"]) if name == STEP)
+        trainings.crash(f"half-{stage}", stage, found[stage, "first"], last_step)
         found[stage, "second"] = trainings.points(stage, "second")
     return found
 
@@ -120,7 +121,7 @@ def assert_all_are_survived(trainings: Trainings, stage: str, start: str, names:
     """Killed at each of these points, the same command comes to the same end."""
     expected = result(trainings.place / "runs" / f"uncrashed-{stage}-first", stage)
     for number in numbers:
-        folder = trainings.crash(f"crash-{stage}", stage, number, start)
+        folder = trainings.crash(f"crash-{stage}", stage, names, number, start)
         assert trainings.train(folder.name, stage, FIVE_STEPS) == 0, trainings.log.read_text("utf-8")
         found = result(folder, stage)
         other = [key for key in expected if found[key] != expected[key]]
@@ -134,8 +135,26 @@ def test_killed_at_each_kind_of_point(
     """Half of the kinds in either of the two."""
     names = points[stage, start]
     kinds = one_of_each_kind(names)
-    assert {"open", "write", "half", "fsync", "rename", "remove", "before MuonAdamW.step"} <= kinds.keys()
+    assert {"open", "write", "half", "fsync", "rename", "remove", STEP} <= kinds.keys()
     assert_all_are_survived(trainings, stage, start, names, [*kinds.values()][which::2])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)  # thirty times a training that is killed, and the one that goes on with it
+def test_killed_at_each_phase_of_writing_a_resume_file(
+    trainings: Trainings, points: dict[tuple[str, str], list[str]]
+) -> None:
+    """Of the first one, of a later one and of the last, while the training goes on where it does not wait for it."""
+    names = points["base", "first"]
+    file = re.compile(r"(open|half|fsync|rename) base/checkpoints/step=\d+\.ckpt|(before|after) checkpoint_io\.")
+    phases: dict[str, list[int]] = {}
+    for number, name in enumerate(names):
+        if file.match(name):
+            phases.setdefault(re.sub(r"step=\d+", "step=N", name), []).append(number)
+    assert {name.split()[0] for name in phases} == {"open", "half", "fsync", "rename", "before", "after"}
+    assert {len(numbers) for numbers in phases.values()} == {3}, "files of the steps 2, 4 and 5"
+    numbers = [number for numbers in phases.values() for number in numbers]
+    assert_all_are_survived(trainings, "base", "first", names, numbers)
 
 
 @pytest.mark.slow

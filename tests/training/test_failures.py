@@ -26,9 +26,9 @@ def expected(place: Path) -> Path:
     return not_stopped(place)
 
 
-def failed(place: Path, run: str, fault: str, *overrides: str) -> subprocess.CompletedProcess[str]:
-    """Train on two processes, until the fault comes."""
-    env = {"NANOCHAT_PL_TEST_FAULT": fault}
+def failed(place: Path, run: str, fault: str, *overrides: str, seconds: float = 0) -> subprocess.CompletedProcess[str]:
+    """Train on two processes, until the fault comes; each step takes so many seconds at least."""
+    env = {"NANOCHAT_PL_TEST_FAULT": fault, "NANOCHAT_PL_TEST_SECONDS": str(seconds)}
     done = launch(2, arguments(place, run, EVERY_FIVE, *overrides), env, cwd=REPOSITORY, module=MODULE)
     assert done.returncode != 0
     return done
@@ -99,7 +99,7 @@ def test_the_error_of_one_process_is_on_top(
 
 @pytest.mark.slow
 def test_the_main_process_is_killed(place: Path, expected: Path, train: Callable[..., int]) -> None:
-    done = failed(place, "main-killed", "is_killed 0 7")
+    done = failed(place, "main-killed", "is_killed 0 7", seconds=1)  # the file of step 5 is written meanwhile
     assert errors(done)[0].startswith("process 1: ended because process 0 failed: it is gone")
     check_goes_on(place, "main-killed", expected, train)
 

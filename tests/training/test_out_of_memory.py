@@ -15,8 +15,9 @@ from torch.distributed import DistBackendError
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.out_of_memory import is_out_of_memory
 from nanochat_pl.model.gpt import GPT
+from nanochat_pl.training.checkpoint_io import AtomicCheckpointIO
 from nanochat_pl.training.out_of_memory import InPieces, runs_out_of_memory
-from nanochat_pl.training.resume import AtomicCheckpointIO, resume_files
+from nanochat_pl.training.resume import resume_files
 from tests.museum.tiny import fit_tiny
 from tests.training.steps import BATCH, CPU_MEMORY, MEMORY, StepLoop, fails
 

@@ -12,6 +12,7 @@ import subprocess
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,11 +23,11 @@ from nanochat_pl.common import distributed
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.files import free_bytes
 from nanochat_pl.common.run_folder import StageFolder
-from nanochat_pl.training import resume
+from nanochat_pl.training import checkpoint_io, metrics
+from nanochat_pl.training.checkpoint_io import BackgroundCheckpointIO
 from nanochat_pl.training.metrics import MetricsCSV, StepClock
 from nanochat_pl.training.resume import (
     BEST,
-    AtomicCheckpointIO,
     ResumeFiles,
     damage,
     newest_resume_file,
@@ -181,6 +182,42 @@ def test_figures_of_what_is_measured_no_longer_stay(tmp_path: Path) -> None:
     assert "core/mean" not in rows[0], "of a step that is made again"
 
 
+def test_figures_are_written_by_time_and_at_once_where_they_are_rare(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not opened and closed at each step; a kill costs rows that no resume file counts on."""
+    now = [0.0]
+    monkeypatch.setattr(metrics, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    log = MetricsCSV(tmp_path / "metrics.csv")
+    log.rewind(0)
+
+    def steps_written() -> list[str]:
+        return [line.split(",")[0] for line in log.path.read_text(encoding="utf-8").splitlines()[1:]]
+
+    def train(*steps: int) -> list[str]:
+        for step in steps:
+            log.log_metrics({"train/loss": 4.5, "lr-of-a-callback": 0.1}, step)
+        return steps_written()
+
+    assert train(1, 2) == ["1"], "the first, to look at"
+    assert train(3, 4) == ["1"]
+    now[0] += metrics.SECONDS_BETWEEN_FLUSHES
+    assert train(5) == ["1", "2", "3", "4"]
+    assert train(6, 7) == ["1", "2", "3", "4"]
+    log.save()  # of a resume file of step 7
+    counted_on = log.path.read_text(encoding="utf-8")
+    assert steps_written() == [*"1234567"]
+    log.log_metrics({"val/bpb": 1.5}, 7)
+    assert steps_written() == [*"1234567"] and ",1.5," in log.path.read_text(encoding="utf-8")
+    train(8, 9)
+    log.finalize("success")
+    assert steps_written() == [*"123456789"]
+    again = MetricsCSV(log.path)
+    assert again.rewind(7) == {"train/loss": 4.5}
+    lines = log.path.read_text(encoding="utf-8").splitlines()
+    assert lines[:-1] == counted_on.splitlines()[:-1] and lines[-1].startswith("7,4.5,") and ",1.5," in lines[-1]
+
+
 @pytest.fixture
 def full_disk(place: Path) -> Iterator[Path]:
     """The folder of a base stage on a disk of 1.5 MB."""
@@ -204,7 +241,7 @@ def test_a_file_that_has_no_room_is_not_begun(
     folder = copy_unfinished(place, "no-room")
     newest, older = resume_files(folder / "base" / "checkpoints")
     newest.unlink()
-    monkeypatch.setattr("nanochat_pl.training.resume.free_bytes", lambda path: 2**20)
+    monkeypatch.setattr("nanochat_pl.training.checkpoint_io.free_bytes", lambda path: 2**20)
     assert train("run=no-room") == 2
     error = capsys.readouterr().err
     assert "step=000040.ckpt: takes 1." in error and "1.0 MiB free" in error and "paths.runs" in error
@@ -221,7 +258,7 @@ def test_a_disk_that_fills_up_costs_no_file(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The space is looked at before a file is written; here it is gone all the same."""
-    for module in ("limits", "resume"):
+    for module in ("limits", "checkpoint_io"):
         monkeypatch.setattr(f"nanochat_pl.training.{module}.free_bytes", lambda path: 2**40)
     assert train("run=full") == 2
     error = capsys.readouterr().err
@@ -322,28 +359,28 @@ def test_a_process_on_another_disk_says_so(tmp_path: Path, place: Path) -> None:
 class _TwoProcessTrainer(_Trainer):
     """What saving needs of Lightning's: the main process writes, and then all wait for each other."""
 
-    def __init__(self, step: int) -> None:
+    def __init__(self, step: int, io: BackgroundCheckpointIO) -> None:
         super().__init__(step, 0.0)
         self.loggers: list[object] = []
-        self.strategy, self.checkpoint_io = self, AtomicCheckpointIO()
+        self.checkpoint_io = io
 
-    def save_checkpoint(self, path: Path, weights_only: bool) -> None:
+    def save_checkpoint(self, path: Path, weights_only: bool, storage_options: str) -> None:
         if distributed.is_main():
-            self.checkpoint_io.save_checkpoint({"weights": torch.ones(10)}, path)
+            self.checkpoint_io.save_checkpoint({"weights": torch.ones(10)}, path, storage_options)
         distributed.barrier()
 
 
 def _save_without_room(folder: str) -> list[str]:
     """Two attempts in a row: all processes hear of both, and are still in step."""
-    resume.free_bytes = lambda path: 0
+    checkpoint_io.free_bytes = lambda path: 0
     files = ResumeFiles(Path(folder), 1, 1, StepClock())
     errors = []
     for _ in range(2):
         try:
-            files.save(_TwoProcessTrainer(3))
+            files.save(_TwoProcessTrainer(3, files.io), wait=True)
         except UserError as error:
             errors.append(str(error))
-    resume.free_bytes = free_bytes
+    checkpoint_io.free_bytes = free_bytes
     return errors
 
 

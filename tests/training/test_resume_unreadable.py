@@ -15,10 +15,10 @@ import pytest
 import torch
 
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.training import resume
+from nanochat_pl.training import checkpoint_io, resume
+from nanochat_pl.training.checkpoint_io import AtomicCheckpointIO
 from nanochat_pl.training.metrics import StepClock
 from nanochat_pl.training.resume import (
-    AtomicCheckpointIO,
     ResumeFiles,
     damage,
     newest_resume_file,
@@ -191,16 +191,16 @@ def test_a_file_that_is_gone_already_is_no_reason_to_stop(tmp_path: Path, monkey
 
 def test_what_is_read_back_was_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[str] = []
-    synced, wrong_bytes = os.fsync, resume._wrong_bytes
+    synced, wrong_bytes = os.fsync, checkpoint_io.wrong_bytes
     monkeypatch.setattr(os, "fsync", lambda file: done.append("sync") or synced(file))
-    monkeypatch.setattr(resume, "_wrong_bytes", lambda path: done.append("read back") or wrong_bytes(path))
+    monkeypatch.setattr(checkpoint_io, "wrong_bytes", lambda path: done.append("read back") or wrong_bytes(path))
     path = tmp_path / "step=000001.ckpt"
     io = AtomicCheckpointIO()
     io.save_checkpoint({"weights": torch.ones(3)}, path)
     assert io.failure is None and path.exists()
     assert done[:2] == ["sync", "read back"]
     shutil.copy(path, older := tmp_path / "older")
-    monkeypatch.setattr(resume, "_wrong_bytes", lambda path: "x is damaged")
+    monkeypatch.setattr(checkpoint_io, "wrong_bytes", lambda path: "x is damaged")
     io.save_checkpoint({"weights": torch.zeros(3)}, path)
     assert f"{path}: what was written cannot be read back: x is damaged." in str(io.failure)
     assert path.read_bytes() == older.read_bytes() and len([*tmp_path.iterdir()]) == 2

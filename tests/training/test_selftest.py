@@ -17,7 +17,7 @@ from nanochat_pl.cli.main import main
 from nanochat_pl.model import attention
 from nanochat_pl.optim import MuonAdamW
 from nanochat_pl.training import selftest_arithmetic, selftest_processes, selftest_steps
-from nanochat_pl.training.resume import AtomicCheckpointIO
+from nanochat_pl.training.checkpoint_io import AtomicCheckpointIO
 from nanochat_pl.training.selftest import run_checks, verdict
 from nanochat_pl.training.selftest_findings import Bench, Check, Finding
 from tests.training import make_selftest_expected

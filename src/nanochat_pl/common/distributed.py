@@ -162,6 +162,16 @@ def sum_(tensor: Tensor) -> None:
         _timed(dist.all_reduce, tensor)
 
 
+def send(tensor: Tensor, destination: int) -> None:
+    """Send a contiguous tensor to one process, which calls :func:`receive_`; the others do nothing meanwhile."""
+    _timed(dist.send, tensor, destination)
+
+
+def receive_(tensor: Tensor, source: int) -> None:
+    """Replace a contiguous tensor by the one that a process sends."""
+    _timed(dist.recv, tensor, source)
+
+
 def start_reduce_scatter(output: Tensor, inputs: Tensor) -> Pending:
     """Begin to sum ``inputs`` over all processes; this process gets its part.
 

@@ -141,11 +141,15 @@ class Share:
             there, _ = self._places(i, rank, shape)
             if there.start == there.stop:
                 continue
-            piece = self.own_moment(i, moment, shape) if rank == self.rank else own.new_empty(there.stop - there.start)
-            if rank != 0:
-                distributed.broadcast_(piece, rank)
-            if whole is not None:
-                whole.view(-1)[there] = piece.cpu()
+            if whole is None:  # the others' parts are not sent here
+                if rank == self.rank:
+                    distributed.send(self.own_moment(i, moment, shape), 0)
+                continue
+            if rank == 0:
+                piece = self.own_moment(i, moment, shape)
+            else:
+                distributed.receive_(piece := own.new_empty(there.stop - there.start), rank)
+            whole.view(-1)[there] = piece.cpu()
         return whole
 
     def load_moment(self, i: int, moment: str, whole: Tensor) -> None:

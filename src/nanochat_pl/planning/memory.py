@@ -161,16 +161,19 @@ def largest_device_batch_size(
 ) -> int:
     """The most rows whose step fits into a device's memory less :data:`MARGIN`; 0 where not one does.
 
+    A CPU's memory also takes the copy of which a resume file is written.
+
     Args:
         memory_bytes: of the device.
         at_most: rows of a step on one device; a micro-batch of all of them needs no gradients beside the forward.
         processes: that share the optimizer's state.
     """
+    copy = resume_copy_bytes(config) if on_cpu else 0
 
     def fits(rows: int) -> bool:
         several = 2 if rows < at_most else 1
         needed = step_memory(config, rows, on_cpu=on_cpu, knobs=knobs, micro_batches=several, processes=processes)
-        return needed.total <= (1 - MARGIN) * memory_bytes
+        return needed.total + copy <= (1 - MARGIN) * memory_bytes
 
     if fits(at_most):
         return at_most
@@ -302,6 +305,11 @@ def optimizer_state_bytes(config: GPTConfig, processes: int = 1) -> int:
     shapes = _matrix_shapes(config).items()
     of_muon = sum(-(-count // processes) * (prod(shape) + max(shape)) for shape, count in shapes)
     return -(-of_adamw // processes) + FLOAT * of_muon
+
+
+def resume_copy_bytes(config: GPTConfig) -> int:
+    """Host memory of the main process while it writes a resume file: a copy of all weights and moments."""
+    return weight_bytes(config) + optimizer_state_bytes(config)
 
 
 def optimizer_temporaries(config: GPTConfig) -> int:

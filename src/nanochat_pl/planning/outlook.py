@@ -13,7 +13,14 @@ from nanochat_pl.model.accounting import DTYPE_BYTES, count_parameters, kv_cache
 from nanochat_pl.model.config import GPTConfig
 from nanochat_pl.planning.devices import Device
 from nanochat_pl.planning.horizon import ASSUMED_FLOPS_PER_CORE, estimate_cpu_seconds
-from nanochat_pl.planning.memory import MARGIN, MemoryKnobs, StepMemory, largest_device_batch_size, step_memory
+from nanochat_pl.planning.memory import (
+    MARGIN,
+    MemoryKnobs,
+    StepMemory,
+    largest_device_batch_size,
+    resume_copy_bytes,
+    step_memory,
+)
 from nanochat_pl.planning.plan import Plan, show
 from nanochat_pl.planning.rows import RowOptions
 from nanochat_pl.planning.text import CROPPED_SHARE, epochs_of, shards_for, token_cache_bytes, tokens_taken
@@ -86,6 +93,8 @@ def add_memory(plan: Plan, config: GPTConfig, options: RowOptions) -> StepMemory
     most = plan["rows_per_device"] if "rows_per_device" in plan else plan["rows_per_step"]
     cache = kv_cache_bytes(config, 1, config.sequence_len, config.compute_dtype)
     plan.derive("chat_cache_bytes", cache, "keys and values of one chat of sequence_len tokens", ("sequence_len",))
+    formula = "weights and moments: host memory of the main process while it writes a resume file, and the file's size"
+    plan.derive("resume_copy_bytes", resume_copy_bytes(config), formula)
     plan.derive("device_memory_bytes", device.memory_bytes, f"of {device.name}")
     for name, knobs, what in _knob_choices():
         fit = None

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers.logger import DummyLogger, Logger
+from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.profilers import AdvancedProfiler, Profiler, PyTorchProfiler, SimpleProfiler
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -24,7 +25,7 @@ from nanochat_pl.training.garbage import GarbageCollection
 from nanochat_pl.training.going_on import step_to_go_on_from
 from nanochat_pl.training.metrics import MetricsCSV, StepClock, StepMetrics
 from nanochat_pl.training.progress import TrainingProgress
-from nanochat_pl.training.resume import AtomicCheckpointIO, ResumeFiles
+from nanochat_pl.training.resume import ResumeFiles
 from nanochat_pl.training.settings import EvaluationSettings, TrainerSettings
 from nanochat_pl.training.spikes import LossSpikes
 from nanochat_pl.training.stages import TrainingStage
@@ -95,6 +96,7 @@ def fit(stage: TrainingStage, data: RowsDataModule, fitting: Fitting) -> Fitted:
         clock,
         fitting.trainer.keep_best,
         0 if fitting.validation is None else fitting.evaluation.every_steps,
+        fitting.trainer.checkpoint_every_minutes,
     )
     stop = GracefulStop(resume_files, fitting.trainer.max_seconds)
     agree = ProcessesAgree(fitting.trainer.check_processes_every_steps)
@@ -114,7 +116,7 @@ def fit(stage: TrainingStage, data: RowsDataModule, fitting: Fitting) -> Fitted:
     deterministic_before = torch.are_deterministic_algorithms_enabled()
     # Callbacks of others may want a logger on each process.
     loggers: list[Logger] = [csv, *fitting.loggers] if distributed.is_main() else [DummyLogger()]
-    trainer = _trainer(stage, fitting, loggers, [*ours, *fitting.callbacks])
+    trainer = _trainer(stage, fitting, loggers, [*ours, *fitting.callbacks], resume_files.io)
     rewind_events(fitting.loggers, first_step, figures_kept)
     if resume_from:
         say(f"{fitting.name}: going on after step {first_step:,} ({resume_from}).")
@@ -124,6 +126,7 @@ def fit(stage: TrainingStage, data: RowsDataModule, fitting: Fitting) -> Fitted:
         except (MisconfigurationException, ModuleNotFoundError) as error:
             raise UserError(f"callbacks, logger: Lightning refuses them: {error}") from error
         finally:
+            resume_files.io.wait()  # also where an error kept Lightning from its teardown
             torch.use_deterministic_algorithms(deterministic_before)
         # Where a callback ended the fit there may be no file of its last step: that is measured and written first.
         if trainer.global_step >= stage.num_steps:
@@ -131,7 +134,9 @@ def fit(stage: TrainingStage, data: RowsDataModule, fitting: Fitting) -> Fitted:
     return Fitted(trainer, stop, metrics.seconds, metrics.tokens)
 
 
-def _trainer(stage: TrainingStage, fitting: Fitting, loggers: list[Logger], callbacks: list[Callback]) -> Trainer:
+def _trainer(
+    stage: TrainingStage, fitting: Fitting, loggers: list[Logger], callbacks: list[Callback], io: CheckpointIO
+) -> Trainer:
     trainer = Trainer(
         accelerator={"cuda": "gpu"}.get(fitting.device.type, fitting.device.type),
         devices=1,
@@ -140,7 +145,7 @@ def _trainer(stage: TrainingStage, fitting: Fitting, loggers: list[Logger], call
         max_epochs=-1,
         logger=loggers,
         callbacks=callbacks,
-        plugins=[AtomicCheckpointIO()],
+        plugins=[io],
         # Compiled for a CPU, the gradient of an embedding is otherwise added up by threads in the order they come.
         deterministic=fitting.trainer.deterministic or fitting.device.type == "cpu",
         log_every_n_steps=fitting.trainer.log_every_steps,

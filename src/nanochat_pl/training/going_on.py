@@ -10,7 +10,7 @@ from nanochat_pl.common.console import say
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.optim.schedules import schedule_values
 from nanochat_pl.training.changes import note_changes
-from nanochat_pl.training.resume import AtomicCheckpointIO
+from nanochat_pl.training.checkpoint_io import AtomicCheckpointIO
 
 if TYPE_CHECKING:
     from nanochat_pl.training.stages import StageRecipe

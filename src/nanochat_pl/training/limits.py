@@ -12,7 +12,7 @@ from nanochat_pl.common.hardware import memory_bytes
 from nanochat_pl.common.place import launched_place
 from nanochat_pl.model.accounting import count_parameters, weight_bytes
 from nanochat_pl.model.config import GPTConfig
-from nanochat_pl.planning.memory import NO_KNOBS, MemoryKnobs, step_memory
+from nanochat_pl.planning.memory import NO_KNOBS, MemoryKnobs, resume_copy_bytes, step_memory
 
 COPIES_IN_FILE = 3  # weights and two moments
 
@@ -33,10 +33,12 @@ def require_room(
         UserError: memory or disk is too small; with the sizes.
     """
     needed, memory = least_memory(model, device, knobs), memory_bytes(device)
+    on_cpu = device.type == "cpu"
+    copied = f", {_size(resume_copy_bytes(model))} of it while a resume file is written" if on_cpu else ""
     if needed > memory:
         raise UserError(
             f"{count_parameters(model)['total']:,} parameters: a step with one row of {model.sequence_len:,} tokens "
-            f"takes {_size(needed)}, the {device.type} has {_size(memory)}.",
+            f"takes {_size(needed)}{copied}, the {device.type} has {_size(memory)}.",
             fix="Use a smaller model.depth, model.aspect_ratio, model.sequence_len or tokenizer.vocab_size"
             + ("." if knobs.activation_checkpointing else ", or trainer.activation_checkpointing=true."),
         )
@@ -52,11 +54,12 @@ def require_room(
 def least_memory(model: GPTConfig, device: torch.device, knobs: MemoryKnobs = NO_KNOBS) -> int:
     """Bytes that a step with one row at once takes of a device's memory.
 
-    Each of several processes keeps its share of the optimizer's state; those of one machine share a CPU's memory.
+    Each of several processes keeps its share of the optimizer's state; those of one machine share a CPU's memory, which
+    also has the copy that the main one writes resume files from.
     """
     place, on_cpu = launched_place(), device.type == "cpu"
     step = step_memory(model, 1, on_cpu=on_cpu, knobs=knobs, processes=place.world_size)
-    return step.total * (place.local_world_size if on_cpu else 1)
+    return step.total * place.local_world_size + resume_copy_bytes(model) if on_cpu else step.total
 
 
 def _size(num_bytes: float) -> str:

@@ -50,6 +50,7 @@ COLUMNS = (
 # Of each source of a mixture, with its name behind them.
 COLUMNS_BY_SOURCE = ("train/loss", "train/tokens", "val/bpb")
 SMOOTHING = 0.9
+SECONDS_BETWEEN_FLUSHES = 2.0
 
 
 def name_by_source(column: str, source: str) -> str:
@@ -60,7 +61,9 @@ def name_by_source(column: str, source: str) -> str:
 class MetricsCSV(Logger):
     """`metrics.csv`: one row a step, one column a figure, empty where nothing was measured.
 
-    A resumed run cuts the rows after the step that it resumes from, so no step stands in the file twice.
+    A resumed run cuts the rows after the step that it resumes from, so no step stands in the file twice. Rows
+    are written every few seconds, at once where more than the training was measured, and by :meth:`save`: at resume
+    files, stops and the end.
 
     Args:
         path: of the file.
@@ -77,7 +80,9 @@ class MetricsCSV(Logger):
             *further,
         )
         self._row: dict[str, Any] = {}
-        self._row_starts_at: int | None = None
+        self._rows_before: list[dict[str, Any]] = []  # finished, and not written yet
+        self._written_to: int | None = None  # where the first of these rows begins in the file; None: at its end
+        self._flushed_at = -math.inf
 
     @property
     def name(self) -> str:
@@ -114,7 +119,7 @@ class MetricsCSV(Logger):
         for row in kept:
             if int(row["step"]) == step:
                 self._row = {**{name: value for name, value in row.items() if name in self.columns}, "step": step}
-                self._row_starts_at = len(text.getvalue().encode("utf-8"))
+                self._written_to = len(text.getvalue().encode("utf-8"))
             writer.writerow(row)
         write_text(self.path, text.getvalue())
         return {k: float(v) for k, v in self._row.items() if k.startswith("train/") and v}
@@ -122,23 +127,38 @@ class MetricsCSV(Logger):
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Take figures of a step; they go into the step's one row, also where that is written already."""
         if self._row and self._row["step"] != step:
+            self._rows_before.append(self._row)
+            self._row = {}
+            if time.monotonic() - self._flushed_at >= SECONDS_BETWEEN_FLUSHES:
+                self.save()
+        figures = {name: value for name, value in metrics.items() if name in self.columns}
+        self._row.update({"step": step, **figures})
+        if not all(name.startswith("train/") for name in figures):
             self.save()
-            self._row, self._row_starts_at = {}, None
-        self._row.update({"step": step, **{k: v for k, v in metrics.items() if k in self.columns}})
 
     def save(self) -> None:
-        """Write the row at hand, over what was written of it before."""
-        if not self._row:
+        """Write the rows at hand, over what was written of the first of them before."""
+        rows = [*self._rows_before, *([self._row] if self._row else [])]
+        if not rows:
             return
-        with disk_errors_explained(self.path), self.path.open("r+", encoding="utf-8", newline="") as file:
+        lines = [self._line(row) for row in rows]
+        with disk_errors_explained(self.path), self.path.open("rb+") as file:
             end = file.seek(0, os.SEEK_END)
-            self._row_starts_at = end if self._row_starts_at is None else self._row_starts_at
-            file.seek(self._row_starts_at)
-            csv.DictWriter(file, self.columns, restval="", lineterminator="\n").writerow(self._row)
+            self._written_to = end if self._written_to is None else self._written_to
+            file.seek(self._written_to)
+            file.write(b"".join(lines))
             file.truncate()  # not before: a kill in between would cost a row that a resume file counts on
+        # The row of this step may still get figures, and is then written again.
+        self._written_to = self._written_to + sum(map(len, lines[: len(self._rows_before)])) if self._row else None
+        self._rows_before, self._flushed_at = [], time.monotonic()
+
+    def _line(self, row: Mapping[str, Any]) -> bytes:
+        text = io.StringIO()
+        csv.DictWriter(text, self.columns, restval="", lineterminator="\n").writerow(row)
+        return text.getvalue().encode("utf-8")
 
     def finalize(self, status: str) -> None:
-        """Write the last row."""
+        """Write the last rows."""
         self.save()
 
 

@@ -1,121 +1,45 @@
 """Resume files: all that a stopped run needs to go on, bit for bit.
 
-They are Lightning checkpoints (weights, optimizer, loops, callbacks), written atomically into the run's folder,
-loadable with ``weights_only=True``, and named by the step. The same command goes on from the newest readable one.
+They are Lightning checkpoints (weights, optimizer, loops, callbacks), written atomically into the run's folder while
+the next steps are made, loadable with ``weights_only=True``, and named by the step. The same command goes on from the
+newest readable one.
 Nothing in a training draws random numbers from a global generator, so none has to be kept: first weights, row orders
 and tasks have generators of their own, which are functions of a seed and a number.
 """
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import math
 import re
 import socket
+import time
 import warnings
-import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.plugins.io import CheckpointIO
-from torch.utils._pytree import tree_leaves
 
-from nanochat_pl.common import together
+from nanochat_pl.common import distributed, together
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.common.files import (
-    FREE_SPACE,
-    disk_errors_explained,
-    entries,
-    free_bytes,
-    read_json,
-    write_atomically,
-    write_json,
-)
+from nanochat_pl.common.files import disk_errors_explained, entries, read_json, write_json
 from nanochat_pl.common.run_folder import SHARED_RUNS
+from nanochat_pl.training.checkpoint_io import (
+    IN_BACKGROUND,
+    BackgroundCheckpointIO,
+    first_line,
+    unreadable_explained,
+    wrong_bytes,
+)
 from nanochat_pl.training.metrics import StepClock
 
 _NAME = re.compile(r"step=(\d{6,})\.ckpt")
 _DAMAGED = re.compile(rf"{_NAME.pattern}\.damaged")
 BEST = "best.json"
-
-
-class AtomicCheckpointIO(CheckpointIO):
-    """Checkpoints that are whole or not there: written beside their place, synced, read back, renamed.
-
-    Reading back finds what went wrong on the way to the operating system: it gives the bytes that it keeps in memory.
-    What a disk loses is found at the next start, which verifies each file that it might use.
-
-    Attributes:
-        failure: why the last one was not written. It is raised by :meth:`ResumeFiles.save`, on all processes: where
-            Lightning calls this one, the others are waiting for the main process.
-    """
-
-    failure: UserError | None = None
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Write ``checkpoint`` to ``path``. Where that cannot be, older files are untouched and ``failure`` is set."""
-        path = Path(path)
-        self.failure = None
-        try:
-            _require_space(checkpoint, path)
-            write_atomically(
-                path, lambda temporary: _write(checkpoint, temporary, path), lambda temporary: _verify(temporary, path)
-            )
-        except UserError as error:
-            self.failure = error
-
-    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read a checkpoint; its tensors stay on the disk until they are copied into place."""
-        with _unreadable_explained(path):
-            return torch.load(path, map_location=map_location or "cpu", weights_only=True, mmap=True)
-
-    def remove_checkpoint(self, path: Any) -> None:
-        """Delete a checkpoint."""
-        Path(path).unlink(missing_ok=True)
-
-
-def _require_space(checkpoint: dict[str, Any], path: Path) -> None:
-    needed = sum(leaf.nbytes for leaf in tree_leaves(checkpoint) if isinstance(leaf, torch.Tensor))
-    if needed > (free := free_bytes(path)):
-        raise UserError(
-            f"{path}: takes {needed / 2**20:,.1f} MiB, and the disk has {free / 2**20:,.1f} MiB free;"
-            " the older files are whole.",
-            fix=f"{FREE_SPACE} Then the same command goes on.",
-        )
-
-
-def _write(checkpoint: dict[str, Any], temporary: Path, path: Path) -> None:
-    try:
-        torch.save(checkpoint, temporary)
-    except RuntimeError as error:  # what torch's zip writer raises where the disk is full
-        raise UserError(
-            f"{path}: could not be written ({free_bytes(path) / 2**20:,.1f} MiB free on the disk):"
-            f" {str(error).splitlines()[0]}",
-            fix=f"{FREE_SPACE} Then the same command goes on.",
-        ) from error
-
-
-def _verify(temporary: Path, path: Path) -> None:
-    if (problem := _wrong_bytes(temporary)) is not None:
-        raise UserError(f"{path}: what was written cannot be read back: {problem}.", fix="Check the disk.")
-
-
-@contextlib.contextmanager
-def _unreadable_explained(path: Path) -> Iterator[None]:
-    """Tell a file that cannot be read from one that is damaged: nothing is known of its bytes."""
-    try:
-        yield
-    except (OSError, MemoryError) as error:
-        why = (error.strerror if isinstance(error, OSError) else None) or str(error) or "out of memory"
-        raise UserError(
-            f"{path}: cannot be read: {why}.",
-            fix="Nothing was changed. Where the disk, the network or its permissions are to blame, put that right, and"
-            " the same command goes on. Without this file it goes on from an older one.",
-        ) from error
+# What the main process knows at the beginning of a step and all must hear.
+NOTHING, SAVE_IS_DUE, SAVE_FAILED = range(3)
+NUM_NOTICES = 3
 
 
 def damage(path: Path) -> str | None:
@@ -124,22 +48,8 @@ def damage(path: Path) -> str | None:
     Raises:
         UserError: it cannot be read. That is no damage: a disk in the network may be back in a minute.
     """
-    with _unreadable_explained(path):
-        return "is a folder" if path.is_dir() else _wrong_bytes(path) or _wrong_content(path)
-
-
-def _wrong_bytes(path: Path) -> str | None:
-    """What is wrong with the bytes of a checkpoint: None where each one's checksum is right."""
-    with path.open("rb") as file:
-        try:
-            with zipfile.ZipFile(file) as archive:
-                broken = archive.testzip()
-        except Exception as error:  # wrong bytes become whatever zipfile, zlib and all that they call make of them
-            # EINVAL: the archive's own table points to before the file's begin.
-            if isinstance(error, OSError) and error.errno != errno.EINVAL:
-                raise
-            return _first_line(error)
-    return f"{broken} is damaged" if broken else None
+    with unreadable_explained(path):
+        return "is a folder" if path.is_dir() else wrong_bytes(path) or _wrong_content(path)
 
 
 def _wrong_content(path: Path) -> str | None:
@@ -149,16 +59,12 @@ def _wrong_content(path: Path) -> str | None:
         raise
     except Exception as error:  # as above, and of torch's own reader
         if str(error).startswith("unable to "):  # open, stat or map the file: how torch says what the system refused
-            raise OSError(_first_line(error)) from error
-        return f"is a file of another kind: {_first_line(error)}"
+            raise OSError(first_line(error)) from error
+        return f"is a file of another kind: {first_line(error)}"
     if not isinstance(content, dict) or not {"global_step", "state_dict", "optimizer_states"} <= content.keys():
         return "is a file of another kind"
     step = step_of(path)
     return None if content["global_step"] == step else f"is of step {content['global_step']}"
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
 def step_of(path: Path) -> int:
@@ -232,36 +138,79 @@ def _put_aside(damaged: Mapping[Path, str]) -> None:
 
 
 class ResumeFiles(Callback):
-    """Writes a resume file every N steps, at the last step, and when the run is stopped; keeps the newest few.
+    """Writes a resume file every so often, at the last step, and when the run is stopped; keeps the newest few.
+
+    The main process writes it in the background. What comes after that (older files go, the best are ranked) is done
+    once the new file is verified, between two steps. One that is due by time before the one before is done waits for
+    it while the training goes on; any other waits at once, and the training with it.
 
     Args:
         folder: where the files are.
-        every_steps: N.
+        every_steps: steps between two; None: ``every_minutes`` decides.
         keep_last: how many of the newest are kept.
         clock: what counts as the training's time.
         keep_best: how many are kept besides: of the measured steps those with the lowest val/bpb, which stand in
             ``best.json``. Each measured step then has a file.
         measured_every: steps between two validations.
+        every_minutes: by the clock of the main process, from the beginning of one file to that of the next.
+
+    Attributes:
+        io: writes and reads them.
     """
 
     def __init__(
         self,
         folder: Path,
-        every_steps: int,
+        every_steps: int | None,
         keep_last: int,
         clock: StepClock,
         keep_best: int = 0,
         measured_every: int = 0,
+        every_minutes: float = 10.0,
     ) -> None:
         self.folder, self.every_steps, self.keep_last, self.clock = folder, every_steps, keep_last, clock
         assert measured_every or not keep_best, "nothing is measured"
-        self.keep_best, self.measured_every = keep_best, measured_every
+        self.keep_best, self.measured_every, self.every_minutes = keep_best, measured_every, every_minutes
+        self.io = BackgroundCheckpointIO()
         self._best: dict[str, float] = {}  # names of files, best first
+        self._measured: dict[str, float] = {}  # not ranked yet
+        self._is_settled = True
+        self._is_due = False
+        self._last_begun = time.monotonic()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find out which files are the best so far, and let go of those that a kill has kept."""
         self._best = together.by_main(self._ranking)
         together.by_main(self._let_go)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The time to the first file begins."""
+        self._last_begun = time.monotonic()
+
+    def notice(self) -> int:
+        """What all processes must hear at the beginning of a step; of the main one alone it is something.
+
+        It goes with another number that they compare there (:class:`GracefulStop`), and comes back in :meth:`heed`.
+        """
+        if not distributed.is_main():
+            return NOTHING
+        if not self.io.is_writing:
+            self._settle()
+        if self.io.failure is not None:
+            return SAVE_FAILED
+        waited = time.monotonic() - self._last_begun
+        is_due = self.every_steps is None and waited >= 60 * self.every_minutes and not self.io.is_writing
+        return SAVE_IS_DUE if is_due else NOTHING
+
+    def heed(self, notice: int) -> None:
+        """Take what :meth:`notice` said on the main process. All processes call it.
+
+        Raises:
+            UserError: on all processes: a file could not be written. The older ones are untouched.
+        """
+        if notice == SAVE_FAILED:
+            together.by_main(self._finish)
+        self._is_due = notice == SAVE_IS_DUE
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -269,30 +218,76 @@ class ResumeFiles(Callback):
         """After a step, before what is measured after it: that may fail or take long."""
         step = trainer.global_step
         measured = self.keep_best and step % self.measured_every == 0
-        if step % self.every_steps == 0 or step == trainer.max_steps or measured:
+        by_steps = self.every_steps is not None and step % self.every_steps == 0
+        is_last = step == trainer.max_steps
+        if self._is_due or by_steps or measured or is_last:
             with self.clock.paused():
-                self.save(trainer)
+                self.save(trainer, wait=is_last)
 
-    def save(self, trainer: Trainer) -> None:
-        """Write the file of the last finished step, then let the oldest go. All processes call it.
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Wait for the file that is being written, also where a callback has ended the training."""
+        together.by_main(self._finish)
+
+    def save(self, trainer: Trainer, wait: bool = False) -> None:
+        """Begin the file of the last finished step, once the one before is done. All processes call it.
+
+        Args:
+            trainer: what is saved.
+            wait: until this one is done, too.
 
         Raises:
-            UserError: on all processes: the main one could not write the file. The older ones are untouched.
+            UserError: on all processes: the main one could not write a file. The older ones are untouched.
         """
         path = self.folder / f"step={trainer.global_step:06d}.ckpt"
-        if together.by_main(path.exists):
+
+        def is_there() -> bool:
+            self._finish()
+            if not path.exists():
+                _save_figures(trainer)  # first: a run that goes on from the file has them
+                return False
+            return True
+
+        if together.by_main(is_there):
             return
-        together.by_main(lambda: _save_figures(trainer))  # first: a run that goes on from the file has them
-        trainer.save_checkpoint(path, weights_only=False)  # False: all of it, not the weights alone
-        io = trainer.strategy.checkpoint_io
-        assert isinstance(io, AtomicCheckpointIO)
-        together.by_main(lambda: self._settle(io.failure))
+        self._is_settled, self._last_begun = False, time.monotonic()
+        # False: all of it, not the weights alone.
+        trainer.save_checkpoint(path, weights_only=False, storage_options=IN_BACKGROUND)
+        if wait:
+            together.by_main(self._finish)
+
+    def files(self) -> list[Path]:
+        """All that there are, newest step first, when the one that is being written is done."""
+        self.io.wait()
+        return resume_files(self.folder)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Rank the file of the step that was just measured."""
+        """Rank the file of the step that was just measured, as soon as it is whole."""
         name, bpb = f"step={trainer.global_step:06d}.ckpt", trainer.callback_metrics.get("val/bpb")
-        if self.keep_best and bpb is not None and math.isfinite(bpb):
-            together.by_main(lambda: self._rank(name, float(bpb)))
+        if self.keep_best and bpb is not None and math.isfinite(bpb) and distributed.is_main():
+            self._measured[name], self._is_settled = float(bpb), False
+            if not self.io.is_writing:
+                self._settle()
+
+    def _finish(self) -> None:
+        """Wait for the file that is being written. Of the main process alone.
+
+        Raises:
+            UserError: it could not be written, or what comes after it could not be done.
+        """
+        self.io.wait()
+        self._settle()
+        self.io.raise_failure()
+
+    def _settle(self) -> None:
+        """What comes after a file. A failure is that of the file, to be heard by all."""
+        if self._is_settled or self.io.failure is not None:
+            return
+        self._is_settled = True
+        try:
+            self._rank()
+            self._let_go()
+        except UserError as error:
+            self.io.failure = error
 
     def _ranking(self) -> dict[str, float]:
         path = self.folder / BEST
@@ -301,16 +296,12 @@ class ResumeFiles(Callback):
         best = read_json(path) if path.exists() else {}
         return {name: bpb for name, bpb in best.items() if (self.folder / name).exists()}
 
-    def _rank(self, name: str, bpb: float) -> None:
-        ranked = sorted((self._best | {name: bpb}).items(), key=lambda item: item[1])
-        self._best = dict(ranked[: self.keep_best])
-        write_json(self.folder / BEST, self._best)
-        self._let_go()
-
-    def _settle(self, failure: UserError | None) -> None:
-        if failure is not None:
-            raise failure
-        self._let_go()
+    def _rank(self) -> None:
+        measured, self._measured = self._measured, {}
+        if measured:
+            ranked = sorted((self._best | measured).items(), key=lambda item: item[1])
+            self._best = dict(ranked[: self.keep_best])
+            write_json(self.folder / BEST, self._best)
 
     def _let_go(self) -> None:
         files = resume_files(self.folder)

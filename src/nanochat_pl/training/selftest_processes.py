@@ -26,7 +26,7 @@ import nanochat_pl
 from nanochat_pl.common import distributed
 from nanochat_pl.common.files import ensure_folder
 from nanochat_pl.model.gpt import GPT
-from nanochat_pl.training.resume import AtomicCheckpointIO
+from nanochat_pl.training.checkpoint_io import AtomicCheckpointIO
 from nanochat_pl.training.selftest_findings import Bench, Check, Finding, exact, within
 from nanochat_pl.training.selftest_steps import (
     NUM_STEPS,
@@ -151,12 +151,30 @@ def _all_gather(given: Tensor) -> Tensor:
     return output
 
 
+def _make_sent(count: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    size, own = distributed.world_size(), distributed.rank()
+    parts = [_values(count // size, rank, dtype, device) for rank in range(size)]
+    return parts[own], torch.cat(parts) if own == 0 else parts[own]
+
+
+def _send_to_first(given: Tensor) -> Tensor:
+    """Each of the others to the first process, one after the other, as moments are gathered for a resume file."""
+    if distributed.rank() > 0:
+        distributed.send(given, 0)
+        return given
+    received = [torch.empty_like(given) for _ in range(1, distributed.world_size())]
+    for rank, part in enumerate(received, start=1):
+        distributed.receive_(part, rank)
+    return torch.cat([given, *received])
+
+
 Make = Callable[[int, torch.dtype, torch.device], tuple[Tensor, Tensor]]
 COLLECTIVES: dict[str, tuple[Make, Callable[[Tensor], Tensor]]] = {
     "broadcast": (_make_same, _broadcast),
     "sum": (_make_sum, _sum),
     "reduce-scatter": (_make_scatter, _reduce_scatter),
     "all-gather": (_make_gather, _all_gather),
+    "send and receive": (_make_sent, _send_to_first),
 }
 
 

@@ -107,7 +107,10 @@ class TrainerSettings:
         "stop", "What to do with a step whose loss or gradient is not finite: stop the run, or skip the step."
     )
     log_every_steps: int = setting(1, "Steps between two lines of metrics.", at_least=1)
-    checkpoint_every_steps: int = setting(100, "Steps between two resume files.", at_least=1)
+    checkpoint_every_minutes: float = setting(10.0, "Minutes between two resume files.", above=0)
+    checkpoint_every_steps: int | None = setting(
+        None, "Steps between two resume files, in place of the minutes: at exactly these steps.", at_least=1
+    )
     keep_last: int = setting(2, "Resume files that are kept; the older ones go.", at_least=2, at_most=1000)
     keep_best: int = setting(
         0, "Further ones that are kept: of the measured steps those with the lowest val/bpb.", at_least=0, at_most=1000

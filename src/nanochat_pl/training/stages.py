@@ -18,7 +18,7 @@ from nanochat_pl.model.init import init_weights
 from nanochat_pl.optim import Hyperparameters, MuonAdamW, ScheduleSettings, build_optimizer
 from nanochat_pl.training.guards import Guard, OnNonfinite
 from nanochat_pl.training.loss_scale import LossScale
-from nanochat_pl.training.resume import ResumeFiles, resume_files
+from nanochat_pl.training.resume import ResumeFiles
 from nanochat_pl.training.step import StepBatch, training_step
 
 
@@ -132,7 +132,7 @@ class TrainingStage(LightningModule):
     def resume_files(self) -> list[Path]:
         """The run's resume files, newest first."""
         writers = [each for each in self.trainer.callbacks if isinstance(each, ResumeFiles)]  # type: ignore[attr-defined]
-        return resume_files(writers[0].folder) if writers else []
+        return writers[0].files() if writers else []
 
     def doctor_of(self, step: int) -> str:
         """The command that shows the text of a step; these count from 1, as in metrics.csv."""

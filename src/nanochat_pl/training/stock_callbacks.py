@@ -24,7 +24,7 @@ WORKING = frozenset(
 )
 
 _RESUME_FILES = (
-    "resume files are written by the program: see trainer.checkpoint_every_steps, trainer.keep_last and keep_best"
+    "resume files are written by the program: see trainer.checkpoint_every_minutes, trainer.keep_last and keep_best"
 )
 _BAR = "the program shows a bar of its own, in optimizer steps, and lines where there is no terminal"
 _FREEZING = "each parameter has its place in the one optimizer from the first step; none is frozen or added later"

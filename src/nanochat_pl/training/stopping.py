@@ -19,7 +19,7 @@ from lightning.pytorch import Callback, Trainer
 from nanochat_pl.common import distributed
 from nanochat_pl.common.constants import SAME_SIGNAL_SECONDS, SHOW_CURSOR, STOP_SIGNALS
 from nanochat_pl.common.errors import SharedError, UserError
-from nanochat_pl.training.resume import ResumeFiles
+from nanochat_pl.training.resume import NUM_NOTICES, ResumeFiles
 
 SIGALRM = 14  # what the end of trainer.max_time counts as, also on systems without that signal
 # How it stands with the rows that a process waits for; above, a stop is asked for.
@@ -101,9 +101,20 @@ class GracefulStop(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """From here on the step asks."""
-        pl_module.micro_batch_hooks.append(self.check)
+        pl_module.micro_batch_hooks.append(self._between_micro_batches)
 
-    def check(self, part: int = 0) -> None:
+    def _between_micro_batches(self, part: int) -> None:
+        if part > 0:
+            self.check()
+            return
+        # What the main process knows of the resume files goes in the same number, below any signal: for itself it would
+        # be one more collective in each step.
+        agreed = distributed.largest(NUM_NOTICES * self._asked() or self.resume_files.notice())
+        if agreed >= NUM_NOTICES:
+            self._stop(agreed // NUM_NOTICES)
+        self.resume_files.heed(agreed)
+
+    def check(self) -> None:
         """Raise :class:`StopRequested` where a signal came, or the time is over, in any of the processes.
 
         All processes call it equally often.
@@ -167,7 +178,7 @@ class GracefulStop(Callback):
     def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
         """Write the resume file of the last finished step: until the optimizer steps, nothing has changed."""
         if isinstance(exception, StopRequested | NoMoreRows) and trainer.global_step > 0:
-            self.resume_files.save(trainer)
+            self.resume_files.save(trainer, wait=True)
 
     def _end_together(self) -> None:
         """From here on nothing but the end is left, and no process goes before all know it: a launcher that sees the

@@ -96,7 +96,7 @@ ARGUMENTS: dict[str, Ours | Use | Refused] = {
     "logger": Use("logger=[tensorboard]", note="metrics.csv is always written; logger=[] leaves out all else."),
     "callbacks": Use("callbacks=[early_stopping]", note="The files of configs/callbacks; your own go there too."),
     "log_every_n_steps": Use("trainer.log_every_steps={}", _whole(10)),
-    "enable_checkpointing": Use("trainer.checkpoint_every_steps=1000", note="Resume files are always written."),
+    "enable_checkpointing": Use("trainer.checkpoint_every_minutes=60", note="Resume files are always written."),
     "enable_progress_bar": Refused("a bar is shown on a terminal alone; `… | cat` shows a line now and then"),
     "enable_model_summary": Use("callbacks=[model_summary]", note="nanochat-pl plan counts the parameters too."),
     "default_root_dir": Use("paths.runs={}", _fitting(r"[^\s…]+", "runs")),

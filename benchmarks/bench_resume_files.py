@@ -1,0 +1,133 @@
+"""What a resume file costs the training: steps while one is written to a slow disk, against steps while none is.
+
+One fit writes a file every so many steps. The disk is made slow: writing takes as long as at 0.05 GiB a second, and
+reading back as long again. About half of the steps are made meanwhile; both kinds alternate, so a machine that is now
+quicker and now slower is so for both. A step's time has all that the training waits for at its end: of a step that
+begins a file, the copy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from bench_trainer import RandomRows, interval
+from lightning.pytorch import Callback
+
+from nanochat_pl.cli.quiet import quieten
+from nanochat_pl.common.hardware import choose_compute_dtype
+from nanochat_pl.model.accounting import flops_per_token
+from nanochat_pl.model.config import ModelSettings, resolve_model
+from nanochat_pl.optim import OptimSettings, ScheduleSettings, resolve_hyperparameters
+from nanochat_pl.planning.memory import resume_copy_bytes
+from nanochat_pl.training import checkpoint_io
+from nanochat_pl.training.datamodule import RowsDataModule
+from nanochat_pl.training.evaluation import Samples
+from nanochat_pl.training.fit import Fitting, fit
+from nanochat_pl.training.resume import ResumeFiles
+from nanochat_pl.training.settings import EvaluationSettings, TrainerSettings
+from nanochat_pl.training.stages import BaseStage, StageRecipe
+
+RATE = 0.05 * 2**30  # bytes a second
+WARM_UP_FILES, ROWS_PER_STEP = 1, 2
+
+
+def slowed(function: Callable[..., None], num_bytes: int) -> Callable[..., None]:
+    """The same, and wait as long as the bytes take at :data:`RATE`."""
+
+    def slow(*arguments: Any) -> None:
+        begin = time.perf_counter()
+        function(*arguments)
+        time.sleep(max(0.0, num_bytes / RATE - (time.perf_counter() - begin)))
+
+    return slow
+
+
+class StepTimes(Callback):
+    """Seconds of the steps between two files, in the order of these: (while one was written, while none was)."""
+
+    def __init__(self) -> None:
+        self.cycles: list[tuple[list[float], list[float]]] = []
+        self._mark, self._was_writing = time.perf_counter(), False
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """After what has begun a file."""
+        files = next(each for each in trainer.callbacks if isinstance(each, ResumeFiles))
+        now, is_writing = time.perf_counter(), files.io.is_writing
+        if is_writing and not self._was_writing:
+            self.cycles.append(([], []))
+        if self.cycles and (is_writing or not self._was_writing):  # not the step in which it was done
+            self.cycles[-1][0 if is_writing else 1].append(now - self._mark)
+        self._mark, self._was_writing = time.perf_counter(), is_writing
+
+
+def main(num_files: int, every_steps: int, compiled: bool) -> None:
+    """Print the ratio of both kinds of step, what a file costs, and what it would if the training waited."""
+    quieten()
+    dtype = choose_compute_dtype("auto", torch.device("cpu"))
+    model = resolve_model(ModelSettings(depth=4, head_dim=64, sequence_len=256), 4096, dtype)
+    num_steps = (num_files + WARM_UP_FILES) * every_steps + every_steps // 2
+    hyper = resolve_hyperparameters(OptimSettings(matrix_lr=0.012), width=model.width, compute_dtype=dtype)
+    recipe = StageRecipe(model, hyper, ScheduleSettings(), num_steps, ROWS_PER_STEP, 0, compiled)
+    num_bytes = resume_copy_bytes(model)
+    checkpoint_io._write = slowed(checkpoint_io._write, num_bytes)  # type: ignore[assignment]
+    checkpoint_io._verify = slowed(checkpoint_io._verify, num_bytes)  # type: ignore[assignment]
+    copies: list[float] = []
+    copy_to_host = checkpoint_io.copy_to_host
+
+    def copy(checkpoint: dict[str, Any]) -> dict[str, Any]:
+        begin = time.perf_counter()
+        copied = copy_to_host(checkpoint)
+        copies.append(time.perf_counter() - begin)
+        return copied
+
+    checkpoint_io.copy_to_host = copy
+    times, rows = StepTimes(), RandomRows(model.vocab_size, model.sequence_len)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        fitting = Fitting(
+            name="bench",
+            folder=folder,
+            trainer=TrainerSettings(accelerator="cpu", checkpoint_every_steps=every_steps),
+            evaluation=EvaluationSettings(every_steps=0, samples_every_steps=0),
+            device=torch.device("cpu"),
+            flops_per_token=flops_per_token(model),
+            peak_flops=None,
+            validation=None,
+            samples=Samples(folder / "samples.jsonl", [], 1),
+            callbacks=[times],
+        )
+        fit(BaseStage(recipe), RowsDataModule(rows, ROWS_PER_STEP, num_steps), fitting)  # type: ignore[arg-type]
+    cycles = [(busy, quiet) for busy, quiet in times.cycles[WARM_UP_FILES:] if busy and quiet]
+    ratios = [statistics.mean(busy) / statistics.mean(quiet) for busy, quiet in cycles]
+    low, high = interval(ratios)
+    step, busy = statistics.median(each for _, quiet in cycles for each in quiet), len(cycles[0][0])
+    seconds = 2 * num_bytes / RATE
+    print(
+        f"steps while a file of {num_bytes / 2**20:.0f} MiB is written at 0.05 GiB/s, against those while none is:"
+        f" {statistics.median(ratios):.4f} (95% {low:.4f} to {high:.4f}, n={len(ratios)} files of {busy} steps)"
+    )
+    lost = [
+        (sum(busy) - len(busy) * statistics.mean(quiet)) / (every_steps * statistics.mean(quiet))
+        for busy, quiet in cycles
+    ]
+    low, high = interval(lost)
+    print(f"  lost of all time, with a file every {every_steps} steps: {statistics.median(lost):.2%}", end="")
+    print(f" (95% {low:.2%} to {high:.2%}, n={len(lost)})")
+    print(f"  a step takes {step:.3f} s; the copy {statistics.median(copies):.3f} s; the file {seconds:.1f} s,")
+    print(f"  which a training that waited would lose: {seconds / (every_steps * step):.0%} of its time")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--files", type=int, default=20)
+    parser.add_argument("--every-steps", type=int, default=20)
+    parser.add_argument("--eager", action="store_true")
+    options = parser.parse_args()
+    main(options.files, options.every_steps, not options.eager)
