@@ -54,6 +54,7 @@ def add_memory(plan: Plan, config: GPTConfig, options: RowOptions) -> StepMemory
         on_cpu=device.type == "cpu",
         knobs=options.knobs,
         micro_batches=-(-most // rows),
+        gpu_memory=device.gpu_memory,
     )
     plan.section = f"Memory on {device.name}"
     plan.derive("weights_bytes", memory.weights, "parameters in float32, embeddings in model.embedding_dtype")
@@ -77,7 +78,12 @@ def add_memory(plan: Plan, config: GPTConfig, options: RowOptions) -> StepMemory
         fit = None
         if device.memory_bytes is not None:
             fit = largest_device_batch_size(
-                config, device.memory_bytes, on_cpu=device.type == "cpu", knobs=knobs, at_most=most
+                config,
+                device.memory_bytes,
+                on_cpu=device.type == "cpu",
+                knobs=knobs,
+                at_most=most,
+                gpu_memory=device.gpu_memory,
             )
         formula = f"most rows whose step fits into {1 - MARGIN:.0%} of it{what}, at most those of a step"
         plan.derive(name, fit, formula, ("device_memory_bytes", "rows_per_step"))

@@ -63,7 +63,12 @@ def _rows_that_fit(config: GPTConfig, options: RowOptions, most: int) -> tuple[i
     fit = most
     if device.memory_bytes is not None:
         fit = largest_device_batch_size(
-            config, device.memory_bytes, on_cpu=device.type == "cpu", knobs=options.knobs, at_most=most
+            config,
+            device.memory_bytes,
+            on_cpu=device.type == "cpu",
+            knobs=options.knobs,
+            at_most=most,
+            gpu_memory=device.gpu_memory,
         )
     if tokens is None:
         rows = 2 ** (max(1, fit).bit_length() - 1)

@@ -8,7 +8,7 @@ import torch
 
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.files import free_bytes
-from nanochat_pl.common.hardware import memory_bytes
+from nanochat_pl.common.hardware import gpu_memory_bytes, memory_bytes
 from nanochat_pl.common.place import launched_place
 from nanochat_pl.model.accounting import count_parameters, weight_bytes
 from nanochat_pl.model.config import GPTConfig
@@ -55,7 +55,9 @@ def least_memory(model: GPTConfig, device: torch.device, knobs: MemoryKnobs = NO
     Each of several processes keeps its share of the optimizer's state; those of one machine share a CPU's memory.
     """
     place, on_cpu = launched_place(), device.type == "cpu"
-    step = step_memory(model, 1, on_cpu=on_cpu, knobs=knobs, processes=place.world_size)
+    step = step_memory(
+        model, 1, on_cpu=on_cpu, knobs=knobs, processes=place.world_size, gpu_memory=gpu_memory_bytes(device)
+    )
     return step.total * (place.local_world_size if on_cpu else 1)
 
 
