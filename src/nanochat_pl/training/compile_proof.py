@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nanochat_pl.common.hardware import ComputeDType
 from nanochat_pl.model.compiled import CompiledLoss
-from nanochat_pl.model.config import GPTConfig, ModelSettings, num_heads, resolve_model
+from nanochat_pl.model.config import GPTConfig, ModelSettings, num_heads, resolve_model, window_sizes
 from nanochat_pl.model.gpt import GPT, TORCH_DTYPES
 from nanochat_pl.training.selftest_findings import TOLERANCE
 from nanochat_pl.training.selftest_steps import NUM_POSITIONS, NUM_ROWS, VOCABULARY, distance, rows, tiny_net
@@ -35,19 +35,20 @@ def tolerance(dtype: ComputeDType) -> float:
 
 
 def config_of_its_kind(settings: ModelSettings, dtype: ComputeDType) -> GPTConfig:
-    """The least model of the same kind: two layers, so a short window and the whole row, with and without value
-    embedding, if the settings have them; heads of their width, grouped if theirs are."""
+    """The least model of the same kind: one layer with all that a layer of the settings may have (a short window, a
+    value embedding, grouped queries), and heads of their width. Each graph more takes seconds to compile."""
     grouped = settings.num_kv_heads not in (None, num_heads(settings))
     least = dataclasses.replace(
         settings,
-        depth=2,
-        aspect_ratio=settings.head_dim,
+        depth=1,
+        aspect_ratio=(1 + grouped) * settings.head_dim,
         num_kv_heads=1 if grouped else None,
         sequence_len=NUM_POSITIONS,
         short_window_multiple=None,
         vocab_multiple=1,
     )
-    return resolve_model(least, VOCABULARY, dtype)
+    config = resolve_model(least, VOCABULARY, dtype)
+    return dataclasses.replace(config, windows=(min(window_sizes(dataclasses.replace(least, depth=settings.depth))),))
 
 
 def distance_of_compiled(net: GPT) -> float:
