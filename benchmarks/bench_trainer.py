@@ -23,6 +23,7 @@ from lightning.pytorch import Callback
 from nanochat_pl.cli.quiet import quieten
 from nanochat_pl.common.hardware import choose_compute_dtype
 from nanochat_pl.model.accounting import flops_per_token
+from nanochat_pl.model.compiled import CompiledLoss
 from nanochat_pl.model.config import ModelSettings, resolve_model
 from nanochat_pl.model.gpt import GPT, parameter_roles
 from nanochat_pl.model.init import init_weights
@@ -32,6 +33,7 @@ from nanochat_pl.training.evaluation import Samples
 from nanochat_pl.training.fit import Fitting, fit
 from nanochat_pl.training.settings import EvaluationSettings, TrainerSettings
 from nanochat_pl.training.stages import BaseStage, StageRecipe
+from nanochat_pl.training.step import micro_batches
 
 ROWS_PER_STEP = 16
 WARM_UP_STEPS = 5
@@ -60,7 +62,7 @@ class BareLoop(Callback):
     def __init__(self, recipe: StageRecipe, data: StepRows) -> None:
         self.recipe, self.data = recipe, data
         self.net = init_weights(GPT(recipe.model).materialise(), recipe.seed)
-        self.loss = torch.compile(self.net.weighted_loss, dynamic=False) if recipe.compile else self.net.weighted_loss
+        self.loss = CompiledLoss(self.net) if recipe.compile else self.net.loss_by_row
         self.optimizer = build_optimizer(self.net.named_parameters(), parameter_roles(self.net), recipe.hyperparameters)
         self.optimizer.allocate_state()
         self.pairs: list[tuple[float, float]] = []
@@ -68,11 +70,10 @@ class BareLoop(Callback):
 
     def step(self, number: int) -> float:
         """One bare optimizer step; gives the loss."""
-        batch, size = self.data[number], self.recipe.device_batch_size
+        batch = self.data[number]
         total = torch.zeros(())
-        for first in range(0, len(batch.inputs), size):
-            part = slice(first, first + size)
-            nats = self.loss(batch.inputs[part], batch.targets[part]) / batch.num_targets
+        for inputs, targets in micro_batches(batch, self.recipe.device_batch_size):
+            nats = self.loss(inputs, targets)[0] / batch.num_targets
             nats.backward()
             total += nats.detach()
         self.optimizer.set_step_values(schedule_values(self.recipe.schedule, number, self.recipe.num_steps))

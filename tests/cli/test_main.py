@@ -193,3 +193,22 @@ def test_train_py_is_the_train_verb(here: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "nothing was trained" in done.stdout
     assert list(here.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("given", "platform", "expected"),
+    [
+        ({}, "linux", "expandable_segments:True"),
+        ({}, "darwin", None),
+        ({"PYTORCH_ALLOC_CONF": "backend:native"}, "linux", "backend:native"),
+        ({"PYTORCH_CUDA_ALLOC_CONF": ""}, "linux", None),
+        ({"PYTORCH_HIP_ALLOC_CONF": "backend:native"}, "linux", None),
+    ],
+)
+def test_gpu_memory_may_grow_unless_the_person_has_said_otherwise(
+    given: dict[str, str], platform: str, expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "environ", given)
+    monkeypatch.setattr(sys, "platform", platform)
+    main_module._let_gpu_memory_grow()
+    assert given.get("PYTORCH_ALLOC_CONF") == expected

@@ -5,6 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from nanochat_pl.model.compiled import CompiledLoss
+from nanochat_pl.model.kv_cache import KVCache
+from nanochat_pl.model.loss import compiled_piece
 from tests.model.helpers import perturbed, random_ids, tiny_config
 
 
@@ -35,6 +38,59 @@ def test_the_loss_is_one_graph(checkpointing):
     assert backend.graphs == 1
 
 
+@pytest.fixture
+def graphs(monkeypatch):
+    """All that is compiled is counted, and no graph may break."""
+    backend, compile_ = CountingBackend(), torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda function, **options: compile_(function, **options, backend=backend, fullgraph=True)
+    )
+    compiled_piece.cache_clear()
+    yield backend
+    compiled_piece.cache_clear()
+
+
+def losses_and_gradients(net, function, ids, weights=None):
+    net.zero_grad(set_to_none=True)
+    loss, of_rows = function(ids, ids.roll(-1, dims=1), weights)
+    loss.backward()
+    return [loss.detach(), of_rows, *(parameter.grad for parameter in net.parameters())]
+
+
+OF_A_STEP = 3  # what goes into the layers, the end, and a piece of the loss
+
+
+@pytest.mark.parametrize(
+    ("depth", "changes", "kinds"),
+    [(3, {}, 3), (8, {}, 3), (8, {"value_embedding_layers": ()}, 2), (2, {"residual_lambdas": False}, 2)],
+)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_layers_of_a_kind_are_compiled_once_and_give_the_bits_of_eager(graphs, depth, changes, kinds, checkpointing):
+    net = perturbed(tiny_config(depth, **changes))
+    net.activation_checkpointing = checkpointing
+    ids, compiled = random_ids(net.config, 4, 32), CompiledLoss(net)
+    found = losses_and_gradients(net, compiled, ids)
+    assert graphs.graphs == kinds + OF_A_STEP
+    losses_and_gradients(net, compiled, ids)
+    assert graphs.graphs == kinds + OF_A_STEP, "the second step compiles nothing"
+    expected = losses_and_gradients(net, net.loss_by_row, ids)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
+
+
+def test_other_rows_compile_as_much_again_for_any_number_of_sizes_and_evaluation_nothing(graphs):
+    """The compiler keeps eight graphs of one code: kinds and sizes would have come to more."""
+    net = perturbed(tiny_config(4))
+    compiled = CompiledLoss(net)
+    for number, rows in enumerate((4, 3, 2), start=1):
+        losses_and_gradients(net, compiled, random_ids(net.config, rows, 32))
+        assert graphs.graphs == number * (3 + OF_A_STEP)
+        with torch.no_grad():
+            net.losses(random_ids(net.config, 3, 7), random_ids(net.config, 3, 7))
+        with torch.inference_mode():
+            net(random_ids(net.config, 2, 5), KVCache(net.config, 2, 8))
+        assert graphs.graphs == number * (3 + OF_A_STEP)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 5e-2)])
@@ -49,6 +105,7 @@ def test_compiled_loss_and_gradients_are_those_of_eager_float32(dtype, tolerance
     for function, used, again in [
         (net.weighted_loss, torch.float32, False),
         (torch.compile(net.weighted_loss, dynamic=False), dtype, checkpointing),
+        (lambda *arguments: CompiledLoss(net)(*arguments)[0], dtype, checkpointing),
     ]:
         net.set_compute_dtype(used)
         net.activation_checkpointing = again
@@ -56,6 +113,7 @@ def test_compiled_loss_and_gradients_are_those_of_eager_float32(dtype, tolerance
         loss = function(ids, targets, weights)
         loss.backward()
         results.append((loss.detach(), torch.cat([parameter.grad.flatten() for parameter in net.parameters()])))
-    (eager, eager_gradient), (compiled, compiled_gradient) = results
-    torch.testing.assert_close(compiled, eager, rtol=tolerance / 10, atol=0)
-    assert (compiled_gradient - eager_gradient).norm() <= tolerance * eager_gradient.norm()
+    (eager, eager_gradient), *others = results
+    for compiled, compiled_gradient in others:
+        torch.testing.assert_close(compiled, eager, rtol=tolerance / 10, atol=0)
+        assert (compiled_gradient - eager_gradient).norm() <= tolerance * eager_gradient.norm()

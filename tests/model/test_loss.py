@@ -139,3 +139,42 @@ def test_padding_of_the_vocabulary_is_never_predicted():
     with torch.no_grad():
         net.lm_head.weight[50:] += 100.0
     assert before.shape == (1, 4, 50) and torch.equal(before, net(ids))
+
+
+@pytest.mark.parametrize(
+    ("on_cpu", "gpu_memory", "tokens"),
+    [(True, None, 128), (False, None, 1024), (False, 2**30 * 24, 1024), (False, 2**30 * 40, 4096)],
+)
+def test_pieces_by_memory_of_the_device(on_cpu, gpu_memory, tokens):
+    assert loss_module.default_chunk_tokens(2**15, on_cpu, gpu_memory) == tokens
+    assert loss_module.default_chunk_tokens(2**40, on_cpu, gpu_memory) == 1
+
+
+def test_the_head_gradient_is_summed_in_float32_where_that_can_be_had(monkeypatch):
+    """Played by a plain product in float32: rounded pieces are further from it than its own rounding."""
+    hidden, head, targets, weights = loss_case(tokens=600)
+    calls = []
+
+    def gradient():
+        matrix = head.clone().requires_grad_()
+        x = hidden.bfloat16()
+        loss = weighted_nats(x, matrix, targets, weights, vocab_size=33, cap=15.0, chunk_tokens=100)[0]
+        return torch.autograd.grad(loss, matrix)[0]
+
+    def added(total, one, other):
+        calls.append((one.dtype, other.dtype))
+        total += one.float() @ other.float()
+
+    assert not loss_module.sums_in_float32(torch.device("cpu"), torch.bfloat16)
+    rounded = gradient()
+    monkeypatch.setattr(loss_module, "sums_in_float32", lambda device, dtype: True)
+    monkeypatch.setattr(loss_module, "_add_product_in_float32", added)
+    precise = gradient()
+    assert calls == [(torch.bfloat16, torch.bfloat16)] * 6
+    assert 0 < (rounded - precise).norm() < 1e-2 * precise.norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_gpu_adds_products_to_float32(dtype):
+    assert loss_module.sums_in_float32(torch.device("cuda"), dtype)

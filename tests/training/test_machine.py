@@ -1,4 +1,4 @@
-"""Which GPU a process takes, without any."""
+"""Which GPU a process takes, what it computes in and whether it compiles, without any."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import torch
 
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.place import Place
-from nanochat_pl.training import machine
+from nanochat_pl.model.config import ModelSettings
+from nanochat_pl.training import compile_proof, machine
+from nanochat_pl.training.settings import TrainConfig, TrainerSettings
 from tests.processes import run
 
 
@@ -23,6 +25,7 @@ def test_the_gpu_of_a_process(
 ) -> None:
     monkeypatch.setattr(machine, "choose_device", lambda name: torch.device("cuda"))
     monkeypatch.setattr(machine, "launched_place", lambda: Place(*place))
+    monkeypatch.setattr(machine, "require_kernels", lambda device: None)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: found)
     assert machine.own_device("auto") == torch.device("cuda", index)
 
@@ -30,6 +33,7 @@ def test_the_gpu_of_a_process(
 def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "choose_device", lambda name: torch.device("cuda"))
     monkeypatch.setattr(machine, "launched_place", lambda: Place(2, 4, 2, 4))
+    monkeypatch.setattr(machine, "require_kernels", lambda device: None)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(UserError, match="4 processes on a machine where PyTorch sees 2 GPUs") as error:
         machine.own_device("auto")
@@ -57,3 +61,93 @@ def test_processes_that_share_a_gpu_are_refused_on_all() -> None:
     assert run(3, asked, ["a", "a", "a"], ["MIG-1", "MIG-2", "MIG-3"]) == [""] * 3, "parts of one"
     for said in run(3, asked, ["a", "b", "b"], ["0", "1", "1"]):
         assert said.startswith("Processes 1 and 2 have the same GPU")
+
+
+@pytest.mark.parametrize(
+    ("name", "capability", "said"),
+    [
+        ("NVIDIA H100", (9, 0), ["Training on NVIDIA H100 in bfloat16, compiled."]),
+        (
+            "Tesla T4",
+            (7, 5),
+            [
+                "Training on Tesla T4 in float16 (with a loss scale; it has no units for bfloat16), compiled.",
+                "Attention in windows runs block by block, not in PyTorch's flash kernels: it needs compute capability"
+                " 8.0, the GPU has 7.5.",
+            ],
+        ),
+    ],
+)
+def test_what_is_chosen_on_a_gpu_is_said(
+    name: str,
+    capability: tuple[int, int],
+    said: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for attribute, answer in {
+        "is_available": True,
+        "device_count": 1,
+        "get_device_capability": capability,
+        "get_device_name": name,
+        "get_arch_list": ["sm_75", "sm_80", "sm_90"],
+    }.items():
+        monkeypatch.setattr(torch.cuda, attribute, lambda *device, answer=answer: answer)
+    monkeypatch.setattr(machine, "why_not_compiled", lambda *kind: None)
+    chosen = machine.prepare_machine(TrainConfig())
+    assert (chosen.device.type, chosen.compile) == ("cuda", True)
+    assert chosen.compute_dtype == ("bfloat16" if capability >= (8, 0) else "float16")
+    assert " ".join(capsys.readouterr().out.split()) == " ".join(said)
+
+
+@pytest.mark.parametrize(
+    ("settings", "grouped", "window", "value_embedding"),
+    [
+        (ModelSettings(depth=20), False, 6, True),
+        (ModelSettings(depth=20, num_kv_heads=2, window_pattern="L", value_embeddings=False), True, 24, False),
+        (ModelSettings(depth=1), False, 24, True),
+    ],
+)
+def test_the_compiler_is_tried_with_a_tiny_model_of_the_same_kind(
+    settings: ModelSettings, grouped: bool, window: int, value_embedding: bool
+) -> None:
+    config = compile_proof.config_of_its_kind(settings, "bfloat16")
+    assert (config.num_layers, config.head_dim, config.compute_dtype) == (1, 128, "bfloat16")
+    assert config.windows == (window,)
+    assert bool(config.value_embedding_layers) == value_embedding
+    assert (config.num_kv_heads < config.num_heads) == grouped
+
+
+TINY = ModelSettings(depth=2, head_dim=16)
+
+
+def test_a_compiler_that_fails_or_is_wrong_trains_eagerly_and_says_why(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cpu = torch.device("cpu")
+
+    def broken(*arguments: object, **options: object) -> None:
+        raise RuntimeError("no compiler\nat all")
+
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)  # one that changes nothing
+    assert machine.compiler_works(cpu, "float32", TINY)
+    assert capsys.readouterr().out == ""
+    monkeypatch.setattr(torch, "compile", lambda function, **options: lambda *inputs: _larger(function(*inputs)))
+    assert not machine.compiler_works(cpu, "float32", TINY)
+    assert "gradients of a tiny model are" in capsys.readouterr().out
+    monkeypatch.setattr(torch, "compile", broken)
+    assert not machine.compiler_works(cpu, "float32", TINY)
+    said = " ".join(capsys.readouterr().out.split())
+    assert said == "torch.compile: it does not run here: no compiler: training eagerly."
+    assert not machine.compiler_works(torch.device("mps"), "float32", TINY)
+
+
+def _larger(result: object) -> object:
+    return result * 1.01 if isinstance(result, torch.Tensor) else tuple(each * 1.01 for each in result)  # type: ignore[attr-defined]
+
+
+def test_the_model_of_the_settings_is_the_one_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+    monkeypatch.setattr(machine, "why_not_compiled", lambda *kind: tried.append(kind))
+    config = TrainConfig(model=TINY, trainer=TrainerSettings(accelerator="cpu"))
+    assert machine.prepare_machine(config).compile and tried[0][2] is TINY

@@ -211,7 +211,7 @@ class Watch(Callback):
         net.load_state_dict(pl_module.net.state_dict())
         assert batch.sources is not None
         with torch.no_grad():
-            self.rows.append((batch.sources, net.losses(batch.inputs, batch.targets).mean(dim=1)))
+            self.rows.append((batch.sources, net.losses(batch.inputs.long(), batch.targets.long()).mean(dim=1)))
 
 
 @pytest.mark.parametrize("log_every_steps", [1, 3])

@@ -110,6 +110,10 @@ def larger(net: Any) -> Any:
     return net
 
 
+def larger_result(result: Any) -> Any:
+    return result * 1.1 if isinstance(result, Tensor) else tuple(each * 1.1 for each in result)
+
+
 def refused(*arguments: Any, **named: Any) -> Any:
     raise RuntimeError("no execution plan supports the graph")
 
@@ -168,7 +172,7 @@ MISTAKES_ALONE: list[tuple[str, Any, str, Callable[[Any], Any], set[str]]] = [
         "torch.compile",
         torch,
         "compile",
-        lambda right: lambda f, **k: lambda *a: (f(*a)[0] * 1.1, None),
+        lambda right: lambda f, **k: lambda *a: larger_result(f(*a)),
         {"torch.compile"},
     ),
 ]
@@ -201,7 +205,7 @@ def test_a_compiler_that_is_not_there_is_left_out_and_a_broken_one_fails(
 
     monkeypatch.setattr(torch, "compile", broken)
     assert failed(check_named("torch.compile"), tmp_path) == set()
-    monkeypatch.setattr(selftest_arithmetic, "compiler_works", lambda device: True)
+    monkeypatch.setattr(selftest_arithmetic, "why_not_compiled", lambda *kind: None)
     assert failed(check_named("torch.compile"), tmp_path) == {"torch.compile"}
 
 

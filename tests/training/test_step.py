@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 import nanochat_pl.training.loss_scale as loss_scale_module
 from nanochat_pl.common.constants import IGNORE_INDEX
 from nanochat_pl.common.errors import UserError
+from nanochat_pl.training.datamodule import StepRows
 from nanochat_pl.training.guards import MOST_IN_A_ROW
 from nanochat_pl.training.loss_scale import MOST, START, LossScale
 from nanochat_pl.training.step import StepBatch, micro_batches, num_micro_batches, training_step
@@ -35,6 +37,25 @@ def test_every_process_makes_as_many_micro_batches_as_the_largest_share_has(own:
     targets = torch.cat([goals for _, goals in parts])
     assert torch.equal(torch.cat([ids for ids, _ in parts])[:own], inputs) and torch.equal(targets[:own], inputs + 1)
     assert (targets[own:] == IGNORE_INDEX).all()
+
+
+def test_ids_are_narrow_on_their_way_and_wide_in_the_step() -> None:
+    """A loader process hands a step over in shared memory; gather and scatter want 64 bits."""
+
+    class Two:
+        def read(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            ids = numbers[:, None] + np.arange(4)
+            return ids, np.where(ids == 1, IGNORE_INDEX, ids)
+
+        def __len__(self) -> int:
+            return 2
+
+    batch = StepRows(Two(), 2)[0]  # type: ignore[arg-type]
+    assert batch.inputs.dtype == batch.targets.dtype == torch.int32
+    assert batch.num_targets == 6 and batch.targets.tolist()[0] == [0, IGNORE_INDEX, 2, 3]
+    for inputs, targets in micro_batches(batch, 2):
+        assert inputs.dtype == targets.dtype == torch.int64
+        assert inputs.tolist() == [[0, 1, 2, 3], [1, 2, 3, 4]]
 
 
 def test_a_step_without_targets_is_refused() -> None:

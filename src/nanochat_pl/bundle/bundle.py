@@ -112,7 +112,8 @@ def load_bundle(path: str | Path, device: str | torch.device = "cpu", dtype: str
     Args:
         path: the bundle's folder.
         device: where the weights go.
-        dtype: what the model computes in: float32, bfloat16, float16, or auto (what the device does well).
+        dtype: what the model computes in: float32, bfloat16, float16, or auto (what the device does well;
+            float16 only if it was trained in it).
 
     Raises:
         UserError: a file is missing, damaged, hostile, or contradicts another; the message names it.
@@ -121,7 +122,7 @@ def load_bundle(path: str | Path, device: str | torch.device = "cpu", dtype: str
     device = torch.device(device)
     config = load_config(folder)
     weights = load_weights(folder)
-    net = GPT(config, TORCH_DTYPES[choose_compute_dtype(dtype, device)]).materialise(device)
+    net = GPT(config, TORCH_DTYPES[choose_compute_dtype(dtype, device, config.compute_dtype)]).materialise(device)
     net.load_state_dict(weights)
     tokenizer = load_tokenizer(folder) if (folder / TOKENIZER).exists() else None
     if tokenizer is not None and tokenizer.vocab_size != config.vocab_size:

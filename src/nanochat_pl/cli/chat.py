@@ -14,7 +14,7 @@ from nanochat_pl.bundle import load_bundle
 from nanochat_pl.cli.chat_session import ChatSettings, run_chat
 from nanochat_pl.cli.compose import compose
 from nanochat_pl.cli.locate import locate_bundle
-from nanochat_pl.common.hardware import Accelerator, choose_device
+from nanochat_pl.common.hardware import Accelerator, choose_device, require_kernels
 from nanochat_pl.common.settings import setting
 from nanochat_pl.training.settings import PathsSettings
 
@@ -37,5 +37,7 @@ def run(arguments: Sequence[str]) -> int:
     """The verb."""
     config = compose("chat", ChatConfig, arguments).config
     folder = locate_bundle(config.bundle, config.run, config.stage, Path(config.paths.runs))
-    run_chat(load_bundle(folder, device=choose_device(config.accelerator)), config)
+    device = choose_device(config.accelerator)
+    require_kernels(device)
+    run_chat(load_bundle(folder, device=device), config)
     return 0

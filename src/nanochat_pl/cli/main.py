@@ -47,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Read when torch is loaded: threads that wait sleep. Spinning ones make a training several times slower as soon as
     # another program wants a core.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    _let_gpu_memory_grow()
     replace_unknown_signs(sys.stdout, sys.stderr)
     if follows_stdin():
         _stop_with_parent()
@@ -57,6 +58,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _dispatch_together(arguments) if _is_together(arguments) else _dispatch_alone(arguments)
     except (Exception, KeyboardInterrupt) as error:
         return _report(error)
+
+
+def _let_gpu_memory_grow() -> None:
+    """Let PyTorch's blocks of GPU memory grow, so that less is lost between tensors. Read when torch is loaded."""
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+    if sys.platform.startswith("linux") and not any(name in os.environ for name in names):
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
 @output_may_end()

@@ -19,17 +19,18 @@ from nanochat_pl.cli.locate import cache_folder
 from nanochat_pl.cli.overrides import split_override
 from nanochat_pl.common.console import next_steps, print_table, say
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.common.hardware import ComputeDType, choose_compute_dtype, choose_device
+from nanochat_pl.common.hardware import choose_compute_dtype, choose_device, num_devices
 from nanochat_pl.common.settings import setting
 from nanochat_pl.data.at_hand import text_facts, tokens_by_source
 from nanochat_pl.data.auto import choose_data
+from nanochat_pl.model.attention import Kernels, has_varlen_with_windows, kernels_of
 from nanochat_pl.model.config import resolve_model
-from nanochat_pl.planning import Plan, check_horizon, make_plan, plan_sections, width_remark
+from nanochat_pl.planning import Plan, plan_sections, width_remark
 from nanochat_pl.planning.devices import Device, detected_device, named_device
-from nanochat_pl.planning.horizon import MAX_EPOCHS
-from nanochat_pl.planning.make import MIN_STEPS_PER_EPOCH
-from nanochat_pl.planning.outlook import add_memory, add_text, add_time, device_remarks
-from nanochat_pl.training.settings import TrainConfig, row_options
+from nanochat_pl.planning.horizon import CPU_EXAMPLE, MAX_EPOCHS
+from nanochat_pl.planning.outlook import add_machine, add_memory, add_text, add_time, device_remarks
+from nanochat_pl.training.base_plan import Target, base_plan, bounding_tokens, would_refuse
+from nanochat_pl.training.settings import TrainConfig
 from nanochat_pl.training.source import tokens_planned
 
 
@@ -38,7 +39,9 @@ class PlanConfig(TrainConfig):
     """The root of configs/plan.yaml: the keys of train, a device to plan for, and what to explain."""
 
     hardware: str | None = setting(None, "A GPU to plan for, e.g. h100, a100-80gb, rtx-4090; null: this machine's.")
-    num_devices: int = setting(1, "So many of them, data parallel.", at_least=1, at_most=2**16)
+    num_devices: int | None = setting(
+        None, "So many of them, data parallel; null: one of hardware, or trainer.devices.", at_least=1, at_most=2**16
+    )
     mfu: float | None = setting(
         None, "Share of the GPU's peak that the training reaches; null: assumed.", above=0, at_most=1
     )
@@ -71,15 +74,26 @@ def run(arguments: Sequence[str]) -> int:
     next_steps(
         [
             ("one value with its inputs", f"nanochat-pl plan {_typed(composed)}explain=total_batch_tokens"),
-            (_label(config), f"nanochat-pl train {_typed(composed)}".rstrip()),
+            _how_to_train(composed),
         ]
     )
     return 0
 
 
-def _label(config: PlanConfig) -> str:
-    """What the command to train does: it knows nothing of the hardware that was planned for."""
-    return "train it" if config.hardware is None and config.num_devices == 1 else "train it on this machine"
+def _how_to_train(composed: Composed[PlanConfig]) -> tuple[str, str]:
+    """The command that trains this, as far as the machine that it is typed on takes it; what was planned for another
+    machine is to be typed there."""
+    config, command = composed.config, f"nanochat-pl train {_typed(composed)}".rstrip()
+    if config.hardware is not None:
+        return "train it there", command
+    config, target, at_hand = _concrete(config)
+    plan = base_plan(config, target, config.tokenizer.vocab_size, at_hand)
+    if would_refuse(config, plan, target, at_hand) is None:
+        return "train it", command
+    if target.device.type == "cpu":
+        kept = [text for text in _typed(composed).split() if not text.startswith(("model.depth=", "max_steps="))]
+        return "train what a CPU can", " ".join(["nanochat-pl train", *kept, CPU_EXAMPLE])
+    return "train it all the same", f"{command} yes=true"
 
 
 def print_plan(config: TrainConfig) -> None:
@@ -101,57 +115,67 @@ def show_plan(plan: Plan, device: Device, remarks: Sequence[str]) -> None:
 def full_plan(config: TrainConfig) -> tuple[Plan, Device, list[str]]:
     """The plan of pretraining with memory, time, cost and text, the device that it is for, and the remarks on it."""
     ours = config if isinstance(config, PlanConfig) else PlanConfig(**vars(config))
-    ours = dataclasses.replace(ours, data=choose_data(ours.data, tokens_planned(ours), cache_folder(ours.paths)))
-    device, compute_dtype = _device(ours)
-    options = row_options(ours, device, ours.num_devices)
-    vocab_size = ours.tokenizer.vocab_size
-    plan = make_plan(
-        ours.model,
-        ours,
-        ours.optim,
-        vocab_size=vocab_size,
-        compute_dtype=compute_dtype,
-        options=options,
-        schedule=ours.schedule,
-    )
-    model = resolve_model(ours.model, vocab_size, compute_dtype)
+    ours, target, at_hand = _concrete(ours)
+    cache, vocab_size = cache_folder(ours.paths), ours.tokenizer.vocab_size
+    device, options = target.device, target.row_options(ours)
+    plan = base_plan(ours, target, vocab_size, at_hand)
+    model = resolve_model(ours.model, vocab_size, target.compute_dtype)
+    add_machine(plan, model, options, _kernels(ours, target))
     memory = add_memory(plan, model, options)
     add_time(plan, model, options, os.cpu_count() or 1, ours.mfu, ours.price_per_hour)
-    add_text(plan, text_facts(ours.data, cache_folder(ours.paths)))
+    add_text(plan, text_facts(ours.data, cache, vocab_size))
     remarks = [*filter(None, [width_remark(plan)]), *device_remarks(plan, memory, device)]
-    remarks += [*_remarks_on_settings(ours, plan, device), *_epochs_by_source(ours, plan)]
-    return plan, device, [*remarks, *_what_train_adds(ours, plan, device)]
+    remarks += [*_remarks_on_settings(ours, plan, target), *_epochs_by_source(ours, plan)]
+    if refused := would_refuse(ours, plan, target, at_hand):
+        remarks.append(f"train refuses it unasked: {' '.join(refused.problems)} {refused.fix}")
+    return plan, device, remarks
 
 
-def _device(config: PlanConfig) -> tuple[Device, ComputeDType]:
-    """The device to plan for, and the type that the training computes in on it."""
-    wanted = config.model.compute_dtype
+def _concrete(config: PlanConfig) -> tuple[PlanConfig, Target, int | None]:
+    """The settings with data=auto made concrete, what is planned for, and the tokens that bound the batch."""
+    cache = cache_folder(config.paths)
+    concrete = dataclasses.replace(config, data=choose_data(config.data, tokens_planned(config), cache))
+    return concrete, _target(concrete), bounding_tokens(concrete.data, concrete.tokenizer.vocab_size, cache)
+
+
+def _kernels(config: PlanConfig, target: Target) -> Kernels:
+    """What attention can choose from there; of a GPU by name what its types tell of its generation."""
+    if config.hardware is None or target.device.type == "cpu":
+        return kernels_of(choose_device("cpu" if config.hardware else config.trainer.accelerator))
+    return Kernels("cuda", (8, 0) if target.device.bfloat16 else (7, 0), has_varlen_with_windows())
+
+
+def _target(config: PlanConfig) -> Target:
+    """What to plan for: GPUs by their name, or those of this machine."""
+    wanted, compiled = config.model.compute_dtype, config.trainer.compile
     if config.hardware is None or config.hardware.lower() == "cpu":
-        here = choose_device("cpu" if config.hardware else config.trainer.accelerator)
-        return detected_device(here), choose_compute_dtype(wanted, here)
+        accelerator = "cpu" if config.hardware else config.trainer.accelerator
+        here = choose_device(accelerator)
+        number = config.num_devices or num_devices(config.trainer.devices, here, "trainer.devices")
+        dtype = choose_compute_dtype(wanted, here)
+        return Target(detected_device(here), dtype, number, here.type != "mps" if compiled == "auto" else compiled)
     device = named_device(config.hardware)
-    if wanted == "auto":
-        return device, "bfloat16" if device.bfloat16 else "float32"
-    return device, wanted
+    dtype = ("bfloat16" if device.bfloat16 else "float16") if wanted == "auto" else wanted
+    return Target(device, dtype, config.num_devices or 1, True if compiled == "auto" else compiled)
 
 
-def _remarks_on_settings(config: PlanConfig, plan: Plan, device: Device) -> list[str]:
-    remarks = []
+def _remarks_on_settings(config: PlanConfig, plan: Plan, target: Target) -> list[str]:
+    remarks, number = [], target.num_devices
     step_flops = plan["flops_per_token"] * plan["total_batch_tokens"]
     if config.max_steps is None and config.flops_budget is not None and config.flops_budget < step_flops:
         remarks.append(
             f"flops_budget={config.flops_budget:g}: is less than one step takes, {step_flops:.3g}; one step is made."
         )
-    if device.type == "cpu" and config.mfu is not None:
+    if target.device.type == "cpu" and config.mfu is not None:
         remarks.append("mfu has no say for a CPU, whose peak is not known: its time is that of an assumed core.")
-    if config.num_devices > 1:
+    if number > 1:
         remarks.append(
-            f"Memory is that of one of {config.num_devices} devices, with all of the optimizer's state, of which each"
-            " has a share; the time is theirs together, whatever they lose in talking to each other being part of mfu."
+            f"Memory is that of one of {number} devices, with its share of the optimizer's state; the time is theirs"
+            " together, whatever they lose in talking to each other being part of mfu."
         )
-    if config.num_devices > plan["rows_per_step"]:
+    if number > plan["rows_per_step"]:
         remarks.append(
-            f"num_devices={config.num_devices}: a step has {plan['rows_per_step']:,} rows, so the other devices would"
+            f"num_devices={number}: a step has {plan['rows_per_step']:,} rows, so the other devices would"
             " have none and the time is not to be had: take fewer, or a larger total_batch_tokens."
         )
     return remarks
@@ -159,7 +183,7 @@ def _remarks_on_settings(config: PlanConfig, plan: Plan, device: Device) -> list
 
 def _epochs_by_source(config: PlanConfig, plan: Plan) -> list[str]:
     """Of a mixture what each source gives, and how often it is read for that."""
-    known = tokens_by_source(config.data, cache_folder(config.paths))
+    known = tokens_by_source(config.data, cache_folder(config.paths), config.tokenizer.vocab_size)
     total = sum(part.weight for part in config.data.parts.values())
     remarks = []
     for name, part in config.data.parts.items():
@@ -171,21 +195,6 @@ def _epochs_by_source(config: PlanConfig, plan: Plan) -> list[str]:
             remark += f"about {taken / max(tokens, 1):,.2f} epochs of {tokens:,}"
             remark += f", more than {MAX_EPOCHS:g}." if taken > MAX_EPOCHS * tokens else "."
         remarks.append(remark)
-    return remarks
-
-
-def _what_train_adds(config: TrainConfig, plan: Plan, device: Device) -> list[str]:
-    """What train does otherwise when it has looked at the data, and what it would ask first."""
-    remarks = []
-    if config.total_batch_tokens is None:
-        remarks.append(
-            "train makes the batch smaller where the text at hand is small"
-            f" (at least {MIN_STEPS_PER_EPOCH} steps an epoch)."
-        )
-    try:
-        check_horizon(plan, plan["tokens_at_hand"], plan["training_seconds"] if device.type == "cpu" else None)
-    except UserError as error:
-        remarks += [f"train would ask first: {' '.join(error.problems)} {error.fix}"]
     return remarks
 
 

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, cast, get_args
 
 import torch
 
+from nanochat_pl.common.compiling import constant_in_graphs
 from nanochat_pl.common.errors import UserError
 
 ComputeDType = Literal["float32", "bfloat16", "float16"]
@@ -69,13 +71,21 @@ def num_devices(wanted: int | Literal["auto"], device: torch.device, key: str) -
     return wanted
 
 
-def choose_compute_dtype(name: str, device: torch.device) -> ComputeDType:
+def choose_compute_dtype(name: str, device: torch.device, trained_in: str | None = None) -> ComputeDType:
     """The type of the activations that ``model.compute_dtype`` means on a device.
 
-    ``auto`` is bfloat16 where the hardware multiplies matrices in it, else float32.
+    ``auto`` is bfloat16 where the hardware multiplies matrices in it, else float16 where it does that, else float32.
+
+    Args:
+        name: auto, or the type itself.
+        trained_in: of a trained model, what it was trained in. In float16, whose largest number is 65,504, ``auto`` has
+            it compute only where it was trained in that: a training notices an overflow, an answer does not. None: it
+            is to be trained.
     """
     if name == "auto":
-        return "bfloat16" if has_bfloat16(device) else "float32"
+        if has_bfloat16(device):
+            return "bfloat16"
+        return "float16" if has_float16_alone(device) and trained_in in (None, "float16") else "float32"
     if name not in get_args(ComputeDType):
         raise UserError(f"compute_dtype={name!r}: must be auto, {', '.join(get_args(ComputeDType))}.")
     return cast(ComputeDType, name)
@@ -86,6 +96,52 @@ def has_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     return device.type == "cpu" and cpu_has_bfloat16()
+
+
+def has_float16_alone(device: torch.device) -> bool:
+    """Whether the device has units for matrices in float16 and none for bfloat16, as V100 and T4."""
+    return device.type == "cuda" and (7, 0) <= torch.cuda.get_device_capability(device) < (8, 0)
+
+
+def require_kernels(device: torch.device) -> None:
+    """Refuse a GPU that the installed PyTorch has no code for: it would fail at its first operation.
+
+    Raises:
+        UserError: that is so.
+    """
+    if device.type != "cuda":
+        return
+    capability, built_for = torch.cuda.get_device_capability(device), torch.cuda.get_arch_list()
+    if not has_kernels(capability, built_for):
+        raise UserError(
+            f"{device_name(device)} has compute capability {capability[0]}.{capability[1]}; the installed PyTorch"
+            f" {torch.__version__} has code for {', '.join(built_for)} only.",
+            fix="Install a PyTorch that is built for this GPU (https://pytorch.org/get-started/locally has a choice of"
+            " CUDA versions; the oldest ones are for old GPUs, the newest for new ones), or use the CPU:"
+            " trainer.accelerator=cpu for a training, else accelerator=cpu.",
+        )
+
+
+def has_kernels(capability: tuple[int, int], built_for: Sequence[str]) -> bool:
+    """Whether code for one of these architectures runs on a GPU of this compute capability.
+
+    ``sm_86`` runs on 8.6 and on later GPUs of the same generation, ``compute_86`` on all later ones (it is translated),
+    ``sm_90a`` on 9.0 alone. What has other names (``gfx942``) is not judged, nor is an empty list.
+    """
+    found = [re.fullmatch(r"(sm|compute)_(\d+)(\d)([a-z]?)", name) for name in built_for]
+    known = [match for match in found if match]
+    if not known or len(known) < len(found):
+        return True
+    for kind, generation, number, only in (match.groups() for match in known):
+        code_for = int(generation), int(number)
+        same_generation = code_for[0] == capability[0]
+        if only == "a":
+            runs = code_for == capability
+        else:
+            runs = code_for <= capability and (same_generation or (kind == "compute" and not only))
+        if runs:
+            return True
+    return False
 
 
 def cpu_has_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
@@ -106,6 +162,12 @@ def memory_bytes(device: torch.device | None = None) -> int:
     if not hasattr(os, "sysconf"):
         return 2**36
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+@constant_in_graphs
+def gpu_memory_bytes(device: torch.device) -> int:
+    """Memory of a GPU of its own; 0 for all else."""
+    return memory_bytes(device) if device.type == "cuda" else 0
 
 
 def device_name(device: torch.device) -> str:

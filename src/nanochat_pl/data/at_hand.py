@@ -13,9 +13,7 @@ from nanochat_pl.planning.outlook import TextFacts
 from nanochat_pl.planning.text import BYTES_PER_TOKEN, bytes_per_token, known_set
 
 
-def tokens_at_hand(
-    settings: DataSettings, cache_dir: Path, vocab_size: int = 2**15, build: bool = False
-) -> int | None:
+def tokens_at_hand(settings: DataSettings, cache_dir: Path, vocab_size: int = 2**15, build: bool = False) -> int | None:
     """About how many tokens there are to train on, of a mixture those of all sources; None where that is not known.
 
     Args:

@@ -2,20 +2,102 @@
 
 Shapes: B rows, T positions, H query heads, G key/value heads, D head width, w window.
 
-Queries go in blocks against the band of keys that they can see. Two backends, in a fixed order of preference: on a CPU
-and up to ``PRODUCTS_REACH`` positions plain matrix products (there they take half the time of the fused kernel, whose
-tiles are made for long rows), else PyTorch's ``scaled_dot_product_attention``.
+Backends, in a fixed order of preference; :func:`why_not` says of each what speaks against it:
+
+- ``products``: plain matrix products, of blocks of queries against the band of keys that they can see. On a CPU and up
+  to ``PRODUCTS_REACH`` positions (there they take half the time of the fused kernel, whose tiles are made for long
+  rows).
+- ``sdpa``: PyTorch's ``scaled_dot_product_attention`` in one call, where the window is the whole row.
+- ``varlen``: PyTorch's flash kernels, which know windows. On GPUs, in 16 bits.
+- ``bands``: ``scaled_dot_product_attention`` block by block, with masks. Everywhere.
 """
 
 from __future__ import annotations
+
+import functools
+import inspect
+from typing import Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nanochat_pl.common.compiling import constant_in_graphs
+
 # Queries of a block: with plain products always, with sdpa where the window is narrower.
 BLOCK = 128
 PRODUCTS_REACH = 1024
+
+
+Backend = Literal["products", "sdpa", "varlen", "bands"]
+
+
+class Kernels(NamedTuple):
+    """What of a device and of PyTorch the choice depends on."""
+
+    device_type: str
+    capability: tuple[int, int] | None = None  # of a GPU of NVIDIA; None: it is none
+    varlen: bool = False  # whether PyTorch has flash kernels with windows
+
+
+def why_not(kernels: Kernels, dtype: torch.dtype, window: int, length: int, head_dim: int) -> dict[Backend, str | None]:
+    """What speaks against each backend, in the order of preference; None: nothing, so the first such is taken."""
+    whole = window >= length - 1
+    return {
+        "products": None
+        if kernels.device_type == "cpu" and length <= PRODUCTS_REACH
+        else f"it is for CPUs and rows of at most {PRODUCTS_REACH:,} positions",
+        "sdpa": None if whole else "a mask for the window would shut its flash kernels out",
+        "varlen": "the window is the whole row: sdpa has the same kernels"
+        if whole
+        else no_varlen(kernels, dtype, head_dim),
+        "bands": None,
+    }
+
+
+def no_varlen(kernels: Kernels, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why flash kernels with windows are not to be had; None: they are."""
+    if kernels.device_type != "cuda" or kernels.capability is None:
+        return "it is for GPUs of NVIDIA"
+    if kernels.capability < (8, 0):
+        return "it needs compute capability 8.0, the GPU has {}.{}".format(*kernels.capability)
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"it computes in float16 and bfloat16, not in {str(dtype).removeprefix('torch.')}"
+    # Of the backward of wider heads only the data center's GPUs have enough shared memory for.
+    widest = 256 if kernels.capability in ((8, 0), (9, 0), (10, 0)) else 192
+    if head_dim % 8 or head_dim > widest:
+        return f"it takes heads whose width is a multiple of 8 up to {widest}, not {head_dim}"
+    if not kernels.varlen:
+        return f"PyTorch {torch.__version__} has no varlen_attn with windows"
+    return None
+
+
+def attention_backend(kernels: Kernels, dtype: torch.dtype, window: int, length: int, head_dim: int) -> Backend:
+    """The first backend that nothing speaks against."""
+    reasons = why_not(kernels, dtype, window, length, head_dim)
+    return next(backend for backend, reason in reasons.items() if reason is None)
+
+
+def kernels_of(device: torch.device) -> Kernels:
+    """What a device has."""
+    if device.type != "cuda" or torch.version.hip:
+        return Kernels(device.type)
+    return Kernels("cuda", torch.cuda.get_device_capability(device), has_varlen_with_windows())
+
+
+@functools.cache
+def has_varlen_with_windows() -> bool:
+    """Whether this PyTorch has ``varlen_attn`` with all that is asked of it: the signature tells, not the version."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return False
+    return {"window_size", "scale", "enable_gqa"} <= {*inspect.signature(varlen_attn).parameters}
+
+
+@constant_in_graphs
+def _backend_on(device: torch.device, dtype: torch.dtype, window: int, length: int, head_dim: int) -> Backend:
+    return attention_backend(kernels_of(device), dtype, window, length, head_dim)
 
 
 def windowed_attention(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float) -> Tensor:
@@ -31,12 +113,14 @@ def windowed_attention(q: Tensor, k: Tensor, v: Tensor, window: int, scale: floa
         (B, H, T, D)
     """
     length = q.size(2)
-    products_win = q.device.type == "cpu" and length <= PRODUCTS_REACH
-    if window >= length - 1 and not products_win:
+    backend = _backend_on(q.device, q.dtype, window, length, q.size(3))
+    if backend == "sdpa":
         return sdpa(q, k, v, scale, causal=True)
-    attend = products if products_win else sdpa
+    if backend == "varlen":
+        return varlen(q, k, v, window, scale)
+    attend = products if backend == "products" else sdpa
     outputs = []
-    for start, stop, first in band_blocks(length, window, products_win):
+    for start, stop, first in band_blocks(length, window, backend == "products"):
         mask = band_mask(stop - start, stop - first, start - first, window, q.device)
         outputs.append(attend(q[:, :, start:stop], k[:, :, first:stop], v[:, :, first:stop], scale, mask))
     return torch.cat(outputs, dim=2)
@@ -59,6 +143,19 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = No
     """PyTorch's attention. q (B, H, Tq, D), k and v (B, G, Tk, D), mask bool (…, Tq, Tk) → (B, H, Tq, D)."""
     grouped = q.size(1) != k.size(1)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped)
+
+
+def varlen(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float) -> Tensor:
+    """PyTorch's flash kernels with a window, which take all rows as one long text with ends. Shapes as in
+    :func:`windowed_attention`."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    rows, _, length, _ = q.shape
+    ends = torch.arange(0, (rows + 1) * length, length, dtype=torch.int32, device=q.device)
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
+    grouped = q.size(1) != k.size(1)
+    y = varlen_attn(q, k, v, ends, ends, length, length, scale=scale, window_size=(window, 0), enable_gqa=grouped)
+    return cast(Tensor, y).unflatten(0, (rows, length)).transpose(1, 2)
 
 
 def products(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor) -> Tensor:

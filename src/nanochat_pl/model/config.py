@@ -122,7 +122,9 @@ class ModelSettings:
     sequence_len: int = setting(2048, "Positions of a training row.", at_least=1, at_most=2**22)
     embedding_dtype: DType = setting("float32", "Type in which the embeddings are kept.")
     compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
-        "auto", "Type of the activations; auto = bfloat16 where the hardware has it, else float32."
+        "auto",
+        "Type of the activations; auto = bfloat16 where the hardware has it, float16 on GPUs that have that alone, else"
+        " float32.",
     )
     vocab_multiple: int = setting(
         64, "Rows of embedding and head are padded to a multiple of this; 1 = no padding.", at_least=1, at_most=2**12

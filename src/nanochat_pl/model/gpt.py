@@ -10,7 +10,7 @@ activations where they are used. Names in the state dict are those of the publis
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeAlias, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nanochat_pl.common.errors import UserError
+from nanochat_pl.common.hardware import gpu_memory_bytes
 from nanochat_pl.model.attention import windowed_attention
 from nanochat_pl.model.config import DType, GPTConfig
 from nanochat_pl.model.kv_cache import CacheStep, KVCache
 from nanochat_pl.model.loss import default_chunk_tokens, softcap, token_losses, weighted_nats
+from nanochat_pl.model.rotary import rotary_tables, rotate
 from nanochat_pl.model.tree import TokenTree
 
 TORCH_DTYPES: dict[DType, torch.dtype] = {
@@ -37,12 +39,6 @@ Step: TypeAlias = CacheStep | TokenTree
 def norm(x: Tensor) -> Tensor:
     """RMSNorm over the last dimension, without parameters."""
     return F.rms_norm(x, (x.size(-1),))
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding, half-split: channels d and d + D/2 are a pair. x (B, T, H, D), cos and sin (…, T, 1, D/2)."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat([first * cos + second * sin, second * cos - first * sin], dim=-1)
 
 
 class Linear(nn.Module):
@@ -126,6 +122,32 @@ class Block(nn.Module):
     ) -> Tensor:
         x = x + self.attn(norm(x), value_embedding, rotary, step)
         return x + self.mlp(norm(x))
+
+
+def run_layer(
+    block: nn.Module,
+    values: Embedding | None,
+    lambdas: tuple[Tensor, Tensor] | None,
+    x: Tensor,
+    first: Tensor,
+    ids: Tensor,
+    rotary: tuple[Tensor, Tensor],
+    step: Step | None = None,
+) -> Tensor:
+    """One layer: mix the first residual into x, then the block. x, first, result (B, T, C), ids (B, T).
+
+    It knows nothing of its number, so what is compiled of it serves all layers of its kind.
+    """
+    if lambdas is not None:
+        x = lambdas[0] * x + lambdas[1] * first
+    value_embedding = None if values is None else values(ids).to(x.dtype)
+    return cast(Tensor, block(x, value_embedding, rotary, step))
+
+
+def run_layer_again(*arguments: Any) -> Tensor:
+    """As :func:`run_layer`, but nothing is kept for the backward: the layer is computed again there."""
+    # Nothing random is in a block, so no generator has to be kept.
+    return cast(Tensor, checkpoint(run_layer, *arguments, use_reentrant=False, preserve_rng_state=False))
 
 
 class GPT(nn.Module):
@@ -260,32 +282,37 @@ class GPT(nn.Module):
         return self._hidden(tree.ids, tree)
 
     def _hidden(self, ids: Tensor, step: Step | None) -> Tensor:
-        rotary = self._rotary(ids.size(1), step)
-        x = first = self._smear(self._embed(ids), step)
-        middle = x
+        rotary, lambdas = self.rotary(ids.size(1), step), self.lambdas()
+        x = first = middle = self.begin(ids, step)
         # Where there is no backward, nothing is kept for one.
-        again = self.activation_checkpointing and step is None and torch.is_grad_enabled()
-        for layer in range(self.config.num_layers):
-            if again:
-                # Nothing random is in a block, so no generator has to be kept.
-                x = checkpoint(
-                    self._layer, layer, x, first, ids, rotary, step, use_reentrant=False, preserve_rng_state=False
-                )
-            else:
-                x = self._layer(layer, x, first, ids, rotary, step)
+        run = (
+            run_layer_again if self.activation_checkpointing and step is None and torch.is_grad_enabled() else run_layer
+        )
+        for layer, block in enumerate(self.blocks):
+            x = run(block, self.value_embedding(layer), lambdas[layer], x, first, ids, rotary, step)
             if layer == self.config.num_layers // 2:
                 middle = x
+        return self.end(x, middle)
+
+    def begin(self, ids: Tensor, step: Step | None = None) -> Tensor:
+        """What goes into the first layer: ids int64 (B, T) → (B, T, C)."""
+        return self._smear(self._embed(ids), step)
+
+    def end(self, x: Tensor, middle: Tensor) -> Tensor:
+        """What the head reads, of what the last layer and the one in the middle give; all (B, T, C)."""
         if self.config.backout:
             x = x - self.backout_lambda.to(x.dtype) * middle
         return norm(x)
 
-    def _layer(
-        self, layer: int, x: Tensor, first: Tensor, ids: Tensor, rotary: tuple[Tensor, Tensor], step: Step | None
-    ) -> Tensor:
-        """One layer: mix the first residual x0 into x, then the block. x, first (B, T, C)."""
-        if self.config.residual_lambdas:
-            x = self.resid_lambdas[layer] * x + self.x0_lambdas[layer] * first
-        return self.blocks[layer](x, self._value_embedding(layer, ids), rotary, step)
+    def lambdas(self) -> Sequence[tuple[Tensor, Tensor] | None]:
+        """Of each layer the factors () on the stream and on the first residual; None: there are none."""
+        if not self.config.residual_lambdas:
+            return [None] * self.config.num_layers
+        return list(zip(self.resid_lambdas.unbind(), self.x0_lambdas.unbind(), strict=True))
+
+    def value_embedding(self, layer: int) -> Embedding | None:
+        """That of a layer; None: it has none."""
+        return cast(Embedding, self.value_embeds[str(layer)]) if layer in self.config.value_embedding_layers else None
 
     def losses(self, ids: Tensor, targets: Tensor) -> Tensor:
         """Nats of each target: ids and targets int64 (B, T) → float32 (B, T), 0 where the target is ignored."""
@@ -310,8 +337,12 @@ class GPT(nn.Module):
         if not torch.is_grad_enabled():
             nats = self.losses(ids, targets) * weights
             return nats.sum(), nats.sum(dim=1)
+        return self.loss_of_hidden(self.hidden(ids), targets, weights)
+
+    def loss_of_hidden(self, hidden: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """As :meth:`loss_by_row` with gradients, of what the head reads, (B, T, C)."""
         total, nats = weighted_nats(
-            self.hidden(ids).flatten(0, 1),
+            hidden.flatten(0, 1),
             self.lm_head.weight,
             targets.flatten(),
             weights.flatten(),
@@ -322,17 +353,14 @@ class GPT(nn.Module):
         return total, nats.view_as(targets).sum(dim=1)
 
     def _chunk_tokens(self) -> int:
-        return self.loss_chunk_tokens or default_chunk_tokens(self.config.vocab_size, self.device.type == "cpu")
+        return self.loss_chunk_tokens or default_chunk_tokens(
+            self.config.vocab_size, self.device.type == "cpu", gpu_memory_bytes(self.device)
+        )
 
     def _embed(self, ids: Tensor) -> Tensor:
         return norm(self.transformer["wte"](ids).to(self.compute_dtype))
 
-    def _value_embedding(self, layer: int, ids: Tensor) -> Tensor | None:
-        if layer not in self.config.value_embedding_layers:
-            return None
-        return self.value_embeds[str(layer)](ids).to(self.compute_dtype)
-
-    def _rotary(self, num_positions: int, step: Step | None) -> tuple[Tensor, Tensor]:
+    def rotary(self, num_positions: int, step: Step | None) -> tuple[Tensor, Tensor]:
         """Tables for the positions at hand: (T, 1, D/2), or (B, T, 1, D/2) where each row has its own."""
         index = slice(num_positions) if step is None else step.positions
         return self.cos[index].unsqueeze(-2), self.sin[index].unsqueeze(-2)
@@ -351,17 +379,6 @@ class GPT(nn.Module):
             previous = torch.cat([before, x[:, :-1]], dim=1)
         gate = torch.sigmoid(self.smear_gate(x[..., : self.config.smear_channels]))
         return x + self.smear_lambda.to(x.dtype) * gate * previous
-
-
-def rotary_tables(config: GPTConfig) -> tuple[Tensor, Tensor]:
-    """Cosines and sines, float32 (rotary_reach, D/2): made on the CPU and in float32, as checkpoints were trained."""
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu") / config.head_dim
-    frequencies = 1.0 / (config.rotary_base**exponents)
-    angles = torch.outer(torch.arange(config.rotary_reach, dtype=torch.float32, device="cpu"), frequencies)
-    cos, sin = angles.cos(), angles.sin()
-    if config.rotary_bfloat16:
-        cos, sin = cos.bfloat16().float(), sin.bfloat16().float()
-    return cos, sin
 
 
 def parameter_roles(net: nn.Module) -> dict[str, str]:

@@ -16,16 +16,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nanochat_pl.common.compiling import twin
 from nanochat_pl.common.constants import IGNORE_INDEX
 
 # Logits of a piece. 16 MiB of float32 on a CPU: small enough for malloc to use the same memory again, measured fastest.
-# A GPU needs long matrices to be busy: 1,024 tokens of a vocabulary of 32,768 (not measured).
-PIECE_LOGITS_CPU, PIECE_LOGITS_GPU = 2**22, 2**25
+# A GPU needs long matrices to be busy: 1,024 tokens of a vocabulary of 32,768, and 4,096 where the 2 GB that they take
+# are a small share of its memory (not measured).
+PIECE_LOGITS_CPU, PIECE_LOGITS_GPU, PIECE_LOGITS_LARGE_GPU = 2**22, 2**25, 2**27
+LARGE_GPU = 40 * 2**30
 
 
-def default_chunk_tokens(vocab_size: int, on_cpu: bool) -> int:
-    """Tokens whose logits are in memory at once, where nobody says otherwise."""
-    return max(1, (PIECE_LOGITS_CPU if on_cpu else PIECE_LOGITS_GPU) // vocab_size)
+def default_chunk_tokens(vocab_size: int, on_cpu: bool, gpu_memory: int | None = None) -> int:
+    """Tokens whose logits are in memory at once, where nobody says otherwise. ``gpu_memory``: bytes that a GPU has."""
+    large = (gpu_memory or 0) >= LARGE_GPU
+    logits = PIECE_LOGITS_CPU if on_cpu else PIECE_LOGITS_LARGE_GPU if large else PIECE_LOGITS_GPU
+    return max(1, logits // vocab_size)
 
 
 def softcap(logits: Tensor, cap: float) -> Tensor:
@@ -99,7 +104,7 @@ def _nats_with_gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The sum (), its gradients by hidden and head, of their shapes and types, and its terms (N,)."""
     weights = torch.where(targets != IGNORE_INDEX, weights, 0.0)
-    piece_of = _compiled_piece() if compiled else _piece
+    piece_of = compiled_piece(hidden.device, hidden.dtype, -(-len(hidden) // pieces)) if compiled else _piece
     matrix = head[:vocab_size].to(hidden.dtype)
     total, of_hidden, of_head = weights.new_zeros(()), torch.empty_like(hidden), torch.zeros_like(head)
     of_matrix, terms = of_head[:vocab_size], torch.empty_like(weights)
@@ -112,6 +117,8 @@ def _nats_with_gradients(
         # The pieces are summed in the type in which the weight is kept.
         if of_matrix.dtype == of_logits.dtype:
             of_matrix.addmm_(of_logits.T, x)
+        elif sums_in_float32(hidden.device, hidden.dtype):
+            _add_product_in_float32(of_matrix, of_logits.T, x)
         else:
             of_matrix += of_logits.T @ x
     return total, of_hidden, of_head, terms
@@ -164,5 +171,30 @@ def _piece(raw: Tensor, targets: Tensor, weights: Tensor, cap: float) -> tuple[T
 
 
 @functools.cache
-def _compiled_piece() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    return torch.compile(_piece, dynamic=False)
+def sums_in_float32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a product of matrices of ``dtype`` can be added to a float32 matrix as it is made: tried to find out.
+
+    Else it is rounded to ``dtype`` and makes a tensor of its own.
+    """
+    if device.type != "cuda":
+        return False
+    total, ones = torch.ones(16, 16, device=device), torch.ones(16, 16, device=device, dtype=dtype)
+    try:
+        _add_product_in_float32(total, ones.T, ones)
+    except (AttributeError, RuntimeError, TypeError):  # an older PyTorch, another maker's GPU
+        return False
+    return bool((total == 17).all())
+
+
+def _add_product_in_float32(total: Tensor, one: Tensor, other: Tensor) -> None:
+    """total (n, m), float32, += one (n, k) @ other (k, m), both in 16 bits."""
+    torch.ops.aten.addmm.dtype_out(total, one, other, torch.float32, out=total)
+
+
+@functools.lru_cache(maxsize=16)
+def compiled_piece(device: torch.device, dtype: torch.dtype, tokens: int) -> Callable[..., tuple[Tensor, ...]]:
+    """The work on pieces of these many tokens (the last one may have fewer), compiled.
+
+    Each number has code of its own: a process that trains several models would come to the end of what is kept of one.
+    """
+    return torch.compile(twin(_piece), dynamic=False)

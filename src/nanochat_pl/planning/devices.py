@@ -86,6 +86,11 @@ class Device:
     bandwidth: float | None = None
     bfloat16: bool = False
 
+    @property
+    def gpu_memory(self) -> int | None:
+        """Bytes, of a GPU that has memory of its own."""
+        return self.memory_bytes if self.type == "cuda" else None
+
 
 CPU = Device("a CPU", "cpu")
 

@@ -110,6 +110,7 @@ def step_memory(
     knobs: MemoryKnobs = NO_KNOBS,
     micro_batches: int = 1,
     processes: int = 1,
+    gpu_memory: int | None = None,
 ) -> StepMemory:
     """Memory of a training step.
 
@@ -118,6 +119,7 @@ def step_memory(
         rows: of a micro-batch (``device_batch_size``).
         on_cpu: attention and norm take other ways there than on a GPU.
         micro_batches: of a step; from the second on the gradients are there during forward and backward.
+        gpu_memory: of a GPU of its own, which the loss cuts its pieces by.
         processes: that share the optimizer's state. In its step each has all parameters gathered in place of gradients.
     """
     tokens, compute = rows * config.sequence_len, DTYPE_BYTES[config.compute_dtype]
@@ -129,14 +131,14 @@ def step_memory(
     outside = _kept_outside(config, rows, on_cpu, knobs.activation_checkpointing)
     state, gradients = optimizer_state_bytes(config, processes), weight_bytes(config)
     of_head = FLOAT * config.padded_vocab_size * config.width
-    # Below float32 the head is cast, and each piece's gradient of it is a tensor of its own before it is added.
+    # Below float32 the head is cast; on a CPU each piece's gradient of it is a tensor of its own before it is added.
     cast_head = compute * config.vocab_size * config.width if compute < FLOAT else 0
-    piece = loss_piece_bytes(config, tokens, knobs.loss_chunk_tokens, on_cpu)
+    piece = loss_piece_bytes(config, tokens, knobs.loss_chunk_tokens, on_cpu, gpu_memory)
     activations = outside + sum(kept)
     there = state + (gradients if micro_batches > 1 else 0)
     phases = {
         # Hidden states and their gradients.
-        "loss": there + activations + 2 * stream + of_head + cast_head + max(piece, cast_head),
+        "loss": there + activations + 2 * stream + of_head + cast_head + (max(piece, cast_head) if on_cpu else piece),
         # What the loss has computed, and the same scaled.
         "backward of the loss": there + activations + 2 * (stream + of_head),
         "backward of the layers": there + _backward_peak(config, rows, layers, kept, outside, micro_batches > 1),
@@ -157,7 +159,14 @@ def step_memory(
 
 
 def largest_device_batch_size(
-    config: GPTConfig, memory_bytes: int, *, on_cpu: bool, knobs: MemoryKnobs, at_most: int, processes: int = 1
+    config: GPTConfig,
+    memory_bytes: int,
+    *,
+    on_cpu: bool,
+    knobs: MemoryKnobs,
+    at_most: int,
+    gpu_memory: int | None = None,
+    processes: int = 1,
 ) -> int:
     """The most rows whose step fits into a device's memory less :data:`MARGIN`; 0 where not one does.
 
@@ -165,14 +174,23 @@ def largest_device_batch_size(
 
     Args:
         memory_bytes: of the device.
+        gpu_memory: the same for a GPU of its own, as in :func:`step_memory`.
         at_most: rows of a step on one device; a micro-batch of all of them needs no gradients beside the forward.
         processes: that share the optimizer's state.
     """
     copy = resume_copy_bytes(config) if on_cpu else 0
 
     def fits(rows: int) -> bool:
-        several = 2 if rows < at_most else 1
-        needed = step_memory(config, rows, on_cpu=on_cpu, knobs=knobs, micro_batches=several, processes=processes)
+        parts = 2 if rows < at_most else 1
+        needed = step_memory(
+            config,
+            rows,
+            on_cpu=on_cpu,
+            knobs=knobs,
+            micro_batches=parts,
+            processes=processes,
+            gpu_memory=gpu_memory,
+        )
         return needed.total + copy <= (1 - MARGIN) * memory_bytes
 
     if fits(at_most):
@@ -260,12 +278,14 @@ def _kept_outside(config: GPTConfig, rows: int, on_cpu: bool, checkpointing: boo
     return rows * config.sequence_len * per_token
 
 
-def loss_piece_bytes(config: GPTConfig, tokens: int, chunk_tokens: int | None, on_cpu: bool) -> int:
+def loss_piece_bytes(
+    config: GPTConfig, tokens: int, chunk_tokens: int | None, on_cpu: bool, gpu_memory: int | None = None
+) -> int:
     """Of a piece's logits: tanh and exponentials (which become the gradient) in float32; below float32 also the logits
     and the gradient in the compute type. Where there are several pieces, the gradient of the one before is still there.
     """
     compute = DTYPE_BYTES[config.compute_dtype]
-    chunk = min(tokens, chunk_tokens or default_chunk_tokens(config.vocab_size, on_cpu))
+    chunk = min(tokens, chunk_tokens or default_chunk_tokens(config.vocab_size, on_cpu, gpu_memory))
     pieces = -(-tokens // chunk)
     per_logit = 2 * FLOAT + (2 * compute if compute < FLOAT else 0) + (compute if pieces > 1 else 0)
     return -(-tokens // pieces) * config.vocab_size * per_logit

@@ -9,7 +9,10 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass, replace
 
+import torch
+
 from nanochat_pl.model.accounting import DTYPE_BYTES, count_parameters, kv_cache_bytes, weight_bytes
+from nanochat_pl.model.attention import Kernels, attention_backend
 from nanochat_pl.model.config import GPTConfig
 from nanochat_pl.planning.devices import Device
 from nanochat_pl.planning.horizon import ASSUMED_FLOPS_PER_CORE, estimate_cpu_seconds
@@ -55,6 +58,22 @@ class TextFacts:
     fetched: bool = False
 
 
+def add_machine(plan: Plan, config: GPTConfig, options: RowOptions, kernels: Kernels) -> None:
+    """Add what the machine comes to: processes, types, compiled or not, attention. Nothing of it is a setting."""
+    plan.section = "Machine"
+    plan.derive("processes", options.num_devices, "trainer.devices: one process for each device")
+    plan.derive("compute_dtype", config.compute_dtype, "model.compute_dtype; auto: what the device multiplies best")
+    compiled = "trainer.compile; auto: where a tiny model, compiled, trains as uncompiled"
+    plan.derive("compiled", options.knobs.compiled, compiled)
+    dtype, length = getattr(torch, config.compute_dtype), config.sequence_len
+    backends = {
+        window: attention_backend(kernels, dtype, window, length, config.head_dim)
+        for window in sorted({*config.windows})
+    }
+    said = [f"{backend} (window {window:,})" if len(backends) > 1 else backend for window, backend in backends.items()]
+    plan.derive("attention", ", ".join(said), "by device, type and window: see docs/distributed.md")
+
+
 def add_step_memory(plan: Plan, config: GPTConfig, options: RowOptions) -> StepMemory:
     """Add what a training step takes of a device's memory: what a run's measured peak is held against."""
     device, rows = options.device, plan["device_batch_size"]
@@ -66,6 +85,7 @@ def add_step_memory(plan: Plan, config: GPTConfig, options: RowOptions) -> StepM
         knobs=options.knobs,
         micro_batches=-(-most // rows),
         processes=options.num_devices,
+        gpu_memory=device.gpu_memory,
     )
     plan.section = f"Memory on {device.name}"
     plan.derive("weights_bytes", memory.weights, "parameters in float32, embeddings in model.embedding_dtype")
@@ -106,6 +126,7 @@ def add_memory(plan: Plan, config: GPTConfig, options: RowOptions) -> StepMemory
                 knobs=replace(knobs, compiled=options.knobs.compiled),
                 at_most=most,
                 processes=options.num_devices,
+                gpu_memory=device.gpu_memory,
             )
         formula = f"most rows whose step fits into {1 - MARGIN:.0%} of it{what}, at most those of a step"
         plan.derive(name, fit, formula, ("device_memory_bytes", "rows_per_step"))

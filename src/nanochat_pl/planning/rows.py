@@ -69,6 +69,7 @@ def _rows_that_fit(config: GPTConfig, options: RowOptions, most: int) -> tuple[i
             knobs=options.knobs,
             at_most=most,
             processes=options.num_devices,
+            gpu_memory=device.gpu_memory,
         )
     if tokens is None:
         return evenly(most, max(1, fit)), f"rows whose step fits into {1 - MARGIN:.0%} of the memory of {device.name}"

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.hardware import ComputeDType
 from nanochat_pl.data.at_hand import tokens_at_hand
-from nanochat_pl.data.sources import DataSettings
+from nanochat_pl.data.sources import DataSettings, SourceSettings
 from nanochat_pl.planning import Plan, check_horizon, estimate_cpu_seconds, make_plan
 from nanochat_pl.planning.devices import Device
 from nanochat_pl.planning.rows import RowOptions
@@ -43,7 +44,7 @@ def bounding_tokens(data: DataSettings, vocab_size: int, cache: Path) -> int | N
     An estimate from bytes of text, so that it is the same before and after they have been tokenised. It has no say for
     text that is tokenised while the training runs: how much of that is here would decide.
     """
-    parts = list(data.parts.values()) or [data]
+    parts: Sequence[SourceSettings] = [*data.parts.values()] or [data]
     if any(part.shuffle != "global" for part in parts):
         return None
     return tokens_at_hand(data, cache, vocab_size, build=True)

@@ -8,7 +8,7 @@ import torch
 
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.files import free_bytes
-from nanochat_pl.common.hardware import memory_bytes
+from nanochat_pl.common.hardware import gpu_memory_bytes, memory_bytes
 from nanochat_pl.common.place import launched_place
 from nanochat_pl.model.accounting import count_parameters, weight_bytes
 from nanochat_pl.model.config import GPTConfig
@@ -58,7 +58,9 @@ def least_memory(model: GPTConfig, device: torch.device, knobs: MemoryKnobs = NO
     also has the copy that the main one writes resume files from.
     """
     place, on_cpu = launched_place(), device.type == "cpu"
-    step = step_memory(model, 1, on_cpu=on_cpu, knobs=knobs, processes=place.world_size)
+    step = step_memory(
+        model, 1, on_cpu=on_cpu, knobs=knobs, processes=place.world_size, gpu_memory=gpu_memory_bytes(device)
+    )
     return step.total * place.local_world_size + resume_copy_bytes(model) if on_cpu else step.total
 
 

@@ -11,9 +11,19 @@ import torch
 from nanochat_pl.common import distributed
 from nanochat_pl.common.console import say
 from nanochat_pl.common.errors import SharedError, UserError
-from nanochat_pl.common.hardware import ComputeDType, choose_compute_dtype, choose_device, device_name
+from nanochat_pl.common.hardware import (
+    ComputeDType,
+    choose_compute_dtype,
+    choose_device,
+    device_name,
+    require_kernels,
+)
 from nanochat_pl.common.place import launched_place
+from nanochat_pl.model.attention import kernels_of, no_varlen
+from nanochat_pl.model.config import ModelSettings
+from nanochat_pl.model.gpt import TORCH_DTYPES
 from nanochat_pl.planning.devices import peak_flops
+from nanochat_pl.training.compile_proof import why_not_compiled
 from nanochat_pl.training.settings import TrainConfig
 
 
@@ -49,11 +59,20 @@ def prepare_machine(config: TrainConfig) -> Machine:
     dtype = choose_compute_dtype(config.model.compute_dtype, device)
     compiled = config.trainer.compile
     if compiled == "auto":
-        compiled = compiler_works(device)
+        compiled = compiler_works(device, dtype, config.model)
     machine = Machine(device, device_name(device), dtype, compiled)
     many = f"{place.world_size} processes, each on " if place.world_size > 1 else ""
-    say(f"Training on {many}{machine.name} in {dtype}, {'compiled' if compiled else 'eager'}.")
+    say(f"Training on {many}{machine.name} in {_in_words(dtype, config)}, {'compiled' if compiled else 'eager'}.")
+    if device.type == "cuda" and (reason := no_varlen(kernels_of(device), TORCH_DTYPES[dtype], config.model.head_dim)):
+        say(f"Attention in windows runs block by block, not in PyTorch's flash kernels: {reason}.")
     return machine
+
+
+def _in_words(dtype: ComputeDType, config: TrainConfig) -> str:
+    if dtype != "float16":
+        return dtype
+    chosen = "; it has no units for bfloat16" if config.model.compute_dtype == "auto" else ""
+    return f"float16 (with a loss scale{chosen})"
 
 
 def own_device(accelerator: str, key: str = "trainer.accelerator") -> torch.device:
@@ -66,6 +85,7 @@ def own_device(accelerator: str, key: str = "trainer.accelerator") -> torch.devi
         UserError: there is none.
     """
     device, place = choose_device(accelerator), launched_place()
+    require_kernels(device)
     if device.type != "cuda" or place.world_size == 1:
         return device
     found = torch.cuda.device_count()
@@ -102,13 +122,9 @@ def require_own_gpus(device: torch.device, key: str = "trainer.accelerator") -> 
             )
 
 
-def compiler_works(device: torch.device) -> bool:
-    """Whether torch.compile gives a function that runs here: a small one is compiled to find out."""
-    if device.type == "mps":
-        return False
-    try:
-        x = torch.ones(8, device=device)
-        return bool((torch.compile(lambda x: x * 2 + 1, dynamic=False)(x) == 3).all())
-    except Exception as error:  # whatever a missing compiler, header or library makes of it
-        say(f"torch.compile does not run here ({str(error).strip().splitlines()[0][:160]}): training eagerly.")
-        return False
+def compiler_works(device: torch.device, dtype: ComputeDType, settings: ModelSettings) -> bool:
+    """Whether a compiled model of this kind runs here and is right; where not, the reason is said."""
+    reason = why_not_compiled(device, dtype, settings)
+    if reason is not None:
+        say(f"torch.compile: {reason}: training eagerly.")
+    return reason is None

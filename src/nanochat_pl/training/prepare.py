@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,7 +33,7 @@ from nanochat_pl.training.base_plan import Target, base_plan, bounding_tokens, r
 from nanochat_pl.training.evaluation import MixedValidation, Validation, open_validation
 from nanochat_pl.training.limits import require_room
 from nanochat_pl.training.machine import Machine
-from nanochat_pl.training.settings import TrainConfig, memory_knobs, row_options
+from nanochat_pl.training.settings import TrainConfig, memory_knobs
 from nanochat_pl.training.tokenizer_stage import tokenizer_for
 
 
@@ -94,9 +93,7 @@ def prepare_base(
     tokenizer = tokenizer_for(config, folder, source)
     _require_cache_room(config, source, tokenizer, cache, num_tokens, first_plan["sequence_len"])
     parts = _parts(config, source, tokenizer, cache)
-    plan = _base_plan(
-        config, machine, tokenizer.vocab_size, bounding_tokens(config.data, tokenizer.vocab_size, cache)
-    )
+    plan = _base_plan(config, machine, tokenizer.vocab_size, bounding_tokens(config.data, tokenizer.vocab_size, cache))
     num_rows = plan["num_steps"] * plan["rows_per_step"]
     rows: Rows | MixedRows
     if isinstance(source, MixedSource):

@@ -18,6 +18,7 @@ from nanochat_pl.common import distributed, together
 from nanochat_pl.common.console import say
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.files import sha256_of_file, write_json
+from nanochat_pl.common.hardware import gpu_memory_bytes
 from nanochat_pl.common.run_folder import StageFolder
 from nanochat_pl.common.settings import to_plain
 from nanochat_pl.data.cache_folder import fingerprint_of
@@ -145,7 +146,9 @@ def _require_short_prompts(config: TrainConfig, prepared: Prepared) -> None:
 def _make_stage(config: TrainConfig, machine: Machine, prepared: Prepared) -> TrainingStage:
     plan, trainer = prepared.plan, config.trainer
     on_cpu = machine.device.type == "cpu"
-    chunk_tokens = trainer.loss_chunk_tokens or default_chunk_tokens(prepared.model.vocab_size, on_cpu)
+    chunk_tokens = trainer.loss_chunk_tokens or default_chunk_tokens(
+        prepared.model.vocab_size, on_cpu, gpu_memory_bytes(machine.device)
+    )
     recipe = StageRecipe(
         model=dataclasses.replace(prepared.model, compute_dtype=machine.compute_dtype),
         hyperparameters=hyperparameters(plan, config.optim, machine.compute_dtype),

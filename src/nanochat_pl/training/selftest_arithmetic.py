@@ -15,14 +15,13 @@ from nanochat_pl.common.files import free_bytes
 from nanochat_pl.common.hardware import device_name, has_bfloat16, memory_bytes
 from nanochat_pl.common.place import launched_place
 from nanochat_pl.model import attention
+from nanochat_pl.model.config import ModelSettings
 from nanochat_pl.model.gpt import TORCH_DTYPES
 from nanochat_pl.model.loss import weighted_nats
-from nanochat_pl.training.machine import compiler_works
-from nanochat_pl.training.selftest_findings import Bench, Check, Finding, within
-from nanochat_pl.training.selftest_steps import NUM_POSITIONS, NUM_ROWS, distance, pattern, rows, tiny_net
+from nanochat_pl.training.compile_proof import distance_of_compiled, tolerance, why_not_compiled
+from nanochat_pl.training.selftest_findings import TOLERANCE, Bench, Check, Finding, within
+from nanochat_pl.training.selftest_steps import distance, pattern, rows, tiny_net
 
-# Largest distances, relative (L2). What is measured is a fifth of it or less; a product in TF32 is 3e-4 off.
-TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
@@ -66,12 +65,25 @@ def check_memory(bench: Bench) -> list[Finding]:
 
 def check_attention(bench: Bench) -> list[Finding]:
     """Attention as it is trained with, and each backend that the device offers: forward and gradients."""
-    findings = []
+    findings = [_kernels_in_windows(bench)]
     for dtype in dict.fromkeys((torch.float32, TORCH_DTYPES[bench.dtype])):
         ways: dict[str, Callable[[int], Attend]] = {"as trained": _as_trained, "plain products": _products}
         ways |= {f"sdpa, {name}": _with_backend(backend) for name, backend in BACKENDS.items()}
+        if attention.no_varlen(attention.kernels_of(bench.device), dtype, HEAD_DIM) is None:
+            ways["varlen"] = _varlen
         findings += [line for name, way in ways.items() for line in _check_way(name, way, dtype, bench.device)]
     return findings
+
+
+def _kernels_in_windows(bench: Bench) -> Finding:
+    """What the windowed layers of a training run on, and why not on what comes before it."""
+    shape = (TORCH_DTYPES[bench.dtype], WINDOW, ModelSettings().sequence_len, ModelSettings().head_dim)
+    words: list[str] = []
+    for backend, reason in attention.why_not(attention.kernels_of(bench.device), *shape).items():
+        if reason is None:
+            return Finding("attention in windows", "ok", f"{backend} ({'; '.join(words)})" if words else backend)
+        words.append(f"not {backend}: {reason}")
+    raise AssertionError("bands run everywhere")
 
 
 def _check_way(name: str, way: Callable[[int], Attend], dtype: torch.dtype, device: torch.device) -> list[Finding]:
@@ -94,6 +106,10 @@ def _as_trained(window: int) -> Attend:
 
 def _products(window: int) -> Attend:
     return lambda q, k, v: attention.products(q, k, v, HEAD_DIM**-0.5, _mask(window, q.device))
+
+
+def _varlen(window: int) -> Attend:
+    return lambda q, k, v: attention.varlen(q, k, v, window, HEAD_DIM**-0.5)
 
 
 def _with_backend(backend: SDPBackend) -> Callable[[int], Attend]:
@@ -188,26 +204,15 @@ def check_compile(bench: Bench) -> list[Finding]:
     """
     if launched_place().local_rank > 0:
         return []
-    dtype = TORCH_DTYPES[bench.dtype]
-    net = tiny_net(bench.device, dtype, depth=1)
-    inputs, targets = (tensor.to(bench.device) for tensor in rows())
-    parameters = list(net.parameters())
-    expected = _loss_and_gradients(net.loss_by_row, inputs, targets, parameters)
+    net = tiny_net(bench.device, TORCH_DTYPES[bench.dtype], depth=1)
     try:
-        compiled = torch.compile(net.loss_by_row, dynamic=False)
-        found = _loss_and_gradients(compiled, inputs, targets, parameters)
+        far = distance_of_compiled(net)
     except Exception:  # whatever a missing compiler, header or library makes of it
-        if compiler_works(bench.device):
+        reason = why_not_compiled(bench.device, bench.dtype, ModelSettings())
+        if reason is None:
             raise
-        return [Finding("torch.compile", "left out", "does not run here: trainings are not compiled")]
-    return [within("torch.compile", distance(found, expected), 3 * TOLERANCE[dtype], f" in {bench.dtype}")]
-
-
-def _loss_and_gradients(
-    loss_by_row: Callable[..., tuple[Tensor, Tensor]], inputs: Tensor, targets: Tensor, parameters: Sequence[Tensor]
-) -> list[Tensor]:
-    loss = loss_by_row(inputs, targets)[0] / (NUM_ROWS * NUM_POSITIONS)
-    return [loss.detach(), *torch.autograd.grad(loss, parameters)]
+        return [Finding("torch.compile", "left out", f"{reason}; trainings are not compiled")]
+    return [within("torch.compile", far, tolerance(bench.dtype), f" in {bench.dtype}")]
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -47,9 +47,11 @@ def tiny_config(depth: int = DEPTH) -> GPTConfig:
     return resolve_model(settings, VOCABULARY, "float32")
 
 
-def tiny_net(device: torch.device, dtype: torch.dtype = torch.float32, depth: int = DEPTH) -> GPT:
-    """The model on a device, with activations of a type."""
-    net = GPT(tiny_config(depth), compute_dtype=dtype).materialise(device)
+def tiny_net(
+    device: torch.device, dtype: torch.dtype = torch.float32, depth: int = DEPTH, config: GPTConfig | None = None
+) -> GPT:
+    """The model (or one of another architecture) on a device, with activations of a type."""
+    net = GPT(config or tiny_config(depth), compute_dtype=dtype).materialise(device)
     with torch.no_grad():
         for number, (name, parameter) in enumerate(net.named_parameters()):
             parameter.copy_(_first_weight(name, parameter.shape, number))

@@ -12,6 +12,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from nanochat_pl.common.console import say
+from nanochat_pl.model.compiled import CompiledLoss
 from nanochat_pl.model.config import GPTConfig, InitSettings
 from nanochat_pl.model.gpt import GPT, parameter_roles
 from nanochat_pl.model.init import init_weights
@@ -74,9 +75,8 @@ class TrainingStage(LightningModule):
                 loss_chunk_tokens=recipe.loss_chunk_tokens,
             ).materialise(self._training_device())
             self.first_weights(self.net)
-            loss = self.net.loss_by_row
-            # A plain function in a tuple: modules or bound methods as attributes would double the state dict's keys.
-            self._loss = (torch.compile(loss, dynamic=False) if self.recipe.compile else loss,)
+            # In a tuple: modules or bound methods as attributes would double the state dict's keys.
+            self._loss = (CompiledLoss(self.net) if self.recipe.compile else self.net.loss_by_row,)
 
     def _training_device(self) -> torch.device:
         """Where the trainer trains: it moves the module there only after the model is built, once for each process."""

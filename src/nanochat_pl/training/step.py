@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 class StepBatch(NamedTuple):
     """This process's rows of one optimizer step: one Lightning batch."""
 
-    inputs: Tensor  # int64 (R, T)
-    targets: Tensor  # int64 (R, T), IGNORE_INDEX where nothing is to be learnt
+    inputs: Tensor  # int32 or int64 (R, T)
+    targets: Tensor  # of the same type (R, T), IGNORE_INDEX where nothing is to be learnt
     num_targets: int  # of these rows, counted on the host
     sources: Tensor | None = None  # int64 (R,): of a mixture, the number of each row's source
     num_rows: int = 0  # of the largest share that a process has of this step; 0: of this one
@@ -87,7 +87,7 @@ def add_gradients(stage: TrainingStage, inputs: Tensor, targets: Tensor, num_tar
 
 
 def micro_batches(batch: StepBatch, device_batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Cut a step into pieces of one shape, as many as the largest share of a process has.
+    """Cut a step into pieces of one shape, int64 (M, T), as many as the largest share of a process has.
 
     The last one is filled up with rows whose targets are all ignored; where there are no rows left, all are such.
     """
@@ -97,7 +97,7 @@ def micro_batches(batch: StepBatch, device_batch_size: int) -> Iterator[tuple[Te
         if missing := device_batch_size - len(piece):
             piece = torch.cat([piece, piece.new_zeros(missing, piece.shape[1])])
             goals = torch.cat([goals, goals.new_full((missing, goals.shape[1]), IGNORE_INDEX)])
-        yield piece, goals
+        yield piece.long(), goals.long()
 
 
 def num_micro_batches(num_rows: int, device_batch_size: int) -> int:

@@ -1,0 +1,119 @@
+"""The compiled loss part by part (what trains) against one graph of all layers: steps, and the wait before the first.
+
+Steps: two twins of a model in one process, turn by turn, so the machine's moods meet both; CPU time of all threads,
+since a compiler's worth is not how busy the machine is. First steps: a fresh process each, with an empty cache of the
+compiler and again with the one that it left; CPU time of it and of the compilers that it starts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+
+import torch
+
+from nanochat_pl.model.compiled import CompiledLoss
+from nanochat_pl.model.config import GPTConfig, ModelSettings, resolve_model
+from nanochat_pl.model.gpt import GPT, parameter_roles
+from nanochat_pl.model.init import init_weights
+from nanochat_pl.optim import OptimSettings, build_optimizer, resolve_hyperparameters
+
+WAYS: dict[str, Callable[[GPT], Callable[..., tuple[torch.Tensor, torch.Tensor]]]] = {
+    "one graph": lambda net: torch.compile(net.loss_by_row, dynamic=False),
+    "parts": CompiledLoss,
+}
+
+
+class Steps:
+    """A model that is trained on the same row again and again."""
+
+    def __init__(self, config: GPTConfig, way: str, rows: int) -> None:
+        self.net = init_weights(GPT(config).materialise())
+        self.loss = WAYS[way](self.net)
+        hyper = resolve_hyperparameters(OptimSettings(), width=config.width, compute_dtype=config.compute_dtype)
+        self.optimizer = build_optimizer(self.net.named_parameters(), parameter_roles(self.net), hyper)
+        self.ids = torch.randint(
+            config.vocab_size, (rows, config.sequence_len + 1), generator=torch.Generator().manual_seed(0)
+        )
+
+    def seconds(self) -> float:
+        """Of one step: CPU time."""
+        start = time.process_time()
+        nats, _ = self.loss(self.ids[:, :-1].contiguous(), self.ids[:, 1:].contiguous())
+        (nats / self.ids[:, 1:].numel()).backward()
+        self.optimizer.reduce_gradients()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return time.process_time() - start
+
+
+def steps(dtype: str, pairs: int) -> None:
+    """Print the milliseconds of a step either way, and the median ratio of pairs."""
+    config = resolve_model(ModelSettings(depth=4, head_dim=64, sequence_len=256), 4096, dtype)  # type: ignore[arg-type]
+    ways = {way: Steps(config, way, rows=16) for way in WAYS}
+    for _ in range(4):
+        for each in ways.values():
+            each.seconds()
+    times: dict[str, list[float]] = {way: [] for way in ways}
+    for number in range(pairs):
+        for way in [*ways][:: 1 if number % 2 else -1]:
+            times[way].append(1000 * ways[way].seconds())
+    ratios = [parts / whole for whole, parts in zip(*times.values(), strict=True)]
+    for way, measured in times.items():
+        print(f"{dtype}, {way}: {statistics.median(measured):.1f} ms a step ({_spread(measured)}, n={pairs})")
+    print(f"{dtype}, parts / one graph: {statistics.median(ratios):.3f} ({_spread(ratios)})")
+
+
+def _spread(measured: list[float]) -> str:
+    quarters = statistics.quantiles(measured, n=4)
+    return f"quartiles {quarters[0]:.3g} to {quarters[2]:.3g}"
+
+
+def first_step(way: str, depth: int) -> None:
+    """Print the seconds of the first step of a deep, narrow model: in a process of its own."""
+    settings = ModelSettings(depth=depth, aspect_ratio=4, head_dim=16, sequence_len=256, short_window_multiple=16)
+    config = resolve_model(settings, 512, "bfloat16")
+    each = Steps(config, way, rows=2)
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = each.seconds()
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    print(f"{seconds + after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime:.1f}")
+
+
+def main(pairs: int, depths: list[int]) -> None:
+    """Print all."""
+    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}", flush=True)
+    for dtype in ("bfloat16", "float32") if pairs else ():
+        steps(dtype, pairs)
+    for depth in depths:
+        for way in WAYS:
+            with tempfile.TemporaryDirectory() as cache:
+                command = [sys.executable, __file__, "--first", way, "--depths", str(depth)]
+                # One process compiles, so that all of it is counted.
+                env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache, "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+                cold, warm = (
+                    subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout.strip()
+                    for _ in range(2)
+                )
+            print(
+                f"depth {depth}, {way}: first step {cold} s with an empty cache, {warm} s with a full one", flush=True
+            )
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=20)
+    parser.add_argument("--depths", type=int, nargs="*", default=[12])
+    parser.add_argument("--first", choices=[*WAYS])
+    options = parser.parse_args()
+    if options.first:
+        first_step(options.first, options.depths[0])
+    else:
+        main(options.pairs, options.depths)
