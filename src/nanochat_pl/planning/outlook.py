@@ -204,7 +204,8 @@ def add_text(plan: Plan, text: TextFacts) -> None:
         plan.derive("shards_needed", shards_for(tokens, text.crops, files), formula, ("text_bytes",))
     how = "about, on this machine" if text.tokens_at_hand is not None else "not known before it has been read once"
     how = "about, with what is fetched while the training runs" if text.fetched else how
-    plan.derive("tokens_at_hand", text.tokens_at_hand, f"{text.name}: {how}")
+    if "tokens_at_hand" not in plan:  # where it bounds the batch it stands there
+        plan.derive("tokens_at_hand", text.tokens_at_hand, f"{text.name}: {how}")
     epochs = None if text.tokens_at_hand is None else epochs_of(tokens, text.tokens_at_hand, text.crops)
     formula = f"total_tokens{dropped.partition(',')[0]} / tokens_at_hand"
     plan.derive("epochs", epochs, formula, ("total_tokens", "tokens_at_hand"))

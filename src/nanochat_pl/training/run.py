@@ -18,7 +18,7 @@ from nanochat_pl.common import distributed, together
 from nanochat_pl.common.console import say
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.files import sha256_of_file, write_json
-from nanochat_pl.common.hardware import gpu_memory_bytes
+from nanochat_pl.common.hardware import choose_compute_dtype, gpu_memory_bytes
 from nanochat_pl.common.run_folder import StageFolder
 from nanochat_pl.common.settings import to_plain
 from nanochat_pl.data.cache_folder import fingerprint_of
@@ -26,13 +26,15 @@ from nanochat_pl.data.mixed_rows import MixedRows
 from nanochat_pl.model.gpt import GPT
 from nanochat_pl.model.loss import default_chunk_tokens
 from nanochat_pl.planning import Plan, hyperparameters
+from nanochat_pl.planning.devices import detected_device
 from nanochat_pl.tasks.context import TaskContext
+from nanochat_pl.training.base_plan import Target, base_plan, refuse_unasked
 from nanochat_pl.training.benchmarks import Benchmark, MeasuredTasks, measure, open_benchmarks
 from nanochat_pl.training.changes import read_changes
 from nanochat_pl.training.datamodule import RowsDataModule
 from nanochat_pl.training.evaluation import Samples
 from nanochat_pl.training.fit import Fitted, Fitting, fit
-from nanochat_pl.training.machine import Machine, prepare_machine, require_own_gpus
+from nanochat_pl.training.machine import Machine, own_device, prepare_machine, require_own_gpus
 from nanochat_pl.training.metrics import log_everywhere
 from nanochat_pl.training.prepare import Prepared, announce_streamed, prepare_base
 from nanochat_pl.training.prepare_sft import prepare_sft
@@ -66,6 +68,8 @@ def train_stage(
         StopRequested: a signal ended it; the same command goes on.
     """
     resume_from = newest_resume_file(folder.checkpoints)
+    if config.stage.name == "base":
+        together.agreed(lambda: _refuse_hours(config))
     config = with_chosen_data(config, folder, cache, goes_on=resume_from is not None)
     if config.stage.name == "tokenizer":
         together.by_main(lambda: train_tokenizer_stage(config, folder, open_for_tokenizer(config, cache)))
@@ -91,6 +95,13 @@ def train_stage(
     )
     loggers = together.agreed(lambda: make_loggers() if distributed.is_main() else [])
     _train(config, folder, machine, prepared, resume_from, loggers, together.agreed(make_callbacks), benchmarks)
+
+
+def _refuse_hours(config: TrainConfig) -> None:
+    """Refuse a plan of hours on a CPU before anything is chosen, compiled or read for it."""
+    device = own_device(config.trainer.accelerator)
+    target = Target(detected_device(device), choose_compute_dtype(config.model.compute_dtype, device))
+    refuse_unasked(config, base_plan(config, target, config.tokenizer.vocab_size, None), target, None)
 
 
 def _train(
