@@ -112,11 +112,17 @@ def test_what_a_cpu_is_advised_to_do_trains(tmp_path: Path, capsys: pytest.Captu
 
 def test_yes_trains_what_is_refused_unasked(tmp_path: Path) -> None:
     """Four epochs of a small text are not enough for the plan of its own."""
-    (tmp_path / "a.txt").write_text("\n\n".join(f"Line {n} of a text." for n in range(300)), encoding="utf-8")
+    (tmp_path / "a.txt").write_text("\n\n".join(f"Line {n} of a text." for n in range(600)), encoding="utf-8")
     small = ["model.depth=1", "model.aspect_ratio=16", "model.head_dim=16", "model.sequence_len=32"]
-    small += ["tokenizer.vocab_size=290", "data=local", f"data.path={tmp_path / 'a.txt'}", "trainer.compile=false"]
+    small += [
+        "tokenizer.vocab_size=290",
+        "data=local",
+        "data.txt_document_chars=200",
+        f"data.path={tmp_path / 'a.txt'}",
+        "trainer.compile=false",
+    ]
     small += [f"paths.cache={tmp_path / 'cache'}", f"paths.runs={tmp_path / 'runs'}", "logger=[]"]
-    small += ["trainer.accelerator=cpu", "evaluation.sample_tokens=1"]
+    small += ["trainer.accelerator=cpu", "evaluation.sample_tokens=1", "total_batch_tokens=4096"]
     assert main(["train", *small]) == 2
     assert main(["train", *small, "yes=true"]) == 0
 
