@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.data.file_formats import check_file, format_of, parquet_facts, reading
+from nanochat_pl.data.file_formats import check_file
+from nanochat_pl.data.file_reading import format_of, parquet_facts, reading
 from nanochat_pl.data.hub_files import BYTES_PER_TOKEN, COMPRESSED_SHARE, HubFiles
 from nanochat_pl.data.local_files import find_files
 from nanochat_pl.data.python_docs import built_python_docs

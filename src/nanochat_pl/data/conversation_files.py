@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.data.cache_folder import fingerprint_of, known_sha256, read_cache, write_cache
 from nanochat_pl.data.conversation_rows import NOT_UTF8, Audit, judge, parse_json, parse_line
-from nanochat_pl.data.file_formats import format_of, lines_of, parquet_errors, reading
+from nanochat_pl.data.file_reading import format_of, lines_of, parquet_errors, reading
 from nanochat_pl.data.sources import place_by_hash
 from nanochat_pl.tokenizer.chat_format import Fault
 

@@ -22,7 +22,8 @@ import platformdirs
 
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.data.cache_folder import fingerprint_of
-from nanochat_pl.data.file_formats import SUFFIXES, check_file, format_of
+from nanochat_pl.data.file_formats import check_file
+from nanochat_pl.data.file_reading import SUFFIXES, format_of
 from nanochat_pl.data.hub import HubFile, Manifest, hash_memo, known_manifest, open_manifest
 from nanochat_pl.data.hub_download import PARALLEL, Fetched, fetch_files
 from nanochat_pl.data.local_files import FileDocuments, share_held_out

@@ -15,7 +15,8 @@ from pathlib import Path
 
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.data.cache_folder import fingerprint_of, known_sha256
-from nanochat_pl.data.file_formats import SUFFIXES, check_file, documents_of, format_of, reading
+from nanochat_pl.data.file_formats import check_file, documents_of
+from nanochat_pl.data.file_reading import SUFFIXES, format_of, reading
 from nanochat_pl.data.sources import Shard, SourceSettings, Split, place_by_hash
 
 _NOTHING = hashlib.sha256().hexdigest()
