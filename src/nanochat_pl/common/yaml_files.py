@@ -74,8 +74,8 @@ def read_yaml(path: Path) -> Any:
 
 
 def _error(path: Path, mark: yaml.Mark | None, problem: str) -> UserError:
-    where = f"{path}, line {mark.line + 1}" if mark is not None else str(path)
-    return UserError(f"{where}: {problem}")
+    where = f" in line {mark.line + 1}" if mark is not None else ""
+    return UserError(f"{path}: {problem}{where}.")
 
 
 def _require_bounded(path: Path, text: str) -> None:
@@ -87,7 +87,7 @@ def _require_bounded(path: Path, text: str) -> None:
         anchor = getattr(event, "anchor", None)
         if isinstance(event, yaml.AliasEvent):
             if sizes.get(str(anchor)) == 0:
-                raise _error(path, event.start_mark, f"*{anchor} is part of what it names, which has no end.")
+                raise _error(path, event.start_mark, f"*{anchor} is part of what it names, which has no end")
             count += sizes.get(str(anchor), 1)
         elif isinstance(event, yaml.CollectionStartEvent):
             open_nodes.append((anchor, count))
@@ -103,21 +103,21 @@ def _require_bounded(path: Path, text: str) -> None:
             if name is not None:
                 sizes[name] = count - before
         if len(open_nodes) > MAX_DEPTH:
-            raise _error(path, event.start_mark, f"is nested deeper than {MAX_DEPTH} levels.")
+            raise _error(path, event.start_mark, f"is nested deeper than {MAX_DEPTH} levels")
         if count > MAX_NODES:
-            problem = f"holds more than {MAX_NODES:,} values, each alias as often as it is used."
+            problem = f"holds more than {MAX_NODES:,} values, each alias as often as it is used"
             raise _error(path, event.start_mark, problem)
 
 
 def _require_plain(path: Path, node: yaml.Node, loader: _Loader) -> None:
     """Refuse tags, numbers that are none, and keys that stand twice. What nodes expand to is bounded."""
     if node.tag not in _PLAIN:
-        raise _error(path, node.start_mark, f"is no YAML of plain data: {node.tag.replace('tag:yaml.org,2002:', '!!')}.")
+        raise _error(path, node.start_mark, f"is no YAML of plain data: {node.tag.replace('tag:yaml.org,2002:', '!!')}")
     if isinstance(node, yaml.ScalarNode):
         try:
             loader.construct_object(node)
         except ValueError as error:
-            raise _error(path, node.start_mark, f"{node.value[:60]!r} is no number that can be read.") from error
+            raise _error(path, node.start_mark, f"{node.value[:60]!r} is no number that can be read") from error
     elif isinstance(node, yaml.SequenceNode):
         for item in node.value:
             _require_plain(path, item, loader)
@@ -125,7 +125,7 @@ def _require_plain(path: Path, node: yaml.Node, loader: _Loader) -> None:
         seen: dict[str, int] = {}
         for key, name, mark in _names(node, ""):
             if name in seen and key.tag != _MERGE:
-                raise _error(path, mark, f"{name} stands twice, first in line {seen[name] + 1}.")
+                raise _error(path, mark, f"{name} stands in line {seen[name] + 1} and again")
             seen[name] = mark.line
         for key, value in node.value:
             _require_plain(path, key, loader)

@@ -8,7 +8,7 @@ from nanochat_pl.common.errors import UserError
 from nanochat_pl.data.file_formats import check_file
 from nanochat_pl.data.file_reading import format_of, parquet_facts, reading
 from nanochat_pl.data.hub_files import BYTES_PER_TOKEN, COMPRESSED_SHARE, HubFiles
-from nanochat_pl.data.local_files import find_files
+from nanochat_pl.data.local_files import choose_files
 from nanochat_pl.data.python_docs import built_python_docs
 from nanochat_pl.data.sources import DataSettings, SourceSettings
 
@@ -47,9 +47,9 @@ def _of_source(key: str, settings: SourceSettings, cache_dir: Path) -> int | Non
         corpus = built_python_docs(cache_dir)
         return None if corpus is None else int(corpus.manifest["splits"]["train"]["bytes"] / BYTES_PER_TOKEN)
     if settings.name == "local":
-        held_out = 0.0 if settings.validation_path is not None else settings.validation_fraction
-        files = find_files(f"{key}.path", str(settings.path)).values()
-        num_bytes = sum(_text_bytes(path, settings.text_column) for path in files)
+        chosen = choose_files(settings, key)
+        held_out = settings.validation_fraction if chosen.by_hash else 0.0
+        num_bytes = sum(_text_bytes(path, settings.text_column) for path in chosen.train.values())
         return int(num_bytes * (1 - held_out) / BYTES_PER_TOKEN)
     try:
         return int(HubFiles(settings, cache_dir).tokens_here())

@@ -119,7 +119,8 @@ def _text_of_line(line: bytes, where: str, text_column: str) -> str:
     try:
         record = strict_json(line.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise UserError(f"{where}: is not UTF-8 ({error.reason} at byte {error.start:,} of the line).") from error
+        why = f"{error.reason} at byte {error.start:,} of the line"
+        raise UserError(f"{where}: is no JSON: it is not utf-8 ({why}).") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: is no JSON: {error}") from error
     if not isinstance(record, dict):
