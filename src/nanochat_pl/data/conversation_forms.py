@@ -332,7 +332,7 @@ def _weight_of(message: Mapping[str, Any], where: str) -> int | Fault:
 
 def _calls_of(message: Mapping[str, Any], where: str) -> list[str] | Fault:
     """The code of each call of python; any other call is a fault."""
-    calls = next((message[key] for key in _CALLS if _holds(message, key)), [])
+    calls: Any = next((message[key] for key in _CALLS if _holds(message, key)), [])
     codes = []
     for call in calls if isinstance(calls, list) else [calls]:
         function = call.get("function", call) if isinstance(call, Mapping) else {}

@@ -56,8 +56,7 @@ def choose_files(settings: SourceSettings, key: str) -> ChosenPaths:
     train, validation = (split.train, split.held_out) if split else (list(found.files),) * 2
     remarks = found.remarks() + configurations_remark(train, f"{key}.path={settings.path}")
     if split:
-        more = f" and {len(validation) - 1:,} more" if len(validation) > 1 else ""
-        remarks += [f"validated on by name: {validation[0]}{more}", *unused_remark(split.unused)]
+        remarks += unused_remark(split.unused)
     files = found.files
     return ChosenPaths(
         {name: files[name] for name in train},
@@ -102,12 +101,19 @@ class LocalFiles:
         """One line for people: the files, what is held out, and the hash of their documents."""
         files = len({*self._train_files.values(), *self._val_files.values()})
         held_out = f"; {self._held_out:.2%} of the documents are held out" if self._held_out is not None else ""
+        if self._held_out is None and self._settings.validation_path is None:
+            more = f" and {len(self._val_files) - 1:,} more" if len(self._val_files) > 1 else ""
+            held_out = f"; validated on {next(iter(self._val_files))}{more}, by name"
         copies = copies_of_files((shard.contents, shard.name) for shard in self.shards("train"))
         empty = f", {self._num_empty:,} of them empty" if self._num_empty else ""
         line = (
             f"{self._settings.path}: {files:,} file{'s' if files > 1 else ''}{empty}, {self.fingerprint[:12]}{held_out}"
         )
         return "; ".join([line, *copies, *self.chosen.remarks])
+
+    def remarks(self) -> list[str]:
+        """What is to be known of these files before they are trained on: one line each."""
+        return list(self.chosen.remarks)
 
     def shards(self, split: Split) -> list[Shard]:
         files = self._train_files if split == "train" else self._val_files

@@ -161,6 +161,11 @@ class ConversationSet(Task):
             lines.append(f"{self.name}: keys that are not read: {keys}.")
         return lines + [f"{self.name}: {line}." for line in self.losses()]
 
+    @property
+    def key(self) -> str:
+        """The key that its settings stand under."""
+        return self._where
+
     def losses(self) -> list[str]:
         """What of the files is not learnt though it might have been meant to be: a line for each."""
         return [*self._remarks, *(f"{count:,} rows: {change}" for change, count in self.audit.changed.items())]
