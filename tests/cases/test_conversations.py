@@ -242,7 +242,7 @@ def test_formats_that_are_not_read_are_named(row: Any, said: str, tmp_path: Path
 def test_28_prompts_longer_than_a_row(shared: Path, tmp_path: Path, tokenizer: Tokenizer) -> None:
     file = read(shared / "cases/28_prompts_longer_than_a_row/longprompt.jsonl", tmp_path)
     with pytest.raises(
-        UserError, match="^mine: none of 30 .*: every prompt is longer than a row of 128 tokens"
+        UserError, match=r"^mine: none of 30 .*: every prompt is longer than a row of 128 tokens"
     ) as error:
         build_conversation_cache(file, tokenizer, 129, tmp_path / "c", "key", name="mine")
     assert "model.sequence_len" in error.value.fix

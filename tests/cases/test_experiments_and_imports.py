@@ -125,7 +125,7 @@ def test_20_a_flat_chat_checkpoint_is_one(shared: Path, tmp_path: Path) -> None:
         checkpoint.meta.write_text(json.dumps(config | figures))
         assert stage_of(checkpoint, None) == stage
     checkpoint.meta.write_text(json.dumps(config))
-    with pytest.raises(UserError, match="nothing says whether model_000090.pt is a base model or a chat") as error:
+    with pytest.raises(UserError, match=r"nothing says whether model_000090\.pt is a base model or a chat") as error:
         stage_of(checkpoint, None)
     assert "stage=sft" in error.value.fix
 
