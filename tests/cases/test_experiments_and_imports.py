@@ -166,7 +166,7 @@ def test_23_configurations_of_a_data_set_are_named(tmp_path: Path, monkeypatch: 
         assert unused.startswith("3 files, the first wikitext-103-raw-v1/test-00000")
         source.fetch(3)
         assert configs in source.describe()
-        glob = re.search(r"data\.files=(\S+) takes one", configs)
+        glob = re.search(r"data\.files='(\S+)' takes one", configs)
         assert glob
         one = HubFiles(SourceSettings("hub", repo="me/wikitext", files=glob[1]), tmp_path / "cache", ask_hub=True)
         assert len(one.remarks()) == 1 and len(one.train_files) == 1, "the advice is followed and holds"

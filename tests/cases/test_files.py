@@ -135,6 +135,8 @@ def test_configurations_are_named(tmp_path: Path) -> None:
         table(tmp_path / "set" / name, [f"{name} {n}" for n in range(9)])
     (remark,) = local(tmp_path / "set", tmp_path).remarks()
     assert remark.startswith("trained on are the files of 2 folders (de, en), which may be configurations")
+    assert f"data.path={tmp_path / 'set'}/de takes one" in remark
+    assert not local(tmp_path / "set/de", tmp_path).remarks(), "the advice is followed and holds"
     assert configurations(["train/a.txt", "train/b.txt"]) == []
     assert configurations(["data/train-0.parquet", "data/train-1.parquet"]) == []
 

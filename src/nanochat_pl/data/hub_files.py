@@ -119,7 +119,7 @@ class HubFiles:
     def remarks(self) -> list[str]:
         """What is to be known of these files before they are trained on: one line each."""
         return [
-            *configurations_remark([file.path for file in self.train_files], "data.files"),
+            *configurations_remark([file.path for file in self.train_files], "data.files='{}/*'"),
             *unused_remark([file.path for file in self._unused_files]),
         ]
 

@@ -8,6 +8,7 @@ validation, test) are what their names say, as on the hub.
 from __future__ import annotations
 
 import hashlib
+import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,7 +55,7 @@ def choose_files(settings: SourceSettings, key: str) -> ChosenPaths:
         return ChosenPaths(found.files, held_out.files, by_hash=False, remarks=tuple(remarks))
     split = split_files(list(found.files), str)
     train, validation = (split.train, split.held_out) if split else (list(found.files),) * 2
-    remarks = found.remarks() + configurations_remark(train, f"{key}.path={settings.path}")
+    remarks = found.remarks() + configurations_remark(train, f"{key}.path={_in_folder(settings)}")
     if split:
         remarks += unused_remark(split.unused)
     files = found.files
@@ -64,6 +65,12 @@ def choose_files(settings: SourceSettings, key: str) -> ChosenPaths:
         by_hash=split is None,
         remarks=tuple(remarks),
     )
+
+
+def _in_folder(settings: SourceSettings) -> str:
+    """How a folder of ``data.path`` is typed, with ``{}`` for its name."""
+    path = Path(str(settings.path))
+    return f"{shlex.quote(str(path))}/{{}}" if path.expanduser().is_dir() else "…/{}"
 
 
 class LocalFiles:

@@ -61,8 +61,11 @@ def configurations(paths: Sequence[str]) -> list[str]:
     return sorted({"/".join(parts) for parts in folders}) if len({tuple(parts) for parts in folders}) > 1 else []
 
 
-def configurations_remark(paths: Sequence[str], key: str) -> list[str]:
-    """A line that names the configurations of a data set of which all are trained on; none where there is one."""
+def configurations_remark(paths: Sequence[str], setting: str) -> list[str]:
+    """A line that names the configurations of a data set of which all are trained on; none where there is one.
+
+    ``setting`` is what takes one of them, with ``{}`` for its name.
+    """
     names = configurations(paths)
     if not names:
         return []
@@ -71,7 +74,7 @@ def configurations_remark(paths: Sequence[str], key: str) -> list[str]:
     one = next(name for name in names if name)
     return [
         f"trained on are the files of {len(names):,} folders ({named}{more}), which may be configurations with the same"
-        f" text; {key}={one}/* takes one"
+        f" text; {setting.replace('{}', one)} takes one"
     ]
 
 

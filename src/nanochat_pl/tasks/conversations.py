@@ -239,7 +239,8 @@ def _find(
         return found, test, remarks
     split = split_files(found, lambda file: file.name)
     train, held_out = (split.train, split.held_out) if split else (found, found)
-    remarks += configurations_remark([file.name for file in train], f"{where}.{'files' if settings.repo else 'path'}")
+    one = f"{where}.files='{{}}/*'" if settings.repo else f"{where}.path=…/{{}}"
+    remarks += configurations_remark([file.name for file in train], one)
     remarks += unused_remark([file.name for file in split.unused] if split else [])
     require_all(where, [*train, *held_out], wanted, context)
     return train, held_out, remarks
@@ -268,7 +269,9 @@ def _require_good(where: str, audit: Audit, max_bad_fraction: float) -> None:
     for cause, count in audit.bad.items():
         lines.append(f"{count:,} with {cause}:")
         lines += [f"  {line}" for line in audit.examples[cause]]
-    raise UserError(lines, "Mend the files, or leave such rows out: data.max_bad_fraction=…")
+    raise UserError(
+        lines, "Mend the files, or leave such rows out: data.max_bad_fraction=… Which forms are read: docs/data.md."
+    )
 
 
 def _share_held_out(where: str, files: Sequence[ConversationFile], fraction: float) -> float:
