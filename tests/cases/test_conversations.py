@@ -79,6 +79,36 @@ def test_marks_that_cannot_be_honoured_refuse_the_row(row: Any, cause: str, tmp_
     assert file.audit.bad == {cause: 1} and len(file) == 1
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "a", "completion": "b", "history": 3},
+        {"instruction": "a", "output": "b", "history": [3, ["x"]]},
+        [USER, {"role": "assistant", "content": 3, "tool_calls": 5}],
+        [USER, {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "python"}}]}],
+        {"conversations": "a text"},
+        {"conversations": [3, None]},
+        {"contents": {"parts": 1}},
+        {"chosen": [], "rejected": [], "prompt": {}},
+        {"input": 1, "preferred_output": 2},
+    ],
+)
+def test_odd_rows_are_bad_rows_or_good_ones(row: Any, tmp_path: Path) -> None:
+    audit = of_rows(tmp_path, row).audit
+    assert audit.rows == 1 and audit.num_bad in (0, 1)
+
+
+def test_an_answer_of_null_behind_a_call(tmp_path: Path) -> None:
+    called = {"role": "assistant", "content": None, "tool_calls": [call("python", {"code": "1"})]}
+    file = of_rows(tmp_path, [USER, called, {"role": "tool", "content": "1"}, {"role": "assistant", "content": None}])
+    assert file.audit.bad == {"content that is no text": 1}
+
+
+def test_marks_of_rows_that_mean_something_else(tmp_path: Path) -> None:
+    file = of_rows(tmp_path, {"messages": PLAIN, "label": False}, {"messages": PLAIN, "weight": 0.5})
+    assert len(file) == 2 and file.audit.unread == {"label": 1, "weight": 1}
+
+
 def test_where_all_is_learnt_a_marked_conversation_is_left_out(tmp_path: Path, tokenizer: Tokenizer) -> None:
     file = of_rows(tmp_path, [USER, {**ANSWER, "weight": 0}, USER, ANSWER], PLAIN)
     cache = build_conversation_cache(file, tokenizer, 100, tmp_path / "c", "x", trained="all")

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from reprlib import repr as quote  # shortens
 from typing import Any
 
+from nanochat_pl.data.file_reading import strict_json
 from nanochat_pl.tokenizer.chat_format import Fault, text_of_part
 
 MESSAGES = "messages"  # the key that a person need not name
@@ -40,7 +41,7 @@ _PAIRS = {
 _ABOUT = ("input", "context")
 _SYSTEM = ("system", "system_prompt", "system_message", "systemInstruction")
 _PREFERENCE, _OPENAI_PREFERENCE = ("chosen", "rejected"), ("preferred_output", "non_preferred_output")
-_ROW_MARKS = ("weight", "loss_weight", "train", "trainable", "label", "kto_tag")
+_ROW_MARKS = ("weight", "loss_weight", "train", "trainable", "label", "kto_tag")  # label beside a completion: KTO's
 _KEYS = (
     *(MESSAGES, *_LISTS, *_SYSTEM, *_PREFERENCE, *_OPENAI_PREFERENCE, *_ROW_MARKS, *_ABOUT, "history", "tools"),
     *(key for pair in _PAIRS for key in pair),
@@ -127,7 +128,7 @@ def read_row(row: Any, column: str) -> Reading | Fault:
             changes.append("descriptions of tools left out")
     if isinstance(values, str):
         try:
-            values = json.loads(values)
+            values = strict_json(values)
         except (ValueError, RecursionError) as error:
             return Fault("no JSON", f"is no JSON: {error}")
     if values is None or values == []:
@@ -144,7 +145,7 @@ def _holds(row: Mapping[str, Any], key: str) -> bool:
 def _form_of(row: Mapping[str, Any]) -> tuple[str, str | tuple[str, ...]] | None:
     """The name of a format and its key or keys; None where none is recognised."""
     for key, name in _LISTS.items():
-        if _holds(row, key) and not isinstance(row[key], str):
+        if _holds(row, key) and not (isinstance(row[key], str) and not row[key].lstrip().startswith("[")):
             return name, key
     if _holds(row, "preferred_output") and _holds(row, "input"):
         return "OpenAI's preference pairs", ("input", *_OPENAI_PREFERENCE)
@@ -158,13 +159,13 @@ def _form_of(row: Mapping[str, Any]) -> tuple[str, str | tuple[str, ...]] | None
 
 def _values_of(row: Mapping[str, Any], key: str | tuple[str, ...]) -> tuple[Any, set[str], list[str]]:
     """The messages of a row, the keys that were used for them, and what was left out."""
-    used, changes = {*_SYSTEM, *_ROW_MARKS} if not isinstance(key, str) else {key, *_SYSTEM, *_ROW_MARKS}, []
+    used = {*_SYSTEM, *([key] if isinstance(key, str) else key)} | {mark for mark in _ROW_MARKS if row.get(mark) == 1}
+    changes: list[str] = []
     if isinstance(key, str):
         values = row[key]
     elif key[1] in (*_PREFERENCE, *_OPENAI_PREFERENCE):
         question, chosen, rejected = key
         values = _preferred(row.get(question), row[chosen])
-        used |= set(key)
         if _holds(row, rejected):
             changes.append(f"{rejected} answer left out")
     else:
@@ -174,10 +175,11 @@ def _values_of(row: Mapping[str, Any], key: str | tuple[str, ...]) -> tuple[Any,
         if isinstance(asked, str) and about:
             asked = "\n\n".join(map(str, [asked, *about]))
         values = [*_as_messages(asked, "user"), *_as_messages(row[answer], "assistant")]
-        used |= {question, answer, *(_ABOUT if question == "instruction" else ())}
-        if _holds(row, "history"):
+        used |= {*_ABOUT} if question == "instruction" else set()
+        if isinstance(history := row.get("history"), list) and history:
             used.add("history")
-            pairs = [pair for pair in row["history"] if isinstance(pair, list) and len(pair) == 2]
+            pairs = [pair for pair in history if isinstance(pair, list) and len(pair) == 2]
+            changes += ["history that is no list of pairs left out"] if len(pairs) < len(history) else []
             earlier = [{"role": ("user", "assistant")[i], "content": pair[i]} for pair in pairs for i in (0, 1)]
             values = [*earlier, *values]
     system = next((row[name] for name in _SYSTEM if name in row and _holds(row, name)), None)
@@ -212,7 +214,7 @@ def _preferred(question: Any, chosen: Any) -> list[Any]:
 def _marked_row(row: Mapping[str, Any]) -> Fault | None:
     """A row that as a whole is marked not to be learnt."""
     for key in _ROW_MARKS:
-        value = row.get(key)
+        value = row.get(key) if key != "label" or "completion" in row else None
         if value is False or (key in ("weight", "loss_weight") and value == 0 and value is not None):
             return Fault("marked not to be learnt", f"{key}={value!r}: is marked not to be learnt.")
     return None
@@ -250,7 +252,7 @@ def _read_messages(values: list[Any], reading: Reading) -> Reading | Fault:
             before = reading.messages[-1]
             if before.get("weight", 1) != weight:
                 return Fault("tool calls", f"{where}: goes on with an answer that is marked otherwise.")
-            before["content"] += [{"type": "text", "text": content}] if isinstance(content, str) else content
+            before["content"] += content if isinstance(content, list) else [{"type": "text", "text": content}]
         else:
             reading.messages.append(plain)
         merging = bool(pending)
