@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from nanochat_pl.optim import OptimSettings, StepValues, build_optimizer
-from tests.optim.small import ROLES, hyper, make_optimizer, make_parameters, set_gradients
+from tests.optim.small import ROLES, chosen, hyper, make_optimizer, make_parameters, set_gradients
 from tests.reference.optimizer import AdamW, Muon
 
 STEPS = [StepValues(0.25, 0.85, 1.0), StepValues(1.0, 0.9, 0.6), StepValues(0.5, 0.97, 0.1)]
@@ -143,7 +143,7 @@ def test_the_closure_is_called_with_gradients_on_and_its_result_given_back() -> 
 
 def test_classic_muon_is_selectable_and_has_singular_values_near_one() -> None:
     parameter = nn.Parameter(torch.zeros(16, 32))
-    settings = OptimSettings(matrix_lr=1.0, matrix_optimizer="classic_muon")
+    settings = chosen("optim=classic_muon", "optim.matrix_lr=1.0")
     optimizer = build_optimizer([("p", parameter)], {"p": "matrix"}, hyper(settings))
     parameter.grad = torch.randn(16, 32, generator=torch.Generator().manual_seed(0))
     optimizer.step()

@@ -40,7 +40,7 @@ from nanochat_pl.formats.reference_pickle import write_encoding
 from nanochat_pl.formats.target import appears_whole, require_free
 from nanochat_pl.model.config import GPTConfig, ModelSettings
 from nanochat_pl.model.gpt import GPT
-from nanochat_pl.optim.settings import RECIPE
+from nanochat_pl.optim.rules import RECIPE
 from nanochat_pl.tokenizer import Tokenizer
 
 ENCODING_NAME = "nanochat_pl"

@@ -105,6 +105,7 @@ def fit(stage: TrainingStage, data: RowsDataModule, fitting: Fitting) -> Fitted:
         fitting.evaluation.samples_every_steps,
         clock,
         stop.check,
+        fitting.name == "base" if fitting.evaluation.at_start is None else fitting.evaluation.at_start,
     )
     benchmarks = PeriodicBenchmarks(fitting.benchmarks, clock, stop, resume_files.save)
     garbage = GarbageCollection(clock)
