@@ -110,7 +110,7 @@ def test_missing_experiments_name_the_nearest() -> None:
 
 
 def test_every_shipped_experiment_composes_in_all_of_its_steps(here: Path) -> None:
-    assert {"demo", "nanochat", "tiny"} <= set(config_files.experiments())
+    assert {"demo", "nanochat", "nanochat_2025_10", "nanochat_2026_02", "tiny"} <= set(config_files.experiments())
     for name in config_files.experiments():
         steps = steps_of([f"experiment={name}"])
         composed = check_all(steps)

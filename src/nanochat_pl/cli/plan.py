@@ -145,7 +145,7 @@ def _text_facts(config: PlanConfig) -> TextFacts:
         shard_bytes=None if shards is None else SHARD_BYTES,
         num_shards=shards,
         tokens_at_hand=tokens_at_hand(data, cache_folder(config.paths)),
-        crops=data.long_documents == "crop",
+        crops=data.packing_mode == "crop",
     )
 
 

@@ -38,7 +38,7 @@ class MuonAdamW(torch.optim.Optimizer):
         groups: of :func:`~nanochat_pl.optim.parameter_groups.make_groups`, parameters as (name, parameter).
         muon: the parts of a Muon step; the recipe's by default. Newton-Schulz alone (``optim=classic_muon``) is
             ``torch.optim.Muon`` with ``adjust_lr_fn="original"`` and Nesterov momentum (which both take as a mean,
-            ``lerp``), as long as ``muon_dtype`` is bfloat16 and the weight decay 0: here that has the lr scaled by shape.
+            ``lerp``), as long as ``muon_dtype`` is bfloat16 and the weight decay 0.
         muon_dtype: of the matrix products in the orthogonalization. All else is float32.
         compile_muon: compile the Muon update at its first use.
     """

@@ -99,5 +99,7 @@ def _given_validation(plan: Plan, options: RowOptions) -> tuple[str, int | None]
         return f"evaluation.num_rows={options.validation_rows}", options.validation_rows
     batch = plan["device_batch_size"] * options.num_devices
     num_batches = max(1, tokens // (batch * plan["sequence_len"]))
-    how = f"evaluation.num_tokens={tokens}: num_tokens // (device_batch_size * sequence_len * num_devices) whole batches"
+    how = (
+        f"evaluation.num_tokens={tokens}: num_tokens // (device_batch_size * sequence_len * num_devices) whole batches"
+    )
     return how, num_batches * batch

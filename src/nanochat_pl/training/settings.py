@@ -46,7 +46,8 @@ class StageSettings:
     )
     num_epochs: float = setting(1.0, "Passes over the conversations, where max_steps is not given.", above=0)
     loss_mask: Literal["assistant", "all"] | None = setting(
-        None, "What of a conversation is learnt: what the assistant writes, or every token; null: all in mid, else assistant."
+        None,
+        "What of a conversation is learnt: the assistant's part, or every token; null: all in mid, else assistant.",
     )
     warm_start: bool = setting(True, "Start from the parent's optimizer moments (with fresh learning rates).")
 
@@ -138,7 +139,8 @@ class EvaluationSettings:
     num_rows: int | None = setting(None, "Validation rows; null: as the plan says.", at_least=1)
     num_tokens: int | None = setting(
         None,
-        "Validation tokens, in place of num_rows: num_tokens // (device_batch_size * sequence_len * processes) batches.",
+        "Validation tokens, in place of num_rows: so many batches as num_tokens // (device_batch_size * sequence_len"
+        " * processes).",
         at_least=1,
         at_most=MAX_BATCH_TOKENS,
     )
@@ -170,7 +172,7 @@ class EvaluationSettings:
     def __post_init__(self) -> None:
         if self.num_rows is not None and self.num_tokens is not None:
             raise UserError(
-                f"num_tokens={self.num_tokens}: num_rows={self.num_rows} says how much already; set one of them to null."
+                f"num_tokens={self.num_tokens}: num_rows={self.num_rows} says how much already; set one of them only."
             )
 
 
