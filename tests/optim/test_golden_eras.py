@@ -169,11 +169,11 @@ def test_schedules_of_later_stages(golden: Path, era: str, stage: str) -> None:
         length = case.get("num_iterations", 10_000)
         step = case["step"] if "step" in case else round(case["progress"] * length)
         values = schedule_values(settings, step, length)
-        assert values.lr_multiplier / fraction == pytest.approx(case["lr_multiplier"], rel=1e-11, abs=1e-15), case
+        assert values.lr_multiplier / fraction == pytest.approx(case["lr_multiplier"], rel=1e-12, abs=1e-15), case
         assert values.weight_decay_multiplier == 0.0
     if isinstance(table["momentum"], str):
         assert table["momentum"].startswith("constant 0.95")
-        assert {schedule_values(settings, step, 700).muon_momentum for step in range(700)} == {0.95}
+        assert all(schedule_values(settings, step, 700).muon_momentum == pytest.approx(0.95) for step in range(700))
         return
     for case in table["momentum"]:
         momentum = schedule_values(settings, case["step"], 10_000).muon_momentum

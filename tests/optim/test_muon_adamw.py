@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
-from nanochat_pl.optim import OptimSettings, StepValues, build_optimizer
+from nanochat_pl.common.settings import build
+from nanochat_pl.optim import MuonSettings, OptimSettings, StepValues, build_optimizer
 from tests.optim.small import ROLES, chosen, hyper, make_optimizer, make_parameters, set_gradients
 from tests.reference.optimizer import AdamW, Muon
 
@@ -18,11 +21,26 @@ def distance(a: torch.Tensor, b: torch.Tensor, start: torch.Tensor) -> float:
     return float(((a - b).norm() / (b - start).norm()).detach())
 
 
-def test_muon_agrees_with_the_plain_reference_on_tall_wide_square_and_one_row_matrices() -> None:
+PARTS = [
+    {},
+    {"orthogonalization": "newton_schulz"},
+    {"equilibrate_rows": False, "frobenius_factor": 1.3},
+    {"renormalize": False, "beta2": 0.6},
+    {"variance_reduction": False},
+    {"renormalize": False, "variance_reduction": False, "frobenius_eps": 0.01},
+    {"decay": "plain"},
+    {"orthogonalization": "newton_schulz", "equilibrate_rows": False, "renormalize": False, "decay": "plain"},
+]
+
+
+@pytest.mark.parametrize("parts", PARTS, ids=str)
+def test_muon_agrees_with_the_plain_reference_on_tall_wide_square_and_one_row_matrices(parts: dict[str, Any]) -> None:
+    """Every part of a step in another way than the recipe's, alone and some of them together."""
     parameters = make_parameters()
     start = {name: parameters[name].detach().double() for name in MATRICES}
-    plain = {name: Muon(start[name].clone()) for name in MATRICES}
-    optimizer = make_optimizer(parameters, OptimSettings(matrix_lr=0.05, weight_decay=0.3))
+    plain = {name: Muon(start[name].clone(), **parts) for name in MATRICES}
+    settings = OptimSettings(matrix_lr=0.05, weight_decay=0.3, muon=build(MuonSettings, parts))
+    optimizer = make_optimizer(parameters, settings)
     for seed, values in enumerate(STEPS):
         set_gradients(parameters, seed)
         optimizer.set_step_values(values)

@@ -28,7 +28,7 @@ from nanochat_pl.optim.updates import Scalar, adamw_update, muon_update
 logger = logging.getLogger(__name__)
 
 # What a resume file must agree on with the configuration, else the difference is told. The rest follows schedules.
-FIXED_HYPERPARAMETERS = ("kind", "initial_lr", "initial_weight_decay", "betas", "eps", "beta2")
+FIXED_HYPERPARAMETERS = ("kind", "initial_lr", "initial_weight_decay", "betas", "eps", "beta2", "muon")
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -323,6 +323,8 @@ class MuonAdamW(torch.optim.Optimizer):
             saved = saved_by_name.get(name, {})
             for key in FIXED_HYPERPARAMETERS:
                 now, then = group.get(key), saved.get(key)
+                if key == "muon" and key not in saved:
+                    continue  # written before a step had parts to choose
                 if now != (tuple(then) if isinstance(then, list) else then):
                     what = key.removeprefix("initial_")
                     lines.append(f"{what} of the {group['role']} group ({name} …): {now}; it was {then} in the file.")

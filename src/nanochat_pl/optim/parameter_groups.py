@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from nanochat_pl.common.errors import UserError, did_you_mean
+from nanochat_pl.common.settings import to_plain
 from nanochat_pl.optim.muon_adamw import MuonAdamW
 from nanochat_pl.optim.rules import ADAMW_RULES, MATRIX, ROLES
 from nanochat_pl.optim.settings import Hyperparameters
@@ -76,7 +77,8 @@ def make_groups(
     matrices = [(name, parameter) for name, parameter in trained if roles[name] == MATRIX]
     for shape in sorted({tuple(parameter.shape) for _, parameter in matrices}):
         members = [(name, parameter) for name, parameter in matrices if tuple(parameter.shape) == shape]
-        muon = {"weight_decay": hyper.weight_decay, "beta2": hyper.muon.beta2, "momentum": MUON_MOMENTUM}
+        muon: dict[str, Any] = {"muon": to_plain(hyper.muon)}
+        muon |= {"weight_decay": hyper.weight_decay, "beta2": hyper.muon.beta2, "momentum": MUON_MOMENTUM}
         lr = learning_rate(MATRIX, hyper)
         groups.append({"kind": "muon", "role": MATRIX, "params": members, "lr": lr, **muon})
     return groups
