@@ -65,7 +65,8 @@ def table(folder: Path, *names: str) -> list[list[float | None]]:
 def figures(folder: Path, *names: str) -> list[list[float | None]]:
     """Columns of metrics.csv, a list for each step; each step stands in it once."""
     steps = table(folder, "step")
-    assert steps == [[n + 1] for n in range(len(steps))]
+    first = 0 if folder.name == "base" else 1  # base is measured before its first step too
+    assert steps == [[n + first] for n in range(len(steps))]
     return table(folder, *names)
 
 
