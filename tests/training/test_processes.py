@@ -109,7 +109,7 @@ def test_two_processes_end_with_the_bits_of_one(place: Path, on_one: Callable[..
     lines = [line for line in printed.splitlines() if line]
     assert len(lines) == len(set(lines)) and f"{two.name}/{stage}: validation" in printed, printed
     assert json.loads((two / stage / "plan.json").read_text())["num_devices"]["value"] == 2
-    waited = figures(two / stage, "train/communication_seconds", "train/step_seconds")
+    waited = figures(two / stage, "train/communication_seconds", "train/step_seconds")[int(stage == "base") :]
     assert all(0 < seconds < of_step for seconds, of_step in waited)
 
 
@@ -246,7 +246,7 @@ def test_figures_of_the_sources_of_a_mixture_are_those_of_all_processes(place: P
     trained(2, ["train", "run=two-mixture-goes-on", *settings])
     names = ("train/loss", "train/loss_cats", "train/loss_numbers", "train/tokens_cats", "val/bpb", "val/bpb_numbers")
     expected = table(one / "base", "step", *names)
-    assert [row[0] for row in expected] == [3, 6, 9, 12] and None not in [row[2] for row in expected]
+    assert [row[0] for row in expected] == [0, 3, 6, 9, 12] and None not in [row[2] for row in expected[1:]]
     for folder in (two, goes_on):
         for found, row in zip(table(folder / "base", "step", *names), expected, strict=True):
             assert found == pytest.approx(row, abs=1e-6)

@@ -199,7 +199,8 @@ def _groups(net: GPT, stage: StageInfo, origin: NanochatOrigin | None) -> tuple[
         ]
         return groups, origin.step_is_tensor
     final = {name: value for name, value in _planned(stage).items() if name in RECIPE}
-    return recipe_groups(net, final), False
+    optim = stage.settings.get("optim")
+    return recipe_groups(net, final, optim if isinstance(optim, dict) else None), False
 
 
 def _planned(stage: StageInfo) -> dict[str, Any]:
