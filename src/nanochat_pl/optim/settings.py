@@ -48,7 +48,7 @@ class AdamWSettings:
     betas: list[float] | None = setting(
         None, "The two betas; null: optim.adam_betas.", at_least=0, at_most=1, max_length=2
     )
-    eps: float | None = setting(None, "Added to the root of the second moment; null: optim.adam_eps.", at_least=0)
+    eps: float | None = setting(None, "Added to the root of the second moment; null: optim.adam_eps.", above=0)
     weight_decay: float | None = setting(None, "Decoupled weight decay, constant over the stage.", at_least=0)
 
     def __post_init__(self) -> None:
@@ -121,7 +121,7 @@ class OptimSettings:
         at_most=1,
         max_length=2,
     )
-    adam_eps: float | None = setting(None, "Of all AdamW groups; null: 1e-10.", at_least=0, at_most=1)
+    adam_eps: float | None = setting(None, "Of all AdamW groups; null: 1e-10.", above=0, at_most=1)
     adamw: AdamWGroups = setting(factory=AdamWGroups, doc="Single groups of AdamW, by role.")
     muon: MuonSettings = setting(factory=MuonSettings, doc="The parts of a Muon step.")
     max_grad_norm: float | None = setting(
