@@ -24,6 +24,7 @@ def distance(a: torch.Tensor, b: torch.Tensor, start: torch.Tensor) -> float:
 PARTS = [
     {},
     {"orthogonalization": "newton_schulz"},
+    {"round_terms": True},
     {"equilibrate_rows": False, "frobenius_factor": 1.3},
     {"renormalize": False, "beta2": 0.6},
     {"variance_reduction": False},

@@ -31,16 +31,20 @@ ITERATIONS = {"polar_express": POLAR_EXPRESS, "newton_schulz": NEWTON_SCHULZ}
 SMALL = 1e-6  # keeps a matrix of zeros a matrix of zeros
 
 
-def odd_quintics(x: Tensor, coefficients: Coefficients) -> Tensor:
+def odd_quintics(x: Tensor, coefficients: Coefficients, round_terms: bool = False) -> Tensor:
     """Apply ``x ← a x + (b A + c A²) x`` with ``A = x xᵀ`` once per (a, b, c): (K, M, N) → (K, M, N).
 
-    A tall stack is worked on transposed, so A is always the smaller of the two Gram matrices.
+    A tall stack is worked on transposed, so A is always the smaller of the two Gram matrices. ``round_terms``: each term
+    of the sums is rounded to the type of ``x``, as if they were written out; else a sum is rounded once.
     """
     tall = x.shape[-2] > x.shape[-1]
     if tall:
         x = x.mT
     for a, b, c in coefficients:
         gram = x @ x.mT
+        if round_terms:
+            x = a * x + (b * gram + c * (gram @ gram)) @ x
+            continue
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         x = torch.baddbmm(x, polynomial, x, beta=a)
     return x.mT if tall else x
@@ -68,4 +72,4 @@ def orthogonalize(matrices: Tensor, muon: MuonSettings, dtype: torch.dtype = tor
     else:
         x = matrices.to(dtype)
         x = x / (x.norm(dim=(-2, -1), keepdim=True) * muon.frobenius_factor + muon.frobenius_eps)
-    return odd_quintics(x, ITERATIONS[muon.orthogonalization])
+    return odd_quintics(x, ITERATIONS[muon.orthogonalization], muon.round_terms)

@@ -77,6 +77,9 @@ class MuonSettings:
     dtype: Literal["auto", "float32", "bfloat16"] = setting(
         "auto", "Type of its matrix products; auto: bfloat16 where the model computes in it, else float32."
     )
+    round_terms: bool = setting(
+        False, "Round each term of an iteration's sums to that type, and not only the sums: another order of rounding."
+    )
     equilibrate_rows: bool = setting(True, "First scale each row to the mean norm of the rows.")
     frobenius_factor: float = setting(
         1.01, "The matrix is divided by so many times its Frobenius norm.", at_least=1, at_most=10
