@@ -34,8 +34,8 @@ SMALL = 1e-6  # keeps a matrix of zeros a matrix of zeros
 def odd_quintics(x: Tensor, coefficients: Coefficients, round_terms: bool = False) -> Tensor:
     """Apply ``x ← a x + (b A + c A²) x`` with ``A = x xᵀ`` once per (a, b, c): (K, M, N) → (K, M, N).
 
-    A tall stack is worked on transposed, so A is always the smaller of the two Gram matrices. ``round_terms``: each term
-    of the sums is rounded to the type of ``x``, as if they were written out; else a sum is rounded once.
+    A tall stack is worked on transposed, so A is always the smaller of the two Gram matrices. ``round_terms``: each
+    term of the sums is rounded to the type of ``x``, as if they were written out; else a sum is rounded once.
     """
     tall = x.shape[-2] > x.shape[-1]
     if tall:
