@@ -46,7 +46,7 @@ def test_sections_are_laid_over_each_other(mine: str) -> None:
 
 def test_a_group_chosen_on_the_command_line_is_that_group(mine: str) -> None:
     """The experiment's keys of the group were laid over the file that the command line had chosen."""
-    config = compose_train([f"experiment={mine}", "model=tiny", "optim=default"]).config
+    config = compose_train([f"experiment={mine}", "model=tiny", "optim=nanochat"]).config
     assert (config.model.depth, config.optim.matrix_lr) == (4, None)
     assert (config.max_steps, config.total_batch_tokens) == (7, 1024), "other keys stay"
     assert compose_train([f"experiment={mine}", "model=tiny", "model.depth=5"]).config.model.depth == 5
@@ -110,7 +110,7 @@ def test_missing_experiments_name_the_nearest() -> None:
 
 
 def test_every_shipped_experiment_composes_in_all_of_its_steps(here: Path) -> None:
-    assert {"demo", "nanochat", "tiny"} <= set(config_files.experiments())
+    assert {"demo", "nanochat", "nanochat_2025_10", "nanochat_2026_02", "tiny"} <= set(config_files.experiments())
     for name in config_files.experiments():
         steps = steps_of([f"experiment={name}"])
         composed = check_all(steps)

@@ -13,13 +13,15 @@ from safetensors.torch import load_file, save_file
 
 from nanochat_pl.bundle import StageInfo, save_bundle
 from nanochat_pl.cli.main import main
+from nanochat_pl.cli.train import compose_train
 from nanochat_pl.common.errors import UserError
+from nanochat_pl.common.settings import to_plain
 from nanochat_pl.formats import parity
 from nanochat_pl.formats.huggingface_read import read_huggingface
 from nanochat_pl.formats.imported import save_imported
 from nanochat_pl.formats.nanochat_read import read_nanochat
 from nanochat_pl.model.gpt import parameter_roles
-from nanochat_pl.optim import OptimSettings, build_optimizer, resolve_hyperparameters
+from nanochat_pl.optim import build_optimizer, resolve_hyperparameters
 from tests.formats.exports import make_bundle, tokenizer_of
 from tests.tiny_run import make_tiny_run
 
@@ -134,12 +136,15 @@ def test_moments_that_do_not_fit_are_refused_before_anything_is_written(
     assert list(here.rglob("optim_*")) == []
 
 
+@pytest.mark.parametrize("older", [False, True])
 def test_classic_muon_is_named(
-    golden: Path, here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    golden: Path, here: Path, older: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bundle = make_bundle(golden, here / "bundle", "2026")
-    stage = replace(bundle.stage, settings={"optim": {"matrix_optimizer": "classic_muon"}})
-    hyper = resolve_hyperparameters(OptimSettings(matrix_optimizer="classic_muon"), width=64)
+    settings = compose_train(["optim=classic_muon"]).config.optim
+    optim = {"matrix_optimizer": "classic_muon"} if older else to_plain(settings)  # one key, before there were parts
+    stage = replace(bundle.stage, settings={"optim": optim})
+    hyper = resolve_hyperparameters(settings, width=64)
     optimizer = build_optimizer(bundle.net.named_parameters(), parameter_roles(bundle.net), hyper)
     save_bundle(here / "classic", stage, net=bundle.net, moments=optimizer.moments_by_name())
     monkeypatch.setattr("nanochat_pl.cli.export._say_parity", lambda parity: None)

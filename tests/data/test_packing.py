@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.data.packing import pack
 from nanochat_pl.data.row_index import RowIndex, kept_index
-from tests.reference.packer import crop_rows, pad_rows
+from tests.reference.packer import crop_rows, pad_rows, stream_rows
 
 BOS = 0
 
@@ -22,8 +22,9 @@ def rows_of(index: RowIndex, documents: list[list[int]]) -> list[list[int]]:
     """The rows without padding; documents have no bos."""
     rows = []
     for first, last in itertools.pairwise(index.row_starts):
-        pieces = index.pieces[first:last].tolist()
-        rows.append([id for d, start, length in pieces for id in [BOS, *documents[d][start : start + length]]])
+        pieces = index.pieces_of(np.array([len(rows)]))[1].tolist()
+        assert len(pieces) == last - first
+        rows.append([id for d, start, length, bos in pieces for id in [*[BOS] * bos, *documents[d][start:][:length]]])
     return rows
 
 
@@ -205,3 +206,49 @@ def test_an_index_is_kept_and_damage_is_found(tmp_path: Path) -> None:
     repaired = kept_index(tmp_path / "index", {"a": 1}, make)
     assert len(calls) == 1
     assert np.array_equal(repaired.pieces, make().pieces)
+
+
+@pytest.mark.parametrize("rows_of_batch", [1, 2, 5])
+@pytest.mark.parametrize("capacity", [2, 3, 9])
+def test_a_stream_is_all_documents_end_to_end(capacity: int, rows_of_batch: int) -> None:
+    """Documents shorter and longer than rows; rows that end with a bos, with a document, in one."""
+    for seed in range(4):
+        documents = random_documents(seed, 12, 20)
+        index = pack(lengths_of(documents), capacity, "stream", num_rows=60, shuffle="none", stream_rows=rows_of_batch)
+        filled = [[BOS, *document] for document in documents if document]  # empty ones are left out
+        assert rows_of(index, documents) == stream_rows(filled, capacity, rows_of_batch, 60)
+        assert (index.stats.cropped_tokens, index.stats.padded_places) == (0, 0)
+
+
+def test_a_stream_of_one_epoch_ends_with_padding() -> None:
+    documents = [[1, 2, 3], [4], [5, 6, 7, 8, 9], [10]]
+
+    def packed(epochs: int = 1, rows_of_batch: int = 2) -> RowIndex:
+        return pack(lengths_of(documents), 5, "stream", epochs=epochs, shuffle="none", stream_rows=rows_of_batch)
+
+    whole = [[0, 1, 2, 3, 0], [0, 4, 0, 5, 6], [7, 8, 9, 0, 10]]
+    assert rows_of(packed(), documents) == whole, "the last border is no row of its own"
+    assert (packed().stats.pieces, packed().stats.padded_places) == (5, 0)
+    documents[-1].append(11)
+    twice = packed(epochs=2)
+    assert rows_of(twice, documents) == [*whole, [10, 11]] * 2
+    assert (twice.epoch_starts.tolist(), twice.stats.padded_places) == ([0, 4], 6)
+    apart = [[0, 1, 2, 3, 0], [4, 0, 5, 6, 7], [8, 9, 0, 10, 11]]
+    assert rows_of(packed(rows_of_batch=1), documents) == apart
+    documents[-1].append(12)
+    assert rows_of(packed(rows_of_batch=1), documents) == apart, "behind a single place there is nothing to predict"
+
+
+def test_the_index_of_a_stream_for_few_rows_begins_that_for_more_and_is_kept(tmp_path: Path) -> None:
+    lengths = lengths_of(random_documents(3, 50, 30))
+    few, many = (pack(lengths, 8, "stream", num_rows=count, seed=1) for count in (40, 100))
+    assert np.array_equal(few.pieces, many.pieces[: len(few.pieces)])
+    kept = kept_index(tmp_path / "rows", {"of": "a test"}, lambda: many)
+    assert np.array_equal(kept.pieces_of(np.arange(100))[1], many.pieces_of(np.arange(100))[1])
+
+
+def test_one_conversation_to_a_row() -> None:
+    documents = [[1, 2], [], [3, 4, 5], [6]]
+    index = pack(lengths_of(documents), 6, "pad_one", epochs=2, shuffle="none")
+    assert rows_of(index, documents) == [[0, 1, 2], [0, 3, 4, 5], [0, 6]] * 2
+    assert index.stats.padded_places == 2 * (3 + 2 + 4) and index.epoch_starts.tolist() == [0, 3]

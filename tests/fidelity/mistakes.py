@@ -146,14 +146,14 @@ def gradients_summed_low() -> AbstractContextManager[Any]:
 
 def muon_low() -> AbstractContextManager[Any]:
     """All of Polar Express in the type of its products, the norms too."""
-    whole = updates.polar_express
-    return patch.object(updates, "polar_express", lambda x, dtype: whole(x.to(dtype), dtype))
+    whole = updates.orthogonalize
+    return patch.object(updates, "orthogonalize", lambda x, muon, dtype: whole(x.to(dtype), muon, dtype))
 
 
 def muon_always(used: torch.dtype) -> Mistake:
     """Muon's products in one type, whatever the model computes in."""
-    whole = updates.polar_express
-    return lambda: patch.object(updates, "polar_express", lambda x, dtype: whole(x, used))
+    whole = updates.orthogonalize
+    return lambda: patch.object(updates, "orthogonalize", lambda x, muon, dtype: whole(x, muon, used))
 
 
 def kept_low(what: str) -> Mistake:

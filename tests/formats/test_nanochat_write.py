@@ -14,8 +14,11 @@ from safetensors.torch import load_file, save_file
 
 from nanochat_pl.bundle import StageInfo, load_bundle, save_bundle
 from nanochat_pl.bundle.bundle import load_weights
+from nanochat_pl.cli.train import compose_train
 from nanochat_pl.common.errors import UserError
+from nanochat_pl.common.settings import to_plain
 from nanochat_pl.formats.imported import save_imported
+from nanochat_pl.formats.nanochat_moments import recipe_groups
 from nanochat_pl.formats.nanochat_read import read_nanochat
 from nanochat_pl.formats.nanochat_write import express, write_nanochat
 from nanochat_pl.model.config import GPTConfig, ModelSettings, resolve_model
@@ -239,3 +242,13 @@ def test_the_optimizer_file_of_our_own_loads_into_an_optimizer_of_its_groups(tmp
     assert numbers == list(range(len(list(net.parameters()))))
     meta = json.loads(only(again, "meta_*.json").read_text(encoding="utf-8"))
     assert meta["model_config"]["n_embd"] == 32 and meta["user_config"] == {"matrix_lr": 0.5}
+
+
+def test_the_groups_of_an_optimizer_of_other_parts_are_its_own() -> None:
+    config = resolve_model(ModelSettings(depth=2, aspect_ratio=16, head_dim=16, sequence_len=32), 100, "float32")
+    optim = to_plain(compose_train(["optim=nanochat_2026_02"]).config.optim)
+    own, recipe = (recipe_groups(GPT(config), {"matrix_lr": 0.01}, each) for each in (optim, None))
+    wte, matrix = (next(g for g in own if g["kind"] == kind and g["lr"] != 0) for kind in ("adamw", "muon"))
+    assert wte["betas"] == (0.8, 0.95) and wte["weight_decay"] == 0.0 and wte["eps"] == 1e-10
+    assert (matrix["beta2"], matrix["lr"]) == (0.95, 0.01)
+    assert recipe[0]["betas"] == (0.8, 0.96) and recipe[-1]["beta2"] == 0.9

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from nanochat_pl.cli.train import compose_train
 from nanochat_pl.optim import Hyperparameters, MuonAdamW, OptimSettings, build_optimizer, resolve_hyperparameters
 
 SHAPES = {
@@ -25,6 +26,11 @@ SHAPES = {
 }
 ROLES = {name: role for name, (role, _) in SHAPES.items()}
 WIDTH = 48  # so that the width scale is 4
+
+
+def chosen(*overrides: str) -> OptimSettings:
+    """The settings as a person gets them, by the names of the files."""
+    return compose_train(overrides).config.optim
 
 
 def make_parameters(seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, nn.Parameter]:

@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from nanochat_pl.cli.train import compose_train
-from nanochat_pl.optim import MuonAdamW, OptimSettings, StepValues, build_optimizer
-from tests.optim.small import ROLES, hyper, make_optimizer, make_parameters, set_gradients
+from nanochat_pl.optim import MuonAdamW, StepValues, build_optimizer
+from tests.optim.small import ROLES, chosen, hyper, make_optimizer, make_parameters, set_gradients
 
 MATRICES = [name for name, role in ROLES.items() if role == "matrix"]
 STEPS = [StepValues(1 / (step + 1), 0.85 + 0.02 * step, 1.0) for step in range(6)]
@@ -54,7 +53,7 @@ def test_adamw_groups_are_torchs_adamw(fused: bool) -> None:
 
 def classic_and_torchs(compute_dtype: str, shape: tuple[int, int]) -> float:
     """Six steps of both on two matrices, with gradients of many sizes; how far they are apart, of the way they went."""
-    settings = compose_train(["optim=classic_muon", "optim.matrix_lr=0.02", "optim.weight_decay=0"]).config.optim
+    settings = chosen("optim=classic_muon", "optim.matrix_lr=0.02", "optim.weight_decay=0")
     start = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)]
     ours, theirs = ([nn.Parameter(each.clone()) for each in start] for _ in range(2))
     names = ("p", "q")
@@ -97,8 +96,8 @@ def test_classic_muon_in_float32_is_the_rule_of_torchs_muon(
 def test_the_recipes_muon_is_another_rule() -> None:
     """The comparison above can fail."""
     changed = [make_parameters() for _ in range(2)]
-    for parameters, name in zip(changed, ("muon", "classic_muon"), strict=True):
-        optimizer = make_optimizer(parameters, OptimSettings(matrix_optimizer=name))  # type: ignore[arg-type]
+    for parameters, name in zip(changed, ("nanochat", "classic_muon"), strict=True):
+        optimizer = make_optimizer(parameters, chosen(f"optim={name}"))
         set_gradients(parameters, 0)
         optimizer.step()
     apart, moved = (changed[0][MATRICES[0]] - changed[1][MATRICES[0]]).norm(), make_parameters()[MATRICES[0]]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
-from nanochat_pl.optim import OptimSettings, StepValues, build_optimizer
-from tests.optim.small import ROLES, hyper, make_optimizer, make_parameters, set_gradients
+from nanochat_pl.common.settings import build
+from nanochat_pl.optim import MuonSettings, OptimSettings, StepValues, build_optimizer
+from tests.optim.small import ROLES, chosen, hyper, make_optimizer, make_parameters, set_gradients
 from tests.reference.optimizer import AdamW, Muon
 
 STEPS = [StepValues(0.25, 0.85, 1.0), StepValues(1.0, 0.9, 0.6), StepValues(0.5, 0.97, 0.1)]
@@ -18,11 +21,27 @@ def distance(a: torch.Tensor, b: torch.Tensor, start: torch.Tensor) -> float:
     return float(((a - b).norm() / (b - start).norm()).detach())
 
 
-def test_muon_agrees_with_the_plain_reference_on_tall_wide_square_and_one_row_matrices() -> None:
+PARTS = [
+    {},
+    {"orthogonalization": "newton_schulz"},
+    {"round_terms": True},
+    {"equilibrate_rows": False, "frobenius_factor": 1.3},
+    {"renormalize": False, "beta2": 0.6},
+    {"variance_reduction": False},
+    {"renormalize": False, "variance_reduction": False, "frobenius_eps": 0.01},
+    {"decay": "plain"},
+    {"orthogonalization": "newton_schulz", "equilibrate_rows": False, "renormalize": False, "decay": "plain"},
+]
+
+
+@pytest.mark.parametrize("parts", PARTS, ids=str)
+def test_muon_agrees_with_the_plain_reference_on_tall_wide_square_and_one_row_matrices(parts: dict[str, Any]) -> None:
+    """Every part of a step in another way than the recipe's, alone and some of them together."""
     parameters = make_parameters()
     start = {name: parameters[name].detach().double() for name in MATRICES}
-    plain = {name: Muon(start[name].clone()) for name in MATRICES}
-    optimizer = make_optimizer(parameters, OptimSettings(matrix_lr=0.05, weight_decay=0.3))
+    plain = {name: Muon(start[name].clone(), **parts) for name in MATRICES}
+    settings = OptimSettings(matrix_lr=0.05, weight_decay=0.3, muon=build(MuonSettings, parts))
+    optimizer = make_optimizer(parameters, settings)
     for seed, values in enumerate(STEPS):
         set_gradients(parameters, seed)
         optimizer.set_step_values(values)
@@ -143,7 +162,7 @@ def test_the_closure_is_called_with_gradients_on_and_its_result_given_back() -> 
 
 def test_classic_muon_is_selectable_and_has_singular_values_near_one() -> None:
     parameter = nn.Parameter(torch.zeros(16, 32))
-    settings = OptimSettings(matrix_lr=1.0, matrix_optimizer="classic_muon")
+    settings = chosen("optim=classic_muon", "optim.matrix_lr=1.0")
     optimizer = build_optimizer([("p", parameter)], {"p": "matrix"}, hyper(settings))
     parameter.grad = torch.randn(16, 32, generator=torch.Generator().manual_seed(0))
     optimizer.step()

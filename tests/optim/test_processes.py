@@ -11,13 +11,22 @@ import pytest
 import torch
 from torch import Tensor
 
+from nanochat_pl.cli.train import compose_train
 from nanochat_pl.common import distributed
 from nanochat_pl.common.constants import IGNORE_INDEX
 from nanochat_pl.common.errors import UserError
+from nanochat_pl.common.settings import to_plain
 from nanochat_pl.model.config import ModelSettings, resolve_model
 from nanochat_pl.model.gpt import GPT, parameter_roles
 from nanochat_pl.model.init import init_weights
-from nanochat_pl.optim import MuonAdamW, OptimSettings, StepValues, build_optimizer, resolve_hyperparameters
+from nanochat_pl.optim import (
+    MuonAdamW,
+    MuonSettings,
+    OptimSettings,
+    StepValues,
+    build_optimizer,
+    resolve_hyperparameters,
+)
 from tests.optim.small import make_optimizer, make_parameters, set_gradients
 from tests.processes import run
 
@@ -193,11 +202,11 @@ def test_a_state_of_another_model_is_refused_alike_on_all_processes() -> None:
 # The parts of a step.
 
 
-def small_steps(dtype: str, matrix_optimizer: str) -> dict[str, Any]:
+def small_steps(dtype: str, muon: dict[str, Any]) -> dict[str, Any]:
     """Two gradients a step, whoever has them."""
     rank, world_size = distributed.rank(), distributed.world_size()
     parameters = make_parameters(dtype=getattr(torch, dtype))
-    optimizer = make_optimizer(parameters, OptimSettings(matrix_optimizer=matrix_optimizer))
+    optimizer = make_optimizer(parameters, OptimSettings(muon=MuonSettings(**muon)))
     for step in range(4):
         total = [torch.zeros_like(parameter) for parameter in parameters.values()]
         for term in range(rank, 2, world_size):
@@ -213,11 +222,12 @@ def small_steps(dtype: str, matrix_optimizer: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("matrix_optimizer", ["muon", "classic_muon"])
-def test_every_kind_of_parameter_is_updated_as_by_one_process(dtype: str, matrix_optimizer: str) -> None:
-    (one,) = run(1, small_steps, dtype, matrix_optimizer)
+@pytest.mark.parametrize("muon", ["recipe", "nanochat_2026_02", "nanochat_2025_10"])
+def test_every_kind_of_parameter_is_updated_as_by_one_process(dtype: str, muon: str) -> None:
+    parts = {} if muon == "recipe" else to_plain(compose_train([f"optim={muon}"]).config.optim.muon)
+    (one,) = run(1, small_steps, dtype, parts)
     for world_size in (2, 4):
-        found = run(world_size, small_steps, dtype, matrix_optimizer)
+        found = run(world_size, small_steps, dtype, parts)
         assert all(differing(each["parameters"], one["parameters"]) == [] for each in found)
         assert differing(found[0]["moments"], one["moments"]) == []
 

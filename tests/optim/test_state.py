@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.optim import OptimSettings, StepValues, build_optimizer
-from tests.optim.small import ROLES, hyper, make_optimizer, make_parameters, set_gradients
+from tests.optim.small import ROLES, chosen, hyper, make_optimizer, make_parameters, set_gradients
 
 
 def train(parameters, optimizer, first: int, last: int) -> None:
@@ -55,6 +55,18 @@ def test_loading_keeps_the_configured_hyperparameters_and_tells_the_differences(
     assert all(group["initial_lr"] == 0.05 for group in muon_groups)
     assert len(differences) == len(muon_groups) and "0.05" in differences[0] and "0.02" in differences[0]
     assert caplog.messages == differences
+
+
+def test_other_parts_of_muon_are_told_and_a_state_from_before_there_were_parts_says_nothing_of_them() -> None:
+    parameters = make_parameters()
+    saved = make_optimizer(parameters, chosen("optim=nanochat_2026_02")).state_dict()
+    now = make_optimizer(parameters)
+    differences = now.load_state_dict(saved)
+    assert any(line.startswith("muon of the matrix group") and "equilibrate_rows" in line for line in differences)
+    older = now.state_dict()
+    for group in older["groups"]:
+        group.pop("muon", None)
+    assert now.load_state_dict(older) == []
 
 
 def test_the_state_does_not_depend_on_the_order_of_the_parameters() -> None:

@@ -243,6 +243,32 @@ def test_rows_in_memory_are_not_more_than_a_step_has() -> None:
     assert plan["device_batch_size"] == 16
 
 
+def test_validation_tokens_are_whole_batches_of_all_devices_as_the_recipe_counts_them() -> None:
+    """tokens // (rows × T × processes) batches; T is the model's."""
+    given = {"total_batch_tokens": 2**16, "max_steps": 10}
+    one = small_plan(**given, device_batch_size=8, validation_tokens=100_000)
+    assert one["validation_rows"] == 100_000 // (8 * one["sequence_len"]) * 8
+    three = small_plan(**given, device_batch_size=8, num_devices=3, validation_tokens=100_000)
+    assert three["validation_rows"] == 100_000 // (8 * 3 * one["sequence_len"]) * 24
+    assert small_plan(**given, device_batch_size=8, validation_tokens=1)["validation_rows"] == 8, "one batch at least"
+    assert "evaluation.num_tokens=100000" in one.explain("validation_rows")
+
+
+def test_the_horizon_counts_the_parameters_that_are_asked_for() -> None:
+    scaling = small_plan(total_batch_tokens=4096)
+    every = make_plan(
+        SMALL, HorizonSettings(counted_parameters="all", total_batch_tokens=4096), OptimSettings(), vocab_size=4096
+    )
+    assert every["scaling_parameters"] == every["parameters_total"] > scaling["scaling_parameters"]
+    assert every["num_steps"] == 12 * every["parameters_total"] // 4096
+
+
+def test_rates_that_know_no_batch() -> None:
+    plan = small_plan(OptimSettings(scale_by_batch=False), total_batch_tokens=4096)
+    assert (plan["matrix_lr"], plan["weight_decay"], plan["embedding_lr"]) == (0.02, 0.28, 0.3)
+    assert "scale_by_batch" in plan.explain("batch_lr_scale")
+
+
 def test_every_value_has_a_section_and_sections_keep_together() -> None:
     plan = small_plan(max_steps=100, schedule=ScheduleSettings())
     sections = plan_sections(plan)

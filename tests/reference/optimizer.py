@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 
@@ -15,14 +16,30 @@ POLAR_EXPRESS = [
 ]
 
 
-def polar_express(g: torch.Tensor) -> torch.Tensor:
-    """(M, N) → (M, N), nearly orthogonal, with the Frobenius norm sqrt(min(M, N))."""
+NEWTON_SCHULZ = [(3.4445, -4.7750, 2.0315)] * 5
+# The parts of a Muon step, by the names of our settings.
+RECIPE = {
+    "orthogonalization": "polar_express",
+    "equilibrate_rows": True,
+    "frobenius_factor": 1.01,
+    "frobenius_eps": 1e-6,
+    "renormalize": True,
+    "variance_reduction": True,
+    "beta2": 0.9,
+    "decay": "cautious",
+}
+
+
+def orthogonalize(g: torch.Tensor, parts: dict[str, Any]) -> torch.Tensor:
+    """(M, N) → (M, N), nearly orthogonal, where asked with the Frobenius norm sqrt(min(M, N))."""
     rows, columns = g.shape
-    norms = [max(float(row.norm()), 1e-6) for row in g]
-    mean = sum(norms) / rows
-    x = torch.stack([row * (mean / norm) for row, norm in zip(g, norms, strict=True)])
-    x = x / (1.01 * x.norm() + 1e-6)
-    for a, b, c in POLAR_EXPRESS:
+    x = g
+    if parts["equilibrate_rows"]:
+        norms = [max(float(row.norm()), 1e-6) for row in g]
+        mean = sum(norms) / rows
+        x = torch.stack([row * (mean / norm) for row, norm in zip(g, norms, strict=True)])
+    x = x / (parts["frobenius_factor"] * x.norm() + parts["frobenius_eps"])
+    for a, b, c in {"polar_express": POLAR_EXPRESS, "newton_schulz": NEWTON_SCHULZ}[parts["orthogonalization"]]:
         if rows > columns:
             gram = x.T @ x
             x = a * x + x @ (b * gram + c * gram @ gram)
@@ -30,29 +47,31 @@ def polar_express(g: torch.Tensor) -> torch.Tensor:
             gram = x @ x.T
             x = a * x + (b * gram + c * gram @ gram) @ x
     norm = x.norm()
-    return x * (math.sqrt(min(rows, columns)) / norm) if norm > 1e-6 else x
+    return x * (math.sqrt(min(rows, columns)) / norm) if parts["renormalize"] and norm > 1e-6 else x
 
 
 class Muon:
     """Muon of one matrix (M, N); ``step`` changes it in place."""
 
-    def __init__(self, matrix: torch.Tensor, beta2: float = 0.9) -> None:
+    def __init__(self, matrix: torch.Tensor, **parts: Any) -> None:
         rows, columns = matrix.shape
         self.matrix = matrix
-        self.beta2 = beta2
+        self.parts = {**RECIPE, **parts}
+        self.beta2 = self.parts["beta2"]
         self.momentum = torch.zeros_like(matrix)
         self.mean_squares = torch.zeros(rows if rows >= columns else columns, dtype=matrix.dtype)
 
     def step(self, gradient: torch.Tensor, lr: float, momentum: float, weight_decay: float) -> None:
         rows, columns = self.matrix.shape
         self.momentum = momentum * self.momentum + (1 - momentum) * gradient
-        update = polar_express((1 - momentum) * gradient + momentum * self.momentum)
-        update = self._reduce_variance(update)
+        update = orthogonalize((1 - momentum) * gradient + momentum * self.momentum, self.parts)
+        if self.parts["variance_reduction"]:
+            update = self._reduce_variance(update)
         lr = lr * math.sqrt(max(1.0, rows / columns))
         for i in range(rows):
             for j in range(columns):
                 p, u = float(self.matrix[i, j]), float(update[i, j])
-                decay = p if u * p >= 0 else 0.0
+                decay = p if self.parts["decay"] == "plain" or u * p >= 0 else 0.0
                 self.matrix[i, j] = p - lr * u - lr * weight_decay * decay
 
     def _reduce_variance(self, update: torch.Tensor) -> torch.Tensor:

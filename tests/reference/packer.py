@@ -78,3 +78,16 @@ def pad_rows(
         inputs.append(ids[:-1])
         targets.append([ids[t + 1] if mask[t + 1] == 1 else -1 for t in range(row_capacity - 1)])
     return inputs, targets
+
+
+def stream_rows(documents: list[list[int]], row_capacity: int, rows_of_batch: int, num_rows: int) -> list[list[int]]:
+    """Documents end to end, over and over; each batch of rows takes rows_of_batch * T + 1 places of it."""
+    length = row_capacity - 1
+    flat = [token for document in documents for token in document]
+    rows: list[list[int]] = []
+    begin = 0
+    while len(rows) < num_rows:
+        batch = [flat[(begin + place) % len(flat)] for place in range(rows_of_batch * length + 1)]
+        rows += [batch[number * length : number * length + row_capacity] for number in range(rows_of_batch)]
+        begin += len(batch)
+    return rows[:num_rows]

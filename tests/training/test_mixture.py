@@ -79,8 +79,9 @@ def trained(place: Path, others: Path) -> Path:
 
 
 def test_figures_of_each_source_are_in_the_log(trained: Path) -> None:
-    rows = metrics_of(trained)
+    first, *rows = metrics_of(trained)
     assert len(rows) == 40
+    assert first["step"] == "0" and first["val/bpb_cats"] and first["val/bpb_numbers"], "measured before the first step"
     for step, row in enumerate(rows, 1):
         # 8 rows of 32 tokens a step.
         assert (row["train/tokens_cats"], row["train/tokens_numbers"]) == (f"{step * 192}", f"{step * 64}")
@@ -195,7 +196,7 @@ def test_a_source_whose_turn_never_comes_does_no_harm(
     keys = ["max_steps=2", "data.sources.numbers.weight=0.0001", f"data.sources.numbers.shuffle={shuffle}"]
     assert main(["train", f"run={folder.name}", *mixture(place, others), *keys, "data.seed=0"]) == 0
     assert "- numbers: 0 of them" in capfd.readouterr().out
-    rows = metrics_of(folder)
+    rows = metrics_of(folder)[1:]
     assert [(row["train/tokens_numbers"], row["train/loss_numbers"]) for row in rows] == [("0", "")] * 2
     assert float(rows[-1]["val/bpb_numbers"]) > 0
 

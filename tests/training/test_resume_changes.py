@@ -119,8 +119,8 @@ def test_a_finished_run_is_trained_longer(
     assert "Horizon 40 → 50 steps." in out
     assert f"in the next step, 41, the learning rates jump from {was:.4g} of their peak to {now:.4g}." in out
     rows = metrics_of(folder, "base")
-    assert [int(row[0]) for row in rows] == list(range(1, 51))
-    assert rows[:39] == metrics_of(place / "runs" / "whole", "base")[:39]
+    assert [int(row[0]) for row in rows] == list(range(51))
+    assert rows[:40] == metrics_of(place / "runs" / "whole", "base")[:40]
     assert load_stage_info(folder / "base" / "bundle").step == 50
     changes = [line["changes"] for line in read_changes(folder / "base")]
     assert changes[0] == ["max_steps 40 → 50 (it alters the result)"] and changes[1][0].startswith("Horizon 40 → 50")

@@ -289,7 +289,7 @@ def test_the_best_are_kept_besides_the_newest(place: Path, train: Callable[..., 
     settings = ["run=best", "trainer.keep_best=2", "evaluation.every_steps=4", "trainer.checkpoint_every_steps=15"]
     assert train(*settings) == 0
     checkpoints = folder / "base" / "checkpoints"
-    bpb = {int(row[0]): float(row[-1]) for row in metrics_of(folder, "base") if row[-1] and int(row[0]) < 40}
+    bpb = {int(row[0]): float(row[-1]) for row in metrics_of(folder, "base") if row[-1] and 0 < int(row[0]) < 40}
     assert sorted(bpb) == list(range(4, 40, 4))
     ranked = sorted(bpb, key=lambda step: bpb[step])
     best = json.loads((checkpoints / BEST).read_text(encoding="utf-8"))

@@ -64,7 +64,7 @@ def wait_until(condition: Callable[[], object], run: Launched) -> None:
 
 def has_made(place: Path, run: str, steps: int) -> Callable[[], bool]:
     figures = place / "runs" / run / "base" / "metrics.csv"
-    return lambda: figures.exists() and figures.read_text().count("\n") > steps
+    return lambda: figures.exists() and figures.read_text().count("\n") > steps + 1  # header, step 0
 
 
 def stopped(

@@ -178,7 +178,7 @@ def _one_epoch(rows: Rows, config: TrainConfig, name: str, cache: Path) -> Rows:
         rows.cache,
         rows.sequence_len,
         rows.bos_id,
-        settings.long_documents,
+        settings.packing_mode,
         cache,
         epochs=1,
         buffer_documents=settings.pack_buffer_documents,

@@ -69,7 +69,11 @@ def run(arguments: Sequence[str]) -> int:
 def _is_of_classic_muon(bundle: Bundle) -> bool:
     """Whether its matrices were trained with the optimizer that the reference does not have."""
     settings = bundle.stage.settings.get("optim")
-    return isinstance(settings, dict) and settings.get("matrix_optimizer") == "classic_muon"
+    if not isinstance(settings, dict):
+        return False
+    muon = settings.get("muon")
+    iteration = muon.get("orthogonalization") if isinstance(muon, dict) else None
+    return iteration == "newton_schulz" or settings.get("matrix_optimizer") == "classic_muon"  # before there were parts
 
 
 def _say_parity(parity: Parity) -> None:

@@ -61,7 +61,7 @@ def text_facts(settings: DataSettings, cache_dir: Path, vocab_size: int = 2**15)
         shard_bytes=shard_bytes,
         num_shards=num_shards,
         tokens_at_hand=tokens_at_hand(settings, cache_dir, vocab_size),
-        crops=settings.long_documents == "crop",
+        crops=settings.packing_mode == "crop",
         streamed=settings.shuffle != "global",
         fetched=bool(settings.download),
     )

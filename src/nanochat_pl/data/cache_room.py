@@ -34,7 +34,7 @@ def bytes_to_make(
     """
     shards = source.shards("train")
     if settings.shuffle != "global" or is_much(shards):
-        shards = list(_until(tokens_taken(num_tokens, settings.long_documents == "crop"), shards))
+        shards = list(_until(tokens_taken(num_tokens, settings.packing_mode == "crop"), shards))
     _, to_build = token_cache_to_build(shards, tokenizer, cache_dir)
     missing = sum(
         (each.shard.text_bytes or 0) / BYTES_PER_TOKEN

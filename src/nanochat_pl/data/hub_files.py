@@ -267,7 +267,7 @@ class HubFiles:
 
     @property
     def _crops(self) -> bool:
-        return self._settings.long_documents == "crop"
+        return self._settings.packing_mode == "crop"
 
     def _listed(self, files: Sequence[HubFile], on_demand: int | None) -> list[HubFile]:
         """Those of the files that are here, and the first ones that are fetched when they are read."""

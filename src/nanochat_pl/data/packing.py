@@ -1,13 +1,21 @@
 """The packer: document lengths in, row index out. It never sees a token, so it runs ahead of any training.
 
 A row has ``row_capacity`` = T+1 places (T inputs and T targets, shifted by one). What is put into a row is a *piece*: a
-part of one document with bos in front, so a piece of n tokens takes n+1 places. All three modes fill a row with the
+part of one document with bos in front, so a piece of n tokens takes n+1 places. Three modes fill a row with the
 largest piece in a buffer that fits, the first that arrived among equals. They differ in what happens when none fits:
 
 - ``crop``: the shortest piece is cut to the rest of the row, and what is cut off is dropped (the reference's packer).
 - ``split``: documents are first cut into pieces of at most a row; when none fits, the shortest is cut to the rest of
   the row, and what is cut off goes back to the buffer: nothing is dropped.
 - ``pad``: the rest of the row is padding (conversations).
+
+Two modes take the documents as they come:
+
+- ``stream``: documents, each with bos in front, are laid end to end and cut into rows. So a row may begin anywhere in a
+  document, and only the piece that begins one has bos. The last target of a row is the first input of the next, but for
+  the last row of every ``stream_rows``: the next one begins after its last target (rows of one batch of a machine, in
+  the recipe that packed so). Nothing is dropped; what is left at the end of the last epoch is padded.
+- ``pad_one``: each document has a row of its own, and the rest is padding.
 
 Documents arrive in the order that ``shuffle`` says. ``global`` needs the lengths of all of them; ``shards`` and
 ``none`` take one shard after the other, so the rows of the first shards are known before the last one is tokenised.
@@ -33,9 +41,10 @@ from nanochat_pl.common.errors import UserError
 from nanochat_pl.data.row_index import PackingStats, RowIndex
 
 PACKER_VERSION = 1  # part of the key of every kept index: a change of the rows needs a new one
-Mode = Literal["crop", "split", "pad"]
+Mode = Literal["crop", "split", "pad", "stream", "pad_one"]
+STREAM_ROWS = 32
 Shuffle = Literal["global", "shards", "none"]
-Piece = tuple[int, int, int]  # document, first token, number of tokens; bos comes on top
+Piece = tuple[int, int, int, int]  # document, first token, number of tokens, whether bos comes on top
 Row = tuple[list[Piece], int]  # with the number of tokens that were dropped to fill it
 _NOTHING = "there is nothing to pack: no document has a single token."
 
@@ -54,13 +63,14 @@ class Packing:
 
     Attributes:
         row_capacity: places of a row, T+1.
-        mode: see the top of this file. ``pad`` needs every document to fit into a row.
+        mode: see the top of this file. ``pad`` and ``pad_one`` need every document to fit into a row.
         buffer_documents, refill_documents: before every pick, while the buffer holds fewer than ``buffer_documents``
             pieces, the next ``refill_documents`` documents are added.
         shuffle: the order of documents. ``global``: all of them in an order of its own for each epoch; ``shards``: the
             documents of each shard in an order of its own, the shards as they are given in the first epoch, and in an
             order of its own in each later one; ``none``: as they are given.
         seed: of these orders, 0 … 2**32 - 1.
+        stream_rows: in the mode ``stream``, see there.
     """
 
     row_capacity: int
@@ -69,6 +79,7 @@ class Packing:
     refill_documents: int = 128
     shuffle: Shuffle = "global"
     seed: int = 0
+    stream_rows: int = STREAM_ROWS
 
     def __post_init__(self) -> None:
         assert self.row_capacity >= 2, "a row needs a place for bos and one for a token"
@@ -85,6 +96,7 @@ def pack(
     refill_documents: int = 128,
     shuffle: Shuffle = "global",
     seed: int = 0,
+    stream_rows: int = STREAM_ROWS,
 ) -> RowIndex:
     """Pack documents into rows. A pure function: the index for n rows begins that for more rows.
 
@@ -93,8 +105,8 @@ def pack(
         num_rows: how many rows; the documents are read again, each epoch in its own order, until all are full.
         epochs: how many times the documents are read; rows hold documents of one epoch only, and the last row of an
             epoch may be padded. With ``num_rows`` too, whichever ends first.
-        row_capacity, mode, buffer_documents, refill_documents, shuffle, seed: see :class:`Packing`; all documents are
-            one shard.
+        row_capacity, mode, buffer_documents, refill_documents, shuffle, seed, stream_rows: see :class:`Packing`; all
+            documents are one shard.
 
     Raises:
         UserError: there is no document with a token.
@@ -105,8 +117,8 @@ def pack(
     lengths = np.asarray(lengths)
     if not (lengths > 0).any():
         raise UserError(_NOTHING)
-    assert mode != "pad" or lengths.max() < row_capacity, "in pad mode every document must fit into a row"
-    packing = Packing(row_capacity, mode, buffer_documents, refill_documents, shuffle, seed)
+    assert not mode.startswith("pad") or lengths.max() < row_capacity, f"{mode}: every document must fit into a row"
+    packing = Packing(row_capacity, mode, buffer_documents, refill_documents, shuffle, seed, stream_rows)
     begun = 0
 
     def feed(epoch: int) -> Feed:
@@ -118,7 +130,7 @@ def pack(
         groups = iter([_rows(map(feed, itertools.count()), packing)])
     else:
         groups = (_rows([feed(epoch)], packing) for epoch in range(epochs))
-    collected = _Collected()
+    collected = _Collected(packing)
     epoch_starts = []
     for group in groups:
         if collected.num_rows == num_rows:
@@ -160,13 +172,13 @@ def pack_as_they_come(
             if not found_tokens:
                 raise UserError(_NOTHING)
 
-    collected, begun = _Collected(), 0
+    collected, begun = _Collected(packing), 0
     for row in _rows(feeds(), packing):
         if row is not None:
             collected.add(row)
             continue
         yield collected.index(packing.row_capacity, epoch + 1 - begun, [])
-        collected, begun = _Collected(), epoch + 1
+        collected, begun = _Collected(packing), epoch + 1
 
 
 def _order_of_shards(num_shards: int, packing: Packing, epoch: int) -> list[int]:
@@ -186,6 +198,10 @@ def _order(num_documents: int, packing: Packing, epoch: int, shard: int) -> np.n
 def _rows(feeds: Iterable[Feed], packing: Packing) -> Iterator[Row | None]:
     max_piece = packing.row_capacity - 1 if packing.mode == "split" else None
     chunks = _chunks(feeds, packing.refill_documents, max_piece)
+    if packing.mode == "stream":
+        return _cut_stream(chunks, packing.row_capacity, packing.stream_rows)
+    if packing.mode == "pad_one":
+        return _one_to_a_row(chunks)
     return _fill_rows(chunks, packing.row_capacity, packing.mode, packing.buffer_documents)
 
 
@@ -198,7 +214,7 @@ def _chunks(feeds: Iterable[Feed], refill_documents: int, max_piece: int | None)
             chunk: list[Piece] = []
             for document, length in zip((first_document + numbers).tolist(), lengths[numbers].tolist(), strict=True):
                 step = max_piece or length
-                chunk.extend((document, start, min(step, length - start)) for start in range(0, length, step))
+                chunk.extend((document, start, min(step, length - start), 1) for start in range(0, length, step))
             yield chunk
         yield []
 
@@ -256,10 +272,10 @@ def _fill_rows(chunks: Iterator[list[Piece]], row_capacity: int, mode: Mode, buf
             if best is None:
                 if mode == "pad" or not len(buffer):
                     break
-                document, start, length = buffer.take_shortest()
-                best = document, start, room - 1
+                document, start, length, _ = buffer.take_shortest()
+                best = document, start, room - 1, 1
                 if mode == "split":
-                    buffer.add((document, start + room - 1, length - (room - 1)))
+                    buffer.add((document, start + room - 1, length - (room - 1), 1))
                 else:
                     cropped += length - (room - 1)
             row.append(best)
@@ -269,10 +285,47 @@ def _fill_rows(chunks: Iterator[list[Piece]], row_capacity: int, mode: Mode, buf
         yield row, cropped
 
 
-class _Collected:
-    """Rows on their way into an index. Compact: a long run has many millions of pieces."""
+def _cut_stream(chunks: Iterator[list[Piece]], row_capacity: int, rows_of_batch: int) -> Iterator[Row | None]:
+    """Documents end to end; None as in :func:`_fill_rows`. A document's place 0 is its bos, place n its n-th token."""
+    row: list[Piece] = []
+    room, num_rows = row_capacity, 0
+    for chunk in chunks:
+        for document, _, length, _ in chunk:
+            place = 0
+            while place <= length:
+                end = min(place + room, length + 1)
+                with_bos = int(place == 0)
+                row.append((document, max(place - 1, 0), end - place - with_bos, with_bos))
+                room -= end - place
+                place = end
+                if room:
+                    break
+                yield row, 0
+                row, room, num_rows = [], row_capacity, num_rows + 1
+                if num_rows % rows_of_batch:
+                    place -= 1  # the last target is an input too
+        if not chunk:
+            yield None
+    if room < row_capacity - 1:  # with a single place there is nothing to predict
+        yield row, 0
 
-    def __init__(self) -> None:
+
+def _one_to_a_row(chunks: Iterator[list[Piece]]) -> Iterator[Row | None]:
+    for chunk in chunks:
+        for piece in chunk:
+            yield [piece], 0
+        if not chunk:
+            yield None
+
+
+class _Collected:
+    """Rows on their way into an index. Compact: a long run has many millions of pieces.
+
+    Whether bos stands in front of a piece is kept where that differs: of a stream.
+    """
+
+    def __init__(self, packing: Packing) -> None:
+        self._columns = 4 if packing.mode == "stream" else 3
         self._pieces, self._row_starts, self._cropped = array("i"), array("q", [0]), 0
 
     @property
@@ -281,14 +334,15 @@ class _Collected:
 
     def add(self, row: Row) -> None:
         pieces, cropped = row
-        self._pieces.extend(itertools.chain.from_iterable(pieces))
+        self._pieces.extend(itertools.chain.from_iterable(piece[: self._columns] for piece in pieces))
         self._row_starts.append(self._row_starts[-1] + len(pieces))
         self._cropped += cropped
 
     def index(self, row_capacity: int, epochs: int, epoch_starts: list[int]) -> RowIndex:
-        pieces = np.array(self._pieces, dtype=np.int32).reshape(-1, 3)
+        pieces = np.array(self._pieces, dtype=np.int32).reshape(-1, self._columns)
         placed = int(pieces[:, 2].sum(dtype=np.int64))
-        padded = self.num_rows * row_capacity - placed - len(pieces)
-        stats = PackingStats(placed, self._cropped, padded, len(pieces), epochs)
+        with_bos = len(pieces) if self._columns == 3 else int(pieces[:, 3].sum(dtype=np.int64))
+        padded = self.num_rows * row_capacity - placed - with_bos
+        stats = PackingStats(placed, self._cropped, padded, with_bos, epochs)
         starts = np.array(self._row_starts, dtype=np.int64)
         return RowIndex(row_capacity, starts, pieces, np.array(epoch_starts, dtype=np.int64), stats)

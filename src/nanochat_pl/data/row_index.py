@@ -19,10 +19,11 @@ class PackingStats:
     """What became of the documents, in tokens without bos.
 
     Attributes:
-        placed_tokens: in a row.
+        placed_tokens: in a row; twice those of a stream that are the last target of one row and the first input of the
+            next.
         cropped_tokens: dropped, because their document was cut to fill a row.
         padded_places: places of rows that hold nothing.
-        pieces: pieces in rows; each has one bos.
+        pieces: pieces in rows that have a bos: all of them but in a stream, where a row may go on with a document.
         epochs: passes over the documents that were begun.
     """
 
@@ -48,7 +49,8 @@ class RowIndex:
     Attributes:
         row_capacity: places of a row, T+1.
         row_starts: int64 (num_rows + 1,): row n has the pieces row_starts[n] … row_starts[n + 1] - 1, left to right.
-        pieces: int32 (num_pieces, 3): document, first token, number of tokens; bos comes on top, in front of each.
+        pieces: int32 (num_pieces, 3): document, first token, number of tokens; bos comes on top, in front of each. Of a
+            stream (num_pieces, 4): the last column says whether it does.
         epoch_starts: int64: the first row of each epoch, where rows keep to one epoch; else only 0.
         stats: what became of the documents.
         kept: folder and key, where it was read from the disk.
@@ -73,11 +75,15 @@ class RowIndex:
             rows: int64 (R,).
 
         Returns:
-            how many each row has, int64 (R,), and all of them, row by row, int64 (N, 3).
+            how many each row has, int64 (R,), and all of them, row by row, int64 (N, 4): document, first token, number
+            of tokens, and 1 where bos comes on top.
         """
         first, last = self.row_starts[rows], self.row_starts[rows + 1]
         numbers = np.concatenate([np.arange(0), *map(np.arange, first, last)])
-        return last - first, self.pieces[numbers].astype(np.int64)
+        pieces = self.pieces[numbers].astype(np.int64)
+        if pieces.shape[1] == 3:
+            pieces = np.column_stack([pieces, np.ones(len(pieces), dtype=np.int64)])
+        return last - first, pieces
 
     def wait_for(self, num_rows: int, check: Callable[[], None] = lambda: None) -> None:
         """All rows are there."""

@@ -86,25 +86,25 @@ class Rows:
         self._check(numbers)
         capacity = self.sequence_len + 1
         num_pieces, pieces = self.index.pieces_of(numbers)
-        document, start, length = pieces.T
+        document, start, length, with_bos = pieces.T
         shard, document_start = self.cache.positions(document)
 
-        # The place of each piece's bos, all rows being one line of places.
-        ends = np.cumsum(length + 1)
+        # The place of each piece's first token, all rows being one line of places.
+        ends = np.cumsum(length + with_bos)
         row_ends = np.concatenate([[0], ends])[np.cumsum(num_pieces)]
         used = np.diff(row_ends, prepend=0)
         skipped = np.arange(len(numbers)) * capacity - (row_ends - used)
-        bos_places = ends - (length + 1) + np.repeat(skipped, num_pieces)
+        first_places = ends - length + np.repeat(skipped, num_pieces)
 
         ids = np.full((len(numbers), capacity), self.bos_id, dtype=np.int64)
         # Of documents all is trained on, a piece's bos too: it tells that the one before has ended.
         trained = (np.arange(capacity) < used[:, None]) & (not self.cache.masked)
         flat_ids, flat_trained = ids.reshape(-1), trained.reshape(-1)
         # Pieces are long, so copying them one by one is faster than a gather by token.
-        for number, begin, bos_place, count in zip(
-            shard.tolist(), (document_start + start).tolist(), bos_places.tolist(), length.tolist(), strict=True
+        for number, begin, first_place, count in zip(
+            shard.tolist(), (document_start + start).tolist(), first_places.tolist(), length.tolist(), strict=True
         ):
-            source, to = self.cache.open_shard(number), slice(bos_place + 1, bos_place + 1 + count)
+            source, to = self.cache.open_shard(number), slice(first_place, first_place + count)
             flat_ids[to] = source.tokens[begin : begin + count]
             if source.mask is not None:
                 flat_trained[to] = source.mask[begin : begin + count]
@@ -114,7 +114,7 @@ class Rows:
         """What a row is made of, from left to right."""
         self._check(np.array([row_number]))
         addresses = []
-        for document, start, length in self.index.pieces_of(np.array([row_number]))[1].tolist():
+        for document, start, length, _ in self.index.pieces_of(np.array([row_number]))[1].tolist():
             shard, number = self.cache.locate(document)
             first, end = shard.offsets[number : number + 2].tolist()
             ids = np.array(shard.tokens[first + start : first + start + length])
@@ -185,6 +185,8 @@ def streamed_rows(
     packing = Packing(sequence_len + 1, mode, buffer_documents, refill_documents, shuffle, seed)
     cache, to_build = token_cache_to_build(shards, tokenizer, cache_dir)
     key = {"packer": PACKER_VERSION, "tokens": cache.fingerprint, **asdict(packing)}
+    if mode != "stream":
+        del key["stream_rows"]  # it has no say, and rows that were kept before there was such a key are the same
     segments = Segments(cache_dir / "rows" / fingerprint_of(key)[:32], key)
     known: list[int] = []
     while sum(known) < num_rows:

@@ -15,6 +15,7 @@ from typing import Literal, Protocol
 
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.settings import setting
+from nanochat_pl.data.packing import Mode
 
 Split = Literal["train", "val"]
 SPLITS: tuple[Split, Split] = ("train", "val")
@@ -66,6 +67,11 @@ class SourceSettings:
     long_documents: Literal["split", "crop"] = setting(
         "split", "split: documents longer than a row are cut into pieces, each with bos; crop: as the reference does."
     )
+    packing: Literal["best_fit", "stream"] = setting(
+        "best_fit",
+        "How documents become rows. best_fit: each begins with bos and is filled with what fits best (long_documents "
+        "says what becomes of the rest); stream: documents end to end, cut into rows anywhere, nothing dropped.",
+    )
     shuffle: Literal["global", "shards", "none"] = setting(
         "global",
         "Order of the documents. global: all of them in a seeded order of its own for each epoch, which needs all of "
@@ -97,6 +103,11 @@ class SourceSettings:
                 )
         if problems:
             raise UserError(problems)
+
+    @property
+    def packing_mode(self) -> Mode:
+        """What the packer does with the documents."""
+        return "stream" if self.packing == "stream" else self.long_documents
 
     @property
     def is_on_hub(self) -> bool:

@@ -122,7 +122,7 @@ class StreamedIndex:
         """As :meth:`~nanochat_pl.data.row_index.RowIndex.pieces_of`."""
         self.wait_for(int(rows.max(initial=-1)) + 1)
         segments = np.searchsorted(self._ends, rows, side="right")
-        counts, pieces = [np.zeros(0, np.int64)], [np.zeros((0, 3), np.int64)]
+        counts, pieces = [np.zeros(0, np.int64)], [np.zeros((0, 4), np.int64)]
         for places in np.split(np.arange(len(rows)), np.flatnonzero(np.diff(segments)) + 1):
             if len(places):
                 segment = self._segment(number := int(segments[places[0]]))

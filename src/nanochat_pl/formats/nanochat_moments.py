@@ -30,14 +30,22 @@ NUM_ITERATIONS = 5
 WITHOUT = "moments=false imports the weights alone."
 
 
-def reference_groups(net: GPT, hyperparameters: Mapping[str, float] | None = None) -> list[dict[str, Any]]:
+# Settings of the optimizer that are more than a number of the plan.
+PARTS = ("adam_betas", "adam_eps", "adamw", "muon")
+
+
+def reference_groups(
+    net: GPT, hyperparameters: Mapping[str, float] | None = None, optim: Mapping[str, Any] | None = None
+) -> list[dict[str, Any]]:
     """The groups in the reference's order, with ``names`` and ``shape`` of their parameters.
 
     Args:
         net: on any device.
         hyperparameters: final ones by name (``Plan.to_inherit``); the recipe's by default.
+        optim: the stage's settings of that group, of which :data:`PARTS` are taken; the recipe's by default.
     """
-    settings = build(OptimSettings, hyperparameters or {}, "plan")
+    parts = {name: optim[name] for name in PARTS if name in optim} if optim else {}
+    settings = build(OptimSettings, {**parts, **(hyperparameters or {})}, "plan")
     hyper = resolve_hyperparameters(settings, width=net.config.width)
     groups = make_groups(net.named_parameters(), parameter_roles(net), hyper)
     for group in groups:
@@ -160,10 +168,12 @@ def groups_by_role(net: GPT, groups: Sequence[Mapping[str, Any]]) -> dict[str, M
     return {ours["role"]: theirs for ours, theirs in zip(reference_groups(net), groups, strict=True)}
 
 
-def recipe_groups(net: GPT, hyperparameters: Mapping[str, float] | None) -> list[dict[str, Any]]:
+def recipe_groups(
+    net: GPT, hyperparameters: Mapping[str, float] | None, optim: Mapping[str, Any] | None = None
+) -> list[dict[str, Any]]:
     """Settings of the groups for a model that does not come from the reference."""
     groups = []
-    for group in reference_groups(net, hyperparameters):
+    for group in reference_groups(net, hyperparameters, optim):
         lr = {"kind": group["kind"], "lr": group["lr"], "initial_lr": group["lr"]}
         keys = ("betas", "eps", "weight_decay") if group["kind"] == "adamw" else ("momentum", "beta2", "weight_decay")
         own = {} if group["kind"] == "adamw" else {"ns_steps": NUM_ITERATIONS}

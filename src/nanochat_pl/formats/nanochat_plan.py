@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from nanochat_pl.model.config import GPTConfig
-from nanochat_pl.optim.settings import RECIPE, width_lr_scale
+from nanochat_pl.optim.rules import RECIPE
+from nanochat_pl.optim.settings import width_lr_scale
 from nanochat_pl.planning import Plan
 from nanochat_pl.planning.horizon import MAX_BATCH_TOKENS
 from nanochat_pl.planning.make import REFERENCE_BATCH_TOKENS

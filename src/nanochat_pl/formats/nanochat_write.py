@@ -40,7 +40,7 @@ from nanochat_pl.formats.reference_pickle import write_encoding
 from nanochat_pl.formats.target import appears_whole, require_free
 from nanochat_pl.model.config import GPTConfig, ModelSettings
 from nanochat_pl.model.gpt import GPT
-from nanochat_pl.optim.settings import RECIPE
+from nanochat_pl.optim.rules import RECIPE
 from nanochat_pl.tokenizer import Tokenizer
 
 ENCODING_NAME = "nanochat_pl"
@@ -199,7 +199,8 @@ def _groups(net: GPT, stage: StageInfo, origin: NanochatOrigin | None) -> tuple[
         ]
         return groups, origin.step_is_tensor
     final = {name: value for name, value in _planned(stage).items() if name in RECIPE}
-    return recipe_groups(net, final), False
+    optim = stage.settings.get("optim")
+    return recipe_groups(net, final, optim if isinstance(optim, dict) else None), False
 
 
 def _planned(stage: StageInfo) -> dict[str, Any]:

@@ -21,13 +21,14 @@ from torch import Tensor
 from nanochat_pl.common import distributed
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.optim.schedules import StepValues
+from nanochat_pl.optim.settings import MuonSettings
 from nanochat_pl.optim.shares import ALIGNMENT, Shape, Share, moment_shapes, norm_of
 from nanochat_pl.optim.updates import Scalar, adamw_update, muon_update
 
 logger = logging.getLogger(__name__)
 
 # What a resume file must agree on with the configuration, else the difference is told. The rest follows schedules.
-FIXED_HYPERPARAMETERS = ("kind", "initial_lr", "initial_weight_decay", "betas", "eps", "beta2")
+FIXED_HYPERPARAMETERS = ("kind", "initial_lr", "initial_weight_decay", "betas", "eps", "beta2", "muon")
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -35,9 +36,9 @@ class MuonAdamW(torch.optim.Optimizer):
 
     Args:
         groups: of :func:`~nanochat_pl.optim.parameter_groups.make_groups`, parameters as (name, parameter).
-        matrix_optimizer: "muon" (the recipe's) or "classic_muon": Newton-Schulz alone. That one is ``torch.optim.Muon``
-            with ``adjust_lr_fn="original"`` and Nesterov momentum (which both take as a mean, ``lerp``), as long as
-            ``muon_dtype`` is bfloat16 and the weight decay 0: decay is cautious here, and uses the lr scaled by shape.
+        muon: the parts of a Muon step; the recipe's by default. Newton-Schulz alone (``optim=classic_muon``) is
+            ``torch.optim.Muon`` with ``adjust_lr_fn="original"`` and Nesterov momentum (which both take as a mean,
+            ``lerp``), as long as ``muon_dtype`` is bfloat16 and the weight decay 0.
         muon_dtype: of the matrix products in the orthogonalization. All else is float32.
         compile_muon: compile the Muon update at its first use.
     """
@@ -45,12 +46,12 @@ class MuonAdamW(torch.optim.Optimizer):
     def __init__(
         self,
         groups: list[dict[str, Any]],
-        matrix_optimizer: str = "muon",
+        muon: MuonSettings | None = None,
         muon_dtype: torch.dtype = torch.float32,
         compile_muon: bool = False,
     ) -> None:
         super().__init__(groups, defaults={})
-        self.classic = matrix_optimizer == "classic_muon"
+        self.muon = muon or MuonSettings()
         self.muon_dtype = muon_dtype
         self._compile_muon = compile_muon
         self._muon_update: Callable[..., None] | None = None
@@ -259,7 +260,7 @@ class MuonAdamW(torch.optim.Optimizer):
         update = self._muon_update or self._make_muon_update()
         if self._compile_muon:  # a float would be compiled in as a constant, again for every new value
             scalars = [torch.tensor(value) for value in scalars]
-        update(values, gradients, momentum_stack, second_moment, *scalars, self.classic, self.muon_dtype)
+        update(values, gradients, momentum_stack, second_moment, *scalars, self.muon, self.muon_dtype)
 
     def _make_muon_update(self) -> Callable[..., None]:
         self._muon_update = torch.compile(muon_update, dynamic=False) if self._compile_muon else muon_update
@@ -322,6 +323,8 @@ class MuonAdamW(torch.optim.Optimizer):
             saved = saved_by_name.get(name, {})
             for key in FIXED_HYPERPARAMETERS:
                 now, then = group.get(key), saved.get(key)
+                if key == "muon" and key not in saved:
+                    continue  # written before a step had parts to choose
                 if now != (tuple(then) if isinstance(then, list) else then):
                     what = key.removeprefix("initial_")
                     lines.append(f"{what} of the {group['role']} group ({name} …): {now}; it was {then} in the file.")

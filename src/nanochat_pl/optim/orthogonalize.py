@@ -14,6 +14,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from nanochat_pl.optim.settings import MuonSettings
+
 Coefficients = Sequence[tuple[float, float, float]]
 
 # One polynomial per step: the first ones lift small singular values, the last one settles near 1.
@@ -25,47 +27,49 @@ POLAR_EXPRESS: Coefficients = (
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 )
 NEWTON_SCHULZ: Coefficients = ((3.4445, -4.7750, 2.0315),) * 5
+ITERATIONS = {"polar_express": POLAR_EXPRESS, "newton_schulz": NEWTON_SCHULZ}
 SMALL = 1e-6  # keeps a matrix of zeros a matrix of zeros
-NEWTON_SCHULZ_SMALL = 1e-7  # the same, in classic Muon
 
 
-def odd_quintics(x: Tensor, coefficients: Coefficients) -> Tensor:
+def odd_quintics(x: Tensor, coefficients: Coefficients, round_terms: bool = False) -> Tensor:
     """Apply ``x ← a x + (b A + c A²) x`` with ``A = x xᵀ`` once per (a, b, c): (K, M, N) → (K, M, N).
 
-    A tall stack is worked on transposed, so A is always the smaller of the two Gram matrices.
+    A tall stack is worked on transposed, so A is always the smaller of the two Gram matrices. ``round_terms``: each
+    term of the sums is rounded to the type of ``x``, as if they were written out; else a sum is rounded once.
     """
     tall = x.shape[-2] > x.shape[-1]
     if tall:
         x = x.mT
     for a, b, c in coefficients:
         gram = x @ x.mT
+        if round_terms:
+            x = a * x + (b * gram + c * (gram @ gram)) @ x
+            continue
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         x = torch.baddbmm(x, polynomial, x, beta=a)
     return x.mT if tall else x
 
 
-def polar_express(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Equilibrate the rows (each to the mean row norm), then orthogonalize by five Polar Express steps.
+def orthogonalize(matrices: Tensor, muon: MuonSettings, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Bring the norm below 1, where asked with all rows alike before it, then take five steps of an iteration.
 
     Args:
         matrices: float32 (K, M, N).
-        dtype: of the matrix products. Norms are always taken in float32.
+        muon: which iteration, on what.
+        dtype: of the matrix products. Norms are taken in float32 where rows are equilibrated, else in ``dtype`` too,
+            as ``torch.optim.Muon`` does.
 
     Returns:
-        (K, M, N) in ``dtype``, singular values near 1. The Frobenius norm is set afterwards, by
-        :func:`~nanochat_pl.optim.updates.line_factors`.
+        (K, M, N) in ``dtype``; singular values near 1 (Polar Express), or 0.7 to 1.2 (Newton-Schulz). What is asked for
+        of the Frobenius norm is set afterwards, by :func:`~nanochat_pl.optim.updates.line_factors`.
     """
-    row_norms = matrices.norm(dim=-1, keepdim=True)
-    to_mean = row_norms.clamp_min(SMALL)
-    to_mean = to_mean.mean(dim=-2, keepdim=True) / to_mean
-    frobenius = (row_norms * to_mean).norm(dim=-2, keepdim=True)
-    return odd_quintics((matrices * (to_mean / (1.01 * frobenius + SMALL))).to(dtype), POLAR_EXPRESS)
-
-
-def newton_schulz(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Classic Muon's orthogonalization: float32 (K, M, N) → ``dtype`` (K, M, N), singular values 0.7 to 1.2.
-
-    The norm is taken in ``dtype`` too, as ``torch.optim.Muon`` does (always in bfloat16, there).
-    """
-    x = matrices.to(dtype)
-    return odd_quintics(x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(NEWTON_SCHULZ_SMALL), NEWTON_SCHULZ)
+    if muon.equilibrate_rows:
+        row_norms = matrices.norm(dim=-1, keepdim=True)
+        to_mean = row_norms.clamp_min(SMALL)
+        to_mean = to_mean.mean(dim=-2, keepdim=True) / to_mean
+        frobenius = (row_norms * to_mean).norm(dim=-2, keepdim=True)
+        x = (matrices * (to_mean / (muon.frobenius_factor * frobenius + muon.frobenius_eps))).to(dtype)
+    else:
+        x = matrices.to(dtype)
+        x = x / (x.norm(dim=(-2, -1), keepdim=True) * muon.frobenius_factor + muon.frobenius_eps)
+    return odd_quintics(x, ITERATIONS[muon.orthogonalization], muon.round_terms)

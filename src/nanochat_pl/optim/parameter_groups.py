@@ -1,53 +1,28 @@
 """Which hyperparameters each parameter gets: roles in, optimizer groups out. Source: golden/optimizer_6_steps.json.
 
-The model says which role each parameter has; this file knows what the recipe gives to a role.
+The model says which role each parameter has; the hyperparameters say what a role gets.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from nanochat_pl.common.errors import UserError, did_you_mean
+from nanochat_pl.common.settings import to_plain
 from nanochat_pl.optim.muon_adamw import MuonAdamW
+from nanochat_pl.optim.rules import ADAMW_RULES, MATRIX, ROLES
 from nanochat_pl.optim.settings import Hyperparameters
 
-MUON_BETA2 = 0.9
 MUON_MOMENTUM = 0.95  # until the schedule sets it
-ADAMW_EPS = 1e-10
-
-
-@dataclass(frozen=True)
-class AdamWRule:
-    """What a role gets of AdamW: ``lr = hyperparameter * factor``, times the width scale where ``by_width``."""
-
-    hyperparameter: str
-    betas: tuple[float, float]
-    weight_decay: float
-    factor: float = 1.0
-    by_width: bool = False
-
-
-# In the order of the groups.
-ADAMW_RULES = {
-    "lm_head": AdamWRule("unembedding_lr", (0.8, 0.96), 0.01, by_width=True),
-    "wte": AdamWRule("embedding_lr", (0.8, 0.995), 0.001, by_width=True),
-    "value_embedding": AdamWRule("embedding_lr", (0.8, 0.995), 0.01, factor=0.5, by_width=True),
-    "resid_lambda": AdamWRule("scalar_lr", (0.8, 0.95), 0.05, factor=0.01),
-    "x0_lambda": AdamWRule("scalar_lr", (0.96, 0.95), 0.0),
-    "smear": AdamWRule("smear_lr", (0.8, 0.95), 0.0),
-}
-MATRIX = "matrix"
-ROLES = (*ADAMW_RULES, MATRIX)
 
 
 def build_optimizer(
     named_parameters: Iterable[tuple[str, torch.nn.Parameter]], roles: Mapping[str, str], hyper: Hyperparameters
 ) -> MuonAdamW:
-    """The optimizer of a model. Muon orthogonalizes in bfloat16 where the model computes in it, else in float32.
+    """The optimizer of a model.
 
     Args:
         named_parameters: in model order.
@@ -59,17 +34,23 @@ def build_optimizer(
     """
     return MuonAdamW(
         make_groups(named_parameters, roles, hyper),
-        matrix_optimizer=hyper.matrix_optimizer,
-        muon_dtype=torch.bfloat16 if hyper.compute_dtype == "bfloat16" else torch.float32,
+        muon=hyper.muon,
+        muon_dtype=muon_dtype(hyper),
         compile_muon=hyper.compile,
     )
+
+
+def muon_dtype(hyper: Hyperparameters) -> torch.dtype:
+    """Type of Muon's matrix products: where nobody says, bfloat16 for a model that computes in it, else float32."""
+    name = hyper.compute_dtype if hyper.muon.dtype == "auto" else hyper.muon.dtype
+    return torch.bfloat16 if name == "bfloat16" else torch.float32
 
 
 def learning_rate(role: str, hyper: Hyperparameters) -> float:
     """Learning rate of a role's group, before its schedule."""
     if role == MATRIX:
         return hyper.matrix_lr
-    rule = ADAMW_RULES[role]
+    rule = hyper.adamw[role]
     return getattr(hyper, rule.hyperparameter) * rule.factor * (hyper.width_lr_scale if rule.by_width else 1.0)
 
 
@@ -87,16 +68,17 @@ def make_groups(
     _check_roles(parameters, roles)
     trained = [(name, parameter) for name, parameter in parameters.items() if parameter.requires_grad]
     groups: list[dict[str, Any]] = []
-    for role, rule in ADAMW_RULES.items():
+    for role, rule in ((role, hyper.adamw[role]) for role in ADAMW_RULES):
         members = [(name, parameter) for name, parameter in trained if roles[name] == role]
         if members:
-            adamw = {"betas": rule.betas, "eps": ADAMW_EPS, "weight_decay": rule.weight_decay}
+            adamw = {"betas": rule.betas, "eps": rule.eps, "weight_decay": rule.weight_decay}
             lr = learning_rate(role, hyper)
             groups.append({"kind": "adamw", "role": role, "params": members, "lr": lr, **adamw})
     matrices = [(name, parameter) for name, parameter in trained if roles[name] == MATRIX]
     for shape in sorted({tuple(parameter.shape) for _, parameter in matrices}):
         members = [(name, parameter) for name, parameter in matrices if tuple(parameter.shape) == shape]
-        muon = {"weight_decay": hyper.weight_decay, "beta2": MUON_BETA2, "momentum": MUON_MOMENTUM}
+        muon: dict[str, Any] = {"muon": to_plain(hyper.muon)}
+        muon |= {"weight_decay": hyper.weight_decay, "beta2": hyper.muon.beta2, "momentum": MUON_MOMENTUM}
         lr = learning_rate(MATRIX, hyper)
         groups.append({"kind": "muon", "role": MATRIX, "params": members, "lr": lr, **muon})
     return groups

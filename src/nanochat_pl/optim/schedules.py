@@ -1,4 +1,7 @@
-"""Schedules: pure functions of the optimizer step (0-based), for every stage. Source: golden/plan.json."""
+"""Schedules: pure functions of the optimizer step (0-based), for every stage.
+
+Sources: golden/plan.json, golden/era_*/schedules.json.
+"""
 
 from __future__ import annotations
 
@@ -13,15 +16,16 @@ from nanochat_pl.common.settings import setting
 class ScheduleSettings:
     """Shape of the learning rate, the Muon momentum and the Muon weight decay over a stage.
 
-    The defaults are the base stage's. The others, in the recipe: mid ``warmup_steps=0 warmdown_ratio=0.2
-    final_lr_fraction=0``; sft ``warmup_steps=0 warmdown_ratio=0.5 initial_lr_fraction=0.8 final_lr_fraction=0
-    momentum_peak=0.95 momentum_end=0.95 momentum_ramp_steps=300 weight_decay=none``; rl ``warmup_steps=0
-    warmdown_ratio=1 initial_lr_fraction=0.05 final_lr_fraction=0``.
+    The defaults are the base stage's; those of other stages and of older recipes are in configs/schedule.
     """
 
     warmup_steps: int = setting(40, "Optimizer steps of linear warm-up of the learning rate.", at_least=0)
-    warmdown_ratio: float = setting(
-        0.65, "Share of the steps, at the end, over which it falls linearly.", at_least=0, at_most=1
+    warmup_ratio: float | None = setting(
+        None, "Share of the steps of that warm-up, in place of warmup_steps; null: warmup_steps.", at_least=0, at_most=1
+    )
+    warmdown_ratio: float = setting(0.65, "Share of the steps, at the end, over which it falls.", at_least=0, at_most=1)
+    warmdown: Literal["linear", "cosine"] = setting(
+        "linear", "How it falls there: in a straight line, or as half a cosine."
     )
     initial_lr_fraction: float = setting(1.0, "Multiplies every learning rate of the stage.", at_least=0, at_most=1)
     final_lr_fraction: float = setting(
@@ -31,9 +35,13 @@ class ScheduleSettings:
     momentum_peak: float = setting(0.97, "Muon momentum after the ramp.", at_least=0, at_most=1)
     momentum_end: float = setting(0.90, "Muon momentum at the end of the warmdown.", at_least=0, at_most=1)
     momentum_ramp_steps: int = setting(400, "Steps from momentum_start to momentum_peak.", at_least=0)
-    weight_decay: Literal["half_cosine", "constant", "none"] = setting(
-        "half_cosine", "Muon weight decay: from full to 0 over half a cosine, constant, or none."
+    weight_decay: Literal["half_cosine", "linear", "constant", "none"] = setting(
+        "half_cosine", "Muon weight decay: from full to 0 over half a cosine or in a straight line, constant, or none."
     )
+
+    def warmup_length(self, num_steps: int) -> int:
+        """Optimizer steps of the warm-up, the first ones of ``num_steps``."""
+        return self.warmup_steps if self.warmup_ratio is None else round(self.warmup_ratio * num_steps)
 
     def warmdown_steps(self, num_steps: int) -> int:
         """Optimizer steps of the warmdown, the last ones of ``num_steps``."""
@@ -66,13 +74,15 @@ def schedule_values(settings: ScheduleSettings, step: int, num_steps: int) -> St
 
 def _lr(settings: ScheduleSettings, step: int, num_steps: int) -> float:
     """Warm-up, flat, warmdown; where a short run makes them overlap, the warm-up wins."""
-    if step < settings.warmup_steps:
-        return (step + 1) / settings.warmup_steps
+    if step < (warmup_steps := settings.warmup_length(num_steps)):
+        return (step + 1) / warmup_steps
     steps_left = num_steps - step
     warmdown_steps = settings.warmdown_steps(num_steps)
     if steps_left >= warmdown_steps:
         return 1.0
     left = steps_left / warmdown_steps
+    if settings.warmdown == "cosine":
+        left = 0.5 * (1 - math.cos(math.pi * left))
     return left + (1 - left) * settings.final_lr_fraction
 
 
@@ -94,4 +104,6 @@ def _weight_decay(settings: ScheduleSettings, step: int, num_steps: int) -> floa
         return 0.0
     if settings.weight_decay == "constant":
         return 1.0
+    if settings.weight_decay == "linear":
+        return 1 - step / num_steps
     return 0.5 * (1 + math.cos(math.pi * step / num_steps))

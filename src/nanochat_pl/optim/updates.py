@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanochat_pl.optim.orthogonalize import SMALL, newton_schulz, polar_express
+from nanochat_pl.optim.orthogonalize import SMALL, orthogonalize
+from nanochat_pl.optim.settings import MuonSettings
 
 Scalar = float | Tensor
 
@@ -57,7 +58,7 @@ def muon_update(
     lr_times_decay: Scalar,
     beta1: Scalar,
     beta2: Scalar,
-    classic: bool,
+    muon: MuonSettings,
     dtype: torch.dtype,
 ) -> None:
     """One Muon step on a stack, in place.
@@ -69,23 +70,26 @@ def muon_update(
         lr_times_decay: that lr times the weight decay.
         beta1: the momentum.
         beta2: of the second moment.
-        classic: Newton-Schulz alone, without equilibration, renormalisation and variance reduction.
+        muon: the parts of the step.
         dtype: of the matrix products.
     """
     momentum.lerp_(gradients, 1 - beta1)
     nesterov = gradients.lerp_(momentum, beta1)
-    if classic:
-        update = newton_schulz(nesterov, dtype).float() * lr
-    else:
-        x = polar_express(nesterov, dtype)
+    x = orthogonalize(nesterov, muon, dtype)
+    if muon.renormalize or muon.variance_reduction:
         # Into memory that is there already and contiguous (a tall x is a transposed view).
-        update = torch.mul(x, line_factors(x, second_moment, beta2) * lr, out=gradients)
-    # Cautious decay: only where decay and update pull the same way.
+        update = torch.mul(x, line_factors(x, second_moment, beta2, muon) * lr, out=gradients)
+    else:
+        update = x.float() * lr
+    if muon.decay == "plain":
+        values.mul_(1 - lr_times_decay).sub_(update)
+        return
+    # Cautious: only where decay and update pull the same way.
     decay = (update * values).ge_(0.0).mul_(lr_times_decay)
     values.addcmul_(values, decay, value=-1).sub_(update)
 
 
-def line_factors(x: Tensor, second_moment: Tensor, beta2: Scalar) -> Tensor:
+def line_factors(x: Tensor, second_moment: Tensor, beta2: Scalar, muon: MuonSettings) -> Tensor:
     """Renormalisation and NorMuon as one factor per line; a line is a row where M >= N, else a column.
 
     Renormalisation brings the Frobenius norm to that of an orthogonal matrix, sqrt(min(M, N)). NorMuon then divides
@@ -94,20 +98,24 @@ def line_factors(x: Tensor, second_moment: Tensor, beta2: Scalar) -> Tensor:
 
     Args:
         x: (K, M, N).
-        second_moment: float32 (K, M, 1) or (K, 1, N), updated in place.
+        second_moment: float32 (K, M, 1) or (K, 1, N), updated in place by the variance reduction.
+        muon: which of the two are wanted, one at least.
 
     Returns:
-        float32, shaped as ``second_moment``.
+        float32, shaped as ``second_moment``, or (K, 1, 1) for renormalisation alone.
     """
     dim = -1 if second_moment.shape[-1] == 1 else -2
-    norm = min(x.shape[-2:]) ** 0.5
     line_norms = torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=torch.float32)
-    renormalise = norm / _norm_over_lines(line_norms).clamp_min(SMALL)
-    line_norms = line_norms * renormalise
+    renormalize: Tensor | None = None
+    if muon.renormalize:
+        renormalize = min(x.shape[-2:]) ** 0.5 / _norm_over_lines(line_norms).clamp_min(SMALL)
+        if not muon.variance_reduction:
+            return renormalize
+        line_norms = line_norms * renormalize
     second_moment.lerp_(line_norms.square() / x.shape[dim], 1 - beta2)
     scale = second_moment.clamp_min(1e-10).rsqrt()
     keep_norm = _norm_over_lines(line_norms) / _norm_over_lines(line_norms * scale).clamp_min(1e-10)
-    return renormalise * scale * keep_norm
+    return (scale if renormalize is None else renormalize * scale) * keep_norm
 
 
 def _norm_over_lines(line_norms: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.settings import setting
@@ -38,9 +38,14 @@ class HorizonSettings:
     )
     tokens_per_parameter: float | None = setting(
         None,
-        "Training tokens per scaling parameter; null: 12. 8 is the speedrun's, 20 Chinchilla's.",
+        "Training tokens per counted parameter; null: 12. 8 is the speedrun's, 20 Chinchilla's.",
         above=0,
         at_most=MAX_TOKENS_PER_PARAMETER,
+    )
+    counted_parameters: Literal["scaling", "all"] = setting(
+        "scaling",
+        "Parameters that tokens_per_parameter multiplies. scaling: matrices in the blocks and lm_head; all: embeddings"
+        " and scalars too.",
     )
     total_batch_tokens: int | None = setting(
         None,

@@ -1,7 +1,7 @@
 """Make the plan of a stage: one dial, depth, and everything follows.
 
-Sources: golden/plan.json; batch size by the horizon (Power Lines, arXiv 2505.13738), learning rate by the square
-root of the batch, weight decay by batch and horizon (arXiv 2405.13698).
+Sources: golden/plan.json, golden/era_*/plan.json; batch size by the horizon (Power Lines, arXiv 2505.13738), learning
+rate by the square root of the batch, weight decay by batch and horizon (arXiv 2405.13698).
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from collections.abc import Mapping
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.model.accounting import count_parameters, flops_per_token
 from nanochat_pl.model.config import DType, GPTConfig, ModelSettings, resolve_model
-from nanochat_pl.optim.parameter_groups import ADAMW_RULES, learning_rate
+from nanochat_pl.optim.parameter_groups import learning_rate
+from nanochat_pl.optim.rules import ADAMW_RULES, RECIPE
 from nanochat_pl.optim.schedules import ScheduleSettings
-from nanochat_pl.optim.settings import RECIPE, Hyperparameters, OptimSettings, resolve_hyperparameters
+from nanochat_pl.optim.settings import Hyperparameters, OptimSettings, adamw_rules, resolve_hyperparameters
 from nanochat_pl.planning.horizon import HorizonSettings
 from nanochat_pl.planning.plan import Plan
 from nanochat_pl.planning.rows import RowOptions, plan_rows_in_memory, plan_validation
@@ -64,7 +65,7 @@ def make_plan(
     _plan_length(plan, horizon)
     plan_rows_in_memory(plan, config, options)
     plan.section = OPTIMIZER
-    _plan_scales(plan)
+    _plan_scales(plan, optim)
     hyper = resolve_hyperparameters(
         optim,
         width=config.width,
@@ -72,7 +73,7 @@ def make_plan(
         batch_lr_scale=plan["batch_lr_scale"],
         weight_decay_scale=plan["weight_decay_scale"],
     )
-    _plan_optimizer(plan, optim, hyper)
+    _plan_optimizer(plan, config, optim, hyper)
     _plan_schedule(plan, schedule)
     plan.section = VALIDATION
     plan_validation(plan, options)
@@ -126,7 +127,7 @@ def make_finetune_plan(
     hyper = resolve_hyperparameters(
         optim, width=config.width, compute_dtype=config.compute_dtype, parent=parent, parent_name=parent_name
     )
-    _plan_optimizer(plan, optim, hyper)
+    _plan_optimizer(plan, config, optim, hyper)
     _plan_schedule(plan, schedule)
     plan.section = VALIDATION
     plan_validation(plan, options)
@@ -139,7 +140,8 @@ def hyperparameters(plan: Plan, optim: OptimSettings, compute_dtype: str) -> Hyp
         **plan.to_inherit(),
         width=plan["width"],
         compute_dtype=compute_dtype,
-        matrix_optimizer=optim.matrix_optimizer,
+        adamw=adamw_rules(optim),
+        muon=optim.muon,
         compile=optim.compile,
         sources={name: plan.values[name].overridden_by or "recipe" for name in RECIPE},
     )
@@ -178,12 +180,15 @@ def _plan_model(plan: Plan, config: GPTConfig, settings: ModelSettings | None = 
 def _plan_horizon(
     plan: Plan, config: GPTConfig, reference: GPTConfig, horizon: HorizonSettings, tokens_at_hand: int | None
 ) -> None:
-    formula = "parameters_transformer_matrices + parameters_lm_head"
-    scaling = _scaling_parameters(config)
-    plan.derive("scaling_parameters", scaling, formula, ("parameters_transformer_matrices", "parameters_lm_head"))
+    counted: tuple[str, ...] = ("parameters_transformer_matrices", "parameters_lm_head")
+    if horizon.counted_parameters == "all":
+        counted = ("parameters_total",)
+    scaling = sum(plan[each] for each in counted)
+    plan.derive("scaling_parameters", scaling, " + ".join(counted), counted)
+    of_reference = count_parameters(reference)
     plan.derive(
         "reference_scaling_parameters",
-        _scaling_parameters(reference),
+        sum(of_reference[each.removeprefix("parameters_")] for each in counted),
         f"scaling_parameters of a model of depth {REFERENCE_DEPTH} with this vocabulary",
     )
     given = _given("tokens_per_parameter", horizon.tokens_per_parameter)
@@ -213,11 +218,6 @@ def _plan_horizon(
         formula += f"; at least {MIN_STEPS_PER_EPOCH} steps an epoch"
         needed = (*needed, "tokens_at_hand")
     _plan_batch(plan, wanted, formula, needed, _given("total_batch_tokens", horizon.total_batch_tokens))
-
-
-def _scaling_parameters(config: GPTConfig) -> int:
-    parameters = count_parameters(config)
-    return parameters["transformer_matrices"] + parameters["lm_head"]
 
 
 def _plan_batch(plan: Plan, wanted: int, formula: str, inputs: tuple[str, ...], given: tuple[str, float | None]) -> int:
@@ -262,7 +262,11 @@ def _plan_totals(plan: Plan) -> None:
     plan.derive("total_flops", plan["flops_per_token"] * tokens, " * ".join(inputs), inputs)
 
 
-def _plan_scales(plan: Plan) -> None:
+def _plan_scales(plan: Plan, optim: OptimSettings) -> None:
+    if not optim.scale_by_batch:
+        for name in ("batch_lr_scale", "weight_decay_scale"):
+            plan.derive(name, 1.0, "1: optim.scale_by_batch=false")
+        return
     scale = math.sqrt(plan["total_batch_tokens"] / REFERENCE_BATCH_TOKENS)
     formula = f"sqrt(total_batch_tokens / {REFERENCE_BATCH_TOKENS})"
     plan.derive("batch_lr_scale", scale, formula, ("total_batch_tokens",))
@@ -274,22 +278,57 @@ def _plan_scales(plan: Plan) -> None:
     )
 
 
-def _plan_optimizer(plan: Plan, optim: OptimSettings, hyper: Hyperparameters) -> None:
-    """Hyperparameters, then the learning rate of every group, both before the schedules."""
+def _plan_optimizer(plan: Plan, config: GPTConfig, optim: OptimSettings, hyper: Hyperparameters) -> None:
+    """Hyperparameters, then the learning rate of every group, both before the schedules; the rest of the groups."""
+    absent = _roles_not_in(config)
     for name, recipe_value in RECIPE.items():
-        scale = _scale_of(name, plan)
-        by_formula = recipe_value * plan[scale] if scale else recipe_value
-        formula = f"{recipe_value} * {scale}" if scale else f"{recipe_value}, the recipe's"
+        scale, reference = _scale_of(name, plan), getattr(optim.reference, name)
+        by_formula = reference * plan[scale] if scale else reference
+        whose = "the recipe's" if reference == recipe_value else f"optim.reference.{name}"
+        formula = f"{reference} * {scale}" if scale else f"{reference}, {whose}"
         source, value = hyper.sources[name], getattr(hyper, name)
         given = None if source == "recipe" else (f"optim.{name}={value}" if source == "given" else source, value)
         plan.derive(name, by_formula, formula, (scale,) if scale else (), given)
     plan.derive("width_lr_scale", hyper.width_lr_scale, "(width / 768) ** -0.5", ("width",))
-    for role, rule in ADAMW_RULES.items():
+    for role, rule in hyper.adamw.items():
+        if role in absent:
+            continue
         factors = [rule.hyperparameter, *([f"{rule.factor}"] if rule.factor != 1 else [])]
         inputs = (rule.hyperparameter, *(("width_lr_scale",) if rule.by_width else ()))
         formula = " * ".join([*factors, *inputs[1:]])
         plan.derive(f"lr_{role}", learning_rate(role, hyper), formula, inputs)
     plan.derive("lr_matrix", hyper.matrix_lr, "matrix_lr", ("matrix_lr",))
+    for role, rule in hyper.adamw.items():
+        if role not in absent:
+            values = [*rule.betas, rule.eps, rule.weight_decay]
+            plan.derive(f"adamw_{role}", values, f"betas, eps and weight decay: optim.adamw.{role}")
+    plan.derive("muon", _muon_in_words(optim), "optim.muon")
+    norm = optim.max_grad_norm
+    plan.derive("max_grad_norm", "none" if norm is None else norm, "optim.max_grad_norm")
+
+
+def _roles_not_in(config: GPTConfig) -> set[str]:
+    """Roles of AdamW that no parameter of this model has."""
+    there = {
+        "value_embedding": bool(config.value_embedding_layers),
+        "resid_lambda": config.residual_lambdas,
+        "x0_lambda": config.residual_lambdas,
+        "smear": config.smear_channels > 0 or config.backout,
+    }
+    return {role for role in ADAMW_RULES if not there.get(role, True)}
+
+
+def _muon_in_words(optim: OptimSettings) -> str:
+    muon = optim.muon
+    norm = f"norm x {muon.frobenius_factor:g}"
+    parts = [
+        *(["equilibrated rows"] if muon.equilibrate_rows else []),
+        f"{muon.orthogonalization} ({norm}, {muon.dtype})",
+        *(["renormalized"] if muon.renormalize else []),
+        *([f"variance reduction {muon.beta2:g}"] if muon.variance_reduction else []),
+        f"{muon.decay} decay",
+    ]
+    return ", ".join(parts)
 
 
 def _scale_of(hyperparameter: str, plan: Plan) -> str | None:
@@ -300,6 +339,14 @@ def _scale_of(hyperparameter: str, plan: Plan) -> str | None:
 
 def _plan_schedule(plan: Plan, schedule: ScheduleSettings | None) -> None:
     if schedule is not None:
-        plan.derive("warmup_steps", schedule.warmup_steps, "schedule.warmup_steps")
+        by_ratio = schedule.warmup_ratio is not None
+        formula = (
+            f"round(schedule.warmup_ratio {schedule.warmup_ratio:g} * num_steps)"
+            if by_ratio
+            else "schedule.warmup_steps"
+        )
+        plan.derive(
+            "warmup_steps", schedule.warmup_length(plan["num_steps"]), formula, ("num_steps",) if by_ratio else ()
+        )
         formula = f"round(schedule.warmdown_ratio {schedule.warmdown_ratio:g} * num_steps)"
         plan.derive("warmdown_steps", schedule.warmdown_steps(plan["num_steps"]), formula, ("num_steps",))

@@ -26,6 +26,7 @@ class RowOptions:
         knobs: what trades time for memory.
         num_devices: data parallel: each takes its share of the rows of a step.
         device_batch_size, validation_rows: the user's, or null for the plan's.
+        validation_tokens: the user's, in place of ``validation_rows``.
         evaluate_every_steps: steps between validations; 0: one, at the end.
     """
 
@@ -34,6 +35,7 @@ class RowOptions:
     num_devices: int = 1
     device_batch_size: int | None = None
     validation_rows: int | None = None
+    validation_tokens: int | None = None
     evaluate_every_steps: int = 250
 
 
@@ -104,5 +106,17 @@ def plan_validation(plan: Plan, options: RowOptions) -> None:
         f"all validations take {VALIDATION_SHARE:.0%} of the training FLOPs; at least {MIN_VALIDATION_ROWS} rows,"
         f" at most {MAX_VALIDATION_TOKENS:,} tokens",
         ("num_steps", "rows_per_step", "evaluate_every_steps", "sequence_len"),
-        (f"evaluation.num_rows={options.validation_rows}", options.validation_rows),
+        _given_validation(plan, options),
     )
+
+
+def _given_validation(plan: Plan, options: RowOptions) -> tuple[str, int | None]:
+    """What the user set: rows, or tokens in whole batches of all devices, as the recipe counts them."""
+    if (tokens := options.validation_tokens) is None:
+        return f"evaluation.num_rows={options.validation_rows}", options.validation_rows
+    batch = plan["device_batch_size"] * options.num_devices
+    num_batches = max(1, tokens // (batch * plan["sequence_len"]))
+    how = (
+        f"evaluation.num_tokens={tokens}: num_tokens // (device_batch_size * sequence_len * num_devices) whole batches"
+    )
+    return how, num_batches * batch

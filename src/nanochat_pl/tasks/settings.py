@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.settings import setting
@@ -77,6 +77,11 @@ class MixtureSettings:
         "A curriculum: these tasks one after the other, each in a seeded order; null: all of them evenly mixed.",
     )
     seed: int = setting(0, "Seed of the order of the training conversations.", at_least=0)
+    packing: Literal["pad", "pad_one", "stream"] = setting(
+        "pad",
+        "How conversations become rows. pad: whole ones, as many as fit best, the rest padding; pad_one: one to a row; "
+        "stream: end to end, cut into rows anywhere.",
+    )
 
     def __post_init__(self) -> None:
         chosen = self.tasks.chosen()

@@ -84,7 +84,7 @@ def refuse_unasked(config: TrainConfig, plan: Plan, target: Target, at_hand: int
     seconds = None
     if target.device.type == "cpu":
         seconds = estimate_cpu_seconds(plan["total_flops"], os.cpu_count() or 1)
-    check_horizon(plan, at_hand, seconds, crops=config.data.long_documents == "crop")
+    check_horizon(plan, at_hand, seconds, crops=config.data.packing_mode == "crop")
 
 
 def would_refuse(config: TrainConfig, plan: Plan, target: Target, at_hand: int | None) -> UserError | None:

@@ -204,8 +204,10 @@ class PeriodicEvaluation(Callback):
         samples_every_steps: int,
         clock: StepClock,
         check_stop: Callable[[], None],
+        at_start: bool = False,
     ) -> None:
         self.validation, self.samples, self.clock, self.check_stop = validation, samples, clock, check_stop
+        self.at_start = at_start
         self.every_steps, self.samples_every_steps = every_steps, samples_every_steps
         self._measured = 0
 
@@ -218,9 +220,12 @@ class PeriodicEvaluation(Callback):
         self._measured = state_dict["measured"]
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Make up for what a stop kept from being measured after the step of the resume file."""
+        """Measure the first weights; later, what a stop kept from being measured after the resume file's step."""
         if trainer.global_step > 0:
             self._measure(trainer, pl_module)
+        elif self.at_start and self.validation is not None:
+            with self.clock.paused():
+                log_everywhere(trainer, self.validation.measure(pl_module.net, self.check_stop))
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """After a step."""

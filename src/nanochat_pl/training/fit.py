@@ -38,7 +38,8 @@ from nanochat_pl.training.tensorboard import rewind_events
 class Fitting:
     """All that one fit needs besides the stage and its data.
 
-    ``mixed`` are the rows where they have several sources, ``resume_from`` is the file to go on from.
+    ``mixed`` are the rows where they have several sources, ``resume_from`` is the file to go on from;
+    ``validate_at_start``: whether the first weights are measured too.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Fitting:
     callbacks: Sequence[Callback] = ()
     resume_from: Path | None = None
     resume_with_changes: bool = False
+    validate_at_start: bool = False
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,7 @@ def fit(stage: TrainingStage, data: RowsDataModule, fitting: Fitting) -> Fitted:
         fitting.evaluation.samples_every_steps,
         clock,
         stop.check,
+        fitting.validate_at_start,
     )
     benchmarks = PeriodicBenchmarks(fitting.benchmarks, clock, stop, resume_files.save)
     garbage = GarbageCollection(clock)

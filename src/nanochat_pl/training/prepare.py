@@ -180,7 +180,7 @@ def _rows_of(part: _Part, tokenizer: Tokenizer, cache: Path, sequence_len: int, 
     settings = part.settings
     packing: dict[str, Any] = {
         "sequence_len": sequence_len,
-        "mode": settings.long_documents,
+        "mode": settings.packing_mode,
         "num_rows": num_rows,
         "buffer_documents": settings.pack_buffer_documents,
         "refill_documents": settings.pack_refill_documents,

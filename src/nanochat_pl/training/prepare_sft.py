@@ -67,13 +67,12 @@ def prepare_sft(
         packed_rows,
         sequence_len=model.sequence_len,
         bos_id=tokenizer.bos_id,
-        mode="pad",
         cache_dir=cache,
         buffer_documents=PADDED_BUFFER,
         refill_documents=1,
     )
     shuffle: Shuffle = "none" if mixture.in_sequence else "global"
-    train_rows = partial(padded, train_cache, seed=config.seed, shuffle=shuffle)
+    train_rows = partial(padded, train_cache, mode=config.mixture.packing, seed=config.seed, shuffle=shuffle)
     rows = rows_of_epochs(train_rows, config.stage.num_epochs)
     plan = make_finetune_plan(
         model,
@@ -93,7 +92,7 @@ def prepare_sft(
         rows = train_rows(num_rows=num_rows, epochs=num_rows)  # an epoch has a row at least
     if mixture.in_sequence:
         _announce_sequence(mixture, rows)
-    fixed = padded(test_cache, seed=VALIDATION_SEED, epochs=1)
+    fixed = padded(test_cache, mode="pad", seed=VALIDATION_SEED, epochs=1)
     _announce_rows(mixture, train_cache, rows)
     weights_hash = sha256_of_file(parent.bundle / MODEL)
     return Prepared(

@@ -128,6 +128,7 @@ def _train(
         distributed.rank(),
         distributed.world_size(),
     )
+    at_start = config.evaluation.at_start
     samples = Samples(folder.path / "samples.jsonl", config.evaluation.sample_prompts, config.evaluation.sample_tokens)
     fitting = Fitting(
         name=config.stage.name,
@@ -145,6 +146,7 @@ def _train(
         callbacks=callbacks,
         resume_from=resume_from,
         resume_with_changes=config.resume_with_changes,
+        validate_at_start=config.stage.name == "base" if at_start is None else at_start,
     )
     fitted = fit(stage, data, fitting)
     _finish(config, folder, prepared, stage, fitted, samples, benchmarks)

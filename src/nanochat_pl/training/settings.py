@@ -19,7 +19,7 @@ from nanochat_pl.model.config import ModelSettings
 from nanochat_pl.optim.schedules import ScheduleSettings
 from nanochat_pl.optim.settings import OptimSettings
 from nanochat_pl.planning.devices import Device
-from nanochat_pl.planning.horizon import HorizonSettings
+from nanochat_pl.planning.horizon import MAX_BATCH_TOKENS, HorizonSettings
 from nanochat_pl.planning.memory import MemoryKnobs
 from nanochat_pl.planning.rows import RowOptions
 from nanochat_pl.tasks.settings import MixtureSettings, MixtureTasks
@@ -48,6 +48,10 @@ class StageSettings:
         None, "The stage whose result this one starts from; null, of sft: mid where that is finished, else base."
     )
     num_epochs: float = setting(1.0, "Passes over the conversations, where max_steps is not given.", above=0)
+    loss_mask: Literal["assistant", "all"] | None = setting(
+        None,
+        "What of a conversation is learnt: the assistant's part, or every token; null: all in mid, else assistant.",
+    )
     warm_start: bool = setting(True, "Start from the parent's optimizer moments (with fresh learning rates).")
 
     def __post_init__(self) -> None:
@@ -64,7 +68,8 @@ class StageSettings:
     @property
     def trained(self) -> Trained:
         """What of a conversation is learnt."""
-        return "all" if self.name == "mid" else "answers"
+        mask = self.loss_mask or ("all" if self.name == "mid" else "assistant")
+        return "all" if mask == "all" else "answers"
 
 
 @dataclass(frozen=True)
@@ -154,6 +159,14 @@ class EvaluationSettings:
 
     every_steps: int = setting(250, "Steps between two validations (bits per byte); 0: only at the end.", at_least=0)
     num_rows: int | None = setting(None, "Validation rows; null: as the plan says.", at_least=1)
+    num_tokens: int | None = setting(
+        None,
+        "Validation tokens, in place of num_rows: so many batches as num_tokens // (device_batch_size * sequence_len"
+        " * processes).",
+        at_least=1,
+        at_most=MAX_BATCH_TOKENS,
+    )
+    at_start: bool | None = setting(None, "Validate before the first step too; null: base does, other stages do not.")
     samples_every_steps: int = setting(2000, "Steps between two sets of samples; 0: only at the end.", at_least=0)
     sample_prompts: list[str] = setting(
         factory=lambda: list(DEFAULT_PROMPTS), doc="What the samples continue.", max_length=100
@@ -177,6 +190,12 @@ class EvaluationSettings:
     )
     chat_max_tokens: int = setting(256, "Most tokens of a written answer.", at_least=1, at_most=4096)
     sandbox: SandboxSettings = setting(factory=SandboxSettings, doc="Where code that a model wrote is run.")
+
+    def __post_init__(self) -> None:
+        if self.num_rows is not None and self.num_tokens is not None:
+            raise UserError(
+                f"num_tokens={self.num_tokens}: num_rows={self.num_rows} says how much already; set one of them only."
+            )
 
 
 @dataclass(frozen=True)
@@ -255,5 +274,6 @@ def row_options(config: TrainConfig, device: Device, num_devices: int = 1, compi
         num_devices=num_devices,
         device_batch_size=None if config.device_batch_size == "auto" else config.device_batch_size,
         validation_rows=config.evaluation.num_rows,
+        validation_tokens=config.evaluation.num_tokens,
         evaluate_every_steps=config.evaluation.every_steps,
     )
