@@ -64,3 +64,20 @@ def test_museum_4_the_values_are_a_pure_function_of_the_step() -> None:
 def test_a_constant_weight_decay() -> None:
     settings = ScheduleSettings(weight_decay="constant")
     assert {schedule_values(settings, step, 10).weight_decay_multiplier for step in range(10)} == {1.0}
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 20, 30, 100])
+def test_a_warmup_longer_than_the_run_leaves_room_for_the_warmdown(num_steps: int) -> None:
+    """Thirty steps ended at 0.75 of the learning rate, on their way up."""
+    fitted = ScheduleSettings().fitted(num_steps)
+    multipliers = [schedule_values(fitted, step, num_steps).lr_multiplier for step in range(num_steps)]
+    peak = multipliers.index(max(multipliers))
+    assert multipliers[peak:] == sorted(multipliers[peak:], reverse=True)
+    if num_steps >= 20:
+        assert max(multipliers) == 1.0 and multipliers[-1] < 0.2
+
+
+def test_a_warmup_that_has_room_stays_as_it_is() -> None:
+    settings = ScheduleSettings()
+    assert settings.fitted(115) is settings and settings.fitted(10_000) is settings
+    assert ScheduleSettings(warmup_ratio=0.5, warmdown_ratio=0.5).fitted(64).warmup_ratio == 0.5

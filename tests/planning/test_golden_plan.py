@@ -128,3 +128,10 @@ def test_golden_plans_of_older_recipes(golden: Path, era: str, experiment: str) 
 
 def _given(value: int | None) -> int | None:
     return None if value in (None, -1) else value
+
+
+@pytest.mark.parametrize(("depth", "logarithm"), [(31, 20), (32, 21), (55, 21), (59, 22)])
+def test_depths_at_which_another_exponent_of_the_batch_shows(depth: int, logarithm: int) -> None:
+    """At those of the golden table, 0.4 in place of 0.383 rounds to the same powers of two."""
+    plan = make_plan(ModelSettings(depth=depth), HorizonSettings(), OptimSettings(), vocab_size=2**15)
+    assert plan["total_batch_tokens"] == 2**logarithm

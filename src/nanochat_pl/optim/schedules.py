@@ -6,7 +6,7 @@ Sources: golden/plan.json, golden/era_*/schedules.json.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from nanochat_pl.common.settings import setting
@@ -42,6 +42,13 @@ class ScheduleSettings:
     def warmup_length(self, num_steps: int) -> int:
         """Optimizer steps of the warm-up, the first ones of ``num_steps``."""
         return self.warmup_steps if self.warmup_ratio is None else round(self.warmup_ratio * num_steps)
+
+    def fitted(self, num_steps: int) -> ScheduleSettings:
+        """The same with a warm-up that leaves room for the warmdown; that of a very short run would not end in it."""
+        room = max(0, num_steps - self.warmdown_steps(num_steps))
+        if self.warmup_length(num_steps) <= room:
+            return self
+        return replace(self, warmup_steps=room, warmup_ratio=None)
 
     def warmdown_steps(self, num_steps: int) -> int:
         """Optimizer steps of the warmdown, the last ones of ``num_steps``."""

@@ -345,8 +345,14 @@ def _plan_schedule(plan: Plan, schedule: ScheduleSettings | None) -> None:
             if by_ratio
             else "schedule.warmup_steps"
         )
+        steps, fitted = plan["num_steps"], schedule.fitted(plan["num_steps"])
+        shortened = ("shortened, so that the warmdown has room", fitted.warmup_length(steps))
         plan.derive(
-            "warmup_steps", schedule.warmup_length(plan["num_steps"]), formula, ("num_steps",) if by_ratio else ()
+            "warmup_steps",
+            schedule.warmup_length(steps),
+            formula,
+            ("num_steps",) if by_ratio else (),
+            None if fitted is schedule else shortened,
         )
         formula = f"round(schedule.warmdown_ratio {schedule.warmdown_ratio:g} * num_steps)"
         plan.derive("warmdown_steps", schedule.warmdown_steps(plan["num_steps"]), formula, ("num_steps",))

@@ -11,6 +11,7 @@ from nanochat_pl.planning.plan import Plan
 
 VALIDATION_SHARE = 0.01  # of the training time
 MIN_VALIDATION_ROWS = 32
+MAX_SHARE_OF_SHORT_RUN = 0.25  # rows of all its validations, of those that it trains on
 MAX_VALIDATION_TOKENS = 80 * 2**19
 
 # Tokens of a micro-batch where more are no faster; on a GPU memory alone decides.
@@ -99,12 +100,15 @@ def plan_validation(plan: Plan, options: RowOptions) -> None:
     plan.derive("evaluate_every_steps", every, "evaluation.every_steps; one more at the end")
     num_evaluations = 1 + ((num_steps - 1) // every if every else 0)
     # A forward pass is a third of a training step.
-    rows = int(3 * VALIDATION_SHARE * num_steps * plan["rows_per_step"] / num_evaluations)
+    trained = num_steps * plan["rows_per_step"]
+    rows = int(3 * VALIDATION_SHARE * trained / num_evaluations)
+    # A short run does not validate for longer than it trains, whatever set its length.
+    least = min(MIN_VALIDATION_ROWS, max(2, int(MAX_SHARE_OF_SHORT_RUN * trained / num_evaluations)))
     plan.derive(
         "validation_rows",
-        max(1, min(max(rows, MIN_VALIDATION_ROWS), MAX_VALIDATION_TOKENS // row)),
-        f"all validations take {VALIDATION_SHARE:.0%} of the training FLOPs; at least {MIN_VALIDATION_ROWS} rows,"
-        f" at most {MAX_VALIDATION_TOKENS:,} tokens",
+        max(1, min(max(rows, least), MAX_VALIDATION_TOKENS // row)),
+        f"all validations take {VALIDATION_SHARE:.0%} of the training FLOPs; at least {MIN_VALIDATION_ROWS} rows, of a"
+        f" short run {MAX_SHARE_OF_SHORT_RUN:.0%} of those trained on, at most {MAX_VALIDATION_TOKENS:,} tokens",
         ("num_steps", "rows_per_step", "evaluate_every_steps", "sequence_len"),
         _given_validation(plan, options),
     )

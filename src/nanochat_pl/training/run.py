@@ -89,6 +89,7 @@ def train_stage(
     smaller = "Set device_batch_size to what fits into the memory of all machines."
     together.require_same(rows, lambda mains: f"has memory for {rows} rows at once, the main one for {mains}.", smaller)
     on_plan(prepared.plan)
+    _say_shortened_warmup(config, prepared.plan)
     together.agreed(lambda: _require_short_prompts(config, prepared))
     together.by_main(lambda: write_json(folder.path / "plan.json", prepared.plan.to_plain()))
     hub = config.paths.hub_folder
@@ -99,6 +100,13 @@ def train_stage(
     )
     started = together.agreed(lambda: guard_loggers(loggers))
     _train(config, folder, machine, prepared, resume_from, started, callbacks, benchmarks)
+
+
+def _say_shortened_warmup(config: TrainConfig, plan: Plan) -> None:
+    steps = plan["num_steps"]
+    asked, made = (each.warmup_length(steps) for each in (config.schedule, config.schedule.fitted(steps)))
+    if made < asked:
+        say(f"Warm-up: {made:,} steps in place of {asked:,}, so that the warmdown of these {steps:,} steps has room.")
 
 
 def _refuse_hours(config: TrainConfig) -> None:
@@ -169,7 +177,7 @@ def _make_stage(config: TrainConfig, machine: Machine, prepared: Prepared) -> Tr
     recipe = StageRecipe(
         model=dataclasses.replace(prepared.model, compute_dtype=machine.compute_dtype),
         hyperparameters=hyperparameters(plan, config.optim, machine.compute_dtype),
-        schedule=config.schedule,
+        schedule=config.schedule.fitted(plan["num_steps"]),
         num_steps=plan["num_steps"],
         device_batch_size=plan["device_batch_size"],
         seed=config.seed,
