@@ -166,7 +166,7 @@ def on_cpu(tensors: Iterator[torch.nn.Parameter]) -> list[Tensor]:
 
 def distance(found: list[Tensor], expected: list[Tensor]) -> float:
     """Relative L2 distance of two lists of tensors."""
-    a, b = (torch.cat([tensor.double().cpu().flatten() for tensor in tensors]) for tensors in (found, expected))
+    a, b = (torch.cat([tensor.cpu().double().flatten() for tensor in tensors]) for tensors in (found, expected))
     return float((a - b).norm() / b.norm())
 
 
