@@ -67,9 +67,9 @@ def orthogonalize(matrices: Tensor, muon: MuonSettings, dtype: torch.dtype = tor
         row_norms = matrices.norm(dim=-1, keepdim=True)
         to_mean = row_norms.clamp_min(SMALL)
         to_mean = to_mean.mean(dim=-2, keepdim=True) / to_mean
-        frobenius = (row_norms * to_mean).norm(dim=-2, keepdim=True)
+        frobenius = torch.linalg.vector_norm(row_norms * to_mean, dim=-2, keepdim=True)
         x = (matrices * (to_mean / (muon.frobenius_factor * frobenius + muon.frobenius_eps))).to(dtype)
     else:
         x = matrices.to(dtype)
-        x = x / (x.norm(dim=(-2, -1), keepdim=True) * muon.frobenius_factor + muon.frobenius_eps)
+        x = x / (torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True) * muon.frobenius_factor + muon.frobenius_eps)
     return odd_quintics(x, ITERATIONS[muon.orthogonalization], muon.round_terms)

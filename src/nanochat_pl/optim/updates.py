@@ -120,4 +120,4 @@ def line_factors(x: Tensor, second_moment: Tensor, beta2: Scalar, muon: MuonSett
 
 def _norm_over_lines(line_norms: Tensor) -> Tensor:
     """Frobenius norms of a stack from its line norms: (K, M, 1) or (K, 1, N) → (K, 1, 1)."""
-    return line_norms.norm(dim=(-2, -1), keepdim=True)
+    return torch.linalg.vector_norm(line_norms, dim=(-2, -1), keepdim=True)
