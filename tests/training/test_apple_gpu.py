@@ -50,10 +50,17 @@ def test_a_stage_trains_validates_and_answers(place: Path, monkeypatch: pytest.M
         assert [float(x or 0) for x in our_row] == pytest.approx([float(x or 0) for x in their_row], rel=1e-4)
 
 
-def test_fine_tuning_too(place: Path) -> None:
+def test_fine_tuning_evaluation_and_chat_too(place: Path) -> None:
     start_run(place, "apple-sft", "sft")
     with apple_gpu():
         assert main(["train", "run=apple-sft", *on_apple(sft_overrides(place))]) == 0
+        paths = [f"paths.{name}={place / name}" for name in ("runs", "cache")]
+        asked = ["suites=[bpb,chat,samples]", "limit=1", "max_tokens=4", "num_rows=2", "num_samples=2", "temperature=1"]
+        assert main(["evaluate", "run=apple-sft", "accelerator=mps", *asked, *paths]) == 0
+        prompt = "prompt=What is 1 + 2?"
+        assert (
+            main(["chat", "run=apple-sft", "accelerator=gpu", "max_tokens=4", "temperature=0.5", prompt, *paths]) == 0
+        )
 
 
 def test_choices_of_a_mac() -> None:
