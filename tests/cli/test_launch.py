@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -58,3 +59,21 @@ def test_under_a_launcher_nothing_is_started(monkeypatch: pytest.MonkeyPatch) ->
         processes_to_start("auto", 4)
     with pytest.raises(UserError, match="num_nodes=3: the launcher has started processes on 2 machines"):
         processes_to_start("auto", 8, 3)
+
+
+def test_a_launcher_that_started_one_process_is_a_launcher_too(
+    eight_gpus: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``torchrun --nproc-per-node 1``, or one task of ``srun``, on a machine with eight GPUs: eight more processes."""
+    for variable in ("TORCHELASTIC_RUN_ID", "SLURM_STEP_NUM_TASKS"):
+        with monkeypatch.context() as patched:
+            patched.setenv(variable, "8")
+            assert processes_to_start("auto", "auto") == 1
+
+
+def test_a_process_that_failed_in_its_stop_gives_the_exit_code(tmp_path: Path) -> None:
+    for rank, code in enumerate((138, 2, 138)):
+        (tmp_path / str(rank)).write_text(str(code), encoding="utf-8")
+    assert launch._failed_stop(tmp_path) == 2
+    (tmp_path / "1").write_text("138", encoding="utf-8")
+    assert launch._failed_stop(tmp_path) == 0

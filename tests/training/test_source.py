@@ -116,3 +116,27 @@ def test_the_disk_has_room_for_the_tokens_that_are_not_there_yet(
     monkeypatch.setattr(cache_room, "free_bytes", lambda path: 2**29)
     with pytest.raises(UserError, match=r"take about 1\.00 GiB more, the disk has 0\.50 GiB(.|\n)*paths\.cache=…"):
         require_cache_room(cache, 2**30)
+
+
+def test_a_stage_after_base_takes_what_auto_came_to_there(tmp_path: Path) -> None:
+    """Typed for a whole pipeline, data=auto trained base for hours and was then refused by sft: auto is not the name of
+    what the bundle was trained on."""
+    from nanochat_pl.bundle import StageInfo
+    from nanochat_pl.bundle.bundle import save_stage_info
+    from nanochat_pl.cli.train import compose_train
+    from nanochat_pl.common.run_folder import StageFolder
+    from nanochat_pl.common.settings import to_plain
+    from nanochat_pl.data.auto import with_choice, write_choice
+    from nanochat_pl.training.inherit import inherited
+
+    config = compose_train(["stage=sft", "stage.parent=base", "data=auto", "data.download=false"]).config
+    folder = StageFolder(tmp_path, "one", "sft", "one")
+    base = folder.parent("base")
+    for choice in ("docs", "web"):
+        data = with_choice(config.data, choice)
+        base.bundle.mkdir(parents=True, exist_ok=True)
+        write_choice(base.chosen_source, data)
+        settings = {"data": to_plain(data), "model": to_plain(config.model), "tokenizer": to_plain(config.tokenizer)}
+        save_stage_info(base.bundle, StageInfo(stage="base", settings=settings))
+        (base.path / "finished.json").write_text("{}", encoding="utf-8")
+        assert inherited(config, folder, {"data.name", "data.download"}).data == data

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from types import FrameType
 
 # Set for children: they end when their standard input does, that is, when their parent is gone; and they leave the
@@ -14,6 +16,8 @@ from types import FrameType
 FOLLOW_PARENT = "NANOCHAT_PL_FOLLOW_PARENT"
 # Its value for processes that a child of ours has launched: the launcher tells them to stop.
 LAUNCHED = "launched"
+# Names a folder in which launched processes note their exit codes: after a signal torch's launcher forgets them.
+EXIT_CODES = "NANOCHAT_PL_EXIT_CODES"
 PASSED_ON = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name))
 
 
@@ -53,6 +57,14 @@ def run_child(arguments: Sequence[str]) -> int:
     if pending and code == 0:  # it was about to end anyway; what would follow must not begin
         return 128 + pending[0]
     return code if code >= 0 else 128 - code
+
+
+def note_exit(code: int) -> int:
+    """Tell a launcher of ours with what this process ends; gives it back."""
+    if folder := os.environ.get(EXIT_CODES):
+        with contextlib.suppress(OSError):
+            (Path(folder) / os.environ.get("RANK", "0")).write_text(str(code), encoding="utf-8")
+    return code
 
 
 def follows_stdin() -> bool:

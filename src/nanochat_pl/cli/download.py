@@ -142,10 +142,10 @@ def _fetch_data(config: DownloadConfig) -> int:
             "data=mixture: is not fetched as one: say which of its sources, data=climbmix or data=hub data.repo=…",
             "With data.download=true a training fetches what it needs of all of them.",
         )
-    if not config.data.is_on_hub:
-        raise UserError(f"data={config.data.name}: is on this machine; there is nothing to download.")
-    cache = cache_folder(config.paths)
     data = with_choice(config.data, "web")
+    if not data.is_on_hub:
+        raise UserError(f"data={data.name}: is on this machine; there is nothing to download.")
+    cache = cache_folder(config.paths)
     source = HubFiles(data, cache, ask_hub=True, refresh=config.refresh, with_json=True)
     num_shards = config.num_shards or data.num_shards or _all_shards(source)
     fetched = source.fetch(num_shards, config.parallel)

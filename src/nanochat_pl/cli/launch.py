@@ -11,11 +11,13 @@ import logging
 import os
 import signal
 import sys
+import tempfile
 import uuid
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
-from nanochat_pl.cli.child import FOLLOW_PARENT, LAUNCHED, is_child
+from nanochat_pl.cli.child import EXIT_CODES, FOLLOW_PARENT, LAUNCHED, is_child
 from nanochat_pl.common.console import say
 from nanochat_pl.common.constants import STOP_SIGNALS
 from nanochat_pl.common.errors import UserError
@@ -39,7 +41,7 @@ def processes_to_start(accelerator: str, devices: int | Literal["auto"], num_nod
         UserError: there are not so many devices; a launcher has started another number; several machines without one.
     """
     place = launched_place()
-    if place.world_size > 1:
+    if place.world_size > 1 or _is_launched():
         _require_as_launched(devices, num_nodes, prefix)
         return 1
     if num_nodes > 1:
@@ -50,11 +52,17 @@ def processes_to_start(accelerator: str, devices: int | Literal["auto"], num_nod
             f" --nproc-per-node {each} -m nanochat_pl.cli.main train …; or, with Slurm:"
             f" sbatch --nodes {num_nodes} docs/nanochat.sbatch train …",
         )
-    device = choose_device(accelerator)
+    device = choose_device(accelerator, f"{prefix}accelerator")
     wanted, there = (num_devices(each, device, f"{prefix}devices") for each in (devices, "auto"))
     if wanted < there:
         say(f"{prefix}devices={wanted}: {there - wanted} of the machine's {there} GPUs stay idle.")
     return wanted
+
+
+def _is_launched() -> bool:
+    """Whether torchrun or Slurm has started this process, alone or as one of several that do not know each other."""
+    steps = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
+    return "TORCHELASTIC_RUN_ID" in os.environ or {"RANK", "WORLD_SIZE"} <= {*os.environ} or steps != "1"
 
 
 def _require_as_launched(devices: int | Literal["auto"], num_nodes: int, prefix: str) -> None:
@@ -85,29 +93,37 @@ def launch(arguments: Sequence[str], num_processes: int) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import elastic_launch
 
+    def stop(number: int, frame: Any) -> None:
+        raise SignalException(f"signal {number}", sigval=signal.Signals(number))
+
     previous = {signum: signal.getsignal(signum) for signum in STOP_SIGNALS}
     before = dict(os.environ)
-    os.environ |= _environment(num_processes)
     # Each process says what is wrong with it; the launcher's log would repeat it.
     logging.disable(logging.CRITICAL)
-    try:
-        sys.stdout.flush()
-        elastic_launch(_config(num_processes), sys.executable)("-m", "nanochat_pl.cli.main", *arguments)
-    except SignalException as stop:
-        return 128 + int(stop.sigval)
-    except ChildFailedError as error:
-        return _exit_code(error)
-    finally:
-        logging.disable(logging.NOTSET)
-        os.environ.clear()
-        os.environ |= before
-        for signum, handler in previous.items():
-            signal.signal(signum, handler)
+    with tempfile.TemporaryDirectory() as codes:
+        try:
+            os.environ |= _environment(num_processes) | {EXIT_CODES: codes}
+            config = _config(num_processes)
+            for signum in _heeded():  # an older launcher does not know all of them
+                signal.signal(signum, stop)
+            sys.stdout.flush()
+            elastic_launch(config, sys.executable)("-m", "nanochat_pl.cli.main", *arguments)
+        except SignalException as stopped:
+            return _failed_stop(Path(codes)) or 128 + int(stopped.sigval)
+        except ChildFailedError as error:
+            return _exit_code(error)
+        finally:
+            logging.disable(logging.NOTSET)
+            os.environ.clear()
+            os.environ |= before
+            for signum, handler in previous.items():
+                signal.signal(signum, handler)
     return 0
 
 
 def _environment(num_processes: int) -> dict[str, str]:
-    threads = str(max(1, (os.cpu_count() or 1) // num_processes))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = str(max(1, cores // num_processes))
     return {
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads),
         # They end with the launcher, and leave the closing words to whoever has started it.
@@ -118,7 +134,6 @@ def _environment(num_processes: int) -> dict[str, str]:
 def _config(num_processes: int) -> Any:
     from torch.distributed.launcher.api import LaunchConfig
 
-    heeded = [signum.name for signum in STOP_SIGNALS if signal.getsignal(signum) is not signal.SIG_IGN]
     wanted: dict[str, Any] = {
         "min_nodes": 1,
         "max_nodes": 1,
@@ -129,11 +144,22 @@ def _config(num_processes: int) -> Any:
         "rdzv_configs": {"timeout": 900},
         "max_restarts": 0,
         "local_addr": "localhost",
-        "signals_to_handle": ",".join(heeded),
+        "signals_to_handle": ",".join(signum.name for signum in _heeded()),
         "shutdown_timeout": SHUTDOWN_SECONDS,
     }
     known = {field.name for field in dataclasses.fields(LaunchConfig)}  # the last two are younger than torch 2.9
     return LaunchConfig(**{name: value for name, value in wanted.items() if name in known})
+
+
+def _heeded() -> list[signal.Signals]:
+    """The signals that ask for a stop; what this process was told to ignore (nohup) stays ignored."""
+    return [signum for signum in STOP_SIGNALS if signal.getsignal(signum) is not signal.SIG_IGN]
+
+
+def _failed_stop(codes: Path) -> int:
+    """The exit code of a process that failed when it was to stop, as of a full disk; 0: all have stopped."""
+    told = [int(path.read_text(encoding="utf-8") or 0) for path in sorted(codes.iterdir())]
+    return next((code for code in told if 0 < code < 128), 0)
 
 
 def _exit_code(error: Any) -> int:

@@ -12,7 +12,7 @@ import threading
 import traceback
 from collections.abc import Iterator, Sequence
 
-from nanochat_pl.cli.child import follows_stdin
+from nanochat_pl.cli.child import follows_stdin, note_exit
 from nanochat_pl.common.console import output_may_end, replace_unknown_signs
 from nanochat_pl.common.constants import EXIT_USER_ERROR
 from nanochat_pl.common.errors import SharedError, UserError, did_you_mean
@@ -55,9 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments = list(sys.argv[1:] if arguments is None else arguments)
         if launched_place().world_size == 1:
             return _dispatch(arguments)
-        return _dispatch_together(arguments) if _is_together(arguments) else _dispatch_alone(arguments)
+        return note_exit(_dispatch_together(arguments) if _is_together(arguments) else _dispatch_alone(arguments))
     except (Exception, KeyboardInterrupt) as error:
-        return _report(error)
+        return note_exit(_report(error))
 
 
 def _let_gpu_memory_grow() -> None:

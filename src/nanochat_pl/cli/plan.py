@@ -23,11 +23,14 @@ from nanochat_pl.common.hardware import choose_compute_dtype, choose_device, num
 from nanochat_pl.common.settings import setting
 from nanochat_pl.data.at_hand import text_facts, tokens_by_source
 from nanochat_pl.data.auto import choose_data
+from nanochat_pl.data.hub_files import HubFiles
+from nanochat_pl.data.sources import SourceSettings
 from nanochat_pl.model.attention import Kernels, has_varlen_with_windows, kernels_of
 from nanochat_pl.model.config import resolve_model
 from nanochat_pl.planning import Plan, plan_sections, width_remark
 from nanochat_pl.planning.devices import Device, detected_device, named_device
 from nanochat_pl.planning.horizon import CPU_EXAMPLE, MAX_EPOCHS
+from nanochat_pl.planning.memory import step_memory
 from nanochat_pl.planning.outlook import add_machine, add_memory, add_text, add_time, device_remarks
 from nanochat_pl.training.base_plan import Target, base_plan, bounding_tokens, would_refuse
 from nanochat_pl.training.settings import TrainConfig
@@ -89,11 +92,42 @@ def _how_to_train(composed: Composed[PlanConfig]) -> tuple[str, str]:
     config, target, at_hand = _concrete(config)
     plan = base_plan(config, target, config.tokenizer.vocab_size, at_hand)
     if would_refuse(config, plan, target, at_hand) is None:
-        return "train it", command
+        if (first := _to_fetch(config)) is not None:
+            return "fetch its data first", first
+        return ("train it", command) if _fits(config, target) else ("plan a smaller one", _smaller(composed))
     if target.device.type == "cpu":
         kept = [text for text in _typed(composed).split() if not text.startswith(("model.depth=", "max_steps="))]
         return "train what a CPU can", " ".join(["nanochat-pl train", *kept, CPU_EXAMPLE])
     return "train it all the same", f"{command} yes=true"
+
+
+def _to_fetch(config: PlanConfig) -> str | None:
+    """The command that fetches what a training would miss: it fetches nothing itself here. None: nothing is missing."""
+    cache = cache_folder(config.paths)
+    parts: Sequence[SourceSettings] = [*config.data.parts.values()] or [config.data]
+    for part in parts:
+        if part.is_on_hub and not part.download:
+            try:
+                HubFiles(part, cache).shards("train")
+            except UserError as error:
+                return next(
+                    (error.fix[place:] for place in [error.fix.find("nanochat-pl download")] if place >= 0), None
+                )
+    return None
+
+
+def _fits(config: PlanConfig, target: Target) -> bool:
+    """Whether a step with one row fits into the memory of a device."""
+    model = resolve_model(config.model, config.tokenizer.vocab_size, target.compute_dtype)
+    on_cpu, device = target.device.type == "cpu", target.device
+    step = step_memory(model, 1, on_cpu=on_cpu, processes=target.num_devices, gpu_memory=device.gpu_memory)
+    return device.memory_bytes is None or step.total <= device.memory_bytes
+
+
+def _smaller(composed: Composed[PlanConfig]) -> str:
+    depth = max(1, composed.config.model.depth // 2)
+    kept = [text for text in _typed(composed).split() if not text.startswith("model.depth=")]
+    return " ".join(["nanochat-pl plan", *kept, f"model.depth={depth}"])
 
 
 def print_plan(config: TrainConfig) -> None:
@@ -141,7 +175,9 @@ def _concrete(config: PlanConfig) -> tuple[PlanConfig, Target, int | None]:
 def _kernels(config: PlanConfig, target: Target) -> Kernels:
     """What attention can choose from there; of a GPU by name what its types tell of its generation."""
     if config.hardware is None or target.device.type == "cpu":
-        return kernels_of(choose_device("cpu" if config.hardware else config.trainer.accelerator))
+        return kernels_of(
+            choose_device("cpu" if config.hardware else config.trainer.accelerator, "trainer.accelerator")
+        )
     return Kernels("cuda", (8, 0) if target.device.bfloat16 else (7, 0), has_varlen_with_windows())
 
 
@@ -150,13 +186,16 @@ def _target(config: PlanConfig) -> Target:
     wanted, compiled = config.model.compute_dtype, config.trainer.compile
     if config.hardware is None or config.hardware.lower() == "cpu":
         accelerator = "cpu" if config.hardware else config.trainer.accelerator
-        here = choose_device(accelerator)
+        here = choose_device(accelerator, "trainer.accelerator")
         number = config.num_devices or num_devices(config.trainer.devices, here, "trainer.devices")
         dtype = choose_compute_dtype(wanted, here)
-        return Target(detected_device(here), dtype, number, here.type != "mps" if compiled == "auto" else compiled)
+        compiles = here.type != "mps" if compiled == "auto" else compiled
+        return Target.here(detected_device(here), dtype, number, number, compiles)
     device = named_device(config.hardware)
+    asked = config.trainer.devices
+    number = config.num_devices or (1 if asked == "auto" else asked) * config.trainer.num_nodes
     dtype = ("bfloat16" if device.bfloat16 else "float16") if wanted == "auto" else wanted
-    return Target(device, dtype, config.num_devices or 1, True if compiled == "auto" else compiled)
+    return Target(device, dtype, number, True if compiled == "auto" else compiled)
 
 
 def _remarks_on_settings(config: PlanConfig, plan: Plan, target: Target) -> list[str]:

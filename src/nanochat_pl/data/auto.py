@@ -44,8 +44,8 @@ def choose_data(settings: DataSettings, tokens_planned: Callable[[int | None], i
 def with_choice(settings: DataSettings, choice: Choice) -> DataSettings:
     """The settings of data=auto with one of its two sources; any others as they are.
 
-    What both have, an order of documents for instance, holds for both where it was set. The data set's own settings are
-    those of ``data=climbmix``, and it is fetched while the training runs unless ``data.download=false`` forbids it.
+    The data set's own settings, its packing among them, are those of ``data=climbmix``; name that one to set others.
+    It is fetched while the training runs, unless ``data.download=false`` forbids it.
     """
     if settings.name != "auto":
         return settings

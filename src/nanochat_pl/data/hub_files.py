@@ -24,7 +24,7 @@ from nanochat_pl.common.errors import UserError
 from nanochat_pl.data.cache_folder import fingerprint_of
 from nanochat_pl.data.file_formats import check_file
 from nanochat_pl.data.file_reading import SUFFIXES, format_of
-from nanochat_pl.data.hub import HubFile, Manifest, hash_memo, known_manifest, open_manifest
+from nanochat_pl.data.hub import HubFile, Manifest, commit_of, hash_memo, known_manifest, open_manifest
 from nanochat_pl.data.hub_download import PARALLEL, Fetched, fetch_files, require_room
 from nanochat_pl.data.local_files import FileDocuments, share_held_out
 from nanochat_pl.data.on_demand import DocumentsOnDemand
@@ -92,6 +92,7 @@ class HubFiles:
         self._chosen, self._with_json = chosen, with_json
         self._key, self._tokens_needed = key, tokens_needed
         self._all_train_files: list[HubFile] = []
+        self._tokens_of_manifest: tuple[Manifest, dict[str, float]] | None = None
         self._revision = settings.revision
         manifest = known_manifest(self._repo, self._revision or "main", cache_dir)
         if chosen and manifest and manifest.commit != chosen.commit:  # the branch has moved on, the training stays
@@ -183,6 +184,8 @@ class HubFiles:
             )
             require_room(self.manifest, files)
         try:
+            if files:  # asked now, and not when the first of them is wanted
+                commit_of(self._repo, self.manifest.commit)
             self.fetch(1)
         except UserError as error:
             raise self._with_command(error) from error
@@ -294,6 +297,15 @@ class HubFiles:
             return [published.shard_bytes / BYTES_PER_TOKEN] * len(files)
         return [text_bytes.get(file.path, file.bytes / share) / BYTES_PER_TOKEN for file in files]
 
+    @property
+    def _file_tokens(self) -> dict[str, float]:
+        """About how many tokens each file has, counted once for a state of the manifest."""
+        if self._tokens_of_manifest is None or self._tokens_of_manifest[0] is not self.manifest:
+            files = list(dict.fromkeys([*self._all_train_files, *self.train_files, *self.val_files]))
+            tokens = dict(zip((file.path for file in files), self._tokens_of(files), strict=True))
+            self._tokens_of_manifest = self.manifest, tokens
+        return self._tokens_of_manifest[1]
+
     @cached_property
     def _held_out(self) -> float | None:
         """Of a single file the share of its documents that is for validation."""
@@ -302,7 +314,7 @@ class HubFiles:
         return share_held_out([self._here[file.path] for file in self._train_files_here()], self._settings)
 
     def _shard(self, file: HubFile, split: Split, fix: str) -> Shard:
-        path, size = self._here.get(file.path), self._tokens_of([file])[0] * BYTES_PER_TOKEN
+        path, size = self._here.get(file.path), self._file_tokens[file.path] * BYTES_PER_TOKEN
         problem = f"is damaged: it is not what {self._repo} has."
         place = path or Path(file.path)
         memo = hash_memo(place, self._cache_dir)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nanochat_pl.common.errors import UserError
@@ -33,6 +33,15 @@ class Target:
     num_devices: int = 1
     compiled: bool = False
 
+    @classmethod
+    def here(
+        cls, device: Device, compute_dtype: ComputeDType, num_devices: int, on_machine: int, compiled: bool
+    ) -> Target:
+        """Of this machine, whose processes, ``on_machine`` of them, share a CPU's memory."""
+        if device.type == "cpu" and device.memory_bytes is not None:
+            device = replace(device, memory_bytes=device.memory_bytes // on_machine)
+        return cls(device, compute_dtype, num_devices, compiled)
+
     def row_options(self, config: TrainConfig) -> RowOptions:
         """What the plan of the rows needs."""
         return row_options(config, self.device, self.num_devices, self.compiled)
@@ -42,10 +51,10 @@ def bounding_tokens(data: DataSettings, vocab_size: int, cache: Path) -> int | N
     """About how many tokens one epoch has, which bounds the batch; None where that has no say.
 
     An estimate from bytes of text, so that it is the same before and after they have been tokenised. It has no say for
-    text that is tokenised while the training runs: how much of that is here would decide.
+    data sets of a hub, nor for text that is tokenised while the training runs: how much is here would decide.
     """
     parts: Sequence[SourceSettings] = [*data.parts.values()] or [data]
-    if any(part.shuffle != "global" for part in parts):
+    if any(part.shuffle != "global" or part.is_on_hub for part in parts):
         return None
     return tokens_at_hand(data, cache, vocab_size, build=True)
 

@@ -30,7 +30,7 @@ from nanochat_pl.training.settings import EvaluationSettings, TrainerSettings
 from nanochat_pl.training.spikes import LossSpikes
 from nanochat_pl.training.stages import TrainingStage
 from nanochat_pl.training.stopping import GracefulStop, StopRequested
-from nanochat_pl.training.strategy import strategy_for
+from nanochat_pl.training.strategy import Launched, strategy_for
 from nanochat_pl.training.tensorboard import rewind_events
 
 
@@ -154,7 +154,7 @@ def _trainer(
         max_epochs=-1,
         logger=loggers,
         callbacks=callbacks,
-        plugins=[io],
+        plugins=[io] if distributed.world_size() > 1 else [io, Launched()],
         # Compiled for a CPU, the gradient of an embedding is otherwise added up by threads in the order they come.
         deterministic=fitting.trainer.deterministic or fitting.device.type == "cpu",
         log_every_n_steps=fitting.trainer.log_every_steps,

@@ -10,6 +10,7 @@ from nanochat_pl.bundle.bundle import load_stage_info
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.run_folder import StageFolder
 from nanochat_pl.common.settings import build, to_plain
+from nanochat_pl.data.auto import read_choice, with_choice
 from nanochat_pl.model.config import ModelSettings
 from nanochat_pl.training.settings import TrainConfig
 
@@ -65,6 +66,10 @@ def inherited(config: TrainConfig, folder: StageFolder, given: Set[str]) -> Trai
     if parent is None:
         return config
     settings, groups = load_stage_info(parent.bundle).settings, {}
+    # What data=auto came to for the parent is what is compared: its bundle has the concrete settings.
+    choice = None if parent.stage == "tokenizer" else read_choice(folder.parent("base").chosen_source)
+    if choice is not None:
+        config = dataclasses.replace(config, data=with_choice(config.data, choice))
     problems: list[str] = []
     for group in INHERITED[parent.stage]:
         own, was = getattr(config, group), settings.get(group, {})

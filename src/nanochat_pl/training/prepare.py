@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -237,11 +236,9 @@ def _base_plan(config: TrainConfig, machine: Machine, vocab_size: int, at_hand: 
 
 
 def target_of(machine: Machine) -> Target:
-    """What a plan for this machine's processes is made for. Those of one machine share a CPU's memory."""
-    device = detected_device(machine.device)
-    if device.type == "cpu" and device.memory_bytes is not None:
-        device = dataclasses.replace(device, memory_bytes=device.memory_bytes // launched_place().local_world_size)
-    return Target(device, machine.compute_dtype, distributed.world_size(), machine.compile)
+    """What a plan for this machine's processes is made for."""
+    device, here = detected_device(machine.device), launched_place().local_world_size
+    return Target.here(device, machine.compute_dtype, distributed.world_size(), here, machine.compile)
 
 
 def _tokenise(

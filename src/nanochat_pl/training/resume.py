@@ -228,12 +228,13 @@ class ResumeFiles(Callback):
         """Wait for the file that is being written, also where a callback has ended the training."""
         together.by_main(self._finish)
 
-    def save(self, trainer: Trainer, wait: bool = False) -> None:
+    def save(self, trainer: Trainer, wait: bool = False, after_failure: bool = False) -> None:
         """Begin the file of the last finished step, once the one before is done. All processes call it.
 
         Args:
             trainer: what is saved.
             wait: until this one is done, too.
+            after_failure: try it also where the file before could not be written: it is the last chance.
 
         Raises:
             UserError: on all processes: the main one could not write a file. The older ones are untouched.
@@ -241,6 +242,9 @@ class ResumeFiles(Callback):
         path = self.folder / f"step={trainer.global_step:06d}.ckpt"
 
         def is_there() -> bool:
+            if after_failure:
+                self.io.wait()
+                self.io.failure = None
             self._finish()
             if not path.exists():
                 _save_figures(trainer)  # first: a run that goes on from the file has them

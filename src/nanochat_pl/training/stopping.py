@@ -189,7 +189,7 @@ class GracefulStop(Callback):
     def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
         """Write the resume file of the last finished step: until the optimizer steps, nothing has changed."""
         if isinstance(exception, StopRequested | NoMoreRows) and trainer.global_step > 0:
-            self.resume_files.save(trainer, wait=True)
+            self.resume_files.save(trainer, wait=True, after_failure=True)
 
     def _end_together(self) -> None:
         """From here on nothing but the end is left, and no process goes before all know it: a launcher that sees the

@@ -82,6 +82,11 @@ class OneDevice(_StaysOnDevice, SingleDeviceStrategy):
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", launched_place().local_rank)
         super().__init__(device=device)
+        self.set_world_ranks()
+
+    def set_world_ranks(self) -> None:
+        """It is the only one, also where Slurm has started one process for each of many jobs."""
+        rank_zero_only.rank = 0  # type: ignore[attr-defined]
 
 
 class UnwrappedDDP(_StaysOnDevice, DDPStrategy):
