@@ -45,7 +45,7 @@ def kernels() -> dict[str, set[str]]:
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     for entry in yaml.load(table.read_text(encoding="utf-8"), loader):
         name = entry["func"].partition("(")[0]
-        dispatch = entry.get("dispatch", {"CompositeImplicit": ""})
+        dispatch = entry.get("dispatch", {} if "structured_delegate" in entry else {"CompositeImplicit": ""})
         found[name] = {key.strip() for keys in dispatch for key in keys.split(",")}
         if "structured_delegate" in entry:
             delegates[name] = entry["structured_delegate"]

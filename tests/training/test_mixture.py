@@ -68,7 +68,7 @@ def mixture(place: Path, others: Path) -> list[str]:
 
 def metrics_of(run: Path) -> list[dict[str, str]]:
     with (run / "base" / "metrics.csv").open(encoding="utf-8", newline="") as file:
-        by_the_clock = ("train/tokens_per_second", "train/step_seconds", "train/mfu")
+        by_the_clock = ("train/tokens_per_second", "train/step_seconds", "train/mfu", "train/peak_memory_gib")
         return [{k: v for k, v in row.items() if k not in by_the_clock} for row in csv.DictReader(file)]
 
 

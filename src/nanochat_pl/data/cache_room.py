@@ -50,7 +50,7 @@ def require_cache_room(cache_dir: Path, num_bytes: int) -> None:
     if num_bytes > free:
         raise UserError(
             f"paths.cache={cache_dir}: the tokens of the text and the index of their rows take about"
-            f" {num_bytes / 2**30:,.2f} GiB more, the disk has {free / 2**30:,.2f} GiB free.",
+            f" {num_bytes / 2**20:,.1f} MiB more, the disk has {free / 2**20:,.1f} MiB free.",
             "Free some space, or set paths.cache=… to a folder on another disk; a shorter training on a hub's data set"
             " takes less.",
         )

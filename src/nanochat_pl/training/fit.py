@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -111,7 +112,7 @@ def fit(stage: TrainingStage, data: RowsDataModule, fitting: Fitting) -> Fitted:
         stop.check,
         fitting.validate_at_start,
     )
-    benchmarks = PeriodicBenchmarks(fitting.benchmarks, clock, stop, resume_files.save)
+    benchmarks = PeriodicBenchmarks(fitting.benchmarks, clock, stop, partial(resume_files.save, wait=True))
     garbage = GarbageCollection(clock)
     # The order matters: figures first, then the file that holds them, then what may fail or take long.
     looking_on = [TrainingProgress(fitting.name, metrics), spikes]
