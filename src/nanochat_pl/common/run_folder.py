@@ -67,6 +67,11 @@ class StageFolder:
         return self.path / "data.json"
 
     @property
+    def chosen_corpus(self) -> Path:
+        """Which corpus of docstrings the stage was begun with."""
+        return self.path / "corpus.json"
+
+    @property
     def chosen_source(self) -> Path:
         """What data=auto came to when the stage was begun."""
         return self.path / "data_choice.json"
