@@ -94,7 +94,7 @@ class EvaluateConfig:
         """The folder of caches."""
         return cache_folder(self.paths)
 
-    def context(self, where: str, corpus: RunCorpus) -> TaskContext:
+    def context(self, where: str, corpus: RunCorpus | None = None) -> TaskContext:
         """What tasks are built with: ``where`` is the group that they are keys of, ``corpus`` the run's."""
         hub = self.paths.hub_folder
         return TaskContext(self.cache, hub=hub, sandbox=self.sandbox, where=where, run_corpus=corpus)
