@@ -37,7 +37,7 @@ def run(arguments: Sequence[str]) -> int:
     """The verb."""
     config = compose("chat", ChatConfig, arguments).config
     folder = locate_bundle(config.bundle, config.run, config.stage, Path(config.paths.runs))
-    device = choose_device(config.accelerator)
+    device = choose_device(config.accelerator, "accelerator")
     require_kernels(device)
     run_chat(load_bundle(folder, device=device), config)
     return 0

@@ -126,7 +126,7 @@ def prepare_stage(config: TrainConfig, folder: StageFolder, cache: Path) -> Prep
     Raises:
         UserError: what the training would end with.
     """
-    device = choose_device(config.trainer.accelerator)
+    device = choose_device(config.trainer.accelerator, "trainer.accelerator")
     dtype = choose_compute_dtype(config.model.compute_dtype, device)
     machine = Machine(device, device_name(device), dtype, compile=False)
     if config.stage.trains_on_conversations:

@@ -50,7 +50,7 @@ def processes_to_start(accelerator: str, devices: int | Literal["auto"], num_nod
             f" --nproc-per-node {each} -m nanochat_pl.cli.main train …; or, with Slurm:"
             f" sbatch --nodes {num_nodes} docs/nanochat.sbatch train …",
         )
-    device = choose_device(accelerator)
+    device = choose_device(accelerator, f"{prefix}accelerator")
     wanted, there = (num_devices(each, device, f"{prefix}devices") for each in (devices, "auto"))
     if wanted < there:
         say(f"{prefix}devices={wanted}: {there - wanted} of the machine's {there} GPUs stay idle.")

@@ -141,7 +141,9 @@ def _concrete(config: PlanConfig) -> tuple[PlanConfig, Target, int | None]:
 def _kernels(config: PlanConfig, target: Target) -> Kernels:
     """What attention can choose from there; of a GPU by name what its types tell of its generation."""
     if config.hardware is None or target.device.type == "cpu":
-        return kernels_of(choose_device("cpu" if config.hardware else config.trainer.accelerator))
+        return kernels_of(
+            choose_device("cpu" if config.hardware else config.trainer.accelerator, "trainer.accelerator")
+        )
     return Kernels("cuda", (8, 0) if target.device.bfloat16 else (7, 0), has_varlen_with_windows())
 
 
@@ -150,7 +152,7 @@ def _target(config: PlanConfig) -> Target:
     wanted, compiled = config.model.compute_dtype, config.trainer.compile
     if config.hardware is None or config.hardware.lower() == "cpu":
         accelerator = "cpu" if config.hardware else config.trainer.accelerator
-        here = choose_device(accelerator)
+        here = choose_device(accelerator, "trainer.accelerator")
         number = config.num_devices or num_devices(config.trainer.devices, here, "trainer.devices")
         dtype = choose_compute_dtype(wanted, here)
         return Target(detected_device(here), dtype, number, here.type != "mps" if compiled == "auto" else compiled)

@@ -150,7 +150,7 @@ def _require_same(folder: StageFolder, composed: Composed[TrainConfig], but_for_
     ]
     if problems:
         # What a later stage starts from is in this run: in one of another name there is no parent.
-        anew = "resume=never" if composed.config.stage.parent not in (None, "tokenizer") else "run=NAME or resume=never"
+        anew = "resume=never" if composed.config.stage.parent not in (None, "tokenizer") else "run=NEW or resume=never"
         how = f"Leave these keys as they were, or begin a new run with {anew}"
         raise UserError(problems, f"{how}{_how_to_change(folder, differences.keys())}.")
 

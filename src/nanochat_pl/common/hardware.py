@@ -20,12 +20,13 @@ ComputeDType = Literal["float32", "bfloat16", "float16"]
 Accelerator = Literal["auto", "cpu", "gpu", "cuda", "mps"]  # what settings say; gpu is Lightning's word
 
 
-def choose_device(name: str = "auto") -> torch.device:
+def choose_device(name: str = "auto", key: str = "device") -> torch.device:
     """The device that a setting means.
 
     Args:
         name: ``auto`` (a GPU where there is one, else the CPU), ``gpu`` (cuda or mps), ``cpu``, ``cuda``, ``cuda:1`` or
             ``mps``.
+        key: of the setting, for messages; ``device`` is an argument's name.
 
     Raises:
         UserError: there is no such device, here or at all.
@@ -33,18 +34,16 @@ def choose_device(name: str = "auto") -> torch.device:
     if name in ("auto", "gpu"):
         found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
         if name == "gpu" and found == "cpu":
-            raise UserError("device=gpu: PyTorch sees no GPU on this machine.", fix="Use device=auto.")
+            raise UserError(f"{key}=gpu: PyTorch sees no GPU on this machine.", fix=f"Use {key}=auto.")
         name = found
     if not re.fullmatch(r"cpu|mps|cuda(:\d{1,3})?", name):
-        raise UserError(f"device={name!r}: must be auto, cpu, gpu, cuda, cuda:N or mps.")
+        raise UserError(f"{key}={name!r}: must be auto, cpu, gpu, cuda, cuda:N or mps.")
     kind, _, index = name.partition(":")
     if kind == "mps" and not torch.backends.mps.is_available():
-        raise UserError("device=mps: this machine has no Apple GPU that PyTorch can use.", fix="Use device=auto.")
+        raise UserError(f"{key}=mps: this machine has no Apple GPU that PyTorch can use.", fix=f"Use {key}=auto.")
     # The number as typed: torch.device keeps it in eight bits, where 999 is negative.
     if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
-        raise UserError(
-            f"device={name}: PyTorch sees {torch.cuda.device_count()} CUDA devices.", fix="Use device=auto."
-        )
+        raise UserError(f"{key}={name}: PyTorch sees {torch.cuda.device_count()} CUDA devices.", fix=f"Use {key}=auto.")
     return torch.device(name)
 
 

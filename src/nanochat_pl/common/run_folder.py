@@ -133,7 +133,7 @@ class StageFolder:
                 if time.monotonic() >= deadline:
                     raise UserError(
                         f"{self.path}: is in use by {_holder(path)}.",
-                        "Wait until it ends or stop it; or give this run another name with run=NAME.",
+                        "Wait until it ends or stop it; or give this run another name with run=NEW.",
                     )
                 time.sleep(0.1)
             file.truncate(0)

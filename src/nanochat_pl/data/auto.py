@@ -108,7 +108,9 @@ def read_choice(path: Path) -> Choice | None:
     told = read_json(path)
     choice = told.get("choice") if isinstance(told, dict) else None
     if choice not in get_args(Choice):
-        raise UserError(f"{path}: does not say which data the stage was begun with.", "Begin a new run: run=NAME.")
+        raise UserError(
+            f"{path}: does not say which data the stage was begun with.", "Begin a new run: run=NEW or resume=never."
+        )
     return choice
 
 

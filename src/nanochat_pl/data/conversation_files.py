@@ -209,7 +209,7 @@ def _parquet_rows(path: Path, column: str) -> Numbered:
         if column not in file.schema_arrow.names:
             raise UserError(
                 f"{path}: has no column {column!r}; its columns: {', '.join(file.schema_arrow.names)}",
-                "Name the one that holds the messages with the key column=….",
+                "Name the one that holds the messages: mixture.tasks.conversations.NAME.column=…",
             )
         with parquet_errors(path):
             for batch in file.iter_batches(_ROWS_AT_ONCE, columns=[column]):

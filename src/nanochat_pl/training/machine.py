@@ -84,7 +84,7 @@ def own_device(accelerator: str, key: str = "trainer.accelerator") -> torch.devi
     Raises:
         UserError: there is none.
     """
-    device, place = choose_device(accelerator), launched_place()
+    device, place = choose_device(accelerator, key), launched_place()
     require_kernels(device)
     if device.type != "cuda" or place.world_size == 1:
         return device
