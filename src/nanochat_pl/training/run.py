@@ -120,14 +120,7 @@ def _train(
 ) -> None:
     plan = prepared.plan
     stage = _make_stage(config, machine, prepared)
-    data = RowsDataModule(
-        prepared.rows,
-        plan["rows_per_step"],
-        plan["num_steps"],
-        config.trainer.num_workers,
-        distributed.rank(),
-        distributed.world_size(),
-    )
+    data = RowsDataModule(prepared.rows, plan["rows_per_step"], plan["num_steps"], config.trainer.num_workers)
     samples = Samples(folder.path / "samples.jsonl", config.evaluation.sample_prompts, config.evaluation.sample_tokens)
     fitting = Fitting(
         name=config.stage.name,
