@@ -126,7 +126,7 @@ def reopen(folder: StageFolder, composed: Composed[TrainConfig]) -> None:
 def restored_on_refusal(folder: StageFolder) -> Iterator[None]:
     """Put a stage's records back where what is done inside is refused before it has come to another resume file."""
     names = ("finished.json", "plan.json", "config.yaml", "overrides.txt", changes.NAME)
-    paths = [folder.path / name for name in names]
+    paths = [*(folder.path / name for name in names), folder.chosen_corpus]
     before = {path: path.read_bytes() for path in paths if path.exists()}
     files = {*folder.checkpoints.glob("*.ckpt")}
     try:
