@@ -56,7 +56,7 @@ def test_text_is_not_swept_over() -> None:
     ("argument", "expected"),
     [
         ("model=glob(*)", "glob is not supported"),
-        ("optim.matrix_lr=interval(0.01,0.02)", r"an interval has no end of values; .* optim.matrix_lr=range\(START"),
+        ("optim.matrix_lr=interval(0.01,0.02)", r"an interval names no single values; .* optim.matrix_lr=range\(START"),
         ("seed=1,1", "several jobs would be named d12-seed1"),
         ("seed=range(0,2000)", "makes 2,000 jobs"),
         ("seed=[1,2", "cannot be read"),

@@ -170,7 +170,7 @@ def _of_most_problems(
     written = []
     for suite in suites:
         mine = [job for job in jobs if job.suite == suite.suite]
-        larger = {job.name: more for job in mine if (more := of_more_problems(to, identity, job))}
+        larger = {job.name: more for job in mine if (more := of_more_problems(to, identity, job)) and more.results}
         results = [larger[each.name].results[0] if each.name in larger else each for each in suite.results]
         fewer = [each for each in suite.results if each.name in larger]
         if fewer:

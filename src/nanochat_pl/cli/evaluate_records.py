@@ -118,7 +118,7 @@ def find(folder: Path, model: Mapping[str, Any], job: Job) -> tuple[Measured | N
     Of what is there and does not fit, the reason is given, too.
     """
     why = ""
-    for n in (None, job.asked.get("n")):
+    for n in dict.fromkeys((None, job.asked.get("n"))):
         try:
             record = read_record(folder, job, n)
         except UserError as error:

@@ -89,7 +89,7 @@ def parse_sweeps(texts: Sequence[str], schema: type, problems: list[str]) -> tup
                 problems.append(f"{text}: glob is not supported; list the values, separated by commas.")
             elif isinstance(parsed.value(), IntervalSweep):
                 problems.append(
-                    f"{text}: an interval has no end of values; list some, separated by commas, or"
+                    f"{text}: an interval names no single values; list some, separated by commas, or"
                     f" {key}=range(START,STOP,STEP)."
                 )
             else:
