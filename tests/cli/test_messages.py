@@ -23,6 +23,7 @@ SPOKEN = {"UserError", "SharedError", "say", "append", "Finding", "Refused", "Us
 NOT_OURS = {
     *("n_embd", "n_head", "n_kv_head", "model_type", "rope_theta", "rope_parameters", "dataset_uri", "gold"),
     *("split_special_tokens", "max_batch", "compute_dtype"),
+    "repeat",  # of a task that the message names before
 }
 # A key with a value as it is typed. Behind a letter, a dot or a bracket it is part of something else: code, a file.
 KEY = re.compile(r"(?<![\w.(/{}\0-])((?:[a-z][a-z_]*\.)*[a-z][a-z_]*)=(?=[\w\"'\[{…./\0-]|$)")
