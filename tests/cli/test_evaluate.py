@@ -171,8 +171,8 @@ def test_suites_become_tables_and_files(here: Path, capsys: Captured) -> None:
     assert main(["evaluate", "run=a", "suites=[core,chat,chatcore,samples]", *chatcore, *off, *QUICK]) == 0
     out = capsys.readouterr().out
     assert "core: bundle_of_tasks has no " in out and "boolq" in out
-    assert "CORE (2 of 22 tasks): " in out and "mean of the tasks: " in out
-    assert "mean of the tasks: " in out and "ChatCORE" not in out, "none of its tasks was asked"
+    assert "CORE (2 of 22 tasks): " in out and "chat: mean of the tasks: " in out
+    assert "chatcore: mean of the tasks: " in out and "ChatCORE" not in out, "none of its tasks was asked"
     suites = results_of("a")["suites"]
     assert list(suites) == ["core", "chat", "chatcore", "samples"]
     copa, squad = suites["core"]["tasks"]
@@ -236,7 +236,7 @@ def test_means_of_other_tasks_have_other_names() -> None:
     assert summary_name("chatcore", CHATCORE) == "ChatCORE"
     assert summary_name("chatcore", [*CHATCORE, "spelling_bee"]) == "ChatCORE (with spelling_bee)"
     assert summary_name("chatcore", CHATCORE[1:]) == "ChatCORE (4 of 5 tasks)"
-    assert summary_name("chatcore", ["arithmetic"]) == "mean of the tasks"
+    assert summary_name("chatcore", ["arithmetic"]) == "chatcore: mean of the tasks"
     assert summary_name("core", CORE_TASKS) == "CORE"
     assert summary_name("harness", ["x"]) is None and summary_name("core", []) is None
 

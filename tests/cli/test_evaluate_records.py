@@ -12,6 +12,7 @@ import pytest
 from nanochat_pl.cli import evaluate, evaluate_records, evaluate_suites
 from nanochat_pl.cli.evaluate_settings import CHATCORE
 from nanochat_pl.cli.main import main
+from nanochat_pl.report.evaluations import read_evaluation
 from tests.cli.evaluated import QUICK, make_run, record_of, results_of
 
 Captured = pytest.CaptureFixture[str]
@@ -190,3 +191,42 @@ def test_results_that_are_damaged_are_written_anew(here: Path, asked: Asked) -> 
     Path("runs/a/evaluation/sft/results.json").write_text("{", encoding="utf-8")
     assert ask() == 0
     assert results_of("a") == first and len(asked) == 2
+
+
+def test_figures_of_fewer_problems_replace_none_of_more(here: Path, asked: Asked, capsys: Captured) -> None:
+    """`limit=20` took the place of n=200 in the results and in the report."""
+    make_run("a")
+    assert ask("limit=2") == 0
+    assert ask("limit=5") == 0
+    evaluation = Path("runs/a/evaluation/sft")
+    whole, table, answers = (
+        results_of("a")["suites"]["chat"],
+        *texts_of(evaluation, "chat.csv", "answers_identity.jsonl"),
+    )
+    assert [row["n"] for row in whole["tasks"]] == [5, 4] and "fewer" not in whole
+    asked.clear()
+    capsys.readouterr()
+    assert ask("limit=3") == 0
+    assert asked == ["arithmetic", "identity"]
+    chat = results_of("a")["suites"]["chat"]
+    assert {**chat, "fewer": None} == {**whole, "fewer": None}
+    assert [(row["name"], row["n"]) for row in chat["fewer"]] == [("arithmetic", 3), ("identity", 3)]
+    assert texts_of(evaluation, "chat.csv", "answers_identity.jsonl") == [table, answers]
+    said = capsys.readouterr().out
+    assert (
+        "chat: the figures of more problems stay in the results and the report: arithmetic (n 5), identity (n 4)."
+        in said
+    )
+    # All of them are there now.
+    asked.clear()
+    for limit in (2, 3, 5):
+        assert ask(f"limit={limit}") == 0
+    assert asked == [] and results_of("a")["suites"]["chat"] == whole
+    assert read_evaluation(evaluation).suites["chat"][0].n == 5
+    # Other settings are other figures.
+    assert ask("limit=3", "max_tokens=2") == 0
+    assert [row["n"] for row in results_of("a")["suites"]["chat"]["tasks"]] == [3, 3]
+
+
+def texts_of(folder: Path, *names: str) -> list[str]:
+    return [(folder / name).read_text(encoding="utf-8") for name in names]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from nanochat_pl.cli import pipeline
+from nanochat_pl.cli import pipeline, train
 from nanochat_pl.cli.compose import Composed
 from nanochat_pl.cli.evaluate_settings import EvaluateConfig, asked, places
 from nanochat_pl.cli.experiment import compose_step
@@ -148,6 +148,32 @@ def test_the_first_failing_step_ends_the_pipeline(here: Path, monkeypatch: pytes
     monkeypatch.setattr(pipeline, "run_child", fake)
     assert pipeline.run(["experiment=tiny"]) == 5
     assert started == ["stage=tokenizer", "stage=base"]
+
+
+def test_a_pipeline_is_checked_before_anything_of_it_is_there(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It ended with "there is no such run": evaluate was to read what nobody had trained."""
+    monkeypatch.setattr(pipeline, "run_child", lambda arguments: train.run(arguments[1:]))
+    assert pipeline.run(["experiment=tiny", "check_only=true"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("check_only=true: the settings are right; nothing was trained.") == 4
+    assert "come from runs/tiny/mid, which is not finished yet." in shown and "evaluate:\n" in shown
+    assert not (here / "runs").exists()
+    with pytest.raises(UserError, match="above"):
+        pipeline.run(["experiment=tiny", "check_only=true", "stages.evaluate.temperature=11"])
+
+
+def test_a_child_that_is_killed_after_a_signal_counts_as_stopped(tmp_path: Path) -> None:
+    program = """
+signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+print("ready", flush=True)
+time.sleep(30)
+"""
+    parent = parent_of(program, tmp_path)
+    assert first_line(parent) == "ready"
+    parent.send_signal(signal.SIGTERM)
+    assert parent.wait(timeout=20) == 128 + signal.SIGTERM
 
 
 CHILD = """

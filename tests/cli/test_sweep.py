@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
 
 from nanochat_pl.cli import sweep
+from nanochat_pl.cli.child import is_stop
 from nanochat_pl.cli.sweep import expand, run_sweep
 from nanochat_pl.cli.train import compose_train
 from nanochat_pl.common.errors import UserError
+from nanochat_pl.common.files import write_json
 from tests.cli.conftest import pretend_finished
 
 
@@ -53,6 +56,7 @@ def test_text_is_not_swept_over() -> None:
     ("argument", "expected"),
     [
         ("model=glob(*)", "glob is not supported"),
+        ("optim.matrix_lr=interval(0.01,0.02)", r"an interval names no single values; .* optim.matrix_lr=range\(START"),
         ("seed=1,1", "several jobs would be named d12-seed1"),
         ("seed=range(0,2000)", "makes 2,000 jobs"),
         ("seed=[1,2", "cannot be read"),
@@ -85,8 +89,45 @@ def test_finished_jobs_are_skipped_and_failing_ones_do_not_stop_the_others(
     assert run_sweep("train", ["model.depth=2,3,4"]) == 2
     assert started == ["run=d3", "run=d4"]
     shown = capsys.readouterr().out
-    for line in ("d2   finished before", "d3   failed, exit code 2", "d4   finished"):
+    for line in ("d2   base   finished before", "d3          failed, exit code 2", "d4          finished"):
         assert line in shown
+
+
+def test_a_job_that_is_killed_ends_alone_and_the_table_has_the_figures(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fake(arguments: list[str]) -> int:
+        if arguments[-1] == "run=d2":
+            return 128 + signal.SIGKILL
+        folder = pretend_finished(*arguments[1:])
+        finished = {"step": 1, "metrics": {"val/bpb": 1.25}, "seconds": 75.0, "tokens": 12345}
+        write_json(folder.path / "finished.json", finished)
+        return 0
+
+    monkeypatch.setattr(sweep, "run_child", fake)
+    assert run_sweep("train", ["model.depth=2,3"]) == 128 + signal.SIGKILL
+    table = [line.split() for line in capsys.readouterr().out.splitlines()[-3:]]
+    assert table[0] == ["job", "stage", "outcome", "val/bpb", "tokens", "time"]
+    assert table[1] == ["d2", "killed,", "SIGKILL", "(out", "of", "memory?)"]
+    assert table[2] == ["d3", "base", "finished", "1.2500", "12,345", "1", "min", "15", "s"]
+
+
+def test_the_table_of_swept_pipelines_has_their_stages(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fake(arguments: list[str]) -> int:
+        run = next(text for text in arguments if text.startswith("run="))
+        pretend_finished("experiment=tiny", "stage=base", run)
+        return 5 if run.endswith("0.2") else 0
+
+    monkeypatch.setattr(sweep, "run_child", fake)
+    assert run_sweep("pipeline", ["experiment=tiny", "stages.sft.optim.matrix_lr=0.1,0.2"]) == 5
+    rows = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()[-3:]]
+    assert rows == [
+        "tiny-matrix_lr0.1 base finished 1.0 s",
+        "tiny-matrix_lr0.2 failed, exit code 5",
+        "tiny-matrix_lr0.2 base finished 1.0 s",
+    ]
 
 
 def test_a_job_that_was_begun_under_other_settings_is_not_called_finished(
@@ -103,3 +144,4 @@ def test_a_signal_ends_the_sweep(here: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(sweep, "run_child", lambda arguments: started.append(arguments) or 130)
     assert run_sweep("train", ["model.depth=2,3"]) == 130
     assert len(started) == 1
+    assert [code for code in (0, 2, 129, 130, 134, 137, 139, 143) if is_stop(code)] == [129, 130, 143]

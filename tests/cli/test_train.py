@@ -69,7 +69,7 @@ def test_a_task_more_or_less_is_one_line_and_says_how_to_begin_anew(here: Path) 
         "without that task.",
         "with that task.",
     ]
-    assert "resume=never" in raised.value.fix and "run=NAME" not in raised.value.fix
+    assert "resume=never" in raised.value.fix and "run=NEW" not in raised.value.fix
 
 
 def test_a_stage_that_is_older_than_a_key_was_done_with_its_default(here: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
@@ -47,6 +48,17 @@ def test_devices():
     with pytest.raises(UserError, match="CUDA devices"):
         hardware.choose_device("cuda:999")
     assert "CPU" in hardware.device_name(CPU)
+
+
+@pytest.mark.parametrize("key", ["trainer.accelerator", "accelerator"])
+def test_a_device_that_is_not_there_is_told_by_the_key_that_was_set(monkeypatch, key):
+    """It said device=gpu, which is no key of a command."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    for name in ("gpu", "cuda", "mps"):
+        with pytest.raises(UserError, match=f"^{re.escape(key)}={name}: (.|\n)*Use {re.escape(key)}=auto"):
+            hardware.choose_device(name, key)
 
 
 def test_nothing_happens_at_import():

@@ -44,6 +44,8 @@ def test_native_export_names_the_rotary_tables(
         "split_special_tokens=True",
         "docstrings of Python's standard library",
         "| val/bpb | 1.25 |",
+        "**The calculator does not run inside `generate`.**",
+        "generate_with_calculator.py",
         "In bfloat16, whose numbers have 8 significant bits, logits of 256 positions differ",
     ):
         assert said in card

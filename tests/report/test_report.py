@@ -13,7 +13,7 @@ from markdown_it import MarkdownIt
 
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.report import SUMMARY_COLUMNS, summary_table, write_report
-from nanochat_pl.report.evaluations import Conditions
+from nanochat_pl.report.evaluations import Conditions, read_evaluation
 from nanochat_pl.report.text import clean, compact, duration, markdown_block, markdown_inline, show
 from tests.report.fake_run import HOSTILE, add_benchmarks, make_run, write_json
 
@@ -462,3 +462,15 @@ def test_tokenizers_that_were_not_compared_with_are_said_once_and_short(tmp_path
     text = Page(write_report(run).read_text(encoding="utf-8")).text
     assert "name ours, bytes_per_token (train 3.5); gpt-2 (skipped: it cannot be loaded)" in text
     assert text.count("skipped") == 1
+
+
+def test_means_of_two_suites_are_told_apart(tmp_path: Path) -> None:
+    """Results of before had one name for both, and the table two rows that looked alike."""
+    mean = {"name": "mean of the tasks", "value": 0.5, "stderr": 0.1, "low": 0.3, "high": 0.7, "num_tasks": 1, "n": 9}
+    task = {"name": "a", "accuracy": 0.5, "n": 9}
+    suite = {"tasks": [task], "summary": mean}
+    write_json(tmp_path / "evaluation" / "sft" / "results.json", {"suites": {"chat": suite, "chatcore": suite}})
+    assert [each.name for each in read_evaluation(tmp_path / "evaluation" / "sft").summaries.values()] == [
+        "chat: mean of the tasks",
+        "chatcore: mean of the tasks",
+    ]

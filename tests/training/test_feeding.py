@@ -47,10 +47,11 @@ def test_every_row_is_in_one_share(count: int, world: int) -> None:
 def hashes(rows: Rows, first: int, end: int, num_workers: int = 0, world: int = 1) -> list[str]:
     """One hash for the rows of each step, put together of the shares of all processes."""
     rows_per_step = len(rows) // STEPS
-    modules = [RowsDataModule(rows, rows_per_step, end, num_workers, rank, world) for rank in range(world)]
-    for module in modules:
+    modules = [RowsDataModule(rows, rows_per_step, end, num_workers) for _ in range(world)]
+    for rank, module in enumerate(modules):
         strategy = SimpleNamespace(root_device=torch.device("cpu"))
-        module.trainer = SimpleNamespace(global_step=first, strategy=strategy, callbacks=[])  # type: ignore[assignment]
+        place = {"global_rank": rank, "world_size": world}
+        module.trainer = SimpleNamespace(global_step=first, strategy=strategy, callbacks=[], **place)  # type: ignore[assignment]
     found = []
     for parts in zip(*(module.train_dataloader() for module in modules), strict=True):
         assert sum(part.num_targets for part in parts) == rows_per_step * T

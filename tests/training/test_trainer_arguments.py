@@ -72,6 +72,13 @@ def test_others_are_refused_with_what_to_type(group: str) -> None:
         assert not isinstance(what, Ours) and (what.why if isinstance(what, Refused) else what.note) in problem
 
 
+@pytest.mark.parametrize("key", ["ckpt_path", "trainer.ckpt_path", "trainer.resume_from_checkpoint"])
+def test_the_path_of_a_checkpoint_is_answered_with_how_to_resume(key: str) -> None:
+    (said,) = said_of(f"{key}=runs/d4/base/checkpoints/last.ckpt")
+    assert said.startswith(f"{key}: names no file here: the same command goes on with its run")
+    assert "run=NEW or resume=never" in said
+
+
 @pytest.mark.parametrize("name", [name for name in OTHERS if isinstance(ARGUMENTS[name], Use)])
 def test_what_is_to_be_typed_can_be_typed(name: str) -> None:
     """Whatever value was given, the example is one that the command takes."""

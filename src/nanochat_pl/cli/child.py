@@ -28,7 +28,8 @@ def run_child(arguments: Sequence[str]) -> int:
     nobody writes to: it closes when we are gone, whatever the reason, and the child then stops as on SIGTERM.
 
     Returns:
-        its exit code; 128 + n where signal n ended it.
+        its exit code; 128 + n where signal n ended it, or was to end it: one that was sent to this process counts,
+        however the child ended.
     """
     command = [sys.executable, "-m", "nanochat_pl.cli.main", *arguments]
     child: subprocess.Popen[bytes] | None = None
@@ -54,9 +55,15 @@ def run_child(arguments: Sequence[str]) -> int:
             signal.signal(number, handler)
     if child.stdin is not None:
         child.stdin.close()
-    if pending and code == 0:  # it was about to end anyway; what would follow must not begin
+    code = code if code >= 0 else 128 - code
+    if pending and not is_stop(code):  # it ended of itself, or was killed meanwhile; what would follow must not begin
         return 128 + pending[0]
-    return code if code >= 0 else 128 - code
+    return code
+
+
+def is_stop(code: int) -> bool:
+    """Whether an exit code is that of a process that was told to stop; one that was killed or crashed was not."""
+    return code - 128 in PASSED_ON
 
 
 def note_exit(code: int) -> int:

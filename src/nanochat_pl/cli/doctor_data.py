@@ -37,6 +37,7 @@ from nanochat_pl.training.machine import Machine
 from nanochat_pl.training.prepare import Prepared, prepare_base
 from nanochat_pl.training.prepare_sft import prepare_sft
 from nanochat_pl.training.settings import TrainConfig
+from nanochat_pl.training.source import corpus_of_stage
 
 
 @dataclass(frozen=True)
@@ -137,9 +138,10 @@ def prepare_stage(config: TrainConfig, folder: StageFolder, cache: Path) -> Prep
     dtype = choose_compute_dtype(config.model.compute_dtype, device)
     machine = Machine(device, device_name(device), dtype, compile=False)
     if config.stage.trains_on_conversations:
-        return prepare_sft(config, folder, cache, machine, goes_on=True)
+        return prepare_sft(config, folder, cache, machine, True, corpus_of_stage(config, folder, cache, goes_on=True))
+    corpus = corpus_of_stage(config, folder, cache, goes_on=True)
     folder = _with_tokenizer(config, folder, cache)
-    return prepare_base(config, folder, cache, machine, goes_on=True)  # else it records the files that it chooses
+    return prepare_base(config, folder, cache, machine, True, corpus)  # else it records the files that it chooses
 
 
 def _with_tokenizer(config: TrainConfig, folder: StageFolder, cache: Path) -> StageFolder:

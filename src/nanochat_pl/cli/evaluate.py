@@ -21,7 +21,7 @@ from nanochat_pl.bundle import Bundle, load_bundle
 from nanochat_pl.bundle.bundle import STAGE, TOKENIZER, load_stage_info
 from nanochat_pl.cli.compose import Composed
 from nanochat_pl.cli.evaluate_against import Other, comparable, known_results, label_of, locate_other, require_pairs
-from nanochat_pl.cli.evaluate_records import find, identity_of, write_record
+from nanochat_pl.cli.evaluate_records import find, identity_of, of_more_problems, write_record
 from nanochat_pl.cli.evaluate_settings import EvaluateConfig, Suite, asked, places
 from nanochat_pl.cli.evaluate_suites import Job, Measured, Unread, can_be_opened, open_jobs
 from nanochat_pl.cli.evaluate_tables import (
@@ -76,7 +76,7 @@ def run(arguments: Sequence[str]) -> int:
     }
     del bundle  # the other model may need the memory
     compared = {} if other is None else _compare(other, theirs, jobs, suites, config, to)
-    together.by_main(lambda: _write(to, origin, suites, compared, other))
+    together.by_main(lambda: _write(to, origin, _of_most_problems(to, identity, jobs, suites), compared, other))
     say(f"results: {to / RESULTS}")
     return 0
 
@@ -161,6 +161,23 @@ def _measure(
         together.by_main(lambda: show_suite(result))  # noqa: B023
         suites.append(result)
     return suites
+
+
+def _of_most_problems(
+    to: Path, identity: Mapping[str, Any], jobs: Sequence[Job], suites: Sequence[SuiteResult]
+) -> list[SuiteResult]:
+    """What is written of each suite: of each task the figures of most problems, those of fewer beside them."""
+    written = []
+    for suite in suites:
+        mine = [job for job in jobs if job.suite == suite.suite]
+        larger = {job.name: more for job in mine if (more := of_more_problems(to, identity, job)) and more.results}
+        results = [larger[each.name].results[0] if each.name in larger else each for each in suite.results]
+        fewer = [each for each in suite.results if each.name in larger]
+        if fewer:
+            kept = ", ".join(f"{each.name} (n {each.n:,})" for each in results if each.name in larger)
+            say(f"{suite.suite}: the figures of more problems stay in the results and the report: {kept}.")
+        written.append(SuiteResult(suite.suite, results, suite.plain, fewer))
+    return written
 
 
 def _compare(

@@ -2,13 +2,14 @@
 
 ``tasks/SUITE/NAME.json`` in the folder of the results holds what a task gave, and all that this is a function of: the
 model (hashes of its files, the type it computes in), the problems, the settings, the version of the measuring. Only
-what agrees with all of it is taken.
+what agrees with all of it is taken. Of records that differ in the number of problems alone (``limit``) all are kept:
+the one with most of them there, the others in ``tasks/SUITE/n=NUMBER/NAME.json``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -17,7 +18,7 @@ from nanochat_pl.bundle import Bundle
 from nanochat_pl.bundle.bundle import CONFIG, MODEL, TOKENIZER
 from nanochat_pl.cli.evaluate_suites import Job, Measured, from_plain, to_json
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.common.files import read_json, sha256_of_file, write_json
+from nanochat_pl.common.files import ensure_folder, read_json, sha256_of_file, write_json
 from nanochat_pl.evaluation.results import FIGURES_VERSION
 
 FORMAT = 1
@@ -42,28 +43,63 @@ class Record:
     measured: Measured
 
 
-def path_of(folder: Path, job: Job) -> Path:
-    """The file of a task in a folder of results. Names of tasks of others may have any signs."""
-    return folder / FOLDER / job.suite / f"{quote(job.name, safe=' ')}.json"
+def path_of(folder: Path, job: Job, n: int | None = None) -> Path:
+    """The file of a task in a folder of results; of one with fewer problems than another, their number is given.
+
+    Names of tasks of others may have any signs.
+    """
+    place = folder / FOLDER / job.suite
+    return (place if n is None else place / f"n={n}") / f"{quote(job.name, safe=' ')}.json"
 
 
 def write_record(folder: Path, model: Mapping[str, Any], job: Job, measured: Measured) -> None:
-    """Keep what a task gave."""
+    """Keep what a task gave, beside what it gave of more or fewer problems."""
+    path, before = path_of(folder, job), _of_other_number(folder, model, job)
+    if before is not None:
+        if before.asked["n"] > job.asked["n"]:
+            path = path_of(folder, job, job.asked["n"])
+        else:
+            fewer = path_of(folder, job, before.asked["n"])
+            ensure_folder(fewer.parent)
+            path.replace(fewer)
     key = {"model": dict(model), "problems": dict(job.problems), "asked": dict(job.asked)}
     write_json(
-        path_of(folder, job),
+        path,
         {"format": FORMAT, "version": FIGURES_VERSION, **key, **to_json(measured)},
         surrogates=True,
     )
 
 
-def read_record(folder: Path, job: Job) -> Record | None:
+def of_more_problems(folder: Path, model: Mapping[str, Any], job: Job) -> Measured | None:
+    """What a task gave of more problems than are asked for, all else being the same; None where it was not measured."""
+    record = _of_other_number(folder, model, job)
+    return record.measured if record is not None and record.asked["n"] > job.asked["n"] else None
+
+
+def _of_other_number(folder: Path, model: Mapping[str, Any], job: Job) -> Record | None:
+    """The record of a task where nothing but the number of its problems is otherwise."""
+    try:
+        record = read_record(folder, job)
+    except UserError:  # it is written anew
+        return None
+    n = None if record is None else record.asked.get("n")
+    if record is None or not isinstance(n, int) or "n" not in job.asked or n == job.asked["n"]:
+        return None
+    return None if _changes(record, model, replace(job, asked={**job.asked, "n": n})) else record
+
+
+def read_record(folder: Path, job: Job, n: int | None = None) -> Record | None:
     """What is known of a task, whatever it was a function of; None where nothing is.
+
+    Args:
+        folder: of the results.
+        job: the task.
+        n: of fewer problems than the most: how many.
 
     Raises:
         UserError: the file is damaged, or of another version.
     """
-    path = path_of(folder, job)
+    path = path_of(folder, job, n)
     if not path.is_file():
         return None
     value = read_json(path, MAX_BYTES, surrogates=True)
@@ -81,12 +117,18 @@ def find(folder: Path, model: Mapping[str, Any], job: Job) -> tuple[Measured | N
 
     Of what is there and does not fit, the reason is given, too.
     """
-    try:
-        record = read_record(folder, job)
-    except UserError as error:
-        return None, " ".join(error.problems)
-    why = "" if record is None else _changes(record, model, job)
-    return (None if record is None or why else record.measured), why
+    why = ""
+    for n in dict.fromkeys((None, job.asked.get("n"))):
+        try:
+            record = read_record(folder, job, n)
+        except UserError as error:
+            why = why or " ".join(error.problems)
+            continue
+        changes = "" if record is None else _changes(record, model, job)
+        if record is not None and not changes:
+            return record.measured, ""
+        why = why or changes
+    return None, why
 
 
 def _changes(record: Record, model: Mapping[str, Any], job: Job) -> str:

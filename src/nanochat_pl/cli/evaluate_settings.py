@@ -10,6 +10,7 @@ from nanochat_pl.cli.locate import cache_folder, locate_bundle, locate_stage
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.hardware import Accelerator
 from nanochat_pl.common.settings import build, setting, to_plain
+from nanochat_pl.data.run_corpus import RunCorpus
 from nanochat_pl.evaluation.core import CoreSettings
 from nanochat_pl.evaluation.harness import HarnessSettings
 from nanochat_pl.tasks.context import TaskContext
@@ -93,9 +94,10 @@ class EvaluateConfig:
         """The folder of caches."""
         return cache_folder(self.paths)
 
-    def context(self, where: str) -> TaskContext:
-        """What tasks are built with. ``where`` is the group that they are keys of."""
-        return TaskContext(self.cache, hub=self.paths.hub_folder, sandbox=self.sandbox, where=where)
+    def context(self, where: str, corpus: RunCorpus | None = None) -> TaskContext:
+        """What tasks are built with: ``where`` is the group that they are keys of, ``corpus`` the run's."""
+        hub = self.paths.hub_folder
+        return TaskContext(self.cache, hub=hub, sandbox=self.sandbox, where=where, run_corpus=corpus)
 
 
 def asked(config: EvaluateConfig) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from nanochat_pl.common.console import by_difference, progress, say
 from nanochat_pl.common.errors import SharedError, UserError
 from nanochat_pl.common.settings import build, to_plain
 from nanochat_pl.data.opening import open_source
+from nanochat_pl.data.run_corpus import RunCorpus, corpus_of_bundle
 from nanochat_pl.data.sources import DataSettings, Source
 from nanochat_pl.engine import Engine
 from nanochat_pl.evaluation import results as task_results
@@ -152,7 +153,9 @@ def _suites_of(bundle: Trained) -> Sequence[Suite]:
 
 def _open_bits_per_byte(bundle: Trained, config: EvaluateConfig) -> list[Job]:
     """Bits per byte on the held-out text of the data that the model was trained on."""
-    source = together.main_first(lambda: open_source(data_of(bundle, config), config.cache))
+    source = together.main_first(
+        lambda: open_source(data_of(bundle, config), config.cache, corpus=_corpus_of(bundle, config))
+    )
     problems = {"text": source.fingerprint, "num_rows": config.num_rows}
     return [Job("bpb", "bpb", problems, {}, lambda model: _measure_bits_per_byte(model, source, config))]
 
@@ -182,6 +185,11 @@ def _measure_bits_per_byte(bundle: Bundle, source: Source, config: EvaluateConfi
         say(f"{name} is {figures.pop(name)}, so it is left out: look at the weights before you use them.")
     named = {name.removeprefix("val/"): value for name, value in figures.items()}
     return Measured(plain={**named, "num_rows": validation.num_rows})
+
+
+def _corpus_of(bundle: Trained, config: EvaluateConfig) -> RunCorpus:
+    """The corpus of docstrings that the model was trained on, or whose tasks it was given."""
+    return RunCorpus(config.cache, inherited=corpus_of_bundle(bundle.stage.data, f"{bundle.path}/stage.json"))
 
 
 def data_of(bundle: Trained, config: EvaluateConfig) -> DataSettings:
@@ -242,7 +250,7 @@ def _open_chat(bundle: Trained, config: EvaluateConfig) -> list[Job]:
             ],
             "A run of one's own is asked by its name, run=NAME; else leave the suite out, suites=[chatcore,samples].",
         )
-    jobs = _task_jobs("chat", judged.tasks, config) if judged else []
+    jobs = _task_jobs("chat", judged.tasks, bundle, config) if judged else []
     if left_out := settings.tasks.chosen().keys() - (judged.tasks.chosen().keys() if judged else set()):
         say(f"{', '.join(sorted(left_out))}: left out; what is a right answer in a conversation, nobody can tell.")
     return jobs
@@ -260,7 +268,7 @@ def _files_named(tasks: MixtureTasks) -> dict[str, str]:
 
 def _open_chatcore(bundle: Trained, config: EvaluateConfig) -> list[Job]:
     require_chat_model(bundle.stage.stage, bundle.path, "chatcore")
-    return _task_jobs("chatcore", config.chatcore, config)
+    return _task_jobs("chatcore", config.chatcore, bundle, config)
 
 
 def require_chat_model(stage: str, path: Path, suite: Suite) -> None:
@@ -272,9 +280,9 @@ def require_chat_model(stage: str, path: Path, suite: Suite) -> None:
         )
 
 
-def _task_jobs(suite: Suite, chosen: MixtureTasks, config: EvaluateConfig) -> list[Job]:
+def _task_jobs(suite: Suite, chosen: MixtureTasks, bundle: Trained, config: EvaluateConfig) -> list[Job]:
     """One job a task. Raises :class:`UserError` with what is missing of all of them."""
-    context = config.context("chatcore" if suite == "chatcore" else MIXTURE)
+    context = config.context("chatcore" if suite == "chatcore" else MIXTURE, _corpus_of(bundle, config))
     judged = only_judged(MixtureSettings(tasks=chosen))
     can_be_judged = judged.tasks if judged else MixtureTasks()
     problems = [  # said although the data of such a one is not looked for

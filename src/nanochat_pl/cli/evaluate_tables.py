@@ -29,11 +29,19 @@ NUM_CHATS = 6
 
 @dataclass
 class SuiteResult:
-    """What a suite gave, for one model."""
+    """What a suite gave, for one model.
+
+    Attributes:
+        suite: which.
+        results: of its tasks.
+        plain: of what is no task.
+        fewer: what tasks gave of fewer problems (``limit``) than ``results`` is of.
+    """
 
     suite: Suite
     results: list[TaskResult] = field(default_factory=list)
     plain: Any = None
+    fewer: list[TaskResult] = field(default_factory=list)
 
     def add(self, measured: Measured) -> None:
         """Take in what a job gave."""
@@ -59,6 +67,8 @@ class SuiteResult:
         value: dict[str, Any] = dict(self.plain or {})
         if self.results:
             value["tasks"] = [task_row(each) for each in self.results]
+        if self.fewer:
+            value["fewer"] = [task_row(each) for each in self.fewer]
         if summary := self.summary:
             value["summary"] = {**to_plain(summary), "remark": self.remark}
         return value
@@ -84,7 +94,7 @@ def summary_name(suite: Suite, tasks: Sequence[str]) -> str | None:
     if suite == "core":
         return core_name(tasks)
     if suite == "chat" or not {*tasks} & {*CHATCORE}:
-        return "mean of the tasks"
+        return f"{suite}: mean of the tasks"
     others = sorted({*tasks} - {*CHATCORE})
     missing = len({*CHATCORE} - {*tasks})
     remarks = [f"{len(CHATCORE) - missing} of {len(CHATCORE)} tasks"] if missing else []

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Glob, Override
+from hydra.core.override_parser.types import Glob, IntervalSweep, Override
 from hydra.errors import HydraException
 
 # Anything a person types is a prompt, the word null too.
@@ -87,6 +87,11 @@ def parse_sweeps(texts: Sequence[str], schema: type, problems: list[str]) -> tup
                 rest.append(text)
             elif isinstance(parsed.value(), Glob):
                 problems.append(f"{text}: glob is not supported; list the values, separated by commas.")
+            elif isinstance(parsed.value(), IntervalSweep):
+                problems.append(
+                    f"{text}: an interval names no single values; list some, separated by commas, or"
+                    f" {key}=range(START,STOP,STEP)."
+                )
             else:
                 swept.append(SweptKey(key, tuple(f"{key}={value}" for value in parsed.sweep_string_iterator())))
     return swept, rest

@@ -59,6 +59,8 @@ def run(arguments: Sequence[str]) -> int:
     """The verb."""
     steps = steps_of(arguments)
     composed = check_all(steps)
+    if any(getattr(c.config, "check_only", False) for c in composed):
+        return _check(steps, composed)
     run_dir = run_folder_of(composed)
     resume = "never" if any(getattr(c.config, "resume", "") == "never" for c in composed) else "auto"
     if resume == "never":
@@ -76,6 +78,23 @@ def run(arguments: Sequence[str]) -> int:
             say(f"{step.name}: ended with exit code {code}. {how_to_go_on(run_dir.name, resume)}")
             return code
     finish(run_dir)
+    return 0
+
+
+def _check(steps: Sequence[Step], composed: Sequence[Composed]) -> int:
+    """Show what is known of each step before anything is trained: nothing of the run need be there."""
+    before: list[str] = []
+    for step, checked in zip(steps, composed, strict=True):
+        say(f"{step.name}:", style="bold")
+        if step.verb != "train":
+            say("The settings are right. What it reads is left by the stages.")
+            continue
+        # Of the run, sft takes the newest stage that is finished: here it is the one that will be.
+        follows_mid = step.name == "sft" and "mid" in before and checked.config.stage.parent is None
+        parent = ["stage.parent=mid"] if follows_mid else []
+        if code := run_child([step.verb, *step.overrides, *parent, "check_only=true"]):
+            return code
+        before.append(step.name)
     return 0
 
 

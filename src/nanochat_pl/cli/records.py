@@ -127,7 +127,7 @@ def reopen(folder: StageFolder, composed: Composed[TrainConfig]) -> None:
 def restored_on_refusal(folder: StageFolder) -> Iterator[None]:
     """Put a stage's records back where what is done inside is refused before it has come to another resume file."""
     names = ("finished.json", "plan.json", "config.yaml", "overrides.txt", changes.NAME)
-    paths = [folder.path / name for name in names]
+    paths = [*(folder.path / name for name in names), folder.chosen_corpus]
     before = {path: path.read_bytes() for path in paths if path.exists()}
     files = {*folder.checkpoints.glob("*.ckpt")}
     try:
@@ -151,7 +151,7 @@ def _require_same(folder: StageFolder, composed: Composed[TrainConfig], but_for_
     ]
     if problems:
         # What a later stage starts from is in this run: in one of another name there is no parent.
-        anew = "resume=never" if composed.config.stage.parent not in (None, "tokenizer") else "run=NAME or resume=never"
+        anew = "resume=never" if composed.config.stage.parent not in (None, "tokenizer") else "run=NEW or resume=never"
         how = f"Leave these keys as they were, or begin a new run with {anew}"
         raise UserError(problems, f"{how}{_how_to_change(folder, differences.keys())}.")
 

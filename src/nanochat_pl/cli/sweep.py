@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import itertools
 import re
+import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from nanochat_pl.cli.child import run_child
+from nanochat_pl.cli.child import is_stop, run_child
 from nanochat_pl.cli.overrides import parse_sweeps
 from nanochat_pl.cli.pipeline import check_all, run_folder_of, steps_of
 from nanochat_pl.cli.train import compose_train, is_finished, place_of
 from nanochat_pl.common.console import output_may_end, print_table, say
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.common.run_folder import MAX_NAME_LENGTH
+from nanochat_pl.common.run_folder import MAX_NAME_LENGTH, StageFolder, fresh_run, stage_folder
+from nanochat_pl.report.text import duration
 from nanochat_pl.training.settings import TrainConfig
 
 MAX_JOBS = 1_000
@@ -31,26 +33,70 @@ class Job:
 def run_sweep(verb: str, arguments: Sequence[str]) -> int:
     """Run the jobs of a sweep one after the other, finished ones are skipped; one that fails does not stop the others.
 
+    Nor does one that is killed, by the system for its memory for instance; a stop (Ctrl-C, SIGTERM) ends the sweep.
+
     Returns:
-        0, or the exit code of the first job that failed; a signal ends the whole sweep.
+        0, or the exit code of the first job that failed.
 
     Raises:
         UserError: what :func:`expand` says; or a job was begun under other settings.
     """
-    jobs, outcomes, first_failure = expand(arguments, verb), [], 0
+    jobs, first_failure = expand(arguments, verb), 0
+    rows: list[tuple[str, ...]] = []
     finished = {job.name for job in jobs if verb == "train" and _is_finished(job)}
     for n, job in enumerate(jobs, start=1):
         say(f"job {n} of {len(jobs)}: {job.name}", style="bold")
+        folders = _stage_folders(verb, job)  # now: after the job, resume=never would mean yet another one
         if job.name in finished:
-            outcomes.append((job.name, "finished before"))
+            rows += _rows(job, "finished before", folders)
             continue
         code = run_child([verb, *job.overrides])
-        if code >= 128:
+        if is_stop(code):
             return code
         first_failure = first_failure or code
-        outcomes.append((job.name, "finished" if code == 0 else f"failed, exit code {code}"))
-    print_table(("job", "outcome"), outcomes)
+        rows += _rows(job, _outcome(code), folders)
+    print_table(("job", "stage", "outcome", "val/bpb", "tokens", "time"), rows)
     return first_failure
+
+
+def _outcome(code: int) -> str:
+    if code <= 128:
+        return "finished" if code == 0 else f"failed, exit code {code}"
+    number = code - 128
+    name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
+    return f"killed, {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
+
+
+def _rows(job: Job, outcome: str, folders: Sequence[StageFolder]) -> list[tuple[str, ...]]:
+    """Rows of the table: one for each stage that is finished, and one for a job that has none or failed."""
+    rows = [_figures(folder) for folder in folders if folder.status == "finished"]
+    if not rows or not outcome.startswith("finished"):
+        return [(job.name, "", outcome, "", "", ""), *((job.name, stage, "finished", *rest) for stage, *rest in rows)]
+    return [(job.name, stage, outcome, *rest) for stage, *rest in rows]
+
+
+def _figures(folder: StageFolder) -> tuple[str, str, str, str]:
+    """Stage, bits per byte, tokens and time, empty where finished.json does not say."""
+    finished = folder.finished()
+    bits, tokens, seconds = finished.get("metrics", {}).get("val/bpb"), finished.get("tokens"), finished.get("seconds")
+    return (
+        folder.stage,
+        "" if bits is None else f"{bits:.4f}",
+        "" if tokens is None else f"{tokens:,}",
+        "" if seconds is None else duration(seconds),
+    )
+
+
+def _stage_folders(verb: str, job: Job) -> list[StageFolder]:
+    """Where a job leaves what it trains."""
+    if verb == "train":
+        return [place_of(compose_train(job.overrides), tell=lambda text: None)]
+    steps = steps_of(job.overrides)
+    composed = check_all(steps)
+    run_dir = run_folder_of(composed)
+    new = any(getattr(each.config, "resume", "") == "never" for each in composed)
+    name = fresh_run(run_dir.parent, run_dir.name) if new else run_dir.name
+    return [stage_folder(run_dir.parent, name, step.name) for step in steps if step.verb == "train"]
 
 
 def _is_finished(job: Job) -> bool:

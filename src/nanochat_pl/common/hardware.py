@@ -26,7 +26,7 @@ def choose_device(name: str = "auto", key: str = "device") -> torch.device:
     Args:
         name: ``auto`` (a GPU where there is one, else the CPU), ``gpu`` (cuda or mps), ``cpu``, ``cuda``, ``cuda:1`` or
             ``mps``.
-        key: what the setting is called, for messages.
+        key: of the setting, for messages; ``device`` is an argument's name.
 
     Raises:
         UserError: there is no such device, here or at all.

@@ -67,6 +67,11 @@ class StageFolder:
         return self.path / "data.json"
 
     @property
+    def chosen_corpus(self) -> Path:
+        """Which corpus of docstrings the stage was begun with."""
+        return self.path / "corpus.json"
+
+    @property
     def chosen_source(self) -> Path:
         """What data=auto came to when the stage was begun."""
         return self.path / "data_choice.json"
@@ -128,7 +133,7 @@ class StageFolder:
                 if time.monotonic() >= deadline:
                     raise UserError(
                         f"{self.path}: is in use by {_holder(path)}.",
-                        "Wait until it ends or stop it; or give this run another name with run=NAME.",
+                        "Wait until it ends or stop it; or give this run another name with run=NEW.",
                     )
                 time.sleep(0.1)
             file.truncate(0)

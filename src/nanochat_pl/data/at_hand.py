@@ -8,12 +8,19 @@ from nanochat_pl.common.errors import UserError
 from nanochat_pl.data.hub_files import HubFiles
 from nanochat_pl.data.local_files import choose_files, text_bytes
 from nanochat_pl.data.python_docs import PythonDocs, built_python_docs, open_python_docs
+from nanochat_pl.data.run_corpus import RunCorpus
 from nanochat_pl.data.sources import DataSettings, SourceSettings
 from nanochat_pl.planning.outlook import TextFacts
 from nanochat_pl.planning.text import BYTES_PER_TOKEN, bytes_per_token, known_set
 
 
-def tokens_at_hand(settings: DataSettings, cache_dir: Path, vocab_size: int = 2**15, build: bool = False) -> int | None:
+def tokens_at_hand(
+    settings: DataSettings,
+    cache_dir: Path,
+    vocab_size: int = 2**15,
+    build: bool = False,
+    corpus: RunCorpus | None = None,
+) -> int | None:
     """About how many tokens there are to train on, of a mixture those of all sources; None where that is not known.
 
     Args:
@@ -21,22 +28,27 @@ def tokens_at_hand(settings: DataSettings, cache_dir: Path, vocab_size: int = 2*
         cache_dir: ``paths.cache``.
         vocab_size: of the tokenizer.
         build: make the corpus of docstrings where it is missing; else nothing is written.
+        corpus: which one a run has; None: that of the packages installed now.
 
     Raises:
         UserError: data.path names no file, or one that cannot be read.
     """
     if settings.name == "mixture":
-        known = tokens_by_source(settings, cache_dir, vocab_size, build).values()
+        known = tokens_by_source(settings, cache_dir, vocab_size, build, corpus).values()
         return None if None in known else sum(filter(None, known))
-    return _in_tokens(_bytes_of("data", settings, cache_dir, build), vocab_size)
+    return _in_tokens(_bytes_of("data", settings, cache_dir, build, corpus), vocab_size)
 
 
 def tokens_by_source(
-    settings: DataSettings, cache_dir: Path, vocab_size: int = 2**15, build: bool = False
+    settings: DataSettings,
+    cache_dir: Path,
+    vocab_size: int = 2**15,
+    build: bool = False,
+    corpus: RunCorpus | None = None,
 ) -> dict[str, int | None]:
     """As :func:`tokens_at_hand`, of each source of a mixture."""
     return {
-        name: _in_tokens(_bytes_of(f"data.sources.{name}", part, cache_dir, build), vocab_size)
+        name: _in_tokens(_bytes_of(f"data.sources.{name}", part, cache_dir, build, corpus), vocab_size)
         for name, part in settings.parts.items()
     }
 
@@ -76,10 +88,13 @@ def _in_tokens(num_bytes: float | None, vocab_size: int) -> int | None:
     return None if num_bytes is None else int(num_bytes / bytes_per_token(vocab_size))
 
 
-def _bytes_of(key: str, settings: SourceSettings, cache_dir: Path, build: bool) -> float | None:
+def _bytes_of(
+    key: str, settings: SourceSettings, cache_dir: Path, build: bool, run_corpus: RunCorpus | None
+) -> float | None:
     """About how many bytes of text a source has to train on."""
     if settings.name == "python_docs":
-        corpus = open_python_docs(cache_dir) if build else built_python_docs(cache_dir)
+        corpus = run_corpus and run_corpus.kept
+        corpus = corpus or (open_python_docs(cache_dir) if build else built_python_docs(cache_dir))
         return None if corpus is None else corpus.manifest["splits"]["train"]["bytes"]
     if settings.name == "local":
         chosen = choose_files(settings, key)

@@ -16,6 +16,7 @@ from nanochat_pl.common.files import read_json, write_json
 from nanochat_pl.data.at_hand import tokens_of_docstrings
 from nanochat_pl.data.docstrings import installed_packages, python_files
 from nanochat_pl.data.python_docs import PythonDocs, built_python_docs, open_python_docs
+from nanochat_pl.data.run_corpus import RunCorpus
 from nanochat_pl.data.sources import DataSettings
 from nanochat_pl.planning.horizon import MAX_EPOCHS
 from nanochat_pl.planning.text import KNOWN_SETS
@@ -25,20 +26,26 @@ MOST_DOCSTRING_TOKENS = 100e6
 Choice = Literal["docs", "web"]
 
 
-def choose_data(settings: DataSettings, tokens_planned: Callable[[int | None], int], cache_dir: Path) -> DataSettings:
+def choose_data(
+    settings: DataSettings,
+    tokens_planned: Callable[[int | None], int],
+    cache_dir: Path,
+    corpus: RunCorpus | None = None,
+) -> DataSettings:
     """The settings that data=auto comes to; any others as they are.
 
     Args:
         settings: the config group ``data``.
         tokens_planned: tokens that the plan trains on if so many are at hand; None: nobody knows how many.
         cache_dir: ``paths.cache``. The corpus of docstrings is built there where the choice depends on it.
+        corpus: which one a run has; None: that of the packages installed now.
 
     Raises:
         UserError: the corpus cannot be built, or the plan is wrong.
     """
     if settings.name != "auto":
         return settings
-    return with_choice(settings, _choice(tokens_planned, cache_dir))
+    return with_choice(settings, _choice(tokens_planned, cache_dir, corpus))
 
 
 def with_choice(settings: DataSettings, choice: Choice) -> DataSettings:
@@ -67,9 +74,14 @@ def choice_of(settings: DataSettings) -> Choice:
     return "docs" if settings.name == "python_docs" else "web"
 
 
-def explain_choice(chosen: DataSettings, tokens_planned: Callable[[int | None], int], cache_dir: Path) -> str:
+def explain_choice(
+    chosen: DataSettings,
+    tokens_planned: Callable[[int | None], int],
+    cache_dir: Path,
+    run_corpus: RunCorpus | None = None,
+) -> str:
     """One line for people: what data=auto came to, and why."""
-    corpus = built_python_docs(cache_dir)
+    corpus = (run_corpus and run_corpus.kept) or built_python_docs(cache_dir)
     tokens = None if corpus is None else tokens_of_docstrings(corpus)
     needed = tokens_planned(tokens)
     about = "" if tokens is None else f", of which there are about {tokens:,}"
@@ -96,14 +108,16 @@ def read_choice(path: Path) -> Choice | None:
     told = read_json(path)
     choice = told.get("choice") if isinstance(told, dict) else None
     if choice not in get_args(Choice):
-        raise UserError(f"{path}: does not say which data the stage was begun with.", "Begin a new run: run=NAME.")
+        raise UserError(
+            f"{path}: does not say which data the stage was begun with.", "Begin a new run: run=NEW or resume=never."
+        )
     return choice
 
 
-def _choice(tokens_planned: Callable[[int | None], int], cache_dir: Path) -> Choice:
+def _choice(tokens_planned: Callable[[int | None], int], cache_dir: Path, corpus: RunCorpus | None) -> Choice:
     if tokens_planned(None) > MAX_EPOCHS * MOST_DOCSTRING_TOKENS:
         return "web"
-    tokens = tokens_of_docstrings(_counted(cache_dir))
+    tokens = tokens_of_docstrings((corpus and corpus.kept) or _counted(cache_dir))
     return "docs" if tokens_planned(tokens) <= MAX_EPOCHS * tokens else "web"
 
 

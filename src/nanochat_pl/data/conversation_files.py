@@ -210,7 +210,8 @@ def _parquet_rows(path: Path, column: str, audit: Audit) -> Numbered:
         schema = file.schema_arrow
         columns = keys_to_read(column, schema.names)
         if columns is None:
-            fix = f"Name the one that holds the messages with the key column=….{hint_of(schema.names)}"
+            fix = "Name the one that holds the messages with mixture.tasks.conversations.NAME.column=…."
+            fix += hint_of(schema.names)
             require_column(path, schema, column, fix)
         for name in columns or ():
             require_column(path, schema, name)

@@ -239,7 +239,7 @@ def _of_text(figures: Figures) -> Iterator[Finding]:
         yield Finding(
             False,
             f"A token stands for {train.bytes_per_token:.2f} bytes only: the tokenizer does not fit this text.",
-            "Train one on it: another run=NAME, and a larger tokenizer.vocab_size.",
+            "Train one on it: another run, run=NEW, and a larger tokenizer.vocab_size.",
         )
     longest = train.tokens.longest if train.tokens else train.characters.longest
     total = train.tokens.total if train.tokens else train.characters.total

@@ -12,7 +12,7 @@ from nanochat_pl.data.hub_files import ChosenFiles, HubFiles
 from nanochat_pl.data.local_files import LocalFiles
 from nanochat_pl.data.mixed_rows import Turns
 from nanochat_pl.data.mixed_source import MixedSource
-from nanochat_pl.data.python_docs import open_python_docs
+from nanochat_pl.data.run_corpus import RunCorpus
 from nanochat_pl.data.sources import DataSettings, Source, SourceSettings
 
 
@@ -21,6 +21,7 @@ def open_source(
     cache_dir: Path,
     tokens_needed: int | None = None,
     chosen: Mapping[str, ChosenFiles] | None = None,
+    corpus: RunCorpus | None = None,
 ) -> Source:
     """Open the source that the settings name. Of a hub's data set that is what has been downloaded of it; with
     ``data.download=true`` it is what the plan takes, and what is missing is fetched when it is read.
@@ -32,19 +33,20 @@ def open_source(
         tokens_needed: tokens that the plan trains on. Where what is here falls short of them, it is said, with the
             command that fetches the rest.
         chosen: of a training that goes on, the files of hubs that it was begun with, see :func:`read_chosen`.
+        corpus: which corpus of docstrings a run has; None: that of the packages installed now.
 
     Raises:
         UserError: no file matches, a suffix or a column is unknown, a file cannot be read; nothing is downloaded yet;
             two sources of a mixture share a file.
     """
-    chosen = chosen or {}
+    chosen, corpus = chosen or {}, corpus or RunCorpus(cache_dir)
     if settings.name != "mixture":
-        return _open_one("data", settings, cache_dir, tokens_needed, chosen)
+        return _open_one("data", settings, cache_dir, tokens_needed, chosen, corpus)
     turns = Turns([part.weight for part in settings.parts.values()])
     parts = {}
     for (name, part), share in zip(settings.parts.items(), turns.shares, strict=True):
         needed = None if tokens_needed is None else round(tokens_needed * share)
-        parts[name] = _open_one(f"data.sources.{name}", part, cache_dir, needed, chosen)
+        parts[name] = _open_one(f"data.sources.{name}", part, cache_dir, needed, chosen, corpus)
     return MixedSource(parts, turns)
 
 
@@ -78,10 +80,11 @@ def _open_one(
     cache_dir: Path,
     tokens_needed: int | None,
     chosen: Mapping[str, ChosenFiles],
+    corpus: RunCorpus,
 ) -> Source:
     assert settings.name != "auto", "choose_data says what it comes to"
     if settings.name == "python_docs":
-        return open_python_docs(cache_dir)
+        return corpus.open()
     if settings.name == "local":
         return LocalFiles(settings, cache_dir, key)
     source = HubFiles(

@@ -38,6 +38,7 @@ from nanochat_pl.data.docstrings import Docstring, Package, Progress, installed_
 from nanochat_pl.data.near_duplicates import shares_seen_before
 from nanochat_pl.data.sources import SPLITS, Shard, Split
 
+FOLDER = "python_docs"  # of all corpora, in the cache
 BUILDER_VERSION = 1  # counts up whenever the same packages would give other documents
 MIN_CHARS = 64
 MAX_SHARE_SEEN = 0.5
@@ -129,7 +130,7 @@ def open_python_docs(
     absent: list[str] = []
     if packages is None:
         packages, absent = installed_packages()
-    folder = cache_dir / "python_docs" / _key(packages)
+    folder = cache_dir / FOLDER / _key(packages)
     if not (folder / "manifest.json").exists():
         say("Reading the documentation of the packages on this machine, once: some seconds …")
         ensure_folder(folder.parent)
@@ -147,7 +148,7 @@ def open_python_docs(
 
 def built_python_docs(cache_dir: Path) -> PythonDocs | None:
     """The corpus of the packages that are installed now, where it has been built."""
-    folder = cache_dir / "python_docs" / _key(installed_packages()[0])
+    folder = cache_dir / FOLDER / _key(installed_packages()[0])
     return PythonDocs(folder) if (folder / "manifest.json").exists() else None
 
 

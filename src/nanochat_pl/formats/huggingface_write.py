@@ -17,6 +17,9 @@ from nanochat_pl.formats.huggingface_tokenizer import write_tokenizer
 from nanochat_pl.formats.huggingface_weights import MODEL, PADDING, to_theirs
 
 _CODE = Path(__file__).parent / "remote_code" / REMOTE_CODE
+# What a tokenizer makes possible: answers with the calculator. Neither file imports anything of this package.
+CALCULATING = "generate_with_calculator.py"
+_CALCULATING = (_CODE.with_name(CALCULATING), Path(__file__).parents[1] / "tools" / "calculator.py")
 
 
 def require_transformers() -> None:
@@ -58,6 +61,9 @@ def write_huggingface(bundle: Bundle, folder: Path) -> None:
     write_json(folder / "generation_config.json", {**ids, "pad_token_id": ids["bos_token_id"]})
     if bundle.tokenizer is not None:
         write_tokenizer(folder, bundle.tokenizer, config.sequence_len)
+        with disk_errors_explained(folder):
+            for file in _CALCULATING:
+                shutil.copyfile(file, folder / file.name)
 
 
 def _stop_tokens(bundle: Bundle) -> list[Any]:

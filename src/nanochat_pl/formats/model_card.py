@@ -23,10 +23,20 @@ model = AutoModelForCausalLM.from_pretrained("PATH"TRUST)
 """
 _CHATTING = """\
 tokenizer = AutoTokenizer.from_pretrained("PATH"TRUST)
-messages = [{"role": "user", "content": "Hello!"}]
+messages = [{"role": "user", "content": "What is 12 + 7?"}]
 inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
-answer = model.generate(**inputs, max_new_tokens=64, do_sample=False)
+answer = model.generate(**inputs, max_new_tokens=64, do_sample=False)  # without the calculator
 print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1]:]))
+"""
+_CALCULATOR = """\
+
+**The calculator does not run inside `generate`.** A chat model writes an expression between `<|python_start|>` and
+`<|python_end|>` and was taught that its result follows, put in by the program; alone it makes results up.
+`generate_with_calculator.py` beside this file is the loop that puts them in:
+
+```sh
+python PATH/generate_with_calculator.py "What is 12 + 7?"
+```
 """
 
 
@@ -56,7 +66,7 @@ def _loading(bundle: Bundle) -> str:
         if native
         else "The architecture is in `modeling_nanochat_pl.py` beside this file (transformers 5 or later)."
     )
-    return f"## Loading\n\n{which}\n\n{code}```\n"
+    return f"## Loading\n\n{which}\n\n{code}```\n{_CALCULATOR if bundle.tokenizer is not None else ''}"
 
 
 def _equality(parity: Parity, layout: Layout) -> str:

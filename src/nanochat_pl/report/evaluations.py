@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -133,6 +134,10 @@ def read_evaluation(folder: Path) -> EvaluationRecord:
             _read_suite(found, name, suite, where)
         else:
             raise UserError(f"{where}: must be a group of named values or a list.")
+    names = Counter(summary.name for summary in found.summaries.values())
+    for name, summary in found.summaries.items():
+        if names[summary.name] > 1:  # an older evaluation gave two suites' means one name
+            found.summaries[name] = replace(summary, name=f"{name}: {summary.name}")
     present = {file.name: file for file in folder.glob("answers_*.jsonl")}
     for name, tasks in found.suites.items():
         for task in tasks:

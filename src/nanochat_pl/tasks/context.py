@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.data.python_docs import PythonDocs, built_python_docs, open_python_docs
+from nanochat_pl.data.run_corpus import RunCorpus
 from nanochat_pl.data.sources import MAX_BAD_FRACTION
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ class TaskContext:
     sandbox: for tasks that run generated code; None: its defaults.
     where: the group that the tasks are keys of, for messages.
     builds_corpus: whether the corpus is built where it is missing, which takes some seconds.
+    run_corpus: which corpus the run has; None: that of the packages installed now.
     """
 
     cache_dir: Path
@@ -35,14 +37,17 @@ class TaskContext:
     sandbox: SandboxSettings | None = None
     where: str = MIXTURE
     builds_corpus: bool = True
+    run_corpus: RunCorpus | None = None
 
     @cached_property
     def corpus(self) -> PythonDocs:
-        """The documentation of the installed packages, opened when it is first asked for.
+        """The documentation of the packages, opened when it is first asked for.
 
         Raises:
             UserError: it cannot be built; or it is not there and is not to be built.
         """
+        if self.run_corpus is not None:
+            return self.run_corpus.open()
         corpus = open_python_docs(self.cache_dir) if self.builds_corpus else built_python_docs(self.cache_dir)
         if corpus is None:
             raise UserError("python_docs: has not been built yet.", "nanochat-pl download data=python_docs")

@@ -10,6 +10,7 @@ from pathlib import Path
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.hardware import ComputeDType
 from nanochat_pl.data.at_hand import tokens_at_hand
+from nanochat_pl.data.run_corpus import RunCorpus
 from nanochat_pl.data.sources import DataSettings, SourceSettings
 from nanochat_pl.planning import Plan, check_horizon, estimate_cpu_seconds, make_plan
 from nanochat_pl.planning.devices import Device
@@ -47,7 +48,7 @@ class Target:
         return row_options(config, self.device, self.num_devices, self.compiled)
 
 
-def bounding_tokens(data: DataSettings, vocab_size: int, cache: Path) -> int | None:
+def bounding_tokens(data: DataSettings, vocab_size: int, cache: Path, corpus: RunCorpus | None = None) -> int | None:
     """About how many tokens one epoch has, which bounds the batch; None where that has no say.
 
     An estimate from bytes of text, so that it is the same before and after they have been tokenised. It has no say for
@@ -56,7 +57,7 @@ def bounding_tokens(data: DataSettings, vocab_size: int, cache: Path) -> int | N
     parts: Sequence[SourceSettings] = [*data.parts.values()] or [data]
     if any(part.shuffle != "global" or part.is_on_hub for part in parts):
         return None
-    return tokens_at_hand(data, cache, vocab_size, build=True)
+    return tokens_at_hand(data, cache, vocab_size, build=True, corpus=corpus)
 
 
 def base_plan(config: TrainConfig, target: Target, vocab_size: int, at_hand: int | None) -> Plan:

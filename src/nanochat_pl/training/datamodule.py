@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import LightningDataModule, Trainer
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from nanochat_pl.common.constants import IGNORE_INDEX
+from nanochat_pl.common.errors import UserError
 from nanochat_pl.data.mixed_rows import MixedRows
 from nanochat_pl.data.rows import Rows
 from nanochat_pl.training.step import StepBatch
@@ -78,32 +79,33 @@ class RowsDataModule(LightningDataModule):
         num_steps: the steps end there.
         num_workers: processes that read rows ahead of the training; None: one for a GPU, else none. The rows are the
             same for any number.
-        rank, world: which process of how many this is.
+
+    The processes of the trainer share the rows of each step, whichever strategy it has.
     """
 
-    def __init__(
-        self,
-        rows: Rows | MixedRows,
-        rows_per_step: int,
-        num_steps: int,
-        num_workers: int | None = 0,
-        rank: int = 0,
-        world: int = 1,
-    ) -> None:
+    def __init__(self, rows: Rows | MixedRows, rows_per_step: int, num_steps: int, num_workers: int | None = 0) -> None:
         super().__init__()
-        self.steps, self.num_steps, self.num_workers = (
-            StepRows(rows, rows_per_step, rank, world),
-            num_steps,
-            num_workers,
-        )
+        self.rows, self.rows_per_step, self.num_steps, self.num_workers = rows, rows_per_step, num_steps, num_workers
 
     def train_dataloader(self) -> Any:
-        """One batch a step, from the step that the trainer has reached."""
+        """One batch a step, from the step that the trainer has reached: this process's share of its rows.
+
+        Raises:
+            UserError: the trainer is to put a sampler of its own in the place of this one's.
+        """
         assert self.trainer is not None
-        on_gpu = self.trainer.strategy.root_device.type == "cuda"
+        trainer = self.trainer
+        if trainer.world_size > 1 and _replaces_sampler(trainer):
+            raise UserError(
+                f"Trainer(use_distributed_sampler=True): the {trainer.world_size} processes share the rows of each step"
+                " already; what Lightning puts in the place of the sampler would deal out steps instead.",
+                "Say Trainer(use_distributed_sampler=False, …).",
+            )
+        self.steps = StepRows(self.rows, self.rows_per_step, trainer.global_rank, trainer.world_size)
+        on_gpu = trainer.strategy.root_device.type == "cuda"
         return DataLoader(
             self.steps,
-            sampler=StepsFrom(self.trainer.global_step, self.num_steps, self._wait_for),
+            sampler=StepsFrom(trainer.global_step, self.num_steps, self._wait_for),
             batch_size=None,
             num_workers=int(on_gpu) if self.num_workers is None else self.num_workers,
             pin_memory=on_gpu,
@@ -119,3 +121,8 @@ class RowsDataModule(LightningDataModule):
             stops[0].wait_for(wait)
         else:
             wait(lambda: None)
+
+
+def _replaces_sampler(trainer: Trainer) -> bool:
+    """Whether the trainer was told to (its default) replace samplers; it keeps that to itself."""
+    return bool(getattr(getattr(trainer, "_accelerator_connector", None), "use_distributed_sampler", False))

@@ -20,7 +20,7 @@ _FIXED = {
     "tokens a step": "step N begins at row N times the rows of a step, so rows would be left out or seen twice",
     "tokenizer": "the weights were trained on its ids",
 }
-_BEGIN_ANEW = "or begin a new run with run=NAME or resume=never"
+_BEGIN_ANEW = "or begin a new run with run=NEW or resume=never"
 
 
 def step_to_go_on_from(path: Path, recipe: StageRecipe, with_changes: bool = False) -> int:

@@ -80,7 +80,7 @@ def inherited(config: TrainConfig, folder: StageFolder, given: Set[str]) -> Trai
         merged = _merged(was, to_plain(own), group, given, parent.stage, problems)
         groups[group] = build(type(own), merged, f"{parent.bundle}/stage.json: settings.{group}")
     if problems:
-        raise UserError(problems, fix="Leave these keys out, or begin another run with run=NAME.")
+        raise UserError(problems, fix="Leave these keys out, or begin another run with run=NEW.")
     return dataclasses.replace(config, **groups)
 
 

@@ -19,6 +19,7 @@ from nanochat_pl.data.mixed_rows import MixedRows
 from nanochat_pl.data.mixed_source import MixedSource
 from nanochat_pl.data.opening import open_source, read_chosen, write_chosen
 from nanochat_pl.data.rows import Rows, packed_rows, streamed_rows
+from nanochat_pl.data.run_corpus import RunCorpus
 from nanochat_pl.data.sources import MOST_TEXT_AT_ONCE, Source, SourceSettings, Split, is_much
 from nanochat_pl.data.streamed_index import StreamedIndex
 from nanochat_pl.data.token_cache import CachedShard, TokenCache, build_token_cache
@@ -63,16 +64,23 @@ class Prepared:
 
 
 def prepare_base(
-    config: TrainConfig, folder: StageFolder, cache: Path, machine: Machine, goes_on: bool = False
+    config: TrainConfig,
+    folder: StageFolder,
+    cache: Path,
+    machine: Machine,
+    goes_on: bool = False,
+    corpus: RunCorpus | None = None,
 ) -> Prepared:
     """Pretraining: documents, packed.
 
     Args:
         goes_on: whether there is a resume file: the stage keeps to the files of data sets that it was begun with.
+        corpus: the run's, see :func:`~nanochat_pl.training.source.corpus_of_stage`; None: of what is installed.
 
     Raises:
         UserError: the plan's own horizon is longer than anybody would want here; or what the data says.
     """
+    corpus = corpus or RunCorpus(cache)
     # First what can be known without reading any text.
     first_plan = _base_plan(config, machine, config.tokenizer.vocab_size, None)
     model = resolve_model(config.model, config.tokenizer.vocab_size, machine.compute_dtype)
@@ -85,6 +93,7 @@ def prepare_base(
         num_tokens,
         # Another process than the main one comes after it, when more may be here.
         read_chosen(folder.chosen_files) if goes_on or not distributed.is_main() else None,
+        corpus,
     )
     if not goes_on and distributed.is_main():
         write_chosen(folder.chosen_files, source)
@@ -92,7 +101,8 @@ def prepare_base(
     tokenizer = tokenizer_for(config, folder, source)
     _require_cache_room(config, source, tokenizer, cache, num_tokens, first_plan["sequence_len"])
     parts = _parts(config, source, tokenizer, cache)
-    plan = _base_plan(config, machine, tokenizer.vocab_size, bounding_tokens(config.data, tokenizer.vocab_size, cache))
+    at_hand = bounding_tokens(config.data, tokenizer.vocab_size, cache, corpus)
+    plan = _base_plan(config, machine, tokenizer.vocab_size, at_hand)
     num_rows = plan["num_steps"] * plan["rows_per_step"]
     rows: Rows | MixedRows
     if isinstance(source, MixedSource):
@@ -125,6 +135,7 @@ def prepare_base(
             "source": source.name,
             "fingerprint": source.fingerprint,
             "validation_tokens": validation.num_tokens,
+            **corpus.chosen(),
         },
     )
 

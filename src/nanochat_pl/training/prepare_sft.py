@@ -20,6 +20,7 @@ from nanochat_pl.data.conversation_cache import ConversationCache, Trained, buil
 from nanochat_pl.data.packing import Shuffle
 from nanochat_pl.data.row_index import RowIndex
 from nanochat_pl.data.rows import Rows, packed_rows
+from nanochat_pl.data.run_corpus import RunCorpus
 from nanochat_pl.planning import Inherited, Plan, make_finetune_plan
 from nanochat_pl.planning.outlook import add_step_memory
 from nanochat_pl.tasks.context import TaskContext
@@ -38,7 +39,12 @@ VALIDATION_SEED = 0  # a setting of the training has no say in what is validated
 
 
 def prepare_sft(
-    config: TrainConfig, folder: StageFolder, cache: Path, machine: Machine, goes_on: bool = False
+    config: TrainConfig,
+    folder: StageFolder,
+    cache: Path,
+    machine: Machine,
+    goes_on: bool = False,
+    corpus: RunCorpus | None = None,
 ) -> Prepared:
     """Mid and sft: conversations, padded; model, tokenizer and what is not given from the parent stage.
 
@@ -55,7 +61,8 @@ def prepare_sft(
     say(f"{config.stage.name} starts from {parent.bundle}, {info.step:,} steps.")
     inherited = Inherited.from_plain(info.plan, f"{parent.bundle}/stage.json: plan")
     tokenizer = load_tokenizer(parent.bundle)
-    context = TaskContext(cache, config.data.max_bad_fraction, config.paths.hub_folder)
+    corpus = corpus or RunCorpus(cache)
+    context = TaskContext(cache, config.data.max_bad_fraction, config.paths.hub_folder, run_corpus=corpus)
     mixture = build_mixture(config.mixture, "train", context)
     held_out = build_mixture(config.mixture, "test", context)
     _announce_files(mixture)
@@ -104,7 +111,7 @@ def prepare_sft(
         weights=load_weights(parent.bundle),
         moments=load_moments(parent.bundle) if config.stage.warm_start else None,
         parents=(*info.parents, {"stage": parent_name, "step": info.step, "sha256": weights_hash}),
-        data=_record(mixture, held_out, train_cache, rows),
+        data=_record(mixture, held_out, train_cache, rows) | corpus.chosen(),
     )
 
 

@@ -41,7 +41,7 @@ from nanochat_pl.training.prepare import Prepared, announce_streamed, prepare_ba
 from nanochat_pl.training.prepare_sft import prepare_sft
 from nanochat_pl.training.resume import newest_resume_file
 from nanochat_pl.training.settings import TrainConfig
-from nanochat_pl.training.source import open_for_tokenizer, with_chosen_data
+from nanochat_pl.training.source import corpus_of_stage, open_for_tokenizer, with_chosen_data
 from nanochat_pl.training.stages import BaseStage, SFTStage, StageRecipe, TrainingStage
 from nanochat_pl.training.stopping import GracefulStop
 from nanochat_pl.training.tokenizer_stage import train_tokenizer_stage
@@ -71,9 +71,13 @@ def train_stage(
     resume_from = newest_resume_file(folder.checkpoints)
     if config.stage.name == "base":
         together.agreed(lambda: _refuse_hours(config))
-    config = with_chosen_data(config, folder, cache, goes_on=resume_from is not None)
+    goes_on = resume_from is not None
+    corpus = together.agreed(lambda: corpus_of_stage(config, folder, cache, goes_on))
+    config = with_chosen_data(config, folder, cache, goes_on, corpus)
     if config.stage.name == "tokenizer":
-        together.by_main(lambda: train_tokenizer_stage(config, folder, open_for_tokenizer(config, cache)))
+        together.by_main(
+            lambda: train_tokenizer_stage(config, folder, open_for_tokenizer(config, cache, corpus), corpus)
+        )
         return
     machine = together.agreed(lambda: prepare_machine(config))
     require_own_gpus(machine.device)
@@ -84,7 +88,7 @@ def train_stage(
     loggers = together.agreed(lambda: make_loggers() if distributed.is_main() else [])
     callbacks = guard_callbacks(together.agreed(make_callbacks))
     prepare = {"base": prepare_base, "mid": prepare_sft, "sft": prepare_sft}[config.stage.name]
-    prepared = together.main_first(lambda: prepare(config, folder, cache, machine, resume_from is not None))
+    prepared = together.main_first(lambda: prepare(config, folder, cache, machine, goes_on, corpus))
     rows = str(prepared.plan["device_batch_size"])
     smaller = "Set device_batch_size to what fits into the memory of all machines."
     together.require_same(rows, lambda mains: f"has memory for {rows} rows at once, the main one for {mains}.", smaller)
@@ -94,7 +98,7 @@ def train_stage(
     together.by_main(lambda: write_json(folder.path / "plan.json", prepared.plan.to_plain()))
     hub = config.paths.hub_folder
     sandbox = config.evaluation.sandbox
-    context = TaskContext(cache, config.data.max_bad_fraction, hub, sandbox, where="evaluation.chat")
+    context = TaskContext(cache, config.data.max_bad_fraction, hub, sandbox, where="evaluation.chat", run_corpus=corpus)
     benchmarks = together.main_first(
         lambda: open_benchmarks(config.stage, config.evaluation, prepared.tokenizer, context)
     )
@@ -128,14 +132,7 @@ def _train(
 ) -> None:
     plan = prepared.plan
     stage = _make_stage(config, machine, prepared)
-    data = RowsDataModule(
-        prepared.rows,
-        plan["rows_per_step"],
-        plan["num_steps"],
-        config.trainer.num_workers,
-        distributed.rank(),
-        distributed.world_size(),
-    )
+    data = RowsDataModule(prepared.rows, plan["rows_per_step"], plan["num_steps"], config.trainer.num_workers)
     at_start = config.evaluation.at_start
     samples = Samples(folder.path / "samples.jsonl", config.evaluation.sample_prompts, config.evaluation.sample_tokens)
     fitting = Fitting(

@@ -6,7 +6,8 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
-from nanochat_pl.common import together
+from nanochat_pl.bundle.bundle import load_stage_info
+from nanochat_pl.common import distributed, together
 from nanochat_pl.common.console import say
 from nanochat_pl.common.run_folder import StageFolder
 from nanochat_pl.data.auto import (
@@ -19,8 +20,10 @@ from nanochat_pl.data.auto import (
     write_choice,
 )
 from nanochat_pl.data.opening import open_source
+from nanochat_pl.data.run_corpus import RunCorpus, corpus_of_bundle
 from nanochat_pl.data.sources import DataSettings, Source
 from nanochat_pl.planning import make_plan
+from nanochat_pl.training.inherit import parent_folder
 from nanochat_pl.training.settings import TrainConfig
 
 
@@ -50,19 +53,44 @@ def chosen_data(config: TrainConfig, folder: StageFolder, cache: Path) -> DataSe
     return choose_data(config.data, tokens_planned(config), cache).without_download()
 
 
-def open_for_tokenizer(config: TrainConfig, cache: Path) -> Source:
+def corpus_of_stage(config: TrainConfig, folder: StageFolder, cache: Path, goes_on: bool) -> RunCorpus:
+    """The corpus of docstrings of a stage: that which it was begun with, else the parent's, else of what is installed.
+
+    Args:
+        goes_on: whether the stage has begun.
+
+    Raises:
+        UserError: the parent's record is damaged.
+    """
+    if config.stage.trains_on_conversations:
+        parent = parent_folder(config, folder)
+    else:  # base need not have one: it makes a tokenizer on its way
+        tokenizer = folder.parent("tokenizer")
+        parent = tokenizer if config.stage.name == "base" and tokenizer.status == "finished" else None
+    inherited = None
+    if parent is not None:
+        inherited = corpus_of_bundle(load_stage_info(parent.bundle).data, f"{parent.bundle}/stage.json")
+    # Another process than the main one comes after it, and has what that has recorded.
+    begun = goes_on or not distributed.is_main()
+    return RunCorpus(cache, folder.chosen_corpus, begun, inherited, config.resume_with_changes)
+
+
+def open_for_tokenizer(config: TrainConfig, cache: Path, corpus: RunCorpus | None = None) -> Source:
     """The source of the tokenizer stage: the files that pretraining with these settings takes, so that both stages have
     the same; of those that are fetched when they are read, as many as the tokenizer reads."""
     on_hub = any(part.is_on_hub for part in (config.data, *config.data.parts.values()))
-    return open_source(config.data, cache, tokens_planned(config)(None) if on_hub else None)
+    return open_source(config.data, cache, tokens_planned(config)(None) if on_hub else None, corpus=corpus)
 
 
-def with_chosen_data(config: TrainConfig, folder: StageFolder, cache: Path, goes_on: bool) -> TrainConfig:
+def with_chosen_data(
+    config: TrainConfig, folder: StageFolder, cache: Path, goes_on: bool, corpus: RunCorpus | None = None
+) -> TrainConfig:
     """The settings of a stage that is to train, with data=auto made concrete and said; the same on all processes.
 
     Args:
         folder: of the stage, where the choice is recorded.
         goes_on: whether the stage has begun: then it keeps to what it was begun with.
+        corpus: the run's; None: that of the packages installed now.
 
     Raises:
         UserError: the docstrings cannot be read, or the plan is wrong.
@@ -76,8 +104,8 @@ def with_chosen_data(config: TrainConfig, folder: StageFolder, cache: Path, goes
         if goes_on and (before := read_choice(folder.chosen_source)):
             return before
         planned = tokens_planned(config)
-        data = choose_data(config.data, planned, cache)
-        say(explain_choice(data, planned, cache))
+        data = choose_data(config.data, planned, cache, corpus)
+        say(explain_choice(data, planned, cache, corpus))
         write_choice(folder.chosen_source, data)
         return choice_of(data)
 

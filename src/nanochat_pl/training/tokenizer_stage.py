@@ -15,6 +15,7 @@ from nanochat_pl.common.run_folder import StageFolder
 from nanochat_pl.common.settings import to_plain
 from nanochat_pl.data.hub_errors import library_heard
 from nanochat_pl.data.mixed_source import MixedSource
+from nanochat_pl.data.run_corpus import RunCorpus
 from nanochat_pl.data.sources import Source, too_little_text
 from nanochat_pl.tokenizer import Tokenizer, train_tokenizer
 from nanochat_pl.tokenizer.comparison import ComparisonRow, compare_tokenizers
@@ -23,13 +24,16 @@ from nanochat_pl.training.settings import TrainConfig
 COMPARED_DOCUMENTS = 1_000
 
 
-def train_tokenizer_stage(config: TrainConfig, folder: StageFolder, source: Source) -> None:
+def train_tokenizer_stage(
+    config: TrainConfig, folder: StageFolder, source: Source, corpus: RunCorpus | None = None
+) -> None:
     """Train a tokenizer on the training documents, compare it with known ones, write its bundle.
 
     Args:
         config: the settings; ``tokenizer`` is used.
         folder: of this stage; created and locked by the caller.
         source: the documents.
+        corpus: which corpus of docstrings the run has, for the record.
 
     Raises:
         UserError: there is no text, or too little for the vocabulary.
@@ -54,7 +58,12 @@ def train_tokenizer_stage(config: TrainConfig, folder: StageFolder, source: Sour
         settings=to_plain(config),
         metrics={"comparison": [to_plain(row) for row in comparison]},
         versions=library_versions(),
-        data={"source": source.name, "fingerprint": source.fingerprint, "tokenizer": tokenizer.fingerprint},
+        data={
+            "source": source.name,
+            "fingerprint": source.fingerprint,
+            "tokenizer": tokenizer.fingerprint,
+            **(corpus.chosen() if corpus else {}),
+        },
     )
     save_bundle(folder.bundle, info, tokenizer=tokenizer)
     seconds = time.perf_counter() - start

@@ -109,8 +109,17 @@ ARGUMENTS: dict[str, Ours | Use | Refused] = {
 }
 
 
+_RESUME = (
+    "names no file here: the same command goes on with its run, from the newest resume file that is whole; with other"
+    " settings, begin a new run: run=NEW or resume=never"
+)
+OF_FIT = {"ckpt_path": _RESUME, "resume_from_checkpoint": _RESUME}  # the second: of older versions
+
+
 def explain_argument(name: str, value: Any) -> str | None:
     """What is said of an argument of the Trainer that was typed with a value; None of other names, and of ours."""
+    if name in OF_FIT:
+        return f": {OF_FIT[name]}."
     text = value if isinstance(value, str) else json.dumps(value)
     match ARGUMENTS.get(name):
         case Use(example, of_text, note):
