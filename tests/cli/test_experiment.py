@@ -92,7 +92,7 @@ def test_the_run_is_named_after_the_experiment(here: Path) -> None:
         ),
         ("  evaluate: {", "  stf: {", "mine.yaml: stages.stf: is no step; did you mean sft?"),
         ("  evaluate: {", "  evalaute: {", "mine.yaml: stages.evalaute: is no step"),
-        ("pipeline: [", "pipeline: [[", "mine.yaml: cannot be read"),
+        ("pipeline: [", "pipeline: [[", "mine.yaml: is no YAML: expected ',' or ']', but got '<scalar>' in line 4."),
     ],
 )
 def test_mistakes_name_file_and_key(here: Path, before: str, after: str, expected: str) -> None:

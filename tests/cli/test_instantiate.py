@@ -10,14 +10,14 @@ import pytest
 from nanochat_pl.cli.instantiate import make_objects, problems_of_objects
 from nanochat_pl.cli.main import main
 
-TARGET = "nanochat_pl.common.run_folder.StageFolder"
+TARGET = "nanochat_pl.training.stopping.GracefulStop"
 
 
 def test_a_class_of_an_allowed_package_is_made() -> None:
-    nodes = {"left_out": None, "x": {"_target_": TARGET, "run": "a", "stage": "b", "parent_run": "a", "runs": "r"}}
+    nodes = {"left_out": None, "x": {"_target_": TARGET, "resume_files": "a", "max_seconds": 3.0}}
     assert problems_of_objects(nodes, "callbacks") == []
     (made,) = make_objects(nodes, "callbacks")
-    assert (made.run, made.runs) == ("a", "r")
+    assert (made.resume_files, made.max_seconds) == ("a", 3.0)
 
 
 @pytest.mark.parametrize(
@@ -33,8 +33,13 @@ def test_a_class_of_an_allowed_package_is_made() -> None:
         ({"_target_": 3}, "has no _target_"),
         ({}, "has no _target_"),
         ("text", "has no _target_"),
-        ({"_target_": TARGET, "rnu": "a"}, f"callbacks.x.rnu: {TARGET} takes no such argument; did you mean run"),
-        ({"_target_": TARGET, "run": "a"}, "cannot be made: missing a required argument: 'runs'."),
+        ({"_target_": TARGET, "max_second": 1}, f"{TARGET} takes no such argument; did you mean max_seconds"),
+        ({"_target_": TARGET, "max_seconds": 1}, "cannot be made: missing a required argument: 'resume_files'."),
+        ({"_target_": "nanochat_pl.common.run_folder.StageFolder"}, "is no Callback of Lightning."),
+        ({"_target_": "lightning.pytorch.cli.LightningCLI"}, "is no Callback of Lightning."),
+        ({"_target_": "lightning.pytorch.profilers.SimpleProfiler"}, "is no Callback of Lightning."),
+        ({"_target_": "torchmetrics.MeanMetric"}, "is no Callback of Lightning."),
+        ({"_target_": "lightning.pytorch.loggers.CSVLogger", "save_dir": "x"}, "is no Callback of Lightning."),
     ],
 )
 def test_what_is_refused(node: Any, expected: str) -> None:

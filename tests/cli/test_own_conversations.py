@@ -75,7 +75,7 @@ def test_a_file_of_conversations_is_trained_on_and_not_judged(here: Path, capsys
 def test_too_many_bad_rows_stop_the_run_before_anything_is_written(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    lines = [talk("a", "b"), talk("c", "d"), "{", talk("", "e"), '{"messages": [{"role": "human", "content": "f"}]}']
+    lines = [talk("a", "b"), talk("c", "d"), "{", talk("", "e"), '{"messages": [{"role": "narrator", "content": "f"}]}']
     (here / "chats.jsonl").write_text("\n".join(lines), encoding="utf-8")
     other = [*TINY[:-1], "run=other", f"paths.runs={here / 'others'}", *OWN, "paths.cache=cache"]
     (here / "others/other").mkdir(parents=True)
@@ -88,7 +88,7 @@ def test_too_many_bad_rows_stop_the_run_before_anything_is_written(
         "chats.jsonl, line 3: is no JSON",
         "1 with empty content",
         "1 with unknown role",
-        "chats.jsonl, line 5: messages[0].role='human'",
+        "chats.jsonl, line 5: messages[0].role='narrator'",
     ):
         assert part in shown.err, part
     assert not (here / "others/other/sft/plan.json").exists()

@@ -139,3 +139,19 @@ def test_what_a_training_would_end_with_is_a_failure() -> None:
     first, second = finding_of(UserError(["one", "two"], "do this"))
     assert (first.problem, first.fix, second.problem, second.fix) == ("one", "", "two", "do this")
     assert first.fails and second.fails
+
+
+@pytest.mark.parametrize(
+    ("figures", "said", "fix"),
+    [
+        (replace(GOOD, own_sets={"m.mine": (200, 0.5)}), "each conversation is seen 200 times", "Lower m.mine.repeat"),
+        (replace(GOOD, own_sets={"m.mine": (1, 0.002)}), "m.mine: 0.20% of the conversations", "Set m.mine.repeat=6"),
+        (replace(GOOD, remarks=("4 files left out (.md)",)), "4 files left out (.md).", ""),
+        (with_train(controls=900), "900 (90.0%) of the documents hold NULs", "UTF-8"),
+        (with_train(separators=900), "hold a separator of documents", "row"),
+    ],
+)
+def test_what_of_the_files_is_not_learnt_is_said(figures: Figures, said: str, fix: str) -> None:
+    (finding,) = findings(figures)
+    assert said in finding.problem and fix in finding.fix and not finding.fails
+    assert findings(replace(GOOD, own_sets={"m.mine": (50, 0.02)})) == []

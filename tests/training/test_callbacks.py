@@ -189,11 +189,16 @@ def test_on_two_processes_both_end_at_the_same_step(place: Path) -> None:
     assert (done.stdout + done.stderr).count("Trainable params") == 1
 
 
-def test_a_package_that_a_callback_lacks_is_no_bug_of_ours(
+def test_a_package_that_a_callback_lacks_is_said_before_anything_is_prepared(
     place: Path, train: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """The shipped choice ran on no CPU without psutil, and said so when all was prepared."""
+    monkeypatch.setattr("nanochat_pl.training.stock_callbacks._is_installed", lambda *names: False)
     begun(place, "device-stats")
-    monkeypatch.setattr("lightning.pytorch.callbacks.device_stats_monitor._PSUTIL_AVAILABLE", False, raising=False)
-    monkeypatch.setattr("lightning.pytorch.accelerators.cpu._PSUTIL_AVAILABLE", False, raising=False)
-    assert train("run=device-stats", "callbacks=[device_stats]", "logger=[tensorboard]") == 2
-    assert "psutil" in capsys.readouterr().err
+    assert train("run=device-stats", "callbacks=[device_stats]", "logger=[tensorboard]") == 0
+    begun(place, "cpu-stats")
+    keys = ["callbacks=[device_stats]", "callbacks.device_stats.cpu_stats=null", "check_only=true"]
+    assert train("run=cpu-stats", *keys) == 2
+    assert "error: callbacks.device_stats: what it says of a CPU needs psutil: pip install psutil" in (
+        capsys.readouterr().err
+    )

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.files import FREE_SPACE, free_bytes, write_atomically
+from nanochat_pl.common.text_files import require_regular
 
 # Types in which weights and moments are stored, as the header names them.
 DTYPES = ("F32", "BF16", "F16")
@@ -50,6 +51,7 @@ def read_header(path: Path) -> dict[str, Stored]:
     Raises:
         UserError: it is no safetensors file, or damaged.
     """
+    require_regular(path)
     try:
         with safe_open(path, framework="pt") as file:
             parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (no mapping)

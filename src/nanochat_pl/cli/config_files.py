@@ -6,6 +6,7 @@ from pathlib import Path
 
 import nanochat_pl
 from nanochat_pl.common.errors import UserError, did_you_mean
+from nanochat_pl.common.text_files import require_regular
 
 EXPERIMENTS = "conf_experiments"
 
@@ -34,8 +35,9 @@ def experiments() -> list[str]:
 def experiment_file(name: str) -> Path:
     """The file of an experiment: a shipped one by its name, anybody's by its path (``mine.yaml``, ``a/mine.yaml``)."""
     if name.endswith((".yaml", ".yml")):
-        path = Path(name)
-        if not path.is_file():
+        path = Path(name).expanduser()
+        require_regular(path)
+        if not path.exists():
             raise UserError(f"experiment={name}: there is no such file.")
         return path
     if name not in experiments():

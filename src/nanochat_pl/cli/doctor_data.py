@@ -20,6 +20,7 @@ from nanochat_pl.data.doctor_documents import CachedDocuments, Documents, Joined
 from nanochat_pl.data.doctor_findings import Figures, Finding, finding_of, row_figures
 from nanochat_pl.data.doctor_sets import ConversationTexts
 from nanochat_pl.data.hub_files import HubFiles
+from nanochat_pl.data.local_files import LocalFiles
 from nanochat_pl.data.mixed_rows import MixedRows
 from nanochat_pl.data.mixed_source import MixedSource
 from nanochat_pl.data.opening import open_source
@@ -53,6 +54,9 @@ class StageData:
         wanted_copies: that the tasks' ``repeat`` asks for.
         cut: conversations cut to a row.
         bad_rows: rows of files that were left out, by cause.
+        remarks: what else is not read of the files, or not as it might have been meant.
+        own_sets: sets of conversations out of files by their key, how often each conversation is in an epoch, and which
+            share of the mixture's conversations these are.
     """
 
     stage: str
@@ -66,6 +70,8 @@ class StageData:
     wanted_copies: int = 0
     cut: int = 0
     bad_rows: dict[str, int] = field(default_factory=dict)
+    remarks: tuple[str, ...] = ()
+    own_sets: dict[str, tuple[int, float]] = field(default_factory=dict)
 
     def figures(self, found: Found) -> Figures:
         """All figures, with those that an examination found."""
@@ -75,6 +81,8 @@ class StageData:
             found=found,
             cut=self.cut,
             bad_rows=self.bad_rows,
+            remarks=self.remarks,
+            own_sets=self.own_sets,
             made_sets=tuple(name for name, texts in self.eval_sets.items() if not texts.from_files),
         )
         if self.prepared is None:
@@ -182,7 +190,22 @@ def _one_epoch(rows: Rows, config: TrainConfig, name: str, cache: Path) -> Rows:
 def _tokenizer_data(config: TrainConfig, cache: Path, max_documents: int) -> StageData:
     source = open_source(config.data, cache)
     splits = {split: TextDocuments(_texts(source, split, max_documents)) for split in ("train", "val")}
-    return StageData("tokenizer", source.describe(), splits["train"], splits["val"], eval_sets=_at_hand(config, cache))
+    return StageData(
+        "tokenizer",
+        source.describe(),
+        splits["train"],
+        splits["val"],
+        eval_sets=_at_hand(config, cache),
+        remarks=_remarks_of(source),
+    )
+
+
+def _remarks_of(source: Source) -> tuple[str, ...]:
+    """What the files of a source are that is not read, or not as it might have been meant."""
+    if isinstance(source, MixedSource):
+        parts = source.parts.items()
+        return tuple(f"{name}: {remark}" for name, part in parts for remark in _remarks_of(part.source))
+    return tuple(source.remarks()) if isinstance(source, (HubFiles, LocalFiles)) else ()
 
 
 def _texts(source: Source, split: Split, max_documents: int) -> list[tuple[str, str]]:
@@ -205,14 +228,16 @@ def _base_data(config: TrainConfig, folder: StageFolder, cache: Path) -> StageDa
             read = TokenCache(read.shards[: part.index.num_segments], read.fingerprint)
         rows[name] = Rows(read, part.index, part.sequence_len, part.bos_id), CachedDocuments(read, tokenizer)
     held_out = validation.parts if isinstance(validation, MixedValidation) else {"": validation}
+    source = open_source(config.data, cache)
     return StageData(
         "base",
-        open_source(config.data, cache).describe(),
+        source.describe(),
         _joined({name: documents for name, (_, documents) in rows.items()}),
         _joined({name: CachedDocuments(part.rows.cache, tokenizer) for name, part in held_out.items()}),
         prepared=prepared,
         rows=rows,
         eval_sets=_at_hand(config, cache),
+        remarks=_remarks_of(source),
     )
 
 
@@ -234,8 +259,12 @@ def _sft_data(config: TrainConfig, folder: StageFolder, cache: Path) -> StageDat
     assert isinstance(conversations, ConversationCache)
     documents = CachedDocuments(conversations, prepared.tokenizer, place_in(train))
     bad: dict[str, int] = {}
+    remarks: list[str] = []
+    own: dict[str, tuple[int, float]] = {}
     for name, task in train.tasks.items():
         if isinstance(task, ConversationSet):
+            remarks += [f"{name}: {line}" for line in task.losses()]
+            own[task.key] = train.repeats[name], len(task) * train.repeats[name] / len(train)
             bad |= {f"{name}: {cause}": count for cause, count in task.audit.bad.items()}
     return StageData(
         config.stage.name,
@@ -248,6 +277,8 @@ def _sft_data(config: TrainConfig, folder: StageFolder, cache: Path) -> StageDat
         wanted_copies=sum(len(task) * (train.repeats[name] - 1) for name, task in train.tasks.items()),
         cut=conversations.rendering.num_cut,
         bad_rows=bad,
+        remarks=tuple(remarks),
+        own_sets=own,
     )
 
 

@@ -15,13 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
-
 from nanochat_pl.cli import config_files
 from nanochat_pl.cli.compose import Composed, compose, groups_of
 from nanochat_pl.cli.overrides import UNKNOWN, Setting, section_settings, take_key, type_of_key
 from nanochat_pl.common.errors import UserError, did_you_mean
 from nanochat_pl.common.settings import build, setting
+from nanochat_pl.common.yaml_files import read_yaml
 
 T = TypeVar("T")
 
@@ -58,13 +57,10 @@ def read_experiment(name: str) -> tuple[Experiment, Path]:
     """Read an experiment by its name or path. Raises :class:`UserError` that names the file and the key."""
     path = config_files.experiment_file(name)
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
-    try:
-        return build(Experiment, content), path
+        return build(Experiment, read_yaml(path) or {}), path
     except UserError as error:
-        raise UserError([f"{path}: {problem}" for problem in error.problems]) from error
+        named = [problem if problem.startswith(str(path)) else f"{path}: {problem}" for problem in error.problems]
+        raise UserError(named, error.fix) from error
 
 
 def settings_of_step(experiment: Experiment, path: Path, step: str, schema: type) -> list[Setting]:

@@ -61,6 +61,7 @@ def run(arguments: Sequence[str]) -> int:
         _require_absent(folder)
         imported = _read_and_tell(source, config)
         bundle, model = _save_as_stage(imported, folder), run_keys(config.run, Path(config.paths.runs))
+        figures = ""  # they lie in the run
     else:
         assert config.to is not None
         to = Path(config.to).expanduser()
@@ -68,10 +69,12 @@ def run(arguments: Sequence[str]) -> int:
         imported = _read_and_tell(source, config)
         bundle = save_imported(imported, to)
         model = shlex.quote(f"bundle={bundle}")
+        figures = " " + shlex.quote(f"to={bundle.with_name(f'{bundle.name}-evaluation')}")
     say(f"bundle: {bundle}")
     say(f"certificate: {bundle / f'{CERTIFICATE}.md'}")
     if imported.tokenizer is not None:
-        next_steps([("talk to it", f"nanochat-pl chat {model}"), ("measure it", f"nanochat-pl evaluate {model}")])
+        measure = f"nanochat-pl evaluate {model}{figures}"
+        next_steps([("talk to it", f"nanochat-pl chat {model}"), ("measure it", measure)])
     return 0
 
 

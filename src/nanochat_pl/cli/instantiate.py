@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from nanochat_pl.common.errors import UserError, did_you_mean
-from nanochat_pl.training.stock_callbacks import why_refused
+from nanochat_pl.training.stock_callbacks import BASES, missing_package, pip_line, why_refused
 
 ALLOWED_PACKAGES = ("nanochat_pl", "lightning", "torchmetrics")
 # Groups of such objects, and the arguments that the program gives to each of them.
@@ -26,7 +26,7 @@ def problems_of_objects(nodes: Any, group: str) -> list[str]:
     problems: list[str] = []
     for name, node in nodes.items():
         if node is not None:  # null leaves one out
-            problems += _problems_of_object(node, f"{group}.{name}", OBJECTS[group])
+            problems += _problems_of_object(node, f"{group}.{name}", group)
     return problems
 
 
@@ -45,13 +45,19 @@ def make_objects(nodes: Mapping[str, Any], group: str, **given: Any) -> list[Any
 
 
 def _make(node: Mapping[str, Any], where: str, given: Mapping[str, Any]) -> Any:
+    found = _find_class(node["_target_"], where)
     try:
-        return _find_class(node["_target_"], where)(**_arguments(node), **given)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{where}: {node['_target_']} cannot be made: {error}") from error
+        return found(**_arguments(node), **given)
+    except ImportError as error:
+        line = pip_line(found) or (f"pip install {error.name}" if error.name else "")
+        problem = f"{where}: {node['_target_']} cannot be made: {' '.join(str(error).split())}"
+        raise UserError(problem, f"Install it: {line}" if line else "") from error
+    except Exception as error:  # whatever the code of others raises
+        words = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"{where}: {node['_target_']} cannot be made: {words}") from error
 
 
-def _problems_of_object(node: Any, where: str, given: Sequence[str]) -> list[str]:
+def _problems_of_object(node: Any, where: str, group: str) -> list[str]:
     target = node.get("_target_") if isinstance(node, Mapping) else None
     if not isinstance(target, str) or "." not in target:
         return [f"{where}: has no _target_, the dotted name of a class."]
@@ -61,10 +67,14 @@ def _problems_of_object(node: Any, where: str, given: Sequence[str]) -> list[str
         found = _find_class(target, where)
     except UserError as error:
         return list(error.problems)
+    if not issubclass(found, BASES[group]):
+        return [f"{where}._target_={target!r}: is no {BASES[group].__name__} of Lightning."]
     if (reason := why_refused(found, _arguments(node))) is not None:
         return [f"{where}{reason}"]
+    if (line := missing_package(found)) is not None:
+        return [f"{where}: {target} needs a package that is not installed: {line}"]
     signature = inspect.signature(found)
-    arguments, known = {**_arguments(node), **dict.fromkeys(given)}, signature.parameters
+    arguments, known = {**_arguments(node), **dict.fromkeys(OBJECTS[group])}, signature.parameters
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
         unknown = [key for key in arguments if key not in known]
         if unknown:

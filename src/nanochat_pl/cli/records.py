@@ -27,6 +27,7 @@ from nanochat_pl.common.files import read_json, sha256_of_file, write_bytes, wri
 from nanochat_pl.common.hardware import choose_device, device_name
 from nanochat_pl.common.run_folder import StageFolder
 from nanochat_pl.common.settings import to_plain
+from nanochat_pl.common.text_files import require_regular
 from nanochat_pl.data.opening import read_chosen
 from nanochat_pl.planning import Plan
 from nanochat_pl.training import changes
@@ -259,10 +260,11 @@ def _of_younger_keys(then: Mapping[str, Any], stage: str) -> dict[str, Any]:
 def settings_of(folder: StageFolder) -> dict[str, Any]:
     """What config.yaml says; else the bundle: base makes a tokenizer on its way, and that has no records of its own."""
     path = folder.path / "config.yaml"
-    if not path.is_file():
+    if not path.exists():
         return load_stage_info(folder.bundle).settings if folder.bundle.is_dir() else {}
+    require_regular(path)
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))  # as written: a text 1e-3 has no quotes in it
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):

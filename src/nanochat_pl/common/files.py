@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from nanochat_pl.common.errors import UserError
+from nanochat_pl.common.text_files import require_regular
 
 MAX_JSON_BYTES = 64 * 2**20
 _PLACES = "paths.runs=… (runs), paths.cache=… (caches), to=… (import and export)"
@@ -155,6 +156,7 @@ def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES, infinities: bool = Fa
     Raises:
         UserError: it is missing, too large, or no JSON.
     """
+    require_regular(path)
     try:
         size = path.stat().st_size
         if size > max_bytes:
@@ -175,7 +177,8 @@ def _refuse_constant(name: str) -> float:
 
 
 def sha256_of_file(path: Path) -> str:
-    """The SHA-256 of a file's bytes, as hexadecimal text."""
+    """The SHA-256 of a file's bytes, as hexadecimal text. Raises :class:`UserError` for what is no regular file."""
+    require_regular(path)
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(2**20):

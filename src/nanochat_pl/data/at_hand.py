@@ -6,7 +6,7 @@ from pathlib import Path
 
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.data.hub_files import HubFiles
-from nanochat_pl.data.local_files import find_files, text_bytes
+from nanochat_pl.data.local_files import choose_files, text_bytes
 from nanochat_pl.data.python_docs import PythonDocs, built_python_docs, open_python_docs
 from nanochat_pl.data.sources import DataSettings, SourceSettings
 from nanochat_pl.planning.outlook import TextFacts
@@ -82,9 +82,9 @@ def _bytes_of(key: str, settings: SourceSettings, cache_dir: Path, build: bool) 
         corpus = open_python_docs(cache_dir) if build else built_python_docs(cache_dir)
         return None if corpus is None else corpus.manifest["splits"]["train"]["bytes"]
     if settings.name == "local":
-        held_out = 0.0 if settings.validation_path is not None else settings.validation_fraction
-        files = find_files(f"{key}.path", str(settings.path)).values()
-        return sum(text_bytes(path, settings.text_column) for path in files) * (1 - held_out)
+        chosen = choose_files(settings, key)
+        held_out = settings.validation_fraction if chosen.by_hash else 0.0
+        return sum(text_bytes(path, settings.text_column) for path in chosen.train.values()) * (1 - held_out)
     if settings.download:  # what is not here comes while the training runs
         files_of_hub = _files_of_hub(settings, cache_dir)
         return None if files_of_hub is None else files_of_hub[0] * files_of_hub[1]

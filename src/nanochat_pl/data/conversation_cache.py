@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -44,12 +44,15 @@ class Rendering:
         num_cut_tokens: tokens that the cuts dropped.
         num_without_target: conversations left out because (after the cut) no token of theirs is trained on.
         num_targets: tokens that are trained on, bos left out.
+        num_marked: of those without, conversations with an answer that is marked not to be learnt, where every token of
+            a conversation is learnt.
     """
 
     num_cut: int = 0
     num_cut_tokens: int = 0
     num_without_target: int = 0
     num_targets: int = 0
+    num_marked: int = 0
 
 
 class ConversationCache(TokenCache):
@@ -71,6 +74,7 @@ def build_conversation_cache(
     key: str,
     progress: Callable[[int, int], None] | None = None,
     trained: Trained = "answers",
+    name: str = "",
 ) -> ConversationCache:
     """Render conversations once, or find them rendered.
 
@@ -80,6 +84,7 @@ def build_conversation_cache(
         key: says which conversations these are; another text needs another key.
         cache_dir: the cache of all runs (``paths.cache``).
         progress: called with the conversations rendered, and all.
+        name: what the conversations are called in messages; "": by their key.
         trained: what is learnt: what the assistant writes, or every token as of a document, bos too.
 
     Raises:
@@ -105,8 +110,24 @@ def build_conversation_cache(
         write_shard(folder, full_key, rendered, dtype, facts, masked)
     shard = CachedShard(key, folder, dtype, masked)
     if not shard.num_tokens:
-        raise UserError(f"{key}: none of {len(conversations):,} conversations has a token to train on.")
+        raise _nothing_to_learn(name or key, len(conversations), max_tokens, Rendering(**facts))
     return ConversationCache(shard, fingerprint_of(full_key), Rendering(**facts))
+
+
+def _nothing_to_learn(name: str, number: int, max_tokens: int, rendering: Rendering) -> UserError:
+    problem = f"{name}: none of {number:,} conversations has a token to train on"
+    if rendering.num_cut == number:
+        return UserError(
+            f"{problem}: every prompt is longer than a row of {max_tokens - 1:,} tokens, and what is behind it is cut.",
+            "Shorten the prompts, or give the base stage a longer model.sequence_len.",
+        )
+    cut = f"; {rendering.num_cut:,} are cut to a row of {max_tokens - 1:,} tokens" if rendering.num_cut else ""
+    return UserError(f"{problem}{cut}.", "Look at the answers: they are empty or marked not to be learnt.")
+
+
+def is_marked(conversation: Mapping[str, Any]) -> bool:
+    """Whether an answer of a conversation is marked not to be learnt."""
+    return any(message.get("weight") == 0 for message in conversation["messages"])
 
 
 def _rendered(
@@ -124,9 +145,12 @@ def _rendered(
         for number, conversation in enumerate(batch, first):
             if problems := problems_of_conversation(conversation):
                 raise UserError([f"{key}: conversation {number}: {problem}" for problem in problems])
-        for all_ids, all_mask in tokenizer.render_conversations(batch, sys.maxsize, num_threads):
+        rendered = tokenizer.render_conversations(batch, sys.maxsize, num_threads)
+        for place, (all_ids, all_mask) in enumerate(rendered):
             ids, mask = all_ids[1:max_tokens], all_mask[1:max_tokens]  # without bos
             num_targets = sum(mask) if masked else len(ids)
+            if not masked and is_marked(batch[place]):
+                num_targets, facts["num_marked"] = 0, facts["num_marked"] + 1
             facts["num_cut"] += len(all_ids) > max_tokens
             facts["num_cut_tokens"] += max(0, len(all_ids) - max_tokens)
             facts["num_without_target"] += num_targets == 0

@@ -23,13 +23,14 @@ import pyarrow.parquet as pq
 
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.data.cache_folder import fingerprint_of, known_sha256, read_cache, write_cache
+from nanochat_pl.data.conversation_forms import MESSAGES, hint_of, keys_to_read
 from nanochat_pl.data.conversation_rows import NOT_UTF8, Audit, judge, parse_json, parse_line
-from nanochat_pl.data.file_formats import format_of, lines_of, parquet_errors, reading
+from nanochat_pl.data.file_reading import format_of, lines_of, parquet_errors, reading, require_column
 from nanochat_pl.data.sources import place_by_hash
 from nanochat_pl.tokenizer.chat_format import Fault
 
 CONVERSATION_SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".json")
-_RULE = 1  # part of every fingerprint: what counts as a conversation and how it is kept
+_RULE = 2  # part of every fingerprint: what counts as a conversation and how it is kept
 _HOPELESS_ROWS = 10_000  # a file of which so many rows from the first are all bad is not read on
 _ROWS_AT_ONCE = 256
 
@@ -91,10 +92,11 @@ def holds_conversations(path: Path, text_column: str) -> bool:
     """
     if format_of(path) == ".parquet":
         with parquet_errors(path), pq.ParquetFile(path) as file:
-            return "messages" in file.schema_arrow.names and text_column not in file.schema_arrow.names
-    _, rows = _rows(path, "messages")
+            names = file.schema_arrow.names
+            return keys_to_read(MESSAGES, names) is not None and text_column not in names
+    _, rows = _rows(path, MESSAGES)
     first = next(rows, None)
-    return first is not None and not isinstance(judge(first[1], "messages"), Fault)
+    return first is not None and not isinstance(judge(first[1], MESSAGES), Fault)
 
 
 def read_conversations(
@@ -138,7 +140,7 @@ def _write(folder: Path, key: Any, path: Path, column: str) -> dict[str, Any]:
     offsets, numbers, places = array("q", [0]), array("q"), array("d")
 
     def write_rows(to: Path) -> None:
-        kind, rows = _rows(path, column)
+        kind, rows = _rows(path, column, audit)
         with to.open("wb") as file:
             for number, row in rows:
                 audit.rows += 1
@@ -148,12 +150,11 @@ def _write(folder: Path, key: Any, path: Path, column: str) -> dict[str, Any]:
                     if audit.num_bad == audit.rows == _HOPELESS_ROWS:
                         raise _no_conversation(path, audit)
                 else:
-                    line, changes = judged
-                    audit.count_changes(changes)
-                    file.write(line)
-                    offsets.append(offsets[-1] + len(line))
+                    audit.count_good(judged)
+                    file.write(judged.line)
+                    offsets.append(offsets[-1] + len(judged.line))
                     numbers.append(number)
-                    places.append(place_by_hash(line))
+                    places.append(place_by_hash(judged.line))
         facts.update(asdict(audit))
 
     def writer(values: array, dtype: str) -> Callable[[Path], None]:
@@ -174,11 +175,11 @@ def _no_conversation(path: Path, audit: Audit) -> UserError:
     )
 
 
-def _rows(path: Path, column: str) -> tuple[str, Numbered]:
+def _rows(path: Path, column: str, audit: Audit | None = None) -> tuple[str, Numbered]:
     """What a row is called in this kind of file, and the rows."""
     suffix = format_of(path, CONVERSATION_SUFFIXES)
     if suffix == ".parquet":
-        return "row", _parquet_rows(path, column)
+        return "row", _parquet_rows(path, column, audit or Audit())
     if suffix == ".json" and (rows := _json_list(path)) is not None:
         return "row", enumerate(rows)
     return "line", _jsonl_rows(path)
@@ -201,32 +202,51 @@ def _json_list(path: Path) -> list[Any] | None:
     return whole if isinstance(whole, list) and not is_one_conversation else None
 
 
-def _parquet_rows(path: Path, column: str) -> Numbered:
+def _parquet_rows(path: Path, column: str, audit: Audit) -> Numbered:
     number = 0
     with parquet_errors(path):
         file = pq.ParquetFile(path)
     with file:
-        if column not in file.schema_arrow.names:
-            raise UserError(
-                f"{path}: has no column {column!r}; its columns: {', '.join(file.schema_arrow.names)}",
-                "Name the one that holds the messages with the key column=….",
-            )
+        schema = file.schema_arrow
+        columns = keys_to_read(column, schema.names)
+        if columns is None:
+            fix = f"Name the one that holds the messages with the key column=….{hint_of(schema.names)}"
+            require_column(path, schema, column, fix)
+        for name in columns or ():
+            require_column(path, schema, name)
+        if file.metadata.num_rows:
+            audit.unread |= {name: file.metadata.num_rows for name in schema.names if name not in (columns or ())}
         with parquet_errors(path):
-            for batch in file.iter_batches(_ROWS_AT_ONCE, columns=[column]):
-                for row in _plain_rows(batch.column(0)):
-                    yield number, row if isinstance(row, Fault) else {column: row}
+            for batch in file.iter_batches(_ROWS_AT_ONCE, columns=columns):
+                values = {name: _plain_rows(batch.column(name)) for name in batch.schema.names}
+                for i in range(batch.num_rows):
+                    row = {name: each[i] for name, each in values.items()}
+                    fault = next((value for value in row.values() if isinstance(value, Fault)), None)
+                    yield number, fault or row
                     number += 1
 
 
 def _plain_rows(values: pa.Array) -> list[Any]:
     try:
-        return list(values.to_pylist())
+        rows = values.to_pylist()
+        return [_decoded(row) for row in rows] if "binary" in str(values.type) else rows
     except UnicodeDecodeError:  # one of them
         return [_plain_row(value) for value in values]
 
 
 def _plain_row(value: pa.Scalar) -> Any:
     try:
-        return value.as_py()
+        return _decoded(value.as_py())
     except UnicodeDecodeError:
         return NOT_UTF8
+
+
+def _decoded(value: Any) -> Any:
+    """Bytes, which some writers of tables mean for text, as text."""
+    if isinstance(value, bytes):
+        return value.decode("utf-8")
+    if isinstance(value, dict):
+        return {key: _decoded(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(_decoded, value))
+    return value

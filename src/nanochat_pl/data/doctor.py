@@ -6,6 +6,7 @@ Of everything: numbers of tokens, and exact copies. Of ``max_documents`` evenly 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,12 +16,14 @@ import numpy as np
 from nanochat_pl.data.doctor_documents import Documents, shortened
 from nanochat_pl.data.doctor_overlap import Overlap, OverlapCounter
 from nanochat_pl.data.near_duplicates import seen_before
+from nanochat_pl.data.txt_files import SEPARATOR
 
 MAX_REPEATED_LINES = 0.3  # share of a document's lines that repeat another: more is junk (arXiv 2112.11446, table A1)
 MAX_SHARE_SEEN = 0.5  # of its 8-grams that earlier documents have: more makes a near duplicate
 NUM_LONGEST = 3
 MAX_NEAR_CHARS = 30_000_000  # of the text that is searched for near duplicates: what takes the memory
 _MAX_NEAR_CHARS_A_TEXT = 100_000
+_CONTROL = re.compile(r"[\x00-\x08\x0e-\x1a\x1c-\x1f\x80-\x9f]")
 _BATCH, _BATCH_CHARS = 256, 4_000_000
 
 Advance = Callable[[int], None]
@@ -67,6 +70,8 @@ class SplitFigures:
         repeating: documents with more than MAX_REPEATED_LINES of their lines repeated.
         longest: where the longest documents are, their tokens (characters, where there are none), how they begin.
         target_share: share of the tokens that are trained on.
+        controls: documents with control characters that no text has: NULs and the like.
+        separators: documents with a separator of documents as letters.
     """
 
     documents: int
@@ -81,6 +86,8 @@ class SplitFigures:
     repeating: int
     longest: list[tuple[str, int, str]]
     target_share: float = 1.0
+    controls: int = 0
+    separators: int = 0
 
 
 @dataclass(frozen=True)
@@ -240,13 +247,15 @@ def _read(
     look: Callable[[Sequence[int], Sequence[str]], None] = lambda numbers, texts: None,
 ) -> SplitFigures:
     """Read the text of some documents, and show it to ``look``."""
-    chars, num_bytes, non_ascii, replaced, repeating = [], 0, 0, 0, 0
+    chars, num_bytes, non_ascii, replaced, repeating, controls, separators = [], 0, 0, 0, 0, 0, 0
     for batch, texts in _batches(documents, numbers):
         for text in texts:
             chars.append(len(text))
             num_bytes += len(text.encode("utf-8", "replace"))
             non_ascii += 0 if text.isascii() else len(text) - len(text.encode("ascii", "ignore"))
             replaced += "\ufffd" in text
+            controls += _CONTROL.search(text) is not None
+            separators += SEPARATOR.search(text) is not None
             repeating += _share_of_repeated_lines(text) > MAX_REPEATED_LINES
         look(batch, texts)
         advance(len(batch))
@@ -266,6 +275,8 @@ def _read(
         repeating=repeating,
         longest=[(documents.place(n), int(lengths[n]), shortened(documents.text(n))) for n in longest if lengths[n]],
         target_share=documents.target_share,
+        controls=controls,
+        separators=separators,
     )
 
 

@@ -26,6 +26,8 @@ MAX_ODD_SHARE = 0.02  # of the documents: replaced signs, repeated lines
 MAX_LOST_SHARE = 0.05  # of the documents: empty, left out, cut
 MAX_SHARE_OF_ONE = 0.1  # of the tokens, in the longest document
 MIN_BYTES_PER_TOKEN = 2.0
+MAX_SEEN = 100  # times that a conversation of the person's own is trained on
+MIN_SHARE_OF_OWN = 0.01  # of the conversations of an epoch
 _ROWS_AT_ONCE = 10_000
 
 
@@ -77,6 +79,9 @@ class Figures:
         vocab_size, model_vocab_size: ids of the tokenizer, and of the model (with padding).
         cut: conversations cut to a row.
         bad_rows: rows of files that were left out, by cause.
+        remarks: what else is not read of the files, or not as it might have been meant.
+        own_sets: sets of conversations out of files by their key: how often each conversation is in an epoch, and which
+            share of all conversations of an epoch these are.
         made_sets: evaluation sets whose items are made of templates and of the same words as those to train on.
     """
 
@@ -93,6 +98,8 @@ class Figures:
     cut: int = 0
     bad_rows: dict[str, int] = field(default_factory=dict)
     made_sets: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
+    own_sets: dict[str, tuple[int, float]] = field(default_factory=dict)
 
 
 def row_figures(rows: Rows, lengths: np.ndarray, target_share: float, num_rows: int) -> RowFigures:
@@ -133,6 +140,7 @@ def finding_of(error: UserError) -> list[Finding]:
 def findings(figures: Figures) -> list[Finding]:
     """What would break a run first, then what would spoil it."""
     found = [*_of_rows(figures), *_of_text(figures), *_of_duplicates(figures), *_of_overlaps(figures)]
+    found += [*(Finding(False, f"{remark}.") for remark in figures.remarks), *_of_own_sets(figures)]
     return sorted(found, key=lambda finding: not finding.fails)
 
 
@@ -185,6 +193,26 @@ def _of_source(rows: RowFigures, figures: Figures, what: str, key: str) -> Itera
         )
 
 
+def _of_own_sets(figures: Figures) -> Iterator[Finding]:
+    """Conversations of the person's own that are seen too often to teach more, or hardly at all."""
+    epochs = max((rows.epochs for rows in figures.rows.values()), default=0.0)
+    for key, (repeat, share) in figures.own_sets.items():
+        if (times := epochs * repeat) > MAX_SEEN:
+            yield Finding(
+                False,
+                f"{key}: each conversation is seen {times:,.0f} times ({epochs:.3g} epochs, repeat={repeat}): it will"
+                " be learnt by heart.",
+                f"Lower {key}.repeat, stage.num_epochs or max_steps, or give more conversations.",
+            )
+        elif share < MIN_SHARE_OF_OWN:
+            wanted = max(int(repeat * MIN_SHARE_OF_OWN / share) + 1, 2)
+            yield Finding(
+                False,
+                f"{key}: {share:.2%} of the conversations of the mixture are of it: it will hardly be learnt.",
+                f"Set {key}.repeat={wanted} or more, or leave other tasks out (mixture=own has none).",
+            )
+
+
 def _of_text(figures: Figures) -> Iterator[Finding]:
     train, chat = figures.found.train, figures.stage in CHAT_STAGES
     if train.documents == train.empty:
@@ -217,15 +245,29 @@ def _of_text(figures: Figures) -> Iterator[Finding]:
     total = train.tokens.total if train.tokens else train.characters.total
     if longest > MAX_SHARE_OF_ONE * total:
         yield Finding(False, f"One document holds {longest / total:.0%} of the text: {train.longest[0][0]}.")
-    yield from _of_signs(train)
+    yield from _of_signs(train, chat)
 
 
-def _of_signs(train: SplitFigures) -> Iterator[Finding]:
+def _of_signs(train: SplitFigures, chat: bool) -> Iterator[Finding]:
     if train.replaced > MAX_ODD_SHARE * train.sampled:
         yield Finding(
             False,
             f"{_share(train.replaced, train.sampled)} of the documents hold U+FFFD: they were decoded wrongly once.",
             "Convert the files to UTF-8 from their own encoding.",
+        )
+    if train.controls > MAX_ODD_SHARE * train.sampled:
+        yield Finding(
+            False,
+            f"{_share(train.controls, train.sampled)} of the documents hold NULs or other control characters: they are"
+            " no text, or were decoded wrongly once.",
+            "Convert the files to UTF-8 from their own encoding, or leave them out.",
+        )
+    if train.separators > MAX_ODD_SHARE * train.sampled and not chat:
+        yield Finding(
+            False,
+            f"{_share(train.separators, train.sampled)} of the documents hold a separator of documents, as"
+            " <|endoftext|>, as letters: several documents are taken for one.",
+            "Cut them there: in a .txt file that is done; in a table give each document a row.",
         )
     if train.repeating > MAX_ODD_SHARE * train.sampled:
         yield Finding(

@@ -9,7 +9,7 @@ from typing import Any
 
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.data.conversation_cache import Conversations
-from nanochat_pl.data.file_formats import lines_of
+from nanochat_pl.data.file_reading import lines_of
 
 
 class ConversationTexts(Sequence[str]):

@@ -16,7 +16,7 @@ from typing import Any
 from nanochat_pl.common.console import Advance, progress, say
 from nanochat_pl.common.files import free_bytes
 from nanochat_pl.data.cache_folder import known_sha256
-from nanochat_pl.data.file_formats import parquet_facts
+from nanochat_pl.data.file_reading import parquet_facts
 from nanochat_pl.data.hub import Column, HubFile, Manifest, commit_of, hash_memo, keep_manifest
 from nanochat_pl.data.hub_errors import DamagedFile, disk_full, library_heard, patiently
 

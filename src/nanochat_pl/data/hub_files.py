@@ -11,7 +11,6 @@ Which files are for validation follows from the whole list of the revision's fil
 from __future__ import annotations
 
 import itertools
-import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,39 +22,23 @@ import platformdirs
 from nanochat_pl.common.console import say
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.data.cache_folder import fingerprint_of
-from nanochat_pl.data.file_formats import SUFFIXES, check_file, format_of
+from nanochat_pl.data.file_formats import check_file
+from nanochat_pl.data.file_reading import SUFFIXES, format_of
 from nanochat_pl.data.hub import HubFile, Manifest, hash_memo, known_manifest, open_manifest
 from nanochat_pl.data.hub_download import PARALLEL, Fetched, fetch_files, require_room
 from nanochat_pl.data.local_files import FileDocuments, share_held_out
 from nanochat_pl.data.on_demand import DocumentsOnDemand
 from nanochat_pl.data.sources import Shard, SourceSettings, Split
+from nanochat_pl.data.split_names import configurations_remark, split_files, unused_remark
 from nanochat_pl.planning.text import BYTES_PER_TOKEN, COMPRESSED_SHARE, epochs_of, known_set, shards_for
 
-_SPLITS = r"(?:(train|training)|(validation|valid|val|dev|eval)|(test))"
-_IN_NAME = re.compile(rf"(?:^|[._-]){_SPLITS}(?=[._-])", re.IGNORECASE)
-_FOLDER = re.compile(rf"(?:partial-)?{_SPLITS}", re.IGNORECASE)
-_MARKED = ("train", "val", "test")
 
-
-def split_in_name(path: str) -> str | None:
-    """``train``, ``val`` or ``test``, if a file's path says which it holds.
-
-    A part of the file's own name tells; else the nearest folder that has the name of a split and no other word in it.
-    """
-    *folders, name = path.split("/")
-    for match in (_IN_NAME.search(name), *(_FOLDER.fullmatch(folder) for folder in reversed(folders))):
-        if match and match.lastindex:
-            return _MARKED[match.lastindex - 1]
-    return None
-
-
-def split_by_name(files: Sequence[HubFile]) -> tuple[list[HubFile], list[HubFile]]:
-    """The files to train on and those to validate on; of a single one both, see the top of this page."""
-    marks = [split_in_name(file.path) or "train" for file in files]
-    train, val, test = ([file for file, mark in zip(files, marks, strict=True) if mark == kind] for kind in _MARKED)
-    if train and (val or test):
-        return train, val or test
-    return (list(files[:-1]), [files[-1]]) if len(files) > 1 else (list(files), list(files))
+def split_by_name(files: Sequence[HubFile]) -> tuple[list[HubFile], list[HubFile], list[HubFile]]:
+    """The files to train on, those to validate on, and those of no use; of a single one both, see the top of this
+    page."""
+    if split := split_files(files, lambda file: file.path):
+        return split.train, split.held_out, split.unused
+    return (list(files[:-1]), [files[-1]], []) if len(files) > 1 else (list(files), list(files), [])
 
 
 @dataclass(frozen=True)
@@ -141,7 +124,14 @@ class HubFiles:
             f"{self.name}: {self._repo} at commit {self.manifest.commit[:12]}, {len(files):,} of "
             f"{len(self.train_files):,} files ({size:,.2f} GB{still}), validated on {held_out}{more}, "
             f"{self.fingerprint[:12]}"
-        )
+        ) + "".join(f"; {remark}" for remark in self.remarks())
+
+    def remarks(self) -> list[str]:
+        """What is to be known of these files before they are trained on: one line each."""
+        return [
+            *configurations_remark([file.path for file in self.train_files], "data.files='{}/*'"),
+            *unused_remark([file.path for file in self._unused_files]),
+        ]
 
     def shards(self, split: Split) -> list[Shard]:
         """The shards of a split that are here or are fetched when they are read, in the order of the manifest.
@@ -266,7 +256,7 @@ class HubFiles:
         documents = files_of_format(manifest, self._settings.files, SUFFIXES) or self._json_files
         if not documents:
             raise _no_documents(manifest, self._settings.files)
-        self._all_train_files, self.val_files = split_by_name(documents)
+        self._all_train_files, self.val_files, self._unused_files = split_by_name(documents)
         self.train_files = self._all_train_files[: self._settings.num_shards]
         if self._chosen:
             self.train_files = [manifest.file(path) for path in self._chosen.train]

@@ -1,14 +1,14 @@
 """``data=local``: parquet, JSON lines and text files of the user's own.
 
 Which documents are held out is decided by a hash of each document's text: one file is enough, copies of a text stay on
-one side, and files that come, go or are renamed change nothing for the others.
+one side, and files that come, go or are renamed change nothing for the others. Files that are named for a split (train,
+validation, test) are what their names say, as on the hub.
 """
 
 from __future__ import annotations
 
-import glob
 import hashlib
-import os
+import shlex
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,14 +19,65 @@ from pathlib import Path
 from nanochat_pl.common.console import progress
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.data.cache_folder import fingerprint_of, known_sha256
-from nanochat_pl.data.file_formats import SUFFIXES, check_file, documents_of, format_of, parquet_facts, reading
+from nanochat_pl.data.file_formats import check_file, documents_of
+from nanochat_pl.data.file_reading import format_of, parquet_facts, reading
+from nanochat_pl.data.folder_files import find_files
 from nanochat_pl.data.sources import Shard, SourceSettings, Split, place_by_hash
+from nanochat_pl.data.split_names import configurations_remark, split_files, unused_remark
 from nanochat_pl.planning.text import COMPRESSED_SHARE
 
 _NOTHING = hashlib.sha256().hexdigest()
 _FILES_AT_A_TIME = 8  # that are hashed: a fast disk gives more than one core can take
 _MB = 10**6
 _RULE = 2  # part of every fingerprint: how files become documents and documents become splits
+_TXT_RULE = 3  # the same of text files, which are cut at separators too
+
+
+@dataclass(frozen=True)
+class ChosenPaths:
+    """The files of ``data.path``, by name.
+
+    Attributes:
+        train, validation: the same ones where a hash of each document tells.
+        by_hash: whether it does.
+        remarks: what is to be said of those that are not read, or not as text to train on.
+    """
+
+    train: dict[str, Path]
+    validation: dict[str, Path]
+    by_hash: bool
+    remarks: tuple[str, ...] = ()
+
+
+def choose_files(settings: SourceSettings, key: str) -> ChosenPaths:
+    """Which files are trained on and which validated on: by ``validation_path``, else by their names, else by a hash.
+
+    Raises:
+        UserError: as :func:`~nanochat_pl.data.folder_files.find_files`.
+    """
+    found = find_files(f"{key}.path", str(settings.path))
+    if settings.validation_path is not None:
+        held_out = find_files(f"{key}.validation_path", settings.validation_path)
+        remarks = [*found.remarks(), *held_out.remarks()]
+        return ChosenPaths(found.files, held_out.files, by_hash=False, remarks=tuple(remarks))
+    split = split_files(list(found.files), str)
+    train, validation = (split.train, split.held_out) if split else (list(found.files),) * 2
+    remarks = found.remarks() + configurations_remark(train, f"{key}.path={_in_folder(settings)}")
+    if split:
+        remarks += unused_remark(split.unused)
+    files = found.files
+    return ChosenPaths(
+        {name: files[name] for name in train},
+        {name: files[name] for name in validation},
+        by_hash=split is None,
+        remarks=tuple(remarks),
+    )
+
+
+def _in_folder(settings: SourceSettings) -> str:
+    """How a folder of ``data.path`` is typed, with ``{}`` for its name."""
+    path = Path(str(settings.path))
+    return f"{shlex.quote(str(path))}/{{}}" if path.expanduser().is_dir() else "…/{}"
 
 
 class LocalFiles:
@@ -48,17 +99,16 @@ class LocalFiles:
         assert settings.path is not None, "checked by the settings"
         self._settings = settings
         self._memo_dir = cache_dir / "file_hashes"
-        self._train_files = self._val_files = find_files(f"{key}.path", settings.path)
-        if settings.validation_path is not None:
-            self._val_files = find_files(f"{key}.validation_path", settings.validation_path)
+        self.chosen = choose_files(settings, key)
+        self._train_files, self._val_files = self.chosen.train, self.chosen.validation
         self._paths = list(dict.fromkeys([*self._train_files.values(), *self._val_files.values()]))
         with ThreadPoolExecutor(_FILES_AT_A_TIME) as threads:
             self._num_empty = sum(
                 not there for there in threads.map(lambda path: check_file(path, settings.text_column), self._paths)
             )
-        if settings.validation_path is not None:
+        if not self.chosen.by_hash:
             self._refuse_shared_files(key)
-        self._held_out = None if settings.validation_path is not None else self._share_held_out()
+        self._held_out = self._share_held_out() if self.chosen.by_hash else None
 
     @property
     def fingerprint(self) -> str:
@@ -68,12 +118,19 @@ class LocalFiles:
         """One line for people: the files, what is held out, and the hash of their documents."""
         files = len(self._paths)
         held_out = f"; {self._held_out:.2%} of the documents are held out" if self._held_out is not None else ""
+        if self._held_out is None and self._settings.validation_path is None:
+            more = f" and {len(self._val_files) - 1:,} more" if len(self._val_files) > 1 else ""
+            held_out = f"; validated on {next(iter(self._val_files))}{more}, by name"
         copies = copies_of_files((shard.contents, shard.name) for shard in self.shards("train"))
         empty = f", {self._num_empty:,} of them empty" if self._num_empty else ""
         line = (
             f"{self._settings.path}: {files:,} file{'s' if files > 1 else ''}{empty}, {self.fingerprint[:12]}{held_out}"
         )
-        return "; ".join([line, *copies])
+        return "; ".join([line, *copies, *self.chosen.remarks])
+
+    def remarks(self) -> list[str]:
+        """What is to be known of these files before they are trained on: one line each."""
+        return list(self.chosen.remarks)
 
     def shards(self, split: Split) -> list[Shard]:
         files = self._train_files if split == "train" else self._val_files
@@ -100,6 +157,11 @@ class LocalFiles:
             twin = train.get(sha256 := self._sha256(path))
             if twin is not None and sha256 != _NOTHING:
                 same = f", with the same contents as {twin}" if twin.resolve() != path.resolve() else ""
+                if self._settings.validation_path is None:
+                    raise UserError(
+                        f"{path}: is validated on, by its name, and trained on{same}.",
+                        fix=f"Leave one of the two out, or say what is validated on: {key}.validation_path=….",
+                    )
                 raise UserError(
                     f"{path}: is under {key}.path and under {key}.validation_path{same}.",
                     fix=f"Leave it to one of them, or leave {key}.validation_path out: then a share is held out.",
@@ -180,7 +242,8 @@ class FileDocuments:
         # Columns of one table hold different text.
         column = None if format_of(self.path) == ".txt" else settings.text_column
         whole = "" if self.sha256 == _NOTHING else fingerprint_of(self.sha256 or contents, column)
-        return Shard(name, self.split, fingerprint_of(_RULE, contents, how), whole, self)
+        rule = _TXT_RULE if format_of(self.path) == ".txt" else _RULE
+        return Shard(name, self.split, fingerprint_of(rule, contents, how), whole, self)
 
     def _require_same(self) -> None:
         with reading(self.path):
@@ -220,32 +283,3 @@ def text_bytes(path: Path, text_column: str) -> float:
         return parquet_facts(path)[2][text_column]
     with reading(path):
         return path.stat().st_size / (COMPRESSED_SHARE if path.suffix in (".gz", ".zst") else 1)
-
-
-def find_files(key: str, given: str, suffixes: Sequence[str] = SUFFIXES) -> dict[str, Path]:
-    """The files that a path, folder or glob means, by name, in sorted order.
-
-    A folder stands for the files with one of the suffixes in it and below; hidden ones are left out.
-    """
-    path = Path(given).expanduser()
-    if path.is_dir():
-        below = sorted((file.relative_to(path).as_posix(), file) for file in path.rglob("*") if file.is_file())
-        visible = {name: file for name, file in below if not f"/{name}".count("/.")}
-        files = {name: file for name, file in visible.items() if format_of(file, suffixes)}
-        if not files:
-            found = sorted({file.suffix or file.name for file in visible.values()})
-            raise UserError(
-                f"{key}={given!r}: no file in this folder ends with {' or '.join(suffixes)}; "
-                + (f"there are {', '.join(found[:8])}." if found else "it is empty.")
-            )
-        return files
-    # Path.glob takes no absolute patterns.
-    matches = [given] if path.is_file() else sorted(glob.glob(str(path), recursive=True))  # noqa: PTH207
-    paths = [Path(match).expanduser() for match in matches if Path(match).expanduser().is_file()]
-    if not paths:
-        raise UserError(f"{key}={given!r}: there is no such file or folder (seen from {Path.cwd()}).")
-    unknown = [str(file) for file in paths if not format_of(file, suffixes)]
-    if unknown:
-        raise UserError(f"{key}={given!r}: {unknown[0]} does not end with {' or '.join(suffixes)}.")
-    folder = Path(os.path.commonpath([file.parent for file in paths]))
-    return {file.relative_to(folder).as_posix(): file for file in paths}

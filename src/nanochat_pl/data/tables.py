@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.data.conversation_rows import parse_line
-from nanochat_pl.data.file_formats import format_of, lines_of, parquet_errors
+from nanochat_pl.data.file_reading import format_of, lines_of, parquet_errors, require_column
 from nanochat_pl.tokenizer.chat_format import Fault
 
 TABLE_SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst")
@@ -99,9 +99,8 @@ def _read(path: Path, columns: Sequence[str]) -> pa.Table | list[Row]:
 
 def _read_parquet(path: Path, columns: Sequence[str]) -> pa.Table:
     with parquet_errors(path), pq.ParquetFile(path) as file:
-        names = file.schema_arrow.names
-        if missing := [column for column in columns if column not in names]:
-            raise _no_column(str(path), missing[0], names)
+        for column in columns:
+            require_column(path, file.schema_arrow, column)
         return file.read(columns=list(columns))
 
 

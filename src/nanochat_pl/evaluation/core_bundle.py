@@ -12,13 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from nanochat_pl.common.errors import UserError, did_you_mean
 from nanochat_pl.common.files import sha256_of_file
 from nanochat_pl.common.settings import build, setting, to_plain
+from nanochat_pl.common.yaml_files import read_yaml
 from nanochat_pl.data.cache_folder import fingerprint_of
-from nanochat_pl.data.file_formats import lines_of, reading
+from nanochat_pl.data.file_reading import lines_of, reading
 from nanochat_pl.evaluation.core_prompts import Kind, Problem, kept_order
 
 # In the order of the published results.
@@ -93,10 +92,7 @@ def read_tasks(folder: Path) -> dict[str, CoreTask]:
         UserError: core.yaml or eval_meta_data.csv is missing, or anything in them is not as it must be; names the file.
     """
     path = folder / "core.yaml"
-    try:
-        tables = yaml.safe_load(_text_of(path))
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise UserError(f"{path}: is no YAML: {' '.join(str(error).split())}") from error
+    tables = read_yaml(path)
     rows = tables.get("icl_tasks") if isinstance(tables, Mapping) else None
     if not isinstance(rows, list) or not rows:
         raise UserError(f"{path}: has no list icl_tasks.")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from nanochat_pl.common.errors import UserError
+from nanochat_pl.common.files import read_json
 
 Stage = Literal["base", "mid", "sft", "rl"]
 STAGE_FOLDERS: dict[Stage, str] = {
@@ -22,6 +23,8 @@ STAGE_FOLDERS: dict[Stage, str] = {
     "rl": "chatrl_checkpoints",
 }
 TOKENIZER_FOLDER, TOKENIZER_FILE, TOKEN_BYTES_FILE = "tokenizer", "tokenizer.pkl", "token_bytes.pt"
+# What meta files have of models that were trained to chat alone: figures, and settings of that training.
+_OF_CHAT = {"val_loss", "chatcore", "chatcore_metric", "mmlu_epochs", "gsm8k_epochs"}
 _MODEL = re.compile(r"model_(\d{6,12})\.pt")
 
 
@@ -107,8 +110,25 @@ def choose_checkpoint(source: Path, stage: Stage | None, tag: str | None, step: 
 
 
 def stage_of(checkpoint: Checkpoint, asked: Stage | None) -> Stage:
-    """The stage that a checkpoint is of: its folder says it, else whoever asked for it."""
-    return checkpoint.stage or asked or "base"
+    """The stage that a checkpoint is of: its folder says it, else whoever asked for it, else what was measured of it.
+
+    Raises:
+        UserError: its folder is a plain one, and nothing in its meta file tells a chat model from a base model.
+    """
+    if checkpoint.stage or asked:
+        return checkpoint.stage or asked or "base"
+    meta = read_json(checkpoint.meta, infinities=True) if checkpoint.meta.exists() else {}
+    keys = set(meta) if isinstance(meta, dict) else set()
+    trained = meta.get("user_config") if isinstance(meta, dict) else None
+    keys |= set(trained) if isinstance(trained, dict) else set()
+    if keys & _OF_CHAT or any(key.endswith("_acc") for key in keys):
+        return "sft"
+    if "val_bpb" in keys:
+        return "base"
+    raise UserError(
+        f"source={checkpoint.folder}: nothing says whether {checkpoint.model.name} is a base model or a chat model.",
+        "Say which: stage=base, stage=mid, stage=sft or stage=rl.",
+    )
 
 
 def tokenizer_folders(source: Path, checkpoint: Checkpoint) -> Iterable[Path]:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.files import write_bytes
+from nanochat_pl.common.text_files import require_regular
 from nanochat_pl.model.config import DType
 from nanochat_pl.tokenizer import Tokenizer
 
@@ -72,6 +73,7 @@ def read_torch(path: Path) -> Any:
     Raises:
         UserError: the file cannot be read, is cut short or damaged, or holds anything else.
     """
+    require_regular(path)
     try:
         with zipfile.ZipFile(path) as archive:
             if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
@@ -159,6 +161,7 @@ def read_encoding(path: Path) -> EncodingState:
     Raises:
         UserError: the file cannot be read, asks for anything but that class, or its state is of the wrong types.
     """
+    require_regular(path)
     try:
         size = path.stat().st_size
         if size > MAX_PICKLE_BYTES:

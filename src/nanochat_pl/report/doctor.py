@@ -49,6 +49,7 @@ def _documents(figures: Figures) -> Table:
         rows.append(("bytes a token", *(f"{split.bytes_per_token:.2f}" for split in splits)))
     rows.append(("characters outside of ASCII", *(f"{split.non_ascii_share:.2%}" for split in splits)))
     rows.append((f"{noun} with U+FFFD", *(_count(split.replaced) for split in splits)))
+    rows.append((f"{noun} with control characters", *(_count(split.controls) for split in splits)))
     rows.append((f"{noun} that repeat their lines", *(_count(split.repeating) for split in splits)))
     if figures.validation_rows:
         rows.append(("rows to validate on", "", _count(figures.validation_rows)))

@@ -16,11 +16,12 @@ from nanochat_pl.common.settings import setting
 from nanochat_pl.data.cache_folder import fingerprint_of
 from nanochat_pl.data.conversation_files import CONVERSATION_SUFFIXES, ConversationFile, read_conversations
 from nanochat_pl.data.conversation_rows import Audit
-from nanochat_pl.data.hub_files import split_in_name
+from nanochat_pl.data.folder_files import find_files
 from nanochat_pl.data.local_files import copies_of_files
+from nanochat_pl.data.split_names import configurations_remark, split_files, unused_remark
 from nanochat_pl.tasks.base import Content, Conversation, Split, Task, TaskSettings
 from nanochat_pl.tasks.context import TaskContext
-from nanochat_pl.tasks.hub_sets import HubSet, SetFile, files_of_set, files_on_disk, require_all
+from nanochat_pl.tasks.hub_sets import HubSet, SetFile, files_of_set, files_on_disk, require_all, set_files
 from nanochat_pl.tasks.registry import CONVERSATIONS, task
 
 
@@ -82,7 +83,7 @@ class ConversationSet(Task):
             UserError: there are no such files, one cannot be read, too many rows are bad, or nothing is left.
         """
         where = f"{context.where}.{self.group}{name}"
-        train, test = _find(where, settings, context)
+        train, test, self._remarks = _find(where, settings, context)
         self._where, self._num_train_files = where, len(train)
         self._by_hash = train == test
         self.files = _read(name, train if self._by_hash else [*train, *test], settings.column, context.cache_dir)
@@ -153,8 +154,21 @@ class ConversationSet(Task):
             lines.append(f"{self.name}: {self.audit.num_bad:,} bad rows are left out ({causes}; the first: {first})")
         trained_on = [(use.contents, use.file) for use in self.uses() if use.held_out < 1]
         lines += [f"{self.name}: {line}" for line in copies_of_files(trained_on)]
-        lines += [f"{self.name}: {count:,} rows: {change}." for change, count in self.audit.changed.items()]
-        return lines
+        audit = self.audit
+        lines += [f"{self.name}: {count:,} rows are read as {form}." for form, count in audit.forms.items()]
+        if audit.unread:
+            keys = ", ".join(f"{key} ({count:,} rows)" for key, count in sorted(audit.unread.items()))
+            lines.append(f"{self.name}: keys that are not read: {keys}.")
+        return lines + [f"{self.name}: {line}." for line in self.losses()]
+
+    @property
+    def key(self) -> str:
+        """The key that its settings stand under."""
+        return self._where
+
+    def losses(self) -> list[str]:
+        """What of the files is not learnt though it might have been meant to be: a line for each."""
+        return [*self._remarks, *(f"{count:,} rows: {change}" for change, count in self.audit.changed.items())]
 
 
 @dataclass(frozen=True)
@@ -205,26 +219,31 @@ def refuse_shared_conversations(sets: Iterable[ConversationSet]) -> None:
             )
 
 
-def _find(where: str, settings: ConversationSettings, context: TaskContext) -> tuple[list[SetFile], list[SetFile]]:
-    """The files to train on and those to hold out; the same ones twice where a hash is to tell."""
+def _find(
+    where: str, settings: ConversationSettings, context: TaskContext
+) -> tuple[list[SetFile], list[SetFile], list[str]]:
+    """The files to train on and those to hold out; the same ones twice where a hash is to tell. And what is to be said
+    of others."""
+    remarks: list[str] = []
     wanted = HubSet(str(settings.repo), settings.revision, settings.files)
     if settings.repo is None:
-        found = files_on_disk(f"{where}.path", str(settings.path), CONVERSATION_SUFFIXES, context.cache_dir)
+        on_disk = find_files(f"{where}.path", str(settings.path), CONVERSATION_SUFFIXES)
+        remarks += on_disk.remarks()
+        found = set_files(on_disk, context.cache_dir)
     else:
         found = files_of_set(where, wanted, CONVERSATION_SUFFIXES, context)
     if settings.test_path is not None:
         test = files_on_disk(f"{where}.test_path", settings.test_path, CONVERSATION_SUFFIXES, context.cache_dir)
         if shared := {str(file.path) for file in found} & {str(file.path) for file in test}:
             raise UserError(f"{where}.test_path={settings.test_path!r}: {min(shared)} is under {where}.path too.")
-        return found, test
-    by_mark: dict[str, list[SetFile]] = {"train": [], "val": [], "test": []}
-    for file in found:
-        by_mark[split_in_name(file.name) or "train"].append(file)
-    train, held_out = by_mark["train"], by_mark["val"] or by_mark["test"]
-    if not (train and held_out):
-        train = held_out = found
+        return found, test, remarks
+    split = split_files(found, lambda file: file.name)
+    train, held_out = (split.train, split.held_out) if split else (found, found)
+    one = f"{where}.files='{{}}/*'" if settings.repo else f"{where}.path=…/{{}}"
+    remarks += configurations_remark([file.name for file in train], one)
+    remarks += unused_remark([file.name for file in split.unused] if split else [])
     require_all(where, [*train, *held_out], wanted, context)
-    return train, held_out
+    return train, held_out, remarks
 
 
 def _read(name: str, found: Sequence[SetFile], column: str, cache_dir: Path) -> list[ConversationFile]:
@@ -250,7 +269,9 @@ def _require_good(where: str, audit: Audit, max_bad_fraction: float) -> None:
     for cause, count in audit.bad.items():
         lines.append(f"{count:,} with {cause}:")
         lines += [f"  {line}" for line in audit.examples[cause]]
-    raise UserError(lines, "Mend the files, or leave such rows out: data.max_bad_fraction=…")
+    raise UserError(
+        lines, "Mend the files, or leave such rows out: data.max_bad_fraction=… Which forms are read: docs/data.md."
+    )
 
 
 def _share_held_out(where: str, files: Sequence[ConversationFile], fraction: float) -> float:

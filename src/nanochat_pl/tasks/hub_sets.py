@@ -9,9 +9,9 @@ from pathlib import Path
 
 from nanochat_pl.common.errors import UserError, did_you_mean
 from nanochat_pl.data.cache_folder import fingerprint_of
+from nanochat_pl.data.folder_files import FoundFiles, find_files
 from nanochat_pl.data.hub import hash_memo, known_manifest
 from nanochat_pl.data.hub_files import files_of_format, key_of_cache, typed_keys
-from nanochat_pl.data.local_files import find_files
 from nanochat_pl.tasks.context import TaskContext
 
 
@@ -45,8 +45,12 @@ class HubSet:
 
 def files_on_disk(key: str, given: str, suffixes: Sequence[str], cache_dir: Path) -> list[SetFile]:
     """The files that a path, folder or glob means, in sorted order; see :func:`find_files`."""
-    paths = {name: path.resolve() for name, path in find_files(key, given, suffixes).items()}
-    memos = cache_dir / "file_hashes"
+    return set_files(find_files(key, given, suffixes), cache_dir)
+
+
+def set_files(found: FoundFiles, cache_dir: Path) -> list[SetFile]:
+    """The files that were found, with where their hashes are remembered."""
+    paths, memos = {name: path.resolve() for name, path in found.files.items()}, cache_dir / "file_hashes"
     return [SetFile(name, path, memos / f"{fingerprint_of(str(path))[:32]}.json") for name, path in paths.items()]
 
 

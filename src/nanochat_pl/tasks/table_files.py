@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 
 from nanochat_pl.common.errors import UserError, did_you_mean
 from nanochat_pl.data.cache_folder import known_sha256
-from nanochat_pl.data.file_formats import reading
-from nanochat_pl.data.hub_files import key_of_cache, split_in_name, typed_keys
+from nanochat_pl.data.file_reading import reading
+from nanochat_pl.data.hub_files import key_of_cache, typed_keys
+from nanochat_pl.data.split_names import split_in_name
 from nanochat_pl.data.tables import TABLE_SUFFIXES
 from nanochat_pl.tasks.base import Split
 from nanochat_pl.tasks.context import TaskContext

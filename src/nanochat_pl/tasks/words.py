@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.files import write_text
 from nanochat_pl.common.settings import setting
-from nanochat_pl.data.file_formats import lines_of
+from nanochat_pl.data.file_reading import lines_of
 from nanochat_pl.data.python_docs import PythonDocs
 from nanochat_pl.tasks.base import Split, Task, TaskSettings, generator, limits, own_settings, part_of
 from nanochat_pl.tasks.context import MIXTURE, TaskContext

@@ -7,7 +7,8 @@ A conversation is plain data::
                                                     {"type": "python_output", "text": "42"},
                                                     {"type": "text", "text": "It is 42."}]}]}
 
-Roles alternate, beginning with the user; a system message may come first. Keys other than these are left alone.
+Roles alternate, beginning with the user; a system message may come first. Keys other than these are left alone, but for
+``weight`` 0 of a message of the assistant's, of which nothing is learnt; a part may have its text under ``code``.
 Trained on (mask 1) is what the assistant has to produce: its text, its tool calls with both markers, and its end.
 """
 
@@ -77,6 +78,9 @@ def faults_of_conversation(conversation: Any) -> list[Fault]:
             cause = "roles that do not take turns" if role in ROLES else "unknown role"
             line = f"{where}.role={quote(role)}: must be {expected!r} here (user and assistant take turns)."
             faults.append(Fault(cause, line))
+        if message.get("weight") not in (None, 0, 1):
+            line = f"{where}.weight={quote(message['weight'])}: must be 0 or 1."
+            faults.append(Fault("weight that is neither 0 nor 1", line))
         if expected == "assistant" and isinstance(content, (list, tuple)):
             faults.extend(_faults_of_parts(content, f"{where}.content"))
         elif not isinstance(content, str):
@@ -90,7 +94,7 @@ def faults_of_conversation(conversation: Any) -> list[Fault]:
 def _faults_of_parts(parts: Sequence[Any], where: str) -> list[Fault]:
     faults = []
     for i, part in enumerate(parts):
-        kind, text = (part.get("type"), part.get("text")) if isinstance(part, Mapping) else (None, None)
+        kind, text = (part.get("type"), text_of_part(part)) if isinstance(part, Mapping) else (None, None)
         if kind not in _PART_TYPES:
             line = f"{where}[{i}].type={quote(kind)}: must be one of {', '.join(_PART_TYPES)}."
             faults.append(Fault("unknown part", line))
@@ -115,19 +119,25 @@ def _segments(conversation: Conversation) -> list[_Segment]:
             system = ""
         else:
             segments.append(_Segment("<|assistant_start|>", True, 0))
-            segments.extend(_assistant_segments(message["content"]))
-            segments.append(_Segment("<|assistant_end|>", True, 1))
+            learnt = int(message.get("weight") != 0)
+            segments.extend(_assistant_segments(message["content"], learnt))
+            segments.append(_Segment("<|assistant_end|>", True, learnt))
     return segments
 
 
-def _assistant_segments(content: str | Sequence[Mapping[str, str]]) -> list[_Segment]:
+def text_of_part(part: Mapping[str, Any]) -> Any:
+    """What a part of a message holds: under ``text``, else under ``code``."""
+    return part.get("text", part.get("code"))
+
+
+def _assistant_segments(content: str | Sequence[Mapping[str, str]], learnt: int) -> list[_Segment]:
     if isinstance(content, str):
-        return [_Segment(content, False, 1)]
+        return [_Segment(content, False, learnt)]
     segments = []
     for part in content:
         # What a tool answers is forced into the stream, so nothing of it is learnt.
-        mask = int(part["type"] != "python_output")
-        text = _Segment(part["text"], False, mask)
+        mask = learnt if part["type"] != "python_output" else 0
+        text = _Segment(text_of_part(part), False, mask)
         if part["type"] in _MARKERS:
             start, end = _MARKERS[part["type"]]
             segments += [_Segment(start, True, mask), text, _Segment(end, True, mask)]

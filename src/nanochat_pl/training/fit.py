@@ -29,7 +29,7 @@ from nanochat_pl.training.resume import ResumeFiles
 from nanochat_pl.training.settings import EvaluationSettings, TrainerSettings
 from nanochat_pl.training.spikes import LossSpikes
 from nanochat_pl.training.stages import TrainingStage
-from nanochat_pl.training.stopping import GracefulStop
+from nanochat_pl.training.stopping import GracefulStop, StopRequested
 from nanochat_pl.training.strategy import strategy_for
 from nanochat_pl.training.tensorboard import rewind_events
 
@@ -125,6 +125,12 @@ def fit(stage: TrainingStage, data: RowsDataModule, fitting: Fitting) -> Fitted:
             trainer.fit(stage, datamodule=data, ckpt_path=None if resume_from is None else str(resume_from))
         except (MisconfigurationException, ModuleNotFoundError) as error:
             raise UserError(f"callbacks, logger: Lightning refuses them: {error}") from error
+        except (UserError, StopRequested):
+            raise
+        except Exception:
+            # A signal goes to the compilers too: what they then fail with is the stop that was asked for.
+            stop.check_after_error()
+            raise
         finally:
             resume_files.io.wait()  # also where an error kept Lightning from its teardown
             torch.use_deterministic_algorithms(deterministic_before)

@@ -133,7 +133,8 @@ def _rendered(
 ) -> ConversationCache:
     with progress(f"rendering conversations, {split}", len(mixture), "conversations") as advance:
         key = f"{split} {mixture.fingerprint}"
-        return build_conversation_cache(mixture, tokenizer, capacity, cache, key, by_difference(advance), trained)
+        name = f"{', '.join(mixture.tasks)} ({split} part)"
+        return build_conversation_cache(mixture, tokenizer, capacity, cache, key, by_difference(advance), trained, name)
 
 
 def _file_tasks(mixture: Mixture) -> dict[str, ConversationSet]:

@@ -34,6 +34,7 @@ from nanochat_pl.training.changes import read_changes
 from nanochat_pl.training.datamodule import RowsDataModule
 from nanochat_pl.training.evaluation import Samples
 from nanochat_pl.training.fit import Fitted, Fitting, fit
+from nanochat_pl.training.guarded import guard_callbacks, guard_loggers
 from nanochat_pl.training.machine import Machine, own_device, prepare_machine, require_own_gpus
 from nanochat_pl.training.metrics import log_everywhere
 from nanochat_pl.training.prepare import Prepared, announce_streamed, prepare_base
@@ -60,7 +61,7 @@ def train_stage(
         config: the checked settings, with what is inherited from the parent stage.
         folder: of the stage; made and locked by the caller, and not finished.
         cache: where corpora and tokens are kept.
-        make_loggers, make_callbacks: further ones, made only when there is something to train.
+        make_loggers, make_callbacks: further ones, made first of all. One that fails later is left out.
         on_plan: called with the plan before the training.
 
     Raises:
@@ -79,6 +80,9 @@ def train_stage(
     kind = f"{machine.device.type} in {machine.compute_dtype}, {'compiled' if machine.compile else 'eager'}"
     same_machines = "Set trainer.accelerator, model.compute_dtype and trainer.compile to what all machines have."
     together.require_same(kind, lambda mains: f"would train on {kind}, the main process on {mains}.", same_machines)
+    # Before anything is prepared: what cannot be made is known at once.
+    loggers = together.agreed(lambda: make_loggers() if distributed.is_main() else [])
+    callbacks = guard_callbacks(together.agreed(make_callbacks))
     prepare = {"base": prepare_base, "mid": prepare_sft, "sft": prepare_sft}[config.stage.name]
     prepared = together.main_first(lambda: prepare(config, folder, cache, machine, resume_from is not None))
     rows = str(prepared.plan["device_batch_size"])
@@ -93,8 +97,8 @@ def train_stage(
     benchmarks = together.main_first(
         lambda: open_benchmarks(config.stage, config.evaluation, prepared.tokenizer, context)
     )
-    loggers = together.agreed(lambda: make_loggers() if distributed.is_main() else [])
-    _train(config, folder, machine, prepared, resume_from, loggers, together.agreed(make_callbacks), benchmarks)
+    started = together.agreed(lambda: guard_loggers(loggers))
+    _train(config, folder, machine, prepared, resume_from, started, callbacks, benchmarks)
 
 
 def _refuse_hours(config: TrainConfig) -> None:

@@ -6,10 +6,26 @@ Callbacks that build on what is missing then fail in the middle of a training, o
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 from collections.abc import Mapping
 from typing import Any
 
+from lightning.pytorch import Callback
+from lightning.pytorch.loggers.logger import Logger
+
 from nanochat_pl.common.errors import did_you_mean
+from nanochat_pl.common.hardware import choose_device
+
+# What the objects of each group of the settings are.
+BASES: dict[str, type] = {"logger": Logger, "callbacks": Callback}
+# What Lightning's classes need besides: the package as pip calls it, and as Python does.
+PACKAGES = {
+    "CometLogger": ("comet-ml", "comet_ml"),
+    "LitLogger": ("litlogger", "litlogger"),
+    "MLFlowLogger": ("mlflow", "mlflow"),
+    "WandbLogger": ("wandb", "wandb"),
+}
 
 WORKING = frozenset(
     {
@@ -70,6 +86,8 @@ def why_refused(callback: type, arguments: Mapping[str, Any]) -> str | None:
     for name in ancestors:
         if name in REFUSED:
             return f": Lightning's {name} does not work here: {REFUSED[name]}."
+    if "DeviceStatsMonitor" in ancestors and _wants_psutil(arguments) and not _is_installed("psutil", "psutil"):
+        return ": what it says of a CPU needs psutil: pip install psutil, or set cpu_stats: false."
     if "EarlyStopping" in ancestors:
         if arguments.get("check_on_train_epoch_end"):
             return ".check_on_train_epoch_end=true: a stage has one epoch, it would never be asked; leave it out."
@@ -77,3 +95,33 @@ def why_refused(callback: type, arguments: Mapping[str, Any]) -> str | None:
         if monitor not in MEASURED and not monitor.startswith("val/bpb_"):
             return f".monitor={monitor}: is not measured; {did_you_mean(monitor, MEASURED)}"
     return None
+
+
+def _wants_psutil(arguments: Mapping[str, Any]) -> bool:
+    cpu_stats = arguments.get("cpu_stats")
+    return choose_device().type == "cpu" if cpu_stats is None else bool(cpu_stats)
+
+
+def pip_line(target: type) -> str | None:
+    """The command that installs what a class needs besides Lightning; None where that is nothing that is known."""
+    package = _package_of(target)
+    return f"pip install {package[0]}" if package else None
+
+
+def missing_package(target: type) -> str | None:
+    """As :func:`pip_line`, where that package is not installed."""
+    package = _package_of(target)
+    return f"pip install {package[0]}" if package and not _is_installed(*package) else None
+
+
+def _package_of(target: type) -> tuple[str, str] | None:
+    return next((PACKAGES[each.__name__] for each in target.__mro__ if each.__name__ in PACKAGES), None)
+
+
+def _is_installed(distribution: str, module: str) -> bool:
+    try:
+        importlib.metadata.version(distribution)
+        return True
+    except importlib.metadata.PackageNotFoundError:
+        found = importlib.util.find_spec(module)
+        return found is not None and found.origin is not None  # a folder of the same name, wandb/, has none

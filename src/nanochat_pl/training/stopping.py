@@ -19,7 +19,7 @@ from lightning.pytorch import Callback, Trainer
 from nanochat_pl.common import distributed
 from nanochat_pl.common.constants import SAME_SIGNAL_SECONDS, SHOW_CURSOR, STOP_SIGNALS
 from nanochat_pl.common.errors import SharedError, UserError
-from nanochat_pl.training.resume import NUM_NOTICES, ResumeFiles
+from nanochat_pl.training.resume import NUM_NOTICES, ResumeFiles, resume_files, step_of
 
 SIGALRM = 14  # what the end of trainer.max_time counts as, also on systems without that signal
 # How it stands with the rows that a process waits for; above, a stop is asked for.
@@ -157,6 +157,17 @@ class GracefulStop(Callback):
             problems, fix = json.loads(next(text for text in distributed.from_all(told) if text))
             raise NoMoreRows(problems, fix)
         return agreed
+
+    def check_after_error(self) -> None:
+        """Raise :class:`StopRequested` for an error that came after a signal: with the step of the newest resume file,
+        as nobody knows how far the unfinished one had got. Without a signal nothing is done."""
+        if self.signum is None:
+            return
+        try:
+            self.check()
+        except StopRequested as stop:
+            step = max(map(step_of, resume_files(self.resume_files.folder)), default=0)
+            raise StopRequested(stop.signum, step) from None
 
     def check_alone(self) -> None:
         """As :meth:`check`, where processes need not call it equally often: of several it does nothing."""
