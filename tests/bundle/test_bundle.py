@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nanochat_pl import load_bundle
-from nanochat_pl.bundle import StageInfo, save_bundle
+from nanochat_pl.bundle import StageInfo, naming_weights, save_bundle
 from nanochat_pl.bundle.bundle import load_moments
-from nanochat_pl.common.errors import UserError
+from nanochat_pl.common.errors import NotFiniteError, UserError
+from nanochat_pl.engine import Engine
 from tests.tiny_run import make_tiny_run
 
 
@@ -150,3 +152,46 @@ def test_infinity_is_no_json(folder: Path) -> None:
     path = folder / "stage.json"
     path.write_text(path.read_text(encoding="utf-8").replace('"step": 7', '"step": Infinity'), encoding="utf-8")
     assert "no valid JSON" in refused(folder)
+
+
+# --- weights that are no numbers, or give none
+
+
+def _with_weights(folder: Path, **changes: float) -> None:
+    """Fill tensors, by the end of their names with _ for dots."""
+    weights = load_file(folder / "model.safetensors")
+    for ending, value in changes.items():
+        found = [name for name in weights if name.replace(".", "_").endswith(ending)]
+        assert found
+        for name in found:
+            weights[name] = torch.full_like(weights[name], value)
+    save_file(weights, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_weights_that_are_not_finite_are_named(folder: Path, value: float) -> None:
+    """Chat and evaluate ended in a traceback, with a temperature."""
+    _with_weights(folder, c_q_weight=value)
+    said = refused(folder)
+    assert said.startswith(f"{folder / 'model.safetensors'}: holds NaN or infinite numbers: ") and "c_q.weight" in said
+
+
+@pytest.mark.parametrize("layer", ["c_q_weight", "c_fc_weight"])
+def test_finite_weights_that_overflow_are_refused_with_their_file(folder: Path, layer: str) -> None:
+    _with_weights(folder, **{layer: 3e38})
+    assert f"{folder / 'model.safetensors'}: the model's outputs are not finite" in refused(folder)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_an_overflow_that_only_some_tokens_meet_is_an_error_where_they_are_read(
+    folder: Path, temperature: float
+) -> None:
+    bundle = load_bundle(folder)
+    engine = Engine(bundle)
+    bundle.net.value_embeds["1"].weight.data[7] = 3e38
+    assert engine.generate([[1]], max_tokens=1, temperature=temperature, top_k=5)
+    path = re.escape(str(folder / "model.safetensors"))
+    with pytest.raises(NotFiniteError, match=f"^{path}: the model's outputs are not finite"), naming_weights(bundle):
+        engine.generate([[1], [7]], max_tokens=1, temperature=temperature, top_k=5)
+    with pytest.raises(NotFiniteError, match=f"^{path}: arc: the model's"), naming_weights(bundle):
+        raise NotFiniteError("arc")

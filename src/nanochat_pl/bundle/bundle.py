@@ -10,9 +10,10 @@ the shapes in the file must be those that the configuration gives before a singl
 
 from __future__ import annotations
 
+import contextlib
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +21,7 @@ import torch
 
 from nanochat_pl.bundle.stage_info import StageInfo
 from nanochat_pl.bundle.tensors import problems_of_header, read_header, read_tensors, save_tensors
-from nanochat_pl.common.errors import UserError
+from nanochat_pl.common.errors import NotFiniteError, UserError
 from nanochat_pl.common.files import disk_errors_explained, read_json, write_json, write_text
 from nanochat_pl.common.hardware import choose_compute_dtype, memory_bytes
 from nanochat_pl.common.settings import build, to_plain
@@ -36,6 +37,7 @@ MODEL, CONFIG, TOKENIZER, STAGE, OPTIMIZER = (
     "stage.json",
     "optimizer.safetensors",
 )
+NUM_PROBED = 64  # tokens that a model must answer with numbers before it is used
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,8 @@ def load_bundle(path: str | Path, device: str | torch.device = "cpu", dtype: str
             float16 only if it was trained in it).
 
     Raises:
-        UserError: a file is missing, damaged, hostile, or contradicts another; the message names it.
+        UserError: a file is missing, damaged, hostile, or contradicts another; weights or the model's outputs are not
+            finite; the message names it.
     """
     folder = Path(path)
     device = torch.device(device)
@@ -130,7 +133,29 @@ def load_bundle(path: str | Path, device: str | torch.device = "cpu", dtype: str
             f"{folder}: the tokenizer has {tokenizer.vocab_size:,} ids, the model {config.vocab_size:,}.",
             fix="Use the tokenizer that the model was trained with.",
         )
-    return Bundle(net.eval(), tokenizer, config, load_stage_info(folder), folder)
+    bundle = Bundle(net.eval(), tokenizer, config, load_stage_info(folder), folder)
+    with naming_weights(bundle):
+        _require_finite_outputs(bundle.net)
+    return bundle
+
+
+@contextlib.contextmanager
+def naming_weights(bundle: Bundle) -> Iterator[None]:
+    """Name the file of the weights where a model's outputs turn out not to be finite."""
+    try:
+        yield
+    except NotFiniteError as error:
+        path = bundle.path / MODEL
+        raise NotFiniteError(f"{path}: {error.where}" if error.where else f"{path}") from error
+
+
+@torch.inference_mode()
+def _require_finite_outputs(net: GPT) -> None:
+    """Finite weights can overflow on the way: one short row, of ids from the whole vocabulary, is read."""
+    count = min(NUM_PROBED, net.config.vocab_size, net.config.sequence_len)
+    ids = torch.linspace(0, net.config.vocab_size - 1, count, device=net.device).long()
+    if not net(ids[None]).isfinite().all():
+        raise NotFiniteError
 
 
 def load_config(folder: Path) -> GPTConfig:
@@ -211,4 +236,10 @@ def _load_tensors(
     if problems:
         raise UserError(problems, fix="The files of a bundle belong together: copy the whole folder.")
     tensors = read_tensors(path)
+    if broken := [name for name, tensor in sorted(tensors.items()) if not tensor.isfinite().all()]:
+        more = f" and {len(broken) - 1:,} more tensors" if len(broken) > 1 else ""
+        raise UserError(
+            f"{path}: holds NaN or infinite numbers: {broken[0]}{more}.",
+            fix="Look at the losses of the training that it is from, and take a model from before they broke.",
+        )
     return tensors if as_stored else {name: tensor.float() for name, tensor in tensors.items()}
