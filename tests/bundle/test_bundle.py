@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,8 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from nanochat_pl import load_bundle
 from nanochat_pl.bundle import StageInfo, naming_weights, save_bundle
-from nanochat_pl.bundle.bundle import load_moments
+from nanochat_pl.bundle.bundle import hash_of_weights, load_moments
 from nanochat_pl.common.errors import NotFiniteError, UserError
+from nanochat_pl.common.files import write_json
 from nanochat_pl.engine import Engine
 from tests.tiny_run import make_tiny_run
 
@@ -152,6 +155,36 @@ def test_infinity_is_no_json(folder: Path) -> None:
     path = folder / "stage.json"
     path.write_text(path.read_text(encoding="utf-8").replace('"step": 7', '"step": Infinity'), encoding="utf-8")
     assert "no valid JSON" in refused(folder)
+
+
+BROKEN: dict[str, Callable[[Path], None]] = {
+    "there is no such file": lambda path: None,
+    "is a folder": lambda path: path.mkdir(),
+    "is a link to something that is not there": lambda path: path.symlink_to("nowhere"),
+    "is unreadable (Too many levels of symbolic links)": lambda path: path.symlink_to(path.name),
+    "is a FIFO (a named pipe)": lambda path: os.mkfifo(path),
+}
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "stage.json", "optimizer.safetensors", "tokenizer.json"])
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_finished_stage_whose_file_is_none_says_what_to_do(folder: Path, kind: str, name: str) -> None:
+    """The next stage ended in a FileNotFoundError, "a bug", after all conversations had been rendered."""
+    path = folder / name
+    path.unlink(missing_ok=True)
+    BROKEN[kind](path)
+    write_json(folder.parent / "finished.json", {"step": 7})
+    read: list[Callable[[Path], object]] = [load_moments] if name == "optimizer.safetensors" else [load_bundle]
+    if name == "model.safetensors":
+        read.append(hash_of_weights)  # what the next stage and evaluate read first
+    for each in read:
+        if not os.path.lexists(path) and name in ("optimizer.safetensors", "tokenizer.json"):
+            each(folder)  # a bundle may be without
+            continue
+        with pytest.raises(UserError) as caught:
+            each(folder)
+        assert caught.value.problems == (f"{path}: {kind}.",)
+        assert caught.value.fix.startswith(f"The stage was finished with it: put it back, or remove {folder.parent} ")
 
 
 # --- weights that are no numbers, or give none

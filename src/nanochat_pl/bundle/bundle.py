@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -22,9 +23,10 @@ import torch
 from nanochat_pl.bundle.stage_info import StageInfo
 from nanochat_pl.bundle.tensors import problems_of_header, read_header, read_tensors, save_tensors
 from nanochat_pl.common.errors import NotFiniteError, UserError
-from nanochat_pl.common.files import disk_errors_explained, read_json, write_json, write_text
+from nanochat_pl.common.files import disk_errors_explained, read_json, sha256_of_file, write_json, write_text
 from nanochat_pl.common.hardware import choose_compute_dtype, memory_bytes
 from nanochat_pl.common.settings import build, to_plain
+from nanochat_pl.common.text_files import kind_of_file
 from nanochat_pl.model.accounting import require_size
 from nanochat_pl.model.config import GPTConfig
 from nanochat_pl.model.gpt import GPT, TORCH_DTYPES
@@ -127,7 +129,7 @@ def load_bundle(path: str | Path, device: str | torch.device = "cpu", dtype: str
     weights = load_weights(folder)
     net = GPT(config, TORCH_DTYPES[choose_compute_dtype(dtype, device, config.compute_dtype)]).materialise(device)
     net.load_state_dict(weights)
-    tokenizer = load_tokenizer(folder) if (folder / TOKENIZER).exists() else None
+    tokenizer = load_tokenizer(folder) if os.path.lexists(folder / TOKENIZER) else None
     if tokenizer is not None and tokenizer.vocab_size != config.vocab_size:
         raise UserError(
             f"{folder}: the tokenizer has {tokenizer.vocab_size:,} ids, the model {config.vocab_size:,}.",
@@ -174,6 +176,11 @@ def load_weights(folder: Path, as_stored: bool = False) -> dict[str, torch.Tenso
     return _load_tensors(_member(folder, MODEL), shapes, as_stored=as_stored)
 
 
+def hash_of_weights(folder: Path) -> str:
+    """SHA-256 of a bundle's file of weights: which model it is."""
+    return sha256_of_file(_member(folder, MODEL))
+
+
 def load_stage_info(folder: Path) -> StageInfo:
     """The origin of a bundle."""
     return build(StageInfo, _read_object(folder, STAGE), str(folder / STAGE))
@@ -189,7 +196,7 @@ def load_moments(folder: Path, as_stored: bool = False) -> dict[str, torch.Tenso
 
     Float32; with ``as_stored`` in the types of the file.
     """
-    if not (folder / OPTIMIZER).exists():
+    if not os.path.lexists(folder / OPTIMIZER):  # a link that leads nowhere is no bundle without moments
         return None
     most = 4 * sum(parameter.numel() for parameter in GPT(load_config(folder)).parameters())
     return _load_tensors(_member(folder, OPTIMIZER), None, max_elements=most, as_stored=as_stored)
@@ -198,13 +205,23 @@ def load_moments(folder: Path, as_stored: bool = False) -> dict[str, torch.Tenso
 def _member(folder: Path, name: str) -> Path:
     """A file of the bundle, which must be there and lie inside the folder (no link that climbs out of it)."""
     path = folder / name
-    if not path.is_file():
-        raise UserError(
-            f"{path}: there is no such file.", fix="Give the folder of a bundle, e.g. runs/NAME/sft/bundle."
-        )
+    kind = kind_of_file(path)
+    if kind is not None or not path.exists():
+        raise UserError(f"{path}: {f'is {kind}' if kind else 'there is no such file'}.", fix=_how_to_mend(folder))
     if not path.resolve().is_relative_to(folder.resolve()):
         raise UserError(f"{path}: is a link that leads out of the bundle.", fix="Replace it by the file itself.")
     return path
+
+
+def _how_to_mend(folder: Path) -> str:
+    """What to do about a bundle that lacks a file: that of a finished stage had it once."""
+    stage = folder.parent
+    if (stage / "finished.json").is_file():
+        return (
+            f"The stage was finished with it: put it back, or remove {stage} and train the stage again. What later"
+            " stages have is in their own bundles."
+        )
+    return "Give the folder of a bundle, e.g. runs/NAME/sft/bundle."
 
 
 def _read_object(folder: Path, name: str) -> dict[str, object]:

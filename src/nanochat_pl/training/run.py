@@ -12,12 +12,12 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers.logger import Logger
 
 from nanochat_pl.bundle import StageInfo, save_bundle
-from nanochat_pl.bundle.bundle import MODEL, save_stage_info
+from nanochat_pl.bundle.bundle import hash_of_weights, save_stage_info
 from nanochat_pl.bundle.stage_info import library_versions
 from nanochat_pl.common import distributed, together
 from nanochat_pl.common.console import say
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.common.files import sha256_of_file, write_json
+from nanochat_pl.common.files import write_json
 from nanochat_pl.common.hardware import choose_compute_dtype, gpu_memory_bytes
 from nanochat_pl.common.run_folder import StageFolder
 from nanochat_pl.common.settings import to_plain
@@ -211,7 +211,7 @@ def _measure_last(
     Raises:
         StopRequested: a stop was asked for.
     """
-    key = together.by_main(lambda: fingerprint_of(sha256_of_file(folder.bundle / MODEL), to_plain(config.evaluation)))
+    key = together.by_main(lambda: fingerprint_of(hash_of_weights(folder.bundle), to_plain(config.evaluation)))
     measured = MeasuredTasks(folder.path / "benchmarks.json", key)
     figures: dict[str, float] = {}
     with stop or contextlib.nullcontext():
