@@ -217,6 +217,10 @@ class PeriodicEvaluation(Callback):
         """Go on from a resume file."""
         self._measured = state_dict["measured"]
 
+    def is_due(self, step: int) -> bool:
+        """Whether the validation of a step before the last is still to be measured."""
+        return bool(self.validation and self.every_steps and step % self.every_steps == 0 and step != self._measured)
+
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Make up for what a stop kept from being measured after the step of the resume file."""
         if trainer.global_step > 0:
@@ -231,7 +235,7 @@ class PeriodicEvaluation(Callback):
         if self.validation is None or step >= trainer.max_steps:
             return
         with self.clock.paused():
-            if self.every_steps and step % self.every_steps == 0 and step != self._measured:
+            if self.is_due(step):
                 figures = self.validation.measure(pl_module.net, self.check_stop)
                 trainer.callback_metrics.update({name: torch.tensor(value) for name, value in figures.items()})
                 log_everywhere(trainer, figures)

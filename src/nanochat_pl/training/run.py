@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -147,7 +146,10 @@ def _train(
         resume_with_changes=config.resume_with_changes,
     )
     fitted = fit(stage, data, fitting)
-    _finish(config, folder, prepared, stage, fitted, samples, benchmarks)
+    fitted.stop.when = "when what is being measured is done and the model is written"
+    with fitted.stop:
+        _finish(config, folder, prepared, stage, fitted, samples, benchmarks)
+        fitted.stop.check_signal()  # what a person wants stopped is not followed by the next stage
 
 
 def _require_short_prompts(config: TrainConfig, prepared: Prepared) -> None:
@@ -214,9 +216,8 @@ def _measure_last(
     key = together.by_main(lambda: fingerprint_of(hash_of_weights(folder.bundle), to_plain(config.evaluation)))
     measured = MeasuredTasks(folder.path / "benchmarks.json", key)
     figures: dict[str, float] = {}
-    with stop or contextlib.nullcontext():
-        for benchmark in benchmarks:
-            figures |= measure(benchmark, net, stop, measured)
+    for benchmark in benchmarks:
+        figures |= measure(benchmark, net, stop, measured)
     return figures
 
 
@@ -244,7 +245,9 @@ def _finish(
         say(f"{config.stage.name}: a callback ended the training after step {step:,} of {stage.num_steps:,}.")
     together.by_main(lambda: announce_streamed(prepared))
     say("Final validation and samples …")
-    figures = _finite(prepared.validation.measure(stage.net))
+    # One that a callback ended may have no file of its last step: after a stop it would train again.
+    stop = fitted.stop if step >= stage.num_steps else None
+    figures = _finite(prepared.validation.measure(stage.net, *([stop.check_signal] if stop else [])))
     moments = stage.optimizer.moments_by_name()  # of all processes
     net = stage.net
 
@@ -277,8 +280,6 @@ def _finish(
         )
 
     together.by_main(write)
-    # One that a callback ended may have no file of its last step: after a stop it would train again.
-    stop = fitted.stop if step >= stage.num_steps else None
     later = _finite(_measure_last(config, folder, net, benchmarks, stop)) if benchmarks else {}
     figures |= later
     together.by_main(finish)
