@@ -80,11 +80,11 @@ class Trainings:
 
 
 def result(folder: Path, stage: str) -> dict[str, Any]:
-    """All that a stage ends with, but for times; tensors as the bytes of their files."""
+    """All that a stage ends with, but for times and memory; tensors as the bytes of their files."""
     place = folder / stage
     with (place / "metrics.csv").open(encoding="utf-8", newline="") as file:
         rows = [
-            {name: value for name, value in row.items() if "second" not in name and name != "train/mfu"}
+            {name: value for name, value in row.items() if not re.search("second|memory|train/mfu", name)}
             for row in csv.DictReader(file)
         ]
     finished = json.loads((place / "finished.json").read_text(encoding="utf-8"))
