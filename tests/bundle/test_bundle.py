@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,9 +14,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nanochat_pl import load_bundle
-from nanochat_pl.bundle import StageInfo, save_bundle
-from nanochat_pl.bundle.bundle import load_moments
-from nanochat_pl.common.errors import UserError
+from nanochat_pl.bundle import StageInfo, naming_weights, save_bundle
+from nanochat_pl.bundle.bundle import hash_of_weights, load_moments
+from nanochat_pl.common.errors import NotFiniteError, UserError
+from nanochat_pl.common.files import write_json
+from nanochat_pl.engine import Engine
 from tests.tiny_run import make_tiny_run
 
 
@@ -150,3 +155,76 @@ def test_infinity_is_no_json(folder: Path) -> None:
     path = folder / "stage.json"
     path.write_text(path.read_text(encoding="utf-8").replace('"step": 7', '"step": Infinity'), encoding="utf-8")
     assert "no valid JSON" in refused(folder)
+
+
+BROKEN: dict[str, Callable[[Path], None]] = {
+    "there is no such file": lambda path: None,
+    "is a folder": lambda path: path.mkdir(),
+    "is a link to something that is not there": lambda path: path.symlink_to("nowhere"),
+    "is unreadable (Too many levels of symbolic links)": lambda path: path.symlink_to(path.name),
+    "is a FIFO (a named pipe)": lambda path: os.mkfifo(path),
+}
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "stage.json", "optimizer.safetensors", "tokenizer.json"])
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_finished_stage_whose_file_is_none_says_what_to_do(folder: Path, kind: str, name: str) -> None:
+    """The next stage ended in a FileNotFoundError, "a bug", after all conversations had been rendered."""
+    path = folder / name
+    path.unlink(missing_ok=True)
+    BROKEN[kind](path)
+    write_json(folder.parent / "finished.json", {"step": 7})
+    read: list[Callable[[Path], object]] = [load_moments] if name == "optimizer.safetensors" else [load_bundle]
+    if name == "model.safetensors":
+        read.append(hash_of_weights)  # what the next stage and evaluate read first
+    for each in read:
+        if not os.path.lexists(path) and name in ("optimizer.safetensors", "tokenizer.json"):
+            each(folder)  # a bundle may be without
+            continue
+        with pytest.raises(UserError) as caught:
+            each(folder)
+        assert caught.value.problems == (f"{path}: {kind}.",)
+        assert caught.value.fix.startswith(f"The stage was finished with it: put it back, or remove {folder.parent} ")
+
+
+# --- weights that are no numbers, or give none
+
+
+def _with_weights(folder: Path, **changes: float) -> None:
+    """Fill tensors, by the end of their names with _ for dots."""
+    weights = load_file(folder / "model.safetensors")
+    for ending, value in changes.items():
+        found = [name for name in weights if name.replace(".", "_").endswith(ending)]
+        assert found
+        for name in found:
+            weights[name] = torch.full_like(weights[name], value)
+    save_file(weights, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_weights_that_are_not_finite_are_named(folder: Path, value: float) -> None:
+    """Chat and evaluate ended in a traceback, with a temperature."""
+    _with_weights(folder, c_q_weight=value)
+    said = refused(folder)
+    assert said.startswith(f"{folder / 'model.safetensors'}: holds NaN or infinite numbers: ") and "c_q.weight" in said
+
+
+@pytest.mark.parametrize("layer", ["c_q_weight", "c_fc_weight"])
+def test_finite_weights_that_overflow_are_refused_with_their_file(folder: Path, layer: str) -> None:
+    _with_weights(folder, **{layer: 3e38})
+    assert f"{folder / 'model.safetensors'}: the model's outputs are not finite" in refused(folder)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_an_overflow_that_only_some_tokens_meet_is_an_error_where_they_are_read(
+    folder: Path, temperature: float
+) -> None:
+    bundle = load_bundle(folder)
+    engine = Engine(bundle)
+    bundle.net.value_embeds["1"].weight.data[7] = 3e38
+    assert engine.generate([[1]], max_tokens=1, temperature=temperature, top_k=5)
+    path = re.escape(str(folder / "model.safetensors"))
+    with pytest.raises(NotFiniteError, match=f"^{path}: the model's outputs are not finite"), naming_weights(bundle):
+        engine.generate([[1], [7]], max_tokens=1, temperature=temperature, top_k=5)
+    with pytest.raises(NotFiniteError, match=f"^{path}: arc: the model's"), naming_weights(bundle):
+        raise NotFiniteError("arc")

@@ -63,7 +63,7 @@ def test_weights_that_are_no_numbers_are_refused(here: Path, capsys: Captured) -
         bundle.net.lm_head.weight[3, 3] = torch.nan
     save_bundle(here / "broken", bundle.stage, net=bundle.net, tokenizer=bundle.tokenizer)
     assert main(["evaluate", "bundle=broken", "to=out", "suites=[chat]", *QUICK]) == 2
-    assert "broken: has weights that are no finite numbers: lm_head.weight, 1" in capsys.readouterr().err
+    assert "broken/model.safetensors: holds NaN or infinite numbers: lm_head.weight." in capsys.readouterr().err
     assert not Path("out").exists()
 
 

@@ -39,6 +39,11 @@ def test_a_class_of_an_allowed_package_is_made() -> None:
         ({"_target_": "lightning.pytorch.cli.LightningCLI"}, "is no Callback of Lightning."),
         ({"_target_": "lightning.pytorch.profilers.SimpleProfiler"}, "is no Callback of Lightning."),
         ({"_target_": "torchmetrics.MeanMetric"}, "is no Callback of Lightning."),
+        ({"_target_": "lightning.pytorch.loggers.logger.Logger"}, "there is no such class to make objects of"),
+        ({"_target_": "lightning." + "a." * 3000 + "B"}, "cannot be imported"),
+        ({"_target_": "lightning..pytorch.Callback"}, "cannot be imported"),
+        ({"_target_": "nanochat_pl.tools.__main__.main"}, "cannot be imported: it is a program"),
+        ({"_target_": "lightning.pytorch.Trainer"}, "is no Callback of Lightning."),
         ({"_target_": "lightning.pytorch.loggers.CSVLogger", "save_dir": "x"}, "is no Callback of Lightning."),
     ],
 )

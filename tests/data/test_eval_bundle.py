@@ -31,6 +31,16 @@ def archive(files: dict[str, str] | None = None, folder: str = "eval_bundle/", l
     return data.getvalue()
 
 
+def nameless() -> bytes:
+    """An archive with an entry whose name is empty, which Python's own writer refuses to make at once."""
+    data = io.BytesIO()
+    with zipfile.ZipFile(data, "w") as written:
+        (entry := zipfile.ZipInfo("x")).filename = ""
+        with written.open(entry, "w") as file:
+            file.write(b"x")
+    return data.getvalue()
+
+
 class Server:
     """Gives what it is told to, and counts how often it was asked."""
 
@@ -119,6 +129,16 @@ def change(**settings: object) -> Callable[[Server], None]:
         ({"body": archive(FILES | {"C:\\out": "x"}, folder="")}, "leads out of the folder"),
         ({"body": archive(links=("eval_bundle/eval_data/link.jsonl",))}, "is no plain file"),
         ({"body": archive(FILES | {"CORE.yaml": "x"})}, "two files of one name"),
+        ({"body": archive(FILES | {"./core.yaml": "x"})}, "two files of one name"),
+        ({"body": nameless()}, "a file without a name, ''"),
+        ({"body": archive(FILES | {".": "x"}, folder="")}, "a file without a name, '.'"),
+        ({"body": archive(FILES | {"n" * 256: "x"})}, r"'eval_bundle/n{68}…' cannot be unpacked"),
+        ({"body": archive(FILES | {"é" * 200: "x"})}, "cannot be unpacked"),
+        ({"body": archive(FILES | {"n" * 65_000: "x"})}, r"n…' is too long a name"),
+        ({"body": archive(FILES | {"n/" * 5_000 + "n": "x"})}, "is too long a name"),
+        ({"body": archive(FILES | {"eval_data": "x"})}, "'eval_bundle/eval_data' is a file and a folder"),
+        ({"body": archive(FILES | {"core.yaml/x": "x"})}, "'eval_bundle/core.yaml' is a file and a folder"),
+        ({"body": archive(FILES | {"Core.yaml/": ""})}, "'eval_bundle/core.yaml' is a file and a folder"),
         ({"body": archive(FILES | {f"eval_data/{n}": "" for n in range(1100)})}, "more than 1,000"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import multiprocessing
 import multiprocessing.synchronize
 import os
@@ -248,6 +249,27 @@ def test_museum_56_conversations_are_rendered_once_cut_and_counted(tmp_path: Pat
     assert others.lengths.tolist() == [5, 0, 16, 0]
     exact = build_conversation_cache([talk("hi", "you")], ByteTokenizer(), 6, tmp_path, "talks")
     assert exact.rendering.num_cut == 0
+
+
+def test_a_byte_of_a_manifest_that_has_changed_is_noticed_wherever_it_is(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A key of the facts ended in a TypeError, a digit of them in other figures."""
+    built = build_conversation_cache([talk("hi", "you"), talk("ho", "me")], ByteTokenizer(), 16, tmp_path, "talks")
+    (manifest,) = cache_files(tmp_path, "manifest.json")
+    whole = manifest.read_bytes()
+    for place in range(0, len(whole), 53):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1
+        manifest.write_bytes(bytes(damaged))
+        again = build_conversation_cache([talk("hi", "you"), talk("ho", "me")], ByteTokenizer(), 16, tmp_path, "talks")
+        assert again.rendering == built.rendering, (place, damaged)
+        assert again.lengths.tolist() == built.lengths.tolist()
+    assert "is damaged" in caplog.text
+    plain = {name: value for name, value in json.loads(whole).items() if name != "check"}
+    manifest.write_text(json.dumps(plain), encoding="utf-8")
+    build_conversation_cache([talk("hi", "you"), talk("ho", "me")], ByteTokenizer(), 16, tmp_path, "talks")
+    assert json.loads(manifest.read_bytes()) == plain, "one of an earlier version is taken as it is"
 
 
 def test_conversations_that_cannot_be_used_are_errors(tmp_path: Path) -> None:

@@ -5,20 +5,24 @@ from __future__ import annotations
 import csv
 import gc
 import math
+import signal
 import weakref
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from rich.progress import Progress
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 
 from nanochat_pl.common.console import console
 from nanochat_pl.optim import ScheduleSettings, schedule_values
 from nanochat_pl.training import garbage, progress
 from nanochat_pl.training.metrics import SMOOTHING
+from nanochat_pl.training.stopping import StopRequested
 from tests.museum.conftest import CountingCompiler
 from tests.museum.tiny import fit_tiny
 
@@ -105,6 +109,43 @@ def test_an_event_file_has_each_step_once_after_a_kill(tmp_path: Path) -> None:
         stop_after(tmp_path, step)
         fit_with_events()
         assert scalars() == whole
+
+
+class StopAfter(Callback):
+    """Stops as a signal does: once the step is made and what is due after it is measured."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == self.step:
+            raise StopRequested(signal.SIGINT, self.step)
+
+
+@pytest.mark.parametrize("stop_after_step", [1, 2, 4])
+@pytest.mark.parametrize("files_every", [1, 2, 100])
+def test_event_files_and_metrics_hold_the_same_after_a_stop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_after_step: int, files_every: int
+) -> None:
+    """The validation of the step that a stop had its resume file of stood in metrics.csv alone."""
+    # Files of one second are read in the order of this number as text, and several runs of this process had some.
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
+
+    def fit_with_events(*callbacks: Callback) -> None:
+        logger = TensorBoardLogger(str(tmp_path), name="tensorboard", version="")
+        settings = {"every_steps": 2, "checkpoint_every_steps": files_every}
+        fit_tiny(tmp_path, num_steps=5, loggers=[logger], callbacks=callbacks, **settings)
+
+    with pytest.raises(StopRequested):
+        fit_with_events(StopAfter(stop_after_step))
+    fit_with_events()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    rows = metrics_of(tmp_path)
+    for tag in ("train/loss", "train/tokens", "val/bpb", "val/bpb_stderr"):
+        logged = [(event.step, event.value) for event in events.Scalars(tag)]
+        written = [(int(row["step"]), float(np.float32(row[tag]))) for row in rows if row[tag]]
+        assert logged == written, tag
 
 
 class Litter(Callback):

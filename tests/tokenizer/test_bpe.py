@@ -168,12 +168,42 @@ BYTES = [bytes([value]) for value in range(256)]
         (BYTES, "a" * 1001, "1,001 characters"),
         (BYTES, "(", "no regular expression"),
         (BYTES, "[a-z]+", "loses"),
+        (BYTES, r"(?!q)[\s\S]", r"loses parts of a text: 'q' \(U\+0071\)"),
+        (BYTES, r"[^\x{E000}-\x{E010}]+", r"U\+E000"),
+        (BYTES, r"[^\x{10FFFF}]+", r"U\+10FFFF"),
+        (BYTES, r"[^\r]+", "loses"),
+        (BYTES, r"(?:)|[\s\S]", "cannot be run"),
+        (BYTES, r"(?=z)|[\s\S]", "'z'"),
         (BYTES, r"(?:(?=(\s|\S))\1)*?(?!)|(\S*)*\2$", "cannot be run"),
     ],
 )
 def test_impossible_tokenizers_are_refused(tokens: list[bytes], pattern: str, word: str) -> None:
     with pytest.raises(UserError, match=word):
         Tokenizer(tokens, pattern)
+
+
+def test_our_own_pattern_covers_every_character() -> None:
+    """So that is not proved again wherever a tokenizer is read."""
+    tokenizer = Tokenizer(BYTES, SPLIT_PATTERN)
+    characters = "".join(chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000)
+    assert tokenizer.decode_bytes(tokenizer.encode(characters)) == characters.encode()
+
+
+@pytest.mark.parametrize("text", ["the cat zzzcz sat", "größer zzzcz 🌍", "\ud83d zzzcz"])
+def test_what_a_pattern_loses_in_some_places_only_is_noticed_in_every_text(text: str) -> None:
+    tokenizer = Tokenizer(BYTES, r"(?<!zzz)[\s\S]")
+    for encode in (tokenizer.encode, tokenizer.encode_array):
+        assert len(encode(text.replace("z", "y")))
+        with pytest.raises(UserError, match="loses 1 bytes of the text that begins with"):
+            encode(text)
+
+
+def test_a_pattern_that_cannot_be_run_on_a_text_is_an_error_there() -> None:
+    tokenizer = Tokenizer(BYTES, r"zz(?:(a|aa|b)\1?)*c|[\s\S]")
+    for encode in (tokenizer.encode, tokenizer.encode_array):
+        assert len(encode("zzaaaa")) == 6
+        with pytest.raises(UserError, match="cannot be run"):
+            encode("zz" + "a" * 200)
 
 
 def test_from_ranks_checks_ranks_and_special_tokens() -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import csv
+import functools
 import json
 import os
 import random
 import re
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from tests.training.conftest import sft_overrides, tiny_overrides
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork") or not Path("/proc/self/fd").exists(), reason="needs Linux")
 
-STAGES = ("base", "sft")
+STAGES = ("base", "mid", "sft")
 STRIDE = 4
 STARTS = ("first", "second")  # a run that begins, and one that goes on after it was killed
 FIVE_STEPS = [
@@ -53,12 +54,12 @@ class Trainings:
         shutil.rmtree(folder, ignore_errors=True)
         if start == "second":
             return shutil.copytree(self.place / "runs" / f"half-{stage}", folder)
-        for parent in ("tokenizer", "base") if stage == "sft" else ():
+        for parent in () if stage == "base" else ("tokenizer", "base"):
             shutil.copytree(self.place / "runs" / "whole" / parent, folder / parent)
         return folder
 
     def train(self, run: str, stage: str, settings: list[str], **how: Any) -> int:
-        overrides = tiny_overrides(self.place) if stage == "base" else sft_overrides(self.place)
+        overrides = tiny_overrides(self.place) if stage == "base" else [*sft_overrides(self.place), f"stage={stage}"]
         self.log.write_text("", encoding="utf-8")
         return self.server.run(["train", f"run={run}", *overrides, *settings], self.log, **how)
 
@@ -79,11 +80,11 @@ class Trainings:
 
 
 def result(folder: Path, stage: str) -> dict[str, Any]:
-    """All that a stage ends with, but for times; tensors as the bytes of their files."""
+    """All that a stage ends with, but for times and memory; tensors as the bytes of their files."""
     place = folder / stage
     with (place / "metrics.csv").open(encoding="utf-8", newline="") as file:
         rows = [
-            {name: value for name, value in row.items() if "second" not in name and name != "train/mfu"}
+            {name: value for name, value in row.items() if not re.search("second|memory|train/mfu", name)}
             for row in csv.DictReader(file)
         ]
     finished = json.loads((place / "finished.json").read_text(encoding="utf-8"))
@@ -105,16 +106,22 @@ def trainings(place: Path) -> Iterator[Trainings]:
         yield Trainings(server, place)
 
 
+Points = Callable[[str, str], list[str]]
+
+
 @pytest.fixture(scope="module")
-def points(trainings: Trainings) -> dict[tuple[str, str], list[str]]:
-    """The points of each stage, by their start. The second one comes after a kill in the last step."""
-    found = {}
-    for stage in STAGES:
-        found[stage, "first"] = trainings.points(stage, "first")
-        last_step = max(i for i, name in enumerate(found[stage, "first"]) if name == STEP)
-        trainings.crash(f"half-{stage}", stage, found[stage, "first"], last_step)
-        found[stage, "second"] = trainings.points(stage, "second")
-    return found
+def points(trainings: Trainings) -> Points:
+    """The points of a stage by their start, found out once. The second start comes after a kill in the last step."""
+
+    @functools.cache
+    def points_of(stage: str, start: str) -> list[str]:
+        if start == "second":
+            first = points_of(stage, "first")
+            last_step = max(i for i, name in enumerate(first) if name == STEP)
+            trainings.crash(f"half-{stage}", stage, first, last_step)
+        return trainings.points(stage, start)
+
+    return points_of
 
 
 def assert_all_are_survived(trainings: Trainings, stage: str, start: str, names: list[str], numbers: list[int]) -> None:
@@ -128,12 +135,18 @@ def assert_all_are_survived(trainings: Trainings, stage: str, start: str, names:
         assert not other, f"killed at point {number}, {names[number]}: other {other}"
 
 
-@pytest.mark.parametrize(("stage", "start", "which"), [("base", "first", 0), ("sft", "second", 1)])
-def test_killed_at_each_kind_of_point(
-    trainings: Trainings, points: dict[tuple[str, str], list[str]], stage: str, start: str, which: int
-) -> None:
-    """Half of the kinds in either of the two."""
-    names = points[stage, start]
+@pytest.mark.parametrize(
+    ("stage", "start", "which"),
+    [
+        ("base", "first", 0),
+        ("sft", "second", 1),
+        pytest.param("mid", "first", 1, marks=pytest.mark.slow),
+        pytest.param("mid", "second", 0, marks=pytest.mark.slow),
+    ],
+)
+def test_killed_at_each_kind_of_point(trainings: Trainings, points: Points, stage: str, start: str, which: int) -> None:
+    """Half of the kinds in either of two."""
+    names = points(stage, start)
     kinds = one_of_each_kind(names)
     assert {"open", "write", "half", "fsync", "rename", "remove", STEP} <= kinds.keys()
     assert_all_are_survived(trainings, stage, start, names, [*kinds.values()][which::2])
@@ -141,11 +154,9 @@ def test_killed_at_each_kind_of_point(
 
 @pytest.mark.slow
 @pytest.mark.timeout(3000)  # thirty times a training that is killed, and the one that goes on with it
-def test_killed_at_each_phase_of_writing_a_resume_file(
-    trainings: Trainings, points: dict[tuple[str, str], list[str]]
-) -> None:
+def test_killed_at_each_phase_of_writing_a_resume_file(trainings: Trainings, points: Points) -> None:
     """Of the first one, of a later one and of the last, while the training goes on where it does not wait for it."""
-    names = points["base", "first"]
+    names = points("base", "first")
     file = re.compile(r"(open|half|fsync|rename) base/checkpoints/step=\d+\.ckpt|(before|after) checkpoint_io\.")
     phases: dict[str, list[int]] = {}
     for number, name in enumerate(names):
@@ -161,11 +172,9 @@ def test_killed_at_each_phase_of_writing_a_resume_file(
 @pytest.mark.timeout(1500)  # some 50 times a training that is killed, and the one that goes on with it
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("start", STARTS)
-def test_killed_at_points_all_along_the_way(
-    trainings: Trainings, points: dict[tuple[str, str], list[str]], stage: str, start: str
-) -> None:
-    """Every ``STRIDE``-th point, from another one for each of the four; with a stride of 1 it is all of them."""
-    names = points[stage, start]
+def test_killed_at_points_all_along_the_way(trainings: Trainings, points: Points, stage: str, start: str) -> None:
+    """Every ``STRIDE``-th point, not from the same one each time; with a stride of 1 it is all of them."""
+    names = points(stage, start)
     assert len(names) > 100
     first = (STARTS.index(start) * len(STAGES) + STAGES.index(stage)) % STRIDE
     assert_all_are_survived(trainings, stage, start, names, list(range(first, len(names), STRIDE)))

@@ -12,12 +12,14 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 
+from nanochat_pl.bundle import tensors
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.training import evaluation
 from nanochat_pl.training import run as training_run
 from nanochat_pl.training.resume import resume_files, step_of
 from nanochat_pl.training.stopping import StopRequested
 from tests.museum.tiny import fit_tiny
+from tests.training.conftest import copy_unfinished, same_weights, weights_of
 from tests.training.test_callbacks import begun, early_stopping, finished_step
 
 
@@ -48,6 +50,37 @@ def test_a_signal_after_the_last_step(tmp_path: Path) -> None:
     with pytest.raises(StopRequested):
         fit_tiny(tmp_path, num_steps=4, checkpoint_every_steps=100, callbacks=[Ends(after=100)])
     assert steps_of(tmp_path) == [4]
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "is_finished"),
+    [(evaluation.Validation, "measure", False), (tensors, "save_file", True), (training_run, "write_json", True)],
+)
+def test_a_signal_after_the_training_waits_for_the_bundle(
+    place: Path,
+    train: Callable[..., int],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    owner: Any,
+    name: str,
+    is_finished: bool,
+) -> None:
+    """It was a KeyboardInterrupt in the middle of writing it. What takes long, a measurement, is not waited for."""
+    folder = copy_unfinished(place, f"late-{name}")
+    do, came = getattr(owner, name), []
+
+    def interrupted(*arguments: Any, **named: Any) -> Any:
+        if not came and "plan.json" not in str(arguments[0]):
+            came.append(os.kill(os.getpid(), signal.SIGINT))
+        return do(*arguments, **named)
+
+    monkeypatch.setattr(owner, name, interrupted)
+    assert train(f"run=late-{name}") == 128 + signal.SIGINT and came
+    printed = capsys.readouterr()
+    assert "Stopped after step 40." in printed.out and "Traceback" not in printed.err
+    assert (folder / "base" / "finished.json").exists() == is_finished
+    assert train(f"run=late-{name}") == 0
+    assert same_weights(weights_of(folder, "base"), weights_of(place / "runs" / "whole", "base"))
 
 
 def test_what_a_callback_ended_stays_finished_unless_there_are_more_steps(

@@ -213,7 +213,7 @@ def test_figures_are_written_by_time_and_at_once_where_they_are_rare(
     log.finalize("success")
     assert steps_written() == [*"123456789"]
     again = MetricsCSV(log.path)
-    assert again.rewind(7) == {"train/loss": 4.5}
+    assert again.rewind(7) == {"train/loss": 4.5, "val/bpb": 1.5}
     lines = log.path.read_text(encoding="utf-8").splitlines()
     assert lines[:-1] == counted_on.splitlines()[:-1] and lines[-1].startswith("7,4.5,") and ",1.5," in lines[-1]
 

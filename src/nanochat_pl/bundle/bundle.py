@@ -10,9 +10,11 @@ the shapes in the file must be those that the configuration gives before a singl
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,10 +22,11 @@ import torch
 
 from nanochat_pl.bundle.stage_info import StageInfo
 from nanochat_pl.bundle.tensors import problems_of_header, read_header, read_tensors, save_tensors
-from nanochat_pl.common.errors import UserError
-from nanochat_pl.common.files import disk_errors_explained, read_json, write_json, write_text
+from nanochat_pl.common.errors import NotFiniteError, UserError
+from nanochat_pl.common.files import disk_errors_explained, read_json, sha256_of_file, write_json, write_text
 from nanochat_pl.common.hardware import choose_compute_dtype, memory_bytes
 from nanochat_pl.common.settings import build, to_plain
+from nanochat_pl.common.text_files import kind_of_file
 from nanochat_pl.model.accounting import require_size
 from nanochat_pl.model.config import GPTConfig
 from nanochat_pl.model.gpt import GPT, TORCH_DTYPES
@@ -36,6 +39,7 @@ MODEL, CONFIG, TOKENIZER, STAGE, OPTIMIZER = (
     "stage.json",
     "optimizer.safetensors",
 )
+NUM_PROBED = 64  # tokens that a model must answer with numbers before it is used
 
 
 @dataclass(frozen=True)
@@ -116,7 +120,8 @@ def load_bundle(path: str | Path, device: str | torch.device = "cpu", dtype: str
             float16 only if it was trained in it).
 
     Raises:
-        UserError: a file is missing, damaged, hostile, or contradicts another; the message names it.
+        UserError: a file is missing, damaged, hostile, or contradicts another; weights or the model's outputs are not
+            finite; the message names it.
     """
     folder = Path(path)
     device = torch.device(device)
@@ -124,13 +129,35 @@ def load_bundle(path: str | Path, device: str | torch.device = "cpu", dtype: str
     weights = load_weights(folder)
     net = GPT(config, TORCH_DTYPES[choose_compute_dtype(dtype, device, config.compute_dtype)]).materialise(device)
     net.load_state_dict(weights)
-    tokenizer = load_tokenizer(folder) if (folder / TOKENIZER).exists() else None
+    tokenizer = load_tokenizer(folder) if os.path.lexists(folder / TOKENIZER) else None
     if tokenizer is not None and tokenizer.vocab_size != config.vocab_size:
         raise UserError(
             f"{folder}: the tokenizer has {tokenizer.vocab_size:,} ids, the model {config.vocab_size:,}.",
             fix="Use the tokenizer that the model was trained with.",
         )
-    return Bundle(net.eval(), tokenizer, config, load_stage_info(folder), folder)
+    bundle = Bundle(net.eval(), tokenizer, config, load_stage_info(folder), folder)
+    with naming_weights(bundle):
+        _require_finite_outputs(bundle.net)
+    return bundle
+
+
+@contextlib.contextmanager
+def naming_weights(bundle: Bundle) -> Iterator[None]:
+    """Name the file of the weights where a model's outputs turn out not to be finite."""
+    try:
+        yield
+    except NotFiniteError as error:
+        path = bundle.path / MODEL
+        raise NotFiniteError(f"{path}: {error.where}" if error.where else f"{path}") from error
+
+
+@torch.inference_mode()
+def _require_finite_outputs(net: GPT) -> None:
+    """Finite weights can overflow on the way: one short row, of ids from the whole vocabulary, is read."""
+    count = min(NUM_PROBED, net.config.vocab_size, net.config.sequence_len)
+    ids = torch.linspace(0, net.config.vocab_size - 1, count, device=net.device).long()
+    if not net(ids[None]).isfinite().all():
+        raise NotFiniteError
 
 
 def load_config(folder: Path) -> GPTConfig:
@@ -149,6 +176,11 @@ def load_weights(folder: Path, as_stored: bool = False) -> dict[str, torch.Tenso
     return _load_tensors(_member(folder, MODEL), shapes, as_stored=as_stored)
 
 
+def hash_of_weights(folder: Path) -> str:
+    """SHA-256 of a bundle's file of weights: which model it is."""
+    return sha256_of_file(_member(folder, MODEL))
+
+
 def load_stage_info(folder: Path) -> StageInfo:
     """The origin of a bundle."""
     return build(StageInfo, _read_object(folder, STAGE), str(folder / STAGE))
@@ -164,7 +196,7 @@ def load_moments(folder: Path, as_stored: bool = False) -> dict[str, torch.Tenso
 
     Float32; with ``as_stored`` in the types of the file.
     """
-    if not (folder / OPTIMIZER).exists():
+    if not os.path.lexists(folder / OPTIMIZER):  # a link that leads nowhere is no bundle without moments
         return None
     most = 4 * sum(parameter.numel() for parameter in GPT(load_config(folder)).parameters())
     return _load_tensors(_member(folder, OPTIMIZER), None, max_elements=most, as_stored=as_stored)
@@ -173,13 +205,23 @@ def load_moments(folder: Path, as_stored: bool = False) -> dict[str, torch.Tenso
 def _member(folder: Path, name: str) -> Path:
     """A file of the bundle, which must be there and lie inside the folder (no link that climbs out of it)."""
     path = folder / name
-    if not path.is_file():
-        raise UserError(
-            f"{path}: there is no such file.", fix="Give the folder of a bundle, e.g. runs/NAME/sft/bundle."
-        )
+    kind = kind_of_file(path)
+    if kind is not None or not path.exists():
+        raise UserError(f"{path}: {f'is {kind}' if kind else 'there is no such file'}.", fix=_how_to_mend(folder))
     if not path.resolve().is_relative_to(folder.resolve()):
         raise UserError(f"{path}: is a link that leads out of the bundle.", fix="Replace it by the file itself.")
     return path
+
+
+def _how_to_mend(folder: Path) -> str:
+    """What to do about a bundle that lacks a file: that of a finished stage had it once."""
+    stage = folder.parent
+    if (stage / "finished.json").is_file():
+        return (
+            f"The stage was finished with it: put it back, or remove {stage} and train the stage again. What later"
+            " stages have is in their own bundles."
+        )
+    return "Give the folder of a bundle, e.g. runs/NAME/sft/bundle."
 
 
 def _read_object(folder: Path, name: str) -> dict[str, object]:
@@ -211,4 +253,10 @@ def _load_tensors(
     if problems:
         raise UserError(problems, fix="The files of a bundle belong together: copy the whole folder.")
     tensors = read_tensors(path)
+    if broken := [name for name, tensor in sorted(tensors.items()) if not tensor.isfinite().all()]:
+        more = f" and {len(broken) - 1:,} more tensors" if len(broken) > 1 else ""
+        raise UserError(
+            f"{path}: holds NaN or infinite numbers: {broken[0]}{more}.",
+            fix="Look at the losses of the training that it is from, and take a model from before they broke.",
+        )
     return tensors if as_stored else {name: tensor.float() for name, tensor in tensors.items()}

@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from types import FrameType
 
-from nanochat_pl.bundle import Bundle
+from nanochat_pl.bundle import Bundle, naming_weights
 from nanochat_pl.common.console import replace_unknown_signs
-from nanochat_pl.common.errors import UserError
+from nanochat_pl.common.errors import NotFiniteError, UserError
 from nanochat_pl.common.settings import setting
 from nanochat_pl.engine import Engine, Session, readable
 
@@ -53,10 +53,11 @@ def run_chat(bundle: Bundle, settings: ChatSettings) -> None:
     """
     session = Engine(bundle).session(settings.max_context)
     terminal = Terminal()
-    if settings.prompt is not None:
-        _answer(session, settings.prompt, settings, terminal, show_tools=False)
-    else:
-        Chat(session, settings, terminal).run()
+    with naming_weights(bundle):
+        if settings.prompt is not None:
+            _answer(session, settings.prompt, settings, terminal, show_tools=False)
+        else:
+            Chat(session, settings, terminal).run()
 
 
 class Terminal:
@@ -139,6 +140,8 @@ class Chat:
     def _reply(self, line: str) -> None:
         try:
             self._interrupted = _answer(self._session, line, self._settings, self._terminal, show_tools=True)
+        except NotFiniteError:
+            raise  # no other message will do better
         except UserError as error:
             self._terminal.remark(str(error))
 

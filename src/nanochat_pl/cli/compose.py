@@ -199,6 +199,8 @@ def _resolve(tree: DictConfig) -> tuple[dict[str, Any], dict[str, str]]:
     while True:
         try:
             return OmegaConf.to_container(tree, resolve=True), problems  # type: ignore[return-value]
+        except RecursionError as error:
+            raise UserError("the configuration: an interpolation ${…} is nested too deeply.") from error
         except OmegaConfBaseException as error:
             key = str(error.full_key or "")
             if not key or key in problems:

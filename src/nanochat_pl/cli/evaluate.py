@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
-from nanochat_pl.bundle import Bundle, load_bundle
+from nanochat_pl.bundle import Bundle, load_bundle, naming_weights
 from nanochat_pl.bundle.bundle import STAGE, TOKENIZER, load_stage_info
 from nanochat_pl.cli.compose import Composed
 from nanochat_pl.cli.evaluate_against import Other, comparable, known_results, label_of, locate_other, require_pairs
@@ -103,13 +103,7 @@ def _load(source: Path, config: EvaluateConfig) -> Bundle:
     """The model on this process's device."""
     if not (source / TOKENIZER).is_file():
         raise UserError(f"{source}: has no tokenizer, so nothing can be measured.")
-    bundle = load_bundle(source, own_device(config.accelerator, "accelerator"), config.dtype)
-    if broken := [name for name, values in bundle.net.named_parameters() if not values.isfinite().all()]:
-        raise UserError(
-            f"{source}: has weights that are no finite numbers: {broken[0]}, {len(broken)} tensors in all.",
-            "There is nothing to measure; look at the losses of its training.",
-        )
-    return bundle
+    return load_bundle(source, own_device(config.accelerator, "accelerator"), config.dtype)
 
 
 def _measure(
@@ -152,7 +146,8 @@ def _measure(
         for number in numbers:
             job = jobs[number]
             if number not in done:
-                found[number] = job.run(bundle)
+                with naming_weights(bundle):
+                    found[number] = job.run(bundle)
                 for each in found[number].results:
                     say(f"{each.name}: {100 * each.accuracy:.1f} ± {100 * each.stderr:.1f} %, n {each.n:,}")
                 together.by_main(lambda: write_record(to, identity, job, found[number]))  # noqa: B023

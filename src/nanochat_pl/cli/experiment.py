@@ -25,6 +25,7 @@ from nanochat_pl.common.yaml_files import read_yaml
 T = TypeVar("T")
 
 # What a pipeline is made of: the training stages, and verbs that read what these leave.
+MAX_STEPS = 50
 STEPS = ("tokenizer", "base", "mid", "sft", "evaluate", "report")
 
 
@@ -38,6 +39,8 @@ class Experiment:
     stages: dict[str, Any] = setting(factory=dict, doc="Keys of one step, by its name.")
 
     def __post_init__(self) -> None:
+        if len(self.pipeline) > MAX_STEPS:
+            raise UserError(f"pipeline: has {len(self.pipeline):,} steps; at most {MAX_STEPS}.")
         unknown = [
             f"pipeline: {step!r} is no step; {did_you_mean(step, STEPS)}" for step in self.pipeline if step not in STEPS
         ]

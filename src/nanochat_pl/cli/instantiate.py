@@ -93,9 +93,15 @@ def _arguments(node: Mapping[str, Any]) -> dict[str, Any]:
 def _find_class(target: str, where: str) -> type:
     module, _, name = target.rpartition(".")
     try:
+        if name and module.rpartition(".")[2] == "__main__":
+            raise ImportError("it is a program")
         found = getattr(importlib.import_module(module), name, None)
-    except ImportError as error:
-        raise UserError(f"{where}._target_={target!r}: cannot be imported: {error}") from error
-    if not inspect.isclass(found):
-        raise UserError(f"{where}._target_={target!r}: there is no such class.")
+    except (Exception, SystemExit) as error:  # whatever the code of others does when it is loaded
+        raise UserError(f"{where}._target_={target[:200]!r}: cannot be imported: {error}") from error
+    if not inspect.isclass(found) or inspect.isabstract(found):
+        raise UserError(f"{where}._target_={target!r}: there is no such class{_why_not(found)}.")
     return found
+
+
+def _why_not(found: Any) -> str:
+    return " to make objects of: it is abstract" if inspect.isclass(found) else ""

@@ -51,13 +51,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     replace_unknown_signs(sys.stdout, sys.stderr)
     if follows_stdin():
         _stop_with_parent()
+    is_program = arguments is None
     try:
         arguments = list(sys.argv[1:] if arguments is None else arguments)
         if launched_place().world_size == 1:
             return _dispatch(arguments)
         return note_exit(_dispatch_together(arguments) if _is_together(arguments) else _dispatch_alone(arguments))
     except (Exception, KeyboardInterrupt) as error:
+        if is_program:
+            _end_at_next_interrupt()
         return note_exit(_report(error))
+    finally:
+        if is_program:
+            _end_at_next_interrupt()
+
+
+def _end_at_next_interrupt() -> None:
+    """Only the end is left: a Ctrl-C has nothing to stop any more, and its traceback would say nothing."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _let_gpu_memory_grow() -> None:

@@ -35,6 +35,22 @@ class SharedError(UserError):
     """One that all processes of a training raise alike: the main one prints it."""
 
 
+class NotFiniteError(UserError):
+    """A model gives NaN or infinities: a choice among such figures would look like guessing.
+
+    Args:
+        where: the file of the weights, what was being measured, or both; empty where the caller knows neither.
+    """
+
+    def __init__(self, where: str = "") -> None:
+        self.where = where
+        super().__init__(
+            f"{where}{': ' if where else ''}the model's outputs are not finite numbers (NaN).",
+            "Its weights are of no use, or overflow in the type it computes in (evaluate takes dtype=float32): look at"
+            " the losses of its training.",
+        )
+
+
 def visible(text: str) -> str:
     """A text as a terminal may have it: what would steer the terminal, or cannot be encoded, becomes its escape."""
     return _UNSEEN.sub(lambda sign: ascii(sign[0])[1:-1], text)

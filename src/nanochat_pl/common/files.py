@@ -177,12 +177,19 @@ def _refuse_constant(name: str) -> float:
 
 
 def sha256_of_file(path: Path) -> str:
-    """The SHA-256 of a file's bytes, as hexadecimal text. Raises :class:`UserError` for what is no regular file."""
+    """The SHA-256 of a file's bytes, as hexadecimal text.
+
+    Raises:
+        UserError: it is missing, no regular file, or cannot be read.
+    """
     require_regular(path)
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
+    try:
+        with path.open("rb") as file:
+            while block := file.read(2**20):
+                digest.update(block)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
     return digest.hexdigest()
 
 

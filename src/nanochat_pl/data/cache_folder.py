@@ -23,6 +23,7 @@ from nanochat_pl.common.locks import try_lock
 
 _log = logging.getLogger(__name__)
 _MANIFEST = "manifest.json"
+_SEAL = "check"  # SHA-256 of the rest of an object
 # A file may change again without a new time stamp while the clock of the file system stands still.
 _CLOCK_STEP_SECONDS = 2.0
 _ABANDONED_SECONDS = 24 * 3600.0
@@ -37,6 +38,25 @@ def fingerprint_of(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, allow_nan=False).encode("utf-8")).hexdigest()
 
 
+def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON object that vouches for itself: :func:`read_sealed` notices a byte that has changed."""
+    plain = json.loads(json.dumps(dict(value)))  # as it will be read
+    write_json(path, {**plain, _SEAL: fingerprint_of(plain)})
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """Read what :func:`write_sealed` wrote, without its seal. Files of earlier versions, which have none, are taken.
+
+    Raises:
+        UserError: it is missing, no JSON object, or not what was written.
+    """
+    value = read_json(path)
+    seal = value.pop(_SEAL, None) if isinstance(value, dict) else ""
+    if seal is not None and seal != fingerprint_of(value):
+        raise UserError(f"{path}: is damaged: it is not what was written.")
+    return dict(value)
+
+
 def known_sha256(path: Path, memo: Path, at_rest: bool = False) -> str:
     """SHA-256 of a file's contents, which is read only when the file is not the one that ``memo`` remembers.
 
@@ -45,14 +65,14 @@ def known_sha256(path: Path, memo: Path, at_rest: bool = False) -> str:
     """
     before = _identity(path)
     with contextlib.suppress(UserError, KeyError, TypeError):
-        remembered = read_json(memo)
+        remembered = read_sealed(memo)
         if remembered["identity"] == before:
             return str(remembered["sha256"])
     digest = sha256_of_file(path)
     old_enough = at_rest or time.time() - path.stat().st_mtime > _CLOCK_STEP_SECONDS
     if _identity(path) == before and old_enough:
         with contextlib.suppress(UserError):  # a cache on a read-only disk can still be used
-            write_json(memo, {"identity": before, "sha256": digest})
+            write_sealed(memo, {"identity": before, "sha256": digest})
     return digest
 
 
@@ -78,7 +98,7 @@ def write_cache(folder: Path, key: Any, files: Mapping[str, Callable[[Path], Non
         # Nobody writes to a file that has its name. Remembered now, it is not read again when it is first used.
         sha256 = known_sha256(path, _memo(path), at_rest=True)
         vouched[name] = {"bytes": path.stat().st_size, "sha256": sha256}
-    write_json(folder / _MANIFEST, {"key": key, "files": vouched, "facts": dict(facts)})
+    write_sealed(folder / _MANIFEST, {"key": key, "files": vouched, "facts": dict(facts)})
 
 
 def read_cache(folder: Path, key: Any) -> dict[str, Any] | None:
@@ -86,7 +106,7 @@ def read_cache(folder: Path, key: Any) -> dict[str, Any] | None:
     if not (folder / _MANIFEST).exists():
         return None
     try:
-        manifest = read_json(folder / _MANIFEST)
+        manifest = read_sealed(folder / _MANIFEST)
         if manifest["key"] != json.loads(json.dumps(key)):
             return None
         for name, vouched in manifest["files"].items():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import http.client
+import os
 import shutil
 import stat
 import tempfile
@@ -23,6 +25,7 @@ NAME = "eval_bundle"
 MAX_ARCHIVE_BYTES = 512 * 2**20
 MAX_UNPACKED_BYTES = 2 * 2**30
 MAX_FILES = 1000
+MAX_NAME_BYTES = 1000  # of a path in it
 MAX_TRIES = 3
 TIMEOUT_SECONDS = 30.0
 _BLOCK = 2**20
@@ -71,35 +74,67 @@ def unpack(archive: Path, target: Path, name: str) -> None:
     """
     try:
         with zipfile.ZipFile(archive) as opened:
-            entries = [entry for entry in opened.infolist() if not entry.is_dir()]
-            _require_harmless(entries, name, free_bytes(target.parent))
+            # An empty name is no folder's; ZipInfo.is_dir looks at its last sign.
+            entries = [entry for entry in opened.infolist() if not entry.filename.endswith("/")]
+            folders = [entry.filename for entry in opened.infolist() if entry.filename.endswith("/")]
+            _require_harmless(entries, folders, name, free_bytes(target.parent))
             for entry in entries:
-                path = target.joinpath(*PurePosixPath(entry.filename).parts)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                # An entry of more bytes than it says fails its checksum: no more than that are read.
-                with opened.open(entry) as source, path.open("xb") as file:
-                    shutil.copyfileobj(source, file, _BLOCK)
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+                _unpack_entry(opened, entry, target, name)
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
         raise UserError(f"{name}: is no whole zip archive: {error}", "Run the same command again.") from error
 
 
-def _require_harmless(entries: list[zipfile.ZipInfo], name: str, room: int) -> None:
+def _unpack_entry(opened: zipfile.ZipFile, entry: zipfile.ZipInfo, target: Path, name: str) -> None:
+    path = target.joinpath(*PurePosixPath(entry.filename).parts)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # An entry of more bytes than it says fails its checksum: no more than that are read.
+        with opened.open(entry) as source, path.open("xb") as file:
+            shutil.copyfileobj(source, file, _BLOCK)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise  # that is the disk's fault, not the archive's
+        problem = f"{_shown(entry)} cannot be unpacked: {error.strerror or error}"
+        raise UserError(f"{name}: {problem}; nothing is kept.") from error
+
+
+def _require_harmless(entries: list[zipfile.ZipInfo], folders: list[str], name: str, room: int) -> None:
     if len(entries) > MAX_FILES:
         raise UserError(f"{name}: holds {len(entries):,} files, more than {MAX_FILES:,}.")
+    names: set[tuple[str, ...]] = set()
     for entry in entries:
         path = PurePosixPath(entry.filename)
         kind = stat.S_IFMT(entry.external_attr >> 16)
+        if not path.parts:
+            raise UserError(f"{name}: holds a file without a name, {entry.filename!r}; nothing was unpacked.")
+        if len(os.fsencode(entry.filename)) > MAX_NAME_BYTES:
+            raise UserError(f"{name}: {_shown(entry)} is too long a name; nothing was unpacked.")
         if path.is_absolute() or ".." in path.parts or "\\" in entry.filename or ":" in entry.filename:
             raise UserError(f"{name}: {entry.filename!r} leads out of the folder; nothing was unpacked.")
         if kind not in (0, stat.S_IFREG):
             raise UserError(f"{name}: {entry.filename!r} is no plain file; nothing was unpacked.")
-    if len({entry.filename.casefold() for entry in entries}) < len(entries):
-        raise UserError(f"{name}: holds two files of one name; nothing was unpacked.")
+        parts = _place(entry.filename)
+        if parts in names:
+            raise UserError(f"{name}: holds two files of one name, {entry.filename!r}; nothing was unpacked.")
+        names.add(parts)
+    above = {parts[:length] for parts in names for length in range(1, len(parts))} | {*map(_place, folders)}
+    if both := sorted(names & above):
+        raise UserError(f"{name}: {'/'.join(both[0])[:80]!r} is a file and a folder; nothing was unpacked.")
     size = sum(entry.file_size for entry in entries)
     if size > MAX_UNPACKED_BYTES:
         raise UserError(f"{name}: would unpack to {size / 2**30:,.1f} GiB; nothing was unpacked.")
     if size > room:
         raise UserError(f"{name}: unpacks to {size / 2**20:,.0f} MiB, and {room / 2**20:,.0f} MiB are free.")
+
+
+def _place(filename: str) -> tuple[str, ...]:
+    """Where an entry lies, on a disk that does not tell capitals from small letters."""
+    return tuple(part.casefold() for part in PurePosixPath(filename).parts)
+
+
+def _shown(entry: zipfile.ZipInfo) -> str:
+    """The name of an entry, of which a long one is cut."""
+    return repr(entry.filename if len(entry.filename) <= 80 else f"{entry.filename[:80]}…")
 
 
 def _root(unpacked: Path, name: str) -> Path:

@@ -33,7 +33,8 @@ import pyarrow.parquet as pq
 
 from nanochat_pl.common.console import say
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.common.files import disk_errors_explained, ensure_folder, read_json, write_json
+from nanochat_pl.common.files import disk_errors_explained, ensure_folder
+from nanochat_pl.data.cache_folder import read_sealed, write_sealed
 from nanochat_pl.data.docstrings import Docstring, Package, Progress, installed_packages, python_files, read_packages
 from nanochat_pl.data.near_duplicates import shares_seen_before
 from nanochat_pl.data.sources import SPLITS, Shard, Split
@@ -72,7 +73,10 @@ class PythonDocs:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.manifest: dict[str, Any] = read_json(folder / "manifest.json")
+        try:
+            self.manifest: dict[str, Any] = read_sealed(folder / "manifest.json")
+        except UserError as error:
+            raise UserError(error.problems, f"Remove {folder}: the corpus is then built again.") from error
 
     @property
     def fingerprint(self) -> str:
@@ -219,7 +223,7 @@ def _write_corpus(
     rows = [asdict(docstring) for docstring in docstrings if docstring.package in stdlib]
     names = ("package", "name", "kind", "parameters", "text")
     _write_table(folder / "stdlib.parquet", rows, names)
-    write_json(folder / "manifest.json", manifest)
+    write_sealed(folder / "manifest.json", manifest)
 
 
 def _write_split(folder: Path, split: Split, documents: Sequence[Document]) -> dict[str, Any]:

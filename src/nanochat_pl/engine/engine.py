@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from nanochat_pl.common.errors import UserError
+from nanochat_pl.common.errors import NotFiniteError, UserError
 from nanochat_pl.engine.batch import write_all
 from nanochat_pl.engine.events import Event, visible_text
 from nanochat_pl.engine.sampling import Sampling, choose, log_probabilities
@@ -122,7 +122,7 @@ class Engine:
 
         Raises:
             UserError: a prompt that is empty, too long for the model's positions or has ids that it lacks; a setting
-                out of bounds.
+                out of bounds; the model's outputs are not finite.
         """
         prompts = [list(prompt) for prompt in prompts]
         sampling = Sampling(temperature, top_k, seed)
@@ -196,7 +196,13 @@ class Engine:
 
     @torch.inference_mode()
     def advance(self, rows: list[Sequence], logits: Tensor, sampling: Sampling) -> None:
-        """Give each row its next token: a pending forced one, or one chosen from its logits (B, V)."""
+        """Give each row its next token: a pending forced one, or one chosen from its logits (B, V).
+
+        Raises:
+            NotFiniteError: there is nothing to choose from.
+        """
+        if not logits.amax(dim=-1).isfinite().all():  # the maximum is NaN where any of them is
+            raise NotFiniteError
         uniforms = [] if sampling.greedy else [row.generator.random() for row in rows]
         ids = choose(logits, sampling, uniforms)
         if any(row.pending for row in rows):

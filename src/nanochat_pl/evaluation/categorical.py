@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from nanochat_pl.common.errors import UserError
-from nanochat_pl.evaluation.scoring import batches_by_length, not_finite
+from nanochat_pl.common.errors import NotFiniteError, UserError
+from nanochat_pl.evaluation.scoring import batches_by_length
 from nanochat_pl.model.gpt import GPT
 from nanochat_pl.model.loss import softcap
 from nanochat_pl.tokenizer import Tokenizer
@@ -74,7 +74,7 @@ def letter_probabilities(
                 logits = softcap(weight.float() @ x.float(), net.config.softcap)
                 results[i] = logits.softmax(dim=0).tolist()
                 if not all(map(math.isfinite, results[i])):
-                    raise not_finite(name)
+                    raise NotFiniteError(name)
             num_read += len(part)
             if progress is not None:
                 progress(num_read, len(prompts))

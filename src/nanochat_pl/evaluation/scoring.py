@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nanochat_pl.common.errors import UserError
+from nanochat_pl.common.errors import NotFiniteError, UserError
 from nanochat_pl.model.gpt import GPT
 from nanochat_pl.model.loss import default_chunk_tokens
 from nanochat_pl.model.tree import Branching, TokenTree
@@ -83,14 +83,6 @@ def score(
             lie within it; or the model's outputs are not finite numbers.
     """
     return _Scoring(net, questions, max_positions, name).run(progress)
-
-
-def not_finite(name: str) -> UserError:
-    """What is said where a model gives NaN: a choice among such figures would look like guessing."""
-    return UserError(
-        f"{name}{': ' if name else ''}the model's outputs are not finite numbers (NaN).",
-        "Its weights are of no use, or overflow in this compute type: try dtype=float32, and look at its losses.",
-    )
 
 
 def batches_by_length(lengths: Sequence[int], max_positions: int) -> list[list[int]]:
@@ -208,7 +200,7 @@ class _Scoring:
         hidden = self._net.hidden_of_tree(tree)[0]
         nats, misses = token_scores(self._net, hidden, torch.tensor(places), torch.tensor(targets))
         if not nats.isfinite().all():
-            raise not_finite(self._name)
+            raise NotFiniteError(self._name)
         index = torch.tensor(owners)
         self._nats.index_add_(0, index, nats)
         self._misses.index_add_(0, index, misses)

@@ -10,11 +10,12 @@ gets the letters and never the token.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -54,7 +55,8 @@ _BLANK, _SIGN = re.compile(r"\s"), re.compile(r"\S")
 # Texts or conversations that a thread takes at a time: enough to hide the cost of handing them over.
 _ITEMS_PER_TASK = 256
 
-# What a split pattern must cut without losing a byte, before it is trusted.
+# What a split pattern must cut without losing a byte, before it is trusted; where it is not our own (whose alternatives
+# cover letters, numbers, blanks and the rest), every character there is besides.
 _PROBE = "It's 12345 naïve tests,\tOK?\r\n\n  你好 🌍\u00a0e\u0301\x00\ufffd  x " + " ".join(c * 40 for c in "a1 !\n")
 
 A = TypeVar("A")
@@ -146,13 +148,35 @@ class Tokenizer:
 
         Surrogates without a partner, which UTF-8 cannot hold, become U+FFFD. Blanks, and words without any, that are
         far longer than ``LONGEST_RUN`` characters are cut to that length.
+
+        Raises:
+            UserError: the split pattern, one from elsewhere, passes over parts of this text or cannot be run on it.
         """
-        return encode_ordinary(self._encoding, text)
+        with _panics_explained(self.pattern):
+            ids = encode_ordinary(self._encoding, text)
+        self._require_whole(text, sum(map(self._num_bytes.__getitem__, ids)))
+        return ids
 
     def encode_array(self, text: str) -> np.ndarray:
         """:meth:`encode` as uint32 (number of ids,). No Python object is made per id: less memory, and less time in
         the interpreter's lock, where many threads encode."""
-        return _encode_array(self._encoding, text)
+        with _panics_explained(self.pattern):
+            ids = _encode_array(self._encoding, text)
+        self._require_whole(text, int(self.token_bytes.take(ids).sum()))
+        return ids
+
+    @cached_property
+    def _num_bytes(self) -> list[int]:
+        return [int(size) for size in self.token_bytes]
+
+    def _require_whole(self, text: str, num_bytes: int) -> None:
+        """What no alternative of a pattern matches is passed over without a word, so the bytes are counted."""
+        if missing := _utf8_length(text) - num_bytes:
+            raise UserError(
+                f"tokenizer: the split pattern {self.pattern!r} loses {missing:,} bytes of the text that begins with"
+                f" {text[:40]!r}.",
+                "Take a tokenizer whose pattern has an alternative for every character.",
+            )
 
     def encode_batch(self, texts: Iterable[str], num_threads: int = 8) -> list[list[int]]:
         """:meth:`encode` for each of many texts, by several threads. The result does not depend on their number."""
@@ -232,19 +256,59 @@ def _cuts(text: str) -> list[int]:
     return []
 
 
-def _checked_encoding(tokens: Sequence[bytes], pattern: str, special_ids: dict[str, int]) -> tiktoken.Encoding:
-    """tiktoken's form of a tokenizer, proved to compile and to lose nothing of a probe."""
-    ranks = {token: rank for rank, token in enumerate(tokens)}
+def _utf8_length(text: str) -> int:
+    """Bytes of a text as it is encoded: half of a surrogate pair counts as U+FFFD, in whose place it is."""
+    if text.isascii():
+        return len(text)
     try:
-        encoding = tiktoken.Encoding("nanochat_pl", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_ids)
-        lossless = encoding.decode_bytes(encoding.encode_ordinary(_PROBE)) == _PROBE.encode()
-    except ValueError as error:
-        raise UserError(f"tokenizer: the split pattern {pattern!r} is no regular expression: {error}") from error
+        return len(text.encode())
+    except UnicodeEncodeError:
+        return len(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode())
+
+
+@contextlib.contextmanager
+def _panics_explained(pattern: str) -> Iterator[None]:
+    """A regex that gives up panics in Rust, which arrives as a PanicException that cannot be imported."""
+    try:
+        yield
     except BaseException as error:
-        # A regex that gives up panics in Rust, which arrives as a PanicException that cannot be imported.
         if type(error).__name__ != "PanicException":
             raise
         raise UserError(f"tokenizer: the split pattern {pattern!r} cannot be run: {error}") from error
-    if not lossless:
-        raise UserError(f"tokenizer: the split pattern {pattern!r} loses parts of a text.")
-    return encoding
+
+
+def _checked_encoding(tokens: Sequence[bytes], pattern: str, special_ids: dict[str, int]) -> tiktoken.Encoding:
+    """tiktoken's form of a tokenizer, whose pattern has been proved to compile and to lose no character."""
+    if problem := _problem_of_pattern(pattern):
+        raise UserError(f"tokenizer: the split pattern {pattern!r} {problem}")
+    ranks = {token: rank for rank, token in enumerate(tokens)}
+    return tiktoken.Encoding("nanochat_pl", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_ids)
+
+
+@cache
+def _problem_of_pattern(pattern: str) -> str:
+    """What keeps a pattern from being used, empty where nothing does.
+
+    What it does to a character can depend on those around it, so encoding counts its bytes all the same.
+    """
+    bytes_alone = {bytes([value]): value for value in range(256)}  # merging takes time and loses nothing
+    try:
+        encoding = tiktoken.Encoding("probe", pat_str=pattern, mergeable_ranks=bytes_alone, special_tokens={})
+        with _panics_explained(pattern):
+            texts = [_PROBE] if pattern == SPLIT_PATTERN else [_PROBE, *_every_character()]
+            for text in texts:
+                kept = bytes(encoding.encode_ordinary(text)).decode("utf-8", "replace")
+                if kept != text:
+                    lost = next(sign for sign, there in zip(text, [*kept, ""], strict=False) if sign != there)
+                    return f"loses parts of a text: {lost!r} (U+{ord(lost):04X})."
+    except ValueError as error:
+        return f"is no regular expression: {error}"
+    except UserError as error:
+        return f"cannot be run: {error.__cause__}"
+    return ""
+
+
+def _every_character() -> Iterator[str]:
+    """All there are, in texts that are short enough for a pattern to be run on."""
+    for start in range(0, 0x110000, 2**12):
+        yield "".join(map(chr, (code for code in range(start, start + 2**12) if not 0xD800 <= code < 0xE000)))

@@ -215,6 +215,16 @@ class PeriodicBenchmarks(Callback):
         """Go on from a resume file."""
         self._measured = dict(state_dict["measured"])
 
+    def due(self, step: int) -> list[Benchmark]:
+        """Those that are still to be measured at a step before the last."""
+        return [
+            benchmark
+            for benchmark in self.benchmarks
+            if benchmark.every_steps
+            and step % benchmark.every_steps == 0
+            and self._measured.get(benchmark.name) != step
+        ]
+
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Make up for what a stop kept from being measured after the step of the resume file."""
         if trainer.global_step > 0:
@@ -226,10 +236,7 @@ class PeriodicBenchmarks(Callback):
 
     def _measure(self, trainer: Trainer, net: GPT) -> None:
         step = trainer.global_step
-        for benchmark in self.benchmarks if step < trainer.max_steps else ():
-            every = benchmark.every_steps
-            if not every or step % every or self._measured.get(benchmark.name) == step:
-                continue
+        for benchmark in self.due(step) if step < trainer.max_steps else ():
             with self.clock.paused():
                 self.save(trainer)
                 figures = measure(benchmark, net, self.stop)

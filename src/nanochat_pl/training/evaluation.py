@@ -219,6 +219,10 @@ class PeriodicEvaluation(Callback):
         """Go on from a resume file."""
         self._measured = state_dict["measured"]
 
+    def is_due(self, step: int) -> bool:
+        """Whether the validation of a step before the last is still to be measured."""
+        return bool(self.validation and self.every_steps and step % self.every_steps == 0 and step != self._measured)
+
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Measure the first weights; later, what a stop kept from being measured after the resume file's step."""
         if trainer.global_step > 0:
@@ -236,7 +240,7 @@ class PeriodicEvaluation(Callback):
         if self.validation is None or step >= trainer.max_steps:
             return
         with self.clock.paused():
-            if self.every_steps and step % self.every_steps == 0 and step != self._measured:
+            if self.is_due(step):
                 figures = self.validation.measure(pl_module.net, self.check_stop)
                 trainer.callback_metrics.update({name: torch.tensor(value) for name, value in figures.items()})
                 log_everywhere(trainer, figures)

@@ -32,7 +32,7 @@ from nanochat_pl.training.spikes import LossSpikes
 from nanochat_pl.training.stages import TrainingStage
 from nanochat_pl.training.stopping import GracefulStop, StopRequested
 from nanochat_pl.training.strategy import Launched, strategy_for
-from nanochat_pl.training.tensorboard import rewind_events
+from nanochat_pl.training.tensorboard import RewindEvents
 
 
 @dataclass(frozen=True)
@@ -116,12 +116,20 @@ def fit(stage: TrainingStage, data: RowsDataModule, fitting: Fitting) -> Fitted:
     garbage = GarbageCollection(clock)
     # The order matters: figures first, then the file that holds them, then what may fail or take long.
     looking_on = [TrainingProgress(fitting.name, metrics), spikes]
-    ours = [stop, agree, metrics, *looking_on, resume_files, evaluation, benchmarks, garbage]
+
+    def is_measured_again(figure: str) -> bool:
+        measurement, _, _ = figure.partition("/")
+        if measurement == "train" or first_step >= stage.num_steps:
+            return measurement != "train"  # all that is measured at the end is measured anew
+        due = {"val"} if evaluation.is_due(first_step) else set()
+        return measurement in due | {benchmark.name for benchmark in benchmarks.due(first_step)}
+
+    events = RewindEvents(fitting.loggers, first_step, figures_kept, is_measured_again)
+    ours = [events, stop, agree, metrics, *looking_on, resume_files, evaluation, benchmarks, garbage]
     deterministic_before = torch.are_deterministic_algorithms_enabled()
     # Callbacks of others may want a logger on each process.
     loggers: list[Logger] = [csv, *fitting.loggers] if distributed.is_main() else [DummyLogger()]
     trainer = _trainer(stage, fitting, loggers, [*ours, *fitting.callbacks], resume_files.io)
-    rewind_events(fitting.loggers, first_step, figures_kept)
     if resume_from:
         say(f"{fitting.name}: going on after step {first_step:,} ({resume_from}).")
     with stop, garbage:

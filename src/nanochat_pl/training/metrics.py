@@ -104,7 +104,7 @@ class MetricsCSV(Logger):
         open: its validation may be still to come.
 
         Returns:
-            the training's figures of ``step``, empty where none were written.
+            the figures of ``step``, empty where none were written.
         """
         kept: list[dict[str, str]] = []
         if self.path.exists():
@@ -122,7 +122,7 @@ class MetricsCSV(Logger):
                 self._written_to = len(text.getvalue().encode("utf-8"))
             writer.writerow(row)
         write_text(self.path, text.getvalue())
-        return {k: float(v) for k, v in self._row.items() if k.startswith("train/") and v}
+        return {name: float(value) for name, value in self._row.items() if name != "step" and value}
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Take figures of a step; they go into the step's one row, also where that is written already."""

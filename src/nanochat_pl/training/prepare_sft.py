@@ -11,9 +11,15 @@ from typing import Any
 
 import numpy as np
 
-from nanochat_pl.bundle.bundle import MODEL, load_config, load_moments, load_stage_info, load_tokenizer, load_weights
+from nanochat_pl.bundle.bundle import (
+    hash_of_weights,
+    load_config,
+    load_moments,
+    load_stage_info,
+    load_tokenizer,
+    load_weights,
+)
 from nanochat_pl.common.console import by_difference, progress, say
-from nanochat_pl.common.files import sha256_of_file
 from nanochat_pl.common.run_folder import StageFolder
 from nanochat_pl.common.settings import to_plain
 from nanochat_pl.data.conversation_cache import ConversationCache, Trained, build_conversation_cache
@@ -56,6 +62,7 @@ def prepare_sft(
     parent = parent_folder(config, folder)
     assert parent is not None, "the settings of a stage that is fine-tuned name its parent"
     parent_name, info, model = parent.stage, load_stage_info(parent.bundle), load_config(parent.bundle)
+    weights_hash = hash_of_weights(parent.bundle)  # before any conversation is rendered for weights that are not there
     num_files = config.trainer.keep_last + config.trainer.keep_best
     require_room(model, machine.device, folder.path, num_files, memory_knobs(config))
     say(f"{config.stage.name} starts from {parent.bundle}, {info.step:,} steps.")
@@ -101,7 +108,6 @@ def prepare_sft(
         _announce_sequence(mixture, rows)
     fixed = padded(test_cache, mode="pad", seed=VALIDATION_SEED, epochs=1)
     _announce_rows(mixture, train_cache, rows)
-    weights_hash = sha256_of_file(parent.bundle / MODEL)
     return Prepared(
         plan=plan,
         model=model,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -12,12 +11,12 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers.logger import Logger
 
 from nanochat_pl.bundle import StageInfo, save_bundle
-from nanochat_pl.bundle.bundle import MODEL, save_stage_info
+from nanochat_pl.bundle.bundle import hash_of_weights, save_stage_info
 from nanochat_pl.bundle.stage_info import library_versions
 from nanochat_pl.common import distributed, together
 from nanochat_pl.common.console import say
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.common.files import sha256_of_file, write_json
+from nanochat_pl.common.files import write_json
 from nanochat_pl.common.hardware import choose_compute_dtype, gpu_memory_bytes
 from nanochat_pl.common.run_folder import StageFolder
 from nanochat_pl.common.settings import to_plain
@@ -154,7 +153,10 @@ def _train(
         validate_at_start=config.stage.name == "base" if at_start is None else at_start,
     )
     fitted = fit(stage, data, fitting)
-    _finish(config, folder, prepared, stage, fitted, samples, benchmarks)
+    fitted.stop.when = "when what is being measured is done and the model is written"
+    with fitted.stop:
+        _finish(config, folder, prepared, stage, fitted, samples, benchmarks)
+        fitted.stop.check_signal()  # what a person wants stopped is not followed by the next stage
 
 
 def _require_short_prompts(config: TrainConfig, prepared: Prepared) -> None:
@@ -218,12 +220,11 @@ def _measure_last(
     Raises:
         StopRequested: a stop was asked for.
     """
-    key = together.by_main(lambda: fingerprint_of(sha256_of_file(folder.bundle / MODEL), to_plain(config.evaluation)))
+    key = together.by_main(lambda: fingerprint_of(hash_of_weights(folder.bundle), to_plain(config.evaluation)))
     measured = MeasuredTasks(folder.path / "benchmarks.json", key)
     figures: dict[str, float] = {}
-    with stop or contextlib.nullcontext():
-        for benchmark in benchmarks:
-            figures |= measure(benchmark, net, stop, measured)
+    for benchmark in benchmarks:
+        figures |= measure(benchmark, net, stop, measured)
     return figures
 
 
@@ -251,7 +252,9 @@ def _finish(
         say(f"{config.stage.name}: a callback ended the training after step {step:,} of {stage.num_steps:,}.")
     together.by_main(lambda: announce_streamed(prepared))
     say("Final validation and samples …")
-    figures = _finite(prepared.validation.measure(stage.net))
+    # One that a callback ended may have no file of its last step: after a stop it would train again.
+    stop = fitted.stop if step >= stage.num_steps else None
+    figures = _finite(prepared.validation.measure(stage.net, *([stop.check_signal] if stop else [])))
     moments = stage.optimizer.moments_by_name()  # of all processes
     net = stage.net
 
@@ -284,8 +287,6 @@ def _finish(
         )
 
     together.by_main(write)
-    # One that a callback ended may have no file of its last step: after a stop it would train again.
-    stop = fitted.stop if step >= stage.num_steps else None
     later = _finite(_measure_last(config, folder, net, benchmarks, stop)) if benchmarks else {}
     figures |= later
     together.by_main(finish)

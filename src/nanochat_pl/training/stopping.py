@@ -53,16 +53,21 @@ def leave_signals_to_parent(worker: int = 0) -> None:
 class GracefulStop(Callback):
     """Turns signals into a flag that the training step looks at. A second signal ends the process at once.
 
-    They are heeded in its context, which may be entered again.
+    They are heeded in its context, which may be entered again (not within itself).
 
     Args:
         resume_files: writes the file of the last finished step.
         max_seconds: of the training, after which it stops as on a signal.
+
+    Attributes:
+        signum: the signal that came, None before.
+        when: it will stop, as the person is told.
     """
 
     def __init__(self, resume_files: ResumeFiles, max_seconds: float | None = None) -> None:
         self.resume_files, self.max_seconds = resume_files, max_seconds
         self.signum: int | None = None
+        self.when = "after this micro-batch"
         self._since = 0.0
         self._deadline: float | None = None
         self._trainer: Trainer | None = None
@@ -91,7 +96,7 @@ class GracefulStop(Callback):
         self.signum, self._since = signum, time.monotonic()
         if distributed.is_main():
             # Not through Python's buffers: the signal may have come in the middle of writing to them.
-            _write(f"\n{why}Stopping after this micro-batch; once more stops at once.\n".encode())
+            _write(f"\n{why}Stopping {self.when}; once more stops at once.\n".encode())
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         """The time that the training may take begins."""
@@ -120,6 +125,11 @@ class GracefulStop(Callback):
         All processes call it equally often.
         """
         if signum := distributed.largest(self._asked()):
+            self._stop(signum)
+
+    def check_signal(self) -> None:
+        """As :meth:`check`, however late it is: what is left is done in a moment."""
+        if signum := distributed.largest(self.signum or 0):
             self._stop(signum)
 
     def wait_for(self, wait: Callable[[Callable[[], None]], None]) -> None:

@@ -2,11 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.loggers.logger import Logger
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
+
+class RewindEvents(Callback):
+    """Rewinds the event files of a run that goes on, once it is known what of its step is measured again.
+
+    Args:
+        loggers: as of :func:`rewind_events`.
+        step: optimizer steps that the resume file has.
+        figures: of that step, as metrics.csv has them.
+        is_measured_again: whether a figure will be logged at that step once more; asked when the other callbacks have
+            their states back.
+    """
+
+    def __init__(
+        self,
+        loggers: Iterable[Logger],
+        step: int,
+        figures: Mapping[str, float],
+        is_measured_again: Callable[[str], bool],
+    ) -> None:
+        self.loggers, self.step, self.figures = loggers, step, figures
+        self.is_measured_again = is_measured_again
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Before anything is logged."""
+        kept = {name: value for name, value in self.figures.items() if not self.is_measured_again(name)}
+        rewind_events(self.loggers, self.step, kept)
 
 
 def rewind_events(loggers: Iterable[Logger], step: int, figures: Mapping[str, float]) -> None:
