@@ -72,7 +72,7 @@ def train_stage(
         together.agreed(lambda: _refuse_hours(config))
     config = with_chosen_data(config, folder, cache, goes_on=resume_from is not None)
     if config.stage.name == "tokenizer":
-        together.by_main(lambda: train_tokenizer_stage(config, folder, open_for_tokenizer(config, cache)))
+        together.by_main(lambda: train_tokenizer_stage(config, folder, open_for_tokenizer(config, cache), cache))
         return
     machine = together.agreed(lambda: prepare_machine(config))
     require_own_gpus(machine.device)
