@@ -25,6 +25,7 @@ from nanochat_pl.data.token_cache import build_token_cache
 from nanochat_pl.model.gpt import GPT
 from nanochat_pl.report import write_report
 from nanochat_pl.tokenizer import Tokenizer
+from nanochat_pl.tokenizer.comparison import KINDS
 from nanochat_pl.training.step import StepBatch
 from tests.engine.small import byte_tokenizer
 from tests.museum.test_fit import metrics_of as metrics_in
@@ -98,7 +99,10 @@ def test_what_a_mixture_was_made_of_is_kept(trained: Path) -> None:
     assert data["shares"] == {"cats": 0.75, "numbers": 0.25} and data["source"] == "mixture"
     assert data["sources"]["cats"]["packing"]["placed_tokens"] > 2 * data["sources"]["numbers"]["packing"]["pieces"]
     tokenizer = json.loads((trained / "tokenizer" / "bundle" / "stage.json").read_text(encoding="utf-8"))
-    assert tokenizer["metrics"]["comparison"][0]["bytes_per_token"].keys() == {"held-out cats", "held-out numbers"}
+    assert tokenizer["metrics"]["comparison"][0]["bytes_per_token"].keys() == {
+        *KINDS,
+        *("training cats", "training numbers", "held-out cats", "held-out numbers"),
+    }
     write_report(trained)
 
 

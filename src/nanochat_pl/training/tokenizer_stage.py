@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 
@@ -19,10 +20,10 @@ from nanochat_pl.common.settings import to_plain
 from nanochat_pl.data.cache_folder import building, fingerprint_of, read_cache, write_cache
 from nanochat_pl.data.hub_errors import library_heard
 from nanochat_pl.data.mixed_source import MixedSource
-from nanochat_pl.data.sources import Source, too_little_text
+from nanochat_pl.data.sources import Source, Split, too_little_text
 from nanochat_pl.tokenizer import SPLIT_PATTERN, Tokenizer, train_tokenizer
 from nanochat_pl.tokenizer.bpe import SPECIAL_TOKENS
-from nanochat_pl.tokenizer.comparison import ComparisonRow, compare_tokenizers
+from nanochat_pl.tokenizer.comparison import compare_tokenizers, comparison_table, texts_of_kinds
 from nanochat_pl.training.settings import TrainConfig
 
 COMPARED_DOCUMENTS = 1_000
@@ -46,13 +47,12 @@ def train_tokenizer_stage(config: TrainConfig, folder: StageFolder, source: Sour
             raise too_little_text(part, "train")
     if isinstance(source, MixedSource):
         documents = source.documents(config.tokenizer.max_chars_per_document)
-        texts = {f"held-out {name}": _held_out(part) for name, part in source.parts.items()}
     else:
         documents = (text for shard in source.shards("train") for text in shard.documents())
-        texts = {"held-out text": _held_out(source)}
     tokenizer = _trained(config, source, documents, cache)
+    texts = texts_of_kinds() | texts_of_source(source)
     comparison = compare_tokenizers(tokenizer, texts)
-    _print_comparison(comparison)
+    print_comparison(*comparison_table(comparison, texts), {row.name: row.skipped for row in comparison if row.skipped})
     info = StageInfo(
         stage="tokenizer",
         settings=to_plain(config),
@@ -102,8 +102,16 @@ def _lines_of_progress() -> Callable[[int], None]:
     return on_progress
 
 
-def _held_out(source: Source) -> str:
-    documents = (text for shard in source.shards("val") for text in shard.documents())
+def texts_of_source(source: Source) -> dict[str, str]:
+    """What tokenizers are compared on besides texts of a few kinds: the beginning of what is trained on and of what is
+    held out, of a mixture for each source."""
+    parts = source.parts if isinstance(source, MixedSource) else {"text": source}
+    splits: dict[str, Split] = {"training": "train", "held-out": "val"}
+    return {f"{word} {name}": _beginning(part, split) for word, split in splits.items() for name, part in parts.items()}
+
+
+def _beginning(source: Source, split: Split) -> str:
+    documents = (text for shard in source.shards(split) for text in shard.documents())
     return "\n\n".join(itertools.islice(documents, COMPARED_DOCUMENTS))
 
 
@@ -121,15 +129,11 @@ def tokenizer_for(config: TrainConfig, folder: StageFolder, source: Source, cach
     return load_tokenizer(stage.bundle)
 
 
-def _print_comparison(rows: Sequence[ComparisonRow]) -> None:
-    figures = [
-        (row.name, f"{row.vocab_size:,}", *(f"{value:.2f}" for value in row.bytes_per_token.values()))
-        for row in rows
-        if not row.skipped
-    ]
-    texts = list(rows[0].bytes_per_token)
-    names = ["bytes per token"] if len(texts) == 1 else [f"bytes per token, {text}" for text in texts]
-    print_table(("tokenizer", "tokens", *names), figures)
-    for row in rows:
-        if row.skipped:
-            say(f"{row.name}: {row.skipped}")
+def print_comparison(
+    heading: Sequence[str], lines: Sequence[Sequence[Any]], skipped: Mapping[str, str], title: str = ""
+) -> None:
+    """A line for each text, as :func:`comparison_table` gives them; tokenizers that were skipped are named below."""
+    shown = [[name, f"{num_bytes:,}", *(f"{figure:.2f}" for figure in figures)] for name, num_bytes, *figures in lines]
+    print_table(heading, shown, title=title)
+    for name, why in skipped.items():
+        say(f"{name}: {why}")
