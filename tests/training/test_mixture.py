@@ -69,7 +69,7 @@ def mixture(place: Path, others: Path) -> list[str]:
 
 def metrics_of(run: Path) -> list[dict[str, str]]:
     with (run / "base" / "metrics.csv").open(encoding="utf-8", newline="") as file:
-        by_the_clock = ("train/tokens_per_second", "train/step_seconds", "train/mfu")
+        by_the_clock = ("train/tokens_per_second", "train/step_seconds", "train/seconds", "train/mfu")
         return [{k: v for k, v in row.items() if k not in by_the_clock} for row in csv.DictReader(file)]
 
 
@@ -85,6 +85,9 @@ def test_figures_of_each_source_are_in_the_log(trained: Path) -> None:
     for step, row in enumerate(rows, 1):
         # 8 rows of 32 tokens a step.
         assert (row["train/tokens_cats"], row["train/tokens_numbers"]) == (f"{step * 192}", f"{step * 64}")
+        epochs = [float(row[f"train/epochs_{name}"]) for name in ("cats", "numbers")]
+        before = [float(rows[step - 2][f"train/epochs_{name}"]) if step > 1 else 0 for name in ("cats", "numbers")]
+        assert all(now > then for now, then in zip(epochs, before, strict=True)) and not row["train/epochs"]
         loss = 0.75 * float(row["train/loss_cats"]) + 0.25 * float(row["train/loss_numbers"])
         assert loss == pytest.approx(float(row["train/loss"]), rel=1e-6)
         assert bool(row["val/bpb_cats"]) == bool(row["val/bpb_numbers"]) == (step % 20 == 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -90,6 +91,21 @@ def test_the_training_of_a_tokenizer_shows_how_far_it_is(
     monkeypatch.setattr(tokenizer_stage, "console", lambda stderr: SimpleNamespace(is_terminal=True))
     assert main([*arguments, "run=bars", "tokenizer.max_chars=900003"]) == 0
     assert "characters read" not in capsys.readouterr().out and bars == [False, True]
+
+
+def test_a_line_of_the_console_says_how_it_goes(
+    place: Path, train: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train("run=line", "max_steps=2", "evaluation.every_steps=0") == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("base 2/2"))
+    figures = r"loss \d\.\d{3}  lr ×0\.\d\d  [\d.]+ m?s/step  [\d,]+ tok/s  epoch 0\.\d\d  ETA 0:00"
+    assert re.search(figures, line), line
+    rows = (place / "runs/line/base/metrics.csv").read_text(encoding="utf-8").splitlines()
+    first, last = (dict(zip(rows[0].split(","), row.split(","), strict=True)) for row in rows[1:3])
+    for name in ("train/seconds", "train/flops", "train/epochs"):
+        assert 0 < float(first[name]) < float(last[name]), name
+    flops_per_token = json.loads((place / "runs/line/base/plan.json").read_text())["flops_per_token"]["value"]
+    assert float(last["train/flops"]) == flops_per_token * float(last["train/tokens"])
 
 
 def test_the_same_command_says_that_it_is_finished(

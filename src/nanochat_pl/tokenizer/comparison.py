@@ -88,9 +88,7 @@ def compare_tokenizers(
     return rows
 
 
-def comparison_table(
-    rows: Sequence[ComparisonRow], texts: Mapping[str, str]
-) -> tuple[list[str], list[list[Any]]]:
+def comparison_table(rows: Sequence[ComparisonRow], texts: Mapping[str, str]) -> tuple[list[str], list[list[Any]]]:
     """The figures by text: heading and lines, those of the tokenizers that were skipped left out.
 
     After the bytes of a text and each tokenizer's bytes per token comes, for each of the others, how many tokens the
