@@ -5,13 +5,13 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all check bench clean
+.PHONY: help setup hashes demo test test-all check bench clean
 
 help:  ## this list
 	@awk -F ':.*##' '/^[a-z-]+:.*##/ {printf "  make %-10s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "  Another Python (3.10 to 3.13) for .venv: make setup PYTHON=python3.12"
 
-setup: $(INSTALLED)  ## install everything into .venv, with exact versions
+setup: $(INSTALLED)  ## install everything into .venv, with exact versions; HASHED=1: only files with known hashes
 
 demo: $(INSTALLED)  ## from text to a chat model, some minutes on two CPU cores; again: says what is there
 	$(BIN)/nanochat-pl pipeline experiment=demo
@@ -34,8 +34,26 @@ clean:  ## remove .venv and what tools left; runs and caches stay
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(INSTALLED): pyproject.toml constraints.txt
+# The hashes of all files that a version has on PyPI, so that one list is for every system and Python from 3.11 on. Not of
+# torch: its builds for CPU and CUDA are different files of the same version, and indexes that serve one or the other do
+# not have the hashes of PyPI.
+hashes:  ## write hashes.txt anew, from constraints.txt
+	$(PYTHON) -m venv build/hashes
+	build/hashes/bin/python -m pip install --quiet --disable-pip-version-check uv
+	build/hashes/bin/uv pip compile --quiet --universal --python-version 3.11 --no-deps --generate-hashes \
+		--no-emit-package torch --no-annotate --custom-compile-command "make hashes" constraints.txt -o hashes.txt
+
+$(INSTALLED): pyproject.toml constraints.txt hashes.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 10) <= v < (3, 14) else "$(PYTHON) is Python %d.%d, 3.10 to 3.13 is needed: make $(MAKECMDGOALS) PYTHON=python3.12" % v)'
 	$(PYTHON) -m venv $(VENV)
+ifdef HASHED
+# pip asks for hashes of all or of none: torch, with what it needs of CUDA, comes after the others and by its version
+# alone, and this package, which has no hash, is built with the hatchling of the list. At the end: is anything missing?
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r hashes.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	$(BIN)/python -m pip check
+else
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+endif
 	@touch $@

@@ -135,3 +135,18 @@ def test_museum_23_every_import_is_declared() -> None:
     used -= {"nanochat_pl", *sys.stdlib_module_names}
     homes = {name: {re.sub(r"[-_.]+", "-", d).lower() for d in distributions.get(name, [])} for name in used}
     assert {name: found for name, found in homes.items() if not found & declared} == {}
+
+
+def test_the_list_with_hashes_has_the_versions_of_the_constraints() -> None:
+    """One is written from the other by `make hashes`; torch alone has no hash there."""
+
+    def pins(text: str) -> dict[str, str]:
+        found = re.findall(r"^([\w.-]+)==([^ ;\n]+)([^\n]*)", text, re.M)
+        return {name.lower().replace("_", "-"): version for name, version, rest in found if '< "3.11"' not in rest}
+
+    hashed = (ROOT / "hashes.txt").read_text(encoding="utf-8")
+    expected = pins((ROOT / "constraints.txt").read_text(encoding="utf-8"))
+    assert len(expected) > 100 and expected.pop("torch")
+    assert pins(hashed) == expected
+    blocks = re.split(r"^(?=[\w.-]+==)", hashed, flags=re.M)[1:]
+    assert all("--hash=sha256:" in block for block in blocks)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from nanochat_pl.cli.chat_session import ChatSettings, run_chat
+from nanochat_pl.cli.chat_session import HELP, ChatSettings, run_chat
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.settings import build
 from tests.engine.small import SmallBundle, scripted_bundle
@@ -112,11 +112,33 @@ def test_a_terminal_has_prompts_and_commands(typed):
         GREETING
         + "> hi\nHello – 🙂.\n"
         + "> /help\n"
-        + "/clear   start a new conversation\n/help    this list\n/exit    end (also Ctrl-D, or Ctrl-C twice)\n"
-        + "Ctrl-C stops an answer.\n"
+        + f"{HELP}\n"
         + "> /nonsense now\nThere is no command /nonsense; /help lists them.\n"
         + ">   \n> /exit\n"
     )
+
+
+def test_quit_ends_too(typed):
+    assert "/quit" in HELP
+    assert typed(["hi", "/quit"]) == GREETING + "> hi\nHello – 🙂.\n> /quit\n"
+
+
+def test_a_system_prompt_stands_before_the_first_message(piped):
+    """As in training: its text, an empty line, the message. /clear keeps it, and another one begins anew."""
+    answers = {"Be kind.\n\nhi": "With it.", "hi": "Without.", "Be brief.\n\nhi": "Short."}
+    settings, bundle = ChatSettings(system="Be kind."), scripted_bundle(answers)
+    out, err = piped("hi\nhi\n/clear\nhi\n/system\n/system Be brief.\nhi\n/system off\nhi\n", settings, bundle)
+    assert out.splitlines() == ["With it.", "Without.", "With it.", "Short.", "Without."]
+    assert err.splitlines() == [
+        "The conversation is cleared.",
+        "System prompt: Be kind.",
+        "A new conversation, with the system prompt.",
+        "A new conversation, with no system prompt.",
+    ]
+    assert piped("", ChatSettings(system="Be kind.", prompt="hi"), bundle)[0] == "With it.\n"
+    assert piped("", ChatSettings(system="", prompt="hi"), bundle)[0] == "Without.\n"
+    with pytest.raises(UserError, match="The context is full"):
+        piped("", ChatSettings(system="long " * 100, prompt="hi"), bundle)
 
 
 def test_ctrl_d_ends(typed):
@@ -187,7 +209,7 @@ def test_settings_have_bounds(wrong):
 
 SCRIPT = """
 import time
-from nanochat_pl.cli.chat_session import ChatSettings, run_chat
+from nanochat_pl.cli.chat_session import HELP, ChatSettings, run_chat
 from tests.engine.small import scripted_bundle
 
 bundle = scripted_bundle({"long": "x" * 2000, "hi": "Hello."}, sequence_len=4000)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -11,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,6 +24,7 @@ from nanochat_pl.common.errors import UserError
 from nanochat_pl.tasks.context import TaskContext
 from nanochat_pl.tasks.gsm8k import GSM8K, GSM8KSettings
 from nanochat_pl.tasks.registry import all_tasks
+from nanochat_pl.tokenizer import comparison
 from tests.data.hub_server import Answer, HubServer, serving, serving_this_process
 from tests.data.test_hub import FILES, IN_GIT, REPO, parquet
 from tests.training.conftest import tiny_overrides, write_texts
@@ -239,6 +242,9 @@ def test_the_evaluation_bundle_is_fetched_once(here: Path, capsys: Captured, mon
         (["task=gsm8k", "data=climbmix"], "data: has no meaning with task"),
         (["task=gsm8k", "eval_bundle=true"], "one thing at a time"),
         (["eval_bundle=true", "revision=x"], "revision: has no meaning with eval_bundle"),
+        (["task=gsm8k", "tokenizers=true"], "task, tokenizers: one thing at a time"),
+        (["tokenizers=true", "num_shards=3"], "num_shards: has no meaning with tokenizers"),
+        (["tokenizers=true", "refresh=true"], "refresh: has no meaning with tokenizers"),
         (["data=climbmix", "repo=a/b"], "repo: has no meaning without task"),
         (["repo=a/b"], "repo: has no meaning without task"),
         (["config=main", "revision=x"], "revision: has no meaning without task"),
@@ -248,3 +254,35 @@ def test_the_evaluation_bundle_is_fetched_once(here: Path, capsys: Captured, mon
 def test_a_mistake_is_named(here: Path, arguments: list[str], message: str, capsys: Captured) -> None:
     assert main(["download", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_known_tokenizers_are_fetched_into_tiktokens_cache(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(here / "tiktoken"))
+
+    def get_encoding(name: str) -> Any:
+        (here / "tiktoken").mkdir(exist_ok=True)
+        for url in next(other.urls for other in comparison._OTHERS if other.encoding == name):
+            (here / "tiktoken" / hashlib.sha1(url.encode()).hexdigest()).write_bytes(b"of the server")
+
+    monkeypatch.setattr("tiktoken.get_encoding", get_encoding)
+    assert main(["download", "tokenizers=true"]) == 0
+    said = capsys.readouterr().out
+    assert "Fetched the tokenizers of GPT-2 and GPT-4." in said and str(here / "tiktoken") in said
+    assert "nanochat-pl evaluate suites=[tokenizer]" in said
+    assert main(["download", "tokenizers=true"]) == 0
+    assert "Nothing to fetch" in capsys.readouterr().out
+
+
+def test_a_tokenizer_that_cannot_be_fetched_is_one_message(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    def get_encoding(name: str) -> Any:
+        raise ConnectionError("no route")
+
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(here / "tiktoken"))
+    monkeypatch.setattr("tiktoken.get_encoding", get_encoding)
+    assert main(["download", "tokenizers=true"]) == 2
+    error = capsys.readouterr().err
+    assert "GPT-2: it cannot be loaded: no route." in error and "TIKTOKEN_CACHE_DIR" in error

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from nanochat_pl.bundle import StageInfo, load_bundle, save_bundle
+from nanochat_pl.bundle.bundle import save_stage_info
 from nanochat_pl.cli import evaluate_suites
 from nanochat_pl.cli.compose import compose
 from nanochat_pl.cli.evaluate import is_measured
@@ -23,6 +24,7 @@ from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.settings import to_plain
 from nanochat_pl.data.sources import DataSettings
 from nanochat_pl.evaluation.core_bundle import CORE_TASKS
+from nanochat_pl.tokenizer.comparison import KINDS
 from tests.cli.evaluated import QUICK, TASKS, make_eval_bundle, make_run, record_of, results_of
 from tests.tiny_run import make_tiny_run
 
@@ -247,3 +249,39 @@ def test_home_is_expanded_in_all_that_names_a_folder(monkeypatch: pytest.MonkeyP
     config = compose("evaluate", EvaluateConfig, keys).config
     found = (config.against, config.core.path, config.harness.include_path, config.paths.hub)
     assert found == ("/home/me/b", "/home/me/c", "/home/me/h", "/home/me")
+
+
+def test_a_tokenizer_is_compared_on_texts_of_its_own_and_of_the_run(
+    here: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(here / "tiktoken"))
+    bundle = make_run("a", "base")
+    keys = ["evaluate", "run=a", "suites=[tokenizer]", "paths.cache=cache", *QUICK]
+    assert main(keys) == 0
+    said = capsys.readouterr().out
+    assert "tokenizer: without the text that it was trained on" in said
+    assert "GPT-2: skipped: not in tiktoken's cache; nanochat-pl download tokenizers=true" in said
+    assert [row["text"] for row in results_of("a", "base")["suites"]["tokenizer"]["table"]] == [*KINDS]
+
+    Path("texts").mkdir()
+    for n in range(40):
+        Path(f"texts/{n}.txt").write_text(f"Return the number of elements in list {n}. " * 20, encoding="utf-8")
+    info = load_bundle(bundle).stage
+    save_stage_info(bundle, replace(info, settings={**info.settings, "data": to_plain(DataSettings())}))
+    names = {"gpt2": "GPT-2", "cl100k_base": "GPT-4"}
+    own = load_bundle(bundle).tokenizer
+    assert own is not None
+    monkeypatch.setattr("nanochat_pl.tokenizer.comparison._is_cached", lambda other: other.name in names.values())
+    monkeypatch.setattr("tiktoken.get_encoding", lambda name: own._encoding)
+    assert main([*keys, f"data_path={here / 'texts'}"]) == 0
+    assert "Measured again (tokenizer): tokenizer. The problems are others." in capsys.readouterr().out
+    rows = {row["text"]: row for row in results_of("a", "base")["suites"]["tokenizer"]["table"]}
+    assert rows.keys() == {*KINDS, "training text", "held-out text"}
+    assert rows["training text"]["bytes per token, ours"] > 1.5 > rows["korean"]["bytes per token, ours"]
+    assert {row["ours for one token of GPT-2"] for row in rows.values()} == {1.0}
+    table = Path("runs/a/evaluation/base/tokenizer.csv").read_text(encoding="utf-8")
+    assert table.startswith('text,bytes,"bytes per token, ours"') and len(table.splitlines()) == 1 + len(rows)
+    assert main([*keys, f"data_path={here / 'texts'}"]) == 0
+    assert "Measured before: tokenizer." in capsys.readouterr().out
+    assert main(["evaluate", "run=a", "suites=[samples]", *QUICK]) == 0
+    assert main(["report", "run=a"]) == 0

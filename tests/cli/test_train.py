@@ -84,6 +84,24 @@ def test_a_stage_that_is_older_than_a_key_was_done_with_its_default(here: Path) 
         require_same_settings(folder, compose_train([TINY, "stage=base", "model.qk_scale=1.0"]))
 
 
+def test_a_stage_that_is_older_than_a_key_of_its_tasks_was_done_with_its_default(here: Path) -> None:
+    """The defaults of the default tasks alone were known: not of one's own files, nor of tasks out of data sets."""
+    more = ["mixture.tasks.gsm8k={}", "mixture.tasks.conversations.mine.path=a.jsonl", "mixture.tasks.spelling.step=1"]
+    folder = pretend_finished(TINY, "stage=sft", *more)
+    path = folder.path / "config.yaml"
+    config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    del config["stage"]["loss_mask"]
+    tasks = config["mixture"]["tasks"]
+    for task in (tasks["gsm8k"], tasks["conversations"]["mine"], tasks["spelling"]):
+        for key in ("step", "test_start", "test_step"):
+            del task[key]
+    path.write_text(yaml.safe_dump(config), encoding="utf-8")
+    require_same_settings(folder, with_parent(compose_train([TINY, "stage=sft", *more]), folder))
+    for key in ("stage.loss_mask=all", "mixture.tasks.gsm8k.step=2", "mixture.tasks.conversations.mine.test_step=2"):
+        with pytest.raises(UserError, match=f"{key}: "):
+            require_same_settings(folder, with_parent(compose_train([TINY, "stage=sft", *more, key]), folder))
+
+
 def test_there_is_a_list_for_every_stage() -> None:
     assert set(MATTERS) == {"tokenizer", "base", "mid", "sft"}
 

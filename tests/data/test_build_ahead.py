@@ -70,6 +70,9 @@ def test_segments_are_the_rows_of_one_long_list(tmp_path: Path, in_process: None
     """Also after the first epoch: what is packed shard by shard is what is packed of all documents in a row."""
     rows = open_rows(tmp_path, 600, mode=mode, shuffle=shuffle)
     assert rows.index.stats.epochs >= 2
+    ends = rows.index._ends.tolist()  # type: ignore[union-attr]
+    assert [rows.epochs_after(number) for number in (0, ends[0], ends[3])] == [0.0, 0.25, 1.0]
+    assert 1.0 < rows.epochs_after(ends[3] + 1) < rows.epochs_after(ends[4] - 1) < 1.25
     inputs, targets = rows.read(range(600))
     assert np.array_equal(inputs[:, 1:], targets[:, :-1])
     packing = Packing(T + 1, mode, 20, 4, shuffle, 3)  # type: ignore[arg-type]

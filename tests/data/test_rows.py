@@ -99,6 +99,8 @@ def test_a_row_depends_on_its_number_alone(cache: TokenCache, tmp_path: Path) ->
     settings = {"buffer_documents": 20, "refill_documents": 4}
     rows = packed_rows(cache, T, BOS, "split", tmp_path, num_rows=700, **settings)
     assert rows.index.stats.epochs >= 3
+    assert 2 < rows.epochs_after(700) == pytest.approx(rows.index.stats.placed_tokens / cache.num_tokens)
+    assert rows.epochs_after(350) == pytest.approx(rows.epochs_after(700) / 2)
     inputs, targets = rows.read(range(700))
     elsewhere = packed_rows(cache, T, BOS, "split", tmp_path / "elsewhere", num_rows=400, **settings)
     for numbers in ([5], [399, 0, 17], list(range(130, 390, 7))):

@@ -111,6 +111,8 @@ def test_museum_7_tokens_a_second_and_mfu_are_those_of_the_whole_step(
         assert metrics.latest["train/tokens_per_second"] == pytest.approx(rows * SEQUENCE_LEN)
         assert metrics.latest["train/mfu"] == pytest.approx(rows * SEQUENCE_LEN * 1e6 / 1e9)
         assert metrics.latest["train/tokens"] == step * rows * SEQUENCE_LEN
+        assert metrics.latest["train/flops"] == step * rows * SEQUENCE_LEN * 1e6
+        assert metrics.latest["train/seconds"] == pytest.approx(step)
         with clock.paused():
             now += 50  # evaluation and files are not the training's time
 

@@ -107,6 +107,11 @@ def test_slices_go_over_all_files(tmp_path: Path) -> None:
     assert answers(opened(tmp_path, start=8, size=14, **keys)) == [str(n) for n in range(8, 22)]
     assert answers(opened(tmp_path, start=25, **keys)) == [str(n) for n in range(25, 30)]
     assert len(opened(tmp_path, "test", test_size=4, start=8, **keys)) == 4
+    assert answers(opened(tmp_path, start=8, step=3, **keys)) == [str(n) for n in range(8, 30, 3)]
+    assert answers(opened(tmp_path, start=1, step=4, size=3, **keys)) == ["1", "5", "9"]
+    assert answers(opened(tmp_path, step=15, **keys)) == ["0", "15"], "the second file alone has none"
+    assert answers(opened(tmp_path, "test", test_start=2, test_step=3, **keys)) == ["102", "105", "108"]
+    assert opened(tmp_path, step=2, **keys).fingerprint != opened(tmp_path, step=2, start=1, **keys).fingerprint
     one = opened(tmp_path, start=8, size=14, **keys).fingerprint
     assert len({one, opened(tmp_path, start=9, size=14, **keys).fingerprint}) == 2
     assert opened(tmp_path / "elsewhere", start=8, size=14, **keys).fingerprint == one

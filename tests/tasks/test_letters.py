@@ -98,6 +98,13 @@ def test_start_passes_over_training_conversations_alone() -> None:
         assert list(later) == [whole[index] for index in range(7, 27)], name
         test = type(whole)(settings, "test", *arguments)  # type: ignore[call-arg, arg-type]
         assert test[0] == make(name, "test")[0]
+        keys = {"start": 3, "step": 5, "size": 20, "test_start": 1, "test_step": 4, "test_size": 5}
+        stepped = [type(whole)(replace(settings, **keys), split, *arguments) for split in ("train", "test")]  # type: ignore
+        held_out = make(name, "test")
+        assert list(stepped[0]) == [whole[index] for index in range(3, 103, 5)], name
+        assert list(stepped[1]) == [held_out[index] for index in range(1, 21, 4)], name
+        once = type(whole)(replace(settings, **{**keys, "step": 1}), "train", *arguments)  # type: ignore
+        assert once.fingerprint != stepped[0].fingerprint
     with pytest.raises(UserError, match=r"mixture\.tasks\.spelling_bee\.start=9999: passes over all"):
         SpellingBee(SpellingBeeSettings(start=9999), "train", WORDS)
 

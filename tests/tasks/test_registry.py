@@ -108,17 +108,37 @@ def test_what_a_task_has_by_itself() -> None:
 @pytest.mark.parametrize(
     ("keys", "split", "sizes", "expected"),
     [
-        ({}, "train", (30, 5), (0, 30)),
-        ({"start": 10}, "train", (30, 5), (10, 20)),
-        ({"start": 10, "size": 50}, "train", (30, 5), (10, 50)),
-        ({"start": 10, "size": 50}, "train", (None, None), (10, 50)),
-        ({"start": 10, "size": 50}, "test", (30, 5), (0, 5)),
-        ({"test_size": 3}, "test", (30, 5), (0, 3)),
-        ({"test_size": 3}, "test", (None, None), (0, 3)),
+        ({}, "train", (30, 5), (0, 30, 1)),
+        ({"start": 10}, "train", (30, 5), (10, 20, 1)),
+        ({"start": 10, "size": 50}, "train", (30, 5), (10, 50, 1)),
+        ({"start": 10, "size": 50}, "train", (None, None), (10, 50, 1)),
+        ({"start": 10, "size": 50, "step": 2}, "test", (30, 5), (0, 5, 1)),
+        ({"test_size": 3}, "test", (30, 5), (0, 3, 1)),
+        ({"test_size": 3}, "test", (None, None), (0, 3, 1)),
+        ({"step": 4}, "train", (30, 5), (0, 8, 4)),
+        ({"start": 29, "step": 4}, "train", (30, 5), (29, 1, 4)),
+        ({"start": 1, "step": 4, "size": 7}, "train", (30, 5), (1, 7, 4)),
+        ({"step": 4, "size": 50}, "train", (None, None), (0, 50, 4)),
+        ({"test_start": 1, "test_step": 2, "test_size": 9}, "test", (30, 5), (1, 2, 2)),
+        ({"test_start": 1, "test_step": 2, "test_size": 9}, "test", (None, None), (1, 9, 2)),
+        ({"test_start": 1, "test_step": 2}, "train", (30, 5), (0, 30, 1)),
     ],
 )
-def test_limits(keys: dict, split: str, sizes: tuple, expected: tuple[int, int]) -> None:
+def test_limits(keys: dict, split: str, sizes: tuple, expected: tuple[int, int, int]) -> None:
     assert limits("echo", build(TaskSettings, keys), split, *sizes) == expected  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("keys", "split", "said"),
+    [
+        ({"start": 30}, "train", r"mixture\.tasks\.echo\.start=30: passes over all 30 training conversations"),
+        ({"test_start": 5}, "test", r"mixture\.tasks\.echo\.test_start=5: passes over all 5 held-out problems"),
+        ({"step": 4, "size": 9}, "train", r"size=9: start=0 and step=4 leave 8 of 30 training"),
+    ],
+)
+def test_limits_that_leave_nothing(keys: dict, split: str, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        limits("echo", build(TaskSettings, keys), split, 30, 5)  # type: ignore[arg-type]
 
 
 def test_fingerprint_of_a_large_task_that_says_what_it_is_made_of_looks_at_some_of_it() -> None:

@@ -48,6 +48,13 @@ def test_each_part_has_its_rows_in_the_order_that_published_figures_have(tmp_pat
     assert numbers(opened("gsm8k", "train", tmp_path, hub, start=3, size=4)) == train[3:7]
     assert numbers(opened("gsm8k", "train", tmp_path, hub, start=18, size=9)) == train[18:], "none comes twice"
     assert len(opened("gsm8k", "test", tmp_path, hub, test_size=3)) == 3
+    assert numbers(opened("gsm8k", "train", tmp_path, hub, start=1, step=6)) == train[1::6]
+    assert numbers(opened("gsm8k", "train", tmp_path, hub, step=6, size=2)) == train[::6][:2]
+    test = numbers(opened("gsm8k", "test", tmp_path, hub))
+    halves = [numbers(opened("gsm8k", "test", tmp_path, hub, test_step=2, test_start=n)) for n in (0, 1)]
+    assert halves == [test[::2], test[1::2]]
+    with pytest.raises(UserError, match=r"mixture.tasks.gsm8k.test_start=10: nothing of its 10 rows is left"):
+        opened("gsm8k", "test", tmp_path, hub, test_start=10)
     with pytest.raises(UserError, match=r"mixture.tasks.gsm8k.start=20: nothing of its 20 rows is left"):
         opened("gsm8k", "train", tmp_path, hub, start=20)
 

@@ -153,8 +153,12 @@ def test_a_corrected_word_of_a_long_list_is_another_task():
         other = SimpleSpelling(settings, "train", [near if each == word else each for each in LONG_LIST])
         assert other.words[place] == near and other.words[place + 1 :] == task.words[place + 1 :]
         assert other.fingerprint != task.fingerprint, place
-    changed = [replace(settings, start=1, size=len(task) - 1), replace(settings, size=len(task) - 1)]
-    assert len({task.fingerprint, *(SimpleSpelling(each, "train", LONG_LIST).fingerprint for each in changed)}) == 3
+    changed = [
+        replace(settings, start=1, size=len(task) - 1),
+        replace(settings, size=len(task) - 1),
+        replace(settings, size=len(task) // 2, step=2),
+    ]
+    assert len({task.fingerprint, *(SimpleSpelling(each, "train", LONG_LIST).fingerprint for each in changed)}) == 4
 
 
 class Numbers(Task):

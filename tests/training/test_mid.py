@@ -105,6 +105,34 @@ def test_all_of_a_conversation_is_learnt(place: Path, chain: Path) -> None:
             assert np.array_equal(wanted[: filled - 1], np.append(given[1:], wanted[-1])[: filled - 1])
 
 
+def test_what_is_learnt_can_be_said(place: Path, chain: Path) -> None:
+    """Mid as sft is by itself, and sft as mid is."""
+
+    def targets(stage: str, *more: str) -> np.ndarray:
+        prepared, _ = prepared_of(place, [*chat_overrides(place, stage), "run=chain", *more])
+        return prepared.rows.read(np.arange(20))[1]
+
+    of_all, of_answers = targets("mid"), targets("sft")
+    assert (of_answers != IGNORE_INDEX).sum() < (of_all != IGNORE_INDEX).sum()
+    assert np.array_equal(targets("mid", "stage.loss_mask=assistant"), of_answers)
+    assert np.array_equal(targets("sft", "stage.loss_mask=all"), of_all)
+
+
+def test_a_run_older_than_the_key_goes_on_as_it_was(
+    place: Path, chain: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = chain / "sft/config.yaml"
+    lines = record.read_text(encoding="utf-8").splitlines(keepends=True)
+    older = [line for line in lines if "loss_mask" not in line]
+    assert len(older) == len(lines) - 1
+    record.write_text("".join(older), encoding="utf-8")
+    arguments = ["train", "run=chain", *chat_overrides(place, "sft"), *STILL]
+    assert main(arguments) == 0
+    assert "is finished" in capsys.readouterr().out
+    assert main([*arguments, "stage.loss_mask=all"]) == 2
+    assert "stage.loss_mask=all: " in capsys.readouterr().err
+
+
 def test_sft_goes_on_from_what_it_was_begun_with(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A mid stage that is finished later would else change the parent of an sft stage that is half-way."""
     folder = start_run(place, "half", "sft")
@@ -181,3 +209,9 @@ def test_museum_57_the_mask_reaches_the_loss(place: Path) -> None:
 def test_parents_that_cannot_be(name: str, parent: str | None, said: str) -> None:
     with pytest.raises(UserError, match=said):
         StageSettings(name=name, parent=parent)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["tokenizer", "base"])
+def test_a_stage_of_documents_has_no_loss_mask(name: str) -> None:
+    with pytest.raises(UserError, match=rf"loss_mask=all: the stage {name} has no conversations"):
+        StageSettings(name=name, loss_mask="all")  # type: ignore[arg-type]

@@ -25,6 +25,7 @@ from nanochat_pl.data.token_cache import build_token_cache
 from nanochat_pl.model.gpt import GPT
 from nanochat_pl.report import write_report
 from nanochat_pl.tokenizer import Tokenizer
+from nanochat_pl.tokenizer.comparison import KINDS
 from nanochat_pl.training.step import StepBatch
 from tests.engine.small import byte_tokenizer
 from tests.museum.test_fit import metrics_of as metrics_in
@@ -68,7 +69,8 @@ def mixture(place: Path, others: Path) -> list[str]:
 
 def metrics_of(run: Path) -> list[dict[str, str]]:
     with (run / "base" / "metrics.csv").open(encoding="utf-8", newline="") as file:
-        by_the_clock = ("train/tokens_per_second", "train/step_seconds", "train/mfu", "train/peak_memory_gib")
+        by_the_clock = ("train/tokens_per_second", "train/step_seconds", "train/seconds", "train/mfu")
+        by_the_clock += ("train/peak_memory_gib",)
         return [{k: v for k, v in row.items() if k not in by_the_clock} for row in csv.DictReader(file)]
 
 
@@ -85,6 +87,9 @@ def test_figures_of_each_source_are_in_the_log(trained: Path) -> None:
     for step, row in enumerate(rows, 1):
         # 8 rows of 32 tokens a step.
         assert (row["train/tokens_cats"], row["train/tokens_numbers"]) == (f"{step * 192}", f"{step * 64}")
+        epochs = [float(row[f"train/epochs_{name}"]) for name in ("cats", "numbers")]
+        before = [float(rows[step - 2][f"train/epochs_{name}"]) if step > 1 else 0 for name in ("cats", "numbers")]
+        assert all(now > then for now, then in zip(epochs, before, strict=True)) and not row["train/epochs"]
         loss = 0.75 * float(row["train/loss_cats"]) + 0.25 * float(row["train/loss_numbers"])
         assert loss == pytest.approx(float(row["train/loss"]), rel=1e-6)
         assert bool(row["val/bpb_cats"]) == bool(row["val/bpb_numbers"]) == (step % 20 == 0)
@@ -99,7 +104,10 @@ def test_what_a_mixture_was_made_of_is_kept(trained: Path) -> None:
     assert data["shares"] == {"cats": 0.75, "numbers": 0.25} and data["source"] == "mixture"
     assert data["sources"]["cats"]["packing"]["placed_tokens"] > 2 * data["sources"]["numbers"]["packing"]["pieces"]
     tokenizer = json.loads((trained / "tokenizer" / "bundle" / "stage.json").read_text(encoding="utf-8"))
-    assert tokenizer["metrics"]["comparison"][0]["bytes_per_token"].keys() == {"held-out cats", "held-out numbers"}
+    assert tokenizer["metrics"]["comparison"][0]["bytes_per_token"].keys() == {
+        *KINDS,
+        *("training cats", "training numbers", "held-out cats", "held-out numbers"),
+    }
     write_report(trained)
 
 

@@ -254,7 +254,7 @@ def test_figures_of_the_sources_of_a_mixture_are_those_of_all_processes(place: P
 
 @pytest.mark.slow
 def test_a_tokenizer_is_trained_once_and_a_finished_stage_is_left_alone(place: Path) -> None:
-    arguments = command(place, "only-tokenizer", stage="tokenizer")
+    arguments = [*command(place, "only-tokenizer", stage="tokenizer"), "tokenizer.max_chars=1000000"]
     assert trained(2, arguments).count("Training a tokenizer") == 1
     bundle = place / "runs" / "only-tokenizer" / "tokenizer" / "bundle"
     before = {path.name: path.stat().st_mtime_ns for path in bundle.iterdir()}

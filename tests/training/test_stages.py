@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from tokenizers.trainers import BpeTrainer
 
 from nanochat_pl import load_bundle
 from nanochat_pl.cli.main import main
 from nanochat_pl.common.errors import UserError
+from nanochat_pl.training import tokenizer_stage
 from nanochat_pl.training.evaluation import Samples
 from tests.training.conftest import same_weights, tiny_overrides, weights_of
 
@@ -44,6 +48,64 @@ def test_sft_starts_from_the_weights_of_base(place: Path, train: Callable[..., i
     still = ("run=whole", "resume=never", "max_steps=1", "schedule.initial_lr_fraction=0")
     assert train(*still, stage="sft") == 0
     assert same_weights(weights_of(place / "runs" / "whole", "base"), weights_of(place / "runs" / "whole-2", "sft"))
+
+
+def tokenizer_command(place: Path) -> list[str]:
+    kept = ("data", "tokenizer.", "paths.")
+    return ["train", "stage=tokenizer", *(text for text in tiny_overrides(place) if text.startswith(kept))]
+
+
+def test_runs_of_the_same_text_and_settings_share_a_tokenizer(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each job of a sweep trained the same one again."""
+    arguments = tokenizer_command(place)
+    bundles = [place / "runs" / run / "tokenizer" / "bundle" / "tokenizer.json" for run in ("shared", "shared-too")]
+    assert main([*arguments, "run=shared", "tokenizer.max_chars=900000"]) == 0
+    assert "Training a tokenizer of 290 tokens" in capsys.readouterr().out
+    assert main([*arguments, "run=shared-too", "tokenizer.max_chars=900000"]) == 0
+    out = capsys.readouterr().out
+    assert "has been trained on this text before" in out and "Training a tokenizer" not in out
+    assert bundles[0].read_bytes() == bundles[1].read_bytes()
+    assert main([*arguments, "run=shared-not", "tokenizer.max_chars=900001"]) == 0
+    assert "Training a tokenizer of 290 tokens" in capsys.readouterr().out
+    kept = (place / "cache" / "tokenizers").glob("*/tokenizer.json")
+    for path in [*kept]:
+        path.write_bytes(path.read_bytes()[:-100])
+    assert main([*arguments, "run=shared-again", "tokenizer.max_chars=900000"]) == 0
+    assert "Training a tokenizer of 290 tokens" in capsys.readouterr().out, "a damaged one is made again"
+
+
+def test_the_training_of_a_tokenizer_shows_how_far_it_is(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bars of the library on a terminal; elsewhere lines, where it takes long."""
+    arguments = tokenizer_command(place)
+    bars: list[bool] = []
+    of_library = BpeTrainer
+    monkeypatch.setattr(
+        "tokenizers.trainers.BpeTrainer",
+        lambda **keys: bars.append(keys.pop("show_progress")) or of_library(**keys, show_progress=False),
+    )
+    monkeypatch.setattr(tokenizer_stage, "SECONDS_BETWEEN_LINES", 0.0)
+    assert main([*arguments, "run=lines", "tokenizer.max_chars=900002"]) == 0
+    assert "characters read" in capsys.readouterr().out and bars == [False]
+    monkeypatch.setattr(tokenizer_stage, "console", lambda stderr: SimpleNamespace(is_terminal=True))
+    assert main([*arguments, "run=bars", "tokenizer.max_chars=900003"]) == 0
+    assert "characters read" not in capsys.readouterr().out and bars == [False, True]
+
+
+def test_a_line_of_the_console_says_how_it_goes(
+    place: Path, train: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train("run=line", "max_steps=2", "evaluation.every_steps=0") == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("base 2/2"))
+    figures = r"loss \d\.\d{3}  lr ×0\.\d\d  [\d.]+ m?s/step  [\d,]+ tok/s  epoch 0\.\d\d  ETA 0:00"
+    assert re.search(figures, line), line
+    rows = (place / "runs/line/base/metrics.csv").read_text(encoding="utf-8").splitlines()
+    first, last = (dict(zip(rows[0].split(","), row.split(","), strict=True)) for row in rows[1:3])
+    for name in ("train/seconds", "train/flops", "train/epochs"):
+        assert 0 < float(first[name]) < float(last[name]), name
+    flops_per_token = json.loads((place / "runs/line/base/plan.json").read_text())["flops_per_token"]["value"]
+    assert float(last["train/flops"]) == flops_per_token * float(last["train/tokens"])
 
 
 def test_the_same_command_says_that_it_is_finished(

@@ -19,9 +19,10 @@ from nanochat_pl.common.settings import setting
 from nanochat_pl.engine import Engine, Session, readable
 
 HELP = """\
-/clear   start a new conversation
-/help    this list
-/exit    end (also Ctrl-D, or Ctrl-C twice)
+/clear         start a new conversation
+/system TEXT   start a new conversation with this system prompt; off: with none; alone it shows the prompt
+/help          this list
+/exit, /quit   end (also Ctrl-D, or Ctrl-C twice)
 Ctrl-C stops an answer."""
 
 # A model may write anything; control characters could move the cursor or retitle the window.
@@ -33,6 +34,7 @@ class ChatSettings:
     """How the chat answers."""
 
     prompt: str | None = setting(None, "One message: its answer is printed, and the program ends.")
+    system: str | None = setting(None, "System prompt: stands before the first message of each conversation.")
     temperature: float = setting(0.6, "0 takes the most likely token; above, chance grows.", at_least=0, at_most=10)
     top_k: int | None = setting(50, "Only the k most likely tokens can be drawn; null or 0: all.", at_least=0)
     max_tokens: int = setting(256, "Most tokens of one answer.", at_least=1)
@@ -51,7 +53,7 @@ def run_chat(bundle: Bundle, settings: ChatSettings) -> None:
     Raises:
         UserError: the bundle has no tokenizer, or the one message of ``settings.prompt`` is longer than the context.
     """
-    session = Engine(bundle).session(settings.max_context)
+    session = Engine(bundle).session(settings.max_context, settings.system or "")
     terminal = Terminal()
     with naming_weights(bundle):
         if settings.prompt is not None:
@@ -102,22 +104,32 @@ class Chat:
         self._interrupted = False
 
     def run(self) -> None:
-        """Until /exit, the end of input, or Ctrl-C twice."""
+        """Until /exit or /quit, the end of input, or Ctrl-C twice."""
         if self._terminal.interactive:
             self._terminal.remark("A conversation with the model. /help lists the commands, Ctrl-D ends.")
         while (line := self._next_line()) is not None:
             command = line.strip()
-            if command == "/exit":
+            if command in ("/exit", "/quit"):
                 return
             if command == "/clear":
                 self._session.clear()
                 self._terminal.remark("The conversation is cleared.")
+            elif command.partition(" ")[0] == "/system":
+                self._set_system(command.partition(" ")[2].strip())
             elif command == "/help":
                 self._terminal.remark(HELP)
             elif command.startswith("/"):
                 self._terminal.remark(f"There is no command {command.split()[0]}; /help lists them.")
             elif command:
                 self._reply(line)
+
+    def _set_system(self, text: str) -> None:
+        if not text:
+            self._terminal.remark(f"System prompt: {self._session.system or 'none'}")
+            return
+        self._session.system = "" if text == "off" else text
+        self._session.clear()
+        self._terminal.remark(f"A new conversation, with {'the' if self._session.system else 'no'} system prompt.")
 
     def _next_line(self) -> str | None:
         while True:

@@ -4,6 +4,7 @@ nanochat-pl download data=climbmix num_shards=8
 nanochat-pl download data=hub data.repo=OWNER/NAME
 nanochat-pl download task=gsm8k
 nanochat-pl download eval_bundle=true
+nanochat-pl download tokenizers=true
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from nanochat_pl.data.hub_download import PARALLEL, Fetched, fetch_files
 from nanochat_pl.data.hub_files import HubFiles, files_of_format, key_of_cache, typed_keys
 from nanochat_pl.data.sources import DataSettings
 from nanochat_pl.tasks.registry import all_tasks
+from nanochat_pl.tokenizer.comparison import fetch_others
 from nanochat_pl.training.settings import PathsSettings
 
 # More than this is fetched only when its number of files is named.
@@ -40,6 +42,9 @@ class DownloadConfig:
     config: str | None = setting(None, "With task: another part of the data set.")
     revision: str | None = setting(None, "With task: branch, tag or commit; null: main.")
     eval_bundle: bool = setting(False, "Fetch the evaluation bundle of CORE instead of data.")
+    tokenizers: bool = setting(
+        False, "Fetch GPT-2's and GPT-4's tokenizers instead, to compare with, into tiktoken's cache."
+    )
     num_shards: int | None = setting(
         None, "Training files to fetch, from the first; null: all, where they are not many.", at_least=1
     )
@@ -51,7 +56,7 @@ class DownloadConfig:
 
 Config = DownloadConfig
 HELP_KEYS = ("data.repo", "data.revision", "data.files")
-# What has a meaning without task and eval_bundle only, and with task only.
+# What has a meaning where data alone is fetched, and with task only.
 _OF_DATA, _OF_TASK = ("num_shards", "data"), ("repo", "config", "revision")
 
 
@@ -60,13 +65,15 @@ def run(arguments: Sequence[str]) -> int:
     config = compose_download(arguments)
     if config.eval_bundle:
         return _fetch_eval_bundle(config)
+    if config.tokenizers:
+        return _fetch_tokenizers()
     return _fetch_data(config) if config.task is None else _fetch_task(config, config.task)
 
 
 def compose_download(arguments: Sequence[str]) -> DownloadConfig:
     """What the command line asks for, checked."""
     keys = {text.lstrip("+").partition("=")[0] for text in arguments}
-    other = bool(keys & {"task", "eval_bundle"})
+    other = bool(keys & {"task", "eval_bundle", "tokenizers"})
     if not other:  # said first: without task there is no data set's name either
         _refuse(keys, _OF_TASK, "without task", "Name what to fetch: task=NAME; or data=hub data.repo=OWNER/NAME.")
     # The group data has to be chosen all the same, and the usual choice asks for the name of a data set.
@@ -82,10 +89,18 @@ def _is_of(key: str, names: Sequence[str]) -> bool:
 
 def _require_one_thing(config: DownloadConfig, keys: Collection[str]) -> None:
     """Raise :class:`UserError` for keys, of the command line, that have no meaning beside others."""
-    if config.eval_bundle and config.task is not None:
-        raise UserError("task, eval_bundle: one thing at a time.", "Run the command twice.")
-    asked = "task" if config.task is not None else "eval_bundle" if config.eval_bundle else ""
-    idle = {"task": _OF_DATA, "eval_bundle": (*_OF_DATA, *_OF_TASK), "": _OF_TASK}[asked]
+    things = {"task": config.task is not None, "eval_bundle": config.eval_bundle, "tokenizers": config.tokenizers}
+    chosen = [name for name, is_asked in things.items() if is_asked]
+    if len(chosen) > 1:
+        raise UserError(f"{', '.join(chosen)}: one thing at a time.", "Run the command for each.")
+    asked = chosen[0] if chosen else ""
+    nothing_else = (*_OF_DATA, *_OF_TASK)
+    idle = {
+        "task": _OF_DATA,
+        "eval_bundle": nothing_else,
+        "tokenizers": (*nothing_else, "parallel", "refresh", "paths"),
+        "": _OF_TASK,
+    }[asked]
     _refuse(keys, idle, f"with {asked}" if asked else "without task")
 
 
@@ -99,6 +114,14 @@ def _fetch_eval_bundle(config: DownloadConfig) -> int:
     say("Fetched the evaluation bundle." if is_new else "Nothing to fetch: the evaluation bundle is here.")
     say(f"Where: {folder}")
     next_steps([("measure a model on it", "nanochat-pl evaluate suites=[core]")])
+    return 0
+
+
+def _fetch_tokenizers() -> int:
+    folder, fetched = fetch_others()
+    say(f"Fetched the tokenizers of {' and '.join(fetched)}." if fetched else "Nothing to fetch: they are here.")
+    say(f"Where: {folder} (TIKTOKEN_CACHE_DIR)")
+    next_steps([("compare a run's tokenizer with them", "nanochat-pl evaluate suites=[tokenizer]")])
     return 0
 
 

@@ -77,7 +77,7 @@ def _stage_of(name: str, path: Path) -> Other:
 
 def comparable(jobs: Sequence[Job]) -> list[Job]:
     """Those that give figures."""
-    return [job for job in jobs if job.suite != "samples"]
+    return [job for job in jobs if job.suite not in ("samples", "tokenizer")]
 
 
 def require_pairs(other: Other, jobs: Sequence[Job]) -> None:
@@ -87,9 +87,12 @@ def require_pairs(other: Other, jobs: Sequence[Job]) -> None:
         UserError: there are no figures; the other is a model that cannot be asked; or results in which no task has the
             same problems, or a file is damaged.
     """
+    without_pairs = " and ".join(dict.fromkeys(job.suite for job in jobs))
     jobs = comparable(jobs)
     if not jobs:
-        raise UserError(f"against={other.name}: samples are no figures to compare.", "Name other suites: suites=[…]")
+        raise UserError(
+            f"against={other.name}: {without_pairs} are no figures to compare.", "Name other suites: suites=[…]"
+        )
     if other.bundle is not None:
         stage = load_stage_info(other.bundle).stage
         for suite in dict.fromkeys(job.suite for job in jobs):

@@ -18,7 +18,7 @@ from nanochat_pl.tasks.settings import MixtureTasks
 from nanochat_pl.tools.sandbox import SandboxSettings
 from nanochat_pl.training.settings import PathsSettings
 
-Suite = Literal["bpb", "core", "chat", "chatcore", "samples", "harness"]
+Suite = Literal["bpb", "core", "chat", "chatcore", "samples", "harness", "tokenizer"]
 # What is measured where nothing else is said. A base model has seen no conversation.
 BASE_SUITES: tuple[Suite, ...] = ("bpb", "core", "samples")
 CHAT_SUITES: tuple[Suite, ...] = ("chat", "chatcore", "samples")
@@ -42,8 +42,8 @@ class EvaluateConfig:
     to: str | None = setting(None, "Folder of the results; null: evaluation/STAGE in the run's folder.")
     suites: list[Suite] | None = setting(
         None,
-        "What to measure: bpb, core, chat (the tasks that it was trained on), chatcore, samples, harness; null: as it"
-        " suits the stage, as far as the data is here.",
+        "What to measure: bpb, core, chat (the tasks that it was trained on), chatcore, samples, harness, tokenizer;"
+        " null: as it suits the stage, as far as the data is here.",
     )
     against: str | None = setting(
         None, "Another model to compare with, on the same problems: RUN, RUN/STAGE, a bundle, or a folder of results."

@@ -14,6 +14,7 @@ from nanochat_pl.common import together
 from nanochat_pl.common.console import by_difference, progress, say
 from nanochat_pl.common.errors import SharedError, UserError
 from nanochat_pl.common.settings import build, to_plain
+from nanochat_pl.data.cache_folder import fingerprint_of
 from nanochat_pl.data.opening import open_source
 from nanochat_pl.data.run_corpus import RunCorpus, corpus_of_bundle
 from nanochat_pl.data.sources import DataSettings, Source
@@ -28,6 +29,8 @@ from nanochat_pl.tasks import Task
 from nanochat_pl.tasks.context import MIXTURE
 from nanochat_pl.tasks.mixture import build_tasks, only_judged
 from nanochat_pl.tasks.settings import MixtureSettings, MixtureTasks
+from nanochat_pl.tokenizer.comparison import cached_others, compare_tokenizers, comparison_table, texts_of_kinds
+from nanochat_pl.training.tokenizer_stage import texts_of_source
 
 
 @dataclass(frozen=True)
@@ -352,6 +355,25 @@ def _open_harness(bundle: Trained, config: EvaluateConfig) -> list[Job]:
     return [job(name) for name in tasks.names]
 
 
+def _open_tokenizer(bundle: Trained, config: EvaluateConfig) -> list[Job]:
+    """Bytes per token beside other tokenizers, on texts of a few kinds and, where it is here, the text of the run."""
+    texts = texts_of_kinds()
+    try:
+        texts |= together.main_first(lambda: texts_of_source(open_source(data_of(bundle, config), config.cache)))
+    except UserError as error:
+        say(f"tokenizer: without the text that it was trained on: {error.problems[0]}")
+
+    def measure(model: Bundle) -> Measured:
+        assert model.tokenizer is not None
+        rows = compare_tokenizers(model.tokenizer, texts)
+        heading, lines = comparison_table(rows, texts)
+        skipped = {row.name: row.skipped for row in rows if row.skipped}
+        return Measured(plain={"table": [dict(zip(heading, line, strict=True)) for line in lines], "skipped": skipped})
+
+    problems = {"texts": fingerprint_of(texts), "others": cached_others()}
+    return [Job("tokenizer", "tokenizer", problems, {}, measure, together=False)]
+
+
 def _settings_of(bundle: Trained, group: str, schema: type) -> Any:
     """A group of the settings that the model was trained with, as its bundle keeps them."""
     if group not in bundle.stage.settings:
@@ -368,4 +390,5 @@ _OPENERS: dict[Suite, Callable[[Trained, EvaluateConfig], list[Job]]] = {
     "chatcore": _open_chatcore,
     "samples": _open_samples,
     "harness": _open_harness,
+    "tokenizer": _open_tokenizer,
 }

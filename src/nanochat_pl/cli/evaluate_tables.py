@@ -20,9 +20,11 @@ from nanochat_pl.common.settings import to_plain
 from nanochat_pl.evaluation.core_table import core_name, write_core_csv
 from nanochat_pl.evaluation.results import Difference, Summary, TaskResult, summarize
 from nanochat_pl.report.evaluations import answers_file
+from nanochat_pl.training.tokenizer_stage import print_comparison
 
 CSV_COLUMNS = ("task", "accuracy", "stderr", "n", "baseline", "centered", "remark")
 DIFFERENCES = "differences.csv"
+TOKENIZERS = "tokenizer.csv"
 PUBLISHED = "core_published.csv"  # CORE in the format of the published results
 NUM_CHATS = 6
 
@@ -113,6 +115,9 @@ def show_suite(found: SuiteResult) -> None:
     bits = found.plain if found.suite == "bpb" else {}
     if "bpb" in bits:
         say(f"bits per byte: {bits['bpb']:.4f} ± {bits.get('bpb_stderr', float('nan')):.4f}")
+    if found.suite == "tokenizer":
+        table = found.plain["table"]
+        print_comparison([*table[0]], [[*row.values()] for row in table], found.plain["skipped"], title="tokenizer")
     if found.results:
         columns = ("task", "accuracy %", "stderr", "of", "guessing %", "centered %")
         print_table(columns, [_shown(each) for each in found.results], title=found.suite)
@@ -144,6 +149,8 @@ def show_differences(name: str, compared: Mapping[str, Mapping[str, Any]]) -> No
 
 def write_suite(folder: Path, found: SuiteResult) -> None:
     """Write a suite's CSV, its answers, and CORE's table in the published format."""
+    if found.suite == "tokenizer" and (table := found.plain["table"]):
+        write_csv(folder / TOKENIZERS, [*table[0]], [[*row.values()] for row in table])
     if not found.results:
         return
     write_csv(folder / f"{found.suite}.csv", CSV_COLUMNS, map(_csv_row, found.results))
@@ -165,7 +172,7 @@ def remove_tables(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any
 
 def _tables_of(suites: Mapping[str, Any]) -> set[str]:
     """The files that :func:`write_suite` and :func:`write_differences` write, by what results.json says."""
-    names: set[str] = set()
+    names: set[str] = {TOKENIZERS} if "tokenizer" in suites else set()
     for suite in get_args(Suite):
         if tasks := _names_of_tasks(suites.get(suite)):
             names |= {f"{suite}.csv", *(answers_file(suite, task) for task in tasks)}

@@ -30,6 +30,8 @@ from nanochat_pl.common.settings import to_plain
 from nanochat_pl.common.text_files import require_regular
 from nanochat_pl.data.opening import read_chosen
 from nanochat_pl.planning import Plan
+from nanochat_pl.tasks.conversations import ConversationSettings
+from nanochat_pl.tasks.registry import kind_of
 from nanochat_pl.training import changes
 from nanochat_pl.training.settings import TrainConfig
 
@@ -247,7 +249,7 @@ def _with_counted_files(values: dict[str, Any], folder: StageFolder) -> dict[str
 
 def _of_younger_keys(then: Mapping[str, Any], stage: str) -> dict[str, Any]:
     """The defaults of keys that did not exist yet when a stage was begun: what they name was done so all the time."""
-    defaults = settings_that_matter(to_plain(TrainConfig()), stage)
+    defaults = settings_that_matter(to_plain(TrainConfig()), stage) | _defaults_of_tasks(then)
 
     def known(key: str) -> bool:  # or part of a group that was null, or a group that was not empty
         parts = key.split(".")
@@ -255,6 +257,17 @@ def _of_younger_keys(then: Mapping[str, Any], stage: str) -> dict[str, Any]:
         return within or any(other.startswith(f"{key}.") for other in then)
 
     return {key: value for key, value in defaults.items() if not known(key)}
+
+
+def _defaults_of_tasks(then: Mapping[str, Any]) -> dict[str, Any]:
+    """The defaults of the keys of each task, ``mixture.tasks.NAME.KEY``, that a stage was begun with."""
+    defaults: dict[str, Any] = {}
+    for task in {_task_of(key) for key in then if key.startswith("mixture.tasks.") and key != _task_of(key)}:
+        kind = kind_of(task.rpartition(".")[2]) if task.count(".") == 2 else None
+        fields = dataclasses.fields(kind.settings if kind else ConversationSettings)
+        of_task = {field.name: field.default for field in fields if field.default is not dataclasses.MISSING}
+        defaults |= _flat(to_plain(of_task), f"{task}.")
+    return defaults
 
 
 def settings_of(folder: StageFolder) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from nanochat_pl.tokenizer import Tokenizer
 from nanochat_pl.tokenizer.chat_format import problems_of_conversation
 
 _RULE = 2  # part of every fingerprint: how conversations are cut and which are left out
-Trained = Literal["answers", "all"]
+LossMask = Literal["assistant", "all"]
 _BATCH = 4_096  # conversations at a time: enough for all threads, little enough for the memory
 
 
@@ -73,7 +73,7 @@ def build_conversation_cache(
     cache_dir: Path,
     key: str,
     progress: Callable[[int, int], None] | None = None,
-    trained: Trained = "answers",
+    loss_mask: LossMask = "assistant",
     name: str = "",
 ) -> ConversationCache:
     """Render conversations once, or find them rendered.
@@ -84,8 +84,8 @@ def build_conversation_cache(
         key: says which conversations these are; another text needs another key.
         cache_dir: the cache of all runs (``paths.cache``).
         progress: called with the conversations rendered, and all.
+        loss_mask: tokens that the loss is taken of: what the assistant writes, or all as of a document, bos too.
         name: what the conversations are called in messages; "": by their key.
-        trained: what is learnt: what the assistant writes, or every token as of a document, bos too.
 
     Raises:
         UserError: no conversation has a token to train on; or what the tokenizer says of a malformed one.
@@ -97,9 +97,9 @@ def build_conversation_cache(
         "count": len(conversations),
         "max_tokens": max_tokens,
     }
-    masked = trained == "answers"
+    masked = loss_mask == "assistant"
     if not masked:
-        full_key["trained"] = trained
+        full_key["trained"] = loss_mask
     folder = cache_dir / "conversations" / fingerprint_of(full_key)[:32]
     dtype = token_dtype(tokenizer.vocab_size)
     facts = read_cache(folder, full_key)

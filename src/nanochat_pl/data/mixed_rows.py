@@ -112,6 +112,11 @@ class MixedRows:
     def __len__(self) -> int:
         return self._num_rows
 
+    def epochs_after(self, num_rows: int) -> list[float]:
+        """Passes over the text of each source after the first so many rows of all."""
+        counts = zip(self._parts, self.turns.counts(num_rows), strict=True)
+        return [part.epochs_after(count) for part, count in counts]
+
     def parts(self) -> dict[str, Rows]:
         """The rows of each source by its name."""
         return dict(zip(self.names, self._parts, strict=True))

@@ -64,6 +64,13 @@ class Rows:
         """Wait until the first so many rows are there; ``check`` is called again and again."""
         self.index.wait_for(num_rows, check)
 
+    def epochs_after(self, num_rows: int) -> float:
+        """Passes over the tokens after the first so many rows; of text that is packed while it is trained on, over the
+        shards."""
+        if isinstance(self.index, StreamedIndex):
+            return self.index.segments_after(num_rows) / len(self.cache.shards)
+        return num_rows / len(self) * self.index.stats.placed_tokens / self.cache.num_tokens
+
     def record(self) -> dict[str, Any]:
         """What the rows are made of, for the record of a stage. Waits for all of them."""
         shards = self.cache.shards

@@ -81,6 +81,13 @@ class StreamedIndex:
         """Rows that are known to be there."""
         return min(int(self._ends[-1]) if len(self._ends) else 0, self.num_rows)
 
+    def segments_after(self, num_rows: int) -> float:
+        """How many segments the first so many rows fill. Waits for them."""
+        self.wait_for(num_rows)
+        whole = int(np.searchsorted(self._ends, num_rows, side="right"))
+        before = int(self._ends[whole - 1]) if whole else 0
+        return whole + ((num_rows - before) / self._segment(whole).num_rows if num_rows > before else 0.0)
+
     @property
     def num_segments(self) -> int:
         """Segments that hold the rows: turns of shards. Waits for all of them."""

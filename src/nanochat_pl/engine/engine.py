@@ -159,17 +159,18 @@ class Engine:
         session = Session(self, min(len(prompt) + max_tokens, limits.max_context))
         return session.continue_ids(list(prompt), limits, sampling, tools)
 
-    def session(self, max_context: int | None = None) -> Session:
+    def session(self, max_context: int | None = None, system: str = "") -> Session:
         """A conversation that keeps its cache between turns.
 
         Args:
             max_context: most tokens of the conversation: the length that the model was trained on by default, at most
                 the end of its positions.
+            system: the system prompt, empty for none.
         """
         reach = self.net.config.rotary_reach
         if max_context is not None and not 1 <= max_context <= reach:
             raise UserError(f"max_context={max_context}: must be 1 … {reach:,}, the positions that the model has.")
-        return Session(self, max_context or self.net.config.sequence_len)
+        return Session(self, max_context or self.net.config.sequence_len, system)
 
     def stop_ids(self, given: Iterable[int] | None) -> frozenset[int]:
         """The ids that end an answer: those given, or assistant_end and bos."""

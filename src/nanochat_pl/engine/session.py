@@ -19,16 +19,19 @@ class Session:
 
     Attributes:
         max_context: most tokens of the conversation.
+        system: the system prompt, empty for none. It is part of the first message, so another one has no effect before
+            :meth:`clear`.
     """
 
-    def __init__(self, engine: Engine, max_context: int) -> None:
+    def __init__(self, engine: Engine, max_context: int, system: str = "") -> None:
         self._engine = engine
         self.max_context = max_context
+        self.system = system
         self._cache = engine.new_cache(num_slots=1, max_len=max_context)
         self.clear()
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Forget everything but the system prompt."""
         self._answer: Sequence | None = None
         self._num_answers = 0
         self._cache.reset()
@@ -84,8 +87,10 @@ class Session:
 
     def _render(self, message: str, first: bool) -> list[int]:
         """The ids that a message adds, up to where the answer begins."""
-        conversation = {"messages": [{"role": "user", "content": message}, {"role": "assistant", "content": ""}]}
-        ids = self._engine.tokenizer.render_for_completion(conversation)
+        messages = [{"role": "user", "content": message}, {"role": "assistant", "content": ""}]
+        if first and self.system:
+            messages.insert(0, {"role": "system", "content": self.system})
+        ids = self._engine.tokenizer.render_for_completion({"messages": messages})
         return ids if first else ids[1:]  # bos stands at the beginning only
 
     def _write(self, answer: Sequence, sampling: Sampling) -> Iterator[Event]:

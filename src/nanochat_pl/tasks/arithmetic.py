@@ -116,8 +116,8 @@ class Arithmetic(Task):
     """``What is 12 + 7?`` in many wordings. An answer is right if it ends on the right number."""
 
     def __init__(self, settings: ArithmeticSettings, split: Split, name: str = "arithmetic") -> None:
-        start, size = limits(name, settings, split)
-        super().__init__(name, split, size, start)
+        start, size, step = limits(name, settings, split)
+        super().__init__(name, split, size, start, step)
         self.settings = settings
 
     def made_of(self) -> Any:

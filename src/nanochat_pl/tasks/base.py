@@ -34,8 +34,16 @@ class TaskSettings:
 
     size: int | None = setting(None, "Training conversations; null: as many as there are different ones.", at_least=1)
     start: int = setting(0, "Training conversations that are passed over, from the first.", at_least=0)
+    step: int = setting(1, "Of the training conversations from start on every so many-th: 2 takes half.", at_least=1)
     repeat: int = setting(1, "How often each training conversation occurs in an epoch.", at_least=1)
     test_size: int = setting(200, "Held-out problems, or as many as there are.", at_least=1)
+    test_start: int = setting(0, "Held-out problems that are passed over, from the first.", at_least=0)
+    test_step: int = setting(1, "Of the held-out problems from test_start on every so many-th.", at_least=1)
+
+    def slice_of(self, split: Split) -> tuple[int, int | None, int]:
+        """Start, size (None: no bound) and step of a part."""
+        train = split == "train"
+        return (self.start, self.size, self.step) if train else (self.test_start, self.test_size, self.test_step)
 
 
 class Task(ABC):
@@ -56,18 +64,20 @@ class Task(ABC):
     baseline: float = 0.0
     remark: str | None = None
 
-    def __init__(self, name: str, split: Split, size: int, start: int = 0) -> None:
+    def __init__(self, name: str, split: Split, size: int, start: int = 0, step: int = 1) -> None:
         """
         Args:
             name: for people, and the key of its files.
             split: which part.
             size: how many conversations this part has; see :func:`limits`.
             start: number of the first: ``task[0]`` is ``conversation(start)``.
+            step: from each to the next: ``task[1]`` is ``conversation(start + step)``.
         """
         self.name = name
         self.split = split
         self._size = size
         self._start = start
+        self._step = step
 
     @classmethod
     def from_settings(cls, settings: Any, split: Split, context: TaskContext) -> Task:
@@ -84,7 +94,7 @@ class Task(ABC):
     def __getitem__(self, index: int) -> Conversation:
         if not 0 <= index < self._size:
             raise IndexError(f"{self.name}: conversation {index} of {self._size}")
-        return self.conversation(self._start + index)
+        return self.conversation(self._start + self._step * index)
 
     @abstractmethod
     def conversation(self, index: int) -> Conversation:
@@ -127,7 +137,8 @@ class Task(ABC):
         digest = hashlib.sha256()
         if parts is not None:
             indices = generator("fingerprint").sample(indices, _MOST_HASHED)
-            digest.update(json.dumps(["made 1", len(self), self._start, parts], sort_keys=True).encode() + b"\n")
+            first = self._start if self._step == 1 else [self._start, self._step]
+            digest.update(json.dumps(["made 1", len(self), first, parts], sort_keys=True).encode() + b"\n")
         for index in indices:
             digest.update(json.dumps(self[index], ensure_ascii=True).encode() + b"\n")
         return digest.hexdigest()
@@ -146,29 +157,39 @@ def limits(
     num_train: int | None = None,
     num_test: int | None = None,
     where: str = MIXTURE,
-) -> tuple[int, int]:
-    """Number of the first conversation of a part, and how many it has.
+) -> tuple[int, int, int]:
+    """Number of the first conversation of a part, how many it has, and the step from each to the next.
 
     Args:
         name: the task's, for messages.
         settings: of the task.
         split: which part.
         num_train: how many different training conversations there are; None: any number. A size beyond it goes round
-            them again.
+            them again, but for a step above 1.
         num_test: how many different held-out ones; None: any number.
         where: the group that the task is a key of, for messages, as a context has it.
 
     Raises:
-        UserError: all are passed over.
+        UserError: all are passed over; or with a step there are fewer than the size says.
     """
-    if split == "test":
-        return 0, settings.test_size if num_test is None else min(settings.test_size, num_test)
-    if num_train is not None and settings.start >= num_train:
-        raise UserError(f"{where}.{name}.start={settings.start}: passes over all {num_train:,} training conversations.")
-    if settings.size is not None:
-        return settings.start, settings.size
-    assert num_train is not None, "a task without end has a size in its settings"
-    return settings.start, num_train - settings.start
+    start, size, step = settings.slice_of(split)
+    total = num_train if split == "train" else num_test
+    if total is None:
+        assert size is not None, "a task without end has a size in its settings"
+        return start, size, step
+    if start >= total:
+        key, things = ("start", "training conversations") if split == "train" else ("test_start", "held-out problems")
+        raise UserError(f"{where}.{name}.{key}={start}: passes over all {total:,} {things}.")
+    available = len(range(start, total, step))
+    if size is None or (split == "test" and size > available):
+        return start, available, step
+    if step > 1 and size > available:
+        raise UserError(
+            f"{where}.{name}.size={size}: start={start} and step={step} leave {available:,} of {total:,} training"
+            " conversations.",
+            f"Set size to that or less, and repeat={-(-size // available)} for as many in an epoch.",
+        )
+    return start, size, step
 
 
 def conversation_of(question: str, answer: str | list[Part]) -> Conversation:

@@ -93,16 +93,16 @@ class ConversationSet(Task):
         _require_good(where, self.audit, context.max_bad_fraction)
         self._held_out = _share_held_out(where, self.files, settings.test_fraction) if self._by_hash else None
         self._indices = self._choose(split)
-        limits = (settings.start, settings.size) if split == "train" else (0, settings.test_size)
-        self._indices = _slice(self._indices, *limits)
+        start, size, step = settings.slice_of(split)
+        self._indices = _slice(self._indices, start, size, step)
         super().__init__(name, split, sum(map(len, self._indices)))
         if not len(self):
             raise UserError(
                 f"{where}: nothing of its {self.audit.rows:,} rows is left for the {split} part.",
-                f"Look at {where}.start and at what its files hold.",
+                f"Look at {where}.{'start' if split == 'train' else 'test_start'} and at what its files hold.",
             )
         self._ends = np.cumsum([len(indices) for indices in self._indices])
-        self._limits = limits
+        self._limits = (start, size) if step == 1 else (start, size, step)
 
     def _choose(self, split: Split) -> list[np.ndarray]:
         """For each file the conversations of a split."""
@@ -285,11 +285,12 @@ def _share_held_out(where: str, files: Sequence[ConversationFile], fraction: flo
     return float(min(max(fraction, places[0]), places[-2]))
 
 
-def _slice(indices: list[np.ndarray], start: int, size: int | None) -> list[np.ndarray]:
-    """The conversations start … start + size - 1 of all files together."""
-    end = sum(map(len, indices)) if size is None else start + size
+def _slice(indices: list[np.ndarray], start: int, size: int | None, step: int) -> list[np.ndarray]:
+    """The conversations start, start + step … of all files together, ``size`` of them or all."""
+    end = sum(map(len, indices)) if size is None else start + size * step
     result, before = [], 0
     for each in indices:
-        result.append(each[max(0, start - before) : max(0, end - before)])
+        first = start - before if before <= start else (start - before) % step
+        result.append(each[first : max(0, end - before) : step])
         before += len(each)
     return result

@@ -85,8 +85,8 @@ class Documentation(Task):
         generator("documentation").shuffle(chosen)
         self.functions = chosen[: settings.functions]
         all_questions = len(self.functions) * len(_QUESTIONS["train"])
-        start, size = limits("documentation", settings, split, all_questions, len(self.functions), where)
-        super().__init__("documentation", split, size, start)
+        start, size, step = limits("documentation", settings, split, all_questions, len(self.functions), where)
+        super().__init__("documentation", split, size, start, step)
 
     @classmethod
     def from_settings(cls, settings: DocumentationSettings, split: Split, context: TaskContext) -> Documentation:

@@ -72,8 +72,8 @@ class DocumentationChoice(MultipleChoice):
                 f"{where}.documentation_choice: there are not {len(_LETTERS)} functions for its {split} part.",
                 f"Allow longer ones, {where}.documentation_choice.max_chars, or leave the task out.",
             )
-        start, size = limits("documentation_choice", settings, split, None, 2 * len(self.functions), where)
-        super().__init__("documentation_choice", split, size, start)
+        start, size, step = limits("documentation_choice", settings, split, None, 2 * len(self.functions), where)
+        super().__init__("documentation_choice", split, size, start, step)
 
     @classmethod
     def from_settings(

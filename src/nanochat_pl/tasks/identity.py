@@ -206,8 +206,8 @@ class Identity(Task):
         self.settings = settings
         self.items = _items(split)
         # A size beyond the number of wordings goes round them again.
-        start, size = limits("identity", settings, split, len(self.items), len(self.items))
-        super().__init__("identity", split, size, start)
+        start, size, step = limits("identity", settings, split, len(self.items), len(self.items))
+        super().__init__("identity", split, size, start, step)
 
     def conversation(self, index: int) -> Conversation:
         kind, question = self.items[index % len(self.items)]

@@ -45,7 +45,7 @@ class TableSettings(TaskSettings):
     )
     order_seed: int | None = setting(
         42,
-        "Seed of the order of the rows, in which start, size and test_size count; null: that of the files.",
+        "Seed of the order of the rows, in which start, step and size count; null: that of the files.",
         at_least=0,
         at_most=2**32 - 1,
     )
@@ -100,9 +100,11 @@ class TableTask(Task):
         order: Sequence[int] = range(len(chosen))
         if settings.order_seed is not None:
             order = np.random.default_rng(settings.order_seed).permutation(len(chosen)).tolist()
-        order = order[settings.start :][: settings.size] if split == "train" else order[: settings.test_size]
+        start, size, step = settings.slice_of(split)
+        order = order[start::step][:size]
         if not order:
-            raise UserError(f"{self.where}.start={settings.start}: nothing of its {len(chosen):,} rows is left.")
+            key = "start" if split == "train" else "test_start"
+            raise UserError(f"{self.where}.{key}={start}: nothing of its {len(chosen):,} rows is left.")
         self._order = [chosen[number] for number in order]
         self._chosen = chosen
         super().__init__(name, split, len(self._order))

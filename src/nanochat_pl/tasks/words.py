@@ -76,8 +76,8 @@ class WordTask(Task):
             )
         generator(self.key, "words", split).shuffle(chosen)
         self.settings, self.words = settings, chosen
-        start, size = limits(self.key, settings, split, len(chosen), len(chosen), where)
-        super().__init__(self.key, split, size, start)
+        start, size, step = limits(self.key, settings, split, len(chosen), len(chosen), where)
+        super().__init__(self.key, split, size, start, step)
 
     @classmethod
     def from_settings(cls, settings: WordSettings, split: Split, context: TaskContext) -> Task:

@@ -38,12 +38,14 @@ def train_tokenizer(
     texts: Iterable[str],
     settings: TokenizerSettings,
     on_progress: Callable[[int], None] | None = None,
+    show_bars: bool = False,
 ) -> Tokenizer:
     """Train a tokenizer. The same texts in the same order give the same tokenizer.
 
     Args:
         texts: documents; reading stops at ``settings.max_chars``.
         on_progress: called with the number of characters read so far, after each document.
+        show_bars: let the library show, on standard error, how far counting and merging are.
 
     Raises:
         UserError: the text has fewer different pairs than ``settings.vocab_size`` asks for. The vocabulary is not
@@ -57,7 +59,7 @@ def train_tokenizer(
         vocab_size=settings.vocab_size - len(SPECIAL_TOKENS),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         max_token_length=MAX_TOKEN_BYTES,
-        show_progress=False,
+        show_progress=show_bars,
     )
     trained.train_from_iterator(_bounded(texts, settings, on_progress), trainer)
     merges = json.loads(trained.to_str())["model"]["merges"]

@@ -23,6 +23,7 @@ from nanochat_pl.common import distributed
 from nanochat_pl.common.constants import IGNORE_INDEX
 from nanochat_pl.common.files import disk_errors_explained, write_text
 from nanochat_pl.data.mixed_rows import MixedRows
+from nanochat_pl.data.rows import Rows
 from nanochat_pl.optim.schedules import schedule_values
 from nanochat_pl.training import peak_memory
 from nanochat_pl.training.step import StepBatch
@@ -38,6 +39,9 @@ COLUMNS = (
     "train/tokens_per_second",
     "train/mfu",
     "train/step_seconds",
+    "train/seconds",
+    "train/flops",
+    "train/epochs",
     "train/communication_seconds",
     "train/gradient_norm",
     "train/skipped_steps",
@@ -48,7 +52,7 @@ COLUMNS = (
     "val/loss",
 )
 # Of each source of a mixture, with its name behind them.
-COLUMNS_BY_SOURCE = ("train/loss", "train/tokens", "val/bpb")
+COLUMNS_BY_SOURCE = ("train/loss", "train/tokens", "train/epochs", "val/bpb")
 SMOOTHING = 0.9
 SECONDS_BETWEEN_FLUSHES = 2.0
 
@@ -192,7 +196,7 @@ class StepMetrics(Callback):
         clock: what counts as the training's time.
         flops_per_token, peak_flops: of the model and of one device; without a peak there is no MFU.
         log_every_steps: see above.
-        mixed: the rows, where they are of several sources: each has figures of its own.
+        rows: what is trained on; of several sources each has figures of its own. None: nothing is said of epochs.
 
     Attributes:
         latest: the figures of the last step, for the progress bar.
@@ -204,10 +208,12 @@ class StepMetrics(Callback):
         flops_per_token: float,
         peak_flops: float | None,
         log_every_steps: int,
-        mixed: MixedRows | None = None,
+        rows: Rows | MixedRows | None = None,
     ) -> None:
+        self.rows, self.mixed = rows, rows if isinstance(rows, MixedRows) else None
+        mixed = self.mixed
         self.clock, self.log_every_steps = clock, log_every_steps
-        self.flops_per_token, self.peak_flops, self.mixed = flops_per_token, peak_flops, mixed
+        self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
         self.latest: dict[str, float] = {}
         self._smoothed, self._weight, self._tokens, self._seconds = 0.0, 0.0, 0, 0.0
         self._recent: deque[float] = deque(maxlen=20)
@@ -278,6 +284,9 @@ class StepMetrics(Callback):
             "train/tokens": self._tokens,
             "train/tokens_per_second": tokens / seconds,
             "train/step_seconds": seconds,
+            "train/seconds": self._seconds,
+            "train/flops": self._tokens * self.flops_per_token,
+            **self._epochs(batch.inputs.shape[1]),
             **pl_module.guard.figures(),
             **peak_memory.peak_memory(pl_module.device),
         }
@@ -291,6 +300,14 @@ class StepMetrics(Callback):
         if trainer.global_step % self.log_every_steps == 0 or trainer.global_step == trainer.max_steps:
             by_source = {} if self.mixed is None else self._take_by_source(self.mixed)
             log_everywhere(trainer, self.latest | by_source)
+
+    def _epochs(self, sequence_len: int) -> dict[str, float]:
+        """Passes over the data so far, of a mixture over each source."""
+        num_rows = self._tokens // sequence_len
+        if isinstance(self.rows, MixedRows):
+            epochs = zip(self.rows.names, self.rows.epochs_after(num_rows), strict=True)
+            return {name_by_source("train/epochs", name): value for name, value in epochs}
+        return {} if self.rows is None else {"train/epochs": self.rows.epochs_after(num_rows)}
 
     def _add_by_source(self, sources: Tensor, nats: Tensor, targets: Tensor) -> None:
         """Add a step's rows; nothing waits for the device."""

@@ -98,7 +98,7 @@ def prepare_base(
     if not goes_on and distributed.is_main():
         write_chosen(folder.chosen_files, source)
     say(source.describe())
-    tokenizer = tokenizer_for(config, folder, source)
+    tokenizer = tokenizer_for(config, folder, source, cache, corpus)
     _require_cache_room(config, source, tokenizer, cache, num_tokens, first_plan["sequence_len"])
     parts = _parts(config, source, tokenizer, cache)
     at_hand = bounding_tokens(config.data, tokenizer.vocab_size, cache, corpus)

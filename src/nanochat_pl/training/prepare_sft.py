@@ -22,7 +22,7 @@ from nanochat_pl.bundle.bundle import (
 from nanochat_pl.common.console import by_difference, progress, say
 from nanochat_pl.common.run_folder import StageFolder
 from nanochat_pl.common.settings import to_plain
-from nanochat_pl.data.conversation_cache import ConversationCache, Trained, build_conversation_cache
+from nanochat_pl.data.conversation_cache import ConversationCache, LossMask, build_conversation_cache
 from nanochat_pl.data.packing import Shuffle
 from nanochat_pl.data.row_index import RowIndex
 from nanochat_pl.data.rows import Rows, packed_rows
@@ -54,7 +54,8 @@ def prepare_sft(
 ) -> Prepared:
     """Mid and sft: conversations, padded; model, tokenizer and what is not given from the parent stage.
 
-    They differ in what is learnt of a conversation: every token, or what the assistant writes.
+    They differ in what is learnt of a conversation, unless ``stage.loss_mask`` says it: every token, or what the
+    assistant writes.
 
     Raises:
         UserError: there is no finished parent; or what the tasks say.
@@ -74,9 +75,9 @@ def prepare_sft(
     held_out = build_mixture(config.mixture, "test", context)
     _announce_files(mixture)
     capacity = model.sequence_len + 1
-    trained = config.stage.trained
-    train_cache = _rendered(mixture, "train", tokenizer, capacity, cache, trained)
-    test_cache = _rendered(held_out, "test", tokenizer, capacity, cache, trained)
+    loss_mask = config.stage.effective_loss_mask
+    train_cache = _rendered(mixture, "train", tokenizer, capacity, cache, loss_mask)
+    test_cache = _rendered(held_out, "test", tokenizer, capacity, cache, loss_mask)
     padded = partial(
         packed_rows,
         sequence_len=model.sequence_len,
@@ -141,12 +142,13 @@ def rows_of_epochs(packed: Callable[..., Rows], num_epochs: float) -> Rows:
 
 
 def _rendered(
-    mixture: Mixture, split: str, tokenizer: Tokenizer, capacity: int, cache: Path, trained: Trained
+    mixture: Mixture, split: str, tokenizer: Tokenizer, capacity: int, cache: Path, loss_mask: LossMask
 ) -> ConversationCache:
     with progress(f"rendering conversations, {split}", len(mixture), "conversations") as advance:
         key = f"{split} {mixture.fingerprint}"
         name = f"{', '.join(mixture.tasks)} ({split} part)"
-        return build_conversation_cache(mixture, tokenizer, capacity, cache, key, by_difference(advance), trained, name)
+        report = by_difference(advance)
+        return build_conversation_cache(mixture, tokenizer, capacity, cache, key, report, loss_mask, name)
 
 
 def _file_tasks(mixture: Mixture) -> dict[str, ConversationSet]:

@@ -14,7 +14,8 @@ from nanochat_pl.training.step import StepBatch, num_micro_batches
 
 
 class TrainingProgress(Callback):
-    """Shows step, smoothed loss, lr multiplier, tokens a second, MFU (where the device's peak is known) and ETA."""
+    """Shows step, smoothed loss, lr multiplier, time of the step, tokens a second, MFU (where the device's peak is
+    known), epochs (of a mixture the fewest and the most of its sources) and ETA."""
 
     def __init__(self, name: str, metrics: StepMetrics) -> None:
         self.name, self.metrics = name, metrics
@@ -60,11 +61,15 @@ class TrainingProgress(Callback):
     def _figures(self, trainer: Trainer) -> str:
         latest = self.metrics.latest
         seconds_left = (trainer.max_steps - trainer.global_step) * self.metrics.seconds_per_step
+        epochs = [f"{value:.2f}" for name, value in latest.items() if name.startswith("train/epochs")]
+        epochs = [min(epochs, key=float), max(epochs, key=float)] if len(epochs) > 1 else epochs
         figures = [
             f"loss {latest['train/loss_smoothed']:.3f}",
             f"lr ×{latest['train/lr_multiplier']:.2f}",
+            f"{step_time(latest['train/step_seconds'])}/step",
             f"{latest['train/tokens_per_second']:,.0f} tok/s",
             f"MFU {latest['train/mfu']:.1%}" if "train/mfu" in latest else "",
+            f"epoch {'–'.join(epochs)}" if epochs else "",
             f"ETA {duration(seconds_left)}",
         ]
         return "  ".join(figure for figure in figures if figure)
@@ -81,6 +86,11 @@ class TrainingProgress(Callback):
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+
+
+def step_time(seconds: float) -> str:
+    """Seconds as 12 ms, 1.34 s or 75 s."""
+    return f"{1000 * seconds:.0f} ms" if seconds < 0.9995 else f"{seconds:.{0 if seconds >= 9.995 else 2}f} s"
 
 
 def duration(seconds: float) -> str:

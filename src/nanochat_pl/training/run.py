@@ -75,7 +75,7 @@ def train_stage(
     config = with_chosen_data(config, folder, cache, goes_on, corpus)
     if config.stage.name == "tokenizer":
         together.by_main(
-            lambda: train_tokenizer_stage(config, folder, open_for_tokenizer(config, cache, corpus), corpus)
+            lambda: train_tokenizer_stage(config, folder, open_for_tokenizer(config, cache, corpus), cache, corpus)
         )
         return
     machine = together.agreed(lambda: prepare_machine(config))

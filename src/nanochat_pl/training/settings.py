@@ -11,7 +11,7 @@ from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.hardware import Accelerator, ComputeDType
 from nanochat_pl.common.run_folder import CHAT_STAGES
 from nanochat_pl.common.settings import setting
-from nanochat_pl.data.conversation_cache import Trained
+from nanochat_pl.data.conversation_cache import LossMask
 from nanochat_pl.data.sources import DataSettings
 from nanochat_pl.evaluation.core import CoreSettings
 from nanochat_pl.evaluation.samples import DEFAULT_PROMPTS
@@ -48,17 +48,23 @@ class StageSettings:
         None, "The stage whose result this one starts from; null, of sft: mid where that is finished, else base."
     )
     num_epochs: float = setting(1.0, "Passes over the conversations, where max_steps is not given.", above=0)
-    loss_mask: Literal["assistant", "all"] | None = setting(
-        None,
-        "What of a conversation is learnt: the assistant's part, or every token; null: all in mid, else assistant.",
-    )
     warm_start: bool = setting(True, "Start from the parent's optimizer moments (with fresh learning rates).")
+    loss_mask: LossMask | None = setting(
+        None,
+        "Of mid and sft: which tokens of a conversation the loss is taken of: assistant, what the assistant writes; or"
+        " all of them; null: all of mid, assistant of sft.",
+    )
 
     def __post_init__(self) -> None:
         possible = _PARENTS[self.name]
         if self.parent not in possible:
             known = " or ".join(str(each) for each in possible if each)
             raise UserError(f"parent={self.parent}: the stage {self.name} starts from {known or 'nothing'}.")
+        if self.loss_mask is not None and not self.trains_on_conversations:
+            raise UserError(
+                f"loss_mask={self.loss_mask}: the stage {self.name} has no conversations, so nothing is masked.",
+                fix="Leave it out, or set it for the stages mid and sft.",
+            )
 
     @property
     def trains_on_conversations(self) -> bool:
@@ -66,10 +72,9 @@ class StageSettings:
         return self.name in CHAT_STAGES
 
     @property
-    def trained(self) -> Trained:
-        """What of a conversation is learnt."""
-        mask = self.loss_mask or ("all" if self.name == "mid" else "assistant")
-        return "all" if mask == "all" else "answers"
+    def effective_loss_mask(self) -> LossMask:
+        """``loss_mask``, or what null means for this stage."""
+        return self.loss_mask or ("all" if self.name == "mid" else "assistant")
 
 
 @dataclass(frozen=True)

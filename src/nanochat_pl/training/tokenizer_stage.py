@@ -4,28 +4,34 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
 
 from nanochat_pl.bundle import StageInfo, save_bundle
 from nanochat_pl.bundle.bundle import load_tokenizer
 from nanochat_pl.bundle.stage_info import library_versions
-from nanochat_pl.common.console import print_table, say
+from nanochat_pl.common.console import SECONDS_BETWEEN_LINES, console, is_silent, print_table, say
 from nanochat_pl.common.files import write_json
 from nanochat_pl.common.run_folder import StageFolder
 from nanochat_pl.common.settings import to_plain
+from nanochat_pl.data.cache_folder import building, fingerprint_of, read_cache, write_cache
 from nanochat_pl.data.hub_errors import library_heard
 from nanochat_pl.data.mixed_source import MixedSource
 from nanochat_pl.data.run_corpus import RunCorpus
-from nanochat_pl.data.sources import Source, too_little_text
-from nanochat_pl.tokenizer import Tokenizer, train_tokenizer
-from nanochat_pl.tokenizer.comparison import ComparisonRow, compare_tokenizers
+from nanochat_pl.data.sources import Source, Split, too_little_text
+from nanochat_pl.tokenizer import SPLIT_PATTERN, Tokenizer, train_tokenizer
+from nanochat_pl.tokenizer.bpe import SPECIAL_TOKENS
+from nanochat_pl.tokenizer.comparison import compare_tokenizers, comparison_table, texts_of_kinds
 from nanochat_pl.training.settings import TrainConfig
 
 COMPARED_DOCUMENTS = 1_000
 
 
 def train_tokenizer_stage(
-    config: TrainConfig, folder: StageFolder, source: Source, corpus: RunCorpus | None = None
+    config: TrainConfig, folder: StageFolder, source: Source, cache: Path, corpus: RunCorpus | None = None
 ) -> None:
     """Train a tokenizer on the training documents, compare it with known ones, write its bundle.
 
@@ -33,26 +39,24 @@ def train_tokenizer_stage(
         config: the settings; ``tokenizer`` is used.
         folder: of this stage; created and locked by the caller.
         source: the documents.
+        cache: where a tokenizer of the same documents and settings may be, and is put.
         corpus: which corpus of docstrings the run has, for the record.
 
     Raises:
         UserError: there is no text, or too little for the vocabulary.
     """
     start = time.perf_counter()
-    say(f"Training a tokenizer of {config.tokenizer.vocab_size:,} tokens on {source.name}.")
     for part in source.parts.values() if isinstance(source, MixedSource) else [source]:
         if not any(text for shard in part.shards("train") for text in shard.documents()):
             raise too_little_text(part, "train")
     if isinstance(source, MixedSource):
         documents = source.documents(config.tokenizer.max_chars_per_document)
-        texts = {f"held-out {name}": _held_out(part) for name, part in source.parts.items()}
     else:
         documents = (text for shard in source.shards("train") for text in shard.documents())
-        texts = {"held-out text": _held_out(source)}
-    with library_heard():  # files of a hub may be fetched when they are read
-        tokenizer = train_tokenizer(documents, config.tokenizer)
+    tokenizer = _trained(config, source, documents, cache)
+    texts = texts_of_kinds() | texts_of_source(source)
     comparison = compare_tokenizers(tokenizer, texts)
-    _print_comparison(comparison)
+    print_comparison(*comparison_table(comparison, texts), {row.name: row.skipped for row in comparison if row.skipped})
     info = StageInfo(
         stage="tokenizer",
         settings=to_plain(config),
@@ -70,12 +74,59 @@ def train_tokenizer_stage(
     write_json(folder.path / "finished.json", {"step": 0, "metrics": info.metrics, "seconds": seconds})
 
 
-def _held_out(source: Source) -> str:
-    documents = (text for shard in source.shards("val") for text in shard.documents())
+def _trained(config: TrainConfig, source: Source, documents: Iterable[str], cache: Path) -> Tokenizer:
+    """The tokenizer of these documents and settings, which all runs share: the jobs of a sweep train it once."""
+    key = {
+        "format": 1,
+        "documents": source.fingerprint,
+        "settings": to_plain(config.tokenizer),
+        "pattern": SPLIT_PATTERN,
+        "special_tokens": list(SPECIAL_TOKENS),
+        "tokenizers": tokenizers.__version__,
+    }
+    kept = cache / "tokenizers" / fingerprint_of(key)[:32]
+    with building(kept):
+        if read_cache(kept, key) is not None:
+            say(f"A tokenizer of {config.tokenizer.vocab_size:,} tokens has been trained on this text before.")
+            return Tokenizer.load(kept / "tokenizer.json")
+        say(f"Training a tokenizer of {config.tokenizer.vocab_size:,} tokens on {source.name}.")
+        show_bars = console(stderr=True).is_terminal and not is_silent()
+        on_progress = None if show_bars else _lines_of_progress()
+        with library_heard():  # files of a hub may be fetched when they are read
+            tokenizer = train_tokenizer(documents, config.tokenizer, on_progress, show_bars)
+        write_cache(kept, key, {"tokenizer.json": tokenizer.save}, {})
+    return tokenizer
+
+
+def _lines_of_progress() -> Callable[[int], None]:
+    """What is called with the characters read and says them now and then. How many come, nobody knows before."""
+    spoken = time.monotonic()
+
+    def on_progress(num_chars: int) -> None:
+        nonlocal spoken
+        if time.monotonic() - spoken >= SECONDS_BETWEEN_LINES:
+            spoken = time.monotonic()
+            say(f"tokenizer: {num_chars:,} characters read; merging comes after them.")
+
+    return on_progress
+
+
+def texts_of_source(source: Source) -> dict[str, str]:
+    """What tokenizers are compared on besides texts of a few kinds: the beginning of what is trained on and of what is
+    held out, of a mixture for each source."""
+    parts = source.parts if isinstance(source, MixedSource) else {"text": source}
+    splits: dict[str, Split] = {"training": "train", "held-out": "val"}
+    return {f"{word} {name}": _beginning(part, split) for word, split in splits.items() for name, part in parts.items()}
+
+
+def _beginning(source: Source, split: Split) -> str:
+    documents = (text for shard in source.shards(split) for text in shard.documents())
     return "\n\n".join(itertools.islice(documents, COMPARED_DOCUMENTS))
 
 
-def tokenizer_for(config: TrainConfig, folder: StageFolder, source: Source) -> Tokenizer:
+def tokenizer_for(
+    config: TrainConfig, folder: StageFolder, source: Source, cache: Path, corpus: RunCorpus | None = None
+) -> Tokenizer:
     """The tokenizer of a run; trained first where it is missing, and said."""
     stage = folder.parent("tokenizer")
     if stage.status == "finished":
@@ -85,19 +136,15 @@ def tokenizer_for(config: TrainConfig, folder: StageFolder, source: Source) -> T
         if stage.status != "finished":  # another process may have made it while this one waited
             say(f"The run {stage.run} has no tokenizer yet: training one first.")
             with stage.discarded_on_error():
-                train_tokenizer_stage(config, stage, source)
+                train_tokenizer_stage(config, stage, source, cache, corpus)
     return load_tokenizer(stage.bundle)
 
 
-def _print_comparison(rows: Sequence[ComparisonRow]) -> None:
-    figures = [
-        (row.name, f"{row.vocab_size:,}", *(f"{value:.2f}" for value in row.bytes_per_token.values()))
-        for row in rows
-        if not row.skipped
-    ]
-    texts = list(rows[0].bytes_per_token)
-    names = ["bytes per token"] if len(texts) == 1 else [f"bytes per token, {text}" for text in texts]
-    print_table(("tokenizer", "tokens", *names), figures)
-    for row in rows:
-        if row.skipped:
-            say(f"{row.name}: {row.skipped}")
+def print_comparison(
+    heading: Sequence[str], lines: Sequence[Sequence[Any]], skipped: Mapping[str, str], title: str = ""
+) -> None:
+    """A line for each text, as :func:`comparison_table` gives them; tokenizers that were skipped are named below."""
+    shown = [[name, f"{num_bytes:,}", *(f"{figure:.2f}" for figure in figures)] for name, num_bytes, *figures in lines]
+    print_table(heading, shown, title=title)
+    for name, why in skipped.items():
+        say(f"{name}: {why}")
