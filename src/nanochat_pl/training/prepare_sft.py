@@ -59,6 +59,8 @@ def prepare_sft(
     mixture = build_mixture(config.mixture, "train", context)
     held_out = build_mixture(config.mixture, "test", context)
     _announce_files(mixture)
+    if mixture.num_joined:
+        say(mixture.describe_joined())
     capacity = model.sequence_len + 1
     trained = config.stage.trained
     train_cache = _rendered(mixture, "train", tokenizer, capacity, cache, trained)
@@ -182,6 +184,7 @@ def _record(mixture: Mixture, held_out: Mixture, cache: ConversationCache, rows:
         "mixture": {name: len(task) for name, task in mixture.tasks.items()},
         "fingerprint": mixture.fingerprint,
         "conversations": len(mixture),
+        "joined": {"conversations": mixture.num_joined, "turns": mixture.num_turns},
         "held_out_conversations": len(held_out),
         "train_tokens": cache.num_tokens,
         "rendering": asdict(cache.rendering),
