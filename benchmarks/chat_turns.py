@@ -12,14 +12,16 @@ from __future__ import annotations
 import argparse
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
+from typing import Any
 
 from nanochat_pl.bundle import load_bundle
 from nanochat_pl.bundle.bundle import load_stage_info
 from nanochat_pl.cli.locate import cache_folder
 from nanochat_pl.common.settings import build
-from nanochat_pl.engine import Engine, Session
+from nanochat_pl.engine import Engine, readable
 from nanochat_pl.evaluation.statistics import SHARES, standard_error
 from nanochat_pl.tasks import Task
 from nanochat_pl.tasks.context import TaskContext
@@ -27,7 +29,25 @@ from nanochat_pl.tasks.mixture import build_tasks, only_judged
 from nanochat_pl.tasks.settings import MixtureSettings
 from nanochat_pl.training.settings import PathsSettings
 
-Turn = tuple[str, int]  # a task and the number of its problem
+MAX_TOKENS, BATCH = 256, 32  # of an answer, as in the chat; answers at a time
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A turn: which task's problem it was, whether the answer was right, and both for people."""
+
+    task: str
+    right: bool
+    text: str
+
+
+@dataclass
+class Held:
+    """A chat as far as it was held: what the model still reads, all turns, and how many it reads no more."""
+
+    messages: list[dict[str, Any]] = field(default_factory=list)
+    turns: list[Turn] = field(default_factory=list)
+    num_dropped: int = 0
 
 
 def main() -> None:
@@ -50,23 +70,23 @@ def main() -> None:
     chats = scripted_chats(
         {name: len(task) for name, task in tasks.items()}, options.chats, options.turns, options.seed
     )
-    engine, dropped = Engine(bundle), 0
+    held = hold(chats, tasks, Engine(bundle))
+    for chat in held[: options.show]:
+        print("", *(f"{'right' if turn.right else 'WRONG'} | {turn.text}" for turn in chat.turns), sep="\n")
     by_turn: dict[str, list[bool]] = defaultdict(list)
     by_task: dict[str, list[bool]] = defaultdict(list)
-    for number, chat in enumerate(chats):
-        session = engine.session()
-        for turn, (name, index) in enumerate(chat, 1):
-            right = answers_rightly(engine, session, tasks[name], index, number < options.show)
-            by_turn[f"turn {turn}"].append(right)
-            by_task[name if turn > 1 else f"{name}, first turn"].append(right)
-        dropped += session.num_dropped > 0
+    for chat in held:
+        for number, turn in enumerate(chat.turns, 1):
+            by_turn[f"turn {number}"].append(turn.right)
+            by_task[turn.task if number > 1 else f"{turn.task}, first turn"].append(turn.right)
+    dropped = sum(chat.num_dropped > 0 for chat in held)
     print(f"{options.bundle}: {options.chats} chats of {options.turns} turns; turns were dropped in {dropped}")
     for table in (by_turn, dict(sorted(by_task.items()))):
         for name, outcomes in table.items():
             print(f"{name:<34} {_share(outcomes)}")
 
 
-def scripted_chats(sizes: Mapping[str, int], num_chats: int, num_turns: int, seed: int) -> list[list[Turn]]:
+def scripted_chats(sizes: Mapping[str, int], num_chats: int, num_turns: int, seed: int) -> list[list[tuple[str, int]]]:
     """The problems of each chat: none of them twice in all chats as far as there are enough, neighbours of other tasks.
 
     Args:
@@ -78,7 +98,7 @@ def scripted_chats(sizes: Mapping[str, int], num_chats: int, num_turns: int, see
     }
     chats = []
     for _ in range(num_chats):
-        chat: list[Turn] = []
+        chat: list[tuple[str, int]] = []
         for _ in range(num_turns):
             name = random.choice([name for name in sorted(sizes) if not chat or name != chat[-1][0]])
             chat.append((name, left[name].pop()))
@@ -86,19 +106,38 @@ def scripted_chats(sizes: Mapping[str, int], num_chats: int, num_turns: int, see
     return chats
 
 
-def answers_rightly(engine: Engine, session: Session, task: Task, index: int, show: bool) -> bool:
-    """Say one problem in a chat and judge the answer."""
-    conversation = task[index]
-    message = conversation["messages"][0]["content"]
-    for _ in session.say(message):
-        pass
-    start = engine.tokenizer.special_ids["<|assistant_start|>"]
-    ids = session.ids
-    answer = engine.tokenizer.parse_assistant(ids[len(ids) - ids[::-1].index(start) :])
-    right = task.evaluate(conversation, answer)
-    if show:
-        print(f"{'right' if right else 'WRONG'} | {message} | {''.join(part['text'] for part in answer)}")
-    return right
+def hold(chats: Sequence[Sequence[tuple[str, int]]], tasks: Mapping[str, Task], engine: Engine) -> list[Held]:
+    """Hold chats of equally many turns side by side, a turn of all at a time; what a chat's context cannot hold is
+    dropped as a session drops it.
+
+    Args:
+        chats: of each turn the task and the number of its problem.
+        tasks: by name.
+        engine: of the model.
+    """
+    held = [Held() for _ in chats]
+    most = engine.net.config.sequence_len
+    room = most - min(MAX_TOKENS, most // 4)
+    for turn in range(len(chats[0])):
+        problems = [tasks[chat[turn][0]][chat[turn][1]] for chat in chats]
+        prompts = []
+        for chat, problem in zip(held, problems, strict=True):
+            chat.messages.append(problem["messages"][0])
+            while len(prompt := engine.tokenizer.render_for_completion({"messages": chat.messages})) > room:
+                if len(chat.messages) == 1:
+                    break
+                del chat.messages[:2]
+                chat.num_dropped += 1
+            prompts.append(prompt)
+        results = engine.generate(prompts, max_tokens=MAX_TOKENS, max_batch=BATCH)
+        for chat, problem, script, result in zip(held, problems, chats, results, strict=True):
+            answer = engine.tokenizer.parse_assistant(result.ids)
+            shown = "".join(readable(part["type"], part["text"]) for part in answer)
+            name = script[turn][0]
+            right = tasks[name].evaluate(problem, answer)
+            chat.turns.append(Turn(name, right, f"{problem['messages'][0]['content']} | {shown}"))
+            chat.messages.append({"role": "assistant", "content": answer})
+    return held
 
 
 def _share(outcomes: Sequence[bool]) -> str:

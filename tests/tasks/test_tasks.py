@@ -63,7 +63,8 @@ def make(name: str, split: str) -> Task:
         case "documentation":
             return Documentation(DocumentationSettings(), split, FUNCTIONS)
         case "out_of_scope":
-            return OutOfScope(OutOfScopeSettings(size=2_000), split, [name for name, _ in MORE_FUNCTIONS])
+            settings = OutOfScopeSettings(size=2_000, function_share=0.25)
+            return OutOfScope(settings, split, [name for name, _ in MORE_FUNCTIONS])
     raise ValueError(name)
 
 
@@ -130,7 +131,7 @@ def test_kinds_of_questions_out_of_scope_are_held_out_whole():
     assert not set(task["train"].functions) & set(task["test"].functions)
     asked = [sum("module.function_" in question(conversation) for conversation in task[split]) for split in task]
     assert 0.2 < asked[0] / len(task["train"]) < 0.3 and 0.1 < asked[1] / len(task["test"]) < 0.4
-    none = OutOfScope(OutOfScopeSettings(function_share=0), "train", [])
+    none = OutOfScope(OutOfScopeSettings(), "train", [name for name, _ in MORE_FUNCTIONS])
     assert all("I do not know. Ask me" in text_of(reference_of(conversation)) for conversation in none)
     assert all(len(set(values)) == len(values) for values in SLOTS.values())
 
@@ -348,11 +349,15 @@ def test_words_are_counted_in_the_tokens_in_which_they_were_asked():
 def test_functions_that_are_taught_are_not_called_unknown(tmp_path: Path) -> None:
     """A mixture that asks for both is refused; with the same numbers they share no function."""
     with pytest.raises(UserError) as error:
-        build(MixtureTasks, {"documentation": {"functions": 500}, "out_of_scope": {}}, "mixture.tasks")
+        build(
+            MixtureTasks,
+            {"documentation": {"functions": 500}, "out_of_scope": {"function_share": 0.1}},
+            "mixture.tasks",
+        )
     assert "mixture.tasks.out_of_scope.known_functions=400: but documentation.functions=500" in str(error.value)
     with pytest.raises(UserError, match=r"out_of_scope\.max_chars=60: but documentation\.max_chars=80"):
-        build(MixtureTasks, {"documentation": {}, "out_of_scope": {"max_chars": 60}})
-    build(MixtureTasks, {"documentation": {"functions": 500}, "out_of_scope": {"function_share": 0}})
+        build(MixtureTasks, {"documentation": {}, "out_of_scope": {"max_chars": 60, "function_share": 0.1}})
+    build(MixtureTasks, {"documentation": {"functions": 500}, "out_of_scope": {}})
     taught = Documentation(DocumentationSettings(functions=60), "train", MORE_FUNCTIONS).functions
     unknown = in_teaching_order(MORE_FUNCTIONS)[60:]
     assert len(taught) == 60 and len(unknown) > 300 and not set(taught) & set(unknown)
