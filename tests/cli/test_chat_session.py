@@ -88,22 +88,30 @@ def test_an_answer_that_is_cut_says_so(piped):
     assert piped("", ChatSettings(prompt="long", max_tokens=5)) == ("xxxxx\n", "(cut: max_tokens=5)\n")
 
 
-def test_a_full_context_is_said_and_can_be_cleared(piped):
-    out, err = piped("long\nlong\nlong\n/clear\nhi\n")
-    assert out == "x" * 100 + "\n" + "x" * 12 + "\n" + "Hello – 🙂.\n"
-    assert err == (
-        "(cut: the context of 128 tokens is full; /clear starts a new conversation)\n"
-        "The context is full: 128 of 128 tokens are taken, and this message needs 7 and some for the answer.\n"
-        "Start a new conversation (/clear in the chat), or write less.\n"
-        "The conversation is cleared.\n"
-    )
+FORGOTTEN = "(from here on the oldest turns are forgotten: the context has 128 tokens)\n"
+
+
+def test_a_full_context_drops_the_oldest_turns_and_says_so_once(piped):
+    out, err = piped("hi\n" * 12)
+    assert out == "Hello – 🙂.\n" * 12 and err == FORGOTTEN
+    out, err = piped("long\nlong\nlong\n/clear\nlong\nlong\n")
+    assert out == ("x" * 100 + "\n") * 5
+    assert err == FORGOTTEN + "The conversation is cleared.\n" + FORGOTTEN
 
 
 def test_an_answer_that_fills_the_context(piped):
     out, err = piped("long\nhi\n", ChatSettings(max_context=50))
-    assert out.splitlines()[0] == "x" * 42
-    assert err.splitlines()[0] == "(cut: the context of 50 tokens is full; /clear starts a new conversation)"
-    assert err.splitlines()[1].startswith("The context is full")
+    assert out.splitlines() == ["x" * 42, "Hello – 🙂."]
+    assert err.splitlines() == ["(cut: the context of 50 tokens is full)", FORGOTTEN.strip().replace("128", "50")]
+
+
+def test_a_message_that_does_not_fit_alone_is_refused_and_the_chat_goes_on(piped):
+    out, err = piped("hi\n" + "x" * 150 + "\nhi\n")
+    assert out == "Hello – 🙂.\n" * 2
+    assert err.splitlines() == [
+        "The context is full: it has 128 tokens, and this message alone needs 154 and some for the answer.",
+        "Write less.",
+    ]
 
 
 def test_a_terminal_has_prompts_and_commands(typed):
@@ -212,7 +220,8 @@ import time
 from nanochat_pl.cli.chat_session import HELP, ChatSettings, run_chat
 from tests.engine.small import scripted_bundle
 
-bundle = scripted_bundle({"long": "x" * 2000, "hi": "Hello."}, sequence_len=4000)
+answers = {"long": "x" * 2000, "hi": "Hello.", "one\\ntwo": "Both.", "three\\n\\nfour": "All."}
+bundle = scripted_bundle(answers, sequence_len=4000)
 inner = bundle.net._next_id
 bundle.net._next_id = lambda history: (time.sleep(0.005), inner(history))[1]
 run_chat(bundle, ChatSettings(max_tokens=3000))
@@ -225,7 +234,7 @@ def test_the_keys_of_a_real_terminal():
     import pty
 
     main, terminal = pty.openpty()
-    environment = {**os.environ, "TERM": "dumb", "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
+    environment = {**os.environ, "TERM": "xterm", "NO_COLOR": "1", "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
     process = subprocess.Popen(
         [sys.executable, "-c", f"import fcntl, termios\nfcntl.ioctl(0, termios.TIOCSCTTY, 0)\n{SCRIPT}"],
         stdin=terminal,
@@ -255,6 +264,12 @@ def test_the_keys_of_a_real_terminal():
         wait_for(b"> ")
         os.write(main, b"hi\n")
         wait_for(b"Hello.")
+        wait_for(b"> ")
+        os.write(main, b"one\ntwo\n")  # lines that arrive together
+        wait_for(b"Both.")
+        wait_for(b"> ")
+        os.write(main, b"\x1b[200~three\r\rfour\x1b[201~\r")  # what a terminal makes of a paste, and Enter
+        wait_for(b"All.")
         wait_for(b"> ")
         os.write(main, b"\x04")
         wait_for(b"ended well")

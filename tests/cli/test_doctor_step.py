@@ -86,13 +86,17 @@ def test_conversations(here: Path, taken: dict[int, StepBatch], capsys: Captured
     write_texts(here / "texts")
     assert main(["train", *base(here), "run=it"]) == 0
     taken.clear()
-    settings = [text for text in sft_overrides(here) if not text.startswith("max_steps")]
-    assert main(["train", *settings, f"max_steps={STEPS}", "run=it"]) == 0
-    capsys.readouterr()
+    settings = [text for text in sft_overrides(here) if not text.startswith(("max_steps", "mixture.joined"))]
+    assert main(["train", *settings, "mixture.joined.share=0.6", f"max_steps={STEPS}", "run=it"]) == 0
+    assert re.search(r"Joined: \d+ of the tasks' conversations are turns of \d+ longer ones", capsys.readouterr().out)
     assert main(["doctor", "stage=sft", "run=it", "step=2"]) == 0
     said = capsys.readouterr().out
     assert_shown(here / "runs" / "it" / "sft" / "bundle", taken[2], 2, said)
-    assert re.search(r"1\. (arithmetic|identity), conversation \d+, tokens 0 to \d+ of \d+: ", said)
+    place = r"(arithmetic|identity), conversation \d+"
+    assert re.search(rf"1\. {place}( \+ {place})*, tokens 0 to \d+ of \d+: ", said)
+    assert re.search(rf"{place} \+ {place}", said), "of a joined one each part is named"
+    assert main(["doctor", "stage=sft", "run=it"]) == 0
+    assert re.search(r"identity, \d+ of them in \d+ of several turns", capsys.readouterr().out)
 
 
 def several_sources(here: Path) -> list[str]:

@@ -48,7 +48,7 @@ def test_a_later_stage_takes_the_settings_of_an_imported_one(golden: Path, here:
 def test_fine_tuning_starts_from_an_imported_run(golden: Path, here: Path) -> None:
     """From its weights, its moments and its learning rates."""
     assert main(["import", f"source={golden / 'nanochat_trained'}", "run=gold"]) == 0
-    others = ("word_problems", "spelling", "letter_counting", "documentation")
+    others = ("word_problems", "spelling", "letter_counting", "documentation", "out_of_scope")
     small = [*(f"mixture.tasks.{name}=null" for name in others), "mixture.tasks.arithmetic.size=60"]
     quick = ["max_steps=2", "evaluation.num_rows=4", "trainer.accelerator=cpu", "trainer.compile=false"]
     assert (

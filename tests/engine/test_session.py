@@ -166,16 +166,41 @@ def test_an_answer_that_is_cut_is_closed_as_in_training(max_tokens, kept):
     assert session.ids[begin:] == mark(kept + "<|assistant_end|>")
 
 
-def test_a_full_context_is_said_and_cleared():
-    session = Engine(scripted_bundle({"go": "x" * 500, "ok": "y"})).session()
+def test_a_full_context_drops_the_oldest_turns():
+    bundle = scripted_bundle({"go": "x" * 500, "a": "1" * 20, "b": "2" * 20, "c": "3" * 20, "d": "4" * 20})
+    session = Engine(bundle).session()
+    answers = [chat(session, message, max_tokens=30) for message in "abcda"]
+    assert answers == ["1" * 20, "2" * 20, "3" * 20, "4" * 20, "1" * 20]
+    assert session.num_dropped == 1
+    kept = [("b", "2" * 20), ("c", "3" * 20), ("d", "4" * 20), ("a", "1" * 20)]
+    roles = ("user", "assistant")
+    messages = [{"role": role, "content": text} for turn in kept for role, text in zip(roles, turn, strict=True)]
+    assert session.ids == bundle.tokenizer.render_conversation({"messages": messages})[0], "a conversation of the rest"
     assert list(session.say("go", max_tokens=1000))[-1] == Event("finished", "context")
     assert len(session.ids) <= session.max_context + 1
-    ids = session.ids
-    with pytest.raises(UserError, match="The context is full"):
-        session.say("ok")
-    assert session.ids == ids
+    assert chat(session, "a") == "1" * 20 and session.num_dropped == 4
     session.clear()
-    assert chat(session, "ok") == "y"
+    assert session.num_dropped == 0 and chat(session, "a") == "1" * 20
+
+
+def test_a_message_that_does_not_fit_alone_leaves_the_conversation_unchanged():
+    session = Engine(scripted_bundle({"a": "1" * 20})).session()
+    chat(session, "a")
+    ids = session.ids
+    with pytest.raises(UserError, match="this message alone needs 204 and some"):
+        session.say("x" * 200)
+    assert session.ids == ids and session.num_dropped == 0
+
+
+def test_after_dropped_turns_the_logits_are_those_of_what_is_left(engine):
+    session = engine.session()
+    for turn in range(12):
+        list(session.say(f"Once upon a time {turn}", max_tokens=40, temperature=0.8, seed=turn))
+    assert session.num_dropped > 0
+    prompt = session.ids
+    cached = engine.logits(session._cache, [prompt[int(session._cache.positions[0]) :]])
+    with torch.no_grad():
+        torch.testing.assert_close(cached, engine.net(torch.tensor([prompt]))[:, -1], atol=1e-4, rtol=0)
 
 
 def test_settings_out_of_bounds_leave_the_conversation_alone(engine):

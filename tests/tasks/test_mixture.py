@@ -11,8 +11,9 @@ from nanochat_pl.common.settings import build, to_plain
 from nanochat_pl.tasks.base import Task
 from nanochat_pl.tasks.context import TaskContext
 from nanochat_pl.tasks.mixture import Mixture, build_mixture, build_tasks
-from nanochat_pl.tasks.settings import MixtureSettings
+from nanochat_pl.tasks.settings import JoinedSettings, MixtureSettings
 from nanochat_pl.tasks.words import count_documents
+from tests.engine.small import byte_tokenizer
 
 SMALL = {"arithmetic": {"size": 300}, "identity": {"repeat": 2, "name": "Ada"}}
 
@@ -81,11 +82,82 @@ def test_a_sequence_is_for_training_and_not_for_what_is_held_out(tmp_path):
     assert build(MixtureSettings, to_plain(settings)) == settings
 
 
+def joined(share=0.5, max_turns=4, seed=0, sequence=None, **sizes):
+    tasks = {name: Numbers(name, size) for name, size in sizes.items()}
+    return Mixture(tasks, {"b": 3}, seed, sequence, JoinedSettings(share, max_turns))
+
+
+def test_joined_conversations_have_every_one_of_the_tasks_as_often_as_before():
+    single, mixed = mixture(a=3_000, b=500), joined(a=3_000, b=500)
+    places = [mixed.places(n) for n in range(len(mixed))]
+    assert Counter(place for each in places for place in each) == Counter(single.place(n) for n in range(len(single)))
+    turns = [len(each) for each in places]
+    assert set(turns) == {1, 2, 3, 4}
+    assert mixed.num_joined == sum(n > 1 for n in turns) and mixed.num_turns == sum(n for n in turns if n > 1)
+    assert 0.45 < mixed.num_turns / len(single) < 0.55, "the share is of the tasks' conversations"
+    assert sum(len({name for name, _ in each}) > 1 for each in places) > 0.5 * mixed.num_joined, "subjects change"
+    assert f"{mixed.num_turns:,} of the tasks' conversations are turns of {mixed.num_joined:,} longer" in (
+        mixed.describe_joined()
+    )
+    assert single.num_joined == single.num_turns == 0 and single.describe_joined() == ""
+    assert [joined(a=3_000, b=500).places(n) for n in range(200)] == places[:200]
+    assert [joined(a=3_000, b=500, seed=1).places(n) for n in range(200)] != places[:200]
+    alone = [each[0] for each in places if len(each) == 1]
+    assert mixed.count_copies() == len(alone) - len(set(alone)) > 0 and single.count_copies() == 1_000
+    all_joined = joined(share=1.0, max_turns=2, a=100, b=10)
+    assert len(all_joined) == 65 and all_joined.num_joined == 65 and all_joined.num_turns == 130
+
+
+def test_a_joined_conversation_is_its_turns_one_after_the_other():
+    mixed = joined(share=1.0, max_turns=3, a=40, b=10)
+    for n in range(len(mixed)):
+        places = mixed.places(n)
+        assert mixed[n]["messages"] == [m for name, place in places for m in mixed.tasks[name][place]["messages"]]
+        assert mixed.place(n) == places[0]
+    with pytest.raises(IndexError):
+        mixed.places(len(mixed))
+
+
+def test_every_answer_of_a_joined_conversation_is_trained_on():
+    tokenizer, mixed = byte_tokenizer(), joined(share=1.0, max_turns=5, a=40, b=10)
+    ids, mask = tokenizer.render_conversation(mixed[0])
+    answers = [tokenizer.render_conversation(mixed.tasks[name][place]) for name, place in mixed.places(0)]
+    assert len(answers) > 1
+    assert ids == [tokenizer.bos_id, *(token for of_one, _ in answers for token in of_one[1:])]
+    assert mask == [0, *(trained for _, of_one in answers for trained in of_one[1:])]
+
+
+def test_conversations_of_files_stay_as_they_are(monkeypatch):
+    monkeypatch.setattr(Numbers, "can_be_joined", property(lambda self: self.name != "c"))
+    mixed = joined(share=1.0, max_turns=4, a=100, b=10, c=50)
+    places = [mixed.places(n) for n in range(len(mixed))]
+    assert sum(each[0][0] == "c" for each in places) == 50
+    assert all(len(each) == 1 for each in places if any(name == "c" for name, _ in each))
+
+
+def test_in_a_sequence_nothing_is_joined_across_tasks():
+    mixed = joined(share=1.0, max_turns=6, sequence=["b", "a"], a=101, b=11)
+    places = [mixed.places(n) for n in range(len(mixed))]
+    assert all(len({name for name, _ in each}) == 1 for each in places)
+    assert [name for each in places for name, _ in each] == ["b"] * 33 + ["a"] * 101
+
+
+def test_joining_is_for_training_and_not_for_what_is_held_out(tmp_path):
+    settings = build(MixtureSettings, {"tasks": SMALL, "joined": {"share": 0.6}})
+    train, test = (build_mixture(settings, split, TaskContext(tmp_path)) for split in ("train", "test"))
+    assert train.num_joined > 50 and test.num_joined == 0
+    assert build(MixtureSettings, to_plain(settings)) == settings
+    held_out = {test[n]["messages"][0]["content"] for n in range(len(test))}
+    asked = {m["content"] for n in range(len(train)) for m in train[n]["messages"] if m["role"] == "user"}
+    assert not held_out & asked
+
+
 def test_fingerprint_changes_with_content_order_and_repeats():
     base = mixture(a=5, b=5).fingerprint
     assert base == mixture(b=5, a=5).fingerprint
     others = {mixture(1, a=5, b=5).fingerprint, mixture(a=6, b=5).fingerprint, mixture(a=5, c=5).fingerprint}
-    assert len(others | {base}) == 4
+    with_joined = {joined(share=share, a=5, b=5).fingerprint for share in (0, 0.3, 0.6)}
+    assert base in with_joined and len(others | with_joined) == 6
 
 
 def test_built_from_settings(tmp_path):
@@ -102,7 +174,7 @@ def test_built_from_settings(tmp_path):
 
 def test_defaults_are_all_tasks_and_survive_yaml():
     settings = MixtureSettings()
-    assert len(settings.tasks.chosen()) == 6
+    assert len(settings.tasks.chosen()) == 7
     assert build(MixtureSettings, to_plain(settings)) == settings
     left_out = build(MixtureSettings, {"tasks": {**to_plain(settings.tasks), "identity": None}})
     assert "identity" not in left_out.tasks.chosen()
@@ -121,6 +193,8 @@ def test_defaults_are_all_tasks_and_survive_yaml():
         ({"tasks": {"spelling": {"min_letters": 9, "max_letters": 8}}}, "above max_letters"),
         ({"tasks": {"identity": {"name": " "}}}, "must not be empty"),
         ({"tasks": {"identity": None}}, "no task is chosen"),
+        ({"tasks": SMALL, "joined": {"share": 1.5}}, "mixture.joined.share=1.5: is above 1"),
+        ({"tasks": SMALL, "joined": {"max_turns": 1}}, "mixture.joined.max_turns=1: is below 2"),
         ({"tasks": SMALL, "sequence": ["identity"]}, "mixture.sequence: arithmetic: left out"),
         ({"tasks": SMALL, "sequence": ["identity", "arithmetic", "gsm8k"]}, "mixture.sequence: gsm8k: no task of the"),
         ({"tasks": SMALL, "sequence": ["identity", "arithmetic", "identity"]}, "mixture.sequence: identity: more than"),

@@ -44,7 +44,7 @@ def kinds(monkeypatch: pytest.MonkeyPatch) -> dict[str, TaskKind]:
 def test_all_tasks_of_the_package_are_there() -> None:
     expected = {
         *("arithmetic", "word_problems", "spelling", "simple_spelling", "letter_counting", "spelling_bee", "identity"),
-        *("documentation", "documentation_choice", "smoltalk"),
+        *("documentation", "documentation_choice", "out_of_scope", "smoltalk"),
         *("mmlu", "arc_easy", "arc_challenge", "gsm8k", "humaneval"),
     }
     assert expected <= set(all_tasks()) and list(all_tasks()) == sorted(all_tasks())

@@ -11,12 +11,22 @@ from pathlib import Path
 
 import pytest
 
+from nanochat_pl.common.errors import UserError
+from nanochat_pl.common.settings import build
 from nanochat_pl.data.docstrings import Docstring
 from nanochat_pl.tasks.arithmetic import Arithmetic, ArithmeticSettings, WordProblems, WordProblemSettings
 from nanochat_pl.tasks.base import Task, conversation_of, is_held_out, last_number, reference_of, text_of
-from nanochat_pl.tasks.documentation import Documentation, DocumentationSettings, documented_functions
+from nanochat_pl.tasks.documentation import (
+    Documentation,
+    DocumentationSettings,
+    documented_functions,
+    in_teaching_order,
+)
 from nanochat_pl.tasks.documentation_choice import DocumentationChoice, DocumentationChoiceSettings
 from nanochat_pl.tasks.identity import Identity, IdentitySettings
+from nanochat_pl.tasks.out_of_scope import OutOfScope, OutOfScopeSettings
+from nanochat_pl.tasks.out_of_scope_questions import SLOTS, TEST_KINDS, TRAIN_KINDS
+from nanochat_pl.tasks.settings import MixtureTasks
 from nanochat_pl.tasks.simple_spelling import SimpleSpelling, SimpleSpellingSettings
 from nanochat_pl.tasks.spelling import LetterCounting, LetterCountingSettings, Spelling, SpellingSettings
 from nanochat_pl.tasks.spelling_bee import SpellingBee, SpellingBeeSettings
@@ -52,12 +62,16 @@ def make(name: str, split: str) -> Task:
             return Identity(IdentitySettings(), split)
         case "documentation":
             return Documentation(DocumentationSettings(), split, FUNCTIONS)
+        case "out_of_scope":
+            settings = OutOfScopeSettings(size=2_000, function_share=0.25)
+            return OutOfScope(settings, split, [name for name, _ in MORE_FUNCTIONS])
     raise ValueError(name)
 
 
 TASKS = (
     *("arithmetic", "word_problems", "spelling", "letter_counting", "long_letter_counting"),
     *("identity", "documentation", "spelling_bee", "simple_spelling", "documentation_choice"),
+    "out_of_scope",
 )
 
 
@@ -85,7 +99,9 @@ def test_wrong_answers_are_wrong(name):
     for conversation in task:
         text = text_of(reference_of(conversation))
         wrong = ["", "I do not know."]
-        if name == "documentation_choice":
+        if name == "out_of_scope":
+            wrong = ["", "Paris.", "12 + 7 = 19", "Return a list. I do not know."]
+        elif name == "documentation_choice":
             wrong += [letter for letter in "ABCDE" if letter != text] + [f"{text}{text}"]
         elif name in ("arithmetic", "word_problems", "letter_counting", "long_letter_counting", "spelling_bee"):
             wrong += [text + " or 7777777", "It is a number."]
@@ -103,6 +119,21 @@ def test_no_question_is_in_both_parts(name):
     train = {question(conversation).lower() for conversation in make(name, "train")}
     test = {question(conversation).lower() for conversation in make(name, "test")}
     assert not train & test
+
+
+def test_kinds_of_questions_out_of_scope_are_held_out_whole():
+    assert not set(TRAIN_KINDS) & set(TEST_KINDS)
+    train, test = (
+        {wording for wordings in kinds.values() for wording in wordings} for kinds in (TRAIN_KINDS, TEST_KINDS)
+    )
+    assert not train & test
+    task = {split: make("out_of_scope", split) for split in ("train", "test")}
+    assert not set(task["train"].functions) & set(task["test"].functions)
+    asked = [sum("module.function_" in question(conversation) for conversation in task[split]) for split in task]
+    assert 0.2 < asked[0] / len(task["train"]) < 0.3 and 0.1 < asked[1] / len(task["test"]) < 0.4
+    none = OutOfScope(OutOfScopeSettings(), "train", [name for name, _ in MORE_FUNCTIONS])
+    assert all("I do not know. Ask me" in text_of(reference_of(conversation)) for conversation in none)
+    assert all(len(set(values)) == len(values) for values in SLOTS.values())
 
 
 def test_operand_pairs_of_the_test_part_are_in_no_training_problem():
@@ -317,6 +348,23 @@ def test_words_are_counted_in_the_tokens_in_which_they_were_asked():
         for text in (question(conversation), code):
             ids = tokenizer.encode(text)
             assert any(ids[start : start + len(wanted)] == wanted for start in range(len(ids))), (text, word)
+
+
+def test_functions_that_are_taught_are_not_called_unknown(tmp_path: Path) -> None:
+    """A mixture that asks for both is refused; with the same numbers they share no function."""
+    with pytest.raises(UserError) as error:
+        build(
+            MixtureTasks,
+            {"documentation": {"functions": 500}, "out_of_scope": {"function_share": 0.1}},
+            "mixture.tasks",
+        )
+    assert "mixture.tasks.out_of_scope.known_functions=400: but documentation.functions=500" in str(error.value)
+    with pytest.raises(UserError, match=r"out_of_scope\.max_chars=60: but documentation\.max_chars=80"):
+        build(MixtureTasks, {"documentation": {}, "out_of_scope": {"max_chars": 60, "function_share": 0.1}})
+    build(MixtureTasks, {"documentation": {"functions": 500}, "out_of_scope": {}})
+    taught = Documentation(DocumentationSettings(functions=60), "train", MORE_FUNCTIONS).functions
+    unknown = in_teaching_order(MORE_FUNCTIONS)[60:]
+    assert len(taught) == 60 and len(unknown) > 300 and not set(taught) & set(unknown)
 
 
 def test_documented_functions_do_not_depend_on_hooks_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:

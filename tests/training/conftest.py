@@ -58,13 +58,17 @@ def tiny_overrides(place: Path) -> list[str]:
     ]
 
 
+LEFT_OUT = ("word_problems", "spelling", "letter_counting", "documentation", "out_of_scope")
+
+
 def sft_overrides(place: Path) -> list[str]:
     """The fine-tuning that belongs to it."""
     kept = ("total_batch_tokens", "device_batch_size", "max_steps", "evaluation.", "trainer.", "paths.", "logger")
     return [
         "stage=sft",
         *(text for text in tiny_overrides(place) if text.startswith(kept)),
-        *(f"mixture.tasks.{name}=null" for name in ("word_problems", "spelling", "letter_counting", "documentation")),
+        *(f"mixture.tasks.{name}=null" for name in LEFT_OUT),
+        "mixture.joined.share=0",
         "mixture.tasks.arithmetic.size=60",
         "mixture.tasks.identity.repeat=1",
     ]

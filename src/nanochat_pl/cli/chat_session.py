@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import select
 import signal
 import sys
 import threading
@@ -28,6 +29,8 @@ Ctrl-C stops an answer."""
 # A model may write anything; control characters could move the cursor or retitle the window.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
+PASTE_SECONDS = 0.03  # between two lines of what was pasted, at most
+
 
 @dataclass(frozen=True)
 class ChatSettings:
@@ -47,8 +50,8 @@ class ChatSettings:
 def run_chat(bundle: Bundle, settings: ChatSettings) -> None:
     """Chat on standard input and output until it ends, or answer ``settings.prompt`` and return.
 
-    On a terminal there is a prompt and a greeting; from a pipe every line is a message and only answers are written
-    to standard output (remarks go to standard error).
+    On a terminal there is a prompt and a greeting, and several lines that are pasted are one message; from a pipe every
+    line is a message and only answers are written to standard output (remarks go to standard error).
 
     Raises:
         UserError: the bundle has no tokenizer, or the one message of ``settings.prompt`` is longer than the context.
@@ -75,8 +78,18 @@ class Terminal:
                 import readline  # noqa: F401  (line editing and history in input())
 
     def read(self) -> str:
-        """The next line without its end. Raises EOFError at the end, KeyboardInterrupt at Ctrl-C."""
-        return input("> " if self.interactive else "")
+        """The next line without its end, on a terminal all lines that arrive with it.
+
+        Raises EOFError at the end, KeyboardInterrupt at Ctrl-C.
+        """
+        lines = [input("> " if self.interactive else "")]
+        # Where the terminal brackets what is pasted, readline gives it as one line with line ends in it.
+        while self.interactive and not lines[0].startswith("/") and _input_waits():
+            try:
+                lines.append(input())
+            except EOFError:
+                break
+        return re.sub(r"\r\n?", "\n", "\n".join(lines))
 
     def write(self, text: str, dim: bool = False) -> None:
         """Write at once; on a screen without control characters, but for line ends and tabs."""
@@ -91,6 +104,14 @@ class Terminal:
             self.write(f"{text}\n", dim=True)
         else:
             print(text, file=sys.stderr)
+
+
+def _input_waits() -> bool:
+    """Whether a line can be read without waiting for a person: pasted lines come faster than anybody types."""
+    try:
+        return bool(select.select([sys.stdin], [], [], PASTE_SECONDS)[0])
+    except (OSError, ValueError):  # no file that can be asked, as on Windows
+        return False
 
 
 class Chat:
@@ -160,6 +181,7 @@ class Chat:
 
 def _answer(session: Session, message: str, settings: ChatSettings, terminal: Terminal, show_tools: bool) -> bool:
     """Stream one answer. True if Ctrl-C stopped it."""
+    dropped_before = session.num_dropped
     events = session.say(
         message,
         max_tokens=settings.max_tokens,
@@ -167,6 +189,10 @@ def _answer(session: Session, message: str, settings: ChatSettings, terminal: Te
         top_k=settings.top_k,
         seed=settings.seed,
     )
+    if session.num_dropped and not dropped_before:
+        terminal.remark(
+            f"(from here on the oldest turns are forgotten: the context has {session.max_context:,} tokens)"
+        )
     reason = ""
     with _interrupts_stop(session):
         for event in events:
@@ -177,7 +203,7 @@ def _answer(session: Session, message: str, settings: ChatSettings, terminal: Te
     terminal.write("\n")
     remark = {
         "length": f"(cut: max_tokens={settings.max_tokens})",
-        "context": f"(cut: the context of {session.max_context:,} tokens is full; /clear starts a new conversation)",
+        "context": f"(cut: the context of {session.max_context:,} tokens is full)",
         "cancelled": "(stopped)",
     }.get(reason)
     if remark:

@@ -268,15 +268,16 @@ def _sft_data(config: TrainConfig, folder: StageFolder, cache: Path) -> StageDat
             remarks += [f"{name}: {line}" for line in task.losses()]
             own[task.key] = train.repeats[name], len(task) * train.repeats[name] / len(train)
             bad |= {f"{name}: {cause}": count for cause, count in task.audit.bad.items()}
+    joined = [f"{train.num_turns:,} of them in {train.num_joined:,} of several turns"] if train.num_joined else []
     return StageData(
         config.stage.name,
-        ", ".join(f"{len(task):,} × {train.repeats[name]} {name}" for name, task in train.tasks.items()),
+        ", ".join([*(f"{len(task):,} × {train.repeats[name]} {name}" for name, task in train.tasks.items()), *joined]),
         documents,
         CachedDocuments(validation.rows.cache, prepared.tokenizer, place_in(test)),
         prepared=prepared,
         rows={"": (rows, documents)},
         eval_sets={name: _texts_of(task) for name, task in test.tasks.items()},
-        wanted_copies=sum(len(task) * (train.repeats[name] - 1) for name, task in train.tasks.items()),
+        wanted_copies=train.count_copies(),
         cut=conversations.rendering.num_cut,
         bad_rows=bad,
         remarks=tuple(remarks),
@@ -294,15 +295,14 @@ def mixtures(config: TrainConfig, cache: Path) -> tuple[Mixture, Mixture]:
 def place_in(mixture: Mixture) -> Callable[[int], str]:
     """Says of a conversation which task's it is, and where in a file it stands if it comes from one."""
 
-    def place(number: int) -> str:
-        name, index = mixture.place(number)
+    def place_of_part(name: str, index: int) -> str:
         task = mixture.tasks[name]
         if isinstance(task, ConversationSet):
             file, row = task.origin(index)
             return f"{name}, {file}, row {row:,}"
         return f"{name}, conversation {index:,}"
 
-    return place
+    return lambda number: " + ".join(place_of_part(*part) for part in mixture.places(number))
 
 
 def _at_hand(config: TrainConfig, cache: Path) -> dict[str, ConversationTexts]:

@@ -14,13 +14,20 @@ if TYPE_CHECKING:
     from nanochat_pl.engine.engine import Engine
 
 
+_ROOM_SHARE = 4  # one part in so many of the context is kept for an answer, where there are turns to drop for it
+
+
 class Session:
     """One conversation of a person with the model.
+
+    Where a message and its answer have no room left in the context, the oldest turns are dropped: the model reads the
+    rest as a conversation that begins there.
 
     Attributes:
         max_context: most tokens of the conversation.
         system: the system prompt, empty for none. It is part of the first message, so another one has no effect before
-            :meth:`clear`.
+            :meth:`clear`. Where turns are dropped it moves to the first one that is kept.
+        num_dropped: turns, a message and its answer each, that have been dropped.
     """
 
     def __init__(self, engine: Engine, max_context: int, system: str = "") -> None:
@@ -34,12 +41,15 @@ class Session:
         """Forget everything but the system prompt."""
         self._answer: Sequence | None = None
         self._num_answers = 0
+        self._turns: list[int] = []  # where in the ids each begins
+        self.num_dropped = 0
         self._cache.reset()
         self._stop_requested = False
 
     @property
     def ids(self) -> list[int]:
-        """All tokens so far, from bos on, the last answer closed: what a model without a cache would have to read.
+        """All tokens so far, from bos on, the last answer closed, without the turns that were dropped: what a model
+        without a cache would have to read.
 
         The cache holds the keys and values of a beginning of them.
         """
@@ -60,19 +70,43 @@ class Session:
         Each answer of a conversation draws from its own generator, seeded with ``seed`` and its number.
 
         Raises:
-            UserError: at once, the conversation unchanged: a setting is out of bounds, or the message does not fit.
+            UserError: at once, the conversation unchanged: a setting is out of bounds, or the message alone does not
+                fit.
         """
-        ids = self.ids
-        added = self._render(message, first=not ids)
-        if len(ids) + len(added) >= self.max_context:
-            taken = min(len(ids), self.max_context)
+        ids = self.ids or [self._engine.tokenizer.bos_id]
+        added = self._render(message, first=self._answer is None)
+        if 1 + len(added) >= self.max_context:
             raise UserError(
-                f"The context is full: {taken:,} of {self.max_context:,} tokens are taken, and this message needs "
-                f"{len(added):,} and some for the answer.",
-                fix="Start a new conversation (/clear in the chat), or write less.",
+                f"The context is full: it has {self.max_context:,} tokens, and this message alone needs "
+                f"{1 + len(added):,} and some for the answer.",
+                fix="Write less.",
             )
+        system = self._engine.tokenizer.encode(f"{self.system}\n\n") if self.system else []
+        dropped = self._turns_to_drop(len(ids), len(added) + len(system), max_tokens)
+        begins = [*self._turns, len(ids)]
+        kept = [ids[0], *ids[begins[dropped] :]] if dropped else ids
+        turns = [begin - (len(ids) - len(kept)) for begin in begins[dropped:]]
+        if dropped and system:  # behind the mark with which the first message begins
+            if len(kept) > 1:
+                kept = [*kept[:2], *system, *kept[2:]]
+                turns = [turns[0], *(begin + len(system) for begin in turns[1:])]
+            else:
+                added = [added[0], *system, *added[1:]]
         limits = Limits(max_tokens, self.max_context, self._engine.stop_ids(None))
-        return self.continue_ids([*ids, *added], limits, Sampling(temperature, top_k, seed), tools)
+        events = self.continue_ids([*kept, *added], limits, Sampling(temperature, top_k, seed), tools)
+        if dropped:
+            self._cache.reset()  # what is kept stands at other positions now
+            self.num_dropped += dropped
+        self._turns = turns
+        return events
+
+    def _turns_to_drop(self, taken: int, added: int, max_tokens: int) -> int:
+        """How many of the oldest turns have to go for a message and its answer."""
+        room = self.max_context - added - min(max_tokens, self.max_context // _ROOM_SHARE)
+        ends = [*self._turns[1:], taken]
+        # Without the first n turns, bos and the others are left.
+        left = [taken, *(1 + taken - end for end in ends)] if self._turns else [taken]
+        return next((number for number, tokens in enumerate(left) if tokens <= room), len(left) - 1)
 
     def continue_ids(self, prompt: list[int], limits: Limits, sampling: Sampling, tools: bool) -> Iterator[Event]:
         """Continue these ids, which begin with those of the conversation so far."""
@@ -91,7 +125,7 @@ class Session:
         if first and self.system:
             messages.insert(0, {"role": "system", "content": self.system})
         ids = self._engine.tokenizer.render_for_completion({"messages": messages})
-        return ids if first else ids[1:]  # bos stands at the beginning only
+        return ids[1:]  # bos stands at the beginning only
 
     def _write(self, answer: Sequence, sampling: Sampling) -> Iterator[Event]:
         reader = EventReader(self._engine.tokenizer)

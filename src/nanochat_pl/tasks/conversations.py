@@ -70,6 +70,7 @@ class ConversationSet(Task):
 
     group = f"{CONVERSATIONS}."  # the key, within the tasks, that its name stands under
     judged = False  # there are many right answers
+    can_be_joined = False  # they have turns of their own, may begin with the system's message or end with the user's
 
     def __init__(self, name: str, settings: ConversationSettings, split: Split, context: TaskContext) -> None:
         """

@@ -26,7 +26,7 @@ from nanochat_pl.tasks.base import (
 from nanochat_pl.tasks.context import MIXTURE, TaskContext
 from nanochat_pl.tasks.registry import task
 
-_QUESTIONS: dict[Split, tuple[str, ...]] = {
+QUESTIONS: dict[Split, tuple[str, ...]] = {
     "train": (
         "What does `{name}` do?",
         "what does {name} do",
@@ -81,10 +81,8 @@ class Documentation(Task):
             functions: (qualified name, summary line), see :func:`documented_functions`.
             where: the group that the task is a key of, for messages.
         """
-        chosen = sorted(pair for pair in functions if not summary_held_out(pair[1]))
-        generator("documentation").shuffle(chosen)
-        self.functions = chosen[: settings.functions]
-        all_questions = len(self.functions) * len(_QUESTIONS["train"])
+        self.functions = in_teaching_order(functions)[: settings.functions]
+        all_questions = len(self.functions) * len(QUESTIONS["train"])
         start, size, step = limits("documentation", settings, split, all_questions, len(self.functions), where)
         super().__init__("documentation", split, size, start, step)
 
@@ -94,7 +92,7 @@ class Documentation(Task):
         return cls(settings, split, functions, context.where)
 
     def conversation(self, index: int) -> Conversation:
-        questions = _QUESTIONS[self.split]
+        questions = QUESTIONS[self.split]
         times_round, place = divmod(index, len(self.functions))
         name, summary = self.functions[place]
         # Each time round the functions, each is asked about in its next wording.
@@ -103,6 +101,13 @@ class Documentation(Task):
 
     def evaluate(self, conversation: Conversation, answer: Content) -> bool:
         return text_of(answer).strip() == conversation["messages"][-1]["content"]
+
+
+def in_teaching_order(functions: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """(Qualified name, summary line) in the order of which ``documentation`` teaches the first ones."""
+    chosen = sorted(pair for pair in functions if not summary_held_out(pair[1]))
+    generator("documentation").shuffle(chosen)
+    return chosen
 
 
 def summary_held_out(summary: str) -> bool:

@@ -1,4 +1,7 @@
-"""Tasks side by side, and their training conversations in one fixed order: evenly mixed, or task after task."""
+"""Tasks side by side, and their training conversations in one fixed order: evenly mixed, or task after task.
+
+A share of them is joined: the model that is trained on single questions alone answers the first one again and again.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from nanochat_pl.tasks.base import Conversation, Split, Task, TaskSettings, gene
 from nanochat_pl.tasks.context import TaskContext
 from nanochat_pl.tasks.conversations import ConversationSet, ConversationSettings, refuse_shared_conversations
 from nanochat_pl.tasks.registry import kind_of
-from nanochat_pl.tasks.settings import MixtureSettings, MixtureTasks
+from nanochat_pl.tasks.settings import JoinedSettings, MixtureSettings, MixtureTasks
 
 
 class Mixture:
@@ -24,8 +27,14 @@ class Mixture:
     Without a sequence the order is a permutation of the whole: it depends on the seed and on the tasks' names, sizes
     and repeats alone. With one it is a permutation of the first task's, then of the second's, and so on.
 
+    With ``joined`` a share of them stand in conversations of several turns: neighbours in that order, so that the
+    subject changes at most turns, and each task's conversations occur as often as without. In a sequence none is of
+    two tasks.
+
     Attributes:
         in_sequence: whether the tasks come one after the other; who packs them into rows must keep that order then.
+        num_joined: conversations of several turns.
+        num_turns: the tasks' conversations in them.
     """
 
     def __init__(
@@ -34,6 +43,7 @@ class Mixture:
         repeats: Mapping[str, int],
         seed: int,
         sequence: Sequence[str] | None = None,
+        joined: JoinedSettings | None = None,
     ) -> None:
         """
         Args:
@@ -41,6 +51,7 @@ class Mixture:
             repeats: how often each conversation of a task occurs; once where a task is not named.
             seed: of the order.
             sequence: all names, in the order in which the tasks come; None: all conversations evenly mixed.
+            joined: how many are joined into conversations of several turns; None: none.
         """
         assert sequence is None or sorted(sequence) == sorted(tasks), "a sequence names each task once"
         self.tasks = {name: tasks[name] for name in sequence or sorted(tasks)}
@@ -50,34 +61,97 @@ class Mixture:
         self._names = list(self.tasks)
         self._ends = np.cumsum([len(task) * self.repeats[name] for name, task in self.tasks.items()])
         self._order = array("q", range(int(self._ends[-1])))
+        self._put_in_order()
+        self.joined = joined if joined is not None and joined.share > 0 else None
+        # Where in the order each conversation begins, and where the last one ends; None: each is one of a task.
+        self._begins = self._join(self.joined) if self.joined else None
+        sizes = np.diff(self._begins) if self._begins is not None else np.ones(0, int)
+        self.num_joined, self.num_turns = int((sizes > 1).sum()), int(sizes[sizes > 1].sum())
+
+    def _put_in_order(self) -> None:
         if not self.in_sequence:
-            generator("mixture", seed).shuffle(self._order)
+            generator("mixture", self.seed).shuffle(self._order)
             return
         for name, start, end in zip(self._names, [0, *self._ends[:-1]], self._ends, strict=True):
             part = self._order[start:end]
-            generator("mixture", seed, name).shuffle(part)
+            generator("mixture", self.seed, name).shuffle(part)
             self._order[start:end] = part
 
+    def _join(self, joined: JoinedSettings) -> np.ndarray:
+        """Move what is joined together, to where its first turn stands; where each conversation begins, and the end."""
+        random = generator("mixture", self.seed, "joined")
+        mean_turns = (2 + joined.max_turns) / 2
+        # Of the conversations that begin, not of the turns.
+        chance = joined.share / (joined.share + (1 - joined.share) * mean_turns)
+        groups: list[list[int]] = []
+        open_group: list[int] = []
+        missing, last_task = 0, -1
+        tasks = np.searchsorted(self._ends, self._order, side="right").tolist()
+        for number, task in zip(self._order, tasks, strict=True):
+            if self.in_sequence and task != last_task:
+                missing = 0
+            last_task = task
+            if not self.tasks[self._names[task]].can_be_joined:
+                groups.append([number])
+            elif missing:
+                open_group.append(number)
+                missing -= 1
+            else:
+                groups.append(open_group := [number])
+                missing = random.randint(2, joined.max_turns) - 1 if random.random() < chance else 0
+        self._order = array("q", (number for group in groups for number in group))
+        return np.cumsum([0, *map(len, groups)])
+
     def __len__(self) -> int:
-        return len(self._order)
+        return len(self._order) if self._begins is None else len(self._begins) - 1
 
     def __getitem__(self, index: int) -> Conversation:
-        name, place = self.place(index)
-        return self.tasks[name][place]
+        parts = [self.tasks[name][place] for name, place in self.places(index)]
+        if len(parts) == 1:
+            return parts[0]
+        return {"messages": [message for part in parts for message in part["messages"]]}
 
     def place(self, index: int) -> tuple[str, int]:
-        """Which task's which conversation stands at an index."""
+        """Which task's which conversation stands at an index; of a joined one, the first."""
+        return self.places(index)[0]
+
+    def places(self, index: int) -> list[tuple[str, int]]:
+        """Which tasks' which conversations the one at an index is made of, in the order of its turns."""
         if not 0 <= index < len(self):
             raise IndexError(f"mixture: conversation {index} of {len(self)}")
-        number = self._order[index]
-        task = int(np.searchsorted(self._ends, number, side="right"))
-        name = self._names[task]
-        return name, (number - int(self._ends[task])) % len(self.tasks[name])
+        begin, end = (index, index + 1) if self._begins is None else self._begins[index : index + 2]
+        found = []
+        for number in self._order[begin:end]:
+            task = int(np.searchsorted(self._ends, number, side="right"))
+            name = self._names[task]
+            found.append((name, (number - int(self._ends[task])) % len(self.tasks[name])))
+        return found
+
+    def count_copies(self) -> int:
+        """How many of the conversations that stand alone are copies of another one, as the tasks' repeats ask for."""
+        if self._begins is None:
+            return sum(len(task) * (self.repeats[name] - 1) for name, task in self.tasks.items())
+        alone = np.asarray(self._order)[self._begins[:-1][np.diff(self._begins) == 1]]
+        tasks = np.searchsorted(self._ends, alone, side="right")
+        places = (alone - self._ends[tasks]) % np.array([len(task) for task in self.tasks.values()])[tasks]
+        return len(alone) - len(np.unique(np.stack([tasks, places]), axis=1).T)
+
+    def describe_joined(self) -> str:
+        """A line on the conversations of several turns; empty where there are none."""
+        if not self.num_joined:
+            return ""
+        alone = len(self) - self.num_joined
+        return (
+            f"Joined: {self.num_turns:,} of the tasks' conversations are turns of {self.num_joined:,} longer ones "
+            f"(2 to {self.joined.max_turns if self.joined else 0}); {alone:,} stand alone."
+        )
 
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over what the conversations are and how they are ordered: the key of caches made of them."""
         order = f"seed {self.seed}" + (", in sequence" if self.in_sequence else "")
+        if self.joined:
+            order += f", joined {self.joined.share} to {self.joined.max_turns}"
         digest = hashlib.sha256(f"mixture 1, {order}\n".encode())
         for name, task in self.tasks.items():
             digest.update(f"{name} x{self.repeats[name]} {task.fingerprint}\n".encode())
@@ -85,12 +159,12 @@ class Mixture:
 
 
 def build_mixture(settings: MixtureSettings, split: Split, context: TaskContext) -> Mixture:
-    """The mixture of a stage: its training conversations, or the held-out ones, without repeats and sequence."""
+    """The mixture of a stage: its training conversations, or those held out, each once, none joined, in no sequence."""
     tasks = build_tasks(settings.tasks, split, context)
     if split == "test":
         return Mixture(tasks, {}, settings.seed)
     repeats = {name: task.repeat for name, task in settings.tasks.chosen().items()}
-    return Mixture(tasks, repeats, settings.seed, settings.sequence)
+    return Mixture(tasks, repeats, settings.seed, settings.sequence, settings.joined)
 
 
 def build_tasks(settings: MixtureTasks, split: Split, context: TaskContext) -> dict[str, Task]:

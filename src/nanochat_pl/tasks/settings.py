@@ -11,6 +11,8 @@ from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.settings import setting
 from nanochat_pl.tasks.base import TaskSettings
 from nanochat_pl.tasks.conversations import ConversationSettings
+from nanochat_pl.tasks.documentation import DocumentationSettings
+from nanochat_pl.tasks.out_of_scope import OutOfScopeSettings
 from nanochat_pl.tasks.registry import all_tasks
 
 T = TypeVar("T", bound=type)
@@ -42,8 +44,22 @@ class MixtureTasks:
                 problems.append(f"conversations.{name}: names have letters, digits, _ and -, 64 at most.")
             if name in all_tasks():
                 problems.append(f"conversations.{name}: a task has that name; take another one.")
+        problems += self._functions_taught_and_not()
         if problems:
             raise UserError(problems)
+
+    def _functions_taught_and_not(self) -> list[str]:
+        """What one task teaches, the other must not call unknown."""
+        taught, unknown = (self.chosen().get(name) for name in ("documentation", "out_of_scope"))
+        if not isinstance(taught, DocumentationSettings) or not isinstance(unknown, OutOfScopeSettings):
+            return []
+        pairs = [("known_functions", "functions"), ("max_chars", "max_chars")]
+        return [
+            f"out_of_scope.{mine}={getattr(unknown, mine)}: but documentation.{theirs}={getattr(taught, theirs)};"
+            " give both the same, or functions are taught and called unknown."
+            for mine, theirs in pairs
+            if unknown.function_share and getattr(unknown, mine) != getattr(taught, theirs)
+        ]
 
     def chosen(self) -> dict[str, TaskSettings]:
         """The tasks that are not left out, in the order of their names; those of one's own files at the end."""
@@ -58,13 +74,31 @@ class MixtureTasks:
 
 
 # What is in configs/mixture/default.yaml: all that need nothing but this machine and that a small model learns.
-DEFAULT_TASKS = ("arithmetic", "word_problems", "spelling", "letter_counting", "identity", "documentation")
+DEFAULT_TASKS = (
+    "arithmetic",
+    "word_problems",
+    "spelling",
+    "letter_counting",
+    "identity",
+    "documentation",
+    "out_of_scope",
+)
 
 
 def default_tasks() -> MixtureTasks:
     """The tasks of the default chat model, with the defaults of each."""
     tasks = {name: all_tasks()[name].settings() for name in DEFAULT_TASKS}
     return MixtureTasks(**tasks)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class JoinedSettings:
+    """Conversations of several turns, made of the tasks' conversations of one question."""
+
+    share: float = setting(
+        0.0, "Share of the tasks' conversations that become turns of a joined one; 0: none.", at_least=0, at_most=1
+    )
+    max_turns: int = setting(6, "Most conversations that are joined into one; at least 2 are.", at_least=2, at_most=100)
 
 
 @dataclass(frozen=True)
@@ -82,6 +116,7 @@ class MixtureSettings:
         "How conversations become rows. pad: whole ones, as many as fit best, the rest padding; pad_one: one to a row; "
         "stream: end to end, cut into rows anywhere.",
     )
+    joined: JoinedSettings = setting(factory=JoinedSettings, doc="Conversations of several turns.")
 
     def __post_init__(self) -> None:
         chosen = self.tasks.chosen()

@@ -74,6 +74,8 @@ def prepare_sft(
     mixture = build_mixture(config.mixture, "train", context)
     held_out = build_mixture(config.mixture, "test", context)
     _announce_files(mixture)
+    if mixture.num_joined:
+        say(mixture.describe_joined())
     capacity = model.sequence_len + 1
     loss_mask = config.stage.effective_loss_mask
     train_cache = _rendered(mixture, "train", tokenizer, capacity, cache, loss_mask)
@@ -197,6 +199,7 @@ def _record(mixture: Mixture, held_out: Mixture, cache: ConversationCache, rows:
         "mixture": {name: len(task) for name, task in mixture.tasks.items()},
         "fingerprint": mixture.fingerprint,
         "conversations": len(mixture),
+        "joined": {"conversations": mixture.num_joined, "turns": mixture.num_turns},
         "held_out_conversations": len(held_out),
         "train_tokens": cache.num_tokens,
         "rendering": asdict(cache.rendering),
