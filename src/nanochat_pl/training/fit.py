@@ -90,7 +90,7 @@ def fit(stage: TrainingStage, data: RowsDataModule, fitting: Fitting) -> Fitted:
     together.by_main(lambda: spikes.rewind(first_step))
     clock = StepClock()
     metrics = StepMetrics(
-        clock, fitting.flops_per_token, fitting.peak_flops, fitting.trainer.log_every_steps, data.steps.rows
+        clock, fitting.flops_per_token, fitting.peak_flops, fitting.trainer.log_every_steps, data.rows
     )
     resume_files = ResumeFiles(
         checkpoints,
