@@ -189,13 +189,20 @@ def write_four_files(place: Path) -> None:
 
 
 @pytest.mark.parametrize(("shuffle", "size"), [("global", "600k"), ("shards", "150k")])
-def test_a_disk_that_fills_while_caching(shuffle: str, size: str, place: Path, capsys: Captured) -> None:
+def test_a_disk_that_fills_while_caching(
+    shuffle: str, size: str, place: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is seen before anything is tokenised; and where it fills only then, in one error too."""
     write_four_files(place)
     assert train(place, "run=whole", f"data.shuffle={shuffle}") == 0
     keys = [f"data.shuffle={shuffle}", f"paths.cache={place / 'small'}"]
     capsys.readouterr()
     with small_disk(place / "small", size) as disk:
         assert train(place, *keys) == 2
+        assert_one_error(place, "the tokens of the text and the index of their rows take about", capsys)
+        with monkeypatch.context() as unchecked:  # as where others fill the disk meanwhile
+            unchecked.setattr("nanochat_pl.training.prepare.require_cache_room", lambda cache_dir, num_bytes: None)
+            assert train(place, *keys) == 2
         assert_one_error(place, "the disk is full", capsys)
         assert not list(disk.rglob("*.tmp.*"))
         done = tokens_on_the_disk(disk)

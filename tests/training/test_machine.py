@@ -23,7 +23,7 @@ from tests.processes import run
 def test_the_gpu_of_a_process(
     place: tuple[int, int, int, int], found: int, index: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(machine, "choose_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(machine, "choose_device", lambda *_: torch.device("cuda"))
     monkeypatch.setattr(machine, "launched_place", lambda: Place(*place))
     monkeypatch.setattr(machine, "require_kernels", lambda device: None)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: found)
@@ -31,7 +31,7 @@ def test_the_gpu_of_a_process(
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "choose_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(machine, "choose_device", lambda *_: torch.device("cuda"))
     monkeypatch.setattr(machine, "launched_place", lambda: Place(2, 4, 2, 4))
     monkeypatch.setattr(machine, "require_kernels", lambda device: None)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)

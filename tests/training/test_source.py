@@ -114,7 +114,7 @@ def test_the_disk_has_room_for_the_tokens_that_are_not_there_yet(
     assert needed(10**9) == 0
     require_cache_room(cache, 1)
     monkeypatch.setattr(cache_room, "free_bytes", lambda path: 2**29)
-    with pytest.raises(UserError, match=r"take about 1\.00 GiB more, the disk has 0\.50 GiB(.|\n)*paths\.cache=…"):
+    with pytest.raises(UserError, match=r"take about 1,024\.0 MiB more, the disk has 512\.0 MiB(.|\n)*paths\.cache=…"):
         require_cache_room(cache, 2**30)
 
 
