@@ -111,7 +111,7 @@ def test_marks_of_rows_that_mean_something_else(tmp_path: Path) -> None:
 
 def test_where_all_is_learnt_a_marked_conversation_is_left_out(tmp_path: Path, tokenizer: Tokenizer) -> None:
     file = of_rows(tmp_path, [USER, {**ANSWER, "weight": 0}, USER, ANSWER], PLAIN)
-    cache = build_conversation_cache(file, tokenizer, 100, tmp_path / "c", "x", trained="all")
+    cache = build_conversation_cache(file, tokenizer, 100, tmp_path / "c", "x", loss_mask="all")
     assert (cache.rendering.num_marked, cache.rendering.num_without_target) == (1, 1)
 
 

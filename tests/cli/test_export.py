@@ -60,8 +60,10 @@ def test_a_model_with_code_that_travels(
     assert sorted(path.name for path in here.iterdir()) == ["bundle", "my hf"]
     assert sorted(path.name for path in (here / "my hf").iterdir()) == [
         "README.md",
+        "calculator.py",
         "chat_template.jinja",
         "config.json",
+        "generate_with_calculator.py",
         "generation_config.json",
         "model.safetensors",
         "modeling_nanochat_pl.py",

@@ -172,7 +172,7 @@ def test_museum_40_only_the_prefix_is_taken_off_foreign_names(prefix: str, tmp_p
         "window_pattern": "SSSL",
     }
     write_json(tmp_path / "meta_000007.json", {"step": 7, "model_config": sizes})
-    imported = read_nanochat(tmp_path)
+    imported = read_nanochat(tmp_path, stage="base")
     assert imported.weights.keys() == weights.keys()
     assert all(torch.equal(imported.weights[name], tensor) for name, tensor in weights.items())
 

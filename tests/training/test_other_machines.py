@@ -73,7 +73,7 @@ def test_other_versions_of_what_runs(place: Path) -> None:
     assert not (place / "runs" / "other-versions").exists()
 
 
-def go_no_further(folder: Path) -> None:
+def go_no_further(*arguments: Any) -> None:
     raise SharedError("it went on")
 
 
@@ -83,7 +83,7 @@ def train_on(arguments: list[str], of_main: dict[str, Any], of_others: dict[str,
     machine = Machine(torch.device("cpu"), "CPU", **{"compute_dtype": "float32", "compile": False, **own})
     with contextlib.ExitStack() as patched:
         patched.enter_context(mock.patch.object(training_run, "prepare_machine", lambda config: machine))
-        patched.enter_context(mock.patch.object(training_run, "newest_resume_file", go_no_further))
+        patched.enter_context(mock.patch.object(training_run, "prepare_base", go_no_further))
         cache = cache_folder(composed.config.paths)
         return said(lambda: training_run.train_stage(composed.config, place_of(composed), cache))
 

@@ -98,7 +98,7 @@ def test_a_stopped_run_goes_on_with_its_corpus_and_so_does_its_evaluation(
     said = capsys.readouterr().err
     assert f"the corpus python_docs {corpus.fingerprint[:12]} is not in" in said
     assert "(came: gamma 2.0; changed: rich 1.0 → 1.1)" in said and "run=NEW" in said
-    corpus_now = RunCorpus(cache, run / "base" / "corpus.json", begun=True, may_change=True).open()
+    corpus_now = RunCorpus(cache, run / "base" / "corpus.json", begun=True, may_change=True).reopened()
     assert "came: gamma 2.0" in capsys.readouterr().out
     assert json.loads((run / "base" / "corpus.json").read_text())["corpus_hash"] == corpus_now.fingerprint
 
@@ -138,7 +138,7 @@ def test_where_the_inherited_corpus_is_gone_the_installed_one_is_taken_with_a_wo
 
 def test_a_damaged_record_is_named_and_a_damaged_neighbour_passed_over(site: Site, tmp_path: Path) -> None:
     record, cache = tmp_path / "corpus.json", tmp_path / "cache"
-    corpus = RunCorpus(cache, record).open()
+    corpus = RunCorpus(cache, record).reopened()
     for content in ("{", "[]", "{}"):
         neighbour = cache / "python_docs" / f"0{len(content)}"
         neighbour.mkdir(exist_ok=True)

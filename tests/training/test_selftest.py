@@ -54,7 +54,7 @@ def test_where_all_is_well_it_says_so(
     shown = capsys.readouterr().out
     table = json.loads(to.read_text(encoding="utf-8"))
     passed = [line for line in table["checks"] if line["result"] == "ok"]
-    assert table["passed"] and f"\nall {len(passed)} checks passed (4 left out: collectives: " in shown
+    assert table["passed"] and f"\nall {len(passed)} checks passed (5 left out: collectives: " in shown
     assert len(passed) >= 20 and all(line["check"] in shown for line in table["checks"])
     assert not list((tmp_path / "runs").iterdir()), "it leaves nothing where runs are"
 

@@ -84,7 +84,7 @@ def _open_one(
 ) -> Source:
     assert settings.name != "auto", "choose_data says what it comes to"
     if settings.name == "python_docs":
-        return corpus.open()
+        return corpus.reopened()
     if settings.name == "local":
         return LocalFiles(settings, cache_dir, key)
     source = HubFiles(

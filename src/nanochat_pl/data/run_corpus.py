@@ -74,7 +74,7 @@ class RunCorpus:
         self.cache_dir = cache_dir
         self._record, self._begun, self._inherited, self._may_change = record, begun, inherited, may_change
 
-    def open(self) -> PythonDocs:
+    def reopened(self) -> PythonDocs:
         """The corpus: the recorded one, else the inherited one, else that of the packages that are installed now.
 
         Raises:

@@ -47,7 +47,7 @@ class TaskContext:
             UserError: it cannot be built; or it is not there and is not to be built.
         """
         if self.run_corpus is not None:
-            return self.run_corpus.open()
+            return self.run_corpus.reopened()
         corpus = open_python_docs(self.cache_dir) if self.builds_corpus else built_python_docs(self.cache_dir)
         if corpus is None:
             raise UserError("python_docs: has not been built yet.", "nanochat-pl download data=python_docs")
