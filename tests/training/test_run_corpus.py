@@ -106,17 +106,17 @@ def test_a_stopped_run_goes_on_with_its_corpus_and_so_does_its_evaluation(
 def test_a_later_stage_has_the_corpus_of_the_one_before(site: Site, tmp_path: Path) -> None:
     begun = RunCorpus(tmp_path / "cache", tmp_path / "corpus.json")
     assert begun.chosen() == {} and begun.kept is None
-    first = begun.open()
+    first = begun.reopened()
     record = json.loads(json.dumps(begun.chosen()))
     drift(site)
     inherited = corpus_of_bundle(record, "stage.json")
     later = RunCorpus(tmp_path / "cache", tmp_path / "later.json", inherited=inherited)
     assert later.chosen() == record, "also of a stage that reads nothing of it"
-    assert later.open().folder == first.folder
+    assert later.reopened().folder == first.folder
     assert (tmp_path / "later.json").read_text() == (tmp_path / "corpus.json").read_text()
     # A bundle that is older than the record says its hash as that of its data.
     older = corpus_of_bundle({"source": "python_docs", "fingerprint": first.fingerprint}, "stage.json")
-    assert RunCorpus(tmp_path / "cache", inherited=older).open().folder == first.folder
+    assert RunCorpus(tmp_path / "cache", inherited=older).reopened().folder == first.folder
     assert corpus_of_bundle({"source": "climbmix", "fingerprint": "1"}, "stage.json") is None
     for wrong in (7, {}, {"corpus_hash": "1" * 65}, {"corpus_hash": "1", "path": "/etc"}):
         with pytest.raises(UserError, match=r"data\.corpus"):
@@ -127,11 +127,11 @@ def test_where_the_inherited_corpus_is_gone_the_installed_one_is_taken_with_a_wo
     site: Site, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = ChosenCorpus.of(open_python_docs(tmp_path / "cache"))
-    assert RunCorpus(tmp_path / "elsewhere", inherited=before).open().fingerprint == before.corpus_hash
+    assert RunCorpus(tmp_path / "elsewhere", inherited=before).reopened().fingerprint == before.corpus_hash
     assert "instead" not in capsys.readouterr().out, "built anew, it is the same"
     site.packages = [package for package in site.packages if package.name != "alpha"]
     site.install("beta", "3.0")
-    other = RunCorpus(tmp_path / "new", inherited=before).open()
+    other = RunCorpus(tmp_path / "new", inherited=before).reopened()
     assert other.fingerprint != before.corpus_hash
     assert "(came: beta 3.0; went: alpha 1.0). It is taken instead." in capsys.readouterr().out
 
@@ -145,7 +145,7 @@ def test_a_damaged_record_is_named_and_a_damaged_neighbour_passed_over(site: Sit
         (neighbour / "manifest.json").write_text(content)
     elsewhere: dict[str, Any] = {**to_plain(ChosenCorpus.of(corpus)), "folder": "../../x"}
     record.write_text(json.dumps(elsewhere))
-    assert RunCorpus(cache, record, begun=True).open().folder == corpus.folder
+    assert RunCorpus(cache, record, begun=True).reopened().folder == corpus.folder
     record.write_text('{"corpus_hash": 7}')
     with pytest.raises(UserError, match=r"corpus\.json"):
-        RunCorpus(cache, record, begun=True).open()
+        RunCorpus(cache, record, begun=True).reopened()
