@@ -268,11 +268,12 @@ def _utf8_length(text: str) -> int:
 
 @contextlib.contextmanager
 def _panics_explained(pattern: str) -> Iterator[None]:
-    """A regex that gives up panics in Rust, which arrives as a PanicException that cannot be imported."""
+    """A regex that gives up panics in Rust, which arrives as a PanicException that cannot be imported, or is a ValueError
+    of it; which of the two depends on the function that is asked."""
     try:
         yield
     except BaseException as error:
-        if type(error).__name__ != "PanicException":
+        if type(error).__name__ != "PanicException" and "Regex error" not in str(error):
             raise
         raise UserError(f"tokenizer: the split pattern {pattern!r} cannot be run: {error}") from error
 
