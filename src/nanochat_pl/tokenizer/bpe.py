@@ -268,8 +268,8 @@ def _utf8_length(text: str) -> int:
 
 @contextlib.contextmanager
 def _panics_explained(pattern: str) -> Iterator[None]:
-    """A regex that gives up panics in Rust, which arrives as a PanicException that cannot be imported, or is a ValueError
-    of it; which of the two depends on the function that is asked."""
+    """A regex that gives up panics in Rust, which arrives as a PanicException that cannot be imported, or it is said in a
+    ValueError, as the function that is asked has it."""
     try:
         yield
     except BaseException as error:
