@@ -268,8 +268,7 @@ def _utf8_length(text: str) -> int:
 
 @contextlib.contextmanager
 def _panics_explained(pattern: str) -> Iterator[None]:
-    """A regex that gives up panics in Rust, which arrives as a PanicException that cannot be imported, or it is said in a
-    ValueError, as the function that is asked has it."""
+    """A regex that gives up panics in Rust: a PanicException, which cannot be imported, or a ValueError."""
     try:
         yield
     except BaseException as error:
