@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
+from nanochat_pl.common.constants import STOP_SIGNALS
+
 # Set for children: they end when their standard input does, that is, when their parent is gone; and they leave the
 # closing words to it.
 FOLLOW_PARENT = "NANOCHAT_PL_FOLLOW_PARENT"
@@ -18,7 +20,6 @@ FOLLOW_PARENT = "NANOCHAT_PL_FOLLOW_PARENT"
 LAUNCHED = "launched"
 # Names a folder in which launched processes note their exit codes: after a signal torch's launcher forgets them.
 EXIT_CODES = "NANOCHAT_PL_EXIT_CODES"
-PASSED_ON = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name))
 
 
 def run_child(arguments: Sequence[str]) -> int:
@@ -41,7 +42,7 @@ def run_child(arguments: Sequence[str]) -> int:
             child.send_signal(number)
 
     # What this process was told to ignore (nohup) stays ignored, here and in the child.
-    heeded = [number for number in PASSED_ON if signal.getsignal(number) is not signal.SIG_IGN]
+    heeded = [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
     previous = {number: signal.signal(number, pass_on) for number in heeded}
     try:
         sys.stdout.flush()
@@ -63,7 +64,7 @@ def run_child(arguments: Sequence[str]) -> int:
 
 def is_stop(code: int) -> bool:
     """Whether an exit code is that of a process that was told to stop; one that was killed or crashed was not."""
-    return code - 128 in PASSED_ON
+    return code - 128 in STOP_SIGNALS
 
 
 def note_exit(code: int) -> int:
