@@ -1,4 +1,4 @@
-"""Constants that more than one room needs. Each lives here once."""
+"""Constants that more than one package needs. Each lives here once."""
 
 import signal
 

@@ -91,6 +91,7 @@ def prepare_sft(
     shuffle: Shuffle = "none" if mixture.in_sequence else "global"
     train_rows = partial(padded, train_cache, mode=config.mixture.packing, seed=config.seed, shuffle=shuffle)
     rows = rows_of_epochs(train_rows, config.stage.num_epochs)
+    options = target_of(machine).row_options(config)
     plan = make_finetune_plan(
         model,
         config,
@@ -100,9 +101,9 @@ def prepare_sft(
         parent=inherited.hyperparameters,
         parent_batch_tokens=inherited.total_batch_tokens,
         parent_name=parent_name,
-        options=target_of(machine).row_options(config),
+        options=options,
     )
-    add_step_memory(plan, model, target_of(machine).row_options(config))
+    add_step_memory(plan, model, options)
     _announce_inherited(plan)
     if config.max_steps is not None or config.flops_budget is not None:
         num_rows = plan["num_steps"] * plan["rows_per_step"]
