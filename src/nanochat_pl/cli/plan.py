@@ -12,6 +12,7 @@ import os
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from nanochat_pl.cli.compose import Composed
 from nanochat_pl.cli.experiment import compose_step
@@ -28,7 +29,7 @@ from nanochat_pl.data.sources import SourceSettings
 from nanochat_pl.model.attention import Kernels, has_varlen_with_windows, kernels_of
 from nanochat_pl.model.config import resolve_model
 from nanochat_pl.planning import Plan, plan_sections, width_remark
-from nanochat_pl.planning.devices import Device, detected_device, named_device
+from nanochat_pl.planning.devices import detected_device, named_device
 from nanochat_pl.planning.horizon import CPU_EXAMPLE, MAX_EPOCHS
 from nanochat_pl.planning.memory import step_memory
 from nanochat_pl.planning.outlook import add_machine, add_memory, add_text, add_time, device_remarks
@@ -68,34 +69,33 @@ def run(arguments: Sequence[str]) -> int:
             f"stage={config.stage.name}: only base is planned from its settings alone.",
             "The plan of a later stage follows from its parent; it is in the stage's plan.json when that has begun.",
         )
-    plan, device, remarks = full_plan(config)
+    full = full_plan(config)
     if config.explain is not None:
-        say(plan.explain(config.explain))
+        say(full.plan.explain(config.explain))
         return 0
-    show_plan(plan, device, remarks)
+    show_plan(full)
     say()
     next_steps(
         [
             ("one value with its inputs", f"nanochat-pl plan {_typed(composed)}explain=total_batch_tokens"),
-            _how_to_train(composed),
+            _how_to_train(composed, full),
         ]
     )
     return 0
 
 
-def _how_to_train(composed: Composed[PlanConfig]) -> tuple[str, str]:
+def _how_to_train(composed: Composed[PlanConfig], full: FullPlan) -> tuple[str, str]:
     """The command that trains this, as far as the machine that it is typed on takes it; what was planned for another
     machine is to be typed there."""
-    config, command = composed.config, f"nanochat-pl train {_typed(composed)}".rstrip()
-    if config.hardware is not None:
+    command = f"nanochat-pl train {_typed(composed)}".rstrip()
+    if full.config.hardware is not None:
         return "train it there", command
-    config, target, at_hand = _concrete(config)
-    plan = base_plan(config, target, config.tokenizer.vocab_size, at_hand)
-    if would_refuse(config, plan, target, at_hand) is None:
-        if (first := _to_fetch(config)) is not None:
+    if full.refused is None:
+        if (first := _to_fetch(full.config)) is not None:
             return "fetch its data first", first
-        return ("train it", command) if _fits(config, target) else ("plan a smaller one", _smaller(composed))
-    if target.device.type == "cpu":
+        fits = _fits(full.config, full.target)
+        return ("train it", command) if fits else ("plan a smaller one", _smaller(composed))
+    if full.target.device.type == "cpu":
         kept = [text for text in _typed(composed).split() if not text.startswith(("model.depth=", "max_steps="))]
         return "train what a CPU can", " ".join(["nanochat-pl train", *kept, CPU_EXAMPLE])
     return "train it all the same", f"{command} yes=true"
@@ -132,22 +132,38 @@ def _smaller(composed: Composed[PlanConfig]) -> str:
 
 def print_plan(config: TrainConfig) -> None:
     """Print the plan of these settings on this machine, for a check."""
-    show_plan(*full_plan(config))
+    show_plan(full_plan(config))
 
 
-def show_plan(plan: Plan, device: Device, remarks: Sequence[str]) -> None:
+def show_plan(full: FullPlan) -> None:
     """Print a plan as a table for each section, and the remarks."""
-    say(f"Plan for {device.name}", style="bold")
-    for title, rows in plan_sections(plan).items():
+    say(f"Plan for {full.target.device.name}", style="bold")
+    for title, rows in plan_sections(full.plan).items():
         say()
         print_table(("value", "", "how it follows", "set by"), rows, title=title)
     say()
-    for remark in remarks:
+    for remark in full.remarks:
         say(f"- {remark}")
 
 
-def full_plan(config: TrainConfig) -> tuple[Plan, Device, list[str]]:
-    """The plan of pretraining with memory, time, cost and text, the device that it is for, and the remarks on it."""
+class FullPlan(NamedTuple):
+    """The plan of pretraining with memory, time, cost and text, and what else is known with it.
+
+    Attributes:
+        config: the settings, with ``data=auto`` made concrete.
+        remarks: what a person should know before training it.
+        refused: what train says if it does not take these settings unasked.
+    """
+
+    plan: Plan
+    config: PlanConfig
+    target: Target
+    remarks: list[str]
+    refused: UserError | None
+
+
+def full_plan(config: TrainConfig) -> FullPlan:
+    """Plan pretraining as far as it can be told without training."""
     ours = config if isinstance(config, PlanConfig) else PlanConfig(**vars(config))
     ours, target, at_hand = _concrete(ours)
     cache, vocab_size = cache_folder(ours.paths), ours.tokenizer.vocab_size
@@ -160,9 +176,10 @@ def full_plan(config: TrainConfig) -> tuple[Plan, Device, list[str]]:
     add_text(plan, text_facts(ours.data, cache, vocab_size))
     remarks = [*filter(None, [width_remark(plan)]), *device_remarks(plan, memory, device)]
     remarks += [*_remarks_on_settings(ours, plan, target), *_epochs_by_source(ours, plan)]
-    if refused := would_refuse(ours, plan, target, at_hand):
+    refused = would_refuse(ours, plan, target, at_hand)
+    if refused is not None:
         remarks.append(f"train refuses it unasked: {' '.join(refused.problems)} {refused.fix}")
-    return plan, device, remarks
+    return FullPlan(plan, ours, target, remarks, refused)
 
 
 def _concrete(config: PlanConfig) -> tuple[PlanConfig, Target, int | None]:
