@@ -25,7 +25,6 @@ from nanochat_pl.common.settings import setting
 from nanochat_pl.data.at_hand import text_facts, tokens_by_source
 from nanochat_pl.data.auto import choose_data
 from nanochat_pl.data.hub_files import HubFiles
-from nanochat_pl.data.sources import SourceSettings
 from nanochat_pl.model.attention import Kernels, has_varlen_with_windows, kernels_of
 from nanochat_pl.model.config import resolve_model
 from nanochat_pl.planning import Plan, plan_sections, width_remark
@@ -104,8 +103,7 @@ def _how_to_train(composed: Composed[PlanConfig], full: FullPlan) -> tuple[str, 
 def _to_fetch(config: PlanConfig) -> str | None:
     """The command that fetches what a training would miss: it fetches nothing itself here. None: nothing is missing."""
     cache = cache_folder(config.paths)
-    parts: Sequence[SourceSettings] = [*config.data.parts.values()] or [config.data]
-    for part in parts:
+    for part in config.data.opened:
         if part.is_on_hub and not part.download:
             try:
                 HubFiles(part, cache).shards("train")

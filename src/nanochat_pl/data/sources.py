@@ -166,6 +166,11 @@ class DataSettings(SourceSettings):
         return {name: source for name, source in sorted(self.sources.items()) if source is not None}
 
     @property
+    def opened(self) -> list[SourceSettings]:
+        """The data sets that are opened for these settings: those of a mixture, or the one that this is."""
+        return [*self.parts.values()] or [self]
+
+    @property
     def own_paths(self) -> list[str]:
         """The places on this machine that the settings name, to read text there."""
         return [source.path for source in (self, *self.parts.values()) if source.path is not None]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.hardware import ComputeDType
 from nanochat_pl.data.at_hand import tokens_at_hand
 from nanochat_pl.data.run_corpus import RunCorpus
-from nanochat_pl.data.sources import DataSettings, SourceSettings
+from nanochat_pl.data.sources import DataSettings
 from nanochat_pl.planning import Plan, check_horizon, estimate_cpu_seconds, make_plan
 from nanochat_pl.planning.devices import Device
 from nanochat_pl.planning.rows import RowOptions
@@ -54,8 +53,7 @@ def bounding_tokens(data: DataSettings, vocab_size: int, cache: Path, corpus: Ru
     An estimate from bytes of text, so that it is the same before and after they have been tokenised. It has no say for
     data sets of a hub, nor for text that is tokenised while the training runs: how much is here would decide.
     """
-    parts: Sequence[SourceSettings] = [*data.parts.values()] or [data]
-    if any(part.shuffle != "global" or part.is_on_hub for part in parts):
+    if any(part.shuffle != "global" or part.is_on_hub for part in data.opened):
         return None
     return tokens_at_hand(data, cache, vocab_size, build=True, corpus=corpus)
 

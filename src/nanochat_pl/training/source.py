@@ -78,7 +78,7 @@ def corpus_of_stage(config: TrainConfig, folder: StageFolder, cache: Path, goes_
 def open_for_tokenizer(config: TrainConfig, cache: Path, corpus: RunCorpus | None = None) -> Source:
     """The source of the tokenizer stage: the files that pretraining with these settings takes, so that both stages have
     the same; of those that are fetched when they are read, as many as the tokenizer reads."""
-    on_hub = any(part.is_on_hub for part in (config.data, *config.data.parts.values()))
+    on_hub = any(part.is_on_hub for part in config.data.opened)
     return open_source(config.data, cache, tokens_planned(config)(None) if on_hub else None, corpus=corpus)
 
 
