@@ -74,29 +74,30 @@ def run(arguments: Sequence[str]) -> int:
         return 0
     show_plan(full)
     say()
+    typed = _typed(composed)
     next_steps(
         [
-            ("one value with its inputs", f"nanochat-pl plan {_typed(composed)}explain=total_batch_tokens"),
-            _how_to_train(composed, full),
+            ("one value with its inputs", _command("plan", *typed, "explain=total_batch_tokens")),
+            _how_to_train(typed, full),
         ]
     )
     return 0
 
 
-def _how_to_train(composed: Composed[PlanConfig], full: FullPlan) -> tuple[str, str]:
+def _how_to_train(typed: Sequence[str], full: FullPlan) -> tuple[str, str]:
     """The command that trains this, as far as the machine that it is typed on takes it; what was planned for another
     machine is to be typed there."""
-    command = f"nanochat-pl train {_typed(composed)}".rstrip()
+    command = _command("train", *typed)
     if full.config.hardware is not None:
         return "train it there", command
     if full.refused is None:
         if (first := _to_fetch(full.config)) is not None:
             return "fetch its data first", first
         fits = _fits(full.config, full.target)
-        return ("train it", command) if fits else ("plan a smaller one", _smaller(composed))
+        return ("train it", command) if fits else ("plan a smaller one", _smaller(typed, full.config.model.depth))
     if full.target.device.type == "cpu":
-        kept = [text for text in _typed(composed).split() if not text.startswith(("model.depth=", "max_steps="))]
-        return "train what a CPU can", " ".join(["nanochat-pl train", *kept, CPU_EXAMPLE])
+        kept = [text for text in typed if not text.startswith(("model.depth=", "max_steps="))]
+        return "train what a CPU can", f"{_command('train', *kept)} {CPU_EXAMPLE}"
     return "train it all the same", f"{command} yes=true"
 
 
@@ -122,10 +123,9 @@ def _fits(config: PlanConfig, target: Target) -> bool:
     return device.memory_bytes is None or step.total <= device.memory_bytes
 
 
-def _smaller(composed: Composed[PlanConfig]) -> str:
-    depth = max(1, composed.config.model.depth // 2)
-    kept = [text for text in _typed(composed).split() if not text.startswith("model.depth=")]
-    return " ".join(["nanochat-pl plan", *kept, f"model.depth={depth}"])
+def _smaller(typed: Sequence[str], depth: int) -> str:
+    kept = [text for text in typed if not text.startswith("model.depth=")]
+    return _command("plan", *kept, f"model.depth={max(1, depth // 2)}")
 
 
 def print_plan(config: TrainConfig) -> None:
@@ -252,8 +252,12 @@ def _epochs_by_source(config: PlanConfig, plan: Plan) -> list[str]:
     return remarks
 
 
-def _typed(composed: Composed[PlanConfig]) -> str:
+def _typed(composed: Composed[PlanConfig]) -> list[str]:
     """What was typed, without the keys that only this verb has, for another command."""
     typed = [text for text in composed.overrides if split_override(text)[0] not in OWN_KEYS]
     experiment = [f"experiment={composed.experiment}"] if composed.experiment else []
-    return "".join(f"{shlex.quote(text)} " for text in [*experiment, *typed])
+    return [*experiment, *typed]
+
+
+def _command(verb: str, *overrides: str) -> str:
+    return f"nanochat-pl {verb} {shlex.join(overrides)}".rstrip()
