@@ -12,6 +12,7 @@ import torch
 from nanochat_pl.model.config import GPTConfig, ModelSettings, resolve_model
 from nanochat_pl.model.gpt import GPT
 from nanochat_pl.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer
+from tests.model.helpers import golden_net
 from tests.reference.golden_tokenizer import load_golden_tokenizer
 
 
@@ -26,11 +27,7 @@ class SmallBundle:
 @functools.cache
 def golden_bundle(golden: Path) -> SmallBundle:
     """golden/nanochat_base: 4 layers, a short window of 128, vocabulary of 1,000."""
-    settings = ModelSettings(depth=4, aspect_ratio=16, head_dim=16, num_kv_heads=2, sequence_len=512)
-    net = GPT(resolve_model(settings, vocab_size=1000, compute_dtype="float32")).materialise()
-    state = torch.load(golden / "nanochat_base/base_checkpoints/d4/model_000007.pt", weights_only=True)
-    net.load_state_dict(state)
-    return SmallBundle(net.eval(), load_golden_tokenizer(golden))
+    return SmallBundle(golden_net(golden).eval(), load_golden_tokenizer(golden))
 
 
 @functools.cache

@@ -11,15 +11,12 @@ import torch
 from safetensors.torch import load_file
 
 from nanochat_pl.evaluation.bits_per_byte import BitsPerByte
-from nanochat_pl.model.config import ModelSettings, resolve_model
-from nanochat_pl.model.gpt import GPT
+from tests.model.helpers import golden_net
 
 
 def test_golden_figure(golden):
     base = golden / "nanochat_base"
-    settings = ModelSettings(depth=4, aspect_ratio=16, head_dim=16, num_kv_heads=2, sequence_len=512)
-    net = GPT(resolve_model(settings, 1000, "float32")).materialise()
-    net.load_state_dict(torch.load(base / "base_checkpoints/d4/model_000007.pt", weights_only=True))
+    net = golden_net(golden)
     metric = BitsPerByte(torch.load(base / "tokenizer/token_bytes.pt", weights_only=True))
     batches = load_file(golden / "bpb.safetensors")
     with torch.no_grad():

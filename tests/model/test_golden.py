@@ -11,24 +11,13 @@ from safetensors.torch import load_file
 from nanochat_pl.cli.train import compose_train
 from nanochat_pl.model.accounting import count_parameters, flops_per_token
 from nanochat_pl.model.config import ModelSettings, resolve_model
-from nanochat_pl.model.gpt import GPT
 from nanochat_pl.model.kv_cache import KVCache
-
-
-def load_net(golden, config, path="nanochat_base/base_checkpoints/d4/model_000007.pt") -> GPT:
-    net = GPT(config).materialise()
-    net.load_state_dict(torch.load(golden / path, weights_only=True), strict=True)
-    return net
-
-
-def base_config():
-    settings = ModelSettings(depth=4, aspect_ratio=16, head_dim=16, num_kv_heads=2, sequence_len=512)
-    return resolve_model(settings, 1000, "float32")
+from tests.model.helpers import era_model_config, golden_net, load_net, size_overrides
 
 
 def test_forward_and_gradients(golden):
     expected = load_file(golden / "forward.safetensors")
-    net = load_net(golden, base_config())
+    net = golden_net(golden)
     ids, targets = expected["idx"], expected["targets"]
     torch.testing.assert_close(net(ids)[:, expected["logit_positions"]], expected["logits"], atol=1e-5, rtol=0)
     losses = net.losses(ids, targets)
@@ -52,16 +41,10 @@ def test_forward_and_gradients(golden):
     ],
 )
 def test_older_architectures_are_configs_of_the_same_network(golden, folder, overrides, rounded, tolerance):
-    meta = json.loads((golden / folder / "meta_000003.json").read_text(encoding="utf-8"))["model_config"]
-    sizes = {
-        "depth": meta["n_layer"],
-        "aspect_ratio": meta["n_embd"] // meta["n_layer"],
-        "head_dim": meta["n_embd"] // meta["n_head"],
-        "num_kv_heads": meta["n_kv_head"],
-        "sequence_len": meta["sequence_len"],
-    }
-    typed = [*overrides, *(f"model.{key}={value}" for key, value in sizes.items())]
-    settings = compose_train([*typed, *([] if rounded else ["model.rotary_bfloat16=false"])]).config.model
+    meta = era_model_config(golden, folder)
+    settings = compose_train(
+        [*overrides, *size_overrides(meta), *([] if rounded else ["model.rotary_bfloat16=false"])]
+    ).config.model
     net = load_net(golden, resolve_model(settings, meta["vocab_size"], "float32"), f"{folder}/model_000003.pt")
     expected = load_file(golden / folder / "forward.safetensors")
     logits = net(expected["idx"])
@@ -85,7 +68,7 @@ def test_counts_of_the_plan(golden):
 def test_greedy_continuations_with_a_cache(golden):
     """The closest two logits are 2e-5 apart, so this is a test of the cache to the last digits."""
     cases = json.loads((golden / "generation.json").read_text(encoding="utf-8"))
-    net = load_net(golden, base_config())
+    net = golden_net(golden)
     for case in cases:
         expected = case["greedy_ids"]
         cache, ids, found = KVCache(net.config, 1, 512), case["prompt_ids"], []

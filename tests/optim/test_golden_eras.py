@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -15,6 +14,7 @@ from nanochat_pl.cli.train import compose_train
 from nanochat_pl.model.config import resolve_model
 from nanochat_pl.model.gpt import GPT, parameter_roles
 from nanochat_pl.optim import MuonAdamW, ScheduleSettings, build_optimizer, resolve_hyperparameters, schedule_values
+from tests.model.helpers import era_model_config, load_net, size_overrides
 from tests.optim.test_golden_optimizer import backward
 
 NAMES = {"oct2025": "nanochat_2025_10", "feb2026": "nanochat_2026_02"}
@@ -25,22 +25,12 @@ def facts_of(golden: Path, era: str, file: str) -> dict[str, Any]:
 
 
 def net_of(golden: Path, era: str) -> GPT:
-    folder = golden / f"era_{era}"
-    meta = json.loads((folder / "meta_000003.json").read_text(encoding="utf-8"))["model_config"]
-    sizes = {
-        "depth": meta["n_layer"],
-        "head_dim": meta["n_embd"] // meta["n_head"],
-        "aspect_ratio": meta["n_embd"] // meta["n_layer"],
-        "num_kv_heads": meta["n_kv_head"],
-        "sequence_len": meta["sequence_len"],
-    }
+    meta = era_model_config(golden, f"era_{era}")
+    overrides = [f"model={NAMES[era]}", *size_overrides(meta)]
     if "window_pattern" in meta:
-        sizes["window_pattern"] = meta["window_pattern"]
-    overrides = [f"model={NAMES[era]}", *(f"model.{name}={value}" for name, value in sizes.items())]
+        overrides.append(f"model.window_pattern={meta['window_pattern']}")
     config = resolve_model(compose_train(overrides).config.model, meta["vocab_size"], "float32")
-    net = GPT(config).materialise()
-    net.load_state_dict(torch.load(folder / "model_000003.pt", weights_only=True))
-    return net
+    return load_net(golden, config, f"era_{era}/model_000003.pt")
 
 
 def schedule_of(era: str, **keys: Any) -> ScheduleSettings:

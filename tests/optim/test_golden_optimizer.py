@@ -6,21 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from nanochat_pl.formats.nanochat_moments import read_moments
-from nanochat_pl.model.config import ModelSettings, resolve_model
 from nanochat_pl.model.gpt import GPT, parameter_roles
 from nanochat_pl.optim import MuonAdamW, OptimSettings, StepValues, build_optimizer, resolve_hyperparameters
-
-
-def golden_net(path: Path) -> GPT:
-    settings = ModelSettings(depth=4, aspect_ratio=16, head_dim=16, num_kv_heads=2, sequence_len=512)
-    net = GPT(resolve_model(settings, vocab_size=1000, compute_dtype="float32")).materialise()
-    net.load_state_dict(torch.load(path, weights_only=True))
-    return net
+from tests.model.helpers import golden_net
 
 
 def golden_optimizer(net: GPT, golden: Path) -> tuple[MuonAdamW, dict]:
@@ -39,7 +31,7 @@ def backward(net: GPT, ids: Tensor) -> float:
 
 
 def test_groups_have_the_golden_learning_rates_betas_and_shapes(golden: Path) -> None:
-    net = golden_net(golden / "nanochat_base/base_checkpoints/d4/model_000007.pt")
+    net = golden_net(golden)
     optimizer, facts = golden_optimizer(net, golden)
     assert len(optimizer.param_groups) == len(facts["groups"])
     for group, want in zip(optimizer.param_groups, facts["groups"], strict=True):
@@ -56,7 +48,7 @@ def test_groups_have_the_golden_learning_rates_betas_and_shapes(golden: Path) ->
 
 
 def test_six_steps(golden: Path) -> None:
-    net = golden_net(golden / "nanochat_base/base_checkpoints/d4/model_000007.pt")
+    net = golden_net(golden)
     start = {name: p.detach().clone() for name, p in net.named_parameters()}
     optimizer, facts = golden_optimizer(net, golden)
     tensors = load_file(golden / "optimizer_6_steps.safetensors")
@@ -76,7 +68,7 @@ def test_six_steps(golden: Path) -> None:
 
 def test_a_seventh_step_from_the_reference_moments(golden: Path) -> None:
     folder = golden / "nanochat_trained/base_checkpoints/d4"
-    net = golden_net(folder / "model_000013.pt")
+    net = golden_net(golden, "nanochat_trained/base_checkpoints/d4/model_000013.pt")
     optimizer, _ = golden_optimizer(net, golden)
     optimizer.load_moments(read_moments(folder / "optim_000013_rank0.pt", net)[0])
     facts = json.loads((golden / "optimizer_7th_step.json").read_text(encoding="utf-8"))
