@@ -51,6 +51,10 @@ class RandomRows:
     def wait_for(self, num_rows: int, check: Any) -> None:
         """They are there."""
 
+    def epochs_after(self, num_rows: int) -> float:
+        """They are one epoch."""
+        return num_rows / len(self)
+
     def read(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         rows = self.ids[np.asarray(numbers)]
         return rows[:, :-1].copy(), rows[:, 1:].copy()
