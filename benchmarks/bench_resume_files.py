@@ -10,29 +10,16 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import torch
-from bench_trainer import RandomRows, interval
+from bench_trainer import RandomRows, interval, small_recipe, train
 from lightning.pytorch import Callback
 
-from nanochat_pl.cli.quiet import quieten
-from nanochat_pl.common.hardware import choose_compute_dtype
-from nanochat_pl.model.accounting import flops_per_token
-from nanochat_pl.model.config import ModelSettings, resolve_model
-from nanochat_pl.optim import OptimSettings, ScheduleSettings, resolve_hyperparameters
 from nanochat_pl.planning.memory import resume_copy_bytes
 from nanochat_pl.training import checkpoint_io
-from nanochat_pl.training.datamodule import RowsDataModule
-from nanochat_pl.training.evaluation import Samples
-from nanochat_pl.training.fit import Fitting, fit
 from nanochat_pl.training.resume import ResumeFiles
-from nanochat_pl.training.settings import EvaluationSettings, TrainerSettings
-from nanochat_pl.training.stages import BaseStage, StageRecipe
 
 RATE = 0.05 * 2**30  # bytes a second
 WARM_UP_FILES, ROWS_PER_STEP = 1, 2
@@ -69,13 +56,9 @@ class StepTimes(Callback):
 
 def main(num_files: int, every_steps: int, compiled: bool) -> None:
     """Print the ratio of both kinds of step, what a file costs, and what it would if the training waited."""
-    quieten()
-    dtype = choose_compute_dtype("auto", torch.device("cpu"))
-    model = resolve_model(ModelSettings(depth=4, head_dim=64, sequence_len=256), 4096, dtype)
     num_steps = (num_files + WARM_UP_FILES) * every_steps + every_steps // 2
-    hyper = resolve_hyperparameters(OptimSettings(matrix_lr=0.012), width=model.width, compute_dtype=dtype)
-    recipe = StageRecipe(model, hyper, ScheduleSettings(), num_steps, ROWS_PER_STEP, 0, compiled)
-    num_bytes = resume_copy_bytes(model)
+    recipe = small_recipe(num_steps, ROWS_PER_STEP, compiled)
+    num_bytes = resume_copy_bytes(recipe.model)
     checkpoint_io._write = slowed(checkpoint_io._write, num_bytes)  # type: ignore[assignment]
     checkpoint_io._verify = slowed(checkpoint_io._verify, num_bytes)  # type: ignore[assignment]
     copies: list[float] = []
@@ -88,22 +71,8 @@ def main(num_files: int, every_steps: int, compiled: bool) -> None:
         return copied
 
     checkpoint_io.copy_to_host = copy
-    times, rows = StepTimes(), RandomRows(model.vocab_size, model.sequence_len)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        fitting = Fitting(
-            name="bench",
-            folder=folder,
-            trainer=TrainerSettings(accelerator="cpu", checkpoint_every_steps=every_steps),
-            evaluation=EvaluationSettings(every_steps=0, samples_every_steps=0),
-            device=torch.device("cpu"),
-            flops_per_token=flops_per_token(model),
-            peak_flops=None,
-            validation=None,
-            samples=Samples(folder / "samples.jsonl", [], 1),
-            callbacks=[times],
-        )
-        fit(BaseStage(recipe), RowsDataModule(rows, ROWS_PER_STEP, num_steps), fitting)  # type: ignore[arg-type]
+    times, rows = StepTimes(), RandomRows(recipe.model.vocab_size, recipe.model.sequence_len)
+    train(recipe, rows, times, checkpoint_every_steps=every_steps)
     cycles = [(busy, quiet) for busy, quiet in times.cycles[WARM_UP_FILES:] if busy and quiet]
     ratios = [statistics.mean(busy) / statistics.mean(quiet) for busy, quiet in cycles]
     low, high = interval(ratios)

@@ -94,6 +94,34 @@ class BareLoop(Callback):
         self.pairs.append((trainer_seconds, self._mark - start))
 
 
+def small_recipe(num_steps: int, rows_per_step: int, compiled: bool) -> StageRecipe:
+    """The demo's model, and steps of one micro-batch."""
+    dtype = choose_compute_dtype("auto", torch.device("cpu"))
+    model = resolve_model(ModelSettings(depth=4, head_dim=64, sequence_len=256), 4096, dtype)
+    hyper = resolve_hyperparameters(OptimSettings(matrix_lr=0.012), width=model.width, compute_dtype=dtype)
+    return StageRecipe(model, hyper, ScheduleSettings(), num_steps, rows_per_step, 0, compiled)
+
+
+def train(recipe: StageRecipe, rows: Any, callback: Callback, checkpoint_every_steps: int) -> None:
+    """Pretrain as a stage does, without validation and samples, in a folder that is gone afterwards."""
+    quieten()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        fitting = Fitting(
+            name="bench",
+            folder=folder,
+            trainer=TrainerSettings(accelerator="cpu", checkpoint_every_steps=checkpoint_every_steps),
+            evaluation=EvaluationSettings(every_steps=0, samples_every_steps=0),
+            device=torch.device("cpu"),
+            flops_per_token=flops_per_token(recipe.model),
+            peak_flops=None,
+            validation=None,
+            samples=Samples(folder / "samples.jsonl", [], 1),
+            callbacks=[callback],
+        )
+        fit(BaseStage(recipe), RowsDataModule(rows, recipe.device_batch_size, recipe.num_steps), fitting)
+
+
 def interval(ratios: list[float], rounds: int = 10_000) -> tuple[float, float]:
     """95% bootstrap interval of the median."""
     chance = random.Random(0)
@@ -103,29 +131,11 @@ def interval(ratios: list[float], rounds: int = 10_000) -> tuple[float, float]:
 
 def main(num_pairs: int = 60, compiled: bool = True) -> None:
     """Print the ratio of the two, and tokens a second of both."""
-    quieten()
-    dtype = choose_compute_dtype("auto", torch.device("cpu"))
-    model = resolve_model(ModelSettings(depth=4, head_dim=64, sequence_len=256), 4096, dtype)
-    num_steps = num_pairs + WARM_UP_STEPS
-    hyper = resolve_hyperparameters(OptimSettings(matrix_lr=0.012), width=model.width, compute_dtype=dtype)
-    recipe = StageRecipe(model, hyper, ScheduleSettings(), num_steps, ROWS_PER_STEP, 0, compiled)
+    recipe = small_recipe(num_pairs + WARM_UP_STEPS, ROWS_PER_STEP, compiled)
+    model, dtype = recipe.model, recipe.model.compute_dtype
     rows: Any = RandomRows(model.vocab_size, model.sequence_len)
     bare = BareLoop(copy.copy(recipe), StepRows(rows, ROWS_PER_STEP))
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        fitting = Fitting(
-            name="bench",
-            folder=folder,
-            trainer=TrainerSettings(accelerator="cpu", checkpoint_every_steps=10**6),
-            evaluation=EvaluationSettings(every_steps=0, samples_every_steps=0),
-            device=torch.device("cpu"),
-            flops_per_token=flops_per_token(model),
-            peak_flops=None,
-            validation=None,
-            samples=Samples(folder / "samples.jsonl", [], 1),
-            callbacks=[bare],
-        )
-        fit(BaseStage(recipe), RowsDataModule(rows, ROWS_PER_STEP, num_steps), fitting)
+    train(recipe, rows, bare, checkpoint_every_steps=10**6)
     # The last step writes a resume file; the first ones compile.
     pairs = bare.pairs[WARM_UP_STEPS:-1]
     ratios = [trainer / alone for trainer, alone in pairs]
