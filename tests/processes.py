@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 
 WORKERS = 4
-GRACE = 20.0  # seconds that the others get to end, after one has failed
+GRACE = 5.0  # seconds that the others get to end, after one has failed
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -94,22 +94,22 @@ def _kill_workers() -> None:
 
 
 def _answers(world_size: int, timeout: float) -> dict[int, dict[str, Any]]:
-    """What each worker answers, by rank. Where one does not, all workers are killed, to be made anew."""
+    """What each worker answers, by rank. Where one fails, all workers are killed, to be made anew: what it leaves behind
+    (half a process group, a peer that still waits for it) is not for the next job."""
     ranks = {connection: rank for rank, (_, connection) in enumerate(_workers[:world_size])}
     answers: dict[int, dict[str, Any]] = {}
-    deadline, lost = time.monotonic() + timeout, False
+    deadline = time.monotonic() + timeout
     while ranks and (ready := wait(list(ranks), max(0.0, deadline - time.monotonic()))):
         for connection in ready:
             rank = ranks.pop(connection)
             try:
                 answers[rank] = _unpacked(connection.recv_bytes())
             except (EOFError, ConnectionResetError):
-                lost = True
                 answers[rank] = {"error": f"died with exit code {_workers[rank][0].wait()}"}
             if "error" in answers[rank]:
                 deadline = min(deadline, time.monotonic() + GRACE)
     answers |= {rank: {"error": "was not done in time"} for rank in ranks.values()}
-    if ranks or lost:
+    if any("error" in answer for answer in answers.values()):
         _kill_workers()
     return dict(sorted(answers.items()))
 

@@ -132,6 +132,9 @@ def test_each_backend_has_its_patience() -> None:
 
 def waits_longer_than_for_a_meeting() -> int:
     """The group is made with the time that a meeting may take; its collectives have another."""
+    # A store of its own: in that of the first group stand the addresses of its processes.
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if distributed.is_main() else None
+    os.environ["MASTER_PORT"] = str(distributed.total(store.port if store else 0))
     distributed.stop()
     with mock.patch.object(distributed, "SECONDS_TO_MEET", 10.0):
         distributed.start(torch.device("cpu"))
