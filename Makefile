@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/.installed
 
 help:  ## this list
 	@awk -F ':.*##' '/^[a-z-]+:.*##/ {printf "  make %-10s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo "  Another Python (3.10 to 3.13) for .venv: make setup PYTHON=python3.12"
+	@echo "  Another Python (3.11 to 3.13) for .venv: make setup PYTHON=python3.12"
 
 setup: $(INSTALLED)  ## install everything into .venv, with exact versions; HASHED=1: only files with known hashes
 
@@ -43,8 +43,16 @@ hashes:  ## write hashes.txt anew, from constraints.txt
 	build/hashes/bin/uv pip compile --quiet --universal --python-version 3.11 --no-deps --generate-hashes \
 		--no-emit-package torch --no-annotate --custom-compile-command "make hashes" constraints.txt -o hashes.txt
 
+# Two terminals may ask for it at once: one waits until the other has installed, and finds that done.
+ONE_AT_A_TIME = import fcntl, subprocess, sys; lock = open("Makefile"); fcntl.flock(lock, fcntl.LOCK_EX); \
+	sys.exit(subprocess.call(sys.argv[1:]))
+
+ifndef LOCKED
 $(INSTALLED): pyproject.toml constraints.txt hashes.txt
-	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 10) <= v < (3, 14) else "$(PYTHON) is Python %d.%d, 3.10 to 3.13 is needed: make $(MAKECMDGOALS) PYTHON=python3.12" % v)'
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 14) else "$(PYTHON) is Python %d.%d, 3.11 to 3.13 is needed: make $(MAKECMDGOALS) PYTHON=python3.12" % v)'
+	@$(PYTHON) -c '$(ONE_AT_A_TIME)' $(MAKE) --no-print-directory LOCKED=1 $@
+else
+$(INSTALLED): pyproject.toml constraints.txt hashes.txt
 	$(PYTHON) -m venv $(VENV)
 ifdef HASHED
 # pip asks for hashes of all or of none: torch, with what it needs of CUDA, comes after the others and by its version
@@ -57,3 +65,4 @@ else
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 endif
 	@touch $@
+endif

@@ -94,7 +94,7 @@ def _kill_workers() -> None:
 
 
 def _answers(world_size: int, timeout: float) -> dict[int, dict[str, Any]]:
-    """What each worker answers, by rank. Where one fails, all workers are killed, to be made anew: what it leaves behind
+    """What each worker answers, by rank. Where one fails, all are killed, to be made anew: what it leaves behind
     (half a process group, a peer that still waits for it) is not for the next job."""
     ranks = {connection: rank for rank, (_, connection) in enumerate(_workers[:world_size])}
     answers: dict[int, dict[str, Any]] = {}

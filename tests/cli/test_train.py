@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -135,7 +135,7 @@ def test_records_are_those_of_the_beginning_and_of_today(here: Path, trained: li
     assert main(["train", TINY]) == 0
     folder = trained[0]
     about = json.loads((folder.path / "about.json").read_text(encoding="utf-8"))
-    age = datetime.now(timezone.utc) - datetime.fromisoformat(about["started"])
+    age = datetime.now(UTC) - datetime.fromisoformat(about["started"])
     assert timedelta() <= age + timedelta(seconds=1) < timedelta(minutes=1)
 
     write_json(folder.path / "about.json", {**about, "started": "long ago"})

@@ -18,7 +18,7 @@ _ENVIRONMENT = {"PYTHONPATH": str(Path(__file__).parents[2] / "src"), "PYTHONDON
 
 def needed() -> None:
     """Skip the test where that cannot be tried."""
-    trial = [*AS_USER, _PYTHON, "-c", "import sys, nanochat_pl; sys.exit(sys.version_info < (3, 10))"]
+    trial = [*AS_USER, _PYTHON, "-c", "import sys, nanochat_pl; sys.exit(sys.version_info < (3, 11))"]
     if os.geteuid() != 0 or not all(map(shutil.which, ("setpriv", "prlimit"))) or not Path(_PYTHON).exists():
         pytest.skip("needs to be root, setpriv and the system's Python")
     if subprocess.run(trial, env=_ENVIRONMENT, capture_output=True, cwd="/").returncode:

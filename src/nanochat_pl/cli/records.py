@@ -10,7 +10,7 @@ import platform
 import re
 import subprocess
 from collections.abc import Collection, Iterator, Mapping
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -303,7 +303,7 @@ def as_typed(value: Any) -> str:
 def about() -> dict[str, Any]:
     """Time, versions, machine and git state, as plain data."""
     return {
-        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
         **code(),
         "system": f"{platform.system()} {platform.machine()}",
         "cpus": os.cpu_count(),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ def note_changes(stage_folder: Path, changes: Sequence[str], code: Mapping[str, 
     lines = read_changes(stage_folder)
     line = {"changes": [*changes], **({"code": code} if code else {})}
     if not lines or line != {key: value for key, value in lines[-1].items() if key != "time"}:
-        lines.append({"time": datetime.now(timezone.utc).isoformat(timespec="seconds"), **line})
+        lines.append({"time": datetime.now(UTC).isoformat(timespec="seconds"), **line})
         text = "".join(json.dumps(each, ensure_ascii=False, allow_nan=False) + "\n" for each in lines)
         write_text(stage_folder / NAME, text)
 
