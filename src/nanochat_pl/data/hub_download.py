@@ -73,7 +73,7 @@ def fetch_files(manifest: Manifest, files: Sequence[HubFile], cache_dir: Path, p
         new_bytes = sum(file.bytes for file in missing)
         if missing:
             commit_of(manifest.repo, manifest.commit)  # one question before many
-            _require_room(manifest.repo, new_bytes)
+            require_room(manifest.repo, new_bytes)
             with library_heard():
                 _for_each(download, missing, f"downloading {manifest.repo}", parallel)
     finally:
@@ -103,11 +103,6 @@ def fetch_file(manifest: Manifest, file: HubFile, cache_dir: Path) -> tuple[HubF
             files = tuple(verified if each.path == file.path else each for each in manifest.files)
             keep_manifest(dataclasses.replace(manifest, files=files), cache_dir)
     return verified, path
-
-
-def require_room(manifest: Manifest, files: Sequence[HubFile]) -> None:
-    """Raise :class:`UserError` where the disk has no room for those of the files that are not here."""
-    _require_room(manifest.repo, sum(file.bytes for file in files if manifest.at_hand(file) is None))
 
 
 def _verified(file: HubFile, path: Path, cache_dir: Path) -> HubFile | None:
@@ -230,7 +225,8 @@ def _counted(what: str, num_bytes: int, stop: threading.Event) -> Iterator[Advan
         yield count
 
 
-def _require_room(repo: str, num_bytes: int) -> None:
+def require_room(repo: str, num_bytes: int) -> None:
+    """Raise :class:`UserError` where the disk of the hub's cache has no room for so many bytes."""
     from huggingface_hub import constants
 
     if free_bytes(Path(constants.HF_HUB_CACHE)) < num_bytes:
