@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nanochat_pl.common.console import Advance, progress, say
+from nanochat_pl.common.console import Advance, counted_bytes, say
 from nanochat_pl.common.files import free_bytes
 from nanochat_pl.data.cache_folder import known_sha256
 from nanochat_pl.data.file_reading import parquet_facts
@@ -21,7 +21,6 @@ from nanochat_pl.data.hub import Column, HubFile, Manifest, commit_of, hash_memo
 from nanochat_pl.data.hub_errors import DamagedFile, disk_full, library_heard, patiently
 
 PARALLEL = 8
-_MB = 10**6
 
 
 @dataclass(frozen=True)
@@ -210,17 +209,13 @@ def _for_each(work: Callable[[HubFile, Advance], None], files: Sequence[HubFile]
 
 @contextlib.contextmanager
 def _counted(what: str, num_bytes: int, stop: threading.Event) -> Iterator[Advance]:
-    """A progress bar in megabytes that several threads advance by bytes; they end there when they are to stop."""
-    lock, done = threading.Lock(), 0
-    with progress(what, num_bytes // _MB, "MB") as advance:
+    """A progress bar that several threads advance by bytes; they end there when they are to stop."""
+    with counted_bytes(what, num_bytes) as advance:
 
         def count(amount: int) -> None:
-            nonlocal done
             if stop.is_set():
                 raise KeyboardInterrupt
-            with lock:
-                advance((done + amount) // _MB - done // _MB)
-                done += amount
+            advance(amount)
 
         yield count
 
