@@ -223,9 +223,26 @@ def test_figures_of_fewer_problems_replace_none_of_more(here: Path, asked: Asked
         assert ask(f"limit={limit}") == 0
     assert asked == [] and results_of("a")["suites"]["chat"] == whole
     assert read_evaluation(evaluation).suites["chat"][0].n == 5
-    # Other settings are other figures.
-    assert ask("limit=3", "max_tokens=2") == 0
-    assert [row["n"] for row in results_of("a")["suites"]["chat"]["tasks"]] == [3, 3]
+
+
+def test_nor_where_another_setting_differs_too(here: Path, asked: Asked) -> None:
+    """`limit=20 max_tokens=…` took the place of n=200, which was measured again the next time."""
+    make_run("a")
+    assert ask("limit=5") == 0
+    whole = results_of("a")["suites"]["chat"]["tasks"]
+    for _ in range(2):
+        assert ask("limit=3", "max_tokens=2", "dtype=bfloat16") == 0
+    chat = results_of("a")["suites"]["chat"]
+    assert [(row["name"], row["n"]) for row in chat["fewer"]] == [("arithmetic", 3), ("identity", 3)]
+    for row, before in zip(chat["tasks"], whole, strict=True):
+        assert row["remark"] == "measured with max_tokens=3, dtype=float32"
+        assert {**row, "remark": None, "details": None} == {**before, "details": None}
+    assert ask("limit=5") == 0
+    assert results_of("a")["suites"]["chat"]["tasks"] == whole
+    assert asked == ["arithmetic", "identity"] * 2, "all of them were kept"
+    # Of as many problems the newest figures are taken.
+    assert ask("limit=5", "max_tokens=2") == 0
+    assert len(asked) == 6 and "remark" not in results_of("a")["suites"]["chat"]["tasks"][0]["details"]
 
 
 def texts_of(folder: Path, *names: str) -> list[str]:

@@ -142,7 +142,6 @@ def fit_tiny(
         peak_flops=1e9,
         validation=Validation(rows, 3, byte_tokenizer(), device_batch_size=2),
         samples=Samples(folder / "samples.jsonl", ["a", "bcd"], 2),
-        mixed=mixed,
         benchmarks=benchmarks,
         loggers=loggers,
         callbacks=callbacks,

@@ -12,6 +12,9 @@ from typing import Any
 
 import pytest
 
+from nanochat_pl.bundle import StageInfo
+from nanochat_pl.cli.evaluate_settings import EvaluateConfig
+from nanochat_pl.cli.evaluate_suites import Unread, open_jobs
 from nanochat_pl.cli.main import main
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.settings import to_plain
@@ -19,6 +22,8 @@ from nanochat_pl.data import python_docs
 from nanochat_pl.data.docstrings import Package
 from nanochat_pl.data.python_docs import open_python_docs
 from nanochat_pl.data.run_corpus import ChosenCorpus, RunCorpus, corpus_of_bundle
+from nanochat_pl.data.sources import DataSettings
+from nanochat_pl.training.settings import PathsSettings
 from tests.training.conftest import SENTENCE, same_weights, tiny_overrides, weights_of
 
 
@@ -101,6 +106,18 @@ def test_a_stopped_run_goes_on_with_its_corpus_and_so_does_its_evaluation(
     corpus_now = RunCorpus(cache, run / "base" / "corpus.json", begun=True, may_change=True).reopened()
     assert "came: gamma 2.0" in capsys.readouterr().out
     assert json.loads((run / "base" / "corpus.json").read_text())["corpus_hash"] == corpus_now.fingerprint
+
+
+def test_a_tokenizer_is_compared_on_the_corpus_of_its_run(site: Site, tmp_path: Path) -> None:
+    """It was compared on the text of the packages that were installed by then."""
+    corpus = RunCorpus(tmp_path / "cache")
+    corpus.reopened()
+    settings = {"data": to_plain(DataSettings(name="python_docs"))}
+    trained = Unread(tmp_path / "bundle", StageInfo(stage="base", settings=settings, data=corpus.chosen()))
+    config = EvaluateConfig(suites=["tokenizer"], paths=PathsSettings(cache=str(tmp_path / "cache")))
+    before = open_jobs(trained, config)[0][0].problems
+    drift(site)
+    assert open_jobs(trained, config)[0][0].problems == before
 
 
 def test_a_later_stage_has_the_corpus_of_the_one_before(site: Site, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import FrameType
 
 from nanochat_pl.common.constants import STOP_SIGNALS
+from nanochat_pl.common.signals import heeded_signals
 
 # Set for children: they end when their standard input does, that is, when their parent is gone; and they leave the
 # closing words to it.
@@ -41,9 +42,8 @@ def run_child(arguments: Sequence[str]) -> int:
         if child is not None:
             child.send_signal(number)
 
-    # What this process was told to ignore (nohup) stays ignored, here and in the child.
-    heeded = [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
-    previous = {number: signal.signal(number, pass_on) for number in heeded}
+    # What this process ignores the child ignores too.
+    previous = {number: signal.signal(number, pass_on) for number in heeded_signals()}
     try:
         sys.stdout.flush()
         environment = {**os.environ, FOLLOW_PARENT: "1"}

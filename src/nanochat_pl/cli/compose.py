@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from nanochat_pl.cli import config_files
 from nanochat_pl.cli.instantiate import OBJECTS, problems_of_objects
 from nanochat_pl.cli.overrides import UNKNOWN, Setting, is_group, parse_overrides, type_of_key
-from nanochat_pl.common.errors import UserError, did_you_mean
+from nanochat_pl.common.errors import UserError, did_you_mean, first_line
 from nanochat_pl.common.run_folder import check_name
 from nanochat_pl.common.settings import build, problems_of, to_plain
 
@@ -171,7 +171,7 @@ def _hydra_tree(root: str, choices: Mapping[str, str | list[str]]) -> tuple[Dict
         with initialize_config_dir(str(config_files.config_folder()), version_base="1.3"):
             tree = hydra_compose(root, overrides=texts, return_hydra_config=True)
     except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(f"configs/{root}.yaml: cannot be composed: {str(error).splitlines()[0]}") from error
+        raise UserError(f"configs/{root}.yaml: cannot be composed: {first_line(error)}") from error
     OmegaConf.set_struct(tree, False)
     taken = tree.pop("hydra").runtime.choices
     # A file may take another one of its group for a part of its own: GROUP@PLACE is no choice of a person.
@@ -183,7 +183,7 @@ def _lay_over(tree: DictConfig, setting: Setting, problems: list[str]) -> None:
     try:
         OmegaConf.update(tree, setting.key, value, merge=True, force_add=True)
     except (OmegaConfBaseException, ValueError) as error:
-        problems.append(f"{setting.key}={setting.value}: cannot be set: {str(error).splitlines()[0]}")
+        problems.append(f"{setting.key}={setting.value}: cannot be set: {first_line(error)}")
 
 
 def _escaped(value: Any) -> Any:
@@ -204,8 +204,8 @@ def _resolve(tree: DictConfig) -> tuple[dict[str, Any], dict[str, str]]:
         except OmegaConfBaseException as error:
             key = str(error.full_key or "")
             if not key or key in problems:
-                raise UserError(f"{key or 'the configuration'}: {str(error).splitlines()[0]}") from error
-            problems[key] = f"{key}: {str(error).splitlines()[0]}"
+                raise UserError(f"{key or 'the configuration'}: {first_line(error)}") from error
+            problems[key] = f"{key}: {first_line(error)}"
             OmegaConf.update(tree, key, None)
 
 

@@ -137,9 +137,9 @@ def prepare_stage(config: TrainConfig, folder: StageFolder, cache: Path) -> Prep
     device = choose_device(config.trainer.accelerator, "trainer.accelerator")
     dtype = choose_compute_dtype(config.model.compute_dtype, device)
     machine = Machine(device, device_name(device), dtype, compile=False)
-    if config.stage.trains_on_conversations:
-        return prepare_sft(config, folder, cache, machine, True, corpus_of_stage(config, folder, cache, goes_on=True))
     corpus = corpus_of_stage(config, folder, cache, goes_on=True)
+    if config.stage.trains_on_conversations:
+        return prepare_sft(config, folder, cache, machine, True, corpus)
     folder = _with_tokenizer(config, folder, cache)
     return prepare_base(config, folder, cache, machine, True, corpus)  # else it records the files that it chooses
 

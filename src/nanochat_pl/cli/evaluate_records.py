@@ -2,8 +2,8 @@
 
 ``tasks/SUITE/NAME.json`` in the folder of the results holds what a task gave, and all that this is a function of: the
 model (hashes of its files, the type it computes in), the problems, the settings, the version of the measuring. Only
-what agrees with all of it is taken. Of records that differ in the number of problems alone (``limit``) all are kept:
-the one with most of them there, the others in ``tasks/SUITE/n=NUMBER/NAME.json``.
+what agrees with all of it is taken. Of records of other numbers of problems (``limit``) all are kept, whatever else was
+set otherwise: the one with most of them there, the others in ``tasks/SUITE/n=NUMBER/NAME.json``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from nanochat_pl.bundle.bundle import CONFIG, MODEL, TOKENIZER
 from nanochat_pl.cli.evaluate_suites import Job, Measured, from_plain, to_json
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.files import ensure_folder, read_json, sha256_of_file, write_json
-from nanochat_pl.evaluation.results import FIGURES_VERSION
+from nanochat_pl.evaluation.results import FIGURES_VERSION, TaskResult
 
 FORMAT = 1
 FOLDER = "tasks"
@@ -71,13 +71,27 @@ def write_record(folder: Path, model: Mapping[str, Any], job: Job, measured: Mea
 
 
 def of_more_problems(folder: Path, model: Mapping[str, Any], job: Job) -> Measured | None:
-    """What a task gave of more problems than are asked for, all else being the same; None where it was not measured."""
+    """What a task gave of more problems than are asked for; None where it was not measured.
+
+    Settings that were others then are in the remarks of the results.
+    """
     record = _of_other_number(folder, model, job)
-    return record.measured if record is not None and record.asked["n"] > job.asked["n"] else None
+    if record is None or record.asked["n"] < job.asked["n"]:
+        return None
+    before, _, names = _settings(record, model, job)
+    if said := ", ".join(f"{name}={before[name]}" for name in names if name in before and name != "n"):
+        results = [_with_remark(each, f"measured with {said}") for each in record.measured.results]
+        return replace(record.measured, results=results)
+    return record.measured
+
+
+def _with_remark(result: TaskResult, remark: str) -> TaskResult:
+    own = result.details.get("remark")
+    return replace(result, details={**result.details, "remark": f"{own}; {remark}" if own else remark})
 
 
 def _of_other_number(folder: Path, model: Mapping[str, Any], job: Job) -> Record | None:
-    """The record of a task where nothing but the number of its problems is otherwise."""
+    """The record of a task of another number of its problems, whatever else was set otherwise."""
     try:
         record = read_record(folder, job)
     except UserError:  # it is written anew
@@ -85,7 +99,7 @@ def _of_other_number(folder: Path, model: Mapping[str, Any], job: Job) -> Record
     n = None if record is None else record.asked.get("n")
     if record is None or not isinstance(n, int) or "n" not in job.asked or n == job.asked["n"]:
         return None
-    return None if _changes(record, model, replace(job, asked={**job.asked, "n": n})) else record
+    return None if _another_thing(record, model, job) else record
 
 
 def read_record(folder: Path, job: Job, n: int | None = None) -> Record | None:
@@ -133,15 +147,25 @@ def find(folder: Path, model: Mapping[str, Any], job: Job) -> tuple[Measured | N
 
 def _changes(record: Record, model: Mapping[str, Any], job: Job) -> str:
     """In what a record differs from what is asked; empty where in nothing."""
+    if another := _another_thing(record, model, job):
+        return another
+    before, now, names = _settings(record, model, job)
+    # A setting that has no say, as top_k where nothing is drawn, is not in the record.
+    word, values = ("Before", before) if any(name in before for name in names) else ("Now", now)
+    return f"{word}: {', '.join(f'{name}={values[name]}' for name in names if name in values)}." if names else ""
+
+
+def _another_thing(record: Record, model: Mapping[str, Any], job: Job) -> str:
+    """Why a record is none of this model and these problems, under any settings; empty where it is one."""
     if any(record.model.get(name) != model[name] for name in (MODEL, CONFIG, TOKENIZER)):
         return "The model is another one."
     if record.problems != job.problems:
         return "The problems are others."
-    if record.version != FIGURES_VERSION:
-        return "An earlier version of nanochat_pl measured otherwise."
+    return "" if record.version == FIGURES_VERSION else "An earlier version of nanochat_pl measured otherwise."
+
+
+def _settings(record: Record, model: Mapping[str, Any], job: Job) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
+    """The settings of a record, those that are asked for, and the names of those that differ."""
     now = {**job.asked, "dtype": model["dtype"]}
     before = {**record.asked, "dtype": record.model.get("dtype")}
-    names = [name for name in {**now, **before} if now.get(name) != before.get(name)]
-    # A setting that has no say, as top_k where nothing is drawn, is not in the record.
-    word, values = ("Before", before) if any(name in before for name in names) else ("Now", now)
-    return f"{word}: {', '.join(f'{name}={values[name]}' for name in names if name in values)}." if names else ""
+    return before, now, [name for name in {**now, **before} if now.get(name) != before.get(name)]

@@ -156,9 +156,7 @@ def _suites_of(bundle: Trained) -> Sequence[Suite]:
 
 def _open_bits_per_byte(bundle: Trained, config: EvaluateConfig) -> list[Job]:
     """Bits per byte on the held-out text of the data that the model was trained on."""
-    source = together.main_first(
-        lambda: open_source(data_of(bundle, config), config.cache, corpus=_corpus_of(bundle, config))
-    )
+    source = together.main_first(lambda: _source_of(bundle, config))
     problems = {"text": source.fingerprint, "num_rows": config.num_rows}
     return [Job("bpb", "bpb", problems, {}, lambda model: _measure_bits_per_byte(model, source, config))]
 
@@ -188,6 +186,11 @@ def _measure_bits_per_byte(bundle: Bundle, source: Source, config: EvaluateConfi
         say(f"{name} is {figures.pop(name)}, so it is left out: look at the weights before you use them.")
     named = {name.removeprefix("val/"): value for name, value in figures.items()}
     return Measured(plain={**named, "num_rows": validation.num_rows})
+
+
+def _source_of(bundle: Trained, config: EvaluateConfig) -> Source:
+    """The text that the model was trained on, or that is measured instead of it."""
+    return open_source(data_of(bundle, config), config.cache, corpus=_corpus_of(bundle, config))
 
 
 def _corpus_of(bundle: Trained, config: EvaluateConfig) -> RunCorpus:
@@ -359,7 +362,7 @@ def _open_tokenizer(bundle: Trained, config: EvaluateConfig) -> list[Job]:
     """Bytes per token beside other tokenizers, on texts of a few kinds and, where it is here, the text of the run."""
     texts = texts_of_kinds()
     try:
-        texts |= together.main_first(lambda: texts_of_source(open_source(data_of(bundle, config), config.cache)))
+        texts |= together.main_first(lambda: texts_of_source(_source_of(bundle, config)))
     except UserError as error:
         say(f"tokenizer: without the text that it was trained on: {error.problems[0]}")
 

@@ -22,7 +22,8 @@ from nanochat_pl.common.console import say
 from nanochat_pl.common.constants import STOP_SIGNALS
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.hardware import choose_device, num_devices
-from nanochat_pl.common.place import launched_place
+from nanochat_pl.common.place import launched_place, usable_cpus
+from nanochat_pl.common.signals import heeded_signals
 
 # What processes that were asked to stop have to write their resume file, in seconds; then they are killed.
 SHUTDOWN_SECONDS = 600
@@ -104,7 +105,7 @@ def launch(arguments: Sequence[str], num_processes: int) -> int:
         try:
             os.environ |= _environment(num_processes) | {EXIT_CODES: codes}
             config = _config(num_processes)
-            for signum in _heeded():  # an older launcher does not know all of them
+            for signum in heeded_signals():  # an older launcher does not know all of them
                 signal.signal(signum, stop)
             sys.stdout.flush()
             elastic_launch(config, sys.executable)("-m", "nanochat_pl.cli.main", *arguments)
@@ -122,8 +123,7 @@ def launch(arguments: Sequence[str], num_processes: int) -> int:
 
 
 def _environment(num_processes: int) -> dict[str, str]:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = str(max(1, cores // num_processes))
+    threads = str(max(1, usable_cpus() // num_processes))
     return {
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads),
         # They end with the launcher, and leave the closing words to whoever has started it.
@@ -144,16 +144,11 @@ def _config(num_processes: int) -> Any:
         "rdzv_configs": {"timeout": 900},
         "max_restarts": 0,
         "local_addr": "localhost",
-        "signals_to_handle": ",".join(signum.name for signum in _heeded()),
+        "signals_to_handle": ",".join(signum.name for signum in heeded_signals()),
         "shutdown_timeout": SHUTDOWN_SECONDS,
     }
     known = {field.name for field in dataclasses.fields(LaunchConfig)}  # the last two are younger than torch 2.9
     return LaunchConfig(**{name: value for name, value in wanted.items() if name in known})
-
-
-def _heeded() -> list[signal.Signals]:
-    """The signals that ask for a stop; what this process was told to ignore (nohup) stays ignored."""
-    return [signum for signum in STOP_SIGNALS if signal.getsignal(signum) is not signal.SIG_IGN]
 
 
 def _failed_stop(codes: Path) -> int:

@@ -16,6 +16,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, IntervalSweep, Override
 from hydra.errors import HydraException
 
+from nanochat_pl.common.errors import first_line
+
 # Anything a person types is a prompt, the word null too.
 NEVER_NULL = ("prompt",)
 UNKNOWN = object()
@@ -187,8 +189,9 @@ def _parse(key: str, raw: str, problems: list[str]) -> Override | None:
     try:
         return OverridesParser.create().parse_override(f"{key}={raw}")
     except HydraException as error:
-        reason = str(error).splitlines()[0]
-        problems.append(f"{key}={raw}: the value cannot be read ({reason}); put quotes around text with special signs.")
+        problems.append(
+            f"{key}={raw}: the value cannot be read ({first_line(error)}); put quotes around text with special signs."
+        )
         return None
 
 

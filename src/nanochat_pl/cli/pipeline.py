@@ -61,10 +61,9 @@ def run(arguments: Sequence[str]) -> int:
     composed = check_all(steps)
     if any(getattr(c.config, "check_only", False) for c in composed):
         return _check(steps, composed)
-    run_dir = run_folder_of(composed)
-    resume = "never" if any(getattr(c.config, "resume", "") == "never" for c in composed) else "auto"
+    run_dir = folder_to_run_in(composed)
+    resume = "never" if begins_anew(composed) else "auto"
     if resume == "never":
-        run_dir = run_dir.with_name(fresh_run(run_dir.parent, run_dir.name))
         say(f"New run: {run_dir.name}.")
         steps = steps_of(_in_run(run_dir.name, arguments))
         composed = check_all(steps)
@@ -136,6 +135,17 @@ def run_folder_of(composed: Sequence[Composed]) -> Path:
     if len(folders) > 1:
         raise UserError(f"run, paths.runs: differ between the steps: {', '.join(map(str, sorted(folders)))}.")
     return folders.pop()
+
+
+def begins_anew(composed: Sequence[Composed]) -> bool:
+    """Whether a new run was asked for, resume=never."""
+    return any(getattr(each.config, "resume", "") == "never" for each in composed)
+
+
+def folder_to_run_in(composed: Sequence[Composed]) -> Path:
+    """The folder of the run that is trained now: with resume=never that of a new one."""
+    run_dir = run_folder_of(composed)
+    return run_dir.with_name(fresh_run(run_dir.parent, run_dir.name)) if begins_anew(composed) else run_dir
 
 
 def is_finished(step: Step, composed: Composed, run_dir: Path) -> bool:

@@ -9,12 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from nanochat_pl.cli.child import is_stop, run_child
+from nanochat_pl.cli.compose import Composed
 from nanochat_pl.cli.overrides import parse_sweeps
-from nanochat_pl.cli.pipeline import check_all, run_folder_of, steps_of
+from nanochat_pl.cli.pipeline import check_all, folder_to_run_in, run_folder_of, steps_of
 from nanochat_pl.cli.train import compose_train, is_finished, place_of
 from nanochat_pl.common.console import output_may_end, print_table, say
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.common.run_folder import MAX_NAME_LENGTH, StageFolder, fresh_run, stage_folder
+from nanochat_pl.common.run_folder import MAX_NAME_LENGTH, StageFolder, stage_folder
 from nanochat_pl.report.text import duration
 from nanochat_pl.training.settings import TrainConfig
 
@@ -43,10 +44,12 @@ def run_sweep(verb: str, arguments: Sequence[str]) -> int:
     """
     jobs, first_failure = expand(arguments, verb), 0
     rows: list[tuple[str, ...]] = []
-    finished = {job.name for job in jobs if verb == "train" and _is_finished(job)}
+    composed = {job.name: compose_train(job.overrides) for job in jobs} if verb == "train" else {}
+    finished = {name for name, each in composed.items() if _is_finished(each)}
     for n, job in enumerate(jobs, start=1):
         say(f"job {n} of {len(jobs)}: {job.name}", style="bold")
-        folders = _stage_folders(verb, job)  # now: after the job, resume=never would mean yet another one
+        # Now: after the job, resume=never would mean yet another one.
+        folders = [place_of(composed[job.name], tell=lambda text: None)] if verb == "train" else _stage_folders(job)
         if job.name in finished:
             rows += _rows(job, "finished before", folders)
             continue
@@ -87,20 +90,14 @@ def _figures(folder: StageFolder) -> tuple[str, str, str, str]:
     )
 
 
-def _stage_folders(verb: str, job: Job) -> list[StageFolder]:
-    """Where a job leaves what it trains."""
-    if verb == "train":
-        return [place_of(compose_train(job.overrides), tell=lambda text: None)]
+def _stage_folders(job: Job) -> list[StageFolder]:
+    """Where a pipeline leaves what it trains."""
     steps = steps_of(job.overrides)
-    composed = check_all(steps)
-    run_dir = run_folder_of(composed)
-    new = any(getattr(each.config, "resume", "") == "never" for each in composed)
-    name = fresh_run(run_dir.parent, run_dir.name) if new else run_dir.name
-    return [stage_folder(run_dir.parent, name, step.name) for step in steps if step.verb == "train"]
+    run_dir = folder_to_run_in(check_all(steps))
+    return [stage_folder(run_dir.parent, run_dir.name, step.name) for step in steps if step.verb == "train"]
 
 
-def _is_finished(job: Job) -> bool:
-    composed = compose_train(job.overrides)
+def _is_finished(composed: Composed[TrainConfig]) -> bool:
     if composed.config.resume == "never":
         return False
     return is_finished(place_of(composed), composed)

@@ -10,6 +10,7 @@ import contextlib
 import io
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TextIO
@@ -25,6 +26,7 @@ from nanochat_pl.common.place import launched_place
 # A log file has no width: wide enough that no table is cut.
 WIDTH_WITHOUT_TERMINAL = 160
 SECONDS_BETWEEN_LINES = 15.0
+_MB = 10**6
 
 Advance = Callable[[int], None]
 
@@ -176,6 +178,21 @@ def progress(what: str, total: int, unit: str = "") -> Iterator[Advance]:
             yield lambda amount: bar.advance(task, amount)
         return
     yield _lines_now_and_then(what, total, unit)
+
+
+@contextlib.contextmanager
+def counted_bytes(what: str, num_bytes: int) -> Iterator[Advance]:
+    """As :func:`progress`, in megabytes: several threads advance it, by bytes."""
+    lock, done = threading.Lock(), 0
+    with progress(what, num_bytes // _MB, "MB") as advance:
+
+        def count(amount: int) -> None:
+            nonlocal done
+            with lock:
+                advance((done + amount) // _MB - done // _MB)
+                done += amount
+
+        yield count
 
 
 def _lines_now_and_then(what: str, total: int, unit: str) -> Advance:

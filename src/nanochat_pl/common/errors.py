@@ -56,6 +56,11 @@ def visible(text: str) -> str:
     return _UNSEEN.sub(lambda sign: ascii(sign[0])[1:-1], text)
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says in its first line, or else its type."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def did_you_mean(name: str, valid: Iterable[str], limit: int = 3) -> str:
     """A clause that names the valid names nearest to a wrong one: all of them where they are few."""
     names = sorted(set(valid))

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.common.text_files import require_regular
+from nanochat_pl.common.text_files import read_bytes, require_regular
 
 MAX_JSON_BYTES = 64 * 2**20
 _PLACES = "paths.runs=… (runs), paths.cache=… (caches), to=… (import and export)"
@@ -156,18 +156,13 @@ def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES, infinities: bool = Fa
     Raises:
         UserError: it is missing, too large, or no JSON.
     """
-    require_regular(path)
+    data = read_bytes(path, max_bytes)
     try:
-        size = path.stat().st_size
-        if size > max_bytes:
-            raise UserError(f"{path}: {size:,} bytes, more than the {max_bytes:,} that such a file may have.")
-        text = path.read_text(encoding="utf-8")
+        text = data.decode("utf-8")
         value = json.loads(text, parse_constant=None if infinities else _refuse_constant)
         if not surrogates and "\\ud" in text.lower():  # half a surrogate pair is JSON, but no file could hold it
             json.dumps(value, ensure_ascii=False).encode("utf-8")
         return value
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: is no valid JSON: {error}") from error
 

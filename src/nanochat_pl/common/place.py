@@ -37,6 +37,13 @@ def launched_place() -> Place:
     return Place(rank, world_size, local_rank, local_world_size)
 
 
+def usable_cpus() -> int:
+    """CPUs that this process may use, not those that the machine has."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def meeting_point() -> tuple[str, int]:
     """Where the processes find each other: host and port.
 

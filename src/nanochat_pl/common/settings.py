@@ -16,6 +16,7 @@ knows more than which others have a name like theirs, and gives what is said beh
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import types
 import typing
@@ -25,6 +26,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 from nanochat_pl.common.errors import UserError, did_you_mean
 
 T = TypeVar("T")
+_type_hints = functools.cache(get_type_hints)  # a list of thousands of files is built with one class
 _BOUNDS = {
     "at_least": (lambda value, bound: value >= bound, "below"),
     "at_most": (lambda value, bound: value <= bound, "above"),
@@ -114,7 +116,7 @@ def _nearest(where: str, name: str, cls: Any, valid: Iterable[str]) -> str:
 def _nested_names(cls: Any) -> dict[str, str]:
     """The keys of the groups of a group, by their own names; the first where several groups have one of that name."""
     found: dict[str, str] = {}
-    for group, hint in get_type_hints(cls).items():
+    for group, hint in _type_hints(cls).items():
         if dataclasses.is_dataclass(hint):
             for field in dataclasses.fields(hint):
                 found.setdefault(field.name, f"{group}.{field.name}")
@@ -125,7 +127,7 @@ def _build(cls: Any, values: Any, where: str, problems: list[str]) -> Any:
     if not isinstance(values, Mapping):
         problems.append(f"{where}={values!r}: must be a group of settings ({cls.__name__}).")
         return None
-    hints = get_type_hints(cls)
+    hints = _type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
     found = len(problems)
     for key in values:

@@ -50,6 +50,26 @@ def require_regular(path: Path) -> None:
         raise UserError(f"{path}: is {kind}, not a regular file.", "Write what it holds to a file, and give that.")
 
 
+def read_bytes(path: Path, max_bytes: int) -> bytes:
+    """The contents of a small file.
+
+    Args:
+        path: a regular file.
+        max_bytes: that it may have.
+
+    Raises:
+        UserError: it is missing, no regular file, or too large.
+    """
+    require_regular(path)
+    try:
+        size = path.stat().st_size
+        if size > max_bytes:
+            raise UserError(f"{path}: {size:,} bytes, more than the {max_bytes:,} that such a file may have.")
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
 def read_text(path: Path, max_bytes: int) -> str:
     """The text of a small file, without a byte order mark.
 
@@ -60,14 +80,7 @@ def read_text(path: Path, max_bytes: int) -> str:
     Raises:
         UserError: it is missing, no regular file, too large, or not UTF-8.
     """
-    require_regular(path)
-    try:
-        size = path.stat().st_size
-        if size > max_bytes:
-            raise UserError(f"{path}: {size:,} bytes, more than the {max_bytes:,} that such a file may have.")
-        data = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+    data = read_bytes(path, max_bytes)
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

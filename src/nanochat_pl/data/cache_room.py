@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.files import free_bytes
-from nanochat_pl.data.sources import Shard, Source, SourceSettings, is_much
+from nanochat_pl.data.sources import Source, SourceSettings, all_at_once
 from nanochat_pl.data.token_cache import token_cache_to_build
-from nanochat_pl.planning.text import BYTES_PER_TOKEN, token_cache_bytes, tokens_taken
+from nanochat_pl.planning.text import BYTES_PER_TOKEN, shards_for, token_cache_bytes
 from nanochat_pl.tokenizer import Tokenizer
 
 
@@ -33,8 +32,9 @@ def bytes_to_make(
         sequence_len: T.
     """
     shards = source.shards("train")
-    if settings.shuffle != "global" or is_much(shards):
-        shards = list(_until(tokens_taken(num_tokens, settings.packing_mode == "crop"), shards))
+    if not all_at_once(settings, shards):
+        tokens = ((shard.text_bytes or 0) / BYTES_PER_TOKEN for shard in shards)
+        shards = shards[: shards_for(num_tokens, settings.packing_mode == "crop", tokens)]
     _, to_build = token_cache_to_build(shards, tokenizer, cache_dir)
     missing = sum(
         (each.shard.text_bytes or 0) / BYTES_PER_TOKEN
@@ -54,12 +54,3 @@ def require_cache_room(cache_dir: Path, num_bytes: int) -> None:
             "Free some space, or set paths.cache=… to a folder on another disk; a shorter training on a hub's data set"
             " takes less.",
         )
-
-
-def _until(num_tokens: float, shards: Sequence[Shard]) -> Iterator[Shard]:
-    """The first shards that hold so many tokens."""
-    for shard in shards:
-        if num_tokens <= 0:
-            return
-        yield shard
-        num_tokens -= (shard.text_bytes or 0) / BYTES_PER_TOKEN

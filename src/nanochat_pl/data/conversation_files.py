@@ -23,8 +23,8 @@ import pyarrow.parquet as pq
 
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.data.cache_folder import fingerprint_of, known_sha256, read_cache, write_cache
-from nanochat_pl.data.conversation_forms import MESSAGES, hint_of, keys_to_read
-from nanochat_pl.data.conversation_rows import NOT_UTF8, Audit, judge, parse_json, parse_line
+from nanochat_pl.data.conversation_forms import MESSAGES, hint_of, keys_to_read, parse_json
+from nanochat_pl.data.conversation_rows import NOT_UTF8, Audit, judge, parse_line
 from nanochat_pl.data.file_reading import format_of, lines_of, parquet_errors, reading, require_column
 from nanochat_pl.data.sources import place_by_hash
 from nanochat_pl.tokenizer.chat_format import Fault

@@ -122,20 +122,27 @@ def read_row(row: Any, column: str) -> Reading | Fault:
             return Fault("no messages", f"has no key {column!r}; its keys: {keys}.{hint_of(map(str, row))}")
         form, key = found
         values, used, changes = _values_of(row, key)
-        unread = {str(name) for name in row if row[name] not in (None, "", [], {}) and name not in used}
+        unread = {str(name) for name in row if _holds(row, name) and name not in used}
         if _holds(row, "tools"):
             unread.discard("tools")
             changes.append("descriptions of tools left out")
     if isinstance(values, str):
-        try:
-            values = strict_json(values)
-        except (ValueError, RecursionError) as error:
-            return Fault("no JSON", f"is no JSON: {error}")
+        values = parse_json(values)
+        if isinstance(values, Fault):
+            return values
     if values is None or values == []:
         return Fault("no messages", "has no messages.")
     if not isinstance(values, list):
         return Fault("no list of messages", f"is {type(values).__name__}, not a list of messages.")
     return _read_messages(values, Reading([], form, changes, unread))
+
+
+def parse_json(text: str) -> Any | Fault:
+    """JSON text as plain data."""
+    try:
+        return strict_json(text)
+    except (ValueError, RecursionError) as error:
+        return Fault("no JSON", f"is no JSON: {error}")
 
 
 def _holds(row: Mapping[str, Any], key: str) -> bool:
@@ -182,7 +189,7 @@ def _values_of(row: Mapping[str, Any], key: str | tuple[str, ...]) -> tuple[Any,
             changes += ["history that is no list of pairs left out"] if len(pairs) < len(history) else []
             earlier = [{"role": ("user", "assistant")[i], "content": pair[i]} for pair in pairs for i in (0, 1)]
             values = [*earlier, *values]
-    system = next((row[name] for name in _SYSTEM if name in row and _holds(row, name)), None)
+    system = next((row[name] for name in _SYSTEM if _holds(row, name)), None)
     if isinstance(system, Mapping):  # Gemini's
         system = system.get("parts")
     if system is not None and isinstance(values, list) and not _begins_with_system(values):
@@ -275,7 +282,7 @@ def _read_message(message: Mapping[str, Any], role: Any, where: str, reading: Re
     if isinstance(weight, Fault):
         return weight
     known = {key, "role", "from", "speaker", *_LEARN, *_LEARN_NOT, *_CALLS, *_CONTENTS, *_PIECES}
-    there = [name for name in message if message[name] not in (None, "", [], {})]
+    there = [name for name in message if _holds(message, name)]
     reading.unread |= {f"messages[].{name}" for name in there if name not in known}
     reading.changes += [f"{name} of a message left out" for name in there if name in _CONTENTS]
     if isinstance(content, list):

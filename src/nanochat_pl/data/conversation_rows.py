@@ -12,8 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from nanochat_pl.data.conversation_forms import read_row
-from nanochat_pl.data.file_reading import strict_json
+from nanochat_pl.data.conversation_forms import parse_json, read_row
 from nanochat_pl.tokenizer.chat_format import Fault, faults_of_conversation, text_of_part
 
 NOT_UTF8 = Fault("not UTF-8", "is not UTF-8.")
@@ -92,14 +91,6 @@ def parse_line(line: bytes) -> Any | Fault:
     except UnicodeDecodeError:
         return NOT_UTF8
     return parse_json(text)
-
-
-def parse_json(text: str) -> Any | Fault:
-    """JSON text as plain data."""
-    try:
-        return strict_json(text)
-    except (ValueError, RecursionError) as error:
-        return Fault("no JSON", f"is no JSON: {error}")
 
 
 def judge(row: Any, column: str) -> Judged | Fault:

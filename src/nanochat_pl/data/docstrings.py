@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanochat_pl.common.errors import UserError
+from nanochat_pl.common.place import usable_cpus
 
 Progress = Callable[[int, int], None]  # (files read, files in all)
 
@@ -169,13 +170,6 @@ def read_packages(
     except BrokenProcessPool:
         # A new process imports the main program first, and dies if that comes from a pipe or calls this unguarded.
         return _collect(map(_read_files, tasks), len(files), progress)
-
-
-def usable_cpus() -> int:
-    """CPUs that this process may use, not those that the machine has."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _collect(results: Iterator[list[Docstring]], num_files: int, progress: Progress | None) -> list[Docstring]:

@@ -15,7 +15,7 @@ from typing import IO, Any, cast
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nanochat_pl.common.errors import UserError
+from nanochat_pl.common.errors import UserError, first_line
 from nanochat_pl.common.text_files import not_utf8, require_regular, wide_encoding
 
 SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt")
@@ -44,9 +44,9 @@ def parquet_errors(path: Path, part: str = "") -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"{path}{part}: is no whole parquet file: {reason}", fix="If it was downloaded, download it again."
+            f"{path}{part}: is no whole parquet file: {first_line(error)}",
+            fix="If it was downloaded, download it again.",
         ) from error
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nanochat_pl.common.console import Advance, progress, say
+from nanochat_pl.common.console import Advance, counted_bytes, say
 from nanochat_pl.common.files import free_bytes
 from nanochat_pl.data.cache_folder import known_sha256
 from nanochat_pl.data.file_reading import parquet_facts
@@ -21,7 +21,6 @@ from nanochat_pl.data.hub import Column, HubFile, Manifest, commit_of, hash_memo
 from nanochat_pl.data.hub_errors import DamagedFile, disk_full, library_heard, patiently
 
 PARALLEL = 8
-_MB = 10**6
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ def fetch_files(manifest: Manifest, files: Sequence[HubFile], cache_dir: Path, p
         new_bytes = sum(file.bytes for file in missing)
         if missing:
             commit_of(manifest.repo, manifest.commit)  # one question before many
-            _require_room(manifest.repo, new_bytes)
+            require_room(manifest.repo, new_bytes)
             with library_heard():
                 _for_each(download, missing, f"downloading {manifest.repo}", parallel)
     finally:
@@ -103,11 +102,6 @@ def fetch_file(manifest: Manifest, file: HubFile, cache_dir: Path) -> tuple[HubF
             files = tuple(verified if each.path == file.path else each for each in manifest.files)
             keep_manifest(dataclasses.replace(manifest, files=files), cache_dir)
     return verified, path
-
-
-def require_room(manifest: Manifest, files: Sequence[HubFile]) -> None:
-    """Raise :class:`UserError` where the disk has no room for those of the files that are not here."""
-    _require_room(manifest.repo, sum(file.bytes for file in files if manifest.at_hand(file) is None))
 
 
 def _verified(file: HubFile, path: Path, cache_dir: Path) -> HubFile | None:
@@ -215,22 +209,19 @@ def _for_each(work: Callable[[HubFile, Advance], None], files: Sequence[HubFile]
 
 @contextlib.contextmanager
 def _counted(what: str, num_bytes: int, stop: threading.Event) -> Iterator[Advance]:
-    """A progress bar in megabytes that several threads advance by bytes; they end there when they are to stop."""
-    lock, done = threading.Lock(), 0
-    with progress(what, num_bytes // _MB, "MB") as advance:
+    """A progress bar that several threads advance by bytes; they end there when they are to stop."""
+    with counted_bytes(what, num_bytes) as advance:
 
         def count(amount: int) -> None:
-            nonlocal done
             if stop.is_set():
                 raise KeyboardInterrupt
-            with lock:
-                advance((done + amount) // _MB - done // _MB)
-                done += amount
+            advance(amount)
 
         yield count
 
 
-def _require_room(repo: str, num_bytes: int) -> None:
+def require_room(repo: str, num_bytes: int) -> None:
+    """Raise :class:`UserError` where the disk of the hub's cache has no room for so many bytes."""
     from huggingface_hub import constants
 
     if free_bytes(Path(constants.HF_HUB_CACHE)) < num_bytes:

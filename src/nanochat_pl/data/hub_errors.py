@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from nanochat_pl.common.console import say
-from nanochat_pl.common.errors import UserError
+from nanochat_pl.common.errors import UserError, first_line
 from nanochat_pl.common.files import free_bytes
 
 T = TypeVar("T")
@@ -188,5 +188,4 @@ def _is_size_mismatch(error: OSError) -> bool:
 def _short(error: Exception) -> str:
     if (status := _status(error)) is not None:
         return f"the hub answers with error {status}"
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__
+    return first_line(error).rstrip(".")

@@ -92,7 +92,6 @@ class HubFiles:
         self._chosen, self._with_json = chosen, with_json
         self._key, self._tokens_needed = key, tokens_needed
         self._all_train_files: list[HubFile] = []
-        self._tokens_of_manifest: tuple[Manifest, dict[str, float]] | None = None
         self._revision = settings.revision
         manifest = known_manifest(self._repo, self._revision or "main", cache_dir)
         if chosen and manifest and manifest.commit != chosen.commit:  # the branch has moved on, the training stays
@@ -176,13 +175,13 @@ class HubFiles:
         files = [file for file in self.files_of(wanted) if file.path not in self._here]
         if files:
             number = f"{len(files):,} files" if len(files) > 1 else "1 file"
-            size = sum(file.bytes for file in files) / 1e9
+            num_bytes = sum(file.bytes for file in files)
             verb = "are" if len(files) > 1 else "is"
             say(
-                f"{self._repo}: {number}, {size:,.2f} GB, {verb} fetched while the training runs;"
+                f"{self._repo}: {number}, {num_bytes / 1e9:,.2f} GB, {verb} fetched while the training runs;"
                 " it begins when the first one to train on is here."
             )
-            require_room(self.manifest, files)
+            require_room(self._repo, num_bytes)
         try:
             if files:  # asked now, and not when the first of them is wanted
                 commit_of(self._repo, self.manifest.commit)
@@ -267,6 +266,8 @@ class HubFiles:
         self._is_split_by_hash = self._all_train_files == self.val_files
         files = dict.fromkeys([*self._all_train_files, *self.train_files, *self.val_files])
         self._here = {file.path: path for file in files if (path := manifest.at_hand(file))}
+        # About how many tokens each file has.
+        self._file_tokens = dict(zip((file.path for file in files), self._tokens_of([*files]), strict=True))
 
     @property
     def _crops(self) -> bool:
@@ -296,15 +297,6 @@ class HubFiles:
         if not text_bytes and (published := known_set(self._repo)):
             return [published.shard_bytes / BYTES_PER_TOKEN] * len(files)
         return [text_bytes.get(file.path, file.bytes / share) / BYTES_PER_TOKEN for file in files]
-
-    @property
-    def _file_tokens(self) -> dict[str, float]:
-        """About how many tokens each file has, counted once for a state of the manifest."""
-        if self._tokens_of_manifest is None or self._tokens_of_manifest[0] is not self.manifest:
-            files = list(dict.fromkeys([*self._all_train_files, *self.train_files, *self.val_files]))
-            tokens = dict(zip((file.path for file in files), self._tokens_of(files), strict=True))
-            self._tokens_of_manifest = self.manifest, tokens
-        return self._tokens_of_manifest[1]
 
     @cached_property
     def _held_out(self) -> float | None:

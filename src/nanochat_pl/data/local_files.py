@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import shlex
-import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from nanochat_pl.common.console import progress
+from nanochat_pl.common.console import counted_bytes
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.data.cache_folder import fingerprint_of, known_sha256
 from nanochat_pl.data.file_formats import check_file, documents_of
@@ -28,7 +27,6 @@ from nanochat_pl.planning.text import COMPRESSED_SHARE
 
 _NOTHING = hashlib.sha256().hexdigest()
 _FILES_AT_A_TIME = 8  # that are hashed: a fast disk gives more than one core can take
-_MB = 10**6
 _RULE = 2  # part of every fingerprint: how files become documents and documents become splits
 _TXT_RULE = 3  # the same of text files, which are cut at separators too
 
@@ -178,19 +176,15 @@ class LocalFiles:
         """Hash and about the bytes of text of each file; several at a time are read, but for those that are as they
         were when their hash was remembered."""
         sizes = {path: path.stat().st_size for path in self._paths if path.exists()}
-        lock, done = threading.Lock(), 0
 
         def look_at(path: Path) -> tuple[str, float]:
-            nonlocal done
             with reading(path):
                 sha256 = known_sha256(path, self._memo(path))
-            with lock:
-                before, done = done, done + sizes.get(path, 0)
-                advance(done // _MB - before // _MB)
-            return sha256, text_bytes(path, self._settings.text_column)
+            advance(sizes.get(path, 0))
+            return sha256, _text_bytes(path, self._settings.text_column)
 
         with (
-            progress(f"hashing {self._settings.path}", sum(sizes.values()) // _MB, "MB") as advance,
+            counted_bytes(f"hashing {self._settings.path}", sum(sizes.values())) as advance,
             ThreadPoolExecutor(_FILES_AT_A_TIME) as threads,
         ):
             try:
@@ -279,6 +273,11 @@ def text_bytes(path: Path, text_column: str) -> float:
         UserError: it cannot be read, or lacks the column.
     """
     check_file(path, text_column)
+    return _text_bytes(path, text_column)
+
+
+def _text_bytes(path: Path, text_column: str) -> float:
+    """As :func:`text_bytes`, of a file that has been checked."""
     if format_of(path) == ".parquet":
         return parquet_facts(path)[2][text_column]
     with reading(path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ class Rows:
         shards."""
         if isinstance(self.index, StreamedIndex):
             return self.index.segments_after(num_rows) / len(self.cache.shards)
-        return num_rows / len(self) * self.index.stats.placed_tokens / self.cache.num_tokens
+        return num_rows / len(self) * self.index.stats.placed_tokens / self._num_tokens
 
     def record(self) -> dict[str, Any]:
         """What the rows are made of, for the record of a stage. Waits for all of them."""
@@ -127,6 +128,10 @@ class Rows:
             ids = np.array(shard.tokens[first + start : first + start + length])
             addresses.append(PieceAddress(shard.name, number, start, start + length, end - first, ids))
         return addresses
+
+    @cached_property
+    def _num_tokens(self) -> int:
+        return self.cache.num_tokens  # looks at the file of every shard, and each training step asks for it
 
     def _check(self, numbers: np.ndarray) -> None:
         wrong = numbers[(numbers < 0) | (numbers >= len(self))]

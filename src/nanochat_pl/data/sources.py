@@ -219,6 +219,11 @@ def is_much(shards: Sequence[Shard]) -> bool:
     return sum(shard.text_bytes or 0 for shard in shards) > MOST_TEXT_AT_ONCE
 
 
+def all_at_once(settings: SourceSettings, shards: Sequence[Shard]) -> bool:
+    """Whether all of the text to train on is tokenised before the training begins; else shard by shard beside it."""
+    return settings.shuffle == "global" and not is_much(shards)
+
+
 def place_by_hash(content: bytes) -> float:
     """A number in [0, 1) that depends on the content alone, evenly spread over contents: low ones are held out."""
     return int.from_bytes(hashlib.sha256(content).digest()[:6], "big") / 2**48

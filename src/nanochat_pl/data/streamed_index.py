@@ -86,7 +86,7 @@ class StreamedIndex:
         self.wait_for(num_rows)
         whole = int(np.searchsorted(self._ends, num_rows, side="right"))
         before = int(self._ends[whole - 1]) if whole else 0
-        return whole + ((num_rows - before) / self._segment(whole).num_rows if num_rows > before else 0.0)
+        return whole + ((num_rows - before) / (int(self._ends[whole]) - before) if num_rows > before else 0.0)
 
     @property
     def num_segments(self) -> int:

@@ -115,8 +115,8 @@ def stage_of(checkpoint: Checkpoint, asked: Stage | None) -> Stage:
     Raises:
         UserError: its folder is a plain one, and nothing in its meta file tells a chat model from a base model.
     """
-    if checkpoint.stage or asked:
-        return checkpoint.stage or asked or "base"
+    if stage := checkpoint.stage or asked:
+        return stage
     meta = read_json(checkpoint.meta, infinities=True) if checkpoint.meta.exists() else {}
     keys = set(meta) if isinstance(meta, dict) else set()
     trained = meta.get("user_config") if isinstance(meta, dict) else None

@@ -19,7 +19,7 @@ import tiktoken
 import torch
 from torch import Tensor
 
-from nanochat_pl.common.errors import UserError
+from nanochat_pl.common.errors import UserError, first_line
 from nanochat_pl.common.files import write_bytes
 from nanochat_pl.common.text_files import require_regular
 from nanochat_pl.model.config import DType
@@ -87,8 +87,9 @@ def read_torch(path: Path) -> Any:
                 f"{path}: holds more than tensors: {refused[1]} is refused, it could run anything.",
                 fix="Take nothing else from where it came.",
             ) from error
-        reason = str(error).strip().partition("\n")[0]
-        raise UserError(f"{path}: is cut short, damaged or no file of torch.save: {reason}", fix=_COPY_AGAIN) from error
+        raise UserError(
+            f"{path}: is cut short, damaged or no file of torch.save: {first_line(error)}", fix=_COPY_AGAIN
+        ) from error
 
 
 def problem_of_tensor(tensor: Tensor) -> str | None:

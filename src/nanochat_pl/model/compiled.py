@@ -32,14 +32,9 @@ class CompiledLoss:
     def __call__(self, ids: Tensor, targets: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Arguments and result as of :meth:`GPT.loss_by_row`."""
         net = self._net
-        rotary, lambdas = net.rotary(ids.size(1), None), net.lambdas()
-        first = middle = self._begin(net, ids)
+        first = self._begin(net, ids)
         # Another tensor object: to the compiler a layer that is given one tensor twice is of a kind of its own.
-        x = first.view_as(first)
-        for layer, run in enumerate(self._layers):
-            x = run(net.blocks[layer], net.value_embedding(layer), lambdas[layer], x, first, ids, rotary)
-            if layer == net.config.num_layers // 2:
-                middle = x
+        x, middle = net.through_layers(self._layers, first.view_as(first), first, ids)
         return self._end(net, x, middle, targets, weights)
 
 

@@ -9,7 +9,7 @@ activations where they are used. Names in the state dict are those of the publis
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias, cast
 
 import torch
@@ -282,17 +282,30 @@ class GPT(nn.Module):
         return self._hidden(tree.ids, tree)
 
     def _hidden(self, ids: Tensor, step: Step | None) -> Tensor:
-        rotary, lambdas = self.rotary(ids.size(1), step), self.lambdas()
-        x = first = middle = self.begin(ids, step)
+        first = self.begin(ids, step)
         # Where there is no backward, nothing is kept for one.
         run = (
             run_layer_again if self.activation_checkpointing and step is None and torch.is_grad_enabled() else run_layer
         )
+        return self.end(*self.through_layers([run] * self.config.num_layers, first, first, ids, step))
+
+    def through_layers(
+        self, runs: Sequence[Callable[..., Tensor]], x: Tensor, first: Tensor, ids: Tensor, step: Step | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """What the last layer and the one in the middle give, (B, T, C) each.
+
+        Args:
+            runs: of each layer what runs it: :func:`run_layer`, or the same compiled.
+            x, first: both what :meth:`begin` gives.
+            ids: int64 (B, T).
+        """
+        rotary, lambdas = self.rotary(ids.size(1), step), self.lambdas()
+        middle = first
         for layer, block in enumerate(self.blocks):
-            x = run(block, self.value_embedding(layer), lambdas[layer], x, first, ids, rotary, step)
+            x = runs[layer](block, self.value_embedding(layer), lambdas[layer], x, first, ids, rotary, step)
             if layer == self.config.num_layers // 2:
                 middle = x
-        return self.end(x, middle)
+        return x, middle
 
     def begin(self, ids: Tensor, step: Step | None = None) -> Tensor:
         """What goes into the first layer: ids int64 (B, T) → (B, T, C)."""

@@ -82,6 +82,7 @@ def check_horizon(
         return
     num_steps, batch_tokens = plan["num_steps"], plan["total_batch_tokens"]
     problems, steps_that_fit = [], [num_steps]
+    too_slow = estimated_seconds is not None and estimated_seconds > MAX_CPU_SECONDS
     epochs = 0.0 if tokens_at_hand is None else epochs_of(num_steps * batch_tokens, tokens_at_hand, crops)
     if tokens_at_hand is not None and epochs > MAX_EPOCHS:
         problems.append(
@@ -96,7 +97,6 @@ def check_horizon(
         )
         steps_that_fit.append(int(num_steps * MAX_CPU_SECONDS / estimated_seconds))
     if problems:
-        too_slow = estimated_seconds is not None and estimated_seconds > MAX_CPU_SECONDS
         raise UserError(problems, fix=_fix(min(steps_that_fit), batch_tokens, too_slow))
 
 

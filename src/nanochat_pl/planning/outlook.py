@@ -20,12 +20,11 @@ from nanochat_pl.planning.memory import (
     MARGIN,
     MemoryKnobs,
     StepMemory,
-    largest_device_batch_size,
     resume_copy_bytes,
     step_memory,
 )
 from nanochat_pl.planning.plan import Plan, show
-from nanochat_pl.planning.rows import RowOptions
+from nanochat_pl.planning.rows import RowOptions, rows_of_device, rows_that_fit
 from nanochat_pl.planning.text import CROPPED_SHARE, epochs_of, shards_for, token_cache_bytes, tokens_taken
 
 # Share of the peak that a GPU is taken to reach where nobody says: what well-tuned training of such models in bfloat16
@@ -77,13 +76,12 @@ def add_machine(plan: Plan, config: GPTConfig, options: RowOptions, kernels: Ker
 def add_step_memory(plan: Plan, config: GPTConfig, options: RowOptions) -> StepMemory:
     """Add what a training step takes of a device's memory: what a run's measured peak is held against."""
     device, rows = options.device, plan["device_batch_size"]
-    most = plan["rows_per_device"] if "rows_per_device" in plan else plan["rows_per_step"]
     memory = step_memory(
         config,
         rows,
         on_cpu=device.type == "cpu",
         knobs=options.knobs,
-        micro_batches=-(-most // rows),
+        micro_batches=-(-rows_of_device(plan) // rows),
         processes=options.num_devices,
         gpu_memory=device.gpu_memory,
     )
@@ -110,24 +108,14 @@ def add_step_memory(plan: Plan, config: GPTConfig, options: RowOptions) -> StepM
 def add_memory(plan: Plan, config: GPTConfig, options: RowOptions) -> StepMemory:
     """Add the section on memory: what a step takes, and the largest micro-batch with and without the knobs."""
     memory, device = add_step_memory(plan, config, options), options.device
-    most = plan["rows_per_device"] if "rows_per_device" in plan else plan["rows_per_step"]
     cache = kv_cache_bytes(config, 1, config.sequence_len, config.compute_dtype)
     plan.derive("chat_cache_bytes", cache, "keys and values of one chat of sequence_len tokens", ("sequence_len",))
     formula = "weights and moments: host memory of the main process while it writes a resume file, and the file's size"
     plan.derive("resume_copy_bytes", resume_copy_bytes(config), formula)
     plan.derive("device_memory_bytes", device.memory_bytes, f"of {device.name}")
     for name, knobs, what in _knob_choices():
-        fit = None
-        if device.memory_bytes is not None:
-            fit = largest_device_batch_size(
-                config,
-                device.memory_bytes,
-                on_cpu=device.type == "cpu",
-                knobs=replace(knobs, compiled=options.knobs.compiled),
-                at_most=most,
-                processes=options.num_devices,
-                gpu_memory=device.gpu_memory,
-            )
+        compiled = replace(knobs, compiled=options.knobs.compiled)
+        fit = rows_that_fit(config, options, rows_of_device(plan), compiled)
         formula = f"most rows whose step fits into {1 - MARGIN:.0%} of it{what}, at most those of a step"
         plan.derive(name, fit, formula, ("device_memory_bytes", "rows_per_step"))
     return memory

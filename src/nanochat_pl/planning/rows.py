@@ -49,7 +49,7 @@ def plan_rows_in_memory(plan: Plan, config: GPTConfig, options: RowOptions) -> N
         plan.derive("rows_per_device", most, formula, ("rows_per_step", "num_devices"))
     else:
         most = plan["rows_per_step"]
-    rows, formula = _rows_that_fit(config, options, most)
+    rows, formula = _micro_batch(config, options, most)
     given = options.device_batch_size
     plan.derive(
         "device_batch_size",
@@ -60,20 +60,32 @@ def plan_rows_in_memory(plan: Plan, config: GPTConfig, options: RowOptions) -> N
     )
 
 
-def _rows_that_fit(config: GPTConfig, options: RowOptions, most: int) -> tuple[int, str]:
+def rows_of_device(plan: Plan) -> int:
+    """Rows of a step that are one device's."""
+    return int(plan["rows_per_device"] if "rows_per_device" in plan else plan["rows_per_step"])
+
+
+def rows_that_fit(config: GPTConfig, options: RowOptions, at_most: int, knobs: MemoryKnobs) -> int | None:
+    """The most rows whose step fits into the memory of the device, 0 where not even one does; None: it is not known."""
+    device = options.device
+    if device.memory_bytes is None:
+        return None
+    return largest_device_batch_size(
+        config,
+        device.memory_bytes,
+        on_cpu=device.type == "cpu",
+        knobs=knobs,
+        at_most=at_most,
+        processes=options.num_devices,
+        gpu_memory=device.gpu_memory,
+    )
+
+
+def _micro_batch(config: GPTConfig, options: RowOptions, most: int) -> tuple[int, str]:
     device, row = options.device, config.sequence_len
     tokens = MICRO_BATCH_TOKENS.get(device.type)
-    fit = most
-    if device.memory_bytes is not None:
-        fit = largest_device_batch_size(
-            config,
-            device.memory_bytes,
-            on_cpu=device.type == "cpu",
-            knobs=options.knobs,
-            at_most=most,
-            processes=options.num_devices,
-            gpu_memory=device.gpu_memory,
-        )
+    known = rows_that_fit(config, options, most, options.knobs)
+    fit = most if known is None else known
     if tokens is None:
         return evenly(most, max(1, fit)), f"rows whose step fits into {1 - MARGIN:.0%} of the memory of {device.name}"
     wanted = max(1, tokens // row)

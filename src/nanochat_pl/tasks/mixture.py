@@ -63,9 +63,9 @@ class Mixture:
         self._order = array("q", range(int(self._ends[-1])))
         self._put_in_order()
         self.joined = joined if joined is not None and joined.share > 0 else None
-        # Where in the order each conversation begins, and where the last one ends; None: each is one of a task.
-        self._begins = self._join(self.joined) if self.joined else None
-        sizes = np.diff(self._begins) if self._begins is not None else np.ones(0, int)
+        # Where in the order each conversation begins, and where the last one ends.
+        self._begins = self._join(self.joined) if self.joined else np.arange(len(self._order) + 1)
+        sizes = np.diff(self._begins)
         self.num_joined, self.num_turns = int((sizes > 1).sum()), int(sizes[sizes > 1].sum())
 
     def _put_in_order(self) -> None:
@@ -103,7 +103,7 @@ class Mixture:
         return np.cumsum([0, *map(len, groups)])
 
     def __len__(self) -> int:
-        return len(self._order) if self._begins is None else len(self._begins) - 1
+        return len(self._begins) - 1
 
     def __getitem__(self, index: int) -> Conversation:
         parts = [self.tasks[name][place] for name, place in self.places(index)]
@@ -119,7 +119,7 @@ class Mixture:
         """Which tasks' which conversations the one at an index is made of, in the order of its turns."""
         if not 0 <= index < len(self):
             raise IndexError(f"mixture: conversation {index} of {len(self)}")
-        begin, end = (index, index + 1) if self._begins is None else self._begins[index : index + 2]
+        begin, end = self._begins[index : index + 2]
         found = []
         for number in self._order[begin:end]:
             task = int(np.searchsorted(self._ends, number, side="right"))
@@ -129,12 +129,12 @@ class Mixture:
 
     def count_copies(self) -> int:
         """How many of the conversations that stand alone are copies of another one, as the tasks' repeats ask for."""
-        if self._begins is None:
-            return sum(len(task) * (self.repeats[name] - 1) for name, task in self.tasks.items())
         alone = np.asarray(self._order)[self._begins[:-1][np.diff(self._begins) == 1]]
         tasks = np.searchsorted(self._ends, alone, side="right")
-        places = (alone - self._ends[tasks]) % np.array([len(task) for task in self.tasks.values()])[tasks]
-        return len(alone) - len(np.unique(np.stack([tasks, places]), axis=1).T)
+        starts = np.array([0, *self._ends[:-1]])[tasks]
+        sizes = np.array([len(task) for task in self.tasks.values()])[tasks]
+        first_copies = starts + (alone - starts) % sizes
+        return len(alone) - len(np.unique(first_copies))
 
     def describe_joined(self) -> str:
         """A line on the conversations of several turns; empty where there are none."""

@@ -55,7 +55,7 @@ def bounding_tokens(data: DataSettings, vocab_size: int, cache: Path, corpus: Ru
     """
     if any(part.shuffle != "global" or part.is_on_hub for part in data.opened):
         return None
-    return tokens_at_hand(data, cache, vocab_size, build=True, corpus=corpus)
+    return tokens_at_hand(data, cache, vocab_size, corpus or RunCorpus(cache))
 
 
 def base_plan(config: TrainConfig, target: Target, vocab_size: int, at_hand: int | None) -> Plan:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from nanochat_pl.common import distributed
-from nanochat_pl.common.errors import UserError
+from nanochat_pl.common.errors import UserError, first_line
 from nanochat_pl.common.files import FREE_SPACE, free_bytes, write_atomically
 from nanochat_pl.common.out_of_memory import is_out_of_memory
 
@@ -140,8 +140,7 @@ def _write(checkpoint: dict[str, Any], temporary: Path, path: Path) -> None:
         torch.save(checkpoint, temporary)
     except RuntimeError as error:  # what torch's zip writer raises where the disk is full
         raise UserError(
-            f"{path}: could not be written ({free_bytes(path) / 2**20:,.1f} MiB free on the disk):"
-            f" {str(error).splitlines()[0]}",
+            f"{path}: could not be written ({free_bytes(path) / 2**20:,.1f} MiB free on the disk): {first_line(error)}",
             fix=f"{FREE_SPACE} Then the same command goes on.",
         ) from error
 
@@ -177,8 +176,3 @@ def wrong_bytes(path: Path) -> str | None:
                 raise
             return first_line(error)
     return f"{broken} is damaged" if broken else None
-
-
-def first_line(error: Exception) -> str:
-    """What an error says in its first line, or else its name."""
-    return next(iter(str(error).splitlines()), "") or type(error).__name__

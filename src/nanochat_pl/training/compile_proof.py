@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from nanochat_pl.common.errors import first_line
 from nanochat_pl.common.hardware import ComputeDType
 from nanochat_pl.model.compiled import CompiledLoss
 from nanochat_pl.model.config import GPTConfig, ModelSettings, num_heads, resolve_model, window_sizes
@@ -23,8 +24,7 @@ def why_not_compiled(device: torch.device, dtype: ComputeDType, settings: ModelS
     try:
         far = distance_of_compiled(tiny_net(device, TORCH_DTYPES[dtype], config=config_of_its_kind(settings, dtype)))
     except Exception as error:  # whatever a missing compiler, header or library makes of it
-        lines = str(error).strip().splitlines()
-        return f"it does not run here: {lines[0][:160] if lines else type(error).__name__}"
+        return f"it does not run here: {first_line(error)[:160]}"
     most = tolerance(dtype)
     return None if far <= most else f"its gradients of a tiny model are {far:.1e} off, more than {most:.0e}"
 

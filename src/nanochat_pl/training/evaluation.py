@@ -143,18 +143,16 @@ def open_validation(
         num_rows: at most; fewer where the text ends before.
         device_batch_size: rows in memory at once.
     """
-    if not isinstance(source, MixedSource):
-        rows = validation_rows(
-            tokenise(source, num_rows * (sequence_len + 1)), sequence_len, tokenizer.bos_id, cache, num_rows
-        )
-        return Validation(rows, len(rows), tokenizer, device_batch_size)
-    parts = {}
-    for (name, part), count in zip(source.parts.items(), source.turns.counts(num_rows), strict=True):
-        count = max(count, 1)
+
+    def of(part: Source, count: int) -> Validation:
         tokens = tokenise(part, count * (sequence_len + 1))
         rows = validation_rows(tokens, sequence_len, tokenizer.bos_id, cache, count)
-        parts[name] = Validation(rows, len(rows), tokenizer, device_batch_size)
-    return MixedValidation(parts, source.turns.shares)
+        return Validation(rows, len(rows), tokenizer, device_batch_size)
+
+    if not isinstance(source, MixedSource):
+        return of(source, num_rows)
+    counts = zip(source.parts.items(), source.turns.counts(num_rows), strict=True)
+    return MixedValidation({name: of(part, max(count, 1)) for (name, part), count in counts}, source.turns.shares)
 
 
 class Voice(NamedTuple):

@@ -39,8 +39,7 @@ from nanochat_pl.training.tensorboard import RewindEvents
 class Fitting:
     """All that one fit needs besides the stage and its data.
 
-    ``mixed`` are the rows where they have several sources, ``resume_from`` is the file to go on from;
-    ``validate_at_start``: whether the first weights are measured too.
+    ``resume_from`` is the file to go on from; ``validate_at_start``: whether the first weights are measured too.
     """
 
     name: str
@@ -53,7 +52,6 @@ class Fitting:
     validation: Validation | MixedValidation | None
     samples: Samples
     benchmarks: Sequence[Benchmark] = ()
-    mixed: MixedRows | None = None
     loggers: Sequence[Logger] = ()
     callbacks: Sequence[Callback] = ()
     resume_from: Path | None = None
@@ -82,7 +80,7 @@ def fit(stage: TrainingStage, data: RowsDataModule, fitting: Fitting) -> Fitted:
     first_step = together.agreed(
         lambda: step_to_go_on_from(resume_from, stage.recipe, fitting.resume_with_changes) if resume_from else 0
     )
-    sources = fitting.mixed.names if fitting.mixed else ()
+    sources = data.rows.names if isinstance(data.rows, MixedRows) else ()
     csv = MetricsCSV(fitting.folder / "metrics.csv", sources, columns_of(fitting.benchmarks))
     figures_kept = together.by_main(lambda: csv.rewind(first_step))
     together.by_main(lambda: fitting.samples.rewind(first_step))

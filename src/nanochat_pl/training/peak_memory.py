@@ -18,7 +18,8 @@ def peak_memory(device: torch.device) -> dict[str, float]:
     - CPU: the largest resident size of the process, libraries included; nothing where the system does not say.
     """
     if device.type == "cuda":
-        return _columns(torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device))
+        stats = torch.cuda.memory_stats(device)  # asked once: it walks all of the allocator's counters
+        return _columns(*(stats.get(f"{kind}_bytes.all.peak", 0) for kind in ("allocated", "reserved")))
     if device.type == "mps":
         return _columns(torch.mps.current_allocated_memory(), torch.mps.driver_allocated_memory())
     try:

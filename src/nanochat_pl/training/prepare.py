@@ -20,7 +20,7 @@ from nanochat_pl.data.mixed_source import MixedSource
 from nanochat_pl.data.opening import open_source, read_chosen, write_chosen
 from nanochat_pl.data.rows import Rows, packed_rows, streamed_rows
 from nanochat_pl.data.run_corpus import RunCorpus
-from nanochat_pl.data.sources import MOST_TEXT_AT_ONCE, Source, SourceSettings, Split, is_much
+from nanochat_pl.data.sources import MOST_TEXT_AT_ONCE, Source, SourceSettings, Split, all_at_once
 from nanochat_pl.data.streamed_index import StreamedIndex
 from nanochat_pl.data.token_cache import CachedShard, TokenCache, build_token_cache
 from nanochat_pl.model.config import GPTConfig, resolve_model
@@ -149,39 +149,44 @@ class _Part:
     tokens: TokenCache | None
 
 
+def _with_settings(config: TrainConfig, source: Source) -> dict[str, tuple[Source, SourceSettings]]:
+    """The sources of a mixture by name, each with its settings; of anything else the one that it is, without a name."""
+    if isinstance(source, MixedSource):
+        return {name: (part, config.data.parts[name]) for name, part in source.parts.items()}
+    return {"": (source, config.data)}
+
+
 def _require_cache_room(
     config: TrainConfig, source: Source, tokenizer: Tokenizer, cache: Path, num_tokens: int, sequence_len: int
 ) -> None:
-    sources = source.parts if isinstance(source, MixedSource) else {"": source}
     shares = source.turns.shares if isinstance(source, MixedSource) else [1.0]
     require_cache_room(
         cache,
         sum(
             bytes_to_make(
                 part,
-                config.data.parts[name] if name else config.data,
+                settings,
                 tokenizer,
                 cache,
                 num_tokens=num_tokens * share,
                 sequence_len=sequence_len,
             )
-            for (name, part), share in zip(sources.items(), shares, strict=True)
+            for (part, settings), share in zip(_with_settings(config, source).values(), shares, strict=True)
         ),
     )
 
 
 def _parts(config: TrainConfig, source: Source, tokenizer: Tokenizer, cache: Path) -> dict[str, _Part]:
-    sources = source.parts if isinstance(source, MixedSource) else {"": source}
     parts = {}
-    for name, part in sources.items():
-        settings: SourceSettings = config.data.parts[name] if name else config.data
-        if settings.shuffle == "global" and is_much(part.shards("train")):
+    for name, (part, settings) in _with_settings(config, source).items():
+        at_once = all_at_once(settings, part.shards("train"))
+        if settings.shuffle == "global" and not at_once:
             say(
                 f"{part.name}: more than {MOST_TEXT_AT_ONCE / 1e9:g} GB of text, so its order is that of"
                 " data.shuffle=shards: the training begins when the first files are tokenised."
             )
             settings = replace(settings, shuffle="shards")
-        tokens = _tokenise(part, "train", tokenizer, cache) if settings.shuffle == "global" else None
+        tokens = _tokenise(part, "train", tokenizer, cache) if at_once else None
         parts[name] = _Part(part, settings, tokens)
     return parts
 

@@ -22,13 +22,12 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from nanochat_pl.common import distributed, together
-from nanochat_pl.common.errors import UserError
+from nanochat_pl.common.errors import UserError, first_line
 from nanochat_pl.common.files import disk_errors_explained, entries, read_json, write_json
 from nanochat_pl.common.run_folder import SHARED_RUNS
 from nanochat_pl.training.checkpoint_io import (
     IN_BACKGROUND,
     BackgroundCheckpointIO,
-    first_line,
     unreadable_explained,
     wrong_bytes,
 )
@@ -38,8 +37,8 @@ _NAME = re.compile(r"step=(\d{6,})\.ckpt")
 _DAMAGED = re.compile(rf"{_NAME.pattern}\.damaged")
 BEST = "best.json"
 # What the main process knows at the beginning of a step and all must hear.
-NOTHING, SAVE_IS_DUE, SAVE_FAILED = range(3)
 NUM_NOTICES = 3
+NOTHING, SAVE_IS_DUE, SAVE_FAILED = range(NUM_NOTICES)
 
 
 def damage(path: Path) -> str | None:

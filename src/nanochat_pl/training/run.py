@@ -21,7 +21,6 @@ from nanochat_pl.common.hardware import choose_compute_dtype, gpu_memory_bytes
 from nanochat_pl.common.run_folder import StageFolder
 from nanochat_pl.common.settings import to_plain
 from nanochat_pl.data.cache_folder import fingerprint_of
-from nanochat_pl.data.mixed_rows import MixedRows
 from nanochat_pl.model.gpt import GPT
 from nanochat_pl.model.loss import default_chunk_tokens
 from nanochat_pl.planning import Plan, hyperparameters
@@ -145,7 +144,6 @@ def _train(
         validation=prepared.validation,
         samples=samples,
         benchmarks=benchmarks,
-        mixed=prepared.rows if isinstance(prepared.rows, MixedRows) else None,
         loggers=loggers,
         callbacks=callbacks,
         resume_from=resume_from,

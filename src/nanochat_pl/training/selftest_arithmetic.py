@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nanochat_pl.common.constants import IGNORE_INDEX
+from nanochat_pl.common.errors import first_line
 from nanochat_pl.common.files import free_bytes
 from nanochat_pl.common.hardware import device_name, has_bfloat16, memory_bytes
 from nanochat_pl.common.place import launched_place
@@ -92,7 +93,7 @@ def _check_way(name: str, way: Callable[[int], Attend], dtype: torch.dtype, devi
     try:
         errors = [_attention_error(way(window), window, dtype, device) for window in (LENGTH, WINDOW)]
     except RuntimeError as error:  # a backend that says it can and then cannot
-        return [Finding(check, "FAILED", str(error).strip().partition("\n")[0][:200])]
+        return [Finding(check, "FAILED", first_line(error)[:200])]
     offered = [error for error in errors if error is not None]
     if not offered:
         return []

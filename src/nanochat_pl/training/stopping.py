@@ -19,6 +19,7 @@ from lightning.pytorch import Callback, Trainer
 from nanochat_pl.common import distributed
 from nanochat_pl.common.constants import SAME_SIGNAL_SECONDS, SHOW_CURSOR, STOP_SIGNALS
 from nanochat_pl.common.errors import SharedError, UserError
+from nanochat_pl.common.signals import heeded_signals
 from nanochat_pl.training.resume import NUM_NOTICES, ResumeFiles, resume_files, step_of
 
 SIGALRM = 14  # what the end of trainer.max_time counts as, also on systems without that signal
@@ -74,9 +75,8 @@ class GracefulStop(Callback):
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> GracefulStop:
-        # What is ignored stays so: with nohup, the training outlives its terminal.
-        heeded = [signum for signum in STOP_SIGNALS if signal.getsignal(signum) is not signal.SIG_IGN]
-        self._previous = {signum: signal.signal(signum, self._handle) for signum in heeded}
+        # With nohup, the training outlives its terminal.
+        self._previous = {signum: signal.signal(signum, self._handle) for signum in heeded_signals()}
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:

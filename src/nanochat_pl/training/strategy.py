@@ -57,6 +57,8 @@ class Launched(ClusterEnvironment):
 
 def strategy_for(device: torch.device) -> OneDevice | UnwrappedDDP:
     """The strategy of this process, which trains on ``device``."""
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", launched_place().local_rank)
     return UnwrappedDDP(device) if distributed.world_size() > 1 else OneDevice(device)
 
 
@@ -79,8 +81,6 @@ class OneDevice(_StaysOnDevice, SingleDeviceStrategy):
     """One process on one device."""
 
     def __init__(self, device: torch.device) -> None:
-        if device.type == "cuda" and device.index is None:
-            device = torch.device("cuda", launched_place().local_rank)
         super().__init__(device=device)
         self.set_world_ranks()
 
@@ -93,8 +93,6 @@ class UnwrappedDDP(_StaysOnDevice, DDPStrategy):
     """Each process trains on one device of its own, on a model without hooks."""
 
     def __init__(self, device: torch.device) -> None:
-        if device.type == "cuda" and device.index is None:
-            device = torch.device("cuda", launched_place().local_rank)
         super().__init__(parallel_devices=[device], cluster_environment=Launched())
 
     @property

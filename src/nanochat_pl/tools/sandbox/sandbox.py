@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from nanochat_pl.common.errors import UserError, visible
-from nanochat_pl.common.place import launched_place
+from nanochat_pl.common.place import launched_place, usable_cpus
 from nanochat_pl.tools.jail import walls
 from nanochat_pl.tools.sandbox.settings import Check, Outcome, SandboxSettings
 
@@ -224,8 +224,7 @@ _FIXES = {
 
 def _processors() -> int:
     """The share of this process, where a launcher started several on this machine."""
-    there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, there // launched_place().local_world_size)
+    return max(1, usable_cpus() // launched_place().local_world_size)
 
 
 def _nameless(text: str) -> IO[bytes]:
