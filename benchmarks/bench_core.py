@@ -21,8 +21,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from nanochat_pl.evaluation.core import CoreBundle, CoreSettings, ask, evaluate_core_task, open_core
-from nanochat_pl.evaluation.core_prompts import choose_shots, common_length, is_right, render, render_unsolved
+from nanochat_pl.evaluation.core.evaluate import CoreBundle, CoreSettings, ask, evaluate_core_task, open_core
+from nanochat_pl.evaluation.core.prompts import choose_shots, common_length, is_right, render, render_unsolved
 from nanochat_pl.evaluation.scoring import Score
 from nanochat_pl.model.config import ModelSettings, resolve_model
 from nanochat_pl.model.gpt import GPT

@@ -20,11 +20,11 @@ from pathlib import Path
 
 import numpy as np
 
-from nanochat_pl.data.opening import open_source
-from nanochat_pl.data.packing import pack
-from nanochat_pl.data.rows import Rows, packed_rows, streamed_rows
-from nanochat_pl.data.sources import DataSettings, Source
-from nanochat_pl.data.token_cache import TokenCache, build_token_cache
+from nanochat_pl.data.cache.tokens import TokenCache, build_token_cache
+from nanochat_pl.data.packing.packer import pack
+from nanochat_pl.data.packing.rows import Rows, packed_rows, streamed_rows
+from nanochat_pl.data.sources.base import DataSettings, Source
+from nanochat_pl.data.sources.open import open_source
 from nanochat_pl.tokenizer import Tokenizer, TokenizerSettings, train_tokenizer
 
 REPEATS = 5

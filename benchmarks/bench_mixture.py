@@ -14,11 +14,11 @@ from pathlib import Path
 
 import numpy as np
 
-from nanochat_pl.data.mixed_rows import MixedRows, Turns
-from nanochat_pl.data.opening import open_source
-from nanochat_pl.data.rows import packed_rows
-from nanochat_pl.data.sources import DataSettings
-from nanochat_pl.data.token_cache import build_token_cache
+from nanochat_pl.data.cache.tokens import build_token_cache
+from nanochat_pl.data.packing.mixture import MixedRows, MixtureSchedule
+from nanochat_pl.data.packing.rows import packed_rows
+from nanochat_pl.data.sources.base import DataSettings
+from nanochat_pl.data.sources.open import open_source
 from nanochat_pl.tokenizer import TokenizerSettings, train_tokenizer
 
 T, NUM_ROWS, AT_ONCE, REPEATS = 2048, 4096, 32, 7
@@ -46,15 +46,17 @@ def main(path: str) -> None:
         packed = [
             packed_rows(cache, T, tokenizer.bos_id, "split", cache_dir, num_rows=NUM_ROWS, seed=s) for s in (0, 1)
         ]
-        mixed = MixedRows(dict(zip("ab", packed, strict=True)), Turns([0.7, 0.3]), NUM_ROWS)
+        mixed = MixedRows(dict(zip("ab", packed, strict=True)), MixtureSchedule([0.7, 0.3]), NUM_ROWS)
         numbers = np.arange(NUM_ROWS).reshape(-1, AT_ONCE)
         for name, rows in (("one source", packed[0]), ("two sources", mixed)):
             times = seconds(lambda rows=rows: [rows.read(some) for some in numbers])
             median, *ends = (NUM_ROWS * T / 1e6 / each for each in (statistics.median(times), max(times), min(times)))
             print(f"{name}: {median:.0f} million tokens a second ({ends[0]:.0f} … {ends[1]:.0f})")
     for weights in ([0.7, 0.3], [0.333333, 0.4, 0.123456, 0.1, 0.043211]):
-        times = seconds(lambda weights=weights: Turns(weights))
-        print(f"whose turn, a period of {Turns(weights).period:,} rows: {statistics.median(times) * 1e3:.1f} ms")
+        times = seconds(lambda weights=weights: MixtureSchedule(weights))
+        print(
+            f"whose turn, a period of {MixtureSchedule(weights).period:,} rows: {statistics.median(times) * 1e3:.1f} ms"
+        )
 
 
 if __name__ == "__main__":

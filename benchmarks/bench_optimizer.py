@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 import torch
 
-from nanochat_pl.common import distributed
+from nanochat_pl.distributed import collectives
 from nanochat_pl.model.config import ModelSettings, resolve_model
 from nanochat_pl.model.gpt import GPT, parameter_roles
 from nanochat_pl.model.init import init_weights
@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    distributed.start(torch.device("cpu"))
+    collectives.start(torch.device("cpu"))
     config = resolve_model(ModelSettings(depth=arguments.depth), arguments.vocab_size, "float32")
     net = init_weights(GPT(config).materialise(), seed=0)
     hyper = resolve_hyperparameters(OptimSettings(), width=config.width)
@@ -40,17 +40,17 @@ def main() -> None:
     for _ in range(arguments.rounds + 1):
         for parameter in net.parameters():
             parameter.grad = torch.randn_like(parameter)
-        distributed.barrier()
+        collectives.barrier()
         seconds["gradients summed, norm"].append(taken(optimizer.reduce_gradients))
         seconds["update"].append(taken(optimizer.step))
         optimizer.zero_grad()
-    if distributed.is_main():
+    if collectives.is_rank_zero():
         count = sum(parameter.numel() for parameter in net.parameters())
-        print(f"{distributed.world_size()} processes, {count:,} parameters, {arguments.rounds} rounds, milliseconds:")
+        print(f"{collectives.world_size()} processes, {count:,} parameters, {arguments.rounds} rounds, milliseconds:")
         for what, both in seconds.items():
             clock, processor = (sorted(1e3 * each for each in times) for times in zip(*both[1:], strict=True))
             print(f"{what}: clock {shown(clock)}, processor {shown(processor)}")
-    distributed.stop()
+    collectives.stop()
 
 
 def taken(function: Callable[[], object]) -> tuple[float, float]:

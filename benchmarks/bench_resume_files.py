@@ -18,8 +18,8 @@ from bench_trainer import RandomRows, interval, small_recipe, train
 from lightning.pytorch import Callback
 
 from nanochat_pl.planning.memory import resume_copy_bytes
-from nanochat_pl.training import checkpoint_io
-from nanochat_pl.training.resume import ResumeFiles
+from nanochat_pl.training.checkpoint import io as checkpoint_io
+from nanochat_pl.training.checkpoint.resume import ResumeFiles
 
 RATE = 0.05 * 2**30  # bytes a second
 WARM_UP_FILES, ROWS_PER_STEP = 1, 2

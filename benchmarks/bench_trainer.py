@@ -20,20 +20,20 @@ import numpy as np
 import torch
 from lightning.pytorch import Callback
 
-from nanochat_pl.cli.quiet import quieten
-from nanochat_pl.common.hardware import choose_compute_dtype
-from nanochat_pl.model.accounting import flops_per_token
+from nanochat_pl.cli._warnings import quieten
+from nanochat_pl.common.device import choose_compute_dtype
 from nanochat_pl.model.compiled import CompiledLoss
 from nanochat_pl.model.config import ModelSettings, resolve_model
+from nanochat_pl.model.counts import flops_per_token
 from nanochat_pl.model.gpt import GPT, parameter_roles
 from nanochat_pl.model.init import init_weights
 from nanochat_pl.optim import OptimSettings, ScheduleSettings, build_optimizer, resolve_hyperparameters, schedule_values
+from nanochat_pl.training.callbacks.evaluation import Samples
+from nanochat_pl.training.config import EvaluationSettings, TrainerSettings
 from nanochat_pl.training.datamodule import RowsDataModule, StepRows
-from nanochat_pl.training.evaluation import Samples
-from nanochat_pl.training.fit import Fitting, fit
-from nanochat_pl.training.settings import EvaluationSettings, TrainerSettings
-from nanochat_pl.training.stages import BaseStage, StageRecipe
+from nanochat_pl.training.module import BaseStage, ModuleConfig
 from nanochat_pl.training.step import micro_batches
+from nanochat_pl.training.trainer import FitConfig, fit
 
 ROWS_PER_STEP = 16
 WARM_UP_STEPS = 5
@@ -63,7 +63,7 @@ class RandomRows:
 class BareLoop(Callback):
     """The same steps without Lightning, one after each of the Trainer's."""
 
-    def __init__(self, recipe: StageRecipe, data: StepRows) -> None:
+    def __init__(self, recipe: ModuleConfig, data: StepRows) -> None:
         self.recipe, self.data = recipe, data
         self.net = init_weights(GPT(recipe.model).materialise(), recipe.seed)
         self.loss = CompiledLoss(self.net) if recipe.compile else self.net.loss_by_row
@@ -94,20 +94,20 @@ class BareLoop(Callback):
         self.pairs.append((trainer_seconds, self._mark - start))
 
 
-def small_recipe(num_steps: int, rows_per_step: int, compiled: bool) -> StageRecipe:
+def small_recipe(num_steps: int, rows_per_step: int, compiled: bool) -> ModuleConfig:
     """The demo's model, and steps of one micro-batch."""
     dtype = choose_compute_dtype("auto", torch.device("cpu"))
     model = resolve_model(ModelSettings(depth=4, head_dim=64, sequence_len=256), 4096, dtype)
     hyper = resolve_hyperparameters(OptimSettings(matrix_lr=0.012), width=model.width, compute_dtype=dtype)
-    return StageRecipe(model, hyper, ScheduleSettings(), num_steps, rows_per_step, 0, compiled)
+    return ModuleConfig(model, hyper, ScheduleSettings(), num_steps, rows_per_step, 0, compiled)
 
 
-def train(recipe: StageRecipe, rows: Any, callback: Callback, checkpoint_every_steps: int) -> None:
+def train(recipe: ModuleConfig, rows: Any, callback: Callback, checkpoint_every_steps: int) -> None:
     """Pretrain as a stage does, without validation and samples, in a folder that is gone afterwards."""
     quieten()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        fitting = Fitting(
+        fitting = FitConfig(
             name="bench",
             folder=folder,
             trainer=TrainerSettings(accelerator="cpu", checkpoint_every_steps=checkpoint_every_steps),

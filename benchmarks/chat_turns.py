@@ -19,15 +19,14 @@ from typing import Any
 
 from nanochat_pl.bundle import load_bundle
 from nanochat_pl.bundle.bundle import load_stage_info
-from nanochat_pl.cli.locate import cache_folder
-from nanochat_pl.common.settings import build
+from nanochat_pl.common.paths import PathsSettings, cache_folder
+from nanochat_pl.common.schema import build
 from nanochat_pl.engine import Engine, readable
 from nanochat_pl.evaluation.statistics import SHARES, standard_error
 from nanochat_pl.tasks import Task
 from nanochat_pl.tasks.context import TaskContext
 from nanochat_pl.tasks.mixture import build_tasks, only_judged
 from nanochat_pl.tasks.settings import MixtureSettings
-from nanochat_pl.training.settings import PathsSettings
 
 MAX_TOKENS, BATCH = 256, 32  # of an answer, as in the chat; answers at a time
 

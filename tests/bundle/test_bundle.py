@@ -19,7 +19,7 @@ from nanochat_pl.bundle.bundle import hash_of_weights, load_moments
 from nanochat_pl.common.errors import NotFiniteError, UserError
 from nanochat_pl.common.files import write_json
 from nanochat_pl.engine import Engine
-from tests.tiny_run import make_tiny_run
+from tests.helpers.tiny_run import make_tiny_run
 
 
 @pytest.fixture

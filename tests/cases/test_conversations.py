@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.data.conversation_cache import build_conversation_cache
-from nanochat_pl.data.conversation_files import ConversationFile, read_conversations
+from nanochat_pl.data.cache.conversations import build_conversation_cache
+from nanochat_pl.data.conversations.files import ConversationFile, read_conversations
 from nanochat_pl.tokenizer import Tokenizer, TokenizerSettings, train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -14,14 +14,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from nanochat_pl.cli.experiment import read_experiment
 from nanochat_pl.cli.main import main
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.yaml_files import read_yaml
-from nanochat_pl.data.hub_files import HubFiles
-from nanochat_pl.data.sources import SourceSettings
-from nanochat_pl.formats.nanochat_folder import choose_checkpoint, stage_of
-from tests.data.hub_server import serving_this_process
+from nanochat_pl.config.experiment import read_experiment
+from nanochat_pl.convert.nanochat.layout import choose_checkpoint, stage_of
+from nanochat_pl.data.sources.base import SourceSettings
+from nanochat_pl.data.sources.hub import HubFiles
+from tests.helpers.hub_server import serving_this_process
 
 
 def refused(text: str, tmp_path: Path) -> str:

@@ -16,14 +16,14 @@ import pytest
 
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.files import read_json
-from nanochat_pl.data.file_formats import check_file, documents_of
-from nanochat_pl.data.folder_files import find_files
-from nanochat_pl.data.local_files import LocalFiles
-from nanochat_pl.data.sources import SourceSettings
-from nanochat_pl.data.split_names import configurations
-from nanochat_pl.data.txt_files import txt_documents
+from nanochat_pl.data.files.folder import find_files
+from nanochat_pl.data.files.formats import check_file, documents_of
+from nanochat_pl.data.files.split_names import configurations
+from nanochat_pl.data.files.txt import txt_documents
+from nanochat_pl.data.sources.base import SourceSettings
+from nanochat_pl.data.sources.local import LocalFiles
 from nanochat_pl.tasks.context import TaskContext
-from nanochat_pl.tasks.conversations import ConversationSet, ConversationSettings
+from nanochat_pl.tasks.published.conversations import ConversationSet, ConversationSettings
 
 
 def local(path: Path, cache: Path, **settings: Any) -> LocalFiles:

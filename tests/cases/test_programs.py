@@ -12,15 +12,15 @@ from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers import __all__ as all_loggers
 
-from nanochat_pl.cli.instantiate import make_objects, problems_of_objects
 from nanochat_pl.cli.main import main
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.training import stock_callbacks
+from nanochat_pl.config.instantiate import make_objects, problems_of_objects
+from nanochat_pl.training import lightning_callbacks
+from nanochat_pl.training.callbacks.graceful_stop import StopRequested
+from nanochat_pl.training.checkpoint.resume import resume_files, step_of
 from nanochat_pl.training.guarded import guard_callbacks, guard_loggers
-from nanochat_pl.training.resume import resume_files, step_of
-from nanochat_pl.training.stock_callbacks import PACKAGES
-from nanochat_pl.training.stopping import StopRequested
-from tests.museum.tiny import fit_tiny
+from nanochat_pl.training.lightning_callbacks import PACKAGES
+from tests.helpers.training import fit_tiny
 
 LOGGERS = "lightning.pytorch.loggers"
 
@@ -147,7 +147,7 @@ def test_12_a_logger_that_is_not_installed(
     name: str, shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(stock_callbacks, "_is_installed", lambda *names: False)
+    monkeypatch.setattr(lightning_callbacks, "_is_installed", lambda *names: False)
     file = shared / f"cases/12_logger_not_installed/{name}.yaml"
     assert main(["train", f"experiment={file}", "stage=base", "run=x", "max_steps=6", "paths.cache=c"]) == 2
     error = capsys.readouterr().err
@@ -158,9 +158,9 @@ def test_12_a_logger_that_is_not_installed(
 def test_packages_are_looked_for_without_importing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "wandb_of_a_run").mkdir()
     monkeypatch.syspath_prepend(tmp_path)
-    assert not stock_callbacks._is_installed("wandb-of-a-run", "wandb_of_a_run"), "a folder is no package"
+    assert not lightning_callbacks._is_installed("wandb-of-a-run", "wandb_of_a_run"), "a folder is no package"
     (tmp_path / "there.py").write_text("raise AssertionError")
-    assert stock_callbacks._is_installed("no-distribution", "there")
+    assert lightning_callbacks._is_installed("no-distribution", "there")
 
 
 @pytest.mark.parametrize(
@@ -193,7 +193,7 @@ def test_13_device_stats_work_without_psutil(
 ) -> None:
     """That a training with them runs: tests/training/test_callbacks.py."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(stock_callbacks, "_is_installed", lambda *names: False)
+    monkeypatch.setattr(lightning_callbacks, "_is_installed", lambda *names: False)
     check = ["train", "experiment=tiny", "stage=base", "check_only=true", "callbacks=device_stats", "paths.cache=c"]
     assert main(check) == 0
     assert main([*check, "callbacks.device_stats.cpu_stats=true"]) == 2

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from nanochat_pl.cli.records import write_records
+from nanochat_pl.cli.run_record import write_records
 from nanochat_pl.cli.train import compose_train, place_of, with_parent
 from nanochat_pl.common.files import write_json
-from nanochat_pl.common.run_folder import StageFolder
+from nanochat_pl.common.run_dir import StageFolder
 
 
 @pytest.fixture

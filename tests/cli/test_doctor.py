@@ -12,11 +12,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from nanochat_pl.cli.main import main
-from nanochat_pl.data.opening import open_source
-from nanochat_pl.data.sources import DataSettings, Source
+from nanochat_pl.data.sources.base import DataSettings, Source
+from nanochat_pl.data.sources.open import open_source
 from tests.cli.test_download import hub  # noqa: F401
-from tests.data.hub_server import HubServer
 from tests.data.test_hub import parquet
+from tests.helpers.hub_server import HubServer
 from tests.training.conftest import sft_overrides, tiny_overrides, write_texts
 
 Captured = pytest.CaptureFixture[str]

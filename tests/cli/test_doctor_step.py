@@ -12,7 +12,7 @@ import torch
 
 from nanochat_pl import load_bundle
 from nanochat_pl.cli.main import main
-from nanochat_pl.data.doctor_documents import both_ends
+from nanochat_pl.doctor.documents import both_ends
 from nanochat_pl.training.datamodule import StepRows
 from nanochat_pl.training.step import StepBatch
 from tests.cli.test_doctor import column

@@ -22,11 +22,11 @@ from nanochat_pl.cli import download
 from nanochat_pl.cli.main import main
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.tasks.context import TaskContext
-from nanochat_pl.tasks.gsm8k import GSM8K, GSM8KSettings
+from nanochat_pl.tasks.published.gsm8k import GSM8K, GSM8KSettings
 from nanochat_pl.tasks.registry import all_tasks
 from nanochat_pl.tokenizer import comparison
-from tests.data.hub_server import Answer, HubServer, serving, serving_this_process
 from tests.data.test_hub import FILES, IN_GIT, REPO, parquet
+from tests.helpers.hub_server import Answer, HubServer, serving, serving_this_process
 from tests.training.conftest import tiny_overrides, write_texts
 
 Captured = pytest.CaptureFixture[str]

@@ -1,4 +1,4 @@
-"""The verb `evaluate`: what it refuses before anything is measured, what it writes, what it reads on whose word."""
+"""The command `evaluate`: what it refuses before anything is measured, what it writes, what it reads on whose word."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ import torch
 from nanochat_pl.bundle import StageInfo, load_bundle, save_bundle
 from nanochat_pl.bundle.bundle import save_stage_info
 from nanochat_pl.cli import evaluate_suites
-from nanochat_pl.cli.compose import compose
 from nanochat_pl.cli.evaluate import is_measured
 from nanochat_pl.cli.evaluate_settings import CHATCORE, EvaluateConfig
 from nanochat_pl.cli.evaluate_suites import data_of
 from nanochat_pl.cli.evaluate_tables import summary_name
-from nanochat_pl.cli.experiment import compose_step
 from nanochat_pl.cli.main import main
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.common.settings import to_plain
-from nanochat_pl.data.sources import DataSettings
-from nanochat_pl.evaluation.core_bundle import CORE_TASKS
+from nanochat_pl.common.schema import to_plain
+from nanochat_pl.config.compose import compose
+from nanochat_pl.config.experiment import compose_step
+from nanochat_pl.data.sources.base import DataSettings
+from nanochat_pl.evaluation.core.bundle import CORE_TASKS
 from nanochat_pl.tokenizer.comparison import KINDS
-from tests.cli.evaluated import QUICK, TASKS, make_eval_bundle, make_run, record_of, results_of
-from tests.tiny_run import make_tiny_run
+from tests.helpers.evaluated import QUICK, TASKS, make_eval_bundle, make_run, record_of, results_of
+from tests.helpers.tiny_run import make_tiny_run
 
 Captured = pytest.CaptureFixture[str]
 

@@ -13,7 +13,7 @@ from nanochat_pl.cli.evaluate_against import difference_of_bits, locate_other
 from nanochat_pl.cli.main import main
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.evaluation.results import from_plain, paired_difference, paired_summary
-from tests.cli.evaluated import QUICK, make_eval_bundle, make_run, record_of, results_of
+from tests.helpers.evaluated import QUICK, make_eval_bundle, make_run, record_of, results_of
 
 Captured = pytest.CaptureFixture[str]
 RUNS = Path("runs")

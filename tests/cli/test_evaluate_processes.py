@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from nanochat_pl.cli import evaluate as verb
+from nanochat_pl.cli import evaluate as command
 from nanochat_pl.cli.main import main
 from nanochat_pl.common.errors import SharedError, UserError
-from tests.cli.evaluated import QUICK, make_eval_bundle, make_run, results_of
-from tests.processes import run
+from tests.helpers.evaluated import QUICK, make_eval_bundle, make_run, results_of
+from tests.helpers.processes import run
 
 SUITES = "suites=[core,chat,samples]"
 
@@ -21,7 +21,7 @@ def evaluate(folder: str, keys: list[str]) -> Any:
     before = Path.cwd()
     os.chdir(folder)
     try:
-        return verb.run(["run=a", "core.path=tasks_of_core", *QUICK, *keys])
+        return command.run(["run=a", "core.path=tasks_of_core", *QUICK, *keys])
     except SharedError as error:
         return ["shared", *error.problems]
     except UserError as error:
@@ -32,7 +32,7 @@ def evaluate(folder: str, keys: list[str]) -> Any:
 
 def figures(to: str) -> Any:
     """Accuracies and n of all tasks."""
-    suites = verb.read_json(Path(to) / "results.json")["suites"]
+    suites = command.read_json(Path(to) / "results.json")["suites"]
     rows = {name: suite["tasks"] for name, suite in suites.items() if isinstance(suite, dict)}
     return {name: [(row["name"], row["accuracy"], row["n"]) for row in each] for name, each in rows.items()}
 

@@ -13,7 +13,7 @@ from nanochat_pl.cli import evaluate, evaluate_records, evaluate_suites
 from nanochat_pl.cli.evaluate_settings import CHATCORE
 from nanochat_pl.cli.main import main
 from nanochat_pl.report.evaluations import read_evaluation
-from tests.cli.evaluated import QUICK, make_run, record_of, results_of
+from tests.helpers.evaluated import QUICK, make_run, record_of, results_of
 
 Captured = pytest.CaptureFixture[str]
 Asked = list[str]

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from nanochat_pl.cli import config_files
-from nanochat_pl.cli.experiment import read_experiment
 from nanochat_pl.cli.pipeline import check_all, run_folder_of, steps_of
 from nanochat_pl.cli.train import compose_train, place_of
 from nanochat_pl.common.errors import UserError
+from nanochat_pl.config import config_dir
+from nanochat_pl.config.experiment import read_experiment
 
 MINE = """
 description: for a test
@@ -110,8 +110,8 @@ def test_missing_experiments_name_the_nearest() -> None:
 
 
 def test_every_shipped_experiment_composes_in_all_of_its_steps(here: Path) -> None:
-    assert {"demo", "nanochat", "nanochat_2025_10", "nanochat_2026_02", "tiny"} <= set(config_files.experiments())
-    for name in config_files.experiments():
+    assert {"demo", "nanochat", "nanochat_2025_10", "nanochat_2026_02", "tiny"} <= set(config_dir.experiments())
+    for name in config_dir.experiments():
         steps = steps_of([f"experiment={name}"])
         composed = check_all(steps)
         if name in ("demo", "nanochat", "tiny"):

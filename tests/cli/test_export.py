@@ -1,4 +1,4 @@
-"""The verb `export`."""
+"""The command `export`."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from nanochat_pl.bundle import StageInfo, save_bundle
 from nanochat_pl.cli.main import main
 from nanochat_pl.cli.train import compose_train
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.common.settings import to_plain
-from nanochat_pl.formats import parity
-from nanochat_pl.formats.huggingface_read import read_huggingface
-from nanochat_pl.formats.imported import save_imported
-from nanochat_pl.formats.nanochat_read import read_nanochat
+from nanochat_pl.common.schema import to_plain
+from nanochat_pl.convert import parity
+from nanochat_pl.convert.huggingface.read import read_huggingface
+from nanochat_pl.convert.import_result import save_imported
+from nanochat_pl.convert.nanochat.read import read_nanochat
 from nanochat_pl.model.gpt import parameter_roles
 from nanochat_pl.optim import build_optimizer, resolve_hyperparameters
-from tests.formats.exports import make_bundle, tokenizer_of
-from tests.tiny_run import make_tiny_run
+from tests.helpers.exports import make_bundle, tokenizer_of
+from tests.helpers.tiny_run import make_tiny_run
 
 
 def with_a_silent_person(monkeypatch: pytest.MonkeyPatch) -> list[subprocess.CompletedProcess[str]]:
@@ -151,7 +151,7 @@ def test_classic_muon_is_named(
     save_bundle(here / "classic", stage, net=bundle.net, moments=optimizer.moments_by_name())
     monkeypatch.setattr("nanochat_pl.cli.export._say_parity", lambda parity: None)
     monkeypatch.setattr(
-        "nanochat_pl.formats.export.measure", lambda *arguments, **options: parity.Parity("text", 1, 0.0, 1.0)
+        "nanochat_pl.convert.export.measure", lambda *arguments, **options: parity.Parity("text", 1, 0.0, 1.0)
     )
     assert main(["export", "bundle=classic", "format=nanochat", "to=out"]) == 0
     assert "trained with classic Muon, which nanochat does not have" in capsys.readouterr().out

@@ -11,9 +11,9 @@ import pytest
 from huggingface_hub import constants
 
 from nanochat_pl.cli.main import main
-from nanochat_pl.training.stages import TrainingStage
-from tests.data.hub_server import Answer, HubServer, serving_this_process
+from nanochat_pl.training.module import LMModule
 from tests.data.test_hub import parquet
+from tests.helpers.hub_server import Answer, HubServer, serving_this_process
 from tests.training.conftest import tiny_overrides, write_texts
 
 REPO = "some-owner/small"
@@ -52,16 +52,16 @@ def test_it_begins_before_the_second_file_is_here_and_ends_as_if_all_had_been(
 ) -> None:
     served, seen = threading.Event(), []
     hub.fail("GET", r"part-1\.parquet", Answer(hold=served))
-    real = TrainingStage.training_step
+    real = LMModule.training_step
 
-    def step(stage: TrainingStage, *arguments: object) -> object:
+    def step(stage: LMModule, *arguments: object) -> object:
         if not seen:
             seen.append((is_here("part-0.parquet"), is_here("part-1.parquet")))
             served.set()
         return real(stage, *arguments)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patch:
-        patch.setattr(TrainingStage, "training_step", step)
+        patch.setattr(LMModule, "training_step", step)
         assert train(here, "a", "data.download=true") == 0
     assert seen == [(True, False)]
     said = capsys.readouterr().out

@@ -11,9 +11,9 @@ import pytest
 
 from nanochat_pl import load_bundle
 from nanochat_pl.cli.main import main
-from nanochat_pl.training.inherit import inherited
-from tests.formats.exports import make_bundle, write
-from tests.formats.nanochat_copies import copy, only
+from nanochat_pl.training.stages.inherit import inherited
+from tests.helpers.exports import make_bundle, write
+from tests.helpers.nanochat_copies import copy, only
 
 
 def test_a_checkpoint_becomes_a_bundle(golden: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ import torch
 from nanochat_pl.cli import launch
 from nanochat_pl.cli.launch import processes_to_start
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.common.place import Place
+from nanochat_pl.common.launch_env import LaunchEnv
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def test_several_machines_need_a_launcher() -> None:
 
 @pytest.mark.usefixtures("eight_gpus")
 def test_under_a_launcher_nothing_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "launched_place", lambda: Place(9, 16, 1, 8))
+    monkeypatch.setattr(launch, "launch_env", lambda: LaunchEnv(9, 16, 1, 8))
     assert processes_to_start("auto", "auto") == processes_to_start("auto", 8, 2) == 1
     with pytest.raises(UserError, match="devices=4: the launcher has started 8"):
         processes_to_start("auto", 4)

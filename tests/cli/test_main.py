@@ -1,4 +1,4 @@
-"""The command as a person meets it: verbs, help, exit codes, and no traceback for a mistake."""
+"""The command as a person meets it: commands, help, exit codes, and no traceback for a mistake."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any, get_args
 import pytest
 
 from nanochat_pl.cli import main as main_module
-from nanochat_pl.cli.main import VERBS, main
+from nanochat_pl.cli.main import COMMANDS, main
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_alone_it_lists_the_verbs(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 0
     shown = capsys.readouterr().out
-    assert all(f"  {verb} " in shown for verb in VERBS)
+    assert all(f"  {command} " in shown for command in COMMANDS)
 
 
 def test_help_is_fast_and_imports_no_torch() -> None:
@@ -36,11 +36,11 @@ def test_help_is_fast_and_imports_no_torch() -> None:
     assert min(times) < 1.0
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_every_verb_shows_its_keys(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([verb, "--help"]) == 0
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_shows_its_keys(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command, "--help"]) == 0
     shown = capsys.readouterr().out
-    assert f"nanochat-pl {verb}" in shown
+    assert f"nanochat-pl {command}" in shown
     assert "paths" in shown
 
 
@@ -77,14 +77,14 @@ def test_help_of_a_group_shows_what_is_there_by_default(capsys: pytest.CaptureFi
 
 
 def test_the_verbs_name_every_stage_and_suite() -> None:
-    from nanochat_pl.cli import config_files
     from nanochat_pl.cli.evaluate_settings import Suite
-    from nanochat_pl.common.run_folder import STAGES
+    from nanochat_pl.common.run_dir import STAGES
+    from nanochat_pl.config import config_dir
 
-    stages = [stage for stage in STAGES if stage in config_files.groups()["stage"]]
-    assert f"stage={'|'.join(stages)}" in VERBS["train"]
-    assert f"stage={'|'.join(stages[1:])}" in VERBS["doctor"] and stages[0] == "tokenizer"
-    assert all(suite in VERBS["evaluate"] for suite in get_args(Suite))
+    stages = [stage for stage in STAGES if stage in config_dir.groups()["stage"]]
+    assert f"stage={'|'.join(stages)}" in COMMANDS["train"]
+    assert f"stage={'|'.join(stages[1:])}" in COMMANDS["doctor"] and stages[0] == "tokenizer"
+    assert all(suite in COMMANDS["evaluate"] for suite in get_args(Suite))
 
 
 def test_mistakes_give_exit_code_2_and_plain_sentences(capsys: pytest.CaptureFixture[str]) -> None:
@@ -100,7 +100,7 @@ def test_mistakes_give_exit_code_2_and_plain_sentences(capsys: pytest.CaptureFix
 
 def test_an_unknown_verb_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["trian"]) == 2
-    assert "'trian': there is no such verb; did you mean train?" in capsys.readouterr().err
+    assert "'trian': there is no such command; did you mean train?" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -155,11 +155,11 @@ def test_ctrl_c_and_bugs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
 
 
 def test_a_terminal_that_lacks_signs_gets_question_marks() -> None:
-    """A pipe with another encoding than UTF-8 ended the listing of the verbs with a traceback."""
+    """A pipe with another encoding than UTF-8 ended the listing of the commands with a traceback."""
     command = [sys.executable, "-m", "nanochat_pl.cli.main"]
     environment = {**os.environ, "PYTHONIOENCODING": "latin-1"}
     done = subprocess.run(command, capture_output=True, check=True, env=environment)
-    assert b"nanochat-pl <verb> key=value ?" in done.stdout
+    assert b"nanochat-pl <command> key=value ?" in done.stdout
 
 
 def test_only_base_is_planned(capsys: pytest.CaptureFixture[str]) -> None:

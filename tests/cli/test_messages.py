@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 import nanochat_pl
-from nanochat_pl.cli.config_files import groups
-from nanochat_pl.cli.main import VERBS, module_of
-from nanochat_pl.cli.overrides import UNKNOWN, type_of_key
+from nanochat_pl.cli.main import COMMANDS, module_of
+from nanochat_pl.config.config_dir import groups
+from nanochat_pl.config.overrides import UNKNOWN, type_of_key
 
 PACKAGE = Path(nanochat_pl.__file__).parent
-SCHEMAS = [importlib.import_module(module_of(verb)).Config for verb in VERBS]
+SCHEMAS = [importlib.import_module(module_of(command)).Config for command in COMMANDS]
 # Calls whose texts people read.
 SPOKEN = {"UserError", "SharedError", "say", "append", "Finding", "Refused", "Use"}
 # Keys of files of others, and arguments of functions.

@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 
 from nanochat_pl.cli import pipeline, train
-from nanochat_pl.cli.compose import Composed
 from nanochat_pl.cli.evaluate_settings import EvaluateConfig, asked, places
-from nanochat_pl.cli.experiment import compose_step
 from nanochat_pl.cli.pipeline import check_all, is_finished, steps_of
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.files import write_json
-from nanochat_pl.common.run_folder import stage_folder
+from nanochat_pl.common.run_dir import stage_folder
+from nanochat_pl.config.compose import Composed
+from nanochat_pl.config.experiment import compose_step
 from nanochat_pl.evaluation.results import FIGURES_VERSION
 from tests.cli.conftest import pretend_finished
 
@@ -178,7 +178,7 @@ time.sleep(30)
 
 CHILD = """
 import signal, sys
-from nanochat_pl.cli import child
+from nanochat_pl.cli import _subprocess
 signal.signal(signal.SIGINT, signal.{sigint})
 child.sys.executable = {executable!r}
 sys.exit(child.run_child(["x"]))

@@ -9,7 +9,7 @@ import pytest
 
 from nanochat_pl.cli.main import main
 from nanochat_pl.cli.train import _say_plan
-from nanochat_pl.data import at_hand
+from nanochat_pl.data.sources import token_counts
 from nanochat_pl.model.config import ModelSettings
 from nanochat_pl.optim import OptimSettings
 from nanochat_pl.planning import HorizonSettings, make_plan
@@ -19,7 +19,7 @@ ERAS = ("nanochat", "nanochat_2026_02", "nanochat_2025_10")
 
 @pytest.fixture(autouse=True)
 def no_corpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(at_hand, "built_python_docs", lambda cache_dir: None)
+    monkeypatch.setattr(token_counts, "built_python_docs", lambda cache_dir: None)
 
 
 def plan(*arguments: str) -> int:

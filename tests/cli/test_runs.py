@@ -1,4 +1,4 @@
-"""The verb `runs`: what is there, and deleting it."""
+"""The command `runs`: what is there, and deleting it."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 from nanochat_pl.cli.runs import delete_run, run
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.files import write_json
-from nanochat_pl.common.run_folder import stage_folder
-from tests.common.test_run_folder import HOLDER
+from nanochat_pl.common.run_dir import stage_folder
+from tests.common.test_run_dir import HOLDER
 
 
 @pytest.fixture

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from nanochat_pl.cli import sweep
-from nanochat_pl.cli.child import is_stop
-from nanochat_pl.cli.sweep import expand, run_sweep
+from nanochat_pl.cli import _sweep
+from nanochat_pl.cli._subprocess import is_stop
+from nanochat_pl.cli._sweep import expand, run_sweep
 from nanochat_pl.cli.train import compose_train
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.files import write_json
@@ -68,7 +68,7 @@ def test_sweeps_that_make_no_sense(argument: str, expected: str) -> None:
 
 
 def test_all_jobs_are_checked_before_the_first_begins(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweep, "run_child", lambda arguments: pytest.fail("began"))
+    monkeypatch.setattr(_sweep, "run_child", lambda arguments: pytest.fail("began"))
     with pytest.raises(UserError) as caught:
         run_sweep("train", ["model.depth=2,0", "model.dpeth=3"])
     assert any("is below 1" in problem for problem in caught.value.problems)
@@ -85,7 +85,7 @@ def test_finished_jobs_are_skipped_and_failing_ones_do_not_stop_the_others(
         started.append(arguments[-1])
         return 2 if arguments[-1] == "run=d3" else 0
 
-    monkeypatch.setattr(sweep, "run_child", fake)
+    monkeypatch.setattr(_sweep, "run_child", fake)
     assert run_sweep("train", ["model.depth=2,3,4"]) == 2
     assert started == ["run=d3", "run=d4"]
     shown = capsys.readouterr().out
@@ -104,7 +104,7 @@ def test_a_job_that_is_killed_ends_alone_and_the_table_has_the_figures(
         write_json(folder.path / "finished.json", finished)
         return 0
 
-    monkeypatch.setattr(sweep, "run_child", fake)
+    monkeypatch.setattr(_sweep, "run_child", fake)
     assert run_sweep("train", ["model.depth=2,3"]) == 128 + signal.SIGKILL
     table = [line.split() for line in capsys.readouterr().out.splitlines()[-3:]]
     assert table[0] == ["job", "stage", "outcome", "val/bpb", "tokens", "time"]
@@ -120,7 +120,7 @@ def test_the_table_of_swept_pipelines_has_their_stages(
         pretend_finished("experiment=tiny", "stage=base", run)
         return 5 if run.endswith("0.2") else 0
 
-    monkeypatch.setattr(sweep, "run_child", fake)
+    monkeypatch.setattr(_sweep, "run_child", fake)
     assert run_sweep("pipeline", ["experiment=tiny", "stages.sft.optim.matrix_lr=0.1,0.2"]) == 5
     rows = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()[-3:]]
     assert rows == [
@@ -134,14 +134,14 @@ def test_a_job_that_was_begun_under_other_settings_is_not_called_finished(
     here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pretend_finished("model.depth=2", "max_steps=10", "run=d2")
-    monkeypatch.setattr(sweep, "run_child", lambda arguments: pytest.fail("began"))
+    monkeypatch.setattr(_sweep, "run_child", lambda arguments: pytest.fail("began"))
     with pytest.raises(UserError, match="max_steps=20: runs/d2/base was begun with max_steps=10"):
         run_sweep("train", ["model.depth=2,3", "max_steps=20"])
 
 
 def test_a_signal_ends_the_sweep(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started = []
-    monkeypatch.setattr(sweep, "run_child", lambda arguments: started.append(arguments) or 130)
+    monkeypatch.setattr(_sweep, "run_child", lambda arguments: started.append(arguments) or 130)
     assert run_sweep("train", ["model.depth=2,3"]) == 130
     assert len(started) == 1
     assert [code for code in (0, 2, 129, 130, 134, 137, 139, 143) if is_stop(code)] == [129, 130, 143]

@@ -65,8 +65,8 @@ def test_one_old_gpu_computes_in_float16(gpus: Any, tmp_path: Path) -> None:
 
 def test_plan_for_machines_that_are_elsewhere(gpus: Any, tmp_path: Path) -> None:
     """The same as on the machine itself, but for what only that knows."""
-    from nanochat_pl.cli.experiment import compose_step
     from nanochat_pl.cli.plan import PlanConfig
+    from nanochat_pl.config.experiment import compose_step
 
     gpus(8, "NVIDIA H100 80GB HBM3", 79.0, (9, 0))
     here = planned(*COMMAND, f"paths.cache={tmp_path}")
@@ -140,12 +140,12 @@ def test_the_plan_is_what_train_does(overrides: tuple[str, ...], tmp_path: Path)
     """`plan` took a batch of 131,072 tokens and another learning rate where the training took 16,384."""
     import dataclasses
 
-    from nanochat_pl.cli.locate import cache_folder
-    from nanochat_pl.data.auto import choose_data
-    from nanochat_pl.training import prepare
-    from nanochat_pl.training.base_plan import bounding_tokens
-    from nanochat_pl.training.machine import Machine
-    from nanochat_pl.training.source import tokens_planned
+    from nanochat_pl.common.paths import cache_folder
+    from nanochat_pl.data.sources.auto import choose_data
+    from nanochat_pl.training.device import Machine
+    from nanochat_pl.training.stages import base as prepare
+    from nanochat_pl.training.stages.base_plan import bounding_tokens
+    from nanochat_pl.training.stages.source import tokens_planned
 
     config = compose_train([*overrides, "trainer.accelerator=cpu", "trainer.compile=false"]).config
     plan = full_plan(config)[0]

@@ -1,4 +1,4 @@
-"""The verb `train` around the training itself: what may change when a stage goes on, its records, its last words."""
+"""The command `train` around the training itself: what may change when a stage goes on, its records, its last words."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import yaml
 
 from nanochat_pl.cli import train
 from nanochat_pl.cli.main import main
-from nanochat_pl.cli.records import MATTERS, require_same_settings, write_records
+from nanochat_pl.cli.run_record import MATTERS, require_same_settings, write_records
 from nanochat_pl.cli.train import compose_train, place_of, with_parent
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.files import write_json
-from nanochat_pl.common.run_folder import StageFolder
+from nanochat_pl.common.run_dir import StageFolder
 from tests.cli.conftest import pretend_finished
 
 TINY = "experiment=tiny"

@@ -15,7 +15,7 @@ from nanochat_pl.common import console
 
 def test_lines_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
     text = "brackets [red] stay, and a long line is not broken: " + "word " * 60
-    console.say(text)
+    console.rank_zero_print(text)
     assert capsys.readouterr().out == f"{text}\n"
 
 
@@ -51,15 +51,15 @@ def test_progress_without_a_terminal_is_a_line_now_and_then(
 # Says three lines and shows a bar after its reader has gone; a file tells how far it came.
 WITHOUT_READER = """
 import sys, warnings
-from nanochat_pl.common.console import console, output_may_end, progress, say, say_from_any, print_table
+from nanochat_pl.common.console import console, ignore_broken_pipe, progress, say, print_from_any_rank, print_table
 
-with output_may_end():
+with ignore_broken_pipe():
     say("first")
     sys.stdin.readline()
     with progress("work", 2) as advance:
         advance(1)
         say("x" * 20_000)
-        say_from_any("second")
+        print_from_any_rank("second")
         print_table(("a",), [(1,)])
         print("to stderr", file=sys.stderr)
         warnings.warn("third")
@@ -89,8 +89,8 @@ def test_work_goes_on_where_its_reader_is_gone(kind: str, tmp_path: Path) -> Non
 
 def test_streams_are_as_before_afterwards(capsys: pytest.CaptureFixture[str]) -> None:
     before = sys.stdout, sys.stderr
-    with console.output_may_end(), console.output_may_end():
-        console.say("said")
+    with console.ignore_broken_pipe(), console.ignore_broken_pipe():
+        console.rank_zero_print("said")
         assert not console.console().is_terminal and sys.stdout.encoding == before[0].encoding
     assert (sys.stdout, sys.stderr) == before and capsys.readouterr().out == "said\n"
 
@@ -100,11 +100,11 @@ def test_a_stream_that_was_closed_or_never_there_is_no_error(monkeypatch: pytest
     closed.close()
     monkeypatch.setattr(sys, "stdout", closed)
     monkeypatch.setattr(sys, "stderr", None)
-    with console.output_may_end():
-        console.say("x")
+    with console.ignore_broken_pipe():
+        console.rank_zero_print("x")
         print("x")
     print("x"), print("x", file=sys.stderr)
-    with pytest.raises(KeyError), console.output_may_end():
+    with pytest.raises(KeyError), console.ignore_broken_pipe():
         raise KeyError  # only what is printed is forgiven
 
 

@@ -16,12 +16,12 @@ import pytest
 
 from nanochat_pl.cli.main import main
 from nanochat_pl.common.files import read_json
-from nanochat_pl.data import rows
-from nanochat_pl.data.build_ahead import BuilderProcess, Job, start_builder
-from nanochat_pl.data.opening import open_source
-from nanochat_pl.data.sources import DataSettings
-from tests.data.fakes import cache_files
-from tests.small_disk import enlarge, small_disk
+from nanochat_pl.data.cache.background_build import BuilderProcess, Job, start_builder
+from nanochat_pl.data.packing import rows
+from nanochat_pl.data.sources.base import DataSettings
+from nanochat_pl.data.sources.open import open_source
+from tests.helpers.fake_data import cache_files
+from tests.helpers.small_disk import enlarge, small_disk
 from tests.training.conftest import same_weights, tiny_overrides, weights_of, write_texts
 
 Captured = pytest.CaptureFixture[str]
@@ -201,7 +201,7 @@ def test_a_disk_that_fills_while_caching(
         assert train(place, *keys) == 2
         assert_one_error(place, "the tokens of the text and the index of their rows take about", capsys)
         with monkeypatch.context() as unchecked:  # as where others fill the disk meanwhile
-            unchecked.setattr("nanochat_pl.training.prepare.require_cache_room", lambda cache_dir, num_bytes: None)
+            unchecked.setattr("nanochat_pl.training.stages.base.require_cache_room", lambda cache_dir, num_bytes: None)
             assert train(place, *keys) == 2
         assert_one_error(place, "the disk is full", capsys)
         assert not list(disk.rglob("*.tmp.*"))

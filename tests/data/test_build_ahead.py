@@ -17,13 +17,13 @@ import numpy as np
 import pytest
 
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.data import streamed_index
-from nanochat_pl.data.build_ahead import BuilderProcess, Job, build
-from nanochat_pl.data.packing import Packing, pack_as_they_come
-from nanochat_pl.data.rows import Rows, streamed_rows
-from nanochat_pl.data.sources import Shard
-from nanochat_pl.data.streamed_index import StreamedIndex
-from tests.data.fakes import ByteTokenizer, ListSource, cache_files
+from nanochat_pl.data.cache.background_build import BuilderProcess, Job, build
+from nanochat_pl.data.packing import streamed_index
+from nanochat_pl.data.packing.packer import Packing, pack_as_they_come
+from nanochat_pl.data.packing.rows import Rows, streamed_rows
+from nanochat_pl.data.packing.streamed_index import StreamedIndex
+from nanochat_pl.data.sources.base import Shard
+from tests.helpers.fake_data import ByteTokenizer, ListSource, cache_files
 
 T = 64
 SETTINGS = {"sequence_len": T, "mode": "split", "buffer_documents": 20, "refill_documents": 4, "seed": 3}
@@ -55,7 +55,7 @@ def builder_told(builder: BuilderProcess) -> int:
 
 @pytest.fixture
 def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nanochat_pl.data.rows.start_builder", start_in_process)
+    monkeypatch.setattr("nanochat_pl.data.packing.rows.start_builder", start_in_process)
 
 
 def open_rows(cache_dir: Path, num_rows: int = 500, shards: dict[str, list[str]] = SHARDS, **changes: object) -> Rows:
@@ -146,7 +146,7 @@ def test_fewer_rows_and_a_second_time_give_the_same(
     few = open_rows(tmp_path, 37).read(range(37))
     many = open_rows(tmp_path, 500).read(range(37))
     assert np.array_equal(few, many)
-    monkeypatch.setattr("nanochat_pl.data.rows.start_builder", None)
+    monkeypatch.setattr("nanochat_pl.data.packing.rows.start_builder", None)
     assert np.array_equal(open_rows(tmp_path, 500).read(range(37)), many)
 
 
@@ -186,7 +186,7 @@ def job_of(shards: list[Shard], cache_dir: Path, num_rows: int = 500) -> Job:
         return BuilderProcess(cache_dir)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("nanochat_pl.data.rows.start_builder", keep)
+        patch.setattr("nanochat_pl.data.packing.rows.start_builder", keep)
         streamed_rows(shards, ByteTokenizer(), cache_dir, num_rows=num_rows, shuffle="shards", **SETTINGS)  # type: ignore[arg-type]
     return jobs[0]
 
@@ -303,7 +303,7 @@ def test_the_last_row_is_found_without_reading_the_others(
     rows.read([599])
     assert len(opened) == 1
     assert sum(shard._open is not None for shard in rows.cache.shards) <= len(rows.address(599))
-    monkeypatch.setattr("nanochat_pl.data.token_cache._MOST_OPEN_SHARDS", 3)
+    monkeypatch.setattr("nanochat_pl.data.cache.tokens._MAX_OPEN_SHARDS", 3)
     again = pickle.loads(pickle.dumps(rows))
     assert rows_hash(again) == rows_hash(rows)
     assert sum(shard._open is not None for shard in again.cache.shards) <= 3

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.data.conversation_files import ConversationFile, read_conversations
+from nanochat_pl.data.conversations.files import ConversationFile, read_conversations
 from nanochat_pl.tokenizer import TokenizerSettings, train_tokenizer
 from nanochat_pl.tokenizer.chat_format import problems_of_conversation
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.data import eval_bundle
-from nanochat_pl.data.eval_bundle import bundle_in_cache, fetch_eval_bundle
+from nanochat_pl.data.hub import core_bundle
+from nanochat_pl.data.hub.core_bundle import bundle_in_cache, fetch_eval_bundle
 
 FILES = {"core.yaml": "icl_tasks: []\n", "eval_meta_data.csv": "a\n", "eval_data/deep/set.jsonl": "{}\n" * 1000}
 
@@ -75,7 +75,7 @@ class Server:
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setattr(eval_bundle.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(core_bundle.time, "sleep", lambda seconds: None)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     made = Server()
     yield made
@@ -158,7 +158,7 @@ def test_what_is_wrong_leaves_what_was_there(
 def test_a_small_archive_does_not_unpack_to_a_large_one(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(eval_bundle, "MAX_UNPACKED_BYTES", 10**6)
+    monkeypatch.setattr(core_bundle, "MAX_UNPACKED_BYTES", 10**6)
     server.body = archive(FILES | {"eval_data/bomb": "0" * 10**7})
     assert len(server.body) < 10**5
     with pytest.raises(UserError, match="would unpack to"):
@@ -186,7 +186,7 @@ def test_a_damaged_entry_is_found(server: Server, tmp_path: Path) -> None:
 
 
 def test_without_a_network_the_way_out_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(eval_bundle.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(core_bundle.time, "sleep", lambda seconds: None)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     with pytest.raises(UserError, match="cannot be fetched: ") as raised:
         fetch_eval_bundle(tmp_path, "http://127.0.0.1:9/eval_bundle.zip")

@@ -16,14 +16,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.data import hub_download
-from nanochat_pl.data.hub import known_manifest, open_manifest
-from nanochat_pl.data.hub_download import fetch_files
-from nanochat_pl.data.hub_files import HubFiles
-from nanochat_pl.data.opening import open_source, read_chosen, write_chosen
-from nanochat_pl.data.sources import DataSettings, Source, Split, WeightedSource
-from nanochat_pl.data.split_names import split_in_name
-from tests.data.hub_server import Answer, HubServer, serving_this_process
+from nanochat_pl.data.files.split_names import split_in_name
+from nanochat_pl.data.hub import download as hub_download
+from nanochat_pl.data.hub.download import fetch_files
+from nanochat_pl.data.hub.manifest import known_manifest, open_manifest
+from nanochat_pl.data.sources.base import DataSettings, Source, Split, WeightedSource
+from nanochat_pl.data.sources.hub import HubFiles
+from nanochat_pl.data.sources.open import open_source, read_chosen, write_chosen
+from tests.helpers.hub_server import Answer, HubServer, serving_this_process
 
 REPO = "some-owner/some.texts"
 

@@ -17,14 +17,16 @@ import pyarrow.parquet as pq
 import pytest
 
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.common.settings import build
-from nanochat_pl.data import file_formats, local_files, sources
-from nanochat_pl.data.opening import open_source
-from nanochat_pl.data.rows import validation_rows
-from nanochat_pl.data.sources import DataSettings, Source, Split
-from nanochat_pl.data.token_cache import build_token_cache
+from nanochat_pl.common.schema import build
+from nanochat_pl.data.cache.tokens import build_token_cache
+from nanochat_pl.data.files import formats as file_formats
+from nanochat_pl.data.packing.rows import validation_rows
+from nanochat_pl.data.sources import base as sources
+from nanochat_pl.data.sources import local as local_files
+from nanochat_pl.data.sources.base import DataSettings, Source, Split
+from nanochat_pl.data.sources.open import open_source
 from nanochat_pl.tokenizer import TokenizerSettings, train_tokenizer
-from tests.data.fakes import ByteTokenizer
+from tests.helpers.fake_data import ByteTokenizer
 
 
 def write_parquet(path: Path, texts: list[str | None], column: str = "text") -> None:
@@ -340,7 +342,7 @@ def test_of_very_much_text_no_more_files_are_held_out_than_the_rows_take(
     whole = build_token_cache(source, "val", ByteTokenizer(), tmp_path / "whole", enough_tokens=2_000)
     assert sorted(set(reads)) == [f"{file:02}.jsonl" for file in range(12)], "of little text all is held out, as ever"
     reads.clear()
-    monkeypatch.setattr(sources, "MOST_TEXT_AT_ONCE", 1_000)
+    monkeypatch.setattr(sources, "MAX_TEXT_AT_ONCE", 1_000)
     part = build_token_cache(source, "val", ByteTokenizer(), tmp_path / "part", enough_tokens=2_000)
     assert part.num_tokens >= 2_000 and len(part.shards) < 6
     assert set(reads) <= {f"{file:02}.jsonl" for file in range(len(part.shards) + 2)}, "one or two are read ahead"

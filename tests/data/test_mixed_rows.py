@@ -11,15 +11,15 @@ import pytest
 import torch
 
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.common.settings import build, to_plain
-from nanochat_pl.data.mixed_rows import MAX_PERIOD, MixedRows, Turns, whole_weights
-from nanochat_pl.data.mixed_source import MAX_READS, MixedSource
-from nanochat_pl.data.opening import open_source
-from nanochat_pl.data.rows import Rows, packed_rows
-from nanochat_pl.data.sources import DataSettings, WeightedSource
-from nanochat_pl.data.token_cache import build_token_cache
+from nanochat_pl.common.schema import build, to_plain
+from nanochat_pl.data.cache.tokens import build_token_cache
+from nanochat_pl.data.packing.mixture import MAX_PERIOD, MixedRows, MixtureSchedule, whole_weights
+from nanochat_pl.data.packing.rows import Rows, packed_rows
+from nanochat_pl.data.sources.base import DataSettings, WeightedSource
+from nanochat_pl.data.sources.mixture import MAX_READS, MixedSource
+from nanochat_pl.data.sources.open import open_source
 from nanochat_pl.evaluation.bits_per_byte import BitsPerByte, result_of, weighted_result
-from tests.data.fakes import BOS, ByteTokenizer, ListSource
+from tests.helpers.fake_data import BOS, ByteTokenizer, ListSource
 
 T = 16
 
@@ -33,7 +33,7 @@ def random_weights(seed: int) -> list[float]:
 
 @pytest.mark.parametrize("seed", range(60))
 def test_after_any_number_of_rows_each_source_has_its_share_within_one_row(seed: int) -> None:
-    turns = Turns(random_weights(seed))
+    turns = MixtureSchedule(random_weights(seed))
     sources, places = turns.of(np.arange(3_000))
     taken = np.cumsum(sources[:, None] == np.arange(len(turns.weights)), axis=0)
     owed = np.outer(np.arange(1, 3_001), turns.shares)
@@ -47,7 +47,7 @@ def test_after_any_number_of_rows_each_source_has_its_share_within_one_row(seed:
 
 
 def test_any_row_is_found_at_once() -> None:
-    turns = Turns([0.7, 0.2, 0.1])
+    turns = MixtureSchedule([0.7, 0.2, 0.1])
     far = 10**12 + np.arange(20)
     assert turns.period == 10
     assert turns.of(far)[0].tolist() == turns.of(np.arange(20))[0].tolist()
@@ -61,7 +61,7 @@ def test_weights_need_no_certain_sum() -> None:
     rounded = whole_weights([1.23456789, 2.3456789e-5, 7.1])
     assert sum(rounded) == MAX_PERIOD and min(rounded) == 1
     # Of equal sources the first comes first.
-    assert Turns([2, 1, 1]).of(np.arange(8))[0].tolist() == [0, 1, 0, 2, 0, 1, 0, 2]
+    assert MixtureSchedule([2, 1, 1]).of(np.arange(8))[0].tolist() == [0, 1, 0, 2, 0, 1, 0, 2]
 
 
 def rows_of(name: str, cache_dir: Path, num_rows: int) -> Rows:
@@ -73,7 +73,7 @@ def rows_of(name: str, cache_dir: Path, num_rows: int) -> Rows:
 
 @pytest.fixture
 def mixed(tmp_path: Path) -> MixedRows:
-    turns = Turns([3, 1, 6])
+    turns = MixtureSchedule([3, 1, 6])
     counts = zip("abc", turns.counts(47), strict=True)
     return MixedRows({name: rows_of(name, tmp_path, count) for name, count in counts}, turns, 47)
 
@@ -110,7 +110,7 @@ def test_an_address_names_the_source(mixed: MixedRows) -> None:
 
 def test_a_mixture_reads_of_each_source_its_share_of_the_characters() -> None:
     parts = {"a": ListSource({"a": ["a" * 10] * 50}), "b": ListSource({"b": ["b" * 7, "b" * 30, ""] * 40})}
-    source = MixedSource(parts, Turns([1, 3]))
+    source = MixedSource(parts, MixtureSchedule([1, 3]))
     given = {"a": 0, "b": 0}
     for text in itertools.islice(source.documents(document_chars=20), 150):
         assert len(text) <= 20
@@ -124,14 +124,14 @@ def test_a_mixture_reads_of_each_source_its_share_of_the_characters() -> None:
 
 def test_a_small_source_is_not_read_for_ever() -> None:
     parts = {"long": ListSource({"a": ["a" * 10] * 5_000}), "small": ListSource({"b": ["b" * 10]})}
-    texts = list(MixedSource(parts, Turns([1, 1])).documents(1_000))
+    texts = list(MixedSource(parts, MixtureSchedule([1, 1])).documents(1_000))
     assert texts.count("b" * 10) == MAX_READS and texts.count("a" * 10) in (MAX_READS, MAX_READS + 1)
 
 
 def test_a_source_without_text_is_named() -> None:
     parts = {"full": ListSource({"a": ["words"]}), "hollow": ListSource({"b": ["", ""]})}
     with pytest.raises(UserError, match=r"data\.sources\.hollow: no training document of it has any text"):
-        list(MixedSource(parts, Turns([1, 1])).documents(1_000))
+        list(MixedSource(parts, MixtureSchedule([1, 1])).documents(1_000))
 
 
 def local(path: Path, weight: float, **keys: object) -> WeightedSource:

@@ -11,8 +11,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.data.packing import pack
-from nanochat_pl.data.row_index import RowIndex, kept_index
+from nanochat_pl.data.packing.packer import pack
+from nanochat_pl.data.packing.row_index import RowIndex, kept_index
 from tests.reference.packer import crop_rows, pad_rows, stream_rows
 
 BOS = 0

@@ -14,9 +14,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.data.docstrings import Package, docstrings_of_source, installed_packages, python_files, read_packages
 from nanochat_pl.data.near_duplicates import shares_seen_before
-from nanochat_pl.data.python_docs import MAX_SHARE_SEEN, VALIDATION_PACKAGES, open_python_docs
+from nanochat_pl.data.sources.docstrings import (
+    Package,
+    docstrings_of_source,
+    installed_packages,
+    python_files,
+    read_packages,
+)
+from nanochat_pl.data.sources.python_docs import MAX_SHARE_SEEN, VALIDATION_PACKAGES, open_python_docs
 
 SENTENCE = "the model reads a row of tokens and learns which one follows from what stood before it in the text"
 WORDS = SENTENCE.split()
@@ -131,7 +137,7 @@ def test_program_from_a_pipe_can_read_too(packages):
     """New processes import the main program, and cannot where it has no file: then one process reads it all."""
     program = (
         "from pathlib import Path\n"
-        "from nanochat_pl.data.docstrings import Package, read_packages\n"
+        "from nanochat_pl.data.sources.docstrings import Package, read_packages\n"
         f"packages = [Package('alpha', '1', Path({str(packages[0].root)!r}))] * 20\n"
         "print(len(read_packages(packages, 2)))\n"
     )

@@ -11,14 +11,14 @@ import pytest
 from safetensors.numpy import load_file
 
 from nanochat_pl.common.constants import IGNORE_INDEX
-from nanochat_pl.data.conversation_cache import build_conversation_cache
-from nanochat_pl.data.opening import open_source
-from nanochat_pl.data.packing import pack
-from nanochat_pl.data.row_index import RowIndex
-from nanochat_pl.data.rows import Rows, packed_rows, validation_rows
-from nanochat_pl.data.sources import DataSettings
-from nanochat_pl.data.token_cache import TokenCache, build_token_cache
-from tests.data.fakes import BOS, ByteTokenizer, ListSource
+from nanochat_pl.data.cache.conversations import build_conversation_cache
+from nanochat_pl.data.cache.tokens import TokenCache, build_token_cache
+from nanochat_pl.data.packing.packer import pack
+from nanochat_pl.data.packing.row_index import RowIndex
+from nanochat_pl.data.packing.rows import Rows, packed_rows, validation_rows
+from nanochat_pl.data.sources.base import DataSettings
+from nanochat_pl.data.sources.open import open_source
+from tests.helpers.fake_data import BOS, ByteTokenizer, ListSource
 from tests.reference.packer import crop_rows, pad_rows
 
 T = 64

@@ -15,13 +15,13 @@ import pytest
 
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.files import write_atomically, write_text
-from nanochat_pl.data.cache_folder import building
-from nanochat_pl.data.conversation_cache import build_conversation_cache
-from nanochat_pl.data.opening import open_source
-from nanochat_pl.data.sources import DataSettings
-from nanochat_pl.data.token_cache import TokenCache, build_token_cache
-from nanochat_pl.data.tokenising import Abandoned
-from tests.data.fakes import ByteTokenizer, ListSource, cache_files
+from nanochat_pl.data.cache.content_cache import building
+from nanochat_pl.data.cache.conversations import build_conversation_cache
+from nanochat_pl.data.cache.tokenize import Abandoned
+from nanochat_pl.data.cache.tokens import TokenCache, build_token_cache
+from nanochat_pl.data.sources.base import DataSettings
+from nanochat_pl.data.sources.open import open_source
+from tests.helpers.fake_data import ByteTokenizer, ListSource, cache_files
 
 SHARDS = {"a": ["first text", "", "größer"], "b": [], "c": [f"text {i}" for i in range(600)]}
 
@@ -183,7 +183,7 @@ def test_equal_shards_of_one_source_share_a_folder(tmp_path: Path) -> None:
 def test_a_held_folder_is_waited_for_by_threads_until_they_are_told_to_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("nanochat_pl.data.cache_folder._PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr("nanochat_pl.data.cache.content_cache._PATIENCE_SECONDS", 0.0)
     looks: list[int] = []
 
     def check() -> None:

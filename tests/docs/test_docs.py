@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.docs.checks import check_links, problems_of, read_page
-from tests.tiny_run import make_tiny_run
+from tests.helpers.docs_checks import check_links, read_page, validation_errors
+from tests.helpers.tiny_run import make_tiny_run
 
 ROOT = Path(__file__).resolve().parents[2]
 LOG = ROOT / "docs" / "LOG.md"
@@ -22,7 +22,7 @@ PAGES = [ROOT / "README.md", *sorted(path for path in (ROOT / "docs").glob("*.md
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 def test_what_a_page_says_is_so(path: Path) -> None:
-    assert problems_of(read_page(path), ROOT) == []
+    assert validation_errors(read_page(path), ROOT) == []
 
 
 def test_links_of_the_log_resolve() -> None:
@@ -57,7 +57,7 @@ def test_python_blocks_marked_runnable_run(path: Path, tmp_path: Path) -> None:
 
 
 WRONG = {
-    "a verb that is not there": ("```sh\nnanochat-pl trian stage=base\n```", "trian"),
+    "a command that is not there": ("```sh\nnanochat-pl trian stage=base\n```", "trian"),
     "a key that is not there": ("```sh\npython train.py model.dpeth=4\n```", "dpeth"),
     "a wrong choice": ("Run `nanochat-pl train stage=bsae`.", "bsae"),
     "the second of two commands": ("```sh\ncd x && nanochat-pl runs delte=a\n```", "delte"),
@@ -79,7 +79,7 @@ WRONG = {
 def test_what_is_wrong_is_found(name: str, tmp_path: Path) -> None:
     text, expected = WRONG[name]
     (tmp_path / "page.md").write_text(text + "\n", encoding="utf-8")
-    problems = problems_of(read_page(tmp_path / "page.md"), ROOT)
+    problems = validation_errors(read_page(tmp_path / "page.md"), ROOT)
     assert len(problems) == 1
     assert expected in problems[0]
 
@@ -97,4 +97,4 @@ def test_what_is_right_passes(tmp_path: Path) -> None:
     )
     page = read_page(tmp_path / "page.md")
     assert len(list(page.commands())) == 5
-    assert problems_of(page, ROOT) == []
+    assert validation_errors(page, ROOT) == []

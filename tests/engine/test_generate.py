@@ -11,7 +11,7 @@ import torch
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.engine import Engine
 from nanochat_pl.tools.calculator import evaluate
-from tests.engine.small import SmallBundle, byte_tokenizer, golden_bundle, mark, scripted_bundle
+from tests.helpers.small_engine import SmallBundle, byte_tokenizer, golden_bundle, mark, scripted_bundle
 from tests.reference.generator import generate_greedily
 
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from nanochat_pl.evaluation.bits_per_byte import BitsPerByte
-from tests.model.helpers import golden_net
+from tests.helpers.models import golden_net
 
 
 def test_golden_figure(golden):

@@ -9,12 +9,12 @@ import torch
 
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.engine import Engine
-from nanochat_pl.evaluation.categorical import letter_ids, letter_probabilities
+from nanochat_pl.evaluation.answer_letters import letter_ids, letter_probabilities
 from nanochat_pl.evaluation.chat_tasks import evaluate_task
 from nanochat_pl.tasks import Task
 from nanochat_pl.tasks.base import conversation_of
-from tests.engine.small import byte_tokenizer, golden_bundle
-from tests.evaluation.random_model import random_bundle
+from tests.helpers.random_model import random_bundle
+from tests.helpers.small_engine import byte_tokenizer, golden_bundle
 
 
 def ragged_prompts(count: int = 20) -> list[list[int]]:

@@ -9,16 +9,16 @@ from typing import Any
 import pytest
 import torch
 
-from nanochat_pl.common import distributed
 from nanochat_pl.common.errors import UserError
+from nanochat_pl.distributed import collectives
 from nanochat_pl.engine import Engine, readable
 from nanochat_pl.evaluation.chat_tasks import evaluate_task, item_of
 from nanochat_pl.evaluation.results import TaskResult, make_result, to_plain
 from nanochat_pl.tasks import Task
 from nanochat_pl.tasks.base import conversation_of, text_of
-from tests.evaluation.random_model import random_bundle
 from tests.evaluation.test_categorical import Letters
-from tests.processes import run
+from tests.helpers.processes import run
+from tests.helpers.random_model import random_bundle
 
 SAMPLED = {"num_samples": 3, "temperature": 1.0, "max_tokens": 5}
 
@@ -37,7 +37,7 @@ class Even(Task):
         return len(text_of(answer)) % 2 == 0
 
     def evaluate_all(self, conversations, answers):
-        if self._fails_on == distributed.rank():
+        if self._fails_on == collectives.rank():
             raise UserError("the judge is ill")
         self.num_judged.append(len(answers))
         return super().evaluate_all(conversations, answers)
@@ -66,7 +66,7 @@ def test_any_number_of_processes_finds_the_same(size):
 def with_an_error(fails_on: int) -> list[str]:
     with pytest.raises(UserError) as raised:
         evaluate(Even(fails_on=fails_on), max_tokens=2)
-    return [*raised.value.problems, str(distributed.total(1))]
+    return [*raised.value.problems, str(collectives.all_reduce_sum(1))]
 
 
 def test_an_error_of_one_process_ends_all():
@@ -75,11 +75,11 @@ def test_an_error_of_one_process_ends_all():
 
 def without_memory(rank: int) -> list[str]:
     engine = Engine(random_bundle())
-    if distributed.rank() == rank:
+    if collectives.rank() == rank:
         engine.logits = no_memory  # type: ignore[method-assign]
     with pytest.raises(UserError) as raised:
         evaluate_task(engine, Even(), max_tokens=2)
-    return [*raised.value.problems, raised.value.fix, str(distributed.total(1))]
+    return [*raised.value.problems, raised.value.fix, str(collectives.all_reduce_sum(1))]
 
 
 def no_memory(cache: Any, rows: Any) -> torch.Tensor:

@@ -12,8 +12,8 @@ from nanochat_pl.evaluation.chat_tasks import choose_items, evaluate_task
 from nanochat_pl.evaluation.samples import DEFAULT_PROMPTS, write_samples
 from nanochat_pl.tasks import Task
 from nanochat_pl.tasks.base import Content, conversation_of, reference_of, same_last_number, tool_answer
-from tests.engine.small import golden_bundle, scripted_bundle
-from tests.tasks.tables import opened
+from tests.helpers.small_engine import golden_bundle, scripted_bundle
+from tests.helpers.task_tables import opened
 
 
 def answer_of(n: int) -> str:

@@ -11,7 +11,7 @@ import pytest
 
 from nanochat_pl.engine import Engine
 from nanochat_pl.tasks.base import Task, conversation_of, text_of
-from tests.engine.small import scripted_bundle
+from tests.helpers.small_engine import scripted_bundle
 
 
 class Echo(Task):
@@ -56,6 +56,6 @@ def test_the_oldest_turns_go_as_in_a_chat(chat_turns: ModuleType) -> None:
     script, session = [0, 2, 0, 2, 0, 1, 2], engine.session()
     held = chat_turns.hold([[("echo", number) for number in script]], {"echo": Echo()}, engine)[0]
     for number in script:
-        list(session.say(f"say {number}"))
+        list(session.rank_zero_print(f"say {number}"))
     assert held.num_dropped == session.num_dropped > 0
     assert engine.tokenizer.render_conversation({"messages": held.messages})[0] == session.ids

@@ -14,18 +14,18 @@ import pytest
 import yaml
 
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.common.settings import build
-from nanochat_pl.evaluation.core import CoreBundle, CoreSettings, ask, evaluate_core_task, open_core
-from nanochat_pl.evaluation.core_bundle import CORE_TASKS
-from nanochat_pl.evaluation.core_prompts import choose, choose_shots, kept_order, make_question
-from nanochat_pl.evaluation.core_table import core_name, core_table, summarize_core, write_core_csv
+from nanochat_pl.common.schema import build
+from nanochat_pl.evaluation.core.bundle import CORE_TASKS
+from nanochat_pl.evaluation.core.evaluate import CoreBundle, CoreSettings, ask, evaluate_core_task, open_core
+from nanochat_pl.evaluation.core.prompts import choose, choose_shots, kept_order, make_question
+from nanochat_pl.evaluation.core.table import core_name, core_table, summarize_core, write_core_csv
 from nanochat_pl.evaluation.results import from_plain, make_result, to_plain
 from nanochat_pl.evaluation.scoring import Score
 from nanochat_pl.model.gpt import GPT
 from nanochat_pl.tokenizer import Tokenizer
-from tests import processes
-from tests.engine.small import byte_tokenizer
-from tests.model.helpers import perturbed, tiny_config
+from tests.helpers import processes
+from tests.helpers.models import perturbed, tiny_config
+from tests.helpers.small_engine import byte_tokenizer
 
 LM = {"icl_task_type": "language_modeling", "dataset_uri": "lm.jsonl", "num_fewshot": [2]}
 MC = {

@@ -9,17 +9,10 @@ from typing import Any
 
 import pytest
 
-from nanochat_pl.evaluation.core import CoreBundle, CoreSettings, ask, open_core
-from nanochat_pl.evaluation.core_prompts import (
-    Problem,
-    choose_shots,
-    is_right,
-    make_question,
-    render,
-    render_unsolved,
-)
+from nanochat_pl.evaluation.core.evaluate import CoreBundle, CoreSettings, ask, open_core
+from nanochat_pl.evaluation.core.prompts import Problem, choose_shots, is_right, make_question, render, render_unsolved
 from nanochat_pl.evaluation.scoring import score
-from tests.engine.small import golden_bundle
+from tests.helpers.small_engine import golden_bundle
 
 TASKS = 20
 

@@ -12,16 +12,16 @@ from typing import Any
 import pytest
 import torch
 
-from nanochat_pl.common import distributed
 from nanochat_pl.common.errors import UserError
+from nanochat_pl.distributed import collectives
 from nanochat_pl.engine import Engine
-from nanochat_pl.evaluation import harness
-from nanochat_pl.evaluation.harness import HarnessSettings, evaluate_harness, open_harness
-from nanochat_pl.evaluation.harness_model import Requests, generation_settings, make_lm, shared_out
+from nanochat_pl.evaluation.harness import tasks as harness
+from nanochat_pl.evaluation.harness.model import Requests, generation_settings, make_lm, shared_out
+from nanochat_pl.evaluation.harness.tasks import HarnessSettings, evaluate_harness, open_harness
 from nanochat_pl.evaluation.results import from_plain, to_plain
-from tests.engine.small import ScriptedNet, SmallBundle, byte_tokenizer, golden_bundle, mark
-from tests.evaluation.random_model import random_bundle
-from tests.processes import run
+from tests.helpers.processes import run
+from tests.helpers.random_model import random_bundle
+from tests.helpers.small_engine import ScriptedNet, SmallBundle, byte_tokenizer, golden_bundle, mark
 
 lm_eval = pytest.importorskip("lm_eval")
 
@@ -220,14 +220,14 @@ def test_any_number_of_processes_finds_the_same(folder, tmp_path):
 
 def without_memory() -> list[str]:
     def work(share: list[int]) -> list[int]:
-        if distributed.rank() == 1:
+        if collectives.rank() == 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return share
 
     assert shared_out(list(range(5)), lambda share: [10 * each for each in share]) == [0, 10, 20, 30, 40]
     with pytest.raises(UserError) as error:
         shared_out(list(range(4)), work)
-    return [*error.value.problems, error.value.fix, str(distributed.total(1))]
+    return [*error.value.problems, error.value.fix, str(collectives.all_reduce_sum(1))]
 
 
 def test_memory_that_runs_out_on_one_process_ends_all():

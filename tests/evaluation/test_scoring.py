@@ -12,7 +12,7 @@ from nanochat_pl.common.errors import UserError
 from nanochat_pl.evaluation import scoring
 from nanochat_pl.evaluation.scoring import Candidate, Score, batches_by_length, score
 from nanochat_pl.model.gpt import GPT
-from tests.model.helpers import perturbed, tiny_config
+from tests.helpers.models import perturbed, tiny_config
 
 # Nats in float32, summed over up to 60 tokens.
 CLOSE = {"rel": 1e-5, "abs": 2e-4}

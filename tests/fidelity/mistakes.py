@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nanochat_pl.model import attention, gpt
 from nanochat_pl.model.gpt import GPT, parameter_roles
-from nanochat_pl.optim import muon_adamw, schedules, updates
+from nanochat_pl.optim import muon, muon_adamw, schedules
 from nanochat_pl.training import step as training
 from tests.fidelity import setting
 
@@ -146,14 +146,14 @@ def gradients_summed_low() -> AbstractContextManager[Any]:
 
 def muon_low() -> AbstractContextManager[Any]:
     """All of Polar Express in the type of its products, the norms too."""
-    whole = updates.orthogonalize
-    return patch.object(updates, "orthogonalize", lambda x, muon, dtype: whole(x.to(dtype), muon, dtype))
+    whole = muon.orthogonalize
+    return patch.object(muon, "orthogonalize", lambda x, muon, dtype: whole(x.to(dtype), muon, dtype))
 
 
 def muon_always(used: torch.dtype) -> Mistake:
     """Muon's products in one type, whatever the model computes in."""
-    whole = updates.orthogonalize
-    return lambda: patch.object(updates, "orthogonalize", lambda x, muon, dtype: whole(x, muon, used))
+    whole = muon.orthogonalize
+    return lambda: patch.object(muon, "orthogonalize", lambda x, muon, dtype: whole(x, muon, used))
 
 
 def kept_low(what: str) -> Mistake:

@@ -27,7 +27,7 @@ from nanochat_pl.optim import (
     resolve_hyperparameters,
     schedule_values,
 )
-from nanochat_pl.training.guards import Guard
+from nanochat_pl.training.nonfinite_guard import Guard
 from nanochat_pl.training.step import StepBatch, micro_batches, training_step
 
 NUM_STEPS = 20

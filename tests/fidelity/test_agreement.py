@@ -22,7 +22,7 @@ from nanochat_pl.engine import Engine
 from nanochat_pl.model.gpt import GPT
 from nanochat_pl.model.kv_cache import KVCache
 from nanochat_pl.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer
-from nanochat_pl.training.evaluation import Validation
+from nanochat_pl.training.callbacks.evaluation import Validation
 from tests.fidelity.setting import NUM_STEPS, VOCAB_SIZE, Training, batches
 
 SEED = 0
@@ -44,7 +44,7 @@ def tokenizer() -> Tokenizer:
 
 
 @dataclass(frozen=True)
-class Trained:
+class LossMask:
     """A model after its training in bfloat16, its bundle, and the same weights in float32."""
 
     training: Training
@@ -57,16 +57,16 @@ class Trained:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+def trained(tmp_path_factory: pytest.TempPathFactory) -> LossMask:
     training = Training(SEED, "bfloat16")
     list(training.losses())
     folder = tmp_path_factory.mktemp("trained") / "bundle"
     save_bundle(folder, StageInfo(stage="base", step=NUM_STEPS), net=training.net, tokenizer=tokenizer())
-    return Trained(training, load_bundle(folder, dtype="bfloat16"), load_bundle(folder, dtype="float32").net)
+    return LossMask(training, load_bundle(folder, dtype="bfloat16"), load_bundle(folder, dtype="float32").net)
 
 
 @torch.no_grad()
-def assert_as_good_as_trained(trained: Trained, way: Callable[[Tensor], Tensor]) -> None:
+def assert_as_good_as_trained(trained: LossMask, way: Callable[[Tensor], Tensor]) -> None:
     """Its logits are as near to float32's as the training's, near to these, and no clear choice of a token changes."""
     ids = batches(SEED)[NUM_STEPS].inputs
     exact, as_trained, other = trained.exact(ids), trained.net(ids), way(ids)
@@ -85,7 +85,7 @@ def root_mean_square(x: Tensor) -> float:
     return x.square().mean().sqrt().item()
 
 
-def test_a_bundle_computes_in_bfloat16_what_was_trained_bit_for_bit(trained: Trained) -> None:
+def test_a_bundle_computes_in_bfloat16_what_was_trained_bit_for_bit(trained: LossMask) -> None:
     loaded, net = trained.bundle.net, trained.net
     assert loaded.compute_dtype == net.compute_dtype == torch.bfloat16
     for name, weight in net.state_dict().items():
@@ -106,7 +106,7 @@ class FixedRows:
         return self.inputs[numbers], self.targets[numbers]
 
 
-def test_evaluation_of_the_bundle_gives_the_loss_of_the_training(trained: Trained) -> None:
+def test_evaluation_of_the_bundle_gives_the_loss_of_the_training(trained: LossMask) -> None:
     """The step sums nats where it makes the gradients, evaluation takes them token by token: other code, same bits."""
     inputs, targets, count = batches(SEED)[NUM_STEPS][:3]
     nats = torch.zeros(())
@@ -125,7 +125,7 @@ def test_evaluation_of_the_bundle_gives_the_loss_of_the_training(trained: Traine
 
 
 @pytest.mark.parametrize("chunks", [[256], [100, 1, 27, 128], [200, *[1] * 56]], ids=["whole", "chunks", "decoding"])
-def test_the_cache_is_as_near_to_float32_as_the_training(trained: Trained, chunks: list[int]) -> None:
+def test_the_cache_is_as_near_to_float32_as_the_training(trained: LossMask, chunks: list[int]) -> None:
     """Past the short window of 128, and where a chunk begins within it."""
 
     def way(ids: Tensor) -> Tensor:
@@ -135,7 +135,7 @@ def test_the_cache_is_as_near_to_float32_as_the_training(trained: Trained, chunk
     assert_as_good_as_trained(trained, way)
 
 
-def test_log_probabilities_of_the_engine_are_the_losses_of_the_training(trained: Trained) -> None:
+def test_log_probabilities_of_the_engine_are_the_losses_of_the_training(trained: LossMask) -> None:
     """Of prompts of different lengths, written at the same time."""
     ids = batches(SEED)[NUM_STEPS].inputs
     prompts = [ids[0, :130].tolist(), ids[1, :60].tolist(), ids[2, :9].tolist()]
@@ -150,8 +150,8 @@ def test_log_probabilities_of_the_engine_are_the_losses_of_the_training(trained:
         assert root_mean_square(written - exact) < 1.5 * root_mean_square(losses - exact)
 
 
-def test_transformers_loads_the_export_in_bfloat16_as_near_to_float32(trained: Trained, tmp_path: Path) -> None:
-    from tests.formats.exports import transformers_at, write
+def test_transformers_loads_the_export_in_bfloat16_as_near_to_float32(trained: LossMask, tmp_path: Path) -> None:
+    from tests.helpers.exports import transformers_at, write
 
     folder = write(trained.bundle, tmp_path / "hf")
     with transformers_at(tmp_path / "modules") as transformers:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.model.helpers import perturbed, random_ids, tiny_config
+from tests.helpers.models import perturbed, random_ids, tiny_config
 from tests.reference.model import ReferenceModel
 
 CASES = {

@@ -109,9 +109,9 @@ def test_an_older_varlen_attn_without_windows_is_told_by_its_signature(monkeypat
     attention.has_varlen_with_windows.cache_clear()
 
 
-def dense_varlen(query, key, value, ends, ends_of_keys, most, most_keys, *, scale, window_size, enable_gqa):
+def dense_varlen(query, key, value, ends, ends_of_keys, most, max_keys, *, scale, window_size, enable_gqa):
     """What PyTorch's varlen_attn promises: texts one after the other, (tokens, heads, width)."""
-    assert ends.dtype == torch.int32 and torch.equal(ends, ends_of_keys) and most == most_keys
+    assert ends.dtype == torch.int32 and torch.equal(ends, ends_of_keys) and most == max_keys
     assert enable_gqa == (query.size(1) != key.size(1)) and window_size[1] == 0
     outputs = []
     for start, stop in zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True):

@@ -8,7 +8,7 @@ import torch
 from nanochat_pl.model.compiled import CompiledLoss
 from nanochat_pl.model.kv_cache import KVCache
 from nanochat_pl.model.loss import compiled_piece
-from tests.model.helpers import perturbed, random_ids, tiny_config
+from tests.helpers.models import perturbed, random_ids, tiny_config
 
 
 @pytest.fixture(autouse=True)

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.common.settings import build, to_plain
-from nanochat_pl.model.accounting import count_parameters, flops_per_token, kv_cache_bytes, require_size, weight_bytes
+from nanochat_pl.common.schema import build, to_plain
 from nanochat_pl.model.config import GPTConfig, ModelSettings, resolve_model
+from nanochat_pl.model.counts import count_parameters, flops_per_token, kv_cache_bytes, require_size, weight_bytes
 from nanochat_pl.model.gpt import GPT
 from nanochat_pl.model.init import init_weights
 from nanochat_pl.model.kv_cache import KVCache
-from tests.model.helpers import random_ids, tiny_config
+from tests.helpers.models import random_ids, tiny_config
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3, 5, 7, 11, 13, 26])

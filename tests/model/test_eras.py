@@ -11,15 +11,15 @@ import torch
 
 from nanochat_pl.cli.train import compose_train
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.common.settings import build, to_plain
-from nanochat_pl.formats.nanochat_era import ERAS as READABLE
-from nanochat_pl.formats.nanochat_era import ReferenceConfig, resolve
-from nanochat_pl.model.accounting import count_parameters, flops_per_token, weight_bytes
+from nanochat_pl.common.schema import build, to_plain
+from nanochat_pl.convert.nanochat.versions import ERAS as READABLE
+from nanochat_pl.convert.nanochat.versions import ReferenceConfig, resolve
 from nanochat_pl.model.config import GPTConfig, ModelSettings, resolve_model, window_sizes
+from nanochat_pl.model.counts import count_parameters, flops_per_token, weight_bytes
 from nanochat_pl.model.gpt import GPT, parameter_roles
 from nanochat_pl.model.init import init_weights
 from nanochat_pl.optim import OptimSettings, build_optimizer, resolve_hyperparameters
-from tests.model.helpers import random_ids
+from tests.helpers.models import random_ids
 
 ERAS = ("nanochat", "nanochat_2026_02", "nanochat_2025_10")
 

@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import load_file
 
 from nanochat_pl.cli.train import compose_train
-from nanochat_pl.model.accounting import count_parameters, flops_per_token
 from nanochat_pl.model.config import ModelSettings, resolve_model
+from nanochat_pl.model.counts import count_parameters, flops_per_token
 from nanochat_pl.model.kv_cache import KVCache
-from tests.model.helpers import era_model_config, golden_net, load_net, size_overrides
+from tests.helpers.models import era_model_config, golden_net, load_net, size_overrides
 
 
 def test_forward_and_gradients(golden):

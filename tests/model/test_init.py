@@ -8,7 +8,7 @@ import torch
 from nanochat_pl.model.config import ModelSettings, resolve_model
 from nanochat_pl.model.gpt import GPT, parameter_roles
 from nanochat_pl.model.init import init_weights
-from tests.model.helpers import random_ids, tiny_config
+from tests.helpers.models import random_ids, tiny_config
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import torch
 
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.model.kv_cache import KVCache
-from tests.model.helpers import perturbed, random_ids, tiny_config
+from tests.helpers.models import perturbed, random_ids, tiny_config
 
 CLOSE = {"atol": 2e-5, "rtol": 1e-5}
 

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from nanochat_pl.model import loss as loss_module
-from nanochat_pl.model.loss import token_losses, weighted_nats
-from tests.model.helpers import perturbed, random_ids, tiny_config
+from nanochat_pl.model.loss import fused_linear_cross_entropy, token_losses
+from tests.helpers.models import perturbed, random_ids, tiny_config
 
 
 def textbook(hidden, head, targets, weights, cap):
@@ -30,11 +30,11 @@ def test_loss_and_its_gradients_are_those_of_the_textbook(cap, chunk_tokens):
     """The gradients are written by hand: they have to be those of the formula, to the ends of the range."""
     hidden, head, targets, weights = loss_case(scale=15.0)
     results = []
-    for function, dtype in [(weighted_nats, torch.float32), (textbook, torch.float64)]:
+    for function, dtype in [(fused_linear_cross_entropy, torch.float32), (textbook, torch.float64)]:
         inputs = [tensor.to(dtype, copy=True).requires_grad_() for tensor in (hidden, head)]
-        options = {"vocab_size": 33, "chunk_tokens": chunk_tokens} if function is weighted_nats else {}
+        options = {"vocab_size": 33, "chunk_tokens": chunk_tokens} if function is fused_linear_cross_entropy else {}
         loss = function(*inputs, targets, weights, cap=cap, **options)
-        loss = loss[0] if function is weighted_nats else loss
+        loss = loss[0] if function is fused_linear_cross_entropy else loss
         (0.1 * loss).backward()  # the caller divides by the number of targets
         results.append([loss.detach().float(), *(tensor.grad.float() for tensor in inputs)])
     for ours, expected in zip(*results, strict=True):
@@ -47,7 +47,9 @@ def test_gradcheck_in_float64():
     )
 
     def loss(hidden, head):
-        return weighted_nats(hidden, head, targets, weights.double(), vocab_size=7, cap=1.5, chunk_tokens=3)[0]
+        return fused_linear_cross_entropy(
+            hidden, head, targets, weights.double(), vocab_size=7, cap=1.5, chunk_tokens=3
+        )[0]
 
     targets = targets.clamp(max=6)
     assert torch.autograd.gradcheck(loss, (hidden, head))
@@ -82,7 +84,9 @@ def test_the_gradient_of_the_head_is_summed_in_float32():
     hidden = torch.ones(1000, 1, dtype=torch.bfloat16)
     head = torch.zeros(2, 1, requires_grad=True)
     targets = torch.zeros(1000, dtype=torch.int64)
-    weighted_nats(hidden, head, targets, torch.ones(1000), vocab_size=2, cap=15.0, chunk_tokens=1)[0].backward()
+    fused_linear_cross_entropy(hidden, head, targets, torch.ones(1000), vocab_size=2, cap=15.0, chunk_tokens=1)[
+        0
+    ].backward()
     torch.testing.assert_close(head.grad, torch.tensor([[-500.0], [500.0]]))
 
 
@@ -99,7 +103,7 @@ def test_nothing_differentiates_the_loss_twice():
     """Its gradients are numbers by then: a second derivative would be wrong, so it is refused."""
     hidden, head, targets, weights = loss_case()
     hidden.requires_grad_()
-    loss, _ = weighted_nats(hidden, head, targets, weights, vocab_size=33, cap=15.0, chunk_tokens=16)
+    loss, _ = fused_linear_cross_entropy(hidden, head, targets, weights, vocab_size=33, cap=15.0, chunk_tokens=16)
     (gradient,) = torch.autograd.grad(loss, hidden, create_graph=True)
     with pytest.raises(RuntimeError):
         gradient.sum().backward()
@@ -158,7 +162,7 @@ def test_the_head_gradient_is_summed_in_float32_where_that_can_be_had(monkeypatc
     def gradient():
         matrix = head.clone().requires_grad_()
         x = hidden.bfloat16()
-        loss = weighted_nats(x, matrix, targets, weights, vocab_size=33, cap=15.0, chunk_tokens=100)[0]
+        loss = fused_linear_cross_entropy(x, matrix, targets, weights, vocab_size=33, cap=15.0, chunk_tokens=100)[0]
         return torch.autograd.grad(loss, matrix)[0]
 
     def added(total, one, other):

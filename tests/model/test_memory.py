@@ -9,7 +9,7 @@ from nanochat_pl.model import attention
 from nanochat_pl.model.config import ModelSettings, resolve_model
 from nanochat_pl.model.gpt import GPT
 from nanochat_pl.model.kv_cache import KVCache
-from tests.model.helpers import perturbed, random_ids, tiny_config
+from tests.helpers.models import perturbed, random_ids, tiny_config
 
 
 def kept_tensors(net: GPT, ids: torch.Tensor) -> dict[int, torch.Tensor]:

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tests.tiny_run import make_tiny_run
+from tests.helpers.tiny_run import make_tiny_run
 
 NOTEBOOK = Path(__file__).parents[2] / "notebooks" / "explore_a_bundle.ipynb"
 

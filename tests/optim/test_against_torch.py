@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from nanochat_pl.optim import MuonAdamW, StepValues, build_optimizer
-from tests.optim.small import ROLES, chosen, hyper, make_optimizer, make_parameters, set_gradients
+from tests.helpers.small_optim import ROLES, chosen, hyper, make_optimizer, make_parameters, set_gradients
 
 MATRICES = [name for name, role in ROLES.items() if role == "matrix"]
 STEPS = [StepValues(1 / (step + 1), 0.85 + 0.02 * step, 1.0) for step in range(6)]

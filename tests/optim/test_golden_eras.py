@@ -14,7 +14,7 @@ from nanochat_pl.cli.train import compose_train
 from nanochat_pl.model.config import resolve_model
 from nanochat_pl.model.gpt import GPT, parameter_roles
 from nanochat_pl.optim import MuonAdamW, ScheduleSettings, build_optimizer, resolve_hyperparameters, schedule_values
-from tests.model.helpers import era_model_config, load_net, size_overrides
+from tests.helpers.models import era_model_config, load_net, size_overrides
 from tests.optim.test_golden_optimizer import backward
 
 NAMES = {"oct2025": "nanochat_2025_10", "feb2026": "nanochat_2026_02"}

@@ -9,10 +9,10 @@ import pytest
 from safetensors.torch import load_file
 from torch import Tensor
 
-from nanochat_pl.formats.nanochat_moments import read_moments
+from nanochat_pl.convert.nanochat.moments import read_moments
 from nanochat_pl.model.gpt import GPT, parameter_roles
 from nanochat_pl.optim import MuonAdamW, OptimSettings, StepValues, build_optimizer, resolve_hyperparameters
-from tests.model.helpers import golden_net
+from tests.helpers.models import golden_net
 
 
 def golden_optimizer(net: GPT, golden: Path) -> tuple[MuonAdamW, dict]:

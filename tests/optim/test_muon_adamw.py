@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from nanochat_pl.common.settings import build
+from nanochat_pl.common.schema import build
 from nanochat_pl.optim import MuonSettings, OptimSettings, StepValues, build_optimizer
-from tests.optim.small import ROLES, chosen, hyper, make_optimizer, make_parameters, set_gradients
+from tests.helpers.small_optim import ROLES, chosen, hyper, make_optimizer, make_parameters, set_gradients
 from tests.reference.optimizer import AdamW, Muon
 
 STEPS = [StepValues(0.25, 0.85, 1.0), StepValues(1.0, 0.9, 0.6), StepValues(0.5, 0.97, 0.1)]

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.common.settings import build
+from nanochat_pl.common.schema import build
 from nanochat_pl.optim import Hyperparameters, OptimSettings, build_optimizer, resolve_hyperparameters
-from tests.optim.small import ROLES, chosen, hyper, make_optimizer, make_parameters
+from tests.helpers.small_optim import ROLES, chosen, hyper, make_optimizer, make_parameters
 
 
 def test_every_parameter_is_in_one_group_and_matrices_are_grouped_by_shape() -> None:

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from nanochat_pl.cli.train import compose_train
-from nanochat_pl.common import distributed
 from nanochat_pl.common.constants import IGNORE_INDEX
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.common.settings import to_plain
+from nanochat_pl.common.schema import to_plain
+from nanochat_pl.distributed import collectives
 from nanochat_pl.model.config import ModelSettings, resolve_model
 from nanochat_pl.model.gpt import GPT, parameter_roles
 from nanochat_pl.model.init import init_weights
@@ -27,8 +27,8 @@ from nanochat_pl.optim import (
     build_optimizer,
     resolve_hyperparameters,
 )
-from tests.optim.small import make_optimizer, make_parameters, set_gradients
-from tests.processes import run
+from tests.helpers.processes import run
+from tests.helpers.small_optim import make_optimizer, make_parameters, set_gradients
 
 SEVERAL = [2, 3, 4]
 LAST = 10
@@ -50,7 +50,7 @@ def tiny(compile_muon: bool = False) -> tuple[GPT, MuonAdamW]:
 
 def take_steps(net: GPT, optimizer: MuonAdamW, first: int, last: int, terms: int, late: bool = False) -> list[float]:
     """Steps on ``terms`` micro-batches in all; a process for which there is none has one without targets."""
-    rank, world_size = distributed.rank(), distributed.world_size()
+    rank, world_size = collectives.rank(), collectives.world_size()
     draw, norms = random.Random(rank), []
     for step in range(first, last):
         for term in range(rank, max(terms, rank + 1), world_size):
@@ -80,7 +80,7 @@ def outcome(net: GPT, optimizer: MuonAdamW) -> dict[str, Any]:
     optimizer.consolidate_state_dict()
     return {
         "parameters": {name: parameter.detach() for name, parameter in net.named_parameters()},
-        "state": optimizer.state_dict() if distributed.is_main() else {},
+        "state": optimizer.state_dict() if collectives.is_rank_zero() else {},
         "moments": optimizer.moments_by_name(),
     }
 
@@ -204,14 +204,14 @@ def test_a_state_of_another_model_is_refused_alike_on_all_processes() -> None:
 
 def small_steps(dtype: str, muon: dict[str, Any]) -> dict[str, Any]:
     """Two gradients a step, whoever has them."""
-    rank, world_size = distributed.rank(), distributed.world_size()
+    rank, world_size = collectives.rank(), collectives.world_size()
     parameters = make_parameters(dtype=getattr(torch, dtype))
     optimizer = make_optimizer(parameters, OptimSettings(muon=MuonSettings(**muon)))
     for step in range(4):
         total = [torch.zeros_like(parameter) for parameter in parameters.values()]
         for term in range(rank, 2, world_size):
             set_gradients(parameters, 10 * step + term)
-            total = [sum_ + p.grad for sum_, p in zip(total, parameters.values(), strict=True)]
+            total = [all_reduce_ + p.grad for all_reduce_, p in zip(total, parameters.values(), strict=True)]
         for gradient, parameter in zip(total, parameters.values(), strict=True):
             parameter.grad = gradient
         optimizer.reduce_gradients()
@@ -242,13 +242,13 @@ def norm_skip_and_drop() -> dict[str, Any]:
     def same(a: list[Tensor], b: list[Tensor]) -> bool:
         return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
-    set_gradients(parameters, distributed.rank())
+    set_gradients(parameters, collectives.rank())
     norms = [float(optimizer.reduce_gradients())]
     start = snapshot()
     optimizer.skip_step()
     optimizer.step()
     skipped = same(start, snapshot())
-    set_gradients(parameters, distributed.rank())
+    set_gradients(parameters, collectives.rank())
     norms.append(float(optimizer.reduce_gradients()))
     optimizer.zero_grad()
     try:
@@ -256,7 +256,7 @@ def norm_skip_and_drop() -> dict[str, Any]:
     except RuntimeError:
         dropped = same(start, snapshot())
     optimizer.skip_step()  # of a step that is then done again
-    set_gradients(parameters, distributed.rank())
+    set_gradients(parameters, collectives.rank())
     optimizer.reduce_gradients()
     optimizer.step()
     return {"norms": norms, "skipped": skipped, "dropped": dropped, "stepped": not same(start, snapshot())}
@@ -280,7 +280,7 @@ def missing_gradient(who: int) -> list:
     parameters = make_parameters()
     optimizer = make_optimizer(parameters)
     set_gradients(parameters, 0)
-    if distributed.rank() == who:
+    if collectives.rank() == who:
         parameters["h.1.c_q.weight"].grad = None
     try:
         optimizer.step()
@@ -302,7 +302,7 @@ def test_a_gradient_that_one_process_has_not_ends_all_before_anything_changes() 
 def order_and_sizes() -> dict[str, Any]:
     """The calls to the collectives, and the longest that this process keeps of anything."""
     events: list[str] = []
-    before = distributed.start_reduce_scatter, distributed.start_all_gather
+    before = collectives.start_reduce_scatter, collectives.start_all_gather
 
     def recorded(what: str, function: Any) -> Any:
         def start(output: Tensor, inputs: Tensor) -> Any:
@@ -314,19 +314,19 @@ def order_and_sizes() -> dict[str, Any]:
 
         return start
 
-    distributed.start_reduce_scatter = recorded("reduce", before[0])
-    distributed.start_all_gather = recorded("gather", before[1])
+    collectives.start_reduce_scatter = recorded("reduce", before[0])
+    collectives.start_all_gather = recorded("gather", before[1])
     try:
         net, optimizer = tiny()
         take_steps(net, optimizer, 0, 1, 2)
     finally:
-        distributed.start_reduce_scatter, distributed.start_all_gather = before
-    kept = sum(m.numel() for shares in optimizer._shares for share in shares for m in share.moments.values() if m.ndim)
-    first = [share.end - share.begin for shares in optimizer._shares for share in shares]
+        collectives.start_reduce_scatter, collectives.start_all_gather = before
+    kept = sum(m.numel() for shards in optimizer._shards for shard in shards for m in shard.moments.values() if m.ndim)
+    first = [shard.end - shard.begin for shards in optimizer._shards for shard in shards]
     return {"events": events, "kept": kept, "elements": sum(first), "by_parameter": len(optimizer.state)}
 
 
-def test_collectives_overlap_and_nobody_keeps_more_than_a_share() -> None:
+def test_collectives_overlap_and_nobody_keeps_more_than_a_shard() -> None:
     (one,) = run(1, train, 0, 2)
     net, _ = tiny()
     found = run(2, order_and_sizes)
@@ -351,7 +351,7 @@ def test_the_compiled_update_on_two_processes() -> None:
 def muon_elements() -> int:
     """Of this process's momentum."""
     _, optimizer = tiny()
-    return sum(share.moments["momentum"].numel() for shares in optimizer._shares[-2:] for share in shares)
+    return sum(shard.moments["momentum"].numel() for shards in optimizer._shards[-2:] for shard in shards)
 
 
 def test_with_fewer_matrices_than_processes_the_work_is_spread() -> None:

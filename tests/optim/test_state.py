@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.optim import OptimSettings, StepValues, build_optimizer
-from tests.optim.small import ROLES, chosen, hyper, make_optimizer, make_parameters, set_gradients
+from tests.helpers.small_optim import ROLES, chosen, hyper, make_optimizer, make_parameters, set_gradients
 
 
 def train(parameters, optimizer, first: int, last: int) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.planning.devices import KNOWN_GPUS, detected_device, named_device, peak_flops
+from nanochat_pl.planning.gpus import KNOWN_GPUS, detected_device, named_device, peak_flops
 
 
 @pytest.mark.parametrize(

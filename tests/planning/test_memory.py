@@ -11,13 +11,15 @@ from typing import Any
 import pytest
 import torch
 
-from nanochat_pl.model.accounting import count_parameters
 from nanochat_pl.model.config import GPTConfig, ModelSettings, resolve_model
+from nanochat_pl.model.counts import count_parameters
 from nanochat_pl.model.gpt import GPT, parameter_roles
 from nanochat_pl.model.init import init_weights
 from nanochat_pl.optim import OptimSettings, build_optimizer, resolve_hyperparameters
 from nanochat_pl.planning import HorizonSettings, RowOptions, make_plan
-from nanochat_pl.planning.devices import named_device
+from nanochat_pl.planning.batch_size import evenly
+from nanochat_pl.planning.estimates import add_memory
+from nanochat_pl.planning.gpus import named_device
 from nanochat_pl.planning.memory import (
     MARGIN,
     MemoryKnobs,
@@ -27,9 +29,7 @@ from nanochat_pl.planning.memory import (
     resume_copy_bytes,
     step_memory,
 )
-from nanochat_pl.planning.outlook import add_memory
-from nanochat_pl.planning.rows import evenly
-from tests.processes import run
+from tests.helpers.processes import run
 
 ROWS, VOCAB = 2, 500
 OLDEST = {"smear_channels": 0, "backout": False, "residual_lambdas": False, "value_embeddings": False}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nanochat_pl.formats.reference_pickle import read_encoding
+from nanochat_pl.convert.nanochat.safe_unpickle import read_encoding
 from nanochat_pl.tokenizer import Tokenizer
 
 

@@ -14,7 +14,7 @@ from markdown_it import MarkdownIt
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.report import SUMMARY_COLUMNS, summary_table, write_report
 from nanochat_pl.report.evaluations import Conditions, read_evaluation
-from nanochat_pl.report.text import clean, compact, duration, markdown_block, markdown_inline, show
+from nanochat_pl.report.format import clean, compact, duration, markdown_block, markdown_inline, show
 from tests.report.fake_run import HOSTILE, add_benchmarks, make_run, write_json
 
 

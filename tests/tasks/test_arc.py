@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from nanochat_pl.common.errors import UserError
-from tests.tasks.tables import opened, write_table
+from tests.helpers.task_tables import opened, write_table
 
 
 def question(labels: str = "ABCD", answer: str = "B", **changes: Any) -> dict[str, Any]:

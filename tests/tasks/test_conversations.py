@@ -10,12 +10,12 @@ import pytest
 
 from nanochat_pl.cli.main import main
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.common.settings import build, to_plain
+from nanochat_pl.common.schema import build, to_plain
 from nanochat_pl.tasks.context import TaskContext
-from nanochat_pl.tasks.conversations import ConversationSet, ConversationSettings
 from nanochat_pl.tasks.mixture import Mixture, build_mixture, build_tasks, only_judged
+from nanochat_pl.tasks.published.conversations import ConversationSet, ConversationSettings
 from nanochat_pl.tasks.settings import MixtureSettings, MixtureTasks
-from tests.data.hub_server import serving_this_process
+from tests.helpers.hub_server import serving_this_process
 
 
 def talk(n: object) -> str:
@@ -28,8 +28,8 @@ def write(path: Path, *numbers: object) -> Path:
     return path
 
 
-def opened(cache: Path, split: Any = "train", most_bad: float = 0.01, **settings: Any) -> ConversationSet:
-    context = TaskContext(cache, most_bad)
+def opened(cache: Path, split: Any = "train", max_bad: float = 0.01, **settings: Any) -> ConversationSet:
+    context = TaskContext(cache, max_bad)
     return ConversationSet("own", build(ConversationSettings, to_plain_text(settings)), split, context)
 
 
@@ -126,7 +126,7 @@ def test_bad_rows_are_put_up_with_to_a_share(tmp_path: Path) -> None:
     assert len(opened(tmp_path, path=path)) + len(opened(tmp_path, "test", path=path)) == 99
     assert "the first: a.jsonl, line 100: has no messages." in opened(tmp_path, path=path).describe()[1]
     with pytest.raises(UserError, match=r"1 of 100 rows are bad, 1\.00%; data\.max_bad_fraction=0 allows") as error:
-        opened(tmp_path, most_bad=0.0, path=path)
+        opened(tmp_path, max_bad=0.0, path=path)
     assert "  a.jsonl, line 100: has no messages." in error.value.problems and "max_bad_fraction" in error.value.fix
     with pytest.raises(UserError, match="its files hold no conversation"):
         opened(tmp_path, path=write(tmp_path / "empty.jsonl"))

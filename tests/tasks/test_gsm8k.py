@@ -9,8 +9,8 @@ import pytest
 
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.tasks.base import conversation_of
-from nanochat_pl.tasks.gsm8k import final_number, solution_parts
-from tests.tasks.tables import opened, problem, write_table
+from nanochat_pl.tasks.published.gsm8k import final_number, solution_parts
+from tests.helpers.task_tables import opened, problem, write_table
 
 SOLUTION = "He makes 8/2=<<8/2=4>>4 a day.\nThat is $<<1000+4=1,004>>1,004.\n#### 1,004"
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.docs.checks import Block, read_page
+from tests.helpers.docs_checks import Block, read_page
 
 ROOT = Path(__file__).resolve().parents[2]
 LOOK = """

@@ -11,12 +11,13 @@ from typing import Any, cast
 import pytest
 
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.common.settings import build
+from nanochat_pl.common.schema import build
 from nanochat_pl.tasks.base import Content, Conversation
 from nanochat_pl.tasks.context import TaskContext
-from nanochat_pl.tasks.humaneval import HumanEval, HumanEvalSettings, program_of
-from nanochat_pl.tools.sandbox import Check, Outcome, Sandbox, SandboxSettings
-from tests.tasks.tables import opened, write_table
+from nanochat_pl.tasks.published.humaneval import HumanEval, HumanEvalSettings, program_of
+from nanochat_pl.tools.sandbox.sandbox import Sandbox
+from nanochat_pl.tools.sandbox.settings import Check, Outcome, SandboxSettings
+from tests.helpers.task_tables import opened, write_table
 
 PROMPT = '''
 from typing import List

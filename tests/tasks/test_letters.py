@@ -12,16 +12,16 @@ from types import SimpleNamespace
 import pytest
 
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.common.settings import build
+from nanochat_pl.common.schema import build
 from nanochat_pl.tasks.base import Split, reference_of, text_of
 from nanochat_pl.tasks.context import TaskContext
-from nanochat_pl.tasks.documentation import Documentation, DocumentationSettings
-from nanochat_pl.tasks.documentation_choice import DocumentationChoice, DocumentationChoiceSettings
 from nanochat_pl.tasks.multiple_choice import choice_conversation, render_choices
-from nanochat_pl.tasks.simple_spelling import SimpleSpelling, SimpleSpellingSettings
-from nanochat_pl.tasks.spelling_bee import _QUESTIONS as QUESTIONS
-from nanochat_pl.tasks.spelling_bee import SpellingBee, SpellingBeeSettings
-from nanochat_pl.tasks.words import words_of
+from nanochat_pl.tasks.synthetic.documentation import Documentation, DocumentationSettings
+from nanochat_pl.tasks.synthetic.documentation_choice import DocumentationChoice, DocumentationChoiceSettings
+from nanochat_pl.tasks.synthetic.simple_spelling import SimpleSpelling, SimpleSpellingSettings
+from nanochat_pl.tasks.synthetic.spelling_bee import _QUESTIONS as QUESTIONS
+from nanochat_pl.tasks.synthetic.spelling_bee import SpellingBee, SpellingBeeSettings
+from nanochat_pl.tasks.synthetic.words import words_of
 from tests.tasks.test_tasks import MORE_FUNCTIONS, WORDS, make, question
 
 SPLITS: tuple[Split, Split] = ("train", "test")

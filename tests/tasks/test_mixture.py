@@ -7,13 +7,13 @@ from collections import Counter
 import pytest
 
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.common.settings import build, to_plain
+from nanochat_pl.common.schema import build, to_plain
 from nanochat_pl.tasks.base import Task
 from nanochat_pl.tasks.context import TaskContext
 from nanochat_pl.tasks.mixture import Mixture, build_mixture, build_tasks
 from nanochat_pl.tasks.settings import JoinedSettings, MixtureSettings
-from nanochat_pl.tasks.words import count_documents
-from tests.engine.small import byte_tokenizer
+from nanochat_pl.tasks.synthetic.words import count_documents
+from tests.helpers.small_engine import byte_tokenizer
 
 SMALL = {"arithmetic": {"size": 300}, "identity": {"repeat": 2, "name": "Ada"}}
 

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.common.settings import build
-from nanochat_pl.tasks.mmlu import MMLUSettings
-from tests.tasks.tables import opened, write_table
+from nanochat_pl.common.schema import build
+from nanochat_pl.tasks.published.mmlu import MMLUSettings
+from tests.helpers.task_tables import opened, write_table
 
 
 def question(answer: object = 1, subject: str = "law", **changes: Any) -> dict[str, Any]:

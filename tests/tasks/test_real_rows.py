@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-from nanochat_pl.common.settings import build
+from nanochat_pl.common.schema import build
 from nanochat_pl.tasks.base import Split, Task
 from nanochat_pl.tasks.context import TaskContext
 from nanochat_pl.tasks.mixture import build_tasks
 from nanochat_pl.tasks.registry import all_tasks
 from nanochat_pl.tasks.settings import MixtureSettings
 from nanochat_pl.tokenizer import Tokenizer
-from nanochat_pl.tools.sandbox import SandboxSettings
+from nanochat_pl.tools.sandbox.settings import SandboxSettings
 from tests.reference.golden_tokenizer import load_golden_tokenizer
 
 SPLITS: tuple[Split, Split] = ("train", "test")

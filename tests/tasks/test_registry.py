@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.common.settings import build
+from nanochat_pl.common.schema import build
 from nanochat_pl.tasks import registry
 from nanochat_pl.tasks.base import Content, Conversation, Task, TaskSettings, conversation_of, limits
 from nanochat_pl.tasks.context import TaskContext

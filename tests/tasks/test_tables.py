@@ -14,15 +14,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.common.settings import build
-from nanochat_pl.data.hub import open_manifest
-from nanochat_pl.data.hub_download import fetch_files
+from nanochat_pl.common.schema import build
+from nanochat_pl.data.hub.download import fetch_files
+from nanochat_pl.data.hub.manifest import open_manifest
 from nanochat_pl.tasks.base import Split
-from nanochat_pl.tasks.gsm8k import GSM8KSettings
-from nanochat_pl.tasks.mmlu import MMLUSettings
-from nanochat_pl.tasks.tables import TableTask
-from tests.data.hub_server import serving_this_process
-from tests.tasks.tables import opened, problem, write_table
+from nanochat_pl.tasks.published.base import TableTask
+from nanochat_pl.tasks.published.gsm8k import GSM8KSettings
+from nanochat_pl.tasks.published.mmlu import MMLUSettings
+from tests.helpers.hub_server import serving_this_process
+from tests.helpers.task_tables import opened, problem, write_table
 
 REPO = "openai/gsm8k"
 

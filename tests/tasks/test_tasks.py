@@ -12,24 +12,24 @@ from pathlib import Path
 import pytest
 
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.common.settings import build
-from nanochat_pl.data.docstrings import Docstring
-from nanochat_pl.tasks.arithmetic import Arithmetic, ArithmeticSettings, WordProblems, WordProblemSettings
+from nanochat_pl.common.schema import build
+from nanochat_pl.data.sources.docstrings import Docstring
 from nanochat_pl.tasks.base import Task, conversation_of, is_held_out, last_number, reference_of, text_of
-from nanochat_pl.tasks.documentation import (
+from nanochat_pl.tasks.settings import MixtureTasks
+from nanochat_pl.tasks.synthetic.arithmetic import Arithmetic, ArithmeticSettings, WordProblems, WordProblemSettings
+from nanochat_pl.tasks.synthetic.documentation import (
     Documentation,
     DocumentationSettings,
     documented_functions,
     in_teaching_order,
 )
-from nanochat_pl.tasks.documentation_choice import DocumentationChoice, DocumentationChoiceSettings
-from nanochat_pl.tasks.identity import Identity, IdentitySettings
-from nanochat_pl.tasks.out_of_scope import OutOfScope, OutOfScopeSettings
-from nanochat_pl.tasks.out_of_scope_questions import SLOTS, TEST_KINDS, TRAIN_KINDS
-from nanochat_pl.tasks.settings import MixtureTasks
-from nanochat_pl.tasks.simple_spelling import SimpleSpelling, SimpleSpellingSettings
-from nanochat_pl.tasks.spelling import LetterCounting, LetterCountingSettings, Spelling, SpellingSettings
-from nanochat_pl.tasks.spelling_bee import SpellingBee, SpellingBeeSettings
+from nanochat_pl.tasks.synthetic.documentation_choice import DocumentationChoice, DocumentationChoiceSettings
+from nanochat_pl.tasks.synthetic.identity import Identity, IdentitySettings
+from nanochat_pl.tasks.synthetic.out_of_scope import OutOfScope, OutOfScopeSettings
+from nanochat_pl.tasks.synthetic.out_of_scope_questions import SLOTS, TEST_KINDS, TRAIN_KINDS
+from nanochat_pl.tasks.synthetic.simple_spelling import SimpleSpelling, SimpleSpellingSettings
+from nanochat_pl.tasks.synthetic.spelling import LetterCounting, LetterCountingSettings, Spelling, SpellingSettings
+from nanochat_pl.tasks.synthetic.spelling_bee import SpellingBee, SpellingBeeSettings
 from nanochat_pl.tokenizer import TokenizerSettings, train_tokenizer
 from nanochat_pl.tokenizer.chat_format import problems_of_conversation
 from nanochat_pl.tools.calculator import evaluate

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.common.settings import build
+from nanochat_pl.common.schema import build
 from nanochat_pl.tokenizer import TokenizerSettings, train_tokenizer
 from nanochat_pl.tokenizer.ranks import MAX_TOKEN_BYTES, merges_of
 from tests.tokenizer.conftest import TEXTS

@@ -15,7 +15,8 @@ import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from nanochat_pl.tools.sandbox import Outcome, Sandbox, SandboxSettings
+from nanochat_pl.tools.sandbox.sandbox import Sandbox
+from nanochat_pl.tools.sandbox.settings import Outcome, SandboxSettings
 
 TESTS = "KEY = 'key of the tests'\n\ndef check(candidate):\n    assert candidate(3) == 9\n"
 # Tries an attack within f: 9 where it gets through.

@@ -19,12 +19,13 @@ from typing import Any, Literal
 import pytest
 
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.common.settings import build
-from nanochat_pl.tools.jail import values
-from nanochat_pl.tools.jail.supervisor import Supervisor
-from nanochat_pl.tools.sandbox import Check, Sandbox, SandboxSettings
+from nanochat_pl.common.schema import build
+from nanochat_pl.tools.sandbox import ipc
 from nanochat_pl.tools.sandbox import sandbox as module
-from tests.tools import ordinary_user
+from nanochat_pl.tools.sandbox.sandbox import Sandbox
+from nanochat_pl.tools.sandbox.settings import Check, SandboxSettings
+from nanochat_pl.tools.sandbox.supervisor import Supervisor
+from tests.helpers import ordinary_user
 
 TESTS = "def check(candidate):\n    assert candidate(2) == 4\n    assert candidate(3) == 9\n"
 SQUARE = "def f(x):\n    return x * x\n"
@@ -217,8 +218,8 @@ def test_what_is_no_message_is_refused(message: bytes) -> None:
     read_end, write_end = os.pipe()
     os.write(write_end, len(message).to_bytes(4, "little") + message)
     os.close(write_end)
-    with pytest.raises(values.Broken):
-        values.receive(read_end)
+    with pytest.raises(ipc.Broken):
+        ipc.receive(read_end)
     os.close(read_end)
 
 
@@ -361,7 +362,8 @@ def test_what_the_system_does_not_give_is_said(
 _AS_USER = """
 import json, os, resource, subprocess, sys, threading, time
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.tools.sandbox import Sandbox, SandboxSettings
+from nanochat_pl.tools.sandbox.sandbox import Sandbox
+from nanochat_pl.tools.sandbox.settings import SandboxSettings
 sandbox = Sandbox(SandboxSettings(mode="weak", seconds=60))
 TESTS = "def check(f):\\n    assert f(2) == 4\\n"
 SQUARE = "def f(x):\\n    return x * x\\n"
@@ -417,7 +419,8 @@ _NO_NAMESPACES = (
 _SAY = """
 import sys
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.tools.sandbox import Sandbox, SandboxSettings
+from nanochat_pl.tools.sandbox.sandbox import Sandbox
+from nanochat_pl.tools.sandbox.settings import SandboxSettings
 try:
     sandbox = Sandbox(SandboxSettings(mode=sys.argv[1], seconds=60))
     print(sandbox.check("def f(x): return x", "f", "def check(f): assert f(1) == 1").reason, sandbox.remark)
@@ -501,7 +504,8 @@ for change in (
 def test_a_folder_without_rights_is_removed() -> None:
     script = """
 import os
-from nanochat_pl.tools.sandbox import Sandbox, SandboxSettings
+from nanochat_pl.tools.sandbox.sandbox import Sandbox
+from nanochat_pl.tools.sandbox.settings import SandboxSettings
 from nanochat_pl.tools.sandbox.sandbox import _folder
 sandbox = Sandbox(SandboxSettings(mode="weak", seconds=60))
 print(sandbox.run("import os\\nos.fchmod(os.open('.', os.O_RDONLY), 0)").reason)

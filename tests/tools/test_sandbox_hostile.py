@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from nanochat_pl.tools.sandbox import Sandbox, SandboxSettings
-from tests.tools import ordinary_user
+from nanochat_pl.tools.sandbox.sandbox import Sandbox
+from nanochat_pl.tools.sandbox.settings import SandboxSettings
+from tests.helpers import ordinary_user
 from tests.tools.hostile import HOSTILE, Hostile
 
 SECRET = "the-secret-of-the-canary"

@@ -1,4 +1,5 @@
-"""A stage and our rows in a Trainer as Lightning ships it, on one process or several: a job for `tests.processes`."""
+"""A stage and our rows in a Trainer as Lightning ships it, on one process or several: a job for
+`tests.helpers.processes`."""
 
 from __future__ import annotations
 
@@ -9,12 +10,12 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from nanochat_pl.common import distributed
 from nanochat_pl.common.errors import UserError
+from nanochat_pl.distributed import collectives
 from nanochat_pl.optim import OptimSettings, ScheduleSettings, resolve_hyperparameters
 from nanochat_pl.training.datamodule import RowsDataModule
-from nanochat_pl.training.stages import BaseStage, StageRecipe
-from tests.museum.tiny import ROWS_PER_STEP, tiny_model, tiny_rows
+from nanochat_pl.training.module import BaseStage, ModuleConfig
+from tests.helpers.training import ROWS_PER_STEP, tiny_model, tiny_rows
 
 
 class SeenRows(Callback):
@@ -29,14 +30,14 @@ class SeenRows(Callback):
 
 def fit_stock(folder: str, **arguments: Any) -> dict[str, Any]:
     """Three steps with ``Trainer(strategy="ddp")`` on several processes, else with its default."""
-    world = distributed.world_size()
+    world = collectives.world_size()
     config = tiny_model(depth=1)
     hyper = resolve_hyperparameters(OptimSettings(compile=False), width=config.width)
-    recipe = StageRecipe(
+    recipe = ModuleConfig(
         config, hyper, ScheduleSettings(warmup_steps=2), 3, ROWS_PER_STEP // 2, seed=0, compile=False, identity={}
     )
     stage, seen = BaseStage(recipe), SeenRows()
-    data = RowsDataModule(tiny_rows(Path(folder) / f"cache-{distributed.rank()}"), ROWS_PER_STEP, 3)
+    data = RowsDataModule(tiny_rows(Path(folder) / f"cache-{collectives.rank()}"), ROWS_PER_STEP, 3)
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "max_epochs": 1}
     several = {"strategy": "ddp", "devices": world} if world > 1 else {"devices": 1}
     trainer = Trainer(accelerator="cpu", callbacks=[seen], **several, **(quiet | arguments))

@@ -10,10 +10,10 @@ import torch
 from nanochat_pl import Engine, load_bundle
 from nanochat_pl.cli.launch import processes_to_start
 from nanochat_pl.cli.main import main
-from nanochat_pl.common.hardware import choose_compute_dtype, choose_device
-from nanochat_pl.training import fit
+from nanochat_pl.common.device import choose_compute_dtype, choose_device
+from nanochat_pl.training import trainer as fit
 from nanochat_pl.training.strategy import OneDevice
-from tests.apple_gpu import Unsupported, apple_gpu
+from tests.helpers.apple_gpu import Unsupported, apple_gpu
 from tests.training.conftest import metrics_of, sft_overrides, start_run, tiny_overrides
 
 

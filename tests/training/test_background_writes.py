@@ -13,16 +13,18 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
-from nanochat_pl.common import distributed
 from nanochat_pl.common.errors import UserError
+from nanochat_pl.distributed import collectives
 from nanochat_pl.planning.memory import resume_copy_bytes, step_memory
-from nanochat_pl.training import checkpoint_io, limits, resume
-from nanochat_pl.training.checkpoint_io import IN_BACKGROUND, AtomicCheckpointIO, BackgroundCheckpointIO
-from nanochat_pl.training.metrics import StepClock
-from nanochat_pl.training.resume import ResumeFiles, damage, resume_files, step_of
-from nanochat_pl.training.stopping import GracefulStop
-from tests.museum.tiny import fit_tiny, tiny_model
-from tests.processes import run
+from nanochat_pl.training.callbacks.graceful_stop import GracefulStop
+from nanochat_pl.training.callbacks.metrics import StepClock
+from nanochat_pl.training.checkpoint import io as checkpoint_io
+from nanochat_pl.training.checkpoint import resume
+from nanochat_pl.training.checkpoint.io import IN_BACKGROUND, AtomicCheckpointIO, BackgroundCheckpointIO
+from nanochat_pl.training.checkpoint.resume import ResumeFiles, damage, resume_files, step_of
+from nanochat_pl.training.stages import memory_check
+from tests.helpers.processes import run
+from tests.helpers.training import fit_tiny, tiny_model
 
 write = checkpoint_io._write
 
@@ -215,9 +217,9 @@ class FakeTrainer:
         self.callback_metrics: dict[str, torch.Tensor] = {}
 
     def save_checkpoint(self, path: Path, weights_only: bool, storage_options: str) -> None:
-        if distributed.is_main():
+        if collectives.is_rank_zero():
             self.checkpoint_io.save_checkpoint({"weights": torch.ones(10)}, path, storage_options)
-        distributed.barrier()
+        collectives.barrier()
 
 
 @pytest.fixture
@@ -276,11 +278,11 @@ def test_a_cpu_needs_room_for_the_copy(tmp_path: Path, monkeypatch: pytest.Monke
     """What a step takes alone is not enough: the training would end at its first resume file."""
     config = tiny_model()
     step = step_memory(config, 1, on_cpu=True).total
-    monkeypatch.setattr(limits, "memory_bytes", lambda device: step + resume_copy_bytes(config) - 1)
+    monkeypatch.setattr(memory_check, "memory_bytes", lambda device: step + resume_copy_bytes(config) - 1)
     with pytest.raises(UserError, match="of it while a resume file is written"):
-        limits.require_room(config, torch.device("cpu"), tmp_path, 2)
-    monkeypatch.setattr(limits, "memory_bytes", lambda device: step + resume_copy_bytes(config))
-    limits.require_room(config, torch.device("cpu"), tmp_path, 2)
+        memory_check.require_room(config, torch.device("cpu"), tmp_path, 2)
+    monkeypatch.setattr(memory_check, "memory_bytes", lambda device: step + resume_copy_bytes(config))
+    memory_check.require_room(config, torch.device("cpu"), tmp_path, 2)
 
 
 def steps_of_processes(folder: str, minutes: float, fails: bool) -> list[Any]:
@@ -290,7 +292,7 @@ def steps_of_processes(folder: str, minutes: float, fails: bool) -> list[Any]:
         after which steps this process saved, and the error that ended it with its step.
     """
     now = [0.0]
-    resume.time = SimpleNamespace(monotonic=lambda: now[0] * (1 if distributed.is_main() else 1000))  # type: ignore
+    resume.time = SimpleNamespace(monotonic=lambda: now[0] * (1 if collectives.is_rank_zero() else 1000))  # type: ignore
     files = ResumeFiles(Path(folder), None, 2, StepClock(), every_minutes=minutes)
     trainer: Any = FakeTrainer(files.io)
     stop = GracefulStop(files)

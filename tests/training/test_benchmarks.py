@@ -15,20 +15,20 @@ import torch
 
 from nanochat_pl import load_bundle
 from nanochat_pl.cli.main import main
-from nanochat_pl.common import distributed, together
 from nanochat_pl.common.errors import UserError
+from nanochat_pl.distributed import collectives, coordination
 from nanochat_pl.evaluation.results import TaskResult, make_result
 from nanochat_pl.model.gpt import GPT
-from nanochat_pl.tasks.arithmetic import Arithmetic
-from nanochat_pl.training import benchmarks
-from nanochat_pl.training.benchmarks import Benchmark, MeasuredTasks, columns_of, measure
-from nanochat_pl.training.stages import TrainingStage
-from nanochat_pl.training.stopping import StopRequested
-from tests.museum.tiny import fit_tiny, tiny_model
-from tests.processes import run
+from nanochat_pl.tasks.synthetic.arithmetic import Arithmetic
+from nanochat_pl.training.callbacks import benchmarks
+from nanochat_pl.training.callbacks.benchmarks import Benchmark, BenchmarkCache, columns_of, measure
+from nanochat_pl.training.callbacks.graceful_stop import StopRequested
+from nanochat_pl.training.module import LMModule
+from tests.helpers.faults import MODULE
+from tests.helpers.launch import launch
+from tests.helpers.processes import run
+from tests.helpers.training import fit_tiny, tiny_model
 from tests.training.conftest import same_weights, sft_overrides, start_run, tiny_overrides, weights_of
-from tests.training.faults import MODULE
-from tests.training.launch import launch
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -58,7 +58,7 @@ class Examiner:
         self.when_asked()
         meanwhile()
         self.training.append(net.training)
-        outcome = together.agreed(lambda: self._outcome(name))
+        outcome = coordination.raise_on_all_ranks(lambda: self._outcome(name))
         return make_result(name, [str(number) for number in range(len(outcome))], outcome, baseline=0.5)
 
     def _outcome(self, name: str) -> list[float]:
@@ -117,9 +117,9 @@ def fails_on_one(rank: int) -> dict[str, float]:
     """Two tasks; of the first one a process fails."""
 
     def measure_task(name: str, net: GPT, meanwhile: Callable[[], None]) -> TaskResult:
-        if name == "broken" and distributed.rank() == rank:
-            together.agreed(lambda: Path("/gone/at/all").read_text())
-        together.agreed(lambda: None)
+        if name == "broken" and collectives.rank() == rank:
+            coordination.raise_on_all_ranks(lambda: Path("/gone/at/all").read_text())
+        coordination.raise_on_all_ranks(lambda: None)
         return make_result(name, ["a", "b"], [0.0, 1.0])
 
     return measure(Benchmark("chat", 1, ["broken", "whole"], measure_task), GPT(tiny_model()).materialise())
@@ -135,7 +135,7 @@ def test_a_judge_that_fails_ends_no_training(
     def fails(*given: object) -> bool:
         raise FileNotFoundError(2, "No such file or directory", "/tmp/gone")
 
-    monkeypatch.setattr("nanochat_pl.tasks.arithmetic.Arithmetic.evaluate", fails)
+    monkeypatch.setattr("nanochat_pl.tasks.synthetic.arithmetic.Arithmetic.evaluate", fails)
     start_run(place, "unjudged", "sft")
     assert main(["train", "run=unjudged", *sft_overrides(place), *CHAT]) == 0
     left_out = "chat: arithmetic is left out of this measurement: FileNotFoundError: [Errno 2] No such file"
@@ -219,7 +219,7 @@ def test_a_stop_in_the_last_benchmarks_leaves_the_bundle_and_is_gone_on_from(
     def trains(*given: Any) -> None:
         raise AssertionError("it was trained")
 
-    monkeypatch.setattr(TrainingStage, "training_step", trains)
+    monkeypatch.setattr(LMModule, "training_step", trains)
     judged.clear()
     assert main(["train", "run=stopped-late", *command]) == 0
     assert not judged, "its result was kept"
@@ -229,12 +229,12 @@ def test_a_stop_in_the_last_benchmarks_leaves_the_bundle_and_is_gone_on_from(
 
 
 def test_results_of_other_weights_or_settings_are_none(tmp_path: Path) -> None:
-    kept = MeasuredTasks(tmp_path / "benchmarks.json", "one")
+    kept = BenchmarkCache(tmp_path / "benchmarks.json", "one")
     result = make_result("task0", ["a", "b"], [0.0, 1.0], details={"kind": "core"}, answers=[{"answer": "4"}])
     kept.put("core", result)
-    assert MeasuredTasks(kept.path, "one").get("core", "task0") == replace(result, answers=[])
-    assert MeasuredTasks(kept.path, "one").get("chat", "task0") is None
-    assert MeasuredTasks(kept.path, "other").get("core", "task0") is None
+    assert BenchmarkCache(kept.path, "one").get("core", "task0") == replace(result, answers=[])
+    assert BenchmarkCache(kept.path, "one").get("chat", "task0") is None
+    assert BenchmarkCache(kept.path, "other").get("core", "task0") is None
 
 
 @pytest.mark.parametrize("every_steps", [0, 2])
@@ -275,10 +275,10 @@ def test_several_processes_measure_the_same(place: Path) -> None:
     assert main(["train", "run=alone", *sft_overrides(place), *own]) == 0
     done = launch(2, ["train", "run=together", *sft_overrides(place), *own])
     assert done.returncode == 0, done.stdout + done.stderr
-    alone, together = (lines(place / "runs" / name / "sft/metrics.csv") for name in ("alone", "together"))
+    alone, in_two = (lines(place / "runs" / name / "sft/metrics.csv") for name in ("alone", "together"))
     names = [name for name in alone[0] if name.startswith("chat/")]
     assert len(names) == 4
-    assert [[row[name] for name in names] for row in alone] == [[row[name] for name in names] for row in together]
+    assert [[row[name] for name in names] for row in alone] == [[row[name] for name in names] for row in in_two]
 
 
 @pytest.mark.parametrize(

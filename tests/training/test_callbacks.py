@@ -16,14 +16,14 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from nanochat_pl import load_bundle
-from nanochat_pl.cli.instantiate import problems_of_objects
 from nanochat_pl.cli.main import main
+from nanochat_pl.config.instantiate import problems_of_objects
 from nanochat_pl.optim import ScheduleSettings, schedule_values
-from nanochat_pl.training.stock_callbacks import MEASURED, REFUSED, WORKING, why_refused
-from nanochat_pl.training.stopping import StopRequested
-from tests.museum.tiny import fit_tiny
+from nanochat_pl.training.callbacks.graceful_stop import StopRequested
+from nanochat_pl.training.lightning_callbacks import MEASURED, REFUSED, WORKING, why_refused
+from tests.helpers.launch import launch
+from tests.helpers.training import fit_tiny
 from tests.training.conftest import same_weights, tiny_overrides, weights_of
-from tests.training.launch import launch
 
 EARLY = "lightning.pytorch.callbacks.EarlyStopping"
 
@@ -193,7 +193,7 @@ def test_a_package_that_a_callback_lacks_is_said_before_anything_is_prepared(
     place: Path, train: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The shipped choice ran on no CPU without psutil, and said so when all was prepared."""
-    monkeypatch.setattr("nanochat_pl.training.stock_callbacks._is_installed", lambda *names: False)
+    monkeypatch.setattr("nanochat_pl.training.lightning_callbacks._is_installed", lambda *names: False)
     begun(place, "device-stats")
     assert train("run=device-stats", "callbacks=[device_stats]", "logger=[tensorboard]") == 0
     begun(place, "cpu-stats")

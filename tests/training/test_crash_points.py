@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
-from tests.crash_points import STEP, one_of_each_kind
-from tests.fork_server import ForkServer, fork_server
+from tests.helpers.crash_points import STEP, one_of_each_kind
+from tests.helpers.fork_server import ForkServer, fork_server
 from tests.training.conftest import sft_overrides, tiny_overrides
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork") or not Path("/proc/self/fd").exists(), reason="needs Linux")

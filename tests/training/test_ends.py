@@ -14,11 +14,11 @@ from lightning.pytorch import Callback, Trainer
 
 from nanochat_pl.bundle import tensors
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.training import evaluation
 from nanochat_pl.training import run as training_run
-from nanochat_pl.training.resume import resume_files, step_of
-from nanochat_pl.training.stopping import StopRequested
-from tests.museum.tiny import fit_tiny
+from nanochat_pl.training.callbacks import evaluation
+from nanochat_pl.training.callbacks.graceful_stop import StopRequested
+from nanochat_pl.training.checkpoint.resume import resume_files, step_of
+from tests.helpers.training import fit_tiny
 from tests.training.conftest import copy_unfinished, same_weights, weights_of
 from tests.training.test_callbacks import begun, early_stopping, finished_step
 

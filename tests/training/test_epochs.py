@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from nanochat_pl.common.constants import IGNORE_INDEX
-from nanochat_pl.data.conversation_cache import ConversationCache, build_conversation_cache
-from nanochat_pl.data.rows import Rows, packed_rows
+from nanochat_pl.data.cache.conversations import ConversationCache, build_conversation_cache
+from nanochat_pl.data.packing.rows import Rows, packed_rows
 from nanochat_pl.training.datamodule import StepRows
-from nanochat_pl.training.prepare_sft import rows_of_epochs
-from tests.data.fakes import ByteTokenizer
+from nanochat_pl.training.stages.sft import rows_of_epochs
+from tests.helpers.fake_data import ByteTokenizer
 
 T = 48
 

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanochat_pl.training.agreement import checksums
-from nanochat_pl.training.resume import damage, resume_files
-from tests.processes import run
+from nanochat_pl.training.callbacks.weight_sync import checksums
+from nanochat_pl.training.checkpoint.resume import damage, resume_files
+from tests.helpers.faults import MODULE
+from tests.helpers.launch import launch
+from tests.helpers.processes import run
+from tests.helpers.stop_jobs import compare_weights
 from tests.training.conftest import same_weights, weights_of
-from tests.training.faults import MODULE
-from tests.training.launch import launch
-from tests.training.stop_jobs import compare_weights
 from tests.training.test_stops import REPOSITORY, arguments, not_stopped
 
 EVERY_FIVE = "trainer.checkpoint_every_steps=5"

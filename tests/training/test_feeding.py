@@ -19,14 +19,14 @@ import torch
 
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.locks import try_lock
-from nanochat_pl.data.opening import open_source
-from nanochat_pl.data.rows import Rows, packed_rows, streamed_rows
-from nanochat_pl.data.sources import DataSettings
-from nanochat_pl.data.token_cache import build_token_cache
+from nanochat_pl.data.cache.tokens import build_token_cache
+from nanochat_pl.data.packing.rows import Rows, packed_rows, streamed_rows
+from nanochat_pl.data.sources.base import DataSettings
+from nanochat_pl.data.sources.open import open_source
 from nanochat_pl.tokenizer import Tokenizer
+from nanochat_pl.training.checkpoint.resume import newest_resume_file
 from nanochat_pl.training.datamodule import RowsDataModule, share
-from nanochat_pl.training.resume import newest_resume_file
-from tests.small_disk import enlarge, small_disk
+from tests.helpers.small_disk import enlarge, small_disk
 from tests.training.conftest import same_weights, start_run, weights_of
 from tests.training.test_resume import command, interrupt
 
@@ -108,8 +108,9 @@ def test_a_builder_ends_with_its_parent_even_if_that_is_killed(
     program = (
         "import sys, time; from pathlib import Path\n"
         "if __name__ == '__main__':\n"
-        "    from nanochat_pl.data.opening import open_source; from nanochat_pl.data.rows import streamed_rows\n"
-        "    from nanochat_pl.data.sources import DataSettings; from nanochat_pl.tokenizer import Tokenizer\n"
+        "    from nanochat_pl.data.sources.open import open_source\n"
+        "    from nanochat_pl.data.packing.rows import streamed_rows\n"
+        "    from nanochat_pl.data.sources.base import DataSettings; from nanochat_pl.tokenizer import Tokenizer\n"
         "    path, tokenizer, cache = sys.argv[1], Tokenizer.load(Path(sys.argv[2])), Path(sys.argv[3])\n"
         "    shards = open_source(DataSettings(name='local', path=path), cache).shards('train')\n"
         "    settings = dict(sequence_len=128, mode='split', num_rows=22_500, seed=1)\n"

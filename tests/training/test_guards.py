@@ -13,11 +13,11 @@ import torch
 from lightning.pytorch import Callback
 
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.training.guards import MOST_IN_A_ROW, last_good_file
-from nanochat_pl.training.resume import resume_files
-from nanochat_pl.training.stages import BaseStage
-from tests.museum.tiny import fit_tiny
-from tests.training.steps import BATCH, StepLoop
+from nanochat_pl.training.checkpoint.resume import resume_files
+from nanochat_pl.training.module import BaseStage
+from nanochat_pl.training.nonfinite_guard import MAX_IN_A_ROW, last_good_file
+from tests.helpers.steps import BATCH, StepLoop
+from tests.helpers.training import fit_tiny
 
 
 def test_the_settings_reach_the_stage(place: Path, train: Callable[..., int]) -> None:
@@ -104,9 +104,9 @@ def test_skipping_has_an_end() -> None:
     """Weights that give no finite loss give none in the next step either."""
     loop = StepLoop(on_nonfinite="skip")
     loop.break_gradient(math.nan)
-    with pytest.raises(UserError, match=f"{MOST_IN_A_ROW}th step in a row"):
+    with pytest.raises(UserError, match=f"{MAX_IN_A_ROW}th step in a row"):
         loop.train(BATCH, 50)
-    assert loop.global_step == MOST_IN_A_ROW - 1
+    assert loop.global_step == MAX_IN_A_ROW - 1
 
 
 def test_no_good_file_is_said_so(tmp_path: Path) -> None:

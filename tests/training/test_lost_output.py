@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from nanochat_pl.cli.child import FOLLOW_PARENT
+from nanochat_pl.cli._subprocess import FOLLOW_PARENT
 from tests.training.conftest import start_run, tiny_overrides
 
 

@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.common.place import Place
+from nanochat_pl.common.launch_env import LaunchEnv
 from nanochat_pl.model.config import ModelSettings
-from nanochat_pl.training import compile_proof, machine
-from nanochat_pl.training.settings import TrainConfig, TrainerSettings
-from tests.processes import run
+from nanochat_pl.training import compile_proof
+from nanochat_pl.training import device as machine
+from nanochat_pl.training.config import TrainConfig, TrainerSettings
+from tests.helpers.processes import run
 
 
 @pytest.mark.parametrize(
@@ -24,7 +25,7 @@ def test_the_gpu_of_a_process(
     place: tuple[int, int, int, int], found: int, index: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(machine, "choose_device", lambda *_: torch.device("cuda"))
-    monkeypatch.setattr(machine, "launched_place", lambda: Place(*place))
+    monkeypatch.setattr(machine, "launch_env", lambda: LaunchEnv(*place))
     monkeypatch.setattr(machine, "require_kernels", lambda device: None)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: found)
     assert machine.own_device("auto") == torch.device("cuda", index)
@@ -32,7 +33,7 @@ def test_the_gpu_of_a_process(
 
 def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "choose_device", lambda *_: torch.device("cuda"))
-    monkeypatch.setattr(machine, "launched_place", lambda: Place(2, 4, 2, 4))
+    monkeypatch.setattr(machine, "launch_env", lambda: LaunchEnv(2, 4, 2, 4))
     monkeypatch.setattr(machine, "require_kernels", lambda device: None)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(UserError, match="4 processes on a machine where PyTorch sees 2 GPUs") as error:
@@ -45,7 +46,7 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
 
 def asked(numbers: list[str], visible: list[str]) -> str:
     """What is said where the processes see GPUs of these numbers."""
-    rank = machine.launched_place().rank
+    rank = machine.launch_env().rank
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=numbers[rank]))
         patched.setenv("CUDA_VISIBLE_DEVICES", visible[rank])

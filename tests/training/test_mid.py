@@ -17,14 +17,14 @@ from nanochat_pl.cli.pipeline import is_finished, steps_of
 from nanochat_pl.cli.train import compose_train, place_of
 from nanochat_pl.common.constants import IGNORE_INDEX
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.data.rows import Rows
+from nanochat_pl.data.packing.rows import Rows
 from nanochat_pl.tasks.context import TaskContext
 from nanochat_pl.tasks.mixture import Mixture, build_mixture
-from nanochat_pl.training.inherit import inherited
-from nanochat_pl.training.machine import prepare_machine
-from nanochat_pl.training.prepare import Prepared
-from nanochat_pl.training.prepare_sft import prepare_sft
-from nanochat_pl.training.settings import StageSettings
+from nanochat_pl.training.config import StageSettings
+from nanochat_pl.training.device import prepare_machine
+from nanochat_pl.training.stages.base import StageData
+from nanochat_pl.training.stages.inherit import inherited
+from nanochat_pl.training.stages.sft import prepare_sft
 from tests.training.conftest import same_weights, sft_overrides, start_run, weights_of
 
 STILL = ("max_steps=2", "schedule.initial_lr_fraction=0", "evaluation.every_steps=0")
@@ -34,7 +34,7 @@ def chat_overrides(place: Path, stage: str) -> list[str]:
     return [f"stage={stage}" if text == "stage=sft" else text for text in sft_overrides(place)]
 
 
-def prepared_of(place: Path, overrides: list[str]) -> tuple[Prepared, Mixture]:
+def prepared_of(place: Path, overrides: list[str]) -> tuple[StageData, Mixture]:
     """What a stage trains with, and the conversations."""
     composed = compose_train(overrides)
     folder = place_of(composed)

@@ -17,20 +17,20 @@ from lightning.pytorch import Callback
 
 from nanochat_pl.cli.main import main
 from nanochat_pl.cli.train import compose_train
-from nanochat_pl.data.mixed_rows import MixedRows, Turns
-from nanochat_pl.data.opening import open_source
-from nanochat_pl.data.rows import Rows, packed_rows, streamed_rows
-from nanochat_pl.data.sources import DataSettings, Source, WeightedSource
-from nanochat_pl.data.token_cache import build_token_cache
+from nanochat_pl.data.cache.tokens import build_token_cache
+from nanochat_pl.data.packing.mixture import MixedRows, MixtureSchedule
+from nanochat_pl.data.packing.rows import Rows, packed_rows, streamed_rows
+from nanochat_pl.data.sources.base import DataSettings, Source, WeightedSource
+from nanochat_pl.data.sources.open import open_source
 from nanochat_pl.model.gpt import GPT
 from nanochat_pl.report import write_report
 from nanochat_pl.tokenizer import Tokenizer
 from nanochat_pl.tokenizer.comparison import KINDS
 from nanochat_pl.training.step import StepBatch
-from tests.engine.small import byte_tokenizer
-from tests.museum.test_fit import metrics_of as metrics_in
-from tests.museum.test_fit import stop_after
-from tests.museum.tiny import ROWS_PER_STEP, SEQUENCE_LEN, fit_tiny, tiny_model
+from tests.helpers.small_engine import byte_tokenizer
+from tests.helpers.training import ROWS_PER_STEP, SEQUENCE_LEN, fit_tiny, tiny_model
+from tests.regressions.test_fit import metrics_of as metrics_in
+from tests.regressions.test_fit import stop_after
 from tests.training.conftest import same_weights, tiny_overrides, weights_of
 from tests.training.test_feeding import STEPS, T, hashes
 from tests.training.test_resume import interrupt
@@ -228,7 +228,7 @@ def test_the_loss_of_a_source_is_that_of_its_rows_since_the_last_line(
     tmp_path: Path, others: Path, log_every_steps: int
 ) -> None:
     """Of a source that has no row there, there is no figure. Those of the steps between two lines had been dropped."""
-    turns, num_rows, parts = Turns([5, 3, 1]), 4 * ROWS_PER_STEP, {}
+    turns, num_rows, parts = MixtureSchedule([5, 3, 1]), 4 * ROWS_PER_STEP, {}
     for number, name in enumerate(("one", "two", "three")):
         settings = DataSettings(name="local", path=str(others / f"{('one', 'two')[number % 2]}.txt"), seed=number)
         cache = build_token_cache(open_source(settings, tmp_path), "train", byte_tokenizer(), tmp_path)

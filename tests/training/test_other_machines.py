@@ -11,17 +11,17 @@ from unittest import mock
 import pytest
 import torch
 
-from nanochat_pl.cli import train as verb
-from nanochat_pl.cli.locate import cache_folder
+from nanochat_pl.cli import train as command
 from nanochat_pl.cli.train import compose_train, place_of
-from nanochat_pl.common import distributed
 from nanochat_pl.common.errors import SharedError
-from nanochat_pl.common.run_folder import StageFolder
-from nanochat_pl.training import inherit
+from nanochat_pl.common.paths import cache_folder
+from nanochat_pl.common.run_dir import StageFolder
+from nanochat_pl.distributed import collectives
 from nanochat_pl.training import run as training_run
-from nanochat_pl.training.fit import _profiler
-from nanochat_pl.training.machine import Machine
-from tests.processes import run
+from nanochat_pl.training.device import Machine
+from nanochat_pl.training.stages import inherit
+from nanochat_pl.training.trainer import _profiler
+from tests.helpers.processes import run
 from tests.training.conftest import start_run, tiny_overrides
 
 
@@ -36,10 +36,10 @@ def said(work: Callable[[], Any]) -> str:
 
 def see_it_unfinished(arguments: list[str]) -> int:
     """As this process would see the disk a while ago, or another disk."""
-    if distributed.is_main():
-        return verb.run(arguments)
+    if collectives.is_rank_zero():
+        return command.run(arguments)
     with mock.patch.object(StageFolder, "status", "unfinished"):
-        return verb.run(arguments)
+        return command.run(arguments)
 
 
 def test_whether_a_stage_is_finished_is_for_the_main_process_to_say(place: Path) -> None:
@@ -48,9 +48,9 @@ def test_whether_a_stage_is_finished_is_for_the_main_process_to_say(place: Path)
 
 
 def see_no_parent(arguments: list[str]) -> str:
-    parent = inherit.parent_folder if distributed.is_main() else lambda config, folder: None
+    parent = inherit.parent_folder if collectives.is_rank_zero() else lambda config, folder: None
     with mock.patch.object(inherit, "parent_folder", parent):
-        return said(lambda: verb.run(arguments))
+        return said(lambda: command.run(arguments))
 
 
 def test_a_parent_that_one_process_does_not_see(place: Path) -> None:
@@ -62,9 +62,9 @@ def test_a_parent_that_one_process_does_not_see(place: Path) -> None:
 
 
 def run_an_older_torch(arguments: list[str]) -> str:
-    changed = {} if distributed.is_main() else {"torch": "1.0"}
-    with mock.patch.object(verb, "what_runs", lambda: {"torch": "9.9", "source of nanochat_pl": "abc", **changed}):
-        return said(lambda: verb.run(arguments))
+    changed = {} if collectives.is_rank_zero() else {"torch": "1.0"}
+    with mock.patch.object(command, "what_runs", lambda: {"torch": "9.9", "source of nanochat_pl": "abc", **changed}):
+        return said(lambda: command.run(arguments))
 
 
 def test_other_versions_of_what_runs(place: Path) -> None:
@@ -79,7 +79,7 @@ def go_no_further(*arguments: Any) -> None:
 
 def train_on(arguments: list[str], of_main: dict[str, Any], of_others: dict[str, Any]) -> str:
     composed = compose_train(arguments)
-    own = of_main if distributed.is_main() else of_others
+    own = of_main if collectives.is_rank_zero() else of_others
     machine = Machine(torch.device("cpu"), "CPU", **{"compute_dtype": "float32", "compile": False, **own})
     with contextlib.ExitStack() as patched:
         patched.enter_context(mock.patch.object(training_run, "prepare_machine", lambda config: machine))
@@ -102,8 +102,8 @@ def test_profiles_of_several_nodes_have_different_names(tmp_path: Path, monkeypa
     fitting = mock.Mock(folder=tmp_path, trainer=mock.Mock(profiler="simple"))
 
     def name(rank: int, processes: int) -> str:
-        monkeypatch.setattr(distributed, "rank", lambda: rank)
-        monkeypatch.setattr(distributed, "world_size", lambda: processes)
+        monkeypatch.setattr(collectives, "rank", lambda: rank)
+        monkeypatch.setattr(collectives, "world_size", lambda: processes)
         profiler = _profiler(fitting)
         assert profiler is not None
         profiler.setup("fit", local_rank=0)

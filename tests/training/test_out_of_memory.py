@@ -15,11 +15,11 @@ from torch.distributed import DistBackendError
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.out_of_memory import is_out_of_memory
 from nanochat_pl.model.gpt import GPT
-from nanochat_pl.training.checkpoint_io import AtomicCheckpointIO
-from nanochat_pl.training.out_of_memory import InPieces, runs_out_of_memory
-from nanochat_pl.training.resume import resume_files
-from tests.museum.tiny import fit_tiny
-from tests.training.steps import BATCH, CPU_MEMORY, MEMORY, StepLoop, fails
+from nanochat_pl.training.checkpoint.io import AtomicCheckpointIO
+from nanochat_pl.training.checkpoint.resume import resume_files
+from nanochat_pl.training.out_of_memory import ChunkOnOOM, runs_out_of_memory
+from tests.helpers.steps import BATCH, CPU_MEMORY, MEMORY, StepLoop, fails
+from tests.helpers.training import fit_tiny
 
 
 def raised(error: Exception, cause: Exception) -> Exception:
@@ -108,11 +108,11 @@ def test_the_whole_step_is_done_again_with_half_the_rows(
     setattr(loop, where, fails(MEMORY, call))
     assert loop.train(BATCH, 2) == pytest.approx(clean.train(BATCH, 2), abs=1e-5)
     # In full up to its end, with the process in which memory ran out waiting for the others; then again.
-    assert loop.device_batch_size == loop.most_rows == 2 and loop.parts == [0, 1, 0, 1, 2, 0, 1, 2]
+    assert loop.device_batch_size == loop.max_rows == 2 and loop.parts == [0, 1, 0, 1, 2, 0, 1, 2]
     for name, gradient in loop.gradients.items():
         torch.testing.assert_close(gradient, clean.gradients[name], rtol=1e-4, atol=1e-6)
     assert "step 1: out of memory with device_batch_size=4" in capsys.readouterr().out
-    assert len(loop.nats_of_rows(5)) == 5 and loop.nats_of_rows(9).shape == (6,)
+    assert len(loop.row_losses(5)) == 5 and loop.row_losses(9).shape == (6,)
 
 
 def test_it_is_halved_until_it_fits_or_there_is_one_row() -> None:
@@ -158,7 +158,7 @@ def test_a_run_survives_it_and_its_resume_files_know(
     newest, before = resume_files(tmp_path / "checkpoints")
     saved = [AtomicCheckpointIO().load_checkpoint(path)["nanochat_pl"] for path in (newest, before)]
     assert [each["choices"]["device_batch_size"] for each in saved] == [1, 2]
-    assert [each["most_rows"] for each in saved] == [1, None]
+    assert [each["max_rows"] for each in saved] == [1, None]
     assert fit_tiny(tmp_path, 4, recipe=recipe).device_batch_size == 1
     said = capsys.readouterr().out
     assert "device_batch_size=1: with more, memory ran out before" in said and "device_batch_size was" not in said
@@ -214,7 +214,7 @@ def test_validation_goes_on_in_pieces(
 
 def test_pieces_are_put_together_in_order_and_end_at_one_row() -> None:
     rows, seen = torch.arange(14).view(7, 2), []
-    in_pieces = InPieces("counting")
+    in_pieces = ChunkOnOOM("counting")
 
     def work(ids: torch.Tensor, more: torch.Tensor) -> torch.Tensor:
         seen.append(len(ids))

@@ -10,19 +10,19 @@ from pathlib import Path
 
 import pytest
 
-from nanochat_pl.cli.locate import cache_folder
 from nanochat_pl.cli.main import main
 from nanochat_pl.cli.train import compose_train, place_of, require_same_settings_everywhere
-from nanochat_pl.common import distributed, together
 from nanochat_pl.common.errors import SharedError
+from nanochat_pl.common.paths import cache_folder
+from nanochat_pl.distributed import collectives, coordination
 from nanochat_pl.model.gpt import GPT
 from nanochat_pl.model.init import init_weights
-from nanochat_pl.training.machine import prepare_machine
-from nanochat_pl.training.prepare import prepare_base
-from nanochat_pl.training.resume import resume_files
-from tests.processes import run
+from nanochat_pl.training.checkpoint.resume import resume_files
+from nanochat_pl.training.device import prepare_machine
+from nanochat_pl.training.stages.base import prepare_base
+from tests.helpers.launch import launch
+from tests.helpers.processes import run
 from tests.training.conftest import same_weights, sft_overrides, tiny_overrides, weights_of
-from tests.training.launch import launch
 from tests.training.test_mixture import mixture, write_others
 
 # Two rows a step, one in memory at once: a sum over processes has the two terms of the sum over micro-batches.
@@ -137,7 +137,7 @@ def test_a_wrong_setting_is_said_once(place: Path) -> None:
 
 
 def differing_commands(place: str, depths: list[int]) -> str:
-    composed = compose_train(command(Path(place), "any", f"model.depth={depths[distributed.rank()]}")[1:])
+    composed = compose_train(command(Path(place), "any", f"model.depth={depths[collectives.rank()]}")[1:])
     try:
         require_same_settings_everywhere(composed)
     except SharedError as error:
@@ -156,7 +156,7 @@ def validated(place: str, num_rows: int) -> dict[str, float]:
     composed = compose_train(command(Path(place), "whole", f"evaluation.num_rows={num_rows}")[1:])
     config, cache = composed.config, cache_folder(composed.config.paths)
     machine = prepare_machine(config)
-    prepared = together.main_first(lambda: prepare_base(config, place_of(composed), cache, machine))
+    prepared = coordination.rank_zero_first(lambda: prepare_base(config, place_of(composed), cache, machine))
     net = init_weights(GPT(prepared.model).materialise(), seed=1)
     pauses = 0
 
@@ -216,9 +216,9 @@ def test_two_nodes_train_and_go_on(place: Path, on_one: Callable[..., Path]) -> 
     expected = figures(whole / "base", "train/loss")
     assert figures(nodes / "base", "train/loss") == expected  # the third process has no rows: x + 0 is x
     assert same_weights(weights_of(whole, "base"), weights_of(nodes, "base"))
-    goes_on = rewound(place, nodes.name, "nodes-go-on", step=4)
-    trained([2, 1], command(place, goes_on.name, *settings))
-    assert figures(goes_on / "base", "train/loss") == expected
+    resuming = rewound(place, nodes.name, "nodes-go-on", step=4)
+    trained([2, 1], command(place, resuming.name, *settings))
+    assert figures(resuming / "base", "train/loss") == expected
 
 
 @pytest.mark.slow
@@ -242,12 +242,12 @@ def test_figures_of_the_sources_of_a_mixture_are_those_of_all_processes(place: P
     one, two = place / "runs" / "one-mixture", place / "runs" / "two-mixture"
     shutil.copytree(one / "tokenizer", two / "tokenizer")
     trained(2, ["train", "run=two-mixture", *settings])
-    goes_on = rewound(place, "two-mixture", "two-mixture-goes-on", step=4)
+    resuming = rewound(place, "two-mixture", "two-mixture-goes-on", step=4)
     trained(2, ["train", "run=two-mixture-goes-on", *settings])
     names = ("train/loss", "train/loss_cats", "train/loss_numbers", "train/tokens_cats", "val/bpb", "val/bpb_numbers")
     expected = table(one / "base", "step", *names)
     assert [row[0] for row in expected] == [0, 3, 6, 9, 12] and None not in [row[2] for row in expected[1:]]
-    for folder in (two, goes_on):
+    for folder in (two, resuming):
         for found, row in zip(table(folder / "base", "step", *names), expected, strict=True):
             assert found == pytest.approx(row, abs=1e-6)
 

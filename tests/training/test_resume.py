@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from nanochat_pl.training.resume import newest_resume_file, resume_files
+from nanochat_pl.training.checkpoint.resume import newest_resume_file, resume_files
 from tests.training.conftest import (
     copy_unfinished,
     metrics_of,

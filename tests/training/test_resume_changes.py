@@ -11,19 +11,19 @@ from typing import Any
 import pytest
 
 from nanochat_pl.bundle.bundle import load_stage_info
-from nanochat_pl.cli import records
+from nanochat_pl.cli import run_record
 from nanochat_pl.common.files import read_json, write_json
 from nanochat_pl.optim.schedules import ScheduleSettings, schedule_values
-from nanochat_pl.training.changes import note_changes, read_changes
+from nanochat_pl.training.checkpoint.history import note_changes, read_changes
 from tests.training.conftest import copy_unfinished, metrics_of, same_weights, start_run, weights_of
 
-CODE_CHANGES = records._code_changes
+CODE_CHANGES = run_record._code_changes
 
 
 @pytest.fixture(autouse=True)
 def same_code(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if nobody had edited the package since the run began."""
-    monkeypatch.setattr(records, "_code_changes", lambda then, now: [])
+    monkeypatch.setattr(run_record, "_code_changes", lambda then, now: [])
 
 
 def test_changes_without_a_say_are_told_and_recorded(
@@ -53,7 +53,7 @@ def test_a_run_that_goes_on_as_it_was_says_nothing(
 def test_other_code_is_told(
     place: Path, train: Callable[..., int], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(records, "_code_changes", CODE_CHANGES)
+    monkeypatch.setattr(run_record, "_code_changes", CODE_CHANGES)
     folder = copy_unfinished(place, "other-code")
     path = folder / "base" / "about.json"
     about = read_json(path)

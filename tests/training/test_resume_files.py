@@ -19,23 +19,17 @@ import numpy as np
 import pytest
 import torch
 
-from nanochat_pl.common import distributed
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.files import free_bytes
-from nanochat_pl.common.run_folder import StageFolder
-from nanochat_pl.training import checkpoint_io, metrics
-from nanochat_pl.training.checkpoint_io import BackgroundCheckpointIO
-from nanochat_pl.training.metrics import MetricsCSV, StepClock
-from nanochat_pl.training.resume import (
-    BEST,
-    ResumeFiles,
-    damage,
-    newest_resume_file,
-    resume_files,
-    step_of,
-)
-from tests.processes import run
-from tests.small_disk import small_disk
+from nanochat_pl.common.run_dir import StageFolder
+from nanochat_pl.distributed import collectives
+from nanochat_pl.training.callbacks import metrics
+from nanochat_pl.training.callbacks.metrics import MetricsCSV, StepClock
+from nanochat_pl.training.checkpoint import io as checkpoint_io
+from nanochat_pl.training.checkpoint.io import BackgroundCheckpointIO
+from nanochat_pl.training.checkpoint.resume import BEST, ResumeFiles, damage, newest_resume_file, resume_files, step_of
+from tests.helpers.processes import run
+from tests.helpers.small_disk import small_disk
 from tests.training.conftest import copy_unfinished, metrics_of, same_weights, start_run, weights_of
 
 
@@ -241,7 +235,7 @@ def test_a_file_that_has_no_room_is_not_begun(
     folder = copy_unfinished(place, "no-room")
     newest, older = resume_files(folder / "base" / "checkpoints")
     newest.unlink()
-    monkeypatch.setattr("nanochat_pl.training.checkpoint_io.free_bytes", lambda path: 2**20)
+    monkeypatch.setattr("nanochat_pl.training.checkpoint.io.free_bytes", lambda path: 2**20)
     assert train("run=no-room") == 2
     error = capsys.readouterr().err
     assert "step=000040.ckpt: takes 1." in error and "1.0 MiB free" in error and "paths.runs" in error
@@ -365,9 +359,9 @@ class _TwoProcessTrainer(_Trainer):
         self.checkpoint_io = io
 
     def save_checkpoint(self, path: Path, weights_only: bool, storage_options: str) -> None:
-        if distributed.is_main():
+        if collectives.is_rank_zero():
             self.checkpoint_io.save_checkpoint({"weights": torch.ones(10)}, path, storage_options)
-        distributed.barrier()
+        collectives.barrier()
 
 
 def _save_without_room(folder: str) -> list[str]:
@@ -387,7 +381,7 @@ def _save_without_room(folder: str) -> list[str]:
 def _look_into_another_folder(folder: str) -> str:
     """Only the main process sees the file: the others look elsewhere, as on another node."""
     try:
-        newest_resume_file(Path(folder) / ("main" if distributed.is_main() else "other"))
+        newest_resume_file(Path(folder) / ("main" if collectives.is_rank_zero() else "other"))
     except UserError as error:
         return str(error)
     return ""

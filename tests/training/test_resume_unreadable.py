@@ -15,16 +15,11 @@ import pytest
 import torch
 
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.training import checkpoint_io, resume
-from nanochat_pl.training.checkpoint_io import AtomicCheckpointIO
-from nanochat_pl.training.metrics import StepClock
-from nanochat_pl.training.resume import (
-    ResumeFiles,
-    damage,
-    newest_resume_file,
-    resume_files,
-    step_of,
-)
+from nanochat_pl.training.callbacks.metrics import StepClock
+from nanochat_pl.training.checkpoint import io as checkpoint_io
+from nanochat_pl.training.checkpoint import resume
+from nanochat_pl.training.checkpoint.io import AtomicCheckpointIO
+from nanochat_pl.training.checkpoint.resume import ResumeFiles, damage, newest_resume_file, resume_files, step_of
 from tests.training.conftest import copy_unfinished, metrics_of, same_weights, weights_of
 
 Train = Callable[..., int]

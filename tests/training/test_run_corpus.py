@@ -17,13 +17,13 @@ from nanochat_pl.cli.evaluate_settings import EvaluateConfig
 from nanochat_pl.cli.evaluate_suites import Unread, open_jobs
 from nanochat_pl.cli.main import main
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.common.settings import to_plain
-from nanochat_pl.data import python_docs
-from nanochat_pl.data.docstrings import Package
-from nanochat_pl.data.python_docs import open_python_docs
-from nanochat_pl.data.run_corpus import ChosenCorpus, RunCorpus, corpus_of_bundle
-from nanochat_pl.data.sources import DataSettings
-from nanochat_pl.training.settings import PathsSettings
+from nanochat_pl.common.paths import PathsSettings
+from nanochat_pl.common.schema import to_plain
+from nanochat_pl.data.sources import python_docs
+from nanochat_pl.data.sources.base import DataSettings
+from nanochat_pl.data.sources.docstrings import Package
+from nanochat_pl.data.sources.python_docs import open_python_docs
+from nanochat_pl.data.sources.run_corpus import ChosenCorpus, RunCorpus, corpus_of_bundle
 from tests.training.conftest import SENTENCE, same_weights, tiny_overrides, weights_of
 
 

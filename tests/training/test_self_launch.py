@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.launch import launch
 from tests.training.conftest import same_weights, start_run, tiny_overrides, weights_of
-from tests.training.launch import launch
 
 STEPS = ("max_steps=6", "evaluation.every_steps=3", "schedule.warmup_steps=2")
 COMMAND = (sys.executable, "-m", "nanochat_pl.cli.main")

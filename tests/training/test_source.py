@@ -11,19 +11,21 @@ import torch
 
 from nanochat_pl.cli.main import main
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.common.run_folder import stage_folder
-from nanochat_pl.data import auto, cache_room, sources
-from nanochat_pl.data.at_hand import text_facts, tokens_at_hand
-from nanochat_pl.data.auto import read_choice
-from nanochat_pl.data.cache_room import bytes_to_make, require_cache_room
-from nanochat_pl.data.hub_files import HubFiles
-from nanochat_pl.data.opening import open_source
-from nanochat_pl.data.sources import DataSettings
-from nanochat_pl.data.token_cache import build_token_cache
+from nanochat_pl.common.run_dir import stage_folder
+from nanochat_pl.data.cache import disk_space
+from nanochat_pl.data.cache.disk_space import bytes_to_make, require_cache_room
+from nanochat_pl.data.cache.tokens import build_token_cache
+from nanochat_pl.data.sources import auto
+from nanochat_pl.data.sources import base as sources
+from nanochat_pl.data.sources.auto import read_choice
+from nanochat_pl.data.sources.base import DataSettings
+from nanochat_pl.data.sources.hub import HubFiles
+from nanochat_pl.data.sources.open import open_source
+from nanochat_pl.data.sources.token_counts import text_facts, tokens_at_hand
 from nanochat_pl.model.config import ModelSettings
-from nanochat_pl.training.settings import StageSettings, TrainConfig
-from nanochat_pl.training.source import chosen_data, tokens_planned, with_chosen_data
-from tests.data.fakes import ByteTokenizer
+from nanochat_pl.training.config import StageSettings, TrainConfig
+from nanochat_pl.training.stages.source import chosen_data, tokens_planned, with_chosen_data
+from tests.helpers.fake_data import ByteTokenizer
 from tests.training.conftest import tiny_overrides, weights_of, write_texts
 
 
@@ -39,7 +41,7 @@ def no_docstrings(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_depth_20_takes_155_files_of_climbmix_wherever_they_are_counted(no_docstrings: None, tmp_path: Path) -> None:
     large = config(model=ModelSettings(depth=20))
-    data = with_chosen_data(large, stage_folder(tmp_path, "a", "base"), tmp_path, goes_on=False).data
+    data = with_chosen_data(large, stage_folder(tmp_path, "a", "base"), tmp_path, resuming=False).data
     assert (data.name, data.download, data.long_documents) == ("climbmix", True, "crop")
     needed = tokens_planned(large)(None)
     for download, other in ((False, "data.download=true fetches it"), (True, "data.download=false")):
@@ -59,17 +61,17 @@ def test_a_run_keeps_its_choice_and_its_stages_have_the_same(
     base = stage_folder(tmp_path / "runs", "a", "base")
     base.create()
     large = config(model=ModelSettings(depth=20))
-    assert with_chosen_data(large, base, tmp_path, goes_on=False).data.name == "climbmix"
+    assert with_chosen_data(large, base, tmp_path, resuming=False).data.name == "climbmix"
     assert read_choice(base.chosen_source) == "web" and "data=auto: climbmix, as the plan's" in capsys.readouterr().out
     smaller = config(max_steps=1)  # with changes that resume_with_changes allows
-    assert with_chosen_data(smaller, base, tmp_path, goes_on=True).data.name == "climbmix"
+    assert with_chosen_data(smaller, base, tmp_path, resuming=True).data.name == "climbmix"
     seen = chosen_data(smaller, base, tmp_path)
     assert (seen.name, seen.download) == ("climbmix", False), "who looks fetches nothing"
     sft = stage_folder(tmp_path / "runs", "a", "sft")
-    tuned = with_chosen_data(config(stage=StageSettings(name="sft")), sft, tmp_path, goes_on=False)
+    tuned = with_chosen_data(config(stage=StageSettings(name="sft")), sft, tmp_path, resuming=False)
     assert tuned.data.name == "climbmix"
     given = config(data=DataSettings(name="local", path="x"))
-    assert with_chosen_data(given, base, tmp_path, goes_on=False) is given
+    assert with_chosen_data(given, base, tmp_path, resuming=False) is given
 
 
 @pytest.mark.slow
@@ -80,7 +82,7 @@ def test_very_much_text_is_trained_on_as_it_comes(
     write_texts(tmp_path / "texts")
     train = ["train", "stage=base", *tiny_overrides(tmp_path), "max_steps=12"]
     with monkeypatch.context() as patch:
-        patch.setattr(sources, "MOST_TEXT_AT_ONCE", 1_000)
+        patch.setattr(sources, "MAX_TEXT_AT_ONCE", 1_000)
         assert main([*train, "run=a"]) == 0
     assert re.search(r"local: more than \S+ GB of text, so its order is .*shuffle=shards", capsys.readouterr().out)
     assert main([*train, "run=b", "data.shuffle=shards"]) == 0
@@ -108,12 +110,12 @@ def test_the_disk_has_room_for_the_tokens_that_are_not_there_yet(
     assert whole == pytest.approx(size / 4.8 * 2, rel=0.05)
     assert needed(shuffle="shards") == pytest.approx(whole / 10, rel=0.05), "the first file is enough"
     assert needed(0.25 * size / 4.8, shuffle="shards") == pytest.approx(0.3 * whole, rel=0.05)
-    monkeypatch.setattr(sources, "MOST_TEXT_AT_ONCE", size / 2)
+    monkeypatch.setattr(sources, "MAX_TEXT_AT_ONCE", size / 2)
     assert needed() == needed(shuffle="shards"), "of very much text the order is that"
     build_token_cache(source, "train", tokenizer, cache)  # type: ignore[arg-type]
     assert needed(10**9) == 0
     require_cache_room(cache, 1)
-    monkeypatch.setattr(cache_room, "free_bytes", lambda path: 2**29)
+    monkeypatch.setattr(disk_space, "free_bytes", lambda path: 2**29)
     with pytest.raises(UserError, match=r"take about 1,024\.0 MiB more, the disk has 512\.0 MiB(.|\n)*paths\.cache=…"):
         require_cache_room(cache, 2**30)
 
@@ -124,10 +126,10 @@ def test_a_stage_after_base_takes_what_auto_came_to_there(tmp_path: Path) -> Non
     from nanochat_pl.bundle import StageInfo
     from nanochat_pl.bundle.bundle import save_stage_info
     from nanochat_pl.cli.train import compose_train
-    from nanochat_pl.common.run_folder import StageFolder
-    from nanochat_pl.common.settings import to_plain
-    from nanochat_pl.data.auto import with_choice, write_choice
-    from nanochat_pl.training.inherit import inherited
+    from nanochat_pl.common.run_dir import StageFolder
+    from nanochat_pl.common.schema import to_plain
+    from nanochat_pl.data.sources.auto import with_choice, write_choice
+    from nanochat_pl.training.stages.inherit import inherited
 
     config = compose_train(["stage=sft", "stage.parent=base", "data=auto", "data.download=false"]).config
     folder = StageFolder(tmp_path, "one", "sft", "one")

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from nanochat_pl.common import distributed
-from nanochat_pl.training import spikes
+from nanochat_pl.distributed import collectives
+from nanochat_pl.training.callbacks import loss_spikes
+from nanochat_pl.training.callbacks.loss_spikes import WINDOW, LossSpikes, middle_and_deviation, worst_rows
 from nanochat_pl.training.datamodule import StepRows
-from nanochat_pl.training.spikes import WINDOW, LossSpikes, middle_and_deviation, worst_rows
 from nanochat_pl.training.step import StepBatch
-from tests.museum.test_fit import stop_after
-from tests.museum.tiny import ROWS_PER_STEP, fit_tiny
+from tests.helpers.training import ROWS_PER_STEP, fit_tiny
+from tests.regressions.test_fit import stop_after
 
 
 class At:
@@ -25,7 +25,7 @@ class At:
     def __init__(self, step: int) -> None:
         self.global_step = step
 
-    def doctor_of(self, step: int) -> str:
+    def inspect_command(self, step: int) -> str:
         return f"doctor step={step}"
 
 
@@ -41,7 +41,7 @@ def batch_of(targets: list[list[int]], first_row: int = 0) -> StepBatch:
 
 def feed(callback: LossSpikes, losses: list[float], first_step: int = 1, skipped: bool = False) -> None:
     for step, loss in enumerate(losses, first_step):
-        outputs = {"loss": torch.tensor(loss), "nats_of_rows": torch.tensor([loss * 2]), "skipped": skipped}
+        outputs = {"loss": torch.tensor(loss), "row_losses": torch.tensor([loss * 2]), "skipped": skipped}
         callback.on_train_batch_end(
             At(step),
             At(step),
@@ -109,14 +109,14 @@ def test_the_worst_rows_are_those_that_add_most_to_the_excess() -> None:
 
 def test_rows_of_all_processes_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     other = {"rows": [7, 9], "worst": [{"row": 8, "loss": 9.0, "excess_nats": 3.0}]}
-    monkeypatch.setattr(distributed, "from_all", lambda text: [text, json.dumps(other)])
+    monkeypatch.setattr(collectives, "all_gather_str", lambda text: [text, json.dumps(other)])
     callback = LossSpikes(tmp_path, sigmas=6)
     feed(callback, noise(200))
     feed(callback, [4.0], first_step=6)
     (line,) = lines_of(tmp_path)
     assert (line["first_row"], line["last_row"]) == (5, 8)
     assert [row["row"] for row in line["worst_rows"]] == [8, 5]
-    monkeypatch.setattr(distributed, "is_main", lambda: False)
+    monkeypatch.setattr(collectives, "is_rank_zero", lambda: False)
     feed(callback, [4.0])
     assert len(lines_of(tmp_path)) == 1
 
@@ -124,7 +124,7 @@ def test_rows_of_all_processes_are_named(tmp_path: Path, monkeypatch: pytest.Mon
 def test_a_fit_writes_each_spike_once_over_a_kill(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(spikes, "WINDOW", 8)
+    monkeypatch.setattr(loss_spikes, "WINDOW", 8)
     read = StepRows.__getitem__
 
     def spoiled(self: StepRows, step: int) -> StepBatch:

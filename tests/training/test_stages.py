@@ -15,8 +15,8 @@ from tokenizers.trainers import BpeTrainer
 from nanochat_pl import load_bundle
 from nanochat_pl.cli.main import main
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.training import tokenizer_stage
-from nanochat_pl.training.evaluation import Samples
+from nanochat_pl.training.callbacks.evaluation import Samples
+from nanochat_pl.training.stages import tokenizer as tokenizer_stage
 from tests.training.conftest import same_weights, tiny_overrides, weights_of
 
 
@@ -201,7 +201,7 @@ def test_a_training_that_breaks_off_keeps_its_figures(
     def broken(*arguments: object) -> None:
         raise UserError("step 3: the loss is nan.")
 
-    monkeypatch.setattr("nanochat_pl.training.evaluation.Validation.measure", broken)
+    monkeypatch.setattr("nanochat_pl.training.callbacks.evaluation.Validation.measure", broken)
     settings = ("evaluation.every_steps=2", "evaluation.at_start=false", "trainer.checkpoint_every_steps=30")
     assert train("run=broken", *settings) == 2
     assert (place / "runs" / "broken" / "base" / "metrics.csv").read_text(encoding="utf-8").count("\n") > 1

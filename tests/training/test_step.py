@@ -10,10 +10,10 @@ import nanochat_pl.training.loss_scale as loss_scale_module
 from nanochat_pl.common.constants import IGNORE_INDEX
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.training.datamodule import StepRows
-from nanochat_pl.training.guards import MOST_IN_A_ROW
 from nanochat_pl.training.loss_scale import MOST, START, LossScale
+from nanochat_pl.training.nonfinite_guard import MAX_IN_A_ROW
 from nanochat_pl.training.step import StepBatch, micro_batches, num_micro_batches, training_step
-from tests.training.steps import BATCH, StepLoop
+from tests.helpers.steps import BATCH, StepLoop
 
 
 def test_a_smaller_device_batch_size_in_the_middle_changes_only_the_order_of_sums() -> None:
@@ -118,7 +118,7 @@ def test_a_scale_that_is_really_too_large_comes_down_until_it_fits() -> None:
     loop = StepLoop(dtype="float16")
     loop.guard.loss_scale.factor = 2.0**30
     losses = loop.train(BATCH, 25)
-    assert 0 < loop.guard.skipped_steps < MOST_IN_A_ROW and loop.guard.loss_scale.factor < 2.0**30
+    assert 0 < loop.guard.skipped_steps < MAX_IN_A_ROW and loop.guard.loss_scale.factor < 2.0**30
     assert losses[-1] < losses[0] and loop.is_finite()
 
 
@@ -127,19 +127,19 @@ def test_twenty_overflows_in_a_row_end_the_run() -> None:
     loop.break_gradient()
     with pytest.raises(UserError, match="20 steps in a row") as error:
         loop.train(BATCH, 40)
-    assert loop.global_step == MOST_IN_A_ROW - 1 and "model.compute_dtype=bfloat16" in error.value.fix
+    assert loop.global_step == MAX_IN_A_ROW - 1 and "model.compute_dtype=bfloat16" in error.value.fix
     assert loop.is_finite()
 
 
 def test_nineteen_overflows_in_a_row_do_not() -> None:
     loop = StepLoop(dtype="float16")
     loop.break_gradient()
-    loop.train(BATCH, MOST_IN_A_ROW - 1)
+    loop.train(BATCH, MAX_IN_A_ROW - 1)
     loop.backward = lambda: None
     loop.train(BATCH)
     loop.break_gradient()
-    loop.train(BATCH, MOST_IN_A_ROW - 1)
-    assert loop.guard.skipped_steps == 2 * (MOST_IN_A_ROW - 1)
+    loop.train(BATCH, MAX_IN_A_ROW - 1)
+    assert loop.guard.skipped_steps == 2 * (MAX_IN_A_ROW - 1)
 
 
 def test_the_scale_grows_after_good_steps_only(monkeypatch: pytest.MonkeyPatch) -> None:

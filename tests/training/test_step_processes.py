@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.training.step_processes import steps
+from tests.helpers.step_processes import steps
 
 Results = list[dict[str, Any]]
 
@@ -30,7 +30,7 @@ def results() -> Iterator[Results]:
     place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
     processes = [
         subprocess.Popen(
-            [sys.executable, "-m", "tests.training.step_processes"],
+            [sys.executable, "-m", "tests.helpers.step_processes"],
             env={**os.environ, **place, "RANK": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

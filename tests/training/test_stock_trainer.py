@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from tests.processes import run
+from tests.helpers.processes import run
 from tests.training.stock_trainer import fit_stock, fit_stock_plain
 
 

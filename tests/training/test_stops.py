@@ -19,16 +19,16 @@ import pytest
 
 from nanochat_pl.cli.main import main
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.common.settings import build
-from nanochat_pl.training import stopping
-from nanochat_pl.training.resume import newest_resume_file
-from nanochat_pl.training.settings import TrainerSettings
-from nanochat_pl.training.stages import TrainingStage
-from tests.processes import run
+from nanochat_pl.common.schema import build
+from nanochat_pl.training.callbacks import graceful_stop
+from nanochat_pl.training.checkpoint.resume import newest_resume_file
+from nanochat_pl.training.config import TrainerSettings
+from nanochat_pl.training.module import LMModule
+from tests.helpers.faults import MODULE
+from tests.helpers.launch import Launched, launch, launched
+from tests.helpers.processes import run
+from tests.helpers.stop_jobs import check_once, wait_for_rows
 from tests.training.conftest import same_weights, tiny_overrides, weights_of
-from tests.training.faults import MODULE
-from tests.training.launch import Launched, launch, launched
-from tests.training.stop_jobs import check_once, wait_for_rows
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SLOW = {"NANOCHAT_PL_TEST_SECONDS": "0.2"}
@@ -82,7 +82,7 @@ def stopped(
     Args:
         to: who gets it: the agent of torchrun, one worker, all workers.
         after: so many steps have their line of figures; that of the last one is written with the next.
-        waits: what takes long, for tests.training.faults.
+        waits: what takes long, for tests.helpers.faults.
     """
     env = {"NANOCHAT_PL_TEST_CODES": str(tmp_path), **waits}
     with launched(2, arguments(place, run, *overrides), env, cwd=REPOSITORY, module=MODULE) as launch:
@@ -231,15 +231,15 @@ def test_max_time(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     """It stops as on a signal, with the exit code of SIGALRM; the time is that of each start."""
-    clock, whole = SimpleNamespace(seconds=0.0), TrainingStage.training_step
+    clock, whole = SimpleNamespace(seconds=0.0), LMModule.training_step
 
     def step_of_a_second(*given: Any) -> Any:
         clock.seconds += 1
         return whole(*given)
 
     with monkeypatch.context() as patch:
-        patch.setattr(TrainingStage, "training_step", step_of_a_second)
-        patch.setattr(stopping, "time", SimpleNamespace(monotonic=lambda: clock.seconds))
+        patch.setattr(LMModule, "training_step", step_of_a_second)
+        patch.setattr(graceful_stop, "time", SimpleNamespace(monotonic=lambda: clock.seconds))
         assert train(*arguments(place, "timed", "trainer.max_time=00:00:00:09")[1:]) == 142
     assert "trainer.max_time is over. Stopping" in capfd.readouterr().err
     newest = newest_resume_file(place / "runs" / "timed" / "base" / "checkpoints")

@@ -15,9 +15,9 @@ from lightning.pytorch import Trainer
 from nanochat_pl.cli.main import main
 from nanochat_pl.cli.train import compose_train
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.training.settings import TrainerSettings
-from nanochat_pl.training.stages import TrainingStage
-from nanochat_pl.training.trainer_arguments import ARGUMENTS, Ours, Refused, Use, explain_argument
+from nanochat_pl.training.config import TrainerSettings
+from nanochat_pl.training.lightning_args import ARGUMENTS, Ours, Refused, Use, explain_argument
+from nanochat_pl.training.module import LMModule
 from tests.training.conftest import tiny_overrides, write_texts
 
 SIGNATURE = inspect.signature(Trainer.__init__).parameters
@@ -165,13 +165,13 @@ def test_a_profile_of_a_run(tmp_path: Path, profiler: str) -> None:
 def test_anomalies_are_looked_for_in_the_training_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_texts(tmp_path / "texts")
     modes = []
-    step = TrainingStage.training_step
+    step = LMModule.training_step
 
-    def noted(self: TrainingStage, batch: object, batch_idx: int) -> object:
+    def noted(self: LMModule, batch: object, batch_idx: int) -> object:
         modes.append(torch.is_anomaly_enabled())
         return step(self, batch, batch_idx)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(TrainingStage, "training_step", noted)
+    monkeypatch.setattr(LMModule, "training_step", noted)
     settings = [*tiny_overrides(tmp_path), "max_steps=1", "tokenizer.vocab_size=265"]
     assert main(["train", *settings, "run=with", "trainer.detect_anomaly=true"]) == 0
     assert modes == [True] and not torch.is_anomaly_enabled()

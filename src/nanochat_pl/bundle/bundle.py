@@ -22,13 +22,13 @@ import torch
 
 from nanochat_pl.bundle.stage_info import StageInfo
 from nanochat_pl.bundle.tensors import problems_of_header, read_header, read_tensors, save_tensors
+from nanochat_pl.common.device import choose_compute_dtype, memory_bytes
 from nanochat_pl.common.errors import NotFiniteError, UserError
-from nanochat_pl.common.files import disk_errors_explained, read_json, sha256_of_file, write_json, write_text
-from nanochat_pl.common.hardware import choose_compute_dtype, memory_bytes
-from nanochat_pl.common.settings import build, to_plain
+from nanochat_pl.common.files import explain_disk_errors, read_json, sha256_of_file, write_json, write_text
+from nanochat_pl.common.schema import build, to_plain
 from nanochat_pl.common.text_files import kind_of_file
-from nanochat_pl.model.accounting import require_size
 from nanochat_pl.model.config import GPTConfig
+from nanochat_pl.model.counts import require_size
 from nanochat_pl.model.gpt import GPT, TORCH_DTYPES
 from nanochat_pl.tokenizer import Tokenizer
 
@@ -83,7 +83,7 @@ def save_bundle(
         UserError: the disk is full or the folder cannot be written.
     """
     growing = folder.with_name(folder.name + ".tmp")
-    with disk_errors_explained(folder):
+    with explain_disk_errors(folder):
         shutil.rmtree(growing, ignore_errors=True)
         growing.mkdir(parents=True)
     try:
@@ -97,7 +97,7 @@ def save_bundle(
         for name, text in (texts or {}).items():
             write_text(growing / name, text)
         save_stage_info(growing, stage)
-        with disk_errors_explained(folder):
+        with explain_disk_errors(folder):
             shutil.rmtree(folder, ignore_errors=True)
             growing.replace(folder)
     finally:

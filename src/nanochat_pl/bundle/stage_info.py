@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import Any, Literal
 
-from nanochat_pl.common.settings import setting
+from nanochat_pl.common.schema import setting
 
 FORMAT_VERSION = 1
 

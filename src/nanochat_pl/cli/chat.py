@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanochat_pl.bundle import load_bundle
-from nanochat_pl.cli.chat_session import ChatSettings, run_chat
-from nanochat_pl.cli.compose import compose
-from nanochat_pl.cli.locate import locate_bundle
-from nanochat_pl.common.hardware import Accelerator, choose_device, require_kernels
-from nanochat_pl.common.settings import setting
-from nanochat_pl.training.settings import PathsSettings
+from nanochat_pl.common.device import Accelerator, choose_device, require_kernels
+from nanochat_pl.common.paths import PathsSettings, locate_bundle
+from nanochat_pl.common.schema import setting
+from nanochat_pl.config.compose import compose
+from nanochat_pl.engine.terminal_chat import ChatSettings, run_chat
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ Config = ChatConfig
 
 
 def run(arguments: Sequence[str]) -> int:
-    """The verb."""
+    """The command."""
     config = compose("chat", ChatConfig, arguments).config
     folder = locate_bundle(config.bundle, config.run, config.stage, Path(config.paths.runs))
     device = choose_device(config.accelerator, "accelerator")

@@ -14,27 +14,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nanochat_pl.cli.compose import Composed
-from nanochat_pl.cli.experiment import compose_step
-from nanochat_pl.cli.locate import cache_folder
-from nanochat_pl.cli.overrides import take_key
-from nanochat_pl.cli.records import own_settings
+from nanochat_pl.cli.run_record import own_settings
 from nanochat_pl.cli.train import place_of
-from nanochat_pl.common.console import print_table, progress, say
+from nanochat_pl.common.console import print_table, progress, rank_zero_print
 from nanochat_pl.common.files import ensure_folder, write_bytes, write_json
-from nanochat_pl.common.run_folder import CHAT_STAGES, StageFolder
-from nanochat_pl.common.settings import setting, to_plain
-from nanochat_pl.data.doctor import Examination
-from nanochat_pl.data.doctor_findings import Figures, Finding, failing, findings
-from nanochat_pl.data.doctor_sets import read_eval_bundle
-from nanochat_pl.report.doctor import tables
-from nanochat_pl.report.lengths import lengths_png
-from nanochat_pl.training.inherit import inherited
-from nanochat_pl.training.settings import TrainConfig
-from nanochat_pl.training.source import chosen_data
+from nanochat_pl.common.paths import cache_folder
+from nanochat_pl.common.run_dir import CHAT_STAGES, StageFolder
+from nanochat_pl.common.schema import setting, to_plain
+from nanochat_pl.config.compose import Composed
+from nanochat_pl.config.experiment import compose_step
+from nanochat_pl.config.overrides import take_key
+from nanochat_pl.doctor.eval_sets import read_eval_bundle
+from nanochat_pl.doctor.examine import Examination
+from nanochat_pl.doctor.findings import Figures, Finding, failing, findings
+from nanochat_pl.doctor.plots import lengths_png
+from nanochat_pl.doctor.tables import tables
+from nanochat_pl.training.config import TrainConfig
+from nanochat_pl.training.stages.inherit import inherited
+from nanochat_pl.training.stages.source import chosen_data
 
 if TYPE_CHECKING:
-    from nanochat_pl.cli.doctor_data import StageData
+    from nanochat_pl.doctor.stage_data import ExaminedStage
 
 EXIT_FAILS = 1
 JSON, PICTURE = "doctor.json", "lengths.png"
@@ -68,9 +68,9 @@ EXTRA_KEYS = {
 
 
 def run(arguments: Sequence[str]) -> int:
-    """The verb: 0, or 1 where something would break a run."""
-    from nanochat_pl.cli.doctor_data import open_stage_data
-    from nanochat_pl.cli.doctor_rows import row_lines, step_lines
+    """The command: 0, or 1 where something would break a run."""
+    from nanochat_pl.doctor.show_rows import row_lines, step_lines
+    from nanochat_pl.doctor.stage_data import open_stage_data
 
     composed, folder = _composed(arguments)
     config = inherited(composed.config, folder, composed.given)
@@ -82,7 +82,7 @@ def run(arguments: Sequence[str]) -> int:
             *([] if config.row is None else row_lines(config, folder, cache, config.row)),
             *([] if config.step is None else step_lines(config, folder, cache, config.step)),
         ]:
-            say(line)
+            rank_zero_print(line)
         return 0
     bundle = {} if config.eval_bundle is None else read_eval_bundle(Path(config.eval_bundle))
     data, problems = open_stage_data(config, folder, cache, config.max_documents)
@@ -102,13 +102,13 @@ def run(arguments: Sequence[str]) -> int:
         figures = data.figures(examination.run(advance))
     problems += [*findings(figures), *data.shortfall(config, cache)]
     for title, columns, rows, notes in tables(figures):
-        say()
+        rank_zero_print()
         print_table(columns, rows, title=title)
         for note in notes:
-            say(note)
+            rank_zero_print(note)
     _write(to, data, figures, problems)
     code = _show_findings(problems)
-    say(f"{to / PICTURE}, {to / JSON}")
+    rank_zero_print(f"{to / PICTURE}, {to / JSON}")
     return code
 
 
@@ -124,17 +124,19 @@ def _composed(arguments: Sequence[str]) -> tuple[Composed[DoctorConfig], StageFo
 
 def _show_findings(problems: Sequence[Finding]) -> int:
     """Print what is wrong, and give the exit code."""
-    say()
+    rank_zero_print()
     for finding in problems:
-        say(f"{'fails' if finding.fails else 'warning'}: {finding.problem}", style="bold red" if finding.fails else "")
+        rank_zero_print(
+            f"{'fails' if finding.fails else 'warning'}: {finding.problem}", style="bold red" if finding.fails else ""
+        )
         if finding.fix:
-            say(f"  {finding.fix}")
+            rank_zero_print(f"  {finding.fix}")
     if not problems:
-        say("Nothing was found that would break or spoil a run.")
+        rank_zero_print("Nothing was found that would break or spoil a run.")
     return EXIT_FAILS if failing(problems) else 0
 
 
-def _write(to: Path, data: StageData, figures: Figures, problems: Sequence[Finding]) -> None:
+def _write(to: Path, data: ExaminedStage, figures: Figures, problems: Sequence[Finding]) -> None:
     """The picture, and all figures for programs."""
     noun = "conversations" if data.stage in CHAT_STAGES else "documents"
     unit = "tokens" if data.train.counts_tokens else "characters"

@@ -13,21 +13,20 @@ import dataclasses
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from nanochat_pl.cli.compose import compose
-from nanochat_pl.cli.locate import cache_folder
-from nanochat_pl.common.console import next_steps, say
+from nanochat_pl.common.console import next_steps, rank_zero_print
 from nanochat_pl.common.errors import UserError, did_you_mean
-from nanochat_pl.common.settings import setting
-from nanochat_pl.data.auto import with_choice
-from nanochat_pl.data.conversation_files import CONVERSATION_SUFFIXES, holds_conversations
-from nanochat_pl.data.eval_bundle import fetch_eval_bundle
-from nanochat_pl.data.hub import open_manifest
-from nanochat_pl.data.hub_download import PARALLEL, Fetched, fetch_files
-from nanochat_pl.data.hub_files import HubFiles, files_of_format, key_of_cache, typed_keys
-from nanochat_pl.data.sources import DataSettings
+from nanochat_pl.common.paths import PathsSettings, cache_folder
+from nanochat_pl.common.schema import setting
+from nanochat_pl.config.compose import compose
+from nanochat_pl.data.conversations.files import CONVERSATION_SUFFIXES, holds_conversations
+from nanochat_pl.data.hub.core_bundle import fetch_eval_bundle
+from nanochat_pl.data.hub.download import PARALLEL, Fetched, fetch_files
+from nanochat_pl.data.hub.manifest import open_manifest
+from nanochat_pl.data.sources.auto import with_choice
+from nanochat_pl.data.sources.base import DataSettings
+from nanochat_pl.data.sources.hub import HubFiles, files_of_format, key_of_cache, typed_keys
 from nanochat_pl.tasks.registry import all_tasks
 from nanochat_pl.tokenizer.comparison import fetch_others
-from nanochat_pl.training.settings import PathsSettings
 
 # More than this is fetched only when its number of files is named.
 UNASKED_BYTES = 10 * 10**9
@@ -61,7 +60,7 @@ _OF_DATA, _OF_TASK = ("num_shards", "data"), ("repo", "config", "revision")
 
 
 def run(arguments: Sequence[str]) -> int:
-    """The verb."""
+    """The command."""
     config = compose_download(arguments)
     if config.eval_bundle:
         return _fetch_eval_bundle(config)
@@ -111,16 +110,18 @@ def _refuse(keys: Collection[str], idle: Sequence[str], beside: str, fix: str = 
 
 def _fetch_eval_bundle(config: DownloadConfig) -> int:
     folder, is_new = fetch_eval_bundle(cache_folder(config.paths), refresh=config.refresh)
-    say("Fetched the evaluation bundle." if is_new else "Nothing to fetch: the evaluation bundle is here.")
-    say(f"Where: {folder}")
+    rank_zero_print("Fetched the evaluation bundle." if is_new else "Nothing to fetch: the evaluation bundle is here.")
+    rank_zero_print(f"Where: {folder}")
     next_steps([("measure a model on it", "nanochat-pl evaluate suites=[core]")])
     return 0
 
 
 def _fetch_tokenizers() -> int:
     folder, fetched = fetch_others()
-    say(f"Fetched the tokenizers of {' and '.join(fetched)}." if fetched else "Nothing to fetch: they are here.")
-    say(f"Where: {folder} (TIKTOKEN_CACHE_DIR)")
+    rank_zero_print(
+        f"Fetched the tokenizers of {' and '.join(fetched)}." if fetched else "Nothing to fetch: they are here."
+    )
+    rank_zero_print(f"Where: {folder} (TIKTOKEN_CACHE_DIR)")
     next_steps([("compare a run's tokenizer with them", "nanochat-pl evaluate suites=[tokenizer]")])
     return 0
 
@@ -153,10 +154,10 @@ def _fetch_task(config: DownloadConfig, name: str) -> int:
 
 def _say_fetched(fetched: Fetched) -> None:
     if fetched.num_new:
-        say(f"Fetched {_files(fetched.num_new)}, {fetched.new_bytes / 1e9:,.2f} GB, verified.")
+        rank_zero_print(f"Fetched {_files(fetched.num_new)}, {fetched.new_bytes / 1e9:,.2f} GB, verified.")
     else:
-        say(f"Nothing to fetch: {_files(len(fetched.paths))} are here and verified.")
-    say(f"Where: {fetched.paths[0].parent}")
+        rank_zero_print(f"Nothing to fetch: {_files(len(fetched.paths))} are here and verified.")
+    rank_zero_print(f"Where: {fetched.paths[0].parent}")
 
 
 def _fetch_data(config: DownloadConfig) -> int:
@@ -178,7 +179,7 @@ def _fetch_data(config: DownloadConfig) -> int:
         own = f"mixture=own mixture.tasks.conversations.NAME.repo={source.manifest.repo}"
         next_steps([("fine-tune on it", f"nanochat-pl train stage=sft {own}")])
         return 0
-    say(source.describe())
+    rank_zero_print(source.describe())
     next_steps([("train on it", source.train_command())])
     return 0
 

@@ -19,7 +19,6 @@ from typing import Any, get_args
 
 from nanochat_pl.bundle import Bundle, load_bundle, naming_weights
 from nanochat_pl.bundle.bundle import STAGE, TOKENIZER, load_stage_info
-from nanochat_pl.cli.compose import Composed
 from nanochat_pl.cli.evaluate_against import Other, comparable, known_results, label_of, locate_other, require_pairs
 from nanochat_pl.cli.evaluate_records import find, identity_of, of_more_problems, write_record
 from nanochat_pl.cli.evaluate_settings import EvaluateConfig, Suite, asked, places
@@ -32,15 +31,16 @@ from nanochat_pl.cli.evaluate_tables import (
     write_differences,
     write_suite,
 )
-from nanochat_pl.cli.experiment import compose_step
 from nanochat_pl.cli.launch import launch, processes_to_start
 from nanochat_pl.cli.train import require_same_settings_everywhere
-from nanochat_pl.common import together
-from nanochat_pl.common.console import say
+from nanochat_pl.common.console import rank_zero_print
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.files import ensure_folder, read_json, write_json
+from nanochat_pl.config.compose import Composed
+from nanochat_pl.config.experiment import compose_step
+from nanochat_pl.distributed import coordination
 from nanochat_pl.evaluation.results import FIGURES_VERSION
-from nanochat_pl.training.machine import own_device, require_own_gpus
+from nanochat_pl.training.device import own_device, require_own_gpus
 
 Config = EvaluateConfig
 EXTRA_KEYS = {"experiment=NAME": "Take the settings of an experiment file (its section evaluate)."}
@@ -48,22 +48,22 @@ RESULTS = "results.json"
 
 
 def run(arguments: Sequence[str]) -> int:
-    """The verb."""
-    composed = together.agreed(lambda: compose_step("evaluate", "evaluate", EvaluateConfig, arguments))
+    """The command."""
+    composed = coordination.raise_on_all_ranks(lambda: compose_step("evaluate", "evaluate", EvaluateConfig, arguments))
     config = composed.config
-    if (number := together.agreed(lambda: processes_to_start(config.accelerator, config.devices))) > 1:
+    if (number := coordination.raise_on_all_ranks(lambda: processes_to_start(config.accelerator, config.devices))) > 1:
         return launch(["evaluate", *arguments], number)
     require_same_settings_everywhere(composed)
-    source, to = together.agreed(lambda: places(config, composed.experiment))
+    source, to = coordination.raise_on_all_ranks(lambda: places(config, composed.experiment))
     runs, against = Path(config.paths.runs), config.against
-    other = None if against is None else together.agreed(lambda: locate_other(against, runs))
-    bundle = together.agreed(lambda: _load(source, config))
+    other = None if against is None else coordination.raise_on_all_ranks(lambda: locate_other(against, runs))
+    bundle = coordination.raise_on_all_ranks(lambda: _load(source, config))
     require_own_gpus(next(bundle.net.parameters()).device, "accelerator")
     jobs, left_out = open_jobs(bundle, config)
     if other is not None:
-        together.agreed(lambda: require_pairs(other, jobs))
-    together.by_main(lambda: str(ensure_folder(to)))
-    identity = together.by_main(partial(identity_of, bundle))
+        coordination.raise_on_all_ranks(lambda: require_pairs(other, jobs))
+    coordination.run_on_rank_zero(lambda: str(ensure_folder(to)))
+    identity = coordination.run_on_rank_zero(partial(identity_of, bundle))
     theirs = None if other is None or other.bundle is not None else _read_results(other, jobs, to, identity)
     suites = _measure(bundle, jobs, identity, to)
     origin = {
@@ -76,8 +76,10 @@ def run(arguments: Sequence[str]) -> int:
     }
     del bundle  # the other model may need the memory
     compared = {} if other is None else _compare(other, theirs, jobs, suites, config, to)
-    together.by_main(lambda: _write(to, origin, _of_most_problems(to, identity, jobs, suites), compared, other))
-    say(f"results: {to / RESULTS}")
+    coordination.run_on_rank_zero(
+        lambda: _write(to, origin, _of_most_problems(to, identity, jobs, suites), compared, other)
+    )
+    rank_zero_print(f"results: {to / RESULTS}")
     return 0
 
 
@@ -134,12 +136,12 @@ def _measure(
             elif why:
                 again.setdefault((job.suite, why), []).append(job.name)
         for (suite, why), names in again.items():
-            say(f"Measured again ({suite}): {', '.join(names)}. {why}")
+            rank_zero_print(f"Measured again ({suite}): {', '.join(names)}. {why}")
         return [*found]
 
-    done = together.by_main(look)
+    done = coordination.run_on_rank_zero(look)
     if done:
-        say(f"Measured before: {', '.join(jobs[number].name for number in done)}.")
+        rank_zero_print(f"Measured before: {', '.join(jobs[number].name for number in done)}.")
     suites = []
     for suite, numbers in itertools.groupby(range(len(jobs)), key=lambda number: jobs[number].suite):
         result = SuiteResult(suite)
@@ -149,11 +151,11 @@ def _measure(
                 with naming_weights(bundle):
                     found[number] = job.run(bundle)
                 for each in found[number].results:
-                    say(f"{each.name}: {100 * each.accuracy:.1f} ± {100 * each.stderr:.1f} %, n {each.n:,}")
-                together.by_main(lambda: write_record(to, identity, job, found[number]))  # noqa: B023
+                    rank_zero_print(f"{each.name}: {100 * each.accuracy:.1f} ± {100 * each.stderr:.1f} %, n {each.n:,}")
+                coordination.run_on_rank_zero(lambda: write_record(to, identity, job, found[number]))  # noqa: B023
             if number in found:
                 result.add(found[number])
-        together.by_main(lambda: show_suite(result))  # noqa: B023
+        coordination.run_on_rank_zero(lambda: show_suite(result))  # noqa: B023
         suites.append(result)
     return suites
 
@@ -170,7 +172,7 @@ def _of_most_problems(
         fewer = [each for each in suite.results if each.name in larger]
         if fewer:
             kept = ", ".join(f"{each.name} (n {each.n:,})" for each in results if each.name in larger)
-            say(f"{suite.suite}: the figures of more problems stay in the results and the report: {kept}.")
+            rank_zero_print(f"{suite.suite}: the figures of more problems stay in the results and the report: {kept}.")
         written.append(SuiteResult(suite.suite, results, suite.plain, fewer))
     return written
 
@@ -186,10 +188,10 @@ def _compare(
     """Paired differences by suite. The other model is measured where its results are not here."""
     if theirs is None:
         assert other.bundle is not None
-        say(f"Now {other.name}, on the same problems:")
+        rank_zero_print(f"Now {other.name}, on the same problems:")
         folder = other.bundle
-        bundle = together.agreed(lambda: _load(folder, config))
-        identity = together.by_main(lambda: identity_of(bundle))
+        bundle = coordination.raise_on_all_ranks(lambda: _load(folder, config))
+        identity = coordination.run_on_rank_zero(lambda: identity_of(bundle))
         own = to / "against" / label_of(bundle, identity)
         theirs = _measure(bundle, comparable(jobs), identity, own, other.results)
 
@@ -198,7 +200,7 @@ def _compare(
         pairs = [(each, others[each.suite]) for each in mine if each.suite in others]
         return {a.suite: {"against": other.name, **found} for a, b in pairs if (found := a.compared_with(b))}
 
-    return dict(together.by_main(compare))
+    return dict(coordination.run_on_rank_zero(compare))
 
 
 def _read_results(other: Other, jobs: Sequence[Job], to: Path, model: Mapping[str, Any]) -> list[SuiteResult]:
@@ -209,7 +211,7 @@ def _read_results(other: Other, jobs: Sequence[Job], to: Path, model: Mapping[st
         for job, measured in known_results(other, jobs, to, model):
             suites.setdefault(job.suite, SuiteResult(job.suite)).add(measured)
 
-    together.by_main(read)
+    coordination.run_on_rank_zero(read)
     return [*suites.values()]
 
 

@@ -12,10 +12,10 @@ from nanochat_pl.bundle import Bundle
 from nanochat_pl.bundle.bundle import MODEL, TOKENIZER, load_stage_info
 from nanochat_pl.cli.evaluate_records import FOLDER, Record, read_record
 from nanochat_pl.cli.evaluate_suites import Job, Measured, require_chat_model
-from nanochat_pl.cli.locate import locate_stage
-from nanochat_pl.common.console import say
+from nanochat_pl.common.console import rank_zero_print
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.common.run_folder import STAGES
+from nanochat_pl.common.paths import locate_stage
+from nanochat_pl.common.run_dir import STAGES
 from nanochat_pl.evaluation.results import (
     FIGURES_VERSION,
     Difference,
@@ -136,10 +136,10 @@ def _known_result(folder: Path, job: Job, mine: Mapping[str, Any] | None) -> Mea
     record = read_record(folder, job)
     if record is None or record.problems != job.problems or record.model == mine:
         why = "is not there" if record is None else "is of this very model" if record.model == mine else ""
-        say(f"{job.suite}, {job.name}: {why or 'has other problems there'}, so it is not compared.")
+        rank_zero_print(f"{job.suite}, {job.name}: {why or 'has other problems there'}, so it is not compared.")
         return None
     if differing := _differing(record, job):
-        say(f"{job.suite}, {job.name}: was measured there with {differing}.")
+        rank_zero_print(f"{job.suite}, {job.name}: was measured there with {differing}.")
     return record.measured
 
 

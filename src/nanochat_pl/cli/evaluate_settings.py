@@ -1,4 +1,4 @@
-"""Settings of the verb `evaluate`, and which folders they mean."""
+"""Settings of the command `evaluate`, and which folders they mean."""
 
 from __future__ import annotations
 
@@ -6,17 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from nanochat_pl.cli.locate import cache_folder, locate_bundle, locate_stage
+from nanochat_pl.common.device import Accelerator
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.common.hardware import Accelerator
-from nanochat_pl.common.settings import build, setting, to_plain
-from nanochat_pl.data.run_corpus import RunCorpus
-from nanochat_pl.evaluation.core import CoreSettings
-from nanochat_pl.evaluation.harness import HarnessSettings
+from nanochat_pl.common.paths import PathsSettings, cache_folder, locate_bundle, locate_stage
+from nanochat_pl.common.schema import build, setting, to_plain
+from nanochat_pl.data.sources.run_corpus import RunCorpus
+from nanochat_pl.evaluation.core.evaluate import CoreSettings
+from nanochat_pl.evaluation.harness.tasks import HarnessSettings
 from nanochat_pl.tasks.context import TaskContext
 from nanochat_pl.tasks.settings import MixtureTasks
-from nanochat_pl.tools.sandbox import SandboxSettings
-from nanochat_pl.training.settings import PathsSettings
+from nanochat_pl.tools.sandbox.settings import SandboxSettings
 
 Suite = Literal["bpb", "core", "chat", "chatcore", "samples", "harness", "tokenizer"]
 # What is measured where nothing else is said. A base model has seen no conversation.

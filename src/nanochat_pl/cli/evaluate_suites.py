@@ -10,19 +10,19 @@ from typing import Any, Protocol, get_args
 
 from nanochat_pl.bundle import Bundle, StageInfo
 from nanochat_pl.cli.evaluate_settings import BASE_SUITES, CHAT_SUITES, EvaluateConfig, Suite
-from nanochat_pl.common import together
-from nanochat_pl.common.console import by_difference, progress, say
+from nanochat_pl.common.console import by_difference, progress, rank_zero_print
 from nanochat_pl.common.errors import SharedError, UserError
-from nanochat_pl.common.settings import build, to_plain
-from nanochat_pl.data.cache_folder import fingerprint_of
-from nanochat_pl.data.opening import open_source
-from nanochat_pl.data.run_corpus import RunCorpus, corpus_of_bundle
-from nanochat_pl.data.sources import DataSettings, Source
+from nanochat_pl.common.schema import build, to_plain
+from nanochat_pl.data.cache.content_cache import fingerprint_of
+from nanochat_pl.data.sources.base import DataSettings, Source
+from nanochat_pl.data.sources.open import open_source
+from nanochat_pl.data.sources.run_corpus import RunCorpus, corpus_of_bundle
+from nanochat_pl.distributed import coordination
 from nanochat_pl.engine import Engine
 from nanochat_pl.evaluation import results as task_results
 from nanochat_pl.evaluation.chat_tasks import evaluate_task
-from nanochat_pl.evaluation.core import ask, evaluate_core_task, open_core
-from nanochat_pl.evaluation.harness import open_harness
+from nanochat_pl.evaluation.core.evaluate import ask, evaluate_core_task, open_core
+from nanochat_pl.evaluation.harness.tasks import open_harness
 from nanochat_pl.evaluation.results import TaskResult
 from nanochat_pl.evaluation.samples import DEFAULT_PROMPTS, write_samples
 from nanochat_pl.tasks import Task
@@ -30,7 +30,7 @@ from nanochat_pl.tasks.context import MIXTURE
 from nanochat_pl.tasks.mixture import build_tasks, only_judged
 from nanochat_pl.tasks.settings import MixtureSettings, MixtureTasks
 from nanochat_pl.tokenizer.comparison import cached_others, compare_tokenizers, comparison_table, texts_of_kinds
-from nanochat_pl.training.tokenizer_stage import texts_of_source
+from nanochat_pl.training.stages.tokenizer import texts_of_source
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Job:
         """Measure a model: called on all processes, and all get what was found."""
         if self.together:
             return self.measure(bundle)
-        return from_plain(together.by_main(lambda: to_json(self.measure(bundle))), self.name)
+        return from_plain(coordination.run_on_rank_zero(lambda: to_json(self.measure(bundle))), self.name)
 
 
 def to_json(measured: Measured) -> dict[str, Any]:
@@ -147,7 +147,7 @@ def can_be_opened(suite: Any, bundle: Trained, config: EvaluateConfig) -> bool:
 def _say_left_out(suite: Suite, error: UserError) -> None:
     problem, more = error.problems[0].removeprefix(f"{suite}: "), len(error.problems) - 1
     rest = f"And {more} more; suites=[{suite}] says how to get all of it." if more else error.fix
-    say(f"{suite}: left out: {problem} {rest}".rstrip())
+    rank_zero_print(f"{suite}: left out: {problem} {rest}".rstrip())
 
 
 def _suites_of(bundle: Trained) -> Sequence[Suite]:
@@ -156,18 +156,18 @@ def _suites_of(bundle: Trained) -> Sequence[Suite]:
 
 def _open_bits_per_byte(bundle: Trained, config: EvaluateConfig) -> list[Job]:
     """Bits per byte on the held-out text of the data that the model was trained on."""
-    source = together.main_first(lambda: _source_of(bundle, config))
+    source = coordination.rank_zero_first(lambda: _source_of(bundle, config))
     problems = {"text": source.fingerprint, "num_rows": config.num_rows}
     return [Job("bpb", "bpb", problems, {}, lambda model: _measure_bits_per_byte(model, source, config))]
 
 
 def _measure_bits_per_byte(bundle: Bundle, source: Source, config: EvaluateConfig) -> Measured:
-    from nanochat_pl.data.token_cache import build_token_cache
-    from nanochat_pl.training.evaluation import open_validation
+    from nanochat_pl.data.cache.tokens import build_token_cache
+    from nanochat_pl.training.callbacks.evaluation import open_validation
 
     tokenizer = bundle.tokenizer
     assert tokenizer is not None
-    validation = together.main_first(
+    validation = coordination.rank_zero_first(
         lambda: open_validation(
             source,
             lambda part, enough: build_token_cache(part, "val", tokenizer, config.cache, enough_tokens=enough),
@@ -183,7 +183,7 @@ def _measure_bits_per_byte(bundle: Bundle, source: Source, config: EvaluateConfi
         figures = validation.measure(bundle.net, lambda: advance(1))
     bundle.net.eval()
     for name in [name for name, value in figures.items() if not math.isfinite(value)]:
-        say(f"{name} is {figures.pop(name)}, so it is left out: look at the weights before you use them.")
+        rank_zero_print(f"{name} is {figures.pop(name)}, so it is left out: look at the weights before you use them.")
     named = {name.removeprefix("val/"): value for name, value in figures.items()}
     return Measured(plain={**named, "num_rows": validation.num_rows})
 
@@ -222,11 +222,11 @@ def data_of(bundle: Trained, config: EvaluateConfig) -> DataSettings:
 
 
 def _open_core(bundle: Trained, config: EvaluateConfig) -> list[Job]:
-    core = together.main_first(lambda: open_core(config.core, config.cache, config.paths.hub_folder))
+    core = coordination.rank_zero_first(lambda: open_core(config.core, config.cache, config.paths.hub_folder))
 
     if core.missing:
-        say(f"core: {core.folder} has no {', '.join(core.missing)}.")
-    sizes = {name: len(together.agreed(lambda: ask(core, name)).problems) for name in core.tasks}  # noqa: B023
+        rank_zero_print(f"core: {core.folder} has no {', '.join(core.missing)}.")
+    sizes = {name: len(coordination.raise_on_all_ranks(lambda: ask(core, name)).problems) for name in core.tasks}  # noqa: B023
 
     def job(name: str) -> Job:
         def measure(model: Bundle) -> Measured:
@@ -258,7 +258,9 @@ def _open_chat(bundle: Trained, config: EvaluateConfig) -> list[Job]:
         )
     jobs = _task_jobs("chat", judged.tasks, bundle, config) if judged else []
     if left_out := settings.tasks.chosen().keys() - (judged.tasks.chosen().keys() if judged else set()):
-        say(f"{', '.join(sorted(left_out))}: left out; what is a right answer in a conversation, nobody can tell.")
+        rank_zero_print(
+            f"{', '.join(sorted(left_out))}: left out; what is a right answer in a conversation, nobody can tell."
+        )
     return jobs
 
 
@@ -297,7 +299,7 @@ def _task_jobs(suite: Suite, chosen: MixtureTasks, bundle: Trained, config: Eval
         if name not in can_be_judged.chosen()
     ]
     try:
-        tasks = together.main_first(lambda: build_tasks(can_be_judged, "test", context))
+        tasks = coordination.rank_zero_first(lambda: build_tasks(can_be_judged, "test", context))
     except UserError as error:
         raise UserError([*problems, *error.problems], error.fix) from error
     if problems:
@@ -362,9 +364,9 @@ def _open_tokenizer(bundle: Trained, config: EvaluateConfig) -> list[Job]:
     """Bytes per token beside other tokenizers, on texts of a few kinds and, where it is here, the text of the run."""
     texts = texts_of_kinds()
     try:
-        texts |= together.main_first(lambda: texts_of_source(_source_of(bundle, config)))
+        texts |= coordination.rank_zero_first(lambda: texts_of_source(_source_of(bundle, config)))
     except UserError as error:
-        say(f"tokenizer: without the text that it was trained on: {error.problems[0]}")
+        rank_zero_print(f"tokenizer: without the text that it was trained on: {error.problems[0]}")
 
     def measure(model: Bundle) -> Measured:
         assert model.tokenizer is not None

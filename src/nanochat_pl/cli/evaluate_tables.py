@@ -14,13 +14,13 @@ from typing import Any, get_args
 from nanochat_pl.cli.evaluate_against import difference_of_bits, differences, summary_difference
 from nanochat_pl.cli.evaluate_settings import CHATCORE, Suite
 from nanochat_pl.cli.evaluate_suites import Measured
-from nanochat_pl.common.console import print_table, say
+from nanochat_pl.common.console import print_table, rank_zero_print
 from nanochat_pl.common.files import write_text
-from nanochat_pl.common.settings import to_plain
-from nanochat_pl.evaluation.core_table import core_name, write_core_csv
+from nanochat_pl.common.schema import to_plain
+from nanochat_pl.evaluation.core.table import core_name, write_core_csv
 from nanochat_pl.evaluation.results import Difference, Summary, TaskResult, summarize
 from nanochat_pl.report.evaluations import answers_file
-from nanochat_pl.training.tokenizer_stage import print_comparison
+from nanochat_pl.training.stages.tokenizer import print_comparison
 
 CSV_COLUMNS = ("task", "accuracy", "stderr", "n", "baseline", "centered", "remark")
 DIFFERENCES = "differences.csv"
@@ -114,7 +114,7 @@ def show_suite(found: SuiteResult) -> None:
     """Print a suite's figures."""
     bits = found.plain if found.suite == "bpb" else {}
     if "bpb" in bits:
-        say(f"bits per byte: {bits['bpb']:.4f} ± {bits.get('bpb_stderr', float('nan')):.4f}")
+        rank_zero_print(f"bits per byte: {bits['bpb']:.4f} ± {bits.get('bpb_stderr', float('nan')):.4f}")
     if found.suite == "tokenizer":
         table = found.plain["table"]
         print_comparison([*table[0]], [[*row.values()] for row in table], found.plain["skipped"], title="tokenizer")
@@ -122,14 +122,14 @@ def show_suite(found: SuiteResult) -> None:
         columns = ("task", "accuracy %", "stderr", "of", "guessing %", "centered %")
         print_table(columns, [_shown(each) for each in found.results], title=found.suite)
     for line in itertools.chain.from_iterable(map(_remarks, found.results)):
-        say(line)
+        rank_zero_print(line)
     if summary := found.summary:
         value, error, low, high = (
             f"{round(figure, 4) + 0.0:.4f}" for figure in (summary.value, summary.stderr, summary.low, summary.high)
         )
         remark = f" [{found.remark}]" if found.remark else ""
         size = f"{summary.num_tasks} task{'s' if summary.num_tasks > 1 else ''}, n {summary.n:,}"
-        say(f"{summary.name}: {value} ± {error} (95%: {low} … {high}), {size}{remark}")
+        rank_zero_print(f"{summary.name}: {value} ± {error} (95%: {low} … {high}), {size}{remark}")
 
 
 def show_differences(name: str, compared: Mapping[str, Mapping[str, Any]]) -> None:
@@ -141,7 +141,9 @@ def show_differences(name: str, compared: Mapping[str, Mapping[str, Any]]) -> No
             rows.append((suite, *_difference_row(Difference(**found["summary_difference"]))))
         if "difference" in found:
             error = found.get("difference_stderr", float("nan"))
-            say(f"bits per byte: {found['difference']:+.4f} ± {error:.4f} against {name}; the rows are not the same.")
+            rank_zero_print(
+                f"bits per byte: {found['difference']:+.4f} ± {error:.4f} against {name}; the rows are not the same."
+            )
     if rows:
         columns = ("suite", "task", "difference %", "stderr", "95% from", "to", "pairs")
         print_table(columns, rows, title=f"this model minus {name}, on the same problems")

@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import Literal
 
 from nanochat_pl.bundle import Bundle
-from nanochat_pl.cli.compose import compose
-from nanochat_pl.cli.locate import locate_bundle
-from nanochat_pl.common.console import next_steps, say
+from nanochat_pl.common.console import next_steps, rank_zero_print
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.common.settings import setting
-from nanochat_pl.formats.export import CARD, export, load_for_export
-from nanochat_pl.formats.parity import Parity
-from nanochat_pl.training.settings import PathsSettings
+from nanochat_pl.common.paths import PathsSettings, locate_bundle
+from nanochat_pl.common.schema import setting
+from nanochat_pl.config.compose import compose
+from nanochat_pl.convert.export import CARD, export, load_for_export
+from nanochat_pl.convert.parity import Parity
 
 CLASSIC_MUON = (
     "It was trained with classic Muon, which nanochat does not have: where there are moments, the second ones of the"
@@ -46,21 +45,21 @@ Config = ExportConfig
 
 
 def run(arguments: Sequence[str]) -> int:
-    """The verb."""
+    """The command."""
     config = compose("export", ExportConfig, arguments).config
     if config.to is None:
         raise UserError("to: is missing: it names the folder to make.", "For example to=my-model-hf")
     to = Path(config.to).expanduser()
     source = locate_bundle(config.bundle, config.run, config.stage, Path(config.paths.runs))
     bundle = load_for_export(source, to, config.format, config.moments)
-    say(f"{source} → {to}, for {READERS[config.format]}")
+    rank_zero_print(f"{source} → {to}, for {READERS[config.format]}")
     if bundle.tokenizer is None:
-        say("The bundle has no tokenizer: the model is written without one.")
+        rank_zero_print("The bundle has no tokenizer: the model is written without one.")
     if config.format == "nanochat" and _is_of_classic_muon(bundle):
-        say(CLASSIC_MUON)
-    say("Writing; then a fresh process loads what was written, to compare …")
+        rank_zero_print(CLASSIC_MUON)
+    rank_zero_print("Writing; then a fresh process loads what was written, to compare …")
     _say_parity(export(bundle, to, config.format, config.moments))
-    say(f"model card: {to / CARD}")
+    rank_zero_print(f"model card: {to / CARD}")
     again = f"nanochat-pl import {shlex.quote(f'source={to}')} {shlex.quote(f'to={to}-bundle')}"
     next_steps([("read the figures", f"less {shlex.quote(str(to / CARD))}"), ("make a bundle of it again", again)])
     return 0
@@ -77,15 +76,17 @@ def _is_of_classic_muon(bundle: Bundle) -> bool:
 
 
 def _say_parity(parity: Parity) -> None:
-    say(f"Equal, on {parity.num_positions:,} positions of {parity.text}:")
-    say(f"  largest difference of two logits  {parity.max_difference:.2g}")
-    say(f"  same most likely token            {parity.agreement:.2%}")
+    rank_zero_print(f"Equal, on {parity.num_positions:,} positions of {parity.text}:")
+    rank_zero_print(f"  largest difference of two logits  {parity.max_difference:.2g}")
+    rank_zero_print(f"  same most likely token            {parity.agreement:.2%}")
     if parity.num_texts:
-        say(f"  texts with the same ids           {parity.num_texts:,}")
+        rank_zero_print(f"  texts with the same ids           {parity.num_texts:,}")
     if (rounded := parity.bfloat16) is not None:
-        say(f"  in bfloat16, 8 significant bits   {rounded.theirs:.2g} ({rounded.ours:.2g} in nanochat-pl's own)")
+        rank_zero_print(
+            f"  in bfloat16, 8 significant bits   {rounded.theirs:.2g} ({rounded.ours:.2g} in nanochat-pl's own)"
+        )
     if parity.max_difference_as_is is not None:
-        say(
+        rank_zero_print(
             "  The rotary tables are in float32 there; against the bundle's, rounded to bfloat16, logits differ by"
             f" up to {parity.max_difference_as_is:.2g}."
         )

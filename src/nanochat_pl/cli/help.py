@@ -1,4 +1,4 @@
-"""`nanochat-pl VERB --help`: the keys of a verb with their meaning, straight from the settings classes."""
+"""`nanochat-pl COMMAND --help`: the keys of a command with their meaning, straight from the settings classes."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import types
 from collections.abc import Sequence
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from nanochat_pl.cli import config_files
 from nanochat_pl.cli.main import module_of
-from nanochat_pl.cli.overrides import UNKNOWN, is_group, type_of_key, without_none
 from nanochat_pl.common.errors import UserError, did_you_mean
+from nanochat_pl.config import config_dir
+from nanochat_pl.config.overrides import UNKNOWN, is_group, type_of_key, without_none
 
 
-def print_help(verb: str, wanted: Sequence[str] = ()) -> None:
-    """Print the keys of a verb: those that matter, or all of the groups that are named in ``wanted``."""
-    module = importlib.import_module(module_of(verb))
+def print_help(command: str, wanted: Sequence[str] = ()) -> None:
+    """Print the keys of a command: those that matter, or all of the groups that are named in ``wanted``."""
+    module = importlib.import_module(module_of(command))
     schema = module.Config
     if wanted:
         for name in wanted:
@@ -30,18 +30,18 @@ def print_help(verb: str, wanted: Sequence[str] = ()) -> None:
     extra = getattr(module, "EXTRA_KEYS", {})
     lines = [(key, "", doc) for key, doc in extra.items()] + [_describe(schema, key) for key in [*nested, *plain]]
     _print_lines(lines)
-    _print_groups(verb, schema)
+    _print_groups(command, schema)
 
 
-def _print_groups(verb: str, schema: type) -> None:
-    hints, options = get_type_hints(schema), config_files.groups()
+def _print_groups(command: str, schema: type) -> None:
+    hints, options = get_type_hints(schema), config_dir.groups()
     names = [field.name for field in dataclasses.fields(schema) if is_group(hints[field.name])]
     if not names:
         return
     print("\nGroups (GROUP=CHOICE takes a file, GROUP.KEY=VALUE sets one key):")
     _print_lines([(name, "", f"choices: {', '.join(options[name])}" if options.get(name) else "") for name in names])
-    print(f"\nAll keys of a group: nanochat-pl {verb} --help {names[0]}")
-    print(f"Files: {config_files.config_folder()}; experiments: {', '.join(config_files.experiments()) or 'none'}")
+    print(f"\nAll keys of a group: nanochat-pl {command} --help {names[0]}")
+    print(f"Files: {config_dir.config_folder()}; experiments: {', '.join(config_dir.experiments()) or 'none'}")
 
 
 def _print_group(schema: type, name: str) -> None:
@@ -54,7 +54,7 @@ def _print_group(schema: type, name: str) -> None:
     if not dataclasses.is_dataclass(hint):
         _print_lines([_describe(schema, name)])
         return
-    choices = config_files.groups().get(name, [])
+    choices = config_dir.groups().get(name, [])
     print(
         f"{name}: {(inspect.getdoc(hint) or '').replace('`', '')}"
         + (f"\nchoices: {', '.join(choices)}" if choices else "")

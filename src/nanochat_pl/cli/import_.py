@@ -12,20 +12,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanochat_pl.bundle.bundle import STAGE
-from nanochat_pl.cli.compose import compose
-from nanochat_pl.cli.locate import run_keys
-from nanochat_pl.common.console import next_steps, say
+from nanochat_pl.common.console import next_steps, rank_zero_print
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.files import write_json
-from nanochat_pl.common.run_folder import StageFolder, stage_folder
-from nanochat_pl.common.settings import setting
-from nanochat_pl.formats.huggingface_read import is_huggingface, read_huggingface, stage_of_huggingface
-from nanochat_pl.formats.imported import CERTIFICATE, Imported, save_imported
-from nanochat_pl.formats.nanochat_era import Era
-from nanochat_pl.formats.nanochat_folder import Stage, choose_checkpoint, stage_of
-from nanochat_pl.formats.nanochat_read import read_nanochat
-from nanochat_pl.formats.target import parents_removed_on_error, require_free
-from nanochat_pl.training.settings import PathsSettings
+from nanochat_pl.common.paths import PathsSettings, run_keys
+from nanochat_pl.common.run_dir import StageFolder, stage_folder
+from nanochat_pl.common.schema import setting
+from nanochat_pl.config.compose import compose
+from nanochat_pl.convert.huggingface.read import is_huggingface, read_huggingface, stage_of_huggingface
+from nanochat_pl.convert.import_result import CERTIFICATE, Imported, save_imported
+from nanochat_pl.convert.nanochat.layout import Stage, choose_checkpoint, stage_of
+from nanochat_pl.convert.nanochat.read import read_nanochat
+from nanochat_pl.convert.nanochat.versions import Era
+from nanochat_pl.convert.output_dir import parents_removed_on_error, require_free
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ Config = ImportConfig
 
 
 def run(arguments: Sequence[str]) -> int:
-    """The verb."""
+    """The command."""
     config = compose("import", ImportConfig, arguments).config
     if config.source is None:
         raise UserError("source: is missing: it names the folder to read.", "For example source=~/.cache/nanochat")
@@ -70,8 +69,8 @@ def run(arguments: Sequence[str]) -> int:
         bundle = save_imported(imported, to)
         model = shlex.quote(f"bundle={bundle}")
         figures = " " + shlex.quote(f"to={bundle.with_name(f'{bundle.name}-evaluation')}")
-    say(f"bundle: {bundle}")
-    say(f"certificate: {bundle / f'{CERTIFICATE}.md'}")
+    rank_zero_print(f"bundle: {bundle}")
+    rank_zero_print(f"certificate: {bundle / f'{CERTIFICATE}.md'}")
     if imported.tokenizer is not None:
         measure = f"nanochat-pl evaluate {model}{figures}"
         next_steps([("talk to it", f"nanochat-pl chat {model}"), ("measure it", measure)])
@@ -98,7 +97,7 @@ def _stage_in(source: Path, config: ImportConfig) -> str:
 def _read_and_tell(source: Path, config: ImportConfig) -> Imported:
     imported = _read(source, config)
     for line in imported.certificate.summary():
-        say(line)
+        rank_zero_print(line)
     return imported
 
 

@@ -17,12 +17,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from nanochat_pl.cli.child import EXIT_CODES, FOLLOW_PARENT, LAUNCHED, is_child
-from nanochat_pl.common.console import say
+from nanochat_pl.cli._subprocess import EXIT_CODES, FOLLOW_PARENT, LAUNCHED, is_child
+from nanochat_pl.common.console import rank_zero_print
 from nanochat_pl.common.constants import STOP_SIGNALS
+from nanochat_pl.common.device import choose_device, num_devices
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.common.hardware import choose_device, num_devices
-from nanochat_pl.common.place import launched_place, usable_cpus
+from nanochat_pl.common.launch_env import launch_env, usable_cpus
 from nanochat_pl.common.signals import heeded_signals
 
 # What processes that were asked to stop have to write their resume file, in seconds; then they are killed.
@@ -41,7 +41,7 @@ def processes_to_start(accelerator: str, devices: int | Literal["auto"], num_nod
     Raises:
         UserError: there are not so many devices; a launcher has started another number; several machines without one.
     """
-    place = launched_place()
+    place = launch_env()
     if place.world_size > 1 or _is_launched():
         _require_as_launched(devices, num_nodes, prefix)
         return 1
@@ -56,7 +56,7 @@ def processes_to_start(accelerator: str, devices: int | Literal["auto"], num_nod
     device = choose_device(accelerator, f"{prefix}accelerator")
     wanted, there = (num_devices(each, device, f"{prefix}devices") for each in (devices, "auto"))
     if wanted < there:
-        say(f"{prefix}devices={wanted}: {there - wanted} of the machine's {there} GPUs stay idle.")
+        rank_zero_print(f"{prefix}devices={wanted}: {there - wanted} of the machine's {there} GPUs stay idle.")
     return wanted
 
 
@@ -67,7 +67,7 @@ def _is_launched() -> bool:
 
 
 def _require_as_launched(devices: int | Literal["auto"], num_nodes: int, prefix: str) -> None:
-    place = launched_place()
+    place = launch_env()
     if devices not in ("auto", place.local_world_size):
         raise UserError(
             f"{prefix}devices={devices}: the launcher has started {place.local_world_size} processes on this machine.",

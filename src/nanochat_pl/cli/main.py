@@ -1,4 +1,4 @@
-"""`nanochat-pl <verb> key=value …`: finds the verb, runs it, and says what went wrong in plain sentences."""
+"""`nanochat-pl <command> key=value …`: finds the command, runs it, and says what went wrong in plain sentences."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import threading
 import traceback
 from collections.abc import Iterator, Sequence
 
-from nanochat_pl.cli.child import follows_stdin, note_exit
-from nanochat_pl.common.console import output_may_end, replace_unknown_signs
+from nanochat_pl.cli._subprocess import follows_stdin, note_exit
+from nanochat_pl.common.console import ignore_broken_pipe, replace_unencodable_characters
 from nanochat_pl.common.constants import EXIT_USER_ERROR
 from nanochat_pl.common.errors import SharedError, UserError, did_you_mean
-from nanochat_pl.common.place import launched_place
+from nanochat_pl.common.launch_env import launch_env
 
-# Each verb is a file of this folder with a function run(overrides) -> exit code, and Config.
-VERBS = {
+# Each command is a file of this folder with a function run(overrides) -> exit code, and Config.
+COMMANDS = {
     "train": "one stage of a run: train stage=tokenizer|base|mid|sft",
     "pipeline": "the stages that an experiment names, one after the other: pipeline experiment=demo",
     "download": "files of a data set, verified: download data=climbmix num_shards=8",
@@ -34,7 +34,7 @@ VERBS = {
     "runs": "what has been trained; runs delete=NAME",
 }
 
-# Several values for a key, one job for each: these verbs can be swept.
+# Several values for a key, one job for each: these commands can be swept.
 SWEEP_FLAGS, SWEPT = ("-m", "--multirun"), ("train", "pipeline")
 # Verbs that several processes do together, as torchrun starts them.
 TOGETHER = ("train", "evaluate", "selftest")
@@ -48,13 +48,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # another program wants a core.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     _let_gpu_memory_grow()
-    replace_unknown_signs(sys.stdout, sys.stderr)
+    replace_unencodable_characters(sys.stdout, sys.stderr)
     if follows_stdin():
         _stop_with_parent()
     is_program = arguments is None
     try:
         arguments = list(sys.argv[1:] if arguments is None else arguments)
-        if launched_place().world_size == 1:
+        if launch_env().world_size == 1:
             return _dispatch(arguments)
         return note_exit(_dispatch_together(arguments) if _is_together(arguments) else _dispatch_alone(arguments))
     except (Exception, KeyboardInterrupt) as error:
@@ -79,7 +79,7 @@ def _let_gpu_memory_grow() -> None:
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
-@output_may_end()
+@ignore_broken_pipe()
 def _report(error: BaseException) -> int:
     """Say what went wrong, on stderr; gives the exit code."""
     if isinstance(error, UserError):
@@ -97,47 +97,50 @@ def _report(error: BaseException) -> int:
 
 def _dispatch(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("--help", "-h", "help"):
-        _print_verbs()
+        _print_commands()
         return 0
     if arguments[0] == "--version":
         from importlib.metadata import version
 
         print(f"nanochat-pl {version('nanochat-pl')}")
         return 0
-    verb, rest = arguments[0], arguments[1:]
-    if verb not in VERBS:
-        raise UserError(f"{verb!r}: there is no such verb; {did_you_mean(verb, VERBS)}", "nanochat-pl lists the verbs.")
+    command, rest = arguments[0], arguments[1:]
+    if command not in COMMANDS:
+        raise UserError(
+            f"{command!r}: there is no such command; {did_you_mean(command, COMMANDS)}",
+            "nanochat-pl lists the commands.",
+        )
     if any(argument in ("--help", "-h") for argument in rest):
         from nanochat_pl.cli.help import print_help
 
-        print_help(verb, [argument for argument in rest if not argument.startswith("-")])
+        print_help(command, [argument for argument in rest if not argument.startswith("-")])
         return 0
-    from nanochat_pl.cli.quiet import quieten
+    from nanochat_pl.cli._warnings import quieten
 
     quieten()
-    sweep = verb in SWEPT and any(argument in SWEEP_FLAGS for argument in rest)
+    sweep = command in SWEPT and any(argument in SWEEP_FLAGS for argument in rest)
     with _interrupts_wait():
-        module = importlib.import_module("nanochat_pl.cli.sweep" if sweep else module_of(verb))
+        module = importlib.import_module("nanochat_pl.cli._sweep" if sweep else module_of(command))
     if sweep:
-        return int(module.run_sweep(verb, [argument for argument in rest if argument not in SWEEP_FLAGS]))
+        return int(module.run_sweep(command, [argument for argument in rest if argument not in SWEEP_FLAGS]))
     return int(module.run(rest))
 
 
-@output_may_end()
+@ignore_broken_pipe()
 def _dispatch_together(arguments: list[str]) -> int:
     """One of several processes that a launcher has started with the same command."""
-    from nanochat_pl.common import together
-    from nanochat_pl.training.watchdog import watchdog
+    from nanochat_pl.distributed import coordination
+    from nanochat_pl.distributed.failure_monitor import watchdog
 
-    together.begin()
+    coordination.begin()
     with watchdog(_report):
         try:
             code = _dispatch(arguments)
         except SharedError as error:
-            if launched_place().rank == 0:
+            if launch_env().rank == 0:
                 _print_problems(error)
             code = EXIT_USER_ERROR
-        together.end()  # not after an error of this process alone: the others may never come here
+        coordination.end()  # not after an error of this process alone: the others may never come here
     return code
 
 
@@ -148,10 +151,10 @@ def _is_together(arguments: list[str]) -> bool:
 
 def _dispatch_alone(arguments: list[str]) -> int:
     """What is not done together, under a launcher: nobody waits for anybody."""
-    place = launched_place()
+    place = launch_env()
     if place.rank > 0 and _LAUNCHERS & {*os.environ}:
         return 0  # the first speaks; without a launcher there may be no first, but variables of a machine
-    if arguments and arguments[0] in VERBS and not {"--help", "-h"} & {*arguments}:
+    if arguments and arguments[0] in COMMANDS and not {"--help", "-h"} & {*arguments}:
         raise UserError(
             f"nanochat-pl {' '.join(arguments[:2])} …: was started {place.world_size} times at once.",
             f"Several processes do together: {', '.join(TOGETHER)}, as in torchrun … -m nanochat_pl.cli.main train …;"
@@ -161,9 +164,9 @@ def _dispatch_alone(arguments: list[str]) -> int:
     return _dispatch(arguments)
 
 
-def module_of(verb: str) -> str:
-    """The module of a verb. One that is a word of the language, as import, has an underscore behind it."""
-    return f"nanochat_pl.cli.{verb}{'_' if keyword.iskeyword(verb) else ''}"
+def module_of(command: str) -> str:
+    """The module of a command. One that is a word of the language, as import, has an underscore behind it."""
+    return f"nanochat_pl.cli.{command}{'_' if keyword.iskeyword(command) else ''}"
 
 
 @contextlib.contextmanager
@@ -183,13 +186,11 @@ def _interrupts_wait() -> Iterator[None]:
         raise KeyboardInterrupt
 
 
-def _print_verbs() -> None:
-    print("nanochat-pl <verb> key=value …\n")
-    for verb, what in VERBS.items():
-        print(f"  {verb:<10}{what}")
-    print(
-        "\nnanochat-pl <verb> --help shows a verb's keys. The first thing to try: nanochat-pl pipeline experiment=demo"
-    )
+def _print_commands() -> None:
+    print("nanochat-pl <command> key=value …\n")
+    for command, what in COMMANDS.items():
+        print(f"  {command:<10}{what}")
+    print("\nnanochat-pl <command> --help shows its keys. The first thing to try: nanochat-pl pipeline experiment=demo")
 
 
 def _print_problems(error: UserError) -> None:

@@ -12,21 +12,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from nanochat_pl.cli import config_files
-from nanochat_pl.cli.child import run_child
-from nanochat_pl.cli.compose import Composed
+from nanochat_pl.cli._subprocess import run_child
 from nanochat_pl.cli.evaluate import EvaluateConfig, is_measured
-from nanochat_pl.cli.experiment import compose_step, read_experiment
-from nanochat_pl.cli.locate import run_keys
-from nanochat_pl.cli.overrides import problems_of_form, split_override, take_key
 from nanochat_pl.cli.report import ReportConfig
 from nanochat_pl.cli.train import how_to_go_on, place_of, with_parent
 from nanochat_pl.cli.train import is_finished as is_trained
-from nanochat_pl.common.console import next_steps, output_may_end, print_table, say
+from nanochat_pl.common.console import ignore_broken_pipe, next_steps, print_table, rank_zero_print
 from nanochat_pl.common.errors import UserError, did_you_mean
-from nanochat_pl.common.run_folder import STAGES, fresh_run
-from nanochat_pl.common.settings import setting
-from nanochat_pl.training.settings import PathsSettings, TrainConfig
+from nanochat_pl.common.paths import PathsSettings, run_keys
+from nanochat_pl.common.run_dir import STAGES, fresh_run
+from nanochat_pl.common.schema import setting
+from nanochat_pl.config import config_dir
+from nanochat_pl.config.compose import Composed
+from nanochat_pl.config.experiment import compose_step, read_experiment
+from nanochat_pl.config.overrides import problems_of_form, split_override, take_key
+from nanochat_pl.training.config import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -43,20 +43,20 @@ EXTRA_KEYS = {"experiment=NAME": "A file of conf_experiments, or the path of one
 
 @dataclass(frozen=True)
 class Step:
-    """One step of a pipeline: a training stage, or a verb that reads what these left."""
+    """One step of a pipeline: a training stage, or a command that reads what these left."""
 
     name: str
-    verb: str
+    command: str
     schema: type
     overrides: tuple[str, ...]
 
     def compose(self) -> Composed:
-        return compose_step(self.verb, self.name, self.schema, self.overrides)
+        return compose_step(self.command, self.name, self.schema, self.overrides)
 
 
-@output_may_end()
+@ignore_broken_pipe()
 def run(arguments: Sequence[str]) -> int:
-    """The verb."""
+    """The command."""
     steps = steps_of(arguments)
     composed = check_all(steps)
     if any(getattr(c.config, "check_only", False) for c in composed):
@@ -64,17 +64,17 @@ def run(arguments: Sequence[str]) -> int:
     run_dir = folder_to_run_in(composed)
     resume = "never" if begins_anew(composed) else "auto"
     if resume == "never":
-        say(f"New run: {run_dir.name}.")
+        rank_zero_print(f"New run: {run_dir.name}.")
         steps = steps_of(_in_run(run_dir.name, arguments))
         composed = check_all(steps)
     for step, checked in zip(steps, composed, strict=True):
         if is_finished(step, checked, run_dir):
-            say(f"{step.name}: finished before.")
+            rank_zero_print(f"{step.name}: finished before.")
             continue
-        say(f"{step.name}:", style="bold")
-        code = run_child([step.verb, *step.overrides])
+        rank_zero_print(f"{step.name}:", style="bold")
+        code = run_child([step.command, *step.overrides])
         if code:
-            say(f"{step.name}: ended with exit code {code}. {how_to_go_on(run_dir.name, resume)}")
+            rank_zero_print(f"{step.name}: ended with exit code {code}. {how_to_go_on(run_dir.name, resume)}")
             return code
     finish(run_dir)
     return 0
@@ -84,14 +84,14 @@ def _check(steps: Sequence[Step], composed: Sequence[Composed]) -> int:
     """Show what is known of each step before anything is trained: nothing of the run need be there."""
     before: list[str] = []
     for step, checked in zip(steps, composed, strict=True):
-        say(f"{step.name}:", style="bold")
-        if step.verb != "train":
-            say("The settings are right. What it reads is left by the stages.")
+        rank_zero_print(f"{step.name}:", style="bold")
+        if step.command != "train":
+            rank_zero_print("The settings are right. What it reads is left by the stages.")
             continue
         # Of the run, sft takes the newest stage that is finished: here it is the one that will be.
         follows_mid = step.name == "sft" and "mid" in before and checked.config.stage.parent is None
         parent = ["stage.parent=mid"] if follows_mid else []
-        if code := run_child([step.verb, *step.overrides, *parent, "check_only=true"]):
+        if code := run_child([step.command, *step.overrides, *parent, "check_only=true"]):
             return code
         before.append(step.name)
     return 0
@@ -105,7 +105,7 @@ def steps_of(arguments: Sequence[str]) -> list[Step]:
     """
     name, rest = take_key(arguments, "experiment")
     if not name:
-        known = ", ".join(config_files.experiments())
+        known = ", ".join(config_dir.experiments())
         raise UserError("experiment: is missing.", f"Name one: nanochat-pl pipeline experiment=NAME ({known}).")
     experiment, path = read_experiment(name)
     if not experiment.pipeline:
@@ -150,10 +150,10 @@ def folder_to_run_in(composed: Sequence[Composed]) -> Path:
 
 def is_finished(step: Step, composed: Composed, run_dir: Path) -> bool:
     """Whether a step's result is there. Evaluation and report are made again when what they read is newer."""
-    if step.verb == "train":
+    if step.command == "train":
         folder = place_of(composed)
         return is_trained(folder, with_parent(composed, folder))
-    if step.verb == "evaluate":
+    if step.command == "evaluate":
         return is_measured(composed)
     report = run_dir / "report" / "report.json"
     read = [path for pattern in ("*/finished.json", "evaluation/*/results.json") for path in run_dir.glob(pattern)]
@@ -164,9 +164,9 @@ def finish(run_dir: Path) -> None:
     """Print the figures and what can be done with the run now."""
     from nanochat_pl.report import SUMMARY_COLUMNS, summary_table
 
-    say()
+    rank_zero_print()
     print_table(SUMMARY_COLUMNS, summary_table(run_dir), title=f"run {run_dir.name}: all steps are finished")
-    say()
+    rank_zero_print()
     report = run_dir / "report" / "report.html"
     run = run_keys(run_dir.name, run_dir.parent)
     next_steps(
@@ -186,14 +186,14 @@ def _in_run(name: str, overrides: Sequence[str]) -> list[str]:
 
 
 def _step(experiment: str, name: str, overrides: Sequence[str]) -> Step:
-    verb = "train" if name in STAGES else name
-    schema: type = {"train": TrainConfig, "evaluate": EvaluateConfig, "report": ReportConfig}[verb]
+    command = "train" if name in STAGES else name
+    schema: type = {"train": TrainConfig, "evaluate": EvaluateConfig, "report": ReportConfig}[command]
     taken = [text.lstrip("+") for text in overrides]
     prefix = f"stages.{name}."
     shared = [text for text in taken if not text.startswith("stages.") and _has(schema, text)]
     own = [text.removeprefix(prefix) for text in taken if text.startswith(prefix)]
-    stage = [f"stage={name}"] if verb == "train" else []
-    return Step(name, verb, schema, (f"experiment={experiment}", *stage, *shared, *own))
+    stage = [f"stage={name}"] if command == "train" else []
+    return Step(name, command, schema, (f"experiment={experiment}", *stage, *shared, *own))
 
 
 def _has(schema: type, text: str) -> bool:

@@ -14,27 +14,27 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from nanochat_pl.cli.compose import Composed
-from nanochat_pl.cli.experiment import compose_step
-from nanochat_pl.cli.locate import cache_folder
-from nanochat_pl.cli.overrides import split_override
-from nanochat_pl.common.console import next_steps, print_table, say
+from nanochat_pl.common.console import next_steps, print_table, rank_zero_print
+from nanochat_pl.common.device import choose_compute_dtype, choose_device, num_devices
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.common.hardware import choose_compute_dtype, choose_device, num_devices
-from nanochat_pl.common.settings import setting
-from nanochat_pl.data.at_hand import text_facts, tokens_by_source
-from nanochat_pl.data.auto import choose_data
-from nanochat_pl.data.hub_files import HubFiles
+from nanochat_pl.common.paths import cache_folder
+from nanochat_pl.common.schema import setting
+from nanochat_pl.config.compose import Composed
+from nanochat_pl.config.experiment import compose_step
+from nanochat_pl.config.overrides import split_override
+from nanochat_pl.data.sources.auto import choose_data
+from nanochat_pl.data.sources.hub import HubFiles
+from nanochat_pl.data.sources.token_counts import text_facts, tokens_by_source
 from nanochat_pl.model.attention import Kernels, has_varlen_with_windows, kernels_of
 from nanochat_pl.model.config import resolve_model
 from nanochat_pl.planning import Plan, plan_sections, width_remark
-from nanochat_pl.planning.devices import detected_device, named_device
+from nanochat_pl.planning.estimates import add_machine, add_memory, add_text, add_time, device_remarks
+from nanochat_pl.planning.gpus import detected_device, named_device
 from nanochat_pl.planning.horizon import CPU_EXAMPLE, MAX_EPOCHS
 from nanochat_pl.planning.memory import step_memory
-from nanochat_pl.planning.outlook import add_machine, add_memory, add_text, add_time, device_remarks
-from nanochat_pl.training.base_plan import Target, base_plan, bounding_tokens, would_refuse
-from nanochat_pl.training.settings import TrainConfig
-from nanochat_pl.training.source import tokens_planned
+from nanochat_pl.training.config import TrainConfig
+from nanochat_pl.training.stages.base_plan import Target, base_plan, bounding_tokens, would_refuse
+from nanochat_pl.training.stages.source import tokens_planned
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ OWN_KEYS = ("hardware", "num_devices", "mfu", "price_per_hour", "explain")
 
 
 def run(arguments: Sequence[str]) -> int:
-    """The verb."""
+    """The command."""
     composed: Composed[PlanConfig] = compose_step("plan", "base", PlanConfig, arguments)
     config = composed.config
     if config.stage.name != "base":
@@ -70,10 +70,10 @@ def run(arguments: Sequence[str]) -> int:
         )
     full = full_plan(config)
     if config.explain is not None:
-        say(full.plan.explain(config.explain))
+        rank_zero_print(full.plan.explain(config.explain))
         return 0
     show_plan(full)
-    say()
+    rank_zero_print()
     typed = _typed(composed)
     next_steps(
         [
@@ -135,13 +135,13 @@ def print_plan(config: TrainConfig) -> None:
 
 def show_plan(full: FullPlan) -> None:
     """Print a plan as a table for each section, and the remarks."""
-    say(f"Plan for {full.target.device.name}", style="bold")
+    rank_zero_print(f"Plan for {full.target.device.name}", style="bold")
     for title, rows in plan_sections(full.plan).items():
-        say()
+        rank_zero_print()
         print_table(("value", "", "how it follows", "set by"), rows, title=title)
-    say()
+    rank_zero_print()
     for remark in full.remarks:
-        say(f"- {remark}")
+        rank_zero_print(f"- {remark}")
 
 
 class FullPlan(NamedTuple):
@@ -253,11 +253,11 @@ def _epochs_by_source(config: PlanConfig, plan: Plan) -> list[str]:
 
 
 def _typed(composed: Composed[PlanConfig]) -> list[str]:
-    """What was typed, without the keys that only this verb has, for another command."""
+    """What was typed, without the keys that only this command has, for another command."""
     typed = [text for text in composed.overrides if split_override(text)[0] not in OWN_KEYS]
     experiment = [f"experiment={composed.experiment}"] if composed.experiment else []
     return [*experiment, *typed]
 
 
-def _command(verb: str, *overrides: str) -> str:
-    return f"nanochat-pl {verb} {shlex.join(overrides)}".rstrip()
+def _command(command: str, *overrides: str) -> str:
+    return f"nanochat-pl {command} {shlex.join(overrides)}".rstrip()

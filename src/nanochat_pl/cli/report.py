@@ -9,14 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanochat_pl.cli.child import is_child
-from nanochat_pl.cli.experiment import compose_step
-from nanochat_pl.cli.locate import only_run
-from nanochat_pl.common.console import print_table, say
-from nanochat_pl.common.run_folder import check_name
-from nanochat_pl.common.settings import setting
+from nanochat_pl.cli._subprocess import is_child
+from nanochat_pl.common.console import print_table, rank_zero_print
+from nanochat_pl.common.paths import PathsSettings, only_run
+from nanochat_pl.common.run_dir import check_name
+from nanochat_pl.common.schema import setting
+from nanochat_pl.config.experiment import compose_step
 from nanochat_pl.report import SUMMARY_COLUMNS, summary_table, write_report
-from nanochat_pl.training.settings import PathsSettings
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ Config = ReportConfig
 
 
 def run(arguments: Sequence[str]) -> int:
-    """The verb."""
+    """The command."""
     composed = compose_step("report", "report", ReportConfig, arguments)
     runs = Path(composed.config.paths.runs)
     name = composed.config.run or composed.experiment or only_run(runs)
@@ -39,5 +38,5 @@ def run(arguments: Sequence[str]) -> int:
     report = write_report(runs / name)
     if not is_child():
         print_table(SUMMARY_COLUMNS, summary_table(runs / name), title=f"run {name}")
-    say(f"report: {report}")
+    rank_zero_print(f"report: {report}")
     return 0

@@ -13,13 +13,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanochat_pl.cli.compose import compose
-from nanochat_pl.common.console import print_table, say
+from nanochat_pl.common.console import print_table, rank_zero_print
 from nanochat_pl.common.errors import UserError, did_you_mean
-from nanochat_pl.common.files import disk_errors_explained, read_json
-from nanochat_pl.common.run_folder import StageFolder, list_runs
-from nanochat_pl.common.settings import setting
-from nanochat_pl.training.settings import PathsSettings
+from nanochat_pl.common.files import explain_disk_errors, read_json
+from nanochat_pl.common.paths import PathsSettings
+from nanochat_pl.common.run_dir import StageFolder, list_runs
+from nanochat_pl.common.schema import setting
+from nanochat_pl.config.compose import compose
 
 # More than a line of metrics.csv, which has some twenty figures.
 TAIL_BYTES = 2**16
@@ -37,7 +37,7 @@ Config = RunsConfig
 
 
 def run(arguments: Sequence[str]) -> int:
-    """The verb."""
+    """The command."""
     config = compose("runs", RunsConfig, arguments).config
     runs = Path(config.paths.runs)
     if config.delete is not None:
@@ -47,7 +47,7 @@ def run(arguments: Sequence[str]) -> int:
     if rows:
         print_table(("run", "stage", "status", "step", "bits per byte", "MiB"), rows)
     else:
-        say(f"{runs}: there are no runs yet.")
+        rank_zero_print(f"{runs}: there are no runs yet.")
     return 0
 
 
@@ -60,12 +60,12 @@ def delete_run(runs: Path, name: str) -> None:
     with contextlib.ExitStack() as stack:
         for stage in known[name]:
             stack.enter_context(stage.locked(patience_seconds=0))
-        with disk_errors_explained(folder):
+        with explain_disk_errors(folder):
             if folder.is_symlink():
                 folder.unlink()
             else:
                 shutil.rmtree(folder)
-    say(f"{folder}: deleted ({size} MiB).")
+    rank_zero_print(f"{folder}: deleted ({size} MiB).")
 
 
 def _row(folder: StageFolder) -> tuple[object, ...]:

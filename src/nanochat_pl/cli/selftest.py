@@ -10,14 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanochat_pl.cli.compose import compose
-from nanochat_pl.cli.locate import cache_folder
-from nanochat_pl.common import distributed, together
-from nanochat_pl.common.console import print_table, say
+from nanochat_pl.common.console import print_table, rank_zero_print
+from nanochat_pl.common.device import Accelerator
 from nanochat_pl.common.files import write_json
-from nanochat_pl.common.hardware import Accelerator
-from nanochat_pl.common.settings import setting
-from nanochat_pl.training.settings import PathsSettings
+from nanochat_pl.common.paths import PathsSettings, cache_folder
+from nanochat_pl.common.schema import setting
+from nanochat_pl.config.compose import compose
+from nanochat_pl.distributed import collectives, coordination
 
 
 @dataclass(frozen=True)
@@ -34,17 +33,17 @@ Config = SelftestConfig
 
 
 def run(arguments: Sequence[str]) -> int:
-    """The verb."""
-    config = together.agreed(lambda: compose("selftest", SelftestConfig, arguments)).config
-    from nanochat_pl.training.selftest import selftest, verdict
+    """The command."""
+    config = coordination.raise_on_all_ranks(lambda: compose("selftest", SelftestConfig, arguments)).config
+    from nanochat_pl.selftest.run import selftest, verdict
 
-    size = distributed.world_size()
-    say(f"Testing {size} process{'es' if size > 1 else ''} …")
+    size = collectives.world_size()
+    rank_zero_print(f"Testing {size} process{'es' if size > 1 else ''} …")
     runs, caches = Path(config.paths.runs), cache_folder(config.paths)
     findings = selftest(config.accelerator, runs, caches, config.timeout_seconds)
     passed = all(finding.result != "FAILED" for finding in findings)
     print_table(("check", "result", "figure", "tolerance"), findings)
-    if config.to is not None and distributed.is_main():
+    if config.to is not None and collectives.is_rank_zero():
         write_json(Path(config.to), {"passed": passed, "checks": [finding._asdict() for finding in findings]})
-    say(verdict(findings))
+    rank_zero_print(verdict(findings))
     return 0 if passed else 1

@@ -15,15 +15,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from nanochat_pl.cli.child import is_child
-from nanochat_pl.cli.compose import Composed
-from nanochat_pl.cli.experiment import compose_step
-from nanochat_pl.cli.instantiate import make_objects
+from nanochat_pl.cli._subprocess import is_child
 from nanochat_pl.cli.launch import launch, processes_to_start
-from nanochat_pl.cli.locate import cache_folder, run_keys
-from nanochat_pl.cli.overrides import take_key
 from nanochat_pl.cli.plan import print_plan
-from nanochat_pl.cli.records import (
+from nanochat_pl.cli.run_record import (
     as_typed,
     reopen,
     require_same_settings,
@@ -34,13 +29,18 @@ from nanochat_pl.cli.records import (
     what_runs,
     write_records,
 )
-from nanochat_pl.common import distributed, together
-from nanochat_pl.common.console import next_steps, output_may_end, print_table, say
+from nanochat_pl.common.console import ignore_broken_pipe, next_steps, print_table, rank_zero_print
 from nanochat_pl.common.files import entries
-from nanochat_pl.common.run_folder import SHARED_RUNS, StageFolder, fresh_stage_folder, only_run_with, stage_folder
+from nanochat_pl.common.paths import cache_folder, run_keys
+from nanochat_pl.common.run_dir import SHARED_RUNS, StageFolder, fresh_stage_folder, only_run_with, stage_folder
+from nanochat_pl.config.compose import Composed
+from nanochat_pl.config.experiment import compose_step
+from nanochat_pl.config.instantiate import make_objects
+from nanochat_pl.config.overrides import take_key
+from nanochat_pl.distributed import collectives, coordination
 from nanochat_pl.planning import Plan, width_remark
-from nanochat_pl.training.inherit import inherited, parent_name
-from nanochat_pl.training.settings import TrainConfig
+from nanochat_pl.training.config import TrainConfig
+from nanochat_pl.training.stages.inherit import inherited, parent_name
 
 Config = TrainConfig
 # What --help shows first, besides the keys at the root.
@@ -52,30 +52,30 @@ EXTRA_KEYS = {
 }
 
 
-@output_may_end()
+@ignore_broken_pipe()
 def run(arguments: Sequence[str]) -> int:
-    """The verb."""
-    composed = together.agreed(lambda: compose_train(arguments))
-    if (num_processes := together.agreed(lambda: _processes_to_start(composed))) > 1:
+    """The command."""
+    composed = coordination.raise_on_all_ranks(lambda: compose_train(arguments))
+    if (num_processes := coordination.raise_on_all_ranks(lambda: _processes_to_start(composed))) > 1:
         return launch(["train", *arguments], num_processes)
     require_same_code_everywhere()
     require_same_settings_everywhere(composed)
     config = composed.config
-    place = together.by_main(lambda: _names(place_of(composed)))
+    place = coordination.run_on_rank_zero(lambda: _names(place_of(composed)))
     folder = StageFolder(Path(config.paths.runs), **place)
     composed = with_parent(composed, folder)
     config = composed.config
     if config.check_only:
-        together.by_main(lambda: _print_check(composed, folder))
+        coordination.run_on_rank_zero(lambda: _print_check(composed, folder))
         return 0
     # The main process looks: what others see of the disk may be older.
-    if together.by_main(lambda: folder.status != "finished" or trains_longer(folder, composed)):
+    if coordination.run_on_rank_zero(lambda: folder.status != "finished" or trains_longer(folder, composed)):
         # Before the folder is made: a stage whose parent is not there leaves nothing behind.
-        inherits = together.agreed(lambda: inherited(config, folder, composed.given))
+        inherits = coordination.raise_on_all_ranks(lambda: inherited(config, folder, composed.given))
         composed = dataclasses.replace(composed, config=inherits)
         require_same_parent_everywhere(composed)
     with contextlib.ExitStack() as held:
-        if not together.by_main(lambda: _opened(folder, composed, held)):
+        if not coordination.run_on_rank_zero(lambda: _opened(folder, composed, held)):
             return 0
         code = _train(composed, folder)
     if code == 0 and not is_child():
@@ -106,12 +106,12 @@ def _opened(folder: StageFolder, composed: Composed[TrainConfig], held: contextl
     if trains_longer(folder, composed):
         reopen(folder, composed)
     if is_finished(folder, composed):
-        say(f"{folder.path}: is finished. resume=never trains a new one.")
+        rank_zero_print(f"{folder.path}: is finished. resume=never trains a new one.")
         return False
     # A start that is refused leaves nothing behind; one that has a resume file stays.
     if not _begun(folder):
         held.enter_context(folder.discarded_on_error())
-    write_records(folder, composed, goes_on=_begun(folder))
+    write_records(folder, composed, resuming=_begun(folder))
     return True
 
 
@@ -128,12 +128,12 @@ def require_same_settings_everywhere(composed: Composed[Any]) -> None:
         return f"has other settings than the main process: {typed}."
 
     settings = json.dumps({"typed": composed.overrides, "all": composed.plain()}, default=str)
-    together.require_same(settings, problem, "Start all processes with the same command.")
+    coordination.assert_equal_across_ranks(settings, problem, "Start all processes with the same command.")
 
 
 def require_same_code_everywhere() -> None:
     """Refuse processes of one launch that run different code, or different versions of the libraries."""
-    if distributed.world_size() == 1:
+    if collectives.world_size() == 1:
         return
     own = what_runs()
 
@@ -142,7 +142,7 @@ def require_same_code_everywhere() -> None:
         differ = [f"{name} {own[name]} (the main process: {theirs[name]})" for name in own if own[name] != theirs[name]]
         return f"{socket.gethostname()} runs {', '.join(differ)}."
 
-    together.require_same(json.dumps(own), problem, "Install the same on all nodes.")
+    coordination.assert_equal_across_ranks(json.dumps(own), problem, "Install the same on all nodes.")
 
 
 def require_same_parent_everywhere(composed: Composed[TrainConfig]) -> None:
@@ -151,7 +151,7 @@ def require_same_parent_everywhere(composed: Composed[TrainConfig]) -> None:
     def problem(mains: str) -> str:
         return f"{socket.gethostname()} inherits other settings than the main process: it sees another folder of runs."
 
-    together.require_same(json.dumps(composed.plain(), default=str), problem, SHARED_RUNS)
+    coordination.assert_equal_across_ranks(json.dumps(composed.plain(), default=str), problem, SHARED_RUNS)
 
 
 def is_finished(folder: StageFolder, composed: Composed[TrainConfig]) -> bool:
@@ -178,7 +178,7 @@ def with_parent(composed: Composed[TrainConfig], folder: StageFolder) -> Compose
         begun = settings_of(folder).get("stage", {}) if _begun(folder) else {}
         return begun.get("parent") or parent_name(composed.config, folder)
 
-    named = dataclasses.replace(stage, parent=together.by_main(look))
+    named = dataclasses.replace(stage, parent=coordination.run_on_rank_zero(look))
     return dataclasses.replace(composed, config=dataclasses.replace(composed.config, stage=named))
 
 
@@ -194,8 +194,8 @@ def _print_check(composed: Composed[TrainConfig], folder: StageFolder) -> None:
     if stage != "base" and parent is not None:
         start = folder.parent(parent)
         there = "is finished" if start.status == "finished" else "is not finished yet"
-        say(f"Model, tokenizer and all that is null come from {start.path}, which {there}.")
-    say("check_only=true: the settings are right; nothing was trained.")
+        rank_zero_print(f"Model, tokenizer and all that is null come from {start.path}, which {there}.")
+    rank_zero_print("check_only=true: the settings are right; nothing was trained.")
 
 
 def compose_train(overrides: Sequence[str]) -> Composed[TrainConfig]:
@@ -204,7 +204,7 @@ def compose_train(overrides: Sequence[str]) -> Composed[TrainConfig]:
     return compose_step("train", stage or "base", TrainConfig, overrides)
 
 
-def place_of(composed: Composed[TrainConfig], tell: Callable[[str], None] = say) -> StageFolder:
+def place_of(composed: Composed[TrainConfig], tell: Callable[[str], None] = rank_zero_print) -> StageFolder:
     """The folder of the stage: of the run that is named, else of the experiment's, else of the depth's.
 
     A stage that builds on a trained one takes the only run that has it. ``tell``: says which run was chosen.
@@ -226,8 +226,8 @@ def place_of(composed: Composed[TrainConfig], tell: Callable[[str], None] = say)
 
 
 def _train(composed: Composed[TrainConfig], folder: StageFolder) -> int:
+    from nanochat_pl.training.callbacks.graceful_stop import StopRequested
     from nanochat_pl.training.run import train_stage
-    from nanochat_pl.training.stopping import StopRequested
 
     config = composed.config
     try:
@@ -240,18 +240,20 @@ def _train(composed: Composed[TrainConfig], folder: StageFolder) -> int:
             on_plan=_say_plan,
         )
     except StopRequested as stop:
-        say(f"Stopped after step {stop.step:,}.{'' if is_child() else f' {how_to_go_on(folder.run, config.resume)}'}")
+        rank_zero_print(
+            f"Stopped after step {stop.step:,}.{'' if is_child() else f' {how_to_go_on(folder.run, config.resume)}'}"
+        )
         return 128 + stop.signum
     return 0
 
 
 def _say_plan(plan: Plan) -> None:
-    say(
+    rank_zero_print(
         f"Plan: {plan['parameters_total']:,} parameters, {plan['num_steps']:,} steps of"
         f" {plan['total_batch_tokens']:,} tokens. Each value with its reason: nanochat-pl plan, or plan.json."
     )
     if remark := width_remark(plan):
-        say(remark)
+        rank_zero_print(remark)
 
 
 def how_to_go_on(run: str, resume: str) -> str:

@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from nanochat_pl.common.errors import visible
-from nanochat_pl.common.place import launched_place
+from nanochat_pl.common.launch_env import launch_env
 
 # A log file has no width: wide enough that no table is cut.
 WIDTH_WITHOUT_TERMINAL = 160
@@ -33,7 +33,7 @@ Advance = Callable[[int], None]
 
 def is_silent() -> bool:
     """Whether another process speaks to the person."""
-    return launched_place().rank > 0
+    return launch_env().rank > 0
 
 
 class _Console(Console):
@@ -49,7 +49,7 @@ def console(stderr: bool = False) -> Console:
     return made
 
 
-def replace_unknown_signs(*streams: TextIO) -> None:
+def replace_unencodable_characters(*streams: TextIO) -> None:
     """Signs that a stream's encoding does not have become question marks instead of errors."""
     for stream in streams:
         if isinstance(stream, io.TextIOWrapper):
@@ -94,7 +94,7 @@ class _Lasting:
 
 
 @contextlib.contextmanager
-def output_may_end() -> Iterator[None]:
+def ignore_broken_pipe() -> Iterator[None]:
     """Work that goes on where nobody can read any more what it prints: the terminal is closed, `tee` has died."""
     before = sys.stdout, sys.stderr
     lasting = [stream and _Lasting(stream) for stream in before]  # None: it was closed when Python began
@@ -107,16 +107,16 @@ def output_may_end() -> Iterator[None]:
         sys.stdout, sys.stderr = (stream and stream.stream for stream in lasting)
 
 
-def say(text: str = "", style: str = "") -> None:
+def rank_zero_print(text: str = "", style: str = "") -> None:
     """Print a line as it is: brackets are not markup, long lines are not broken, nothing steers the terminal."""
     console().print(Text(visible(text), style=style))
 
 
-def say_from_any(text: str) -> None:
-    """As :func:`say`, but for what matters whichever process it comes from: its rank is said."""
+def print_from_any_rank(text: str) -> None:
+    """As :func:`rank_zero_print`, but for what matters whichever process it comes from: its rank is said."""
     made = console()
     made.quiet = False
-    made.print(Text(visible(f"process {launched_place().rank}: {text}" if is_silent() else text)))
+    made.print(Text(visible(f"process {launch_env().rank}: {text}" if is_silent() else text)))
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], title: str = "") -> None:
@@ -135,16 +135,16 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], title:
     for row in body:
         table.add_row(*(Text(visible(cell)) for cell in row))
     if title:
-        say(title, style="bold")
+        rank_zero_print(title, style="bold")
     console().print(table, soft_wrap=False)
 
 
 def next_steps(commands: Sequence[tuple[str, str]]) -> None:
     """Print what a person can do now: (what it is for, the command), one a line."""
     width = max(len(purpose) for purpose, _ in commands)
-    say("Next:", style="bold")
+    rank_zero_print("Next:", style="bold")
     for purpose, command in commands:
-        say(f"  {purpose:<{width}}  {command}")
+        rank_zero_print(f"  {purpose:<{width}}  {command}")
 
 
 def by_difference(advance: Advance) -> Callable[[int, int], None]:
@@ -203,7 +203,7 @@ def _lines_now_and_then(what: str, total: int, unit: str) -> Advance:
         done += amount
         if time.monotonic() - spoken >= SECONDS_BETWEEN_LINES:
             spoken = time.monotonic()
-            say(f"{what}: {done:,} of {total:,} {unit}".rstrip())
+            rank_zero_print(f"{what}: {done:,} of {total:,} {unit}".rstrip())
 
     return advance
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 # Control characters but for tab and line end, and halves of surrogate pairs.
 _UNSEEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
-MOST_LISTED = 24  # names: more are not read
+MAX_LISTED = 24  # names: more are not read
 
 
 class UserError(Exception):
@@ -67,6 +67,6 @@ def did_you_mean(name: str, valid: Iterable[str], limit: int = 3) -> str:
     near = difflib.get_close_matches(name, names, n=limit, cutoff=0.6)
     if near:
         return f"did you mean {' or '.join(near)}?"
-    if len(names) <= MOST_LISTED:
+    if len(names) <= MAX_LISTED:
         return f"valid: {', '.join(names)}"
     return f"there are {len(names)} valid names, {names[0]} … {names[-1]}"

@@ -24,7 +24,7 @@ FREE_SPACE = f"Free some space, or write to another disk: {_PLACES}."
 
 
 @contextlib.contextmanager
-def disk_errors_explained(path: Path) -> Iterator[None]:
+def explain_disk_errors(path: Path) -> Iterator[None]:
     """Turn what the operating system says about a path (full, read-only, not a folder) into a :class:`UserError`."""
     try:
         yield
@@ -71,7 +71,7 @@ def ensure_folder(path: Path) -> Path:
     Raises:
         UserError: it cannot be made or written; the message names it and the reason.
     """
-    with disk_errors_explained(path):
+    with explain_disk_errors(path):
         path.mkdir(parents=True, exist_ok=True)
         probe = path / f".write-probe.{secrets.token_hex(8)}"
         probe.write_bytes(b"x")
@@ -107,7 +107,7 @@ def write_atomically(
     # Not the process's number: threads share it, and so do processes of two containers or machines.
     temporary = path.with_name(f"{path.name}.tmp.{secrets.token_hex(8)}")
     try:
-        with disk_errors_explained(path):
+        with explain_disk_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             write(temporary)
             with temporary.open("rb+") as file:

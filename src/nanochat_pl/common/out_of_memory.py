@@ -36,13 +36,13 @@ MESSAGES = re.compile(
         )
     )
 )
-MOST_CAUSES = 16  # a chain of exceptions that wrap each other is not followed further
+MAX_CAUSES = 16  # a chain of exceptions that wrap each other is not followed further
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that memory ran out, on any device, or was raised because of one that does."""
     seen: BaseException | None = error
-    for _ in range(MOST_CAUSES):
+    for _ in range(MAX_CAUSES):
         if seen is None:
             return False
         if isinstance(seen, (torch.OutOfMemoryError, MemoryError)):
@@ -54,7 +54,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 @contextlib.contextmanager
-def out_of_memory_explained(what: str, fix: str) -> Iterator[None]:
+def explain_out_of_memory(what: str, fix: str) -> Iterator[None]:
     """Where memory runs out inside, a :class:`UserError` says so, on which processes can agree.
 
     Args:

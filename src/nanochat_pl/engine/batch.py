@@ -39,7 +39,7 @@ class Batch:
         self._engine = engine
         self._sampling = sampling
         self._num_slots = num_slots
-        self._cache = engine.new_cache(num_slots, max(row.most_context for row in rows))
+        self._cache = engine.new_cache(num_slots, max(row.max_context_asked for row in rows))
         # Longest first: prompts read together pad each other least, and what is too large for the memory fails at once.
         self.waiting = deque(sorted(rows, key=lambda row: -len(row.prompt)))
         self.active: list[Sequence] = []

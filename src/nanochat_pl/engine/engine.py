@@ -18,7 +18,7 @@ from nanochat_pl.engine.events import Event, visible_text
 from nanochat_pl.engine.sampling import Sampling, choose, log_probabilities
 from nanochat_pl.engine.sequence import FinishReason, Limits, Sequence
 from nanochat_pl.engine.session import Session
-from nanochat_pl.model.accounting import kv_cache_bytes
+from nanochat_pl.model.counts import kv_cache_bytes
 from nanochat_pl.model.gpt import GPT
 from nanochat_pl.model.kv_cache import KVCache
 from nanochat_pl.tokenizer import Tokenizer
@@ -214,7 +214,7 @@ class Engine:
             row.accept(token_id, logprob)
 
     def _default_batch(self, rows: list[Sequence]) -> int:
-        longest = max((row.most_context for row in rows), default=1)
+        longest = max((row.max_context_asked for row in rows), default=1)
         slot = kv_cache_bytes(self.net.config, 1, longest, self.net.config.compute_dtype)
         return max(1, min(DEFAULT_MAX_BATCH, DEFAULT_CACHE_BYTES // slot))
 

@@ -66,10 +66,10 @@ class Sequence:
         # The number of new tokens after which it ends at the latest, and why.
         room = limits.max_context - len(prompt)
         self._most = min(limits.max_tokens, room)
-        self._most_reason: FinishReason = "length" if limits.max_tokens <= room else "context"
+        self._max_reason: FinishReason = "length" if limits.max_tokens <= room else "context"
 
     @property
-    def most_context(self) -> int:
+    def max_context_asked(self) -> int:
         """Tokens of prompt and answer together, at most."""
         return len(self.prompt) + self._most
 
@@ -84,7 +84,7 @@ class Sequence:
         if (token_id in self._limits.stop_ids and not is_forced) or self._completes_stop_text(token_id):
             self.finish_reason = "stop"
         elif len(self.ids) >= self._most:
-            self.finish_reason = self._most_reason
+            self.finish_reason = self._max_reason
         if self.tool is not None and not is_forced:
             self.pending.extend(self.tool.observe(token_id))
 

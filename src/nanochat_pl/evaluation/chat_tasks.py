@@ -13,15 +13,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from nanochat_pl.common import distributed
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.common.out_of_memory import out_of_memory_explained
-from nanochat_pl.common.together import agreed
+from nanochat_pl.common.out_of_memory import explain_out_of_memory
+from nanochat_pl.distributed import collectives
+from nanochat_pl.distributed.coordination import raise_on_all_ranks
 from nanochat_pl.engine import Engine, readable
-from nanochat_pl.evaluation.categorical import letter_ids, letter_probabilities
+from nanochat_pl.evaluation.answer_letters import letter_ids, letter_probabilities
 from nanochat_pl.evaluation.pass_at_k import pass_at_k_rows
-from nanochat_pl.evaluation.prompts import most_tokens, shortened
 from nanochat_pl.evaluation.results import TaskResult, make_result
+from nanochat_pl.evaluation.truncation import max_tokens_read, shortened
 from nanochat_pl.tasks import Task
 from nanochat_pl.tasks.base import Content, Conversation
 
@@ -128,14 +128,14 @@ def evaluate_task(
         if not task.judged:
             raise UserError(f"{task.name}: nobody can tell what is a right answer.", fix="Take it out of the tasks.")
         asked = choose_items(task.name, len(task), limit)
-        share = asked[distributed.rank() :: distributed.world_size()]
+        share = asked[collectives.rank() :: collectives.world_size()]
         report = _in_problems(progress, len(asked))
-        with out_of_memory_explained(task.name, "Use a smaller batch_size."):
+        with explain_out_of_memory(task.name, "Use a smaller batch_size."):
             if task.kind == "categorical":
                 return _choose(engine, task, share, batch, report)
             return _write(engine, task, share, writing, batch, report)
 
-    answered = _gather(agreed(answer_share))
+    answered = _gather(raise_on_all_ranks(answer_share))
     details: dict[str, Any] = {"kind": task.kind, "cut_prompts": sum(each.cut for each in answered)}
     if task.remark is not None:
         details["remark"] = task.remark
@@ -180,7 +180,7 @@ def _write(
     """Write answers to problems, and have them judged."""
     conversations = [task[index] for index in share]
     reach, times = engine.net.config.rotary_reach, writing.num_samples
-    prompts, cut = _prompts(engine, conversations, most_tokens(reach, writing.max_tokens))
+    prompts, cut = _prompts(engine, conversations, max_tokens_read(reach, writing.max_tokens))
     results = engine.generate(
         [prompt for prompt in prompts for _ in range(times)],
         max_tokens=writing.max_tokens,
@@ -252,7 +252,7 @@ def _readable(content: str | Sequence[Mapping[str, str]]) -> str:
 
 def _gather(mine: Sequence[_Answered]) -> list[_Answered]:
     """The answers of all processes, in the order of the problems."""
-    texts = distributed.from_all(json.dumps([asdict(each) for each in mine]))
+    texts = collectives.all_gather_str(json.dumps([asdict(each) for each in mine]))
     return sorted((_Answered(**each) for text in texts for each in json.loads(text)), key=lambda each: each.index)
 
 

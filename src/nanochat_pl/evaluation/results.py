@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from nanochat_pl.common import settings
+from nanochat_pl.common import schema
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.common.settings import setting
+from nanochat_pl.common.schema import setting
 from nanochat_pl.evaluation.statistics import DIFFERENCES, PERCENTILES, SHARES, deviations, standard_error
 
 # Raise it with whatever gives other figures for the same model and problems: prompts, scoring, the reading and judging
@@ -167,7 +167,7 @@ def paired_summary(
 
 def to_plain(result: TaskResult) -> dict[str, Any]:
     """A result as plain data, for JSON."""
-    return dict(settings.to_plain(result))
+    return dict(schema.to_plain(result))
 
 
 def from_plain(value: Mapping[str, Any], where: str) -> TaskResult:
@@ -181,7 +181,7 @@ def from_plain(value: Mapping[str, Any], where: str) -> TaskResult:
         UserError: it is no result, or its figures are not those of its outcomes.
     """
     try:
-        stated = settings.build(_Stated, value, where)
+        stated = schema.build(_Stated, value, where)
     except RecursionError as error:
         raise UserError(f"{where}: lists and groups within each other, too many.") from error
     if len({len(stated.items), len(set(stated.items)), len(stated.outcomes), stated.n}) > 1:

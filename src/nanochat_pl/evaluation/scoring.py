@@ -19,14 +19,14 @@ from torch import Tensor
 from nanochat_pl.common.errors import NotFiniteError, UserError
 from nanochat_pl.model.gpt import GPT
 from nanochat_pl.model.loss import default_chunk_tokens
-from nanochat_pl.model.tree import Branching, TokenTree
+from nanochat_pl.model.prefix_tree import PrefixTree, SharedPrefix
 
 # Candidates that share less than this part of their tokens are read apart.
-LEAST_SHARED = 0.1
+MIN_SHARED = 0.1
 # Where more positions than this are in a forward, a CPU is slower: activations no longer fit into its caches.
 CPU_POSITIONS = 4096
 # A batch with positions enough to keep the cores busy ends before rows shorter than this share of its longest.
-LEAST_SHARE, BUSY_POSITIONS = 0.7, 1024
+MIN_SHARE, BUSY_POSITIONS = 0.7, 1024
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def batches_by_length(lengths: Sequence[int], max_positions: int) -> list[list[i
     longest = real = 0
     for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
         padded = (len(batches[-1]) + 1) * longest if batches else 0
-        sparse = real >= BUSY_POSITIONS and lengths[index] < LEAST_SHARE * longest
+        sparse = real >= BUSY_POSITIONS and lengths[index] < MIN_SHARE * longest
         if not batches or padded > max_positions or sparse:
             batches.append([])
             longest, real = lengths[index], 0
@@ -112,7 +112,7 @@ def batches_by_length(lengths: Sequence[int], max_positions: int) -> list[list[i
 class _Unit:
     """A row that branches, and whose tokens it scores: members with the numbers of their branches (0: the trunk)."""
 
-    row: Branching
+    row: SharedPrefix
     members: list[tuple[int, int]]
 
     @property
@@ -157,11 +157,11 @@ class _Scoring:
                 alike.setdefault(_tokens_to_read(candidate), []).append(member)
             first += len(question)
             if unread := alike.pop((), None):
-                yield _Unit(Branching(()), [(member, 0) for member in unread])
+                yield _Unit(SharedPrefix(()), [(member, 0) for member in unread])
             shared = _common_length(list(alike))
-            if (len(alike) - 1) * shared <= LEAST_SHARED * sum(map(len, alike)):
+            if (len(alike) - 1) * shared <= MIN_SHARED * sum(map(len, alike)):
                 for tokens, members in alike.items():
-                    yield _Unit(Branching(tokens), [(member, 0) for member in members])
+                    yield _Unit(SharedPrefix(tokens), [(member, 0) for member in members])
             else:
                 yield from self._branching(alike, shared)
 
@@ -172,19 +172,19 @@ class _Scoring:
         members: list[tuple[int, int]] = []
         for tokens, those in alike.items():
             if branches and length + len(tokens) - shared > self._max_positions:
-                yield _Unit(Branching(trunk, branches), members)
+                yield _Unit(SharedPrefix(trunk, branches), members)
                 length, branches, members = shared, [], []
             branches.append(tokens[shared:])
             members += [(member, len(branches)) for member in those]
             length += len(tokens) - shared
-        yield _Unit(Branching(trunk, branches), members)
+        yield _Unit(SharedPrefix(trunk, branches), members)
 
     def _read(self, units: list[_Unit]) -> None:
         """One forward, and the scores of its members."""
         units = [unit for unit in units if unit.length]
         if not units:
             return
-        tree = TokenTree([unit.row for unit in units], self._net.device)
+        tree = PrefixTree([unit.row for unit in units], self._net.device)
         places: list[int] = []
         targets: list[int] = []
         owners: list[int] = []

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.common.settings import setting
+from nanochat_pl.common.schema import setting
 
 DType = Literal["float32", "bfloat16", "float16"]
 MAX_LAYERS = 1_000
@@ -23,7 +23,7 @@ ROTARY_REACH = 10
 class GPTConfig:
     """The architecture, resolved: enough to build the network, with nothing derived and nothing named.
 
-    Bounds are wide for models and narrow for attacks: :func:`nanochat_pl.common.settings.build` checks them, so that
+    Bounds are wide for models and narrow for attacks: :func:`nanochat_pl.common.schema.build` checks them, so that
     a hostile ``config.json`` is refused before any memory is taken (see also ``accounting.require_size``).
     """
 

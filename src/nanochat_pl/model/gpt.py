@@ -17,14 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from nanochat_pl.common.device import gpu_memory_bytes
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.common.hardware import gpu_memory_bytes
 from nanochat_pl.model.attention import windowed_attention
 from nanochat_pl.model.config import DType, GPTConfig
 from nanochat_pl.model.kv_cache import CacheStep, KVCache
-from nanochat_pl.model.loss import default_chunk_tokens, softcap, token_losses, weighted_nats
+from nanochat_pl.model.loss import default_chunk_tokens, fused_linear_cross_entropy, softcap, token_losses
+from nanochat_pl.model.prefix_tree import PrefixTree
 from nanochat_pl.model.rotary import rotary_tables, rotate
-from nanochat_pl.model.tree import TokenTree
 
 TORCH_DTYPES: dict[DType, torch.dtype] = {
     "float32": torch.float32,
@@ -33,7 +33,7 @@ TORCH_DTYPES: dict[DType, torch.dtype] = {
 }
 
 # What a forward may go over besides whole rows.
-Step: TypeAlias = CacheStep | TokenTree
+Step: TypeAlias = CacheStep | PrefixTree
 
 
 def norm(x: Tensor) -> Tensor:
@@ -277,7 +277,7 @@ class GPT(nn.Module):
             step.commit()
         return x
 
-    def hidden_of_tree(self, tree: TokenTree) -> Tensor:
+    def hidden_of_tree(self, tree: PrefixTree) -> Tensor:
         """What the head reads at each token of rows that branch: (1, N, C), as :meth:`hidden`."""
         return self._hidden(tree.ids, tree)
 
@@ -354,7 +354,7 @@ class GPT(nn.Module):
 
     def loss_of_hidden(self, hidden: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """As :meth:`loss_by_row` with gradients, of what the head reads, (B, T, C)."""
-        total, nats = weighted_nats(
+        total, nats = fused_linear_cross_entropy(
             hidden.flatten(0, 1),
             self.lm_head.weight,
             targets.flatten(),
@@ -384,7 +384,7 @@ class GPT(nn.Module):
             return x
         if step is None:
             previous = F.pad(x, (0, 0, 1, -1))
-        elif isinstance(step, TokenTree):
+        elif isinstance(step, PrefixTree):
             previous = step.previous(x)
         else:
             ids, exists = step.previous_ids()

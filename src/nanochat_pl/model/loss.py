@@ -3,8 +3,8 @@
 Shapes: N tokens (rows and positions in one), C model width, V vocabulary.
 
 The logits are by far the largest tensors of a small model, so they are made for a piece of the tokens at a time. For
-training, :func:`weighted_nats` computes each piece's gradients as soon as it has the piece's logits, and forgets them:
-neither are there ever logits of all tokens, nor is any matrix product done twice.
+training, :func:`fused_linear_cross_entropy` computes each piece's gradients as soon as it has the piece's logits, and
+forgets them: neither are there ever logits of all tokens, nor is any matrix product done twice.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def token_losses(raw: Tensor, targets: Tensor, cap: float) -> Tensor:
     return torch.where(targets != IGNORE_INDEX, capped.exp().sum(dim=-1).log() - of_target, 0.0)
 
 
-def weighted_nats(
+def fused_linear_cross_entropy(
     hidden: Tensor,
     head: Tensor,
     targets: Tensor,
@@ -104,7 +104,7 @@ def _nats_with_gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The sum (), its gradients by hidden and head, of their shapes and types, and its terms (N,)."""
     weights = torch.where(targets != IGNORE_INDEX, weights, 0.0)
-    piece_of = compiled_piece(hidden.device, hidden.dtype, -(-len(hidden) // pieces)) if compiled else _piece
+    piece_of = compiled_piece(hidden.device, hidden.dtype, -(-len(hidden) // pieces)) if compiled else _chunk
     matrix = head[:vocab_size].to(hidden.dtype)
     total, of_hidden, of_head = weights.new_zeros(()), torch.empty_like(hidden), torch.zeros_like(head)
     of_matrix, terms = of_head[:vocab_size], torch.empty_like(weights)
@@ -155,7 +155,7 @@ def _scale_gradients(ctx: Any, gradient: Tensor | None, *of_gradients: Tensor | 
 _nats_with_gradients.register_autograd(_scale_gradients, setup_context=_keep_gradients)
 
 
-def _piece(raw: Tensor, targets: Tensor, weights: Tensor, cap: float) -> tuple[Tensor, Tensor, Tensor]:
+def _chunk(raw: Tensor, targets: Tensor, weights: Tensor, cap: float) -> tuple[Tensor, Tensor, Tensor]:
     """The sum () of weighted nats, its gradient by the raw logits (n, V), which are used up, and its terms (n,)."""
     ratio = _precise(raw).mul_(1 / cap).tanh_()
     of_target = ratio.gather(1, targets[:, None])[:, 0]
@@ -197,4 +197,4 @@ def compiled_piece(device: torch.device, dtype: torch.dtype, tokens: int) -> Cal
 
     Each number has code of its own: a process that trains several models would come to the end of what is kept of one.
     """
-    return torch.compile(twin(_piece), dynamic=False)
+    return torch.compile(twin(_chunk), dynamic=False)

@@ -4,7 +4,7 @@ Each Muon group is one stack of matrices of one shape: its state lives in two st
 holds views of them, so that the state by parameter name (what is saved and handed on) does not depend on how the work
 is stacked or divided over processes.
 
-With several processes each has a share of every group (:mod:`nanochat_pl.optim.shares`) and the state of that share
+With several processes each has a share of every group (:mod:`nanochat_pl.optim.sharding`) and the state of that share
 alone. A step sums the gradients, each process getting its share of the sum, updates the share, and gathers the
 parameters. With one process there are no shares: gradients and parameters are used where they lie.
 """
@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanochat_pl.common import distributed
 from nanochat_pl.common.errors import UserError
+from nanochat_pl.distributed import collectives
+from nanochat_pl.optim.config import MuonSettings
+from nanochat_pl.optim.muon import Scalar, adamw_update, muon_update
 from nanochat_pl.optim.schedules import StepValues
-from nanochat_pl.optim.settings import MuonSettings
-from nanochat_pl.optim.shares import ALIGNMENT, Shape, Share, moment_shapes, norm_of
-from nanochat_pl.optim.updates import Scalar, adamw_update, muon_update
+from nanochat_pl.optim.sharding import ALIGNMENT, Shape, Shard, moment_shapes, norm_of
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ class MuonAdamW(torch.optim.Optimizer):
     """Muon and AdamW in one optimizer.
 
     Args:
-        groups: of :func:`~nanochat_pl.optim.parameter_groups.make_groups`, parameters as (name, parameter).
+        groups: of :func:`~nanochat_pl.optim.param_groups.make_groups`, parameters as (name, parameter).
         muon: the parts of a Muon step; the recipe's by default. Newton-Schulz alone (``optim=classic_muon``) is
             ``torch.optim.Muon`` with ``adjust_lr_fn="original"`` and Nesterov momentum (which both take as a mean,
             ``lerp``), as long as ``muon_dtype`` is bfloat16 and the weight decay 0.
@@ -56,7 +56,7 @@ class MuonAdamW(torch.optim.Optimizer):
         self._compile_muon = compile_muon
         self._muon_update: Callable[..., None] | None = None
         self._stacks: dict[int, tuple[Tensor, Tensor]] = {}  # group number → (momentum, second moment)
-        self._shares: list[list[Share]] = []  # of each group; none with one process
+        self._shards: list[list[Shard]] = []  # of each group; none with one process
         self._reduced = self._skipping = False
         self._consolidated: dict[str, dict[str, Tensor]] | None = None
         for group in self.param_groups:
@@ -76,11 +76,11 @@ class MuonAdamW(torch.optim.Optimizer):
 
         (What a step itself needs for a while is less than what the backward pass has just given back.)
         """
-        if self._shares:
+        if self._shards:
             return
-        if distributed.world_size() > 1:
+        if collectives.world_size() > 1:
             assert not self.state, "the processes began to train together after the state was allocated"
-            self._shares = [list(self._make_shares(*each)) for each in enumerate(self.param_groups)]
+            self._shards = [list(self._make_shards(*each)) for each in enumerate(self.param_groups)]
             return
         for number, group in enumerate(self.param_groups):
             if group["params"][0] in self.state:
@@ -95,21 +95,21 @@ class MuonAdamW(torch.optim.Optimizer):
             else:
                 self._allocate_stack(number, group)
 
-    def _make_shares(self, number: int, group: dict[str, Any]) -> Iterator[Share]:
+    def _make_shards(self, number: int, group: dict[str, Any]) -> Iterator[Shard]:
         """One of a stack, which is cut between matrices; one of each parameter of AdamW.
 
         With fewer matrices than processes, every other stack is that of the last processes: the two of the feed-forward
         part, the largest, are of one size and follow each other (groups are sorted by shape).
         """
         names, parameters = group["param_names"], group["params"]
-        place = distributed.rank(), distributed.world_size()
+        place = collectives.rank(), collectives.world_size()
         if group["kind"] == "muon":
-            shares = [Share(names, parameters, parameters[0].numel(), *place, at_end=number % 2 == 1)]
+            shards = [Shard(names, parameters, parameters[0].numel(), *place, at_end=number % 2 == 1)]
         else:
-            shares = [Share([name], [p], ALIGNMENT, *place) for name, p in zip(names, parameters, strict=True)]
-        for share in shares:
-            share.allocate(moment_shapes(group["kind"], share.parameters[0].shape))
-            yield share
+            shards = [Shard([name], [p], ALIGNMENT, *place) for name, p in zip(names, parameters, strict=True)]
+        for shard in shards:
+            shard.allocate(moment_shapes(group["kind"], shard.parameters[0].shape))
+            yield shard
 
     def _allocate_stack(self, number: int, group: dict[str, Any]) -> None:
         first = group["params"][0]
@@ -135,9 +135,9 @@ class MuonAdamW(torch.optim.Optimizer):
         """
         self._reduce()
         norm = norm_of(self._gradients(), self.param_groups[0]["params"][0].device)
-        if self._shares:
+        if self._shards:
             norm.square_()
-            distributed.sum_(norm)
+            collectives.all_reduce_(norm)
             norm.sqrt_()
         return norm
 
@@ -171,10 +171,10 @@ class MuonAdamW(torch.optim.Optimizer):
         if self._skipping:
             self._skipping = False
             return result
-        if not (self._shares and self._reduced):
+        if not (self._shards and self._reduced):
             self._reduce()
-        if self._shares:
-            self._step_shares()
+        if self._shards:
+            self._step_shards()
         else:
             for number, group in enumerate(self.param_groups):
                 if group["kind"] == "adamw":
@@ -186,52 +186,52 @@ class MuonAdamW(torch.optim.Optimizer):
 
     def _reduce(self) -> None:
         missing = [name for name, parameter in self._named() if parameter.grad is None]
-        if distributed.largest(len(missing)):
+        if collectives.all_reduce_max(len(missing)):
             names = ", ".join(missing) or "a parameter of another process"
             raise RuntimeError(f"no gradient for {names}: every parameter takes part in every step")
         self.allocate_state()
-        pending = [share.start_reduce() for shares in self._shares for share in shares]
+        pending = [shard.start_reduce() for shards in self._shards for shard in shards]
         for each in pending:
             each.wait()
         self._reduced, self._skipping = True, False
 
     def _gradients(self) -> list[Tensor]:
         """What this process has of the summed gradient."""
-        if self._shares:
-            return [share.gradient for shares in self._shares for share in shares if share.gradient is not None]
+        if self._shards:
+            return [shard.gradient for shards in self._shards for shard in shards if shard.gradient is not None]
         return [parameter.grad for _, parameter in self._named() if parameter.grad is not None]
 
     def _drop_gradients(self) -> None:
         self._reduced = False
-        for shares in self._shares:
-            for share in shares:
-                share.gradient = None
+        for shards in self._shards:
+            for shard in shards:
+                shard.gradient = None
 
-    def _step_shares(self) -> None:
+    def _step_shards(self) -> None:
         """Update the own shares; one is sent while the next is computed."""
         pending = []
-        for group, shares in zip(self.param_groups, self._shares, strict=True):
-            update = self._adamw_shares if group["kind"] == "adamw" else self._muon_shares
-            for share, own in zip(shares, update(group, shares), strict=True):
-                pending.append((share, share.start_gather(own)))
-        for share, work in pending:
+        for group, shards in zip(self.param_groups, self._shards, strict=True):
+            update = self._adamw_shards if group["kind"] == "adamw" else self._muon_shards
+            for shard, own in zip(shards, update(group, shards), strict=True):
+                pending.append((shard, shard.start_gather(own)))
+        for shard, work in pending:
             work.wait()
-            share.finish_gather()
+            shard.finish_gather()
 
-    def _adamw_shares(self, group: dict[str, Any], shares: list[Share]) -> list[Tensor]:
-        values = [share.own_values() for share in shares]
-        adamw_update(group, values, [share.take_gradient() for share in shares], [share.moments for share in shares])
+    def _adamw_shards(self, group: dict[str, Any], shards: list[Shard]) -> list[Tensor]:
+        values = [shard.own_values() for shard in shards]
+        adamw_update(group, values, [shard.take_gradient() for shard in shards], [shard.moments for shard in shards])
         return values
 
-    def _muon_shares(self, group: dict[str, Any], shares: list[Share]) -> list[Tensor]:
-        (share,) = shares
-        values = share.own_values()
+    def _muon_shards(self, group: dict[str, Any], shards: list[Shard]) -> list[Tensor]:
+        (shard,) = shards
+        values = shard.own_values()
         if values.numel():
             shape = group["params"][0].shape
             momentum, second_moment = (
-                share.moments[key].view(-1, *whole) for key, whole in moment_shapes("muon", shape).items()
+                shard.moments[key].view(-1, *whole) for key, whole in moment_shapes("muon", shape).items()
             )
-            gradients = share.take_gradient()
+            gradients = shard.take_gradient()
             self._muon(group, values.view(-1, *shape), gradients.view(-1, *shape), momentum, second_moment)
         return [values]
 
@@ -275,7 +275,7 @@ class MuonAdamW(torch.optim.Optimizer):
     def consolidate_state_dict(self) -> None:
         """Put the state together for :meth:`state_dict`, on the CPU of process 0. Called on all processes."""
         self.allocate_state()
-        if self._shares:
+        if self._shards:
             states: dict[str, dict[str, Tensor]] = {}
             for name, key, moment in self._whole_moments():
                 states.setdefault(name, {})[key] = moment
@@ -288,7 +288,7 @@ class MuonAdamW(torch.optim.Optimizer):
         """
         self.allocate_state()
         groups = [{key: value for key, value in group.items() if key != "params"} for group in self.param_groups]
-        if not self._shares:
+        if not self._shards:
             return {"state": {name: dict(self.state[parameter]) for name, parameter in self._named()}, "groups": groups}
         if self._consolidated is None:
             raise RuntimeError("with several processes consolidate_state_dict() comes first, on all of them")
@@ -338,7 +338,7 @@ class MuonAdamW(torch.optim.Optimizer):
         CPU, and the others an empty one.
         """
         self.allocate_state()
-        if self._shares:
+        if self._shards:
             return {f"{name}.{key}": moment for name, key, moment in self._whole_moments()}
         return {key: moment.clone() for key, moment in self._moments().items()}
 
@@ -361,9 +361,9 @@ class MuonAdamW(torch.optim.Optimizer):
             raise UserError(shown, fix="It belongs to another model, or another matrix optimizer.")
         self.allocate_state()
         with torch.no_grad():
-            if self._shares:
-                for share, i, key, _ in self._shared_moments():
-                    share.load_moment(i, key, moments[f"{share.names[i]}.{key}"])
+            if self._shards:
+                for shard, i, key, _ in self._shared_moments():
+                    shard.load_moment(i, key, moments[f"{shard.names[i]}.{key}"])
             else:
                 for key, moment in self._moments().items():
                     moment.copy_(moments[key])
@@ -384,17 +384,17 @@ class MuonAdamW(torch.optim.Optimizer):
             for key, shape in moment_shapes(group["kind"], parameter.shape).items()
         }
 
-    def _shared_moments(self) -> Iterator[tuple[Share, int, str, Shape]]:
+    def _shared_moments(self) -> Iterator[tuple[Shard, int, str, Shape]]:
         """Every moment of every parameter: the share, the parameter's number in it, the moment and its whole shape."""
-        for group, shares in zip(self.param_groups, self._shares, strict=True):
-            for share in shares:
-                for i, parameter in enumerate(share.parameters):
+        for group, shards in zip(self.param_groups, self._shards, strict=True):
+            for shard in shards:
+                for i, parameter in enumerate(shard.parameters):
                     for key, shape in moment_shapes(group["kind"], parameter.shape).items():
-                        yield share, i, key, shape
+                        yield shard, i, key, shape
 
     def _whole_moments(self) -> Iterator[tuple[str, str, Tensor]]:
         """Every moment put together, one at a time: on process 0. The others take part and get none."""
-        for share, i, key, shape in self._shared_moments():
-            moment = share.gather_moment(i, key, shape)
+        for shard, i, key, shape in self._shared_moments():
+            moment = shard.gather_moment(i, key, shape)
             if moment is not None:
-                yield share.names[i], key, moment
+                yield shard.names[i], key, moment

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from nanochat_pl.optim.settings import MuonSettings
+from nanochat_pl.optim.config import MuonSettings
 
 Coefficients = Sequence[tuple[float, float, float]]
 
@@ -61,7 +61,7 @@ def orthogonalize(matrices: Tensor, muon: MuonSettings, dtype: torch.dtype = tor
 
     Returns:
         (K, M, N) in ``dtype``; singular values near 1 (Polar Express), or 0.7 to 1.2 (Newton-Schulz). What is asked for
-        of the Frobenius norm is set afterwards, by :func:`~nanochat_pl.optim.updates.line_factors`.
+        of the Frobenius norm is set afterwards, by :func:`~nanochat_pl.optim.muon.normuon_scale`.
     """
     if muon.equilibrate_rows:
         row_norms = matrices.norm(dim=-1, keepdim=True)

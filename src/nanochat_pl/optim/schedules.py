@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from nanochat_pl.common.settings import setting
+from nanochat_pl.common.schema import setting
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.common.settings import setting
+from nanochat_pl.common.schema import setting
 from nanochat_pl.planning.text import epochs_of
 
 if TYPE_CHECKING:

@@ -29,10 +29,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
 
-from nanochat_pl.common.settings import setting
-from nanochat_pl.model.accounting import DTYPE_BYTES, count_parameters, rotary_bytes, weight_bytes
+from nanochat_pl.common.schema import setting
 from nanochat_pl.model.attention import PRODUCTS_REACH, band_blocks
 from nanochat_pl.model.config import GPTConfig
+from nanochat_pl.model.counts import DTYPE_BYTES, count_parameters, rotary_bytes, weight_bytes
 from nanochat_pl.model.loss import default_chunk_tokens
 
 FLOAT = 4

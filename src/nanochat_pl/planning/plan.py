@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from nanochat_pl.common.errors import UserError, did_you_mean
-from nanochat_pl.common.settings import build, setting, to_plain
+from nanochat_pl.common.schema import build, setting, to_plain
 from nanochat_pl.optim.rules import RECIPE
 
 LONG_LIST = 8  # a longer one is shown by how often each of its items occurs

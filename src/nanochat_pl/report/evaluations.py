@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.common.settings import setting
+from nanochat_pl.common.schema import setting
 from nanochat_pl.evaluation.results import Difference, Summary
 from nanochat_pl.report.files import build_known, finite_numbers, json_lines, optional_object
 

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.files import read_json
-from nanochat_pl.common.settings import build
+from nanochat_pl.common.schema import build
 
 MAX_FILE_BYTES = 512 * 2**20
 

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.common.run_folder import STAGES, Status
+from nanochat_pl.common.run_dir import STAGES, Status
 from nanochat_pl.report.evaluations import EvaluationRecord, Sample, read_evaluation
 from nanochat_pl.report.files import build_known, finite_numbers, json_lines, lines, number, optional_object
-from nanochat_pl.report.text import show
+from nanochat_pl.report.format import show
 
 # The stages that a whole chain has; a report says so where one of them was not trained.
 EXPECTED_STAGES = ("tokenizer", "base", "sft")

@@ -8,13 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from nanochat_pl.common.files import ensure_folder, write_atomically, write_json, write_text
-from nanochat_pl.common.settings import to_plain
+from nanochat_pl.common.schema import to_plain
 from nanochat_pl.report import plots
 from nanochat_pl.report.bars import bars_png, centered, centered_error
-from nanochat_pl.report.beside import bits_note, figure_rows, pass_at_k, sampling_note
 from nanochat_pl.report.evaluations import Answer, EvaluationRecord, Summary, TaskResult
-from nanochat_pl.report.read import RunRecord, StageRecord, read_run
-from nanochat_pl.report.text import (
+from nanochat_pl.report.format import (
     clean,
     compact,
     duration,
@@ -24,6 +22,8 @@ from nanochat_pl.report.text import (
     plain_message,
     show,
 )
+from nanochat_pl.report.notes import bits_note, figure_rows, pass_at_k, sampling_note
+from nanochat_pl.report.read import RunRecord, StageRecord, read_run
 
 SUMMARY_COLUMNS = ("stage", "figure", "value", "standard error", "n", "baseline")
 MAX_SAMPLES = 8

@@ -14,7 +14,7 @@ from random import Random
 from typing import Any, Literal, TypeVar
 
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.common.settings import setting, to_plain
+from nanochat_pl.common.schema import setting, to_plain
 from nanochat_pl.tasks.context import MIXTURE, TaskContext
 
 Split = Literal["train", "test"]
@@ -24,7 +24,7 @@ Conversation = dict[str, Any]  # {"messages": [{"role": "user" | "assistant", "c
 T = TypeVar("T")
 
 TEST_ONE_IN = 10  # of the things that a task splits by (operand pairs, words), this fraction is held out
-_MOST_HASHED = 20_000
+_MAX_HASHED = 20_000
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 
 
@@ -132,14 +132,14 @@ class Task(ABC):
     def fingerprint(self) -> str:
         """SHA-256 over the conversations: changes with settings, words, wordings and code, whatever it was.
 
-        Of a task with more than ``_MOST_HASHED``, if it says what it is :meth:`made_of`: over that, and over so
+        Of a task with more than ``_MAX_HASHED``, if it says what it is :meth:`made_of`: over that, and over so
         many of them, drawn once and for all, for what the code has a say in.
         """
-        parts = self.made_of() if len(self) > _MOST_HASHED else None
+        parts = self.made_of() if len(self) > _MAX_HASHED else None
         indices: Sequence[int] = range(len(self))
         digest = hashlib.sha256()
         if parts is not None:
-            indices = generator("fingerprint").sample(indices, _MOST_HASHED)
+            indices = generator("fingerprint").sample(indices, _MAX_HASHED)
             first = self._start if self._step == 1 else [self._start, self._step]
             digest.update(json.dumps(["made 1", len(self), first, parts], sort_keys=True).encode() + b"\n")
         for index in indices:

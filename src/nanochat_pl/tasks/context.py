@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.data.python_docs import PythonDocs, built_python_docs, open_python_docs
-from nanochat_pl.data.run_corpus import RunCorpus
-from nanochat_pl.data.sources import MAX_BAD_FRACTION
+from nanochat_pl.data.sources.base import MAX_BAD_FRACTION
+from nanochat_pl.data.sources.python_docs import PythonDocs, built_python_docs, open_python_docs
+from nanochat_pl.data.sources.run_corpus import RunCorpus
 
 if TYPE_CHECKING:
-    from nanochat_pl.tools.sandbox import SandboxSettings
+    from nanochat_pl.tools.sandbox.settings import SandboxSettings
 
 
 MIXTURE = "mixture.tasks"  # the group of settings that tasks are keys of where nothing else is said

@@ -16,7 +16,7 @@ import numpy as np
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.tasks.base import Conversation, Split, Task, TaskSettings, generator
 from nanochat_pl.tasks.context import TaskContext
-from nanochat_pl.tasks.conversations import ConversationSet, ConversationSettings, refuse_shared_conversations
+from nanochat_pl.tasks.published.conversations import ConversationSet, ConversationSettings, refuse_shared_conversations
 from nanochat_pl.tasks.registry import kind_of
 from nanochat_pl.tasks.settings import JoinedSettings, MixtureSettings, MixtureTasks
 

@@ -1,7 +1,7 @@
 """Which tasks there are: each names itself, with its settings, where its class is defined.
 
-A task is one file of this folder (or of another package, which names its module as an entry point of the group
-``nanochat_pl.tasks``)::
+A task is one file of ``published/`` or ``synthetic/`` (or of another package, which names its module as an entry point
+of the group ``nanochat_pl.tasks``)::
 
     @task("capitals", CapitalsSettings)
     class Capitals(Task): ...
@@ -24,8 +24,8 @@ from nanochat_pl.tasks.base import Task, TaskSettings
 ENTRY_POINTS = "nanochat_pl.tasks"
 # The names of tasks are keys of settings; this one stands for files of anybody's own.
 CONVERSATIONS = "conversations"
-# Modules of this folder that are made of the tasks.
-_ABOVE = {"mixture", "settings"}
+# Modules of this package that are made of the tasks.
+_ABOVE = {"nanochat_pl.tasks.mixture", "nanochat_pl.tasks.settings"}
 _KINDS: dict[str, TaskKind] = {}
 T = TypeVar("T", bound=type[Task])
 
@@ -72,9 +72,9 @@ def all_tasks() -> dict[str, TaskKind]:
         UserError: a module that another package names cannot be imported, or its task has a name that is taken.
     """
     package = importlib.import_module("nanochat_pl.tasks")
-    for module in pkgutil.iter_modules(package.__path__):
+    for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
         if module.name not in _ABOVE:
-            importlib.import_module(f"{package.__name__}.{module.name}")
+            importlib.import_module(module.name)
     for point in entry_points(group=ENTRY_POINTS):
         _load(point)
     return {name: _KINDS[name] for name in sorted(_KINDS)}

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.common.settings import setting
+from nanochat_pl.common.schema import setting
 from nanochat_pl.tasks.base import TaskSettings
-from nanochat_pl.tasks.conversations import ConversationSettings
-from nanochat_pl.tasks.documentation import DocumentationSettings
-from nanochat_pl.tasks.out_of_scope import OutOfScopeSettings
+from nanochat_pl.tasks.published.conversations import ConversationSettings
 from nanochat_pl.tasks.registry import all_tasks
+from nanochat_pl.tasks.synthetic.documentation import DocumentationSettings
+from nanochat_pl.tasks.synthetic.out_of_scope import OutOfScopeSettings
 
 T = TypeVar("T", bound=type)
 

@@ -14,7 +14,7 @@ import tokenizers
 from tokenizers import models, pre_tokenizers, trainers
 
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.common.settings import setting
+from nanochat_pl.common.schema import setting
 from nanochat_pl.tokenizer.bpe import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer
 from nanochat_pl.tokenizer.file_format import unspell
 from nanochat_pl.tokenizer.ranks import MAX_TOKEN_BYTES, MAX_VOCAB_SIZE, NUM_BYTES

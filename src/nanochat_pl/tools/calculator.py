@@ -87,7 +87,7 @@ def _value(node: ast.expr, levels: int) -> Value:
 
 def _arguments(node: ast.Call, levels: int) -> list[Value]:
     arguments = [_value(item, levels - 1) for item in node.args]
-    if not 1 <= len(arguments) <= _MOST_ARGUMENTS.get(getattr(node.func, "id", ""), 1):
+    if not 1 <= len(arguments) <= _MAX_ARGUMENTS.get(getattr(node.func, "id", ""), 1):
         raise ValueError("another number of arguments")
     return arguments
 
@@ -155,7 +155,7 @@ _FUNCTIONS: dict[str, Callable[..., Number | str]] = {
     "float": _converted(float),
     "str": _as_text,
 }
-_MOST_ARGUMENTS = {"min": MAX_EXPRESSION_CHARS, "max": MAX_EXPRESSION_CHARS, "round": 2}
+_MAX_ARGUMENTS = {"min": MAX_EXPRESSION_CHARS, "max": MAX_EXPRESSION_CHARS, "round": 2}
 # The signs of an expression with calls, one after the other: no name but these before a parenthesis, no number of
 # another form, and none with a zero in front, so that the `1,000` in `max(1,000)` is not taken for two arguments.
 _CALLS = re.compile(

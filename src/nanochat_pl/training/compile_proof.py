@@ -8,13 +8,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from nanochat_pl.common.device import ComputeDType
 from nanochat_pl.common.errors import first_line
-from nanochat_pl.common.hardware import ComputeDType
 from nanochat_pl.model.compiled import CompiledLoss
 from nanochat_pl.model.config import GPTConfig, ModelSettings, num_heads, resolve_model, window_sizes
 from nanochat_pl.model.gpt import GPT, TORCH_DTYPES
-from nanochat_pl.training.selftest_findings import TOLERANCE
-from nanochat_pl.training.selftest_steps import NUM_POSITIONS, NUM_ROWS, VOCABULARY, distance, rows, tiny_net
+from nanochat_pl.training.tiny_steps import NUM_POSITIONS, NUM_ROWS, TOLERANCE, VOCABULARY, distance, rows, tiny_net
 
 
 def why_not_compiled(device: torch.device, dtype: ComputeDType, settings: ModelSettings) -> str | None:

@@ -13,10 +13,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from nanochat_pl.common.constants import IGNORE_INDEX
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.data.mixed_rows import MixedRows
-from nanochat_pl.data.rows import Rows
+from nanochat_pl.data.packing.mixture import MixedRows
+from nanochat_pl.data.packing.rows import Rows
+from nanochat_pl.training.callbacks.graceful_stop import GracefulStop, leave_signals_to_parent
 from nanochat_pl.training.step import StepBatch
-from nanochat_pl.training.stopping import GracefulStop, leave_signals_to_parent
 
 
 def share(first: int, count: int, rank: int, world: int) -> range:

@@ -13,10 +13,10 @@ from typing import Any
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers.logger import Logger
 
-from nanochat_pl.common import distributed
-from nanochat_pl.common.console import say
+from nanochat_pl.common.console import rank_zero_print
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.training.stopping import StopRequested
+from nanochat_pl.distributed import collectives
+from nanochat_pl.training.callbacks.graceful_stop import StopRequested
 
 _OF_LOGGERS = (
     *("log_metrics", "log_hyperparams", "log_graph", "log_image", "log_text", "log_table", "log_audio", "log_video"),
@@ -43,7 +43,7 @@ def guard_loggers(loggers: Sequence[Logger]) -> Sequence[Logger]:
 def guard_callbacks(callbacks: Sequence[Callback]) -> Sequence[Callback]:
     """Let each callback be left out when a hook of it fails; of several processes all must do the same, so there an
     error ends the training."""
-    if distributed.world_size() == 1:
+    if collectives.world_size() == 1:
         for callback in callbacks:
             _guard(callback, [name for name in dir(callback) if name.startswith("on_")])
     return callbacks
@@ -64,7 +64,7 @@ def _guard(guarded: Any, names: Sequence[str]) -> None:
                 raise
             except Exception as error:
                 failed.append(name)
-                say(
+                rank_zero_print(
                     f"{type(guarded).__name__} fails in {name} and is left out from here on; the training goes on."
                     f" {_words(error)}"
                 )

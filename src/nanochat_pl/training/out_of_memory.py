@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from nanochat_pl.common import distributed
-from nanochat_pl.common.console import say, say_from_any
+from nanochat_pl.common.console import print_from_any_rank, rank_zero_print
 from nanochat_pl.common.errors import SharedError, UserError
 from nanochat_pl.common.out_of_memory import is_out_of_memory
+from nanochat_pl.distributed import collectives
 
 if TYPE_CHECKING:
-    from nanochat_pl.training.stages import TrainingStage
+    from nanochat_pl.training.module import LMModule
 
 FIX = "Use a smaller model.sequence_len or model.depth, or trainer.activation_checkpointing=true."
 
@@ -46,7 +46,7 @@ def release_memory(device: torch.device) -> None:
         torch.mps.empty_cache()
 
 
-def halve_device_batch_size(stage: TrainingStage, ran_out: bool) -> None:
+def halve_device_batch_size(stage: LMModule, ran_out: bool) -> None:
     """Drop the gradients, free memory, and take half the rows at once from now on. All processes call it.
 
     Args:
@@ -56,7 +56,7 @@ def halve_device_batch_size(stage: TrainingStage, ran_out: bool) -> None:
     Raises:
         SharedError: there was one row.
     """
-    answers = distributed.from_all("x" if ran_out else "")
+    answers = collectives.all_gather_str("x" if ran_out else "")
     where = f" on process {', '.join(str(rank) for rank, x in enumerate(answers) if x)}" if len(answers) > 1 else ""
     stage.optimizer.zero_grad()
     release_memory(stage.device)
@@ -64,13 +64,13 @@ def halve_device_batch_size(stage: TrainingStage, ran_out: bool) -> None:
     if rows == 1:
         one = f"{what}, with one row of {stage.recipe.model.sequence_len:,} tokens at once."
         # One process looks, since another machine may not see the files.
-        raise SharedError(one, fix=FIX + distributed.from_main(_goes_on_from(stage)))
-    stage.device_batch_size = stage.most_rows = rows // 2
-    say(f"{what} with device_batch_size={rows}: the step is done again, and all go on with {rows // 2}.")
+        raise SharedError(one, fix=FIX + collectives.broadcast_str(_goes_on_from(stage)))
+    stage.device_batch_size = stage.max_rows = rows // 2
+    rank_zero_print(f"{what} with device_batch_size={rows}: the step is done again, and all go on with {rows // 2}.")
 
 
 @contextlib.contextmanager
-def ends_with_the_newest_file(stage: TrainingStage, where: str) -> Iterator[None]:
+def out_of_memory_hint(stage: LMModule, where: str) -> Iterator[None]:
     """Where memory runs out inside, say where the run can go on from.
 
     Args:
@@ -86,11 +86,11 @@ def ends_with_the_newest_file(stage: TrainingStage, where: str) -> Iterator[None
         raise UserError(what, fix=FIX + _goes_on_from(stage)) from error
 
 
-def _goes_on_from(stage: TrainingStage) -> str:
+def _goes_on_from(stage: LMModule) -> str:
     return next((f" The same command goes on from {path}." for path in stage.resume_files()), "")
 
 
-class InPieces:
+class ChunkOnOOM:
     """Work on rows without gradients, in pieces of half the size each time that memory runs out. Of this process alone.
 
     Args:
@@ -127,7 +127,7 @@ class InPieces:
             if size == 1:
                 raise UserError(f"{self.what}: out of memory with one row of {rows[0].shape[1]:,} tokens.", fix=FIX)
             self.most = size // 2
-            say_from_any(f"{self.what}: out of memory with {size} rows at once, goes on with {self.most}.")
+            print_from_any_rank(f"{self.what}: out of memory with {size} rows at once, goes on with {self.most}.")
 
 
 def _append(results: list[Tensor], work: Callable[..., Tensor], rows: tuple[Tensor, ...]) -> None:

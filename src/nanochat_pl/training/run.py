@@ -13,36 +13,36 @@ from lightning.pytorch.loggers.logger import Logger
 from nanochat_pl.bundle import StageInfo, save_bundle
 from nanochat_pl.bundle.bundle import hash_of_weights, save_stage_info
 from nanochat_pl.bundle.stage_info import library_versions
-from nanochat_pl.common import distributed, together
-from nanochat_pl.common.console import say
+from nanochat_pl.common.console import rank_zero_print
+from nanochat_pl.common.device import choose_compute_dtype, gpu_memory_bytes
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.files import write_json
-from nanochat_pl.common.hardware import choose_compute_dtype, gpu_memory_bytes
-from nanochat_pl.common.run_folder import StageFolder
-from nanochat_pl.common.settings import to_plain
-from nanochat_pl.data.cache_folder import fingerprint_of
+from nanochat_pl.common.run_dir import StageFolder
+from nanochat_pl.common.schema import to_plain
+from nanochat_pl.data.cache.content_cache import fingerprint_of
+from nanochat_pl.distributed import collectives, coordination
 from nanochat_pl.model.gpt import GPT
 from nanochat_pl.model.loss import default_chunk_tokens
 from nanochat_pl.planning import Plan, hyperparameters
-from nanochat_pl.planning.devices import detected_device
+from nanochat_pl.planning.gpus import detected_device
 from nanochat_pl.tasks.context import TaskContext
-from nanochat_pl.training.base_plan import Target, base_plan, refuse_unasked
-from nanochat_pl.training.benchmarks import Benchmark, MeasuredTasks, measure, open_benchmarks
-from nanochat_pl.training.changes import read_changes
+from nanochat_pl.training.callbacks.benchmarks import Benchmark, BenchmarkCache, measure, open_benchmarks
+from nanochat_pl.training.callbacks.evaluation import Samples
+from nanochat_pl.training.callbacks.graceful_stop import GracefulStop
+from nanochat_pl.training.callbacks.metrics import log_everywhere
+from nanochat_pl.training.checkpoint.history import read_changes
+from nanochat_pl.training.checkpoint.resume import newest_resume_file
+from nanochat_pl.training.config import TrainConfig
 from nanochat_pl.training.datamodule import RowsDataModule
-from nanochat_pl.training.evaluation import Samples
-from nanochat_pl.training.fit import Fitted, Fitting, fit
+from nanochat_pl.training.device import Machine, own_device, prepare_machine, require_own_gpus
 from nanochat_pl.training.guarded import guard_callbacks, guard_loggers
-from nanochat_pl.training.machine import Machine, own_device, prepare_machine, require_own_gpus
-from nanochat_pl.training.metrics import log_everywhere
-from nanochat_pl.training.prepare import Prepared, announce_streamed, prepare_base
-from nanochat_pl.training.prepare_sft import prepare_sft
-from nanochat_pl.training.resume import newest_resume_file
-from nanochat_pl.training.settings import TrainConfig
-from nanochat_pl.training.source import corpus_of_stage, open_for_tokenizer, with_chosen_data
-from nanochat_pl.training.stages import BaseStage, SFTStage, StageRecipe, TrainingStage
-from nanochat_pl.training.stopping import GracefulStop
-from nanochat_pl.training.tokenizer_stage import train_tokenizer_stage
+from nanochat_pl.training.module import BaseStage, LMModule, ModuleConfig, SFTStage
+from nanochat_pl.training.stages.base import StageData, announce_streamed, prepare_base
+from nanochat_pl.training.stages.base_plan import Target, base_plan, refuse_unasked
+from nanochat_pl.training.stages.sft import prepare_sft
+from nanochat_pl.training.stages.source import corpus_of_stage, open_for_tokenizer, with_chosen_data
+from nanochat_pl.training.stages.tokenizer import train_tokenizer_stage
+from nanochat_pl.training.trainer import FitConfig, FitResult, fit
 
 
 def train_stage(
@@ -68,39 +68,43 @@ def train_stage(
     """
     resume_from = newest_resume_file(folder.checkpoints)
     if config.stage.name == "base":
-        together.agreed(lambda: _refuse_hours(config))
-    goes_on = resume_from is not None
-    corpus = together.agreed(lambda: corpus_of_stage(config, folder, cache, goes_on))
-    config = with_chosen_data(config, folder, cache, goes_on, corpus)
+        coordination.raise_on_all_ranks(lambda: _refuse_hours(config))
+    resuming = resume_from is not None
+    corpus = coordination.raise_on_all_ranks(lambda: corpus_of_stage(config, folder, cache, resuming))
+    config = with_chosen_data(config, folder, cache, resuming, corpus)
     if config.stage.name == "tokenizer":
-        together.by_main(
+        coordination.run_on_rank_zero(
             lambda: train_tokenizer_stage(config, folder, open_for_tokenizer(config, cache, corpus), cache, corpus)
         )
         return
-    machine = together.agreed(lambda: prepare_machine(config))
+    machine = coordination.raise_on_all_ranks(lambda: prepare_machine(config))
     require_own_gpus(machine.device)
     kind = f"{machine.device.type} in {machine.compute_dtype}, {'compiled' if machine.compile else 'eager'}"
     same_machines = "Set trainer.accelerator, model.compute_dtype and trainer.compile to what all machines have."
-    together.require_same(kind, lambda mains: f"would train on {kind}, the main process on {mains}.", same_machines)
+    coordination.assert_equal_across_ranks(
+        kind, lambda mains: f"would train on {kind}, the main process on {mains}.", same_machines
+    )
     # Before anything is prepared: what cannot be made is known at once.
-    loggers = together.agreed(lambda: make_loggers() if distributed.is_main() else [])
-    callbacks = guard_callbacks(together.agreed(make_callbacks))
+    loggers = coordination.raise_on_all_ranks(lambda: make_loggers() if collectives.is_rank_zero() else [])
+    callbacks = guard_callbacks(coordination.raise_on_all_ranks(make_callbacks))
     prepare = {"base": prepare_base, "mid": prepare_sft, "sft": prepare_sft}[config.stage.name]
-    prepared = together.main_first(lambda: prepare(config, folder, cache, machine, goes_on, corpus))
+    prepared = coordination.rank_zero_first(lambda: prepare(config, folder, cache, machine, resuming, corpus))
     rows = str(prepared.plan["device_batch_size"])
     smaller = "Set device_batch_size to what fits into the memory of all machines."
-    together.require_same(rows, lambda mains: f"has memory for {rows} rows at once, the main one for {mains}.", smaller)
+    coordination.assert_equal_across_ranks(
+        rows, lambda mains: f"has memory for {rows} rows at once, the main one for {mains}.", smaller
+    )
     on_plan(prepared.plan)
     _say_shortened_warmup(config, prepared.plan)
-    together.agreed(lambda: _require_short_prompts(config, prepared))
-    together.by_main(lambda: write_json(folder.path / "plan.json", prepared.plan.to_plain()))
+    coordination.raise_on_all_ranks(lambda: _require_short_prompts(config, prepared))
+    coordination.run_on_rank_zero(lambda: write_json(folder.path / "plan.json", prepared.plan.to_plain()))
     hub = config.paths.hub_folder
     sandbox = config.evaluation.sandbox
     context = TaskContext(cache, config.data.max_bad_fraction, hub, sandbox, where="evaluation.chat", run_corpus=corpus)
-    benchmarks = together.main_first(
+    benchmarks = coordination.rank_zero_first(
         lambda: open_benchmarks(config.stage, config.evaluation, prepared.tokenizer, context)
     )
-    started = together.agreed(lambda: guard_loggers(loggers))
+    started = coordination.raise_on_all_ranks(lambda: guard_loggers(loggers))
     _train(config, folder, machine, prepared, resume_from, started, callbacks, benchmarks)
 
 
@@ -108,7 +112,9 @@ def _say_shortened_warmup(config: TrainConfig, plan: Plan) -> None:
     steps = plan["num_steps"]
     asked, made = (each.warmup_length(steps) for each in (config.schedule, config.schedule.fitted(steps)))
     if made < asked:
-        say(f"Warm-up: {made:,} steps in place of {asked:,}, so that the warmdown of these {steps:,} steps has room.")
+        rank_zero_print(
+            f"Warm-up: {made:,} steps in place of {asked:,}, so that the warmdown of these {steps:,} steps has room."
+        )
 
 
 def _refuse_hours(config: TrainConfig) -> None:
@@ -122,7 +128,7 @@ def _train(
     config: TrainConfig,
     folder: StageFolder,
     machine: Machine,
-    prepared: Prepared,
+    prepared: StageData,
     resume_from: Path | None,
     loggers: Sequence[Logger],
     callbacks: Sequence[Callback],
@@ -133,7 +139,7 @@ def _train(
     data = RowsDataModule(prepared.rows, plan["rows_per_step"], plan["num_steps"], config.trainer.num_workers)
     at_start = config.evaluation.at_start
     samples = Samples(folder.path / "samples.jsonl", config.evaluation.sample_prompts, config.evaluation.sample_tokens)
-    fitting = Fitting(
+    fitting = FitConfig(
         name=config.stage.name,
         folder=folder.path,
         trainer=config.trainer,
@@ -157,7 +163,7 @@ def _train(
         fitted.stop.check_signal()  # what a person wants stopped is not followed by the next stage
 
 
-def _require_short_prompts(config: TrainConfig, prepared: Prepared) -> None:
+def _require_short_prompts(config: TrainConfig, prepared: StageData) -> None:
     """Find a prompt that the model cannot continue now, and not after an hour of training."""
     most = prepared.model.rotary_reach - config.evaluation.sample_tokens - 1
     for prompt in config.evaluation.sample_prompts:
@@ -165,13 +171,13 @@ def _require_short_prompts(config: TrainConfig, prepared: Prepared) -> None:
             raise UserError(f"evaluation.sample_prompts: {prompt[:60]!r}… is longer than the {most:,} tokens that fit.")
 
 
-def _make_stage(config: TrainConfig, machine: Machine, prepared: Prepared) -> TrainingStage:
+def _make_stage(config: TrainConfig, machine: Machine, prepared: StageData) -> LMModule:
     plan, trainer = prepared.plan, config.trainer
     on_cpu = machine.device.type == "cpu"
     chunk_tokens = trainer.loss_chunk_tokens or default_chunk_tokens(
         prepared.model.vocab_size, on_cpu, gpu_memory_bytes(machine.device)
     )
-    recipe = StageRecipe(
+    recipe = ModuleConfig(
         model=dataclasses.replace(prepared.model, compute_dtype=machine.compute_dtype),
         hyperparameters=hyperparameters(plan, config.optim, machine.compute_dtype),
         schedule=config.schedule.fitted(plan["num_steps"]),
@@ -193,7 +199,7 @@ def _make_stage(config: TrainConfig, machine: Machine, prepared: Prepared) -> Tr
         },
         choices={
             **machine.choices(),
-            "processes": distributed.world_size(),
+            "processes": collectives.world_size(),
             "device_batch_size": plan["device_batch_size"],
             "activation_checkpointing": trainer.activation_checkpointing,
             "loss_chunk_tokens": chunk_tokens,
@@ -218,8 +224,10 @@ def _measure_last(
     Raises:
         StopRequested: a stop was asked for.
     """
-    key = together.by_main(lambda: fingerprint_of(hash_of_weights(folder.bundle), to_plain(config.evaluation)))
-    measured = MeasuredTasks(folder.path / "benchmarks.json", key)
+    key = coordination.run_on_rank_zero(
+        lambda: fingerprint_of(hash_of_weights(folder.bundle), to_plain(config.evaluation))
+    )
+    measured = BenchmarkCache(folder.path / "benchmarks.json", key)
     figures: dict[str, float] = {}
     for benchmark in benchmarks:
         figures |= measure(benchmark, net, stop, measured)
@@ -230,16 +238,16 @@ def _finite(figures: Mapping[str, float]) -> dict[str, float]:
     """The figures that a bundle can hold: JSON knows no others, and one of them is no reason to lose the weights."""
     for name, value in figures.items():
         if not math.isfinite(value):
-            say(f"{name} is {value}, so it is left out: look at the weights before you use them.")
+            rank_zero_print(f"{name} is {value}, so it is left out: look at the weights before you use them.")
     return {name: value for name, value in figures.items() if math.isfinite(value)}
 
 
 def _finish(
     config: TrainConfig,
     folder: StageFolder,
-    prepared: Prepared,
-    stage: TrainingStage,
-    fitted: Fitted,
+    prepared: StageData,
+    stage: LMModule,
+    fitted: FitResult,
     samples: Samples,
     benchmarks: Sequence[Benchmark],
 ) -> None:
@@ -247,9 +255,11 @@ def _finish(
     assert stage.net is not None
     step = fitted.trainer.global_step
     if step < stage.num_steps:
-        say(f"{config.stage.name}: a callback ended the training after step {step:,} of {stage.num_steps:,}.")
-    together.by_main(lambda: announce_streamed(prepared))
-    say("Final validation and samples …")
+        rank_zero_print(
+            f"{config.stage.name}: a callback ended the training after step {step:,} of {stage.num_steps:,}."
+        )
+    coordination.run_on_rank_zero(lambda: announce_streamed(prepared))
+    rank_zero_print("Final validation and samples …")
     # One that a callback ended may have no file of its last step: after a stop it would train again.
     stop = fitted.stop if step >= stage.num_steps else None
     figures = _finite(prepared.validation.measure(stage.net, *([stop.check_signal] if stop else [])))
@@ -284,10 +294,12 @@ def _finish(
             {"step": step, "metrics": figures, "seconds": fitted.seconds, "tokens": fitted.tokens},
         )
 
-    together.by_main(write)
+    coordination.run_on_rank_zero(write)
     later = _finite(_measure_last(config, folder, net, benchmarks, stop)) if benchmarks else {}
     figures |= later
-    together.by_main(finish)
+    coordination.run_on_rank_zero(finish)
     stderr = f" ± {figures['val/bpb_stderr']:.4f}" if "val/bpb_stderr" in figures else ""
     bpb = f"validation {figures['val/bpb']:.4f}{stderr} bits per byte, " if "val/bpb" in figures else ""
-    say(f"{folder.run}/{folder.stage}: {bpb}{fitted.tokens:,} tokens in {fitted.seconds:,.0f} s → {folder.bundle}")
+    rank_zero_print(
+        f"{folder.run}/{folder.stage}: {bpb}{fitted.tokens:,} tokens in {fitted.seconds:,.0f} s → {folder.bundle}"
+    )

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from nanochat_pl.common import distributed
 from nanochat_pl.common.constants import IGNORE_INDEX
 from nanochat_pl.common.errors import UserError
+from nanochat_pl.distributed import collectives
 from nanochat_pl.optim.schedules import schedule_values
-from nanochat_pl.training.out_of_memory import ends_with_the_newest_file, halve_device_batch_size, runs_out_of_memory
+from nanochat_pl.training.out_of_memory import halve_device_batch_size, out_of_memory_hint, runs_out_of_memory
 
 if TYPE_CHECKING:
-    from nanochat_pl.training.stages import TrainingStage
+    from nanochat_pl.training.module import LMModule
 
 
 class StepBatch(NamedTuple):
@@ -42,7 +42,7 @@ class StepResult(NamedTuple):
     skipped: bool  # whether a figure was not finite, and nothing was updated
 
 
-def training_step(stage: TrainingStage, batch: StepBatch) -> StepResult:
+def training_step(stage: LMModule, batch: StepBatch) -> StepResult:
     """One optimizer step: loss and gradients over all micro-batches and processes, then the schedule, then the update.
 
     The loss is the summed nats of all targets of the step divided by their number, so the size of the micro-batches
@@ -54,32 +54,32 @@ def training_step(stage: TrainingStage, batch: StepBatch) -> StepResult:
             before the update); a single row needs more memory than there is.
     """
     step, optimizer, guard = stage.global_step, stage.optimizer, stage.guard
-    num_targets = distributed.total(batch.num_targets)
+    num_targets = collectives.all_reduce_sum(batch.num_targets)
     if num_targets == 0:
         raise UserError(f"step {step + 1}: none of its rows has a token to train on.", fix="Look at the stage's data.")
-    share, ran_out = torch.zeros((), device=stage.device), False  # this process's share of the loss
+    local_loss, ran_out = torch.zeros((), device=stage.device), False  # of this process
     for part, (inputs, targets) in enumerate(micro_batches(batch, stage.device_batch_size)):
         stage.between_micro_batches(part)
-        ran_out = ran_out or runs_out_of_memory(add_gradients, stage, inputs, targets, num_targets, share)
-    if distributed.largest(ran_out):  # on any process
+        ran_out = ran_out or runs_out_of_memory(add_gradients, stage, inputs, targets, num_targets, local_loss)
+    if collectives.all_reduce_max(ran_out):  # on any process
         halve_device_batch_size(stage, ran_out)
         return training_step(stage, batch)
-    with ends_with_the_newest_file(stage, "where the gradients are summed; nothing was changed"):
-        distributed.sum_(share)
+    with out_of_memory_hint(stage, "where the gradients are summed; nothing was changed"):
+        collectives.all_reduce_(local_loss)
         norm = optimizer.reduce_gradients() / guard.loss_scale.factor
-    loss, norm = torch.stack([share, norm]).tolist()  # the one wait for the device
+    loss, norm = torch.stack([local_loss, norm]).tolist()  # the one wait for the device
     if passed := guard.passes(stage, batch, loss, norm):
         guard.scale_gradients(optimizer, norm)
     else:
         optimizer.skip_step()
     optimizer.set_step_values(schedule_values(stage.schedule, step, stage.num_steps))
-    with ends_with_the_newest_file(stage, "in the optimizer's step; its weights may be changed in part"):
+    with out_of_memory_hint(stage, "in the optimizer's step; its weights may be changed in part"):
         stage.update()
     optimizer.zero_grad()
     return StepResult(loss, norm, num_targets, skipped=not passed)
 
 
-def add_gradients(stage: TrainingStage, inputs: Tensor, targets: Tensor, num_targets: int, loss: Tensor) -> None:
+def add_gradients(stage: LMModule, inputs: Tensor, targets: Tensor, num_targets: int, loss: Tensor) -> None:
     """Forward and backward of a micro-batch, (M, T); what it has of the step's loss is added to ``loss``, a scalar."""
     nats = stage.weighted_loss(inputs, targets) / num_targets
     stage.manual_backward(stage.guard.loss_scale.of(nats))

@@ -17,8 +17,8 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
-from nanochat_pl.common import distributed
-from nanochat_pl.common.place import launched_place
+from nanochat_pl.common.launch_env import launch_env
+from nanochat_pl.distributed import collectives
 
 
 class Launched(ClusterEnvironment):
@@ -34,19 +34,19 @@ class Launched(ClusterEnvironment):
 
     def world_size(self) -> int:
         """How many processes train together."""
-        return distributed.world_size()
+        return collectives.world_size()
 
     def global_rank(self) -> int:
         """The number of this process among them."""
-        return distributed.rank()
+        return collectives.rank()
 
     def local_rank(self) -> int:
         """Its number on this machine."""
-        return launched_place().local_rank
+        return launch_env().local_rank
 
     def node_rank(self) -> int:
         """The number of the machine, where all have as many processes."""
-        return launched_place().rank // launched_place().local_world_size
+        return launch_env().rank // launch_env().local_world_size
 
     def set_world_size(self, size: int) -> None:
         """The launcher has set it."""
@@ -58,8 +58,8 @@ class Launched(ClusterEnvironment):
 def strategy_for(device: torch.device) -> OneDevice | UnwrappedDDP:
     """The strategy of this process, which trains on ``device``."""
     if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", launched_place().local_rank)
-    return UnwrappedDDP(device) if distributed.world_size() > 1 else OneDevice(device)
+        device = torch.device("cuda", launch_env().local_rank)
+    return UnwrappedDDP(device) if collectives.world_size() > 1 else OneDevice(device)
 
 
 class _StaysOnDevice:
@@ -116,17 +116,17 @@ class UnwrappedDDP(_StaysOnDevice, DDPStrategy):
         """In place of a wrapper: all processes begin with the weights of the main one, which are the same anyway."""
         assert self.model is not None
         for tensor in self.model.state_dict().values():
-            distributed.broadcast_(tensor)
+            collectives.broadcast_(tensor)
         if self.world_size > 1:
             use_all_collectives(self.root_device)
 
     def barrier(self, *args: Any, **kwargs: Any) -> None:
         """Wait for all processes."""
-        distributed.barrier()
+        collectives.barrier()
 
     def broadcast(self, obj: Any, src: int = 0) -> Any:
         """Plain data of one process, for all."""
-        return obj if self.world_size == 1 else json.loads(distributed.from_all(json.dumps(obj))[src])
+        return obj if self.world_size == 1 else json.loads(collectives.all_gather_str(json.dumps(obj))[src])
 
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
         """The mean or the sum of a tensor over all processes."""
@@ -134,7 +134,7 @@ class UnwrappedDDP(_StaysOnDevice, DDPStrategy):
             return tensor
         assert str(reduce_op).lower() in ("mean", "avg", "sum"), reduce_op
         total = tensor.clone()
-        distributed.sum_(total)
+        collectives.all_reduce_(total)
         return total if str(reduce_op).lower() == "sum" else total / self.world_size
 
     def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
@@ -144,19 +144,19 @@ class UnwrappedDDP(_StaysOnDevice, DDPStrategy):
         assert not sync_grads, "gradients of several processes are summed by the optimizer"
         gathered = tensor.new_zeros(self.world_size, *tensor.shape)
         gathered[self.global_rank] = tensor
-        distributed.sum_(gathered)
+        collectives.all_reduce_(gathered)
         return gathered
 
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
         """Whether all of the processes say so, or any."""
-        count = distributed.total(decision)
+        count = collectives.all_reduce_sum(decision)
         return count == self.world_size if all else count > 0
 
 
 def use_all_collectives(device: torch.device) -> None:
     """Let each collective of a step take the buffers that it keeps, before activations fill the memory."""
-    ones = torch.ones(distributed.world_size(), device=device)
+    ones = torch.ones(collectives.world_size(), device=device)
     part = ones.new_empty(1)
-    distributed.start_reduce_scatter(part, ones).wait()
-    distributed.start_all_gather(ones, part).wait()
-    distributed.sum_(ones)
+    collectives.start_reduce_scatter(part, ones).wait()
+    collectives.start_all_gather(ones, part).wait()
+    collectives.all_reduce_(ones)

@@ -1,6 +1,4 @@
-"""Code that a model has written, run behind walls: see docs/sandbox.md."""
+"""Runs code that a model has written behind isolation: see docs/sandbox.md.
 
-from nanochat_pl.tools.sandbox.sandbox import Sandbox
-from nanochat_pl.tools.sandbox.settings import Check, Outcome, Reason, SandboxSettings
-
-__all__ = ["Check", "Outcome", "Reason", "Sandbox", "SandboxSettings"]
+Empty of imports: the isolated processes (launcher.py) import this package with the standard library alone.
+"""

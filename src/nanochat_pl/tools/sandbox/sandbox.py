@@ -18,17 +18,17 @@ from pathlib import Path
 from typing import IO, Any
 
 from nanochat_pl.common.errors import UserError, visible
-from nanochat_pl.common.place import launched_place, usable_cpus
-from nanochat_pl.tools.jail import walls
+from nanochat_pl.common.launch_env import launch_env, usable_cpus
+from nanochat_pl.tools.sandbox import isolation
 from nanochat_pl.tools.sandbox.settings import Check, Outcome, SandboxSettings
 
-WALLS = (*walls.NAMESPACES, "bounded folder", "system call filter", "limits")
+WALLS = (*isolation.NAMESPACES, "bounded folder", "system call filter", "limits")
 MESSAGE_CHARS = 300
 # Wall-clock time of a program, in multiples of its CPU time: others run on the machine, and it may wait.
 PATIENCE = 10
 # Seconds that a launcher gets beyond the program's: on a busy machine, starting takes long.
 GRACE = 60.0
-_LAUNCHER = Path(walls.__file__).with_name("launcher.py")
+_LAUNCHER = Path(isolation.__file__).with_name("launcher.py")
 _SYSTEM_LIBRARIES = ("/usr/lib", "/usr/lib64", "/lib", "/lib64")
 _FIX = (
     "strict needs Linux 5.14 or newer on x86_64 or aarch64 with user namespaces (sysctl user.max_user_namespaces, "
@@ -67,7 +67,7 @@ class Sandbox:
                 raise UserError([f"sandbox=strict: there is no {problem}" for problem in problems.values()], _FIX)
         stand = dict.fromkeys(WALLS, strict) | {"limits": True}
         if not strict:  # what a user id of its own, Landlock and the filter do for them
-            stand |= {"user wall": walls.first_free_id() is not None, "file wall": self._landlock}
+            stand |= {"user wall": isolation.first_free_id() is not None, "file wall": self._landlock}
             stand |= dict.fromkeys(("network wall", "IPC wall", "system call filter"), self._filter)
         self.walls = tuple(wall for wall in WALLS if stand[wall])
         self.missing = tuple(wall for wall in WALLS if not stand[wall])
@@ -224,7 +224,7 @@ _FIXES = {
 
 def _processors() -> int:
     """The share of this process, where a launcher started several on this machine."""
-    return max(1, usable_cpus() // launched_place().local_world_size)
+    return max(1, usable_cpus() // launch_env().local_world_size)
 
 
 def _nameless(text: str) -> IO[bytes]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from nanochat_pl.common.settings import setting
+from nanochat_pl.common.schema import setting
 
 Reason = Literal["passed", "failed", "error", "timeout", "memory", "processes", "output", "escaped"]
 

@@ -1,0 +1,257 @@
+"""Folders of runs: ``<runs>/<run>/<stage>/``. Their names, their lock, what is in them.
+
+Names are deterministic, so the same command finds its own folder again. ``finished.json`` is written last: a stage is
+finished when it is there and not before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import re
+import shutil
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from nanochat_pl.common.errors import UserError, did_you_mean
+from nanochat_pl.common.files import ensure_folder, explain_disk_errors, read_json, remove_leftovers, write_json
+from nanochat_pl.common.locks import try_lock
+
+# Stages in the order in which a model goes through them. Other folders of a run (evaluation, report) are no stages.
+STAGES = ("tokenizer", "base", "mid", "sft", "rl")
+CHAT_STAGES = ("mid", "sft", "rl")  # those that train on conversations
+LOCK_PATIENCE_SECONDS = 5.0
+SHARED_RUNS = "All nodes need the same folder of runs: set paths.runs=… to one on a disk that they share."
+MAX_NAME_LENGTH = 200
+
+Status = Literal["absent", "unfinished", "finished"]
+
+
+@dataclass(frozen=True)
+class StageFolder:
+    """The folder of one stage of a run.
+
+    Attributes:
+        runs: folder of all runs.
+        run: name of the run.
+        stage: name of the stage.
+        parent_run: the run whose earlier stages this one starts from; the same run, unless ``resume=never`` began a
+            new one.
+    """
+
+    runs: Path
+    run: str
+    stage: str
+    parent_run: str
+
+    @property
+    def path(self) -> Path:
+        return self.runs / self.run / self.stage
+
+    @property
+    def bundle(self) -> Path:
+        return self.path / "bundle"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def chosen_files(self) -> Path:
+        """Which files of data sets of a hub the stage was begun with."""
+        return self.path / "data.json"
+
+    @property
+    def chosen_corpus(self) -> Path:
+        """Which corpus of docstrings the stage was begun with."""
+        return self.path / "corpus.json"
+
+    @property
+    def chosen_source(self) -> Path:
+        """What data=auto came to when the stage was begun."""
+        return self.path / "data_choice.json"
+
+    @property
+    def status(self) -> Status:
+        with _looking_into(self.runs):
+            if (self.path / "finished.json").is_file():
+                return "finished"
+            return "unfinished" if self.path.is_dir() else "absent"
+
+    def parent(self, stage: str) -> StageFolder:
+        """The folder of an earlier stage that this one builds on."""
+        return stage_folder(self.runs, self.parent_run, stage)
+
+    def finished(self) -> dict[str, Any]:
+        """What ``finished.json`` says: step, metrics, seconds."""
+        return read_json(self.path / "finished.json")
+
+    def create(self) -> None:
+        """Make the folder, prove that it can be written, and note a parent in another run."""
+        ensure_folder(self.path)
+        if self.parent_run != self.run:
+            write_json(self.path / "parent.json", {"run": self.parent_run})
+
+    @contextlib.contextmanager
+    def discarded_on_error(self) -> Iterator[None]:
+        """Remove the folder (and the run's, where nothing else is in it) if what is done inside is refused.
+
+        A training that has begun is kept, whatever ended it: its figures tell why.
+        """
+        try:
+            yield
+        except UserError:
+            if (self.path / "metrics.csv").exists():
+                raise
+            shutil.rmtree(self.path, ignore_errors=True)
+            with contextlib.suppress(OSError):  # other stages are in it
+                self.path.parent.rmdir()
+            raise
+
+    @contextlib.contextmanager
+    def locked(self, patience_seconds: float = LOCK_PATIENCE_SECONDS) -> Iterator[None]:
+        """Hold the folder for one writer. The operating system lets go of it however the process ends.
+
+        Args:
+            patience_seconds: how long to wait for a writer that is just about to end.
+
+        Raises:
+            UserError: another process holds it; the message names the process.
+        """
+        path = self.path / "lock"
+        with explain_disk_errors(path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            file = path.open("a+", encoding="utf-8")
+        with file:
+            deadline = time.monotonic() + patience_seconds
+            while not try_lock(file):
+                if time.monotonic() >= deadline:
+                    raise UserError(
+                        f"{self.path}: is in use by {_holder(path)}.",
+                        "Wait until it ends or stop it; or give this run another name with run=NEW.",
+                    )
+                time.sleep(0.1)
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            file.flush()
+            remove_leftovers(self.path)
+            yield
+
+
+def stage_folder(runs: Path, run: str, stage: str) -> StageFolder:
+    """The folder of a stage, whether it exists or not. Raises :class:`UserError` for a name that cannot be a run's."""
+    check_name(run)
+    note = runs / run / stage / "parent.json"
+    parent_run = run
+    with _looking_into(runs):
+        noted = note.is_file()
+    if noted:
+        parent_run = str(read_json(note).get("run", run))
+        check_name(parent_run)
+    return StageFolder(runs, run, stage, parent_run)
+
+
+def fresh_stage_folder(runs: Path, run: str, stage: str) -> StageFolder:
+    """A folder for a stage begun anew: in ``run`` where that has no such stage yet, else in a new run beside it."""
+    check_name(run)
+    with _looking_into(runs):
+        name = fresh_run(runs, run) if (runs / run / stage).exists() else run
+    return StageFolder(runs, name, stage, parent_run=run)
+
+
+def fresh_run(runs: Path, run: str) -> str:
+    """The first of ``run``, ``run-2``, ``run-3`` … that is no folder yet: none of another run's stages is in it."""
+    check_name(run)
+    names = (run if n == 1 else f"{run}-{n}" for n in itertools.count(1))
+    with _looking_into(runs):
+        return next(name for name in names if not (runs / name).exists())
+
+
+def check_name(name: str) -> None:
+    """Raise :class:`UserError` for a name that cannot be a run's folder, or that command lines stumble over."""
+    if not re.fullmatch(r"\w[\w.+-]*", name) or len(name) > MAX_NAME_LENGTH:
+        raise UserError(
+            f"run={name!r}: is no name for a run.",
+            f"Use letters, digits and . + - _ (at most {MAX_NAME_LENGTH}, a letter or digit first).",
+        )
+
+
+def list_runs(runs: Path) -> dict[str, list[StageFolder]]:
+    """All runs by name, each with its stages in the order of :data:`STAGES`. Other folders are left out."""
+    found: dict[str, list[StageFolder]] = {}
+    with _looking_into(runs):
+        folders = sorted(runs.iterdir()) if runs.is_dir() else []
+        for folder in folders:
+            stages = [stage for stage in STAGES if (folder / stage).is_dir()]
+            if stages and re.fullmatch(r"\w[\w.+-]*", folder.name):
+                found[folder.name] = [stage_folder(runs, folder.name, stage) for stage in stages]
+    return found
+
+
+def newest_stage(runs: Path, run: str) -> StageFolder:
+    """The latest finished stage of a run that made a model: what ``run=NAME`` means where no stage is named."""
+    finished = [
+        folder for folder in _stages_of(runs, run) if folder.status == "finished" and folder.stage != "tokenizer"
+    ]
+    if not finished:
+        raise UserError(f"run={run}: has no finished stage with a model.", f"Train one: nanochat-pl train run={run} …")
+    return finished[-1]
+
+
+def finished_stage(runs: Path, run: str, stage: str) -> StageFolder:
+    """A stage of a run that must be finished. Raises :class:`UserError` that says what there is instead."""
+    known = {folder.stage: folder for folder in _stages_of(runs, run)}
+    if stage not in known:
+        raise UserError(f"{runs / run}: has no stage {stage}; it has {', '.join(known)}.")
+    if known[stage].status != "finished":
+        raise UserError(
+            f"{known[stage].path}: is not finished.", f"Finish it: nanochat-pl train stage={stage} run={run} …"
+        )
+    return known[stage]
+
+
+def only_run_with(runs: Path, stage: str) -> str:
+    """The name of the only run in which a stage is finished; where there are several, an error that lists them."""
+    names = [
+        name
+        for name, stages in list_runs(runs).items()
+        if any(folder.stage == stage and folder.status == "finished" for folder in stages)
+    ]
+    if len(names) == 1:
+        return names[0]
+    if names:
+        raise UserError(f"run: several runs have a finished stage {stage}: {', '.join(names)}.", "Say which: run=NAME.")
+    raise UserError(
+        f"{runs}: no run has a finished stage {stage}.",
+        f"Train one first: nanochat-pl train stage={stage}, or point paths.runs=… to where it is.",
+    )
+
+
+def _stages_of(runs: Path, run: str) -> list[StageFolder]:
+    check_name(run)
+    known = list_runs(runs)
+    if run not in known:
+        hint = did_you_mean(run, known) if known else "there are no runs yet"
+        raise UserError(f"run={run}: there is no such run in {runs}; {hint}", "nanochat-pl runs lists what is there.")
+    return known[run]
+
+
+@contextlib.contextmanager
+def _looking_into(runs: Path) -> Iterator[None]:
+    """Turn what stands in the way of a mere look (no right to it, a name that is too long) into a UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{error.filename or runs}: cannot be looked at: {error.strerror or error}",
+            "Set paths.runs=… to a folder that you may use.",
+        ) from error
+
+
+def _holder(path: Path) -> str:
+    return path.read_text(encoding="utf-8").strip() or "another process"

@@ -1,0 +1,254 @@
+"""From ``key=value`` texts to a checked settings object: compose, resolve, check everything, build.
+
+Hydra composes the root file of the command with the chosen groups. Single values are laid over it in the order of their
+weight (group files < experiment file < command line) and the whole goes through :func:`common.settings.build`, which
+knows every key. All problems are raised together.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from nanochat_pl.common.errors import UserError, did_you_mean, first_line
+from nanochat_pl.common.run_dir import check_name
+from nanochat_pl.common.schema import build, to_plain, validation_errors
+from nanochat_pl.config import config_dir
+from nanochat_pl.config.instantiate import OBJECTS, problems_of_objects
+from nanochat_pl.config.overrides import UNKNOWN, Setting, is_group, parse_overrides, type_of_key
+
+T = TypeVar("T")
+# Keys that name a folder.
+FOLDERS = (
+    *("paths.runs", "paths.cache", "paths.hub", "bundle", "source", "to", "tokenizer", "eval_bundle", "against"),
+    *("core.path", "evaluation.core.path", "harness.include_path"),
+)
+
+
+@dataclass(frozen=True)
+class Composed(Generic[T]):
+    """What a command was composed to.
+
+    Attributes:
+        config: the settings object that the command takes.
+        overrides: the ``key=value`` texts of the command line, as typed.
+        experiment: name of the experiment, empty without one.
+        given: dotted keys that a person set: on the command line, in an experiment, or by choosing a group's file.
+    """
+
+    config: T
+    overrides: tuple[str, ...] = ()
+    experiment: str = ""
+    given: frozenset[str] = frozenset()
+
+    def plain(self) -> dict[str, Any]:
+        """Every setting as plain data, defaults included: what is written to config.yaml."""
+        return to_plain(self.config)
+
+
+def compose(
+    root: str,
+    schema: type[T],
+    overrides: Sequence[str] = (),
+    before: Sequence[Setting] = (),
+    experiment: str = "",
+) -> Composed[T]:
+    """Compose and check the configuration of a command.
+
+    Args:
+        root: name of the root file in configs/, without ``.yaml``.
+        schema: the settings class that the whole must fit.
+        overrides: ``key=value`` texts of the command line.
+        before: settings of an experiment file, which the command line overrules.
+        experiment: its name.
+
+    Raises:
+        UserError: with all problems of all of them.
+    """
+    groups = groups_of(schema)
+    problems: list[str] = []
+    typed = parse_overrides(overrides, schema, groups, problems)
+    settings = [*_not_chosen_anew(before, typed), *typed]
+    tree, choices = _hydra_tree(root, _check_choices(settings, groups, problems))
+    for setting in settings:
+        if setting.is_choice:
+            continue
+        if _names_a_target(setting) and not setting.origin:
+            problems.append(f"{setting.key}: _target_ is for config files; write one into configs/ or an experiment.")
+            continue
+        _lay_over(tree, setting, problems)
+    values, unresolved = _resolve(tree)
+    _expand_home(values)
+    found = [
+        *unresolved.values(),
+        *(line for line in validation_errors(schema, values) if _key_of(line) not in unresolved),
+    ]
+    found += [line for group in OBJECTS if group in groups for line in problems_of_objects(values.get(group), group)]
+    found += _problems_of_name(values.get("run"))
+    problems += [_with_origin(line, settings, choices) for line in found]
+    if problems:
+        raise UserError(problems, f"Keys and their meaning: nanochat-pl {root} --help")
+    return Composed(build(schema, values), tuple(overrides), experiment, _given(settings))
+
+
+def _not_chosen_anew(before: Sequence[Setting], typed: Sequence[Setting]) -> list[Setting]:
+    """An experiment's settings, but for those of a group whose file the command line chooses: that is another group.
+
+    All but the stage: a command names it to say which section of the experiment is meant.
+    """
+    chosen = {setting.key for setting in typed if setting.is_choice} - {"stage"}
+    return [setting for setting in before if setting.key.split(".")[0] not in chosen]
+
+
+def _problems_of_name(run: object) -> list[str]:
+    """What is wrong with the name of a run: an empty one is a mistake, and not none."""
+    if isinstance(run, str):
+        try:
+            check_name(run)
+        except UserError as error:
+            return [f"{' '.join(error.problems)} {error.fix}"]
+    return []
+
+
+def _expand_home(values: dict[str, Any]) -> None:
+    """``~`` in the names of folders: the shell leaves it alone behind ``key=``."""
+    for key in FOLDERS:
+        *groups, name = key.split(".")
+        owner: Any = values
+        for group in groups:
+            owner = owner.get(group) if isinstance(owner, dict) else None
+        if isinstance(owner, dict) and isinstance(owner.get(name), str):
+            owner[name] = os.path.expanduser(owner[name])  # noqa: PTH111 (a Path would tidy up the text)
+
+
+def _given(settings: Sequence[Setting]) -> frozenset[str]:
+    keys = {setting.key for setting in settings if not setting.is_choice}
+    for setting in settings:
+        if setting.is_choice:
+            keys |= {
+                f"{setting.key}.{key!s}" for name in _names(setting.value) for key in _group_file(setting.key, name)
+            }
+    return frozenset(keys)
+
+
+def groups_of(schema: type) -> dict[str, list[str]]:
+    """The config groups that a command has, with their choices: folders of configs/ whose key is a group of
+    settings."""
+    return {name: options for name, options in config_dir.groups().items() if is_group(type_of_key(schema, name))}
+
+
+def _check_choices(
+    settings: Sequence[Setting], groups: Mapping[str, list[str]], problems: list[str]
+) -> dict[str, str | list[str]]:
+    """The last choice of each group, where its files exist; what does not exist goes to ``problems``."""
+    choices: dict[str, str | list[str]] = {}
+    for setting in settings:
+        if not setting.is_choice:
+            continue
+        options = groups[setting.key]
+        wrong = ["null" if name is None else str(name) for name in _names(setting.value) if name not in options]
+        if wrong:
+            near = did_you_mean(wrong[0], options)
+            listed = "" if near.startswith("valid") else f" There are: {', '.join(options)}."
+            where = f" ({setting.origin})" if setting.origin else ""
+            problems.append(f"{setting.key}={wrong[0]}: there is no such choice; {near}{listed}{where}")
+        else:
+            choices[setting.key] = setting.value
+    return choices
+
+
+def _hydra_tree(root: str, choices: Mapping[str, str | list[str]]) -> tuple[DictConfig, dict[str, Any]]:
+    """The root file with its groups composed, and the files that were taken: group → choice or choices."""
+    texts = [
+        f"{key}=[{','.join(value)}]" if isinstance(value, list) else f"{key}={value}" for key, value in choices.items()
+    ]
+    try:
+        with initialize_config_dir(str(config_dir.config_folder()), version_base="1.3"):
+            tree = hydra_compose(root, overrides=texts, return_hydra_config=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(f"configs/{root}.yaml: cannot be composed: {first_line(error)}") from error
+    OmegaConf.set_struct(tree, False)
+    taken = tree.pop("hydra").runtime.choices
+    # A file may take another one of its group for a part of its own: GROUP@PLACE is no choice of a person.
+    return tree, {group: choice for group, choice in taken.items() if choice and not re.search("^hydra/|@", group)}
+
+
+def _lay_over(tree: DictConfig, setting: Setting, problems: list[str]) -> None:
+    value = _escaped(setting.value) if setting.is_text else setting.value
+    try:
+        OmegaConf.update(tree, setting.key, value, merge=True, force_add=True)
+    except (OmegaConfBaseException, ValueError) as error:
+        problems.append(f"{setting.key}={setting.value}: cannot be set: {first_line(error)}")
+
+
+def _escaped(value: Any) -> Any:
+    """Text that OmegaConf gives back as it is: ``${`` begins an interpolation, a backslash before it escapes it."""
+    if not isinstance(value, str):
+        return value
+    return re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + r"\${", value)
+
+
+def _resolve(tree: DictConfig) -> tuple[dict[str, Any], dict[str, str]]:
+    """The tree as plain data with its interpolations resolved, and a problem for each key where that failed."""
+    problems: dict[str, str] = {}
+    while True:
+        try:
+            return OmegaConf.to_container(tree, resolve=True), problems  # type: ignore[return-value]
+        except RecursionError as error:
+            raise UserError("the configuration: an interpolation ${…} is nested too deeply.") from error
+        except OmegaConfBaseException as error:
+            key = str(error.full_key or "")
+            if not key or key in problems:
+                raise UserError(f"{key or 'the configuration'}: {first_line(error)}") from error
+            problems[key] = f"{key}: {first_line(error)}"
+            OmegaConf.update(tree, key, None)
+
+
+def _names_a_target(setting: Setting) -> bool:
+    return "_target_" in setting.key.split(".") or "'_target_'" in repr(setting.value)
+
+
+def _with_origin(problem: str, settings: Sequence[Setting], choices: Mapping[str, Any]) -> str:
+    """A problem with the place where its key was written, unless that is the command line."""
+    key = _key_of(problem)
+    for setting in reversed(settings):
+        if not setting.is_choice and (key == setting.key or _within(setting.key, key) or _within(key, setting.key)):
+            return f"{problem} ({setting.origin})" if setting.origin else problem
+    for group, choice in choices.items():
+        for name in _names(choice):
+            content = _group_file(group, name)
+            if any(_has(content, each) for each in (key, key.removeprefix(f"{group}."))):
+                return f"{problem} (configs/{group}/{name}.yaml)"
+    return problem
+
+
+def _key_of(problem: str) -> str:
+    return re.split(r"[=:\[ ]", problem, maxsplit=1)[0]
+
+
+def _names(choice: Any) -> Sequence[Any]:
+    """The file names of a choice: of one, or of a list."""
+    return choice if isinstance(choice, (list, ListConfig)) else [choice]
+
+
+def _group_file(group: str, name: str) -> DictConfig:
+    content = OmegaConf.load(config_dir.config_folder() / group / f"{name}.yaml")
+    assert isinstance(content, DictConfig), (group, name)
+    return content
+
+
+def _has(content: DictConfig, key: str) -> bool:
+    return OmegaConf.select(content, key, default=UNKNOWN, throw_on_missing=False) is not UNKNOWN
+
+
+def _within(key: str, outer: str) -> bool:
+    return key.startswith(f"{outer}.")

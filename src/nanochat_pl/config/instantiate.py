@@ -1,0 +1,107 @@
+"""Objects named by ``_target_`` in a config file: loggers and callbacks, from an allow-list of packages.
+
+Only configuration files may name a class (the command line and everything read from a run or a bundle may not), and
+only one of these packages, so that a copied experiment file cannot run an arbitrary function of the standard library.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from nanochat_pl.common.errors import UserError, did_you_mean
+from nanochat_pl.training.lightning_callbacks import BASES, missing_package, pip_line, why_refused
+
+ALLOWED_PACKAGES = ("nanochat_pl", "lightning", "torchmetrics")
+# Groups of such objects, and the arguments that the program gives to each of them.
+OBJECTS: dict[str, tuple[str, ...]] = {"logger": ("save_dir",), "callbacks": ()}
+
+
+def problems_of_objects(nodes: Any, group: str) -> list[str]:
+    """What would keep the objects of a group from being made, as far as their signatures tell: a line for each."""
+    if not isinstance(nodes, Mapping):
+        return []  # said by the check of the settings
+    problems: list[str] = []
+    for name, node in nodes.items():
+        if node is not None:  # null leaves one out
+            problems += _problems_of_object(node, f"{group}.{name}", group)
+    return problems
+
+
+def make_objects(nodes: Mapping[str, Any], group: str, **given: Any) -> list[Any]:
+    """Make the objects of a group, each of its node ``{"_target_": "package.module.Class", …}``.
+
+    Args:
+        nodes: plain data by name, in which :func:`problems_of_objects` found nothing.
+        group: one of :data:`OBJECTS`.
+        given: its arguments that the program gives.
+
+    Raises:
+        UserError: a class does not take the values of its arguments.
+    """
+    return [_make(node, f"{group}.{name}", given) for name, node in nodes.items() if node is not None]
+
+
+def _make(node: Mapping[str, Any], where: str, given: Mapping[str, Any]) -> Any:
+    found = _find_class(node["_target_"], where)
+    try:
+        return found(**_arguments(node), **given)
+    except ImportError as error:
+        line = pip_line(found) or (f"pip install {error.name}" if error.name else "")
+        problem = f"{where}: {node['_target_']} cannot be made: {' '.join(str(error).split())}"
+        raise UserError(problem, f"Install it: {line}" if line else "") from error
+    except Exception as error:  # whatever the code of others raises
+        words = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"{where}: {node['_target_']} cannot be made: {words}") from error
+
+
+def _problems_of_object(node: Any, where: str, group: str) -> list[str]:
+    target = node.get("_target_") if isinstance(node, Mapping) else None
+    if not isinstance(target, str) or "." not in target:
+        return [f"{where}: has no _target_, the dotted name of a class."]
+    if target.split(".")[0] not in ALLOWED_PACKAGES:
+        return [f"{where}._target_={target!r}: only classes of {', '.join(ALLOWED_PACKAGES)} are made from files."]
+    try:
+        found = _find_class(target, where)
+    except UserError as error:
+        return list(error.problems)
+    if not issubclass(found, BASES[group]):
+        return [f"{where}._target_={target!r}: is no {BASES[group].__name__} of Lightning."]
+    if (reason := why_refused(found, _arguments(node))) is not None:
+        return [f"{where}{reason}"]
+    if (line := missing_package(found)) is not None:
+        return [f"{where}: {target} needs a package that is not installed: {line}"]
+    signature = inspect.signature(found)
+    arguments, known = {**_arguments(node), **dict.fromkeys(OBJECTS[group])}, signature.parameters
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
+        unknown = [key for key in arguments if key not in known]
+        if unknown:
+            return [f"{where}.{key}: {target} takes no such argument; {did_you_mean(key, known)}" for key in unknown]
+    try:
+        signature.bind(**arguments)
+    except TypeError as error:
+        return [f"{where}: {target} cannot be made: {error}."]
+    return []
+
+
+def _arguments(node: Mapping[str, Any]) -> dict[str, Any]:
+    return {str(key): value for key, value in node.items() if key != "_target_"}
+
+
+def _find_class(target: str, where: str) -> type:
+    module, _, name = target.rpartition(".")
+    try:
+        if name and module.rpartition(".")[2] == "__main__":
+            raise ImportError("it is a program")
+        found = getattr(importlib.import_module(module), name, None)
+    except (Exception, SystemExit) as error:  # whatever the code of others does when it is loaded
+        raise UserError(f"{where}._target_={target[:200]!r}: cannot be imported: {error}") from error
+    if not inspect.isclass(found) or inspect.isabstract(found):
+        raise UserError(f"{where}._target_={target!r}: there is no such class{_why_not(found)}.")
+    return found
+
+
+def _why_not(found: Any) -> str:
+    return " to make objects of: it is abstract" if inspect.isclass(found) else ""

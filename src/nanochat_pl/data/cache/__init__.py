@@ -1,0 +1,1 @@
+"""Content-addressed caches of tokens and conversations."""

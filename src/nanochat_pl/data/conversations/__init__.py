@@ -1,0 +1,1 @@
+"""Files of conversations: formats, validation and tables."""

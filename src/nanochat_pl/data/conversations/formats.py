@@ -1,0 +1,358 @@
+"""The chat formats of other programs: which one a row is in, and the row as messages of ours.
+
+Read are: OpenAI's messages (parts, roles, calls of ``python``), ShareGPT, Alpaca, prompt and completion under their
+usual names, preference pairs (the chosen answer), Gemini's contents. Others are named. Marks that say what is not to be
+learnt become ``weight`` 0, or the row is refused.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from reprlib import repr as quote  # shortens
+from typing import Any
+
+from nanochat_pl.data.files.read import strict_json
+from nanochat_pl.tokenizer.chat_format import Fault, text_of_part
+
+MESSAGES = "messages"  # the key that a person need not name
+# Other names of the list of messages, and the format that has it.
+_LISTS = {
+    "conversations": "ShareGPT",
+    "conversation": "a list under 'conversation'",
+    "dialogue": "a list under 'dialogue'",
+    "dialog": "a list under 'dialog'",
+    "chat": "a list under 'chat'",
+    "contents": "Gemini's contents",
+}
+# Question and answer under two keys. Of instructions a third one holds what they are about.
+_PAIRS = {
+    ("instruction", "output"): "Alpaca",
+    ("instruction", "response"): "Dolly (instruction and response)",
+    ("prompt", "completion"): "prompt and completion",
+    ("prompt", "response"): "prompt and response",
+    ("question", "answer"): "question and answer",
+    ("question", "response"): "question and response",
+    ("query", "response"): "query and response",
+    ("problem", "solution"): "problem and solution",
+    ("input", "output"): "input and output",
+}
+_ABOUT = ("input", "context")
+_SYSTEM = ("system", "system_prompt", "system_message", "systemInstruction")
+_PREFERENCE, _OPENAI_PREFERENCE = ("chosen", "rejected"), ("preferred_output", "non_preferred_output")
+_ROW_MARKS = ("weight", "loss_weight", "train", "trainable", "label", "kto_tag")  # label beside a completion: KTO's
+_KEYS = (
+    *(MESSAGES, *_LISTS, *_SYSTEM, *_PREFERENCE, *_OPENAI_PREFERENCE, *_ROW_MARKS, *_ABOUT, "history", "tools"),
+    *(key for pair in _PAIRS for key in pair),
+)
+_ROLES = {
+    **dict.fromkeys(("user", "human", "prompter"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "model", "bot", "chatbot", "ai"), "assistant"),
+    **dict.fromkeys(("system", "developer"), "system"),
+}
+_TOOL_ROLES = ("tool", "function", "ipython", "environment", "observation", "function_call", "tool_call", "tool_calls")
+_TOOL_PARTS = ("tool_use", "tool_result", "tool_call", "tool-call", "tool-result", "function_call", "server_tool_use")
+_THINKING_PARTS = ("thinking", "reasoning", "redacted_thinking")
+# What else a message may have of its contents: there is no place for it here.
+_CONTENTS = ("reasoning_content", "reasoning", "thinking", "thought", "refusal", "audio", "images", "annotations")
+_CALLS = ("tool_calls", "function_call")
+_LEARN, _LEARN_NOT = ("weight", "loss_weight", "train", "training", "trainable", "loss"), ("masked", "mask")
+_PIECES = ("train_detail", "training_detail", "loss_mask")  # marks of pieces of a message
+_PYTHON, _CODE = ("python", "calculator"), ("code", "expression", "input", "query")
+_NO_TOOLS = "only calls of python, with code, can be learnt"
+
+
+@dataclass
+class Reading:
+    """A row as messages, and what was done to make it so.
+
+    Attributes:
+        messages: of the assistant's those that are not to be learnt have ``weight`` 0.
+        form: the format's name; "" where it is the usual one.
+        changes: what was left off.
+        unread: keys that were not looked at, ``messages[].KEY`` those of messages.
+    """
+
+    messages: list[Any]
+    form: str = ""
+    changes: list[str] = field(default_factory=list)
+    unread: set[str] = field(default_factory=set)
+
+
+def keys_to_read(column: str, names: Iterable[str]) -> list[str] | None:
+    """The columns of a table that its rows are read from; None where no format is recognised by them."""
+    names = list(names)
+    if column in names or (column == MESSAGES and _form_of(dict.fromkeys(names, True)) is not None):
+        return [name for name in names if name == column or name in _KEYS]
+    return None
+
+
+def hint_of(keys: Iterable[str]) -> str:
+    """What a row with these keys is, where that is known and it is not read; with a blank in front."""
+    there = set(keys)
+    for wanted, what in (
+        ({"chosen", "rejected"}, "Pairs of transcripts in one text each (as Anthropic's HH) are not read."),
+        ({"mapping"}, "ChatGPT's export is a tree of messages, which is not read."),
+        ({"message_id", "parent_id"}, "OpenAssistant's messages, one a row, have to be joined by parent_id first."),
+        ({"text"}, "A text is no conversation; data=local trains on texts."),
+        ({"data"}, "UltraChat's lists of texts are not read."),
+    ):
+        if wanted <= there:
+            return f" {what}"
+    return ""
+
+
+def read_row(row: Any, column: str) -> Reading | Fault:
+    """A row of any of the formats as messages.
+
+    Args:
+        row: plain data: a list of messages, or an object.
+        column: the key that holds the messages; where it is the usual one, other formats are recognised by their keys.
+    """
+    form, values = "", row
+    unread: set[str] = set()
+    changes: list[str] = []
+    if isinstance(row, Mapping):
+        if (fault := _marked_row(row)) is not None:
+            return fault
+        found = ("", column) if column in row else _form_of(row) if column == MESSAGES else None
+        if found is None:
+            keys = ", ".join(map(str, row)) or "none"
+            return Fault("no messages", f"has no key {column!r}; its keys: {keys}.{hint_of(map(str, row))}")
+        form, key = found
+        values, used, changes = _values_of(row, key)
+        unread = {str(name) for name in row if _holds(row, name) and name not in used}
+        if _holds(row, "tools"):
+            unread.discard("tools")
+            changes.append("descriptions of tools left out")
+    if isinstance(values, str):
+        values = parse_json(values)
+        if isinstance(values, Fault):
+            return values
+    if values is None or values == []:
+        return Fault("no messages", "has no messages.")
+    if not isinstance(values, list):
+        return Fault("no list of messages", f"is {type(values).__name__}, not a list of messages.")
+    return _read_messages(values, Reading([], form, changes, unread))
+
+
+def parse_json(text: str) -> Any | Fault:
+    """JSON text as plain data."""
+    try:
+        return strict_json(text)
+    except (ValueError, RecursionError) as error:
+        return Fault("no JSON", f"is no JSON: {error}")
+
+
+def _holds(row: Mapping[str, Any], key: str) -> bool:
+    return row.get(key) not in (None, "", [], {})
+
+
+def _form_of(row: Mapping[str, Any]) -> tuple[str, str | tuple[str, ...]] | None:
+    """The name of a format and its key or keys; None where none is recognised."""
+    for key, name in _LISTS.items():
+        if _holds(row, key) and not (isinstance(row[key], str) and not row[key].lstrip().startswith("[")):
+            return name, key
+    if _holds(row, "preferred_output") and _holds(row, "input"):
+        return "OpenAI's preference pairs", ("input", *_OPENAI_PREFERENCE)
+    if _holds(row, "chosen") and (_holds(row, "prompt") or not isinstance(row["chosen"], str)):
+        return "preference pairs", ("prompt", *_PREFERENCE)
+    for pair, name in _PAIRS.items():
+        if all(key in row for key in pair):
+            return name, pair
+    return None
+
+
+def _values_of(row: Mapping[str, Any], key: str | tuple[str, ...]) -> tuple[Any, set[str], list[str]]:
+    """The messages of a row, the keys that were used for them, and what was left out."""
+    used = {*_SYSTEM, *([key] if isinstance(key, str) else key)} | {mark for mark in _ROW_MARKS if row.get(mark) == 1}
+    changes: list[str] = []
+    if isinstance(key, str):
+        values = row[key]
+    elif key[1] in (*_PREFERENCE, *_OPENAI_PREFERENCE):
+        question, chosen, rejected = key
+        values = _preferred(row.get(question), row[chosen])
+        if _holds(row, rejected):
+            changes.append(f"{rejected} answer left out")
+    else:
+        question, answer = key
+        asked = row[question]
+        about = [row[name] for name in _ABOUT if question == "instruction" and _holds(row, name)]
+        if isinstance(asked, str) and about:
+            asked = "\n\n".join(map(str, [asked, *about]))
+        values = [*_as_messages(asked, "user"), *_as_messages(row[answer], "assistant")]
+        used |= {*_ABOUT} if question == "instruction" else set()
+        if isinstance(history := row.get("history"), list) and history:
+            used.add("history")
+            pairs = [pair for pair in history if isinstance(pair, list) and len(pair) == 2]
+            changes += ["history that is no list of pairs left out"] if len(pairs) < len(history) else []
+            earlier = [{"role": ("user", "assistant")[i], "content": pair[i]} for pair in pairs for i in (0, 1)]
+            values = [*earlier, *values]
+    system = next((row[name] for name in _SYSTEM if _holds(row, name)), None)
+    if isinstance(system, Mapping):  # Gemini's
+        system = system.get("parts")
+    if system is not None and isinstance(values, list) and not _begins_with_system(values):
+        values = [{"role": "system", "content": system}, *values]
+    return values, used, changes
+
+
+def _begins_with_system(values: list[Any]) -> bool:
+    first = values[0] if values else None
+    return isinstance(first, Mapping) and _role_of(first) == "system"
+
+
+def _as_messages(value: Any, role: str) -> list[Any]:
+    """A text as a message; a list of messages as it is."""
+    if isinstance(value, Mapping) and MESSAGES in value:
+        value = value[MESSAGES]
+    if isinstance(value, list) and all(isinstance(each, Mapping) and not each.get("type") for each in value):
+        return value
+    return [{"role": role, "content": value}]
+
+
+def _preferred(question: Any, chosen: Any) -> list[Any]:
+    """The question, unless it is part of the chosen messages, and the chosen answer."""
+    answer = _as_messages(chosen, "assistant")
+    whole = bool(answer) and isinstance(answer[0], Mapping) and _role_of(answer[0]) in ("user", "system")
+    return answer if whole or question is None else [*_as_messages(question, "user"), *answer]
+
+
+def _marked_row(row: Mapping[str, Any]) -> Fault | None:
+    """A row that as a whole is marked not to be learnt."""
+    for key in _ROW_MARKS:
+        value = row.get(key) if key != "label" or "completion" in row else None
+        if value is False or (key in ("weight", "loss_weight") and value == 0 and value is not None):
+            return Fault("marked not to be learnt", f"{key}={value!r}: is marked not to be learnt.")
+    return None
+
+
+def _role_of(message: Mapping[str, Any]) -> Any:
+    role = next((message[key] for key in ("role", "from", "speaker") if key in message), None)
+    return _ROLES.get(role.strip().lower(), role) if isinstance(role, str) else role
+
+
+def _read_messages(values: list[Any], reading: Reading) -> Reading | Fault:
+    pending = 0  # calls of the last message that no tool has answered yet
+    merging = False  # whether the next of the assistant's goes on with the last
+    for i, value in enumerate(values):
+        where = f"messages[{i}]"
+        message = _as_mapping(value)
+        if not isinstance(message, Mapping):
+            reading.messages.append(value)
+            continue
+        role = _role_of(message)
+        if isinstance(role, str) and role.strip().lower() in _TOOL_ROLES:
+            if not pending or role not in ("tool", "function"):
+                return Fault("tool calls", f"{where}.role={quote(role)}: {_NO_TOOLS}.")
+            reading.messages[-1]["content"].append({"type": "python_output", "text": message.get("content")})
+            pending -= 1
+            continue
+        if pending:
+            break
+        read = _read_message(message, role, where, reading)
+        if isinstance(read, Fault):
+            return read
+        content, weight, pending = read
+        plain = {"role": role, "content": content} | ({"weight": 0} if weight == 0 else {})
+        if merging and role == "assistant":
+            before = reading.messages[-1]
+            if before.get("weight", 1) != weight:
+                return Fault("tool calls", f"{where}: goes on with an answer that is marked otherwise.")
+            before["content"] += content if isinstance(content, list) else [{"type": "text", "text": content}]
+        else:
+            reading.messages.append(plain)
+        merging = bool(pending)
+    if pending:
+        return Fault("tool calls", "messages: a call of python is not answered.")
+    return reading
+
+
+def _as_mapping(message: Any) -> Any:
+    """Tables may hold messages as maps, which are read as lists of pairs."""
+    is_map = isinstance(message, list) and message and all(isinstance(each, tuple) for each in message)
+    return dict(message) if is_map else message
+
+
+def _read_message(message: Mapping[str, Any], role: Any, where: str, reading: Reading) -> tuple[Any, int, int] | Fault:
+    """The content of a message, its weight, and how many calls of python it ends with."""
+    key = next((name for name in ("content", "value", "parts", "text") if name in message), "content")
+    content = message.get(key)
+    weight = _weight_of(message, where) if role == "assistant" else 1
+    if isinstance(weight, Fault):
+        return weight
+    known = {key, "role", "from", "speaker", *_LEARN, *_LEARN_NOT, *_CALLS, *_CONTENTS, *_PIECES}
+    there = [name for name in message if _holds(message, name)]
+    reading.unread |= {f"messages[].{name}" for name in there if name not in known}
+    reading.changes += [f"{name} of a message left out" for name in there if name in _CONTENTS]
+    if isinstance(content, list):
+        content = _read_parts(content, role, where, reading)
+    calls = _calls_of(message, where)
+    if isinstance(content, Fault):
+        return content
+    if isinstance(calls, Fault):
+        return calls
+    if calls:
+        texts = content if isinstance(content, list) else [{"type": "text", "text": content}] if content else []
+        content = [*texts, *({"type": "python", "text": code} for code in calls)]
+    return content, weight, len(calls)
+
+
+def _read_parts(parts: list[Any], role: Any, where: str, reading: Reading) -> Any:
+    """The parts of a message: of the assistant's as they are, of others' their text, a line for each."""
+    kept: list[Any] = []
+    for number, part in enumerate(parts):
+        part = {"type": "text", "text": part} if isinstance(part, str) else _as_mapping(part)
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind in _TOOL_PARTS:
+            return Fault("tool calls", f"{where}.content[{number}].type={kind!r}: {_NO_TOOLS}.")
+        if kind in _THINKING_PARTS:
+            reading.changes.append(f"{kind} of a message left out")
+            continue
+        if isinstance(part, Mapping):
+            is_text = kind in ("input_text", "output_text") or (kind is None and "text" in part)
+            part = {"type": "text" if is_text else kind, "text": text_of_part(part)}
+        kept.append(part)
+    if role == "assistant":
+        return kept
+    for number, part in enumerate(kept):
+        if not isinstance(part, Mapping) or part["type"] != "text":
+            kind = part["type"] if isinstance(part, Mapping) else part
+            return Fault("part that is no text", f"{where}.content[{number}].type={quote(kind)}: only text is read.")
+    texts = [part["text"] for part in kept]
+    return "\n".join(texts) if all(isinstance(text, str) for text in texts) else texts
+
+
+def _weight_of(message: Mapping[str, Any], where: str) -> int | Fault:
+    """0 for a message that is marked not to be learnt, else 1."""
+    learnt = True
+    for key in (*_LEARN, *_LEARN_NOT):
+        value = message.get(key)
+        if value is None or (key in ("loss", "mask") and not isinstance(value, bool)):
+            continue
+        if isinstance(value, str) or value not in (0, 1):
+            return Fault("weight that is neither 0 nor 1", f"{where}.{key}={quote(value)}: must be 0 or 1.")
+        learnt = learnt and bool(value) == (key in _LEARN)
+    for key in _PIECES:
+        if message.get(key) not in (None, []):
+            return Fault("marks of pieces of a message", f"{where}.{key}: a message is learnt whole or not at all.")
+    return int(learnt)
+
+
+def _calls_of(message: Mapping[str, Any], where: str) -> list[str] | Fault:
+    """The code of each call of python; any other call is a fault."""
+    calls: Any = next((message[key] for key in _CALLS if _holds(message, key)), [])
+    codes = []
+    for call in calls if isinstance(calls, list) else [calls]:
+        function = call.get("function", call) if isinstance(call, Mapping) else {}
+        function = function if isinstance(function, Mapping) else {}
+        name, given = function.get("name"), function.get("arguments")
+        try:
+            given = json.loads(given) if isinstance(given, str) else given
+        except (ValueError, RecursionError):
+            given = None
+        code = [value for key, value in given.items() if key in _CODE] if isinstance(given, Mapping) else []
+        if name not in _PYTHON or len(code) != 1 or not isinstance(code[0], str):
+            return Fault("tool calls", f"{where}.tool_calls: calls {quote(name)}; {_NO_TOOLS}.")
+        codes.append(code[0])
+    return codes

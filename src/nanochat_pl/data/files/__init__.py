@@ -1,0 +1,1 @@
+"""Reading local files: formats, encodings, splits."""

@@ -1,0 +1,1 @@
+"""Data sets of a hub: manifests and downloads."""

@@ -1,0 +1,228 @@
+"""Files of a hub, several at once, each verified before it counts."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nanochat_pl.common.console import Advance, counted_bytes, rank_zero_print
+from nanochat_pl.common.files import free_bytes
+from nanochat_pl.data.cache.content_cache import known_sha256
+from nanochat_pl.data.files.read import parquet_facts
+from nanochat_pl.data.hub.errors import DamagedFile, disk_full, library_heard, patiently
+from nanochat_pl.data.hub.manifest import Column, HubFile, Manifest, commit_of, hash_memo, keep_manifest
+
+PARALLEL = 8
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """What a download has done.
+
+    Attributes:
+        paths: where the files lie, in the order in which they were asked for.
+        manifest: with what is now known of them.
+        num_new: how many were not here before, or were damaged.
+        new_bytes: their size.
+    """
+
+    paths: tuple[Path, ...]
+    manifest: Manifest
+    num_new: int
+    new_bytes: int
+
+
+def fetch_files(manifest: Manifest, files: Sequence[HubFile], cache_dir: Path, parallel: int = PARALLEL) -> Fetched:
+    """Have files of a data set on the disk, verified by size and hash.
+
+    What is here and right is left alone. What the hub sends damaged is fetched a second time. The network is not used
+    where nothing is missing. Whatever ends this early leaves whole files, and called again it goes on with the others.
+
+    Args:
+        manifest: of the commit.
+        files: of it.
+        cache_dir: ``paths.cache``.
+        parallel: downloads at a time.
+
+    Raises:
+        UserError: no network, too little room on the disk, or what the hub says; names the file.
+    """
+    have: dict[str, tuple[HubFile, Path]] = {}
+
+    def verify(file: HubFile, advance: Advance) -> None:
+        path = manifest.at_hand(file)
+        if path is not None and (verified := _verified(file, path, cache_dir)):
+            have[file.path] = (verified, path)
+        advance(file.bytes)
+
+    def download(file: HubFile, advance: Advance) -> None:
+        have[file.path] = _download(manifest, file, cache_dir, advance)
+
+    try:
+        _for_each(verify, files, f"verifying {manifest.repo}", parallel)
+        missing = [file for file in files if file.path not in have]
+        new_bytes = sum(file.bytes for file in missing)
+        if missing:
+            commit_of(manifest.repo, manifest.commit)  # one question before many
+            require_room(manifest.repo, new_bytes)
+            with library_heard():
+                _for_each(download, missing, f"downloading {manifest.repo}", parallel)
+    finally:
+        if any(have.get(file.path, (file,))[0] != file for file in files):
+            facts = {path: verified for path, (verified, _) in have.items()}
+            files_now = tuple(facts.get(file.path, file) for file in manifest.files)
+            manifest = keep_manifest(dataclasses.replace(manifest, files=files_now), cache_dir)
+    return Fetched(tuple(have[file.path][1] for file in files), manifest, len(missing), new_bytes)
+
+
+_recording = threading.Lock()  # of several threads of a process one alone writes what it has learnt of its file
+_fetching: defaultdict[tuple[str, str], threading.Lock] = defaultdict(threading.Lock)  # one alone fetches a file
+
+
+def fetch_file(manifest: Manifest, file: HubFile, cache_dir: Path) -> tuple[HubFile, Path]:
+    """As :func:`fetch_files`, of one file, and without a bar: for a process that works beside the training.
+
+    Returns:
+        the file with what is now known of it, and where it lies.
+    """
+    with _fetching[manifest.commit, file.path]:
+        path = manifest.at_hand(file)
+        if path is None or (verified := _verified(file, path, cache_dir)) is None:
+            verified, path = _download(manifest, file, cache_dir, lambda num_bytes: None)
+    if verified != file:
+        with _recording:
+            files = tuple(verified if each.path == file.path else each for each in manifest.files)
+            keep_manifest(dataclasses.replace(manifest, files=files), cache_dir)
+    return verified, path
+
+
+def _verified(file: HubFile, path: Path, cache_dir: Path) -> HubFile | None:
+    """The file with all that is known of it, now that it is here; None where it is not what the hub has."""
+    if path.stat().st_size != file.bytes:
+        return None
+    # Such a file is never written to: another one takes its place.
+    sha256 = known_sha256(path, hash_memo(path, cache_dir), at_rest=True)
+    if file.sha256 is None:
+        if f"git:{_git_blob_hash(path)}" != file.git_blob:
+            return None
+    elif sha256 != file.sha256:
+        return None
+    if file.rows is not None or not path.name.endswith(".parquet"):
+        return dataclasses.replace(file, sha256=sha256)
+    row_groups, rows, sizes = parquet_facts(path)
+    columns = tuple(Column(name, size) for name, size in sizes.items())
+    return dataclasses.replace(file, sha256=sha256, row_groups=row_groups, rows=rows, columns=columns)
+
+
+def _git_blob_hash(path: Path) -> str:
+    """What git calls a file of these contents: SHA-1 of its size and them. Files outside of LFS are small."""
+    data = path.read_bytes()
+    return hashlib.sha1(b"blob %d\0%b" % (len(data), data), usedforsecurity=False).hexdigest()
+
+
+def _download(manifest: Manifest, file: HubFile, cache_dir: Path, advance: Advance) -> tuple[HubFile, Path]:
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+
+    repo, commit = manifest.repo, manifest.commit
+    # What lies there is not it, or it would not be asked for.
+    in_the_way = try_to_load_from_cache(repo, file.path, revision=commit, repo_type="dataset") is not None
+    if in_the_way:
+        rank_zero_print(f"{repo}: {file.path} is damaged on the disk and is fetched again.")
+    received = 0
+
+    def receive(num_bytes: int) -> None:
+        nonlocal received
+        received += num_bytes
+        advance(num_bytes)
+
+    def attempt() -> tuple[HubFile, Path]:
+        nonlocal in_the_way
+        receive(-received)
+        found = hf_hub_download(
+            repo,
+            file.path,
+            revision=commit,
+            repo_type="dataset",
+            force_download=in_the_way,
+            tqdm_class=_bar_that_reports(receive),
+        )
+        in_the_way = True
+        if verified := _verified(file, Path(found), cache_dir):
+            return verified, Path(found)
+        raise DamagedFile("what came is not what the hub lists by size and hash")
+
+    result = patiently(attempt, f"{repo}: {file.path}")
+    receive(file.bytes - received)
+    return result
+
+
+def _bar_that_reports(receive: Advance) -> Any:
+    """What huggingface_hub takes for a progress bar of tqdm; it hands on the bytes that came and draws nothing."""
+
+    class Bar:
+        def __init__(self, *_: Any, total: int | None = None, initial: int = 0, **__: Any) -> None:
+            self.n, self.total = initial, total
+
+        def __enter__(self) -> Bar:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def update(self, num_bytes: float | None = 1) -> None:
+            self.n += int(num_bytes or 0)
+            receive(int(num_bytes or 0))
+
+        def update_transfer(self, num_bytes: float | None = 1) -> None:
+            """With Xet the same bytes are counted when they come and, in ``update``, when they are written."""
+
+        def _ignore(self, *_: Any, **__: Any) -> None:
+            pass
+
+        set_postfix_str = set_transfer_postfix_str = set_description = refresh = reset = close = _ignore
+
+    return Bar
+
+
+def _for_each(work: Callable[[HubFile, Advance], None], files: Sequence[HubFile], what: str, parallel: int) -> None:
+    """Do some work for each file in several threads. At an error those that are under way are finished first."""
+    stop = threading.Event()
+    with _counted(what, sum(file.bytes for file in files), stop) as advance:
+        pool = ThreadPoolExecutor(parallel)
+        try:
+            for future in as_completed([pool.submit(work, file, advance) for file in files]):
+                future.result()
+        except KeyboardInterrupt:
+            stop.set()
+            raise
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _counted(what: str, num_bytes: int, stop: threading.Event) -> Iterator[Advance]:
+    """A progress bar that several threads advance by bytes; they end there when they are to stop."""
+    with counted_bytes(what, num_bytes) as advance:
+
+        def count(amount: int) -> None:
+            if stop.is_set():
+                raise KeyboardInterrupt
+            advance(amount)
+
+        yield count
+
+
+def require_room(repo: str, num_bytes: int) -> None:
+    """Raise :class:`UserError` where the disk of the hub's cache has no room for so many bytes."""
+    from huggingface_hub import constants
+
+    if free_bytes(Path(constants.HF_HUB_CACHE)) < num_bytes:
+        raise disk_full(repo, num_bytes)

@@ -1,0 +1,1 @@
+"""Packing documents into rows, and rows by address."""

@@ -1,0 +1,1 @@
+"""Inspection of the data of a stage before it is trained on."""

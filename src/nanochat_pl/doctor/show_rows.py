@@ -1,0 +1,100 @@
+"""Which documents a row, or all rows of an optimizer step, are made of: read as the training reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from nanochat_pl.common.constants import IGNORE_INDEX
+from nanochat_pl.common.errors import UserError
+from nanochat_pl.common.run_dir import StageFolder
+from nanochat_pl.data.packing.rows import PieceAddress
+from nanochat_pl.doctor.documents import both_ends
+from nanochat_pl.doctor.stage_data import mixtures, place_in, prepare_stage
+from nanochat_pl.training.config import TrainConfig
+from nanochat_pl.training.stages.base import StageData
+
+STEP_CHARS = 100  # of a piece's text, where there are many
+
+
+def row_lines(config: TrainConfig, folder: StageFolder, cache: Path, row: int) -> list[str]:
+    """What a row of the training is made of, a line for each piece and one for its text.
+
+    Args:
+        row: from 0.
+
+    Raises:
+        UserError: there is no such row.
+    """
+    prepared = _prepared(config, folder, cache, f"row={row}")
+    plan, rows = prepared.plan, prepared.rows
+    if row >= len(rows):
+        raise UserError(
+            f"row={row}: the training has {len(rows):,} rows, 0 … {len(rows) - 1:,}"
+            f" ({plan['num_steps']:,} steps of {plan['rows_per_step']:,})."
+        )
+    rows.wait_for(row + 1)
+    step = row // plan["rows_per_step"] + 1
+    where = _place(config, cache)
+    lines = [
+        f"Row {row:,} of {len(rows):,} (from 0), in step {step:,} of {plan['num_steps']:,}: {_filled(prepared, row)}."
+    ]
+    for number, piece in enumerate(rows.address(row), 1):
+        text = both_ends(prepared.tokenizer.decode(piece.ids.tolist()))
+        lines += [f"{number:>3}. {where(piece)}:", f"     {text}"]
+    return lines
+
+
+def step_lines(config: TrainConfig, folder: StageFolder, cache: Path, step: int) -> list[str]:
+    """What the rows of an optimizer step are made of, a line for each row and one for each of its pieces.
+
+    Args:
+        step: from 1, as the progress bar and metrics.csv count: the step after which they say so.
+
+    Raises:
+        UserError: there is no such step.
+    """
+    prepared = _prepared(config, folder, cache, f"step={step}")
+    plan, rows = prepared.plan, prepared.rows
+    if step > plan["num_steps"]:
+        raise UserError(
+            f"step={step}: the training has {plan['num_steps']:,} steps; they are counted from 1, as in metrics.csv."
+        )
+    first, end = (min(each * plan["rows_per_step"], len(rows)) for each in (step - 1, step))
+    rows.wait_for(end)
+    num_targets = (rows.read(np.arange(first, end))[1] != IGNORE_INDEX).sum(axis=1).tolist()
+    where = _place(config, cache)
+    lines = [
+        f"Step {step:,} of {plan['num_steps']:,}: rows {first:,} to {end - 1:,} (from 0), {sum(num_targets):,} targets."
+    ]
+    for row, targets in zip(range(first, end), num_targets, strict=True):
+        lines.append(f"Row {row:,}: {_filled(prepared, row)}, {targets:,} targets.")
+        for number, piece in enumerate(rows.address(row), 1):
+            text = both_ends(prepared.tokenizer.decode(piece.ids.tolist()), STEP_CHARS)
+            lines.append(f"{number:>3}. {where(piece)}: {text}")
+    return lines
+
+
+def _prepared(config: TrainConfig, folder: StageFolder, cache: Path, asked: str) -> StageData:
+    if config.stage.name == "tokenizer":
+        raise UserError(f"{asked}: a tokenizer is trained without rows.", "Say stage=base, stage=mid or stage=sft.")
+    return prepare_stage(config, folder, cache)
+
+
+def _filled(prepared: StageData, row: int) -> str:
+    places = sum(1 + len(piece.ids) for piece in prepared.rows.address(row))
+    return f"{places:,} of {prepared.rows.sequence_len + 1:,} places are filled"
+
+
+def _place(config: TrainConfig, cache: Path) -> Callable[[PieceAddress], str]:
+    """Says of a piece which tokens of which document, or conversation, it is."""
+    conversation = place_in(mixtures(config, cache)[0]) if config.stage.trains_on_conversations else None
+
+    def place(piece: PieceAddress) -> str:
+        # All conversations are one shard.
+        of = conversation(piece.document) if conversation else f"{piece.shard}, document {piece.document:,}"
+        return f"{of}, tokens {piece.start:,} to {piece.stop - 1:,} of {piece.length:,}"
+
+    return place

@@ -1,0 +1,224 @@
+"""What a plan costs: memory on a device, time and money, text. Every figure says what it comes from.
+
+What is not known stays null and is shown as unknown: the memory or the peak of a device that is in no table, the tokens
+of text that nobody has counted.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, replace
+
+import torch
+
+from nanochat_pl.model.attention import Kernels, attention_backend
+from nanochat_pl.model.config import GPTConfig
+from nanochat_pl.model.counts import DTYPE_BYTES, count_parameters, kv_cache_bytes, weight_bytes
+from nanochat_pl.planning.batch_size import RowOptions, rows_of_device, rows_that_fit
+from nanochat_pl.planning.gpus import Device
+from nanochat_pl.planning.horizon import ASSUMED_FLOPS_PER_CORE, estimate_cpu_seconds
+from nanochat_pl.planning.memory import (
+    MARGIN,
+    MemoryKnobs,
+    StepMemory,
+    resume_copy_bytes,
+    step_memory,
+)
+from nanochat_pl.planning.plan import Plan, show
+from nanochat_pl.planning.text import CROPPED_SHARE, epochs_of, shards_for, token_cache_bytes, tokens_taken
+
+# Share of the peak that a GPU is taken to reach where nobody says: what well-tuned training of such models in bfloat16
+# reaches. Small models stay below it.
+ASSUMED_MFU = 0.4
+
+
+@dataclass(frozen=True)
+class TextFacts:
+    """What is known of the text that is trained on; null where it is not.
+
+    Attributes:
+        name: of the source.
+        bytes_per_token: assumed of the tokenizer.
+        shard_bytes: of text in one shard.
+        num_shards: training shards that there are.
+        tokens_at_hand: about how many tokens lie on this machine.
+        crops: whether the packer drops the rest of documents that do not fit.
+        streamed: whether it is tokenised while the training runs, as far as it is read, and not all of it before.
+        fetched: whether what is missing of it is fetched; then ``tokens_at_hand`` are those of all shards.
+    """
+
+    name: str
+    bytes_per_token: float
+    shard_bytes: float | None = None
+    num_shards: int | None = None
+    tokens_at_hand: int | None = None
+    crops: bool = False
+    streamed: bool = False
+    fetched: bool = False
+
+
+def add_machine(plan: Plan, config: GPTConfig, options: RowOptions, kernels: Kernels) -> None:
+    """Add what the machine comes to: processes, types, compiled or not, attention. Nothing of it is a setting."""
+    plan.section = "Machine"
+    plan.derive("processes", options.num_devices, "trainer.devices: one process for each device")
+    plan.derive("compute_dtype", config.compute_dtype, "model.compute_dtype; auto: what the device multiplies best")
+    compiled = "trainer.compile; auto: where a tiny model, compiled, trains as uncompiled"
+    plan.derive("compiled", options.knobs.compiled, compiled)
+    dtype, length = getattr(torch, config.compute_dtype), config.sequence_len
+    backends = {
+        window: attention_backend(kernels, dtype, window, length, config.head_dim)
+        for window in sorted({*config.windows})
+    }
+    said = [f"{backend} (window {window:,})" if len(backends) > 1 else backend for window, backend in backends.items()]
+    plan.derive("attention", ", ".join(said), "by device, type and window: see docs/distributed.md")
+
+
+def add_step_memory(plan: Plan, config: GPTConfig, options: RowOptions) -> StepMemory:
+    """Add what a training step takes of a device's memory: what a run's measured peak is held against."""
+    device, rows = options.device, plan["device_batch_size"]
+    memory = step_memory(
+        config,
+        rows,
+        on_cpu=device.type == "cpu",
+        knobs=options.knobs,
+        micro_batches=-(-rows_of_device(plan) // rows),
+        processes=options.num_devices,
+        gpu_memory=device.gpu_memory,
+    )
+    plan.section = f"Memory on {device.name}"
+    plan.derive("weights_bytes", memory.weights, "parameters in float32, embeddings in model.embedding_dtype")
+    plan.derive("gradients_bytes", memory.gradients, "as the weights")
+    shared = ", of which each device has its share" if options.num_devices > 1 else ""
+    moments = f"float32: two moments in AdamW, one in Muon{shared}"
+    plan.derive("optimizer_state_bytes", memory.optimizer_state, moments)
+    batch = ("device_batch_size", "sequence_len")
+    plan.derive("activations_bytes", memory.activations, "kept by autograd from forward to backward", batch)
+    plan.derive("logits_bytes", memory.logits, "of one piece of the loss (trainer.loss_chunk_tokens)", batch)
+    plan.derive("rotary_bytes", memory.rotary, "cosines and sines of all positions that the tables reach")
+    phases = ", ".join(f"{name} {show(size, '_bytes')}" for name, size in memory.phases.items())
+    plan.derive(
+        "step_peak_bytes",
+        memory.total,
+        f"weights, rotary tables and the largest phase of a step ({memory.peak_phase}); all phases: {phases}",
+        ("weights_bytes", "rotary_bytes", *batch),
+    )
+    return memory
+
+
+def add_memory(plan: Plan, config: GPTConfig, options: RowOptions) -> StepMemory:
+    """Add the section on memory: what a step takes, and the largest micro-batch with and without the knobs."""
+    memory, device = add_step_memory(plan, config, options), options.device
+    cache = kv_cache_bytes(config, 1, config.sequence_len, config.compute_dtype)
+    plan.derive("chat_cache_bytes", cache, "keys and values of one chat of sequence_len tokens", ("sequence_len",))
+    formula = "weights and moments: host memory of the main process while it writes a resume file, and the file's size"
+    plan.derive("resume_copy_bytes", resume_copy_bytes(config), formula)
+    plan.derive("device_memory_bytes", device.memory_bytes, f"of {device.name}")
+    for name, knobs, what in _knob_choices():
+        compiled = replace(knobs, compiled=options.knobs.compiled)
+        fit = rows_that_fit(config, options, rows_of_device(plan), compiled)
+        formula = f"most rows whose step fits into {1 - MARGIN:.0%} of it{what}, at most those of a step"
+        plan.derive(name, fit, formula, ("device_memory_bytes", "rows_per_step"))
+    return memory
+
+
+def _knob_choices() -> list[tuple[str, MemoryKnobs, str]]:
+    """With and without each knob: name of the value, the knobs, what they are in words."""
+    whole = 2**40  # more tokens than there are
+    return [
+        ("largest_batch_plain", MemoryKnobs(False, whole), ", all logits at once"),
+        ("largest_batch_chunked_loss", MemoryKnobs(False, None), ", the loss in pieces (the default)"),
+        ("largest_batch_checkpointing", MemoryKnobs(True, whole), ", with activation checkpointing"),
+        ("largest_batch_both", MemoryKnobs(True, None), ", with both"),
+    ]
+
+
+def add_time(
+    plan: Plan, config: GPTConfig, options: RowOptions, num_cores: int, mfu: float | None, price_per_hour: float | None
+) -> None:
+    """Add the section on time and cost.
+
+    Args:
+        num_cores: of this machine, for a CPU.
+        mfu: share of the peak that is reached, or null for an assumed one.
+        price_per_hour: of one device, in any currency; null: no cost.
+    """
+    device, num_devices = options.device, options.num_devices
+    plan.section = "Time and cost"
+    if device.type == "cpu":
+        per_core = ASSUMED_FLOPS_PER_CORE
+        plan.derive("num_cores", num_cores, "of this machine")
+        seconds: float | None = estimate_cpu_seconds(plan["total_flops"], num_cores)
+        formula = f"total_flops / (num_cores * {per_core:g} FLOP/s)"
+        inputs: tuple[str, ...] = ("total_flops", "num_cores")
+    else:
+        peak = device.peaks.get(config.compute_dtype)
+        plan.derive("device_peak_flops", peak, f"FLOP/s of dense products in {config.compute_dtype}, its data sheet's")
+        formula = "share of the peak; 0.4 is well-tuned training of large models, assumed and not measured here"
+        share = plan.derive("mfu", ASSUMED_MFU, formula, (), (f"mfu={mfu}", mfu))
+        seconds = None if peak is None else plan["total_flops"] / (peak * share * num_devices)
+        several = ("num_devices",) if num_devices > 1 else ()
+        inputs = ("total_flops", "device_peak_flops", "mfu", *several)
+        formula = f"total_flops / ({' * '.join(inputs[1:])})"
+    plan.derive("training_seconds", seconds, f"{formula}; without evaluation", inputs)
+    rate = None if seconds is None else plan["total_tokens"] / seconds
+    plan.derive("tokens_per_second", rate, "total_tokens / training_seconds", ("total_tokens", "training_seconds"))
+    if price_per_hour is not None:
+        plan.derive("price_per_hour", price_per_hour, "price_per_hour of one device")
+        cost = None if seconds is None else seconds / 3600 * num_devices * price_per_hour
+        formula = "training_seconds / 3600 * price_per_hour" + (" * num_devices" if num_devices > 1 else "")
+        plan.derive("cost", cost, formula, ("training_seconds", "price_per_hour"))
+    if device.bandwidth is not None:
+        parameters = count_parameters(config)
+        read = weight_bytes(config) - _embedding_bytes(config, parameters) + plan["chat_cache_bytes"]
+        formula = "at most, one chat: bandwidth / bytes of all linears and of a full cache, read once a token"
+        plan.derive("chat_tokens_per_second", device.bandwidth / read, formula)
+
+
+def _embedding_bytes(config: GPTConfig, parameters: dict[str, int]) -> int:
+    return DTYPE_BYTES[config.embedding_dtype] * (parameters["wte"] + parameters["value_embeds"])
+
+
+def add_text(plan: Plan, text: TextFacts) -> None:
+    """Add the section on data: the text that the horizon takes, shards, and epochs over what is at hand."""
+    plan.section = "Data"
+    tokens, kept = plan["total_tokens"], 1 - CROPPED_SHARE if text.crops else 1.0
+    dropped = f" / {kept:g}, as data.long_documents=crop drops the rest" if text.crops else ""
+    formula = f"total_tokens * {text.bytes_per_token:g} bytes a token{dropped}"
+    taken = tokens_taken(tokens, text.crops)
+    plan.derive("text_bytes", taken * text.bytes_per_token, formula, ("total_tokens",))
+    if text.shard_bytes is not None:
+        files = itertools.repeat(text.shard_bytes / text.bytes_per_token, text.num_shards or 0)
+        formula = f"text_bytes / {text.shard_bytes / 1e6:,.4g} million, rounded up; {text.name} has {text.num_shards:,}"
+        plan.derive("shards_needed", shards_for(tokens, text.crops, files), formula, ("text_bytes",))
+    how = "about, on this machine" if text.tokens_at_hand is not None else "not known before it has been read once"
+    how = "about, with what is fetched while the training runs" if text.fetched else how
+    if "tokens_at_hand" not in plan:  # where it bounds the batch it stands there
+        plan.derive("tokens_at_hand", text.tokens_at_hand, f"{text.name}: {how}")
+    epochs = None if text.tokens_at_hand is None else epochs_of(tokens, text.tokens_at_hand, text.crops)
+    formula = f"total_tokens{dropped.partition(',')[0]} / tokens_at_hand"
+    plan.derive("epochs", epochs, formula, ("total_tokens", "tokens_at_hand"))
+    tokenised = taken if text.tokens_at_hand is None else text.tokens_at_hand
+    if text.streamed:
+        tokenised = min(taken, tokenised)
+    size = token_cache_bytes(tokenised, plan["vocab_size"], plan["sequence_len"])
+    what = "those that are read" if text.streamed or text.tokens_at_hand is None else "all at hand"
+    plan.derive("token_cache_bytes", size, f"in paths.cache: {what}, as ids, and the index of their rows")
+
+
+def device_remarks(plan: Plan, memory: StepMemory, device: Device) -> list[str]:
+    """What a person should know before training this plan on this device."""
+    remarks = []
+    if device.memory_bytes is None:
+        remarks.append(f"The memory of {device.name} is not known: watch the first steps.")
+    elif memory.total > device.memory_bytes:
+        remarks.append(
+            f"A step of device_batch_size={plan['device_batch_size']} takes {show(memory.total, '_bytes')},"
+            f" {device.name} has {show(device.memory_bytes, '_bytes')}: take a smaller device_batch_size,"
+            " trainer.activation_checkpointing=true, a shorter model.sequence_len or a smaller model.depth."
+        )
+    if device.type == "cuda":
+        remarks.append(
+            "Memory on a GPU is predicted by the formula that was measured on CPUs in eager mode; what a compiled model"
+            " keeps is estimated. Where it is too much, memory runs out once and device_batch_size is halved."
+        )
+    return remarks

@@ -1,0 +1,66 @@
+"""What stands beside the figures of an evaluation: how they were taken, pass@k, errors, and what they mean."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from nanochat_pl.report.evaluations import EvaluationRecord, PassAtK, TaskResult
+from nanochat_pl.report.format import show
+from nanochat_pl.report.read import StageRecord
+
+_ERROR = "_stderr"
+
+
+def pass_at_k(tasks: Sequence[TaskResult]) -> tuple[list[int], list[tuple[str, list[PassAtK | None]]]]:
+    """The columns k of a table, powers of two and the most, and a row for each task that was answered several times."""
+    several = {task.name: {each.k: each for each in task.conditions.pass_at_k} for task in tasks}
+    several = {name: found for name, found in several.items() if len(found) > 1}
+    columns = {k for found in several.values() for k in found if k & (k - 1) == 0 or k == max(found)}
+    ks = sorted(columns)
+    return ks, [(name, [found.get(k) for k in ks]) for name, found in several.items()]
+
+
+def sampling_note(tasks: Sequence[TaskResult]) -> str:
+    """What the accuracy is where answers were drawn; empty where they were not."""
+    conditions = [task.conditions for task in tasks]
+    if any((each.num_samples or 1) > 1 for each in conditions):
+        return (
+            "Where a problem was answered several times, its answers were drawn, and the accuracy is the mean over"
+            " all of them. pass@k: the share of problems of which at least one of k answers is right."
+        )
+    return "Answers were drawn, one to each problem." if any(each.temperature for each in conditions) else ""
+
+
+def figure_rows(evaluation: EvaluationRecord) -> Iterator[tuple[str, str, str]]:
+    """The figures that belong to no task: suite, name, value with its standard error."""
+    for suite, figures in evaluation.figures.items():
+        other = evaluation.against.get(suite)
+        for name, value in figures.items():
+            if name.endswith(_ERROR) and name.removesuffix(_ERROR) in figures:
+                continue
+            error = figures.get(name + _ERROR)
+            label = f"{suite} less that of {other}" if name == "difference" and other else name
+            yield suite, label, show(value) + ("" if error is None else f" ± {show(error)}")
+
+
+def bits_note(evaluation: EvaluationRecord, stage: StageRecord | None) -> str:
+    """On what the bits per byte of an evaluation were measured, and on what those of its stage; empty without them."""
+    figures = evaluation.figures.get("bpb", {})
+    if "bpb" not in figures:
+        return ""
+    rows = figures.get("num_rows")
+    note = (
+        "Bits per byte, of which fewer are better, "
+        + (f"on {show(rows)} rows of" if rows else "on")
+        + " held-out text."
+    )
+    if stage is None or stage.figure("val/bpb") is None:
+        return note
+    count = stage.num_validation_rows
+    data = stage.about.get("data")
+    what = "conversations" if isinstance(data, dict) and "held_out_conversations" in data else "text"
+    size = "" if count is None else f"at most {show(count)} rows of "
+    return (
+        f"{note} The figure of stage {stage.name} is another one: the last validation of its training, on"
+        f" {size}held-out {what}."
+    )

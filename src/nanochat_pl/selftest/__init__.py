@@ -1,0 +1,1 @@
+"""Checks of the device, its collectives and a tiny training against stored values."""

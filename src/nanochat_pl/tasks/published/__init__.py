@@ -1,0 +1,1 @@
+"""Published benchmarks and conversation data sets, one file each."""

@@ -1,1 +1,0 @@
-"""The processes of a sandbox. They import the standard library alone, and are started by ``launcher.py``."""

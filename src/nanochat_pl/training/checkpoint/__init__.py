@@ -1,0 +1,1 @@
+"""Resume files: writing, reading, and what must match to go on."""

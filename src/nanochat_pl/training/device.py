@@ -1,0 +1,126 @@
+"""The machine that a stage trains on: what was chosen, and what the arithmetic therefore depends on."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from nanochat_pl.common.console import rank_zero_print
+from nanochat_pl.common.device import ComputeDType, choose_compute_dtype, choose_device, device_name, require_kernels
+from nanochat_pl.common.errors import SharedError, UserError
+from nanochat_pl.common.launch_env import launch_env
+from nanochat_pl.distributed import collectives
+from nanochat_pl.model.attention import kernels_of, no_varlen
+from nanochat_pl.model.config import ModelSettings
+from nanochat_pl.model.gpt import TORCH_DTYPES
+from nanochat_pl.planning.gpus import peak_flops
+from nanochat_pl.training.compile_proof import why_not_compiled
+from nanochat_pl.training.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Device, type of the activations, and whether the model is compiled."""
+
+    device: torch.device
+    name: str
+    compute_dtype: ComputeDType
+    compile: bool
+
+    @property
+    def peak_flops(self) -> float | None:
+        """FLOP/s that the device could reach; None where that is not known: then no MFU is shown."""
+        return peak_flops(self.name, self.compute_dtype)
+
+    def choices(self) -> dict[str, Any]:
+        """What may change the bits of a result; a resumed run says where they differ."""
+        return {
+            "device": self.device.type,
+            "compute_dtype": self.compute_dtype,
+            "compile": self.compile,
+            "num_threads": torch.get_num_threads(),
+        }
+
+
+def prepare_machine(config: TrainConfig) -> Machine:
+    """Choose the device and how to compute on it, as the settings say; say what was chosen."""
+    if config.trainer.num_threads is not None:
+        torch.set_num_threads(config.trainer.num_threads)
+    device, place = own_device(config.trainer.accelerator), launch_env()
+    dtype = choose_compute_dtype(config.model.compute_dtype, device)
+    compiled = config.trainer.compile
+    if compiled == "auto":
+        compiled = compiler_works(device, dtype, config.model)
+    machine = Machine(device, device_name(device), dtype, compiled)
+    many = f"{place.world_size} processes, each on " if place.world_size > 1 else ""
+    rank_zero_print(
+        f"Training on {many}{machine.name} in {_in_words(dtype, config)}, {'compiled' if compiled else 'eager'}."
+    )
+    if device.type == "cuda" and (reason := no_varlen(kernels_of(device), TORCH_DTYPES[dtype], config.model.head_dim)):
+        rank_zero_print(f"Attention in windows runs block by block, not in PyTorch's flash kernels: {reason}.")
+    return machine
+
+
+def _in_words(dtype: ComputeDType, config: TrainConfig) -> str:
+    if dtype != "float16":
+        return dtype
+    chosen = "; it has no units for bfloat16" if config.model.compute_dtype == "auto" else ""
+    return f"float16 (with a loss scale{chosen})"
+
+
+def own_device(accelerator: str, key: str = "trainer.accelerator") -> torch.device:
+    """The device of this process that a setting means: of several GPUs the one with its number on this machine.
+
+    Where a launcher shows each process one GPU, it is that: :func:`require_own_gpus` finds out whether it is its own.
+    ``key`` is what the setting is called, for messages.
+
+    Raises:
+        UserError: there is none.
+    """
+    device, place = choose_device(accelerator, key), launch_env()
+    require_kernels(device)
+    if device.type != "cuda" or place.world_size == 1:
+        return device
+    found = torch.cuda.device_count()
+    if found == 1:
+        return torch.device("cuda", 0)
+    if place.local_rank >= found:
+        raise UserError(
+            f"{place.local_world_size} processes on a machine where PyTorch sees {found} GPUs: each needs one.",
+            fix=f"Start {found} processes, or use {key}=cpu.",
+        )
+    return torch.device("cuda", place.local_rank)
+
+
+def require_own_gpus(device: torch.device, key: str = "trainer.accelerator") -> None:
+    """Refuse processes that would share a GPU. All of them call it. ``key``: as in :func:`own_device`.
+
+    Raises:
+        SharedError: two have the same one.
+    """
+    if collectives.world_size() == 1:
+        return
+    place, own = launch_env(), ""
+    if device.type == "cuda":
+        # Parts of a GPU that is divided have its number, and differ in what each process sees.
+        number = getattr(torch.cuda.get_device_properties(device), "uuid", "")
+        own = f"{place.rank - place.local_rank} {number} {device.index} {os.environ.get('CUDA_VISIBLE_DEVICES')}"
+    everyones = collectives.all_gather_str(own)
+    for rank, gpu in enumerate(everyones):
+        if gpu and (other := everyones.index(gpu)) < rank:
+            raise SharedError(
+                f"Processes {other} and {rank} have the same GPU: each needs one of its own.",
+                fix="Start as many processes on each machine as it has GPUs, and let each see all of them, or one of"
+                f" its own (CUDA_VISIBLE_DEVICES); or use {key}=cpu.",
+            )
+
+
+def compiler_works(device: torch.device, dtype: ComputeDType, settings: ModelSettings) -> bool:
+    """Whether a compiled model of this kind runs here and is right; where not, the reason is said."""
+    reason = why_not_compiled(device, dtype, settings)
+    if reason is not None:
+        rank_zero_print(f"torch.compile: {reason}: training eagerly.")
+    return reason is None

@@ -1,0 +1,172 @@
+"""What stands between the gradients of a step and the update: no step with a figure that is not finite goes on.
+
+Loss and gradient norm are those of all processes, the same bits on each, so all of them decide alike without asking.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from nanochat_pl.common.console import rank_zero_print
+from nanochat_pl.common.errors import MAX_LISTED, SharedError
+from nanochat_pl.distributed import collectives
+from nanochat_pl.training.loss_scale import LossScale
+
+if TYPE_CHECKING:
+    from nanochat_pl.training.module import LMModule
+    from nanochat_pl.training.step import StepBatch
+
+OnNonfinite = Literal["stop", "skip"]
+# Steps in a row that are skipped: more never end, for the weights that give them stay as they are.
+MAX_IN_A_ROW = 20
+
+
+class Guard:
+    """Looks at the figures of each step, clips its gradients, and keeps count of what was skipped.
+
+    Args:
+        on_nonfinite: what to do with a step whose loss or gradient norm is not finite: ``stop`` or ``skip``.
+        max_grad_norm: gradients with a larger L2 norm are scaled down to it; None: they stay as they are.
+        loss_scale: of float16.
+
+    Attributes:
+        skipped_steps: steps of the run that changed nothing.
+    """
+
+    def __init__(
+        self,
+        on_nonfinite: OnNonfinite = "stop",
+        max_grad_norm: float | None = None,
+        loss_scale: LossScale | None = None,
+    ) -> None:
+        self.on_nonfinite, self.max_grad_norm = on_nonfinite, max_grad_norm
+        self.loss_scale = loss_scale or LossScale()
+        self.skipped_steps = self._in_a_row = 0
+        self._norm = math.nan
+
+    def passes(self, stage: LMModule, batch: StepBatch, loss: float, norm: float) -> bool:
+        """Whether a step may update the weights. Called on all processes, with the same figures.
+
+        Args:
+            stage: the weights are looked at where a figure is not finite.
+            batch: this process's rows.
+            loss: nats per target.
+            norm: of the gradients, the loss scale taken out.
+
+        Raises:
+            SharedError: a figure is not finite and that is not to be skipped, or it was so too often in a row.
+        """
+        self._norm = norm
+        overflowed = self.loss_scale.overflowed(loss, norm)
+        self.loss_scale.update(overflowed)
+        if math.isfinite(loss) and math.isfinite(norm):
+            self._in_a_row = 0
+            return True
+        self.skipped_steps += 1
+        self._in_a_row += 1
+        scale = f"the loss scale is {self.loss_scale.factor:g} now"
+        if overflowed and self._in_a_row < MAX_IN_A_ROW:
+            rank_zero_print(f"step {stage.global_step + 1}: float16 overflowed; {scale}, and the step is skipped.")
+            return False
+        problems = _what_is_not_finite(stage, batch, loss, norm)
+        if overflowed:
+            problems.append(f"float16 overflowed in {self._in_a_row} steps in a row; {scale}.")
+            raise _stopped(stage, problems, "Use model.compute_dtype=bfloat16 or float32.")
+        if self.on_nonfinite == "stop":
+            raise _stopped(stage, problems)
+        if self._in_a_row >= MAX_IN_A_ROW:
+            raise _stopped(stage, [*problems, f"It is the {self._in_a_row}th step in a row that was skipped."])
+        rank_zero_print(f"{' '.join(problems)} The step is skipped ({self.skipped_steps:,} so far).")
+        return False
+
+    def scale_gradients(self, optimizer: Any, norm: float) -> None:
+        """Take the loss scale out of the reduced gradients, and clip them as ``torch.nn.utils.clip_grad_norm_`` does.
+
+        Args:
+            optimizer: whose gradients are reduced.
+            norm: theirs, the loss scale taken out.
+        """
+        factor = 1.0 if self.max_grad_norm is None else min(1.0, self.max_grad_norm / (norm + 1e-6))
+        if (factor := factor / self.loss_scale.factor) != 1.0:
+            optimizer.scale_gradients(factor)
+
+    def figures(self) -> dict[str, float]:
+        """What is logged of the last step."""
+        scale = {"train/loss_scale": self.loss_scale.factor} if self.loss_scale.active else {}
+        return {"train/gradient_norm": self._norm, "train/skipped_steps": self.skipped_steps, **scale}
+
+    def state_dict(self) -> dict[str, Any]:
+        """For the resume file."""
+        return {
+            "skipped_steps": self.skipped_steps,
+            "in_a_row": self._in_a_row,
+            "loss_scale": self.loss_scale.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a resume file."""
+        self.skipped_steps, self._in_a_row = state["skipped_steps"], state["in_a_row"]
+        self.loss_scale.load_state_dict(state["loss_scale"])
+
+
+def _stopped(stage: LMModule, problems: list[str], fix: str = "") -> SharedError:
+    """The end of a run, and what to do. All processes call it."""
+    # One process looks, since another machine may not see the files.
+    newest = collectives.broadcast_str(
+        str(last_good_file(stage.resume_files()) or "") if collectives.is_rank_zero() else ""
+    )
+    return SharedError(
+        [*problems, f"Nothing was updated. The newest resume file with finite weights: {newest or 'none'}."],
+        fix
+        or f"Its text: {stage.inspect_command(stage.global_step + 1)}."
+        " trainer.on_nonfinite=skip leaves such steps out.",
+    )
+
+
+def _what_is_not_finite(stage: LMModule, batch: StepBatch, loss: float, norm: float) -> list[str]:
+    """A step's figure and rows; which rows of which process; weights that were so before. All processes call it."""
+    figure = f"the loss is {loss}" if not math.isfinite(loss) else f"the norm of the gradients is {norm}"
+    assert stage.net is not None
+    finite = torch.isfinite(stage.row_losses(len(batch.inputs))).tolist()
+    own = {
+        "rows": [batch.first_row, batch.first_row + len(finite)],
+        "bad": [batch.first_row + row for row, good in enumerate(finite) if not good],
+        "weights": [name for name, weight in stage.net.named_parameters() if not _is_finite(weight)],
+    }
+    every = [json.loads(text) for text in collectives.all_gather_str(json.dumps(own))]
+    first, end = min(each["rows"][0] for each in every), max(each["rows"][1] for each in every)
+    lines = [f"step {stage.global_step + 1}: {figure}. Its rows are {first:,} to {end - 1:,}."]
+    for rank, each in enumerate(every):
+        whose = f" of process {rank}" if len(every) > 1 else ""
+        if each["weights"]:
+            lines.append(f"Weights{whose} that were not finite before the step: {_listed(each['weights'])}.")
+        elif each["bad"]:
+            lines.append(f"Rows{whose} whose loss is not finite: {_listed(each['bad'])}.")
+    if len(lines) == 1:
+        lines.append("The loss of each row is finite: it is the backward that is not.")
+    return lines
+
+
+def _listed(items: list[Any]) -> str:
+    more = f" and {len(items) - MAX_LISTED} more" if len(items) > MAX_LISTED else ""
+    return ", ".join(str(item) for item in items[:MAX_LISTED]) + more
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return bool(torch.isfinite(tensor.detach()).all())
+
+
+def last_good_file(newest_first: Iterable[Path]) -> Path | None:
+    """The newest resume file whose weights are all finite."""
+    for path in newest_first:
+        weights = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
+        if all(_is_finite(weight) for weight in weights.values()):
+            return path
+    return None

@@ -1,0 +1,1 @@
+"""What each stage trains on: its data, plan and starting weights."""

@@ -1,0 +1,107 @@
+"""What a stage takes over from its parent: the tokenizer's settings, and after base also those of model and data."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Set
+from typing import Any
+
+from nanochat_pl.bundle.bundle import load_stage_info
+from nanochat_pl.common.errors import UserError
+from nanochat_pl.common.run_dir import StageFolder
+from nanochat_pl.common.schema import build, to_plain
+from nanochat_pl.data.sources.auto import read_choice, with_choice
+from nanochat_pl.model.config import ModelSettings
+from nanochat_pl.training.config import TrainConfig
+
+# The groups of settings that a parent decides for the stage that starts from it.
+INHERITED = {
+    "tokenizer": ("tokenizer",),
+    "base": ("model", "tokenizer", "data"),
+    "mid": ("model", "tokenizer", "data"),
+}
+# A matter of the machine, or of the files of this stage: it may be given anew.
+FREE = ("model.compute_dtype", "data.max_bad_fraction")
+
+
+def parent_name(config: TrainConfig, folder: StageFolder) -> str | None:
+    """The stage that this one starts from: as the settings say, else, of sft, the newest one that is finished."""
+    if config.stage.parent is None and config.stage.name == "sft":
+        return "mid" if folder.parent("mid").status == "finished" else "base"
+    return config.stage.parent
+
+
+def parent_folder(config: TrainConfig, folder: StageFolder) -> StageFolder | None:
+    """The finished stage that this one starts from. None where it has none: a tokenizer that is not there is made.
+
+    Raises:
+        UserError: it is not finished.
+    """
+    name = parent_name(config, folder)
+    if name is None:
+        return None
+    parent = folder.parent(name)
+    if parent.status != "finished":
+        if name == "tokenizer":
+            return None
+        raise UserError(
+            f"{parent.bundle}: there is no finished {name} stage to start from.",
+            fix=f"Train it first: nanochat-pl train stage={name} run={parent.run} …",
+        )
+    return parent
+
+
+def inherited(config: TrainConfig, folder: StageFolder, given: Set[str]) -> TrainConfig:
+    """The settings with those of the parent in the groups that it decides.
+
+    Args:
+        config: as composed; its own values in these groups are defaults, but for what is given.
+        folder: of the stage.
+        given: dotted keys that a person set: they may repeat what the parent has, not change it.
+
+    Raises:
+        UserError: there is no finished parent, or a key contradicts it; every such key is named.
+    """
+    parent = parent_folder(config, folder)
+    if parent is None:
+        return config
+    settings, groups = load_stage_info(parent.bundle).settings, {}
+    # What data=auto came to for the parent is what is compared: its bundle has the concrete settings.
+    choice = None if parent.stage == "tokenizer" else read_choice(folder.parent("base").chosen_source)
+    if choice is not None:
+        config = dataclasses.replace(config, data=with_choice(config.data, choice))
+    problems: list[str] = []
+    for group in INHERITED[parent.stage]:
+        own, was = getattr(config, group), settings.get(group, {})
+        if not isinstance(was, Mapping):
+            raise UserError(f"{parent.bundle}/stage.json: settings.{group}={was!r}: must be a group of settings.")
+        if group == "model" and was:
+            was = {**_defaults(), **was}
+        merged = _merged(was, to_plain(own), group, given, parent.stage, problems)
+        groups[group] = build(type(own), merged, f"{parent.bundle}/stage.json: settings.{group}")
+    if problems:
+        raise UserError(problems, fix="Leave these keys out, or begin another run with run=NEW.")
+    return dataclasses.replace(config, **groups)
+
+
+def _defaults() -> dict[str, Any]:
+    """What keys of the architecture are that a bundle does not tell: it is older than they are."""
+    return {key: value for key, value in to_plain(ModelSettings()).items() if key != "init"}
+
+
+def _merged(
+    was: Mapping[str, Any], now: Mapping[str, Any], where: str, given: Set[str], stage: str, problems: list[str]
+) -> dict[str, Any]:
+    """What the parent has, with what may be given anew; a given key that says otherwise goes to ``problems``."""
+    merged = dict(was)
+    for key, value in now.items():
+        name = f"{where}.{key}"
+        if isinstance(value, Mapping) and isinstance(was.get(key), Mapping):
+            # Of a group within a group, a config file gives all or nothing.
+            inner = {f"{name}.{each}" for each in value} if name in given else set()
+            merged[key] = _merged(was[key], value, name, given | inner, stage, problems)
+        elif name in given and name in FREE:
+            merged[key] = value
+        elif name in given and key in was and was[key] != value:
+            problems.append(f"{name}={value}: the {stage} stage was trained with {was[key]}.")
+    return merged

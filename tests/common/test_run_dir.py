@@ -1,0 +1,160 @@
+"""Run folders: names, statuses, candidates, and one writer at a time."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from nanochat_pl.common.errors import UserError
+from nanochat_pl.common.files import write_json
+from nanochat_pl.common.run_dir import (
+    check_name,
+    finished_stage,
+    fresh_run,
+    fresh_stage_folder,
+    list_runs,
+    newest_stage,
+    only_run_with,
+    stage_folder,
+)
+
+
+def make(runs: Path, run: str, stage: str, finished: bool = True) -> None:
+    folder = stage_folder(runs, run, stage)
+    folder.create()
+    if finished:
+        write_json(folder.path / "finished.json", {"step": 3})
+
+
+@pytest.mark.parametrize("name", ["d4", "demo-2", "a.b_c+1", "lr-matrix_lr0.01", "Größe"])
+def test_names_that_are_fine(name: str) -> None:
+    check_name(name)
+
+
+@pytest.mark.parametrize(
+    "name", ["", " ", "a b", "a=1", "a,b", "../up", "a/b", ".hidden", "-m", "x" * 201, "a\n", "\x00"]
+)
+def test_names_that_are_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is no name for a run"):
+        stage_folder(tmp_path, name, "base")
+
+
+def test_status_follows_the_last_file_written(tmp_path: Path) -> None:
+    folder = stage_folder(tmp_path, "d4", "base")
+    assert folder.status == "absent"
+    folder.create()
+    assert folder.status == "unfinished"
+    write_json(folder.path / "finished.json", {"step": 3})
+    assert folder.status == "finished"
+    assert folder.finished() == {"step": 3}
+
+
+def test_never_resume_takes_the_next_free_name_and_remembers_its_parent(tmp_path: Path) -> None:
+    assert fresh_stage_folder(tmp_path, "d4", "sft").run == "d4"
+    make(tmp_path, "d4", "base")
+    make(tmp_path, "d4", "sft")
+    fresh = fresh_stage_folder(tmp_path, "d4", "sft")
+    assert fresh.run == "d4-2"
+    fresh.create()
+    again = stage_folder(tmp_path, "d4-2", "sft")
+    assert again.parent("base").path == tmp_path / "d4" / "base"
+    assert fresh_stage_folder(tmp_path, "d4", "sft").run == "d4-3"
+
+
+def test_a_new_run_has_nothing_of_another(tmp_path: Path) -> None:
+    """sft begun anew went to a d4-2 with a base of its own, and was trained from the base of d4."""
+    make(tmp_path, "d4", "base")
+    assert fresh_run(tmp_path, "d4") == "d4-2"
+    assert fresh_stage_folder(tmp_path, "d4", "sft").run == "d4", "nothing of it is there yet"
+    make(tmp_path, "d4", "sft")
+    make(tmp_path, "d4-2", "base")
+    fresh = fresh_stage_folder(tmp_path, "d4", "sft")
+    assert (fresh.run, fresh.parent("base").run) == ("d4-3", "d4")
+
+
+def test_runs_are_listed_with_their_stages_and_nothing_else(tmp_path: Path) -> None:
+    make(tmp_path, "b", "sft", finished=False)
+    make(tmp_path, "b", "base")
+    make(tmp_path, "a", "tokenizer")
+    (tmp_path / "a" / "report").mkdir()
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "file").touch()
+    found = {name: [folder.stage for folder in stages] for name, stages in list_runs(tmp_path).items()}
+    assert found == {"a": ["tokenizer"], "b": ["base", "sft"]}
+    assert list_runs(tmp_path / "nowhere") == {}
+
+
+def test_the_stage_that_is_meant(tmp_path: Path) -> None:
+    make(tmp_path, "b", "tokenizer")
+    with pytest.raises(UserError, match="run=b: has no finished stage with a model"):
+        newest_stage(tmp_path, "b")
+    make(tmp_path, "b", "base")
+    make(tmp_path, "b", "sft", finished=False)
+    assert newest_stage(tmp_path, "b").stage == "base"
+    assert finished_stage(tmp_path, "b", "base").stage == "base"
+    with pytest.raises(UserError, match="sft: is not finished"):
+        finished_stage(tmp_path, "b", "sft")
+    with pytest.raises(UserError, match="has no stage rl; it has tokenizer, base, sft"):
+        finished_stage(tmp_path, "b", "rl")
+    with pytest.raises(UserError, match="run=bb: there is no such run"):
+        newest_stage(tmp_path, "bb")
+
+
+def test_the_only_candidate_is_taken_and_several_are_listed(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no run has a finished stage base"):
+        only_run_with(tmp_path, "base")
+    make(tmp_path, "a", "base")
+    make(tmp_path, "c", "base", finished=False)
+    assert only_run_with(tmp_path, "base") == "a"
+    make(tmp_path, "b", "base")
+    with pytest.raises(UserError, match="several runs have a finished stage base: a, b"):
+        only_run_with(tmp_path, "base")
+
+
+def test_a_folder_under_a_file_is_a_clear_error(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    folder = stage_folder(tmp_path / "file" / "runs", "d4", "base")
+    for attempt in (folder.create, lambda: folder.locked().__enter__()):
+        with pytest.raises(UserError, match="cannot be written: Not a directory"):
+            attempt()
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from nanochat_pl.common.run_dir import stage_folder
+with stage_folder(Path(sys.argv[1]), "d4", "base").locked():
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_second_writer_is_kept_out_until_the_first_is_gone_even_by_kill_9(tmp_path: Path) -> None:
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None
+    folder = stage_folder(tmp_path, "d4", "base")
+    try:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match=rf"base: is in use by process {holder.pid} on "), folder.locked(0.2):
+            pass
+    finally:
+        holder.send_signal(signal.SIGKILL)
+        holder.communicate()
+    start = time.monotonic()
+    with folder.locked():
+        assert time.monotonic() - start < 2
+    with folder.locked():
+        pass
+
+
+@pytest.mark.parametrize("look", [lambda runs: stage_folder(runs, "d4", "base").status, list_runs])
+def test_a_folder_that_cannot_be_looked_into_is_said(look: Callable[[Path], object], tmp_path: Path) -> None:
+    """The system refuses a name that long to everybody; a folder without rights it does not refuse to root."""
+    with pytest.raises(UserError, match=r"cannot be looked at: .*\n.*paths\.runs"):
+        look(tmp_path / ("x" * 300))

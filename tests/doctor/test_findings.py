@@ -1,0 +1,157 @@
+"""What is said of which figures, and what of it is a failure."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from nanochat_pl.common.errors import UserError
+from nanochat_pl.doctor.examine import Duplicates, Found, Lengths, SplitFigures
+from nanochat_pl.doctor.findings import Figures, RowFigures, failing, finding_of, findings
+from nanochat_pl.doctor.overlap import Overlap
+
+SPLIT = SplitFigures(
+    documents=1000,
+    empty=0,
+    tokens=Lengths(100_000, 90, 100, 200, 900),
+    distinct=1000,
+    sampled=1000,
+    characters=Lengths(400_000, 360, 400, 800, 3600),
+    bytes_per_token=4.0,
+    non_ascii_share=0.0,
+    replaced=0,
+    repeating=0,
+    longest=[("s0, document 3", 900, "'text'")],
+)
+DUPLICATES = Duplicates(0, 0.0, 0, 0, near_sampled=1000, near=0, near_validation_sampled=1000, near_validation=0)
+ROWS = RowFigures(256, 1000, 1.0, 1.0, 0, 0, 0.0, 1.0)
+GOOD = Figures(
+    "base",
+    "good text",
+    Found(SPLIT, SPLIT, DUPLICATES, []),
+    {"": ROWS},
+    steps=100,
+    rows_per_step=10,
+    validation_rows=50,
+    validation_rows_wanted=50,
+    vocab_size=500,
+    model_vocab_size=512,
+)
+
+
+def with_train(**changes: object) -> Figures:
+    return replace(GOOD, found=replace(GOOD.found, train=replace(SPLIT, **changes)))
+
+
+def with_rows(name: str = "", **changes: object) -> Figures:
+    return replace(GOOD, rows={name: replace(ROWS, **changes)})
+
+
+def with_overlap(name: str, overlapping: int, gram_share: float = 0.0) -> Figures:
+    return replace(GOOD, found=replace(GOOD.found, overlaps=[Overlap(name, 100, 100, 0, overlapping, 0, gram_share)]))
+
+
+def test_nothing_is_said_of_good_data() -> None:
+    assert findings(GOOD) == []
+    assert not failing([])
+
+
+@pytest.mark.parametrize(
+    ("figures", "problem", "fix"),
+    [
+        (with_train(empty=1000), "no text to train on", "data.path"),
+        (with_train(documents=0), "no text to train on", "data.path"),
+        (
+            replace(GOOD, found=replace(GOOD.found, validation=replace(SPLIT, documents=0))),
+            "no text to validate on",
+            "data.validation_path",
+        ),
+        (with_rows(target_share=0.0), "No token is trained on", "mixture"),
+        (
+            replace(
+                GOOD,
+                found=replace(
+                    GOOD.found,
+                    validation=replace(SPLIT, empty=400),
+                    duplicates=replace(DUPLICATES, validation_copies=301),
+                ),
+            ),
+            "301 (30.1%) of the validation documents are trained on",
+            "data.validation_path",
+        ),
+        (replace(GOOD, model_vocab_size=480), "tokenizer has 500 ids, the model 480", "run=NAME"),
+    ],
+)
+def test_what_would_break_a_run_fails(figures: Figures, problem: str, fix: str) -> None:
+    first, *_ = findings(figures)
+    assert first.fails and problem in first.problem and fix in first.fix
+
+
+@pytest.mark.parametrize(
+    ("figures", "problem", "fix"),
+    [
+        (with_rows(epochs=8.0), "8.0 times over the text", "max_steps=50"),
+        (with_rows(trained_share=0.4, never_placed=7), "40% of the text is trained on", "data.long_documents=split"),
+        (with_rows("web", trained_share=0.4), "web: 40%", "data.sources.web.long_documents=split"),
+        (with_rows(padded_share=0.5), "50% of the places are padding", "model.sequence_len"),
+        (replace(GOOD, validation_rows=20), "fills 20 rows, the plan wants 50", "data.validation_fraction"),
+        (with_train(empty=100), "100 (10.0%) of the documents are empty", ""),
+        (with_train(bytes_per_token=1.3), "1.30 bytes only", "tokenizer.vocab_size"),
+        (with_train(tokens=Lengths(1000, 1, 1, 1, 500)), "One document holds 50% of the text: s0, document 3", ""),
+        (with_train(replaced=50), "50 (5.0%) of the documents hold U+FFFD", "UTF-8"),
+        (with_train(repeating=50), "repeat their own lines", ""),
+        (replace(GOOD, stage="sft", cut=100), "100 (10.0%) of the conversations are cut", "model.sequence_len"),
+        (replace(GOOD, stage="sft", bad_rows={"mine: no JSON": 3}), "left out: 3 (mine: no JSON)", ""),
+        (with_overlap("gsm8k", 5), "gsm8k: 5.0% of 100 items", "training text"),
+        (with_overlap("validation", 90, 0.2), "validation: 20.0% of its 13-grams", ""),
+        (
+            replace(GOOD, found=replace(GOOD.found, duplicates=replace(DUPLICATES, copies=200, copied_tokens=0.2))),
+            "20% of the text are exact copies",
+            "Take them out",
+        ),
+        (
+            replace(GOOD, found=replace(GOOD.found, duplicates=replace(DUPLICATES, validation_copies=30))),
+            "30 (3.0%) of the validation documents are trained on",
+            "data.validation_path",
+        ),
+    ],
+)
+def test_what_would_spoil_a_run_is_a_warning(figures: Figures, problem: str, fix: str) -> None:
+    (finding,) = findings(figures)
+    assert not finding.fails and problem in finding.problem and fix in finding.fix
+
+
+def test_what_is_meant_to_be_so_is_no_finding() -> None:
+    """Copies that a task's ``repeat`` asks for, templates that both parts of a task are made of."""
+    asked_for = replace(DUPLICATES, copies=200, copied_tokens=0.2, wanted=200)
+    assert findings(replace(GOOD, found=replace(GOOD.found, duplicates=asked_for))) == []
+    assert findings(replace(with_overlap("identity", 50), made_sets=("identity",))) == []
+    assert findings(with_overlap("validation", 50, 0.01)) == []  # many documents share a sentence with another
+
+
+def test_failures_come_first() -> None:
+    found = findings(with_rows(target_share=0.0, padded_share=0.9))
+    assert [each.fails for each in found] == [True, False] and failing(found)
+
+
+def test_what_a_training_would_end_with_is_a_failure() -> None:
+    first, second = finding_of(UserError(["one", "two"], "do this"))
+    assert (first.problem, first.fix, second.problem, second.fix) == ("one", "", "two", "do this")
+    assert first.fails and second.fails
+
+
+@pytest.mark.parametrize(
+    ("figures", "said", "fix"),
+    [
+        (replace(GOOD, own_sets={"m.mine": (200, 0.5)}), "each conversation is seen 200 times", "Lower m.mine.repeat"),
+        (replace(GOOD, own_sets={"m.mine": (1, 0.002)}), "m.mine: 0.20% of the conversations", "Set m.mine.repeat=6"),
+        (replace(GOOD, remarks=("4 files left out (.md)",)), "4 files left out (.md).", ""),
+        (with_train(controls=900), "900 (90.0%) of the documents hold NULs", "UTF-8"),
+        (with_train(separators=900), "hold a separator of documents", "row"),
+    ],
+)
+def test_what_of_the_files_is_not_learnt_is_said(figures: Figures, said: str, fix: str) -> None:
+    (finding,) = findings(figures)
+    assert said in finding.problem and fix in finding.fix and not finding.fails
+    assert findings(replace(GOOD, own_sets={"m.mine": (50, 0.02)})) == []
