@@ -29,3 +29,10 @@ def shared() -> Path:
 def golden() -> Path:
     """The folder of golden values; its README says what each is."""
     return Path(__file__).parent / "golden"
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of the test's own as the current one, where `runs/` is made."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

@@ -87,7 +87,7 @@ def test_a_tensor_file_that_would_run_a_command(source: Path, tmp_path: Path, na
         (b"ctiktoken.core\nEncoding.__init__\n.", "asks for tiktoken.core.Encoding.__init__"),
     ],
 )
-def test_museum_34_what_is_no_tokenizer(content: bytes, said: str, tmp_path: Path) -> None:
+def test_what_is_no_tokenizer(content: bytes, said: str, tmp_path: Path) -> None:
     """A tokenizer's pickle ran code with the rights of whoever opened it."""
     path = tmp_path / "tokenizer.pkl"
     path.write_bytes(content)

@@ -171,7 +171,7 @@ def test_the_doctor_looks_at_it(place: Path, chain: Path, capsys: pytest.Capture
     assert "Row 0: " in out and ", 32 targets." in out, "a full row of 32 inputs, all of them learnt"
 
 
-def test_museum_57_the_mask_reaches_the_loss(place: Path) -> None:
+def test_the_mask_reaches_the_loss(place: Path) -> None:
     """Elsewhere a refactor lost it: the model was fine-tuned on the questions as well, and no figure looked odd."""
     start_run(place, "mask", "sft")
     arguments = [*sft_overrides(place), "run=mask", "max_steps=1", "model.compute_dtype=float32"]

@@ -35,7 +35,7 @@ from nanochat_pl.tasks.registry import kind_of
 from nanochat_pl.training.checkpoint import history as changes
 from nanochat_pl.training.config import TrainConfig
 
-# What says how a command is run, and nothing of the training.
+# Keys that control the command, not the training.
 _OF_THE_COMMAND = {"run", "resume", "resume_with_changes", "check_only", "yes"}
 # Keys, or groups of keys, that have no say in what is learnt: they may differ when a stage goes on.
 NO_SAY = {"trainer", "evaluation", "paths", "logger", "callbacks", "device_batch_size"} | _OF_THE_COMMAND

@@ -55,7 +55,7 @@ class Session:
         """
         return [] if self._answer is None else [*self._answer.prompt, *self._closed(self._answer)]
 
-    def rank_zero_print(
+    def send(
         self,
         message: str,
         max_tokens: int = 256,

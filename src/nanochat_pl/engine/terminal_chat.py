@@ -182,7 +182,7 @@ class Chat:
 def _answer(session: Session, message: str, settings: ChatSettings, terminal: Terminal, show_tools: bool) -> bool:
     """Stream one answer. True if Ctrl-C stopped it."""
     dropped_before = session.num_dropped
-    events = session.rank_zero_print(
+    events = session.send(
         message,
         max_tokens=settings.max_tokens,
         temperature=settings.temperature,
