@@ -121,9 +121,20 @@ def test_a_terminal_has_prompts_and_commands(typed):
         + "> hi\nHello – 🙂.\n"
         + "> /help\n"
         + f"{HELP}\n"
-        + "> /nonsense now\nThere is no command /nonsense; /help lists them.\n"
+        + "> /nonsense now\nThere is no command /nonsense now; /help lists them."
+        + " To send it as a message, put a blank in front.\n"
         + ">   \n> /exit\n"
     )
+
+
+def test_messages_that_begin_with_a_slash(piped, typed):
+    """A pasted path or comment was no command and was lost; /quit above other lines was one that there is not."""
+    texts = ["/usr/lib/x.py is missing", "// x", "/", " /quit", "\t/clear all", "/2"]
+    out, err = piped("\n".join(texts) + "\n", bundle=scripted_bundle(dict.fromkeys(texts, "read."), sequence_len=1000))
+    assert out == "read.\n" * len(texts) and err == ""
+    pasted = "/quit\n/clear"  # as readline gives a bracketed paste
+    assert "\nread.\n> " in typed([pasted, "/exit"], scripted_bundle({pasted: "read."}))
+    assert "blank in front" in HELP
 
 
 def test_quit_ends_too(typed):
