@@ -136,6 +136,12 @@ def test_odd_rows_are_bad_rows_or_good_ones(row: Any, tmp_path: Path) -> None:
     assert audit.rows == 1 and audit.num_bad in (0, 1)
 
 
+def test_an_answer_that_is_a_refusal_alone(tmp_path: Path) -> None:
+    file = of_rows(tmp_path, PLAIN, [USER, {"role": "assistant", "content": None, "refusal": "No."}])
+    (example,) = file.audit.examples["content that is no text"]
+    assert "messages[1].content: is null; refusal of a message is not read" in example
+
+
 def test_an_answer_of_null_behind_a_call(tmp_path: Path) -> None:
     called = {"role": "assistant", "content": None, "tool_calls": [call("python", {"code": "1"})]}
     file = of_rows(tmp_path, [USER, called, {"role": "tool", "content": "1"}, {"role": "assistant", "content": None}])

@@ -84,6 +84,12 @@ def test_one_prompt_gives_one_answer(piped):
         piped("", ChatSettings(prompt="{'a': \"b\", c=[1,2]} " * 100))
 
 
+def test_a_context_that_was_made_too_small(piped):
+    with pytest.raises(UserError, match="it has 1 tokens") as error:
+        piped("", ChatSettings(prompt="hi", max_context=1))
+    assert error.value.fix == "Write less, or give a larger max_context (the model was trained on 128)."
+
+
 def test_an_answer_that_is_cut_says_so(piped):
     assert piped("", ChatSettings(prompt="long", max_tokens=5)) == ("xxxxx\n", "(cut: max_tokens=5)\n")
 

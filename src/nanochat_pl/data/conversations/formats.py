@@ -313,6 +313,8 @@ def _read_message(message: Mapping[str, Any], role: Any, where: str, reading: Re
         return content
     if isinstance(calls, Fault):
         return calls
+    if content is None and not calls and (left := [name for name in there if name in _CONTENTS]):
+        return Fault("content that is no text", f"{where}.{key}: is null; {', '.join(left)} of a message is not read.")
     if calls:
         texts = content if isinstance(content, list) else [{"type": "text", "text": content}] if content else []
         content = [*texts, *({"type": "python", "text": code} for code in calls)]
