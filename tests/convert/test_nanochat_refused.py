@@ -189,6 +189,19 @@ def test_what_torch_says_of_a_pickle_is_not_passed_on(tmp_path: Path, recwarn: p
     assert not recwarn.list
 
 
+@pytest.mark.skipif(os.name != "posix", reason="FIFOs are POSIX")
+@pytest.mark.timeout(20)
+def test_a_tokenizer_that_is_no_file_is_named(source: Path) -> None:
+    """It was imported without a tokenizer, and nothing said of the odd file."""
+    path = only(source, "tokenizer.pkl")
+    path.unlink()
+    os.mkfifo(path)
+    assert f"{path}: is a FIFO" in str(refused(source))
+    path.unlink()
+    path.symlink_to(path.name)
+    assert f"{path}: " in str(refused(source))
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_weights_that_are_no_numbers(source: Path, value: float) -> None:
     name = "transformer.h.2.mlp.c_fc.weight"
