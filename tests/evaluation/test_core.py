@@ -7,6 +7,7 @@ import functools
 import json
 import math
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -224,8 +225,9 @@ def test_a_bundle_that_is_not_here_names_the_command(tmp_path: Path) -> None:
 def test_what_is_wrong_with_the_tables_is_said(tmp_path: Path, change: Any, message: str) -> None:
     folder = small_bundle(tmp_path)
     change(folder)
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=message) as error:
         opened(folder)
+    assert re.search("core.path|iconv", error.value.fix), "each has a way out"
 
 
 @pytest.mark.parametrize(
@@ -236,8 +238,8 @@ def test_what_is_wrong_with_the_tables_is_said(tmp_path: Path, change: Any, mess
         (LM | {"num_fewshot": [-1]}, 0, "below 0"),
         (LM | {"dataset_uri": "../../secret.jsonl"}, 0, "leads out of"),
         (LM | {"dataset_uri": "/etc/passwd"}, 0, "leads out of"),
-        (LM, 100, "not 0 … 100 percent"),
-        (LM, "nan", "not 0 … 100 percent"),
+        (LM, 100, "is 100 percent; must be at least 0 and below 100"),
+        (LM, "nan", "must be at least 0 and below 100"),
         (LM, "", "not a number"),
     ],
 )

@@ -155,7 +155,11 @@ def test_the_parent_can_be_said(place: Path, chain: Path, capsys: pytest.Capture
     assert f"sft starts from {chain / 'base' / 'bundle'}, 40 steps." in out
     assert "matrix_lr = 0.02, inherited from base." in out
     assert main(["train", "run=whole", "resume=never", *sft_overrides(place), "stage.parent=mid", "max_steps=1"]) == 2
-    assert "there is no finished mid stage to start from" in capsys.readouterr().err
+    assert "the mid stage to start from is not there" in capsys.readouterr().err
+    (place / "runs" / "whole" / "mid").mkdir()  # as while it trains
+    assert main(["train", "run=whole", "resume=never", *sft_overrides(place), "stage.parent=mid", "max_steps=1"]) == 2
+    assert "the mid stage to start from is not finished" in capsys.readouterr().err
+    (place / "runs" / "whole" / "mid").rmdir()
 
 
 def test_a_pipeline_knows_it(place: Path, chain: Path) -> None:

@@ -145,6 +145,8 @@ class TrainerSettings:
 
     def __post_init__(self) -> None:
         if self.max_time is not None and not self.max_seconds:
+            if _TIME.fullmatch(self.max_time):
+                raise UserError(f"max_time={self.max_time}: is no time at all; max_time=null sets no limit.")
             raise UserError(
                 f"max_time={self.max_time}: is not a time of the form days:hours:minutes:seconds, as 00:11:30:00 for"
                 " eleven and a half hours."
