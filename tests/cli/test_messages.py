@@ -18,7 +18,7 @@ from nanochat_pl.config.overrides import UNKNOWN, type_of_key
 PACKAGE = Path(nanochat_pl.__file__).parent
 SCHEMAS = [importlib.import_module(module_of(command)).Config for command in COMMANDS]
 # Calls whose texts people read.
-SPOKEN = {"UserError", "SharedError", "say", "append", "Finding", "Refused", "Use"}
+SPOKEN = {"UserError", "SharedError", "rank_zero_print", "print_from_any_rank", "append", "Finding", "Refused", "Use"}
 # Keys of files of others, and arguments of functions.
 NOT_OURS = {
     *("n_embd", "n_head", "n_kv_head", "model_type", "rope_theta", "rope_parameters", "dataset_uri", "gold"),
@@ -86,7 +86,7 @@ def test_keys_in_messages_are_keys() -> None:
     [
         ('raise UserError("x.", "Set model.dpeth=4 or run=NEW.")', ["model.dpeth"]),
         ('raise UserError(f"trainer.acelerator={value}: is none.")', ["trainer.acelerator"]),
-        ('say(f"{name}: begin anew with resme=never")', ["resme"]),
+        ('rank_zero_print(f"{name}: begin anew with resme=never")', ["resme"]),
         ('problems.append("data.path=x: or " + "data.pth=x")', ["data.pth"]),
         ('UserError("f(x=1), …/step=000100.ckpt, NAME=3")', []),
     ],

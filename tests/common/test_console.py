@@ -51,7 +51,14 @@ def test_progress_without_a_terminal_is_a_line_now_and_then(
 # Says three lines and shows a bar after its reader has gone; a file tells how far it came.
 WITHOUT_READER = """
 import sys, warnings
-from nanochat_pl.common.console import console, ignore_broken_pipe, progress, rank_zero_print, print_from_any_rank, print_table
+from nanochat_pl.common.console import (
+    console,
+    ignore_broken_pipe,
+    print_from_any_rank,
+    print_table,
+    progress,
+    rank_zero_print,
+)
 
 with ignore_broken_pipe():
     rank_zero_print("first")
@@ -110,7 +117,7 @@ def test_a_stream_that_was_closed_or_never_there_is_no_error(monkeypatch: pytest
 
 def test_a_listing_whose_reader_has_enough_ends_quietly() -> None:
     """As in `nanochat-pl runs | head`."""
-    lines = "from nanochat_pl.common.console import rank_zero_print; [rank_zero_print(str(n)) for n in range(100_000)]; return 0"
+    lines = "from nanochat_pl.common.console import rank_zero_print as p; [p(str(n)) for n in range(100_000)]; return 0"
     program = f"import sys; from nanochat_pl.cli import main\ndef listing(arguments): {lines}\nmain._dispatch = listing"
     command = [sys.executable, "-c", f"{program}\nsys.exit(main.main([]))"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:

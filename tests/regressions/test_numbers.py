@@ -118,7 +118,7 @@ def test_there_is_one_optimizer() -> None:
             if isinstance(node, ast.FunctionDef) and any("lerp" in ast.unparse(line) for line in node.body):
                 updates.append(node.name)
     assert classes == ["MuonAdamW"] and others == []
-    assert sorted(updates) == ["normuon_scale", "muon_update"], "where moments are updated"
+    assert sorted(updates) == ["muon_update", "normuon_scale"], "where moments are updated"
 
 
 def test_the_compiled_update_is_the_eager_one(compiler: CountingCompiler) -> None:

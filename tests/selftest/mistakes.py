@@ -65,12 +65,12 @@ def load_without_a_moment(io: AtomicCheckpointIO, path: Path) -> Any:
 # What is patched, by what, and the lines of the table that must fail: for process 1 alone, or for both.
 Mistake = tuple[Any, str, Any, dict[str, str]]
 MISTAKES: dict[str, Mistake] = {
-    "none": (collectives, "sum_", all_reduce_, {}),
+    "none": (collectives, "all_reduce_", all_reduce_, {}),
     "another version": (selftest_processes, "_code", lambda: "f" * 12, {"same software": "1"}),
-    "total": (collectives, "total", lambda number: total(number) + 1, {"facts of the host": "1"}),
-    "largest": (collectives, "largest", lambda number: largest(number) % 2**32, {"facts of the host": "1"}),
+    "total": (collectives, "all_reduce_sum", lambda number: total(number) + 1, {"facts of the host": "1"}),
+    "largest": (collectives, "all_reduce_max", lambda number: largest(number) % 2**32, {"facts of the host": "1"}),
     "broadcast_str": (collectives, "broadcast_str", lambda text: broadcast_str(text) * 2, {"facts of the host": "1"}),
-    "sum": (collectives, "sum_", sum_without_own_term, {"collectives: sum": "1"}),
+    "sum": (collectives, "all_reduce_", sum_without_own_term, {"collectives: sum": "1"}),
     "broadcast": (collectives, "broadcast_", broadcast_and_round, {"collectives: broadcast": "1"}),
     "reduce-scatter": (
         collectives,
