@@ -25,6 +25,10 @@ from nanochat_pl.common.locks import try_lock
 # Stages in the order in which a model goes through them. Other folders of a run (evaluation, report) are no stages.
 STAGES = ("tokenizer", "base", "mid", "sft", "rl")
 CHAT_STAGES = ("mid", "sft", "rl")  # those that train on conversations
+# What else commands write into the folder of a run.
+RESULTS = ("evaluation", "report")
+# Of these a stage's folder has one as soon as it is locked, or imported, or copied from elsewhere.
+_RECORDS = ("lock", "about.json", "finished.json")
 LOCK_PATIENCE_SECONDS = 5.0
 SHARED_RUNS = "All nodes need the same folder of runs: set paths.runs=… to one on a disk that they share."
 MAX_NAME_LENGTH = 200
@@ -182,12 +186,15 @@ def check_name(name: str) -> None:
 
 
 def list_runs(runs: Path) -> dict[str, list[StageFolder]]:
-    """All runs by name, each with its stages in the order of :data:`STAGES`. Other folders are left out."""
+    """All runs by name, each with its stages in the order of :data:`STAGES`.
+
+    Other folders are left out, also those in which a folder merely has the name of a stage.
+    """
     found: dict[str, list[StageFolder]] = {}
     with _looking_into(runs):
         folders = sorted(runs.iterdir()) if runs.is_dir() else []
         for folder in folders:
-            stages = [stage for stage in STAGES if (folder / stage).is_dir()]
+            stages = [stage for stage in STAGES if any((folder / stage / name).is_file() for name in _RECORDS)]
             if stages and re.fullmatch(r"\w[\w.+-]*", folder.name):
                 found[folder.name] = [stage_folder(runs, folder.name, stage) for stage in stages]
     return found
