@@ -11,6 +11,7 @@ from pathlib import Path
 
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.text_files import kind_of_file, require_regular
+from nanochat_pl.common.user_path import user_path
 from nanochat_pl.data.files.read import SUFFIXES, format_of
 
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".lz4")
@@ -48,7 +49,7 @@ def find_files(key: str, given: str, suffixes: Sequence[str] = SUFFIXES) -> Foun
     Raises:
         UserError: there is none, a folder cannot be listed, or what is named is no regular file.
     """
-    path = Path(given).expanduser()
+    path = Path(user_path(key, given))
     if path.is_dir():
         return _in_folder(key, given, path, suffixes)
     if path.exists() or path.is_symlink():
