@@ -43,6 +43,17 @@ def test_how_far_an_unfinished_stage_is(runs: Path, capsys: pytest.CaptureFixtur
     assert capsys.readouterr().out.splitlines()[2].split() == ["d4", "sft", "unfinished", "58/150", "1.0"]
 
 
+@pytest.mark.parametrize("content", ["", "[]", '{"step": 1', '{"step": 1, "metrics": [3]}'])
+def test_a_damaged_stage_does_not_hide_the_others(content: str, runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (path := runs / "d4" / "base" / "finished.json").write_text(content, encoding="utf-8")
+    (runs / "d4" / "sft" / "plan.json").write_text('{"num_steps": [3]}', encoding="utf-8")
+    assert run([]) == 0
+    said = capsys.readouterr().out
+    lines = [line.split() for line in said.splitlines()]
+    assert lines[1][:3] == ["d4", "base", "damaged"] and lines[2][:3] == ["d4", "sft", "unfinished"]
+    assert f"{path.relative_to(runs.parent)}: " in said and "Bring it back from a copy; or delete it" in said
+
+
 def test_a_stage_that_is_training(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (runs / "d4" / "base" / "finished.json").unlink()
     holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(runs)], stdout=subprocess.PIPE, text=True)

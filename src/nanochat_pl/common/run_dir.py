@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from nanochat_pl.common.errors import UserError, did_you_mean
-from nanochat_pl.common.files import ensure_folder, explain_disk_errors, read_json, remove_leftovers, write_json
+from nanochat_pl.common.files import ensure_folder, explain_disk_errors, read_object, remove_leftovers, write_json
 from nanochat_pl.common.locks import try_lock
 
 # Stages in the order in which a model goes through them. Other folders of a run (evaluation, report) are no stages.
@@ -92,8 +92,13 @@ class StageFolder:
         return stage_folder(self.runs, self.parent_run, stage)
 
     def finished(self) -> dict[str, Any]:
-        """What ``finished.json`` says: step, metrics, seconds."""
-        return read_json(self.path / "finished.json")
+        """What ``finished.json`` says: step, metrics, seconds. Raises :class:`UserError` where it is damaged."""
+        path = self.path / "finished.json"
+        fix = "Bring it back from a copy; or delete it, and the command that trained the stage finishes it again."
+        finished = read_object(path, fix)
+        if not isinstance(finished.get("metrics", {}), dict):
+            raise UserError(f"{path}: metrics={finished['metrics']!r}: must be a group of named figures.", fix)
+        return finished
 
     def create(self) -> None:
         """Make the folder, prove that it can be written, and note a parent in another run."""
@@ -155,7 +160,7 @@ def stage_folder(runs: Path, run: str, stage: str) -> StageFolder:
     with _looking_into(runs):
         noted = note.is_file()
     if noted:
-        parent_run = str(read_json(note).get("run", run))
+        parent_run = str(read_object(note).get("run", run))
         check_name(parent_run)
     return StageFolder(runs, run, stage, parent_run)
 
