@@ -180,8 +180,8 @@ CHILD = """
 import signal, sys
 from nanochat_pl.cli import _subprocess
 signal.signal(signal.SIGINT, signal.{sigint})
-child.sys.executable = {executable!r}
-sys.exit(child.run_child(["x"]))
+_subprocess.sys.executable = {executable!r}
+sys.exit(_subprocess.run_child(["x"]))
 """
 
 
