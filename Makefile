@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+PARALLEL := -n auto --dist worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help setup hashes demo test test-all check bench clean
@@ -16,11 +17,11 @@ setup: $(INSTALLED)  ## install everything into .venv, with exact versions; HASH
 demo: $(INSTALLED)  ## from text to a chat model, some minutes on two CPU cores; again: says what is there
 	$(BIN)/nanochat-pl pipeline experiment=demo
 
-test: $(INSTALLED)  ## the tests that take seconds each
-	$(BIN)/python -m pytest
+test: $(INSTALLED)  ## the tests that take seconds each, on all cores
+	$(BIN)/python -m pytest $(PARALLEL)
 
 test-all: $(INSTALLED)  ## the slow tests too
-	$(BIN)/python -m pytest -m "not gpu and not network"
+	$(BIN)/python -m pytest $(PARALLEL) -m "not gpu and not network"
 
 check: $(INSTALLED)  ## format, lint and types
 	$(BIN)/ruff format --check .

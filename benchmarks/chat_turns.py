@@ -3,8 +3,8 @@
     python benchmarks/chat_turns.py runs/demo/sft/bundle
 
 Each message is a held-out problem of a task that the model was trained on, or that --tasks names, and of another task
-than the one before; the answers are greedy, and the model reads its own. Prints a table by turn and one by task, with
-standard errors, and how often the oldest turns were dropped.
+than the one before. The chats are sessions as `nanochat-pl chat` holds them, at temperature 0: the model reads its own
+answers. Prints a table by turn and one by task, with standard errors, and how often the oldest turns were dropped.
 """
 
 from __future__ import annotations
@@ -12,41 +12,30 @@ from __future__ import annotations
 import argparse
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import Any
 
 from nanochat_pl.bundle import load_bundle
 from nanochat_pl.bundle.bundle import load_stage_info
 from nanochat_pl.common.paths import PathsSettings, cache_folder
 from nanochat_pl.common.schema import build
-from nanochat_pl.engine import Engine, readable
+from nanochat_pl.engine import Engine, Session, readable
 from nanochat_pl.evaluation.statistics import SHARES, standard_error
 from nanochat_pl.tasks import Task
 from nanochat_pl.tasks.context import TaskContext
 from nanochat_pl.tasks.mixture import build_tasks, only_judged
 from nanochat_pl.tasks.settings import MixtureSettings
-
-MAX_TOKENS, BATCH = 256, 32  # of an answer, as in the chat; answers at a time
+from nanochat_pl.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
 class Turn:
-    """A turn: which task's problem it was, whether the answer was right, and both for people."""
+    """A turn that was held: which task's problem it was, whether the answer was right, and both for people."""
 
     task: str
     right: bool
     text: str
-
-
-@dataclass
-class Held:
-    """A chat as far as it was held: what the model still reads, all turns, and how many it reads no more."""
-
-    messages: list[dict[str, Any]] = field(default_factory=list)
-    turns: list[Turn] = field(default_factory=list)
-    num_dropped: int = 0
 
 
 def main() -> None:
@@ -69,16 +58,22 @@ def main() -> None:
     chats = scripted_chats(
         {name: len(task) for name, task in tasks.items()}, options.chats, options.turns, options.seed
     )
-    held = hold(chats, tasks, Engine(bundle))
-    for chat in held[: options.show]:
-        print("", *(f"{'right' if turn.right else 'WRONG'} | {turn.text}" for turn in chat.turns), sep="\n")
+    engine = Engine(bundle)
     by_turn: dict[str, list[bool]] = defaultdict(list)
     by_task: dict[str, list[bool]] = defaultdict(list)
-    for chat in held:
-        for number, turn in enumerate(chat.turns, 1):
+    dropped = 0
+    for chat_number, chat in enumerate(chats):
+        session = engine.session()
+        turns = hold(chat, tasks, session, engine.tokenizer)
+        dropped += session.num_dropped > 0
+        if chat_number < options.show:
+            print("", *(f"{'right' if turn.right else 'WRONG'} | {turn.text}" for turn in turns), sep="\n")
+        for number, turn in enumerate(turns, 1):
             by_turn[f"turn {number}"].append(turn.right)
-            by_task[turn.task if number > 1 else f"{turn.task}, first turn"].append(turn.right)
-    dropped = sum(chat.num_dropped > 0 for chat in held)
+            if number > 1:
+                by_turn["later turns"].append(turn.right)
+            by_task[f"{turn.task}, {'later turns' if number > 1 else 'first turn'}"].append(turn.right)
+    by_turn["later turns"] = by_turn.pop("later turns", [])  # below the single ones
     print(f"{options.bundle}: {options.chats} chats of {options.turns} turns; turns were dropped in {dropped}")
     for table in (by_turn, dict(sorted(by_task.items()))):
         for name, outcomes in table.items():
@@ -105,38 +100,29 @@ def scripted_chats(sizes: Mapping[str, int], num_chats: int, num_turns: int, see
     return chats
 
 
-def hold(chats: Sequence[Sequence[tuple[str, int]]], tasks: Mapping[str, Task], engine: Engine) -> list[Held]:
-    """Hold chats of equally many turns side by side, a turn of all at a time; what a chat's context cannot hold is
-    dropped as a session drops it.
+def hold(
+    chat: Sequence[tuple[str, int]], tasks: Mapping[str, Task], session: Session, tokenizer: Tokenizer
+) -> list[Turn]:
+    """Hold a chat: each message and its answer, judged by itself.
 
     Args:
-        chats: of each turn the task and the number of its problem.
+        chat: of each turn the task and the number of its problem.
         tasks: by name.
-        engine: of the model.
+        session: a new one, as the chat has it.
+        tokenizer: of the model.
     """
-    held = [Held() for _ in chats]
-    most = engine.net.config.sequence_len
-    room = most - min(MAX_TOKENS, most // 4)
-    for turn in range(len(chats[0])):
-        problems = [tasks[chat[turn][0]][chat[turn][1]] for chat in chats]
-        prompts = []
-        for chat, problem in zip(held, problems, strict=True):
-            chat.messages.append(problem["messages"][0])
-            while len(prompt := engine.tokenizer.render_for_completion({"messages": chat.messages})) > room:
-                if len(chat.messages) == 1:
-                    break
-                del chat.messages[:2]
-                chat.num_dropped += 1
-            prompts.append(prompt)
-        results = engine.generate(prompts, max_tokens=MAX_TOKENS, max_batch=BATCH)
-        for chat, problem, script, result in zip(held, problems, chats, results, strict=True):
-            answer = engine.tokenizer.parse_assistant(result.ids)
-            shown = "".join(readable(part["type"], part["text"]) for part in answer)
-            name = script[turn][0]
-            right = tasks[name].evaluate(problem, answer)
-            chat.turns.append(Turn(name, right, f"{problem['messages'][0]['content']} | {shown}"))
-            chat.messages.append({"role": "assistant", "content": answer})
-    return held
+    turns = []
+    for name, index in chat:
+        problem = tasks[name][index]
+        message = problem["messages"][0]["content"]
+        for _ in session.send(message):
+            pass
+        ids = session.ids
+        begin = len(ids) - ids[::-1].index(tokenizer.special_ids["<|assistant_start|>"])
+        answer = tokenizer.parse_assistant(ids[begin:])
+        shown = "".join(readable(part["type"], part["text"]) for part in answer)
+        turns.append(Turn(name, tasks[name].evaluate(problem, answer), f"{message} | {shown}"))
+    return turns
 
 
 def _share(outcomes: Sequence[bool]) -> str:

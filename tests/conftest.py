@@ -1,4 +1,4 @@
-"""Fixtures for all tests. ``shared`` is the one way to the golden values and the real data."""
+"""Fixtures for all tests. ``golden`` is the one way to the golden values, ``shared`` that to real data."""
 
 from __future__ import annotations
 
@@ -12,20 +12,27 @@ from pathlib import Path
 
 import pytest
 
-SHARED_MISSING = "golden values not found: set NANOCHAT_PL_SHARED or put them in ../shared"
+SHARED_MISSING = "real data not found: set NANOCHAT_PL_SHARED or put it in ../shared"
 
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder with golden values and real data: NANOCHAT_PL_SHARED, else ../shared beside the checkout."""
+    """The folder with real data and failed inputs: NANOCHAT_PL_SHARED, else ../shared beside the checkout."""
     given = os.environ.get("NANOCHAT_PL_SHARED")
     folder = Path(given) if given else Path(__file__).resolve().parents[2] / "shared"
-    if not (folder / "golden").is_dir():
+    if not (folder / "data").is_dir():
         pytest.skip(SHARED_MISSING)
     return folder
 
 
 @pytest.fixture(scope="session")
-def golden(shared: Path) -> Path:
-    """The folder of golden values."""
-    return shared / "golden"
+def golden() -> Path:
+    """The folder of golden values; its README says what each is."""
+    return Path(__file__).parent / "golden"
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of the test's own as the current one, where `runs/` is made."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

@@ -1,4 +1,4 @@
-"""The walls of the house: who may import whom, and where certain things may stand."""
+"""Layering: which package may import which, and where certain things may stand."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "nanochat_pl"
-# A room may import from those before it, and from itself.
-ROOMS = (
+# A package may import from those before it, and from itself.
+PACKAGES = (
     "common",
     "distributed",
     "tokenizer",
@@ -36,7 +36,7 @@ ROOMS = (
     "config",
     "cli",
 )
-# Which room alone may import a library.
+# The one package that may import a library.
 ONLY_IN = {"lightning": "training", "pytorch_lightning": "training", "hydra": "config", "omegaconf": "config"}
 MAX_LINES = 450
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -62,8 +62,8 @@ def imported(path: Path, at_import: bool = False) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def room_of(path: Path) -> str:
-    """The room of a file; empty for the package's own __init__."""
+def package_of(path: Path) -> str:
+    """The package of a file; empty for the package's own __init__."""
     return path.relative_to(PACKAGE).parts[0] if path.parent != PACKAGE else ""
 
 
@@ -72,18 +72,18 @@ def module_of(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def test_every_folder_is_a_room() -> None:
+def test_every_folder_is_a_package() -> None:
     folders = {path.name for path in PACKAGE.iterdir() if path.is_dir() and any(path.glob("*.py"))}
-    assert folders == set(ROOMS)
+    assert folders == set(PACKAGES)
 
 
 def test_imports_go_one_way() -> None:
     wrong = []
     for path in FILES:
-        allowed = ROOMS[: ROOMS.index(room_of(path)) + 1] if room_of(path) else ()
+        allowed = PACKAGES[: PACKAGES.index(package_of(path)) + 1] if package_of(path) else ()
         for name in imported(path):
             parts = name.split(".")
-            if parts[0] == "nanochat_pl" and len(parts) > 1 and parts[1] in ROOMS and parts[1] not in allowed:
+            if parts[0] == "nanochat_pl" and len(parts) > 1 and parts[1] in PACKAGES and parts[1] not in allowed:
                 wrong.append(f"{path.relative_to(ROOT)} imports {name}")
     assert wrong == []
 
@@ -112,13 +112,13 @@ def test_no_module_imports_itself_through_others() -> None:
 
 
 @pytest.mark.parametrize("library", ONLY_IN)
-def test_library_stays_in_its_room(library: str) -> None:
-    users = {room_of(path) for path in FILES if any(name.split(".")[0] == library for name in imported(path))}
+def test_library_stays_in_its_package(library: str) -> None:
+    users = {package_of(path) for path in FILES if any(name.split(".")[0] == library for name in imported(path))}
     assert users <= {ONLY_IN[library]}
 
 
 def test_one_training_loop() -> None:
-    """`backward(` stands in one file, in the training room (bug museum: loops copied for each stage)."""
+    """`backward(` stands in one file, in `training` (a regression: loops copied for each stage)."""
     users = [
         path.parent.name
         for path in FILES
@@ -136,7 +136,7 @@ def test_files_stay_short() -> None:
     assert {name: size for name, size in sizes.items() if size > MAX_LINES} == {}
 
 
-def test_museum_23_every_import_is_declared() -> None:
+def test_every_import_is_declared() -> None:
     """A library that happened to be installed with another one was imported without being a dependency."""
     lines = re.findall(r'"([A-Za-z0-9_-]+)[>=!<]', (ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     declared = {re.sub(r"[-_.]+", "-", name).lower() for name in lines}

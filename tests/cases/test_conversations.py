@@ -71,12 +71,50 @@ def test_marks_under_other_names(mark: dict[str, Any], tmp_path: Path, tokenizer
         ([USER, {**ANSWER, "train_detail": [{"begin": 0, "end": 2, "train": False}]}], "marks of pieces of a message"),
         ({"messages": PLAIN, "train": False}, "marked not to be learnt"),
         ({"messages": PLAIN, "weight": 0}, "marked not to be learnt"),
+        ({"messages": PLAIN, "weight": 0.5}, "weight that is neither 0 nor 1"),
+        ({"prompt": "a", "completion": "b", "weight": 0.5}, "weight that is neither 0 nor 1"),
+        ({"prompt": "a", "completion": "b", "training": 0}, "marked not to be learnt"),
+        ({"prompt": "a", "completion": "b", "masked": True}, "marked not to be learnt"),
+        ({"prompt": "a", "completion": "b", "loss_mask": [1, 0]}, "marks of pieces of a message"),
         ({"prompt": "a", "completion": "b", "label": False}, "marked not to be learnt"),
     ],
 )
 def test_marks_that_cannot_be_honoured_refuse_the_row(row: Any, cause: str, tmp_path: Path) -> None:
     file = of_rows(tmp_path, PLAIN, row)
     assert file.audit.bad == {cause: 1} and len(file) == 1
+    if isinstance(row, dict):
+        pq.write_table(pa.Table.from_pylist([row]), tmp_path / "t.parquet")
+        assert read(tmp_path / "t.parquet", tmp_path).audit.bad == {cause: 1}, "marks in columns of a table, too"
+
+
+def of_part(**keys: Any) -> list[Any]:
+    parts = [{"type": "text", "text": "no."} | keys, {"type": "text", "text": "yes."}]
+    return [USER, {"role": "assistant", "content": parts}]
+
+
+@pytest.mark.parametrize(
+    ("mark", "cause"),
+    [
+        ({"weight": 0}, "marks of pieces of a message"),
+        ({"train": False}, "marks of pieces of a message"),
+        ({"masked": True}, "marks of pieces of a message"),
+        ({"loss_mask": [0, 1]}, "marks of pieces of a message"),
+        ({"weight": 0.5}, "weight that is neither 0 nor 1"),
+    ],
+)
+def test_marks_of_parts_refuse_the_row(mark: dict[str, Any], cause: str, tmp_path: Path) -> None:
+    file = of_rows(tmp_path, PLAIN, of_part(**mark), {"prompt": "a", "completion": of_part(**mark)[1]["content"]})
+    assert file.audit.bad == {cause: 2} and len(file) == 1
+    assert f"messages[1].content[0].{next(iter(mark))}" in file.audit.examples[cause][0]
+
+
+def test_keys_of_parts_that_change_nothing_of_what_is_learnt(tmp_path: Path) -> None:
+    asked = {"role": "user", "content": [{"type": "text", "text": "hi?", "weight": 0, "cache_control": {"type": "x"}}]}
+    answer = {"role": "assistant", "content": [{"type": "python_output", "text": "2", "weight": 0, "annotations": [1]}]}
+    file = of_rows(tmp_path, of_part(weight=1, masked=False, foo=3), [asked, answer])
+    assert len(file) == 2
+    assert file.audit.unread == {"messages[].content[].foo": 1, "messages[].content[].cache_control": 1}
+    assert file.audit.changed == {"annotations of a message left out": 1}
 
 
 @pytest.mark.parametrize(
@@ -98,6 +136,12 @@ def test_odd_rows_are_bad_rows_or_good_ones(row: Any, tmp_path: Path) -> None:
     assert audit.rows == 1 and audit.num_bad in (0, 1)
 
 
+def test_an_answer_that_is_a_refusal_alone(tmp_path: Path) -> None:
+    file = of_rows(tmp_path, PLAIN, [USER, {"role": "assistant", "content": None, "refusal": "No."}])
+    (example,) = file.audit.examples["content that is no text"]
+    assert "messages[1].content: is null; refusal of a message is not read" in example
+
+
 def test_an_answer_of_null_behind_a_call(tmp_path: Path) -> None:
     called = {"role": "assistant", "content": None, "tool_calls": [call("python", {"code": "1"})]}
     file = of_rows(tmp_path, [USER, called, {"role": "tool", "content": "1"}, {"role": "assistant", "content": None}])
@@ -105,8 +149,8 @@ def test_an_answer_of_null_behind_a_call(tmp_path: Path) -> None:
 
 
 def test_marks_of_rows_that_mean_something_else(tmp_path: Path) -> None:
-    file = of_rows(tmp_path, {"messages": PLAIN, "label": False}, {"messages": PLAIN, "weight": 0.5})
-    assert len(file) == 2 and file.audit.unread == {"label": 1, "weight": 1}
+    file = of_rows(tmp_path, {"messages": PLAIN, "label": False}, {"messages": PLAIN, "weight": 72.5, "train": "x"})
+    assert len(file) == 2 and file.audit.unread == {"label": 1, "weight": 1, "train": 1}
 
 
 def test_where_all_is_learnt_a_marked_conversation_is_left_out(tmp_path: Path, tokenizer: Tokenizer) -> None:

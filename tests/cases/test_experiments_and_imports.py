@@ -34,8 +34,8 @@ def refused(text: str, tmp_path: Path) -> str:
 
 def test_17_keys_that_stand_twice(shared: Path) -> None:
     for name, said in (
-        ("dup", "dup.yaml: max_steps stands in line 8 and again in line 9."),
-        ("dotdup", "dotdup.yaml: optim.matrix_lr stands in line 9 and again in line 10."),
+        ("dup", "dup.yaml: shared.max_steps stands in line 8 and again in line 9."),
+        ("dotdup", "dotdup.yaml: shared.optim.matrix_lr stands in line 9 and again in line 10."),
     ):
         with pytest.raises(UserError) as error:
             read_experiment(str(shared / f"cases/17_yaml_duplicate_keys/{name}.yaml"))
@@ -45,8 +45,8 @@ def test_17_keys_that_stand_twice(shared: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("a: {b: 1, b: 2}", "b stands in line 1 and again in line 1"),
-        ("x:\n- a: 1\n  a: 2\n", "a stands in line 2 and again in line 3"),
+        ("a: {b: 1, b: 2}", "a.b stands in line 1 and again in line 1"),
+        ("x:\n- a: 1\n  a: 2\n", "x[0].a stands in line 2 and again in line 3"),
         ("m.d: 1\nm:\n  s: 3\n  d: 2\n", "m.d stands in line 1 and again in line 4"),
         ("m:\n  a.b: {c: 1}\n  a: {b.c: 2}\n", "a.b.c stands in line 2 and again in line 3"),
     ],
@@ -85,11 +85,20 @@ def test_18_numbers_are_those_of_the_command_line(
         ("a: !!int x", "'x' is no number that can be read in line 1"),
         ("a: 1\nb: [", "is no YAML"),
         ("? [a]\n: b", "is no YAML"),
+        ("a: <<", "'<<' is no value, but the key that merges a group; put quotes around it in line 1"),
+        ("a: {<<: 3}", "is no YAML: expected a mapping"),
         ("a: *b", "undefined alias 'b' in line 1"),
     ],
 )
 def test_yaml_that_takes_for_ever_or_is_odd(text: str, said: str, tmp_path: Path) -> None:
     assert said in refused(text, tmp_path)
+
+
+def test_merge_keys_are_yaml(tmp_path: Path) -> None:
+    text = "a: &a {x: 1, y: 2}\nb: {<<: *a, y: 3}\nc: {<<: [*a, {z: 4}]}\nd: '<<'\n"
+    (tmp_path / "a.yaml").write_text(text, encoding="utf-8")
+    merged = {"a": {"x": 1, "y": 2}, "b": {"x": 1, "y": 3}, "c": {"x": 1, "y": 2, "z": 4}, "d": "<<"}
+    assert read_yaml(tmp_path / "a.yaml") == merged
 
 
 @pytest.mark.timeout(20)

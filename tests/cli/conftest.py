@@ -1,21 +1,11 @@
-"""A folder of one's own for each test: the current one, where `runs/` is made."""
+"""Stages that seem to be trained."""
 
 from __future__ import annotations
-
-from pathlib import Path
-
-import pytest
 
 from nanochat_pl.cli.run_record import write_records
 from nanochat_pl.cli.train import compose_train, place_of, with_parent
 from nanochat_pl.common.files import write_json
 from nanochat_pl.common.run_dir import StageFolder
-
-
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def pretend_finished(*overrides: str) -> StageFolder:

@@ -143,12 +143,21 @@ def test_what_cannot_be_compared_is_refused_before_anything_is_measured(two: Pat
 def test_names_of_what_is_compared_with(here: Path) -> None:
     make_run("a", stage="base")
     bundle = make_run("a")
-    for against in ("a", "runs/a", "a/sft", "runs/a/sft", "runs/a/sft/bundle"):
+    for against in ("a", "runs/a", "a/sft", "runs/a/sft", "runs/a/sft/bundle", "a/sft/bundle"):
         assert locate_other(against, RUNS).bundle == bundle
     assert locate_other("a/base", RUNS).bundle == Path("runs/a/base/bundle")
     (bundle / "tokenizer.json").unlink()
     with pytest.raises(UserError, match=r"against=a/sft: .* has no tokenizer"):
         locate_other("a/sft", RUNS)
+    for against, said in [
+        ("", "names nothing"),
+        ("/dev/zero", "is no folder"),
+        ("/nowhere/else", "there is no such folder"),
+        ("a/b/c", "there is no such folder"),
+    ]:
+        with pytest.raises(UserError, match=f"^against={against}: {said}") as error:
+            locate_other(against, RUNS)
+        assert "RUN/STAGE" in error.value.fix
 
 
 def test_bits_per_byte_are_not_paired() -> None:

@@ -103,6 +103,8 @@ def test_mistakes_name_file_and_key(here: Path, before: str, after: str, expecte
 
 
 def test_missing_experiments_name_the_nearest() -> None:
+    with pytest.raises(UserError, match="experiment=: names none"):
+        compose_train(["stage=base", "experiment="])
     with pytest.raises(UserError, match="experiment='dmo': there is no such experiment; did you mean demo"):
         read_experiment("dmo")
     with pytest.raises(UserError, match="there is no such file"):

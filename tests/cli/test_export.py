@@ -109,7 +109,7 @@ def test_a_tokenizers_bundle(golden: Path, here: Path, capsys: pytest.CaptureFix
     save_bundle(here / "words", StageInfo(stage="tokenizer"), tokenizer=tokenizer_of(golden, 640))
     for layout in ("hf", "nanochat"):
         assert main(["export", "bundle=words", "to=out", f"format={layout}"]) == 2
-        assert "words: a tokenizer's bundle has no model to export." in capsys.readouterr().err
+        assert "words: a tokenizer's bundle has no model." in capsys.readouterr().err
     assert not (here / "out").exists()
 
 

@@ -22,11 +22,22 @@ def eight_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("accelerator", "devices", "number"),
-    [("auto", "auto", 8), ("gpu", "auto", 8), ("cuda", 2, 2), ("cpu", "auto", 1), ("cpu", 3, 3)],
+    [("auto", "auto", 8), ("gpu", "auto", 8), ("cuda", 2, 2), ("cpu", "auto", 1), ("cpu", 2, 2)],
 )
 @pytest.mark.usefixtures("eight_gpus")
 def test_all_gpus_or_as_many_as_were_asked_for(accelerator: str, devices: int | str, number: int) -> None:
     assert processes_to_start(accelerator, devices) == number  # type: ignore[arg-type]
+
+
+def test_no_more_processes_than_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """99 of them on two cores made the machine unusable for minutes."""
+    monkeypatch.setattr("nanochat_pl.common.device.usable_cpus", lambda: 4)
+    assert processes_to_start("cpu", 4) == 4
+    with pytest.raises(UserError, match=r"^devices=99: this program may use 4 CPUs") as error:
+        processes_to_start("cpu", 99)
+    assert error.value.fix == "Use devices=4 or fewer."
+    monkeypatch.setattr("nanochat_pl.common.device.usable_cpus", lambda: 1)
+    assert processes_to_start("cpu", 2) == 2, "two can be tried on any machine"
 
 
 def test_one_process_where_there_is_no_gpu() -> None:

@@ -51,14 +51,14 @@ def test_progress_without_a_terminal_is_a_line_now_and_then(
 # Says three lines and shows a bar after its reader has gone; a file tells how far it came.
 WITHOUT_READER = """
 import sys, warnings
-from nanochat_pl.common.console import console, ignore_broken_pipe, progress, say, print_from_any_rank, print_table
+from nanochat_pl.common.console import console, ignore_broken_pipe, progress, rank_zero_print, print_from_any_rank, print_table
 
 with ignore_broken_pipe():
-    say("first")
+    rank_zero_print("first")
     sys.stdin.readline()
     with progress("work", 2) as advance:
         advance(1)
-        say("x" * 20_000)
+        rank_zero_print("x" * 20_000)
         print_from_any_rank("second")
         print_table(("a",), [(1,)])
         print("to stderr", file=sys.stderr)
@@ -110,7 +110,7 @@ def test_a_stream_that_was_closed_or_never_there_is_no_error(monkeypatch: pytest
 
 def test_a_listing_whose_reader_has_enough_ends_quietly() -> None:
     """As in `nanochat-pl runs | head`."""
-    lines = "from nanochat_pl.common.console import say; [say(str(n)) for n in range(100_000)]; return 0"
+    lines = "from nanochat_pl.common.console import rank_zero_print; [rank_zero_print(str(n)) for n in range(100_000)]; return 0"
     program = f"import sys; from nanochat_pl.cli import main\ndef listing(arguments): {lines}\nmain._dispatch = listing"
     command = [sys.executable, "-c", f"{program}\nsys.exit(main.main([]))"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:

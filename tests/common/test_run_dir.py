@@ -46,6 +46,16 @@ def test_names_that_are_refused(name: str, tmp_path: Path) -> None:
         stage_folder(tmp_path, name, "base")
 
 
+@pytest.mark.parametrize("name", ["doctor", "base", "evaluation"])
+def test_names_of_the_programs_own_folders_are_reserved(name: str, tmp_path: Path) -> None:
+    """The doctor's reports lie in RUNS/doctor: a run of that name shared the folder, and was deleted with them."""
+    with pytest.raises(UserError, match=f"run={name}: is no name for a run, but one of the program's own"):
+        stage_folder(tmp_path, name, "base")
+    (tmp_path / name / "base").mkdir(parents=True)  # of an older version
+    (tmp_path / name / "base" / "lock").touch()
+    assert list(list_runs(tmp_path)) == [name], "it is still listed"
+
+
 def test_status_follows_the_last_file_written(tmp_path: Path) -> None:
     folder = stage_folder(tmp_path, "d4", "base")
     assert folder.status == "absent"
@@ -102,8 +112,12 @@ def test_the_stage_that_is_meant(tmp_path: Path) -> None:
     assert finished_stage(tmp_path, "b", "base").stage == "base"
     with pytest.raises(UserError, match="sft: is not finished"):
         finished_stage(tmp_path, "b", "sft")
-    with pytest.raises(UserError, match="has no stage rl; it has tokenizer, base, sft"):
+    with pytest.raises(UserError, match=r"stage=rl: .*b has no such stage; it has tokenizer, base, sft"):
         finished_stage(tmp_path, "b", "rl")
+    # The advice was to remove the tokenizer and to train it again.
+    with pytest.raises(UserError, match="stage=tokenizer: has no model; valid: base, sft") as error:
+        finished_stage(tmp_path, "b", "tokenizer")
+    assert "stage=" in error.value.fix
     with pytest.raises(UserError, match="run=bb: there is no such run"):
         newest_stage(tmp_path, "bb")
 

@@ -184,7 +184,7 @@ def test_what_older_runs_lack_is_filled_in(golden: Path, tmp_path: Path) -> None
     assert "no window_pattern, so L" in windows.source
 
 
-def test_museum_40_the_prefix_of_compiled_models(golden: Path, tmp_path: Path) -> None:
+def test_the_prefix_of_compiled_models(golden: Path, tmp_path: Path) -> None:
     """`lstrip("_orig_mod.")` also ate the first letters of names that begin with one of its letters."""
     source = copy(golden, "era_oct2025", tmp_path)
 

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,7 @@ def test_a_tensor_file_that_would_run_a_command(source: Path, tmp_path: Path, na
         (b"ctiktoken.core\nEncoding.__init__\n.", "asks for tiktoken.core.Encoding.__init__"),
     ],
 )
-def test_museum_34_what_is_no_tokenizer(content: bytes, said: str, tmp_path: Path) -> None:
+def test_what_is_no_tokenizer(content: bytes, said: str, tmp_path: Path) -> None:
     """A tokenizer's pickle ran code with the rights of whoever opened it."""
     path = tmp_path / "tokenizer.pkl"
     path.write_bytes(content)
@@ -165,14 +166,40 @@ def test_every_damaged_byte_of_the_header_is_an_error_or_harmless(source: Path, 
 
 
 def test_a_compressed_archive(source: Path, tmp_path: Path) -> None:
-    import zipfile
-
     path = only(source, "model_*.pt")
     with zipfile.ZipFile(path) as old, zipfile.ZipFile(tmp_path / "new.pt", "w", zipfile.ZIP_DEFLATED) as new:
         for name in old.namelist():
             new.writestr(name, old.read(name))
     shutil.copyfile(tmp_path / "new.pt", path)
     assert "is compressed" in str(refused(source))
+
+
+def test_what_torch_says_of_a_pickle_is_not_passed_on(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    """It tells how to load the file all the same."""
+    torch.save({"a": torch.ones(2)}, tmp_path / "old.pt")
+    with zipfile.ZipFile(tmp_path / "old.pt") as old, zipfile.ZipFile(tmp_path / "new.pt", "w") as new:
+        for name in old.namelist():
+            new.writestr(name, b"\x80\x02(l." if name.endswith("data.pkl") else old.read(name))
+    with pytest.raises(UserError) as error:
+        read_torch(tmp_path / "new.pt")
+    assert str(error.value).splitlines() == [
+        f"{tmp_path / 'new.pt'}: is damaged, or holds more than tensors and plain data.",
+        "Copy it again from where it came.",
+    ]
+    assert not recwarn.list
+
+
+@pytest.mark.skipif(os.name != "posix", reason="FIFOs are POSIX")
+@pytest.mark.timeout(20)
+def test_a_tokenizer_that_is_no_file_is_named(source: Path) -> None:
+    """It was imported without a tokenizer, and nothing said of the odd file."""
+    path = only(source, "tokenizer.pkl")
+    path.unlink()
+    os.mkfifo(path)
+    assert f"{path}: is a FIFO" in str(refused(source))
+    path.unlink()
+    path.symlink_to(path.name)
+    assert f"{path}: " in str(refused(source))
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])

@@ -121,7 +121,7 @@ def test_a_moved_branch_changes_nothing_until_it_is_asked_for(hub: HubServer, tm
     assert [file.path for file in old.val_files] == ["shard_00004.parquet"]
 
 
-def test_museum_20_validation_does_not_depend_on_what_is_here(hub: HubServer, tmp_path: Path) -> None:
+def test_validation_does_not_depend_on_what_is_here(hub: HubServer, tmp_path: Path) -> None:
     """Validation was the last file on the disk, so it changed while the next ones were coming."""
     seen = []
     for num_shards in (1, 3, 4):
@@ -138,7 +138,7 @@ def test_museum_20_validation_does_not_depend_on_what_is_here(hub: HubServer, tm
     assert len(source.shards("train")) == 4
 
 
-def test_museum_21_of_one_file_a_part_is_held_out_and_said(hub: HubServer, tmp_path: Path) -> None:
+def test_of_one_file_a_part_is_held_out_and_said(hub: HubServer, tmp_path: Path) -> None:
     """With a single shard the train split was empty, and the loader waited for ever."""
     hub.add("some-owner/one", {"all.parquet": SHARDS["shard_00000.parquet"]})
     source = downloaded(tmp_path / "cache", 1, repo="some-owner/one", validation_fraction=0.1)
@@ -178,9 +178,7 @@ def test_a_connection_that_is_reset_is_made_anew(hub: HubServer, tmp_path: Path,
     assert texts_of(downloaded(tmp_path / "cache"), "train")[120:240] == texts_of_shard(1)
 
 
-def test_museum_22_a_download_that_stays_cut_off_never_passes(
-    hub: HubServer, tmp_path: Path, waits: list[float]
-) -> None:
+def test_a_download_that_stays_cut_off_never_passes(hub: HubServer, tmp_path: Path, waits: list[float]) -> None:
     """A shard that had come in half was taken for a whole one."""
     hub.fail("GET", r"/resolve/.*00002", *[Answer(stop_at=0.0)] * 60)
     source = HubFiles(settings(), tmp_path / "cache", ask_hub=True)
@@ -209,7 +207,7 @@ def cut(data: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("change", [flip, cut])
-def test_museum_22_a_shard_that_stays_damaged_is_an_error(
+def test_a_shard_that_stays_damaged_is_an_error(
     hub: HubServer, tmp_path: Path, waits: list[float], change: Callable[[bytes], bytes]
 ) -> None:
     """What came was never compared with what should have come."""

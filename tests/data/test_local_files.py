@@ -108,7 +108,7 @@ def test_text_without_blank_lines_is_cut_too(tmp_path: Path) -> None:
 
 
 def test_files_are_read_as_utf8_whatever_the_locale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Museum 35: files opened in the encoding of the machine."""
+    """A regression: files opened in the encoding of the machine."""
     monkeypatch.setenv("LC_ALL", "C")
     monkeypatch.setenv("PYTHONUTF8", "0")
     (tmp_path / "a.txt").write_bytes("größer als 北京 🙂".encode())
@@ -116,7 +116,7 @@ def test_files_are_read_as_utf8_whatever_the_locale(tmp_path: Path, monkeypatch:
     assert all_texts(opened(tmp_path, tmp_path / "cache")) == ["größer als 北京 🙂"] * 2
 
 
-def test_museum_20_what_is_held_out_does_not_depend_on_the_files(tmp_path: Path) -> None:
+def test_what_is_held_out_does_not_depend_on_the_files(tmp_path: Path) -> None:
     """Validation was the last file on the disk, so it changed with the files that were there."""
     write_jsonl(tmp_path / "1.jsonl", TEXTS[:30])
     write_jsonl(tmp_path / "2.jsonl", TEXTS[30:])
@@ -131,7 +131,7 @@ def test_museum_20_what_is_held_out_does_not_depend_on_the_files(tmp_path: Path)
     assert sorted(texts_of(renamed, "val")) == sorted(of_both)
 
 
-def test_museum_21_one_file_with_two_documents_has_both_splits(tmp_path: Path) -> None:
+def test_one_file_with_two_documents_has_both_splits(tmp_path: Path) -> None:
     """With one file only the train split was empty, and the loader waited for ever."""
     write_jsonl(tmp_path / "a.jsonl", ["one", "", "another"])
     source = opened(tmp_path / "a.jsonl", tmp_path / "cache", validation_fraction=0.001)
@@ -288,7 +288,7 @@ def wrong_files(folder: Path) -> dict[str, tuple[Path, str]]:
     }
 
 
-def test_museum_22_every_broken_file_is_named_with_its_fault(tmp_path: Path) -> None:
+def test_every_broken_file_is_named_with_its_fault(tmp_path: Path) -> None:
     """A download that was cut off passed for a shard."""
     for name, message in wrong_files(tmp_path).items():
         with pytest.raises(UserError, match=message) as raised:

@@ -95,7 +95,7 @@ def test_conversation_rows_are_those_of_the_reference(tmp_path: Path) -> None:
 
 
 def test_a_row_depends_on_its_number_alone(cache: TokenCache, tmp_path: Path) -> None:
-    """Museum 25, 26 and 27: loaders that pack differently, lose their place at an epoch's end, or drop their buffer."""
+    """A regression: loaders that pack differently, lose their place at an epoch's end, or drop their buffer."""
     settings = {"buffer_documents": 20, "refill_documents": 4}
     rows = packed_rows(cache, T, BOS, "split", tmp_path, num_rows=700, **settings)
     assert rows.index.stats.epochs >= 3

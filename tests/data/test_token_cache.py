@@ -130,7 +130,7 @@ def test_a_changed_file_of_ones_own_is_tokenised_anew(tmp_path: Path) -> None:
         assert found == sorted([text[:10].strip(), text[10:20].strip(), text[20:]])
 
 
-def test_museum_21_a_split_without_text_is_an_error_that_names_it(tmp_path: Path) -> None:
+def test_a_split_without_text_is_an_error_that_names_it(tmp_path: Path) -> None:
     """The loader of an empty train split waited for ever."""
     (tmp_path / "a.jsonl").write_text('{"text": "only one"}\n{"text": ""}\n', encoding="utf-8")
     source = open_source(DataSettings(name="local", path=str(tmp_path / "a.jsonl")), tmp_path / "cache")
@@ -229,7 +229,7 @@ def test_writers_with_the_same_process_number_do_not_share_a_temporary_file(
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_museum_56_conversations_are_rendered_once_cut_and_counted(tmp_path: Path) -> None:
+def test_conversations_are_rendered_once_cut_and_counted(tmp_path: Path) -> None:
     """Conversations longer than a row filled the packer's buffer: batches without targets, and NaN for ever."""
     conversations = [
         talk("hi", "you"),

@@ -106,7 +106,7 @@ def freed_inputs() -> list:
     return [held, kept() is None, output]
 
 
-def test_museum_18_an_input_is_held_until_it_was_waited_for() -> None:
+def test_an_input_is_held_until_it_was_waited_for() -> None:
     for held, dropped, output in run(2, freed_inputs):
         assert held and dropped and torch.equal(output, torch.full((100_000,), 3.0))
 

@@ -31,12 +31,12 @@ def report(error):
     return 2 if isinstance(error, UserError) else 1
 
 rank = int(os.environ["RANK"])
-distributed.start(torch.device("cpu"))
+collectives.start(torch.device("cpu"))
 with watchdog(report, Pace(interval=0.1, silence=SILENCE, suspicion=1.0, grace=0.5)):
-    distributed.barrier()
+    collectives.barrier()
     print("ready", flush=True)
     exec(sys.argv[1])
-distributed.stop()
+collectives.stop()
 print(signal.getsignal(signal.SIGTERM).name)
 """
 
@@ -103,7 +103,7 @@ def store() -> TCPStore:
     return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
 
-BARRIER, SLEEP = "distributed.barrier()", "time.sleep(600)"
+BARRIER, SLEEP = "collectives.barrier()", "time.sleep(600)"
 
 
 def test_the_true_error_is_on_top(tmp_path: Path, store: TCPStore) -> None:
@@ -263,7 +263,7 @@ def test_nobody_reads_and_the_pipe_is_full(tmp_path: Path, store: TCPStore) -> N
 @pytest.mark.slow
 def test_all_of_them_may_be_suspended(tmp_path: Path, store: TCPStore) -> None:
     """A laptop that sleeps: on waking nobody takes the others for dead."""
-    with processes(["time.sleep(1); distributed.barrier()"] * 2, tmp_path, silence=1.0, store=store) as begun:
+    with processes(["time.sleep(1); collectives.barrier()"] * 2, tmp_path, silence=1.0, store=store) as begun:
         for process in begun:
             process.send_signal(signal.SIGSTOP)
         with pytest.raises(subprocess.TimeoutExpired):

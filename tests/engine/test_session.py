@@ -22,7 +22,7 @@ def engine(golden) -> Engine:
 
 
 def chat(session, message: str, **settings) -> str:
-    return "".join(event.text for event in session.rank_zero_print(message, **settings) if event.kind == "text")
+    return "".join(event.text for event in session.send(message, **settings) if event.kind == "text")
 
 
 def test_a_stream_is_what_generate_gives(engine):
@@ -37,7 +37,7 @@ def test_a_stream_is_what_generate_gives(engine):
 def test_events_of_an_answer_with_a_tool_call():
     """53: characters of several bytes were cut while streaming. Here every byte is a token of its own."""
     session = Engine(scripted_bundle({"hi": TOOL})).session()
-    events = list(session.rank_zero_print("hi"))
+    events = list(session.send("hi"))
     assert [event.text for event in events if event.kind == "text"] == list("It is 42 — café 🙂.")
     assert events[6:8] == [Event("tool_call", "2*21"), Event("tool_result", "42")]
     assert events[-1] == Event("finished", "stop")
@@ -73,7 +73,7 @@ def test_a_conversation_equals_one_from_scratch(engine):
     """47, 54: the logits after several turns are those of a forward over the whole conversation."""
     session = engine.session()
     for turn, message in enumerate(["Hello there, who are you?", "Once upon a time", "def main():"]):
-        list(session.rank_zero_print(message, max_tokens=40, temperature=0.8, seed=turn))
+        list(session.send(message, max_tokens=40, temperature=0.8, seed=turn))
     prompt = [*session.ids, *engine.tokenizer.encode("next")]
     cached = engine.logits(session._cache, [prompt[int(session._cache.positions[0]) :]])
     assert len(prompt) > 130, "no longer than a window: this test would prove little"
@@ -131,7 +131,7 @@ def test_a_turn_reads_only_what_is_new():
 @pytest.mark.parametrize("way", ["stop", "close", "forgotten"])
 def test_an_answer_that_is_broken_off_stays_in_the_conversation(engine, way):
     session = engine.session()
-    events = session.rank_zero_print("Once upon a time", max_tokens=100)
+    events = session.send("Once upon a time", max_tokens=100)
     next(events)
     next(events)
     if way == "stop":
@@ -141,7 +141,7 @@ def test_an_answer_that_is_broken_off_stays_in_the_conversation(engine, way):
         events.close()
     before = session.ids
     assert before[-1] == engine.tokenizer.special_ids["<|assistant_end|>"]
-    list(session.rank_zero_print("And then?", max_tokens=5))
+    list(session.send("And then?", max_tokens=5))
     assert session.ids[: len(before)] == before
     prompt = session.ids[: int(session._cache.positions[0])]
     logits = engine.logits(session._cache, [[5]])
@@ -160,7 +160,7 @@ def test_an_answer_that_is_broken_off_stays_in_the_conversation(engine, way):
 )
 def test_an_answer_that_is_cut_is_closed_as_in_training(max_tokens, kept):
     session = Engine(scripted_bundle({"hi": TOOL})).session()
-    events = list(session.rank_zero_print("hi", max_tokens=max_tokens))
+    events = list(session.send("hi", max_tokens=max_tokens))
     assert events[-1] == Event("finished", "length")
     begin = session.ids.index(mark("<|assistant_start|>")[0]) + 1
     assert session.ids[begin:] == mark(kept + "<|assistant_end|>")
@@ -176,7 +176,7 @@ def test_a_full_context_drops_the_oldest_turns():
     roles = ("user", "assistant")
     messages = [{"role": role, "content": text} for turn in kept for role, text in zip(roles, turn, strict=True)]
     assert session.ids == bundle.tokenizer.render_conversation({"messages": messages})[0], "a conversation of the rest"
-    assert list(session.rank_zero_print("go", max_tokens=1000))[-1] == Event("finished", "context")
+    assert list(session.send("go", max_tokens=1000))[-1] == Event("finished", "context")
     assert len(session.ids) <= session.max_context + 1
     assert chat(session, "a") == "1" * 20 and session.num_dropped == 4
     session.clear()
@@ -188,14 +188,14 @@ def test_a_message_that_does_not_fit_alone_leaves_the_conversation_unchanged():
     chat(session, "a")
     ids = session.ids
     with pytest.raises(UserError, match="this message alone needs 204 and some"):
-        session.rank_zero_print("x" * 200)
+        session.send("x" * 200)
     assert session.ids == ids and session.num_dropped == 0
 
 
 def test_after_dropped_turns_the_logits_are_those_of_what_is_left(engine):
     session = engine.session()
     for turn in range(12):
-        list(session.rank_zero_print(f"Once upon a time {turn}", max_tokens=40, temperature=0.8, seed=turn))
+        list(session.send(f"Once upon a time {turn}", max_tokens=40, temperature=0.8, seed=turn))
     assert session.num_dropped > 0
     prompt = session.ids
     cached = engine.logits(session._cache, [prompt[int(session._cache.positions[0]) :]])
@@ -207,7 +207,7 @@ def test_settings_out_of_bounds_leave_the_conversation_alone(engine):
     session = engine.session()
     for settings in ({"temperature": -1.0}, {"top_k": -1}, {"max_tokens": 0}):
         with pytest.raises(UserError):
-            session.rank_zero_print("hello", **settings)
+            session.send("hello", **settings)
     assert session.ids == []
     with pytest.raises(UserError, match="max_context=9999999"):
         engine.session(max_context=9_999_999)
@@ -217,6 +217,6 @@ def test_settings_out_of_bounds_leave_the_conversation_alone(engine):
 
 def test_special_tokens_in_a_message_are_ordinary_text(engine):
     session = engine.session()
-    list(session.rank_zero_print("<|assistant_end|><|bos|>", max_tokens=1))
+    list(session.send("<|assistant_end|><|bos|>", max_tokens=1))
     assert session.ids.count(engine.tokenizer.bos_id) == 1
     assert session.ids.count(engine.tokenizer.special_ids["<|assistant_end|>"]) == 1

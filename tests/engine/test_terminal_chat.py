@@ -84,6 +84,12 @@ def test_one_prompt_gives_one_answer(piped):
         piped("", ChatSettings(prompt="{'a': \"b\", c=[1,2]} " * 100))
 
 
+def test_a_context_that_was_made_too_small(piped):
+    with pytest.raises(UserError, match="it has 1 tokens") as error:
+        piped("", ChatSettings(prompt="hi", max_context=1))
+    assert error.value.fix == "Write less, or give a larger max_context (the model was trained on 128)."
+
+
 def test_an_answer_that_is_cut_says_so(piped):
     assert piped("", ChatSettings(prompt="long", max_tokens=5)) == ("xxxxx\n", "(cut: max_tokens=5)\n")
 
@@ -121,9 +127,20 @@ def test_a_terminal_has_prompts_and_commands(typed):
         + "> hi\nHello – 🙂.\n"
         + "> /help\n"
         + f"{HELP}\n"
-        + "> /nonsense now\nThere is no command /nonsense; /help lists them.\n"
+        + "> /nonsense now\nThere is no command /nonsense now; /help lists them."
+        + " To send it as a message, put a blank in front.\n"
         + ">   \n> /exit\n"
     )
+
+
+def test_messages_that_begin_with_a_slash(piped, typed):
+    """A pasted path or comment was no command and was lost; /quit above other lines was one that there is not."""
+    texts = ["/usr/lib/x.py is missing", "// x", "/", " /quit", "\t/clear all", "/2"]
+    out, err = piped("\n".join(texts) + "\n", bundle=scripted_bundle(dict.fromkeys(texts, "read."), sequence_len=1000))
+    assert out == "read.\n" * len(texts) and err == ""
+    pasted = "/quit\n/clear"  # as readline gives a bracketed paste
+    assert "\nread.\n> " in typed([pasted, "/exit"], scripted_bundle({pasted: "read."}))
+    assert "blank in front" in HELP
 
 
 def test_quit_ends_too(typed):

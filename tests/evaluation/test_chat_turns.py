@@ -46,16 +46,15 @@ def test_subjects_change_and_no_problem_comes_twice(chat_turns: ModuleType) -> N
 
 def test_the_answer_of_each_turn_is_judged_by_itself(chat_turns: ModuleType) -> None:
     engine = Engine(scripted_bundle({"say 0": "0", "say 1": "0", "say 2": "2"}))
-    held = chat_turns.hold([[("echo", number) for number in (0, 1, 2, 0)]] * 2, {"echo": Echo()}, engine)
-    assert [[turn.right for turn in chat.turns] for chat in held] == [[True, False, True, True]] * 2
-    assert [chat.num_dropped for chat in held] == [0, 0]
+    chat = [("echo", number) for number in (0, 1, 2, 0)]
+    turns = chat_turns.hold(chat, {"echo": Echo()}, engine.session(), engine.tokenizer)
+    assert [turn.right for turn in turns] == [True, False, True, True]
+    assert [turn.text for turn in turns] == ["say 0 | 0", "say 1 | 0", "say 2 | 2", "say 0 | 0"]
 
 
-def test_the_oldest_turns_go_as_in_a_chat(chat_turns: ModuleType) -> None:
-    engine = Engine(scripted_bundle({"say 0": "0" * 20, "say 1": "1", "say 2": "2" * 20}))
-    script, session = [0, 2, 0, 2, 0, 1, 2], engine.session()
-    held = chat_turns.hold([[("echo", number) for number in script]], {"echo": Echo()}, engine)[0]
-    for number in script:
-        list(session.rank_zero_print(f"say {number}"))
-    assert held.num_dropped == session.num_dropped > 0
-    assert engine.tokenizer.render_conversation({"messages": held.messages})[0] == session.ids
+def test_answers_are_judged_where_the_oldest_turns_were_dropped(chat_turns: ModuleType) -> None:
+    engine = Engine(scripted_bundle({"say 0": "0", "say 1": "1", "say 2": "2"}))
+    session = engine.session(max_context=60)
+    turns = chat_turns.hold([("echo", number % 3) for number in range(9)], {"echo": Echo()}, session, engine.tokenizer)
+    assert session.num_dropped > 0
+    assert all(turn.right for turn in turns)

@@ -7,6 +7,7 @@ import functools
 import json
 import math
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -224,8 +225,9 @@ def test_a_bundle_that_is_not_here_names_the_command(tmp_path: Path) -> None:
 def test_what_is_wrong_with_the_tables_is_said(tmp_path: Path, change: Any, message: str) -> None:
     folder = small_bundle(tmp_path)
     change(folder)
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=message) as error:
         opened(folder)
+    assert re.search("core.path|iconv", error.value.fix), "each has a way out"
 
 
 @pytest.mark.parametrize(
@@ -239,8 +241,8 @@ def test_what_is_wrong_with_the_tables_is_said(tmp_path: Path, change: Any, mess
         (LM | {"dataset_uri": "a\ud800"}, 0, r"core\.yaml: icl_tasks\[0\]: dataset_uri='.*a.*': is no path of UTF-8"),
         (LM | {"dataset_uri": "a\0b"}, 0, "dataset_uri='.*a.*b': is no path of UTF-8 text without NULs"),
         (LM | {"dataset_uri": "a" * 300}, 0, "dataset_uri='.*a'…: cannot be looked at: File name too long"),
-        (LM, 100, "not 0 … 100 percent"),
-        (LM, "nan", "not 0 … 100 percent"),
+        (LM, 100, "is 100 percent; must be at least 0 and below 100"),
+        (LM, "nan", "must be at least 0 and below 100"),
         (LM, "", "not a number"),
     ],
 )

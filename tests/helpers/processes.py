@@ -4,7 +4,7 @@
 
 A job is a function at the top of a module under ``tests``. Arguments and results are plain data and tensors: they go
 through ``torch.save`` and come back without pickle. Workers are started when first needed, have one thread each, and
-end with the test run. Each job has a process group of its own, by the same ``distributed.start`` as a training.
+end with the test run. Each job has a process group of its own, by the same ``collectives.start`` as a training.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from tests.helpers.models import random_ids, tiny_config
 
 @pytest.mark.parametrize("depth", [1, 2, 3, 5, 7, 11, 13, 26])
 def test_any_depth_gives_whole_heads(depth):
-    """Museum 16: odd depths broke head sizes."""
+    """A regression: odd depths broke head sizes."""
     config = resolve_model(ModelSettings(depth=depth), 32_768, "bfloat16")
     assert config.width % 128 == 0 and config.width == config.num_heads * 128
     assert 0 <= config.width - 64 * depth < 128

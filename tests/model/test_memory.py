@@ -74,7 +74,7 @@ def test_activation_checkpointing_is_for_training_alone(monkeypatch):
 @pytest.mark.parametrize("reach", [0, 2048], ids=["sdpa", "products"])
 @pytest.mark.parametrize("kv_heads", [1, 2])
 def test_a_window_keeps_no_tensor_of_all_pairs(monkeypatch, reach, kv_heads):
-    """Museum 51, for what is kept to the backward: with a window of w there are T · w pairs, not T · T."""
+    """A regression, for what is kept to the backward: with a window of w there are T · w pairs, not T · T."""
     monkeypatch.setattr(attention, "PRODUCTS_REACH", reach)
     length, window = 2048, 128
     config = tiny_config(depth=1, num_kv_heads=kv_heads, sequence_len=length, rotary_reach=length, windows=(window,))

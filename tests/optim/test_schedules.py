@@ -54,7 +54,7 @@ def test_past_the_end_the_values_stay_at_the_end() -> None:
     assert schedule_values(ScheduleSettings(), 2000, 1000) == end
 
 
-def test_museum_4_the_values_are_a_pure_function_of_the_step() -> None:
+def test_the_values_are_a_pure_function_of_the_step() -> None:
     """Elsewhere processes that had called the scheduler a different number of times had different rates."""
     forward = [schedule_values(ScheduleSettings(), step, 500) for step in range(500)]
     backward = [schedule_values(ScheduleSettings(), step, 500) for step in reversed(range(500))]

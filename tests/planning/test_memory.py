@@ -102,8 +102,8 @@ def state_of_a_share(num_layers: int) -> int:
     hyper = resolve_hyperparameters(OptimSettings(), width=config.width)
     optimizer = build_optimizer(net.named_parameters(), parameter_roles(net), hyper)
     optimizer.allocate_state()
-    shares = [share for group in optimizer._shares for share in group]
-    return sum(moment.nbytes for share in shares for moment in share.moments.values() if moment.ndim)
+    shards = [shard for group in optimizer._shards for shard in group]
+    return sum(moment.nbytes for shard in shards for moment in shard.moments.values() if moment.ndim)
 
 
 @pytest.mark.parametrize("num_layers", [2, 5])

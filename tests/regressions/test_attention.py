@@ -27,7 +27,7 @@ def in_chunks(net: GPT, ids: torch.Tensor, sizes: list[int], max_len: int) -> to
     return torch.cat([net(piece, cache) for piece in ids.split(sizes, dim=1)], dim=1)
 
 
-def test_museum_45_a_larger_cache_holds_what_the_smaller_one_held(net: GPT) -> None:
+def test_a_larger_cache_holds_what_the_smaller_one_held(net: GPT) -> None:
     """A cache that grew was laid out anew with rows and positions mixed up."""
     ids = random_ids(net.config, 3, 24)
     cache = KVCache(net.config, 3, 64)
@@ -44,7 +44,7 @@ def test_museum_45_a_larger_cache_holds_what_the_smaller_one_held(net: GPT) -> N
 
 
 @pytest.mark.parametrize("max_batch", [1, 2, 3, 7])
-def test_museum_45_prompts_that_change_places_are_written_as_if_alone(net: GPT, max_batch: int) -> None:
+def test_prompts_that_change_places_are_written_as_if_alone(net: GPT, max_batch: int) -> None:
     """A row that was moved into the slot of a finished one read the keys of its neighbour."""
     engine = Engine(SmallBundle(net, byte_tokenizer()))
     chance = random.Random(0)
@@ -60,7 +60,7 @@ def test_museum_45_prompts_that_change_places_are_written_as_if_alone(net: GPT, 
 
 
 @pytest.mark.parametrize("prefill", [1, 2, 31, 33, 90])
-def test_museum_46_decoding_honours_the_window(net: GPT, prefill: int) -> None:
+def test_decoding_honours_the_window(net: GPT, prefill: int) -> None:
     """Decoding looked at everything in the cache, which no layer with a window had ever seen in training."""
     ids = random_ids(net.config, 2, 100)
     whole = net(ids)
@@ -71,7 +71,7 @@ def test_museum_46_decoding_honours_the_window(net: GPT, prefill: int) -> None:
     assert (wide(ids)[:, 50:] - whole[:, 50:]).abs().max() > 0.1
 
 
-def test_museum_47_logits_do_not_depend_on_how_a_text_is_cut(net: GPT) -> None:
+def test_logits_do_not_depend_on_how_a_text_is_cut(net: GPT) -> None:
     """A chunk on a filled cache was masked as if it stood at the beginning."""
     chance = random.Random(1)
     ids = random_ids(net.config, 2, 90)

@@ -46,7 +46,7 @@ class _EvaluationFailed(Exception):
     pass
 
 
-def test_museum_36_an_evaluation_that_fails_costs_no_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_evaluation_that_fails_costs_no_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The file was saved after the evaluation, which ran out of memory: an hour of steps was lost."""
 
     def fail(self: Validation, net: GPT, *hooks: object) -> dict[str, float]:
@@ -64,7 +64,7 @@ def test_museum_36_an_evaluation_that_fails_costs_no_step(tmp_path: Path, monkey
     assert measured == ["3"], "what the failure kept from being measured is made up for"
 
 
-def test_museum_37_a_bundle_is_the_old_one_or_the_new_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bundle_is_the_old_one_or_the_new_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights, configuration and optimizer were written one by one: after a crash they were of two steps."""
     net = init_weights(GPT(tiny_model()).materialise())
     moments = {"a.momentum": torch.ones(3)}
@@ -118,7 +118,7 @@ def _three_steps_of_the_optimizer() -> dict[str, torch.Tensor]:
     return optimizer.moments_by_name()
 
 
-def test_museum_38_the_state_of_the_optimizer_does_not_depend_on_the_number_of_processes() -> None:
+def test_the_state_of_the_optimizer_does_not_depend_on_the_number_of_processes() -> None:
     """Each process wrote the shards of its own, and only as many processes could read them again."""
     alone = _three_steps_of_the_optimizer()
     for world_size in (2, 3):
@@ -128,7 +128,7 @@ def test_museum_38_the_state_of_the_optimizer_does_not_depend_on_the_number_of_p
             torch.testing.assert_close(main[name], moment, rtol=1e-4, atol=1e-6)
 
 
-def test_museum_39_the_newest_is_the_one_of_the_last_step(tmp_path: Path) -> None:
+def test_the_newest_is_the_one_of_the_last_step(tmp_path: Path) -> None:
     """It was the last name in the order of letters, or the youngest on the disk: step=1000000 came before step=999999,
     and a copied folder had any order."""
     for age, step in enumerate((1_000_000, 999_999, 20)):
@@ -142,7 +142,7 @@ def test_museum_39_the_newest_is_the_one_of_the_last_step(tmp_path: Path) -> Non
         assert newest_resume_file(tmp_path) == tmp_path / "step=1000000.ckpt"
 
 
-def test_museum_40_a_compiled_run_writes_the_names_of_an_eager_one(tmp_path: Path, compiler: CountingCompiler) -> None:
+def test_a_compiled_run_writes_the_names_of_an_eager_one(tmp_path: Path, compiler: CountingCompiler) -> None:
     """torch.compile put `_orig_mod.` before every key, and whoever read the file had to know how it was trained."""
     expected = GPT(tiny_model(depth=1)).state_dict().keys()
     stage = fit_tiny(tmp_path, num_steps=2, compiled=True)
@@ -157,7 +157,7 @@ def test_museum_40_a_compiled_run_writes_the_names_of_an_eager_one(tmp_path: Pat
 
 
 @pytest.mark.parametrize("prefix", ["", "_orig_mod."])
-def test_museum_40_only_the_prefix_is_taken_off_foreign_names(prefix: str, tmp_path: Path) -> None:
+def test_only_the_prefix_is_taken_off_foreign_names(prefix: str, tmp_path: Path) -> None:
     """`lstrip("_orig_mod.")` strips letters, not a prefix: resid_lambdas became esid_lambdas."""
     config = tiny_model(vocab_size=64)
     weights = init_weights(GPT(config).materialise()).state_dict()
@@ -180,7 +180,7 @@ def test_museum_40_only_the_prefix_is_taken_off_foreign_names(prefix: str, tmp_p
 
 @pytest.mark.parametrize("trained_in", DTYPES)
 @pytest.mark.parametrize("stored_as", [torch.float32, torch.bfloat16])
-def test_museum_41_the_reader_decides_in_what_a_model_computes(
+def test_the_reader_decides_in_what_a_model_computes(
     trained_in: DType, stored_as: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A checkpoint of a GPU brought bfloat16 weights and tables to a device that computed in float32, or could not."""
@@ -208,7 +208,7 @@ def test_museum_41_the_reader_decides_in_what_a_model_computes(
         assert len(Engine(bundle).generate([[1, 2, 3]], max_tokens=3, stop_ids=[])[0].ids) == 3
 
 
-def test_museum_41_no_tensor_stays_behind_on_another_device() -> None:
+def test_no_tensor_stays_behind_on_another_device() -> None:
     """Rotary tables, masks and positions were made on the CPU, whatever device the model was on."""
     # The device without memory stands for any other: arithmetic between it and the CPU fails.
     net = GPT(tiny_config()).materialise("meta").set_compute_dtype(torch.bfloat16)
@@ -228,7 +228,7 @@ def small_folder(tmp_path: Path) -> Iterator[Path]:
     yield tmp_path
 
 
-def test_museum_42_windows_and_all_of_the_architecture_reach_the_last_stage(small_folder: Path) -> None:
+def test_windows_and_all_of_the_architecture_reach_the_last_stage(small_folder: Path) -> None:
     """The window pattern was no part of what a stage handed on: the next one trained with the default's."""
     # Rows so long that a short window is one, and a pattern other than the default's.
     own = ["model.sequence_len=256", "model.window_pattern=SL", "model.num_kv_heads=1", "model.head_dim=12"]
@@ -246,7 +246,7 @@ def test_museum_42_windows_and_all_of_the_architecture_reach_the_last_stage(smal
     assert load_bundle(again).config == configs[0]
 
 
-def test_museum_43_a_figure_that_is_no_number_costs_no_weights(
+def test_a_figure_that_is_no_number_costs_no_weights(
     small_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A validation loss of Infinity ended the training in its last line, before anything was written."""
@@ -259,7 +259,7 @@ def test_museum_43_a_figure_that_is_no_number_costs_no_weights(
     assert metrics.keys() == {"val/bpb", "val/bpb_stderr"} == read_json(stage / "finished.json")["metrics"].keys()
 
 
-def test_museum_43_a_setting_that_is_no_number_is_refused_before_the_training(
+def test_a_setting_that_is_no_number_is_refused_before_the_training(
     small_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     own = ["callbacks=[early_stopping]", "+callbacks.early_stopping.min_delta=inf"]
@@ -268,9 +268,7 @@ def test_museum_43_a_setting_that_is_no_number_is_refused_before_the_training(
     assert not (small_folder / "runs").exists()
 
 
-def test_museum_44_a_full_disk_leaves_no_file_that_a_search_would_pick(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_leaves_no_file_that_a_search_would_pick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Half a file had the name of a whole one, and the run that went on took it for the newest."""
     save = torch.save
 

@@ -66,7 +66,7 @@ def cropping(shuffle: str) -> Iterator[RowIndex]:
 
 
 @pytest.mark.parametrize("shuffle", ["global", "shards"])
-def test_museum_24_every_token_is_in_a_row_or_counted_as_cropped(shuffle: str) -> None:
+def test_every_token_is_in_a_row_or_counted_as_cropped(shuffle: str) -> None:
     """A third of the text was cropped to fill rows, and no figure told of it."""
     for index in cropping(shuffle):
         documents, begins, counts = index.pieces.T
@@ -77,7 +77,7 @@ def test_museum_24_every_token_is_in_a_row_or_counted_as_cropped(shuffle: str) -
 
 
 @pytest.mark.parametrize("shuffle", ["global", "shards"])
-def test_museum_24_a_training_says_and_records_how_much_it_cropped(
+def test_a_training_says_and_records_how_much_it_cropped(
     shuffle: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The share of the text that is trained on was to be found in no output of a run."""
@@ -89,7 +89,7 @@ def test_museum_24_a_training_says_and_records_how_much_it_cropped(
     assert f"{packing['cropped_tokens']:,} tokens cropped" in capsys.readouterr().out
 
 
-def test_museum_25_training_and_validation_make_the_same_rows_of_a_text(tmp_path: Path) -> None:
+def test_training_and_validation_make_the_same_rows_of_a_text(tmp_path: Path) -> None:
     """Two loaders packed in two ways: what was validated on did not look like what was trained on."""
     source = ListSource({"a": [TEXTS[number % 120][: number % 97] for number in range(4_000)]})
     cache = build_token_cache(source, "train", ByteTokenizer(), tmp_path)
@@ -118,7 +118,7 @@ def rows_of_three_epochs(kind: str, folder: Path) -> Rows:
 
 
 @pytest.mark.parametrize("kind", ["documents", "shards", "conversations"])
-def test_museum_26_a_run_that_goes_on_in_any_epoch_has_the_rows_of_one_that_was_not_stopped(
+def test_a_run_that_goes_on_in_any_epoch_has_the_rows_of_one_that_was_not_stopped(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A resumed loader began its epoch anew, or took the rest of it in another epoch's order."""
@@ -154,7 +154,7 @@ class Rowing(Callback):
 
 
 @pytest.mark.parametrize(("num_workers", "stop_in"), [(0, 8), (2, 3), (2, 8)])  # an epoch ends in the seventh step
-def test_museum_27_rows_that_were_read_ahead_and_not_trained_on_come_again(
+def test_rows_that_were_read_ahead_and_not_trained_on_come_again(
     tmp_path: Path, num_workers: int, stop_in: int
 ) -> None:
     """The state that was saved was that of the loader, which was some batches ahead; what the packer held was lost."""
@@ -175,7 +175,7 @@ def seed_all(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def test_museum_28_no_generator_of_the_process_has_a_say(tmp_path: Path) -> None:
+def test_no_generator_of_the_process_has_a_say(tmp_path: Path) -> None:
     """States of generators were not saved: a resumed run drew other numbers. Ours draws none that would need saving."""
 
     def fitted(seed: int) -> tuple[dict[str, torch.Tensor], str]:
@@ -190,7 +190,7 @@ def test_museum_28_no_generator_of_the_process_has_a_say(tmp_path: Path) -> None
         assert all(torch.equal(weights[name], others[name]) for name in weights) and other_samples == samples
 
 
-def test_museum_29_seeds_of_opposite_sign_give_other_examples() -> None:
+def test_seeds_of_opposite_sign_give_other_examples() -> None:
     """``seed(1)`` is ``seed(-1)``: seeded with its index and with minus its index, both parts had the same problems."""
     assert random.Random(1).random() == random.Random(-1).random()
     draws = {tuple(generator("task", number).random() for _ in range(4)) for number in range(-50, 51)}
@@ -220,7 +220,7 @@ def glued(task: Task, index: int, question: str, answer: str) -> list[str]:
 
 @pytest.mark.parametrize("split", ["train", "test"])
 @pytest.mark.parametrize("name", TASKS)
-def test_museum_30_no_blank_is_missing_in_a_rendered_task(name: str, split: Any) -> None:
+def test_no_blank_is_missing_in_a_rendered_task(name: str, split: Any) -> None:
     """Pieces of a sentence were put together without a blank, and every example taught the mistake."""
     if name == "documentation":
         task: Task = Documentation(DocumentationSettings(), split, FUNCTIONS)

@@ -30,7 +30,7 @@ def texts_of(row: SharedPrefix) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("lengths", [[5], [40], [130, 3], [300, 2, 170], [1, 1, 1]])
-def test_museum_46_branches_see_the_window_of_their_own_text(net: GPT, lengths: list[int]) -> None:
+def test_branches_see_the_window_of_their_own_text(net: GPT, lengths: list[int]) -> None:
     """Decoding on a cache looked at all keys and not at the layer's window: figures changed with the way of reading.
 
     Trunks shorter and longer than the windows and than a block of queries, branches of which each is scored alone.
@@ -54,7 +54,7 @@ def test_museum_46_branches_see_the_window_of_their_own_text(net: GPT, lengths: 
 
 
 @pytest.mark.parametrize("length", [1010, 1300])
-def test_museum_46_rows_past_the_reach_of_plain_products(length: int) -> None:
+def test_rows_past_the_reach_of_plain_products(length: int) -> None:
     """The same with the fused kernel, which a CPU takes for long rows."""
     net = perturbed(tiny_config(sequence_len=160, rotary_reach=1600)).requires_grad_(False).eval()
     ids = random_ids(net.config, length + 60).tolist()
@@ -68,7 +68,7 @@ def test_museum_46_rows_past_the_reach_of_plain_products(length: int) -> None:
 
 
 @pytest.mark.parametrize("max_positions", [1, 60, 100, 400, 16_384])
-def test_museum_47_scores_do_not_depend_on_what_is_read_together(net: GPT, max_positions: int) -> None:
+def test_scores_do_not_depend_on_what_is_read_together(net: GPT, max_positions: int) -> None:
     """Logits that came through a cache in chunks differed from those of the whole row."""
     ids = random_ids(net.config, 6, 90).tolist()
     questions = [
@@ -84,7 +84,7 @@ def test_museum_47_scores_do_not_depend_on_what_is_read_together(net: GPT, max_p
 
 
 @pytest.mark.parametrize("most", [1, 3, 10, 11])
-def test_museum_62_fewer_examples_than_shots(tmp_path: Path, most: int) -> None:
+def test_fewer_examples_than_shots(tmp_path: Path, most: int) -> None:
     """Of a task of 32 rows ten were asked, each with ten shots: there were nine others, and the evaluation ended."""
     rows = [{"query": f"Q{n}", "choices": ["yes", "no"], "gold": n % 2} for n in range(32)]
     folder = write_bundle(tmp_path, {"few": MC | {"num_fewshot": [10]}}, {"mc.jsonl": rows})
@@ -97,7 +97,7 @@ def test_museum_62_fewer_examples_than_shots(tmp_path: Path, most: int) -> None:
         assert len({shot.row for shot in shots} - {problem.row}) == 10, "ten others"
 
 
-def test_museum_62_a_file_with_too_few_rows_is_named(tmp_path: Path) -> None:
+def test_a_file_with_too_few_rows_is_named(tmp_path: Path) -> None:
     """With random.sample's own words, after an hour of other tasks."""
     rows = [{"query": f"Q{n}", "choices": ["yes", "no"], "gold": n % 2} for n in range(10)]
     folder = write_bundle(tmp_path, {"few": MC | {"num_fewshot": [10]}}, {"mc.jsonl": rows})

@@ -54,7 +54,7 @@ def assert_figures_are_right(folder: Path, num_steps: int) -> None:
         assert int(row["train/tokens"]) == (number + 1) * 4 * 16
 
 
-def test_museum_3_figures_and_loss_average_are_those_of_their_step(tmp_path: Path) -> None:
+def test_figures_and_loss_average_are_those_of_their_step(tmp_path: Path) -> None:
     """The average's correction for its start was off by one step, and the first or last step was not counted."""
     fit_tiny(tmp_path, num_steps=5, checkpoint_every_steps=3)
     assert_figures_are_right(tmp_path, num_steps=5)
@@ -65,7 +65,7 @@ def test_museum_3_figures_and_loss_average_are_those_of_their_step(tmp_path: Pat
     assert [row["train/loss"] for row in metrics_of(tmp_path)] == [row["train/loss"] for row in whole]
 
 
-def test_museum_3_the_bar_stands_where_the_training_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_bar_stands_where_the_training_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The bar began at 0 after a resume and never reached its end."""
     shown: list[tuple[float, str]] = []
 
@@ -179,7 +179,7 @@ class Litter(Callback):
             self.collected_in.append(self.step)
 
 
-def test_museum_9_garbage_is_collected_at_chosen_steps_and_at_no_other_time(
+def test_garbage_is_collected_at_chosen_steps_and_at_no_other_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Python's collector went through every object of the process in the middle of steps: stalls of half a second."""
@@ -195,14 +195,14 @@ def test_museum_9_garbage_is_collected_at_chosen_steps_and_at_no_other_time(
     assert gc.isenabled() and gc.get_freeze_count() == 0
 
 
-def test_museum_9_a_training_that_breaks_off_gives_the_collector_back(tmp_path: Path) -> None:
+def test_a_training_that_breaks_off_gives_the_collector_back(tmp_path: Path) -> None:
     """A process that went on after a failed training collected no garbage any more, until its memory was full."""
     with pytest.raises(RuntimeError, match="break off"):
         fit_tiny(tmp_path, num_steps=3, callbacks=[Litter(break_off_after=2)])
     assert gc.isenabled() and gc.get_freeze_count() == 0
 
 
-def test_museum_10_evaluation_and_sampling_do_not_compile_the_training_graph_again(
+def test_evaluation_and_sampling_do_not_compile_the_training_graph_again(
     tmp_path: Path, compiler: CountingCompiler
 ) -> None:
     """Other shapes, no_grad, inference_mode, eval and a cache each cost a new graph, minutes each on a large model."""
@@ -212,7 +212,7 @@ def test_museum_10_evaluation_and_sampling_do_not_compile_the_training_graph_aga
     assert graphs_after_step.counts == [graphs_after_step.counts[0]] * 6
 
 
-def test_museum_11_a_changing_learning_rate_does_not_compile_again(tmp_path: Path, compiler: CountingCompiler) -> None:
+def test_a_changing_learning_rate_does_not_compile_again(tmp_path: Path, compiler: CountingCompiler) -> None:
     """A learning rate passed as a float is compiled in as a constant: the ninth value ended the run."""
     graphs_after_step = GraphsAfterStep(compiler)
     fit_tiny(tmp_path, num_steps=12, compiled=True, callbacks=[graphs_after_step])

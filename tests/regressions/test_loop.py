@@ -22,7 +22,7 @@ RATIOS = (0.0, 0.3, 0.65, 1.0)
 
 @pytest.mark.parametrize("num_steps", [1, 2, 7, 39, 41, 400])
 @pytest.mark.parametrize("warmup_steps", [0, 1, 5, 40, 1_000])
-def test_museum_1_the_multiplier_goes_up_in_the_warm_up_down_in_the_warmdown_and_never_below_its_end(
+def test_the_multiplier_goes_up_in_the_warm_up_down_in_the_warmdown_and_never_below_its_end(
     warmup_steps: int, num_steps: int
 ) -> None:
     """The multiplier went up where it should go down, or below 0, where warm-up and warmdown were long for the run."""
@@ -43,7 +43,7 @@ def test_museum_1_the_multiplier_goes_up_in_the_warm_up_down_in_the_warmdown_and
                 assert falling[0] == top
 
 
-def test_museum_2_a_step_is_an_optimizer_step_however_many_micro_batches_it_has() -> None:
+def test_a_step_is_an_optimizer_step_however_many_micro_batches_it_has() -> None:
     """A step count meant micro-batches in one stage and optimizer steps in another; schedules ran out early."""
     batch = batch_of([16] * 4)
     many, one = Loop(device_batch_size=1), Loop(device_batch_size=4)
@@ -52,13 +52,13 @@ def test_museum_2_a_step_is_an_optimizer_step_however_many_micro_batches_it_has(
     assert many.values == one.values == [schedule_values(one.schedule, step, NUM_STEPS) for step in range(NUM_STEPS)]
 
 
-def test_museum_2_the_plan_counts_optimizer_steps_whatever_the_device_batch_size() -> None:
+def test_the_plan_counts_optimizer_steps_whatever_the_device_batch_size() -> None:
     """The number of steps was derived from the micro-batch, so the same budget gave another number of updates."""
     assert small_plan(device_batch_size=1)["num_steps"] == small_plan(device_batch_size=64)["num_steps"]
 
 
 @pytest.mark.parametrize("device_batch_size", [1, 2, 3])
-def test_museum_5_every_token_weighs_the_same_where_masks_differ(device_batch_size: int) -> None:
+def test_every_token_weighs_the_same_where_masks_differ(device_batch_size: int) -> None:
     """The mean of micro-batch means gave a row with one target the weight of a row with a thousand."""
     batch = batch_of([16, 1, 7, 2])
     whole, cut = Loop(device_batch_size=4), Loop(device_batch_size)
@@ -72,7 +72,7 @@ def test_museum_5_every_token_weighs_the_same_where_masks_differ(device_batch_si
     _assert_same_gradients(whole, cut)
 
 
-def test_museum_6_the_loss_is_that_of_the_whole_step() -> None:
+def test_the_loss_is_that_of_the_whole_step() -> None:
     """The logged loss was the last micro-batch's."""
     batch = batch_of([16] * 4)
     loop = Loop(device_batch_size=1)
@@ -84,7 +84,7 @@ def test_museum_6_the_loss_is_that_of_the_whole_step() -> None:
 
 
 @pytest.mark.parametrize("device_batch_size", [1, 2, 3, 4, 9])
-def test_museum_7_tokens_a_second_and_mfu_are_those_of_the_whole_step(
+def test_tokens_a_second_and_mfu_are_those_of_the_whole_step(
     device_batch_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Under accumulation the speed was that of one micro-batch over the time of all, or the other way round."""
@@ -118,14 +118,14 @@ def test_museum_7_tokens_a_second_and_mfu_are_those_of_the_whole_step(
 
 
 @pytest.mark.parametrize("depth", [*range(1, 34, 2)])
-def test_museum_16_odd_depths_have_whole_heads(depth: int) -> None:
+def test_odd_depths_have_whole_heads(depth: int) -> None:
     """The width of an odd depth was no multiple of the head's, and the run ended where heads are split."""
     plan = small_plan(model=ModelSettings(depth=depth))
     assert plan["width"] % plan["num_heads"] == 0 and plan["width"] // plan["num_heads"] == 128
     assert plan["num_steps"] >= 1
 
 
-def test_museum_19_a_batch_that_is_not_divisible_is_trained_on_whole() -> None:
+def test_a_batch_that_is_not_divisible_is_trained_on_whole() -> None:
     """A bare assertion ended runs whose batch the device's rows did not divide."""
     batch = batch_of([16] * 5)
     whole, cut = Loop(device_batch_size=5), Loop(device_batch_size=3)
@@ -133,7 +133,7 @@ def test_museum_19_a_batch_that_is_not_divisible_is_trained_on_whole() -> None:
     _assert_same_gradients(whole, cut)
 
 
-def test_museum_19_a_batch_that_is_no_whole_number_of_rows_names_the_nearest_that_are() -> None:
+def test_a_batch_that_is_no_whole_number_of_rows_names_the_nearest_that_are() -> None:
     """A bare assertion said neither which setting was wrong nor which would be right."""
     with pytest.raises(UserError, match="total_batch_tokens=5000") as error:
         small_plan(total_batch_tokens=5000)

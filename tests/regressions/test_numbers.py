@@ -28,7 +28,7 @@ from tests.regressions.conftest import CountingCompiler
 from tests.regressions.test_source import FILES
 
 
-def test_museum_12_the_softcap_is_computed_in_float32() -> None:
+def test_the_softcap_is_computed_in_float32() -> None:
     """In bfloat16 a softcap rounds logits near the cap to one number, and the loss to two digits."""
     raw = torch.tensor([20.0, 20.125, 20.25], dtype=torch.bfloat16)
     capped = softcap(raw, 15.0)
@@ -37,7 +37,7 @@ def test_museum_12_the_softcap_is_computed_in_float32() -> None:
     assert len(set(capped.tolist())) == 3 and len(set(capped.bfloat16().tolist())) < 3
 
 
-def test_museum_12_logits_and_loss_of_a_bfloat16_model_are_float32() -> None:
+def test_logits_and_loss_of_a_bfloat16_model_are_float32() -> None:
     """The head's output was capped, and its exponentials were summed, in the type of the activations."""
     net = perturbed(tiny_config()).requires_grad_(False).set_compute_dtype(torch.bfloat16)
     ids = random_ids(net.config, 2, 20)
@@ -60,7 +60,7 @@ def memory_that_holds_nan() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("depth", [1, 2, 5])
-def test_museum_13_nothing_is_left_uninitialised_after_the_meta_device(memory_that_holds_nan: None, depth: int) -> None:
+def test_nothing_is_left_uninitialised_after_the_meta_device(memory_that_holds_nan: None, depth: int) -> None:
     """A buffer or a new parameter that no first weight was written into held whatever the memory did."""
     assert torch.empty(3).isnan().all(), "this test needs memory that shows"
     config = tiny_model(depth=depth)
@@ -79,7 +79,7 @@ def test_museum_13_nothing_is_left_uninitialised_after_the_meta_device(memory_th
     assert loaded(ids[:, :1], cache).isfinite().all()
 
 
-def test_museum_13_a_step_on_dirty_memory_gives_the_same_weights(memory_that_holds_nan: None) -> None:
+def test_a_step_on_dirty_memory_gives_the_same_weights(memory_that_holds_nan: None) -> None:
     """The optimizer's state came from memory that nobody had cleared."""
     dirty = Loop(device_batch_size=3)
     dirty.train(batch_of([16, 3, 0, 9]), num_steps=2)
@@ -91,7 +91,7 @@ def test_museum_13_a_step_on_dirty_memory_gives_the_same_weights(memory_that_hol
 
 
 @pytest.mark.parametrize("depth", [1, 3, 5, 7])
-def test_museum_16_models_of_odd_depth_train_and_write(depth: int) -> None:
+def test_models_of_odd_depth_train_and_write(depth: int) -> None:
     """Odd depths broke the heads, the middle of the stream or the layer of the last value embedding."""
     config = tiny_model(vocab_size=40, depth=depth)
     assert config.value_embedding_layers[-1] == depth - 1 and config.windows[-1] == config.sequence_len
@@ -106,7 +106,7 @@ def test_museum_16_models_of_odd_depth_train_and_write(depth: int) -> None:
         torch.testing.assert_close(torch.cat(steps, dim=1), net(batch.inputs), atol=2e-5, rtol=1e-5)
 
 
-def test_museum_17_there_is_one_optimizer() -> None:
+def test_there_is_one_optimizer() -> None:
     """The optimizer of one process and that of several were two copies, and a repair of one missed the other."""
     classes, others, updates = [], [], []
     for path in FILES:
@@ -121,7 +121,7 @@ def test_museum_17_there_is_one_optimizer() -> None:
     assert sorted(updates) == ["normuon_scale", "muon_update"], "where moments are updated"
 
 
-def test_museum_17_the_compiled_update_is_the_eager_one(compiler: CountingCompiler) -> None:
+def test_the_compiled_update_is_the_eager_one(compiler: CountingCompiler) -> None:
     """A second implementation for the compiler had another rule of weight decay."""
     eager, compiled = make_parameters(), make_parameters()
     pairs = [(eager, make_optimizer(eager)), (compiled, make_optimizer(compiled, OptimSettings(compile=True)))]
@@ -136,7 +136,7 @@ def test_museum_17_the_compiled_update_is_the_eager_one(compiler: CountingCompil
 
 
 @pytest.mark.parametrize("targets", [[[0, IGNORE_INDEX, 0], [IGNORE_INDEX] * 3], []])
-def test_museum_32_nothing_to_measure_is_no_number(targets: list[list[int]]) -> None:
+def test_nothing_to_measure_is_no_number(targets: list[list[int]]) -> None:
     """Zero bytes gave a division by zero, or Infinity in a JSON file."""
     metric = BitsPerByte([0, 1, 2])
     goals = torch.tensor(targets, dtype=torch.int64).view(-1, 3)
@@ -158,7 +158,7 @@ class RowsOfBos:
         return ids[:, :-1].copy(), ids[:, 1:].copy()
 
 
-def test_museum_32_rows_of_special_tokens_alone_have_no_bits_per_byte() -> None:
+def test_rows_of_special_tokens_alone_have_no_bits_per_byte() -> None:
     """One row without bytes made the mean over rows infinite."""
 
     def measure(first: int, num_rows: int) -> dict[str, float]:

@@ -60,7 +60,7 @@ def equal(some: dict[str, Tensor], others: dict[str, Tensor]) -> bool:
     return some.keys() == others.keys() and all(torch.equal(some[name], others[name]) for name in some)
 
 
-def test_museum_4_all_processes_have_the_learning_rate_of_the_step() -> None:
+def test_all_processes_have_the_learning_rate_of_the_step() -> None:
     """A schedule driven by what a process has done itself: fewer rows, none, or a step that only it skipped."""
     rows = [5, 1, 3, 5, 1]
     mine, theirs = run(2, _with_a_skip, rows)
@@ -77,7 +77,7 @@ def _with_a_skip(rows: list[int]) -> dict[str, Any]:
     return trained(rows, nan_in_step=2, on_nonfinite="skip")
 
 
-def test_museum_8_the_gradient_of_all_is_clipped_and_not_that_of_each_process() -> None:
+def test_the_gradient_of_all_is_clipped_and_not_that_of_each_process() -> None:
     """Each process clipped its own: those with large gradients had less of a say, and the logged norm was its own."""
     alone = trained([2, 2], max_grad_norm=0.05)
     mine, theirs = run(2, _clipped, [2, 2])
@@ -123,7 +123,7 @@ def _updated(num_gradients: int) -> dict[str, dict[str, Tensor]]:
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4])
-def test_museum_15_shapes_need_not_be_divisible_by_the_number_of_processes(world_size: int) -> None:
+def test_shapes_need_not_be_divisible_by_the_number_of_processes(world_size: int) -> None:
     """An assertion on the first dimension, or elements behind the last whole part that were never updated."""
     alone, several = _updated(world_size), run(world_size, _updated, world_size)
     # Matrices of odd shapes are multiplied with another rounding where a stack has fewer of them.
@@ -183,7 +183,7 @@ def _given_up_at_once() -> list[Tensor]:
     return [part, whole]
 
 
-def test_museum_18_what_goes_into_a_collective_is_kept_until_it_is_waited_for() -> None:
+def test_what_goes_into_a_collective_is_kept_until_it_is_waited_for() -> None:
     """It was freed, or written over, while it was on its way: the processes held other weights, and nothing said so."""
     for part, whole in run(2, _given_up_at_once):
         assert (part == 3).all()

@@ -35,7 +35,7 @@ def opens_text_without_encoding(call: ast.Call, name: str) -> bool:
     return name in TEXT_METHODS and isinstance(call.func, ast.Attribute) and len(call.args) <= TEXT_METHODS[name]
 
 
-def test_museum_35_every_text_file_is_opened_as_utf8() -> None:
+def test_every_text_file_is_opened_as_utf8() -> None:
     """Files opened in the machine's encoding: text of other languages broke on Windows."""
     found = [
         f"{path}:{call.lineno}"
@@ -61,7 +61,7 @@ def test_museum_35_every_text_file_is_opened_as_utf8() -> None:
         ("os.open(p, os.O_RDONLY)", False),
     ],
 )
-def test_what_the_guard_of_museum_35_sees(source: str, expected: bool, tmp_path: Path) -> None:
+def test_what_the_guard_of_encodings_sees(source: str, expected: bool, tmp_path: Path) -> None:
     (tmp_path / "a.py").write_text(source, encoding="utf-8")
     assert [opens_text_without_encoding(*found) for found in calls(tmp_path / "a.py")] == [expected]
 
@@ -70,7 +70,7 @@ def test_what_the_guard_of_museum_35_sees(source: str, expected: bool, tmp_path:
 IN_THE_JAIL = "tools/sandbox/processes.py"
 
 
-def test_museum_55_nothing_is_evaluated() -> None:
+def test_nothing_is_evaluated() -> None:
     """Code in a calculator's input ran with the rights of whoever opened it; alarms fired outside the main thread."""
     forbidden = {"eval", "exec", "alarm", "setitimer"}
     found = [
@@ -116,7 +116,7 @@ def uses_of_pickle(path: Path) -> set[str]:
     return found
 
 
-def test_museum_34_nothing_is_unpickled_but_by_the_reader_that_runs_nothing() -> None:
+def test_nothing_is_unpickled_but_by_the_reader_that_runs_nothing() -> None:
     """A pickle is a program, and it was read with pickle.load, torch.load and numpy.load alike."""
     package = ROOT / "src" / "nanochat_pl"
     found = {path.relative_to(package).as_posix(): uses_of_pickle(path) for path in FILES if package in path.parents}
@@ -137,6 +137,6 @@ def test_museum_34_nothing_is_unpickled_but_by_the_reader_that_runs_nothing() ->
         ("np.load(p, allow_pickle=False)", set()),
     ],
 )
-def test_what_the_guard_of_museum_34_sees(source: str, expected: set[str], tmp_path: Path) -> None:
+def test_what_the_guard_of_pickles_and_evals_sees(source: str, expected: set[str], tmp_path: Path) -> None:
     (tmp_path / "a.py").write_text(source, encoding="utf-8")
     assert uses_of_pickle(tmp_path / "a.py") == expected

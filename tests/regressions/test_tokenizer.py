@@ -24,7 +24,7 @@ def trained() -> Tokenizer:
     return train_tokenizer([TEXT], TokenizerSettings(vocab_size=300))
 
 
-def test_museum_31_bytes_are_counted_on_raw_bytes(trained: Tokenizer) -> None:
+def test_bytes_are_counted_on_raw_bytes(trained: Tokenizer) -> None:
     """Counted on decoded text, a token that is half a character had three bytes, those of U+FFFD."""
     assert trained.token_bytes[trained.encode("\u2022")].tolist() == [1, 1, 1]
     half = Tokenizer([*BYTES, "🌍".encode()[:2], "🌍".encode()[:3]], SPLIT_PATTERN)
@@ -37,7 +37,7 @@ def test_museum_31_bytes_are_counted_on_raw_bytes(trained: Tokenizer) -> None:
             assert tokenizer.token_bytes[ids].sum() == len(text.encode()) and tokenizer.decode(ids) == text
 
 
-def test_museum_33_the_pattern_of_the_training_is_that_of_the_use(trained: Tokenizer) -> None:
+def test_the_pattern_of_the_training_is_that_of_the_use(trained: Tokenizer) -> None:
     """A tokenizer was trained with one pattern and run with another: tokens that no text ever gives."""
     learnt = [token for token in trained.tokens[256:] if token.decode("utf-8", "ignore").encode() == token]
     assert len(learnt) > 20 and b"12" in learnt and b"123" not in learnt
@@ -45,7 +45,7 @@ def test_museum_33_the_pattern_of_the_training_is_that_of_the_use(trained: Token
         assert trained.encode(token.decode()) == [trained.tokens.index(token)], token
 
 
-def test_museum_33_the_pattern_is_read_from_the_file(tmp_path: Path) -> None:
+def test_the_pattern_is_read_from_the_file(tmp_path: Path) -> None:
     """Where the code named the pattern, a tokenizer trained with another one was run with the wrong one."""
     pattern = SPLIT_PATTERN.replace("{1,2}", "{1,3}")
     tokens = [*BYTES, b"12", b"123"]
@@ -67,7 +67,7 @@ class Program:
 
 
 @pytest.mark.parametrize("read", [Tokenizer.load, read_encoding])
-def test_museum_34_a_tokenizer_is_never_a_program(read: object, tmp_path: Path) -> None:
+def test_a_tokenizer_is_never_a_program(read: object, tmp_path: Path) -> None:
     """A pickled tokenizer ran whatever its writer wanted, with the rights of whoever chatted with the model."""
     path, traces = tmp_path / "tokenizer.pkl", tmp_path / "traces"
     path.write_bytes(pickle.dumps(Program(traces)))

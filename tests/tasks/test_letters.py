@@ -172,7 +172,7 @@ def test_messages_name_the_group_that_the_task_is_in(tmp_path: Path, monkeypatch
 
 
 def test_choices_stand_before_their_letters_without_a_blank() -> None:
-    """The letter in the question has to be the token that the answer is (bug museum 30: blanks in a rendered task)."""
+    """The letter in the question has to be the token that the answer is (a regression: blanks in a rendered task)."""
     text = render_choices("Which?", "AB", ["x", "y"])
     assert text == (
         "Multiple Choice question: Which?\n- x=A\n- y=B\n\nRespond only with the letter of the correct answer."

@@ -75,7 +75,7 @@ def test_names_are_keys_and_each_has_one_task(kinds: dict[str, TaskKind]) -> Non
     task("echo", TaskSettings)(Echo)
     task("echo", TaskSettings)(Echo)  # its module was imported again
     assert kinds["echo"].cls is Echo
-    with pytest.raises(UserError, match=r"task 'arithmetic': there are two of that name, nanochat_pl\.tasks\.arith"):
+    with pytest.raises(UserError, match=r"task 'arithmetic': there are two of that name, nanochat_pl\.tasks\.synth"):
         task("arithmetic", TaskSettings)(Echo)
 
 

@@ -1,4 +1,4 @@
-"""Tokenizers for the tests of this room: the golden one, and a small one trained here."""
+"""Tokenizers for the tests of this package: the golden one, and a small one trained here."""
 
 from __future__ import annotations
 

@@ -244,7 +244,7 @@ def test_little_stack_left_gives_none_and_no_crash() -> None:
     assert fall(sys.getrecursionlimit() - used - 60) is None
 
 
-def test_museum_55_runs_in_any_thread() -> None:
+def test_runs_in_any_thread() -> None:
     """A calculator with a time limit by signal works in the main thread only."""
     results: list[str | None] = []
     thread = threading.Thread(target=lambda: results.append(evaluate("6*7")))

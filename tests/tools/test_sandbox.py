@@ -456,7 +456,8 @@ def test_nothing_outlives_the_process_that_asked(mode: str, tmp_path: Path) -> N
     mark = f".{os.getpid():08d}1"
     settings = f"SandboxSettings(mode={mode!r}, seconds=600{mark})"
     program = "import os, time\nos.fork()\ntime.sleep(600)\n"
-    script = f"from nanochat_pl.tools.sandbox import *\nprint(1, flush=True)\nSandbox({settings}).run({program!r})\n"
+    imports = "from nanochat_pl.tools.sandbox.sandbox import *"
+    script = f"{imports}\nprint(1, flush=True)\nSandbox({settings}).run({program!r})\n"
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, env=_env(tmp_path)) as asking:
         assert _until(lambda: len(_processes(mark)) >= 6)  # itself, launcher, supervisor, warden, two of the program's
         asking.send_signal(signal.SIGKILL)

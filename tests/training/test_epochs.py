@@ -82,9 +82,7 @@ def test_of_a_fraction_of_an_epoch_the_first_rows_are_trained_on(
     assert np.array_equal(rows.read(numbers)[0], longer.read(numbers)[0]), "a longer run begins with the shorter one"
 
 
-def test_museum_56_conversations_longer_than_a_row_clog_nothing(
-    cache: ConversationCache, packed: Callable[..., Rows]
-) -> None:
+def test_conversations_longer_than_a_row_clog_nothing(cache: ConversationCache, packed: Callable[..., Rows]) -> None:
     """Elsewhere they stayed in the packer's buffer until rows were all padding, whose loss is NaN."""
     assert cache.rendering.num_cut == 15 and cache.rendering.num_without_target > 2
     rows = rows_of_epochs(packed, 3)

@@ -56,7 +56,7 @@ def test_first_weights_are_those_of_the_settings(place: Path, february: Path) ->
     assert not any("2026" in str(value) for value in resolved.values()), "numbers, and no names of generations"
 
 
-def test_museum_42_the_architecture_goes_on_to_the_next_stage(place: Path, february: Path) -> None:
+def test_the_architecture_goes_on_to_the_next_stage(place: Path, february: Path) -> None:
     """Elsewhere the window pattern was lost there, and the next stage took the default of the day."""
     assert fine_tune(place) == 0
     base, sft = (load_bundle(february / stage / "bundle") for stage in ("base", "sft"))

@@ -86,7 +86,7 @@ def open_rows(path: Path, shuffle: str, rows_per_step: int, tokenizer: Tokenizer
 def test_rows_are_the_same_for_any_number_of_processes_and_workers(
     shared: Path, tmp_path: Path, tokenizer: Tokenizer, folder: str, rows_per_step: int, shuffle: str
 ) -> None:
-    """50 steps, of text_tiny more than an epoch. Museum 25 to 27: loaders that differ, or lose their place."""
+    """50 steps, of text_tiny more than an epoch. A regression: loaders that differ, or lose their place."""
     path = shared / "data" / folder
     rows = open_rows(path, shuffle, rows_per_step, tokenizer, tmp_path)
     whole = hashes(rows, 0, STEPS)

@@ -76,6 +76,11 @@ def test_a_change_that_alters_the_result_is_refused_unless_it_is_asked_for(
     (folder / "base" / "checkpoints" / "step=000040.ckpt").unlink()
     assert train("run=other-lr", "optim.matrix_lr=0.03") == 2
     error = capsys.readouterr().err
+    assert train("run=other-lr", "optim.matrix_lr=0.03", "check_only=true") == 2
+    assert capsys.readouterr().err == error, "a check refuses what a start refuses"
+    assert train("run=other-lr", "check_only=true") == 0
+    assert train("run=other-lr", "optim.matrix_lr=0.03", "resume_with_changes=true", "check_only=true") == 0
+    capsys.readouterr()
     assert "optim.matrix_lr=0.03" in error and "begun with optim.matrix_lr=0.02" in error
     assert "resume_with_changes=true" in error
     assert train("run=other-lr", "optim.matrix_lr=0.03", "resume_with_changes=true") == 0
@@ -111,8 +116,12 @@ def test_a_finished_run_is_trained_longer(
     shutil.copytree(place / "runs" / "whole" / "base", folder / "base")
     assert train("run=longer", "max_steps=50") == 2
     assert "train on, with a larger max_steps and resume_with_changes=true" in capsys.readouterr().err
+    longer = ["run=longer", "max_steps=50", "resume_with_changes=true"]
+    assert train(*longer, "check_only=true") == 0
+    assert train(*longer, "model.depth=4", "check_only=true") == 2
+    assert "the weights are of that model" in capsys.readouterr().err
     assert (folder / "base" / "finished.json").exists()
-    assert train("run=longer", "max_steps=50", "resume_with_changes=true") == 0
+    assert train(*longer) == 0
     schedule = ScheduleSettings(warmup_steps=4)
     was, now = (schedule_values(schedule, 40, steps).lr_multiplier for steps in (40, 50))
     out = capsys.readouterr().out

@@ -253,10 +253,15 @@ def test_max_time_in_seconds(text: str, seconds: float) -> None:
     assert TrainerSettings(max_time=text).max_seconds == seconds
 
 
-@pytest.mark.parametrize("text", ["00:00:00:00", "11:30:00", "2h", "00:24:00:00", "00:00:60:00", "-1:00:00:00", ""])
+@pytest.mark.parametrize("text", ["11:30:00", "2h", "00:24:00:00", "00:00:60:00", "-1:00:00:00", ""])
 def test_max_time_of_another_form(text: str) -> None:
     with pytest.raises(UserError, match=f"trainer.max_time={text}: .*00:11:30:00"):
         build(TrainerSettings, {"max_time": text}, "trainer")
+
+
+def test_a_max_time_of_nothing() -> None:
+    with pytest.raises(UserError, match=r"trainer\.max_time=00:00:00:00: is no time at all; .*null"):
+        build(TrainerSettings, {"max_time": "00:00:00:00"}, "trainer")
 
 
 @pytest.mark.parametrize(

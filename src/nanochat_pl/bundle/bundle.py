@@ -162,9 +162,19 @@ def _require_finite_outputs(net: GPT) -> None:
 
 def load_config(folder: Path) -> GPTConfig:
     """The architecture of a bundle, checked against its bounds before any memory is taken."""
+    require_model(folder)
     config = build(GPTConfig, _read_object(folder, CONFIG), str(folder / CONFIG))
     require_size(config, memory_bytes())  # no model that is larger than this machine's memory is read
     return config
+
+
+def require_model(folder: Path) -> None:
+    """Raise :class:`UserError` for the bundle of a tokenizer: it lacks nothing, and has no model."""
+    if (folder / TOKENIZER).exists() and not any(os.path.lexists(folder / name) for name in (CONFIG, MODEL)):
+        raise UserError(
+            f"{folder}: a tokenizer's bundle has no model.",
+            fix="Give the bundle of a later stage, e.g. runs/NAME/base/bundle.",
+        )
 
 
 def load_weights(folder: Path, as_stored: bool = False) -> dict[str, torch.Tensor]:

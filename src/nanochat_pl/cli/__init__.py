@@ -1,1 +1,1 @@
-"""The commands. One file per command; the only room that knows Hydra."""
+"""The commands, one file each."""

@@ -24,6 +24,8 @@ from nanochat_pl.evaluation.results import (
     paired_summary,
 )
 
+_NAME_ONE = "Name RUN, RUN/STAGE, a bundle or a folder of results."
+
 
 @dataclass(frozen=True)
 class Other:
@@ -57,14 +59,19 @@ def locate_other(against: str, runs: Path) -> Other:
 
 def _other(against: str, runs: Path) -> Other:
     path = Path(against)
+    if not against.strip():
+        raise UserError("names nothing.", _NAME_ONE)
     if (runs / against).is_dir() and len(path.parts) <= 2:
         return _stage_of(against, runs / path)
     if (path / FOLDER).is_dir():
         return Other(against, None, path)
-    if (path / MODEL).is_file():
-        return Other(against, path, None)
+    for bundle in (path, runs / path):
+        if (bundle / MODEL).is_file():
+            return Other(against, bundle, None)
     if path.is_dir() and path.name not in STAGES and not any((path / stage).is_dir() for stage in STAGES):
-        raise UserError("is no bundle, and no folder of results that evaluate has written.")
+        raise UserError("is no bundle, and no folder of results that evaluate has written.", _NAME_ONE)
+    if not path.is_dir() and (path.exists() or path.is_absolute() or len(path.parts) > 2):
+        raise UserError("is no folder." if path.exists() else "there is no such folder.", _NAME_ONE)
     return _stage_of(against, path if path.is_dir() else runs / path)
 
 

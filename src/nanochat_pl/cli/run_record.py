@@ -35,7 +35,7 @@ from nanochat_pl.tasks.registry import kind_of
 from nanochat_pl.training.checkpoint import history as changes
 from nanochat_pl.training.config import TrainConfig
 
-# What says how a command is run, and nothing of the training.
+# Keys that control the command, not the training.
 _OF_THE_COMMAND = {"run", "resume", "resume_with_changes", "check_only", "yes"}
 # Keys, or groups of keys, that have no say in what is learnt: they may differ when a stage goes on.
 NO_SAY = {"trainer", "evaluation", "paths", "logger", "callbacks", "device_batch_size"} | _OF_THE_COMMAND
@@ -94,16 +94,20 @@ def own_settings(folder: StageFolder, schema: type) -> list[Setting]:
     ]
 
 
-def require_same_settings(folder: StageFolder, composed: Composed[TrainConfig]) -> None:
+def require_same_settings(folder: StageFolder, composed: Composed[TrainConfig], reopens: bool = False) -> None:
     """Refuse to go on with a stage, or to call it finished, under other settings than it was begun with.
 
     With resume_with_changes=true, a stage that is not finished may go on under other settings.
 
+    Args:
+        folder, composed: the stage and the settings.
+        reopens: whether the stage, if finished, goes on (:func:`trains_longer`).
+
     Raises:
         UserError: names each key with both values.
     """
-    finished = folder.status == "finished"
-    _require_same(folder, composed, but_for_changes=composed.config.resume_with_changes and not finished)
+    goes_on = folder.status != "finished" or reopens
+    _require_same(folder, composed, but_for_changes=composed.config.resume_with_changes and goes_on)
 
 
 def trains_longer(folder: StageFolder, composed: Composed[TrainConfig]) -> bool:
@@ -121,7 +125,7 @@ def trains_longer(folder: StageFolder, composed: Composed[TrainConfig]) -> bool:
 
 def reopen(folder: StageFolder, composed: Composed[TrainConfig]) -> None:
     """Make a finished stage one that goes on. Raises :class:`UserError` where what cannot change was changed, too."""
-    _require_same(folder, composed, but_for_changes=True)
+    require_same_settings(folder, composed, reopens=True)
     (folder.path / "finished.json").unlink()
 
 

@@ -182,8 +182,19 @@ def with_parent(composed: Composed[TrainConfig], folder: StageFolder) -> Compose
     return dataclasses.replace(composed, config=dataclasses.replace(composed.config, stage=named))
 
 
+def _require_begun_with(composed: Composed[TrainConfig], folder: StageFolder) -> None:
+    """Refuse what a stage that has begun would not go on with."""
+    if not _begun(folder):
+        return
+    longer = trains_longer(folder, composed)
+    if folder.status != "finished" or longer:
+        composed = dataclasses.replace(composed, config=inherited(composed.config, folder, composed.given))
+    require_same_settings(folder, composed, reopens=longer)
+
+
 def _print_check(composed: Composed[TrainConfig], folder: StageFolder) -> None:
     """What is known before anything is trained: of base its plan; a later stage's follows from its parent."""
+    _require_begun_with(composed, folder)
     stage, parent = folder.stage, parent_name(composed.config, folder)
     if stage == "base":
         print_plan(composed.config)

@@ -1,1 +1,1 @@
-"""What every room may use and what imports nothing of ours: errors, constants, files, settings, hardware."""
+"""What every package may use and what imports nothing of ours: errors, constants, files, settings, hardware."""

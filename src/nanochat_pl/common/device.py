@@ -15,6 +15,7 @@ import torch
 
 from nanochat_pl.common.compiling import constant_in_graphs
 from nanochat_pl.common.errors import UserError
+from nanochat_pl.common.launch_env import usable_cpus
 
 ComputeDType = Literal["float32", "bfloat16", "float16"]
 Accelerator = Literal["auto", "cpu", "gpu", "cuda", "mps"]  # what settings say; gpu is Lightning's word
@@ -52,7 +53,7 @@ def num_devices(wanted: int | Literal["auto"], device: torch.device, key: str) -
 
     Args:
         wanted: the setting; ``auto``: all GPUs, one CPU.
-        device: of the kind that is meant. A CPU may have any number of processes.
+        device: of the kind that is meant. Of CPUs each process takes one, two on any machine, for a try.
         key: of the setting, for messages.
 
     Raises:
@@ -66,6 +67,12 @@ def num_devices(wanted: int | Literal["auto"], device: torch.device, key: str) -
             f"{key}={wanted}: PyTorch sees {there} {'CUDA device' if device.type == 'cuda' else 'Apple GPU'}"
             f"{'s' if there > 1 else ''} on this machine.",
             fix=f"Use {key}=auto.",
+        )
+    if device.type == "cpu" and wanted > (most := max(2, usable_cpus())):
+        raise UserError(
+            f"{key}={wanted}: this program may use {usable_cpus()} CPUs here, and more processes would only wait for"
+            " each other.",
+            fix=f"Use {key}={most} or fewer.",
         )
     return wanted
 

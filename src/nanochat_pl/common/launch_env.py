@@ -1,4 +1,4 @@
-"""Where this process stands among those that a launcher started together. Plain Python: the console asks it too."""
+"""Rank and world size from the launcher's environment variables. Plain Python: the console asks it too."""
 
 from __future__ import annotations
 

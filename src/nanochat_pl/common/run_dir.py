@@ -29,6 +29,8 @@ CHAT_STAGES = ("mid", "sft", "rl")  # those that train on conversations
 RESULTS = ("evaluation", "report")
 # Of these a stage's folder has one as soon as it is locked, or imported, or copied from elsewhere.
 _RECORDS = ("lock", "about.json", "finished.json")
+# Folders beside runs, or in them, by which paths are told apart.
+RESERVED = (*STAGES, *RESULTS, "doctor")
 LOCK_PATIENCE_SECONDS = 5.0
 SHARED_RUNS = "All nodes need the same folder of runs: set paths.runs=… to one on a disk that they share."
 MAX_NAME_LENGTH = 200
@@ -155,6 +157,10 @@ class StageFolder:
 def stage_folder(runs: Path, run: str, stage: str) -> StageFolder:
     """The folder of a stage, whether it exists or not. Raises :class:`UserError` for a name that cannot be a run's."""
     check_name(run)
+    return _stage_folder(runs, run, stage)
+
+
+def _stage_folder(runs: Path, run: str, stage: str) -> StageFolder:
     note = runs / run / stage / "parent.json"
     parent_run = run
     with _looking_into(runs):
@@ -188,6 +194,11 @@ def check_name(name: str) -> None:
             f"run={name!r}: is no name for a run.",
             f"Use letters, digits and . + - _ (at most {MAX_NAME_LENGTH}, a letter or digit first).",
         )
+    if name in RESERVED:
+        raise UserError(
+            f"run={name}: is no name for a run, but one of the program's own folders ({', '.join(RESERVED)}).",
+            "Give another: run=NAME. A run that has this name is renamed by renaming its folder.",
+        )
 
 
 def list_runs(runs: Path) -> dict[str, list[StageFolder]]:
@@ -201,7 +212,7 @@ def list_runs(runs: Path) -> dict[str, list[StageFolder]]:
         for folder in folders:
             stages = [stage for stage in STAGES if any((folder / stage / name).is_file() for name in _RECORDS)]
             if stages and re.fullmatch(r"\w[\w.+-]*", folder.name):
-                found[folder.name] = [stage_folder(runs, folder.name, stage) for stage in stages]
+                found[folder.name] = [_stage_folder(runs, folder.name, stage) for stage in stages]
     return found
 
 
@@ -216,10 +227,20 @@ def newest_stage(runs: Path, run: str) -> StageFolder:
 
 
 def finished_stage(runs: Path, run: str, stage: str) -> StageFolder:
-    """A stage of a run that must be finished. Raises :class:`UserError` that says what there is instead."""
+    """A stage of a run that must be finished and have a model.
+
+    Raises:
+        UserError: it is not, and the message says what there is instead.
+    """
     known = {folder.stage: folder for folder in _stages_of(runs, run)}
+    with_model = [name for name in known if name != "tokenizer"]
+    fix = f"Name one with stage=…, or leave stage= out: it is the newest then ({', '.join(with_model)})."
+    if not with_model:
+        fix = f"Train one: nanochat-pl train stage=base run={run} …"
+    if stage == "tokenizer":
+        raise UserError(f"stage=tokenizer: has no model; valid: {', '.join(with_model) or 'none yet'}.", fix)
     if stage not in known:
-        raise UserError(f"{runs / run}: has no stage {stage}; it has {', '.join(known)}.")
+        raise UserError(f"stage={stage}: {runs / run} has no such stage; it has {', '.join(known)}.", fix)
     if known[stage].status != "finished":
         raise UserError(
             f"{known[stage].path}: is not finished.", f"Finish it: nanochat-pl train stage={stage} run={run} …"

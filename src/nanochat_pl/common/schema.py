@@ -130,14 +130,14 @@ def _nested_names(cls: Any) -> dict[str, str]:
 
 def _build(cls: Any, values: Any, where: str, problems: list[str]) -> Any:
     if not isinstance(values, Mapping):
-        problems.append(f"{where}={values!r}: must be a group of settings ({cls.__name__}).")
+        problems.append(f"{where}{'=' * bool(where)}{values!r}: must be a group of settings ({cls.__name__}).")
         return None
     hints = _type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
     found = len(problems)
     for key in values:
         if key not in fields:
-            name, explain = _join(where, str(key)), getattr(cls, "explain_unknown", lambda key, value: None)
+            name, explain = _join(where, str(key) or "''"), getattr(cls, "explain_unknown", lambda key, value: None)
             nearest = f": there is no such key; {_nearest(where, str(key), cls, fields)}"
             problems.append(f"{name}{explain(str(key), values[key]) or nearest}")
     arguments = {}
@@ -170,8 +170,11 @@ def _convert(hint: Any, value: Any, where: str, limits: Mapping[str, Any], probl
     if origin in (list, tuple):
         return _convert_sequence(origin, arguments, value, where, limits, problems)
     if origin is dict:
-        if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        if not isinstance(value, Mapping):
             problems.append(f"{where}={value!r}: must be a group of named values.")
+            return value
+        if no_texts := [key for key in value if not isinstance(key, str)]:
+            problems.append(f"{where}: the key {no_texts[0]!r} is no text; put quotes around it.")
             return value
         return {key: _convert(arguments[1], item, _join(where, key), limits, problems) for key, item in value.items()}
     if dataclasses.is_dataclass(hint):
@@ -236,7 +239,8 @@ def _convert_scalar(hint: Any, value: Any, where: str, limits: Mapping[str, Any]
     if fits is None:
         raise TypeError(f"{where}: settings of type {hint!r} are not supported")
     if not fits:
-        problems.append(f"{where}={value!r}: must be {_describe(hint)}.")
+        whole = hint is int and isinstance(value, float) and value.is_integer() and abs(value) < 1e18
+        problems.append(f"{where}={value!r}: must be {_describe(hint)}{f'; write {value:.0f}' if whole else ''}.")
         return value
     if hint is float:
         value = float(value)

@@ -62,7 +62,7 @@ def read_yaml(path: Path) -> Any:
             node = loader.get_single_node()
             if node is None:
                 return None
-            _require_plain(path, node, loader)
+            _require_plain(path, node, loader, "")
             return loader.construct_document(node)
         finally:
             loader.dispose()
@@ -109,8 +109,17 @@ def _require_bounded(path: Path, text: str) -> None:
             raise _error(path, event.start_mark, problem)
 
 
-def _require_plain(path: Path, node: yaml.Node, loader: _Loader) -> None:
-    """Refuse tags, numbers that are none, and keys that stand twice. What nodes expand to is bounded."""
+def _require_plain(path: Path, node: yaml.Node, loader: _Loader, where: str) -> None:
+    """Refuse tags, numbers that are none, and keys that stand twice. What nodes expand to is bounded.
+
+    Args:
+        path: of the file.
+        node: what is looked at, with all below it.
+        loader: of the file.
+        where: the keys that lead to it, for messages.
+    """
+    if node.tag == _MERGE:  # as a key it is passed over below
+        raise _error(path, node.start_mark, "'<<' is no value, but the key that merges a group; put quotes around it")
     if node.tag not in _PLAIN:
         raise _error(path, node.start_mark, f"is no YAML of plain data: {node.tag.replace('tag:yaml.org,2002:', '!!')}")
     if isinstance(node, yaml.ScalarNode):
@@ -119,17 +128,19 @@ def _require_plain(path: Path, node: yaml.Node, loader: _Loader) -> None:
         except ValueError as error:
             raise _error(path, node.start_mark, f"{node.value[:60]!r} is no number that can be read") from error
     elif isinstance(node, yaml.SequenceNode):
-        for item in node.value:
-            _require_plain(path, item, loader)
+        for number, item in enumerate(node.value):
+            _require_plain(path, item, loader, f"{where}[{number}]")
     elif isinstance(node, yaml.MappingNode):
         seen: dict[str, int] = {}
+        prefix = f"{where}." if where else ""
         for key, name, mark in _names(node, ""):
             if name in seen and key.tag != _MERGE:
-                raise _error(path, mark, f"{name} stands in line {seen[name] + 1} and again")
+                raise _error(path, mark, f"{prefix}{name} stands in line {seen[name] + 1} and again")
             seen[name] = mark.line
         for key, value in node.value:
-            _require_plain(path, key, loader)
-            _require_plain(path, value, loader)
+            if key.tag != _MERGE:
+                _require_plain(path, key, loader, where)
+            _require_plain(path, value, loader, f"{prefix}{getattr(key, 'value', '')}")
 
 
 def _names(node: yaml.MappingNode, prefix: str) -> Iterator[tuple[yaml.Node, str, yaml.Mark]]:

@@ -90,6 +90,9 @@ def compose_step(
     """
     name, rest = take_key(overrides, "experiment")
     if not name:
+        if len(rest) < len(overrides):  # an empty variable of the shell is a mistake, and not none
+            known = ", ".join(config_dir.experiments())
+            raise UserError("experiment=: names none.", f"Name one ({known}, or a file's path), or leave the key out.")
         return compose(command, schema, rest, own)
     experiment, path = read_experiment(name)
     before = [*own]

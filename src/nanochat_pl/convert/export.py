@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from nanochat_pl.bundle import Bundle, load_bundle
-from nanochat_pl.bundle.bundle import CONFIG, MODEL, TOKENIZER
-from nanochat_pl.common.errors import UserError
+from nanochat_pl.bundle.bundle import require_model
 from nanochat_pl.common.files import explain_disk_errors, write_text
 from nanochat_pl.convert.huggingface.config import is_native
 from nanochat_pl.convert.huggingface.model_card import model_card
@@ -26,10 +25,7 @@ def load_for_export(bundle_folder: Path, to: Path, layout: Layout, moments: bool
             cannot express it.
     """
     require_free(to)
-    if (bundle_folder / TOKENIZER).exists() and not any((bundle_folder / name).exists() for name in (CONFIG, MODEL)):
-        raise UserError(
-            f"{bundle_folder}: a tokenizer's bundle has no model to export.", fix="Export a later stage: stage=base."
-        )
+    require_model(bundle_folder)
     if layout == "hf":
         require_transformers()
     else:

@@ -1,4 +1,4 @@
-"""Work on the host that several processes do one after the other, or one for all; and errors that all of them share.
+"""Run host-side work on rank 0 only or on rank 0 first; raise one rank's UserError on every rank.
 
 With one process each of these is a plain call. A :class:`UserError` on one process is raised on all of them, as a
 :class:`SharedError`, so that none goes on and waits for one that is gone.

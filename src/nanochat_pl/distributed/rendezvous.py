@@ -61,7 +61,7 @@ class _Waiting:
         self.place, self.seconds = place, seconds
         self.begin, self.speaks_at, self.pause = time.monotonic(), in_silence, 0.02
 
-    def resuming(self, what: str) -> bool:
+    def continues(self, what: str) -> bool:
         """Whether there is time left; waits a little, and says now and then for what."""
         waited = time.monotonic() - self.begin
         if waited > self.seconds:
@@ -77,7 +77,7 @@ class _Waiting:
 def _reach(host: str, port: int, waiting: _Waiting) -> None:
     """Wait until somebody listens there: a client of the store would wait deaf to Ctrl-C, and print its own stack."""
     problem: OSError | None = None
-    while waiting.resuming(f"waits to reach MASTER_ADDR={host}, MASTER_PORT={port} ({problem})"):
+    while waiting.continues(f"waits to reach MASTER_ADDR={host}, MASTER_PORT={port} ({problem})"):
         try:
             with socket.create_connection((host, port), timeout=5.0):
                 return
@@ -99,7 +99,7 @@ def _wait_for_all(store: Any, place: LaunchEnv, waiting: _Waiting) -> None:
         missing = [str(rank) for rank, name in enumerate(names) if not store.check([name])]
         many = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
         listed = f"{', '.join(missing[:8])}{many} of WORLD_SIZE={place.world_size}"
-        if missing and not waiting.resuming(f"waits for process {listed}"):
+        if missing and not waiting.continues(f"waits for process {listed}"):
             raise UserError(
                 f"process {place.rank} has waited {waiting.seconds:.0f} s for process {listed}, in vain.",
                 "Is the same command started on each machine, with the same MASTER_ADDR and MASTER_PORT, and each RANK"

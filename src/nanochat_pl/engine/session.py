@@ -55,7 +55,7 @@ class Session:
         """
         return [] if self._answer is None else [*self._answer.prompt, *self._closed(self._answer)]
 
-    def rank_zero_print(
+    def send(
         self,
         message: str,
         max_tokens: int = 256,
@@ -76,10 +76,12 @@ class Session:
         ids = self.ids or [self._engine.tokenizer.bos_id]
         added = self._render(message, first=self._answer is None)
         if 1 + len(added) >= self.max_context:
+            trained = self._engine.net.config.sequence_len
+            larger = f", or give a larger max_context (the model was trained on {trained:,})"
             raise UserError(
                 f"The context is full: it has {self.max_context:,} tokens, and this message alone needs "
                 f"{1 + len(added):,} and some for the answer.",
-                fix="Write less.",
+                fix=f"Write less{larger if self.max_context < trained else ''}.",
             )
         system = self._engine.tokenizer.encode(f"{self.system}\n\n") if self.system else []
         dropped = self._turns_to_drop(len(ids), len(added) + len(system), max_tokens)

@@ -24,7 +24,12 @@ HELP = """\
 /system TEXT   start a new conversation with this system prompt; off: with none; alone it shows the prompt
 /help          this list
 /exit, /quit   end (also Ctrl-D, or Ctrl-C twice)
-Ctrl-C stops an answer."""
+Ctrl-C stops an answer.
+A blank in front of a message that begins with such a word sends it; so does pasting several lines."""
+
+COMMANDS = ("/clear", "/system", "/help", "/exit", "/quit")
+# What is taken for a command, known or mistyped: no path (/usr/lib) and no comment (// x).
+_COMMAND = re.compile(r"/[a-z]+(?:\s|$)")
 
 # A model may write anything; control characters could move the cursor or retitle the window.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -84,7 +89,7 @@ class Terminal:
         """
         lines = [input("> " if self.interactive else "")]
         # Where the terminal brackets what is pasted, readline gives it as one line with line ends in it.
-        while self.interactive and not lines[0].startswith("/") and _input_waits():
+        while self.interactive and lines[0].split(" ")[0] not in COMMANDS and _input_waits():
             try:
                 lines.append(input())
             except EOFError:
@@ -130,6 +135,9 @@ class Chat:
             self._terminal.remark("A conversation with the model. /help lists the commands, Ctrl-D ends.")
         while (line := self._next_line()) is not None:
             command = line.strip()
+            if command and ("\n" in command or not _COMMAND.match(line)):
+                self._reply(line)
+                continue
             if command in ("/exit", "/quit"):
                 return
             if command == "/clear":
@@ -139,10 +147,10 @@ class Chat:
                 self._set_system(command.partition(" ")[2].strip())
             elif command == "/help":
                 self._terminal.remark(HELP)
-            elif command.startswith("/"):
-                self._terminal.remark(f"There is no command {command.split()[0]}; /help lists them.")
             elif command:
-                self._reply(line)
+                self._terminal.remark(
+                    f"There is no command {command}; /help lists them. To send it as a message, put a blank in front."
+                )
 
     def _set_system(self, text: str) -> None:
         if not text:
@@ -182,7 +190,7 @@ class Chat:
 def _answer(session: Session, message: str, settings: ChatSettings, terminal: Terminal, show_tools: bool) -> bool:
     """Stream one answer. True if Ctrl-C stopped it."""
     dropped_before = session.num_dropped
-    events = session.rank_zero_print(
+    events = session.send(
         message,
         max_tokens=settings.max_tokens,
         temperature=settings.temperature,

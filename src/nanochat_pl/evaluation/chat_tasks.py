@@ -1,4 +1,4 @@
-"""Share of a task's problems that a chat model answers rightly: it writes answers, or chooses among letters.
+"""Accuracy on a task, by generation or by answer-letter logits.
 
 The task judges. Several processes share the problems out; what is found does not depend on how many there are.
 """

@@ -1,4 +1,4 @@
-"""What one of several processes has of some parameters: its gradients, moments and updates, and nobody else's.
+"""ZeRO-1: one rank's shard of a parameter group, with its gradients, moments and updates.
 
 The parameters' elements are laid end to end and cut into one part per process. All parts are equally long, as
 reduce-scatter and all-gather want it: what the last parts have beyond the parameters is filled up with zeros, in what

@@ -290,7 +290,7 @@ def _render(template: str, shown: dict[str, Any]) -> str:
         pass_at_k=pass_at_k,
         sampling_note=sampling_note,
     )
-    # The drawings hold no text of the run folder: titles, labels and numbers are this room's own.
+    # The drawings hold no text of the run folder: titles, labels and numbers are this package's own.
     environment.globals.update(
         svg=lambda panel, prefix: Markup(plots.svg(panel, prefix)), error_bar=_error_bar, summary_bar=_summary_bar
     )

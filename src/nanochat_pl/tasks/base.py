@@ -125,7 +125,7 @@ class Task(ABC):
         raise TypeError(f"{self.name}: is no categorical task")
 
     def made_of(self) -> Any:
-        """Plain data that, with the code, all conversations follow from; None: the conversations themselves tell."""
+        """What determines the conversations besides the code, as plain data; None: hash the conversations."""
         return None
 
     @cached_property

@@ -1,6 +1,6 @@
 """Tasks side by side, and their training conversations in one fixed order: evenly mixed, or task after task.
 
-A share of them is joined: the model that is trained on single questions alone answers the first one again and again.
+A share of them can be joined into conversations of several turns, as a chat has them.
 """
 
 from __future__ import annotations

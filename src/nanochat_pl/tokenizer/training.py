@@ -68,9 +68,8 @@ def train_tokenizer(
     if (reached := len(tokens) + len(SPECIAL_TOKENS)) < settings.vocab_size:
         raise UserError(
             f"tokenizer.vocab_size={settings.vocab_size}: the text to train on has pairs for no more than {reached:,}.",
-            # At the limit a token may be a whole document: half of it is a size to begin with.
-            fix=f"Set tokenizer.vocab_size={max(reached // 2, NUM_BYTES + len(SPECIAL_TOKENS))} or so, or give more"
-            " text (data.path=…, tokenizer.max_chars=…).",
+            fix=f"Set tokenizer.vocab_size={max(reached // 2, NUM_BYTES + len(SPECIAL_TOKENS))} or so (at"
+            " the limit a token may be a whole document), or give more text (data.path=…, tokenizer.max_chars=…).",
         )
     return Tokenizer(tokens, SPLIT_PATTERN)
 

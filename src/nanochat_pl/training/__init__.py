@@ -1,1 +1,1 @@
-"""Training: the only room with Lightning in it. One step, one module, one kind of resume file for all stages."""
+"""Training: the only package with Lightning in it. One step, one module, one kind of resume file for all stages."""

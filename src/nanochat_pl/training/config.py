@@ -1,4 +1,4 @@
-"""Settings of `nanochat-pl train`: every key of configs/train.yaml is a field here or in the room that uses it."""
+"""Settings of `nanochat-pl train`: every key of configs/train.yaml is a field here or in the package that uses it."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class StageSettings:
 
 @dataclass(frozen=True)
 class TrainerSettings:
-    """Group `trainer`: the machine and what is written when. None of it changes what is learnt."""
+    """Group `trainer`: hardware, logging and checkpointing. Does not affect the result."""
 
     accelerator: Accelerator = setting("auto", "Device to train on; auto: the best there is; gpu: cuda or mps.")
     devices: int | Literal["auto"] = setting(
@@ -132,7 +132,9 @@ class TrainerSettings:
         100, "Steps between two checks that all processes hold the same weights; 0: never.", at_least=0
     )
     spike_sigmas: float = setting(
-        6.0, "Say which rows a step had whose loss is so many standard deviations above the last; 0: never.", at_least=0
+        6.0,
+        "Report the rows of a step whose loss is this many robust standard deviations above the recent ones; 0: never.",
+        at_least=0,
     )
     detect_anomaly: bool = setting(False, "Find the operation that made a gradient NaN: many times slower.")
     profiler: Literal["simple", "advanced", "pytorch"] | None = setting(
@@ -143,6 +145,8 @@ class TrainerSettings:
 
     def __post_init__(self) -> None:
         if self.max_time is not None and not self.max_seconds:
+            if _TIME.fullmatch(self.max_time):
+                raise UserError(f"max_time={self.max_time}: is no time at all; max_time=null sets no limit.")
             raise UserError(
                 f"max_time={self.max_time}: is not a time of the form days:hours:minutes:seconds, as 00:11:30:00 for"
                 " eleven and a half hours."

@@ -1,4 +1,4 @@
-"""What stands between the gradients of a step and the update: no step with a figure that is not finite goes on.
+"""Stops or skips steps with a non-finite loss or gradient norm, and clips gradients.
 
 Loss and gradient norm are those of all processes, the same bits on each, so all of them decide alike without asking.
 """

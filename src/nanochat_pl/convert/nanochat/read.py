@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -258,12 +259,14 @@ def _read_tokenizer(
 ) -> tuple[Tokenizer | None, str | None, list[Path]]:
     """The tokenizer, the name of its encoding, and the files that were read."""
     folders = tokenizer_folders(source, checkpoint) if given == "auto" else [Path(given)]
-    path = next((folder / TOKENIZER_FILE for folder in folders if (folder / TOKENIZER_FILE).is_file()), None)
+    # What is there and no file is not passed over: reading it says what it is.
+    path = next((path for folder in folders if os.path.lexists(path := folder / TOKENIZER_FILE)), None)
     if given == "none" or (path is None and given == "auto"):
         remarks.append("Without a tokenizer: the bundle has none, so it can be evaluated and continued on ids alone.")
         return None, None, []
     if path is None:
-        raise UserError(f"tokenizer={given}: has no {TOKENIZER_FILE} in it.")
+        fix = f"Give the folder that holds {TOKENIZER_FILE}, or none."
+        raise UserError(f"tokenizer={given}: has no {TOKENIZER_FILE} in it.", fix)
     state = read_encoding(path)
     try:
         tokenizer = Tokenizer.from_ranks(state.mergeable_ranks, state.pat_str, state.special_tokens)

@@ -10,6 +10,7 @@ import io
 import pickle
 import re
 import struct
+import warnings
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,7 +79,9 @@ def read_torch(path: Path) -> Any:
         with zipfile.ZipFile(path) as archive:
             if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
                 raise UserError(f"{path}: is compressed, which torch.save never does.", fix=_COPY_AGAIN)
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch, about what it then refuses
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
     except _DAMAGED as error:
@@ -87,6 +90,8 @@ def read_torch(path: Path) -> Any:
                 f"{path}: holds more than tensors: {refused[1]} is refused, it could run anything.",
                 fix="Take nothing else from where it came.",
             ) from error
+        if "Weights only load failed" in str(error):  # torch's text tells how to run it all the same
+            raise UserError(f"{path}: is damaged, or holds more than tensors and plain data.", _COPY_AGAIN) from error
         raise UserError(
             f"{path}: is cut short, damaged or no file of torch.save: {first_line(error)}", fix=_COPY_AGAIN
         ) from error

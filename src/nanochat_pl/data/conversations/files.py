@@ -30,7 +30,7 @@ from nanochat_pl.data.sources.base import place_by_hash
 from nanochat_pl.tokenizer.chat_format import Fault
 
 CONVERSATION_SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".json")
-_RULE = 2  # part of every fingerprint: what counts as a conversation and how it is kept
+_RULE = 3  # part of every fingerprint: what counts as a conversation and how it is kept
 _HOPELESS_ROWS = 10_000  # a file of which so many rows from the first are all bad is not read on
 _ROWS_AT_ONCE = 256
 

@@ -41,9 +41,13 @@ _PAIRS = {
 _ABOUT = ("input", "context")
 _SYSTEM = ("system", "system_prompt", "system_message", "systemInstruction")
 _PREFERENCE, _OPENAI_PREFERENCE = ("chosen", "rejected"), ("preferred_output", "non_preferred_output")
-_ROW_MARKS = ("weight", "loss_weight", "train", "trainable", "label", "kto_tag")  # label beside a completion: KTO's
+# Marks of what is learnt: of messages, of their parts, of rows; then those of pieces of a text, and KTO's of rows.
+_LEARN, _LEARN_NOT = ("weight", "loss_weight", "train", "training", "trainable", "loss"), ("masked", "mask")
+_PIECES = ("train_detail", "training_detail", "loss_mask")
+_KTO = ("label", "kto_tag")  # a label beside a completion
+_MARKS = (*_LEARN, *_LEARN_NOT, *_PIECES, *_KTO)
 _KEYS = (
-    *(MESSAGES, *_LISTS, *_SYSTEM, *_PREFERENCE, *_OPENAI_PREFERENCE, *_ROW_MARKS, *_ABOUT, "history", "tools"),
+    *(MESSAGES, *_LISTS, *_SYSTEM, *_PREFERENCE, *_OPENAI_PREFERENCE, *_MARKS, *_ABOUT, "history", "tools"),
     *(key for pair in _PAIRS for key in pair),
 )
 _ROLES = {
@@ -57,8 +61,6 @@ _THINKING_PARTS = ("thinking", "reasoning", "redacted_thinking")
 # What else a message may have of its contents: there is no place for it here.
 _CONTENTS = ("reasoning_content", "reasoning", "thinking", "thought", "refusal", "audio", "images", "annotations")
 _CALLS = ("tool_calls", "function_call")
-_LEARN, _LEARN_NOT = ("weight", "loss_weight", "train", "training", "trainable", "loss"), ("masked", "mask")
-_PIECES = ("train_detail", "training_detail", "loss_mask")  # marks of pieces of a message
 _PYTHON, _CODE = ("python", "calculator"), ("code", "expression", "input", "query")
 _NO_TOOLS = "only calls of python, with code, can be learnt"
 
@@ -166,7 +168,8 @@ def _form_of(row: Mapping[str, Any]) -> tuple[str, str | tuple[str, ...]] | None
 
 def _values_of(row: Mapping[str, Any], key: str | tuple[str, ...]) -> tuple[Any, set[str], list[str]]:
     """The messages of a row, the keys that were used for them, and what was left out."""
-    used = {*_SYSTEM, *([key] if isinstance(key, str) else key)} | {mark for mark in _ROW_MARKS if row.get(mark) == 1}
+    used = {*_SYSTEM, *([key] if isinstance(key, str) else key)}
+    used |= {mark for mark in _MARKS if row.get(mark) == (mark not in _LEARN_NOT)}  # they say: to be learnt
     changes: list[str] = []
     if isinstance(key, str):
         values = row[key]
@@ -219,11 +222,29 @@ def _preferred(question: Any, chosen: Any) -> list[Any]:
 
 
 def _marked_row(row: Mapping[str, Any]) -> Fault | None:
-    """A row that as a whole is marked not to be learnt."""
-    for key in _ROW_MARKS:
-        value = row.get(key) if key != "label" or "completion" in row else None
-        if value is False or (key in ("weight", "loss_weight") and value == 0 and value is not None):
+    """A row that as a whole is marked not to be learnt, or in a way that cannot be followed.
+
+    Other values than those of marks, a text or a weight of 3, are taken for keys that mean something else.
+    """
+    for key in (*_LEARN, *_LEARN_NOT, *_KTO):
+        value = row.get(key)
+        may_be_figure = key in ("loss", "mask", *_KTO)
+        if not isinstance(value, bool if may_be_figure else (bool, int, float)):
+            continue
+        if key == "label" and "completion" not in row:
+            continue
+        learnt = 1 - value if key in _LEARN_NOT else value
+        if learnt == 0:
             return Fault("marked not to be learnt", f"{key}={value!r}: is marked not to be learnt.")
+        if not learnt >= 1:  # or it is NaN
+            return Fault("weight that is neither 0 nor 1", f"{key}={value!r}: must be 0 or 1.")
+    return _marked_pieces(row, "")
+
+
+def _marked_pieces(marked: Mapping[str, Any], where: str) -> Fault | None:
+    for key in _PIECES:
+        if _holds(marked, key):
+            return Fault("marks of pieces of a message", f"{where}{key}: a message is learnt whole or not at all.")
     return None
 
 
@@ -292,6 +313,8 @@ def _read_message(message: Mapping[str, Any], role: Any, where: str, reading: Re
         return content
     if isinstance(calls, Fault):
         return calls
+    if content is None and not calls and (left := [name for name in there if name in _CONTENTS]):
+        return Fault("content that is no text", f"{where}.{key}: is null; {', '.join(left)} of a message is not read.")
     if calls:
         texts = content if isinstance(content, list) else [{"type": "text", "text": content}] if content else []
         content = [*texts, *({"type": "python", "text": code} for code in calls)]
@@ -310,6 +333,9 @@ def _read_parts(parts: list[Any], role: Any, where: str, reading: Reading) -> An
             reading.changes.append(f"{kind} of a message left out")
             continue
         if isinstance(part, Mapping):
+            if role == "assistant" and (fault := _marked_part(part, f"{where}.content[{number}]")) is not None:
+                return fault
+            _note_keys_of_part(part, reading)
             is_text = kind in ("input_text", "output_text") or (kind is None and "text" in part)
             part = {"type": "text" if is_text else kind, "text": text_of_part(part)}
         kept.append(part)
@@ -323,8 +349,25 @@ def _read_parts(parts: list[Any], role: Any, where: str, reading: Reading) -> An
     return "\n".join(texts) if all(isinstance(text, str) for text in texts) else texts
 
 
+def _marked_part(part: Mapping[str, Any], where: str) -> Fault | None:
+    """A part that is marked otherwise than to be learnt. What a tool answers is never learnt."""
+    weight = _weight_of(part, where)
+    if weight == 0 and part.get("type") != "python_output":
+        marks = ", ".join(key for key in (*_LEARN, *_LEARN_NOT) if part.get(key) is not None)
+        return Fault("marks of pieces of a message", f"{where}.{marks}: a message is learnt whole or not at all.")
+    return weight if isinstance(weight, Fault) else None
+
+
+def _note_keys_of_part(part: Mapping[str, Any], reading: Reading) -> None:
+    """Note the keys of a part that nothing is made of; the text is that of :func:`text_of_part`."""
+    known = {"type", "text" if "text" in part else "code", *_LEARN, *_LEARN_NOT, *_PIECES, *_CONTENTS}
+    there = [name for name in part if _holds(part, name)]
+    reading.unread |= {f"messages[].content[].{name}" for name in there if name not in known}
+    reading.changes += [f"{name} of a message left out" for name in there if name in _CONTENTS]
+
+
 def _weight_of(message: Mapping[str, Any], where: str) -> int | Fault:
-    """0 for a message that is marked not to be learnt, else 1."""
+    """0 for a message, or a part of one, that is marked not to be learnt, else 1."""
     learnt = True
     for key in (*_LEARN, *_LEARN_NOT):
         value = message.get(key)
@@ -333,10 +376,7 @@ def _weight_of(message: Mapping[str, Any], where: str) -> int | Fault:
         if isinstance(value, str) or value not in (0, 1):
             return Fault("weight that is neither 0 nor 1", f"{where}.{key}={quote(value)}: must be 0 or 1.")
         learnt = learnt and bool(value) == (key in _LEARN)
-    for key in _PIECES:
-        if message.get(key) not in (None, []):
-            return Fault("marks of pieces of a message", f"{where}.{key}: a message is learnt whole or not at all.")
-    return int(learnt)
+    return _marked_pieces(message, f"{where}.") or int(learnt)
 
 
 def _calls_of(message: Mapping[str, Any], where: str) -> list[str] | Fault:

@@ -209,7 +209,9 @@ def _read_baselines(path: Path) -> dict[str, float]:
             except (TypeError, ValueError):
                 raise UserError(f"{path}: the baseline of {name!r} is {percent!r}, not a number.") from None
             if not 0 <= baselines[name] < 1:
-                raise UserError(f"{path}: the baseline of {name!r} is {percent}, not 0 … 100 percent.")
+                raise UserError(
+                    f"{path}: the baseline of {name!r} is {percent} percent; must be at least 0 and below 100."
+                )
     except csv.Error as error:
         raise UserError(f"{path}: is no CSV: {error}") from error
     return baselines

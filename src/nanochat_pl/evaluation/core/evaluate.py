@@ -124,7 +124,11 @@ def open_core(settings: CoreSettings, cache_dir: Path, hub: Path | None) -> Core
             else f"core: the evaluation bundle is not here ({folder}).",
             f"Fetch it: nanochat-pl download {keys}",
         )
-    known = read_tasks(folder)
+    try:
+        known = read_tasks(folder)
+    except UserError as error:
+        fix = "Mend the bundle, name another folder (core.path=…), or fetch one: nanochat-pl download eval_bundle=true"
+        raise UserError(error.problems, error.fix or fix) from error
     there = {name: task for name, task in known.items() if task.path.is_file()}
     missing: tuple[str, ...] = ()
     if settings.tasks is None:

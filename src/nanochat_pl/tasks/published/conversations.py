@@ -144,7 +144,7 @@ class ConversationSet(Task):
         return self.files[file], int(self._indices[file][index - before])
 
     def evaluate(self, conversation: Conversation, answer: Content) -> bool:
-        raise UserError(f"{self.name}: what is a right answer in a conversation, nobody can tell.")
+        raise UserError(f"{self.name}: conversation data sets have no ground-truth answers.")
 
     @cached_property
     def fingerprint(self) -> str:

@@ -42,7 +42,7 @@ class Benchmark:
         tasks: their names.
         measure_task: measures one of them, on all processes; calls its last argument now and then, as often as suits
             each. Where that may fail on one of them, it is within
-            :func:`together.raise_on_all_ranks`.
+            :func:`coordination.raise_on_all_ranks`.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Going on with a run: what must be as it was, and what may change where that is asked for."""
+"""Resume checks: settings that must match the checkpoint, and those that may change with resume_with_changes=true."""
 
 from __future__ import annotations
 

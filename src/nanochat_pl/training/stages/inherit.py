@@ -44,9 +44,12 @@ def parent_folder(config: TrainConfig, folder: StageFolder) -> StageFolder | Non
     if parent.status != "finished":
         if name == "tokenizer":
             return None
+        state, fix = "is not there", "Train it first"
+        if parent.status == "unfinished":
+            state, fix = "is not finished", "Let it end, or finish it"
         raise UserError(
-            f"{parent.bundle}: there is no finished {name} stage to start from.",
-            fix=f"Train it first: nanochat-pl train stage={name} run={parent.run} …",
+            f"{parent.path}: the {name} stage to start from {state}.",
+            fix=f"{fix}: nanochat-pl train stage={name} run={parent.run} …",
         )
     return parent
 
