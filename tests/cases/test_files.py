@@ -103,6 +103,19 @@ def test_links_are_followed_once(tmp_path: Path) -> None:
     assert list(find_files("data.path", str(tmp_path / "set/*/*.txt")).files) == ["deep/b.txt", "there/c.txt"]
 
 
+@pytest.mark.parametrize("given", ["", "*.txt", "**/*.txt"])
+def test_links_that_lead_nowhere_leave_the_other_files_readable(given: str, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "self.txt").symlink_to("self.txt")
+    (tmp_path / "there.txt").symlink_to("back.txt")
+    (tmp_path / "back.txt").symlink_to("there.txt")
+    found = find_files("data.path", str(tmp_path / given))
+    assert list(found.files) == ["a.txt"]
+    assert found.remarks()[0].startswith("3 files left out (unreadable (Too many levels of symbolic links)), the first")
+    with pytest.raises(UserError, match=r"data\.path='.*self\.txt': cannot be looked at: Too many levels"):
+        find_files("data.path", str(tmp_path / "self.txt"))
+
+
 def test_08_splits_by_name_are_the_same_everywhere(shared: Path, tmp_path: Path) -> None:
     source = local(shared / "cases/08_local_split_names/wikitext", tmp_path)
     assert [shard.name for shard in source.shards("train")] == ["train-00000-of-00001.parquet"]

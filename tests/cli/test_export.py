@@ -90,7 +90,7 @@ def test_nanochats_layout(golden: Path, here: Path, capsys: pytest.CaptureFixtur
         (["bundle=nothing", "to=out"], "bundle=nothing: there is no such folder"),
         (["bundle=run/sft/bundle", "to=run"], "to=run: is there already"),
         (["bundle=run/sft/bundle", "to=."], "to=.: must name the folder"),
-        (["bundle=run/sft/bundle", "to="], "to=.: must name the folder"),
+        (["bundle=run/sft/bundle", "to="], "to='': is empty"),
         (["bundle=run/sft/bundle", "to=/"], "to=/: must name the folder"),
         (["bundle=run/sft/bundle", "to=run/.."], "must name the folder"),
         (["bundle=run", "to=out"], r"config.json: there is no such file"),

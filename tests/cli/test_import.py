@@ -125,7 +125,7 @@ def test_what_is_in_the_way_is_said_before_a_checkpoint_is_read(
     for key, said in (
         ("run=gold", "runs/gold/base: is there already"),
         ("to=.", "to=.: must name the folder"),
-        ("to=", "to=.: must name the folder"),
+        ("to=", "to='': is empty"),
         ("to=/", "to=/: must name the folder"),
         ("to=link", "to=link: is a link"),
     ):

@@ -21,8 +21,8 @@ def runs(here: Path) -> Path:
     base.create()
     write_json(base.path / "finished.json", {"step": 20, "metrics": {"val/bpb": 1.25}})
     sft = stage_folder(here / "runs", "d4", "sft")
-    sft.create()
-    (sft.path / "checkpoints").mkdir()
+    with sft.locked():
+        (sft.path / "checkpoints").mkdir()
     (sft.path / "checkpoints" / "step=000007.ckpt").write_bytes(bytes(2**20))
     return here / "runs"
 
@@ -41,6 +41,17 @@ def test_how_far_an_unfinished_stage_is(runs: Path, capsys: pytest.CaptureFixtur
     (sft / "metrics.csv").write_text("step,train/loss\n57,2.5\n58,2.4\n599", encoding="utf-8")
     run([])
     assert capsys.readouterr().out.splitlines()[2].split() == ["d4", "sft", "unfinished", "58/150", "1.0"]
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"step": 1', '{"step": 1, "metrics": [3]}'])
+def test_a_damaged_stage_does_not_hide_the_others(content: str, runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (path := runs / "d4" / "base" / "finished.json").write_text(content, encoding="utf-8")
+    (runs / "d4" / "sft" / "plan.json").write_text('{"num_steps": [3]}', encoding="utf-8")
+    assert run([]) == 0
+    said = capsys.readouterr().out
+    lines = [line.split() for line in said.splitlines()]
+    assert lines[1][:3] == ["d4", "base", "damaged"] and lines[2][:3] == ["d4", "sft", "unfinished"]
+    assert f"{path.relative_to(runs.parent)}: " in said and "Bring it back from a copy; or delete it" in said
 
 
 def test_a_stage_that_is_training(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -76,6 +87,27 @@ def test_only_runs_are_deleted(runs: Path, name: str) -> None:
     with pytest.raises(UserError, match="there is no such run"):
         delete_run(runs, name)
     assert (runs / "d4").exists()
+
+
+def test_a_folder_that_merely_has_one_with_the_name_of_a_stage_is_no_run(here: Path) -> None:
+    note = here / "runs" / "mine" / "tokenizer" / "note.txt"
+    note.parent.mkdir(parents=True)
+    note.touch()
+    with pytest.raises(UserError, match="delete=mine: there is no such run"):
+        run(["delete=mine"])
+    assert note.exists()
+
+
+@pytest.mark.parametrize("foreign", ["important.txt", "tokenizer"])
+def test_a_run_is_not_deleted_with_what_others_put_into_it(runs: Path, foreign: str) -> None:
+    (runs / "d4" / "report").mkdir()
+    (runs / "d4" / foreign).mkdir()
+    with pytest.raises(UserError, match=f"delete=d4: .* did not write: {foreign}. Nothing was deleted.\nMove"):
+        run(["delete=d4"])
+    assert (runs / "d4" / "base" / "finished.json").exists()
+    (runs / "d4" / foreign).rmdir()
+    run(["delete=d4"])
+    assert not (runs / "d4").exists()
 
 
 def test_a_link_is_removed_and_not_what_it_points_to(runs: Path, tmp_path: Path) -> None:

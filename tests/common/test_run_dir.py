@@ -28,8 +28,9 @@ from nanochat_pl.common.run_dir import (
 def make(runs: Path, run: str, stage: str, finished: bool = True) -> None:
     folder = stage_folder(runs, run, stage)
     folder.create()
-    if finished:
-        write_json(folder.path / "finished.json", {"step": 3})
+    with folder.locked():
+        if finished:
+            write_json(folder.path / "finished.json", {"step": 3})
 
 
 @pytest.mark.parametrize("name", ["d4", "demo-2", "a.b_c+1", "lr-matrix_lr0.01", "Größe"])
@@ -51,6 +52,7 @@ def test_names_of_the_programs_own_folders_are_reserved(name: str, tmp_path: Pat
     with pytest.raises(UserError, match=f"run={name}: is no name for a run, but one of the program's own"):
         stage_folder(tmp_path, name, "base")
     (tmp_path / name / "base").mkdir(parents=True)  # of an older version
+    (tmp_path / name / "base" / "lock").touch()
     assert list(list_runs(tmp_path)) == [name], "it is still listed"
 
 
@@ -93,6 +95,7 @@ def test_runs_are_listed_with_their_stages_and_nothing_else(tmp_path: Path) -> N
     make(tmp_path, "a", "tokenizer")
     (tmp_path / "a" / "report").mkdir()
     (tmp_path / "notes").mkdir()
+    (tmp_path / "project" / "tokenizer").mkdir(parents=True)  # of somebody else: it has no records
     (tmp_path / "file").touch()
     found = {name: [folder.stage for folder in stages] for name, stages in list_runs(tmp_path).items()}
     assert found == {"a": ["tokenizer"], "b": ["base", "sft"]}

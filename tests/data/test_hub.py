@@ -433,6 +433,9 @@ def test_a_training_that_goes_on_has_the_files_that_it_was_begun_with(
     record.write_text('{"data": {"commit": 1}}')
     with pytest.raises(UserError, match=r"data\.json: data\.commit"):
         read_chosen(record)
+    record.write_text("[]")
+    with pytest.raises(UserError, match=r"data\.json: must hold a JSON object, not list.\n.*resume=never"):
+        read_chosen(record)
 
 
 def test_a_mixture_goes_on_with_its_files(hub: HubServer, tmp_path: Path) -> None:

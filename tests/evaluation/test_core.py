@@ -238,6 +238,9 @@ def test_what_is_wrong_with_the_tables_is_said(tmp_path: Path, change: Any, mess
         (LM | {"num_fewshot": [-1]}, 0, "below 0"),
         (LM | {"dataset_uri": "../../secret.jsonl"}, 0, "leads out of"),
         (LM | {"dataset_uri": "/etc/passwd"}, 0, "leads out of"),
+        (LM | {"dataset_uri": "a\ud800"}, 0, r"core\.yaml: icl_tasks\[0\]: dataset_uri='.*a.*': is no path of UTF-8"),
+        (LM | {"dataset_uri": "a\0b"}, 0, "dataset_uri='.*a.*b': is no path of UTF-8 text without NULs"),
+        (LM | {"dataset_uri": "a" * 300}, 0, "dataset_uri='.*a'…: cannot be looked at: File name too long"),
         (LM, 100, "is 100 percent; must be at least 0 and below 100"),
         (LM, "nan", "must be at least 0 and below 100"),
         (LM, "", "not a number"),
@@ -257,6 +260,10 @@ def test_a_file_that_links_out_of_the_bundle_is_refused(tmp_path: Path) -> None:
     (folder / "eval_data/lm.jsonl").unlink()
     (folder / "eval_data/lm.jsonl").symlink_to(tmp_path / "secret")
     with pytest.raises(UserError, match="leads out of"):
+        opened(folder)
+    (folder / "eval_data/lm.jsonl").unlink()
+    (folder / "eval_data/lm.jsonl").symlink_to("lm.jsonl")
+    with pytest.raises(UserError, match=r"dataset_uri='.*lm\.jsonl': cannot be looked at: Too many levels"):
         opened(folder)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html.parser
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -261,10 +262,20 @@ def test_a_damaged_file_is_named(tmp_path: Path, name: str, content: str | bytes
         tasks = [{"name": "arithmetic", "accuracy": 0.5, "n": 2}]
         write_json(path.parent / "results.json", {"suites": {"chat": {"tasks": tasks}}})
     path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))
-    with pytest.raises(UserError, match=re.escape(str(path))):
+    with pytest.raises(UserError, match=rf"{re.escape(str(path))}(.|\n)*move it away"):
         write_report(tmp_path / "demo")
     with pytest.raises(UserError, match=re.escape(str(path))):
         summary_table(tmp_path / "demo")
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("name", ["metrics.csv", "samples.jsonl", "plan.json"])
+def test_no_pipe_is_waited_for(name: str, tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "demo")
+    (folder / "base" / name).unlink(missing_ok=True)
+    os.mkfifo(folder / "base" / name)
+    with pytest.raises(UserError, match=rf"{re.escape(name)}: is a FIFO"):
+        write_report(folder)
 
 
 @pytest.mark.parametrize("name", ["absent", "empty"])

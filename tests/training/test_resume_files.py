@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.common.files import free_bytes
+from nanochat_pl.common.files import free_bytes, keep_lines_until
 from nanochat_pl.common.run_dir import StageFolder
 from nanochat_pl.distributed import collectives
 from nanochat_pl.training.callbacks import metrics
@@ -44,6 +44,11 @@ def _make_folder(path: Path) -> None:
     path.mkdir()
 
 
+def _make_pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
 DAMAGES: dict[str, Callable[[Path], object]] = {
     "a flipped bit": _flip,
     "truncated": lambda path: os.truncate(path, path.stat().st_size // 2),
@@ -53,6 +58,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "another archive": lambda path: zipfile.ZipFile(path, "w").close(),
     "another checkpoint": lambda path: torch.save({"model": torch.ones(3)}, path),
     "a folder": _make_folder,
+    "a pipe": _make_pipe,
     "another step's": lambda path: shutil.copy(path.with_name("step=000035.ckpt"), path),
 }
 
@@ -139,6 +145,70 @@ def test_a_torn_line_of_figures_is_no_other_step(tmp_path: Path) -> None:
     again.rewind(11)
     again.save()
     assert again.path.read_text(encoding="utf-8") == whole
+
+
+JUNK = [b"\x00\xff,,,junk", b'"', b"3,x" + b"," * (len(metrics.COLUMNS) - 2), b"3,4.5", b"\xb2,1", b"\0" * 100]
+
+
+@pytest.mark.parametrize("junk", JUNK)
+def test_damaged_figures_are_left_out_with_a_word_and_the_others_stay(junk: bytes, tmp_path: Path) -> None:
+    first = MetricsCSV(tmp_path / "metrics.csv")
+    first.rewind(0)
+    for step in range(1, 6):
+        first.log_metrics({"train/loss": 4.5}, step)
+    first.save()
+    whole = first.path.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    first.path.write_bytes(b"".join([*lines[:3], junk, b"\n", *lines[3:], junk]))
+    again = MetricsCSV(first.path)
+    with pytest.warns(UserWarning, match=r"metrics\.csv: 1 line is damaged and left out"):
+        assert again.rewind(5) == {"train/loss": 4.5}
+    assert first.path.read_bytes() == whole
+
+
+@pytest.mark.parametrize("kept", [0, 1, 3])
+def test_lost_figures_are_said_once(kept: int, tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    first = MetricsCSV(tmp_path / "metrics.csv")
+    first.rewind(0)
+    for step in range(2, 9, 2):
+        first.log_metrics({"train/loss": 4.5}, step)
+    first.save()
+    again = MetricsCSV(first.path)
+    again.rewind(9, log_every_steps=2)
+    assert not recwarn.list
+    first.path.write_bytes(b"".join(first.path.read_bytes().splitlines(keepends=True)[:kept]))
+    last = 2 * max(0, kept - 1)
+    with pytest.warns(UserWarning, match=f"the figures of steps {last + 1} to 9 are lost"):
+        again.rewind(9, log_every_steps=2)
+    again.log_metrics({"train/loss": 4.5}, 10)
+    again.save()
+    recwarn.clear()
+    MetricsCSV(first.path).rewind(10, log_every_steps=2)
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("header", [b"st\xff,train/loss", b"1,4.5", b"step,step"])
+def test_figures_without_their_names_are_refused(header: bytes, tmp_path: Path) -> None:
+    (path := tmp_path / "metrics.csv").write_bytes(header + b"\n1,4.5\n")
+    with pytest.raises(UserError, match=r"metrics\.csv: line 1 is damaged.*\n.*move it away"):
+        MetricsCSV(path).rewind(1)
+
+
+@pytest.mark.timeout(20)
+def test_no_pipe_of_figures_is_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "metrics.csv")
+    with pytest.raises(UserError, match=r"metrics\.csv: is a FIFO"):
+        MetricsCSV(tmp_path / "metrics.csv").rewind(1)
+    with pytest.raises(UserError, match=r"metrics\.csv: is a FIFO"):
+        keep_lines_until(tmp_path / "metrics.csv", 1)
+
+
+def test_damaged_lines_of_records_are_left_out_with_a_word(tmp_path: Path) -> None:
+    path = tmp_path / "samples.jsonl"
+    path.write_bytes(b'{"step": 1}\n\xff\n[]\n{"step": "2"}\n{\n{"step": 2}\n{"step": 3}\n{"ste')
+    with pytest.warns(UserWarning, match=r"samples\.jsonl: 4 lines are damaged and left out"):
+        keep_lines_until(path, 2)
+    assert path.read_bytes() == b'{"step": 1}\n{"step": 2}\n'
 
 
 def test_figures_of_the_last_step_outlive_a_kill_right_after_the_start(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ class ChatConfig(ChatSettings):
 
     run: str | None = setting(None, "Name of the run; null: the only one there is.")
     stage: str | None = setting(None, "Its stage; null: the newest that is finished.")
-    bundle: str | None = setting(None, "Folder of a bundle, instead of a run.")
+    bundle: str | None = setting(None, "Folder of a bundle, instead of a run.", path="place")
     accelerator: Accelerator = setting("auto", "Device to run on; auto: the best there is.")
     paths: PathsSettings = setting(factory=PathsSettings)
 

@@ -54,7 +54,7 @@ class DoctorConfig(TrainConfig):
         100_000, "Documents of each split whose text is read; of more of them, an even sample.", at_least=1
     )
     eval_bundle: str | None = setting(
-        None, "Folder of evaluation sets (eval_data/**/*.jsonl) to look for in the training text."
+        None, "Folder of evaluation sets (eval_data/**/*.jsonl) to look for in the training text.", path="place"
     )
 
 

@@ -37,15 +37,17 @@ class EvaluateConfig:
 
     run: str | None = setting(None, "Name of the run; null: the only one there is.")
     stage: str | None = setting(None, "Its stage; null: the newest that is finished.")
-    bundle: str | None = setting(None, "Folder of a bundle, instead of a run.")
-    to: str | None = setting(None, "Folder of the results; null: evaluation/STAGE in the run's folder.")
+    bundle: str | None = setting(None, "Folder of a bundle, instead of a run.", path="place")
+    to: str | None = setting(None, "Folder of the results; null: evaluation/STAGE in the run's folder.", path="place")
     suites: list[Suite] | None = setting(
         None,
         "What to measure: bpb, core, chat (the tasks that it was trained on), chatcore, samples, harness, tokenizer;"
         " null: as it suits the stage, as far as the data is here.",
     )
     against: str | None = setting(
-        None, "Another model to compare with, on the same problems: RUN, RUN/STAGE, a bundle, or a folder of results."
+        None,
+        "Another model to compare with, on the same problems: RUN, RUN/STAGE, a bundle, or a folder of results.",
+        path="place",
     )
     limit: int | None = setting(200, "chat, chatcore: most problems of a task, a seeded choice; null: all.", at_least=1)
     max_tokens: int = setting(256, "Most tokens of an answer.", at_least=1, at_most=4096)
@@ -54,7 +56,9 @@ class EvaluateConfig:
     top_k: int | None = setting(None, "Draw from so many most likely tokens; null: from all.", at_least=1)
     seed: int = setting(0, "Seed of what is drawn.", at_least=0)
     data_path: str | None = setting(
-        None, "Text for bits per byte: file, folder or glob; null: the data that the model was trained on."
+        None,
+        "Text for bits per byte: file, folder or glob; null: the data that the model was trained on.",
+        path="pattern",
     )
     num_rows: int = setting(512, "Validation rows for bits per byte, or as many as there are.", at_least=1)
     batch_size: int = setting(32, "Rows at once: memory and time, not results.", at_least=1, at_most=4096)

@@ -34,9 +34,9 @@ class ExportConfig:
 
     run: str | None = setting(None, "Name of the run; null: the only one there is.")
     stage: str | None = setting(None, "Its stage; null: the newest that is finished.")
-    bundle: str | None = setting(None, "Folder of a bundle, instead of a run.")
+    bundle: str | None = setting(None, "Folder of a bundle, instead of a run.", path="place")
     format: Literal["hf", "nanochat"] = setting("hf", "For whom: hf = transformers, nanochat = its base folder.")
-    to: str | None = setting(None, "The folder to make; it must not be there, or be empty.")
+    to: str | None = setting(None, "The folder to make; it must not be there, or be empty.", path="place")
     moments: bool = setting(True, "nanochat: write the optimizer's moments along where they are there.")
     paths: PathsSettings = setting(factory=PathsSettings)
 
@@ -49,7 +49,7 @@ def run(arguments: Sequence[str]) -> int:
     config = compose("export", ExportConfig, arguments).config
     if config.to is None:
         raise UserError("to: is missing: it names the folder to make.", "For example to=my-model-hf")
-    to = Path(config.to).expanduser()
+    to = Path(config.to)
     source = locate_bundle(config.bundle, config.run, config.stage, Path(config.paths.runs))
     bundle = load_for_export(source, to, config.format, config.moments)
     rank_zero_print(f"{source} → {to}, for {READERS[config.format]}")

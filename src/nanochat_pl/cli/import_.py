@@ -31,14 +31,16 @@ from nanochat_pl.convert.output_dir import parents_removed_on_error, require_fre
 class ImportConfig:
     """The root of configs/import.yaml."""
 
-    source: str | None = setting(None, "Folder to read: of nanochat, or of transformers.")
-    to: str | None = setting(None, "Folder of the bundle to make; it must not be there, or be empty.")
+    source: str | None = setting(None, "Folder to read: of nanochat, or of transformers.", path="place")
+    to: str | None = setting(None, "Folder of the bundle to make; it must not be there, or be empty.", path="place")
     run: str | None = setting(None, "Instead of to: name of a new run that the bundle becomes a finished stage of.")
     stage: Stage | None = setting(None, "nanochat: which stage's checkpoint, where there are several.")
     tag: str | None = setting(None, "nanochat: which model's (d12 …), where there are several.")
     step: int | None = setting(None, "nanochat: which step's, where there are several.", at_least=0)
     era: Era | None = setting(None, "nanochat: generation of the architecture; null: found by the tensors.")
-    tokenizer: str = setting("auto", "nanochat: auto (where nanochat keeps it), none, or the folder that it lies in.")
+    tokenizer: str = setting(
+        "auto", "nanochat: auto (where nanochat keeps it), none, or the folder that it lies in.", path="place"
+    )
     moments: bool = setting(True, "nanochat: take the optimizer's moments along where they are there.")
     paths: PathsSettings = setting(factory=PathsSettings)
 
@@ -53,7 +55,7 @@ def run(arguments: Sequence[str]) -> int:
         raise UserError("source: is missing: it names the folder to read.", "For example source=~/.cache/nanochat")
     if (config.to is None) == (config.run is None):
         raise UserError("to: a folder for the bundle, or run: the name of a new run; give one of them.")
-    source = Path(config.source).expanduser()
+    source = Path(config.source)
     _require_checkpoint(source)
     if config.run is not None:
         folder = stage_folder(Path(config.paths.runs), config.run, _stage_in(source, config))
@@ -63,7 +65,7 @@ def run(arguments: Sequence[str]) -> int:
         figures = ""  # they lie in the run
     else:
         assert config.to is not None
-        to = Path(config.to).expanduser()
+        to = Path(config.to)
         require_free(to)
         imported = _read_and_tell(source, config)
         bundle = save_imported(imported, to)

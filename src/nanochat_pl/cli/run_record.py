@@ -22,10 +22,10 @@ from nanochat_pl.bundle.stage_info import library_versions
 from nanochat_pl.common.console import rank_zero_print
 from nanochat_pl.common.device import choose_device, device_name
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.common.files import read_json, sha256_of_file, write_bytes, write_json, write_text
+from nanochat_pl.common.files import read_object, sha256_of_file, write_bytes, write_json, write_text
 from nanochat_pl.common.run_dir import StageFolder
 from nanochat_pl.common.schema import to_plain
-from nanochat_pl.common.text_files import require_regular
+from nanochat_pl.common.text_files import read_bytes, require_regular
 from nanochat_pl.config.compose import Composed
 from nanochat_pl.config.overrides import UNKNOWN, Setting, type_of_key
 from nanochat_pl.data.sources.open import read_chosen
@@ -119,7 +119,7 @@ def trains_longer(folder: StageFolder, composed: Composed[TrainConfig]) -> bool:
     if not config.resume_with_changes or folder.status != "finished" or not any(folder.checkpoints.glob("*.ckpt")):
         return False
     path = folder.path / "plan.json"
-    plan = Plan.from_plain(read_json(path), str(path)) if path.exists() else {"num_steps": folder.finished()["step"]}
+    plan = Plan.from_plain(read_object(path), str(path)) if path.exists() else {"num_steps": folder.finished()["step"]}
     return (config.max_steps or 0) > plan["num_steps"]
 
 
@@ -134,7 +134,7 @@ def restored_on_refusal(folder: StageFolder) -> Iterator[None]:
     """Put a stage's records back where what is done inside is refused before it has come to another resume file."""
     names = ("finished.json", "plan.json", "config.yaml", "overrides.txt", changes.NAME)
     paths = [*(folder.path / name for name in names), folder.chosen_corpus]
-    before = {path: path.read_bytes() for path in paths if path.exists()}
+    before = {path: read_bytes(path) for path in paths if path.exists()}
     files = {*folder.checkpoints.glob("*.ckpt")}
     try:
         yield
@@ -228,7 +228,11 @@ def _tell_changes(folder: StageFolder, composed: Composed[Any]) -> None:
 def _last_code(folder: StageFolder) -> dict[str, Any]:
     """The code that the stage last went on with, empty where it is older than this record."""
     path = folder.path / "about.json"
-    begun = [read_json(path)] if path.exists() else []
+    begun = (
+        [read_object(path, "Bring it back from a copy, or delete it: it is a record, nothing more.")]
+        if path.exists()
+        else []
+    )
     noted = [line["code"] for line in changes.read_changes(folder.path) if "code" in line]
     return next((state for state in reversed(begun + noted) if "source_sha256" in state), {})
 

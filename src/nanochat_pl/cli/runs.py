@@ -7,6 +7,7 @@ nanochat-pl runs delete=NAME
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import shutil
 from collections.abc import Sequence
@@ -15,14 +16,15 @@ from pathlib import Path
 
 from nanochat_pl.common.console import print_table, rank_zero_print
 from nanochat_pl.common.errors import UserError, did_you_mean
-from nanochat_pl.common.files import explain_disk_errors, read_json
+from nanochat_pl.common.files import entries, explain_disk_errors, read_object
 from nanochat_pl.common.paths import PathsSettings
-from nanochat_pl.common.run_dir import StageFolder, list_runs
+from nanochat_pl.common.run_dir import RESULTS, StageFolder, list_runs
 from nanochat_pl.common.schema import setting
 from nanochat_pl.config.compose import compose
 
 # More than a line of metrics.csv, which has some twenty figures.
 TAIL_BYTES = 2**16
+MAX_NAMED = 8
 
 
 @dataclass(frozen=True)
@@ -43,20 +45,41 @@ def run(arguments: Sequence[str]) -> int:
     if config.delete is not None:
         delete_run(runs, config.delete)
         return 0
-    rows = [_row(folder) for stages in list_runs(runs).values() for folder in stages]
+    rows, damage = [], []
+    for folder in itertools.chain.from_iterable(list_runs(runs).values()):
+        try:
+            rows.append(_row(folder))
+        except UserError as error:
+            rows.append((folder.run, folder.stage, "damaged", "", "", _size(folder.path)))
+            damage += [*error.problems, *filter(None, [error.fix])]
     if rows:
         print_table(("run", "stage", "status", "step", "bits per byte", "MiB"), rows)
     else:
         rank_zero_print(f"{runs}: there are no runs yet.")
+    for line in damage:
+        rank_zero_print(line)
     return 0
 
 
 def delete_run(runs: Path, name: str) -> None:
-    """Delete a run's folder. Raises :class:`UserError` where there is none, or while somebody writes into it."""
+    """Delete a run's folder.
+
+    Raises:
+        UserError: there is none; something in it is not of this program; or somebody writes into it.
+    """
     known = list_runs(runs)
     if name not in known:
         raise UserError(f"delete={name}: there is no such run in {runs}; {did_you_mean(name, known) if known else ''}")
     folder, size = runs / name, _size(runs / name)
+    ours = {stage.stage for stage in known[name]} | set(RESULTS)
+    foreign = [path.name for path in entries(folder) if path.name not in ours]
+    if foreign and not folder.is_symlink():
+        more = f" and {len(foreign) - MAX_NAMED:,} more" if len(foreign) > MAX_NAMED else ""
+        raise UserError(
+            f"delete={name}: {folder} also has what nanochat-pl did not write: {', '.join(foreign[:MAX_NAMED])}{more}."
+            " Nothing was deleted.",
+            "Move that elsewhere, and the same command deletes the run.",
+        )
     with contextlib.ExitStack() as stack:
         for stage in known[name]:
             stack.enter_context(stage.locked(patience_seconds=0))
@@ -82,7 +105,8 @@ def _progress(folder: StageFolder) -> str:
     steps = [int(name) for path in folder.checkpoints.glob("step=*.ckpt") if (name := path.stem[5:]).isdigit()]
     step = max([_last_step(folder.path / "metrics.csv"), *steps])
     plan = folder.path / "plan.json"
-    planned = read_json(plan).get("num_steps", {}).get("value") if plan.is_file() else None
+    steps_planned = read_object(plan).get("num_steps") if plan.is_file() else None
+    planned = steps_planned.get("value") if isinstance(steps_planned, dict) else None
     return f"{step}/{planned}" if planned else str(step or "")
 
 

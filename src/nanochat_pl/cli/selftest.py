@@ -24,7 +24,7 @@ class SelftestConfig:
     """The root of configs/selftest.yaml."""
 
     accelerator: Accelerator = setting("auto", "Device to test; auto: the best there is.")
-    to: str | None = setting(None, "A file for the table, as JSON; null: none.")
+    to: str | None = setting(None, "A file for the table, as JSON; null: none.", path="place")
     timeout_seconds: float = setting(120.0, "Seconds for a check; longer means that it never ends.", above=0)
     paths: PathsSettings = setting(factory=PathsSettings)
 

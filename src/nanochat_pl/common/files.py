@@ -10,6 +10,7 @@ import os
 import re
 import secrets
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -167,6 +168,26 @@ def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES, infinities: bool = Fa
         raise UserError(f"{path}: is no valid JSON: {error}") from error
 
 
+def read_object(path: Path, fix: str = "", surrogates: bool = False) -> dict[str, Any]:
+    """Read the JSON object of a file, as :func:`read_json` does.
+
+    Args:
+        path: the file.
+        fix: what can be done where it is damaged.
+        surrogates: read halves of surrogate pairs.
+
+    Raises:
+        UserError: it is missing, too large, no JSON, or another value than an object.
+    """
+    try:
+        value = read_json(path, surrogates=surrogates)
+    except UserError as error:
+        raise UserError(error.problems, fix or error.fix) from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: must hold a JSON object, not {type(value).__name__}.", fix)
+    return value
+
+
 def _refuse_constant(name: str) -> float:
     raise ValueError(f"{name} is not JSON")
 
@@ -189,8 +210,39 @@ def sha256_of_file(path: Path) -> str:
 
 
 def keep_lines_until(path: Path, step: int) -> None:
-    """Of a file of JSON lines, each with its ``step``, drop those after ``step``, and one that was cut off."""
+    """Of a file of JSON lines, each with its ``step``, drop those after ``step``, and one that was cut off.
+
+    Damaged ones are dropped with a warning.
+    """
     if path.exists():
-        # Not splitlines(): a text may hold other ends of lines than \n. The last piece is empty, or was cut off.
-        lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-        write_text(path, "".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= step))
+        lines = whole_lines(path)
+        steps = [_step_of(line) for line in lines]
+        warn_of_damaged_lines(path, steps.count(None))
+        kept = [line for line, of in zip(lines, steps, strict=True) if of is not None and of <= step]
+        write_bytes(path, b"".join(line + b"\n" for line in kept))
+
+
+def _step_of(line: bytes) -> int | None:
+    try:
+        value = json.loads(line.decode("utf-8"))
+    except (ValueError, RecursionError):
+        return None
+    step = value.get("step") if isinstance(value, dict) else None
+    return step if isinstance(step, int) else None
+
+
+def whole_lines(path: Path) -> list[bytes]:
+    """The lines of a file that grows, without their ends; one that was cut off is left out.
+
+    Raises:
+        UserError: it is no regular file, or cannot be read.
+    """
+    # Not splitlines(): a text may hold other ends of lines than \n. The last piece is empty, or was cut off.
+    return read_bytes(path).split(b"\n")[:-1]
+
+
+def warn_of_damaged_lines(path: Path, number: int) -> None:
+    """Say that lines of a file that is rewound were dropped, where any were."""
+    if number:
+        lines = "1 line is" if number == 1 else f"{number:,} lines are"
+        warnings.warn(f"{path}: {lines} damaged and left out.", stacklevel=3)

@@ -17,10 +17,14 @@ from nanochat_pl.common.schema import setting
 class PathsSettings:
     """Group `paths`: where things are kept."""
 
-    runs: str = setting("runs", "Folder of all runs.")
-    cache: str | None = setting(None, "Folder of corpora and token caches; null: the user's cache folder.")
+    runs: str = setting("runs", "Folder of all runs.", path="place")
+    cache: str | None = setting(
+        None, "Folder of corpora and token caches; null: the user's cache folder.", path="place"
+    )
     hub: str | None = setting(
-        None, "Folder with data sets of a hub, datasets/OWNER/NAME/…, looked at before what was downloaded."
+        None,
+        "Folder with data sets of a hub, datasets/OWNER/NAME/…, looked at before what was downloaded.",
+        path="place",
     )
 
     @property

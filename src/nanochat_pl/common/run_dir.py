@@ -19,14 +19,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 from nanochat_pl.common.errors import UserError, did_you_mean
-from nanochat_pl.common.files import ensure_folder, explain_disk_errors, read_json, remove_leftovers, write_json
+from nanochat_pl.common.files import ensure_folder, explain_disk_errors, read_object, remove_leftovers, write_json
 from nanochat_pl.common.locks import try_lock
 
 # Stages in the order in which a model goes through them. Other folders of a run (evaluation, report) are no stages.
 STAGES = ("tokenizer", "base", "mid", "sft", "rl")
 CHAT_STAGES = ("mid", "sft", "rl")  # those that train on conversations
+# What else commands write into the folder of a run.
+RESULTS = ("evaluation", "report")
+# Of these a stage's folder has one as soon as it is locked, or imported, or copied from elsewhere.
+_RECORDS = ("lock", "about.json", "finished.json")
 # Folders beside runs, or in them, by which paths are told apart.
-RESERVED = (*STAGES, "doctor", "evaluation", "report")
+RESERVED = (*STAGES, *RESULTS, "doctor")
 LOCK_PATIENCE_SECONDS = 5.0
 SHARED_RUNS = "All nodes need the same folder of runs: set paths.runs=… to one on a disk that they share."
 MAX_NAME_LENGTH = 200
@@ -90,8 +94,13 @@ class StageFolder:
         return stage_folder(self.runs, self.parent_run, stage)
 
     def finished(self) -> dict[str, Any]:
-        """What ``finished.json`` says: step, metrics, seconds."""
-        return read_json(self.path / "finished.json")
+        """What ``finished.json`` says: step, metrics, seconds. Raises :class:`UserError` where it is damaged."""
+        path = self.path / "finished.json"
+        fix = "Bring it back from a copy; or delete it, and the command that trained the stage finishes it again."
+        finished = read_object(path, fix)
+        if not isinstance(finished.get("metrics", {}), dict):
+            raise UserError(f"{path}: metrics={finished['metrics']!r}: must be a group of named figures.", fix)
+        return finished
 
     def create(self) -> None:
         """Make the folder, prove that it can be written, and note a parent in another run."""
@@ -157,7 +166,7 @@ def _stage_folder(runs: Path, run: str, stage: str) -> StageFolder:
     with _looking_into(runs):
         noted = note.is_file()
     if noted:
-        parent_run = str(read_json(note).get("run", run))
+        parent_run = str(read_object(note).get("run", run))
         check_name(parent_run)
     return StageFolder(runs, run, stage, parent_run)
 
@@ -193,12 +202,15 @@ def check_name(name: str) -> None:
 
 
 def list_runs(runs: Path) -> dict[str, list[StageFolder]]:
-    """All runs by name, each with its stages in the order of :data:`STAGES`. Other folders are left out."""
+    """All runs by name, each with its stages in the order of :data:`STAGES`.
+
+    Other folders are left out, also those in which a folder merely has the name of a stage.
+    """
     found: dict[str, list[StageFolder]] = {}
     with _looking_into(runs):
         folders = sorted(runs.iterdir()) if runs.is_dir() else []
         for folder in folders:
-            stages = [stage for stage in STAGES if (folder / stage).is_dir()]
+            stages = [stage for stage in STAGES if any((folder / stage / name).is_file() for name in _RECORDS)]
             if stages and re.fullmatch(r"\w[\w.+-]*", folder.name):
                 found[folder.name] = [_stage_folder(runs, folder.name, stage) for stage in stages]
     return found

@@ -24,6 +24,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from nanochat_pl.common.errors import UserError, did_you_mean
+from nanochat_pl.common.user_path import user_path
 
 T = TypeVar("T")
 _type_hints = functools.cache(get_type_hints)  # a list of thousands of files is built with one class
@@ -43,6 +44,7 @@ def setting(
     at_most: float | None = None,
     above: float | None = None,
     max_length: int | None = None,
+    path: Literal["place", "pattern"] | None = None,
 ) -> Any:
     """A dataclass field with its meaning and its bounds.
 
@@ -52,8 +54,11 @@ def setting(
         factory: makes the default of a mutable field.
         at_least, at_most, above: bounds of a number, or of each number in a sequence.
         max_length: bound of a sequence's or a text's length.
+        path: the text is a path of the user's, checked by :func:`~nanochat_pl.common.user_path.user_path`. A place is
+            a file or folder, and its ``~`` is expanded. A pattern may be a glob, and is kept as it was typed: what a
+            run was begun with is compared with it, and a home folder may be another one by then.
     """
-    limits = {"at_least": at_least, "at_most": at_most, "above": above, "max_length": max_length}
+    limits = {"at_least": at_least, "at_most": at_most, "above": above, "max_length": max_length, "path": path}
     metadata = {"doc": doc, **{name: value for name, value in limits.items() if value is not None}}
     if factory is not dataclasses.MISSING:
         return dataclasses.field(default_factory=factory, metadata=metadata)
@@ -241,6 +246,12 @@ def _convert_scalar(hint: Any, value: Any, where: str, limits: Mapping[str, Any]
         value = float(value)
     if hint is str and len(value) > limits.get("max_length", len(value)):
         problems.append(f"{where}: has {len(value):,} characters, above {limits['max_length']:,}.")
+    if hint is str and "path" in limits:
+        try:
+            expanded = user_path(where, value)
+            return expanded if limits["path"] == "place" else value
+        except UserError as error:
+            problems.append(f"{' '.join(error.problems)} {error.fix}")
     if hint in (int, float):
         for name, (holds, word) in _BOUNDS.items():
             if name in limits and not holds(value, limits[name]):

@@ -50,12 +50,12 @@ def require_regular(path: Path) -> None:
         raise UserError(f"{path}: is {kind}, not a regular file.", "Write what it holds to a file, and give that.")
 
 
-def read_bytes(path: Path, max_bytes: int) -> bytes:
-    """The contents of a small file.
+def read_bytes(path: Path, max_bytes: int | None = None) -> bytes:
+    """The contents of a file.
 
     Args:
         path: a regular file.
-        max_bytes: that it may have.
+        max_bytes: that it may have; None: any number.
 
     Raises:
         UserError: it is missing, no regular file, or too large.
@@ -63,7 +63,7 @@ def read_bytes(path: Path, max_bytes: int) -> bytes:
     require_regular(path)
     try:
         size = path.stat().st_size
-        if size > max_bytes:
+        if max_bytes is not None and size > max_bytes:
             raise UserError(f"{path}: {size:,} bytes, more than the {max_bytes:,} that such a file may have.")
         return path.read_bytes()
     except OSError as error:

@@ -7,7 +7,6 @@ knows every key. All problems are raised together.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,11 +26,6 @@ from nanochat_pl.config.instantiate import OBJECTS, problems_of_objects
 from nanochat_pl.config.overrides import UNKNOWN, Setting, is_group, parse_overrides, type_of_key
 
 T = TypeVar("T")
-# Keys that name a folder.
-FOLDERS = (
-    *("paths.runs", "paths.cache", "paths.hub", "bundle", "source", "to", "tokenizer", "eval_bundle", "against"),
-    *("core.path", "evaluation.core.path", "harness.include_path"),
-)
 
 
 @dataclass(frozen=True)
@@ -87,7 +81,6 @@ def compose(
             continue
         _lay_over(tree, setting, problems)
     values, unresolved = _resolve(tree)
-    _expand_home(values)
     found = [
         *unresolved.values(),
         *(line for line in validation_errors(schema, values) if _key_of(line) not in unresolved),
@@ -117,17 +110,6 @@ def _problems_of_name(run: object) -> list[str]:
         except UserError as error:
             return [f"{' '.join(error.problems)} {error.fix}"]
     return []
-
-
-def _expand_home(values: dict[str, Any]) -> None:
-    """``~`` in the names of folders: the shell leaves it alone behind ``key=``."""
-    for key in FOLDERS:
-        *groups, name = key.split(".")
-        owner: Any = values
-        for group in groups:
-            owner = owner.get(group) if isinstance(owner, dict) else None
-        if isinstance(owner, dict) and isinstance(owner.get(name), str):
-            owner[name] = os.path.expanduser(owner[name])  # noqa: PTH111 (a Path would tidy up the text)
 
 
 def _given(settings: Sequence[Setting]) -> frozenset[str]:

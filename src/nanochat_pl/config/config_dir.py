@@ -7,6 +7,7 @@ from pathlib import Path
 import nanochat_pl
 from nanochat_pl.common.errors import UserError, did_you_mean
 from nanochat_pl.common.text_files import require_regular
+from nanochat_pl.common.user_path import user_path
 
 EXPERIMENTS = "conf_experiments"
 
@@ -35,7 +36,7 @@ def experiments() -> list[str]:
 def experiment_file(name: str) -> Path:
     """The file of an experiment: a shipped one by its name, anybody's by its path (``mine.yaml``, ``a/mine.yaml``)."""
     if name.endswith((".yaml", ".yml")):
-        path = Path(name).expanduser()
+        path = Path(user_path("experiment", name))
         require_regular(path)
         if not path.exists():
             raise UserError(f"experiment={name}: there is no such file.")

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.common.files import read_json
+from nanochat_pl.common.files import read_object
 from nanochat_pl.common.schema import build
+from nanochat_pl.common.text_files import read_bytes
 
 MAX_FILE_BYTES = 512 * 2**20
 
@@ -53,10 +54,7 @@ def optional_object(path: Path) -> dict[str, Any]:
     """The JSON object of a file; empty where there is no such file."""
     if not path.exists():
         return {}
-    value = read_json(path, surrogates=True)
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: must hold a JSON object, not {type(value).__name__}.")
-    return value
+    return read_object(path, surrogates=True)
 
 
 def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
@@ -73,12 +71,7 @@ def lines(path: Path) -> list[str]:
     if not path.exists():
         return []
     try:
-        size = path.stat().st_size
-        if size > MAX_FILE_BYTES:
-            raise UserError(f"{path}: {size:,} bytes, more than the {MAX_FILE_BYTES:,} that such a file may have.")
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+        text = read_bytes(path, MAX_FILE_BYTES).decode("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: is no UTF-8 text: {error}") from error
     # Not splitlines: a JSON text may hold U+2028 as it is.

@@ -22,6 +22,7 @@ from nanochat_pl.report.format import show
 
 # The stages that a whole chain has; a report says so where one of them was not trained.
 EXPECTED_STAGES = ("tokenizer", "base", "sft")
+_DAMAGED = "Bring the file back from a copy; or move it away, and the report is made without what it says."
 
 
 @dataclass(frozen=True)
@@ -115,9 +116,12 @@ def read_run(run_dir: Path) -> RunRecord:
         problem = "holds no stage of a run" if run_dir.is_dir() else "there is no such run"
         raise UserError(f"{run_dir}: {problem}.", fix="`nanochat-pl runs` lists the runs that are there.")
     shown = [stage for stage in STAGES if stage in present or stage in EXPECTED_STAGES]
-    stages = [_read_stage(run_dir / stage) for stage in shown]
     folders = [run_dir / "evaluation" / stage for stage in STAGES]
-    evaluations = [read_evaluation(folder) for folder in folders if folder.is_dir()]
+    try:
+        stages = [_read_stage(run_dir / stage) for stage in shown]
+        evaluations = [read_evaluation(folder) for folder in folders if folder.is_dir()]
+    except UserError as error:
+        raise UserError(error.problems, error.fix or _DAMAGED) from error
     return RunRecord(name=run_dir.resolve().name, stages=stages, evaluations=evaluations)
 
 

@@ -82,7 +82,7 @@ def fit(stage: LMModule, data: RowsDataModule, fitting: FitConfig) -> FitResult:
     )
     sources = data.rows.names if isinstance(data.rows, MixedRows) else ()
     csv = MetricsCSV(fitting.folder / "metrics.csv", sources, columns_of(fitting.benchmarks))
-    figures_kept = coordination.run_on_rank_zero(lambda: csv.rewind(first_step))
+    figures_kept = coordination.run_on_rank_zero(lambda: csv.rewind(first_step, fitting.trainer.log_every_steps))
     coordination.run_on_rank_zero(lambda: fitting.samples.rewind(first_step))
     spikes = LossSpikes(fitting.folder, fitting.trainer.spike_sigmas)
     coordination.run_on_rank_zero(lambda: spikes.rewind(first_step))

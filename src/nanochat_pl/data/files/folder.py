@@ -11,6 +11,7 @@ from pathlib import Path
 
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.text_files import kind_of_file, require_regular
+from nanochat_pl.common.user_path import user_path
 from nanochat_pl.data.files.read import SUFFIXES, format_of
 
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".lz4")
@@ -48,14 +49,15 @@ def find_files(key: str, given: str, suffixes: Sequence[str] = SUFFIXES) -> Foun
     Raises:
         UserError: there is none, a folder cannot be listed, or what is named is no regular file.
     """
-    path = Path(given).expanduser()
+    path = Path(user_path(key, given))
     if path.is_dir():
         return _in_folder(key, given, path, suffixes)
     if path.exists() or path.is_symlink():
         require_regular(path)
     # Path.glob takes no absolute patterns.
-    matches = [str(path)] if path.is_file() else sorted(_matching(str(path)))
-    paths = _once([Path(match) for match in matches if Path(match).is_file()])
+    matches = [path] if path.is_file() else sorted(map(Path, _matching(str(path))))
+    kinds = {match: kind_of_file(match) for match in matches}
+    paths = _once([match for match, kind in kinds.items() if kind is None])
     if not paths:
         raise UserError(f"{key}={given!r}: there is no such file or folder (seen from {Path.cwd()}).")
     unknown = [str(file) for file in paths if not format_of(file, suffixes)]
@@ -63,7 +65,7 @@ def find_files(key: str, given: str, suffixes: Sequence[str] = SUFFIXES) -> Foun
         raise UserError(f"{key}={given!r}: {unknown[0]} does not end with {' or '.join(suffixes)}.")
     folder = Path(os.path.commonpath([file.parent for file in paths]))
     files = {file.relative_to(folder).as_posix(): file for file in paths}
-    odd = {match: kind for match in matches if (kind := kind_of_file(Path(match))) and kind != "a folder"}
+    odd = {str(match): kind for match, kind in kinds.items() if kind and kind != "a folder"}
     return FoundFiles(files, odd)
 
 
@@ -71,9 +73,10 @@ def _in_folder(key: str, given: str, folder: Path, suffixes: Sequence[str]) -> F
     files: dict[str, Path] = {}
     left_out: dict[str, str] = {}
     found = sorted((file.relative_to(folder).as_posix(), file) for file in _files_below(folder))
-    kept = set(_once([file for _, file in found]))
+    kinds = {file: kind_of_file(file) for _, file in found}
+    kept = set(_once([file for file, kind in kinds.items() if kind is None]))
     for name, file in found:
-        if kind := kind_of_file(file):
+        if kind := kinds[file]:
             left_out[name] = kind
         elif not format_of(file, suffixes):
             left_out[name] = _suffix(file)

@@ -36,7 +36,7 @@ class SourceSettings:
         "python_docs: docstrings found on this machine; local: files under data.path; hub: the data set data.repo.",
     )
     path: str | None = setting(
-        None, "File, folder (searched recursively) or glob: parquet, jsonl, jsonl.gz, jsonl.zst or txt."
+        None, "File, folder (searched recursively) or glob: parquet, jsonl, jsonl.gz, jsonl.zst or txt.", path="pattern"
     )
     repo: str | None = setting(None, "Data set on the hub: OWNER/NAME. It is fetched by nanochat-pl download.")
     revision: str | None = setting(
@@ -62,7 +62,9 @@ class SourceSettings:
         at_most=0.5,
     )
     validation_path: str | None = setting(
-        None, "Files to validate on; then all of data.path is trained on and validation_fraction is not used."
+        None,
+        "Files to validate on; then all of data.path is trained on and validation_fraction is not used.",
+        path="pattern",
     )
     long_documents: Literal["split", "crop"] = setting(
         "split", "split: documents longer than a row are cut into pieces, each with bos; crop: as the reference does."

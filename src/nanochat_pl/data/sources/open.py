@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from nanochat_pl.common.console import rank_zero_print
-from nanochat_pl.common.files import read_json, write_json
+from nanochat_pl.common.files import read_object, write_json
 from nanochat_pl.common.schema import build, to_plain
 from nanochat_pl.data.packing.mixture import MixtureSchedule
 from nanochat_pl.data.sources.base import DataSettings, Source, SourceSettings
@@ -71,7 +71,8 @@ def read_chosen(path: Path) -> dict[str, ChosenFiles]:
     """
     if not path.is_file():
         return {}
-    return {key: build(ChosenFiles, values, f"{path}: {key}") for key, values in read_json(path).items()}
+    fix = "Bring it back from a copy; or begin the stage again, with resume=never."
+    return {key: build(ChosenFiles, values, f"{path}: {key}") for key, values in read_object(path, fix).items()}
 
 
 def _open_one(

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from nanochat_pl.common.errors import UserError, did_you_mean
 from nanochat_pl.common.files import sha256_of_file
 from nanochat_pl.common.schema import build, setting, to_plain
+from nanochat_pl.common.user_path import user_path
 from nanochat_pl.common.yaml_files import read_yaml
 from nanochat_pl.data.cache.content_cache import fingerprint_of
 from nanochat_pl.data.files.read import lines_of, reading
@@ -227,7 +228,7 @@ def _text_of(path: Path) -> str:
 
 
 def _inside(root: Path, uri: str, where: str) -> Path:
-    path = root / uri
+    path = Path(user_path(f"{where}: dataset_uri", str(root / uri)))
     if not path.resolve().is_relative_to(root.resolve()):
         raise UserError(f"{where}: dataset_uri={uri!r} leads out of {root}.")
     return path

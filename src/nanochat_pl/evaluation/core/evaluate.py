@@ -57,7 +57,9 @@ Answers = Mapping[str, list[tuple[frozenset[str], str]]]
 class CoreSettings:
     """CORE: which data, how much of it."""
 
-    path: str | None = setting(None, "Folder of the evaluation bundle; null: where nanochat-pl download put it.")
+    path: str | None = setting(
+        None, "Folder of the evaluation bundle; null: where nanochat-pl download put it.", path="place"
+    )
     max_per_task: int | None = setting(
         500, "Problems of each task, the first of a seeded order; null: all.", at_least=1
     )

@@ -49,7 +49,9 @@ class HarnessSettings:
         factory=list, doc="Names of its tasks, groups or tags, or YAML files of tasks.", max_length=1000
     )
     include_path: str | None = setting(
-        None, "Folder of further tasks (YAML). Python functions that they name are run: give one that you trust."
+        None,
+        "Folder of further tasks (YAML). Python functions that they name are run: give one that you trust.",
+        path="place",
     )
     num_fewshot: int | None = setting(
         None, "Solved examples before each question; null, or where a task insists on 0: as the task says.", at_least=0

@@ -39,9 +39,10 @@ class TableSettings(TaskSettings):
         None,
         "Files instead: file, folder or glob; parquet or JSON lines with the columns of repo. Those that are named for "
         "test_split are held out.",
+        path="pattern",
     )
     test_path: str | None = setting(
-        None, "Files to hold out instead: of a folder or glob those named for it, else all."
+        None, "Files to hold out instead: of a folder or glob those named for it, else all.", path="pattern"
     )
     order_seed: int | None = setting(
         42,

@@ -36,8 +36,10 @@ from nanochat_pl.tasks.registry import CONVERSATIONS, task
 class ConversationSettings(TaskSettings):
     """Conversations out of files: parquet with a column of messages, JSON lines (also compressed), JSON."""
 
-    path: str | None = setting(None, "File, folder (searched recursively) or glob: parquet, jsonl, json.")
-    test_path: str | None = setting(None, "Files that are held out; then all of path is trained on.")
+    path: str | None = setting(
+        None, "File, folder (searched recursively) or glob: parquet, jsonl, json.", path="pattern"
+    )
+    test_path: str | None = setting(None, "Files that are held out; then all of path is trained on.", path="pattern")
     repo: str | None = setting(None, "Data set on the hub instead: OWNER/NAME. nanochat-pl download fetches it.")
     revision: str | None = setting(None, "Branch, tag or commit of repo; null: main.")
     files: str | None = setting(None, "Glob for the files of repo; null: all.")

@@ -31,7 +31,9 @@ class WordSettings(TaskSettings):
     min_letters: int = setting(3, "Shortest word.", at_least=1)
     max_letters: int = setting(12, "Longest word.", at_least=1, at_most=40)
     min_documents: int = setting(1, "In how many documents of python_docs a word must occur.", at_least=1)
-    words_path: str | None = setting(None, "A list of words instead, one a line: text file, folder or glob.")
+    words_path: str | None = setting(
+        None, "A list of words instead, one a line: text file, folder or glob.", path="pattern"
+    )
     words_repo: str | None = setting(None, "Or a data set on the hub with such a file: OWNER/NAME.")
     words_files: str = setting("*.txt", "Glob for the files of words_repo.")
 

@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, Trainer
 
 from nanochat_pl.common.console import rank_zero_print
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.common.files import read_json, write_json
+from nanochat_pl.common.files import read_object, write_json
 from nanochat_pl.data.hub.core_bundle import bundle_in_cache
 from nanochat_pl.distributed import coordination
 from nanochat_pl.engine import Engine
@@ -132,7 +132,7 @@ class BenchmarkCache:
         coordination.run_on_rank_zero(lambda: write_json(self.path, {"key": self.key, "results": self._results}))
 
     def _read(self) -> dict[str, dict[str, Any]]:
-        kept = read_json(self.path) if self.path.exists() else {}
+        kept = read_object(self.path, "Delete it: it is measured again.") if self.path.exists() else {}
         return kept["results"] if kept.get("key") == self.key else {}
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
+import itertools
 import math
 import os
 import statistics
 import time
+import warnings
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,7 +22,8 @@ from lightning.pytorch.loggers.logger import Logger
 from torch import Tensor
 
 from nanochat_pl.common.constants import IGNORE_INDEX
-from nanochat_pl.common.files import explain_disk_errors, write_text
+from nanochat_pl.common.errors import UserError
+from nanochat_pl.common.files import explain_disk_errors, warn_of_damaged_lines, whole_lines, write_text
 from nanochat_pl.data.packing.mixture import MixedRows
 from nanochat_pl.data.packing.rows import Rows
 from nanochat_pl.distributed import collectives
@@ -101,20 +104,25 @@ class MetricsCSV(Logger):
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
         """The settings stand in config.yaml already."""
 
-    def rewind(self, step: int) -> dict[str, float]:
+    def rewind(self, step: int, log_every_steps: int = 1) -> dict[str, float]:
         """Drop what a run that was stopped wrote after ``step``, or begin the file.
 
         Figures of what is measured no longer keep their columns, behind the others. The row of ``step`` itself stays
-        open: its validation may be still to come.
+        open: its validation may be still to come. Damaged rows are dropped, and rows that are missing are lost: both
+        with a warning.
+
+        Args:
+            step: to go on from.
+            log_every_steps: at least so often there should be a row.
 
         Returns:
             the figures of ``step``, empty where none were written.
+
+        Raises:
+            UserError: it is no regular file, cannot be read, or its header is damaged.
         """
-        kept: list[dict[str, str]] = []
-        if self.path.exists():
-            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-            rows = csv.DictReader(line for line in lines if line.endswith("\n"))  # the last one may be torn
-            kept = [row for row in rows if (row["step"] or "").isdigit() and int(row["step"]) <= step]
+        kept = [row for row in self._read() if int(row["step"]) <= step]
+        self._warn_of_missing_rows([int(row["step"]) for row in kept], step, log_every_steps)
         figures = dict.fromkeys(name for row in kept for name, value in row.items() if name and value)
         self.columns += tuple(name for name in figures if name not in self.columns)
         text = io.StringIO()
@@ -127,6 +135,28 @@ class MetricsCSV(Logger):
             writer.writerow(row)
         write_text(self.path, text.getvalue())
         return {name: float(value) for name, value in self._row.items() if name != "step" and value}
+
+    def _read(self) -> list[dict[str, str]]:
+        """The rows of the file; a last one that was cut off is none."""
+        lines = whole_lines(self.path) if self.path.exists() else []
+        if not lines:
+            return []
+        names = _cells(lines[0])
+        if names is None or names[0] != "step" or len(set(names)) < len(names):
+            raise UserError(
+                f"{self.path}: line 1 is damaged: it does not name the columns.",
+                "Bring the file back from a copy; or move it away, and the training goes on without its figures.",
+            )
+        rows = [_row(names, line) for line in lines[1:]]
+        warn_of_damaged_lines(self.path, rows.count(None))
+        return [row for row in rows if row is not None]
+
+    def _warn_of_missing_rows(self, steps: Sequence[int], step: int, log_every_steps: int) -> None:
+        """What a resume file counts on is there: the rows before it were written first."""
+        gaps = [later - earlier for earlier, later in itertools.pairwise([0, *steps])]
+        last = max(steps, default=0)
+        if last <= step - max(log_every_steps, *gaps, 1):
+            warnings.warn(f"{self.path}: the figures of steps {last + 1:,} to {step:,} are lost.", stacklevel=3)
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Take figures of a step; they go into the step's one row, also where that is written already."""
@@ -164,6 +194,27 @@ class MetricsCSV(Logger):
     def finalize(self, status: str) -> None:
         """Write the last rows."""
         self.save()
+
+
+def _cells(line: bytes) -> list[str] | None:
+    """The cells of one line, None where it is damaged. By itself: an odd quotation mark would take the next lines."""
+    try:
+        return next(csv.reader([line.decode("utf-8")]), [""])
+    except (UnicodeDecodeError, csv.Error):
+        return None
+
+
+def _row(names: Sequence[str], line: bytes) -> dict[str, str] | None:
+    """A row of figures by their columns, None where it is damaged."""
+    cells = _cells(line)
+    if cells is None or len(cells) != len(names) or not (cells[0].isascii() and cells[0].isdigit()):
+        return None
+    try:
+        for cell in filter(None, cells):
+            float(cell)
+    except ValueError:
+        return None
+    return dict(zip(names, cells, strict=True))
 
 
 class StepClock:

@@ -22,8 +22,9 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from nanochat_pl.common.errors import UserError, first_line
-from nanochat_pl.common.files import entries, explain_disk_errors, read_json, write_json
+from nanochat_pl.common.files import entries, explain_disk_errors, read_object, write_json
 from nanochat_pl.common.run_dir import SHARED_RUNS
+from nanochat_pl.common.text_files import kind_of_file
 from nanochat_pl.distributed import collectives, coordination
 from nanochat_pl.training.callbacks.metrics import StepClock
 from nanochat_pl.training.checkpoint.io import IN_BACKGROUND, BackgroundCheckpointIO, unreadable_explained, wrong_bytes
@@ -43,7 +44,10 @@ def damage(path: Path) -> str | None:
         UserError: it cannot be read. That is no damage: a disk in the network may be back in a minute.
     """
     with unreadable_explained(path):
-        return "is a folder" if path.is_dir() else wrong_bytes(path) or _wrong_content(path)
+        path.stat()
+        if kind := kind_of_file(path):  # to open a FIFO might wait for ever
+            return f"is {kind}"
+        return wrong_bytes(path) or _wrong_content(path)
 
 
 def _wrong_content(path: Path) -> str | None:
@@ -291,7 +295,7 @@ class ResumeFiles(Callback):
         path = self.folder / BEST
         if not self.keep_best:
             path.unlink(missing_ok=True)
-        best = read_json(path) if path.exists() else {}
+        best = read_object(path, "Delete it: the best are found anew.") if path.exists() else {}
         return {name: bpb for name, bpb in best.items() if (self.folder / name).exists()}
 
     def _rank(self) -> None:

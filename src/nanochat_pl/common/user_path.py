@@ -1,0 +1,48 @@
+"""Paths as people type them behind a key: one set of checks for all."""
+
+from __future__ import annotations
+
+import os
+
+from nanochat_pl.common.errors import UserError
+
+_MAX_SHOWN = 200
+
+
+def user_path(key: str, text: str) -> str:
+    """The path, or glob, that a person means: ``~`` is expanded, which the shell leaves alone behind ``key=``.
+
+    Text, since a :class:`~pathlib.Path` would tidy it up. Nothing need be there.
+
+    Raises:
+        UserError: it is empty, cannot be written to a text file, begins with the home folder of nobody, or the system
+            refuses to look at it: a name too long, a loop of links, no right to it.
+    """
+    shown = f"{key}={text[:_MAX_SHOWN]!r}{'…' if len(text) > _MAX_SHOWN else ''}"
+    if not text:
+        raise UserError(f"{shown}: is empty.", "Give a path, or leave the key out.")
+    if "\0" in text or not _is_encodable(text):
+        raise UserError(
+            f"{shown}: is no path of UTF-8 text without NULs.",
+            "Rename that file or folder, or make a link of another name to it.",
+        )
+    expanded = os.path.expanduser(text)  # noqa: PTH111 (see above)
+    if expanded.startswith("~"):
+        home = expanded.partition("/")[0]
+        raise UserError(f"{shown}: there is no home folder {home}.", "Of a path that begins with ~ write ./~….")
+    try:
+        os.stat(expanded)  # noqa: PTH116
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        raise UserError(
+            f"{shown}: cannot be looked at: {error.strerror or error}.", "Give a path that you may use."
+        ) from error
+    return expanded
+
+
+def _is_encodable(text: str) -> bool:
+    try:
+        return bool(text.encode("utf-8"))
+    except UnicodeEncodeError:
+        return False
