@@ -25,8 +25,8 @@ WRONG = {
     "y" * 300: "cannot be looked at: File name too long.",
     "/y" * 3000: "cannot be looked at: File name too long.",
     LOOP: "cannot be looked at: Too many levels of symbolic links.",
-    "a\udcffb": "is no path of UTF-8 text without NULs.",
-    "a\0b": "is no path of UTF-8 text without NULs.",
+    "a\udcffb": "is no path: it has bytes that are not UTF-8, or a NUL.",
+    "a\0b": "is no path: it has bytes that are not UTF-8, or a NUL.",
 }
 CONVERSATIONS = "mixture.tasks.conversations.m"
 KEYS = [
@@ -76,7 +76,7 @@ def test_the_command_line_and_experiment_files_are_checked_at_the_start() -> Non
     with pytest.raises(UserError, match=r"^paths\.runs='': is empty"):
         compose("train", TrainConfig, ["paths.runs="])
     Path("mine.yaml").write_text(r'shared: {data: python_docs, paths.cache: "a\ud800b"}', encoding="utf-8")
-    with pytest.raises(UserError, match=r"paths\.cache='a\\ud800b': is no path .*mine\.yaml"):
+    with pytest.raises(UserError, match=r"paths\.cache='a\\ud800b': is no path: .*mine\.yaml"):
         compose_step("train", "base", TrainConfig, ["stage=base", "experiment=mine.yaml"])
     with pytest.raises(UserError, match=r"experiment='~nosuchuser/x\.yaml': there is no home folder"):
         compose_step("train", "base", TrainConfig, ["stage=base", "experiment=~nosuchuser/x.yaml"])

@@ -69,7 +69,8 @@ def delete_run(runs: Path, name: str) -> None:
     """
     known = list_runs(runs)
     if name not in known:
-        raise UserError(f"delete={name}: there is no such run in {runs}; {did_you_mean(name, known) if known else ''}")
+        hint = f"; {did_you_mean(name, known)}" if known else "."
+        raise UserError(f"delete={name}: there is no such run in {runs}{hint}")
     folder, size = runs / name, _size(runs / name)
     ours = {stage.stage for stage in known[name]} | set(RESULTS)
     foreign = [path.name for path in entries(folder) if path.name not in ours]

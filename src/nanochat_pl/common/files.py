@@ -10,11 +10,11 @@ import os
 import re
 import secrets
 import shutil
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from nanochat_pl.common.console import rank_zero_print
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.text_files import read_bytes, require_regular
 
@@ -212,12 +212,12 @@ def sha256_of_file(path: Path) -> str:
 def keep_lines_until(path: Path, step: int) -> None:
     """Of a file of JSON lines, each with its ``step``, drop those after ``step``, and one that was cut off.
 
-    Damaged ones are dropped with a warning.
+    Damaged ones are dropped with a word.
     """
     if path.exists():
         lines = whole_lines(path)
         steps = [_step_of(line) for line in lines]
-        warn_of_damaged_lines(path, steps.count(None))
+        say_damaged_lines(path, steps.count(None))
         kept = [line for line, of in zip(lines, steps, strict=True) if of is not None and of <= step]
         write_bytes(path, b"".join(line + b"\n" for line in kept))
 
@@ -241,8 +241,8 @@ def whole_lines(path: Path) -> list[bytes]:
     return read_bytes(path).split(b"\n")[:-1]
 
 
-def warn_of_damaged_lines(path: Path, number: int) -> None:
+def say_damaged_lines(path: Path, number: int) -> None:
     """Say that lines of a file that is rewound were dropped, where any were."""
     if number:
         lines = "1 line is" if number == 1 else f"{number:,} lines are"
-        warnings.warn(f"{path}: {lines} damaged and left out.", stacklevel=3)
+        rank_zero_print(f"{path}: {lines} damaged and left out.")

@@ -99,7 +99,9 @@ class StageFolder:
         fix = "Bring it back from a copy; or delete it, and the command that trained the stage finishes it again."
         finished = read_object(path, fix)
         if not isinstance(finished.get("metrics", {}), dict):
-            raise UserError(f"{path}: metrics={finished['metrics']!r}: must be a group of named figures.", fix)
+            raise UserError(
+                f"{path}: metrics must be a group of named figures, not {type(finished['metrics']).__name__}.", fix
+            )
         return finished
 
     def create(self) -> None:

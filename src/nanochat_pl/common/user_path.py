@@ -23,13 +23,15 @@ def user_path(key: str, text: str) -> str:
         raise UserError(f"{shown}: is empty.", "Give a path, or leave the key out.")
     if "\0" in text or not _is_encodable(text):
         raise UserError(
-            f"{shown}: is no path of UTF-8 text without NULs.",
+            f"{shown}: is no path: it has bytes that are not UTF-8, or a NUL.",
             "Rename that file or folder, or make a link of another name to it.",
         )
     expanded = os.path.expanduser(text)  # noqa: PTH111 (see above)
     if expanded.startswith("~"):
         home = expanded.partition("/")[0]
-        raise UserError(f"{shown}: there is no home folder {home}.", "Of a path that begins with ~ write ./~….")
+        raise UserError(
+            f"{shown}: there is no home folder {home}.", "A file or folder whose name begins with ~ is given as ./~…."
+        )
     try:
         os.stat(expanded)  # noqa: PTH116
     except (FileNotFoundError, NotADirectoryError):

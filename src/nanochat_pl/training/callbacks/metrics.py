@@ -10,7 +10,6 @@ import math
 import os
 import statistics
 import time
-import warnings
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,9 +20,10 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers.logger import Logger
 from torch import Tensor
 
+from nanochat_pl.common.console import rank_zero_print
 from nanochat_pl.common.constants import IGNORE_INDEX
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.common.files import explain_disk_errors, warn_of_damaged_lines, whole_lines, write_text
+from nanochat_pl.common.files import explain_disk_errors, say_damaged_lines, whole_lines, write_text
 from nanochat_pl.data.packing.mixture import MixedRows
 from nanochat_pl.data.packing.rows import Rows
 from nanochat_pl.distributed import collectives
@@ -109,7 +109,7 @@ class MetricsCSV(Logger):
 
         Figures of what is measured no longer keep their columns, behind the others. The row of ``step`` itself stays
         open: its validation may be still to come. Damaged rows are dropped, and rows that are missing are lost: both
-        with a warning.
+        with a word.
 
         Args:
             step: to go on from.
@@ -122,7 +122,7 @@ class MetricsCSV(Logger):
             UserError: it is no regular file, cannot be read, or its header is damaged.
         """
         kept = [row for row in self._read() if int(row["step"]) <= step]
-        self._warn_of_missing_rows([int(row["step"]) for row in kept], step, log_every_steps)
+        self._say_missing_rows([int(row["step"]) for row in kept], step, log_every_steps)
         figures = dict.fromkeys(name for row in kept for name, value in row.items() if name and value)
         self.columns += tuple(name for name in figures if name not in self.columns)
         text = io.StringIO()
@@ -148,15 +148,15 @@ class MetricsCSV(Logger):
                 "Bring the file back from a copy; or move it away, and the training goes on without its figures.",
             )
         rows = [_row(names, line) for line in lines[1:]]
-        warn_of_damaged_lines(self.path, rows.count(None))
+        say_damaged_lines(self.path, rows.count(None))
         return [row for row in rows if row is not None]
 
-    def _warn_of_missing_rows(self, steps: Sequence[int], step: int, log_every_steps: int) -> None:
+    def _say_missing_rows(self, steps: Sequence[int], step: int, log_every_steps: int) -> None:
         """What a resume file counts on is there: the rows before it were written first."""
         gaps = [later - earlier for earlier, later in itertools.pairwise([0, *steps])]
         last = max(steps, default=0)
         if last <= step - max(log_every_steps, *gaps, 1):
-            warnings.warn(f"{self.path}: the figures of steps {last + 1:,} to {step:,} are lost.", stacklevel=3)
+            rank_zero_print(f"{self.path}: the figures of steps {last + 1:,} to {step:,} are lost.")
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Take figures of a step; they go into the step's one row, also where that is written already."""
