@@ -204,12 +204,13 @@ def test_a_disk_that_fills_while_caching(
             unchecked.setattr("nanochat_pl.training.stages.base.require_cache_room", lambda cache_dir, num_bytes: None)
             assert train(place, *keys) == 2
         assert_one_error(place, "the disk is full", capsys)
-        assert not list(disk.rglob("*.tmp.*"))
+        # A builder of shards that is ended in the middle of one leaves that; who builds it next clears it away.
+        assert shuffle == "shards" or not list(disk.rglob("*.tmp.*"))
         done = tokens_on_the_disk(disk)
         assert (shuffle == "shards" or done) and len(done) < 8
         enlarge(disk, "30m")
         assert train(place, *keys) == 0
-        assert tokens_on_the_disk(disk).items() >= done.items()
+        assert tokens_on_the_disk(disk).items() >= done.items() and not list(disk.rglob("*.tmp.*"))
     assert same_weights(weights_of(place / "runs" / "r", "base"), weights_of(place / "runs" / "whole", "base"))
 
 

@@ -186,12 +186,17 @@ def _how_to_change(folder: StageFolder, keys: Collection[str]) -> str:
     return longer if "max_steps" in keys and folder.stage != "tokenizer" else ""
 
 
+# Keys that are no more, with the value under which a stage did what it does without them.
+_GONE = {"optim.matrix_optimizer": "muon"}
+
+
 def _differences(folder: StageFolder, composed: Composed[Any]) -> dict[str, tuple[Any, Any]]:
     """The settings that a stage depends on, where they are others than it was begun with: the old and the new."""
     begun = settings_of(folder)
     if not begun:
         return {}
     then, now = (settings_that_matter(values, folder.stage) for values in (begun, composed.plain()))
+    then = {key: value for key, value in then.items() if (key, value) not in _GONE.items()}
     then |= _of_younger_keys(then, folder.stage)
     then, now = (_with_counted_files(values, folder) for values in (then, now))
     return _unequal(then, now)

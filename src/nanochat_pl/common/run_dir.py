@@ -100,7 +100,7 @@ class StageFolder:
         finished = read_object(path, fix)
         if not isinstance(finished.get("metrics", {}), dict):
             raise UserError(
-                f"{path}: metrics must be a group of named figures, not {type(finished['metrics']).__name__}.", fix
+                f"{path}: its metrics are no group of named figures but {type(finished['metrics']).__name__}.", fix
             )
         return finished
 
