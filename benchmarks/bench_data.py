@@ -1,4 +1,4 @@
-"""How fast data becomes rows: packing, tokenising, reading, seeking. Works without any download.
+"""How fast data becomes rows: packing, tokenizing, reading, seeking. Works without any download.
 
     python benchmarks/bench_data.py [FILE, FOLDER or GLOB of text]
 
@@ -45,14 +45,14 @@ def main(path: str | None = None) -> None:
         for_tokenizer = texts[: sum(total <= TOKENIZER_CHARS for total in num_chars) + 1]
         tokenizer = train_tokenizer(for_tokenizer, TokenizerSettings(vocab_size=VOCAB_SIZE))
         print(f"data: {len(texts):,} documents of {source.name}, {num_chars[-1]:,} characters; {os.cpu_count()} cores")
-        bench_tokenising(source, texts, tokenizer, folder)
+        bench_tokenizing(source, texts, tokenizer, folder)
         cache = build_token_cache(source, "train", tokenizer, folder)
         bench_packing(cache.lengths)
         bench_reading(cache, tokenizer, folder)
         bench_streaming(source, tokenizer, folder)
 
 
-def bench_tokenising(source: Source, texts: list[str], tokenizer: Tokenizer, folder: Path) -> None:
+def bench_tokenizing(source: Source, texts: list[str], tokenizer: Tokenizer, folder: Path) -> None:
     """Files to cache, with nothing kept from before, against tiktoken alone on the texts in memory."""
     num_threads = os.cpu_count() or 1
     numbers = itertools.count()

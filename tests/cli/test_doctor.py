@@ -66,7 +66,7 @@ def test_good_data(here: Path, capsys: Captured) -> None:
 
 
 def test_the_doctor_prepares_what_a_training_takes(trained: Path, capsys: Captured) -> None:
-    """Nothing is tokenised or packed a second time: the same caches."""
+    """Nothing is tokenized or packed a second time: the same caches."""
 
     def folders(kind: str) -> set[Path]:
         return set((trained / "cache" / kind).iterdir())

@@ -22,7 +22,7 @@ Captured = pytest.CaptureFixture[str]
 
 @pytest.fixture
 def hub(here: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    """A hub with three files to train on, known to the process that tokenises ahead too."""
+    """A hub with three files to train on, known to the process that tokenizes ahead too."""
     texts = (write_texts(here / "texts") / "texts.txt").read_text(encoding="utf-8").split("\n\n")
     with serving_this_process(here / "hf", monkeypatch) as server:
         monkeypatch.setenv("HF_ENDPOINT", server.url)

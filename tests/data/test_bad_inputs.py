@@ -192,7 +192,7 @@ def write_four_files(place: Path) -> None:
 def test_a_disk_that_fills_while_caching(
     shuffle: str, size: str, place: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is seen before anything is tokenised; and where it fills only then, in one error too."""
+    """It is seen before anything is tokenized; and where it fills only then, in one error too."""
     write_four_files(place)
     assert train(place, "run=whole", f"data.shuffle={shuffle}") == 0
     keys = [f"data.shuffle={shuffle}", f"paths.cache={place / 'small'}"]
@@ -256,7 +256,7 @@ def test_a_cache_killed_half_built(place: Path) -> None:
 def test_a_builder_killed_while_the_training_waits(
     place: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is tokenised ahead is so in a process of its own, and the system takes the largest where memory is full."""
+    """What is tokenized ahead is so in a process of its own, and the system takes the largest where memory is full."""
 
     def start_and_kill(job: Job, cache_dir: Path) -> BuilderProcess:
         builder = start_builder(job, cache_dir)
@@ -270,7 +270,7 @@ def test_a_builder_killed_while_the_training_waits(
     with monkeypatch.context() as patch:
         patch.setattr(rows, "start_builder", start_and_kill)
         assert train(place, "data.shuffle=shards") == 2
-    assert_one_error(place, "the process that tokenises ahead of the training was ended", capsys)
+    assert_one_error(place, "the process that tokenizes ahead of the training was ended", capsys)
     assert train(place, "data.shuffle=shards") == 0
 
 

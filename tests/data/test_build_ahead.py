@@ -191,7 +191,7 @@ def job_of(shards: list[Shard], cache_dir: Path, num_rows: int = 500) -> Job:
     return jobs[0]
 
 
-def test_two_builders_at_once_tokenise_each_shard_once(tmp_path: Path, in_process: None) -> None:
+def test_two_builders_at_once_tokenize_each_shard_once(tmp_path: Path, in_process: None) -> None:
     whole = rows_hash(open_rows(tmp_path / "one"))
     job = job_of(ListSource(SHARDS).shards("train"), tmp_path / "two")
     log = tmp_path / "log"

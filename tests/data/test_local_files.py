@@ -335,7 +335,7 @@ def counted_reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_of_very_much_text_no_more_files_are_held_out_than_the_rows_take(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A terabyte was read and tokenised, to validate on a few million tokens of it."""
+    """A terabyte was read and tokenized, to validate on a few million tokens of it."""
     source = opened(texts_in_files(tmp_path / "in", 12), tmp_path / "cache", validation_fraction=0.3)
     source.shards("val")  # the hashes
     reads = counted_reads(monkeypatch)

@@ -118,7 +118,7 @@ def test_damage_is_found_after_the_file_was_once_verified(tmp_path: Path) -> Non
     assert texts_in(build_token_cache(ListSource(SHARDS), "train", ByteTokenizer(), tmp_path)) == whole
 
 
-def test_a_changed_file_of_ones_own_is_tokenised_anew(tmp_path: Path) -> None:
+def test_a_changed_file_of_ones_own_is_tokenized_anew(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     settings = DataSettings(name="local", path=str(path), txt_document_chars=10)
     for text in ("aaaa bbbb cccc dddd eeee", "aaaa bbbb cccc dddd ffff"):
@@ -177,7 +177,7 @@ def test_equal_shards_of_one_source_share_a_folder(tmp_path: Path) -> None:
         source = ListSource({"a": SHARDS["c"], "b": SHARDS["c"]})  # their fingerprint is that of their texts
         cache = build_token_cache(source, "train", tokenizer, cache_dir, num_threads=2)
         assert texts_in(cache) == 2 * SHARDS["c"]
-        assert tokenizer.num_texts == 600, "tokenised once"
+        assert tokenizer.num_texts == 600, "tokenized once"
 
 
 def test_a_held_folder_is_waited_for_by_threads_until_they_are_told_to_end(

@@ -138,6 +138,9 @@ def _compose(words: list[str]) -> None:
         raise UserError(f"{command}: there is no such command")
     if "--help" in arguments:
         return
+    if "--cfg" in arguments:  # what it prints is composed as by the command itself
+        place = arguments.index("--cfg")
+        arguments = arguments[:place] + arguments[place + 2 :]
     if "-m" in arguments:
         for job in expand([argument for argument in arguments if argument != "-m"]):
             compose_train(job.overrides)

@@ -91,7 +91,7 @@ def batch_of(num_targets: list[int]) -> StepBatch:
 
 
 def tiny_rows(folder: Path, num_texts: int = 200) -> Rows:
-    """Real rows of made-up words, tokenised and packed in ``folder``."""
+    """Real rows of made-up words, tokenized and packed in ``folder``."""
     chance = random.Random(0)
     texts = ["".join(chance.choices("abcdefg ", k=chance.randint(5, 40))) for _ in range(num_texts)]
     tokenizer = byte_tokenizer()

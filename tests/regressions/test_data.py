@@ -103,7 +103,7 @@ def test_training_and_validation_make_the_same_rows_of_a_text(tmp_path: Path) ->
 
 
 def rows_of_three_epochs(kind: str, folder: Path) -> Rows:
-    """Tokenised and packed in ``folder``, from the beginning."""
+    """Tokenized and packed in ``folder``, from the beginning."""
     source, tokenizer = ListSource({"a": TEXTS[:70], "b": TEXTS[70:]}), ByteTokenizer()
     keys = {"buffer_documents": 10, "refill_documents": 4, "seed": 1}
     if kind == "conversations":

@@ -157,7 +157,7 @@ def test_killed_at_each_kind_of_point(trainings: Trainings, points: Points, stag
 def test_killed_at_each_phase_of_writing_a_resume_file(trainings: Trainings, points: Points) -> None:
     """Of the first one, of a later one and of the last, while the training goes on where it does not wait for it."""
     names = points("base", "first")
-    file = re.compile(r"(open|half|fsync|rename) base/checkpoints/step=\d+\.ckpt|(before|after) checkpoint_io\.")
+    file = re.compile(r"(open|half|fsync|rename) base/checkpoints/step=\d+\.ckpt|(before|after) io\.")
     phases: dict[str, list[int]] = {}
     for number, name in enumerate(names):
         if file.match(name):

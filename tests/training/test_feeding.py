@@ -142,7 +142,7 @@ def free(lock: Path) -> bool:
 
 @pytest.fixture
 def streaming(place: Path, tmp_path: Path) -> list[str]:
-    """Settings for texts of several shards that are tokenised while the training runs."""
+    """Settings for texts of several shards that are tokenized while the training runs."""
     texts = tmp_path / "texts"
     texts.mkdir()
     documents = (place / "texts" / "texts.txt").read_text(encoding="utf-8").split("\n\n")

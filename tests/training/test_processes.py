@@ -222,7 +222,7 @@ def test_two_nodes_train_and_go_on(place: Path, on_one: Callable[..., Path]) -> 
 
 
 @pytest.mark.slow
-def test_text_that_is_tokenised_ahead_is_so_by_one_process(
+def test_text_that_is_tokenized_ahead_is_so_by_one_process(
     place: Path, tmp_path: Path, on_one: Callable[..., Path]
 ) -> None:
     settings = [*TWO_ROWS, "data.shuffle=shards"]

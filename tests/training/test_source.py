@@ -78,7 +78,7 @@ def test_a_run_keeps_its_choice_and_its_stages_have_the_same(
 def test_very_much_text_is_trained_on_as_it_comes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """All of a terabyte was tokenised before the first step."""
+    """All of a terabyte was tokenized before the first step."""
     write_texts(tmp_path / "texts")
     train = ["train", "stage=base", *tiny_overrides(tmp_path), "max_steps=12"]
     with monkeypatch.context() as patch:

@@ -9,10 +9,13 @@ import types
 from collections.abc import Sequence
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from nanochat_pl.cli.main import module_of
+import yaml
+
+from nanochat_pl.cli.main import CONFIG_FLAGS, module_of
 from nanochat_pl.common.errors import UserError, did_you_mean
 from nanochat_pl.config import config_dir
-from nanochat_pl.config.overrides import UNKNOWN, is_group, type_of_key, without_none
+from nanochat_pl.config.experiment import compose_step
+from nanochat_pl.config.overrides import UNKNOWN, is_group, take_key, type_of_key, without_none
 
 
 def print_help(command: str, wanted: Sequence[str] = ()) -> None:
@@ -31,6 +34,32 @@ def print_help(command: str, wanted: Sequence[str] = ()) -> None:
     lines = [(key, "", doc) for key, doc in extra.items()] + [_describe(schema, key) for key in [*nested, *plain]]
     _print_lines(lines)
     _print_groups(command, schema)
+
+
+def print_config(command: str, arguments: Sequence[str]) -> None:
+    """Print every value that a command would use, defaults and experiment included, as YAML: ``--cfg job`` of Hydra.
+
+    Raises:
+        UserError: something is wrong with the settings, or it is no configuration that this command has.
+    """
+    parts: list[str] = []
+    for argument in arguments:
+        parts += argument.split("=", 1) if argument.startswith("--cfg=") else [argument]
+    place = next(number for number, part in enumerate(parts) if part in CONFIG_FLAGS)
+    if parts[place + 1 : place + 2] != ["job"]:
+        said = " ".join(parts[place : place + 2])
+        raise UserError(
+            f"{said}: what can be printed is the job's configuration.", f"nanochat-pl {command} … --cfg job"
+        )
+    if command == "pipeline":
+        fix = "Print that of a stage: nanochat-pl train stage=sft … --cfg job"
+        raise UserError("--cfg job: a pipeline has a configuration for each of its steps.", fix)
+    # Ours are always resolved.
+    overrides = [argument for argument in parts[:place] + parts[place + 2 :] if argument != "--resolve"]
+    stage = take_key(overrides, "stage")[0] or "base"
+    step = stage if command in ("train", "plan", "doctor") else command
+    composed = compose_step(command, step, importlib.import_module(module_of(command)).Config, overrides)
+    print(yaml.safe_dump(composed.plain(), sort_keys=False, allow_unicode=True), end="")
 
 
 def _print_groups(command: str, schema: type) -> None:

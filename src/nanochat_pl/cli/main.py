@@ -36,7 +36,9 @@ COMMANDS = {
 
 # Several values for a key, one job for each: these commands can be swept.
 SWEEP_FLAGS, SWEPT = ("-m", "--multirun"), ("train", "pipeline")
-# Verbs that several processes do together, as torchrun starts them.
+# Hydra's own: print the configuration, and do nothing else.
+CONFIG_FLAGS = ("--cfg", "-c")
+# Commands that several processes do together, as torchrun starts them.
 TOGETHER = ("train", "evaluate", "selftest")
 # Which of these is set, it is a launcher that has started the processes.
 _LAUNCHERS = {"TORCHELASTIC_RUN_ID", "SLURM_PROCID"}
@@ -118,6 +120,11 @@ def _dispatch(arguments: list[str]) -> int:
     from nanochat_pl.cli._warnings import quieten
 
     quieten()
+    if any(argument in CONFIG_FLAGS or argument.startswith("--cfg=") for argument in rest):
+        from nanochat_pl.cli.help import print_config
+
+        print_config(command, rest)
+        return 0
     sweep = command in SWEPT and any(argument in SWEEP_FLAGS for argument in rest)
     with _interrupts_wait():
         module = importlib.import_module("nanochat_pl.cli._sweep" if sweep else module_of(command))
@@ -146,7 +153,11 @@ def _dispatch_together(arguments: list[str]) -> int:
 
 def _is_together(arguments: list[str]) -> bool:
     """Whether it is something that processes do together: whatever else is asked of several, one answers."""
-    return bool(arguments) and arguments[0] in TOGETHER and not {*SWEEP_FLAGS, "--help", "-h"} & {*arguments}
+    return (
+        bool(arguments)
+        and arguments[0] in TOGETHER
+        and not {*SWEEP_FLAGS, *CONFIG_FLAGS, "--help", "-h"} & {*arguments}
+    )
 
 
 def _dispatch_alone(arguments: list[str]) -> int:

@@ -43,7 +43,7 @@ class TextFacts:
         num_shards: training shards that there are.
         tokens_at_hand: about how many tokens lie on this machine.
         crops: whether the packer drops the rest of documents that do not fit.
-        streamed: whether it is tokenised while the training runs, as far as it is read, and not all of it before.
+        streamed: whether it is tokenized while the training runs, as far as it is read, and not all of it before.
         fetched: whether what is missing of it is fetched; then ``tokens_at_hand`` are those of all shards.
     """
 
@@ -197,10 +197,10 @@ def add_text(plan: Plan, text: TextFacts) -> None:
     epochs = None if text.tokens_at_hand is None else epochs_of(tokens, text.tokens_at_hand, text.crops)
     formula = f"total_tokens{dropped.partition(',')[0]} / tokens_at_hand"
     plan.derive("epochs", epochs, formula, ("total_tokens", "tokens_at_hand"))
-    tokenised = taken if text.tokens_at_hand is None else text.tokens_at_hand
+    tokenized = taken if text.tokens_at_hand is None else text.tokens_at_hand
     if text.streamed:
-        tokenised = min(taken, tokenised)
-    size = token_cache_bytes(tokenised, plan["vocab_size"], plan["sequence_len"])
+        tokenized = min(taken, tokenized)
+    size = token_cache_bytes(tokenized, plan["vocab_size"], plan["sequence_len"])
     what = "those that are read" if text.streamed or text.tokens_at_hand is None else "all at hand"
     plan.derive("token_cache_bytes", size, f"in paths.cache: {what}, as ids, and the index of their rows")
 

@@ -1,4 +1,4 @@
-"""Fetching, tokenising and packing ahead of the training, in a process of its own that ends with its starter.
+"""Fetching, tokenizing and packing ahead of the training, in a process of its own that ends with its starter.
 
 It speaks through files alone, so any number of processes (loaders, other ranks) may read and wait: the cache that it
 fills, a small status file, and beside that a lock, which the operating system frees however the process ends. When its
@@ -26,7 +26,7 @@ from nanochat_pl.common.files import FREE_SPACE, ensure_folder, free_bytes, read
 from nanochat_pl.common.launch_env import launch_on_node
 from nanochat_pl.common.locks import try_lock
 from nanochat_pl.data.cache.content_cache import fingerprint_of
-from nanochat_pl.data.cache.tokens import ShardToBuild, TokenCache, tokenised
+from nanochat_pl.data.cache.tokens import ShardToBuild, TokenCache, tokenized
 from nanochat_pl.data.hub.errors import library_heard
 from nanochat_pl.data.packing.packer import Packing, pack_as_they_come
 from nanochat_pl.data.packing.streamed_index import Segments
@@ -50,7 +50,7 @@ class Job:
 
 
 def build(job: Job, report: Callable[[int], None]) -> None:
-    """Build in this process. What is there already is packed again, which is fast, and not tokenised again.
+    """Build in this process. What is there already is packed again, which is fast, and not tokenized again.
 
     Args:
         report: called with the number of segments that are there.
@@ -59,7 +59,7 @@ def build(job: Job, report: Callable[[int], None]) -> None:
         UserError: what the source says of a file, or the disk; or no document has a token.
     """
     num_there, num_rows = 0, 0
-    with closing(tokenised(job.shards, job.tokenizer, job.num_threads)) as shards:
+    with closing(tokenized(job.shards, job.tokenizer, job.num_threads)) as shards:
 
         def lengths_of(shard: int) -> np.ndarray:
             nonlocal num_there
@@ -100,7 +100,7 @@ class BuilderProcess:
         except UserError as error:  # where it cannot be written it is removed, which needs no space
             free = free_bytes(self.status) / 2**20
             raise UserError(
-                f"{self.status}: what the process that tokenises ahead says is gone: it was removed, or could not be "
+                f"{self.status}: what the process that tokenizes ahead says is gone: it was removed, or could not be "
                 f"written ({free:,.0f} MiB free).",
                 fix=f"{FREE_SPACE} The same command goes on.",
             ) from error
@@ -110,7 +110,7 @@ class BuilderProcess:
             raise UserError(told["problems"], fix=told["fix"])
         if not alive and not told["finished"]:
             raise UserError(
-                "the process that tokenises ahead of the training was ended.",
+                "the process that tokenizes ahead of the training was ended.",
                 fix="The same command goes on from the last resume file. Was the memory full? See dmesg.",
             )
         return known
@@ -149,7 +149,7 @@ def start_builder(job: Job, cache_dir: Path) -> BuilderProcess:
     process.start()
     while not builder.is_alive():
         if process.exitcode is not None:
-            raise UserError(f"the process that tokenises ahead could not start (exit code {process.exitcode}).")
+            raise UserError(f"the process that tokenizes ahead could not start (exit code {process.exitcode}).")
         time.sleep(_LOOK_AGAIN_SECONDS)
     return builder
 

@@ -28,7 +28,7 @@ def bytes_to_make(
         source, settings: one source, no mixture.
         tokenizer: encodes it.
         cache_dir: ``paths.cache``.
-        num_tokens: that are trained on; of text that is tokenised while the training runs no more is made.
+        num_tokens: that are trained on; of text that is tokenized while the training runs no more is made.
         sequence_len: T.
     """
     shards = source.shards("train")

@@ -1,4 +1,4 @@
-"""Text and conversations as token ids on disk: tokenised once, read by memory map.
+"""Text and conversations as token ids on disk: tokenized once, read by memory map.
 
 One folder per shard: ``tokens.bin`` (uint16 where the vocabulary allows, else uint32), ``lengths.bin`` (int32, one per
 document, 0 for an empty one, so that a document keeps its number), for conversations ``mask.bin`` (uint8 per token),
@@ -194,7 +194,7 @@ class ShardToBuild:
 def token_cache_to_build(
     shards: Sequence[Shard], tokenizer: Tokenizer, cache_dir: Path
 ) -> tuple[TokenCache, list[ShardToBuild]]:
-    """The cache of some shards, whether they are there or not, and what :func:`tokenised` needs to build them."""
+    """The cache of some shards, whether they are there or not, and what :func:`tokenized` needs to build them."""
     dtype = token_dtype(tokenizer.vocab_size)
     to_build = []
     for shard in shards:
@@ -205,7 +205,7 @@ def token_cache_to_build(
     return TokenCache([each.cached for each in to_build], fingerprint), to_build
 
 
-def tokenised(
+def tokenized(
     shards: Sequence[ShardToBuild], tokenizer: Tokenizer, num_threads: int | None = None
 ) -> Generator[CachedShard, None, None]:
     """Shard after shard, each once it is in the cache; the next one is worked on meanwhile.
@@ -244,7 +244,7 @@ def build_token_cache(
     num_threads: int | None = None,
     enough_tokens: int | None = None,
 ) -> TokenCache:
-    """Tokenise a split, or find it tokenised.
+    """Tokenize a split, or find it tokenized.
 
     Args:
         source, split: which documents. tokenizer: encodes them. cache_dir: the cache of all runs (``paths.cache``).
@@ -260,7 +260,7 @@ def build_token_cache(
     cache, to_build = token_cache_to_build(listed, tokenizer, cache_dir)
     enough = enough_tokens if is_much(listed) else None
     num_tokens, done = 0, 0
-    with closing(tokenised(to_build, tokenizer, num_threads)) as shards:
+    with closing(tokenized(to_build, tokenizer, num_threads)) as shards:
         for done, shard in enumerate(shards, 1):
             num_tokens += shard.num_tokens
             if progress is not None:

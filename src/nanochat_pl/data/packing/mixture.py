@@ -1,7 +1,7 @@
 """Rows of several sources in one fixed, even order: whose row n of a run is follows from the weights and n alone.
 
 Every row is of one source and has as many tokens as any other, so shares by row are shares by token. Each source is
-tokenised and packed on its own, and its rows are taken one after the other.
+tokenized and packed on its own, and its rows are taken one after the other.
 """
 
 from __future__ import annotations

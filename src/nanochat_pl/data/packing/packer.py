@@ -18,7 +18,7 @@ Two modes take the documents as they come:
 - ``pad_one``: each document has a row of its own, and the rest is padding.
 
 Documents arrive in the order that ``shuffle`` says. ``global`` needs the lengths of all of them; ``shards`` and
-``none`` take one shard after the other, so the rows of the first shards are known before the last one is tokenised.
+``none`` take one shard after the other, so the rows of the first shards are known before the last one is tokenized.
 
 The buffer is a queue for each length that occurs, and a sorted list of these lengths: finding the best fit takes time
 logarithmic in the size of the buffer. (Taking a length out of that list moves the ones behind it, some kilobytes of

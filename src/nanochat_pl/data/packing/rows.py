@@ -184,7 +184,7 @@ def streamed_rows(
     shuffle: Shuffle = "shards",
     seed: int = 0,
 ) -> Rows:
-    """Rows of shards that need not be tokenised yet: what is missing is built by a process of its own, from the first.
+    """Rows of shards that need not be tokenized yet: what is missing is built by a process of its own, from the first.
 
     Args:
         shards: of a split; they must stand being sent to another process. num_rows: how many rows there will be; the

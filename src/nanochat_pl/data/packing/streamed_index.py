@@ -121,7 +121,7 @@ class StreamedIndex:
             if not told and time.monotonic() - begin > _PATIENCE_SECONDS:
                 told = True
                 rank_zero_print(
-                    f"Waiting for the text to be tokenised: {self.num_ready:,} rows are there, {num_rows:,} are needed."
+                    f"Waiting for the text to be tokenized: {self.num_ready:,} rows are there, {num_rows:,} are needed."
                 )
             time.sleep(_LOOK_AGAIN_SECONDS)
 

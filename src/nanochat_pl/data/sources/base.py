@@ -20,7 +20,7 @@ from nanochat_pl.data.packing.packer import Mode
 Split = Literal["train", "val"]
 SPLITS: tuple[Split, Split] = ("train", "val")
 MAX_BAD_FRACTION = 0.01
-# More than this is not tokenised as a whole before the training begins, nor held out as a whole: bytes of text.
+# More than this is not tokenized as a whole before the training begins, nor held out as a whole: bytes of text.
 MAX_TEXT_AT_ONCE = 20e9
 MIN_SHARE = 1e-5
 # Figures of the log have these names: train/loss_smoothed, train/tokens_per_second, val/bpb_stderr.
@@ -77,8 +77,8 @@ class SourceSettings:
     shuffle: Literal["global", "shards", "none"] = setting(
         "global",
         "Order of the documents. global: all of them in a seeded order of its own for each epoch, which needs all of "
-        "them tokenised first (of more than 20 GB of text it is as shards); shards: shard after shard, those of each "
-        "in a seeded order, so the training begins with the first ones while the others are tokenised; none: the order "
+        "them tokenized first (of more than 20 GB of text it is as shards); shards: shard after shard, those of each "
+        "in a seeded order, so the training begins with the first ones while the others are tokenized; none: the order "
         "of the source, from the first ones too.",
     )
     pack_buffer_documents: int = setting(1_000, "Documents among which the packer finds the best fit.", at_least=1)
@@ -222,7 +222,7 @@ def is_much(shards: Sequence[Shard]) -> bool:
 
 
 def all_at_once(settings: SourceSettings, shards: Sequence[Shard]) -> bool:
-    """Whether all of the text to train on is tokenised before the training begins; else shard by shard beside it."""
+    """Whether all of the text to train on is tokenized before the training begins; else shard by shard beside it."""
     return settings.shuffle == "global" and not is_much(shards)
 
 
@@ -233,7 +233,7 @@ def place_by_hash(content: bytes) -> float:
 
 @dataclass(frozen=True)
 class Shard:
-    """A part of one split that is tokenised, kept and verified as a whole.
+    """A part of one split that is tokenized, kept and verified as a whole.
 
     Attributes:
         name: unique within its source and split; part of a row's address. May hold slashes.

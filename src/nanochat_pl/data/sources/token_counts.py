@@ -1,4 +1,4 @@
-"""How much text lies on this machine, without tokenising or downloading any."""
+"""How much text lies on this machine, without tokenizing or downloading any."""
 
 from __future__ import annotations
 

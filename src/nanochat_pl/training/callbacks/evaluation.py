@@ -125,7 +125,7 @@ def _figures(result: BitsPerByteResult, loss: float) -> dict[str, float]:
 
 def open_validation(
     source: Source,
-    tokenise: Callable[[Source, int], TokenCache],
+    tokenize: Callable[[Source, int], TokenCache],
     tokenizer: Tokenizer,
     cache: Path,
     *,
@@ -137,7 +137,7 @@ def open_validation(
 
     Args:
         source: one or a mixture.
-        tokenise: gives the tokens of the held-out text of one: of very much of it the first shards that hold so many.
+        tokenize: gives the tokens of the held-out text of one: of very much of it the first shards that hold so many.
         tokenizer, cache: that it uses.
         sequence_len: T.
         num_rows: at most; fewer where the text ends before.
@@ -145,7 +145,7 @@ def open_validation(
     """
 
     def of(part: Source, count: int) -> Validation:
-        tokens = tokenise(part, count * (sequence_len + 1))
+        tokens = tokenize(part, count * (sequence_len + 1))
         rows = validation_rows(tokens, sequence_len, tokenizer.bos_id, cache, count)
         return Validation(rows, len(rows), tokenizer, device_batch_size)
 

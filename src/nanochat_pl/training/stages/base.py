@@ -74,7 +74,7 @@ def prepare_base(
     """Pretraining: documents, packed.
 
     Args:
-        goes_on: whether there is a resume file: the stage keeps to the files of data sets that it was begun with.
+        resuming: whether there is a resume file: the stage keeps to the files of data sets that it was begun with.
         corpus: the run's, see :func:`~nanochat_pl.training.stages.source.corpus_of_stage`; None: of what is installed.
 
     Raises:
@@ -116,7 +116,7 @@ def prepare_base(
         rows = _rows_of(parts[""], tokenizer, cache, plan["sequence_len"], num_rows)
     validation = open_validation(
         source,
-        lambda part, enough: _tokenise(part, "val", tokenizer, cache, enough),
+        lambda part, enough: _tokenize(part, "val", tokenizer, cache, enough),
         tokenizer,
         cache,
         sequence_len=plan["sequence_len"],
@@ -183,10 +183,10 @@ def _parts(config: TrainConfig, source: Source, tokenizer: Tokenizer, cache: Pat
         if settings.shuffle == "global" and not at_once:
             rank_zero_print(
                 f"{part.name}: more than {MAX_TEXT_AT_ONCE / 1e9:g} GB of text, so its order is that of"
-                " data.shuffle=shards: the training begins when the first files are tokenised."
+                " data.shuffle=shards: the training begins when the first files are tokenized."
             )
             settings = replace(settings, shuffle="shards")
-        tokens = _tokenise(part, "train", tokenizer, cache) if at_once else None
+        tokens = _tokenize(part, "train", tokenizer, cache) if at_once else None
         parts[name] = _Part(part, settings, tokens)
     return parts
 
@@ -257,10 +257,10 @@ def target_of(machine: Machine) -> Target:
     return Target.here(device, machine.compute_dtype, collectives.world_size(), here, machine.compile)
 
 
-def _tokenise(
+def _tokenize(
     source: Source, split: Split, tokenizer: Tokenizer, cache: Path, enough_tokens: int | None = None
 ) -> TokenCache:
-    with progress(f"tokenising {source.name}, {split}", len(source.shards(split)), "shards") as advance:
+    with progress(f"tokenizing {source.name}, {split}", len(source.shards(split)), "shards") as advance:
         report = by_difference(advance)
         tokens = build_token_cache(
             source,

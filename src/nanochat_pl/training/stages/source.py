@@ -57,7 +57,7 @@ def corpus_of_stage(config: TrainConfig, folder: StageFolder, cache: Path, resum
     """The corpus of docstrings of a stage: that which it was begun with, else the parent's, else of what is installed.
 
     Args:
-        goes_on: whether the stage has begun.
+        resuming: whether the stage has begun.
 
     Raises:
         UserError: the parent's record is damaged.
@@ -89,7 +89,7 @@ def with_chosen_data(
 
     Args:
         folder: of the stage, where the choice is recorded.
-        goes_on: whether the stage has begun: then it keeps to what it was begun with.
+        resuming: whether the stage has begun: then it keeps to what it was begun with.
         corpus: the run's; None: that of the packages installed now.
 
     Raises:
