@@ -101,7 +101,6 @@ def test_a_cpu_refuses_hours_and_says_what_it_can(tmp_path: Path, capsys: pytest
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1500)  # a model is compiled and trained: minutes without AVX-512
 def test_what_a_cpu_is_advised_to_do_trains(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     places = (f"paths.cache={tmp_path}", f"paths.runs={tmp_path / 'runs'}")
     assert main(["plan", *COMMAND, *places]) == 0
