@@ -23,7 +23,7 @@ from tests.training.conftest import sft_overrides, tiny_overrides
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork") or not Path("/proc/self/fd").exists(), reason="needs Linux")
 
 STAGES = ("base", "mid", "sft")
-STRIDE = 4
+STRIDE = 8
 STARTS = ("first", "second")  # a run that begins, and one that goes on after it was killed
 FIVE_STEPS = [
     "max_steps=5",
