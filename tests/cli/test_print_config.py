@@ -31,6 +31,17 @@ def test_other_commands_too(command: str, capsys: pytest.CaptureFixture[str]) ->
     assert yaml.safe_load(capsys.readouterr().out)["paths"]["runs"] == "mine"
 
 
+@pytest.mark.parametrize("flag", [["--cfg", "job"], ["--cfg=job"]])
+def test_one_of_several_processes_prints_it(
+    flag: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    for command in ("train", "plan"):
+        assert main([command, *flag]) == 0
+        assert yaml.safe_load(capsys.readouterr().out)["paths"]["runs"] == "runs"
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

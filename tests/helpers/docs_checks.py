@@ -16,13 +16,12 @@ from markdown_it.token import Token
 
 from nanochat_pl.cli._sweep import expand
 from nanochat_pl.cli.download import compose_download
+from nanochat_pl.cli.help import compose_command
 from nanochat_pl.cli.main import COMMANDS, module_of
 from nanochat_pl.cli.pipeline import check_all, steps_of
 from nanochat_pl.cli.train import compose_train
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.config.compose import compose
 from nanochat_pl.config.config_dir import groups
-from nanochat_pl.config.experiment import compose_step
 from nanochat_pl.config.overrides import UNKNOWN, type_of_key
 
 SHELL = ("sh", "bash", "shell", "console", "")
@@ -145,17 +144,12 @@ def _compose(words: list[str]) -> None:
         for job in expand([argument for argument in arguments if argument != "-m"]):
             compose_train(job.overrides)
         return
-    schema = importlib.import_module(module_of(command)).Config
     if command == "pipeline":
         check_all(steps_of(arguments))
-    elif command == "train":
-        compose_train(arguments)
-    elif command in ("plan", "doctor", "evaluate", "report"):
-        compose_step(command, "base" if command in ("plan", "doctor") else command, schema, arguments)
     elif command == "download":
         compose_download(arguments)
     else:
-        compose(command, schema, arguments)
+        compose_command(command, arguments)
 
 
 def check_keys(page: Page, root: Path) -> Iterator[str]:

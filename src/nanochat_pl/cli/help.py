@@ -14,6 +14,7 @@ import yaml
 from nanochat_pl.cli.main import CONFIG_FLAGS, module_of
 from nanochat_pl.common.errors import UserError, did_you_mean
 from nanochat_pl.config import config_dir
+from nanochat_pl.config.compose import Composed
 from nanochat_pl.config.experiment import compose_step
 from nanochat_pl.config.overrides import UNKNOWN, is_group, take_key, type_of_key, without_none
 
@@ -56,10 +57,13 @@ def print_config(command: str, arguments: Sequence[str]) -> None:
         raise UserError("--cfg job: a pipeline has a configuration for each of its steps.", fix)
     # Ours are always resolved.
     overrides = [argument for argument in parts[:place] + parts[place + 2 :] if argument != "--resolve"]
-    stage = take_key(overrides, "stage")[0] or "base"
-    step = stage if command in ("train", "plan", "doctor") else command
-    composed = compose_step(command, step, importlib.import_module(module_of(command)).Config, overrides)
-    print(yaml.safe_dump(composed.plain(), sort_keys=False, allow_unicode=True), end="")
+    print(yaml.safe_dump(compose_command(command, overrides).plain(), sort_keys=False, allow_unicode=True), end="")
+
+
+def compose_command(command: str, overrides: Sequence[str]) -> Composed[Any]:
+    """Compose and check the settings of a command as it does itself; of ``pipeline`` each step has its own."""
+    step = take_key(overrides, "stage")[0] or "base" if command in ("train", "plan", "doctor") else command
+    return compose_step(command, step, importlib.import_module(module_of(command)).Config, overrides)
 
 
 def _print_groups(command: str, schema: type) -> None:

@@ -120,7 +120,7 @@ def _dispatch(arguments: list[str]) -> int:
     from nanochat_pl.cli._warnings import quieten
 
     quieten()
-    if any(argument in CONFIG_FLAGS or argument.startswith("--cfg=") for argument in rest):
+    if any(map(_is_config_flag, rest)):
         from nanochat_pl.cli.help import print_config
 
         print_config(command, rest)
@@ -153,11 +153,16 @@ def _dispatch_together(arguments: list[str]) -> int:
 
 def _is_together(arguments: list[str]) -> bool:
     """Whether it is something that processes do together: whatever else is asked of several, one answers."""
-    return (
-        bool(arguments)
-        and arguments[0] in TOGETHER
-        and not {*SWEEP_FLAGS, *CONFIG_FLAGS, "--help", "-h"} & {*arguments}
-    )
+    return bool(arguments) and arguments[0] in TOGETHER and not {*SWEEP_FLAGS} & {*arguments} and not _asks(arguments)
+
+
+def _asks(arguments: list[str]) -> bool:
+    """Whether something is printed and nothing done."""
+    return any(argument in ("--help", "-h") or _is_config_flag(argument) for argument in arguments)
+
+
+def _is_config_flag(argument: str) -> bool:
+    return argument in CONFIG_FLAGS or argument.startswith("--cfg=")
 
 
 def _dispatch_alone(arguments: list[str]) -> int:
@@ -165,7 +170,7 @@ def _dispatch_alone(arguments: list[str]) -> int:
     place = launch_env()
     if place.rank > 0 and _LAUNCHERS & {*os.environ}:
         return 0  # the first speaks; without a launcher there may be no first, but variables of a machine
-    if arguments and arguments[0] in COMMANDS and not {"--help", "-h"} & {*arguments}:
+    if arguments and arguments[0] in COMMANDS and not _asks(arguments):
         raise UserError(
             f"nanochat-pl {' '.join(arguments[:2])} …: was started {place.world_size} times at once.",
             f"Several processes do together: {', '.join(TOGETHER)}, as in torchrun … -m nanochat_pl.cli.main train …;"
