@@ -24,7 +24,7 @@ from nanochat_pl.bundle.stage_info import StageInfo
 from nanochat_pl.bundle.tensors import problems_of_header, read_header, read_tensors, save_tensors
 from nanochat_pl.common.device import choose_compute_dtype, memory_bytes
 from nanochat_pl.common.errors import NotFiniteError, UserError
-from nanochat_pl.common.files import explain_disk_errors, read_json, sha256_of_file, write_json, write_text
+from nanochat_pl.common.files import explain_disk_errors, read_object, sha256_of_file, write_json, write_text
 from nanochat_pl.common.schema import build, to_plain
 from nanochat_pl.common.text_files import kind_of_file
 from nanochat_pl.model.config import GPTConfig
@@ -163,7 +163,7 @@ def _require_finite_outputs(net: GPT) -> None:
 def load_config(folder: Path) -> GPTConfig:
     """The architecture of a bundle, checked against its bounds before any memory is taken."""
     require_model(folder)
-    config = build(GPTConfig, _read_object(folder, CONFIG), str(folder / CONFIG))
+    config = build(GPTConfig, read_object(_member(folder, CONFIG)), str(folder / CONFIG))
     require_size(config, memory_bytes())  # no model that is larger than this machine's memory is read
     return config
 
@@ -193,7 +193,7 @@ def hash_of_weights(folder: Path) -> str:
 
 def load_stage_info(folder: Path) -> StageInfo:
     """The origin of a bundle."""
-    return build(StageInfo, _read_object(folder, STAGE), str(folder / STAGE))
+    return build(StageInfo, read_object(_member(folder, STAGE)), str(folder / STAGE))
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
@@ -232,13 +232,6 @@ def _how_to_mend(folder: Path) -> str:
             " stages have is in their own bundles."
         )
     return "Give the folder of a bundle, e.g. runs/NAME/sft/bundle."
-
-
-def _read_object(folder: Path, name: str) -> dict[str, object]:
-    value = read_json(_member(folder, name))
-    if not isinstance(value, dict):
-        raise UserError(f"{folder / name}: must be a JSON object.")
-    return value
 
 
 def _load_tensors(
