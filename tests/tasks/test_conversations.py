@@ -142,7 +142,7 @@ def test_several_sets_stand_beside_the_tasks(tmp_path: Path) -> None:
     assert build(MixtureSettings, to_plain(settings)) == settings
     judged = only_judged(settings)
     assert judged is not None and list(judged.tasks.chosen()) == ["identity"]
-    with pytest.raises(UserError, match="right answer"):
+    with pytest.raises(UserError, match="ground-truth answers"):
         mixture.tasks["a"].evaluate(mixture.tasks["a"][0], "1")
 
 

@@ -438,6 +438,7 @@ HOSTILE = (
         """,
         "timeout",
         "escaped",
+        "error",  # the processes of the user's that there may be were used up by others: fork is refused
     ),
     _whole(
         "numbers that all have one hash",
