@@ -22,6 +22,7 @@ from lightning.pytorch import Callback
 
 from nanochat_pl.cli._warnings import quieten
 from nanochat_pl.common.device import choose_compute_dtype
+from nanochat_pl.data.batch import micro_batches
 from nanochat_pl.model.compiled import CompiledLoss
 from nanochat_pl.model.config import ModelSettings, resolve_model
 from nanochat_pl.model.counts import flops_per_token
@@ -31,8 +32,7 @@ from nanochat_pl.optim import OptimSettings, ScheduleSettings, build_optimizer, 
 from nanochat_pl.training.callbacks.evaluation import Samples
 from nanochat_pl.training.config import EvaluationSettings, TrainerSettings
 from nanochat_pl.training.datamodule import RowsDataModule, StepRows
-from nanochat_pl.training.module import BaseStage, ModuleConfig
-from nanochat_pl.training.step import micro_batches
+from nanochat_pl.training.module import LMModule, ModuleConfig
 from nanochat_pl.training.trainer import FitConfig, fit
 
 ROWS_PER_STEP = 16
@@ -99,7 +99,7 @@ def small_recipe(num_steps: int, rows_per_step: int, compiled: bool) -> ModuleCo
     dtype = choose_compute_dtype("auto", torch.device("cpu"))
     model = resolve_model(ModelSettings(depth=4, head_dim=64, sequence_len=256), 4096, dtype)
     hyper = resolve_hyperparameters(OptimSettings(matrix_lr=0.012), width=model.width, compute_dtype=dtype)
-    return ModuleConfig(model, hyper, ScheduleSettings(), num_steps, rows_per_step, 0, compiled)
+    return ModuleConfig(model, num_steps, rows_per_step, hyper, ScheduleSettings(), seed=0, compile=compiled)
 
 
 def train(recipe: ModuleConfig, rows: Any, callback: Callback, checkpoint_every_steps: int) -> None:
@@ -119,7 +119,7 @@ def train(recipe: ModuleConfig, rows: Any, callback: Callback, checkpoint_every_
             samples=Samples(folder / "samples.jsonl", [], 1),
             callbacks=[callback],
         )
-        fit(BaseStage(recipe), RowsDataModule(rows, recipe.device_batch_size, recipe.num_steps), fitting)
+        fit(LMModule(recipe), RowsDataModule(rows, recipe.device_batch_size, recipe.num_steps), fitting)
 
 
 def interval(ratios: list[float], rounds: int = 10_000) -> tuple[float, float]:

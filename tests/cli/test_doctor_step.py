@@ -12,9 +12,9 @@ import torch
 
 from nanochat_pl import load_bundle
 from nanochat_pl.cli.main import main
+from nanochat_pl.data.batch import StepBatch
 from nanochat_pl.doctor.documents import both_ends
 from nanochat_pl.training.datamodule import StepRows
-from nanochat_pl.training.step import StepBatch
 from tests.cli.test_doctor import column
 from tests.training.conftest import sft_overrides, tiny_overrides, write_texts
 

@@ -16,6 +16,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from nanochat_pl.data.batch import StepBatch, micro_batches
 from nanochat_pl.model.config import DType, GPTConfig, ModelSettings, resolve_model
 from nanochat_pl.model.gpt import GPT, TORCH_DTYPES, parameter_roles
 from nanochat_pl.model.init import init_weights
@@ -27,8 +28,7 @@ from nanochat_pl.optim import (
     resolve_hyperparameters,
     schedule_values,
 )
-from nanochat_pl.training.nonfinite_guard import Guard
-from nanochat_pl.training.step import StepBatch, micro_batches, training_step
+from tests.helpers.training import BareModule
 
 NUM_STEPS = 20
 SEEDS = (0, 1, 2, 3, 4)
@@ -106,25 +106,24 @@ def first_optimizer(net: GPT, dtype: DType) -> MuonAdamW:
     return optimizer
 
 
-class Training:
-    """What :func:`training_step` needs of a stage, without Lightning."""
+class Training(BareModule):
+    """THE training step on the batches, without Lightning."""
 
     def __init__(self, seed: int, dtype: DType, net: GPT | None = None, loss: Loss | None = None) -> None:
-        self.net = first_net(seed, dtype, net)
-        self.optimizer = first_optimizer(self.net, dtype)
-        self.schedule, self.num_steps, self.global_step = SCHEDULE, NUM_STEPS, 0
-        self.device, self.device_batch_size = torch.device("cpu"), DEVICE_BATCH_SIZE
-        self.weighted_loss = loss or self.net.weighted_loss
-        self.manual_backward, self.update, self.guard = Tensor.backward, self.optimizer.step, Guard()
-        self.batches = batches(seed)
+        net = first_net(seed, dtype, net)
+        super().__init__(net, first_optimizer(net, dtype), SCHEDULE, NUM_STEPS, DEVICE_BATCH_SIZE)
+        self.batches, self._other_loss = batches(seed), loss
 
-    def between_micro_batches(self, part: int) -> None:
-        """Nobody looks in."""
+    def weighted_loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """The network's, or the one that was given."""
+        if self._other_loss is None:
+            return super().weighted_loss(inputs, targets)
+        return self._other_loss(inputs, targets)
 
     def losses(self) -> Iterator[float]:
         """Train; gives the loss of each step in nats per target."""
         while self.global_step < NUM_STEPS:
-            yield training_step(self, self.batches[self.global_step]).loss  # type: ignore[arg-type]
+            yield self.step(self.batches[self.global_step]).loss
             self.global_step += 1
 
 

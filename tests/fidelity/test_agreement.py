@@ -19,10 +19,10 @@ from torch import Tensor
 
 from nanochat_pl.bundle import Bundle, StageInfo, load_bundle, save_bundle
 from nanochat_pl.engine import Engine
+from nanochat_pl.evaluation.validation import Validation
 from nanochat_pl.model.gpt import GPT
 from nanochat_pl.model.kv_cache import KVCache
 from nanochat_pl.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer
-from nanochat_pl.training.callbacks.evaluation import Validation
 from tests.fidelity.setting import NUM_STEPS, VOCAB_SIZE, Training, batches
 
 SEED = 0
@@ -114,7 +114,7 @@ def test_evaluation_of_the_bundle_gives_the_loss_of_the_training(trained: LossMa
         with torch.enable_grad():
             nats += trained.training.weighted_loss(inputs[start : start + 2], targets[start : start + 2]).detach()
     rows = FixedRows(inputs, targets)
-    figures = Validation(rows, len(inputs), tokenizer(), 2).measure(trained.bundle.net)  # type: ignore[arg-type]
+    figures = Validation.of_rows(rows, len(inputs), tokenizer(), 2).measure(trained.bundle.net)  # type: ignore[arg-type]
     trained.bundle.net.eval()
     assert figures["val/loss"] == pytest.approx(nats.item() / count, rel=1e-6)
     with torch.no_grad():

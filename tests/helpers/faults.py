@@ -64,9 +64,9 @@ FAULTS = {each.__name__: each for each in (fails, is_refused, is_killed, hangs, 
 
 def put_in() -> None:
     """Let the step end with the fault, and make others wait."""
+    from nanochat_pl.evaluation.validation import Validation
     from nanochat_pl.tasks.synthetic.arithmetic import Arithmetic
     from nanochat_pl.training.callbacks import metrics
-    from nanochat_pl.training.callbacks.evaluation import Validation
     from nanochat_pl.training.datamodule import StepRows
     from nanochat_pl.training.module import LMModule
 

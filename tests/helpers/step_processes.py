@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from nanochat_pl.common.errors import UserError
+from nanochat_pl.data.batch import StepBatch
 from nanochat_pl.distributed import collectives
-from nanochat_pl.training.datamodule import share
-from nanochat_pl.training.step import StepBatch, training_step
+from nanochat_pl.distributed.partition import share
 from tests.helpers.steps import BATCH, MEMORY, StepLoop, fails
 
 
@@ -33,7 +33,7 @@ def steps(rows: int, num_steps: int = 2, **settings: Any) -> dict[str, Any]:
     loop = StepLoop(**settings)
     results = []
     for _ in range(num_steps):
-        results.append(training_step(loop, own_share(rows)))  # type: ignore[arg-type]
+        results.append(loop.step(own_share(rows)))
         loop.global_step += 1
     return _told(loop) | {"loss": [r.loss for r in results], "norm": [r.gradient_norm for r in results]}
 
@@ -43,9 +43,9 @@ def out_of_memory(where: str, call: int, of: int) -> dict[str, Any]:
     loop = StepLoop(2)
     if collectives.rank() == of:
         setattr(loop, where, fails(MEMORY, call))
-    losses = [training_step(loop, own_share(5)).loss]  # type: ignore[arg-type]
+    losses = [loop.step(own_share(5)).loss]
     loop.global_step += 1
-    losses.append(training_step(loop, own_share(5)).loss)  # type: ignore[arg-type]
+    losses.append(loop.step(own_share(5)).loss)
     return _told(loop) | {"loss": losses}
 
 
@@ -53,14 +53,14 @@ def out_of_memory_with_one_row() -> dict[str, Any]:
     """Of process 1."""
     loop = StepLoop(1)
     if collectives.rank() == 1:
-        loop.forward = fails(MEMORY, 1)
+        loop.before_forward = fails(MEMORY, 1)
     return _refused(loop)
 
 
 def nan_in_weights() -> dict[str, Any]:
     """Of process 1, in the second step."""
     loop = StepLoop(2)
-    training_step(loop, own_share(5))  # type: ignore[arg-type]
+    loop.step(own_share(5))
     loop.global_step += 1
     if collectives.rank() == 1:
         with torch.no_grad():
@@ -76,17 +76,17 @@ def nan_in_a_gradient(dtype: Any = "float32", on_nonfinite: Any = "stop") -> dic
         loop.break_gradient()
     if on_nonfinite == "stop" and dtype == "float32":
         return _refused(loop)
-    skipped = training_step(loop, own_share(5)).skipped  # type: ignore[arg-type]
+    skipped = loop.step(own_share(5)).skipped
     kept = all(torch.equal(weight, before[name]) for name, weight in loop.weights().items())
-    loop.backward, loop.global_step = lambda: None, 1
-    again = training_step(loop, own_share(5))  # type: ignore[arg-type]
+    loop.after_backward, loop.global_step = lambda: None, 1
+    again = loop.step(own_share(5))
     return _told(loop) | {"skipped": [skipped, again.skipped], "kept": kept, "guard": loop.guard.state_dict()}
 
 
 def _refused(loop: StepLoop) -> dict[str, Any]:
     before = loop.weights()
     try:
-        training_step(loop, own_share(5))  # type: ignore[arg-type]
+        loop.step(own_share(5))
     except UserError as error:
         kept = all(torch.equal(weight, before[name]) for name, weight in loop.weights().items() if name in before)
         return {"kept": kept, "finite": loop.is_finite(), "said": [*error.problems, error.fix]}
@@ -104,8 +104,8 @@ CASES: dict[str, Callable[[], dict[str, Any]]] = {
     "one process of two has one micro-batch more": lambda: steps(3, device_batch_size=1),
     "clipped": lambda: steps(5, max_grad_norm=0.3),
     "float16": lambda: steps(5, dtype="float16"),
-    "out of memory in forward": lambda: out_of_memory("forward", 1, 1),
-    "out of memory in backward": lambda: out_of_memory("backward", 2, 0),
+    "out of memory in forward": lambda: out_of_memory("before_forward", 1, 1),
+    "out of memory in backward": lambda: out_of_memory("after_backward", 2, 0),
     "out of memory with one row": out_of_memory_with_one_row,
     "nan in weights": nan_in_weights,
     "nan in a gradient": nan_in_a_gradient,

@@ -5,14 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from nanochat_pl.training.loss_scale import LossScale
-from nanochat_pl.training.nonfinite_guard import Guard, OnNonfinite
+from nanochat_pl.training.nonfinite_guard import Guard, LossScale, OnNonfinite
 from tests.helpers.training import Loop, batch_of
 
 MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
@@ -26,7 +24,7 @@ class StepLoop(Loop):
     Attributes:
         parts: the number of each micro-batch that was begun.
         files: what the stage has for resume files.
-        forward, backward: called before each forward and each backward, for faults.
+        before_forward, after_backward: called at each forward and each backward, for faults.
     """
 
     def __init__(
@@ -38,35 +36,24 @@ class StepLoop(Loop):
     ) -> None:
         super().__init__(device_batch_size)
         if dtype == "float16":
-            self.net.set_compute_dtype(torch.float16)
+            net = self.net
+            assert net is not None
+            net.set_compute_dtype(torch.float16)
         self.guard = Guard(on_nonfinite, max_grad_norm, LossScale(dtype == "float16"))
         self.parts: list[int] = []
         self.files: list[Path] = []
         self.max_rows: int | None = None
-        self.recipe = SimpleNamespace(model=self.net.config)
-        self.forward: Callable[[], None] = lambda: None
-        self.backward: Callable[[], None] = lambda: None
-        self.weighted_loss = self._loss
-        self.manual_backward: Any = self._backward
-        self._nats: list[Tensor] = []
+        self.before_forward: Callable[[], None] = lambda: None
+        self.after_backward: Callable[[], None] = lambda: None
+        self.micro_batch_hooks.append(self.parts.append)
 
-    def between_micro_batches(self, part: int) -> None:
-        self.parts.append(part)
-        if part == 0:
-            self._nats = []
+    def weighted_loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        self.before_forward()
+        return super().weighted_loss(inputs, targets)
 
-    def _loss(self, inputs: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
-        self.forward()
-        nats, of_rows = self.net.loss_by_row(inputs, targets)
-        self._nats.append(of_rows)
-        return nats
-
-    def _backward(self, loss: Tensor) -> None:
+    def manual_backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         loss.backward()
-        self.backward()
-
-    def row_losses(self, num_rows: int) -> Tensor:
-        return torch.cat(self._nats)[:num_rows]
+        self.after_backward()
 
     def inspect_command(self, step: int) -> str:
         return f"doctor step={step}"
@@ -88,7 +75,7 @@ class StepLoop(Loop):
             assert gradient is not None
             gradient[0, 0] = value
 
-        self.backward = spoil
+        self.after_backward = spoil
 
 
 def fails(error: Exception, *calls: int) -> Callable[..., None]:

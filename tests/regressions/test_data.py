@@ -24,6 +24,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from nanochat_pl.cli.main import main
 from nanochat_pl.common.files import read_json
+from nanochat_pl.data.batch import StepBatch
 from nanochat_pl.data.cache.conversations import build_conversation_cache
 from nanochat_pl.data.cache.tokens import build_token_cache
 from nanochat_pl.data.packing.packer import Packing, pack, pack_as_they_come
@@ -40,7 +41,6 @@ from nanochat_pl.tasks.synthetic.words import WordTask
 from nanochat_pl.training.callbacks.graceful_stop import StopRequested
 from nanochat_pl.training.datamodule import StepRows
 from nanochat_pl.training.stages.sft import rows_of_epochs
-from nanochat_pl.training.step import StepBatch
 from tests.data.test_build_ahead import start_in_process
 from tests.helpers.fake_data import BOS, ByteTokenizer, ListSource
 from tests.helpers.small_engine import byte_tokenizer

@@ -47,8 +47,8 @@ def test_a_step_is_an_optimizer_step_however_many_micro_batches_it_has() -> None
     """A step count meant micro-batches in one stage and optimizer steps in another; schedules ran out early."""
     batch = batch_of([16] * 4)
     many, one = Loop(device_batch_size=1), Loop(device_batch_size=4)
-    many.train(batch, NUM_STEPS)
-    one.train(batch, NUM_STEPS)
+    many.train_steps(batch, NUM_STEPS)
+    one.train_steps(batch, NUM_STEPS)
     assert many.values == one.values == [schedule_values(one.schedule, step, NUM_STEPS) for step in range(NUM_STEPS)]
 
 
@@ -64,7 +64,7 @@ def test_every_token_weighs_the_same_where_masks_differ(device_batch_size: int) 
     whole, cut = Loop(device_batch_size=4), Loop(device_batch_size)
     with torch.no_grad():
         nats = whole.net.losses(batch.inputs, batch.targets)
-    (expected,), (loss,) = whole.train(batch), cut.train(batch)
+    (expected,), (loss,) = whole.train_steps(batch), cut.train_steps(batch)
     assert loss == pytest.approx(nats.sum().item() / 26, rel=1e-6)
     assert loss == pytest.approx(expected, rel=1e-6)
     means = sum((row[goals >= 0].mean() for row, goals in zip(nats, batch.targets, strict=True)), start=torch.zeros(()))
@@ -78,7 +78,7 @@ def test_the_loss_is_that_of_the_whole_step() -> None:
     loop = Loop(device_batch_size=1)
     with torch.no_grad():
         nats = loop.net.losses(batch.inputs, batch.targets)
-    (loss,) = loop.train(batch)
+    (loss,) = loop.train_steps(batch)
     assert loss == pytest.approx(nats.mean().item(), rel=1e-6)
     assert abs(loss - nats[-1].mean().item()) > 1e-4
 
@@ -96,15 +96,15 @@ def test_tokens_a_second_and_mfu_are_those_of_the_whole_step(
         now += min(device_batch_size, rows - part * device_batch_size) / 4
 
     loop: Any = Loop(device_batch_size)
-    loop.between_micro_batches, loop.recipe = between_micro_batches, SimpleNamespace()
-    loop.recipe.hyperparameters = SimpleNamespace(weight_decay=0.0)
+    loop.micro_batch_hooks.append(between_micro_batches)
+    loop.config.hyperparameters.weight_decay = 0.0
     clock = StepClock()
     metrics = StepMetrics(clock, flops_per_token=1e6, peak_flops=1e9, log_every_steps=1)
     batch = batch_of([16, 1, 7, 2])
     trainer: Any = SimpleNamespace(global_step=0, max_steps=NUM_STEPS, loggers=[])
     metrics.on_train_start(trainer, loop)
     for step in (1, 2):
-        (loss,) = loop.train(batch)
+        (loss,) = loop.train_steps(batch)
         trainer.global_step = step
         metrics.on_train_batch_end(trainer, loop, {"loss": torch.tensor(loss)}, batch, step - 1)
         assert metrics.latest["train/step_seconds"] == pytest.approx(1.0)
@@ -129,7 +129,7 @@ def test_a_batch_that_is_not_divisible_is_trained_on_whole() -> None:
     """A bare assertion ended runs whose batch the device's rows did not divide."""
     batch = batch_of([16] * 5)
     whole, cut = Loop(device_batch_size=5), Loop(device_batch_size=3)
-    assert cut.train(batch) == pytest.approx(whole.train(batch), rel=1e-6)
+    assert cut.train_steps(batch) == pytest.approx(whole.train_steps(batch), rel=1e-6)
     _assert_same_gradients(whole, cut)
 
 

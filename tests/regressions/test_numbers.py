@@ -14,12 +14,12 @@ import torch.nn.functional as F
 
 from nanochat_pl.common.constants import IGNORE_INDEX
 from nanochat_pl.evaluation.bits_per_byte import BitsPerByte
+from nanochat_pl.evaluation.validation import Validation
 from nanochat_pl.model.gpt import GPT
 from nanochat_pl.model.init import init_weights
 from nanochat_pl.model.kv_cache import KVCache
 from nanochat_pl.model.loss import softcap
 from nanochat_pl.optim import OptimSettings, StepValues
-from nanochat_pl.training.callbacks.evaluation import Validation
 from tests.helpers.models import perturbed, random_ids, tiny_config
 from tests.helpers.small_engine import byte_tokenizer
 from tests.helpers.small_optim import make_optimizer, make_parameters, set_gradients
@@ -82,10 +82,10 @@ def test_nothing_is_left_uninitialised_after_the_meta_device(memory_that_holds_n
 def test_a_step_on_dirty_memory_gives_the_same_weights(memory_that_holds_nan: None) -> None:
     """The optimizer's state came from memory that nobody had cleared."""
     dirty = Loop(device_batch_size=3)
-    dirty.train(batch_of([16, 3, 0, 9]), num_steps=2)
+    dirty.train_steps(batch_of([16, 3, 0, 9]), num_steps=2)
     torch.use_deterministic_algorithms(False)
     clean = Loop(device_batch_size=3)
-    clean.train(batch_of([16, 3, 0, 9]), num_steps=2)
+    clean.train_steps(batch_of([16, 3, 0, 9]), num_steps=2)
     for (name, one), other in zip(dirty.net.named_parameters(), clean.net.parameters(), strict=True):
         assert torch.equal(one, other), name
 
@@ -163,7 +163,7 @@ def test_rows_of_special_tokens_alone_have_no_bits_per_byte() -> None:
 
     def measure(first: int, num_rows: int) -> dict[str, float]:
         rows: Any = RowsOfBos(first)
-        return Validation(rows, num_rows, byte_tokenizer(), device_batch_size=1).measure(net)
+        return Validation.of_rows(rows, num_rows, byte_tokenizer(), batch_size=1).measure(net)
 
     net = init_weights(GPT(tiny_model()).materialise())
     with_bytes, with_empty_rows, only_empty = measure(2, 2), measure(2, 4), measure(0, 4)

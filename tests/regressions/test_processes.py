@@ -35,8 +35,8 @@ def trained(rows: list[int], nan_in_step: int | None = None, late: bool = False,
         for step, count in enumerate(rows):
             if step == nan_in_step and collectives.rank() == collectives.world_size() - 1:
                 loop.break_gradient(math.nan)
-            loop.train(own_share(count))
-            loop.backward = lambda: None
+            loop.train_steps(own_share(count))
+            loop.after_backward = lambda: None
             rates.append([float(group["lr"]) for group in loop.optimizer.param_groups])
             norms.append(loop.guard.figures()["train/gradient_norm"])
     return {

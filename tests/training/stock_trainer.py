@@ -14,7 +14,7 @@ from nanochat_pl.common.errors import UserError
 from nanochat_pl.distributed import collectives
 from nanochat_pl.optim import OptimSettings, ScheduleSettings, resolve_hyperparameters
 from nanochat_pl.training.datamodule import RowsDataModule
-from nanochat_pl.training.module import BaseStage, ModuleConfig
+from nanochat_pl.training.module import LMModule, ModuleConfig
 from tests.helpers.training import ROWS_PER_STEP, tiny_model, tiny_rows
 
 
@@ -33,10 +33,8 @@ def fit_stock(folder: str, **arguments: Any) -> dict[str, Any]:
     world = collectives.world_size()
     config = tiny_model(depth=1)
     hyper = resolve_hyperparameters(OptimSettings(compile=False), width=config.width)
-    recipe = ModuleConfig(
-        config, hyper, ScheduleSettings(warmup_steps=2), 3, ROWS_PER_STEP // 2, seed=0, compile=False, identity={}
-    )
-    stage, seen = BaseStage(recipe), SeenRows()
+    recipe = ModuleConfig(config, 3, ROWS_PER_STEP // 2, hyper, ScheduleSettings(warmup_steps=2), seed=0)
+    stage, seen = LMModule(recipe), SeenRows()
     data = RowsDataModule(tiny_rows(Path(folder) / f"cache-{collectives.rank()}"), ROWS_PER_STEP, 3)
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "max_epochs": 1}
     several = {"strategy": "ddp", "devices": world} if world > 1 else {"devices": 1}

@@ -14,7 +14,7 @@ from lightning.pytorch import Callback
 
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.training.checkpoint.resume import resume_files
-from nanochat_pl.training.module import BaseStage
+from nanochat_pl.training.module import LMModule
 from nanochat_pl.training.nonfinite_guard import MAX_IN_A_ROW, last_good_file
 from tests.helpers.steps import BATCH, StepLoop
 from tests.helpers.training import fit_tiny
@@ -39,12 +39,12 @@ def resume_file(path: Path, value: float) -> Path:
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_weights_that_are_not_finite_stop_the_run_and_are_named(value: float) -> None:
     loop = StepLoop()
-    loop.train(BATCH, 2)
+    loop.train_steps(BATCH, 2)
     with torch.no_grad():
         loop.net.lm_head.weight[3, 1] = value
     before, moments = loop.weights(), loop.optimizer.moments_by_name()
     with pytest.raises(UserError) as error:
-        loop.train(BATCH)
+        loop.train_steps(BATCH)
     # The softcap makes a finite loss of an infinite weight, and no finite gradient.
     figure = "the loss is nan" if math.isnan(value) else "the norm of the gradients is nan"
     assert f"step 3: {figure}" in error.value.problems[0] and "lm_head.weight" in str(error.value)
@@ -68,7 +68,7 @@ def test_the_rows_are_named_and_where_to_go_on_from(tmp_path: Path) -> None:
 
     loop.weighted_loss = nan_of_a_row  # type: ignore[method-assign]
     with pytest.raises(UserError) as error:
-        loop.train(BATCH._replace(first_row=40))
+        loop.train_steps(BATCH._replace(first_row=40))
     text = str(error.value)
     assert "step 9: the loss is nan. Its rows are 40 to 44." in text and "not finite: 43." in text
     assert "step=000006.ckpt" in text and "step=000008.ckpt" not in text
@@ -80,7 +80,7 @@ def test_a_gradient_that_is_not_finite_stops_where_the_loss_is() -> None:
     loop.break_gradient(math.nan)
     before = loop.weights()
     with pytest.raises(UserError, match="the norm of the gradients is nan") as error:
-        loop.train(BATCH)
+        loop.train_steps(BATCH)
     assert "The loss of each row is finite" in str(error.value) and "none" in str(error.value)
     assert all(torch.equal(weight, before[name]) for name, weight in loop.weights().items())
 
@@ -105,7 +105,7 @@ def test_skipping_has_an_end() -> None:
     loop = StepLoop(on_nonfinite="skip")
     loop.break_gradient(math.nan)
     with pytest.raises(UserError, match=f"{MAX_IN_A_ROW}th step in a row"):
-        loop.train(BATCH, 50)
+        loop.train_steps(BATCH, 50)
     assert loop.global_step == MAX_IN_A_ROW - 1
 
 
@@ -131,7 +131,7 @@ class _Fault(Callback):
             self.hook.remove()
 
 
-def _same(one: BaseStage, other: BaseStage) -> bool:
+def _same(one: LMModule, other: LMModule) -> bool:
     assert one.net is not None and other.net is not None
     weights = other.net.state_dict()
     return all(torch.equal(weight, weights[name]) for name, weight in one.net.state_dict().items())
@@ -142,7 +142,7 @@ def test_a_resumed_run_goes_on_with_scale_and_count(
     tmp_path: Path, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Bit for bit: overflows in two steps, a stop between them, growth of the scale after it."""
-    monkeypatch.setattr("nanochat_pl.training.loss_scale.GOOD_STEPS", 3)
+    monkeypatch.setattr("nanochat_pl.training.nonfinite_guard.GOOD_STEPS", 3)
     recipe = {"compute_dtype": dtype, "on_nonfinite": "skip", "max_grad_norm": 0.5}
     whole = fit_tiny(tmp_path / "whole", 8, callbacks=[_Fault((1, 4))], recipe=recipe)
     with pytest.raises(InterruptedError):

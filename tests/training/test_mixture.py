@@ -17,6 +17,7 @@ from lightning.pytorch import Callback
 
 from nanochat_pl.cli.main import main
 from nanochat_pl.cli.train import compose_train
+from nanochat_pl.data.batch import StepBatch
 from nanochat_pl.data.cache.tokens import build_token_cache
 from nanochat_pl.data.packing.mixture import MixedRows, MixtureSchedule
 from nanochat_pl.data.packing.rows import Rows, packed_rows, streamed_rows
@@ -26,7 +27,6 @@ from nanochat_pl.model.gpt import GPT
 from nanochat_pl.report import write_report
 from nanochat_pl.tokenizer import Tokenizer
 from nanochat_pl.tokenizer.comparison import KINDS
-from nanochat_pl.training.step import StepBatch
 from tests.helpers.small_engine import byte_tokenizer
 from tests.helpers.training import ROWS_PER_STEP, SEQUENCE_LEN, fit_tiny, tiny_model
 from tests.regressions.test_fit import metrics_of as metrics_in

@@ -13,11 +13,10 @@ from lightning.pytorch import Callback
 from torch.distributed import DistBackendError
 
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.common.out_of_memory import is_out_of_memory
+from nanochat_pl.common.out_of_memory import ChunkOnOOM, is_out_of_memory, runs_out_of_memory
 from nanochat_pl.model.gpt import GPT
 from nanochat_pl.training.checkpoint.io import AtomicCheckpointIO
 from nanochat_pl.training.checkpoint.resume import resume_files
-from nanochat_pl.training.out_of_memory import ChunkOnOOM, runs_out_of_memory
 from tests.helpers.steps import BATCH, CPU_MEMORY, MEMORY, StepLoop, fails
 from tests.helpers.training import fit_tiny
 
@@ -92,13 +91,13 @@ def test_nothing_of_what_failed_stays_alive() -> None:
 
 def test_another_error_is_not_taken_for_it() -> None:
     loop = StepLoop()
-    loop.forward = fails(RuntimeError("mat1 and mat2 shapes cannot be multiplied"), 2)
+    loop.before_forward = fails(RuntimeError("mat1 and mat2 shapes cannot be multiplied"), 2)
     with pytest.raises(RuntimeError, match="mat1"):
-        loop.train(BATCH)
+        loop.train_steps(BATCH)
     assert loop.device_batch_size == 2
 
 
-@pytest.mark.parametrize("where", ["forward", "backward"])
+@pytest.mark.parametrize("where", ["before_forward", "after_backward"])
 @pytest.mark.parametrize("call", [1, 2])
 def test_the_whole_step_is_done_again_with_half_the_rows(
     where: str, call: int, capsys: pytest.CaptureFixture[str]
@@ -106,7 +105,7 @@ def test_the_whole_step_is_done_again_with_half_the_rows(
     """Gradients and loss as without the fault, but for the order of sums: 1e-5 of the loss, float32."""
     loop, clean = StepLoop(4), StepLoop(4)
     setattr(loop, where, fails(MEMORY, call))
-    assert loop.train(BATCH, 2) == pytest.approx(clean.train(BATCH, 2), abs=1e-5)
+    assert loop.train_steps(BATCH, 2) == pytest.approx(clean.train_steps(BATCH, 2), abs=1e-5)
     # In full up to its end, with the process in which memory ran out waiting for the others; then again.
     assert loop.device_batch_size == loop.max_rows == 2 and loop.parts == [0, 1, 0, 1, 2, 0, 1, 2]
     for name, gradient in loop.gradients.items():
@@ -117,13 +116,13 @@ def test_the_whole_step_is_done_again_with_half_the_rows(
 
 def test_it_is_halved_until_it_fits_or_there_is_one_row() -> None:
     loop = StepLoop(5)
-    loop.forward = fails(MEMORY, 1, 2)
-    loop.train(BATCH)
+    loop.before_forward = fails(MEMORY, 1, 2)
+    loop.train_steps(BATCH)
     assert loop.device_batch_size == 1
     before = loop.weights()
-    loop.forward, loop.files = fails(MEMORY, 3), [Path("step=000001.ckpt")]
+    loop.before_forward, loop.files = fails(MEMORY, 3), [Path("step=000001.ckpt")]
     with pytest.raises(UserError, match="step 2: out of memory, with one row of 16 tokens") as error:
-        loop.train(BATCH)
+        loop.train_steps(BATCH)
     for key in ("model.sequence_len", "model.depth", "trainer.activation_checkpointing=true"):
         assert key in error.value.fix
     assert "goes on from step=000001.ckpt" in error.value.fix
@@ -179,7 +178,7 @@ def test_where_gradients_are_summed_it_ends_the_run_with_the_file_named() -> Non
     loop.files, before = [Path("step=000001.ckpt")], loop.weights()
     loop.optimizer.reduce_gradients = fails(MEMORY, 1)  # type: ignore[method-assign]
     with pytest.raises(UserError, match="step 1: out of memory where the gradients are summed; nothing") as error:
-        loop.train(BATCH)
+        loop.train_steps(BATCH)
     assert "goes on from step=000001.ckpt" in error.value.fix
     assert all(torch.equal(weight, before[name]) for name, weight in loop.weights().items())
 

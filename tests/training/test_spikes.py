@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
+from nanochat_pl.data.batch import StepBatch
 from nanochat_pl.distributed import collectives
 from nanochat_pl.training.callbacks import loss_spikes
 from nanochat_pl.training.callbacks.loss_spikes import WINDOW, LossSpikes, middle_and_deviation, worst_rows
 from nanochat_pl.training.datamodule import StepRows
-from nanochat_pl.training.step import StepBatch
 from tests.helpers.training import ROWS_PER_STEP, fit_tiny
 from tests.regressions.test_fit import stop_after
 

@@ -6,23 +6,22 @@ import numpy as np
 import pytest
 import torch
 
-import nanochat_pl.training.loss_scale as loss_scale_module
+import nanochat_pl.training.nonfinite_guard as loss_scale_module
 from nanochat_pl.common.constants import IGNORE_INDEX
 from nanochat_pl.common.errors import UserError
+from nanochat_pl.data.batch import StepBatch, micro_batches, num_micro_batches
 from nanochat_pl.training.datamodule import StepRows
-from nanochat_pl.training.loss_scale import MOST, START, LossScale
-from nanochat_pl.training.nonfinite_guard import MAX_IN_A_ROW
-from nanochat_pl.training.step import StepBatch, micro_batches, num_micro_batches, training_step
+from nanochat_pl.training.nonfinite_guard import MAX_IN_A_ROW, MOST, START, LossScale
 from tests.helpers.steps import BATCH, StepLoop
 
 
 def test_a_smaller_device_batch_size_in_the_middle_changes_only_the_order_of_sums() -> None:
     """Tolerance: float32 sums in another order, over six steps."""
     whole, halved = StepLoop(4), StepLoop(4)
-    expected = whole.train(BATCH, 6)
-    losses = halved.train(BATCH, 3)
+    expected = whole.train_steps(BATCH, 6)
+    losses = halved.train_steps(BATCH, 3)
     halved.device_batch_size = 2
-    losses += halved.train(BATCH, 3)
+    losses += halved.train_steps(BATCH, 3)
     assert max(abs(one - other) for one, other in zip(losses, expected, strict=True)) < 1e-5
     assert losses[:3] == expected[:3] and expected[-1] < expected[0]
 
@@ -50,7 +49,7 @@ def test_ids_are_narrow_on_their_way_and_wide_in_the_step() -> None:
         def __len__(self) -> int:
             return 2
 
-    batch = StepRows(Two(), 2)[0]  # type: ignore[arg-type]
+    batch = StepRows(Two(), 2)[0]
     assert batch.inputs.dtype == batch.targets.dtype == torch.int32
     assert batch.num_targets == 6 and batch.targets.tolist()[0] == [0, IGNORE_INDEX, 2, 3]
     for inputs, targets in micro_batches(batch, 2):
@@ -62,20 +61,20 @@ def test_a_step_without_targets_is_refused() -> None:
     loop = StepLoop()
     empty = StepBatch(BATCH.inputs, torch.full_like(BATCH.targets, IGNORE_INDEX), 0)
     with pytest.raises(UserError, match="step 1: none of its rows"):
-        loop.train(empty)
+        loop.train_steps(empty)
 
 
 @pytest.mark.parametrize("factor", [0.1, 0.9, 1.5])
 def test_clipping_is_that_of_torch(factor: float) -> None:
     """Gradients as ``torch.nn.utils.clip_grad_norm_`` leaves them, and the norm before clipping; tolerance: float32."""
     plain = StepLoop()
-    norm = training_step(plain, BATCH).gradient_norm  # type: ignore[arg-type]
+    norm = plain.step(BATCH).gradient_norm
     parameters = [torch.nn.Parameter(torch.zeros_like(gradient)) for gradient in plain.gradients.values()]
     for parameter, gradient in zip(parameters, plain.gradients.values(), strict=True):
         parameter.grad = gradient.clone()
     expected = torch.nn.utils.clip_grad_norm_(parameters, factor * norm)
     clipped = StepLoop(max_grad_norm=factor * norm)
-    result = training_step(clipped, BATCH)  # type: ignore[arg-type]
+    result = clipped.step(BATCH)
     assert result.gradient_norm == pytest.approx(expected.item(), rel=1e-6)
     for parameter, gradient in zip(parameters, clipped.gradients.values(), strict=True):
         torch.testing.assert_close(gradient, parameter.grad, rtol=1e-5, atol=1e-9)
@@ -86,15 +85,15 @@ def test_clipping_is_that_of_torch(factor: float) -> None:
 def test_float16_learns_what_float32_learns() -> None:
     """Tolerance: half a percent, of numbers with eleven bits."""
     half, full = StepLoop(dtype="float16"), StepLoop()
-    assert half.train(BATCH, 6) == pytest.approx(full.train(BATCH, 6), rel=5e-3)
+    assert half.train_steps(BATCH, 6) == pytest.approx(full.train_steps(BATCH, 6), rel=5e-3)
     assert half.guard.skipped_steps == 0 and half.guard.figures()["train/loss_scale"] == START
 
 
 def test_the_scale_goes_out_of_the_gradients_before_they_are_clipped() -> None:
     """The clipped gradient has the norm that was asked for; tolerance: float32 sums."""
     loop = StepLoop(dtype="float16", max_grad_norm=0.25)
-    norm = training_step(loop, BATCH).gradient_norm  # type: ignore[arg-type]
-    assert norm == pytest.approx(training_step(StepLoop(), BATCH).gradient_norm, rel=1e-2)  # type: ignore[arg-type]
+    norm = loop.step(BATCH).gradient_norm
+    assert norm == pytest.approx(StepLoop().step(BATCH).gradient_norm, rel=1e-2)
     clipped = torch.cat([gradient.flatten() for gradient in loop.gradients.values()]).norm().item()
     assert clipped == pytest.approx(0.25, rel=1e-4)
 
@@ -103,12 +102,12 @@ def test_an_overflow_skips_the_step_and_halves_the_scale(capsys: pytest.CaptureF
     loop = StepLoop(dtype="float16")
     before = loop.weights()
     loop.break_gradient()
-    result = training_step(loop, BATCH)  # type: ignore[arg-type]
+    result = loop.step(BATCH)
     assert result.skipped and loop.guard.loss_scale.factor == START / 2 and loop.guard.skipped_steps == 1
     assert all(torch.equal(weight, before[name]) for name, weight in loop.weights().items())
     assert "step 1: float16 overflowed" in capsys.readouterr().out
-    loop.backward = lambda: None
-    result = training_step(loop, BATCH)  # type: ignore[arg-type]
+    loop.after_backward = lambda: None
+    result = loop.step(BATCH)
     assert not result.skipped and loop.guard.loss_scale.factor == START / 2
     assert not all(torch.equal(weight, before[name]) for name, weight in loop.weights().items())
 
@@ -117,7 +116,7 @@ def test_a_scale_that_is_really_too_large_comes_down_until_it_fits() -> None:
     """No injected fault: 2**30 overflows float16 by itself."""
     loop = StepLoop(dtype="float16")
     loop.guard.loss_scale.factor = 2.0**30
-    losses = loop.train(BATCH, 25)
+    losses = loop.train_steps(BATCH, 25)
     assert 0 < loop.guard.skipped_steps < MAX_IN_A_ROW and loop.guard.loss_scale.factor < 2.0**30
     assert losses[-1] < losses[0] and loop.is_finite()
 
@@ -126,7 +125,7 @@ def test_twenty_overflows_in_a_row_end_the_run() -> None:
     loop = StepLoop(dtype="float16")
     loop.break_gradient()
     with pytest.raises(UserError, match="20 steps in a row") as error:
-        loop.train(BATCH, 40)
+        loop.train_steps(BATCH, 40)
     assert loop.global_step == MAX_IN_A_ROW - 1 and "model.compute_dtype=bfloat16" in error.value.fix
     assert loop.is_finite()
 
@@ -134,11 +133,11 @@ def test_twenty_overflows_in_a_row_end_the_run() -> None:
 def test_nineteen_overflows_in_a_row_do_not() -> None:
     loop = StepLoop(dtype="float16")
     loop.break_gradient()
-    loop.train(BATCH, MAX_IN_A_ROW - 1)
-    loop.backward = lambda: None
-    loop.train(BATCH)
+    loop.train_steps(BATCH, MAX_IN_A_ROW - 1)
+    loop.after_backward = lambda: None
+    loop.train_steps(BATCH)
     loop.break_gradient()
-    loop.train(BATCH, MAX_IN_A_ROW - 1)
+    loop.train_steps(BATCH, MAX_IN_A_ROW - 1)
     assert loop.guard.skipped_steps == 2 * (MAX_IN_A_ROW - 1)
 
 
@@ -175,5 +174,5 @@ def test_a_loss_that_is_not_finite_is_no_overflow() -> None:
     with torch.no_grad():
         loop.net.lm_head.weight.fill_(torch.nan)
     with pytest.raises(UserError, match="the loss is nan"):
-        loop.train(BATCH)
+        loop.train_steps(BATCH)
     assert loop.guard.loss_scale.factor == START

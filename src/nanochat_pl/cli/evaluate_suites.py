@@ -163,7 +163,7 @@ def _open_bits_per_byte(bundle: Trained, config: EvaluateConfig) -> list[Job]:
 
 def _measure_bits_per_byte(bundle: Bundle, source: Source, config: EvaluateConfig) -> Measured:
     from nanochat_pl.data.cache.tokens import build_token_cache
-    from nanochat_pl.training.callbacks.evaluation import open_validation
+    from nanochat_pl.evaluation.validation import open_validation
 
     tokenizer = bundle.tokenizer
     assert tokenizer is not None

@@ -30,12 +30,12 @@ from nanochat_pl.cli.run_record import (
     write_records,
 )
 from nanochat_pl.common.console import ignore_broken_pipe, next_steps, print_table, rank_zero_print
-from nanochat_pl.common.files import entries
+from nanochat_pl.common.files import entries, sha256_of_file
 from nanochat_pl.common.paths import cache_folder, run_keys
 from nanochat_pl.common.run_dir import SHARED_RUNS, StageFolder, fresh_stage_folder, only_run_with, stage_folder
 from nanochat_pl.config.compose import Composed
 from nanochat_pl.config.experiment import compose_step
-from nanochat_pl.config.instantiate import make_objects
+from nanochat_pl.config.instantiate import make_objects, module_class
 from nanochat_pl.config.overrides import take_key
 from nanochat_pl.distributed import collectives, coordination
 from nanochat_pl.planning import Plan, width_remark
@@ -246,9 +246,10 @@ def _train(composed: Composed[TrainConfig], folder: StageFolder) -> int:
             config,
             folder,
             cache_folder(config.paths),
-            make_loggers=lambda: make_objects(config.logger, "logger", save_dir=str(folder.path)),
+            make_loggers=lambda: make_objects(config.logger, "logger", **_given_to_loggers(folder)),
             make_callbacks=lambda: make_objects(config.callbacks, "callbacks"),
             on_plan=_say_plan,
+            module_class=module_class(config.stage.module),
         )
     except StopRequested as stop:
         rank_zero_print(
@@ -256,6 +257,13 @@ def _train(composed: Composed[TrainConfig], folder: StageFolder) -> int:
         )
         return 128 + stop.signum
     return 0
+
+
+def _given_to_loggers(folder: StageFolder) -> dict[str, str]:
+    """Where loggers write, and who the run is: the same after a stop, another one where the run is begun anew."""
+    name = f"{folder.run}-{folder.stage}"
+    begun = sha256_of_file(folder.path / "about.json")[:16]
+    return {"save_dir": str(folder.path), "name": name, "run_name": name, "id": f"{folder.stage}-{begun}"}
 
 
 def _say_plan(plan: Plan) -> None:

@@ -1,14 +1,20 @@
-"""How it is known that memory ran out, on any device."""
+"""How it is known that memory ran out, on any device; and work that is done again in smaller pieces where it did."""
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
+from torch import Tensor
 
+from nanochat_pl.common.console import print_from_any_rank
 from nanochat_pl.common.errors import UserError
+
+FIX = "Use a smaller model.sequence_len or model.depth, or trainer.activation_checkpointing=true."
 
 # How those say it whose exception is a plain RuntimeError, or one of another kind that wraps it.
 MESSAGES = re.compile(
@@ -67,3 +73,67 @@ def explain_out_of_memory(what: str, fix: str) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         raise UserError(f"{what}: out of memory.", fix) from error
+
+
+def runs_out_of_memory(work: Callable[..., None], *arguments: Any) -> bool:
+    """Do the work, and say whether memory ran out in it. The exception is gone then, with the tensors it would keep."""
+    try:
+        work(*arguments)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return True
+    return False
+
+
+def release_memory(device: torch.device) -> None:
+    """Give back what nobody holds any more."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif device.type == "mps":
+        torch.mps.empty_cache()
+
+
+class ChunkOnOOM:
+    """Work on rows without gradients, in pieces of half the size each time that memory runs out. Of this process alone.
+
+    Args:
+        what: it is, for what is said.
+
+    Attributes:
+        most: rows at once; None: as many as are given.
+    """
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        self.most: int | None = None
+
+    def __call__(self, work: Callable[..., Tensor], *rows: Tensor) -> Tensor:
+        """``work(*rows)``: each result is (B, …), the pieces' one after the other.
+
+        Args:
+            work: on tensors (B, …); does nothing that must not be done twice.
+            rows: tensors (B, …).
+
+        Raises:
+            UserError: memory does not suffice for one row.
+        """
+        while True:
+            results: list[Tensor] = []
+            size = self.most or len(rows[0])
+            for piece in zip(*(tensor.split(size) for tensor in rows), strict=True):
+                if runs_out_of_memory(_append, results, work, piece):
+                    break
+            else:
+                return results[0] if len(results) == 1 else torch.cat(results)
+            results.clear()
+            release_memory(rows[0].device)
+            if size == 1:
+                raise UserError(f"{self.what}: out of memory with one row of {rows[0].shape[1]:,} tokens.", fix=FIX)
+            self.most = size // 2
+            print_from_any_rank(f"{self.what}: out of memory with {size} rows at once, goes on with {self.most}.")
+
+
+def _append(results: list[Tensor], work: Callable[..., Tensor], rows: tuple[Tensor, ...]) -> None:
+    results.append(work(*rows))

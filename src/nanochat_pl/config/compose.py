@@ -22,7 +22,7 @@ from nanochat_pl.common.errors import UserError, did_you_mean, first_line
 from nanochat_pl.common.run_dir import check_name
 from nanochat_pl.common.schema import build, to_plain, validation_errors
 from nanochat_pl.config import config_dir
-from nanochat_pl.config.instantiate import OBJECTS, problems_of_objects
+from nanochat_pl.config.instantiate import OBJECTS, problems_of_module, problems_of_objects
 from nanochat_pl.config.overrides import UNKNOWN, Setting, is_group, parse_overrides, type_of_key
 
 T = TypeVar("T")
@@ -76,9 +76,6 @@ def compose(
     for setting in settings:
         if setting.is_choice:
             continue
-        if _names_a_target(setting) and not setting.origin:
-            problems.append(f"{setting.key}: _target_ is for config files; write one into configs/ or an experiment.")
-            continue
         _lay_over(tree, setting, problems)
     values, unresolved = _resolve(tree)
     found = [
@@ -86,6 +83,8 @@ def compose(
         *(line for line in validation_errors(schema, values) if _key_of(line) not in unresolved),
     ]
     found += [line for group in OBJECTS if group in groups for line in problems_of_objects(values.get(group), group)]
+    if isinstance(stage := values.get("stage"), dict):
+        found += problems_of_module(stage.get("module"))
     found += _problems_of_name(values.get("run"))
     problems += [_with_origin(line, settings, choices) for line in found]
     if problems:
@@ -193,10 +192,6 @@ def _resolve(tree: DictConfig) -> tuple[dict[str, Any], dict[str, str]]:
                 raise UserError(f"{key or 'the configuration'}: {first_line(error)}") from error
             problems[key] = f"{key}: {first_line(error)}"
             OmegaConf.update(tree, key, None)
-
-
-def _names_a_target(setting: Setting) -> bool:
-    return "_target_" in setting.key.split(".") or "'_target_'" in repr(setting.value)
 
 
 def _with_origin(problem: str, settings: Sequence[Setting], choices: Mapping[str, Any]) -> str:

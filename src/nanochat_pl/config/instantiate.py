@@ -1,22 +1,23 @@
-"""Objects named by ``_target_`` in a config file: loggers and callbacks, from an allow-list of packages.
+"""Objects named by ``_target_`` on the command line and in the user's config files: loggers and callbacks.
 
-Only configuration files may name a class (the command line and everything read from a run or a bundle may not), and
-only one of these packages, so that a copied experiment file cannot run an arbitrary function of the standard library.
+Any class that is a Logger or a Callback of Lightning will do, of any package, or of a module in the current folder. A
+function is never called, and what is read from a bundle or a run folder is never made into objects.
 """
 
 from __future__ import annotations
 
 import importlib
 import inspect
+import sys
 from collections.abc import Mapping
 from typing import Any
 
 from nanochat_pl.common.errors import UserError, did_you_mean
 from nanochat_pl.training.lightning_callbacks import BASES, missing_package, pip_line, why_refused
+from nanochat_pl.training.module import LMModule
 
-ALLOWED_PACKAGES = ("nanochat_pl", "lightning", "torchmetrics")
-# Groups of such objects, and the arguments that the program gives to each of them.
-OBJECTS: dict[str, tuple[str, ...]] = {"logger": ("save_dir",), "callbacks": ()}
+# Groups of such objects, and the arguments that the program gives to each of them that takes them.
+OBJECTS: dict[str, tuple[str, ...]] = {"logger": ("save_dir", "name", "id", "run_name"), "callbacks": ()}
 
 
 def problems_of_objects(nodes: Any, group: str) -> list[str]:
@@ -36,7 +37,7 @@ def make_objects(nodes: Mapping[str, Any], group: str, **given: Any) -> list[Any
     Args:
         nodes: plain data by name, in which :func:`problems_of_objects` found nothing.
         group: one of :data:`OBJECTS`.
-        given: its arguments that the program gives.
+        given: arguments that the program gives to the classes that take them, where the node does not.
 
     Raises:
         UserError: a class does not take the values of its arguments.
@@ -44,10 +45,27 @@ def make_objects(nodes: Mapping[str, Any], group: str, **given: Any) -> list[Any
     return [_make(node, f"{group}.{name}", given) for name, node in nodes.items() if node is not None]
 
 
+def problems_of_module(target: Any) -> list[str]:
+    """What is wrong with ``stage.module``: a line, or none."""
+    if not isinstance(target, str):
+        return []  # null, or said by the check of the settings
+    try:
+        found = _find_class(target, "stage.module", key="")
+    except UserError as error:
+        return list(error.problems)
+    is_one = issubclass(found, LMModule)
+    return [] if is_one else [f"stage.module={target!r}: is no subclass of nanochat_pl.LMModule."]
+
+
+def module_class(target: str | None) -> type[LMModule]:
+    """The class of ``stage.module``, in which :func:`problems_of_module` found nothing."""
+    return LMModule if target is None else _find_class(target, "stage.module", key="")
+
+
 def _make(node: Mapping[str, Any], where: str, given: Mapping[str, Any]) -> Any:
     found = _find_class(node["_target_"], where)
     try:
-        return found(**_arguments(node), **given)
+        return found(**{**_taken(found, given), **_arguments(node)})
     except ImportError as error:
         line = pip_line(found) or (f"pip install {error.name}" if error.name else "")
         problem = f"{where}: {node['_target_']} cannot be made: {' '.join(str(error).split())}"
@@ -61,8 +79,6 @@ def _problems_of_object(node: Any, where: str, group: str) -> list[str]:
     target = node.get("_target_") if isinstance(node, Mapping) else None
     if not isinstance(target, str) or "." not in target:
         return [f"{where}: has no _target_, the dotted name of a class."]
-    if target.split(".")[0] not in ALLOWED_PACKAGES:
-        return [f"{where}._target_={target!r}: only classes of {', '.join(ALLOWED_PACKAGES)} are made from files."]
     try:
         found = _find_class(target, where)
     except UserError as error:
@@ -74,7 +90,8 @@ def _problems_of_object(node: Any, where: str, group: str) -> list[str]:
     if (line := missing_package(found)) is not None:
         return [f"{where}: {target} needs a package that is not installed: {line}"]
     signature = inspect.signature(found)
-    arguments, known = {**_arguments(node), **dict.fromkeys(OBJECTS[group])}, signature.parameters
+    known = signature.parameters
+    arguments = {**_taken(found, dict.fromkeys(OBJECTS[group])), **_arguments(node)}
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
         unknown = [key for key in arguments if key not in known]
         if unknown:
@@ -86,20 +103,28 @@ def _problems_of_object(node: Any, where: str, group: str) -> list[str]:
     return []
 
 
+def _taken(found: type, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the given arguments that a class names; a name only beside an id: elsewhere it is that of a folder."""
+    known = inspect.signature(found).parameters
+    return {key: value for key, value in given.items() if key in known and (key != "name" or "id" in known)}
+
+
 def _arguments(node: Mapping[str, Any]) -> dict[str, Any]:
     return {str(key): value for key, value in node.items() if key != "_target_"}
 
 
-def _find_class(target: str, where: str) -> type:
+def _find_class(target: str, where: str, key: str = "._target_") -> type:
     module, _, name = target.rpartition(".")
     try:
         if name and module.rpartition(".")[2] == "__main__":
             raise ImportError("it is a program")
+        if "" not in sys.path:
+            sys.path.append("")  # the current folder, last: as python -m has it first
         found = getattr(importlib.import_module(module), name, None)
     except (Exception, SystemExit) as error:  # whatever the code of others does when it is loaded
-        raise UserError(f"{where}._target_={target[:200]!r}: cannot be imported: {error}") from error
+        raise UserError(f"{where}{key}={target[:200]!r}: cannot be imported: {error}") from error
     if not inspect.isclass(found) or inspect.isabstract(found):
-        raise UserError(f"{where}._target_={target!r}: there is no such class{_why_not(found)}.")
+        raise UserError(f"{where}{key}={target!r}: there is no such class{_why_not(found)}.")
     return found
 
 

@@ -32,7 +32,6 @@ from nanochat_pl.tasks import Task
 from nanochat_pl.tasks.context import TaskContext
 from nanochat_pl.tasks.mixture import Mixture, build_mixture, build_tasks
 from nanochat_pl.tasks.published.conversations import ConversationSet
-from nanochat_pl.training.callbacks.evaluation import MixedValidation, Validation
 from nanochat_pl.training.config import TrainConfig
 from nanochat_pl.training.device import Machine
 from nanochat_pl.training.stages.base import StageData, prepare_base
@@ -229,13 +228,12 @@ def _base_data(config: TrainConfig, folder: StageFolder, cache: Path) -> Examine
         if isinstance(part.index, StreamedIndex):  # the shards that the plan comes to
             read = TokenCache(read.shards[: part.index.num_segments], read.fingerprint)
         rows[name] = Rows(read, part.index, part.sequence_len, part.bos_id), CachedDocuments(read, tokenizer)
-    held_out = validation.parts if isinstance(validation, MixedValidation) else {"": validation}
     source = open_source(config.data, cache)
     return ExaminedStage(
         "base",
         source.describe(),
         _joined({name: documents for name, (_, documents) in rows.items()}),
-        _joined({name: CachedDocuments(part.rows.cache, tokenizer) for name, part in held_out.items()}),
+        _joined({name: CachedDocuments(part.rows.cache, tokenizer) for name, part in validation.sources.items()}),
         prepared=prepared,
         rows=rows,
         eval_sets=_at_hand(config, cache),
@@ -256,7 +254,7 @@ def _sft_data(config: TrainConfig, folder: StageFolder, cache: Path) -> Examined
     prepared = prepare_stage(config, folder, cache)
     train, test = mixtures(config, cache)
     rows, validation = prepared.rows, prepared.validation
-    assert isinstance(rows, Rows) and isinstance(validation, Validation)
+    assert isinstance(rows, Rows)
     conversations = rows.cache
     assert isinstance(conversations, ConversationCache)
     documents = CachedDocuments(conversations, prepared.tokenizer, place_in(train))
@@ -273,7 +271,7 @@ def _sft_data(config: TrainConfig, folder: StageFolder, cache: Path) -> Examined
         config.stage.name,
         ", ".join([*(f"{len(task):,} × {train.repeats[name]} {name}" for name, task in train.tasks.items()), *joined]),
         documents,
-        CachedDocuments(validation.rows.cache, prepared.tokenizer, place_in(test)),
+        CachedDocuments(validation.sources[""].rows.cache, prepared.tokenizer, place_in(test)),
         prepared=prepared,
         rows={"": (rows, documents)},
         eval_sets={name: _texts_of(task) for name, task in test.tasks.items()},

@@ -54,19 +54,30 @@ class BitsPerByte(Metric):
 
     def update(self, losses: Tensor, targets: Tensor) -> None:
         """Add rows: nats per token float32 (B, T) and the targets int64 (B, T), negative where ignored."""
-        # On the host: not every device has float64, and the sums need it.
-        losses, targets, token_bytes = losses.cpu(), targets.cpu(), self.token_bytes.cpu()
-        num_bytes = torch.where(targets >= 0, token_bytes[targets.clamp(min=0)], 0)
-        # Not a product: the loss of an ignored target may be anything, and 0 × inf is NaN.
-        nats = torch.where(num_bytes > 0, losses.double(), 0.0).sum(dim=1)
-        size = num_bytes.sum(dim=1).double()
-        counted = (size > 0).double()
-        rows = torch.stack([nats, size, nats * nats, nats * size, size * size, counted])
-        self.sums = self.sums + rows.sum(dim=1).to(self.sums.device)
+        sums = sums_over_rows(losses, bytes_of_targets(targets.cpu(), self.token_bytes.cpu()))
+        self.sums = self.sums + sums.to(self.sums.device)
 
     def compute(self) -> BitsPerByteResult:
         """The figure over all that was added; None instead of a division by zero."""
         return result_of(self.sums.tolist())
+
+
+def bytes_of_targets(targets: Tensor, token_bytes: Tensor) -> Tensor:
+    """Bytes of each target, of the shape of ``targets``: 0 for special tokens and for negative (ignored) targets."""
+    return torch.where(targets >= 0, token_bytes[targets.clamp(min=0)], 0)
+
+
+def sums_over_rows(losses: Tensor, num_bytes: Tensor) -> Tensor:
+    """What :func:`result_of` takes, of nats per token float32 (B, T) and the bytes of the targets, int (B, T).
+
+    On the host: not every device has float64, and the sums need it.
+    """
+    losses, num_bytes = losses.cpu(), num_bytes.cpu()
+    # Not a product: the loss of an ignored target may be anything, and 0 × inf is NaN.
+    nats = torch.where(num_bytes > 0, losses.double(), 0.0).sum(dim=1)
+    size = num_bytes.sum(dim=1).double()
+    counted = (size > 0).double()
+    return torch.stack([nats, size, nats * nats, nats * size, size * size, counted]).sum(dim=1)
 
 
 def weighted_result(sums: Sequence[Tensor], shares: Sequence[float]) -> BitsPerByteResult:

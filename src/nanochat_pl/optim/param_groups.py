@@ -73,14 +73,16 @@ def make_groups(
         if members:
             adamw = {"betas": rule.betas, "eps": rule.eps, "weight_decay": rule.weight_decay}
             lr = learning_rate(role, hyper)
-            groups.append({"kind": "adamw", "role": role, "params": members, "lr": lr, **adamw})
+            groups.append({"kind": "adamw", "role": role, "name": role, "params": members, "lr": lr, **adamw})
     matrices = [(name, parameter) for name, parameter in trained if roles[name] == MATRIX]
-    for shape in sorted({tuple(parameter.shape) for _, parameter in matrices}):
+    shapes = sorted({tuple(parameter.shape) for _, parameter in matrices})
+    for shape in shapes:
         members = [(name, parameter) for name, parameter in matrices if tuple(parameter.shape) == shape]
         muon: dict[str, Any] = {"muon": to_plain(hyper.muon)}
         muon |= {"weight_decay": hyper.weight_decay, "beta2": hyper.muon.beta2, "momentum": MUON_MOMENTUM}
         lr = learning_rate(MATRIX, hyper)
-        groups.append({"kind": "muon", "role": MATRIX, "params": members, "lr": lr, **muon})
+        name = MATRIX if len(shapes) == 1 else f"{MATRIX}_{shape[0]}x{shape[1]}"
+        groups.append({"kind": "muon", "role": MATRIX, "name": name, "params": members, "lr": lr, **muon})
     return groups
 
 

@@ -49,6 +49,9 @@ class StageSettings:
     )
     num_epochs: float = setting(1.0, "Passes over the conversations, where max_steps is not given.", above=0)
     warm_start: bool = setting(True, "Start from the parent's optimizer moments (with fresh learning rates).")
+    module: str | None = setting(
+        None, "Class of the LightningModule, package.module.Class, a subclass of nanochat_pl.LMModule; null: that."
+    )
     loss_mask: LossMask | None = setting(
         None,
         "Of mid and sft: which tokens of a conversation the loss is taken of: assistant, what the assistant writes; or"

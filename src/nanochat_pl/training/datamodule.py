@@ -13,21 +13,12 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from nanochat_pl.common.constants import IGNORE_INDEX
 from nanochat_pl.common.errors import UserError
+from nanochat_pl.data.batch import StepBatch
 from nanochat_pl.data.packing.mixture import MixedRows
 from nanochat_pl.data.packing.rows import Rows
+from nanochat_pl.distributed.partition import share
+from nanochat_pl.evaluation.validation import Validation
 from nanochat_pl.training.callbacks.graceful_stop import GracefulStop, leave_signals_to_parent
-from nanochat_pl.training.step import StepBatch
-
-
-def share(first: int, count: int, rank: int, world: int) -> range:
-    """The rows of process ``rank`` of ``world``, of the ``count`` rows from ``first``.
-
-    Each row is in one share; the shares follow each other; the first ones have a row more where ``count`` cannot be
-    divided, and the last ones none at all where it is less than ``world``.
-    """
-    each, more = divmod(count, world)
-    begin = first + rank * each + min(rank, more)
-    return range(begin, begin + each + (rank < more))
 
 
 class StepRows(Dataset):
@@ -79,13 +70,23 @@ class RowsDataModule(LightningDataModule):
         num_steps: the steps end there.
         num_workers: processes that read rows ahead of the training; None: one for a GPU, else none. The rows are the
             same for any number.
+        validation: for the Trainer's own validation (``val_check_interval``, ``trainer.validate``): a loader for each
+            source.
 
     The processes of the trainer share the rows of each step, whichever strategy it has.
     """
 
-    def __init__(self, rows: Rows | MixedRows, rows_per_step: int, num_steps: int, num_workers: int | None = 0) -> None:
+    def __init__(
+        self,
+        rows: Rows | MixedRows,
+        rows_per_step: int,
+        num_steps: int,
+        num_workers: int | None = 0,
+        validation: Validation | None = None,
+    ) -> None:
         super().__init__()
         self.rows, self.rows_per_step, self.num_steps, self.num_workers = rows, rows_per_step, num_steps, num_workers
+        self.validation = validation
 
     def train_dataloader(self) -> Any:
         """One batch a step, from the step that the trainer has reached: this process's share of its rows.
@@ -112,6 +113,11 @@ class RowsDataModule(LightningDataModule):
             worker_init_fn=leave_signals_to_parent,
             generator=torch.Generator(),  # else it draws a seed for its processes from the global one
         )
+
+    def val_dataloader(self) -> Any:
+        """This process's share of the validation rows, a loader for each source; none where none were given."""
+        sources = () if self.validation is None else self.validation.sources.values()
+        return [DataLoader(rows, batch_size=None, shuffle=False) for rows in sources]
 
     def _wait_for(self, step: int) -> None:
         assert self.trainer is not None

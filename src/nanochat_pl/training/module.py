@@ -1,8 +1,14 @@
-"""The stages as LightningModules around the shared GPT. They differ in where they start; the step is one."""
+"""The LightningModule around the GPT, with THE training step: the one place where gradients are computed.
+
+R rows of this process in one optimizer step, T positions, M rows in memory at once (`device_batch_size`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,28 +18,41 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from nanochat_pl.common.console import rank_zero_print
+from nanochat_pl.common.errors import SharedError, UserError
+from nanochat_pl.common.out_of_memory import FIX, is_out_of_memory, release_memory, runs_out_of_memory
+from nanochat_pl.common.schema import build, to_plain
+from nanochat_pl.data.batch import StepBatch, ValidationBatch, micro_batches
+from nanochat_pl.distributed import collectives
+from nanochat_pl.evaluation.validation import ValidationSums, validation_metrics
 from nanochat_pl.model.compiled import CompiledLoss
 from nanochat_pl.model.config import GPTConfig, InitSettings
 from nanochat_pl.model.gpt import GPT, parameter_roles
 from nanochat_pl.model.init import init_weights
-from nanochat_pl.optim import Hyperparameters, MuonAdamW, ScheduleSettings, build_optimizer
+from nanochat_pl.optim import (
+    Hyperparameters,
+    MuonAdamW,
+    OptimSettings,
+    ScheduleSettings,
+    StepValues,
+    build_optimizer,
+    resolve_hyperparameters,
+    schedule_values,
+)
 from nanochat_pl.training.checkpoint.resume import ResumeFiles
-from nanochat_pl.training.loss_scale import LossScale
-from nanochat_pl.training.nonfinite_guard import Guard, OnNonfinite
-from nanochat_pl.training.step import StepBatch, training_step
+from nanochat_pl.training.nonfinite_guard import Guard, LossScale, OnNonfinite
 
 
 @dataclass(frozen=True)
 class ModuleConfig:
-    """What a stage needs to train: every number resolved."""
+    """What a module needs to train: every number resolved."""
 
     model: GPTConfig
-    hyperparameters: Hyperparameters
-    schedule: ScheduleSettings
     num_steps: int
     device_batch_size: int
-    seed: int
-    compile: bool
+    hyperparameters: Hyperparameters = None  # type: ignore[assignment]  # None: the recipe's for this width
+    schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
+    seed: int = 42
+    compile: bool = False
     activation_checkpointing: bool = False
     loss_chunk_tokens: int | None = None
     init: InitSettings = field(default_factory=InitSettings)
@@ -46,37 +65,67 @@ class ModuleConfig:
     # What the machine chose: it may change the bits, and a resumed run says where it differs.
     choices: dict[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if self.hyperparameters is None:
+            recipe = resolve_hyperparameters(
+                OptimSettings(), width=self.model.width, compute_dtype=self.model.compute_dtype
+            )
+            object.__setattr__(self, "hyperparameters", recipe)
+
 
 class LMModule(LightningModule):
-    """A stage that trains the GPT on rows: base pretraining, and what all later stages share."""
+    """The GPT, its optimizer and the training step of all stages.
 
-    def __init__(self, recipe: ModuleConfig) -> None:
+    Args:
+        config: every number; plain data (what a checkpoint holds) is checked and built.
+        weights: what it starts from, by name; None: fresh weights.
+        moments: of the optimizer, to start warm, by ``<parameter>.<moment>``.
+
+    Metrics are logged under the names ``train/loss``, ``train/gradient_norm``, ``train/lr`` (of the matrices),
+    ``train/tokens_per_second`` of this process, ``val/loss``, ``val/bpb`` and ``val/bpb_stderr``.
+
+    Attributes:
+        micro_batch_hooks: called before each micro-batch with its number: bars move and stops are noticed there.
+        logs_to_loggers: whether ``self.log`` writes to the loggers; a callback that writes more, and in the order that
+            exact resume needs, turns it off.
+    """
+
+    def __init__(
+        self,
+        config: ModuleConfig | Mapping[str, Any],
+        weights: Mapping[str, Tensor] | None = None,
+        moments: Mapping[str, Tensor] | None = None,
+    ) -> None:
         super().__init__()
         self.automatic_optimization = False
-        self.recipe = recipe
-        self.schedule, self.num_steps = recipe.schedule, recipe.num_steps
-        self.device_batch_size = recipe.device_batch_size
+        config = config if isinstance(config, ModuleConfig) else build(ModuleConfig, config, "config")
+        self.config = config
+        self.schedule, self.num_steps = config.schedule, config.num_steps
+        self.device_batch_size = config.device_batch_size
         self.max_rows: int | None = None  # at once, since memory ran out with more: the same on all processes
         self.guard = Guard(
-            recipe.on_nonfinite, recipe.max_grad_norm, LossScale(recipe.model.compute_dtype == "float16")
+            config.on_nonfinite, config.max_grad_norm, LossScale(config.model.compute_dtype == "float16")
         )
-        # Called before each micro-batch with its number: the progress bar moves and a stop is noticed there.
         self.micro_batch_hooks: list[Callable[[int], None]] = []
+        self.logs_to_loggers = True
         self.net: GPT | None = None
-        self._nats_of_rows: list[Tensor] = []
+        self._initial = (weights, moments)  # in a tuple, so that Lightning neither moves nor saves them
+        self._row_losses: list[Tensor] = []
+        self._validation: list[ValidationSums] = []
+        self._step_ended = math.nan
 
     def configure_model(self) -> None:
         """Build the model on the training device, with its first weights."""
         if self.net is None:
-            recipe = self.recipe
+            config = self.config
             self.net = GPT(
-                recipe.model,
-                activation_checkpointing=recipe.activation_checkpointing,
-                loss_chunk_tokens=recipe.loss_chunk_tokens,
+                config.model,
+                activation_checkpointing=config.activation_checkpointing,
+                loss_chunk_tokens=config.loss_chunk_tokens,
             ).materialise(self._training_device())
             self.init_weights(self.net)
             # In a tuple: modules or bound methods as attributes would double the state dict's keys.
-            self._loss = (CompiledLoss(self.net) if self.recipe.compile else self.net.loss_by_row,)
+            self._loss = (CompiledLoss(self.net) if self.config.compile else self.net.loss_by_row,)
 
     def _training_device(self) -> torch.device:
         """Where the trainer trains: it moves the module there only after the model is built, once for each process."""
@@ -84,19 +133,22 @@ class LMModule(LightningModule):
         return self.device if trainer is None else trainer.strategy.root_device
 
     def init_weights(self, net: GPT) -> None:
-        """Give the model its first weights: fresh ones."""
-        init_weights(net, self.recipe.seed, self.recipe.init)
+        """Give the model its first weights: those that were given, else fresh ones."""
+        weights, _ = self._initial
+        if weights is None:
+            init_weights(net, self.config.seed, self.config.init)
+        else:
+            net.load_state_dict(weights)
 
     def configure_optimizers(self) -> MuonAdamW:
         """The one optimizer, with its state allocated: a step never fails for lack of memory half-way."""
         assert self.net is not None
-        optimizer = build_optimizer(self.net.named_parameters(), parameter_roles(self.net), self.recipe.hyperparameters)
+        optimizer = build_optimizer(self.net.named_parameters(), parameter_roles(self.net), self.config.hyperparameters)
         optimizer.allocate_state()
-        self.initial_moments(optimizer)
+        _, moments = self._initial
+        if moments is not None:
+            optimizer.load_moments(moments)
         return optimizer
-
-    def initial_moments(self, optimizer: MuonAdamW) -> None:
-        """Give the optimizer its first moments: none here."""
 
     @property
     def optimizer(self) -> MuonAdamW:
@@ -108,26 +160,48 @@ class LMModule(LightningModule):
         self.optimizers().step()  # type: ignore[union-attr]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Put what the run is and what the machine chose into the resume file, to be compared when it is used."""
+        """Add what ``load_from_checkpoint`` needs, and what the run is and the machine chose, to compare on resume."""
+        checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] = {"config": to_plain(self.config)}
         checkpoint["nanochat_pl"] = {
-            "identity": self.recipe.identity,
-            "choices": {**self.recipe.choices, "device_batch_size": self.device_batch_size},
+            "identity": self.config.identity,
+            "choices": {**self.config.choices, "device_batch_size": self.device_batch_size},
             "max_rows": self.max_rows,
             "guard": self.guard.state_dict(),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on with what the guards had counted, and where memory had run out with as many rows as fitted."""
-        saved = checkpoint["nanochat_pl"]
+        saved = checkpoint.get("nanochat_pl", {})
         if "guard" in saved:  # older files have none
             self.guard.load_state_dict(saved["guard"])
         self.max_rows = saved.get("max_rows", saved.get("most_rows"))
-        if self.recipe.batch_size_as_recorded and self.max_rows and self.max_rows < self.device_batch_size:
+        if self.config.batch_size_as_recorded and self.max_rows and self.max_rows < self.device_batch_size:
             rank_zero_print(
                 f"device_batch_size={self.max_rows}: with more, memory ran out before"
                 f" (device_batch_size={self.device_batch_size} tries again)."
             )
             self.device_batch_size = self.max_rows
+
+    def on_validation_epoch_start(self) -> None:
+        """Begin new sums, a set for each source of a mixture."""
+        loaders = self.trainer.num_val_batches
+        self._validation = [ValidationSums() for _ in (loaders if isinstance(loaders, list) else [loaders])]
+
+    @torch.no_grad()
+    def validation_step(self, batch: ValidationBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Add rows: the model runs eagerly, as its training graph has another shape."""
+        assert self.net is not None
+        if len(batch.inputs):  # another process may have a row more
+            targets = batch.targets.long()
+            losses = self.net.losses(batch.inputs.long(), targets)
+            self._validation[dataloader_idx].update(losses, targets, batch.num_bytes)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log bits per byte with its standard error, and nats per target, over all processes."""
+        validation = getattr(getattr(self.trainer, "datamodule", None), "validation", None)
+        names, shares = getattr(validation, "names", ("",)), getattr(validation, "shares", (1.0,))
+        metrics = validation_metrics(dict(zip(names, self._validation, strict=True)), shares)
+        self.log_dict(metrics, logger=None if self.logs_to_loggers else False, batch_size=1)
 
     def resume_files(self) -> list[Path]:
         """The run's resume files, newest first."""
@@ -139,60 +213,135 @@ class LMModule(LightningModule):
         folder = Path(self.trainer.default_root_dir)
         return f"nanochat-pl doctor stage={folder.name} run={folder.parent.name} step={step}"
 
-    def row_losses(self, num_rows: int) -> Tensor:
-        """Summed nats of each of the step's first ``num_rows`` rows, float32 (num_rows,)."""
-        return torch.cat(self._nats_of_rows)[:num_rows]
+    def training_step(self, batch: StepBatch, batch_idx: int = 0) -> dict[str, Any]:
+        """One optimizer step: gradients of all micro-batches and processes, then the schedule, then the update.
+
+        The loss is the summed nats of all targets of the step divided by their number, so neither the size of the
+        micro-batches nor the number of processes changes it. Nothing is changed before the optimizer steps: a stop
+        between micro-batches drops the step, and a step for which memory did not suffice is done again.
+
+        Returns:
+            ``loss`` (nats per target) and ``gradient_norm`` (L2, before clipping) over all processes, float32 scalars
+            on the CPU; ``num_targets`` of all of them; ``row_losses`` of this process's rows (R,), on the device;
+            ``skipped``: whether a figure was not finite and nothing was updated.
+
+        Raises:
+            UserError: the step has no targets; its loss or gradient is not finite, and that is not to be skipped
+                (raised before the update); a single row needs more memory than there is.
+        """
+        step, optimizer, guard = self.global_step, self.optimizer, self.guard
+        num_targets = collectives.all_reduce_sum(batch.num_targets)
+        if num_targets == 0:
+            raise UserError(f"step {step + 1}: none of its rows has a token to train on.", "Look at the stage's data.")
+        local_loss = self._accumulate_gradients(batch, num_targets)
+        with self._out_of_memory_hint("where the gradients are summed; nothing was changed"):
+            collectives.all_reduce_(local_loss)
+            norm = optimizer.reduce_gradients() / guard.loss_scale.factor
+        loss, norm = torch.stack([local_loss, norm]).tolist()  # the one wait for the device
+        if passed := guard.passes(self, batch, loss, norm):
+            guard.scale_gradients(optimizer, norm)
+        else:
+            optimizer.skip_step()
+        values = schedule_values(self.schedule, step, self.num_steps)
+        optimizer.set_step_values(values)
+        with self._out_of_memory_hint("in the optimizer's step; its weights may be changed in part"):
+            self.update()
+        optimizer.zero_grad()
+        self._log_step(batch, loss, norm, values)
+        return {
+            "loss": torch.tensor(loss),
+            "gradient_norm": torch.tensor(norm),
+            "num_targets": num_targets,
+            "row_losses": self.row_losses(len(batch.inputs)),
+            "skipped": not passed,
+        }
+
+    def _accumulate_gradients(self, batch: StepBatch, num_targets: int) -> Tensor:
+        """Forward and backward of all micro-batches; gives this process's part of the step's loss, a scalar."""
+        loss, ran_out = torch.zeros((), device=self.device), False
+        for part, (inputs, targets) in enumerate(micro_batches(batch, self.device_batch_size)):
+            self.between_micro_batches(part)
+            ran_out = ran_out or runs_out_of_memory(self._add_gradients, inputs, targets, num_targets, loss)
+        if collectives.all_reduce_max(ran_out):  # on any process
+            self._halve_device_batch_size(ran_out)
+            return self._accumulate_gradients(batch, num_targets)
+        return loss
+
+    def _add_gradients(self, inputs: Tensor, targets: Tensor, num_targets: int, loss: Tensor) -> None:
+        """Forward and backward of a micro-batch, (M, T); its part of the step's loss is added to ``loss``."""
+        nats = self.weighted_loss(inputs, targets) / num_targets
+        self.manual_backward(self.guard.loss_scale.of(nats))
+        loss += nats.detach()
 
     def weighted_loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Summed nats over the targets of a micro-batch, compiled where that was asked for."""
+        """Summed nats over the targets of a micro-batch. Override it for another loss, summed over the targets too.
+
+        Args:
+            inputs, targets: int64 (M, T); :data:`IGNORE_INDEX` where nothing is to be learnt.
+        """
         nats, row_losses = self._loss[0](inputs, targets)
-        self._nats_of_rows.append(row_losses)
+        self._row_losses.append(row_losses)
         return nats
+
+    def row_losses(self, num_rows: int) -> Tensor:
+        """Summed nats of each of the step's first ``num_rows`` rows, float32 (num_rows,); NaN where a subclass's loss
+        does not say."""
+        if not self._row_losses:
+            return torch.full((num_rows,), math.nan, device=self.device)
+        return torch.cat(self._row_losses)[:num_rows]
 
     def between_micro_batches(self, part: int) -> None:
         """Let the callbacks look in between two micro-batches."""
         if part == 0:
-            self._nats_of_rows = []  # a step that was stopped, or is done again, has left some
+            self._row_losses = []  # a step that was stopped, or is done again, has left some
         for hook in self.micro_batch_hooks:
             hook(part)
 
-    def training_step(self, batch: StepBatch, batch_idx: int) -> Mapping[str, Any]:
-        """One optimizer step; Lightning's batch is the step's rows.
+    def _log_step(self, batch: StepBatch, loss: float, norm: float, values: StepValues) -> None:
+        began, self._step_ended = self._step_ended, time.perf_counter()
+        lr = self.config.hyperparameters.matrix_lr * values.lr_multiplier
+        metrics = {"train/loss": loss, "train/gradient_norm": norm, "train/lr": lr}
+        if not math.isnan(began):
+            metrics["train/tokens_per_second"] = batch.inputs.numel() / (self._step_ended - began)
+        self.log_dict(metrics, logger=None if self.logs_to_loggers else False, on_step=True, batch_size=1)
+        # Lightning's name for the x-axis of what is logged here and in methods of subclasses: steps that are done.
+        self.log("step", float(self.global_step), on_step=True, batch_size=1)
 
-        Returns:
-            ``loss`` (nats per target) and ``gradient_norm`` over all processes, float32 scalars on the CPU;
-            ``num_targets`` of all of them; ``row_losses`` of this process's rows (R,), on the device; ``skipped``:
-            whether a figure was not finite and nothing was updated.
+    def _halve_device_batch_size(self, ran_out: bool) -> None:
+        """Drop the gradients, free memory, and take half the rows at once from now on. All processes call it.
+
+        In forward and backward nothing but the gradients has been changed, so they are computed again.
+
+        Args:
+            ran_out: whether memory ran out on this process.
+
+        Raises:
+            SharedError: there was one row.
         """
-        result = training_step(self, batch)
-        return {
-            "loss": torch.tensor(result.loss),
-            "gradient_norm": torch.tensor(result.gradient_norm),
-            "num_targets": result.num_targets,
-            "row_losses": self.row_losses(len(batch.inputs)),
-            "skipped": result.skipped,
-        }
+        answers = collectives.all_gather_str("x" if ran_out else "")
+        where = f" on process {', '.join(str(rank) for rank, x in enumerate(answers) if x)}" if len(answers) > 1 else ""
+        self.optimizer.zero_grad()
+        release_memory(self.device)
+        rows, what = self.device_batch_size, f"step {self.global_step + 1}: out of memory{where}"
+        if rows == 1:
+            one = f"{what}, with one row of {self.config.model.sequence_len:,} tokens at once."
+            # One process looks, since another machine may not see the files.
+            raise SharedError(one, fix=FIX + collectives.broadcast_str(self._goes_on_from()))
+        self.device_batch_size = self.max_rows = rows // 2
+        rank_zero_print(
+            f"{what} with device_batch_size={rows}: the step is done again, and all go on with {rows // 2}."
+        )
 
+    @contextlib.contextmanager
+    def _out_of_memory_hint(self, where: str) -> Iterator[None]:
+        """Where memory runs out inside, the step cannot be done again: say from which file the run can go on."""
+        try:
+            yield
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            what = f"step {self.global_step + 1}: out of memory {where}."
+            raise UserError(what, fix=FIX + self._goes_on_from()) from error
 
-class BaseStage(LMModule):
-    """Pretraining from fresh weights."""
-
-
-class SFTStage(LMModule):
-    """Fine-tuning (mid, sft): starts from the weights of another stage and, for a warm start, from its moments."""
-
-    def __init__(
-        self, recipe: ModuleConfig, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor] | None = None
-    ) -> None:
-        super().__init__(recipe)
-        # In a tuple, so that Lightning neither moves nor saves them.
-        self._parent = (weights, moments)
-
-    def init_weights(self, net: GPT) -> None:
-        """The parent's weights."""
-        net.load_state_dict(self._parent[0])
-
-    def initial_moments(self, optimizer: MuonAdamW) -> None:
-        """The parent's moments, where there are any: the learning rates are this stage's own."""
-        if self._parent[1] is not None:
-            optimizer.load_moments(self._parent[1])
+    def _goes_on_from(self) -> str:
+        return next((f" The same command goes on from {path}." for path in self.resume_files()), "")

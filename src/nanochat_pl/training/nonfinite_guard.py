@@ -9,23 +9,74 @@ import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from nanochat_pl.common.console import rank_zero_print
 from nanochat_pl.common.errors import MAX_LISTED, SharedError
+from nanochat_pl.data.batch import StepBatch
 from nanochat_pl.distributed import collectives
-from nanochat_pl.training.loss_scale import LossScale
-
-if TYPE_CHECKING:
-    from nanochat_pl.training.module import LMModule
-    from nanochat_pl.training.step import StepBatch
+from nanochat_pl.model.gpt import GPT
 
 OnNonfinite = Literal["stop", "skip"]
+START = 2.0**16
+GOOD_STEPS = 2_000  # without an overflow: then the factor is doubled
+MOST = 2.0**24  # the gradient of a loss is divided by its number of targets, so more has no use
 # Steps in a row that are skipped: more never end, for the weights that give them stay as they are.
 MAX_IN_A_ROW = 20
+
+
+class LossScale:
+    """Scales the loss in float16; in every other type it is 1 and stays so.
+
+    Attributes:
+        active: whether it does anything.
+        factor: of the next step, a power of two.
+    """
+
+    def __init__(self, active: bool = False) -> None:
+        self.active, self.factor, self._good_steps = active, START if active else 1.0, 0
+
+    def of(self, loss: Tensor) -> Tensor:
+        """The loss, scaled."""
+        return loss * self.factor if self.active else loss
+
+    def overflowed(self, loss: float, norm: float) -> bool:
+        """Whether these figures of a step tell of an overflow: of the gradients alone, for the loss is not scaled."""
+        return self.active and math.isfinite(loss) and not math.isfinite(norm)
+
+    def update(self, overflowed: bool) -> None:
+        """After a step."""
+        if not self.active:
+            return
+        self._good_steps = 0 if overflowed else self._good_steps + 1
+        if overflowed:
+            self.factor /= 2
+        elif self._good_steps == GOOD_STEPS:
+            self.factor, self._good_steps = min(2 * self.factor, MOST), 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """For the resume file."""
+        return {"active": self.active, "factor": self.factor, "good_steps": self._good_steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a resume file; one of a run in another type has no factor to go on with."""
+        if self.active and state.get("active"):
+            self.factor, self._good_steps = state["factor"], state["good_steps"]
+
+
+class StepModule(Protocol):
+    """What the guard asks the LightningModule of a step for, to say what is wrong with it."""
+
+    net: GPT | None
+
+    @property
+    def global_step(self) -> int: ...
+    def row_losses(self, num_rows: int) -> Tensor: ...
+    def resume_files(self) -> list[Path]: ...
+    def inspect_command(self, step: int) -> str: ...
 
 
 class Guard:
@@ -51,11 +102,11 @@ class Guard:
         self.skipped_steps = self._in_a_row = 0
         self._norm = math.nan
 
-    def passes(self, stage: LMModule, batch: StepBatch, loss: float, norm: float) -> bool:
+    def passes(self, module: StepModule, batch: StepBatch, loss: float, norm: float) -> bool:
         """Whether a step may update the weights. Called on all processes, with the same figures.
 
         Args:
-            stage: the weights are looked at where a figure is not finite.
+            module: the weights are looked at where a figure is not finite.
             batch: this process's rows.
             loss: nats per target.
             norm: of the gradients, the loss scale taken out.
@@ -73,16 +124,16 @@ class Guard:
         self._in_a_row += 1
         scale = f"the loss scale is {self.loss_scale.factor:g} now"
         if overflowed and self._in_a_row < MAX_IN_A_ROW:
-            rank_zero_print(f"step {stage.global_step + 1}: float16 overflowed; {scale}, and the step is skipped.")
+            rank_zero_print(f"step {module.global_step + 1}: float16 overflowed; {scale}, and the step is skipped.")
             return False
-        problems = _what_is_not_finite(stage, batch, loss, norm)
+        problems = _what_is_not_finite(module, batch, loss, norm)
         if overflowed:
             problems.append(f"float16 overflowed in {self._in_a_row} steps in a row; {scale}.")
-            raise _stopped(stage, problems, "Use model.compute_dtype=bfloat16 or float32.")
+            raise _stopped(module, problems, "Use model.compute_dtype=bfloat16 or float32.")
         if self.on_nonfinite == "stop":
-            raise _stopped(stage, problems)
+            raise _stopped(module, problems)
         if self._in_a_row >= MAX_IN_A_ROW:
-            raise _stopped(stage, [*problems, f"It is the {self._in_a_row}th step in a row that was skipped."])
+            raise _stopped(module, [*problems, f"It is the {self._in_a_row}th step in a row that was skipped."])
         rank_zero_print(f"{' '.join(problems)} The step is skipped ({self.skipped_steps:,} so far).")
         return False
 
@@ -116,33 +167,33 @@ class Guard:
         self.loss_scale.load_state_dict(state["loss_scale"])
 
 
-def _stopped(stage: LMModule, problems: list[str], fix: str = "") -> SharedError:
+def _stopped(module: StepModule, problems: list[str], fix: str = "") -> SharedError:
     """The end of a run, and what to do. All processes call it."""
     # One process looks, since another machine may not see the files.
     newest = collectives.broadcast_str(
-        str(last_good_file(stage.resume_files()) or "") if collectives.is_rank_zero() else ""
+        str(last_good_file(module.resume_files()) or "") if collectives.is_rank_zero() else ""
     )
     return SharedError(
         [*problems, f"Nothing was updated. The newest resume file with finite weights: {newest or 'none'}."],
         fix
-        or f"Its text: {stage.inspect_command(stage.global_step + 1)}."
+        or f"Its text: {module.inspect_command(module.global_step + 1)}."
         " trainer.on_nonfinite=skip leaves such steps out.",
     )
 
 
-def _what_is_not_finite(stage: LMModule, batch: StepBatch, loss: float, norm: float) -> list[str]:
+def _what_is_not_finite(module: StepModule, batch: StepBatch, loss: float, norm: float) -> list[str]:
     """A step's figure and rows; which rows of which process; weights that were so before. All processes call it."""
     figure = f"the loss is {loss}" if not math.isfinite(loss) else f"the norm of the gradients is {norm}"
-    assert stage.net is not None
-    finite = torch.isfinite(stage.row_losses(len(batch.inputs))).tolist()
+    assert module.net is not None
+    finite = torch.isfinite(module.row_losses(len(batch.inputs))).tolist()
     own = {
         "rows": [batch.first_row, batch.first_row + len(finite)],
         "bad": [batch.first_row + row for row, good in enumerate(finite) if not good],
-        "weights": [name for name, weight in stage.net.named_parameters() if not _is_finite(weight)],
+        "weights": [name for name, weight in module.net.named_parameters() if not _is_finite(weight)],
     }
     every = [json.loads(text) for text in collectives.all_gather_str(json.dumps(own))]
     first, end = min(each["rows"][0] for each in every), max(each["rows"][1] for each in every)
-    lines = [f"step {stage.global_step + 1}: {figure}. Its rows are {first:,} to {end - 1:,}."]
+    lines = [f"step {module.global_step + 1}: {figure}. Its rows are {first:,} to {end - 1:,}."]
     for rank, each in enumerate(every):
         whose = f" of process {rank}" if len(every) > 1 else ""
         if each["weights"]:

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers.logger import Logger
@@ -16,7 +17,7 @@ from nanochat_pl.bundle.stage_info import library_versions
 from nanochat_pl.common.console import rank_zero_print
 from nanochat_pl.common.device import choose_compute_dtype, gpu_memory_bytes
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.common.files import write_json
+from nanochat_pl.common.files import read_object, write_json
 from nanochat_pl.common.run_dir import StageFolder
 from nanochat_pl.common.schema import to_plain
 from nanochat_pl.data.cache.content_cache import fingerprint_of
@@ -36,7 +37,7 @@ from nanochat_pl.training.config import TrainConfig
 from nanochat_pl.training.datamodule import RowsDataModule
 from nanochat_pl.training.device import Machine, own_device, prepare_machine, require_own_gpus
 from nanochat_pl.training.guarded import guard_callbacks, guard_loggers
-from nanochat_pl.training.module import BaseStage, LMModule, ModuleConfig, SFTStage
+from nanochat_pl.training.module import LMModule, ModuleConfig
 from nanochat_pl.training.stages.base import StageData, announce_streamed, prepare_base
 from nanochat_pl.training.stages.base_plan import Target, base_plan, refuse_unasked
 from nanochat_pl.training.stages.sft import prepare_sft
@@ -52,6 +53,7 @@ def train_stage(
     make_loggers: Callable[[], Sequence[Logger]] = tuple,
     make_callbacks: Callable[[], Sequence[Callback]] = tuple,
     on_plan: Callable[[Plan], None] = lambda plan: None,
+    module_class: type[LMModule] = LMModule,
 ) -> None:
     """Train a stage, or go on with it where resume files are.
 
@@ -61,6 +63,7 @@ def train_stage(
         cache: where corpora and tokens are kept.
         make_loggers, make_callbacks: further ones, made first of all. One that fails later is left out.
         on_plan: called with the plan before the training.
+        module_class: of the LightningModule.
 
     Raises:
         UserError: what a person can put right.
@@ -105,7 +108,19 @@ def train_stage(
         lambda: open_benchmarks(config.stage, config.evaluation, prepared.tokenizer, context)
     )
     started = coordination.raise_on_all_ranks(lambda: guard_loggers(loggers))
-    _train(config, folder, machine, prepared, resume_from, started, callbacks, benchmarks)
+    for logger in started:
+        logger.log_hyperparams(_hyperparameters_of_run(config, folder, prepared.plan))
+    stage = _make_stage(config, machine, prepared, module_class)
+    _train(config, folder, machine, prepared, stage, resume_from, started, callbacks, benchmarks)
+
+
+def _hyperparameters_of_run(config: TrainConfig, folder: StageFolder, plan: Plan) -> dict[str, Any]:
+    """What every logger is given of a run: its name, all settings, the plan's numbers, versions and git state."""
+    about = folder.path / "about.json"
+    began = read_object(about, "Delete it: it only tells of the run's beginning.") if about.exists() else {}
+    code = {key: began[key] for key in ("git", "versions") if key in began}
+    values = {name: derived.value for name, derived in plan.values.items()}
+    return {**to_plain(config), "run": folder.run, "stage_name": folder.stage, "plan": values, **code}
 
 
 def _say_shortened_warmup(config: TrainConfig, plan: Plan) -> None:
@@ -129,13 +144,13 @@ def _train(
     folder: StageFolder,
     machine: Machine,
     prepared: StageData,
+    stage: LMModule,
     resume_from: Path | None,
     loggers: Sequence[Logger],
     callbacks: Sequence[Callback],
     benchmarks: Sequence[Benchmark],
 ) -> None:
     plan = prepared.plan
-    stage = _make_stage(config, machine, prepared)
     data = RowsDataModule(prepared.rows, plan["rows_per_step"], plan["num_steps"], config.trainer.num_workers)
     at_start = config.evaluation.at_start
     samples = Samples(folder.path / "samples.jsonl", config.evaluation.sample_prompts, config.evaluation.sample_tokens)
@@ -171,7 +186,7 @@ def _require_short_prompts(config: TrainConfig, prepared: StageData) -> None:
             raise UserError(f"evaluation.sample_prompts: {prompt[:60]!r}… is longer than the {most:,} tokens that fit.")
 
 
-def _make_stage(config: TrainConfig, machine: Machine, prepared: StageData) -> LMModule:
+def _make_stage(config: TrainConfig, machine: Machine, prepared: StageData, module_class: type[LMModule]) -> LMModule:
     plan, trainer = prepared.plan, config.trainer
     on_cpu = machine.device.type == "cpu"
     chunk_tokens = trainer.loss_chunk_tokens or default_chunk_tokens(
@@ -205,9 +220,7 @@ def _make_stage(config: TrainConfig, machine: Machine, prepared: StageData) -> L
             "loss_chunk_tokens": chunk_tokens,
         },
     )
-    if prepared.weights is None:
-        return BaseStage(recipe)
-    return SFTStage(recipe, prepared.weights, prepared.moments)
+    return module_class(recipe, prepared.weights, prepared.moments)
 
 
 def _log(trainer: Trainer, figures: Mapping[str, float]) -> None:

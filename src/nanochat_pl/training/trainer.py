@@ -18,8 +18,9 @@ from nanochat_pl.common.console import rank_zero_print
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.data.packing.mixture import MixedRows
 from nanochat_pl.distributed import collectives, coordination
+from nanochat_pl.evaluation.validation import Validation
 from nanochat_pl.training.callbacks.benchmarks import Benchmark, PeriodicBenchmarks, columns_of
-from nanochat_pl.training.callbacks.evaluation import MixedValidation, PeriodicEvaluation, Samples, Validation
+from nanochat_pl.training.callbacks.evaluation import PeriodicEvaluation, Samples
 from nanochat_pl.training.callbacks.gc import GarbageCollection
 from nanochat_pl.training.callbacks.graceful_stop import GracefulStop, StopRequested
 from nanochat_pl.training.callbacks.loss_spikes import LossSpikes
@@ -49,7 +50,7 @@ class FitConfig:
     device: torch.device
     flops_per_token: float
     peak_flops: float | None
-    validation: Validation | MixedValidation | None
+    validation: Validation | None
     samples: Samples
     benchmarks: Sequence[Benchmark] = ()
     loggers: Sequence[Logger] = ()
@@ -78,7 +79,7 @@ def fit(stage: LMModule, data: RowsDataModule, fitting: FitConfig) -> FitResult:
     checkpoints = fitting.folder / "checkpoints"
     resume_from = fitting.resume_from
     first_step = coordination.raise_on_all_ranks(
-        lambda: step_to_go_on_from(resume_from, stage.recipe, fitting.resume_with_changes) if resume_from else 0
+        lambda: step_to_go_on_from(resume_from, stage.config, fitting.resume_with_changes) if resume_from else 0
     )
     sources = data.rows.names if isinstance(data.rows, MixedRows) else ()
     csv = MetricsCSV(fitting.folder / "metrics.csv", sources, columns_of(fitting.benchmarks))

@@ -14,6 +14,7 @@ from lightning.pytorch import Callback, Trainer
 from nanochat_pl.common.console import rank_zero_print
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.files import read_object, write_json
+from nanochat_pl.common.out_of_memory import release_memory
 from nanochat_pl.data.hub.core_bundle import bundle_in_cache
 from nanochat_pl.distributed import coordination
 from nanochat_pl.engine import Engine
@@ -29,7 +30,6 @@ from nanochat_pl.training.callbacks.evaluation import ModelAndTokenizer
 from nanochat_pl.training.callbacks.graceful_stop import GracefulStop, StopRequested
 from nanochat_pl.training.callbacks.metrics import StepClock, log_everywhere
 from nanochat_pl.training.config import EvaluationSettings, StageSettings
-from nanochat_pl.training.out_of_memory import release_memory
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ from lightning.pytorch import Callback, Trainer
 from nanochat_pl.common.console import rank_zero_print
 from nanochat_pl.common.constants import IGNORE_INDEX
 from nanochat_pl.common.files import explain_disk_errors, keep_lines_until
+from nanochat_pl.data.batch import StepBatch
 from nanochat_pl.distributed import collectives
-from nanochat_pl.training.step import StepBatch
 
 WINDOW = 100  # steps: none is judged before so many
 WORST_ROWS = 5

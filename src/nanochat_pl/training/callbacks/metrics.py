@@ -24,12 +24,13 @@ from nanochat_pl.common.console import rank_zero_print
 from nanochat_pl.common.constants import IGNORE_INDEX
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.files import explain_disk_errors, say_damaged_lines, whole_lines, write_text
+from nanochat_pl.data.batch import StepBatch
 from nanochat_pl.data.packing.mixture import MixedRows
 from nanochat_pl.data.packing.rows import Rows
 from nanochat_pl.distributed import collectives
+from nanochat_pl.evaluation.validation import name_by_source
 from nanochat_pl.optim.schedules import schedule_values
 from nanochat_pl.training.callbacks import peak_memory
-from nanochat_pl.training.step import StepBatch
 
 COLUMNS = (
     "step",
@@ -58,11 +59,6 @@ COLUMNS = (
 COLUMNS_BY_SOURCE = ("train/loss", "train/tokens", "train/epochs", "val/bpb")
 SMOOTHING = 0.9
 SECONDS_BETWEEN_FLUSHES = 2.0
-
-
-def name_by_source(column: str, source: str) -> str:
-    """The name of a source's figure, ``train/loss_wiki``."""
-    return f"{column}_{source}"
 
 
 class MetricsCSV(Logger):
@@ -305,6 +301,10 @@ class StepMetrics(Callback):
         """Median of the last steps: the first one, which compiles, does not count for long."""
         return statistics.median(self._recent)
 
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        """What the module logs stays in ``callback_metrics``: the loggers are written to from here."""
+        pl_module.logs_to_loggers = False
+
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """The first lap begins here."""
         self.clock.lap()
@@ -331,7 +331,7 @@ class StepMetrics(Callback):
             "train/loss_smoothed": self._smoothed / self._weight if self._weight else math.nan,
             "train/lr_multiplier": values.lr_multiplier,
             "train/muon_momentum": values.muon_momentum,
-            "train/muon_weight_decay": values.weight_decay_multiplier * pl_module.recipe.hyperparameters.weight_decay,
+            "train/muon_weight_decay": values.weight_decay_multiplier * pl_module.config.hyperparameters.weight_decay,
             "train/tokens": self._tokens,
             "train/tokens_per_second": tokens / seconds,
             "train/step_seconds": seconds,

@@ -9,8 +9,8 @@ from lightning.pytorch import Callback, Trainer
 from rich.progress import BarColumn, Progress, TextColumn
 
 from nanochat_pl.common.console import SECONDS_BETWEEN_LINES, console, is_silent, rank_zero_print
+from nanochat_pl.data.batch import StepBatch, num_micro_batches
 from nanochat_pl.training.callbacks.metrics import StepMetrics
-from nanochat_pl.training.step import StepBatch, num_micro_batches
 
 
 class TrainingProgress(Callback):

@@ -2,39 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
-from nanochat_pl.common.console import by_difference, progress, rank_zero_print
+from nanochat_pl.common.console import rank_zero_print
 from nanochat_pl.common.launch_env import launch_env
 from nanochat_pl.common.run_dir import StageFolder
 from nanochat_pl.data.cache.disk_space import bytes_to_make, require_cache_room
-from nanochat_pl.data.cache.tokens import CachedShard, TokenCache, build_token_cache
 from nanochat_pl.data.packing.mixture import MixedRows
-from nanochat_pl.data.packing.rows import Rows, packed_rows, streamed_rows
+from nanochat_pl.data.packing.rows import Rows
 from nanochat_pl.data.packing.streamed_index import StreamedIndex
-from nanochat_pl.data.sources.base import MAX_TEXT_AT_ONCE, Source, SourceSettings, Split, all_at_once
+from nanochat_pl.data.sources.base import Source
 from nanochat_pl.data.sources.mixture import MixedSource
 from nanochat_pl.data.sources.open import open_source, read_chosen, write_chosen
 from nanochat_pl.data.sources.run_corpus import RunCorpus
 from nanochat_pl.distributed import collectives
+from nanochat_pl.evaluation.validation import Validation
 from nanochat_pl.model.config import GPTConfig, resolve_model
 from nanochat_pl.planning import Plan
 from nanochat_pl.planning.estimates import add_step_memory
 from nanochat_pl.planning.gpus import detected_device
 from nanochat_pl.planning.horizon import MAX_EPOCHS
 from nanochat_pl.tokenizer import Tokenizer
-from nanochat_pl.training.callbacks.evaluation import MixedValidation, Validation, open_validation
 from nanochat_pl.training.config import TrainConfig, memory_knobs
 from nanochat_pl.training.device import Machine
 from nanochat_pl.training.stages.base_plan import Target, base_plan, bounding_tokens, refuse_unasked
 from nanochat_pl.training.stages.memory_check import require_room
 from nanochat_pl.training.stages.tokenizer import tokenizer_for
+from nanochat_pl.training.text_datamodule import (
+    announce_empty,
+    parts_with_settings,
+    rows_of_parts,
+    tokenized_parts,
+    validation_of_text,
+)
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,7 @@ class StageData:
     model: GPTConfig
     tokenizer: Tokenizer
     rows: Rows | MixedRows
-    validation: Validation | MixedValidation
+    validation: Validation
     data: dict[str, Any]
     weights: Mapping[str, Tensor] | None = None
     moments: Mapping[str, Tensor] | None = None
@@ -100,28 +105,13 @@ def prepare_base(
     rank_zero_print(source.describe())
     tokenizer = tokenizer_for(config, folder, source, cache, corpus)
     _require_cache_room(config, source, tokenizer, cache, num_tokens, first_plan["sequence_len"])
-    parts = _parts(config, source, tokenizer, cache)
+    parts = tokenized_parts(source, config.data, tokenizer, cache)
     at_hand = bounding_tokens(config.data, tokenizer.vocab_size, cache, corpus)
     plan = _base_plan(config, machine, tokenizer.vocab_size, at_hand)
-    num_rows = plan["num_steps"] * plan["rows_per_step"]
-    rows: Rows | MixedRows
-    if isinstance(source, MixedSource):
-        counts = zip(parts.items(), source.turns.counts(num_rows), strict=True)
-        of_parts = {  # of a source whose turn never comes a row all the same
-            name: _rows_of(part, tokenizer, cache, plan["sequence_len"], max(count, 1))
-            for (name, part), count in counts
-        }
-        rows = MixedRows(of_parts, source.turns, num_rows)
-    else:
-        rows = _rows_of(parts[""], tokenizer, cache, plan["sequence_len"], num_rows)
-    validation = open_validation(
-        source,
-        lambda part, enough: _tokenize(part, "val", tokenizer, cache, enough),
-        tokenizer,
-        cache,
-        sequence_len=plan["sequence_len"],
-        num_rows=plan["validation_rows"],
-        device_batch_size=plan["device_batch_size"],
+    sequence_len = plan["sequence_len"]
+    rows = rows_of_parts(source, parts, tokenizer, cache, sequence_len, plan["num_steps"] * plan["rows_per_step"])
+    validation = validation_of_text(
+        source, tokenizer, cache, sequence_len, plan["validation_rows"], plan["device_batch_size"]
     )
     rows.wait_for(plan["rows_per_step"])
     _announce_rows(rows, plan)
@@ -140,22 +130,6 @@ def prepare_base(
     )
 
 
-@dataclass(frozen=True)
-class _Part:
-    """A source, alone or of a mixture; without its tokens where the training begins before they are all there."""
-
-    source: Source
-    settings: SourceSettings
-    tokens: TokenCache | None
-
-
-def _with_settings(config: TrainConfig, source: Source) -> dict[str, tuple[Source, SourceSettings]]:
-    """The sources of a mixture by name, each with its settings; of anything else the one that it is, without a name."""
-    if isinstance(source, MixedSource):
-        return {name: (part, config.data.parts[name]) for name, part in source.parts.items()}
-    return {"": (source, config.data)}
-
-
 def _require_cache_room(
     config: TrainConfig, source: Source, tokenizer: Tokenizer, cache: Path, num_tokens: int, sequence_len: int
 ) -> None:
@@ -171,40 +145,9 @@ def _require_cache_room(
                 num_tokens=num_tokens * share,
                 sequence_len=sequence_len,
             )
-            for (part, settings), share in zip(_with_settings(config, source).values(), shares, strict=True)
+            for (part, settings), share in zip(parts_with_settings(source, config.data).values(), shares, strict=True)
         ),
     )
-
-
-def _parts(config: TrainConfig, source: Source, tokenizer: Tokenizer, cache: Path) -> dict[str, _Part]:
-    parts = {}
-    for name, (part, settings) in _with_settings(config, source).items():
-        at_once = all_at_once(settings, part.shards("train"))
-        if settings.shuffle == "global" and not at_once:
-            rank_zero_print(
-                f"{part.name}: more than {MAX_TEXT_AT_ONCE / 1e9:g} GB of text, so its order is that of"
-                " data.shuffle=shards: the training begins when the first files are tokenized."
-            )
-            settings = replace(settings, shuffle="shards")
-        tokens = _tokenize(part, "train", tokenizer, cache) if at_once else None
-        parts[name] = _Part(part, settings, tokens)
-    return parts
-
-
-def _rows_of(part: _Part, tokenizer: Tokenizer, cache: Path, sequence_len: int, num_rows: int) -> Rows:
-    settings = part.settings
-    packing: dict[str, Any] = {
-        "sequence_len": sequence_len,
-        "mode": settings.packing_mode,
-        "num_rows": num_rows,
-        "buffer_documents": settings.pack_buffer_documents,
-        "refill_documents": settings.pack_refill_documents,
-        "shuffle": settings.shuffle,
-        "seed": settings.seed,
-    }
-    if part.tokens is None:
-        return streamed_rows(part.source.shards("train"), tokenizer, cache, **packing)
-    return packed_rows(part.tokens, bos_id=tokenizer.bos_id, cache_dir=cache, **packing)
 
 
 def _announce_rows(rows: Rows | MixedRows, plan: Plan) -> None:
@@ -235,7 +178,7 @@ def announce_streamed(prepared: StageData) -> None:
     source = prepared.data.get("source", "rows")  # conversations have many, and are never streamed
     for name, part in (rows.parts() if isinstance(rows, MixedRows) else {source: rows}).items():
         if isinstance(part.index, StreamedIndex):
-            _announce_empty(f"{name}, train", part.cache.shards[: part.index.num_segments])
+            announce_empty(f"{name}, train", part.cache.shards[: part.index.num_segments])
             if (stats := part.index.stats).cropped_tokens:
                 share = f"{stats.trained_share:.0%} of what was taken is in a row"
                 rank_zero_print(f"{name}: {stats.cropped_tokens:,} tokens cropped, {share}.")
@@ -255,26 +198,3 @@ def target_of(machine: Machine) -> Target:
     """What a plan for this machine's processes is made for."""
     device, here = detected_device(machine.device), launch_env().local_world_size
     return Target.here(device, machine.compute_dtype, collectives.world_size(), here, machine.compile)
-
-
-def _tokenize(
-    source: Source, split: Split, tokenizer: Tokenizer, cache: Path, enough_tokens: int | None = None
-) -> TokenCache:
-    with progress(f"tokenizing {source.name}, {split}", len(source.shards(split)), "shards") as advance:
-        report = by_difference(advance)
-        tokens = build_token_cache(
-            source,
-            split,
-            tokenizer,
-            cache,
-            lambda done, total, tokens: report(done, total),
-            enough_tokens=enough_tokens,
-        )
-    _announce_empty(f"{source.name}, {split}", tokens.shards)
-    return tokens
-
-
-def _announce_empty(what: str, shards: Sequence[CachedShard]) -> None:
-    num_documents = sum(shard.num_documents for shard in shards)
-    if empty := num_documents - sum(int(np.count_nonzero(shard.lengths())) for shard in shards):
-        rank_zero_print(f"{what}: {empty:,} of {num_documents:,} documents are empty or blank, and left out.")

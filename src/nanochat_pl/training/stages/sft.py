@@ -27,13 +27,13 @@ from nanochat_pl.data.packing.packer import Shuffle
 from nanochat_pl.data.packing.row_index import RowIndex
 from nanochat_pl.data.packing.rows import Rows, packed_rows
 from nanochat_pl.data.sources.run_corpus import RunCorpus
+from nanochat_pl.evaluation.validation import Validation
 from nanochat_pl.planning import Inherited, Plan, make_finetune_plan
 from nanochat_pl.planning.estimates import add_step_memory
 from nanochat_pl.tasks.context import TaskContext
 from nanochat_pl.tasks.mixture import Mixture, build_mixture
 from nanochat_pl.tasks.published.conversations import ConversationSet
 from nanochat_pl.tokenizer import Tokenizer
-from nanochat_pl.training.callbacks.evaluation import Validation
 from nanochat_pl.training.config import TrainConfig, memory_knobs
 from nanochat_pl.training.device import Machine
 from nanochat_pl.training.stages.base import StageData, target_of
@@ -117,7 +117,9 @@ def prepare_sft(
         model=model,
         tokenizer=tokenizer,
         rows=rows,
-        validation=Validation(fixed, min(plan["validation_rows"], len(fixed)), tokenizer, plan["device_batch_size"]),
+        validation=Validation.of_rows(
+            fixed, min(plan["validation_rows"], len(fixed)), tokenizer, plan["device_batch_size"]
+        ),
         weights=load_weights(parent.bundle),
         moments=load_moments(parent.bundle) if config.stage.warm_start else None,
         parents=(*info.parents, {"stage": parent_name, "step": info.step, "sha256": weights_hash}),

@@ -1,0 +1,52 @@
+"""What one process trains on in one optimizer step, and how it is cut into micro-batches.
+
+R rows of this process in one optimizer step, T positions, M rows in memory at once (`device_batch_size`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from nanochat_pl.common.constants import IGNORE_INDEX
+
+
+class StepBatch(NamedTuple):
+    """This process's rows of one optimizer step: one Lightning batch."""
+
+    inputs: Tensor  # int32 or int64 (R, T)
+    targets: Tensor  # of the same type (R, T), IGNORE_INDEX where nothing is to be learnt
+    num_targets: int  # of these rows, counted on the host
+    sources: Tensor | None = None  # int64 (R,): of a mixture, the number of each row's source
+    num_rows: int = 0  # of the largest share that a process has of this step; 0: of this one
+    num_rows_of_all: int = 0  # of all shares; 0: of this one
+    first_row: int = 0  # the number of the first of these rows; the others follow
+
+
+class ValidationBatch(NamedTuple):
+    """Rows to validate on: one Lightning batch of validation."""
+
+    inputs: Tensor  # int32 or int64 (M, T)
+    targets: Tensor  # of the same type (M, T), IGNORE_INDEX where nothing is measured
+    num_bytes: Tensor  # int (M, T): UTF-8 bytes of each target, 0 for special tokens and ignored ones
+
+
+def micro_batches(batch: StepBatch, device_batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Cut a step into micro-batches of one shape, int64 (M, T), as many as the largest share of a process has.
+
+    The last one is filled up with rows whose targets are all ignored; where there are no rows left, all are such.
+    """
+    for start in range(0, batch.num_rows or len(batch.inputs), device_batch_size):
+        inputs, targets = (rows[start : start + device_batch_size] for rows in (batch.inputs, batch.targets))
+        if missing := device_batch_size - len(inputs):
+            inputs = torch.cat([inputs, inputs.new_zeros(missing, inputs.shape[1])])
+            targets = torch.cat([targets, targets.new_full((missing, targets.shape[1]), IGNORE_INDEX)])
+        yield inputs.long(), targets.long()
+
+
+def num_micro_batches(num_rows: int, device_batch_size: int) -> int:
+    """Micro-batches that :func:`micro_batches` gives."""
+    return -(-num_rows // device_batch_size)
