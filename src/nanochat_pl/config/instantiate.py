@@ -10,11 +10,13 @@ import importlib
 import inspect
 import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nanochat_pl.common.errors import UserError, did_you_mean
 from nanochat_pl.training.lightning_callbacks import BASES, missing_package, pip_line, why_refused
-from nanochat_pl.training.module import LMModule
+
+if TYPE_CHECKING:
+    from nanochat_pl.training.module import LMModule
 
 # Groups of such objects, and the arguments that the program gives to each of them that takes them.
 OBJECTS: dict[str, tuple[str, ...]] = {"logger": ("save_dir", "name", "id", "run_name"), "callbacks": ()}
@@ -49,6 +51,8 @@ def problems_of_module(target: Any) -> list[str]:
     """What is wrong with ``stage.module``: a line, or none."""
     if not isinstance(target, str):
         return []  # null, or said by the check of the settings
+    from nanochat_pl.training.module import LMModule
+
     try:
         found = _find_class(target, "stage.module", key="")
     except UserError as error:
@@ -59,6 +63,8 @@ def problems_of_module(target: Any) -> list[str]:
 
 def module_class(target: str | None) -> type[LMModule]:
     """The class of ``stage.module``, in which :func:`problems_of_module` found nothing."""
+    from nanochat_pl.training.module import LMModule
+
     return LMModule if target is None else _find_class(target, "stage.module", key="")
 
 

@@ -96,7 +96,9 @@ class TrainerSettings:
         1, "Machines; more than one need a launcher: torchrun or Slurm.", at_least=1, at_most=10_000
     )
     strategy: Literal["auto", "ddp"] = setting(
-        "auto", "Data parallel in both cases: gradients are summed and optimizer state is sharded (ZeRO-1)."
+        "auto",
+        "Data parallel, optimizer state sharded (ZeRO-1): auto: the optimizer sums the gradients; ddp: Lightning's"
+        " wrapper does before, with the same losses and twice the communication.",
     )
     precision: Literal["bf16-mixed", "16-mixed", "32-true"] | None = setting(
         None, "Lightning's way to say model.compute_dtype: bfloat16, float16, float32; null: as that key says."

@@ -200,8 +200,12 @@ class LMModule(LightningModule):
         """Log bits per byte with its standard error, and nats per target, over all processes."""
         validation = getattr(getattr(self.trainer, "datamodule", None), "validation", None)
         names, shares = getattr(validation, "names", ("",)), getattr(validation, "shares", (1.0,))
-        metrics = validation_metrics(dict(zip(names, self._validation, strict=True)), shares)
+        self._log(validation_metrics(dict(zip(names, self._validation, strict=True)), shares))
+
+    def _log(self, metrics: Mapping[str, float]) -> None:
         self.log_dict(metrics, logger=None if self.logs_to_loggers else False, batch_size=1)
+        # Lightning's name for the x-axis of what is logged here and by subclasses: steps that are done.
+        self.log("step", float(self.global_step), batch_size=1)
 
     def resume_files(self) -> list[Path]:
         """The run's resume files, newest first."""
@@ -303,9 +307,7 @@ class LMModule(LightningModule):
         metrics = {"train/loss": loss, "train/gradient_norm": norm, "train/lr": lr}
         if not math.isnan(began):
             metrics["train/tokens_per_second"] = batch.inputs.numel() / (self._step_ended - began)
-        self.log_dict(metrics, logger=None if self.logs_to_loggers else False, on_step=True, batch_size=1)
-        # Lightning's name for the x-axis of what is logged here and in methods of subclasses: steps that are done.
-        self.log("step", float(self.global_step), on_step=True, batch_size=1)
+        self._log(metrics)
 
     def _halve_device_batch_size(self, ran_out: bool) -> None:
         """Drop the gradients, free memory, and take half the rows at once from now on. All processes call it.

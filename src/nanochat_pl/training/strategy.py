@@ -9,7 +9,7 @@ device, which every accelerator takes: an Apple GPU refuses those of the DDP fam
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch.plugins.environments import ClusterEnvironment
@@ -55,11 +55,19 @@ class Launched(ClusterEnvironment):
         """The launcher has set it."""
 
 
-def strategy_for(device: torch.device) -> OneDevice | UnwrappedDDP:
-    """The strategy of this process, which trains on ``device``."""
+def strategy_for(device: torch.device, name: Literal["auto", "ddp"] = "auto") -> OneDevice | UnwrappedDDP | WrappedDDP:
+    """The strategy of this process, which trains on ``device``; with one process there is nothing to choose.
+
+    Args:
+        device: with or without an index.
+        name: ``trainer.strategy``. With ``ddp`` gradients are averaged in Lightning's wrapper before the optimizer sums
+            them: the same losses, and each gradient is sent twice.
+    """
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", launch_env().local_rank)
-    return UnwrappedDDP(device) if collectives.world_size() > 1 else OneDevice(device)
+    if collectives.world_size() == 1:
+        return OneDevice(device)
+    return WrappedDDP(device) if name == "ddp" else UnwrappedDDP(device)
 
 
 class _StaysOnDevice:
@@ -89,8 +97,8 @@ class OneDevice(_StaysOnDevice, SingleDeviceStrategy):
         rank_zero_only.rank = 0  # type: ignore[attr-defined]
 
 
-class UnwrappedDDP(_StaysOnDevice, DDPStrategy):
-    """Each process trains on one device of its own, on a model without hooks."""
+class WrappedDDP(_StaysOnDevice, DDPStrategy):
+    """Lightning's DDP as it is, on the process group that there is."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(parallel_devices=[device], cluster_environment=Launched())
@@ -100,6 +108,10 @@ class UnwrappedDDP(_StaysOnDevice, DDPStrategy):
         """The device of this process."""
         assert self.parallel_devices is not None
         return self.parallel_devices[0]
+
+
+class UnwrappedDDP(WrappedDDP):
+    """Each process trains on one device of its own, on a model without hooks."""
 
     def _configure_launcher(self) -> None:
         """The processes are there."""

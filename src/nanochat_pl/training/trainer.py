@@ -157,7 +157,7 @@ def _trainer(
     trainer = Trainer(
         accelerator={"cuda": "gpu"}.get(fitting.device.type, fitting.device.type),
         devices=1,
-        strategy=strategy_for(fitting.device),
+        strategy=strategy_for(fitting.device, fitting.trainer.strategy),
         max_steps=stage.num_steps,
         max_epochs=-1,
         logger=loggers,

@@ -1,0 +1,162 @@
+"""What a Lightning user does without thinking: works here too. The pages' own blocks are run by tests/docs."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from nanochat_pl import LMModule, ModuleConfig, RowsDataModule
+from nanochat_pl.cli.main import main
+from nanochat_pl.evaluation.validation import Validation
+from nanochat_pl.optim import ScheduleSettings
+from tests.helpers.processes import run
+from tests.helpers.small_engine import byte_tokenizer
+from tests.helpers.training import ROWS_PER_STEP, fit_tiny, tiny_model, tiny_rows
+from tests.training.conftest import tiny_overrides, write_texts
+
+OWN_CODE = """
+import torch
+from lightning.pytorch import Callback
+from nanochat_pl import LMModule
+
+class Mine(Callback):
+    def __init__(self, word="hello"):
+        self.word = word
+
+    def on_train_start(self, trainer, pl_module):
+        print(f"{self.word} from a callback beside {type(pl_module).__name__}")
+
+class Doubled(LMModule):
+    def weighted_loss(self, inputs, targets):
+        self.log("train/mine", 3.0)
+        return 2 * super().weighted_loss(inputs, targets)
+
+def function():
+    raise AssertionError("a function was called")
+"""
+
+
+def tiny_module(num_steps: int = 8) -> LMModule:
+    config = tiny_model(depth=1)
+    return LMModule(
+        ModuleConfig(config, num_steps, ROWS_PER_STEP // 2, schedule=ScheduleSettings(warmup_steps=2), seed=0)
+    )
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> RowsDataModule:
+    rows = tiny_rows(tmp_path_factory.mktemp("rows"))
+    validation = Validation.of_rows(rows, 5, byte_tokenizer(), batch_size=2)
+    return RowsDataModule(rows, ROWS_PER_STEP, 8, validation=validation)
+
+
+def stock_trainer(folder: Path, **arguments: Any) -> Trainer:
+    usual = {"max_steps": 8, "val_check_interval": 2, "check_val_every_n_epoch": None, "enable_progress_bar": False}
+    return Trainer(accelerator="cpu", default_root_dir=folder, enable_model_summary=False, **(usual | arguments))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_stock_trainer_fits_validates_logs_and_keeps_the_best(data: RowsDataModule, tmp_path: Path) -> None:
+    best = ModelCheckpoint(tmp_path / "best", monitor="val/bpb", save_top_k=1)
+    rates = LearningRateMonitor("step")
+    logger = CSVLogger(tmp_path, name="", version="")
+    module = tiny_module()
+    trainer = stock_trainer(
+        tmp_path, callbacks=[best, rates, EarlyStopping("val/bpb")], logger=logger, log_every_n_steps=1
+    )
+    trainer.fit(module, data)
+    measured = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    assert {"train/loss", "train/lr", "train/tokens_per_second", "val/loss", "val/bpb", "val/bpb_stderr"} <= set(
+        measured
+    )
+    rows = list(csv.DictReader((tmp_path / "metrics.csv").open(encoding="utf-8")))
+    steps = [int(row["step"]) for row in rows if row["train/loss"]]
+    assert steps == list(range(1, 9)), "optimizer steps that are done"
+    by_step = {int(row["step"]): float(row["val/bpb"]) for row in rows if row["val/bpb"]}
+    assert sorted(by_step) == [2, 4, 6, 8]
+    assert float(best.best_model_score) == pytest.approx(min(by_step.values()))
+    assert {f"lr-MuonAdamW/{role}" for role in ("wte", "lm_head")} <= set(rows[0])
+
+    loaded = LMModule.load_from_checkpoint(best.best_model_path)
+    assert loaded.config == module.config
+    (again,) = stock_trainer(tmp_path, logger=False).validate(loaded, data, verbose=False)
+    assert again["val/bpb"] == pytest.approx(float(best.best_model_score), rel=1e-6)
+    assert data.validation is not None and loaded.net is not None
+    assert data.validation.measure(loaded.net)["val/bpb"] == pytest.approx(again["val/bpb"], rel=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_stock_trainer_goes_on_from_its_own_checkpoint(data: RowsDataModule, tmp_path: Path) -> None:
+    """ckpt_path= of Lightning: with the same weights as a run that was not stopped, to the bit."""
+    whole = tiny_module()
+    keep = ModelCheckpoint(tmp_path, every_n_train_steps=4, save_top_k=-1, filename="{step}")
+    stock_trainer(tmp_path, callbacks=[keep], logger=False, limit_val_batches=0).fit(whole, data)
+    resumed = tiny_module()
+    stock_trainer(tmp_path, logger=False, limit_val_batches=0, enable_checkpointing=False).fit(
+        resumed, data, ckpt_path=str(tmp_path / "step=4.ckpt")
+    )
+    for (name, one), other in zip(whole.named_parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(one, other), name
+
+
+def test_own_classes_come_from_the_command_line(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "own_code.py").write_text(OWN_CODE, encoding="utf-8")
+    own = ["callbacks.mine._target_=own_code.Mine", "callbacks.mine.word=greetings", "stage.module=own_code.Doubled"]
+    write_texts(here / "texts")
+    train = ["train", "stage=base", "run=x", *tiny_overrides(here), "max_steps=3", "logger=[tensorboard,csv]"]
+    assert main([*train, *own, "schedule.warmup_steps=1", "optim.max_grad_norm=1000"]) == 0
+    assert "greetings from a callback beside Doubled" in capsys.readouterr().out
+    folder = here / "runs" / "x" / "base"
+    events = EventAccumulator(str(folder / "tensorboard")).Reload()
+    assert [event.value for event in events.Scalars("train/mine")] == [3.0] * 3
+    assert [event.step for event in events.Scalars("train/mine")] == [1, 2, 3]
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3], "written once"
+    rows = list(csv.DictReader((folder / "csv" / "metrics.csv").open(encoding="utf-8")))
+    assert [row["step"] for row in rows if row["train/loss"]] == ["1", "2", "3"]
+    told = yaml.safe_load((folder / "tensorboard" / "hparams.yaml").read_text(encoding="utf-8"))
+    assert told["run"] == "x" and told["plan"]["num_steps"] == 3 and told["optim"]["max_grad_norm"] == 1000
+    assert "git" in told
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ("callbacks.mine._target_=own_code.function", "there is no such class"),
+        ("callbacks.mine._target_=own_code.Doubled", "is no Callback of Lightning"),
+        ("callbacks.mine._target_=own_cod.Mine", "cannot be imported"),
+        ("callbacks.mine={_target_: own_code.Mine, wrd: 3}", "did you mean word"),
+        ("stage.module=own_code.Mine", "is no subclass of nanochat_pl.LMModule"),
+        ("stage.module=own_code.Nothing", "there is no such class"),
+    ],
+)
+def test_wrong_ones_are_refused_before_anything_is_done(
+    wrong: str, said: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (here / "own_code.py").write_text(OWN_CODE, encoding="utf-8")
+    assert main(["train", "experiment=tiny", "stage=base", "run=x", wrong]) == 2
+    assert said in capsys.readouterr().err
+    assert not (here / "runs").exists()
+
+
+def losses_of(folder: str, strategy: str) -> list[float]:
+    """20 steps of a fit on these processes; the loss of each."""
+    fit_tiny(Path(folder) / strategy, 20, trainer={"strategy": strategy})
+    with (Path(folder) / strategy / "metrics.csv").open(encoding="utf-8") as file:
+        return [float(row["train/loss"]) for row in csv.DictReader(file)]
+
+
+def test_lightnings_ddp_has_the_losses_of_the_own_strategy(tmp_path: Path) -> None:
+    """Two gloo processes, 20 steps, within 1e-5: gradients are summed in another order."""
+    auto = run(2, losses_of, str(tmp_path), "auto")[0]
+    ddp = run(2, losses_of, str(tmp_path), "ddp")[0]
+    assert len(auto) == 20 and auto != [auto[0]] * 20
+    assert ddp == pytest.approx(auto, abs=1e-5)
