@@ -9,8 +9,8 @@ import pytest
 
 from nanochat_pl.data.cache.tokens import TokenCache, build_token_cache
 from nanochat_pl.data.packing.rows import packed_rows
-from nanochat_pl.doctor.documents import CachedDocuments, JoinedDocuments, TextDocuments, both_ends, shortened
-from nanochat_pl.doctor.examine import Examination, Found
+from nanochat_pl.doctor.documents import Documents, both_ends, shortened
+from nanochat_pl.doctor.examine import Found, examine, num_reads
 from nanochat_pl.doctor.findings import row_figures
 from nanochat_pl.tokenizer import Tokenizer
 from nanochat_pl.tokenizer.bpe import SPLIT_PATTERN
@@ -24,8 +24,8 @@ def words(first: int, count: int) -> str:
     return " ".join(f"w{number}" for number in range(first, first + count))
 
 
-def documents_of(folder: Path, texts: list[str], per_shard: int = 100) -> CachedDocuments:
-    return CachedDocuments(cache_of(folder, texts, per_shard), BYTES)
+def documents_of(folder: Path, texts: list[str], per_shard: int = 100) -> Documents:
+    return Documents({"": cache_of(folder, texts, per_shard)}, BYTES)
 
 
 def cache_of(folder: Path, texts: list[str], per_shard: int = 100) -> TokenCache:
@@ -35,7 +35,11 @@ def cache_of(folder: Path, texts: list[str], per_shard: int = 100) -> TokenCache
 
 def found_in(folder: Path, train: list[str], validation: list[str], max_documents: int = 1000) -> Found:
     parts = documents_of(folder, train, per_shard=3), documents_of(folder, validation)
-    return Examination(*parts, {}, max_documents).run()
+    done: list[int] = []
+    found = examine(*parts, {}, max_documents, advance=done.append)
+    copies = found.duplicates.copies + found.train.empty  # of which no text is read
+    assert sum(done) <= num_reads(parts, max_documents) <= sum(done) + copies
+    return found
 
 
 def test_lengths_and_odd_text(tmp_path: Path) -> None:
@@ -43,7 +47,6 @@ def test_lengths_and_odd_text(tmp_path: Path) -> None:
     found = found_in(tmp_path, train, ["val"])
     assert (found.train.documents, found.train.empty, found.train.distinct) == (5, 1, 4)
     # Tokens are bytes: 4, 2, 2 + 3, 19.
-    assert found.train.tokens is not None
     assert (found.train.tokens.total, found.train.tokens.longest, found.train.tokens.median) == (30, 19, 4.5)
     assert (found.train.characters.total, found.train.characters.longest) == (27, 19)
     assert found.train.bytes_per_token == 1.0
@@ -65,16 +68,6 @@ def test_exact_copies_are_counted_and_shown(tmp_path: Path) -> None:
     assert found.train.distinct == 2 == found.train.sampled
 
 
-def test_near_copies_are_told_by_the_split_that_has_the_first(tmp_path: Path) -> None:
-    train = [words(0, 40), words(1, 40), words(500, 40)]  # the second repeats all but a word of the first
-    validation = [words(501, 40), words(900, 40), words(901, 40)]  # like a training document; like one of their own
-    duplicates = found_in(tmp_path, train, validation).duplicates
-    assert (duplicates.near, duplicates.near_sampled) == (1, 3)
-    assert (duplicates.near_validation, duplicates.near_validation_sampled) == (1, 3)
-    assert duplicates.examples["near copy"].startswith("s0, document 0 = s0, document 1: 'w1 w2")
-    assert duplicates.examples["near copy in validation"].startswith("s0, document 2 = s0, document 0: 'w501")
-
-
 def test_validation_is_an_evaluation_set(tmp_path: Path) -> None:
     """Found through the tokens: the words of a document that was cut into tokens and put together again."""
     found = found_in(tmp_path, [words(0, 60)], [words(300, 20) + " " + words(10, 13), words(400, 13)])
@@ -88,9 +81,8 @@ def test_a_sample_is_even_and_copies_are_no_part_of_it(tmp_path: Path) -> None:
     train = [words(100 * n, 20) for n in range(10)]
     found = found_in(tmp_path, [train[0], *train], ["v"], max_documents=5)
     assert (found.train.documents, found.train.distinct, found.train.sampled) == (11, 10, 5)
-    assert found.train.tokens is not None and found.train.tokens.total == sum(map(len, [train[0], *train]))
+    assert found.train.tokens.total == sum(map(len, [train[0], *train]))
     assert found.duplicates.copies == 1  # of everything, sampled or not
-    assert found.duplicates.near_sampled == 5
 
 
 def test_marks_of_conversations_are_no_words(tmp_path: Path) -> None:
@@ -104,19 +96,17 @@ def test_marks_of_conversations_are_no_words(tmp_path: Path) -> None:
         def tokens(self, number: int) -> np.ndarray:
             return np.array([start, *b"one", end, *b"2!"])
 
-    assert CachedDocuments(Marked(), BYTES).text(0) == "one\n2!"  # type: ignore[arg-type]
+    assert Documents({"": Marked()}, BYTES).text(0) == "one\n2!"  # type: ignore[dict-item]
 
 
-def test_documents_without_tokens_and_of_several_sources(tmp_path: Path) -> None:
-    texts = TextDocuments([("a, document 0", "short"), ("a, document 1", words(0, 50))])
-    found = Examination(texts, TextDocuments([]), {}, 10).run()
-    assert found.train.tokens is None and found.train.bytes_per_token is None
-    assert found.train.longest[0][:2] == ("a, document 1", len(words(0, 50)))
-    assert found.validation.documents == 0 and found.validation.characters.total == 0
-    joined = JoinedDocuments({"one": texts, "two": documents_of(tmp_path, ["", "xyz"])})
-    assert joined.lengths.tolist() == [5, len(words(0, 50)), 0, 3]
-    assert joined.place(3) == "two/s0, document 1" and joined.text(3) == "xyz"
-    assert joined.place(0) == "one/a, document 0" and joined.content(0) == b"short"
+def test_documents_of_several_sources(tmp_path: Path) -> None:
+    caches = {name: cache_of(tmp_path / name, texts) for name, texts in (("one", ["short", "b"]), ("two", ["", "xyz"]))}
+    joined = Documents(caches, BYTES)
+    assert joined.lengths.tolist() == [5, 1, 0, 3]
+    assert [joined.place(number) for number in (0, 3)] == ["one/s0, document 0", "two/s0, document 1"]
+    assert joined.text(3) == "xyz" and joined.content(3) != joined.content(0)
+    found = examine(joined, documents_of(tmp_path / "val", ["v"]), {}, 10)
+    assert found.train.longest[0] == ("one/s0, document 0", 5, "'short'")
 
 
 def test_cropping_and_documents_in_no_row_are_counted(tmp_path: Path) -> None:
@@ -125,7 +115,7 @@ def test_cropping_and_documents_in_no_row_are_counted(tmp_path: Path) -> None:
     rows = packed_rows(
         cache, 4, BYTES.bos_id, "crop", tmp_path, num_rows=5, buffer_documents=8, refill_documents=1, shuffle="none"
     )
-    figures = row_figures(rows, cache.lengths, 1.0, 5)
+    figures = row_figures(rows, 1.0, 5)
     assert figures.never_placed == 1
     # Each row is as bos a a bos b: one token of the second document is dropped.
     assert (figures.cropped_tokens, figures.padded_share) == (5, 0.0)
@@ -137,7 +127,7 @@ def test_cropping_and_documents_in_no_row_are_counted(tmp_path: Path) -> None:
 def test_splitting_trains_on_everything_and_padding_is_counted(tmp_path: Path) -> None:
     cache = cache_of(tmp_path, ["x" * 40, "aa", "bb", "cc"])
     rows = packed_rows(cache, 4, BYTES.bos_id, "split", tmp_path, epochs=1, shuffle="none")
-    figures = row_figures(rows, cache.lengths, 1.0, 2 * len(rows))
+    figures = row_figures(rows, 1.0, 2 * len(rows))
     assert (figures.trained_share, figures.never_placed, figures.cropped_tokens) == (1.0, 0, 0)
     assert figures.epochs == pytest.approx(2.0)
     places = len(rows) * 5

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.attention.varlen
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanochat_pl.model import attention
@@ -144,6 +145,30 @@ def test_flash_kernels_with_windows_against_plain_products(window, kv_heads, dty
     check_against(
         windowed_attention, lambda q, k, v, w, scale: attention.products(q, k, v, scale, mask), inputs, window, 2e-2
     )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION", "MATH"])
+@pytest.mark.parametrize("window", [100, 299])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_each_backend_of_sdpa_against_plain_products(dtype, window, backend):
+    device, whole = torch.device("cuda"), window == 299
+    inputs = leaves(window, 4, 300, device, dtype)
+    mask = attention.band_mask(300, 300, 0, window, device)
+
+    def with_backend(q, k, v, window, scale):
+        with sdpa_kernel([getattr(SDPBackend, backend)]):
+            return attention.sdpa(q, k, v, scale, None if whole else mask, causal=whole)
+
+    def plain(q, k, v, window, scale):
+        return attention.products(q, k, v, scale, mask)
+
+    try:
+        check_against(with_backend, plain, inputs, window, 2e-5 if dtype == torch.float32 else 2e-2)
+    except RuntimeError as error:
+        if "No available kernel" not in str(error) and "No viable backend" not in str(error):
+            raise
+        pytest.skip(f"{backend} is not offered for this")
 
 
 def leaves(seed, kv_heads, length, device, dtype):

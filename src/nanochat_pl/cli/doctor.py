@@ -12,32 +12,30 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from nanochat_pl.cli.run_record import own_settings
 from nanochat_pl.cli.train import place_of
 from nanochat_pl.common.console import print_table, progress, rank_zero_print
+from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.files import ensure_folder, write_bytes, write_json
 from nanochat_pl.common.paths import cache_folder
-from nanochat_pl.common.run_dir import CHAT_STAGES, StageFolder
+from nanochat_pl.common.run_dir import StageFolder
 from nanochat_pl.common.schema import setting, to_plain
 from nanochat_pl.config.compose import Composed
 from nanochat_pl.config.experiment import compose_step
 from nanochat_pl.config.overrides import take_key
 from nanochat_pl.doctor.eval_sets import read_eval_bundle
-from nanochat_pl.doctor.examine import Examination
-from nanochat_pl.doctor.findings import Figures, Finding, failing, findings
-from nanochat_pl.doctor.plots import lengths_png
+from nanochat_pl.doctor.examine import examine, num_reads
+from nanochat_pl.doctor.findings import Finding, failing, finding_of, findings
+from nanochat_pl.doctor.plots import lengths_svg
 from nanochat_pl.doctor.tables import tables
 from nanochat_pl.training.config import TrainConfig
 from nanochat_pl.training.stages.inherit import inherited
 from nanochat_pl.training.stages.source import chosen_data
 
-if TYPE_CHECKING:
-    from nanochat_pl.doctor.stage_data import ExaminedStage
-
 EXIT_FAILS = 1
-JSON, PICTURE = "doctor.json", "lengths.png"
+JSON, PICTURE = "doctor.json", "lengths.svg"
 
 
 @dataclass(frozen=True)
@@ -61,7 +59,7 @@ class DoctorConfig(TrainConfig):
 Config = DoctorConfig
 HELP_KEYS = ("model.depth", "model.sequence_len", "data.path", "data.long_documents", "paths.runs")
 EXTRA_KEYS = {
-    "stage=base": "Whose data: tokenizer, base, mid or sft.",
+    "stage=base": "Whose data: base, mid or sft.",
     "run=NAME": "With a stage that has begun: its own settings, but for those that are given.",
     "experiment=NAME": "Take the settings of an experiment file (its shared keys and those of the stage).",
 }
@@ -85,28 +83,34 @@ def run(arguments: Sequence[str]) -> int:
             rank_zero_print(line)
         return 0
     bundle = {} if config.eval_bundle is None else read_eval_bundle(Path(config.eval_bundle))
-    data, problems = open_stage_data(config, folder, cache, config.max_documents)
     to = Path(config.paths.runs) / "doctor" / f"{folder.run}-{folder.stage}"
-    if data is None:
+    try:
+        data = open_stage_data(config, folder, cache)
+    except UserError as error:
+        problems = finding_of(error)
         _write_json(to, {"stage": folder.stage}, problems)
         return _show_findings(problems)
-    examination = Examination(
-        data.train,
-        data.validation,
-        {**data.eval_sets, **bundle},
-        config.max_documents,
-        data.wanted_copies,
-        validation_is_a_set=data.stage not in CHAT_STAGES,  # there it is made of the tasks' test parts
-    )
-    with progress("reading the documents", examination.work, "documents") as advance:
-        figures = data.figures(examination.run(advance))
-    problems += [*findings(figures), *data.shortfall(config, cache)]
-    for title, columns, rows, notes in tables(figures):
+    splits = data.train, data.validation
+    with progress("reading the documents", num_reads(splits, config.max_documents), "documents") as advance:
+        found = examine(
+            *splits,
+            {**data.eval_sets, **bundle},
+            config.max_documents,
+            data.wanted_copies,
+            validation_is_a_set=not data.figures.is_chat,  # there it is made of the tasks' test parts
+            advance=advance,
+        )
+    for title, columns, rows, notes in tables(data.figures, found):
         rank_zero_print()
         print_table(columns, rows, title=title)
         for note in notes:
             rank_zero_print(note)
-    _write(to, data, figures, problems)
+    noun = "conversations" if data.figures.is_chat else "documents"
+    row_tokens = next(rows.sequence_len for rows in data.figures.rows.values())
+    picture = lengths_svg(to.name, noun, data.train.lengths, data.validation.lengths, row_tokens)
+    write_bytes(ensure_folder(to) / PICTURE, picture)
+    problems = [*findings(data.figures, found), *data.shortfall]
+    _write_json(to, {**to_plain(data.figures), "found": to_plain(found)}, problems)
     code = _show_findings(problems)
     rank_zero_print(f"{to / PICTURE}, {to / JSON}")
     return code
@@ -115,6 +119,11 @@ def run(arguments: Sequence[str]) -> int:
 def _composed(arguments: Sequence[str]) -> tuple[Composed[DoctorConfig], StageFolder]:
     """The settings, with the folder of the stage. Of a run that is named, those that the stage was begun with."""
     stage, _ = take_key(arguments, "stage")
+    if stage == "tokenizer":
+        raise UserError(
+            "stage=tokenizer: a tokenizer is trained on text without rows.",
+            "Say stage=base, which looks at the same text, stage=mid or stage=sft.",
+        )
     composed: Composed[DoctorConfig] = compose_step("doctor", stage or "base", DoctorConfig, arguments)
     folder = place_of(Composed[TrainConfig](composed.config, given=composed.given, experiment=composed.experiment))
     if composed.config.run is not None and (own := own_settings(folder, DoctorConfig)):
@@ -134,16 +143,6 @@ def _show_findings(problems: Sequence[Finding]) -> int:
     if not problems:
         rank_zero_print("Nothing was found that would break or spoil a run.")
     return EXIT_FAILS if failing(problems) else 0
-
-
-def _write(to: Path, data: ExaminedStage, figures: Figures, problems: Sequence[Finding]) -> None:
-    """The picture, and all figures for programs."""
-    noun = "conversations" if data.stage in CHAT_STAGES else "documents"
-    unit = "tokens" if data.train.counts_tokens else "characters"
-    row_tokens = next((rows.sequence_len for rows in figures.rows.values()), None)
-    picture = lengths_png(to.name, noun, unit, data.train.lengths, data.validation.lengths, row_tokens)
-    write_bytes(to / PICTURE, picture)
-    _write_json(to, to_plain(figures), problems)
 
 
 def _write_json(to: Path, figures: dict[str, Any], problems: Sequence[Finding]) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from nanochat_pl.cli.run_record import what_runs
 from nanochat_pl.common.console import print_table, rank_zero_print
 from nanochat_pl.common.device import Accelerator
 from nanochat_pl.common.files import write_json
@@ -40,7 +41,8 @@ def run(arguments: Sequence[str]) -> int:
     size = collectives.world_size()
     rank_zero_print(f"Testing {size} process{'es' if size > 1 else ''} …")
     runs, caches = Path(config.paths.runs), cache_folder(config.paths)
-    findings = selftest(config.accelerator, runs, caches, config.timeout_seconds)
+    software = ", ".join(f"{name} {version}" for name, version in what_runs().items())
+    findings = selftest(config.accelerator, runs, caches, software, config.timeout_seconds)
     passed = all(finding.result != "FAILED" for finding in findings)
     print_table(("check", "result", "figure", "tolerance"), findings)
     if config.to is not None and collectives.is_rank_zero():

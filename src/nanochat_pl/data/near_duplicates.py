@@ -12,12 +12,7 @@ _WORD = re.compile(r"\w+")
 
 
 def shares_seen_before(texts: Sequence[str]) -> np.ndarray:
-    """For each text, the share of its 8-grams of words that some earlier text has too: see :func:`seen_before`."""
-    return seen_before(texts)[0]
-
-
-def seen_before(texts: Sequence[str], among: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """For each text, the share of its 8-grams of words that some earlier text has too, and where most of them stand.
+    """For each text, the share of its 8-grams of words that some earlier text has too.
 
     Words are compared without case and punctuation. A text is filled up with ``GRAM_WORDS - 1`` empty words, so that
     each of its words begins a gram, and that the end of a text counts as well. Two grams are taken for the same where
@@ -25,11 +20,9 @@ def seen_before(texts: Sequence[str], among: int | None = None) -> tuple[np.ndar
 
     Args:
         texts: in the order of precedence: a copy counts against the later one.
-        among: only the first so many texts are looked at as earlier ones; None: all.
 
     Returns:
-        shares, float64 (len(texts),): 0 for a text of new grams alone (or without words), 1 for a copy; and sources,
-        int64 (len(texts),): among the texts that had a gram first the one that had most, -1 where all are new.
+        float64 (len(texts),): 0 for a text of new grams alone (or without words), 1 for a copy.
     """
     vocabulary: dict[str, int] = {}
     word_ids: list[int] = []
@@ -46,14 +39,7 @@ def seen_before(texts: Sequence[str], among: int | None = None) -> tuple[np.ndar
     begins[1:] = grams[order][1:] != grams[order][:-1]
     first_text = np.zeros(len(grams), np.int64)
     first_text[order] = gram_text[order][begins][np.cumsum(begins) - 1]
-    seen = first_text < (gram_text if among is None else np.minimum(gram_text, among))
-    shares = np.bincount(gram_text, weights=seen, minlength=len(texts)) / np.maximum(num_words, 1)
-
-    pairs, counts = np.unique(gram_text[seen] * len(texts) + first_text[seen], return_counts=True)
-    sources = np.full(len(texts), -1, np.int64)
-    by_count = np.argsort(counts, kind="stable")  # of equals the later text stays
-    sources[pairs[by_count] // max(len(texts), 1)] = pairs[by_count] % max(len(texts), 1)
-    return shares, sources
+    return np.bincount(gram_text, weights=first_text < gram_text, minlength=len(texts)) / np.maximum(num_words, 1)
 
 
 def words_of(text: str) -> list[str]:

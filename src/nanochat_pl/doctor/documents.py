@@ -1,8 +1,8 @@
-"""Documents as the doctor sees them: by number, with lengths, text and place, wherever they come from."""
+"""Documents as the doctor sees them: by number, with lengths, text and place, whichever caches they are in."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -13,43 +13,34 @@ _SHOWN_CHARS = 70
 
 
 class Documents:
-    """Documents by number, with their text.
+    """The documents of one or several token caches, one cache after the other.
+
+    Args:
+        caches: by the name of their source, "" where there is one alone.
+        tokenizer: that they were cut into tokens with.
+        place: says where a document is, for people; None: by shard and number.
 
     Attributes:
-        lengths: tokens of each, 0 for an empty one; characters where ``counts_tokens`` is false.
-        counts_tokens: which of both.
+        lengths: tokens of each, 0 for an empty one.
         target_share: share of the tokens that are trained on.
     """
 
-    counts_tokens = True
-    target_share = 1.0
-    lengths: np.ndarray
+    def __init__(
+        self, caches: Mapping[str, TokenCache], tokenizer: Tokenizer, place: Callable[[int], str] | None = None
+    ) -> None:
+        self._names, self._caches = list(caches), list(caches.values())
+        self._tokenizer, self._place = tokenizer, place
+        self.lengths = np.concatenate([cache.lengths for cache in self._caches])
+        self._ends = np.cumsum([len(cache.lengths) for cache in self._caches])
+        self.target_share = 1.0
+        if any(cache.masked for cache in self._caches):  # conversations: one cache
+            masks = [shard.mask for cache in self._caches for shard in cache.shards if shard.mask is not None]
+            trained = sum(int(mask.sum(dtype=np.int64)) for mask in masks)
+            self.target_share = trained / max(int(self.lengths.sum(dtype=np.int64)), 1)
 
     def text(self, number: int) -> str:
         """The text of a document; what is no text, such as the marks of a conversation, is a line end."""
-        raise NotImplementedError
-
-    def place(self, number: int) -> str:
-        """Where a document is, for people."""
-        raise NotImplementedError
-
-    def content(self, number: int) -> bytes:
-        """Bytes that are equal where documents are."""
-        raise NotImplementedError
-
-
-class CachedDocuments(Documents):
-    """The documents of a token cache."""
-
-    def __init__(self, cache: TokenCache, tokenizer: Tokenizer, place: Callable[[int], str] | None = None) -> None:
-        self.lengths = cache.lengths
-        self._cache, self._tokenizer, self._place = cache, tokenizer, place
-        if cache.masked:
-            trained = sum(int(shard.mask.sum(dtype=np.int64)) for shard in cache.shards if shard.mask is not None)
-            self.target_share = trained / max(cache.num_tokens, 1)
-
-    def text(self, number: int) -> str:
-        ids = self._cache.tokens(number)
+        ids = self._tokens(number)
         ordinary = len(self._tokenizer.tokens)
         if not (ids >= ordinary).any():
             return self._tokenizer.decode(ids.tolist())
@@ -59,55 +50,21 @@ class CachedDocuments(Documents):
         return "\n".join(texts)
 
     def place(self, number: int) -> str:
+        """Where a document is, for people."""
         if self._place is not None:
             return self._place(number)
-        shard, document = self._cache.locate(number)
-        return f"{shard.name}, document {document:,}"
+        part, within = self._locate(number)
+        shard, document = self._caches[part].locate(within)
+        name = self._names[part]
+        return f"{f'{name}/' if name else ''}{shard.name}, document {document:,}"
 
     def content(self, number: int) -> bytes:
-        return self._cache.tokens(number).tobytes()
+        """Bytes that are equal where documents are."""
+        return self._tokens(number).tobytes()
 
-
-class TextDocuments(Documents):
-    """Documents that have no tokens yet."""
-
-    counts_tokens = False
-
-    def __init__(self, texts: Sequence[tuple[str, str]]) -> None:
-        """``texts``: place and text of each."""
-        self.lengths = np.array([len(text) for _, text in texts], np.int64)
-        self._texts = texts
-
-    def text(self, number: int) -> str:
-        return self._texts[number][1]
-
-    def place(self, number: int) -> str:
-        return self._texts[number][0]
-
-    def content(self, number: int) -> bytes:
-        return self._texts[number][1].encode("utf-8", "surrogatepass")
-
-
-class JoinedDocuments(Documents):
-    """The documents of several sources, one source after the other."""
-
-    def __init__(self, parts: Mapping[str, Documents]) -> None:
-        """``parts``: by name, at least one."""
-        self._names, self._parts = list(parts), list(parts.values())
-        self.lengths = np.concatenate([part.lengths for part in self._parts])
-        self._ends = np.cumsum([len(part.lengths) for part in self._parts])
-
-    def text(self, number: int) -> str:
+    def _tokens(self, number: int) -> np.ndarray:
         part, within = self._locate(number)
-        return self._parts[part].text(within)
-
-    def place(self, number: int) -> str:
-        part, within = self._locate(number)
-        return f"{self._names[part]}/{self._parts[part].place(within)}"
-
-    def content(self, number: int) -> bytes:
-        part, within = self._locate(number)
-        return self._parts[part].content(within)
+        return self._caches[part].tokens(within)
 
     def _locate(self, number: int) -> tuple[int, int]:
         part = int(np.searchsorted(self._ends, number, side="right"))

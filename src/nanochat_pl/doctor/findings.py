@@ -11,6 +11,7 @@ from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.run_dir import CHAT_STAGES
 from nanochat_pl.data.packing.rows import Rows
 from nanochat_pl.doctor.examine import Found, SplitFigures
+from nanochat_pl.doctor.overlap import Overlap
 from nanochat_pl.planning.horizon import MAX_EPOCHS
 
 # From where on a figure is worth a warning.
@@ -46,7 +47,7 @@ class RowFigures:
 
     Attributes:
         sequence_len: T.
-        rows: that the plan trains on; without a plan those of an epoch.
+        rows: that the plan trains on.
         epochs: passes over the documents' tokens.
         trained_share: share of the tokens taken that are in a row; documents that wait for their turn count too.
         never_placed: documents that have been read and are in no row: they wait in the packer's buffer.
@@ -66,51 +67,53 @@ class RowFigures:
 
 
 @dataclass(frozen=True)
-class Figures:
-    """All that was found of a stage's data.
+class StageFigures:
+    """What is known of a stage's data before its text is read.
 
     Attributes:
         stage: its name.
         data: what is trained on, for people.
-        found: documents, duplicates, overlaps.
-        rows: by the name of the source, "" where there is one; none for a stage without rows.
-        steps: of the plan, of ``rows_per_step``; 0 where there is none, or where it was refused.
+        rows: by the name of the source, "" where there is one.
+        steps: of the plan, of ``rows_per_step``.
         validation_rows: that there are, of ``validation_rows_wanted``.
         vocab_size, model_vocab_size: ids of the tokenizer, and of the model (with padding).
         cut: conversations cut to a row.
         bad_rows: rows of files that were left out, by cause.
+        made_sets: evaluation sets whose items are made of templates and of the same words as those to train on.
         remarks: what else is not read of the files, or not as it might have been meant.
         own_sets: sets of conversations out of files by their key: how often each conversation is in an epoch, and which
             share of all conversations of an epoch these are.
-        made_sets: evaluation sets whose items are made of templates and of the same words as those to train on.
     """
 
     stage: str
     data: str
-    found: Found
-    rows: dict[str, RowFigures] = field(default_factory=dict)
-    steps: int = 0
-    rows_per_step: int = 0
-    validation_rows: int = 0
-    validation_rows_wanted: int = 0
-    vocab_size: int = 0
-    model_vocab_size: int = 0
+    rows: dict[str, RowFigures]
+    steps: int
+    rows_per_step: int
+    validation_rows: int
+    validation_rows_wanted: int
+    vocab_size: int
+    model_vocab_size: int
     cut: int = 0
     bad_rows: dict[str, int] = field(default_factory=dict)
     made_sets: tuple[str, ...] = ()
     remarks: tuple[str, ...] = ()
     own_sets: dict[str, tuple[int, float]] = field(default_factory=dict)
 
+    @property
+    def is_chat(self) -> bool:
+        """Whether it trains on conversations."""
+        return self.stage in CHAT_STAGES
 
-def row_figures(rows: Rows, lengths: np.ndarray, target_share: float, num_rows: int) -> RowFigures:
+
+def row_figures(rows: Rows, target_share: float, num_rows: int) -> RowFigures:
     """The figures of packed rows.
 
     Args:
         rows: of which the plan takes ``num_rows``, going on from the first where they end before.
-        lengths: tokens of each document that they are made of.
         target_share: of the documents' tokens, those that are trained on.
     """
-    stats = rows.index.stats
+    stats, lengths = rows.index.stats, rows.cache.lengths
     taken = stats.placed_tokens + stats.cropped_tokens
     # Of what has been read once, and not of documents that are still to come. Conversations (masked) never wait.
     never = (lengths > 0) & (stats.epochs > 1 and not rows.cache.masked)
@@ -137,15 +140,20 @@ def finding_of(error: UserError) -> list[Finding]:
     return [*(Finding(True, problem) for problem in others), Finding(True, last, error.fix)]
 
 
-def findings(figures: Figures) -> list[Finding]:
+def findings(figures: StageFigures, found: Found) -> list[Finding]:
     """What would break a run first, then what would spoil it."""
-    found = [*_of_rows(figures), *_of_text(figures), *_of_duplicates(figures), *_of_overlaps(figures)]
-    found += [*(Finding(False, f"{remark}.") for remark in figures.remarks), *_of_own_sets(figures)]
-    return sorted(found, key=lambda finding: not finding.fails)
+    problems = [
+        *_of_rows(figures),
+        *_of_text(figures, found),
+        *_of_duplicates(figures, found),
+        *_of_overlaps(figures, found.overlaps),
+        *(Finding(False, f"{remark}.") for remark in figures.remarks),
+        *_of_own_sets(figures),
+    ]
+    return sorted(problems, key=lambda finding: not finding.fails)
 
 
-def _of_rows(figures: Figures) -> Iterator[Finding]:
-    chat = figures.stage in CHAT_STAGES
+def _of_rows(figures: StageFigures) -> Iterator[Finding]:
     if figures.vocab_size > figures.model_vocab_size:
         yield Finding(
             True,
@@ -154,7 +162,7 @@ def _of_rows(figures: Figures) -> Iterator[Finding]:
         )
     for name, rows in figures.rows.items():
         yield from _of_source(rows, figures, f"{name}: " if name else "", f"data.sources.{name}" if name else "data")
-    if figures.validation_rows < figures.validation_rows_wanted and not chat:
+    if figures.validation_rows < figures.validation_rows_wanted and not figures.is_chat:
         yield Finding(
             False,
             f"The held-out text fills {figures.validation_rows:,} rows, the plan wants"
@@ -163,22 +171,21 @@ def _of_rows(figures: Figures) -> Iterator[Finding]:
         )
 
 
-def _of_source(rows: RowFigures, figures: Figures, what: str, key: str) -> Iterator[Finding]:
-    chat = figures.stage in CHAT_STAGES
+def _of_source(rows: RowFigures, figures: StageFigures, what: str, key: str) -> Iterator[Finding]:
     if rows.target_share <= 0:
         yield Finding(
             True,
             f"{what}No token is trained on: the mask leaves none.",
             "Give conversations with answers (mixture.tasks.…).",
         )
-    if rows.epochs > MAX_EPOCHS and not chat:
+    if rows.epochs > MAX_EPOCHS and not figures.is_chat:
         steps = max(int(figures.steps * MAX_EPOCHS / rows.epochs), 1)
         yield Finding(
             False,
             f"{what}The plan goes {rows.epochs:,.1f} times over the text; more than {MAX_EPOCHS:g} teach little new.",
             f"Set max_steps={steps} or lower, or give more text.",
         )
-    if rows.trained_share < MIN_TRAINED_SHARE and not chat:
+    if rows.trained_share < MIN_TRAINED_SHARE and not figures.is_chat:
         waiting = f", and {rows.never_placed:,} documents still wait for a row" if rows.never_placed else ""
         yield Finding(
             False,
@@ -193,7 +200,7 @@ def _of_source(rows: RowFigures, figures: Figures, what: str, key: str) -> Itera
         )
 
 
-def _of_own_sets(figures: Figures) -> Iterator[Finding]:
+def _of_own_sets(figures: StageFigures) -> Iterator[Finding]:
     """Conversations of the person's own that are seen too often to teach more, or hardly at all."""
     epochs = max((rows.epochs for rows in figures.rows.values()), default=0.0)
     for key, (repeat, share) in figures.own_sets.items():
@@ -213,12 +220,12 @@ def _of_own_sets(figures: Figures) -> Iterator[Finding]:
             )
 
 
-def _of_text(figures: Figures) -> Iterator[Finding]:
-    train, chat = figures.found.train, figures.stage in CHAT_STAGES
+def _of_text(figures: StageFigures, found: Found) -> Iterator[Finding]:
+    train, chat = found.train, figures.is_chat
     if train.documents == train.empty:
         yield Finding(True, "There is no text to train on.", "Give some: data.path=….")
         return
-    if figures.found.validation.documents == figures.found.validation.empty:
+    if found.validation.documents == found.validation.empty:
         yield Finding(
             True,
             "There is no text to validate on.",
@@ -235,48 +242,45 @@ def _of_text(figures: Figures) -> Iterator[Finding]:
         )
     for cause, count in figures.bad_rows.items():
         yield Finding(False, f"Rows of files left out: {count:,} ({cause}).")
-    if train.bytes_per_token is not None and train.bytes_per_token < MIN_BYTES_PER_TOKEN and not chat:
+    if train.bytes_per_token < MIN_BYTES_PER_TOKEN and not chat:
         yield Finding(
             False,
             f"A token stands for {train.bytes_per_token:.2f} bytes only: the tokenizer does not fit this text.",
             "Train one on it: another run, run=NEW, and a larger tokenizer.vocab_size.",
         )
-    longest = train.tokens.longest if train.tokens else train.characters.longest
-    total = train.tokens.total if train.tokens else train.characters.total
-    if longest > MAX_SHARE_OF_ONE * total:
-        yield Finding(False, f"One document holds {longest / total:.0%} of the text: {train.longest[0][0]}.")
+    if train.tokens.longest > MAX_SHARE_OF_ONE * train.tokens.total:
+        share = train.tokens.longest / train.tokens.total
+        yield Finding(False, f"One document holds {share:.0%} of the text: {train.longest[0][0]}.")
     yield from _of_signs(train, chat)
 
 
 def _of_signs(train: SplitFigures, chat: bool) -> Iterator[Finding]:
-    if train.replaced > MAX_ODD_SHARE * train.sampled:
-        yield Finding(
-            False,
-            f"{_share(train.replaced, train.sampled)} of the documents hold U+FFFD: they were decoded wrongly once.",
+    """Documents whose text is odd, where they are more than a few."""
+    kinds = [
+        (
+            train.replaced,
+            "hold U+FFFD: they were decoded wrongly once.",
             "Convert the files to UTF-8 from their own encoding.",
-        )
-    if train.controls > MAX_ODD_SHARE * train.sampled:
-        yield Finding(
-            False,
-            f"{_share(train.controls, train.sampled)} of the documents hold NULs or other control characters: they are"
-            " no text, or were decoded wrongly once.",
+        ),
+        (
+            train.controls,
+            "hold NULs or other control characters: they are no text, or were decoded wrongly once.",
             "Convert the files to UTF-8 from their own encoding, or leave them out.",
-        )
-    if train.separators > MAX_ODD_SHARE * train.sampled and not chat:
-        yield Finding(
-            False,
-            f"{_share(train.separators, train.sampled)} of the documents hold a separator of documents, as"
-            " <|endoftext|>, as letters: several documents are taken for one.",
+        ),
+        (
+            0 if chat else train.separators,
+            "hold a separator of documents, as <|endoftext|>, as letters: several documents are taken for one.",
             "Cut them there: in a .txt file that is done; in a table give each document a row.",
-        )
-    if train.repeating > MAX_ODD_SHARE * train.sampled:
-        yield Finding(
-            False, f"{_share(train.repeating, train.sampled)} of the documents repeat their own lines: menus, tables …"
-        )
+        ),
+        (train.repeating, "repeat their own lines: menus, tables …", ""),
+    ]
+    for count, problem, fix in kinds:
+        if count > MAX_ODD_SHARE * train.sampled:
+            yield Finding(False, f"{_share(count, train.sampled)} of the documents {problem}", fix)
 
 
-def _of_duplicates(figures: Figures) -> Iterator[Finding]:
-    duplicates, validation = figures.found.duplicates, figures.found.validation
+def _of_duplicates(figures: StageFigures, found: Found) -> Iterator[Finding]:
+    duplicates, validation = found.duplicates, found.validation
     unwanted = duplicates.copied_tokens * max(0.0, 1 - duplicates.wanted / max(duplicates.copies, 1))
     if unwanted > MAX_COPIED_TOKENS:
         yield Finding(
@@ -285,7 +289,7 @@ def _of_duplicates(figures: Figures) -> Iterator[Finding]:
             "Take them out: a copy is trained on as often as there are copies, in every epoch.",
         )
     if duplicates.validation_copies > MAX_LEAKED_SHARE * validation.documents:
-        fix = "" if figures.stage in CHAT_STAGES else "Give another data.validation_path=…, or take the copies out."
+        fix = "" if figures.is_chat else "Give another data.validation_path=…, or take the copies out."
         yield Finding(
             duplicates.validation_copies > MAX_COPIED_VALIDATION * (validation.documents - validation.empty),
             f"{_share(duplicates.validation_copies, validation.documents)} of the validation documents are trained on:"
@@ -294,8 +298,8 @@ def _of_duplicates(figures: Figures) -> Iterator[Finding]:
         )
 
 
-def _of_overlaps(figures: Figures) -> Iterator[Finding]:
-    for overlap in figures.found.overlaps:
+def _of_overlaps(figures: StageFigures, overlaps: Sequence[Overlap]) -> Iterator[Finding]:
+    for overlap in overlaps:
         if overlap.name in figures.made_sets:
             continue
         is_validation = overlap.name == "validation"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +28,7 @@ def row_lines(config: TrainConfig, folder: StageFolder, cache: Path, row: int) -
     Raises:
         UserError: there is no such row.
     """
-    prepared = _prepared(config, folder, cache, f"row={row}")
+    prepared = prepare_stage(config, folder, cache)
     plan, rows = prepared.plan, prepared.rows
     if row >= len(rows):
         raise UserError(
@@ -37,13 +37,11 @@ def row_lines(config: TrainConfig, folder: StageFolder, cache: Path, row: int) -
         )
     rows.wait_for(row + 1)
     step = row // plan["rows_per_step"] + 1
-    where = _place(config, cache)
     lines = [
         f"Row {row:,} of {len(rows):,} (from 0), in step {step:,} of {plan['num_steps']:,}: {_filled(prepared, row)}."
     ]
-    for number, piece in enumerate(rows.address(row), 1):
-        text = both_ends(prepared.tokenizer.decode(piece.ids.tolist()))
-        lines += [f"{number:>3}. {where(piece)}:", f"     {text}"]
+    for place, text in _pieces(prepared, row, _place(config, cache)):
+        lines += [f"{place}:", f"     {both_ends(text)}"]
     return lines
 
 
@@ -56,7 +54,7 @@ def step_lines(config: TrainConfig, folder: StageFolder, cache: Path, step: int)
     Raises:
         UserError: there is no such step.
     """
-    prepared = _prepared(config, folder, cache, f"step={step}")
+    prepared = prepare_stage(config, folder, cache)
     plan, rows = prepared.plan, prepared.rows
     if step > plan["num_steps"]:
         raise UserError(
@@ -65,27 +63,25 @@ def step_lines(config: TrainConfig, folder: StageFolder, cache: Path, step: int)
     first, end = (min(each * plan["rows_per_step"], len(rows)) for each in (step - 1, step))
     rows.wait_for(end)
     num_targets = (rows.read(np.arange(first, end))[1] != IGNORE_INDEX).sum(axis=1).tolist()
-    where = _place(config, cache)
+    place_of = _place(config, cache)
     lines = [
         f"Step {step:,} of {plan['num_steps']:,}: rows {first:,} to {end - 1:,} (from 0), {sum(num_targets):,} targets."
     ]
     for row, targets in zip(range(first, end), num_targets, strict=True):
         lines.append(f"Row {row:,}: {_filled(prepared, row)}, {targets:,} targets.")
-        for number, piece in enumerate(rows.address(row), 1):
-            text = both_ends(prepared.tokenizer.decode(piece.ids.tolist()), STEP_CHARS)
-            lines.append(f"{number:>3}. {where(piece)}: {text}")
+        lines += [f"{place}: {both_ends(text, STEP_CHARS)}" for place, text in _pieces(prepared, row, place_of)]
     return lines
-
-
-def _prepared(config: TrainConfig, folder: StageFolder, cache: Path, asked: str) -> StageData:
-    if config.stage.name == "tokenizer":
-        raise UserError(f"{asked}: a tokenizer is trained without rows.", "Say stage=base, stage=mid or stage=sft.")
-    return prepare_stage(config, folder, cache)
 
 
 def _filled(prepared: StageData, row: int) -> str:
     places = sum(1 + len(piece.ids) for piece in prepared.rows.address(row))
     return f"{places:,} of {prepared.rows.sequence_len + 1:,} places are filled"
+
+
+def _pieces(prepared: StageData, row: int, place_of: Callable[[PieceAddress], str]) -> Iterator[tuple[str, str]]:
+    """The pieces of a row: number and place, and text."""
+    for number, piece in enumerate(prepared.rows.address(row), 1):
+        yield f"{number:>3}. {place_of(piece)}", prepared.tokenizer.decode(piece.ids.tolist())
 
 
 def _place(config: TrainConfig, cache: Path) -> Callable[[PieceAddress], str]:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from nanochat_pl.common.device import choose_compute_dtype, choose_device, device_name
@@ -17,17 +16,16 @@ from nanochat_pl.data.cache.content_cache import fingerprint_of
 from nanochat_pl.data.cache.conversations import ConversationCache
 from nanochat_pl.data.cache.tokens import TokenCache
 from nanochat_pl.data.packing.mixture import MixedRows
-from nanochat_pl.data.packing.rows import Rows, packed_rows
+from nanochat_pl.data.packing.rows import Rows
 from nanochat_pl.data.packing.streamed_index import StreamedIndex
-from nanochat_pl.data.sources.base import Source, SourceSettings, Split
+from nanochat_pl.data.sources.base import Source
 from nanochat_pl.data.sources.hub import HubFiles
 from nanochat_pl.data.sources.local import LocalFiles
 from nanochat_pl.data.sources.mixture import MixedSource
 from nanochat_pl.data.sources.open import open_source
-from nanochat_pl.doctor.documents import CachedDocuments, Documents, JoinedDocuments, TextDocuments
+from nanochat_pl.doctor.documents import Documents
 from nanochat_pl.doctor.eval_sets import ConversationTexts
-from nanochat_pl.doctor.examine import Found
-from nanochat_pl.doctor.findings import Figures, Finding, finding_of, row_figures
+from nanochat_pl.doctor.findings import Finding, StageFigures, row_figures
 from nanochat_pl.tasks import Task
 from nanochat_pl.tasks.context import TaskContext
 from nanochat_pl.tasks.mixture import Mixture, build_mixture, build_tasks
@@ -44,85 +42,19 @@ class ExaminedStage:
     """The data of a stage.
 
     Attributes:
-        stage: its name.
-        name: of the data, for people.
+        figures: what is known of it before its text is read.
         train, validation: the documents.
-        prepared: what a training starts with; None for a tokenizer.
-        rows: by the name of the source, "" where there is one; and the documents that they are made of.
-        refused: whether the plan is not the one that was asked for.
         eval_sets: the tasks that are at hand, by name.
         wanted_copies: that the tasks' ``repeat`` asks for.
-        cut: conversations cut to a row.
-        bad_rows: rows of files that were left out, by cause.
-        remarks: what else is not read of the files, or not as it might have been meant.
-        own_sets: sets of conversations out of files by their key, how often each conversation is in an epoch, and which
-            share of the mixture's conversations these are.
+        shortfall: what is missing of the files that the plan needs.
     """
 
-    stage: str
-    name: str
+    figures: StageFigures
     train: Documents
     validation: Documents
-    prepared: StageData | None = None
-    rows: dict[str, tuple[Rows, Documents]] = field(default_factory=dict)
-    refused: bool = False
-    eval_sets: dict[str, ConversationTexts] = field(default_factory=dict)
+    eval_sets: dict[str, ConversationTexts]
     wanted_copies: int = 0
-    cut: int = 0
-    bad_rows: dict[str, int] = field(default_factory=dict)
-    remarks: tuple[str, ...] = ()
-    own_sets: dict[str, tuple[int, float]] = field(default_factory=dict)
-
-    def figures(self, found: Found) -> Figures:
-        """All figures, with those that an examination found."""
-        figures = Figures(
-            stage=self.stage,
-            data=self.name,
-            found=found,
-            cut=self.cut,
-            bad_rows=self.bad_rows,
-            remarks=self.remarks,
-            own_sets=self.own_sets,
-            made_sets=tuple(name for name, texts in self.eval_sets.items() if not texts.from_files),
-        )
-        if self.prepared is None:
-            return figures
-        plan = self.prepared.plan
-        return dataclasses.replace(
-            figures,
-            rows={
-                name: row_figures(rows, documents.lengths, documents.target_share, num_rows)
-                for (name, (rows, documents)), num_rows in zip(self.rows.items(), self._rows_taken(), strict=True)
-            },
-            steps=0 if self.refused else plan["num_steps"],
-            rows_per_step=plan["rows_per_step"],
-            validation_rows=self.prepared.validation.num_rows,
-            validation_rows_wanted=plan["validation_rows"],
-            vocab_size=self.prepared.tokenizer.vocab_size,
-            model_vocab_size=self.prepared.model.vocab_size,
-        )
-
-    def shortfall(self, config: TrainConfig, cache: Path) -> list[Finding]:
-        """What is missing of the files that the plan needs."""
-        if self.stage != "base" or self.prepared is None or self.refused:
-            return []
-        source = open_source(config.data, cache)
-        sources = [part.source for part in source.parts.values()] if isinstance(source, MixedSource) else [source]
-        lacks = [
-            part.shortfall(num_rows * self.prepared.rows.sequence_len)
-            for part, num_rows in zip(sources, self._rows_taken(), strict=True)
-            if isinstance(part, HubFiles)
-        ]
-        return [Finding(False, lines[0], " ".join(lines[1:])) for lines in lacks if lines]
-
-    def _rows_taken(self) -> list[int]:
-        """Rows that the plan takes of each source."""
-        assert self.prepared is not None
-        if self.refused:
-            return [len(rows) for rows, _ in self.rows.values()]
-        num_rows = self.prepared.plan["num_steps"] * self.prepared.plan["rows_per_step"]
-        rows = self.prepared.rows
-        return rows.turns.counts(num_rows) if isinstance(rows, MixedRows) else [num_rows]
+    shortfall: tuple[Finding, ...] = ()
 
 
 def prepare_stage(config: TrainConfig, folder: StageFolder, cache: Path) -> StageData:
@@ -151,54 +83,80 @@ def _with_tokenizer(config: TrainConfig, folder: StageFolder, cache: Path) -> St
     return StageFolder(cache / "doctor", name := f"doctor-{key[:16]}", folder.stage, parent_run=name)
 
 
-def open_stage_data(
-    config: TrainConfig, folder: StageFolder, cache: Path, max_documents: int
-) -> tuple[ExaminedStage | None, list[Finding]]:
-    """The data of a stage as far as it can be had, and what would keep a training from beginning."""
-    try:
-        if config.stage.name == "tokenizer":
-            return _tokenizer_data(config, cache, max_documents), []
-        return (_sft_data if config.stage.trains_on_conversations else _base_data)(config, folder, cache), []
-    except UserError as error:
-        problems = finding_of(error)
-    if config.stage.name != "base":
-        return None, problems
-    # The text can be looked at all the same, under a plan that nobody refuses.
-    smallest = dataclasses.replace(config, max_steps=1, model=dataclasses.replace(config.model, depth=1))
-    try:
-        data = _base_data(smallest, folder, cache)
-    except UserError as error:
-        return None, list(dict.fromkeys([*problems, *finding_of(error)]))
-    whole = {name: (_one_epoch(rows, config, name, cache), docs) for name, (rows, docs) in data.rows.items()}
-    return dataclasses.replace(data, rows=whole, refused=True), problems
+def open_stage_data(config: TrainConfig, folder: StageFolder, cache: Path) -> ExaminedStage:
+    """The data of a stage.
+
+    Raises:
+        UserError: what a training would end with.
+    """
+    return (_sft_data if config.stage.trains_on_conversations else _base_data)(config, folder, cache)
 
 
-def _one_epoch(rows: Rows, config: TrainConfig, name: str, cache: Path) -> Rows:
-    settings: SourceSettings = config.data.parts[name] if name else config.data
-    return packed_rows(
-        rows.cache,
-        rows.sequence_len,
-        rows.bos_id,
-        settings.packing_mode,
-        cache,
-        epochs=1,
-        buffer_documents=settings.pack_buffer_documents,
-        refill_documents=settings.pack_refill_documents,
-        seed=settings.seed,
-    )
-
-
-def _tokenizer_data(config: TrainConfig, cache: Path, max_documents: int) -> ExaminedStage:
-    source = open_source(config.data, cache)
-    splits = {split: TextDocuments(_texts(source, split, max_documents)) for split in ("train", "val")}
+def _base_data(config: TrainConfig, folder: StageFolder, cache: Path) -> ExaminedStage:
+    prepared = prepare_stage(config, folder, cache)
+    tokenizer, validation = prepared.tokenizer, prepared.validation
+    rows: dict[str, Rows] = {}  # by the name of their source
+    parts = prepared.rows.parts() if isinstance(prepared.rows, MixedRows) else {"": prepared.rows}
+    for name, part in parts.items():
+        part.wait_for(len(part))
+        read = part.cache
+        if isinstance(part.index, StreamedIndex):  # the shards that the plan comes to
+            read = TokenCache(read.shards[: part.index.num_segments], read.fingerprint)
+        rows[name] = Rows(read, part.index, part.sequence_len, part.bos_id)
+    source, eval_sets = open_source(config.data, cache), _at_hand(config, cache)
+    figures = _figures("base", source.describe(), prepared, rows, eval_sets, _remarks_of(source))
     return ExaminedStage(
-        "tokenizer",
-        source.describe(),
-        splits["train"],
-        splits["val"],
-        eval_sets=_at_hand(config, cache),
-        remarks=_remarks_of(source),
+        figures,
+        Documents({name: part.cache for name, part in rows.items()}, tokenizer),
+        Documents({name: part.rows.cache for name, part in validation.sources.items()}, tokenizer),
+        eval_sets,
+        shortfall=tuple(_shortfall(source, prepared)),
     )
+
+
+def _figures(
+    stage: str,
+    data: str,
+    prepared: StageData,
+    rows: dict[str, Rows],
+    eval_sets: dict[str, ConversationTexts],
+    remarks: tuple[str, ...],
+    target_share: float = 1.0,
+) -> StageFigures:
+    plan = prepared.plan
+    return StageFigures(
+        stage,
+        data,
+        rows={
+            name: row_figures(part, target_share, num_rows)
+            for (name, part), num_rows in zip(rows.items(), _rows_taken(prepared), strict=True)
+        },
+        steps=plan["num_steps"],
+        rows_per_step=plan["rows_per_step"],
+        validation_rows=prepared.validation.num_rows,
+        validation_rows_wanted=plan["validation_rows"],
+        vocab_size=prepared.tokenizer.vocab_size,
+        model_vocab_size=prepared.model.vocab_size,
+        remarks=remarks,
+        made_sets=tuple(name for name, texts in eval_sets.items() if not texts.from_files),
+    )
+
+
+def _rows_taken(prepared: StageData) -> list[int]:
+    """Rows that the plan takes of each source."""
+    num_rows = prepared.plan["num_steps"] * prepared.plan["rows_per_step"]
+    return prepared.rows.turns.counts(num_rows) if isinstance(prepared.rows, MixedRows) else [num_rows]
+
+
+def _shortfall(source: Source, prepared: StageData) -> list[Finding]:
+    """What is missing of the files that the plan needs."""
+    sources = [part.source for part in source.parts.values()] if isinstance(source, MixedSource) else [source]
+    lacks = [
+        part.shortfall(num_rows * prepared.rows.sequence_len)
+        for part, num_rows in zip(sources, _rows_taken(prepared), strict=True)
+        if isinstance(part, HubFiles)
+    ]
+    return [Finding(False, lines[0], " ".join(lines[1:])) for lines in lacks if lines]
 
 
 def _remarks_of(source: Source) -> tuple[str, ...]:
@@ -209,45 +167,19 @@ def _remarks_of(source: Source) -> tuple[str, ...]:
     return tuple(source.remarks()) if isinstance(source, (HubFiles, LocalFiles)) else ()
 
 
-def _texts(source: Source, split: Split, max_documents: int) -> list[tuple[str, str]]:
-    texts = (
-        (f"{shard.name}, document {number:,}", text)
-        for shard in source.shards(split)
-        for number, text in enumerate(shard.documents())
-    )
-    return list(itertools.islice(texts, max_documents))
+def _at_hand(config: TrainConfig, cache: Path) -> dict[str, ConversationTexts]:
+    """The test parts of those tasks of the mixture that are here: nothing is built or fetched for them."""
+    sets: dict[str, ConversationTexts] = {}
+    context = TaskContext(cache, hub=config.paths.hub_folder, builds_corpus=False)
+    for name in config.mixture.tasks.chosen():
+        # One that has not been downloaded, or is bad, is nothing that a training on text minds.
+        with contextlib.suppress(UserError):
+            sets[name] = _texts_of(build_tasks(config.mixture.tasks.only({name}), "test", context)[name])
+    return sets
 
 
-def _base_data(config: TrainConfig, folder: StageFolder, cache: Path) -> ExaminedStage:
-    prepared = prepare_stage(config, folder, cache)
-    tokenizer, validation = prepared.tokenizer, prepared.validation
-    rows: dict[str, tuple[Rows, Documents]] = {}
-    for name, part in parts_of(prepared.rows).items():
-        part.wait_for(len(part))
-        read = part.cache
-        if isinstance(part.index, StreamedIndex):  # the shards that the plan comes to
-            read = TokenCache(read.shards[: part.index.num_segments], read.fingerprint)
-        rows[name] = Rows(read, part.index, part.sequence_len, part.bos_id), CachedDocuments(read, tokenizer)
-    source = open_source(config.data, cache)
-    return ExaminedStage(
-        "base",
-        source.describe(),
-        _joined({name: documents for name, (_, documents) in rows.items()}),
-        _joined({name: CachedDocuments(part.rows.cache, tokenizer) for name, part in validation.sources.items()}),
-        prepared=prepared,
-        rows=rows,
-        eval_sets=_at_hand(config, cache),
-        remarks=_remarks_of(source),
-    )
-
-
-def parts_of(rows: Rows | MixedRows) -> dict[str, Rows]:
-    """Rows by the name of their source, "" where there is one alone."""
-    return rows.parts() if isinstance(rows, MixedRows) else {"": rows}
-
-
-def _joined(parts: Mapping[str, Documents]) -> Documents:
-    return parts[""] if "" in parts else JoinedDocuments(parts)
+def _texts_of(task: Task) -> ConversationTexts:
+    return ConversationTexts(task, from_files=isinstance(task, ConversationSet))
 
 
 def _sft_data(config: TrainConfig, folder: StageFolder, cache: Path) -> ExaminedStage:
@@ -257,7 +189,8 @@ def _sft_data(config: TrainConfig, folder: StageFolder, cache: Path) -> Examined
     assert isinstance(rows, Rows)
     conversations = rows.cache
     assert isinstance(conversations, ConversationCache)
-    documents = CachedDocuments(conversations, prepared.tokenizer, place_in(train))
+    documents = Documents({"": conversations}, prepared.tokenizer, place_in(train))
+    eval_sets = {name: _texts_of(task) for name, task in test.tasks.items()}
     bad: dict[str, int] = {}
     remarks: list[str] = []
     own: dict[str, tuple[int, float]] = {}
@@ -267,19 +200,16 @@ def _sft_data(config: TrainConfig, folder: StageFolder, cache: Path) -> Examined
             own[task.key] = train.repeats[name], len(task) * train.repeats[name] / len(train)
             bad |= {f"{name}: {cause}": count for cause, count in task.audit.bad.items()}
     joined = [f"{train.num_turns:,} of them in {train.num_joined:,} of several turns"] if train.num_joined else []
+    data = [*(f"{len(task):,} × {train.repeats[name]} {name}" for name, task in train.tasks.items()), *joined]
+    figures = _figures(
+        config.stage.name, ", ".join(data), prepared, {"": rows}, eval_sets, tuple(remarks), documents.target_share
+    )
     return ExaminedStage(
-        config.stage.name,
-        ", ".join([*(f"{len(task):,} × {train.repeats[name]} {name}" for name, task in train.tasks.items()), *joined]),
+        dataclasses.replace(figures, cut=conversations.rendering.num_cut, bad_rows=bad, own_sets=own),
         documents,
-        CachedDocuments(validation.sources[""].rows.cache, prepared.tokenizer, place_in(test)),
-        prepared=prepared,
-        rows={"": (rows, documents)},
-        eval_sets={name: _texts_of(task) for name, task in test.tasks.items()},
+        Documents({"": validation.sources[""].rows.cache}, prepared.tokenizer, place_in(test)),
+        eval_sets,
         wanted_copies=train.count_copies(),
-        cut=conversations.rendering.num_cut,
-        bad_rows=bad,
-        remarks=tuple(remarks),
-        own_sets=own,
     )
 
 
@@ -301,18 +231,3 @@ def place_in(mixture: Mixture) -> Callable[[int], str]:
         return f"{name}, conversation {index:,}"
 
     return lambda number: " + ".join(place_of_part(*part) for part in mixture.places(number))
-
-
-def _at_hand(config: TrainConfig, cache: Path) -> dict[str, ConversationTexts]:
-    """The test parts of those tasks of the mixture that are here: nothing is built or fetched for them."""
-    sets: dict[str, ConversationTexts] = {}
-    context = TaskContext(cache, hub=config.paths.hub_folder, builds_corpus=False)
-    for name in config.mixture.tasks.chosen():
-        # One that has not been downloaded, or is bad, is nothing that a training on text minds.
-        with contextlib.suppress(UserError):
-            sets[name] = _texts_of(build_tasks(config.mixture.tasks.only({name}), "test", context)[name])
-    return sets
-
-
-def _texts_of(task: Task) -> ConversationTexts:
-    return ConversationTexts(task, from_files=isinstance(task, ConversationSet))

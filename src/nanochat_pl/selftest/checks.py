@@ -1,4 +1,4 @@
-"""What a check of the self-test is, what it is made on, and what it finds."""
+"""What a check of the self-test gives, and the checks of one process: its device and what that computes."""
 
 from __future__ import annotations
 
@@ -9,23 +9,36 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from nanochat_pl.common.device import ComputeDType
+from nanochat_pl.common.device import ComputeDType, device_name, has_bfloat16, memory_bytes
+from nanochat_pl.common.errors import first_line
+from nanochat_pl.common.files import free_bytes
+from nanochat_pl.common.launch_env import launch_env
+from nanochat_pl.model import attention
+from nanochat_pl.model.config import ModelSettings
+from nanochat_pl.model.gpt import TORCH_DTYPES
+from nanochat_pl.training.compile_proof import (
+    config_of_its_kind,
+    distance_of_compiled,
+    loss_and_gradients,
+    tolerance,
+)
+from nanochat_pl.training.tiny_steps import distance, rows, tiny_net
 
-Result = Literal["ok", "FAILED", "left out"]
+MIN_BYTES = 2**30  # of memory and of free disk
 
 
 class Finding(NamedTuple):
     """One line of the table."""
 
     check: str
-    result: Result
+    result: Literal["ok", "FAILED", "left out"]
     figure: str
     tolerance: str = ""
 
 
 @dataclass(frozen=True)
-class Bench:
-    """What is tested: a device as this process uses it.
+class Setup:
+    """What is tested.
 
     Attributes:
         device: of this process.
@@ -33,6 +46,7 @@ class Bench:
         accelerator: the setting that the device was chosen by.
         runs: the folder in which resume files would be.
         caches: the folder of the data caches.
+        software: versions and source, which have to be the same in all processes.
     """
 
     device: torch.device
@@ -40,22 +54,102 @@ class Bench:
     accelerator: str
     runs: Path
     caches: Path
+    software: str
 
 
-@dataclass(frozen=True)
-class Check:
+class Check(NamedTuple):
     """A function that finds something out, and whether the processes speak to each other in it."""
 
     name: str
-    function: Callable[[Bench], Sequence[Finding]]
-    together: bool = False
+    function: Callable[[Setup], Sequence[Finding]]
+    has_collectives: bool = False
 
 
-def within(check: str, error: float, tolerance: float, what: str = "") -> Finding:
+def within(check: str, error: float, most: float, what: str = "") -> Finding:
     """A finding by a number that must not be above another (NaN is)."""
-    return Finding(check, "ok" if error <= tolerance else "FAILED", f"{error:.1e}{what}", f"{tolerance:.0e}")
+    return Finding(check, "ok" if error <= most else "FAILED", f"{error:.1e}{what}", f"{most:.0e}")
 
 
 def exact(check: str, wrong: Sequence[str], figure: str) -> Finding:
     """A finding by what should have been and was not: ``wrong`` in words."""
     return Finding(check, "FAILED" if wrong else "ok", "; ".join(wrong) or figure, "exact")
+
+
+def check_device(setup: Setup) -> list[Finding]:
+    """Which device this process has, of which there are, and the type and kernels that it computes with."""
+    device = setup.device
+    if device.type == "cuda":
+        others = f"of {torch.cuda.device_count()} that this process sees"
+    else:
+        others = "there are GPUs" if torch.cuda.is_available() else "PyTorch sees no GPU"
+    chosen = f"accelerator={setup.accelerator}" + (": the best there is" if setup.accelerator == "auto" else "")
+    x = torch.arange(4.0, device=device)
+    right = float((x * x).sum()) == 14
+    why = "has units for bfloat16" if has_bfloat16(device) else "has no units for bfloat16"
+    return [
+        Finding("device", "ok" if right else "FAILED", f"{device} ({device_name(device)}); {chosen}; {others}"),
+        Finding("compute type", "ok", f"{setup.dtype}: the device {why}"),
+        Finding("attention in windows", "ok", _windowed_attention(setup)),
+    ]
+
+
+def _windowed_attention(setup: Setup) -> str:
+    """What the windowed layers of a training run on, and why not on what comes before it."""
+    settings = ModelSettings()
+    words: list[str] = []
+    shape = (TORCH_DTYPES[setup.dtype], settings.sequence_len // 4, settings.sequence_len, settings.head_dim)
+    for backend, reason in attention.why_not(attention.kernels_of(setup.device), *shape).items():
+        if reason is None:
+            return f"{backend} ({'; '.join(words)})" if words else backend
+        words.append(f"not {backend}: {reason}")
+    raise AssertionError("bands run everywhere")
+
+
+def check_memory(setup: Setup) -> list[Finding]:
+    """Memory of the device and free space of the disks: less than a gigabyte is no machine to train on."""
+    memory = memory_bytes(setup.device)
+    figure = f"{memory / 2**30:,.1f} GiB"
+    if setup.device.type == "cuda":
+        figure += f", {torch.cuda.mem_get_info(setup.device)[0] / 2**30:,.1f} GiB of it free"
+    findings = [Finding("memory", "ok" if memory >= MIN_BYTES else "FAILED", figure, ">= 1 GiB")]
+    for name, folder in (("disk of runs", setup.runs), ("disk of caches", setup.caches)):
+        free = free_bytes(folder)
+        figure = f"{free / 2**30:,.1f} GiB free at {folder}"
+        findings.append(Finding(name, "ok" if free >= MIN_BYTES else "FAILED", figure, ">= 1 GiB"))
+    return findings
+
+
+def check_gradients(setup: Setup) -> list[Finding]:
+    """The tiny model's loss and gradients in each type that trainings use, against float32 on the CPU."""
+    inputs, targets = rows()
+    on_cpu = tiny_net(torch.device("cpu"))
+    expected = loss_and_gradients(on_cpu.loss_by_row, on_cpu, inputs, targets)
+    findings = []
+    for name in dict.fromkeys(("float32", setup.dtype)):
+        net = tiny_net(setup.device, TORCH_DTYPES[name])
+        found = loss_and_gradients(net.loss_by_row, net, inputs.to(setup.device), targets.to(setup.device))
+        findings.append(within(f"loss and gradients in {name}", distance(found, expected), tolerance(name)))
+    return findings
+
+
+def check_compile(setup: Setup) -> list[Finding]:
+    """Loss and gradients of a compiled layer against the uncompiled one, in the type of the training.
+
+    By the first process of each node alone: compiling keeps all cores busy.
+    """
+    if launch_env().local_rank > 0:
+        return []
+    config = config_of_its_kind(ModelSettings(), setup.dtype)
+    try:
+        error = distance_of_compiled(tiny_net(setup.device, TORCH_DTYPES[setup.dtype], config=config))
+    except Exception as raised:  # whatever a missing compiler, header or library makes of it
+        return [Finding("torch.compile", "left out", f"{first_line(raised)[:160]}; trainings are not compiled")]
+    return [within("torch.compile", error, tolerance(setup.dtype), f" in {setup.dtype}")]
+
+
+CHECKS = (
+    Check("device", check_device),
+    Check("memory", check_memory),
+    Check("loss and gradients", check_gradients),
+    Check("torch.compile", check_compile),
+)

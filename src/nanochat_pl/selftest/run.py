@@ -1,8 +1,8 @@
-"""What a machine is made to prove before it is trusted with a training: the runner of the checks, and their table.
+"""Run the checks of the self-test on all processes, and make one table of what they find.
 
 Every process makes all checks in the same order. After each, the processes tell each other what they found, so a
 failure of one is named in the table of the first. A check that gets no answer (a network that lets nothing through, a
-process that is gone) ends the process with the name of the check, long before any patience of the backend.
+process that is gone) ends the process with the name of the check, long before any timeout of the backend.
 """
 
 from __future__ import annotations
@@ -21,22 +21,18 @@ from nanochat_pl.common.device import choose_compute_dtype
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.launch_env import launch_env
 from nanochat_pl.distributed import collectives, coordination
-from nanochat_pl.selftest import collective_checks as selftest_processes
-from nanochat_pl.selftest import device_checks
-from nanochat_pl.selftest.checks import Bench, Check, Finding
+from nanochat_pl.selftest import checks, collective_checks
+from nanochat_pl.selftest.checks import Check, Finding, Setup
 from nanochat_pl.training.device import own_device, require_own_gpus
 
 
-class CheckBroke(UserError):
-    """A check in which the processes speak to each other raised an error in one of them: the others wait for it."""
-
-
-def selftest(accelerator: str, runs: Path, caches: Path, timeout_seconds: float) -> list[Finding]:
+def selftest(accelerator: str, runs: Path, caches: Path, software: str, timeout_seconds: float) -> list[Finding]:
     """Make all checks on this process's device, together with the processes that were started with it.
 
     Args:
         accelerator: the setting: ``auto``, ``cpu``, ``cuda`` or ``mps``.
         runs, caches: folders of the runs and of the data caches.
+        software: what has to be the same in all processes.
         timeout_seconds: for a check.
 
     Returns:
@@ -44,57 +40,53 @@ def selftest(accelerator: str, runs: Path, caches: Path, timeout_seconds: float)
 
     Raises:
         SharedError: there is no such device on one of them.
-        CheckBroke: a check with collectives raised in this process.
+        UserError: a check with collectives raised in this process, and others wait for it.
     """
     device = coordination.raise_on_all_ranks(lambda: own_device(accelerator))
     require_own_gpus(device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    bench = Bench(device, choose_compute_dtype("auto", device), accelerator, runs, caches)
-    with selftest_processes.make_checks() as checks:
-        return run_checks([*device_checks.CHECKS, *checks], bench, timeout_seconds)
+    setup = Setup(device, choose_compute_dtype("auto", device), accelerator, runs, caches, software)
+    return run_checks([*checks.CHECKS, *collective_checks.CHECKS], setup, timeout_seconds)
 
 
-def run_checks(checks: Sequence[Check], bench: Bench, timeout_seconds: float) -> list[Finding]:
-    """Make all checks on all processes; gives the lines of the table, the same on each.
-
-    Raises:
-        CheckBroke: a check with collectives raised in this process.
-    """
+def run_checks(to_make: Sequence[Check], setup: Setup, timeout_seconds: float) -> list[Finding]:
+    """Make checks on all processes; gives the lines of the table, the same on each."""
     findings: list[Finding] = []
-    for check in checks:
-        with no_answer_ends(check.name, timeout_seconds):
-            own = _findings_of(check, bench)
-            everyones = [
-                [Finding(*line) for line in json.loads(text)] for text in collectives.all_gather_str(json.dumps(own))
-            ]
-        findings += _merged(everyones)
+    for check in to_make:
+        with end_without_answer(check.name, timeout_seconds):
+            everyones = collectives.all_gather_str(json.dumps(_findings_of(check, setup)))
+        findings += _merged([[Finding(*line) for line in json.loads(text)] for text in everyones])
     return findings
 
 
-def _findings_of(check: Check, bench: Bench) -> list[Finding]:
+def _findings_of(check: Check, setup: Setup) -> list[Finding]:
     try:
-        return list(check.function(bench))
+        return list(check.function(setup))
     except Exception as error:  # whatever a broken device, driver or library makes of it: that is the finding
-        lines = str(error).strip().splitlines() or [""]
-        said = f"{type(error).__name__}: {lines[0][:300]}"
-        if check.together and collectives.world_size() > 1:
-            raise CheckBroke(f"{check.name}: {said}") from error
+        said = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:300]}"
+        if check.has_collectives and collectives.world_size() > 1:
+            raise UserError(f"{check.name}: {said}") from error
         return [Finding(check.name, "FAILED", said)]
 
 
 def _merged(everyones: Sequence[Sequence[Finding]]) -> list[Finding]:
     """The lines of one check: the first process's figure, or who failed and how."""
-    merged = []
-    for name in dict.fromkeys(finding.check for own in everyones for finding in own):
-        by_rank = [(rank, f) for rank, own in enumerate(everyones) for f in own if f.check == name]
-        failed = [(rank, finding) for rank, finding in by_rank if finding.result == "FAILED"]
-        shown = by_rank[0][1]
-        if failed and len(everyones) > 1:
+    merged: dict[str, Finding] = {}
+    for own in everyones:
+        for finding in own:
+            merged.setdefault(finding.check, finding)
+    for name in merged if len(everyones) > 1 else ():
+        failed = [
+            (rank, finding)
+            for rank, own in enumerate(everyones)
+            for finding in own
+            if finding.check == name and finding.result == "FAILED"
+        ]
+        if failed:
             figures = "; ".join(f"process {rank}: {finding.figure}" for rank, finding in failed)
-            shown = failed[0][1]._replace(figure=figures)
-        merged.append(shown)
-    return merged
+            merged[name] = failed[0][1]._replace(figure=figures)
+    return list(merged.values())
 
 
 def verdict(findings: Sequence[Finding]) -> str:
@@ -108,22 +100,19 @@ def verdict(findings: Sequence[Finding]) -> str:
 
 
 @contextlib.contextmanager
-def no_answer_ends(what: str, seconds: float) -> Iterator[None]:
+def end_without_answer(what: str, seconds: float) -> Iterator[None]:
     """End this process, saying so, where the block takes longer: it waits for what does not come."""
+    env = launch_env()
+    fix = (
+        "Another process is gone or in another check, or the network lets nothing through: see its lines, try"
+        " NCCL_DEBUG=INFO, and NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME set to the right interface."
+        if env.world_size > 1
+        else "On a busy machine it may need longer: timeout_seconds=600."
+    )
+    message = f"\nprocess {env.rank} of {env.world_size}: {what}: no answer in {seconds:,.0f} s.\n{fix}"
 
     def end() -> None:
-        place = launch_env()
-        fix = (
-            "Another process is gone or in another check, or the network lets nothing through: see its lines, try"
-            " NCCL_DEBUG=INFO, and NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME set to the right interface."
-        )
-        if place.world_size == 1:
-            fix = "On a busy machine it may need longer: timeout_seconds=600."
-        print(
-            f"\nprocess {place.rank} of {place.world_size}: {what}: no answer in {seconds:,.0f} s.\n{fix}",
-            file=sys.stderr,
-            flush=True,
-        )
+        print(message, file=sys.stderr, flush=True)
         os._exit(1)
 
     timer = threading.Timer(seconds, end)
