@@ -37,10 +37,10 @@ class TaskResult:
             is no certainty.
         baseline: accuracy of guessing.
         centered: ``(accuracy - baseline) / (1 - baseline)``: 0 is guessing, 1 all right.
-        items: which problems: distinct names, the same for every model.
-        outcomes: how each came out: 0 or 1, or the share of right answers among several.
+        items: which problems: distinct names, the same for every model. Not in a row of results.json.
+        outcomes: how each came out: 0 or 1, or the share of right answers among several. Not in such a row.
         details: plain JSON: counts, pass@k, what is to be said with the score ("remark").
-        answers: one row a problem, for people.
+        answers: one row a problem, for people. Not in such a row.
     """
 
     name: str
@@ -49,10 +49,16 @@ class TaskResult:
     stderr: float
     baseline: float
     centered: float
-    items: list[str] = field(repr=False)
-    outcomes: list[float] = field(repr=False)
-    details: dict[str, Any]
-    answers: list[dict[str, Any]] = field(repr=False)
+    items: list[str] = field(default_factory=list, repr=False)
+    outcomes: list[float] = field(default_factory=list, repr=False)
+    details: dict[str, Any] = field(default_factory=dict)
+    answers: list[dict[str, Any]] = field(default_factory=list, repr=False)
+
+    @property
+    def remark(self) -> str | None:
+        """What is to be said with the score."""
+        remark = self.details.get("remark")
+        return str(remark) if remark else None
 
 
 @dataclass(frozen=True)
@@ -203,9 +209,41 @@ def from_plain(value: Mapping[str, Any], where: str) -> TaskResult:
     return result
 
 
+def to_row(result: TaskResult) -> dict[str, Any]:
+    """What results.json says of a task: its figures, without its problems."""
+    keys = ("name", "accuracy", "stderr", "n", "baseline", "centered", "details", "remark")
+    return {key: getattr(result, key) for key in keys}
+
+
+def from_row(value: Any, where: str) -> TaskResult:
+    """The inverse of :func:`to_row`. Rows of before have no details or no centered accuracy, which follows.
+
+    Raises:
+        UserError: it is no such row.
+    """
+    row = schema.build_known(_Row, value, where)
+    details = {**row.details, "remark": row.remark} if row.remark else row.details
+    centered = (row.accuracy - row.baseline) / (1 - row.baseline) if row.centered is None else row.centered
+    return TaskResult(row.name, row.n, row.accuracy, row.stderr, row.baseline, centered, details=details)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Row:
+    """A row of results.json as it is read: names and bounds of what is in the file."""
+
+    name: str = setting(doc="The task's name.")
+    n: int = setting(doc="Problems.", at_least=1, at_most=MAX_ITEMS)
+    accuracy: float = setting(doc="Mean of the outcomes.", at_least=0, at_most=1)
+    stderr: float = setting(doc="Its standard error.", at_least=0, at_most=1)
+    baseline: float = setting(0.0, "Accuracy of guessing.", at_least=0, at_most=0.999)
+    centered: float | None = setting(None, "Accuracy over the baseline.", at_most=1)
+    details: dict[str, Any] = setting(factory=dict, doc="Counts and the like.")
+    remark: str | None = setting(None, "What is to be said with the figures.", max_length=2000)
+
+
 @dataclass(frozen=True)
 class _Stated:
-    """A result as it is read: names and bounds of what is in the file."""
+    """A whole result as it is read: names and bounds of what is in the file."""
 
     name: str = setting(doc="The task's name.", max_length=MAX_NAME)
     n: int = setting(doc="Problems.", at_least=1, at_most=MAX_ITEMS)

@@ -8,25 +8,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.files import read_object
-from nanochat_pl.common.schema import build
 from nanochat_pl.common.text_files import read_bytes
 
 MAX_FILE_BYTES = 512 * 2**20
-
-T = TypeVar("T")
-
-
-def build_known(cls: type[T], row: Any, where: str) -> T:
-    """A record of the keys that it knows: files of later versions may say more."""
-    if isinstance(row, Mapping):
-        row = {item.name: row[item.name] for item in fields(cls) if item.name in row}  # type: ignore[arg-type]
-    return build(cls, row, where)
 
 
 def number(values: Mapping[str, Any], key: str, path: Path, whole: bool = False) -> Any:
