@@ -20,7 +20,7 @@ from typing import Any, get_args
 from nanochat_pl.bundle import Bundle, load_bundle
 from nanochat_pl.bundle.bundle import MODEL, STAGE, TOKENIZER, load_stage_info
 from nanochat_pl.cli.evaluate_settings import EvaluateConfig, asked, places
-from nanochat_pl.cli.evaluate_suites import Unread, can_be_opened, open_jobs
+from nanochat_pl.cli.evaluate_suites import Trained, can_be_opened, open_jobs
 from nanochat_pl.cli.launch import launch, processes_to_start
 from nanochat_pl.cli.train import require_same_settings_everywhere
 from nanochat_pl.common.console import rank_zero_print
@@ -52,7 +52,7 @@ def run(arguments: Sequence[str]) -> int:
     other = None if against is None else coordination.raise_on_all_ranks(lambda: locate_other(against, runs))
     bundle = coordination.raise_on_all_ranks(lambda: _load(source, config))
     require_own_gpus(next(bundle.net.parameters()).device, "accelerator")
-    jobs, left_out = open_jobs(bundle, config)
+    jobs, left_out = open_jobs(Trained(source, bundle.stage), config)
     model = coordination.run_on_rank_zero(partial(identity_of, bundle))
     theirs = _known_of_other(other, jobs, to, model)
     coordination.run_on_rank_zero(lambda: str(ensure_folder(to)))
@@ -94,7 +94,7 @@ def is_measured(composed: Composed[EvaluateConfig]) -> bool:
     before = _read_undamaged(to).origin
     if before.get("settings") != asked(composed.config) or before.get("version") != FIGURES_VERSION:
         return False
-    left_out, model = before.get("left_out") or [], Unread(source, load_stage_info(source))
+    left_out, model = before.get("left_out") or [], Trained(source, load_stage_info(source))
     return not any(can_be_opened(suite, model, composed.config) for suite in left_out)
 
 

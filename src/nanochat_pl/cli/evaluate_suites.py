@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, Protocol, get_args
+from typing import Any, NamedTuple, get_args
 
 from nanochat_pl.bundle import Bundle, StageInfo
 from nanochat_pl.cli.evaluate_settings import BASE_SUITES, CHAT_SUITES, EvaluateConfig
@@ -33,21 +33,13 @@ from nanochat_pl.tokenizer.comparison import cached_others, compare_tokenizers, 
 from nanochat_pl.training.stages.tokenizer import texts_of_source
 
 
-class Trained(Protocol):
-    """What is asked of a model before it is measured: a bundle, or one whose weights are not read."""
+class Trained(NamedTuple):
+    """What is asked of a model before it is measured.
 
-    @property
-    def path(self) -> Path:
-        """Its folder."""
-
-    @property
-    def stage(self) -> StageInfo:
-        """Where it comes from."""
-
-
-@dataclass(frozen=True)
-class Unread:
-    """A bundle whose weights are not read."""
+    Attributes:
+        path: the folder of its bundle.
+        stage: where it comes from.
+    """
 
     path: Path
     stage: StageInfo

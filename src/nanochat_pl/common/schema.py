@@ -93,6 +93,11 @@ def build_known(cls: type[T], row: Any, where: str) -> T:
     return build(cls, row, where)
 
 
+def is_finite_number(value: Any) -> bool:
+    """Whether a plain value is a number that counts something: no truth value, no NaN, not infinite."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def validation_errors(cls: type, values: Mapping[str, Any], where: str = "") -> list[str]:
     """All problems that :func:`build` would raise, as lines; empty where there are none."""
     problems: list[str] = []

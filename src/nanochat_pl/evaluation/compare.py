@@ -50,21 +50,21 @@ def locate_other(against: str, runs: Path) -> Other:
 
 
 def _other(against: str, runs: Path) -> Other:
-    path = Path(against)
     if not against.strip():
         raise UserError("names nothing.", _NAME_ONE)
-    if (runs / against).is_dir() and len(path.parts) <= 2:
-        return _stage_of(against, runs / path)
-    if (path / FOLDER).is_dir():
-        return Other(against, None, path)
-    for bundle in (path, runs / path):
-        if (bundle / MODEL).is_file():
-            return Other(against, bundle, None)
-    if path.is_dir() and path.name not in STAGES and not any((path / stage).is_dir() for stage in STAGES):
+    path = Path(against)
+    for folder in (runs / path, path):  # a run comes before a folder of that name
+        if (folder / FOLDER).is_dir():
+            return Other(against, None, folder)
+        if (folder / MODEL).is_file():
+            return Other(against, folder, None)
+        if folder.is_dir() and (folder.name in STAGES or any((folder / stage).is_dir() for stage in STAGES)):
+            return _stage_of(against, folder)
+    if path.is_dir():
         raise UserError("is no bundle, and no folder of results that evaluate has written.", _NAME_ONE)
-    if not path.is_dir() and (path.exists() or path.is_absolute() or len(path.parts) > 2):
+    if path.exists() or path.is_absolute() or len(path.parts) > 2:
         raise UserError("is no folder." if path.exists() else "there is no such folder.", _NAME_ONE)
-    return _stage_of(against, path if path.is_dir() else runs / path)
+    return _stage_of(against, runs / path)  # says which runs there are
 
 
 def _stage_of(name: str, path: Path) -> Other:

@@ -177,14 +177,14 @@ def to_plain(result: TaskResult) -> dict[str, Any]:
 
 
 def from_plain(value: Mapping[str, Any], where: str) -> TaskResult:
-    """The inverse of :func:`to_plain`, of data that anybody may have written.
+    """The inverse of :func:`to_plain`, of data that anybody may have written. The figures are those of its outcomes.
 
     Args:
         value: the data.
         where: what it was read from, for messages.
 
     Raises:
-        UserError: it is no result, or its figures are not those of its outcomes.
+        UserError: it is no result.
     """
     try:
         stated = schema.build(_Stated, value, where)
@@ -195,7 +195,7 @@ def from_plain(value: Mapping[str, Any], where: str) -> TaskResult:
             f"{where}: n={stated.n}, {len(set(stated.items))} different items of {len(stated.items)}, "
             f"{len(stated.outcomes)} outcomes: must be as many of each."
         )
-    result = make_result(
+    return make_result(
         stated.name,
         stated.items,
         stated.outcomes,
@@ -203,10 +203,6 @@ def from_plain(value: Mapping[str, Any], where: str) -> TaskResult:
         details=stated.details,
         answers=stated.answers,
     )
-    for key in ("accuracy", "stderr", "centered"):
-        if abs(getattr(result, key) - getattr(stated, key)) > SAME:
-            raise UserError(f"{where}: {key}={getattr(stated, key)}, but its outcomes give {getattr(result, key)}.")
-    return result
 
 
 def to_row(result: TaskResult) -> dict[str, Any]:
@@ -241,19 +237,13 @@ class _Row:
     remark: str | None = setting(None, "What is to be said with the figures.", max_length=2000)
 
 
-@dataclass(frozen=True)
-class _Stated:
-    """A whole result as it is read: names and bounds of what is in the file."""
+@dataclass(frozen=True, kw_only=True)
+class _Stated(_Row):
+    """A whole result as it is read."""
 
     name: str = setting(doc="The task's name.", max_length=MAX_NAME)
-    n: int = setting(doc="Problems.", at_least=1, at_most=MAX_ITEMS)
-    accuracy: float = setting(doc="Mean of the outcomes.", at_least=0, at_most=1)
-    stderr: float = setting(doc="Its standard error.", at_least=0, at_most=1)
-    baseline: float = setting(doc="Accuracy of guessing.", at_least=0, at_most=0.999)
-    centered: float = setting(doc="Accuracy over the baseline.", at_most=1)
     items: list[str] = setting(doc="Names of the problems.", max_length=MAX_ITEMS)
     outcomes: list[float] = setting(doc="One for each.", at_least=0, at_most=1, max_length=MAX_ITEMS)
-    details: dict[str, Any] = setting(factory=dict, doc="Counts and the like.")
     answers: list[dict[str, Any]] = setting(factory=list, doc="Rows for people.", max_length=MAX_ITEMS)
 
 

@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar
 
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.files import read_object
-from nanochat_pl.common.schema import build_known, setting, to_plain
+from nanochat_pl.common.schema import build_known, is_finite_number, setting, to_plain
 from nanochat_pl.evaluation.core.table import core_name
 from nanochat_pl.evaluation.results import (
     Difference,
@@ -68,11 +68,7 @@ class SuiteResult:
     def metrics(self) -> dict[str, float]:
         """The finite numbers that belong to no task."""
         named = self.plain if isinstance(self.plain, Mapping) else {}
-        return {
-            key: value
-            for key, value in named.items()
-            if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-        }
+        return {key: value for key, value in named.items() if is_finite_number(value)}
 
     @property
     def samples(self) -> list[Sample]:

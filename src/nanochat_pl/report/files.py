@@ -6,13 +6,13 @@ A last line without a line end is what a killed process leaves behind, and is dr
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.files import read_object
+from nanochat_pl.common.schema import is_finite_number
 from nanochat_pl.common.text_files import read_bytes
 
 MAX_FILE_BYTES = 512 * 2**20
@@ -23,7 +23,7 @@ def number(values: Mapping[str, Any], key: str, path: Path, whole: bool = False)
     value = values.get(key)
     if value is None:
         return None
-    if not _is_finitenumber(value) or (whole and not isinstance(value, int)):
+    if not is_finite_number(value) or (whole and not isinstance(value, int)):
         raise UserError(f"{path}: {key}={value!r}: must be a {'whole ' if whole else ''}number.")
     return value
 
@@ -32,11 +32,7 @@ def finite_numbers(values: Any, path: Path | str) -> dict[str, float]:
     """The finite numbers of a group; what else is in it is left out."""
     if not isinstance(values, Mapping):
         raise UserError(f"{path}: {values!r}: must be a group of named numbers.")
-    return {key: value for key, value in values.items() if _is_finitenumber(value)}
-
-
-def _is_finitenumber(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return {key: value for key, value in values.items() if is_finite_number(value)}
 
 
 def optional_object(path: Path) -> dict[str, Any]:

@@ -50,21 +50,17 @@ def write_report(run_dir: Path) -> Path:
         for stage in run.stages
         if (found := plots.panels_of(stage))
     }
-    bars = {
-        (evaluation.stage, suite.name): f"{evaluation.stage}_{suite.name}.svg"
-        for evaluation in run.evaluations
-        for suite in evaluation.of_tasks
-        if suite.name.isidentifier()
-    }
     drawings = {name: plots.svg(panel) for of_stage in panels.values() for name, panel in of_stage}
+    bars = {}
     for evaluation in run.evaluations:
         for suite in evaluation.of_tasks:
-            if name := bars.get((evaluation.stage, suite.name)):
+            if suite.name.isidentifier():  # it is a part of the file's name
+                name = bars[evaluation.stage, suite.name] = f"{evaluation.stage}_{suite.name}.svg"
                 drawings[name] = bars_svg(evaluation.stage, suite)
     for name, drawing in drawings.items():
         write_text(folder / name, drawing)
     markdown = _markdown({**_shown(run), "panels": panels, "bars": bars})
-    write_json(folder / "report.json", _figures(run))
+    write_json(folder / "report.json", _figures(run), surrogates=True)
     write_text(folder / "report.md", markdown)
     write_text(folder / "report.html", page(clean(run.name), markdown, drawings))
     return folder / "report.html"
@@ -241,20 +237,9 @@ def _figures(run: RunRecord) -> dict[str, Any]:
     return {
         "run": clean(run.name),
         "total_seconds": _total_seconds(run),
-        "stages": {stage.name: _printable(to_plain(stage)) for stage in run.stages},
-        "evaluations": {item.stage: _printable(item.to_json()) for item in run.evaluations},
+        "stages": {stage.name: to_plain(stage) for stage in run.stages},
+        "evaluations": {item.stage: item.to_json() for item in run.evaluations},
     }
-
-
-def _printable(value: Any) -> Any:
-    """Plain data whose texts can be encoded as UTF-8."""
-    if isinstance(value, str):
-        return value.encode("utf-8", "replace").decode("utf-8")
-    if isinstance(value, dict):
-        return {_printable(key): _printable(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_printable(item) for item in value]
-    return value
 
 
 def _markdown(shown: dict[str, Any]) -> str:
