@@ -77,6 +77,13 @@ def measured_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture
+def without_drawings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests of what a report says: drawing takes the most of its time."""
+    for name in ("plots.svg", "bars_svg"):
+        monkeypatch.setattr(f"nanochat_pl.report.write.{name}", lambda *_: '<svg viewBox="0 0 1 1"></svg>')
+
+
 def read(run: Path, name: str) -> str:
     return (run / "report" / name).read_text(encoding="utf-8")
 
@@ -182,6 +189,7 @@ def test_text_of_a_run_never_becomes_markup_in_markdown(hostile_run: Path, run: 
     assert 'href="javascript' not in rendered
 
 
+@pytest.mark.usefixtures("without_drawings")
 def test_lone_surrogates_and_other_unprintables_do_not_stop_a_report(tmp_path: Path) -> None:
     run = make_run(tmp_path / "demo", hostile="\ud800 \u202e \x00 end")
     write_report(run)
@@ -189,6 +197,7 @@ def test_lone_surrogates_and_other_unprintables_do_not_stop_a_report(tmp_path: P
         assert " end" in read(run, name)
 
 
+@pytest.mark.usefixtures("without_drawings")
 def test_missing_and_unfinished_stages_are_named_and_the_rest_is_shown(tmp_path: Path) -> None:
     run = make_run(tmp_path / "demo")
     shutil.rmtree(run / "sft")
@@ -219,6 +228,7 @@ def test_one_step_and_values_that_are_no_numbers_can_be_drawn(tmp_path: Path) ->
     assert "not finite" in read(tmp_path / "demo", "report.md")
 
 
+@pytest.mark.usefixtures("without_drawings")
 def test_a_step_written_twice_counts_as_it_was_written_last(tmp_path: Path) -> None:
     """A killed run repeats the steps since its resume file."""
     folder = tmp_path / "demo" / "base"
@@ -229,6 +239,7 @@ def test_a_step_written_twice_counts_as_it_was_written_last(tmp_path: Path) -> N
     assert series["train/loss"]["values"] == [5, 4.5, 3]
 
 
+@pytest.mark.usefixtures("without_drawings")
 def test_a_line_cut_off_by_a_kill_is_dropped(tmp_path: Path) -> None:
     run = make_run(tmp_path / "demo")
     for path, rest in ((run / "base" / "metrics.csv", "321,2.9"), (run / "base" / "samples.jsonl", '{"step": 3')):
@@ -351,6 +362,7 @@ def test_benchmarks_are_shown_with_errors_numbers_and_remarks(measured_run: Path
     assert "Stage mid was not trained" not in text
 
 
+@pytest.mark.usefixtures("without_drawings")
 def test_answers_and_chats_of_other_evaluations_are_left_out(tmp_path: Path) -> None:
     """They lie beside those of the last one, which has none of these tasks; and they may be damaged."""
     run = make_run(tmp_path / "demo")
@@ -383,6 +395,7 @@ def test_conditions_of_a_task_in_words(details: dict[str, object], words: str) -
     assert str(Conditions(**details)) == words  # type: ignore[arg-type]
 
 
+@pytest.mark.usefixtures("without_drawings")
 def test_epochs_are_how_often_the_tokens_were_read(tmp_path: Path) -> None:
     """The file has the passes that the packer began."""
     run = make_run(tmp_path / "demo")
@@ -396,6 +409,7 @@ def test_epochs_are_how_often_the_tokens_were_read(tmp_path: Path) -> None:
     assert "the last validation of its training, on held-out conversations." in text
 
 
+@pytest.mark.usefixtures("without_drawings")
 def test_the_plan_says_where_a_value_comes_from(tmp_path: Path) -> None:
     run = make_run(tmp_path / "demo")
     plan = {
@@ -460,6 +474,7 @@ def test_counts_durations_and_escapes() -> None:
     assert clean("a\r\nb\x00") == "a\nb\ufffd"
 
 
+@pytest.mark.usefixtures("without_drawings")
 def test_tokenizers_that_were_not_compared_with_are_said_once_and_short(tmp_path: Path) -> None:
     run = make_run(tmp_path / "demo")
     reason = "skipped: it cannot be loaded: HTTPSConnectionPool(host='x', port=443)"
