@@ -14,9 +14,8 @@ from nanochat_pl.bundle import StageInfo, load_bundle, save_bundle
 from nanochat_pl.bundle.bundle import save_stage_info
 from nanochat_pl.cli import evaluate_suites
 from nanochat_pl.cli.evaluate import is_measured
-from nanochat_pl.cli.evaluate_settings import CHATCORE, EvaluateConfig
+from nanochat_pl.cli.evaluate_settings import EvaluateConfig
 from nanochat_pl.cli.evaluate_suites import data_of
-from nanochat_pl.cli.evaluate_tables import summary_name
 from nanochat_pl.cli.main import main
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.schema import to_plain
@@ -24,6 +23,7 @@ from nanochat_pl.config.compose import compose
 from nanochat_pl.config.experiment import compose_step
 from nanochat_pl.data.sources.base import DataSettings
 from nanochat_pl.evaluation.core.bundle import CORE_TASKS
+from nanochat_pl.evaluation.suites import CHATCORE, summary_name
 from nanochat_pl.tokenizer.comparison import KINDS
 from tests.helpers.evaluated import QUICK, TASKS, make_eval_bundle, make_run, record_of, results_of
 from tests.helpers.tiny_run import make_tiny_run
@@ -274,7 +274,7 @@ def test_a_tokenizer_is_compared_on_texts_of_its_own_and_of_the_run(
     monkeypatch.setattr("nanochat_pl.tokenizer.comparison._is_cached", lambda other: other.name in names.values())
     monkeypatch.setattr("tiktoken.get_encoding", lambda name: own._encoding)
     assert main([*keys, f"data_path={here / 'texts'}"]) == 0
-    assert "Measured again (tokenizer): tokenizer. The problems are others." in capsys.readouterr().out
+    assert "Measured before" not in capsys.readouterr().out
     rows = {row["text"]: row for row in results_of("a", "base")["suites"]["tokenizer"]["table"]}
     assert rows.keys() == {*KINDS, "training text", "held-out text"}
     assert rows["training text"]["bytes per token, ours"] > 1.5 > rows["korean"]["bytes per token, ours"]

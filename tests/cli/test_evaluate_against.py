@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from nanochat_pl.cli.evaluate_against import difference_of_bits, locate_other
 from nanochat_pl.cli.main import main
 from nanochat_pl.common.errors import UserError
+from nanochat_pl.evaluation.compare import locate_other
 from nanochat_pl.evaluation.results import from_plain, paired_difference, paired_summary
+from nanochat_pl.evaluation.suites import SuiteResult
 from tests.helpers.evaluated import QUICK, make_eval_bundle, make_run, record_of, results_of
 
 Captured = pytest.CaptureFixture[str]
@@ -161,7 +162,11 @@ def test_names_of_what_is_compared_with(here: Path) -> None:
 
 
 def test_bits_per_byte_are_not_paired() -> None:
-    found = difference_of_bits({"bpb": 1.0, "bpb_stderr": 0.03}, {"bpb": 1.5, "bpb_stderr": 0.04})
+    def differences(mine: dict[str, float], theirs: dict[str, float]) -> dict[str, float]:
+        compared = SuiteResult("bpb", plain=mine).compared_with(SuiteResult("bpb", plain=theirs), "other")
+        return {key: value for key, value in compared.plain.items() if key.startswith("difference")}
+
+    found = differences({"bpb": 1.0, "bpb_stderr": 0.03}, {"bpb": 1.5, "bpb_stderr": 0.04})
     assert found == pytest.approx({"difference": -0.5, "difference_stderr": 0.05})
-    assert difference_of_bits({"bpb": 1.0}, {"bpb": 1.5}) == {"difference": -0.5}
-    assert difference_of_bits({"loss": 1.0}, {"bpb": 1.5}) == {}
+    assert differences({"bpb": 1.0}, {"bpb": 1.5}) == {"difference": -0.5}
+    assert differences({"loss": 1.0}, {"bpb": 1.5}) == {}

@@ -11,6 +11,7 @@ import pytest
 from nanochat_pl.cli import evaluate as command
 from nanochat_pl.cli.main import main
 from nanochat_pl.common.errors import SharedError, UserError
+from nanochat_pl.common.files import read_json
 from tests.helpers.evaluated import QUICK, make_eval_bundle, make_run, results_of
 from tests.helpers.processes import run
 
@@ -32,7 +33,7 @@ def evaluate(folder: str, keys: list[str]) -> Any:
 
 def figures(to: str) -> Any:
     """Accuracies and n of all tasks."""
-    suites = command.read_json(Path(to) / "results.json")["suites"]
+    suites = read_json(Path(to) / "results.json")["suites"]
     rows = {name: suite["tasks"] for name, suite in suites.items() if isinstance(suite, dict)}
     return {name: [(row["name"], row["accuracy"], row["n"]) for row in each] for name, each in rows.items()}
 

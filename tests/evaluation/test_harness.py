@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,14 +17,15 @@ from nanochat_pl.common.errors import UserError
 from nanochat_pl.distributed import collectives
 from nanochat_pl.engine import Engine
 from nanochat_pl.evaluation.harness import tasks as harness
-from nanochat_pl.evaluation.harness.model import Requests, generation_settings, make_lm, shared_out
-from nanochat_pl.evaluation.harness.tasks import HarnessSettings, evaluate_harness, open_harness
-from nanochat_pl.evaluation.results import from_plain, to_plain
+from nanochat_pl.evaluation.harness.tasks import HarnessSettings, open_harness
+from nanochat_pl.evaluation.results import TaskResult, from_plain, to_plain
 from tests.helpers.processes import run
 from tests.helpers.random_model import random_bundle
 from tests.helpers.small_engine import ScriptedNet, SmallBundle, byte_tokenizer, golden_bundle, mark
 
 lm_eval = pytest.importorskip("lm_eval")
+
+from nanochat_pl.evaluation.harness.model import BundleLM, generation_settings  # noqa: E402
 
 BOS = 991
 TOLERANCE = 2e-4  # nats over some tens of tokens, float32
@@ -56,26 +58,37 @@ def scripted(next_id: Callable[[list[int]], int]) -> SmallBundle:
     return SmallBundle(ScriptedNet(next_id), byte_tokenizer())  # type: ignore[arg-type]
 
 
+def asked(*arguments: Any) -> list[Any]:
+    """Requests as the harness makes them."""
+    return [SimpleNamespace(args=each, doc_id=number) for number, each in enumerate(arguments)]
+
+
+def evaluate_harness(bundle: Any, settings: HarnessSettings, **more: Any) -> list[TaskResult]:
+    tasks = open_harness(settings)
+    return [tasks.evaluate(name, bundle, **more) for name in tasks.names]
+
+
 # The three requests.
 
 
 def test_continuations_are_as_probable_as_by_a_whole_forward(bundle):
-    encode, requests = bundle.tokenizer.encode, Requests(bundle)
+    encode, lm = bundle.tokenizer.encode, BundleLM(bundle)
     greedy = bundle.tokenizer.decode(Engine(bundle).generate([[BOS, *encode("The capital")]], 1, tools=False)[0].ids)
     pairs = [("The capital of France", each) for each in (" is Paris", " is a city in the north", " is")]
     pairs += [("", "Once upon a time"), ("The capital", greedy), ("The capital", " of France")]
-    found = requests.continuations(pairs)
+    found = lm.loglikelihood(asked(*pairs))
     for (context, continuation), figures in zip(pairs, found, strict=True):
         ids, start = [BOS, *encode(context + continuation)], 1 + len(encode(context))
         assert figures == pytest.approx(plainly(bundle, ids, start), abs=TOLERANCE)
     assert [is_greedy for _, is_greedy in found] == [False, False, False, False, True, False]
-    assert requests.continuations([("A context", "")]) == [(0.0, True)]
+    assert lm.loglikelihood(asked(("A context", ""))) == [(0.0, True)]
 
 
 @pytest.mark.parametrize("blanks", [" ", "  ", " \n"])
 def test_blanks_before_a_continuation_are_its_own(bundle, blanks):
     """So the harness has it, and published figures."""
-    [mine, theirs] = Requests(bundle).continuations([(f"The capital{blanks}", "of"), ("The capital", f"{blanks}of")])
+    pairs = asked((f"The capital{blanks}", "of"), ("The capital", f"{blanks}of"))
+    [mine, theirs] = BundleLM(bundle).loglikelihood(pairs)
     assert mine == theirs
     ids = [BOS, *bundle.tokenizer.encode(f"The capital{blanks}of")]
     assert mine[0] == pytest.approx(
@@ -85,7 +98,7 @@ def test_blanks_before_a_continuation_are_its_own(bundle, blanks):
 
 def test_a_token_over_the_border_is_scored(bundle):
     """Of "int" + "o" the tokens may be one: it is not lost, and the beginning is not scored twice."""
-    tokenizer, requests = bundle.tokenizer, Requests(bundle)
+    tokenizer = bundle.tokenizer
     word = next(
         text
         for token in tokenizer.tokens[300:]
@@ -94,7 +107,7 @@ def test_a_token_over_the_border_is_scored(bundle):
         and len(text) > 3
         and tokenizer.encode(text) == tokenizer.encode(text)[:1]
     )
-    [(nats, _)] = requests.continuations([(f"x {word[:2]}", word[2:])])
+    [(nats, _)] = BundleLM(bundle).loglikelihood(asked((f"x {word[:2]}", word[2:])))
     ids = [BOS, *tokenizer.encode(f"x {word}")]
     border = len(f"x {word[:2]}")
     start = next(n for n in range(1, len(ids)) if int(tokenizer.token_bytes[ids[: n + 1]].sum()) > border)
@@ -104,17 +117,17 @@ def test_a_token_over_the_border_is_scored(bundle):
 
 def test_a_context_past_the_positions_loses_its_beginning_but_not_bos(bundle, monkeypatch):
     reach, tokenizer = bundle.net.config.rotary_reach, bundle.tokenizer
-    requests = Requests(bundle)
-    requests._reach = 40  # the model's own are 5,120, which takes long
+    lm = BundleLM(bundle)
+    lm._reach = 40  # the model's own are 5,120, which takes long
     context, continuation = " one two three" * 30, " four"
-    [(nats, _)] = requests.continuations([(context, continuation)])
+    [(nats, _)] = lm.loglikelihood(asked((context, continuation)))
     whole = [BOS, *tokenizer.encode(context + continuation)]
     ids = [BOS, *whole[len(whole) - 40 :]]
     assert len(ids) == 41 < reach
     assert nats == pytest.approx(plainly(bundle, ids, len(ids) - len(tokenizer.encode(continuation)))[0], abs=TOLERANCE)
-    assert requests.num_cut == 1
+    assert lm.num_cut == 1
     with pytest.raises(UserError, match="positions end at 40"):
-        requests.continuations([("short", context)])
+        lm.loglikelihood(asked(("short", context)))
 
 
 def test_whole_texts_are_read_in_windows_and_each_token_once(golden):
@@ -124,7 +137,7 @@ def test_whole_texts_are_read_in_windows_and_each_token_once(golden):
     net.load_state_dict(whole.net.state_dict())
     bundle = SmallBundle(net.eval(), whole.tokenizer)
     texts = ["The quick brown fox jumps over the lazy dog. " * 4, "", "Short", "Numbers: 1 2 3 4 5 6 7 8 9 and on"]
-    found = Requests(bundle).whole_texts(texts)
+    found = BundleLM(bundle).loglikelihood_rolling(asked(*((text,) for text in texts)))
     for text, nats in zip(texts, found, strict=True):
         ids, expected = [BOS, *bundle.tokenizer.encode(text)], 0.0
         for begin in range(1, len(ids), 16):  # the targets of a window, and as much before them as it has room for
@@ -138,18 +151,18 @@ def test_whole_texts_are_read_in_windows_and_each_token_once(golden):
 
 def test_answers_end_before_the_first_text_that_ends_them(bundle):
     done: list[tuple[int, int]] = []
-    requests = Requests(bundle, progress=lambda now, total: done.append((now, total)))
+    lm = BundleLM(bundle, progress=lambda now, total: done.append((now, total)))
     prompt = "The capital of France"
-    free = requests.answers([(prompt, {"max_gen_toks": 30})])[0]
+    free = lm.generate_until(asked((prompt, {"max_gen_toks": 30})))[0]
     assert len(free) > 12
     ends = [free[9:11], free[4:6]]
-    asked = [
+    ways = [
         (prompt, {"until": ends, "max_gen_toks": 30}),
         (prompt, {"until": "nowhere", "max_gen_toks": 3, "do_sample": False, "temperature": 0.7}),
         (prompt, {"until": [], "max_gen_toks": 30, "do_sample": True, "temperature": 2.0, "top_k": 5}),
         (prompt, {"until": [], "max_gen_toks": 30, "do_sample": True, "temperature": 2.0, "top_k": 5}),
     ]
-    cut, short, *drawn = requests.answers(asked)
+    cut, short, *drawn = lm.generate_until(asked(*ways))
     assert cut == free[: min(free.find(end) for end in ends)]
     assert free.startswith(short) and short
     assert len({free, *drawn}) == 3, "drawn, and each anew"
@@ -157,34 +170,33 @@ def test_answers_end_before_the_first_text_that_ends_them(bundle):
 
 
 @pytest.mark.parametrize(
-    "asked", [{"top_p": 0.9}, {"num_beams": 4}, {"penalty_alpha": 0.5}, {"top_p": 0.5, "repetition_penalty": 1.2}]
+    "kwargs", [{"top_p": 0.9}, {"num_beams": 4}, {"penalty_alpha": 0.5}, {"top_p": 0.5, "repetition_penalty": 1.2}]
 )
-def test_what_would_change_answers_and_is_not_there_is_refused(asked):
+def test_what_would_change_answers_and_is_not_there_is_refused(kwargs):
     with pytest.raises(UserError) as error:
-        generation_settings(asked)
-    assert len(error.value.problems) == len(asked)
-    assert all(key in str(error.value) for key in asked)
+        generation_settings(kwargs)
+    assert len(error.value.problems) == len(kwargs)
+    assert all(key in str(error.value) for key in kwargs)
 
 
 def test_what_asks_for_nothing_is_passed_over():
-    asked = {"top_p": 1.0, "num_beams": 1, "do_sample": False, "temperature": 0.7, "until": "\n", "max_gen_toks": 7}
-    assert generation_settings(asked) == {"until": ["\n"], "max_tokens": 7, "temperature": 0.0, "top_k": None}
+    kwargs = {"top_p": 1.0, "num_beams": 1, "do_sample": False, "temperature": 0.7, "until": "\n", "max_gen_toks": 7}
+    assert generation_settings(kwargs) == {"until": ["\n"], "max_tokens": 7, "temperature": 0.0, "top_k": None}
 
 
 def test_a_conversation_is_rendered_as_in_training(bundle):
-    requests = Requests(bundle, chat=True)
-    lm = make_lm(requests)
+    lm = BundleLM(bundle, chat=True)
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Which letter?"}]
     context = lm.apply_chat_template(messages)
-    [(nats, _)] = requests.continuations([(context, "B")])
+    [(nats, _)] = lm.loglikelihood(asked((context, "B")))
     prompt = bundle.tokenizer.render_for_completion({"messages": messages})
     ids = [*prompt, *bundle.tokenizer.encode("B")]
     assert nats == pytest.approx(plainly(bundle, ids, len(prompt))[0], abs=TOLERANCE)
     begun = lm.apply_chat_template([*messages, {"role": "assistant", "content": "The letter is"}], False)
-    [(nats, _)] = requests.continuations([(begun, " B")])
+    [(nats, _)] = lm.loglikelihood(asked((begun, " B")))
     ids = [*prompt, *bundle.tokenizer.encode("The letter is"), *bundle.tokenizer.encode(" B")]
     assert nats == pytest.approx(plainly(bundle, ids, len(ids) - len(bundle.tokenizer.encode(" B")))[0], abs=TOLERANCE)
-    assert requests._context("conversation 0: []") != requests._context(context), "a text that looks like one is a text"
+    assert lm._context("conversation 0: []") != lm._context(context), "a text that looks like one is a text"
 
 
 def test_a_model_that_was_taught_conversations_answers_in_one(golden):
@@ -195,38 +207,40 @@ def test_a_model_that_was_taught_conversations_answers_in_one(golden):
     def next_id(history: list[int]) -> int:
         return answer[len(history) - history.index(start) - 1] if start in history else mark("<|bos|>")[0]
 
-    requests = Requests(scripted(next_id), chat=True)
-    asked = requests.as_text([{"role": "user", "content": "6 times 7?"}])
-    assert requests.answers([(asked, {}), ("6 times 7?", {})]) == ["42", ""]
+    lm = BundleLM(scripted(next_id), chat=True)
+    chat = lm.apply_chat_template([{"role": "user", "content": "6 times 7?"}])
+    assert lm.generate_until(asked((chat, {}), ("6 times 7?", {}))) == ["42", ""]
 
 
 def shared(folder: str) -> str:
-    """What a process finds; drawn answers too."""
+    """What a process finds; of drawn answers, and of a task with fewer problems than processes, too."""
     torch.set_num_threads(1)
-    bundle, settings = random_bundle(), HarnessSettings(tasks=["capitals", "texts"], include_path=folder)
-    results = [to_plain(each) for each in evaluate_harness(bundle, settings)]
-    drawn = {"do_sample": True, "temperature": 1.0, "max_gen_toks": 6}
-    return json.dumps([results, Requests(bundle).answers([(f"{n}?", drawn) for n in range(5)])])
+    bundle, settings = random_bundle(), HarnessSettings(tasks=["capitals", "texts", "drawn"], include_path=folder)
+    results = evaluate_harness(bundle, settings)
+    results += evaluate_harness(bundle, dataclasses.replace(settings, tasks=["texts"], limit=1))
+    return json.dumps([to_plain(each) for each in results])
 
 
 @pytest.mark.slow
 def test_any_number_of_processes_finds_the_same(folder, tmp_path):
+    drawn = ANSWERS.replace("task: sums", "task: drawn").replace("max_gen_toks: 20", "max_gen_toks: 6, do_sample: true")
+    (folder / "drawn.yaml").write_text(drawn.format(folder=folder), encoding="utf-8")
     alone = shared(str(folder))
     found = run(2, shared, str(folder), environment={"HF_DATASETS_CACHE": str(tmp_path / "datasets")})
-    assert json.loads(alone)[0][0]["n"] == 20
+    assert [each["n"] for each in json.loads(alone)] == [20, 5, 2, 1]
     rounded = [json.loads(text, parse_float=lambda text: round(float(text), 6)) for text in found]
     assert rounded == [json.loads(alone, parse_float=lambda text: round(float(text), 6))] * 2
 
 
 def without_memory() -> list[str]:
-    def work(share: list[int]) -> list[int]:
+    lm = BundleLM(random_bundle())
+
+    def work() -> None:
         if collectives.rank() == 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return share
 
-    assert shared_out(list(range(5)), lambda share: [10 * each for each in share]) == [0, 10, 20, 30, 40]
     with pytest.raises(UserError) as error:
-        shared_out(list(range(4)), work)
+        lm._agreed(work)
     return [*error.value.problems, error.value.fix, str(collectives.all_reduce_sum(1))]
 
 
@@ -302,7 +316,7 @@ def folder(tmp_path: Path) -> Path:
 def test_a_task_of_choices_end_to_end(bundle, folder, capfd, recwarn):
     settings = HarnessSettings(tasks=["capitals"], include_path=str(folder), num_fewshot=2)
     done: list[tuple[int, int]] = []
-    [result] = evaluate_harness(bundle, settings, lambda now, total: done.append((now, total)))
+    [result] = evaluate_harness(bundle, settings, progress=lambda now, total: done.append((now, total)))
     assert (result.name, result.n, result.baseline) == ("capitals", 20, pytest.approx(0.375))
     assert result.details["metric"] == "acc" and result.details["num_fewshot"] == 2
     assert result.details["metrics"]["acc,none"] == pytest.approx(result.accuracy)
@@ -371,7 +385,7 @@ def test_a_task_of_answers_by_its_file_alone(folder):
 def test_a_task_of_whole_texts(bundle, folder):
     [result] = evaluate_harness(bundle, HarnessSettings(tasks=["texts"], include_path=str(folder)))
     texts = [json.loads(line)["text"] for line in (folder / "texts.jsonl").read_text(encoding="utf-8").splitlines()]
-    nats = Requests(bundle).whole_texts(texts)
+    nats = BundleLM(bundle).loglikelihood_rolling(asked(*((text,) for text in texts)))
     sizes = [len(text.encode()) for text in texts]
     bits = -sum(nats) / sum(sizes) / torch.log(torch.tensor(2.0)).item()
     assert result.details["metrics"]["bits_per_byte,none"] == pytest.approx(bits, rel=1e-5)
@@ -450,9 +464,9 @@ def test_the_library_is_left_as_it_was(bundle, folder):
     import huggingface_hub
 
     before = huggingface_hub.constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
-    level = logging.getLogger("datasets").level
+    level = logging.root.manager.disable
     with pytest.raises(UserError):
         open_harness(HarnessSettings(tasks=["sums"], include_path=str(folder), metric="none"))
     assert before == (huggingface_hub.constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE)
-    assert logging.getLogger("datasets").level == level
+    assert logging.root.manager.disable == level
     assert datasets.are_progress_bars_disabled() is False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -11,17 +12,22 @@ from nanochat_pl.common.files import read_json, write_json
 from nanochat_pl.model.config import ModelSettings, resolve_model
 from nanochat_pl.model.gpt import GPT
 from nanochat_pl.model.init import init_weights
-from nanochat_pl.tokenizer import TokenizerSettings, train_tokenizer
+from nanochat_pl.tokenizer import Tokenizer, TokenizerSettings, train_tokenizer
 
 TASKS = {"arithmetic": {"test_size": 6}, "identity": {"test_size": 4}}
 # One thread each: some seconds in all.
 QUICK = ("max_tokens=3", "accelerator=cpu", "dtype=float32")
 
 
+@functools.cache
+def _tokenizer() -> Tokenizer:
+    return train_tokenizer(["Return the number of elements. " * 20], TokenizerSettings(vocab_size=280))
+
+
 def make_run(name: str, stage: str = "sft", seed: int = 0, tasks: dict[str, Any] | None = None) -> Path:
     """A finished stage in runs/NAME of the current folder; its model has learnt nothing."""
     folder = Path("runs") / name / stage
-    tokenizer = train_tokenizer(["Return the number of elements. " * 20], TokenizerSettings(vocab_size=280))
+    tokenizer = _tokenizer()
     settings = ModelSettings(depth=2, aspect_ratio=16, head_dim=16, sequence_len=128)
     net = init_weights(GPT(resolve_model(settings, tokenizer.vocab_size, "float32")).materialise(), seed=seed)
     for parameter in net.parameters():  # or all of its logits are zero

@@ -14,7 +14,7 @@ import pytest
 
 from nanochat_pl.bundle import StageInfo
 from nanochat_pl.cli.evaluate_settings import EvaluateConfig
-from nanochat_pl.cli.evaluate_suites import Unread, open_jobs
+from nanochat_pl.cli.evaluate_suites import Trained, open_jobs
 from nanochat_pl.cli.main import main
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.paths import PathsSettings
@@ -113,7 +113,7 @@ def test_a_tokenizer_is_compared_on_the_corpus_of_its_run(site: Site, tmp_path: 
     corpus = RunCorpus(tmp_path / "cache")
     corpus.reopened()
     settings = {"data": to_plain(DataSettings(name="python_docs"))}
-    trained = Unread(tmp_path / "bundle", StageInfo(stage="base", settings=settings, data=corpus.chosen()))
+    trained = Trained(tmp_path / "bundle", StageInfo(stage="base", settings=settings, data=corpus.chosen()))
     config = EvaluateConfig(suites=["tokenizer"], paths=PathsSettings(cache=str(tmp_path / "cache")))
     before = open_jobs(trained, config)[0][0].problems
     drift(site)

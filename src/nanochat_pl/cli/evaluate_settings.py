@@ -13,15 +13,14 @@ from nanochat_pl.common.schema import build, setting, to_plain
 from nanochat_pl.data.sources.run_corpus import RunCorpus
 from nanochat_pl.evaluation.core.evaluate import CoreSettings
 from nanochat_pl.evaluation.harness.tasks import HarnessSettings
+from nanochat_pl.evaluation.suites import CHATCORE, Suite
 from nanochat_pl.tasks.context import TaskContext
 from nanochat_pl.tasks.settings import MixtureTasks
 from nanochat_pl.tools.sandbox.settings import SandboxSettings
 
-Suite = Literal["bpb", "core", "chat", "chatcore", "samples", "harness", "tokenizer"]
 # What is measured where nothing else is said. A base model has seen no conversation.
 BASE_SUITES: tuple[Suite, ...] = ("bpb", "core", "samples")
 CHAT_SUITES: tuple[Suite, ...] = ("chat", "chatcore", "samples")
-CHATCORE = ("arc_easy", "arc_challenge", "mmlu", "gsm8k", "humaneval")
 # Keys that say where things are and how fast it goes, and nothing of the figures.
 _NO_SAY = {"run", "stage", "bundle", "to", "batch_size", "accelerator", "devices", "paths"}
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, Protocol, get_args
+from typing import Any, NamedTuple, get_args
 
 from nanochat_pl.bundle import Bundle, StageInfo
-from nanochat_pl.cli.evaluate_settings import BASE_SUITES, CHAT_SUITES, EvaluateConfig, Suite
+from nanochat_pl.cli.evaluate_settings import BASE_SUITES, CHAT_SUITES, EvaluateConfig
 from nanochat_pl.common.console import by_difference, progress, rank_zero_print
 from nanochat_pl.common.errors import SharedError, UserError
 from nanochat_pl.common.schema import build, to_plain
@@ -19,12 +19,12 @@ from nanochat_pl.data.sources.open import open_source
 from nanochat_pl.data.sources.run_corpus import RunCorpus, corpus_of_bundle
 from nanochat_pl.distributed import coordination
 from nanochat_pl.engine import Engine
-from nanochat_pl.evaluation import results as task_results
 from nanochat_pl.evaluation.chat_tasks import evaluate_task
 from nanochat_pl.evaluation.core.evaluate import ask, evaluate_core_task, open_core
 from nanochat_pl.evaluation.harness.tasks import open_harness
-from nanochat_pl.evaluation.results import TaskResult
+from nanochat_pl.evaluation.jobs import Job, Measured
 from nanochat_pl.evaluation.samples import DEFAULT_PROMPTS, write_samples
+from nanochat_pl.evaluation.suites import Suite, require_chat_model
 from nanochat_pl.tasks import Task
 from nanochat_pl.tasks.context import MIXTURE
 from nanochat_pl.tasks.mixture import build_tasks, only_judged
@@ -33,75 +33,13 @@ from nanochat_pl.tokenizer.comparison import cached_others, compare_tokenizers, 
 from nanochat_pl.training.stages.tokenizer import texts_of_source
 
 
-@dataclass(frozen=True)
-class Measured:
-    """What a job gave.
+class Trained(NamedTuple):
+    """What is asked of a model before it is measured.
 
     Attributes:
-        results: of tasks.
-        plain: of what is no task: figures by name (bpb), or rows for people (samples).
+        path: the folder of its bundle.
+        stage: where it comes from.
     """
-
-    results: list[TaskResult] = field(default_factory=list)
-    plain: Any = None
-
-
-@dataclass(frozen=True)
-class Job:
-    """One task of a suite, opened: its data is there.
-
-    Attributes:
-        suite, name: what it is.
-        problems: what its problems are a function of, as plain data: two models can be compared where it is the same.
-        asked: further settings with a say in the figures.
-        measure: measures a model.
-        together: whether all processes take part; else the main one measures alone.
-    """
-
-    suite: Suite
-    name: str
-    problems: Mapping[str, Any]
-    asked: Mapping[str, Any]
-    measure: Callable[[Bundle], Measured]
-    together: bool = True
-
-    def run(self, bundle: Bundle) -> Measured:
-        """Measure a model: called on all processes, and all get what was found."""
-        if self.together:
-            return self.measure(bundle)
-        return from_plain(coordination.run_on_rank_zero(lambda: to_json(self.measure(bundle))), self.name)
-
-
-def to_json(measured: Measured) -> dict[str, Any]:
-    """As plain data."""
-    return {"results": [task_results.to_plain(each) for each in measured.results], "plain": measured.plain}
-
-
-def from_plain(value: Mapping[str, Any], where: str) -> Measured:
-    """The inverse of :func:`to_json`, of data that anybody may have written."""
-    rows = value.get("results")
-    if not isinstance(rows, list):
-        raise UserError(f"{where}: results: must be a list.")
-    return Measured(
-        [task_results.from_plain(each, f"{where}: results[{i}]") for i, each in enumerate(rows)], value.get("plain")
-    )
-
-
-class Trained(Protocol):
-    """What is asked of a model before it is measured: a bundle, or one whose weights are not read."""
-
-    @property
-    def path(self) -> Path:
-        """Its folder."""
-
-    @property
-    def stage(self) -> StageInfo:
-        """Where it comes from."""
-
-
-@dataclass(frozen=True)
-class Unread:
-    """A bundle whose weights are not read."""
 
     path: Path
     stage: StageInfo
@@ -275,15 +213,6 @@ def _files_named(tasks: MixtureTasks) -> dict[str, str]:
 def _open_chatcore(bundle: Trained, config: EvaluateConfig) -> list[Job]:
     require_chat_model(bundle.stage.stage, bundle.path, "chatcore")
     return _task_jobs("chatcore", config.chatcore, bundle, config)
-
-
-def require_chat_model(stage: str, path: Path, suite: Suite) -> None:
-    """Refuse to ask a model of a stage that has seen no conversation."""
-    if stage == "base" and suite in ("chat", "chatcore"):
-        raise UserError(
-            f"{suite}: {path}: is a base model, which has seen no conversation.",
-            "Measure suites=[bpb,core,samples] of it, or train stage=sft first.",
-        )
 
 
 def _task_jobs(suite: Suite, chosen: MixtureTasks, bundle: Trained, config: EvaluateConfig) -> list[Job]:

@@ -86,6 +86,18 @@ def build(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
     return result
 
 
+def build_known(cls: type[T], row: Any, where: str) -> T:
+    """As :func:`build`, of the keys that the class has: files of later versions may say more."""
+    if isinstance(row, Mapping):
+        row = {item.name: row[item.name] for item in dataclasses.fields(cls) if item.name in row}  # type: ignore[arg-type]
+    return build(cls, row, where)
+
+
+def is_finite_number(value: Any) -> bool:
+    """Whether a plain value is a number that counts something: no truth value, no NaN, not infinite."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def validation_errors(cls: type, values: Mapping[str, Any], where: str = "") -> list[str]:
     """All problems that :func:`build` would raise, as lines; empty where there are none."""
     problems: list[str] = []

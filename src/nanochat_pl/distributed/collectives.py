@@ -127,6 +127,15 @@ def all_gather_str(text: str) -> list[str]:
     return [each.decode("utf-8", "surrogatepass") for each in all_bytes]
 
 
+def gather_objects(value: Any) -> list[Any] | None:
+    """Python objects of all processes, on the main one, in the order of their ranks; None on the others."""
+    if world_size() == 1:
+        return [value]
+    found = [None] * world_size() if is_rank_zero() else None
+    _timed(dist.gather_object, value, found)
+    return found
+
+
 def _over_all(number: int, operation: Any) -> int:
     if world_size() == 1:
         return number

@@ -37,10 +37,10 @@ class TaskResult:
             is no certainty.
         baseline: accuracy of guessing.
         centered: ``(accuracy - baseline) / (1 - baseline)``: 0 is guessing, 1 all right.
-        items: which problems: distinct names, the same for every model.
-        outcomes: how each came out: 0 or 1, or the share of right answers among several.
+        items: which problems: distinct names, the same for every model. Not in a row of results.json.
+        outcomes: how each came out: 0 or 1, or the share of right answers among several. Not in such a row.
         details: plain JSON: counts, pass@k, what is to be said with the score ("remark").
-        answers: one row a problem, for people.
+        answers: one row a problem, for people. Not in such a row.
     """
 
     name: str
@@ -49,10 +49,16 @@ class TaskResult:
     stderr: float
     baseline: float
     centered: float
-    items: list[str] = field(repr=False)
-    outcomes: list[float] = field(repr=False)
-    details: dict[str, Any]
-    answers: list[dict[str, Any]] = field(repr=False)
+    items: list[str] = field(default_factory=list, repr=False)
+    outcomes: list[float] = field(default_factory=list, repr=False)
+    details: dict[str, Any] = field(default_factory=dict)
+    answers: list[dict[str, Any]] = field(default_factory=list, repr=False)
+
+    @property
+    def remark(self) -> str | None:
+        """What is to be said with the score."""
+        remark = self.details.get("remark")
+        return str(remark) if remark else None
 
 
 @dataclass(frozen=True)
@@ -171,14 +177,14 @@ def to_plain(result: TaskResult) -> dict[str, Any]:
 
 
 def from_plain(value: Mapping[str, Any], where: str) -> TaskResult:
-    """The inverse of :func:`to_plain`, of data that anybody may have written.
+    """The inverse of :func:`to_plain`, of data that anybody may have written. The figures are those of its outcomes.
 
     Args:
         value: the data.
         where: what it was read from, for messages.
 
     Raises:
-        UserError: it is no result, or its figures are not those of its outcomes.
+        UserError: it is no result.
     """
     try:
         stated = schema.build(_Stated, value, where)
@@ -189,7 +195,7 @@ def from_plain(value: Mapping[str, Any], where: str) -> TaskResult:
             f"{where}: n={stated.n}, {len(set(stated.items))} different items of {len(stated.items)}, "
             f"{len(stated.outcomes)} outcomes: must be as many of each."
         )
-    result = make_result(
+    return make_result(
         stated.name,
         stated.items,
         stated.outcomes,
@@ -197,25 +203,47 @@ def from_plain(value: Mapping[str, Any], where: str) -> TaskResult:
         details=stated.details,
         answers=stated.answers,
     )
-    for key in ("accuracy", "stderr", "centered"):
-        if abs(getattr(result, key) - getattr(stated, key)) > SAME:
-            raise UserError(f"{where}: {key}={getattr(stated, key)}, but its outcomes give {getattr(result, key)}.")
-    return result
 
 
-@dataclass(frozen=True)
-class _Stated:
-    """A result as it is read: names and bounds of what is in the file."""
+def to_row(result: TaskResult) -> dict[str, Any]:
+    """What results.json says of a task: its figures, without its problems."""
+    keys = ("name", "accuracy", "stderr", "n", "baseline", "centered", "details", "remark")
+    return {key: getattr(result, key) for key in keys}
 
-    name: str = setting(doc="The task's name.", max_length=MAX_NAME)
+
+def from_row(value: Any, where: str) -> TaskResult:
+    """The inverse of :func:`to_row`. Rows of before have no details or no centered accuracy, which follows.
+
+    Raises:
+        UserError: it is no such row.
+    """
+    row = schema.build_known(_Row, value, where)
+    details = {**row.details, "remark": row.remark} if row.remark else row.details
+    centered = (row.accuracy - row.baseline) / (1 - row.baseline) if row.centered is None else row.centered
+    return TaskResult(row.name, row.n, row.accuracy, row.stderr, row.baseline, centered, details=details)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Row:
+    """A row of results.json as it is read: names and bounds of what is in the file."""
+
+    name: str = setting(doc="The task's name.")
     n: int = setting(doc="Problems.", at_least=1, at_most=MAX_ITEMS)
     accuracy: float = setting(doc="Mean of the outcomes.", at_least=0, at_most=1)
     stderr: float = setting(doc="Its standard error.", at_least=0, at_most=1)
-    baseline: float = setting(doc="Accuracy of guessing.", at_least=0, at_most=0.999)
-    centered: float = setting(doc="Accuracy over the baseline.", at_most=1)
+    baseline: float = setting(0.0, "Accuracy of guessing.", at_least=0, at_most=0.999)
+    centered: float | None = setting(None, "Accuracy over the baseline.", at_most=1)
+    details: dict[str, Any] = setting(factory=dict, doc="Counts and the like.")
+    remark: str | None = setting(None, "What is to be said with the figures.", max_length=2000)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Stated(_Row):
+    """A whole result as it is read."""
+
+    name: str = setting(doc="The task's name.", max_length=MAX_NAME)
     items: list[str] = setting(doc="Names of the problems.", max_length=MAX_ITEMS)
     outcomes: list[float] = setting(doc="One for each.", at_least=0, at_most=1, max_length=MAX_ITEMS)
-    details: dict[str, Any] = setting(factory=dict, doc="Counts and the like.")
     answers: list[dict[str, Any]] = setting(factory=list, doc="Rows for people.", max_length=MAX_ITEMS)
 
 

@@ -2,43 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from nanochat_pl.report.evaluations import Summary, TaskResult
+from nanochat_pl.evaluation.results import TaskResult
+from nanochat_pl.evaluation.suites import SuiteResult
 from nanochat_pl.report.plots import PRINT, drawing_bytes, new_figure
 
 WIDTH_INCHES, ROW_INCHES, EDGE_INCHES = 7.4, 0.27, 0.85
 MAX_BARS, MAX_NAME = 100, 40
 
 
-def centered(task: TaskResult) -> float:
-    """Accuracy over the baseline: 0 is guessing, 1 all right."""
-    return (task.accuracy - task.baseline) / _room(task) if task.centered is None else task.centered
-
-
-def centered_error(task: TaskResult) -> float:
-    """Its standard error; 0 where there is none."""
-    return (task.stderr or 0.0) / _room(task)
-
-
-def _room(task: TaskResult) -> float:
-    return max(1 - task.baseline, 1e-3)
-
-
-def bars_png(title: str, tasks: Sequence[TaskResult], summary: Summary) -> bytes:
-    """A bar for each task, the best first, and the summary with its interval as a line across them; on white."""
-    shown = sorted(tasks, key=lambda task: (-centered(task), task.name))[:MAX_BARS]
-    rows, values = range(len(shown)), [centered(task) for task in shown]
-    ends = [
-        (value - centered_error(task), value + centered_error(task)) for task, value in zip(shown, values, strict=True)
-    ]
+def bars_svg(stage: str, suite: SuiteResult) -> str:
+    """A bar for each task, the best first, and the mean, where there is one, with its interval as a line across."""
+    summary = suite.summary
+    shown = sorted(suite.tasks, key=lambda task: (-task.centered, task.name))[:MAX_BARS]
+    rows, values = range(len(shown)), [task.centered for task in shown]
+    ends = [(task.centered - _error(task), task.centered + _error(task)) for task in shown]
     height = ROW_INCHES * len(shown) + EDGE_INCHES
     figure = new_figure((WIDTH_INCHES, height), PRINT.paper)
     axes = figure.add_axes((0.29, 0.36 / height, 0.62, (height - EDGE_INCHES) / height))
     axes.barh(rows, values, height=0.66, color=PRINT.faint, zorder=2)
     axes.hlines(rows, *zip(*ends, strict=True), color=PRINT.first, linewidth=1.6, zorder=3)
-    axes.axvspan(summary.low, summary.high, color=PRINT.second, alpha=0.14, linewidth=0, zorder=1)
-    axes.axvline(summary.value, color=PRINT.second, linewidth=1.2, zorder=4)
+    if summary:
+        axes.axvspan(summary.low, summary.high, color=PRINT.second, alpha=0.14, linewidth=0, zorder=1)
+        axes.axvline(summary.value, color=PRINT.second, linewidth=1.2, zorder=4)
     axes.axvline(0, color=PRINT.muted, linewidth=0.9, zorder=1)
     for row, value in enumerate(values):
         axes.annotate(
@@ -53,16 +38,22 @@ def bars_png(title: str, tasks: Sequence[TaskResult], summary: Summary) -> bytes
         )
     axes.set_yticks(list(rows), [_drawable(task.name) for task in shown])
     axes.set_ylim(len(shown) - 0.4, -0.6)
-    axes.set_xlim(min(-0.02, summary.low, *(low for low, _ in ends)), 1.0)
+    axes.set_xlim(min(-0.02, summary.low if summary else 0.0, *(low for low, _ in ends)), 1.0)
     axes.grid(axis="x", color=PRINT.grid, linewidth=0.8)
     axes.set_axisbelow(True)
     for side in ("left", "right", "top", "bottom"):
         axes.spines[side].set_visible(False)
     axes.tick_params(labelsize=9.5, labelcolor=PRINT.muted, length=0, pad=4)
     axes.tick_params(axis="y", labelcolor=PRINT.ink)
-    heading = f"{_drawable(title)}   {summary.value:.4f} ± {summary.stderr:.4f}"
+    title = _drawable(f"{stage}: {summary.name if summary else suite.name}")
+    heading = f"{title}   {summary.value:.4f} ± {summary.stderr:.4f}" if summary else title
     figure.text(0.01, 1 - 0.2 / height, heading, size=12, weight="bold", color=PRINT.ink, va="center")
-    return drawing_bytes(figure, "png", "")
+    return drawing_bytes(figure, "svg", suite.name).decode("utf-8")
+
+
+def _error(task: TaskResult) -> float:
+    """Standard error of the centered accuracy."""
+    return task.stderr / (1 - task.baseline)
 
 
 def _drawable(name: str) -> str:

@@ -1,30 +1,18 @@
-"""What evaluations of a run have found, as plain records: ``evaluation/STAGE/`` in its folder."""
+"""What evaluations of a run have found: ``evaluation/STAGE/`` in its folder."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.common.schema import setting
-from nanochat_pl.evaluation.results import Difference, Summary
-from nanochat_pl.report.files import build_known, finite_numbers, json_lines, optional_object
-
-MAX_REMARK = 2000  # characters
-
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Sample:
-    """What a model wrote after a prompt."""
-
-    prompt: str = setting(doc="What the model was given.")
-    text: str = setting(doc="What it wrote.")
-    step: int = setting(0, "Optimizer step of the model.")
+from nanochat_pl.common.schema import build_known, setting
+from nanochat_pl.evaluation.results import Summary, TaskResult
+from nanochat_pl.evaluation.suites import RESULTS, SuiteResult, answers_file, read_results
+from nanochat_pl.evaluation.tables import CHATS
+from nanochat_pl.report.files import json_lines
 
 
 @dataclass(frozen=True)
@@ -75,44 +63,44 @@ class Conditions:
         return ", ".join(said)
 
 
-@dataclass(frozen=True)
-class TaskResult:
-    """A row of the task table; shares are between 0 and 1."""
-
-    name: str = setting(doc="The task's name.")
-    accuracy: float = setting(doc="Share of right answers.", at_least=0, at_most=1)
-    n: int = setting(doc="Number of test problems.", at_least=0)
-    stderr: float | None = setting(None, "Standard error of the share.", at_least=0)
-    baseline: float = setting(0.0, "Share that guessing gives.", at_least=0, at_most=1)
-    centered: float | None = setting(None, "Accuracy over the baseline: 0 is guessing, 1 all right.", at_most=1)
-    remark: str | None = setting(None, "What has to be said with the figures.", max_length=MAX_REMARK)
-    conditions: Conditions = setting(factory=Conditions, doc="How its problems were put.")
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """The differences of a suite."""
-
-    against: str
-    differences: list[Difference]
+def conditions_of(task: TaskResult, where: str = "details") -> Conditions:
+    """What the details of a task say of how its problems were put."""
+    return build_known(Conditions, task.details, where)
 
 
 @dataclass(frozen=True)
 class EvaluationRecord:
-    """The figures of one evaluated bundle, by suite.
+    """What one evaluated bundle was found to be.
 
-    ``figures`` are those that belong to no task; ``against`` is the other model, where they were compared.
+    Attributes:
+        stage: the bundle's.
+        suites: what results.json says.
+        answers: to some tasks, by their names.
+        chats: conversations of messages, each with a role and parts.
     """
 
     stage: str
-    suites: dict[str, list[TaskResult]] = field(default_factory=dict)
-    summaries: dict[str, Summary] = field(default_factory=dict)
-    comparisons: dict[str, Comparison] = field(default_factory=dict)
-    figures: dict[str, dict[str, float]] = field(default_factory=dict)
-    against: dict[str, str] = field(default_factory=dict)
-    samples: list[Sample] = field(default_factory=list)
+    suites: dict[str, SuiteResult] = field(default_factory=dict)
     answers: dict[str, list[Answer]] = field(default_factory=dict)
     chats: list[list[dict[str, Any]]] = field(default_factory=list)
+
+    @property
+    def of_tasks(self) -> list[SuiteResult]:
+        """The suites that have tasks."""
+        return [suite for suite in self.suites.values() if suite.tasks]
+
+    @property
+    def summaries(self) -> list[Summary]:
+        """The means of the suites that have one."""
+        return [suite.summary for suite in self.suites.values() if suite.summary]
+
+    def to_json(self) -> dict[str, Any]:
+        """The suites as in results.json, and what lies beside them."""
+        return {
+            "suites": {name: suite.to_json() for name, suite in self.suites.items()},
+            "answers": {task: [vars(answer) for answer in answers] for task, answers in self.answers.items()},
+            "chats": self.chats,
+        }
 
 
 def read_evaluation(folder: Path) -> EvaluationRecord:
@@ -121,75 +109,16 @@ def read_evaluation(folder: Path) -> EvaluationRecord:
     Raises:
         UserError: a file is damaged; named, with the line or the key.
     """
-    path = folder / "results.json"
-    suites = optional_object(path).get("suites", {})
-    if not isinstance(suites, Mapping):
-        raise UserError(f"{path}: suites: must be a group of named values.")
-    found = EvaluationRecord(stage=folder.name)
-    for name, suite in suites.items():
-        where = f"{path}: suites.{name}"
-        if isinstance(suite, list):
-            found.samples.extend(build_known(Sample, item, f"{where}[{i}]") for i, item in enumerate(suite))
-        elif isinstance(suite, Mapping):
-            _read_suite(found, name, suite, where)
-        else:
-            raise UserError(f"{where}: must be a group of named values or a list.")
-    names = Counter(summary.name for summary in found.summaries.values())
-    for name, summary in found.summaries.items():
-        if names[summary.name] > 1:  # an older evaluation gave two suites' means one name
-            found.summaries[name] = replace(summary, name=f"{name}: {summary.name}")
+    found = EvaluationRecord(folder.name, read_results(folder).suites)
     present = {file.name: file for file in folder.glob("answers_*.jsonl")}
-    for name, tasks in found.suites.items():
-        for task in tasks:
-            if file := present.get(answers_file(name, task.name)):
-                found.answers[task.name if name == "chat" else f"{name}: {task.name}"] = _answers(file)
+    for suite in found.of_tasks:
+        for number, task in enumerate(suite.tasks):
+            conditions_of(task, f"{folder / RESULTS}: suites.{suite.name}.tasks[{number}].details")
+            if file := present.get(answers_file(suite.name, task.name)):
+                found.answers[task.name if suite.name == "chat" else f"{suite.name}: {task.name}"] = _answers(file)
     if "chat" in found.suites:
-        found.chats.extend(_messages(row, where) for where, row in json_lines(folder / "chats.jsonl"))
+        found.chats.extend(_messages(row, where) for where, row in json_lines(folder / CHATS))
     return found
-
-
-def answers_file(suite: str, task: str) -> str:
-    """The file of the answers to a task; those to the tasks that a model was trained on have the task's name alone."""
-    safe = task.replace("/", "_")
-    return f"answers_{safe}.jsonl" if suite == "chat" else f"answers_{suite}_{safe}.jsonl"
-
-
-def _read_suite(found: EvaluationRecord, name: str, suite: Mapping[str, Any], where: str) -> None:
-    if tasks := _rows(TaskResult, _with_conditions(suite, where), "tasks", where):
-        found.suites[name] = tasks
-    if suite.get("summary") is not None:
-        found.summaries[name] = build_known(Summary, suite["summary"], f"{where}.summary")
-    differences = _rows(Difference, suite, "differences", where)
-    if suite.get("summary_difference") is not None:
-        differences.append(build_known(Difference, suite["summary_difference"], f"{where}.summary_difference"))
-    if differences:
-        found.comparisons[name] = Comparison(str(suite.get("against") or "another model"), differences)
-    if figures := finite_numbers(suite, where):
-        found.figures[name] = figures
-        if suite.get("against") and not differences:
-            found.against[name] = str(suite["against"])
-
-
-def _with_conditions(suite: Mapping[str, Any], where: str) -> Mapping[str, Any]:
-    """The suite with what is known of ``details`` in each row of ``tasks``."""
-    rows = suite.get("tasks")
-    if not isinstance(rows, list):
-        return suite
-    known = {item.name for item in fields(Conditions)}
-    tasks = []
-    for row in rows:
-        details = row.get("details") if isinstance(row, Mapping) else None
-        if isinstance(details, Mapping):
-            row = {**row, "conditions": {key: details[key] for key in known & details.keys()}}
-        tasks.append(row)
-    return {**suite, "tasks": tasks}
-
-
-def _rows(cls: type[T], suite: Mapping[str, Any], key: str, where: str) -> list[T]:
-    rows = suite.get(key, [])
-    if not isinstance(rows, list):
-        raise UserError(f"{where}.{key}: must be a list.")
-    return [build_known(cls, row, f"{where}.{key}[{i}]") for i, row in enumerate(rows)]
 
 
 def _answers(path: Path) -> list[Answer]:

@@ -6,27 +6,16 @@ A last line without a line end is what a killed process leaves behind, and is dr
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Mapping
-from dataclasses import fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.files import read_object
-from nanochat_pl.common.schema import build
+from nanochat_pl.common.schema import is_finite_number
 from nanochat_pl.common.text_files import read_bytes
 
 MAX_FILE_BYTES = 512 * 2**20
-
-T = TypeVar("T")
-
-
-def build_known(cls: type[T], row: Any, where: str) -> T:
-    """A record of the keys that it knows: files of later versions may say more."""
-    if isinstance(row, Mapping):
-        row = {item.name: row[item.name] for item in fields(cls) if item.name in row}  # type: ignore[arg-type]
-    return build(cls, row, where)
 
 
 def number(values: Mapping[str, Any], key: str, path: Path, whole: bool = False) -> Any:
@@ -34,7 +23,7 @@ def number(values: Mapping[str, Any], key: str, path: Path, whole: bool = False)
     value = values.get(key)
     if value is None:
         return None
-    if not _is_finitenumber(value) or (whole and not isinstance(value, int)):
+    if not is_finite_number(value) or (whole and not isinstance(value, int)):
         raise UserError(f"{path}: {key}={value!r}: must be a {'whole ' if whole else ''}number.")
     return value
 
@@ -43,11 +32,7 @@ def finite_numbers(values: Any, path: Path | str) -> dict[str, float]:
     """The finite numbers of a group; what else is in it is left out."""
     if not isinstance(values, Mapping):
         raise UserError(f"{path}: {values!r}: must be a group of named numbers.")
-    return {key: value for key, value in values.items() if _is_finitenumber(value)}
-
-
-def _is_finitenumber(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return {key: value for key, value in values.items() if is_finite_number(value)}
 
 
 def optional_object(path: Path) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Numbers as people read them, and text that nobody vouches for made safe.
 
-Samples, answers and settings come from models, data sets and users: in a page they are text and never markup. HTML is
-escaped by the template engine; here is what Markdown and any encoding need.
+Samples, answers and settings come from models, data sets and users: in a report they are text and never markup. Here is
+what Markdown, of which the page is made, and any encoding need.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ from typing import Any
 
 # Control characters but tab and line end; lone surrogates; marks that turn the reading direction of what follows.
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]")
-_MARKDOWN = re.compile(r"([\\`*_\[\]<>#|~&$!])")
+_MARKDOWN = re.compile(r"([\\`*_\[\]<>#|~&$!]|^[-+=](?!\d))")
+# What a text is that stands as it is: in Markdown the language of its code block, in the page its classes.
+BLOCKS = frozenset({"user", "assistant", "question", "answer", "right", "wrong", "reference", "text"})
 
 
 def clean(text: str) -> str:
@@ -21,16 +23,17 @@ def clean(text: str) -> str:
 
 
 def markdown_inline(value: Any) -> str:
-    """One line of plain text for Markdown, also inside a table."""
-    return _MARKDOWN.sub(r"\\\1", " ".join(clean(str(value)).split()))
+    """One line of plain text for Markdown, also inside a table, and where its beginning would make a list of it."""
+    line = _MARKDOWN.sub(r"\\\1", " ".join(clean(str(value)).split()))
+    return re.sub(r"^(\d+)([.)])(?=\s|$)", r"\1\\\2", line)
 
 
-def markdown_block(text: str) -> str:
-    """Text as it is, in a code block with a fence longer than any within."""
+def markdown_block(text: str, kind: str = "text") -> str:
+    """Text as it is, in a code block with a fence longer than any within; ``kind`` is of :data:`BLOCKS`."""
     text = clean(text)
     longest = max((len(run) for run in re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
-    return f"{fence}text\n{text}\n{fence}"
+    return f"{fence}{kind}\n{text}\n{fence}"
 
 
 def plain_message(parts: Sequence[Mapping[str, str]]) -> str:

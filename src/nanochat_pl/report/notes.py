@@ -1,10 +1,11 @@
-"""What stands beside the figures of an evaluation: how they were taken, pass@k, errors, and what they mean."""
+"""What stands beside the figures of an evaluation: pass@k, how answers were got, errors, and what they mean."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from nanochat_pl.report.evaluations import EvaluationRecord, PassAtK, TaskResult
+from nanochat_pl.evaluation.results import TaskResult
+from nanochat_pl.report.evaluations import EvaluationRecord, PassAtK, conditions_of
 from nanochat_pl.report.format import show
 from nanochat_pl.report.read import StageRecord
 
@@ -13,16 +14,15 @@ _ERROR = "_stderr"
 
 def pass_at_k(tasks: Sequence[TaskResult]) -> tuple[list[int], list[tuple[str, list[PassAtK | None]]]]:
     """The columns k of a table, powers of two and the most, and a row for each task that was answered several times."""
-    several = {task.name: {each.k: each for each in task.conditions.pass_at_k} for task in tasks}
+    several = {task.name: {each.k: each for each in conditions_of(task).pass_at_k} for task in tasks}
     several = {name: found for name, found in several.items() if len(found) > 1}
-    columns = {k for found in several.values() for k in found if k & (k - 1) == 0 or k == max(found)}
-    ks = sorted(columns)
+    ks = sorted({k for found in several.values() for k in found if k & (k - 1) == 0 or k == max(found)})
     return ks, [(name, [found.get(k) for k in ks]) for name, found in several.items()]
 
 
 def sampling_note(tasks: Sequence[TaskResult]) -> str:
     """What the accuracy is where answers were drawn; empty where they were not."""
-    conditions = [task.conditions for task in tasks]
+    conditions = [conditions_of(task) for task in tasks]
     if any((each.num_samples or 1) > 1 for each in conditions):
         return (
             "Where a problem was answered several times, its answers were drawn, and the accuracy is the mean over"
@@ -33,27 +33,22 @@ def sampling_note(tasks: Sequence[TaskResult]) -> str:
 
 def figure_rows(evaluation: EvaluationRecord) -> Iterator[tuple[str, str, str]]:
     """The figures that belong to no task: suite, name, value with its standard error."""
-    for suite, figures in evaluation.figures.items():
-        other = evaluation.against.get(suite)
-        for name, value in figures.items():
-            if name.endswith(_ERROR) and name.removesuffix(_ERROR) in figures:
+    for suite in evaluation.suites.values():
+        for name, value in suite.metrics.items():
+            if name.endswith(_ERROR) and name.removesuffix(_ERROR) in suite.metrics:
                 continue
-            error = figures.get(name + _ERROR)
-            label = f"{suite} less that of {other}" if name == "difference" and other else name
-            yield suite, label, show(value) + ("" if error is None else f" ± {show(error)}")
+            error = suite.metrics.get(name + _ERROR)
+            label = f"{suite.name} less that of {suite.against}" if name == "difference" and suite.against else name
+            yield suite.name, label, show(value) + ("" if error is None else f" ± {show(error)}")
 
 
 def bits_note(evaluation: EvaluationRecord, stage: StageRecord | None) -> str:
     """On what the bits per byte of an evaluation were measured, and on what those of its stage; empty without them."""
-    figures = evaluation.figures.get("bpb", {})
-    if "bpb" not in figures:
+    suite = evaluation.suites.get("bpb")
+    if suite is None or "bpb" not in suite.metrics:
         return ""
-    rows = figures.get("num_rows")
-    note = (
-        "Bits per byte, of which fewer are better, "
-        + (f"on {show(rows)} rows of" if rows else "on")
-        + " held-out text."
-    )
+    rows = suite.metrics.get("num_rows")
+    note = f"Bits per byte, of which fewer are better, on {f'{show(rows)} rows of ' if rows else ''}held-out text."
     if stage is None or stage.figure("val/bpb") is None:
         return note
     count = stage.num_validation_rows

@@ -1,13 +1,13 @@
-"""The curves of a stage as small multiples: inline SVG that follows the page's colours, and one PNG for Markdown.
+"""The curves of a stage as small multiples, one SVG each: beside the Markdown, and within the page in its colours.
 
 Each panel answers one question, has one unit, and names its lines at their ends instead of in a legend.
 """
 
 from __future__ import annotations
 
+import html
 import io
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 MAX_POINTS = 400
-PANEL_INCHES = (3.9, 2.4)
+PANEL_INCHES = (4.1, 2.8)
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,6 @@ class Palette:
 
 
 PRINT = Palette("#ffffff", "#1f2328", "#6b7280", "#e5e7eb", "#2558b8", "#c2410c", "#b9cbed")
-# Stand-ins that become the page's CSS variables, so that one drawing serves the light and the dark page.
-STAND_INS = Palette("none", "#010101", "#010102", "#010103", "#010104", "#010105", "#010106")
 
 
 @dataclass(frozen=True)
@@ -137,53 +135,36 @@ def _measured(panel: Panel, last_step: int) -> Panel:
     return replace(panel, lines=tuple(lines), tokens=tokens, last_step=last_step)
 
 
-def svg(panel: Panel, prefix: str) -> str:
-    """The panel as an SVG element without a title, coloured by the page's CSS variables.
+def svg(panel: Panel) -> str:
+    """The panel as an SVG file on white."""
+    figure = new_figure(PANEL_INCHES, PRINT.paper)
+    axes = figure.add_axes((0.1, 0.11, 0.69, 0.7))
+    _draw(axes, panel, PRINT)
+    raised = 20 if panel.tokens else 8
+    axes.set_title(panel.title, loc="left", size=10.5, weight="bold", color=PRINT.ink, pad=raised)
+    axes.set_title(panel.unit, loc="right", size=9, color=PRINT.muted, pad=raised)
+    return drawing_bytes(figure, "svg", panel.key).decode("utf-8")
+
+
+def within_page(drawing: str, prefix: str, description: str) -> str:
+    """An SVG file as an element of a page, in the page's colours and font, light or dark.
 
     Args:
+        drawing: the file.
         prefix: unique in the page; begins the ids of the drawing, which share one name space.
+        description: for those who cannot see it.
     """
-    figure = new_figure(PANEL_INCHES)
-    axes = figure.add_axes((0.105, 0.125, 0.735, 0.78))
-    _draw(axes, panel, STAND_INS)
-    text = drawing_bytes(figure, "svg", prefix).decode("utf-8")
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", text, flags=re.S)
-    text = re.sub(r"<svg [^>]*?viewBox=\"([^\"]*)\"[^>]*>", r'<svg viewBox="\1" aria-hidden="true">', text, count=1)
+    text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", drawing[drawing.index("<svg") :], flags=re.S)
     text = re.sub(r'(\bid="|xlink:href="#|url\(#)', rf"\g<1>{prefix}-", text)
-    text = text.replace("xlink:href", "href")
+    text = text.replace("xlink:href", "href").replace(PRINT.paper, "none")
     text = re.sub(r"'DejaVu Sans'[^;\"]*", "var(--sans)", text)
     for name in ("ink", "muted", "grid", "first", "second", "faint"):
-        text = text.replace(getattr(STAND_INS, name), f"var(--{name})")
-    return text
+        text = text.replace(getattr(PRINT, name), f"var(--{name})")
 
+    def opening(found: re.Match[str]) -> str:
+        return f'<svg viewBox="{found[1]}" role="img" aria-label="{html.escape(description)}">'
 
-def png(panels: Iterable[Panel], title: str) -> bytes:
-    """All panels of a stage in one picture, on white."""
-    shown = list(panels)
-    columns = min(3, len(shown))
-    rows = -(-len(shown) // columns)
-    width, height = PANEL_INCHES
-    figure = new_figure((width * columns, (height + 0.55) * rows + 0.35), PRINT.paper)
-    grid = figure.subplots(rows, columns, squeeze=False)
-    size = figure.get_size_inches()
-    figure.subplots_adjust(
-        left=0.5 / size[0],
-        right=1 - 0.9 / size[0],
-        top=1 - 1.0 / size[1],
-        bottom=0.4 / size[1],
-        wspace=0.42,
-        hspace=0.52,
-    )
-    figure.text(0.5 / size[0], 1 - 0.3 / size[1], title, size=13, weight="bold", color=PRINT.ink, va="center")
-    for axes, panel in zip(grid.flat, shown, strict=False):
-        _draw(axes, panel, PRINT)
-        raised = 20 if panel.tokens else 8
-        axes.set_title(panel.title, loc="left", size=10, weight="bold", color=PRINT.ink, pad=raised)
-        axes.set_title(panel.unit, loc="right", size=8.5, color=PRINT.muted, pad=raised)
-    for axes in grid.flat[len(shown) :]:
-        axes.set_visible(False)
-    return drawing_bytes(figure, "png", "")
+    return re.sub(r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', opening, text, count=1)
 
 
 def new_figure(inches: tuple[float, float], paper: str = "none") -> Any:

@@ -16,8 +16,10 @@ from typing import Any
 
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.run_dir import STAGES, Status
-from nanochat_pl.report.evaluations import EvaluationRecord, Sample, read_evaluation
-from nanochat_pl.report.files import build_known, finite_numbers, json_lines, lines, number, optional_object
+from nanochat_pl.common.schema import build_known
+from nanochat_pl.evaluation.suites import Sample
+from nanochat_pl.report.evaluations import EvaluationRecord, read_evaluation
+from nanochat_pl.report.files import finite_numbers, json_lines, lines, number, optional_object
 from nanochat_pl.report.format import show
 
 # The stages that a whole chain has; a report says so where one of them was not trained.

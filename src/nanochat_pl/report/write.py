@@ -1,17 +1,17 @@
-"""From the records of a run to its report: what is shown, in which order, as a page, as Markdown and as JSON."""
+"""From the records of a run to its report: what is shown, in which order, as Markdown, as a page and as JSON."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from nanochat_pl.common.files import ensure_folder, write_atomically, write_json, write_text
+from nanochat_pl.common.files import ensure_folder, write_json, write_text
 from nanochat_pl.common.schema import to_plain
+from nanochat_pl.evaluation.results import Summary
 from nanochat_pl.report import plots
-from nanochat_pl.report.bars import bars_png, centered, centered_error
-from nanochat_pl.report.evaluations import Answer, EvaluationRecord, Summary, TaskResult
+from nanochat_pl.report.bars import bars_svg
+from nanochat_pl.report.evaluations import Answer, EvaluationRecord, conditions_of
 from nanochat_pl.report.format import (
     clean,
     compact,
@@ -23,19 +23,17 @@ from nanochat_pl.report.format import (
     show,
 )
 from nanochat_pl.report.notes import bits_note, figure_rows, pass_at_k, sampling_note
+from nanochat_pl.report.page import page
 from nanochat_pl.report.read import RunRecord, StageRecord, read_run
 
 SUMMARY_COLUMNS = ("stage", "figure", "value", "standard error", "n", "baseline")
 MAX_SAMPLES = 8
 MAX_CHATS = 6
 ANSWERS_PER_TASK = 3
-# Files of one picture per stage, which report.md shows.
-PICTURE = "{stage}.png"
-BARS = "{stage}_{suite}.png"
 
 
 def write_report(run_dir: Path) -> Path:
-    """Write ``report/`` in a run folder: report.html (self-contained), report.md with its pictures, report.json.
+    """Write ``report/`` in a run folder: report.html (self-contained), report.md with its drawings, report.json.
 
     Stages that are missing or unfinished are named as such, and the rest is shown.
 
@@ -47,18 +45,24 @@ def write_report(run_dir: Path) -> Path:
     """
     run = read_run(run_dir)
     folder = ensure_folder(run_dir / "report")
-    shown = _shown(run)
-    for stage, panels in shown["panels"].items():
-        picture = plots.png(panels, stage)
-        write_atomically(folder / PICTURE.format(stage=stage), partial(_write_bytes, picture))
+    panels = {
+        stage.name: [(f"{stage.name}-{panel.key}.svg", panel) for panel in found]
+        for stage in run.stages
+        if (found := plots.panels_of(stage))
+    }
+    drawings = {name: plots.svg(panel) for of_stage in panels.values() for name, panel in of_stage}
+    bars = {}
     for evaluation in run.evaluations:
-        for suite, name in shown["bars"][evaluation.stage].items():
-            summary = evaluation.summaries[suite]
-            picture = bars_png(f"{evaluation.stage}: {summary.name}", evaluation.suites[suite], summary)
-            write_atomically(folder / name, partial(_write_bytes, picture))
-    write_json(folder / "report.json", _figures(run))
-    write_text(folder / "report.md", _render("report.md.jinja", shown))
-    write_text(folder / "report.html", _render("report.html.jinja", shown))
+        for suite in evaluation.of_tasks:
+            if suite.name.isidentifier():  # it is a part of the file's name
+                name = bars[evaluation.stage, suite.name] = f"{evaluation.stage}_{suite.name}.svg"
+                drawings[name] = bars_svg(evaluation.stage, suite)
+    for name, drawing in drawings.items():
+        write_text(folder / name, drawing)
+    markdown = _markdown({**_shown(run), "panels": panels, "bars": bars})
+    write_json(folder / "report.json", _figures(run), surrogates=True)
+    write_text(folder / "report.md", markdown)
+    write_text(folder / "report.html", page(clean(run.name), markdown, drawings))
     return folder / "report.html"
 
 
@@ -71,20 +75,18 @@ def summary_table(run_dir: Path) -> list[tuple[str, ...]]:
     run = read_run(run_dir)
     rows = [row for stage in run.stages for row in _stage_rows(stage)]
     for evaluation in run.evaluations:
-        rows.extend(_summary_rows(evaluation))
-        for suite, tasks in evaluation.suites.items():
-            for task in tasks:
-                error = "" if task.stderr is None else percent(task.stderr)
-                figure = f"{suite}: {clean(task.name)}"
-                row = (evaluation.stage, figure, percent(task.accuracy), error, f"{task.n:,}", percent(task.baseline))
-                rows.append(row)
+        rows.extend(_evaluation_rows(evaluation))
     return rows
 
 
-def _summary_rows(evaluation: EvaluationRecord) -> Iterator[tuple[str, ...]]:
-    for summary in evaluation.summaries.values():
+def _evaluation_rows(evaluation: EvaluationRecord) -> Iterator[tuple[str, ...]]:
+    for summary in evaluation.summaries:
         figures = (f"{summary.value:.4f}", f"{summary.stderr:.4f}", f"{summary.n:,}", "")
         yield (evaluation.stage, clean(summary.name), *figures)
+    for suite in evaluation.of_tasks:
+        for task in suite.tasks:
+            figures = (percent(task.accuracy), percent(task.stderr), f"{task.n:,}", percent(task.baseline))
+            yield (evaluation.stage, f"{suite.name}: {clean(task.name)}", *figures)
 
 
 def _stage_rows(stage: StageRecord) -> Iterator[tuple[str, ...]]:
@@ -102,16 +104,13 @@ def _stage_rows(stage: StageRecord) -> Iterator[tuple[str, ...]]:
 
 
 def _shown(run: RunRecord) -> dict[str, Any]:
-    """What both templates show."""
+    """What the template shows besides the drawings."""
     stages = {stage.name: stage for stage in run.stages}
-    panels = {stage.name: found for stage in run.stages if (found := plots.panels_of(stage))}
     return {
         "run": run,
         "subtitle": _subtitle(run),
         "tiles": list(_tiles(run)),
         "facts": _facts(run),
-        "panels": panels,
-        "picture": {stage: PICTURE.format(stage=stage) for stage in panels},
         "samples": _samples(run),
         "chats": [chat for evaluation in reversed(run.evaluations) for chat in evaluation.chats][:MAX_CHATS],
         "answers": {
@@ -122,14 +121,6 @@ def _shown(run: RunRecord) -> dict[str, Any]:
         "figures": {evaluation.stage: list(figure_rows(evaluation)) for evaluation in run.evaluations},
         "bits_notes": {
             evaluation.stage: bits_note(evaluation, stages.get(evaluation.stage)) for evaluation in run.evaluations
-        },
-        "bars": {
-            evaluation.stage: {
-                suite: BARS.format(stage=evaluation.stage, suite=suite)
-                for suite in evaluation.summaries
-                if suite in evaluation.suites and suite.isidentifier()
-            }
-            for evaluation in run.evaluations
         },
     }
 
@@ -160,15 +151,14 @@ def _tiles(run: RunRecord) -> Iterator[tuple[str, str, str]]:
         if bpb is not None:
             yield (f"{stage.name}, bits per byte", f"{bpb:.3f}", "" if error is None else f"± {error:.3f}")
     for evaluation in run.evaluations:
-        for summary in evaluation.summaries.values():
+        for summary in evaluation.summaries:
             label = f"{evaluation.stage}, {clean(summary.name)}"
             yield (label, f"{summary.value:.3f}", f"± {summary.stderr:.3f}")
-    if run.evaluations:
-        for suite, tasks in run.evaluations[-1].suites.items():
-            if suite in run.evaluations[-1].summaries:
-                continue
-            mean = sum(task.accuracy for task in tasks) / len(tasks)
-            yield (f"{run.evaluations[-1].stage}, {suite} tasks", percent(mean), f"mean of {len(tasks)}")
+    for evaluation in run.evaluations[-1:]:
+        for suite in evaluation.of_tasks:
+            if suite.summary is None:
+                mean = sum(task.accuracy for task in suite.tasks) / len(suite.tasks)
+                yield (f"{evaluation.stage}, {suite.name} tasks", percent(mean), f"mean of {len(suite.tasks)}")
     trained = [last for stage in run.stages if (last := stage.column("train/tokens").last) is not None]
     if trained:
         yield ("tokens trained on", compact(sum(trained)), "")
@@ -223,7 +213,7 @@ def _fact(value: Any) -> str:
 
 def _samples(run: RunRecord) -> list[tuple[str, list[Any]]]:
     """Per stage what the model wrote last: the evaluation's samples, else those of the newest step in training."""
-    evaluated = {evaluation.stage: evaluation.samples for evaluation in run.evaluations}
+    evaluated = {item.stage: item.suites["samples"].samples for item in run.evaluations if "samples" in item.suites}
     found = []
     for stage in run.stages:
         newest = max((sample.step for sample in stage.samples), default=0)
@@ -247,36 +237,22 @@ def _figures(run: RunRecord) -> dict[str, Any]:
     return {
         "run": clean(run.name),
         "total_seconds": _total_seconds(run),
-        "stages": {stage.name: _printable(to_plain(stage)) for stage in run.stages},
-        "evaluations": {item.stage: _printable(to_plain(item)) for item in run.evaluations},
+        "stages": {stage.name: to_plain(stage) for stage in run.stages},
+        "evaluations": {item.stage: item.to_json() for item in run.evaluations},
     }
 
 
-def _printable(value: Any) -> Any:
-    """Plain data whose texts can be encoded as UTF-8."""
-    if isinstance(value, str):
-        return value.encode("utf-8", "replace").decode("utf-8")
-    if isinstance(value, dict):
-        return {_printable(key): _printable(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_printable(item) for item in value]
-    return value
-
-
-def _render(template: str, shown: dict[str, Any]) -> str:
+def _markdown(shown: dict[str, Any]) -> str:
     from jinja2 import Environment, PackageLoader, StrictUndefined
-    from markupsafe import Markup
 
     environment = Environment(
         loader=PackageLoader("nanochat_pl.report", "templates"),
-        autoescape=template.endswith(".html.jinja"),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
     environment.filters.update(
-        clean=clean,
         plain=plain_message,
         inline=markdown_inline,
         block=markdown_block,
@@ -285,33 +261,11 @@ def _render(template: str, shown: dict[str, Any]) -> str:
         duration=duration,
         figure=_figure,
         signed=_signed,
-        centered=centered,
-        centered_error=centered_error,
+        how=lambda task: str(conditions_of(task)),
         pass_at_k=pass_at_k,
         sampling_note=sampling_note,
     )
-    # The drawings hold no text of the run folder: titles, labels and numbers are this package's own.
-    environment.globals.update(
-        svg=lambda panel, prefix: Markup(plots.svg(panel, prefix)), error_bar=_error_bar, summary_bar=_summary_bar
-    )
-    return environment.get_template(template).render(shown)
-
-
-def _error_bar(task: TaskResult) -> dict[str, float]:
-    """Where a task's bar, its whisker and its baseline end, in percent of the width."""
-    error = task.stderr or 0.0
-    return {
-        "accuracy": round(100 * task.accuracy, 2),
-        "low": round(100 * max(0.0, task.accuracy - error), 2),
-        "high": round(100 * min(1.0, task.accuracy + error), 2),
-        "baseline": round(100 * task.baseline, 2),
-    }
-
-
-def _summary_bar(summary: Summary) -> dict[str, float]:
-    """As :func:`_error_bar`, of a mean of centered accuracies and its interval."""
-    ends = {"accuracy": summary.value, "low": summary.low, "high": summary.high}
-    return {**{key: round(100 * min(1.0, max(0.0, end)), 2) for key, end in ends.items()}, "baseline": 0.0}
+    return environment.get_template("report.md.jinja").render(shown)
 
 
 def _figure(summary: Summary) -> str:
@@ -323,7 +277,3 @@ def _figure(summary: Summary) -> str:
 def _signed(share: float) -> str:
     """A difference of shares in percent."""
     return f"{100 * share:+.1f} %"
-
-
-def _write_bytes(data: bytes, path: Path) -> None:
-    path.write_bytes(data)

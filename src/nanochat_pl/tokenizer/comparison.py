@@ -20,6 +20,7 @@ from typing import Any
 
 import tiktoken
 
+from nanochat_pl.common.console import print_table, rank_zero_print
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.tokenizer.bpe import Tokenizer, encode_ordinary
 
@@ -102,6 +103,16 @@ def comparison_table(rows: Sequence[ComparisonRow], texts: Mapping[str, str]) ->
         figures = [figure, *(row.bytes_per_token[name] for row in others)]
         lines.append([name, _num_bytes(texts[name]), *figures, *(each / figure for each in figures[1:])])
     return heading, lines
+
+
+def print_comparison(
+    heading: Sequence[str], lines: Sequence[Sequence[Any]], skipped: Mapping[str, str], title: str = ""
+) -> None:
+    """A line for each text, as :func:`comparison_table` gives them; tokenizers that were skipped are named below."""
+    shown = [[name, f"{num_bytes:,}", *(f"{figure:.2f}" for figure in figures)] for name, num_bytes, *figures in lines]
+    print_table(heading, shown, title=title)
+    for name, why in skipped.items():
+        rank_zero_print(f"{name}: {why}")
 
 
 def cached_others() -> list[str]:

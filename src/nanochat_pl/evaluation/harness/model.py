@@ -1,17 +1,22 @@
 """A bundle as what lm-evaluation-harness (the package ``lm_eval``) calls a language model.
 
 It asks three things: how probable a continuation of a context is, how probable a whole text is, and what the model
-writes. Texts go in and come out; tokens stay here. bos stands in front of everything, as it did in training.
-
-Several processes share out the requests and all get all answers, so that each runs the harness as if it were alone.
+writes. Texts go in and come out; tokens stay here. bos stands in front of everything, as it did in training. The
+harness itself gives each process its share of the problems, by ``rank`` and ``world_size``.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import secrets
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+from lm_eval.api.model import LM
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.out_of_memory import explain_out_of_memory
@@ -19,11 +24,8 @@ from nanochat_pl.distributed import collectives
 from nanochat_pl.distributed.coordination import raise_on_all_ranks
 from nanochat_pl.engine import Engine
 from nanochat_pl.engine.engine import Model
-from nanochat_pl.evaluation.scoring import Candidate, score
+from nanochat_pl.evaluation.scoring import Candidate, Score, score
 from nanochat_pl.evaluation.truncation import max_tokens_read, shortened
-
-if TYPE_CHECKING:
-    from lm_eval.api.model import LM
 
 _MAX_POSITIONS = 16_384  # of one forward, padding included
 DEFAULT_MAX_TOKENS = 256  # of an answer where a task does not say
@@ -32,99 +34,119 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {"top_p": (None, 1), "num_beams": (None, 
 _MAX_TOKENS_KEYS = ("max_gen_toks", "max_new_tokens", "max_tokens")
 _USED = {"until", "do_sample", "temperature", "top_k", *_MAX_TOKENS_KEYS}
 
-Progress = Callable[[int, int], None]
+T = TypeVar("T")
 
 
-class Requests:
-    """The answers of a model to the requests of the harness.
+class BundleLM(LM):
+    """A model and its tokenizer, for ``lm_eval.evaluator.evaluate`` or ``simple_evaluate``.
 
     Args:
         bundle: the model and its tokenizer.
-        chat: ask in the form of a conversation; for models that were trained on conversations.
+        chat: the model was trained on conversations: its calculator answers while it writes.
         max_batch: rows at once, and answers written at the same time: memory and time only; None: as many as are fast.
-        progress: called with (done, all) of the questions of one call; of several processes, of this one's share.
+        progress: called with (done, all) of the questions of one call, of this process's share.
         name: the task's, for messages.
+        alone: work as the only process, though there may be others.
 
     Attributes:
-        num_cut: contexts that were longer than the model's positions, and so lost their beginning.
+        num_cut: contexts of this process that were longer than the model's positions, and so lost their beginning.
 
     Raises:
         UserError: the bundle has no tokenizer.
     """
+
+    tokenizer_name = "nanochat_pl"
 
     def __init__(
         self,
         bundle: Model,
         chat: bool = False,
         max_batch: int | None = None,
-        progress: Progress | None = None,
+        progress: Callable[[int, int], None] = lambda done, total: None,
         name: str = "harness",
+        alone: bool = False,
     ) -> None:
-        self.engine, self.chat, self.progress = Engine(bundle), chat, progress
-        self.num_cut, self._name = 0, name
-        self._net, self._tokenizer = self.engine.net, self.engine.tokenizer
-        self._max_batch = max_batch
-        rows = _MAX_POSITIONS if max_batch is None else max_batch * self._net.config.sequence_len
-        self._max_positions = min(_MAX_POSITIONS, rows)
+        super().__init__()
+        self._rank, self._world_size = (0, 1) if alone else (collectives.rank(), collectives.world_size())
+        self._engine = Engine(bundle)
+        self._net, self._tokenizer = self._engine.net, self._engine.tokenizer
+        self._chat, self._max_batch, self._progress, self._name = chat, max_batch, progress, name
         self._reach = self._net.config.rotary_reach
+        self.num_cut = 0
         # Before a conversation that the harness hands around as a text. No data can know it.
         self._mark = f"conversation {secrets.token_hex(16)}: "
 
-    # What the harness asks.
+    # What the harness asks; each request has its arguments in ``args``.
 
-    def continuations(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
         """Of (context, continuation): log-probability of the continuation in nats, and whether it is the greedy one.
 
         Raises:
             UserError: a continuation that is longer than the model's positions.
         """
-        groups: dict[str, list[int]] = {}
-        for number, (context, _) in enumerate(pairs):
-            groups.setdefault(context, []).append(number)
-        candidates = [self._candidate(*pair) for pair in pairs]
-        scores = self._scores([[candidates[number] for number in members] for members in groups.values()])
-        found: list[tuple[float, bool]] = [(0.0, True)] * len(pairs)
-        for members, figures in zip(groups.values(), scores, strict=True):
-            for number, (nats, greedy) in zip(members, figures, strict=True):
-                found[number] = (-nats, bool(greedy))
-        return found
 
-    def whole_texts(self, texts: Sequence[str]) -> list[float]:
+        def work() -> list[tuple[float, bool]]:
+            groups: dict[str, list[int]] = {}  # what has the same context is scored together
+            for number, request in enumerate(requests):
+                groups.setdefault(request.args[0], []).append(number)
+            candidates = [self._candidate(*request.args[:2]) for request in requests]
+            scores = self._scores([[candidates[number] for number in members] for members in groups.values()])
+            found = dict(zip(itertools.chain(*groups.values()), itertools.chain(*scores), strict=True))
+            return [(-found[number].nats, found[number].greedy) for number in range(len(requests))]
+
+        return self._agreed(work)
+
+    def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
         """The log-probability of each text in nats, in windows of the length that the model was trained on.
 
         Each token is predicted once: the first window begins with bos, the last one is a full one as well.
         """
-        windows = [self._windows(self._tokenizer.encode(text)) for text in texts]
-        scores = self._scores([[candidate] for each in windows for candidate in each])
-        nats = iter(figures[0][0] for figures in scores)
-        return [-sum(next(nats) for _ in each) for each in windows]
 
-    def answers(self, requests: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
+        def work() -> list[float]:
+            windows = [list(self._windows(self._tokenizer.encode(request.args[0]))) for request in requests]
+            scores = iter(self._scores([[window] for each in windows for window in each]))
+            return [-sum(next(scores)[0].nats for _ in each) for each in windows]
+
+        return self._agreed(work)
+
+    def generate_until(self, requests: Sequence[Any]) -> list[str]:
         """Of (context, how to write): what the model writes, up to the first of the texts that end it.
 
         Raises:
             UserError: a way of writing that there is not.
         """
-        groups: dict[str, list[int]] = {}
-        for number, (_, asked) in enumerate(requests):
-            groups.setdefault(json.dumps(generation_settings(asked), sort_keys=True), []).append(number)
-        found = [""] * len(requests)
-        finished = 0
-        for key, members in groups.items():
-            settings = json.loads(key)
-            prompts = [self._prompt(requests[number][0], settings["max_tokens"]) for number in members]
+        drawn: Counter[int] = Counter()
 
-            def tell(done: int, total: int, finished: int = finished, size: int = len(members)) -> None:
-                self._tell(finished + done * size // total, len(requests))
+        def index(request: Any) -> int:
+            """Of the generator that an answer is drawn from: the same for any number of processes."""
+            drawn[request.doc_id] += 1
+            return request.doc_id + (drawn[request.doc_id] - 1) * 2**32
 
-            for number, text in zip(members, self._write(prompts, settings, tell), strict=True):
-                found[number] = text
-            finished += len(members)
-        return found
+        def work() -> list[str]:
+            found: list[str] = []
+            for settings, members in itertools.groupby(requests, lambda each: generation_settings(each.args[1])):
+                found += self._write(list(members), settings, index, len(found), len(requests))
+            return found
 
-    def as_text(self, messages: Sequence[Mapping[str, str]]) -> str:
+        return self._agreed(work)
+
+    def apply_chat_template(self, chat_history: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> str:
         """A conversation as a text that the methods above take for a context."""
-        return self._mark + json.dumps([{"role": each["role"], "content": each["content"]} for each in messages])
+        return self._mark + json.dumps([{"role": each["role"], "content": each["content"]} for each in chat_history])
+
+    # How the harness brings together what the processes found.
+
+    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """One number of each process."""
+        return torch.tensor([int(text) for text in collectives.all_gather_str(str(int(tensor)))])
+
+    def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
+        """The objects of all processes, on the main one."""
+        return collectives.gather_objects(obj)
+
+    def barrier(self) -> None:
+        """Wait for the others."""
+        collectives.barrier()
 
     # From texts to tokens.
 
@@ -136,22 +158,20 @@ class Requests:
         return [*self._tokenizer.render_for_completion({"messages": messages}), *self._tokenizer.encode(begun)]
 
     def _candidate(self, context: str, continuation: str) -> Candidate:
-        """The tokens of both. Scored is each that holds a byte of the continuation."""
-        if context.startswith(self._mark):
-            beginning = self._context(context)
-            ids = [*beginning, *self._tokenizer.encode(continuation)]
-            return self._cut(ids, len(beginning))
-        # As the harness has it: blanks between the two belong to the continuation, whose words begin with them.
-        bare = context.rstrip()
-        ids = self._context(context + continuation)
-        # Tokens are counted by bytes, not by those of the context alone: a token may reach over the border.
-        sizes = self._tokenizer.token_bytes
-        before = int(sizes[self._tokenizer.encode(bare)].sum())
-        ends = sizes[ids].cumsum()
-        return self._cut(ids, max(1, int((ends <= before).sum())))
+        """The tokens of both. Scored is each that holds a byte of the continuation.
 
-    def _cut(self, ids: list[int], start: int) -> Candidate:
-        """A candidate within the model's positions: what is too much is cut from the context, behind bos."""
+        What is more than the model's positions is cut from the context, behind bos.
+        """
+        if context.startswith(self._mark):
+            ids = self._context(context)
+            start = len(ids)
+            ids += self._tokenizer.encode(continuation)
+        else:
+            # As the harness has it: blanks between the two belong to the continuation, whose words begin with them.
+            # Tokens are counted by bytes, not by those of the context alone: a token may reach over the border.
+            ids, sizes = self._context(context + continuation), self._tokenizer.token_bytes
+            before = int(sizes[self._tokenizer.encode(context.rstrip())].sum())
+            start = max(1, int((sizes[ids].cumsum() <= before).sum()))
         excess = len(ids) - 1 - self._reach  # the last token is only predicted
         if excess <= 0:
             return Candidate(ids, start, len(ids))
@@ -163,89 +183,61 @@ class Requests:
         self.num_cut += 1
         return Candidate([ids[0], *ids[1 + excess :]], start - excess, len(ids) - excess)
 
-    def _prompt(self, context: str, max_tokens: int) -> list[int]:
-        """The tokens to go on from, with room for the answer, or for as much as half of the positions."""
-        ids, is_cut = shortened(self._context(context), max_tokens_read(self._reach, max_tokens))
-        self.num_cut += is_cut
-        return ids
-
-    def _windows(self, ids: list[int]) -> list[Candidate]:
-        from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-
+    def _windows(self, ids: list[int]) -> Iterator[Candidate]:
         pairs = get_rolling_token_windows(ids, self._tokenizer.bos_id, self._net.config.sequence_len, context_len=1)
-        disjoint = map(make_disjoint_window, pairs)
-        return [
-            Candidate([*context, *scored], len(context), len(context) + len(scored)) for context, scored in disjoint
-        ]
+        for context, scored in map(make_disjoint_window, pairs):
+            yield Candidate([*context, *scored], len(context), len(context) + len(scored))
 
-    # From tokens to answers, on all processes.
+    # From tokens to answers.
 
-    def _scores(self, questions: list[list[Candidate]]) -> list[list[list[float]]]:
-        """Nats and greedy (0 or 1) of each candidate of each question."""
+    def _scores(self, questions: list[list[Candidate]]) -> list[list[Score]]:
+        done = 0
 
-        def mine(share: list[list[Candidate]]) -> list[list[list[float]]]:
-            done = 0
+        def count(amount: int) -> None:
+            nonlocal done
+            done += amount
+            self._progress(done, len(questions))
 
-            def count(amount: int) -> None:
-                nonlocal done
-                done += amount
-                self._tell(done, len(share))
+        rows = _MAX_POSITIONS if self._max_batch is None else self._max_batch * self._net.config.sequence_len
+        positions = min(_MAX_POSITIONS, rows)
+        return score(self._net, questions, max_positions=positions, progress=count, name=self._name)
 
-            scores = score(self._net, share, max_positions=self._max_positions, progress=count, name=self._name)
-            return [[[each.nats, float(each.greedy)] for each in question] for question in scores]
-
-        return shared_out(questions, mine, self._name)
-
-    def _write(self, prompts: list[list[int]], settings: Mapping[str, Any], tell: Progress) -> list[str]:
-        numbers = list(range(len(prompts)))
-
-        def mine(share: list[int]) -> list[str]:
-            if not share:
-                return []
-            results = self.engine.generate(
-                [prompts[number] for number in share],
-                max_tokens=settings["max_tokens"],
-                temperature=settings["temperature"],
-                top_k=settings["top_k"],
-                tools=self.chat,
-                max_batch=self._max_batch,
-                progress=tell,
-                stop_texts=settings["until"],
-                indices=share,
-            )
-            return [self._text(result.ids, settings["until"]) for result in results]
-
-        return shared_out(numbers, mine, self._name)
+    def _write(
+        self, requests: list[Any], settings: Mapping[str, Any], index: Callable[[Any], int], done: int, total: int
+    ) -> list[str]:
+        """Answers that are written in one way; ``done`` of ``total`` are there already."""
+        prompts = []
+        for request in requests:  # with room for the answer, or for as much as half of the positions
+            most = max_tokens_read(self._reach, settings["max_tokens"])
+            ids, is_cut = shortened(self._context(request.args[0]), most)
+            prompts.append(ids)
+            self.num_cut += is_cut
+        results = self._engine.generate(
+            prompts,
+            max_tokens=settings["max_tokens"],
+            temperature=settings["temperature"],
+            top_k=settings["top_k"],
+            tools=self._chat,
+            max_batch=self._max_batch,
+            progress=lambda finished, _: self._progress(done + finished, total),
+            stop_texts=settings["until"],
+            indices=[index(request) for request in requests],
+        )
+        return [self._text(result.ids, settings["until"]) for result in results]
 
     def _text(self, ids: Sequence[int], until: Sequence[str]) -> str:
         text = self._tokenizer.decode([each for each in ids if each < self._tokenizer.bos_id])
         ends = [place for stop in until if (place := text.find(stop)) >= 0]
         return text[: min(ends, default=len(text))]
 
-    def _tell(self, done: int, total: int) -> None:
-        if self.progress is not None:
-            self.progress(done, total)
+    def _agreed(self, function: Callable[[], T]) -> T:
+        """The function's result; an error of one process, or that its memory ran out, is raised on all."""
 
+        def work() -> T:
+            with explain_out_of_memory(self._name, "Use a smaller batch_size."):
+                return function()
 
-def shared_out(items: list[Any], function: Callable[[list[Any]], list[Any]], name: str = "harness") -> list[Any]:
-    """The function's results for all items, each process having worked on its share. They must be plain data (JSON).
-
-    ``name`` is said where memory runs out.
-
-    Raises:
-        UserError: on all processes, what one of them raised, or that its memory ran out.
-    """
-    world, rank = collectives.world_size(), collectives.rank()
-
-    def work() -> list[Any]:
-        with explain_out_of_memory(name, "Use a smaller batch_size."):
-            return function(items[rank::world])
-
-    own = raise_on_all_ranks(work)
-    if world == 1:
-        return own
-    shares = [json.loads(text) for text in collectives.all_gather_str(json.dumps(own))]
-    return [shares[number % world][number // world] for number in range(len(items))]
+        return raise_on_all_ranks(work) if self.world_size > 1 else work()
 
 
 def generation_settings(asked: Mapping[str, Any]) -> dict[str, Any]:
@@ -263,37 +255,10 @@ def generation_settings(asked: Mapping[str, Any]) -> dict[str, Any]:
         raise UserError(refused, "Leave that task out, or write a YAML file that includes it and sets another value.")
     until = asked.get("until") or []
     given = (asked[key] for key in _MAX_TOKENS_KEYS if asked.get(key) is not None)
-    sampled = bool(asked.get("do_sample"))
-    temperature = asked.get("temperature")
+    sampled, temperature = bool(asked.get("do_sample")), asked.get("temperature")
     return {
         "until": [stop for stop in ([until] if isinstance(until, str) else until) if stop],
         "max_tokens": int(next(given, DEFAULT_MAX_TOKENS)),
         "temperature": float(1.0 if temperature is None else temperature) if sampled else 0.0,
         "top_k": asked.get("top_k") if sampled else None,
     }
-
-
-def make_lm(requests: Requests) -> LM:
-    """The model as an object of the harness's class, to be handed to its ``evaluate`` or ``simple_evaluate``."""
-    from lm_eval.api.model import LM
-
-    class BundleLM(LM):
-        """All that the harness needs. It believes to be alone: sharing out is done behind it."""
-
-        tokenizer_name = "nanochat_pl"
-
-        def loglikelihood(self, requests: Any) -> list[tuple[float, bool]]:
-            return self.asked.continuations([request.args[:2] for request in requests])
-
-        def loglikelihood_rolling(self, requests: Any) -> list[float]:
-            return self.asked.whole_texts([request.args[0] for request in requests])
-
-        def generate_until(self, requests: Any) -> list[str]:
-            return self.asked.answers([request.args[:2] for request in requests])
-
-        def apply_chat_template(self, chat_history: Any, add_generation_prompt: bool = True) -> str:
-            return self.asked.as_text(chat_history)
-
-        asked = requests
-
-    return BundleLM()

@@ -64,6 +64,7 @@ def result_of(name: str, task: Task, found: Mapping[str, Any], metric: str, deta
     if not rows:
         raise UserError(f"harness.tasks: {name}: gave no {metric}.")
     rows = [row for row in rows if row["filter"] == rows[0]["filter"]]
+    rows.sort(key=lambda row: row["doc_id"])  # each process had every so manieth
     outcomes = [_outcome(metric, row[metric]) for row in rows]
     if not all(0 <= outcome <= 1 for outcome in outcomes):
         raise UserError(

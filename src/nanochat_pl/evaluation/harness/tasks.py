@@ -22,21 +22,21 @@ import numpy as np
 import yaml
 
 from nanochat_pl.common.errors import UserError, did_you_mean
-from nanochat_pl.common.schema import setting, to_plain
+from nanochat_pl.common.schema import setting
+from nanochat_pl.common.schema import to_plain as settings_to_plain
 from nanochat_pl.data.cache.content_cache import fingerprint_of
-from nanochat_pl.distributed.coordination import rank_zero_first
+from nanochat_pl.distributed import collectives
+from nanochat_pl.distributed.coordination import rank_zero_first, run_on_rank_zero
 from nanochat_pl.engine.engine import Model
 from nanochat_pl.evaluation.chat_tasks import choose_items
-from nanochat_pl.evaluation.harness.model import Requests, make_lm
 from nanochat_pl.evaluation.harness.result import figure_of, result_of
-from nanochat_pl.evaluation.results import TaskResult
+from nanochat_pl.evaluation.results import TaskResult, from_plain, to_plain
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
     from lm_eval.tasks import TaskManager
 
 INSTALL = "Install it: pip install 'nanochat-pl[lm-eval]'"
-_LOGGERS = ("lm_eval", "datasets", "evaluate", "huggingface_hub")
 # As the harness seeds it: of the few-shot examples, and of what tasks draw.
 _SEED = 1234
 
@@ -79,7 +79,9 @@ class HarnessTasks:
 
     def fingerprint(self, name: str) -> str:
         """Changes where the figures of a task may change for another reason than the model."""
-        asked = {key: value for key, value in to_plain(self._settings).items() if key not in ("tasks", "download")}
+        asked = {
+            key: value for key, value in settings_to_plain(self._settings).items() if key not in ("tasks", "download")
+        }
         config = {key: value for key, value in self._tasks[name].dump_config().items() if key != "metadata"}
         facts = json.dumps([asked, _version(), config], sort_keys=True, default=str)
         with _by_itself(self._settings.download):
@@ -89,10 +91,10 @@ class HarnessTasks:
         self,
         name: str,
         bundle: Model,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Callable[[int, int], None] = lambda done, total: None,
         max_batch: int | None = None,
     ) -> TaskResult:
-        """Measure a model on one task. Several processes share out the questions; all get the result.
+        """Measure a model on one task. Several processes share out the problems; all get the result.
 
         Args:
             name: one of :attr:`names`.
@@ -105,34 +107,38 @@ class HarnessTasks:
         """
         from lm_eval.evaluator import evaluate
 
-        size, told = self.size(name), 0
+        from nanochat_pl.evaluation.harness.model import BundleLM
+
+        size, told, task, chat = self.size(name), 0, self._tasks[name], self._settings.chat
 
         def tell(done: int, total: int) -> None:
             nonlocal told
             told = max(told, size * done // total)
-            if progress is not None:
-                progress(told, size)
+            progress(told, size)
 
-        task, requests = (
-            self._tasks[name],
-            Requests(bundle, self._settings.chat, progress=tell, max_batch=max_batch, name=f"harness.tasks: {name}"),
-        )
-        with _by_itself(self._settings.download):
-            found = evaluate(
-                lm=make_lm(requests),
-                task_dict={"tasks": {name: task}, "groups": {}},
-                samples={name: self._items(name)},
-                bootstrap_iters=0,
-                apply_chat_template=self._settings.chat,
-                fewshot_as_multiturn=True,
-            )
-        details = {
-            "lm_eval": _version(),
-            "num_fewshot": task.config.num_fewshot or 0,
-            "chat": self._settings.chat,
-            "cut_prompts": requests.num_cut,
-        }
-        return result_of(name, task, found, figure_of(name, task, self._settings.metric), details)
+        alone = size < collectives.world_size()  # the harness needs a problem for each process
+        lm = BundleLM(bundle, chat, max_batch, tell, f"harness.tasks: {name}", alone)
+
+        def measure() -> Any:
+            with _by_itself(self._settings.download):
+                return evaluate(
+                    lm=lm,
+                    task_dict={"tasks": {name: task}, "groups": {}},
+                    samples={name: self._items(name)},
+                    bootstrap_iters=0,
+                    apply_chat_template=chat,
+                    fewshot_as_multiturn=True,
+                )
+
+        def plain(found: Mapping[str, Any], num_cut: int) -> dict[str, Any]:
+            shots = task.config.num_fewshot or 0
+            details = {"lm_eval": _version(), "num_fewshot": shots, "chat": chat, "cut_prompts": num_cut}
+            return to_plain(result_of(name, task, found, figure_of(name, task, self._settings.metric), details))
+
+        if alone:
+            return from_plain(run_on_rank_zero(lambda: plain(measure(), lm.num_cut)), name)
+        found, num_cut = measure(), collectives.all_reduce_sum(lm.num_cut)
+        return from_plain(run_on_rank_zero(lambda: plain(found, num_cut)), name)
 
     def _items(self, name: str) -> list[int]:
         return choose_items(name, len(self._tasks[name].eval_docs), self._settings.limit)
@@ -161,17 +167,6 @@ def open_harness(settings: HarnessSettings, hub: Path | None = None) -> HarnessT
         return HarnessTasks(rank_zero_first(lambda: _open_tasks(settings, hub)), settings)
 
 
-def evaluate_harness(
-    bundle: Model,
-    settings: HarnessSettings,
-    progress: Callable[[int, int], None] | None = None,
-    hub: Path | None = None,
-) -> list[TaskResult]:
-    """Measure a model on tasks of the harness; see :func:`open_harness` and :meth:`HarnessTasks.evaluate`."""
-    tasks = open_harness(settings, hub)
-    return [tasks.evaluate(name, bundle, progress) for name in tasks.names]
-
-
 def _open_tasks(settings: HarnessSettings, hub: Path | None) -> dict[str, Task]:
     manager = _manager_of(settings)
     random.seed(0)  # some tasks draw from these when they are opened
@@ -185,8 +180,7 @@ def _open_tasks(settings: HarnessSettings, hub: Path | None) -> dict[str, Task]:
         except UserError as error:
             problems.extend(error.problems)
         except _trouble() as error:
-            said = " ".join(f"{type(error).__name__}: {error}".split())
-            problems.append(f"harness.tasks: {name}: cannot be opened: {said[:500]}")
+            problems.append(f"harness.tasks: {name}: cannot be opened: {_said(error)}")
             missing |= isinstance(error, OSError)
     for name, task in tasks.items():
         try:
@@ -209,7 +203,7 @@ def _unreadable(include_path: str | None) -> list[str]:
         try:
             yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
         except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-            problems.append(f"{path}: cannot be read as YAML: {' '.join(str(error).split())[:300]}")
+            problems.append(f"{path}: cannot be read as YAML: {_said(error)}")
     return problems
 
 
@@ -275,8 +269,7 @@ def _hash_of_documents(name: str, task: Task) -> str:
             for document in documents:
                 digest.update(json.dumps(document, sort_keys=True, default=str).encode() + b"\n")
     except _trouble() as error:
-        said = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UserError(f"harness.tasks: {name}: its data cannot be read: {said[:500]}") from error
+        raise UserError(f"harness.tasks: {name}: its data cannot be read: {_said(error)}") from error
     return digest.hexdigest()
 
 
@@ -303,6 +296,10 @@ def _trouble() -> tuple[type[Exception], ...]:
     return (*names, DatasetsError, TemplateError, YAMLError)
 
 
+def _said(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:500]
+
+
 def _version() -> str:
     import lm_eval
 
@@ -327,22 +324,14 @@ def _by_itself(download: bool) -> Iterator[None]:
         (evaluate.config, "HF_EVALUATE_OFFLINE", True),  # metrics of the hub are code of others
         (evaluate.config, "HF_UPDATE_DOWNLOAD_COUNTS", False),
     ]
-    loggers = [logging.getLogger(name) for name in _LOGGERS]
-    before = [getattr(place, name) for place, name, _ in changes], [logger.level for logger in loggers]
-    shown = datasets.are_progress_bars_disabled()
-    try:
+    with contextlib.ExitStack() as back, warnings.catch_warnings():
         for place, name, value in changes:
+            back.callback(setattr, place, name, getattr(place, name))
             setattr(place, name, value)
-        for logger in loggers:
-            logger.setLevel(logging.CRITICAL)
-        datasets.disable_progress_bars()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for (place, name, _), value in zip(changes, before[0], strict=True):
-            setattr(place, name, value)
-        for logger, level in zip(loggers, before[1], strict=True):
-            logger.setLevel(level)
-        if not shown:
-            datasets.enable_progress_bars()
+        if not datasets.are_progress_bars_disabled():
+            back.callback(datasets.enable_progress_bars)
+            datasets.disable_progress_bars()
+        back.callback(logging.disable, logging.root.manager.disable)
+        logging.disable(logging.CRITICAL)
+        warnings.simplefilter("ignore")
+        yield

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 import tokenizers
 
 from nanochat_pl.bundle import StageInfo, save_bundle
 from nanochat_pl.bundle.bundle import load_tokenizer
 from nanochat_pl.bundle.stage_info import library_versions
-from nanochat_pl.common.console import SECONDS_BETWEEN_LINES, console, is_silent, print_table, rank_zero_print
+from nanochat_pl.common.console import SECONDS_BETWEEN_LINES, console, is_silent, rank_zero_print
 from nanochat_pl.common.files import write_json
 from nanochat_pl.common.run_dir import StageFolder
 from nanochat_pl.common.schema import to_plain
@@ -24,7 +23,7 @@ from nanochat_pl.data.sources.mixture import MixedSource
 from nanochat_pl.data.sources.run_corpus import RunCorpus
 from nanochat_pl.tokenizer import SPLIT_PATTERN, Tokenizer, train_tokenizer
 from nanochat_pl.tokenizer.bpe import SPECIAL_TOKENS
-from nanochat_pl.tokenizer.comparison import compare_tokenizers, comparison_table, texts_of_kinds
+from nanochat_pl.tokenizer.comparison import compare_tokenizers, comparison_table, print_comparison, texts_of_kinds
 from nanochat_pl.training.config import TrainConfig
 
 COMPARED_DOCUMENTS = 1_000
@@ -142,13 +141,3 @@ def tokenizer_for(
             with stage.discarded_on_error():
                 train_tokenizer_stage(config, stage, source, cache, corpus)
     return load_tokenizer(stage.bundle)
-
-
-def print_comparison(
-    heading: Sequence[str], lines: Sequence[Sequence[Any]], skipped: Mapping[str, str], title: str = ""
-) -> None:
-    """A line for each text, as :func:`comparison_table` gives them; tokenizers that were skipped are named below."""
-    shown = [[name, f"{num_bytes:,}", *(f"{figure:.2f}" for figure in figures)] for name, num_bytes, *figures in lines]
-    print_table(heading, shown, title=title)
-    for name, why in skipped.items():
-        rank_zero_print(f"{name}: {why}")
