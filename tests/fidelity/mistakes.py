@@ -18,7 +18,7 @@ from torch import Tensor
 from nanochat_pl.model import attention, gpt
 from nanochat_pl.model.gpt import GPT, parameter_roles
 from nanochat_pl.optim import muon, muon_adamw, schedules
-from nanochat_pl.training import step as training
+from nanochat_pl.training import module as training
 from tests.fidelity import setting
 
 Mistake = Callable[[], AbstractContextManager[Any]]
