@@ -32,7 +32,7 @@ NOT_OUR_KEYS = frozenset({"weights_only", "temperature", "max_tokens", "device",
 # The first part of a path in code that must be a file of the repository.
 FOLDERS = ("benchmarks", "conf_experiments", "configs", "docs", "notebooks", "src", "tests")
 ROOT_FILES = re.compile(r"^[\w.-]+\.(toml|py)$|^(README\.md|(constraints|hashes)\.txt|Makefile|LICENSE|\.ci/\w+)$")
-# A block of source that a page prints: <!-- source: src/nanochat_pl/training/step.py:training_step -->
+# A block of source that a page prints: <!-- source: src/nanochat_pl/training/module.py:LMModule.training_step -->
 SOURCE_MARK = re.compile(r"^<!-- source: (?P<path>[\w./]+):(?P<name>[\w.]+) -->")
 
 
