@@ -40,13 +40,23 @@ def oldest(golden: Path, tmp_path: Path) -> Path:
 # --- pickles
 
 
-def test_a_tuple_nested_a_million_deep_is_no_crash(tmp_path: Path) -> None:
-    """As a key it was hashed by recursion in C, which ended the process with a segmentation fault."""
-    path = tmp_path / "tokenizer.pkl"
-    path.write_bytes(b"\x80\x04}" + b")" + b"\x85" * 1_000_000 + b"K\x01s.")
-    code = f"import sys; from nanochat_pl.convert.nanochat.safe_unpickle import *; read_encoding(Path({str(path)!r}))"
+def test_no_crash_by_depth_and_no_memory_for_a_length_that_is_only_said(tmp_path: Path) -> None:
+    """A tuple nested a million deep, as a key, was hashed by recursion in C: the process crashed. A few bytes ask for
+    gigabytes: a slot of the memo, a frame, bytes, text."""
+    asked = [b"}r\xff\xff\xff\x7f.", b"\x95" + b"\xff" * 7 + b"\x7f}.", b"B\xff\xff\xff\x7fa.", b"X\xff\xff\xff\x7fa."]
+    for number, content in enumerate([*asked, b"}" + b")" + b"\x85" * 1_000_000 + b"K\x01s."]):
+        (tmp_path / f"{number}.pkl").write_bytes(b"\x80\x04" + content)
+    code = (
+        "import resource; from nanochat_pl.convert.nanochat.safe_unpickle import *\n"
+        "limit = int(Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize() + 2**30\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (limit, limit))\n"
+        f"for path in sorted(Path({str(tmp_path)!r}).iterdir()):\n"
+        "    try: read_encoding(path)\n"
+        "    except UserError as error: print(error)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 1 and "instruction 0x85, which no tokenizer needs" in done.stderr
+    assert done.stdout.count("is damaged, or no pickle") == len(asked) + 1, done.stderr
+    assert "instruction TUPLE1, which no tokenizer needs" in done.stdout
 
 
 @pytest.mark.parametrize(

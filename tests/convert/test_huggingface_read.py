@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from nanochat_pl.bundle import load_bundle
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.convert.huggingface.read import is_huggingface, read_huggingface
-from nanochat_pl.convert.import_result import save_imported
+from nanochat_pl.convert.report import save_imported
 from nanochat_pl.model.gpt import GPT
 from tests.helpers.exports import GENERATIONS, make_bundle, write
 
@@ -71,7 +71,7 @@ def test_a_folder_that_others_wrote(copy: Path, golden: Path, tmp_path: Path) ->
     imported = read_huggingface(copy)
     assert (imported.config.vocab_size, imported.config.padded_vocab_size) == (640, 704)
     assert imported.stage.stage == "imported" and imported.moments is None
-    assert any("other 704 rows" in line or "704 rows" in line for line in imported.certificate.remarks)
+    assert any("other 704 rows" in line or "704 rows" in line for line in imported.report.remarks)
     loaded = load_bundle(save_imported(imported, tmp_path / "bundle"), dtype="float32")
     original = make_bundle(golden, tmp_path / "original", "2025_10", rotary_bfloat16=False)
     rounded = {name: weight.bfloat16().float() for name, weight in original.net.state_dict().items()}
@@ -86,7 +86,7 @@ def test_without_a_tokenizer(copy: Path) -> None:
     (copy / "tokenizer.json").unlink()
     imported = read_huggingface(copy)
     assert imported.tokenizer is None
-    assert any("no tokenizer" in line for line in imported.certificate.remarks)
+    assert any("no tokenizer" in line for line in imported.report.remarks)
 
 
 def edit_weights(change: Callable[[dict[str, torch.Tensor]], None]) -> Callable[[Path], None]:

@@ -15,10 +15,10 @@ from nanochat_pl.bundle.bundle import load_moments, load_stage_info
 from nanochat_pl.cli.plan import PlanConfig
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.config.compose import compose
-from nanochat_pl.convert.import_result import Imported, save_imported
 from nanochat_pl.convert.nanochat.layout import Checkpoint, choose_checkpoint, list_checkpoints
 from nanochat_pl.convert.nanochat.read import read_nanochat
 from nanochat_pl.convert.nanochat.versions import ERAS, ReferenceConfig, model_settings, resolve
+from nanochat_pl.convert.report import Imported, save_imported
 from nanochat_pl.model.config import ModelSettings, resolve_model
 from nanochat_pl.model.gpt import GPT, parameter_roles
 from nanochat_pl.optim import OptimSettings, StepValues, build_optimizer, resolve_hyperparameters
@@ -55,7 +55,7 @@ def test_older_generations_are_found_by_their_tensors(era: str, golden: Path, tm
     imported = read_nanochat(golden / f"era_{era}")
     names = {"feb2026": "nanochat_2026_02", "oct2025": "nanochat_2025_10"}
     assert imported.stage.origin["era"] == names[era]
-    assert imported.tokenizer is None and "Without a tokenizer" in " ".join(imported.certificate.remarks)
+    assert imported.tokenizer is None and "Without a tokenizer" in " ".join(imported.report.remarks)
     assert_era_is_golden(net_of(imported, tmp_path / "bundle"), golden / f"era_{era}")
     assert load_bundle(tmp_path / "bundle").tokenizer is None
 
@@ -119,7 +119,7 @@ def test_bfloat16_weights_keep_their_type_and_their_bits(golden: Path, tmp_path:
     edit_state(source, lambda state: state.update({name: tensor.bfloat16() for name, tensor in state.items()}))
     imported = read_nanochat(source)
     assert imported.config.embedding_dtype == imported.config.compute_dtype == "bfloat16"
-    assert {row.dtype_there for row in imported.certificate.tensors} == {"bfloat16"}
+    assert {row.dtype_there for row in imported.report.tensors} == {"bfloat16"}
     stored = load_file(save_imported(imported, tmp_path / "bundle") / "model.safetensors")
     original = torch.load(golden / "nanochat_base/base_checkpoints/d4/model_000007.pt", weights_only=True)
     assert all(torch.equal(stored[name], tensor.bfloat16()) for name, tensor in original.items())
@@ -178,9 +178,9 @@ def test_what_older_runs_lack_is_filled_in(golden: Path, tmp_path: Path) -> None
     assert imported.config.residual_lambdas and imported.config.windows == (256,) * 4
     assert torch.equal(imported.weights["resid_lambdas"], torch.ones(4))
     assert torch.equal(imported.weights["x0_lambdas"], torch.zeros(4))
-    filled = {row.here: row.how for row in imported.certificate.tensors if not row.there}
+    filled = {row.here: row.how for row in imported.report.tensors if not row.there}
     assert filled == {"resid_lambdas": "filled in with 1", "x0_lambdas": "filled in with 0"}
-    windows = next(fact for fact in imported.certificate.facts if fact.name == "windows")
+    windows = next(fact for fact in imported.report.facts if fact.name == "windows")
     assert "no window_pattern, so L" in windows.source
 
 
@@ -249,7 +249,7 @@ def test_unknown_keys_are_carried_along_and_said(golden: Path, tmp_path: Path) -
     edit_meta(source, novelty=3)
     imported = read_nanochat(source)
     assert imported.stage.origin["meta"]["model_config"]["novelty"] == 3
-    assert any("novelty" in remark for remark in imported.certificate.remarks)
+    assert any("novelty" in remark for remark in imported.report.remarks)
 
 
 def test_token_bytes_that_differ_are_said(golden: Path, tmp_path: Path) -> None:
@@ -259,7 +259,7 @@ def test_token_bytes_that_differ_are_said(golden: Path, tmp_path: Path) -> None:
     counts[[300, 301]] += 2
     table.unlink()
     torch.save(counts, table)
-    assert any("other numbers of bytes for 2 ids" in remark for remark in read_nanochat(source).certificate.remarks)
+    assert any("other numbers of bytes for 2 ids" in remark for remark in read_nanochat(source).report.remarks)
 
 
 # --- which checkpoint

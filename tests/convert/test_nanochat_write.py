@@ -17,10 +17,10 @@ from nanochat_pl.bundle.bundle import load_weights
 from nanochat_pl.cli.train import compose_train
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.schema import to_plain
-from nanochat_pl.convert.import_result import save_imported
 from nanochat_pl.convert.nanochat.moments import recipe_groups
 from nanochat_pl.convert.nanochat.read import read_nanochat
 from nanochat_pl.convert.nanochat.write import express, write_nanochat
+from nanochat_pl.convert.report import save_imported
 from nanochat_pl.model.config import GPTConfig, ModelSettings, resolve_model
 from nanochat_pl.model.gpt import GPT, parameter_roles
 from nanochat_pl.model.init import init_weights

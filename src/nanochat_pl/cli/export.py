@@ -76,17 +76,10 @@ def _is_of_classic_muon(bundle: Bundle) -> bool:
 
 
 def _say_parity(parity: Parity) -> None:
+    figures = parity.figures()
+    width = max(map(len, figures))
     rank_zero_print(f"Equal, on {parity.num_positions:,} positions of {parity.text}:")
-    rank_zero_print(f"  largest difference of two logits  {parity.max_difference:.2g}")
-    rank_zero_print(f"  same most likely token            {parity.agreement:.2%}")
-    if parity.num_texts:
-        rank_zero_print(f"  texts with the same ids           {parity.num_texts:,}")
-    if (rounded := parity.bfloat16) is not None:
-        rank_zero_print(
-            f"  in bfloat16, 8 significant bits   {rounded.theirs:.2g} ({rounded.ours:.2g} in nanochat-pl's own)"
-        )
-    if parity.max_difference_as_is is not None:
-        rank_zero_print(
-            "  The rotary tables are in float32 there; against the bundle's, rounded to bfloat16, logits differ by"
-            f" up to {parity.max_difference_as_is:.2g}."
-        )
+    for name, value in figures.items():
+        rank_zero_print(f"  {name:<{width}}  {value}")
+    for remark in parity.remarks():
+        rank_zero_print(remark)

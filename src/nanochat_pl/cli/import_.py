@@ -20,11 +20,11 @@ from nanochat_pl.common.run_dir import StageFolder, stage_folder
 from nanochat_pl.common.schema import setting
 from nanochat_pl.config.compose import compose
 from nanochat_pl.convert.huggingface.read import is_huggingface, read_huggingface, stage_of_huggingface
-from nanochat_pl.convert.import_result import CERTIFICATE, Imported, save_imported
 from nanochat_pl.convert.nanochat.layout import Stage, choose_checkpoint, stage_of
 from nanochat_pl.convert.nanochat.read import read_nanochat
 from nanochat_pl.convert.nanochat.versions import Era
 from nanochat_pl.convert.output_dir import parents_removed_on_error, require_free
+from nanochat_pl.convert.report import CERTIFICATE, Imported, save_imported
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def _stage_in(source: Path, config: ImportConfig) -> str:
 
 def _read_and_tell(source: Path, config: ImportConfig) -> Imported:
     imported = _read(source, config)
-    for line in imported.certificate.summary():
+    for line in imported.report.summary():
         rank_zero_print(line)
     return imported
 

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import io
 import keyword
 import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Iterator, Sequence
+from typing import NoReturn
 
 from nanochat_pl.cli._subprocess import follows_stdin, note_exit
 from nanochat_pl.common.console import ignore_broken_pipe, replace_unencodable_characters
 from nanochat_pl.common.constants import EXIT_USER_ERROR
-from nanochat_pl.common.errors import SharedError, UserError, did_you_mean
+from nanochat_pl.common.errors import LostContact, SharedError, UserError, did_you_mean, first_line
 from nanochat_pl.common.launch_env import launch_env
 
 # Each command is a file of this folder with a function run(overrides) -> exit code, and Config.
@@ -42,6 +45,8 @@ CONFIG_FLAGS = ("--cfg", "-c")
 TOGETHER = ("train", "evaluate", "selftest")
 # Which of these is set, it is a launcher that has started the processes.
 _LAUNCHERS = {"TORCHELASTIC_RUN_ID", "SLURM_PROCID"}
+# What a launcher has to end this process, after another one has failed.
+_SECONDS_FOR_LAUNCHER = 3.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -92,6 +97,10 @@ def _report(error: BaseException) -> int:
         return 128 + signal.SIGINT
     if isinstance(error, BrokenPipeError):  # the reader of our output has gone, as in `… | head`
         return 128 + signal.SIGPIPE if hasattr(signal, "SIGPIPE") else 1
+    if isinstance(error, LostContact):
+        print(f"error: another process has ended: {error}.", file=sys.stderr)
+        print("It or its launcher says why. The same command goes on from the last resume file.", file=sys.stderr)
+        return 1
     traceback.print_exception(error)
     print("\nThis is a bug in nanochat_pl: please report it with the lines above.", file=sys.stderr)
     return 1
@@ -137,18 +146,48 @@ def _dispatch(arguments: list[str]) -> int:
 def _dispatch_together(arguments: list[str]) -> int:
     """One of several processes that a launcher has started with the same command."""
     from nanochat_pl.distributed import coordination
-    from nanochat_pl.distributed.failure_monitor import watchdog
 
     coordination.begin()
-    with watchdog(_report):
+    try:
         try:
             code = _dispatch(arguments)
         except SharedError as error:
             if launch_env().rank == 0:
                 _print_problems(error)
             code = EXIT_USER_ERROR
-        coordination.end()  # not after an error of this process alone: the others may never come here
+        coordination.end()
+    except (Exception, KeyboardInterrupt) as error:
+        _end_alone(error)
     return code
+
+
+def _end_alone(error: BaseException) -> NoReturn:
+    """End this process at once with an error that the others have not raised; then the launcher ends those.
+
+    What each finds for itself, as a wrong key, the first one prints.
+    """
+    from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+    from nanochat_pl.distributed import collectives
+
+    code = 1
+    try:
+        if isinstance(error, LostContact):  # the cause is the other's to say, and its exit code the one that counts
+            time.sleep(_SECONDS_FOR_LAUNCHER)
+        printed = io.StringIO()
+        with contextlib.redirect_stderr(printed):
+            code = _report(error)
+        if not isinstance(error, LostContact):
+            note_exit(code)
+            if not isinstance(error, UserError):
+                get_error_handler().record_exception(error)  # for torchrun's table
+        if collectives.is_first_to_say(first_line(error)):
+            lines = printed.getvalue().splitlines(keepends=True)
+            told = [f"process {launch_env().rank}: {line}" if line.strip() else line for line in lines]
+            os.write(2, "".join(told).encode("utf-8", errors="replace"))  # in one piece: the others write, too
+        sys.stdout.flush()
+    finally:
+        os._exit(code)  # nothing waits for the others
 
 
 def _is_together(arguments: list[str]) -> bool:

@@ -35,6 +35,10 @@ class SharedError(UserError):
     """One that all processes of a training raise alike: the main one prints it."""
 
 
+class LostContact(RuntimeError):
+    """Another process of the training has ended while this one waited for it: what that one has said is the cause."""
+
+
 class NotFiniteError(UserError):
     """A model gives NaN or infinities: a choice among such figures would look like guessing.
 

@@ -102,6 +102,34 @@ class Parity:
     num_texts: int = 0
     bfloat16: InBfloat16 | None = None
 
+    def figures(self) -> dict[str, str]:
+        """What must be equal, and how equal it is."""
+        found = {
+            "largest difference of two logits": f"{self.max_difference:.2g}",
+            "positions with the same most likely token": f"{self.agreement:.2%}",
+        }
+        if self.num_texts:
+            found["texts with the same token ids, a rendered conversation among them"] = f"{self.num_texts:,}"
+        return found
+
+    def remarks(self) -> list[str]:
+        """What a reader should know besides."""
+        remarks = []
+        if (rounded := self.bfloat16) is not None:
+            remarks.append(
+                f"In bfloat16, whose numbers have 8 significant bits, logits of {rounded.num_positions:,} positions"
+                f" differ from those in float32 by up to {rounded.theirs:.2g} ({rounded.ours:.2g} in nanochat-pl's own"
+                f" bfloat16); the most likely token is the same at {rounded.agreement:.1%} of them. This is told, not"
+                " required."
+            )
+        if self.max_difference_as_is is not None:
+            remarks.append(
+                "The model was trained with rotary tables rounded to bfloat16; transformers keeps them in float32. The"
+                " comparison above is made with tables in float32 on both sides. Against the model as it was trained,"
+                f" logits differ by up to {self.max_difference_as_is:.2g}."
+            )
+        return remarks
+
 
 def measure(bundle: Bundle, folder: Path, layout: Layout, unrounded: bool) -> Parity:
     """Compare an exported folder with its bundle.
@@ -120,7 +148,8 @@ def measure(bundle: Bundle, folder: Path, layout: Layout, unrounded: bool) -> Pa
     ours = _logits(bundle.net, ids)
     as_is = None
     if unrounded and bundle.config.rotary_bfloat16:
-        as_is, ours = ours, _logits(_with_tables_in_float32(bundle.net), ids)
+        in_float32 = replace(bundle.config, rotary_bfloat16=False)
+        as_is, ours = ours, _logits(_rebuilt(bundle.net, in_float32, bundle.net.compute_dtype), ids)
     with tempfile.TemporaryDirectory() as scratch:
         theirs, their_ids, rounded = _in_fresh_process(folder, layout, ids, texts, Path(scratch))
     if theirs.shape != ours.shape or not torch.isfinite(theirs).all():
@@ -170,9 +199,7 @@ def _sample(config: GPTConfig, tokenizer: Tokenizer | None, texts: Sequence[str]
 def _in_bfloat16(net: GPT, ids: Tensor, theirs: Tensor, exact: Tensor) -> InBfloat16:
     """Figures of the exported model's logits (1, T, V) in bfloat16, against those (B, T, V) of float32."""
     number = theirs.size(1)
-    other = GPT(net.config, torch.bfloat16)
-    other.load_state_dict(net.state_dict(), assign=True)
-    ours, exact = _logits(other.set_compute_dtype(torch.bfloat16), ids[:1, :number]), exact[:1, :number]
+    ours, exact = _logits(_rebuilt(net, net.config, torch.bfloat16), ids[:1, :number]), exact[:1, :number]
     return InBfloat16(
         number,
         float((theirs - exact).abs().max()),
@@ -181,10 +208,11 @@ def _in_bfloat16(net: GPT, ids: Tensor, theirs: Tensor, exact: Tensor) -> InBflo
     )
 
 
-def _with_tables_in_float32(net: GPT) -> GPT:
-    other = GPT(replace(net.config, rotary_bfloat16=False), net.compute_dtype)
+def _rebuilt(net: GPT, config: GPTConfig, compute_dtype: torch.dtype) -> GPT:
+    """The same weights, computing otherwise."""
+    other = GPT(config, compute_dtype)
     other.load_state_dict(net.state_dict(), assign=True)
-    return other.set_compute_dtype(net.compute_dtype)
+    return other.set_compute_dtype(compute_dtype)
 
 
 @torch.inference_mode()

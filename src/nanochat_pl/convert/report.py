@@ -1,15 +1,26 @@
-"""What an import did, for people and for programs: each tensor and each number, and where it came from."""
+"""What every reader of a foreign format gives, the report of where each part of it came from, and the bundle of it."""
 
 from __future__ import annotations
 
+import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from nanochat_pl.common.errors import visible
-from nanochat_pl.common.schema import to_plain
+import torch
+from torch import Tensor
 
+from nanochat_pl.bundle import StageInfo, save_bundle
+from nanochat_pl.common.errors import UserError, visible
+from nanochat_pl.common.schema import to_plain
+from nanochat_pl.convert.output_dir import parents_removed_on_error, require_free
+from nanochat_pl.model.config import GPTConfig
+from nanochat_pl.model.gpt import GPT
+from nanochat_pl.tokenizer import Tokenizer
+
+CERTIFICATE = "certificate"
 READ = "read"
 
 
@@ -44,8 +55,8 @@ class FactRow:
 
 
 @dataclass(frozen=True)
-class Certificate:
-    """All that an import took over, filled in and found odd.
+class ConversionReport:
+    """All that an import took over, filled in and found odd; the certificate in the bundle.
 
     Attributes:
         source: the folder, as it was given.
@@ -65,10 +76,6 @@ class Certificate:
     tensors: tuple[TensorRow, ...] = ()
     remarks: tuple[str, ...] = ()
 
-    def to_plain(self) -> dict[str, Any]:
-        """As plain data, for ``certificate.json``."""
-        return to_plain(self)
-
     def summary(self) -> list[str]:
         """A few lines for the terminal."""
         read = [row for row in self.tensors if row.how == READ]
@@ -84,18 +91,73 @@ class Certificate:
         parts = [f"# Certificate of import\n\nFrom `{self.source}`: {self.layout}, {self.found}.\n"]
         if self.remarks:
             parts.append("\n".join(f"- {remark}" for remark in self.remarks) + "\n")
-        parts.append("## Architecture\n\n" + _table(("field", "value", "from"), [_cells(row) for row in self.facts]))
+        parts.append("## Architecture\n\n" + table(("field", "value", "from"), map(_cells, self.facts)))
         columns = ("there", "here", "shape", "type there", "type here", "how")
-        parts.append("## Weights\n\n" + _table(columns, [_cells(row) for row in self.tensors]))
-        parts.append("## Files\n\n" + _table(("file", "SHA-256"), [list(item) for item in self.files.items()]))
+        parts.append("## Weights\n\n" + table(columns, map(_cells, self.tensors)))
+        parts.append("## Files\n\n" + table(("file", "SHA-256"), self.files.items()))
         return "\n".join(parts)
+
+
+@dataclass(frozen=True)
+class Imported:
+    """A model from elsewhere.
+
+    Attributes:
+        config: the architecture, every number resolved.
+        weights: by our names, each in the type in which it was stored; all of them, with the shapes of ``config``.
+        tokenizer: None where there was none.
+        moments: optimizer moments by name (``MuonAdamW.moments_by_name``), or None.
+        stage: the origin, with ``stage.origin`` as the writer of the format wants it.
+        report: what was read and what was filled in.
+    """
+
+    config: GPTConfig
+    weights: Mapping[str, Tensor]
+    tokenizer: Tokenizer | None
+    moments: Mapping[str, Tensor] | None
+    stage: StageInfo
+    report: ConversionReport
+
+
+def save_imported(imported: Imported, to: Path) -> Path:
+    """Write the bundle, with ``certificate.json`` and ``certificate.md`` in it; it appears whole or not at all.
+
+    Raises:
+        UserError: see :func:`~nanochat_pl.convert.output_dir.require_free`; or the disk refuses.
+    """
+    require_free(to)
+    net = GPT(imported.config)
+    net.load_state_dict(dict(imported.weights), assign=True)
+    texts = {
+        f"{CERTIFICATE}.json": json.dumps(to_plain(imported.report), indent=2, ensure_ascii=False) + "\n",
+        f"{CERTIFICATE}.md": imported.report.to_markdown(),
+    }
+    with parents_removed_on_error(to):
+        return save_bundle(
+            to, imported.stage, net=net, tokenizer=imported.tokenizer, moments=imported.moments, texts=texts
+        )
+
+
+def require_finite(weights: Mapping[str, Tensor], where: str) -> None:
+    """Refuse weights that are not numbers.
+
+    Raises:
+        UserError: with every tensor that has NaN or infinite values.
+    """
+    bad = {name: int((~torch.isfinite(tensor)).sum()) for name, tensor in weights.items()}
+    problems = [
+        f"{where}: {name} has {count:,} values that are NaN or infinite." for name, count in bad.items() if count
+    ]
+    if problems:
+        raise UserError(problems[:8], fix="The training had diverged, or the file is damaged: take an earlier one.")
 
 
 def _cells(row: TensorRow | FactRow) -> list[object]:
     return list(to_plain(row).values())
 
 
-def _table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A table of Markdown."""
     lines = [columns, ["---"] * len(columns), *rows]
     # Names and values are a stranger's: neither a bar nor a line end may break the table.
     return "".join("| " + " | ".join(_cell(cell) for cell in line) + " |\n" for line in lines)

@@ -1,1 +1,1 @@
-"""Processes that train together: how they find each other, what they exchange, and how a lost one is noticed."""
+"""Processes that train together: how they find each other and what they exchange."""

@@ -8,6 +8,9 @@ up and everything is answered at once. All processes must call the same function
 
 from __future__ import annotations
 
+import re
+import signal
+import threading
 import time
 from datetime import timedelta
 from typing import Any
@@ -16,14 +19,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nanochat_pl.common.errors import UserError
+from nanochat_pl.common.errors import LostContact, UserError, first_line
 from nanochat_pl.common.launch_env import launch_env
-from nanochat_pl.distributed.rendezvous import SECONDS_TO_MEET, meet
+from nanochat_pl.distributed.rendezvous import TIMEOUT_SECONDS, rendezvous
 
 # What no collective of a healthy training takes. One that waits for work on the host (a cache that is built by one
-# process while the others wait) may take hours, and a process that is gone is noticed by other means. Those of devices
+# process while the others wait) may take hours, and a process that is gone closes its connections. Those of devices
 # wait for nothing but devices and the network between them.
 TIMEOUT, DEVICE_TIMEOUT = timedelta(hours=24), timedelta(minutes=20)
+# What gloo, NCCL and the store say when another process has gone: PyTorch has no type for it.
+_LOST_CONTACT = re.compile("gloo|nccl|connection closed|connection reset|broken pipe|socket", re.IGNORECASE)
+
+_store: Any = None  # by which the processes have found each other
 
 
 def world_size() -> int:
@@ -43,29 +50,30 @@ def is_rank_zero() -> bool:
 
 def start(device: torch.device) -> None:
     """Let the processes that were started together speak to each other. Of one process, nothing."""
-    place = launch_env()
-    if place.world_size == 1 or dist.is_initialized():
+    global _store
+    env = launch_env()
+    if env.world_size == 1 or dist.is_initialized():
         return
     # Defaults of its functions are the group that there is when it is first imported (torch.compile does): the group's
     # threads would then outlive stop(), and one that lets go of its last tensor while Python ends aborts the process.
     import torch.distributed.nn.functional  # noqa: F401
 
-    store = meet(place)
+    _store = rendezvous(env)
     try:
         dist.init_process_group(
             backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-            store=store,
-            rank=place.rank,
-            world_size=place.world_size,
-            timeout=timedelta(seconds=SECONDS_TO_MEET),
+            store=_store,
+            rank=env.rank,
+            world_size=env.world_size,
+            timeout=timedelta(seconds=TIMEOUT_SECONDS),
             device_id=None if device.index is None else device,
         )
     except RuntimeError as error:
         raise UserError(
-            f"process {place.rank} has met the others, but cannot speak to them: {str(error).partition(chr(10))[0]}",
+            f"process {env.rank} has met the others, but cannot speak to them: {str(error).partition(chr(10))[0]}",
             "Between machines, GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name the network to use (see ip addr).",
         ) from error
-    store.set_timeout(DEVICE_TIMEOUT)  # NCCL's processes find each other by it, at the first collective
+    _store.set_timeout(DEVICE_TIMEOUT)  # NCCL's processes find each other by it, at the first collective
     set_timeouts()
 
 
@@ -110,6 +118,15 @@ def barrier() -> None:
 def broadcast_str(text: str) -> str:
     """The text that the main process has."""
     return all_gather_str(text if is_rank_zero() else "")[0]
+
+
+def is_first_to_say(text: str) -> bool:
+    """Whether no other process has asked this about the same text. Speaks past the collectives: also one process alone
+    may ask, after an error."""
+    try:
+        return world_size() == 1 or _store.add(f"said/{text}", 1) == 1
+    except RuntimeError:  # the process that hosts the store has ended
+        return True
 
 
 def all_gather_str(text: str) -> list[str]:
@@ -212,5 +229,13 @@ def seconds_waited() -> float:
 def _timed(function: Any, *arguments: Any) -> None:
     global _seconds_waited
     begin = time.perf_counter()
-    function(*arguments)
+    try:
+        function(*arguments)
+    except RuntimeError as error:
+        if not _LOST_CONTACT.search(str(error)):
+            raise
+        # A training keeps signals for the end of a step. This one has no end, and the launcher's is on its way.
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        raise LostContact(re.sub(r"^\[\S*\] ", "", first_line(error)).partition(". ")[0]) from error
     _seconds_waited += time.perf_counter() - begin

@@ -6,102 +6,92 @@ import os
 import socket
 import sys
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.launch_env import LaunchEnv, launcher_hosts_store, master_address
 
-SECONDS_TO_MEET = 300.0
-SECONDS_IN_SILENCE = 15.0
+TIMEOUT_SECONDS = 300.0
+NOTICE_SECONDS = 15.0
+_MAX_NAMED = 8
 
 
-def meet(place: LaunchEnv, seconds: float = SECONDS_TO_MEET, in_silence: float = SECONDS_IN_SILENCE) -> Any:
+def rendezvous(env: LaunchEnv, timeout: float = TIMEOUT_SECONDS, notice_after: float = NOTICE_SECONDS) -> Any:
     """Wait until all processes have come; gives the store (of torch.distributed) that they share.
 
     Args:
-        place: of this process.
-        seconds: after which it gives up.
-        in_silence: seconds after which it says on stderr for whom it waits.
+        env: of this process.
+        timeout: seconds after which it gives up.
+        notice_after: seconds after which it says on stderr what it waits for.
 
     Raises:
-        UserError: not all have come; names those which have not.
+        UserError: the port is taken, the host cannot be reached, or not all have come: names those which have not.
     """
     from torch.distributed import PrefixStore, TCPStore
 
-    waiting = _Waiting(place, seconds, in_silence)
     host, port = master_address()
-    hosts = place.rank == 0 and not launcher_hosts_store()
-    if not hosts:
-        _reach(host, port, waiting)
+    address = f"MASTER_ADDR={host}, MASTER_PORT={port}"
+    is_host = env.rank == 0 and not launcher_hosts_store()
+
+    def what_keeps_from_connecting() -> str:
+        # Asked before the store's client is made, which would wait deaf to Ctrl-C and print a stack of its own.
+        try:
+            socket.create_connection((host, port), timeout=5.0).close()
+        except OSError as error:
+            return f"to reach {address}: {error}"
+        return ""
+
+    if not is_host and (problem := _wait_until_empty(what_keeps_from_connecting, env.rank, timeout, notice_after)):
+        raise UserError(
+            f"process {env.rank} has waited {timeout:.0f} s {problem}.",
+            "Does process 0 (or the launcher) run on that host, is the port the same everywhere, and does the network"
+            f" let it through? WORLD_SIZE={env.world_size} stands in the environment: one process alone needs it"
+            " unset.",
+        )
+    names = [f"here/{rank}" for rank in range(env.world_size)]
+
+    def who_is_missing() -> str:
+        missing = [] if store.check(names) else [str(n) for n, name in enumerate(names) if not store.check([name])]
+        more = f" and {len(missing) - _MAX_NAMED} more" if len(missing) > _MAX_NAMED else ""
+        listed = ", ".join(missing[:_MAX_NAMED])
+        return f"for process {listed}{more} of WORLD_SIZE={env.world_size}" if missing else ""
+
     try:
-        store = TCPStore(
+        server = TCPStore(
             host,
             port,
-            is_master=hosts,
+            is_master=is_host,
             wait_for_workers=False,
-            multi_tenant=hosts,
-            timeout=timedelta(seconds=max(seconds, 1)),
+            multi_tenant=is_host,
+            timeout=timedelta(seconds=max(timeout, 1)),
         )
         # A launcher that starts the workers again may keep its store.
-        shared = PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        _wait_for_all(shared, place, waiting)
+        store = PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", server)
+        store.set(names[env.rank], "")
+        problem = _wait_until_empty(who_is_missing, env.rank, timeout, notice_after)
     except RuntimeError as error:
-        doing = "listen" if hosts else "stay in contact with the other processes"
+        doing = "listen" if is_host else "stay in contact with the other processes"
         raise UserError(
-            f"MASTER_ADDR={host}, MASTER_PORT={port}: process {place.rank} cannot {doing} there:"
-            f" {str(error).partition(chr(10))[0]}",
+            f"{address}: process {env.rank} cannot {doing} there: {str(error).partition(chr(10))[0]}",
             "Is the port free, and are the other processes still there?",
         ) from error
-    return shared
+    if problem:
+        raise UserError(
+            f"process {env.rank} has waited {timeout:.0f} s {problem}, in vain.",
+            "Is the same command started on each machine, with the same MASTER_ADDR and MASTER_PORT, and each RANK"
+            " once? One process alone needs WORLD_SIZE unset.",
+        )
+    return store
 
 
-class _Waiting:
-    def __init__(self, place: LaunchEnv, seconds: float, in_silence: float) -> None:
-        self.place, self.seconds = place, seconds
-        self.begin, self.speaks_at, self.pause = time.monotonic(), in_silence, 0.02
-
-    def continues(self, what: str) -> bool:
-        """Whether there is time left; waits a little, and says now and then for what."""
-        waited = time.monotonic() - self.begin
-        if waited > self.seconds:
-            return False
-        if waited > self.speaks_at:
-            self.speaks_at = max(2 * self.speaks_at, waited)
-            print(f"process {self.place.rank}: {what}, for {waited:.0f} s now", file=sys.stderr, flush=True)
-        time.sleep(self.pause)
-        self.pause = min(1.5 * self.pause, 1.0)
-        return True
-
-
-def _reach(host: str, port: int, waiting: _Waiting) -> None:
-    """Wait until somebody listens there: a client of the store would wait deaf to Ctrl-C, and print its own stack."""
-    problem: OSError | None = None
-    while waiting.continues(f"waits to reach MASTER_ADDR={host}, MASTER_PORT={port} ({problem})"):
-        try:
-            with socket.create_connection((host, port), timeout=5.0):
-                return
-        except OSError as error:
-            problem = error
-    raise UserError(
-        f"MASTER_ADDR={host}, MASTER_PORT={port}: process {waiting.place.rank} has not reached it in"
-        f" {waiting.seconds:.0f} s: {problem}.",
-        "Does process 0 (or the launcher) run on that host, is the port the same everywhere, and does the network let"
-        f" it through? WORLD_SIZE={waiting.place.world_size} stands in the environment: one process alone needs it"
-        " unset.",
-    )
-
-
-def _wait_for_all(store: Any, place: LaunchEnv, waiting: _Waiting) -> None:
-    names = [f"here/{rank}" for rank in range(place.world_size)]
-    store.set(names[place.rank], "")
-    while not store.check(names):
-        missing = [str(rank) for rank, name in enumerate(names) if not store.check([name])]
-        many = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
-        listed = f"{', '.join(missing[:8])}{many} of WORLD_SIZE={place.world_size}"
-        if missing and not waiting.continues(f"waits for process {listed}"):
-            raise UserError(
-                f"process {place.rank} has waited {waiting.seconds:.0f} s for process {listed}, in vain.",
-                "Is the same command started on each machine, with the same MASTER_ADDR and MASTER_PORT, and each RANK"
-                " once? One process alone needs WORLD_SIZE unset.",
-            )
+def _wait_until_empty(pending: Callable[[], str], rank: int, timeout: float, notice_after: float) -> str:
+    """Ask what is waited for until it is nothing or the time is over; gives the last answer."""
+    begin = time.monotonic()
+    while (what := pending()) and (waited := time.monotonic() - begin) < timeout:
+        if waited > notice_after:
+            notice_after = 2 * waited
+            print(f"process {rank}: waits {what}, for {waited:.0f} s now", file=sys.stderr, flush=True)
+        time.sleep(min(0.02 + waited / 4, 1.0))
+    return what

@@ -5,6 +5,7 @@ from __future__ import annotations
 from nanochat_pl.bundle import Bundle
 from nanochat_pl.convert.huggingface.config import is_native
 from nanochat_pl.convert.parity import Layout, Parity
+from nanochat_pl.convert.report import table
 from nanochat_pl.model.counts import count_parameters
 
 _HEADER = """\
@@ -71,34 +72,13 @@ def _loading(bundle: Bundle) -> str:
 
 def _equality(parity: Parity, layout: Layout) -> str:
     reader = "`AutoModelForCausalLM`" if layout == "hf" else "nanochat-pl's reader of this layout"
-    lines = [
-        "## How equal it is to the original",
-        "",
+    what = (
         f"Loaded in a fresh process with {reader} and compared in float32 on a CPU, on {parity.num_positions:,}"
-        f" positions of {parity.text}:",
-        "",
-        "| | |",
-        "|---|---|",
-        f"| largest difference of two logits | {parity.max_difference:.2g} |",
-        f"| positions with the same most likely token | {parity.agreement:.2%} |",
-    ]
-    if parity.num_texts:
-        lines.append(f"| texts with the same token ids, a rendered conversation among them | {parity.num_texts:,} |")
-    if (rounded := parity.bfloat16) is not None:
-        lines += [
-            "",
-            f"In bfloat16, whose numbers have 8 significant bits, logits of {rounded.num_positions:,} positions differ"
-            f" from those in float32 by up to {rounded.theirs:.2g} ({rounded.ours:.2g} in nanochat-pl's own bfloat16);"
-            f" the most likely token is the same at {rounded.agreement:.1%} of them. This is told, not required.",
-        ]
-    if parity.max_difference_as_is is not None:
-        lines += [
-            "",
-            "The model was trained with rotary tables rounded to bfloat16; transformers keeps them in float32. The"
-            " comparison above is made with tables in float32 on both sides. Against the model as it was trained,"
-            f" logits differ by up to {parity.max_difference_as_is:.2g}.",
-        ]
-    return "\n".join(lines) + "\n"
+        f" positions of {parity.text}:"
+    )
+    return "\n\n".join(
+        ["## How equal it is to the original", what, table(("", ""), parity.figures().items()), *parity.remarks(), ""]
+    )
 
 
 def _notes(bundle: Bundle, layout: Layout) -> str:
@@ -128,5 +108,5 @@ def _figures(bundle: Bundle) -> str:
     numbers = {name: value for name, value in bundle.stage.metrics.items() if isinstance(value, (int, float))}
     if not numbers:
         return ""
-    rows = "\n".join(f"| {name} | {value:.4g} |" for name, value in sorted(numbers.items()))
-    return f"## Figures of the stage\n\n| | |\n|---|---|\n{rows}\n"
+    rows = [(name, f"{value:.4g}") for name, value in sorted(numbers.items())]
+    return f"## Figures of the stage\n\n{table(('', ''), rows)}"

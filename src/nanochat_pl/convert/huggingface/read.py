@@ -15,8 +15,7 @@ from nanochat_pl.common.files import read_json, sha256_of_file
 from nanochat_pl.convert.huggingface.config import OURS, from_keys
 from nanochat_pl.convert.huggingface.tokenizer import TOKENIZER, read_tokenizer
 from nanochat_pl.convert.huggingface.weights import read_weights, their_names
-from nanochat_pl.convert.import_result import Imported, require_finite
-from nanochat_pl.convert.report import Certificate, FactRow, TensorRow
+from nanochat_pl.convert.report import ConversionReport, FactRow, Imported, TensorRow, require_finite
 from nanochat_pl.model.config import GPTConfig
 from nanochat_pl.model.counts import require_size
 from nanochat_pl.tokenizer import Tokenizer
@@ -58,7 +57,7 @@ def read_huggingface(folder: Path) -> Imported:
             "Rotary tables are kept in float32, as transformers has them; the training may have rounded them.",
             f"rms_norm_eps={document.get('rms_norm_eps', 1e-6)!r} is not kept: ours is the machine epsilon of float32.",
         ]
-    certificate = Certificate(
+    report = ConversionReport(
         source=visible(str(folder)),
         layout="huggingface",
         found=f"model_type {document['model_type']}" + (", written by nanochat-pl" if OURS in document else ""),
@@ -67,7 +66,7 @@ def read_huggingface(folder: Path) -> Imported:
         tensors=_tensor_rows(weights, config),
         remarks=tuple(remarks),
     )
-    return Imported(config, weights, tokenizer, None, stage, certificate)
+    return Imported(config, weights, tokenizer, None, stage, report)
 
 
 def _document(folder: Path) -> dict[str, Any]:

@@ -18,7 +18,6 @@ from nanochat_pl.common.device import memory_bytes
 from nanochat_pl.common.errors import UserError, visible
 from nanochat_pl.common.files import read_json, sha256_of_file
 from nanochat_pl.common.schema import build, to_plain
-from nanochat_pl.convert.import_result import Imported, require_finite
 from nanochat_pl.convert.nanochat.layout import (
     TOKEN_BYTES_FILE,
     TOKENIZER_FILE,
@@ -49,7 +48,7 @@ from nanochat_pl.convert.nanochat.versions import (
     find_era,
     model_settings,
 )
-from nanochat_pl.convert.report import READ, Certificate, TensorRow
+from nanochat_pl.convert.report import READ, ConversionReport, Imported, TensorRow, require_finite
 from nanochat_pl.model.config import GPTConfig
 from nanochat_pl.model.counts import require_size
 from nanochat_pl.model.gpt import GPT
@@ -126,7 +125,7 @@ def read_nanochat(
             versions=library_versions(),
             origin=to_plain(origin),
         ),
-        certificate=Certificate(
+        report=ConversionReport(
             source=visible(str(source)),
             layout=FORMAT,
             found=f"architecture {found} ({reason})",

@@ -1,20 +1,22 @@
 """The one file in which pickles are touched: the reference keeps its tokenizer and its tensors in them.
 
 A pickle is a program. Neither of the two readers runs one that is not trusted: tensors go through torch's reader for
-tensors and plain data, the tokenizer through a machine that knows one class, and that one stands in for the real.
+tensors and plain data; of the tokenizer's pickle every instruction is looked at before, and the one class that it may
+name is stood in for by an inert one.
 """
 
 from __future__ import annotations
 
 import io
 import pickle
+import pickletools
 import re
 import struct
 import warnings
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn
+from typing import Any
 
 import tiktoken
 import torch
@@ -51,19 +53,12 @@ _DAMAGED = (
     ValueError,
 )
 # All that a pickled Encoding consists of, in the protocols from 3 on. Nothing here nests but dictionaries, which are no
-# keys, so no depth is reached at which the interpreter falls over; nothing takes memory for a length that is only said.
-_INSTRUCTIONS = frozenset(
-    b"".join(
-        (
-            pickle.PROTO + pickle.FRAME + pickle.MARK + pickle.STOP,
-            pickle.EMPTY_DICT + pickle.SETITEM + pickle.SETITEMS + pickle.EMPTY_TUPLE,
-            pickle.SHORT_BINBYTES + pickle.BINBYTES + pickle.SHORT_BINUNICODE + pickle.BINUNICODE,
-            pickle.BININT + pickle.BININT1 + pickle.BININT2,
-            pickle.GLOBAL + pickle.STACK_GLOBAL + pickle.NEWOBJ + pickle.BUILD,
-            pickle.MEMOIZE + pickle.BINPUT + pickle.LONG_BINPUT + pickle.BINGET + pickle.LONG_BINGET,
-        )
-    )
-)
+# keys, so no depth is reached at which the interpreter falls over.
+_INSTRUCTIONS = {
+    *("PROTO", "FRAME", "MARK", "STOP", "EMPTY_DICT", "SETITEM", "SETITEMS", "EMPTY_TUPLE"),
+    *("SHORT_BINBYTES", "BINBYTES", "SHORT_BINUNICODE", "BINUNICODE", "BININT", "BININT1", "BININT2"),
+    *("GLOBAL", "STACK_GLOBAL", "NEWOBJ", "BUILD", "MEMOIZE", "BINPUT", "LONG_BINPUT", "BINGET", "LONG_BINGET"),
+}
 MAX_NAME_LENGTH = 1000
 _COPY_AGAIN = "Copy it again from where it came."
 
@@ -141,24 +136,33 @@ class _Refused(Exception):
     """A name that a pickle asks for and does not get."""
 
 
-class _Instructions(dict[int, Any]):
-    """What the machine does by the number of the instruction; it has no others."""
-
-    def __missing__(self, code: int) -> NoReturn:
-        raise pickle.UnpicklingError(f"it has the instruction {code:#04x}, which no tokenizer needs")
-
-
-class _Unpickler(pickle._Unpickler):
-    """The machine in Python: the one in C takes gigabytes for a file of some bytes that names a high memo slot."""
-
-    dispatch: ClassVar = _Instructions(
-        (code, act) for code, act in pickle._Unpickler.dispatch.items() if code in _INSTRUCTIONS
-    )
-
+class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> type:
         if (module, name) == ENCODING:
             return _Inert
         raise _Refused(f"{module}.{name}")
+
+
+def _unpickle(content: bytes) -> Any:
+    """Run a pickle that has no instruction but those that a tokenizer needs, and no length that is only said, for which
+    the unpickler would take memory.
+
+    Raises:
+        _Refused: it names another class.
+        pickle.UnpicklingError: it has another instruction, or such a length.
+        ValueError: it is cut short, or has bytes that are no instruction.
+    """
+    for count, (instruction, argument, position) in enumerate(pickletools.genops(content)):
+        name = instruction.name
+        if name not in _INSTRUCTIONS:
+            place = position or 0
+            before = content[:place] + pickle.STOP + content[place + 1 :]
+            _Unpickler(io.BytesIO(before)).load()  # to say which name it asks for, where it does
+            raise pickle.UnpicklingError(f"it has the instruction {name}, which no tokenizer needs")
+        bound = {"FRAME": len(content), "LONG_BINPUT": count}.get(name)
+        if bound is not None and int(argument or 0) > bound:
+            raise pickle.UnpicklingError(f"its instruction {name} names {argument:,}, more than there is")
+    return _Unpickler(io.BytesIO(content)).load()
 
 
 def read_encoding(path: Path) -> EncodingState:
@@ -172,7 +176,7 @@ def read_encoding(path: Path) -> EncodingState:
         size = path.stat().st_size
         if size > MAX_PICKLE_BYTES:
             raise UserError(f"{path}: {size:,} bytes, more than the {MAX_PICKLE_BYTES:,} that a tokenizer may have.")
-        found = _Unpickler(io.BytesIO(path.read_bytes())).load()
+        found = _unpickle(path.read_bytes())
     except _Refused as error:
         raise UserError(
             f"{path}: asks for {error}, which is refused: a pickle can run anything, and a tokenizer needs only"
@@ -182,9 +186,7 @@ def read_encoding(path: Path) -> EncodingState:
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
     except _DAMAGED as error:
-        raise UserError(
-            f"{path}: is damaged, or no pickle: {str(error) or 'it ends too early'}", fix=_COPY_AGAIN
-        ) from error
+        raise UserError(f"{path}: is damaged, or no pickle: {error}", fix=_COPY_AGAIN) from error
     state = found.state if isinstance(found, _Inert) else None
     state = state if isinstance(state, dict) else {}
     if problem := _problem_of_state(state):

@@ -37,7 +37,6 @@ from nanochat_pl.convert.nanochat.moments import recipe_groups, require_moments,
 from nanochat_pl.convert.nanochat.provenance import NanochatOrigin, from_json, origin_of
 from nanochat_pl.convert.nanochat.safe_unpickle import write_encoding
 from nanochat_pl.convert.nanochat.versions import ERAS, FILLED_IN, Era, ReferenceConfig, resolve
-from nanochat_pl.convert.output_dir import appears_whole, require_free
 from nanochat_pl.model.config import GPTConfig, ModelSettings
 from nanochat_pl.model.gpt import GPT
 from nanochat_pl.optim.rules import RECIPE
@@ -50,39 +49,38 @@ _FREE = {"embedding_dtype", "compute_dtype"}
 
 
 def write_nanochat(bundle_folder: Path, to: Path, moments: bool = True) -> Path:
-    """Write a bundle as nanochat reads it; the folder appears whole or not at all.
+    """Fill a folder, which is empty or not there, with a bundle as nanochat reads it.
 
     A bundle that was imported from nanochat gives the same tensors (names, types, bits) and the same JSON values again.
 
     Args:
         bundle_folder: the bundle.
-        to: the base folder to make.
+        to: the base folder.
         moments: whether to write the optimizer's moments, where there are any.
 
     Raises:
-        UserError: ``to`` is there already, the bundle is damaged, the layout cannot express its architecture, or the
-            disk refuses.
+        UserError: the bundle is damaged, the layout cannot express its architecture, or the disk refuses.
     """
-    require_free(to)
     config, stage = load_config(bundle_folder), load_stage_info(bundle_folder)
     origin = origin_of(stage, str(bundle_folder))
     there = express(config)
     weights = load_weights(bundle_folder, as_stored=True)
     tokenizer = load_tokenizer(bundle_folder) if (bundle_folder / TOKENIZER).exists() else None
-    kept = load_moments(bundle_folder, as_stored=True) if moments else None
-    with appears_whole(to) as growing:
-        checkpoint = _place(growing, stage, origin, config)
-        with explain_disk_errors(to):
-            checkpoint.folder.mkdir(parents=True)
-        _save(checkpoint.model, _named(weights, origin))
-        meta = from_json(origin.meta) if origin else _meta(stage, there)
-        write_text(checkpoint.meta, json.dumps(meta, indent=2))
-        if kept is not None:
-            net = GPT(config)
-            groups, step_is_tensor = _groups(net, stage, origin)
-            _save(checkpoint.optimizer(), write_moments(net, kept, groups, step_is_tensor))
-        if tokenizer is not None:
-            _write_tokenizer(growing / TOKENIZER_FOLDER, tokenizer, origin)
+    optimizer_state = None
+    if moments and (kept := load_moments(bundle_folder, as_stored=True)) is not None:
+        net = GPT(config)
+        groups, step_is_tensor = _groups(net, stage, origin)
+        optimizer_state = write_moments(net, kept, groups, step_is_tensor)
+    checkpoint = _place(to, stage, origin, config)
+    with explain_disk_errors(to):
+        checkpoint.folder.mkdir(parents=True)
+    _save(checkpoint.model, _named(weights, origin))
+    meta = from_json(origin.meta) if origin else _meta(stage, there)
+    write_text(checkpoint.meta, json.dumps(meta, indent=2))
+    if optimizer_state is not None:
+        _save(checkpoint.optimizer(), optimizer_state)
+    if tokenizer is not None:
+        _write_tokenizer(to / TOKENIZER_FOLDER, tokenizer, origin)
     return to
 
 
