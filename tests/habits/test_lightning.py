@@ -27,6 +27,7 @@ OWN_CODE = """
 import torch
 from lightning.pytorch import Callback
 from nanochat_pl import LMModule
+from nanochat_pl.data.sources.custom import TextSource
 
 class Mine(Callback):
     def __init__(self, word="hello"):
@@ -39,6 +40,14 @@ class Doubled(LMModule):
     def weighted_loss(self, inputs, targets):
         self.log("train/mine", 3.0)
         return 2 * super().weighted_loss(inputs, targets)
+
+class Counting(TextSource):
+    def __init__(self, count=300):
+        self.count = count
+
+    def documents(self):
+        for n in range(self.count):
+            yield f"After {n} comes {n + 1}, and before {n} there was {n - 1}."
 
 def function():
     raise AssertionError("a function was called")
@@ -127,6 +136,16 @@ def test_own_classes_come_from_the_command_line(here: Path, capsys: pytest.Captu
     assert "git" in told
 
 
+def test_a_source_of_ones_own_is_one_class(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "own_code.py").write_text(OWN_CODE, encoding="utf-8")
+    usual = [text for text in tiny_overrides(here) if not text.startswith("data")]
+    train = ["train", "stage=base", "run=x", "data=custom", "data.target=own_code.Counting", *usual, "max_steps=3"]
+    assert main([*train, "schedule.warmup_steps=1", "data.options.count=500"]) == 0
+    assert "Counting " in (out := capsys.readouterr().out) and ": 500 documents (" in out
+    assert main([*train, "schedule.warmup_steps=1", "run=y", "data.options.cuont=500"]) == 2
+    assert "data: own_code.Counting with {'cuont': 500} cannot be opened: TypeError" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
@@ -136,6 +155,8 @@ def test_own_classes_come_from_the_command_line(here: Path, capsys: pytest.Captu
         ("callbacks.mine={_target_: own_code.Mine, wrd: 3}", "did you mean word"),
         ("stage.module=own_code.Mine", "is no subclass of nanochat_pl.LMModule"),
         ("stage.module=own_code.Nothing", "there is no such class"),
+        ("data=custom", "needs data.target=package.module.Class"),
+        ("data.target=own_code.Counting", "has no meaning for"),
     ],
 )
 def test_wrong_ones_are_refused_before_anything_is_done(

@@ -22,7 +22,6 @@ from nanochat_pl.common.errors import UserError, did_you_mean, first_line
 from nanochat_pl.common.run_dir import check_name
 from nanochat_pl.common.schema import build, to_plain, validation_errors
 from nanochat_pl.config import config_dir
-from nanochat_pl.config.instantiate import OBJECTS, problems_of_module, problems_of_objects
 from nanochat_pl.config.overrides import UNKNOWN, Setting, is_group, parse_overrides, type_of_key
 
 T = TypeVar("T")
@@ -82,14 +81,24 @@ def compose(
         *unresolved.values(),
         *(line for line in validation_errors(schema, values) if _key_of(line) not in unresolved),
     ]
-    found += [line for group in OBJECTS if group in groups for line in problems_of_objects(values.get(group), group)]
-    if isinstance(stage := values.get("stage"), dict):
-        found += problems_of_module(stage.get("module"))
+    if "callbacks" in groups:
+        found += _problems_of_classes(values)
     found += _problems_of_name(values.get("run"))
     problems += [_with_origin(line, settings, choices) for line in found]
     if problems:
         raise UserError(problems, f"Keys and their meaning: nanochat-pl {root} --help")
     return Composed(build(schema, values), tuple(overrides), experiment, _given(settings))
+
+
+def _problems_of_classes(values: Mapping[str, Any]) -> list[str]:
+    """What is wrong with the classes that the settings of a training name."""
+    from nanochat_pl.config import instantiate  # with Lightning, which takes seconds; other commands have no classes
+
+    stage = values.get("stage")
+    found = instantiate.problems_of_module(stage.get("module")) if isinstance(stage, Mapping) else []
+    return [
+        line for group in instantiate.OBJECTS for line in instantiate.problems_of_objects(values.get(group), group)
+    ] + found
 
 
 def _not_chosen_anew(before: Sequence[Setting], typed: Sequence[Setting]) -> list[Setting]:

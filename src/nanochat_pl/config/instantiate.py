@@ -6,13 +6,12 @@ function is never called, and what is read from a bundle or a run folder is neve
 
 from __future__ import annotations
 
-import importlib
 import inspect
-import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from nanochat_pl.common.errors import UserError, did_you_mean
+from nanochat_pl.common.import_class import import_class
 from nanochat_pl.training.lightning_callbacks import BASES, missing_package, pip_line, why_refused
 
 if TYPE_CHECKING:
@@ -54,7 +53,7 @@ def problems_of_module(target: Any) -> list[str]:
     from nanochat_pl.training.module import LMModule
 
     try:
-        found = _find_class(target, "stage.module", key="")
+        found = import_class(target, "stage.module")
     except UserError as error:
         return list(error.problems)
     is_one = issubclass(found, LMModule)
@@ -65,11 +64,11 @@ def module_class(target: str | None) -> type[LMModule]:
     """The class of ``stage.module``, in which :func:`problems_of_module` found nothing."""
     from nanochat_pl.training.module import LMModule
 
-    return LMModule if target is None else _find_class(target, "stage.module", key="")
+    return LMModule if target is None else import_class(target, "stage.module")
 
 
 def _make(node: Mapping[str, Any], where: str, given: Mapping[str, Any]) -> Any:
-    found = _find_class(node["_target_"], where)
+    found = import_class(node["_target_"], f"{where}._target_")
     try:
         return found(**{**_taken(found, given), **_arguments(node)})
     except ImportError as error:
@@ -86,7 +85,7 @@ def _problems_of_object(node: Any, where: str, group: str) -> list[str]:
     if not isinstance(target, str) or "." not in target:
         return [f"{where}: has no _target_, the dotted name of a class."]
     try:
-        found = _find_class(target, where)
+        found = import_class(target, f"{where}._target_")
     except UserError as error:
         return list(error.problems)
     if not issubclass(found, BASES[group]):
@@ -117,22 +116,3 @@ def _taken(found: type, given: Mapping[str, Any]) -> dict[str, Any]:
 
 def _arguments(node: Mapping[str, Any]) -> dict[str, Any]:
     return {str(key): value for key, value in node.items() if key != "_target_"}
-
-
-def _find_class(target: str, where: str, key: str = "._target_") -> type:
-    module, _, name = target.rpartition(".")
-    try:
-        if name and module.rpartition(".")[2] == "__main__":
-            raise ImportError("it is a program")
-        if "" not in sys.path:
-            sys.path.append("")  # the current folder, last: as python -m has it first
-        found = getattr(importlib.import_module(module), name, None)
-    except (Exception, SystemExit) as error:  # whatever the code of others does when it is loaded
-        raise UserError(f"{where}{key}={target[:200]!r}: cannot be imported: {error}") from error
-    if not inspect.isclass(found) or inspect.isabstract(found):
-        raise UserError(f"{where}{key}={target!r}: there is no such class{_why_not(found)}.")
-    return found
-
-
-def _why_not(found: Any) -> str:
-    return " to make objects of: it is abstract" if inspect.isclass(found) else ""

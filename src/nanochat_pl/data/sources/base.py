@@ -11,7 +11,7 @@ import hashlib
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.schema import setting
@@ -31,13 +31,18 @@ _NAMES_OF_FIGURES = ("smoothed", "per_second", "stderr")
 class SourceSettings:
     """One source: where its text comes from, what is held out, and how rows are packed."""
 
-    name: Literal["python_docs", "local", "hub", "climbmix", "fineweb_edu"] = setting(
+    name: Literal["python_docs", "local", "hub", "climbmix", "fineweb_edu", "custom"] = setting(
         "python_docs",
-        "python_docs: docstrings found on this machine; local: files under data.path; hub: the data set data.repo.",
+        "python_docs: docstrings found on this machine; local: files under data.path; hub: the data set data.repo;"
+        " custom: the class data.target.",
     )
     path: str | None = setting(
         None, "File, folder (searched recursively) or glob: parquet, jsonl, jsonl.gz, jsonl.zst or txt.", path="pattern"
     )
+    target: str | None = setting(
+        None, "Of custom: a class with the text, package.module.Class; see nanochat_pl.data.sources.custom."
+    )
+    options: dict[str, Any] = setting(factory=dict, doc="Of custom: arguments of that class.")
     repo: str | None = setting(None, "Data set on the hub: OWNER/NAME. It is fetched by nanochat-pl download.")
     revision: str | None = setting(
         None, "Branch, tag or commit of data.repo; null: main. The commit that it means is looked up once, and kept."
@@ -89,17 +94,22 @@ class SourceSettings:
         problems = []
         if self.name == "local" and not self.path:
             problems.append(f"path: is missing: {self._said('local')} needs {self._key('path')}=FILE, FOLDER or GLOB.")
+        if self.name == "custom" and not self.target:
+            needs = f"{self._said('custom')} needs {self._key('target')}=package.module.Class."
+            problems.append(f"target: is missing: {needs}")
         if self.is_on_hub and not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", self.repo or ""):
             needs = f"{self._said(self.name)} needs the data set's name: {self._key('repo')}=OWNER/NAME."
             problems.append(f"repo={self.repo!r}: {needs}")
         for key, fits, source in (
             ("path", self.name == "local", "local"),
             ("validation_path", self.name == "local", "local"),
+            ("target", self.name == "custom", "custom"),
+            ("options", self.name == "custom", "custom"),
             *((key, self.is_on_hub, "hub") for key in ("repo", "revision", "files")),
             *((key, self.is_on_hub or self.name == "auto", "hub") for key in ("num_shards", "download")),
         ):
             value = getattr(self, key)
-            if not fits and value not in (None, False):
+            if not fits and value not in (None, False, {}):
                 problems.append(
                     f"{key}={value!r}: has no meaning for {self._said(self.name)}; say {self._said(source)}."
                 )
@@ -114,7 +124,7 @@ class SourceSettings:
     @property
     def is_on_hub(self) -> bool:
         """Whether the documents are those of ``repo``."""
-        return self.name not in ("auto", "python_docs", "local", "mixture")
+        return self.name not in ("auto", "python_docs", "local", "custom", "mixture")
 
     def _said(self, name: str) -> str:
         """How a person chooses a source."""
@@ -138,10 +148,11 @@ class WeightedSource(SourceSettings):
 class DataSettings(SourceSettings):
     """Where the text comes from, what is held out, and how rows are packed."""
 
-    name: Literal["auto", "python_docs", "local", "hub", "climbmix", "fineweb_edu", "mixture"] = setting(  # type: ignore[assignment]
+    name: Literal["auto", "python_docs", "local", "hub", "climbmix", "fineweb_edu", "custom", "mixture"] = setting(  # type: ignore[assignment]
         "python_docs",
         "auto: python_docs where it is text enough for the plan, else climbmix; python_docs: docstrings found on this "
-        "machine; local: files under data.path; hub: the data set data.repo; mixture: several of these, data.sources.",
+        "machine; local: files under data.path; hub: the data set data.repo; custom: the class data.target; mixture: "
+        "several of these, data.sources.",
     )
     sources: dict[str, WeightedSource | None] = setting(
         factory=dict,

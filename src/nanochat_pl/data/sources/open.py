@@ -10,6 +10,7 @@ from nanochat_pl.common.files import read_object, write_json
 from nanochat_pl.common.schema import build, to_plain
 from nanochat_pl.data.packing.mixture import MixtureSchedule
 from nanochat_pl.data.sources.base import DataSettings, Source, SourceSettings
+from nanochat_pl.data.sources.custom import open_custom
 from nanochat_pl.data.sources.hub import ChosenFiles, HubFiles
 from nanochat_pl.data.sources.local import LocalFiles
 from nanochat_pl.data.sources.mixture import MixedSource
@@ -88,6 +89,8 @@ def _open_one(
         return corpus.reopened()
     if settings.name == "local":
         return LocalFiles(settings, cache_dir, key)
+    if settings.name == "custom":
+        return open_custom(settings, key)
     source = HubFiles(
         settings,
         cache_dir,

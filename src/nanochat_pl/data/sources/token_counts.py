@@ -6,6 +6,7 @@ from pathlib import Path
 
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.data.sources.base import DataSettings, SourceSettings
+from nanochat_pl.data.sources.custom import open_custom
 from nanochat_pl.data.sources.hub import HubFiles
 from nanochat_pl.data.sources.local import choose_files, text_bytes
 from nanochat_pl.data.sources.python_docs import PythonDocs, built_python_docs
@@ -100,6 +101,9 @@ def _bytes_of(key: str, settings: SourceSettings, cache_dir: Path, run_corpus: R
         chosen = choose_files(settings, key)
         held_out = settings.validation_fraction if chosen.by_hash else 0.0
         return sum(text_bytes(path, settings.text_column) for path in chosen.train.values()) * (1 - held_out)
+    if settings.name == "custom":
+        sizes = [shard.text_bytes for shard in open_custom(settings, key).shards("train")]
+        return None if None in sizes else sum(filter(None, sizes))
     return _bytes_of_hub(settings, _hub_files(settings, cache_dir))
 
 
