@@ -197,7 +197,7 @@ class DataSettings(SourceSettings):
     def _problems_of_own_keys(self) -> Iterator[str]:
         for field in fields(SourceSettings):
             value = getattr(self, field.name)
-            if field.name != "name" and value != field.default and value is not False:  # nothing is fetched anyway
+            if field.name != "name" and value != field.default and value not in (False, {}):  # nothing is fetched anyway
                 yield (
                     f"{field.name}={value!r}: has no meaning for data=mixture; each of its sources has its own: "
                     f"data.sources.NAME.{field.name}=…"
