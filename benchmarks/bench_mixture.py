@@ -36,7 +36,7 @@ def seconds(work: Callable[[], object]) -> list[float]:
 
 
 def main(path: str) -> None:
-    """Print the figures."""
+    """Print the metrics."""
     with tempfile.TemporaryDirectory() as folder:
         cache_dir = Path(folder)
         source = open_source(DataSettings(name="local", path=path), cache_dir)

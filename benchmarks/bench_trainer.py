@@ -2,7 +2,7 @@
 
 Both train twins of the demo's model on the same rows. The bare step runs inside the Trainer's run, right after each of
 its steps, so the two alternate and the machine's moods meet both. The Trainer's time runs from the end of one bare step
-to the end of the next Trainer step: fetching the batch, hooks, figures and progress are in it.
+to the end of the next Trainer step: fetching the batch, hooks, metrics and progress are in it.
 """
 
 from __future__ import annotations

@@ -2,11 +2,11 @@
 
 What is measured. A child process builds the model with its first weights. From then on counts what the process holds
 *above* that: gradients, optimizer state, activations, and whatever operations need for a while. So neither the weights
-nor the libraries are in the figure; gradients and optimizer state are. The step is the project's: ``weighted_loss`` and
+nor the libraries are in the metric; gradients and optimizer state are. The step is the project's: ``weighted_loss`` and
 backward for each micro-batch, then ``MuonAdamW.step``; the optimizer's state is allocated before the first step. Two
 steps are made: the second finds all that the first one left.
 
-On a CPU the figure is the largest resident size (``VmHWM`` of /proc/self/status, set back after the model is built;
+On a CPU the metric is the largest resident size (``VmHWM`` of /proc/self/status, set back after the model is built;
 Linux only) less the resident size at that moment. glibc's malloc would keep freed blocks and serve later ones from the
 gaps, so the child runs with ``MALLOC_MMAP_THRESHOLD_`` low: every block above 64 KiB is a mapping of its own, and goes
 back to the system when it is freed. What is left is the peak of what was allocated and touched, plus some MB of code

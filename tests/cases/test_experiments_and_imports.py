@@ -126,12 +126,12 @@ def test_20_a_flat_chat_checkpoint_is_one(shared: Path, tmp_path: Path) -> None:
     meta = json.loads(checkpoint.meta.read_text())
     assert stage_of(checkpoint, None) == "sft" and stage_of(checkpoint, "mid") == "mid"
     config = {"step": 90, "model_config": meta["model_config"]}
-    for figures, stage in (
+    for metrics, stage in (
         ({"val_bpb": 0.9}, "base"),
         ({"val_bpb": 0.9, "user_config": {"mmlu_epochs": 3}}, "sft"),
         ({"gsm8k_acc": 0.1}, "sft"),
     ):
-        checkpoint.meta.write_text(json.dumps(config | figures))
+        checkpoint.meta.write_text(json.dumps(config | metrics))
         assert stage_of(checkpoint, None) == stage
     checkpoint.meta.write_text(json.dumps(config))
     with pytest.raises(UserError, match=r"nothing says whether model_000090\.pt is a base model or a chat") as error:

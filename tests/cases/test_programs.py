@@ -30,7 +30,7 @@ def steps_of(folder: Path) -> list[int]:
 
 
 class Dies(CSVLogger):
-    """Its process is killed after some figures."""
+    """Its process is killed after some metrics."""
 
     def __init__(self, folder: Path, error: Exception, method: str = "log_metrics") -> None:
         super().__init__(str(folder))

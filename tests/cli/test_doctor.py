@@ -50,16 +50,16 @@ def test_good_data(here: Path, capsys: Captured) -> None:
     write_texts(here / "texts")
     assert main(["doctor", *of(here)]) == 0
     said = capsys.readouterr()
-    figures = found(here)
+    metrics = found(here)
     shards = [shard for split in ("train", "val") for shard in source_of(here).shards(split)]
     documents = [text for shard in shards for text in shard.documents()]
-    splits = figures["found"]["train"], figures["found"]["validation"]
+    splits = metrics["found"]["train"], metrics["found"]["validation"]
     assert sum(split["documents"] for split in splits) == len(documents)
     assert sum(split["characters"]["total"] for split in splits) == len("".join(documents))
-    rows = figures["rows"][""]
-    assert (rows["rows"], figures["steps"], figures["rows_per_step"], rows["padded_share"]) == (320, 40, 8, 0.0)
-    assert rows["epochs"] == pytest.approx(320 * 33 / figures["found"]["train"]["tokens"]["total"], rel=0.1)
-    assert not figures["fails"]
+    rows = metrics["rows"][""]
+    assert (rows["rows"], metrics["steps"], metrics["rows_per_step"], rows["padded_share"]) == (320, 40, 8, 0.0)
+    assert rows["epochs"] == pytest.approx(320 * 33 / metrics["found"]["train"]["tokens"]["total"], rel=0.1)
+    assert not metrics["fails"]
     assert "Evaluation sets in the training text" in said.out and "runs/doctor/d3-base/lengths.svg" in said.out
     assert (here / "runs" / "doctor" / "d3-base" / "lengths.svg").read_text(encoding="utf-8").count("row: 32") == 2
     assert [path.name for path in (here / "runs").iterdir()] == ["doctor"]  # no folder of a run
@@ -90,11 +90,11 @@ def test_duplicates_and_overlap_are_found(here: Path, capsys: Captured) -> None:
     keys = [*of(here, "data.txt"), "data.txt_document_chars=90"]
     assert main(["doctor", *keys, f"eval_bundle={here / 'bundle'}"]) == 0
     said = capsys.readouterr().out
-    figures = found(here)["found"]
-    quiz = next(each for each in figures["overlaps"] if each["name"] == "quiz")
+    metrics = found(here)["found"]
+    quiz = next(each for each in metrics["overlaps"] if each["name"] == "quiz")
     assert (quiz["items"], quiz["short"], quiz["overlapping"]) == (2, 1, 1)
     assert quiz["example"].startswith("this question of an evaluation set")
-    assert figures["duplicates"]["copies"] >= 1
+    assert metrics["duplicates"]["copies"] >= 1
     assert "quiz: 100.0% of 1 items stand in the training text" in said
 
 
@@ -128,13 +128,13 @@ def test_conversations(trained: Path, capsys: Captured) -> None:
     keys = [text for text in sft_overrides(trained) if "identity" not in text and not text.startswith("max_steps")]
     assert main(["doctor", *keys, *mine, "data.max_bad_fraction=0.2"]) == 0
     said = capsys.readouterr().out
-    figures = found(trained, "d3-sft")
-    assert figures["bad_rows"] == {"mine: no JSON": 1} and "Rows of files left out: 1 (mine: no JSON)." in said
-    duplicates = figures["found"]["duplicates"]
+    metrics = found(trained, "d3-sft")
+    assert metrics["bad_rows"] == {"mine: no JSON": 1} and "Rows of files left out: 1 (mine: no JSON)." in said
+    duplicates = metrics["found"]["duplicates"]
     assert duplicates["copies"] > 0 and duplicates["wanted"] > 300
-    assert 0 < figures["rows"][""]["target_share"] < 1
-    assert 0 < figures["found"]["train"]["target_share"] < 1
-    assert {"arithmetic", "identity", "mine"} == {each["name"] for each in figures["found"]["overlaps"]}
+    assert 0 < metrics["rows"][""]["target_share"] < 1
+    assert 0 < metrics["found"]["train"]["target_share"] < 1
+    assert {"arithmetic", "identity", "mine"} == {each["name"] for each in metrics["found"]["overlaps"]}
     assert main(["doctor", *keys, *mine, "data.max_bad_fraction=0.2", "row=0"]) == 0
     said = capsys.readouterr().out
     assert re.search(r"1\. (arithmetic|identity), conversation \d+, tokens 0 to \d+ of \d+:\n +'<\|user_start\|>", said)
@@ -202,9 +202,9 @@ def test_the_rows_of_several_sources(here: Path, capsys: Captured) -> None:
     ]
     keys = [*of(here, "data"), "data.name=mixture", *sources]
     assert main(["doctor", *keys]) == 0
-    figures = found(here)
-    assert {name: rows["rows"] for name, rows in figures["rows"].items()} == {"one": 240, "two": 80}
-    assert figures["found"]["train"]["longest"][0][0].startswith(("one/", "two/"))
+    metrics = found(here)
+    assert {name: rows["rows"] for name, rows in metrics["rows"].items()} == {"one": 240, "two": 80}
+    assert metrics["found"]["train"]["longest"][0][0].startswith(("one/", "two/"))
     capsys.readouterr()
     assert main(["doctor", *keys, "row=4"]) == 0
     said = capsys.readouterr().out
@@ -219,10 +219,10 @@ def test_shards_that_come_in_one_after_the_other(here: Path, capsys: Captured) -
     for number in range(3):
         column(here / "texts" / f"{number}.parquet", texts[number::3])
     assert main(["doctor", *of(here), "data.shuffle=shards"]) == 0
-    figures = found(here)
-    rows = figures["rows"][""]
+    metrics = found(here)
+    rows = metrics["rows"][""]
     assert (rows["rows"], rows["target_share"]) == (320, 1.0)
-    assert rows["epochs"] == pytest.approx(320 * 32 / figures["found"]["train"]["tokens"]["total"], rel=0.1)
+    assert rows["epochs"] == pytest.approx(320 * 32 / metrics["found"]["train"]["tokens"]["total"], rel=0.1)
 
 
 def test_missing_shards_are_named(hub: HubServer, here: Path, capsys: Captured) -> None:  # noqa: F811

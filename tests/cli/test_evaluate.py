@@ -32,7 +32,7 @@ Captured = pytest.CaptureFixture[str]
 
 
 def test_files_that_a_strangers_bundle_names_are_not_read(tmp_path: Path) -> None:
-    """They were, and a figure told something of a text that nobody had given."""
+    """They were, and a metric told something of a text that nobody had given."""
     bundle = load_bundle(make_tiny_run(tmp_path) / "sft" / "bundle")
     data = DataSettings(name="local", path="/etc/passwd", text_column="words")
     bundle.stage.settings["data"] = to_plain(data)
@@ -59,7 +59,7 @@ def test_tasks_do_not_read_files_that_a_strangers_bundle_names(here: Path, capsy
 
 
 def test_weights_that_are_no_numbers_are_refused(here: Path, capsys: Captured) -> None:
-    """Written answers had the figure 0, choices that of guessing."""
+    """Written answers had the metric 0, choices that of guessing."""
     bundle = load_bundle(make_run("a"))
     with torch.no_grad():
         bundle.net.lm_head.weight[3, 3] = torch.nan

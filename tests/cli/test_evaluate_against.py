@@ -128,7 +128,7 @@ def test_what_cannot_be_compared_is_refused_before_anything_is_measured(two: Pat
     for against, suites, problem in [
         ("nobody", "[core]", "against=nobody: run=nobody: there is no such run"),
         ("empty", "[core]", "against=empty: is no bundle, and no folder of results"),
-        ("b", "[samples]", "against=b: samples are no figures to compare."),
+        ("b", "[samples]", "against=b: samples are no metrics to compare."),
         ("c", "[chat]", "is a base model, which has seen no conversation"),
         ("kept", "[chat]", "against=kept: has none of these tasks with the same problems: arithmetic, identity."),
     ]:

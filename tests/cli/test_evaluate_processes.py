@@ -31,7 +31,7 @@ def evaluate(folder: str, keys: list[str]) -> Any:
         os.chdir(before)
 
 
-def figures(to: str) -> Any:
+def metrics(to: str) -> Any:
     """Accuracies and n of all tasks."""
     suites = read_json(Path(to) / "results.json")["suites"]
     rows = {name: suite["tasks"] for name, suite in suites.items() if isinstance(suite, dict)}
@@ -44,7 +44,7 @@ def test_two_processes_find_what_one_finds(here: Path, capsys: pytest.CaptureFix
     make_eval_bundle(here / "tasks_of_core")
     assert main(["evaluate", "run=a", "core.path=tasks_of_core", "to=one", "against=b", SUITES, *QUICK]) == 0
     assert run(2, evaluate, str(here), [SUITES, "to=two", "against=b"]) == [0, 0]
-    assert figures("two") == figures("one")
+    assert metrics("two") == metrics("one")
     names = sorted(path.relative_to("one") for path in Path("one").rglob("*"))
     assert sorted(path.relative_to("two") for path in Path("two").rglob("*")) == names
     # What two processes have found is there for one, and the other way round.

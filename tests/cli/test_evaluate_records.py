@@ -208,7 +208,7 @@ def test_figures_of_fewer_problems_replace_none_of_more(here: Path, asked: Asked
     assert texts_of(evaluation, "chat.csv", "answers_identity.jsonl") == [table, answers]
     said = capsys.readouterr().out
     assert (
-        "chat: the figures of more problems stay in the results and the report: arithmetic (n 5), identity (n 4)."
+        "chat: the metrics of more problems stay in the results and the report: arithmetic (n 5), identity (n 4)."
         in said
     )
     # All of them are there now.
@@ -234,7 +234,7 @@ def test_nor_where_another_setting_differs_too(here: Path, asked: Asked) -> None
     assert ask("limit=5") == 0
     assert results_of("a")["suites"]["chat"]["tasks"] == whole
     assert asked == ["arithmetic", "identity"] * 2, "all of them were kept"
-    # Of as many problems the newest figures are taken.
+    # Of as many problems the newest metrics are taken.
     assert ask("limit=5", "max_tokens=2") == 0
     assert len(asked) == 6 and "remark" not in results_of("a")["suites"]["chat"]["tasks"][0]["details"]
 

@@ -68,7 +68,7 @@ def test_a_file_of_conversations_is_trained_on_and_not_judged(here: Path, capsys
     assert main(["evaluate", "run=tiny", "suites=[chat,samples]", "paths.cache=cache"]) == 0
     assert "chats: skipped" in capsys.readouterr().out
     results = json.loads((here / "runs/tiny/evaluation/sft/results.json").read_text(encoding="utf-8"))
-    assert list(results["suites"]) == ["samples"], "nothing to judge gives no figures"
+    assert list(results["suites"]) == ["samples"], "nothing to judge gives no metrics"
     assert main(["report", "run=tiny"]) == 0
 
 

@@ -211,7 +211,7 @@ MINE = {"name": "local", "path": "x", "weight": 1.0}
         ({"sources": {"a": {"name": "mixture", "weight": 1}}}, "data.sources.a.name='mixture': must be one of"),
         ({"sources": {"a": {**MINE, "sources": {}}}}, "data.sources.a.sources: there is no such key"),
         ({"sources": {"a b": MINE}}, "data.sources.a b: names have letters"),
-        ({"sources": {"stderr": MINE}}, "data.sources.stderr: a figure of the log has that name"),
+        ({"sources": {"stderr": MINE}}, "data.sources.stderr: a metric of the log has that name"),
         ({"sources": {"a": {"name": "local", "weight": 1}}}, "data.sources.a.path: is missing: name=local needs path="),
         ({"sources": {"a": {**MINE, "repo": "o/n"}}}, "data.sources.a.repo='o/n': has no meaning for name=local"),
         ({"sources": {"a": MINE}, "shuffle": "none"}, "data.shuffle='none': has no meaning for data=mixture"),
@@ -246,7 +246,7 @@ def test_bits_per_byte_of_a_mixture_are_weighted_however_many_rows_were_measured
         )
         return metric
 
-    # With rows as the shares are it is the figure of all rows.
+    # With rows as the shares are it is the metric of all rows.
     one, other = measured(30), measured(10)
     weighted, plain = weighted_result([one.sums, other.sums], [0.75, 0.25]), result_of((one.sums + other.sums).tolist())
     assert weighted.bpb == pytest.approx(plain.bpb, rel=1e-12)

@@ -254,7 +254,7 @@ def test_conversations_are_rendered_once_cut_and_counted(tmp_path: Path) -> None
 def test_a_byte_of_a_manifest_that_has_changed_is_noticed_wherever_it_is(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A key of the facts ended in a TypeError, a digit of them in other figures."""
+    """A key of the facts ended in a TypeError, a digit of them in other metrics."""
     built = build_conversation_cache([talk("hi", "you"), talk("ho", "me")], ByteTokenizer(), 16, tmp_path, "talks")
     (manifest,) = cache_files(tmp_path, "manifest.json")
     whole = manifest.read_bytes()

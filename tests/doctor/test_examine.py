@@ -1,4 +1,4 @@
-"""The figures of the doctor, on documents of which each figure is known by hand."""
+"""The metrics of the doctor, on documents of which each metric is known by hand."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from nanochat_pl.data.cache.tokens import TokenCache, build_token_cache
 from nanochat_pl.data.packing.rows import packed_rows
 from nanochat_pl.doctor.documents import Documents, both_ends, shortened
 from nanochat_pl.doctor.examine import Found, examine, num_reads
-from nanochat_pl.doctor.findings import row_figures
+from nanochat_pl.doctor.findings import row_metrics
 from nanochat_pl.tokenizer import Tokenizer
 from nanochat_pl.tokenizer.bpe import SPLIT_PATTERN
 from tests.helpers.fake_data import ListSource
@@ -115,26 +115,26 @@ def test_cropping_and_documents_in_no_row_are_counted(tmp_path: Path) -> None:
     rows = packed_rows(
         cache, 4, BYTES.bos_id, "crop", tmp_path, num_rows=5, buffer_documents=8, refill_documents=1, shuffle="none"
     )
-    figures = row_figures(rows, 1.0, 5)
-    assert figures.never_placed == 1
+    metrics = row_metrics(rows, 1.0, 5)
+    assert metrics.never_placed == 1
     # Each row is as bos a a bos b: one token of the second document is dropped.
-    assert (figures.cropped_tokens, figures.padded_share) == (5, 0.0)
-    assert figures.trained_share == pytest.approx(15 / (15 + 5 + 40))
-    assert figures.epochs == pytest.approx(20 / 46)
-    assert figures.target_share == 1.0
+    assert (metrics.cropped_tokens, metrics.padded_share) == (5, 0.0)
+    assert metrics.trained_share == pytest.approx(15 / (15 + 5 + 40))
+    assert metrics.epochs == pytest.approx(20 / 46)
+    assert metrics.target_share == 1.0
 
 
 def test_splitting_trains_on_everything_and_padding_is_counted(tmp_path: Path) -> None:
     cache = cache_of(tmp_path, ["x" * 40, "aa", "bb", "cc"])
     rows = packed_rows(cache, 4, BYTES.bos_id, "split", tmp_path, epochs=1, shuffle="none")
-    figures = row_figures(rows, 1.0, 2 * len(rows))
-    assert (figures.trained_share, figures.never_placed, figures.cropped_tokens) == (1.0, 0, 0)
-    assert figures.epochs == pytest.approx(2.0)
+    metrics = row_metrics(rows, 1.0, 2 * len(rows))
+    assert (metrics.trained_share, metrics.never_placed, metrics.cropped_tokens) == (1.0, 0, 0)
+    assert metrics.epochs == pytest.approx(2.0)
     places = len(rows) * 5
     filled = 46 + rows.index.stats.pieces
-    assert figures.padded_share == pytest.approx((places - filled) / places)
+    assert metrics.padded_share == pytest.approx((places - filled) / places)
     targets = int((rows.read(range(len(rows)))[1] >= 0).sum())
-    assert figures.target_share == pytest.approx(targets / (len(rows) * 4))
+    assert metrics.target_share == pytest.approx(targets / (len(rows) * 4))
 
 
 def test_text_is_shortened_to_a_line() -> None:

@@ -1,4 +1,4 @@
-"""What is said of which figures, and what of it is a failure."""
+"""What is said of which metrics, and what of it is a failure."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.doctor.examine import Duplicates, Found, Lengths, SplitFigures
-from nanochat_pl.doctor.findings import RowFigures, StageFigures, failing, finding_of, findings
+from nanochat_pl.doctor.examine import Duplicates, Found, Lengths, SplitMetrics
+from nanochat_pl.doctor.findings import RowMetrics, StageMetrics, failing, finding_of, findings
 from nanochat_pl.doctor.overlap import Overlap
 
-SPLIT = SplitFigures(
+SPLIT = SplitMetrics(
     documents=1000,
     empty=0,
     tokens=Lengths(100_000, 90, 100, 200, 900),
@@ -26,8 +26,8 @@ SPLIT = SplitFigures(
     longest=[("s0, document 3", 900, "'text'")],
 )
 DUPLICATES = Duplicates(copies=0, copied_tokens=0.0, wanted=0, validation_copies=0)
-ROWS = RowFigures(256, 1000, 1.0, 1.0, 0, 0, 0.0, 1.0)
-STAGE = StageFigures(
+ROWS = RowMetrics(256, 1000, 1.0, 1.0, 0, 0, 0.0, 1.0)
+STAGE = StageMetrics(
     "base",
     "good text",
     {"": ROWS},
@@ -39,7 +39,7 @@ STAGE = StageFigures(
     model_vocab_size=512,
 )
 FOUND = Found(SPLIT, SPLIT, DUPLICATES, [])
-Case = tuple[StageFigures, Found]
+Case = tuple[StageMetrics, Found]
 
 
 def with_stage(**changes: Any) -> Case:

@@ -1,4 +1,4 @@
-"""Bits per byte: the golden figure, its standard error, and everything that counts as no byte."""
+"""Bits per byte: the golden metric, its standard error, and everything that counts as no byte."""
 
 from __future__ import annotations
 

@@ -150,7 +150,7 @@ def test_an_ending_that_begins_another_one_has_no_mean(tmp_path: Path, shared: P
 
 @pytest.mark.parametrize("name", ["letters", "who", "numbers"])
 def test_a_model_that_gives_no_numbers_is_no_guessing(tmp_path: Path, name: str) -> None:
-    """Of NaN the first alternative is the least, so a task of choices had the figure of guessing."""
+    """Of NaN the first alternative is the least, so a task of choices had the metric of guessing."""
     net = perturbed(tiny_config(vocab_size=model()[0].config.vocab_size)).requires_grad_(False).eval()
     net.lm_head.weight[3, 3] = math.nan
     with pytest.raises(UserError, match=f"^{name}: the model's outputs are not finite numbers"):

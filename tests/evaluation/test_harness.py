@@ -77,16 +77,16 @@ def test_continuations_are_as_probable_as_by_a_whole_forward(bundle):
     pairs = [("The capital of France", each) for each in (" is Paris", " is a city in the north", " is")]
     pairs += [("", "Once upon a time"), ("The capital", greedy), ("The capital", " of France")]
     found = lm.loglikelihood(asked(*pairs))
-    for (context, continuation), figures in zip(pairs, found, strict=True):
+    for (context, continuation), metrics in zip(pairs, found, strict=True):
         ids, start = [BOS, *encode(context + continuation)], 1 + len(encode(context))
-        assert figures == pytest.approx(plainly(bundle, ids, start), abs=TOLERANCE)
+        assert metrics == pytest.approx(plainly(bundle, ids, start), abs=TOLERANCE)
     assert [is_greedy for _, is_greedy in found] == [False, False, False, False, True, False]
     assert lm.loglikelihood(asked(("A context", ""))) == [(0.0, True)]
 
 
 @pytest.mark.parametrize("blanks", [" ", "  ", " \n"])
 def test_blanks_before_a_continuation_are_its_own(bundle, blanks):
-    """So the harness has it, and published figures."""
+    """So the harness has it, and published metrics."""
     pairs = asked((f"The capital{blanks}", "of"), ("The capital", f"{blanks}of"))
     [mine, theirs] = BundleLM(bundle).loglikelihood(pairs)
     assert mine == theirs
@@ -350,7 +350,7 @@ def test_the_answers_of_a_task_of_choices_are_those_of_plain_forwards(bundle, fo
     ("file", "num_fewshot", "changes"), [("capitals", 0, True), ("shots", 2, True), ("shots", 0, False)]
 )
 def test_other_data_under_the_same_names_are_other_problems(folder, file, num_fewshot, changes):
-    """Their number alone was looked at, so the figures of other problems were taken for those of these."""
+    """Their number alone was looked at, so the metrics of other problems were taken for those of these."""
 
     def fingerprint() -> str:
         settings = HarnessSettings(tasks=["capitals"], include_path=str(folder), num_fewshot=num_fewshot)

@@ -1,4 +1,4 @@
-"""Bugs around the data: rows that are lost, repeated or packed otherwise, and what their figures keep quiet about.
+"""Bugs around the data: rows that are lost, repeated or packed otherwise, and what their metrics keep quiet about.
 
 20 to 22 stand in tests/data (test_hub.py, test_local_files.py, test_token_cache.py), beside the files and servers that
 they need; 23 in tests/test_structure.py; 56 in tests/training/test_epochs.py and tests/data/test_token_cache.py.
@@ -67,7 +67,7 @@ def cropping(shuffle: str) -> Iterator[RowIndex]:
 
 @pytest.mark.parametrize("shuffle", ["global", "shards"])
 def test_every_token_is_in_a_row_or_counted_as_cropped(shuffle: str) -> None:
-    """A third of the text was cropped to fill rows, and no figure told of it."""
+    """A third of the text was cropped to fill rows, and no metric told of it."""
     for index in cropping(shuffle):
         documents, begins, counts = index.pieces.T
         assert not begins.any(), "whole, or cut at its end"

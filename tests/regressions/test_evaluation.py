@@ -1,4 +1,4 @@
-"""Bugs of evaluations: figures of a model that it does not have, and runs that end on a small task."""
+"""Bugs of evaluations: metrics of a model that it does not have, and runs that end on a small task."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def texts_of(row: SharedPrefix) -> list[list[int]]:
 
 @pytest.mark.parametrize("lengths", [[5], [40], [130, 3], [300, 2, 170], [1, 1, 1]])
 def test_branches_see_the_window_of_their_own_text(net: GPT, lengths: list[int]) -> None:
-    """Decoding on a cache looked at all keys and not at the layer's window: figures changed with the way of reading.
+    """Decoding on a cache looked at all keys and not at the layer's window: metrics changed with the way of reading.
 
     Trunks shorter and longer than the windows and than a block of queries, branches of which each is scored alone.
     """

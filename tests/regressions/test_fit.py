@@ -34,7 +34,7 @@ def metrics_of(folder: Path) -> list[dict[str, str]]:
 
 
 def stop_after(folder: Path, step: int) -> None:
-    """Make a finished fit one that was killed, with ``step`` in its newest resume file and figures of later steps."""
+    """Make a finished fit one that was killed, with ``step`` in its newest resume file and metrics of later steps."""
     for path in (folder / "checkpoints").iterdir():
         if int(path.stem.split("=")[1]) > step:
             path.unlink()

@@ -38,7 +38,7 @@ def trained(rows: list[int], nan_in_step: int | None = None, late: bool = False,
             loop.train_steps(own_share(count))
             loop.after_backward = lambda: None
             rates.append([float(group["lr"]) for group in loop.optimizer.param_groups])
-            norms.append(loop.guard.figures()["train/gradient_norm"])
+            norms.append(loop.guard.metrics()["train/gradient_norm"])
     return {
         "rates": rates,
         "norms": norms,

@@ -89,7 +89,7 @@ PICKLES = ("pickle", "dill", "marshal", "shelve", "cloudpickle", "joblib")
 # Every use of such a module, by file, and why it runs nothing of what it reads.
 ALLOWED_PICKLES = {
     "convert/nanochat/safe_unpickle.py": {
-        "pickle._Unpickler": "its find_class knows one name, and gives a class of ours for it",
+        "pickle.Unpickler": "its find_class knows one name, and gives a class of ours for it",
         "pickle.UnpicklingError": "an exception",
         "pickle.dumps": "writes",
     }

@@ -185,16 +185,16 @@ def add_benchmarks(run: Path, hostile: str = "") -> Path:
     def row(name: str, accuracy: float, baseline: float, remark: str | None = None, **details: Any) -> dict[str, Any]:
         centered = (accuracy - baseline) / (1 - baseline)
         named = name if name == "humaneval" else name + hostile
-        figures = {"name": named, "accuracy": accuracy, "stderr": 0.02, "n": 500, "baseline": baseline}
-        return {**figures, "centered": centered, "details": {"cut_prompts": 0, **details}, "remark": remark}
+        metrics = {"name": named, "accuracy": accuracy, "stderr": 0.02, "n": 500, "baseline": baseline}
+        return {**metrics, "centered": centered, "details": {"cut_prompts": 0, **details}, "remark": remark}
 
     def mean(name: str, value: float, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        figures = {"value": value, "stderr": 0.008, "low": value - 0.015, "high": value + 0.016}
-        return {"name": name + hostile, **figures, "num_tasks": len(rows), "n": 500 * len(rows)}
+        metrics = {"value": value, "stderr": 0.008, "low": value - 0.015, "high": value + 0.016}
+        return {"name": name + hostile, **metrics, "num_tasks": len(rows), "n": 500 * len(rows)}
 
     def less(name: str, difference: float) -> dict[str, Any]:
-        figures = {"difference": difference, "stderr": 0.01, "low": difference - 0.02, "high": difference + 0.02}
-        return {"name": name + hostile, **figures, "n": 500}
+        metrics = {"difference": difference, "stderr": 0.01, "low": difference - 0.02, "high": difference + 0.02}
+        return {"name": name + hostile, **metrics, "n": 500}
 
     core = [row("arc_easy", 0.43, 0.25), row("piqa", 0.61, 0.5), row("squad", 0.03, 0.0), row("boolq", 0.55, 0.62)]
     suite = {"tasks": core, "summary": mean("CORE (4 of 22 tasks)", 0.0765, core)}

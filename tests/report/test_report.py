@@ -146,14 +146,14 @@ def test_a_report_of_the_same_files_is_the_same_to_the_byte(run: Path, tmp_path:
 
 
 def test_the_json_has_the_figures_in_full(run: Path) -> None:
-    figures = json.loads(read(run, "report.json"), parse_constant=pytest.fail)
-    assert figures["run"] == "demo"
-    assert figures["total_seconds"] == pytest.approx(21 + 0.35 * 540)
-    base = figures["stages"]["base"]
+    metrics = json.loads(read(run, "report.json"), parse_constant=pytest.fail)
+    assert metrics["run"] == "demo"
+    assert metrics["total_seconds"] == pytest.approx(21 + 0.35 * 540)
+    base = metrics["stages"]["base"]
     assert base["status"] == "finished"
     assert base["series"]["train/loss"]["steps"] == list(range(1, 321))
     assert base["series"]["val/bpb"]["steps"] == [50, 100, 150, 200, 250, 300, 320]
-    assert figures["evaluations"]["sft"]["suites"]["chat"]["tasks"][0]["n"] == 200
+    assert metrics["evaluations"]["sft"]["suites"]["chat"]["tasks"][0]["n"] == 200
 
 
 def test_drawings_stand_beside_the_markdown(measured_run: Path) -> None:
@@ -246,9 +246,9 @@ def test_a_line_cut_off_by_a_kill_is_dropped(tmp_path: Path) -> None:
         with path.open("a", encoding="utf-8") as file:
             file.write(rest)
     write_report(run)
-    figures = json.loads(read(run, "report.json"))["stages"]["base"]
-    assert figures["series"]["train/loss"]["steps"][-1] == 320
-    assert len(figures["samples"]) == 4
+    metrics = json.loads(read(run, "report.json"))["stages"]["base"]
+    assert metrics["series"]["train/loss"]["steps"][-1] == 320
+    assert len(metrics["samples"]) == 4
 
 
 DAMAGES = {

@@ -1,4 +1,4 @@
-"""Makes the figures that the self-test holds a machine against, with the plain model and optimizer of tests/reference.
+"""Makes the metrics that the self-test holds a machine against, with the plain model and optimizer of tests/reference.
 
 python -m tests.selftest.make_expected
 """

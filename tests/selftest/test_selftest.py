@@ -176,7 +176,7 @@ def test_what_one_of_two_processes_does_wrong_is_found_and_the_process_named(tmp
     found = json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))
 
     def wrong_in(name: str) -> dict[str, str]:
-        return {check: figure for check, result, figure, _ in found[name] if result == "FAILED"}
+        return {check: metric for check, result, metric, _ in found[name] if result == "FAILED"}
 
     assert wrong_in("none") == {"same software": "process 1: version 1"}
     for name, (*_, line, ranks) in MISTAKES.items():
@@ -200,8 +200,8 @@ def test_a_check_without_an_answer_ends_the_process_with_its_name(
 @pytest.mark.slow
 def test_the_stored_figures_are_those_of_the_plain_model_and_optimizer() -> None:
     stored = json.loads(make_expected.FILE.read_text(encoding="utf-8"))
-    for name, figures in make_expected.losses_and_norms().items():
-        assert stored[name] == pytest.approx(figures, rel=1e-7)
+    for name, metrics in make_expected.losses_and_norms().items():
+        assert stored[name] == pytest.approx(metrics, rel=1e-7)
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""The comparison with other tokenizers: figures where they are at hand, a word where not, never a wait."""
+"""The comparison with other tokenizers: metrics where they are at hand, a word where not, never a wait."""
 
 from __future__ import annotations
 
@@ -85,8 +85,8 @@ def test_there_is_a_text_of_each_kind() -> None:
 
 def test_the_table_says_how_many_tokens_are_needed_for_one_of_theirs(tokenizer: Tokenizer) -> None:
     texts = {"all": "abab" * 10, "nothing": ""}
-    figures = {"ours": 4.0, "GPT-2": 2.0, "GPT-4": 5.0}
-    rows = [comparison.ComparisonRow(name, 1, {"all": figure}) for name, figure in figures.items()]
+    metrics = {"ours": 4.0, "GPT-2": 2.0, "GPT-4": 5.0}
+    rows = [comparison.ComparisonRow(name, 1, {"all": metric}) for name, metric in metrics.items()]
     heading, lines = comparison_table(rows, texts)
     assert heading[-2:] == ["ours for one token of GPT-2", "ours for one token of GPT-4"]
     assert lines == [["all", 40, 4.0, 2.0, 5.0, 0.5, 1.25]]

@@ -103,7 +103,7 @@ def copy_unfinished(place: Path, run: str, stage: str = "base") -> Path:
 
 
 def metrics_of(run: Path, stage: str) -> list[tuple[str, ...]]:
-    """Steps with the figures that do not depend on the clock."""
+    """Steps with the metrics that do not depend on the clock."""
     with (run / stage / "metrics.csv").open(encoding="utf-8", newline="") as file:
         names = ("step", "train/loss", "train/loss_smoothed", "train/lr_multiplier", "train/tokens", "val/bpb")
         return [tuple(row[name] for name in names) for row in csv.DictReader(file)]

@@ -76,10 +76,10 @@ def lines(path: Path) -> list[dict[str, str]]:
 
 def test_figures_of_a_benchmark() -> None:
     examiner = Examiner([1, 0, 1, 1], [1, 1, 1, 1])
-    figures = measure(examiner.benchmark, GPT(tiny_model()).materialise())
-    assert columns_of([examiner.benchmark]) == list(figures)
-    assert figures["chat/task0"] == 0.75 and figures["chat/task1"] == 1
-    assert figures["chat/mean"] == 0.75 and figures["chat/mean_stderr"] > 0
+    metrics = measure(examiner.benchmark, GPT(tiny_model()).materialise())
+    assert columns_of([examiner.benchmark]) == list(metrics)
+    assert metrics["chat/task0"] == 0.75 and metrics["chat/task1"] == 1
+    assert metrics["chat/mean"] == 0.75 and metrics["chat/mean_stderr"] > 0
     assert examiner.training == [False, False]
 
 
@@ -93,7 +93,7 @@ def test_figures_of_a_benchmark() -> None:
     ],
 )
 def test_what_cannot_be_measured_is_left_out(error: Exception, said: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """The mean of the others would be another figure under the same name."""
+    """The mean of the others would be another metric under the same name."""
     net = GPT(tiny_model()).materialise()
     assert measure(Examiner(error, [1, 0]).benchmark, net) == {"chat/task1": 0.5}
     assert net.training
@@ -213,8 +213,8 @@ def test_a_stop_in_the_last_benchmarks_leaves_the_bundle_and_is_gone_on_from(
     assert main(["train", "run=stopped-late", *command]) == 128 + signal.SIGTERM
     assert "Stopped after step 5. The same command goes on from there." in capsys.readouterr().out
     assert set(judged) == {"arithmetic"} and not (stage / "finished.json").exists()
-    figures = load_bundle(stage / "bundle").stage.metrics
-    assert "val/bpb" in figures and "chat/mean" not in figures
+    metrics = load_bundle(stage / "bundle").stage.metrics
+    assert "val/bpb" in metrics and "chat/mean" not in metrics
 
     def trains(*given: Any) -> None:
         raise AssertionError("it was trained")

@@ -1,4 +1,4 @@
-"""Killed anywhere, the same command goes on to the same bits and figures, and leaves nothing else behind."""
+"""Killed anywhere, the same command goes on to the same bits and metrics, and leaves nothing else behind."""
 
 from __future__ import annotations
 

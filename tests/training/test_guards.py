@@ -21,7 +21,7 @@ from tests.helpers.training import fit_tiny
 
 
 def test_the_settings_reach_the_stage(place: Path, train: Callable[..., int]) -> None:
-    """float16, clipping and what is to be done come from the command line; figures go into metrics.csv."""
+    """float16, clipping and what is to be done come from the command line; metrics go into metrics.csv."""
     given = ("model.compute_dtype=float16", "optim.max_grad_norm=0.001", "trainer.on_nonfinite=skip", "max_steps=2")
     assert train("run=guarded", "device_batch_size=auto", *given) == 0
     with (place / "runs" / "guarded" / "base" / "metrics.csv").open(encoding="utf-8", newline="") as file:
@@ -46,8 +46,8 @@ def test_weights_that_are_not_finite_stop_the_run_and_are_named(value: float) ->
     with pytest.raises(UserError) as error:
         loop.train_steps(BATCH)
     # The softcap makes a finite loss of an infinite weight, and no finite gradient.
-    figure = "the loss is nan" if math.isnan(value) else "the norm of the gradients is nan"
-    assert f"step 3: {figure}" in error.value.problems[0] and "lm_head.weight" in str(error.value)
+    metric = "the loss is nan" if math.isnan(value) else "the norm of the gradients is nan"
+    assert f"step 3: {metric}" in error.value.problems[0] and "lm_head.weight" in str(error.value)
     assert all(torch.equal(moment, moments[name]) for name, moment in loop.optimizer.moments_by_name().items())
     for name, weight in loop.weights().items():
         torch.testing.assert_close(weight, before[name], rtol=0, atol=0, equal_nan=True)
@@ -95,7 +95,7 @@ def test_skip_changes_nothing_and_counts(capsys: pytest.CaptureFixture[str]) -> 
     skipping.train(BATCH, 2)
     assert all(torch.equal(weight, before[name]) for name, weight in skipping.weights().items())
     assert all(torch.equal(moment, moments[name]) for name, moment in skipping.optimizer.moments_by_name().items())
-    assert skipping.guard.figures()["train/skipped_steps"] == 2 and "2 so far" in capsys.readouterr().out
+    assert skipping.guard.metrics()["train/skipped_steps"] == 2 and "2 so far" in capsys.readouterr().out
     skipping.backward, skipping.global_step = lambda: None, 1
     assert losses + skipping.train(BATCH) == expected
 

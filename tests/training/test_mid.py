@@ -176,7 +176,7 @@ def test_the_doctor_looks_at_it(place: Path, chain: Path, capsys: pytest.Capture
 
 
 def test_the_mask_reaches_the_loss(place: Path) -> None:
-    """Elsewhere a refactor lost it: the model was fine-tuned on the questions as well, and no figure looked odd."""
+    """Elsewhere a refactor lost it: the model was fine-tuned on the questions as well, and no metric looked odd."""
     start_run(place, "mask", "sft")
     arguments = [*sft_overrides(place), "run=mask", "max_steps=1", "model.compute_dtype=float32"]
     prepared, mixture = prepared_of(place, arguments)

@@ -1,4 +1,4 @@
-"""A mixture of sources is trained on: its rows, its figures by source, and that a stop changes nothing."""
+"""A mixture of sources is trained on: its rows, its metrics by source, and that a stop changes nothing."""
 
 from __future__ import annotations
 
@@ -227,7 +227,7 @@ class Watch(Callback):
 def test_the_loss_of_a_source_is_that_of_its_rows_since_the_last_line(
     tmp_path: Path, others: Path, log_every_steps: int
 ) -> None:
-    """Of a source that has no row there, there is no figure. Those of the steps between two lines had been dropped."""
+    """Of a source that has no row there, there is no metric. Those of the steps between two lines had been dropped."""
     turns, num_rows, parts = MixtureSchedule([5, 3, 1]), 4 * ROWS_PER_STEP, {}
     for number, name in enumerate(("one", "two", "three")):
         settings = DataSettings(name="local", path=str(others / f"{('one', 'two')[number % 2]}.txt"), seed=number)

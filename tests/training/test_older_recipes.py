@@ -97,7 +97,7 @@ def test_every_token_of_sft_is_learnt_where_that_is_asked_for(place: Path, autum
 
 
 def test_a_run_that_begins_again_has_its_first_validation_once(place: Path, train: Callable[..., int]) -> None:
-    """Killed before its first resume file. (Where there is one, tests/training/test_resume.py compares all figures.)"""
+    """Killed before its first resume file. (Where there is one, tests/training/test_resume.py compares all metrics.)"""
     folder = copy_unfinished(place, "again")
     shutil.rmtree(folder / "base" / "checkpoints")
     assert metrics_of(folder, "base")[0][0] == "0"

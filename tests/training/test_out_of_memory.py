@@ -186,7 +186,7 @@ def test_where_gradients_are_summed_it_ends_the_run_with_the_file_named() -> Non
 def test_validation_goes_on_in_pieces(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The same figures; device_batch_size of the training stays."""
+    """The same metrics; device_batch_size of the training stays."""
     clean = fit_tiny(tmp_path / "clean", 4, every_steps=2)
     losses, sizes = GPT.losses, []
 
@@ -201,12 +201,12 @@ def test_validation_goes_on_in_pieces(
     assert "validation: out of memory with 2 rows at once" in capsys.readouterr().out
     assert sizes == [2, 1, 1, 1] and stage.device_batch_size == clean.device_batch_size == 2
 
-    def figures(name: str) -> list[list[str]]:
+    def metrics(name: str) -> list[list[str]]:
         lines = (tmp_path / name / "metrics.csv").read_text(encoding="utf-8").splitlines()
         columns = [lines[0].split(",").index(column) for column in ("train/loss", "val/bpb", "val/loss")]
         return [[line.split(",")[column] for column in columns] for line in lines[1:]]
 
-    for one, other in zip(figures("clean"), figures("tried"), strict=True):
+    for one, other in zip(metrics("clean"), metrics("tried"), strict=True):
         assert [bool(value) for value in one] == [bool(value) for value in other]
         assert [float(v) for v in one if v] == pytest.approx([float(v) for v in other if v], rel=1e-6)
 

@@ -1,4 +1,4 @@
-"""One training on several processes: the rows, the figures and the files of the same command on one."""
+"""One training on several processes: the rows, the metrics and the files of the same command on one."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def table(folder: Path, *names: str) -> list[list[float | None]]:
         return [[float(row[name]) if row[name] else None for name in names] for row in csv.DictReader(file)]
 
 
-def figures(folder: Path, *names: str) -> list[list[float | None]]:
+def metrics(folder: Path, *names: str) -> list[list[float | None]]:
     """Columns of metrics.csv, a list for each step; each step stands in it once."""
     steps = table(folder, "step")
     first = 0 if folder.name == "base" else 1  # base is measured before its first step too
@@ -100,7 +100,7 @@ def test_two_processes_end_with_the_bits_of_one(place: Path, on_one: Callable[..
     one, two = on_one(f"one-{stage}", *settings, stage=stage), new_run(place, f"two-{stage}", stage)
     printed = trained(2, command(place, two.name, *settings, stage=stage))
     columns = ("train/loss", "train/tokens", "train/lr_multiplier", "val/bpb", "val/bpb_stderr")
-    for ours, theirs in zip(figures(one / stage, *columns), figures(two / stage, *columns), strict=True):
+    for ours, theirs in zip(metrics(one / stage, *columns), metrics(two / stage, *columns), strict=True):
         assert ours[:3] == theirs[:3]
         assert theirs[3:] == pytest.approx(ours[3:], abs=1e-6)
     assert same_weights(weights_of(one, stage), weights_of(two, stage))
@@ -109,7 +109,7 @@ def test_two_processes_end_with_the_bits_of_one(place: Path, on_one: Callable[..
     lines = [line for line in printed.splitlines() if line]
     assert len(lines) == len(set(lines)) and f"{two.name}/{stage}: validation" in printed, printed
     assert json.loads((two / stage / "plan.json").read_text())["num_devices"]["value"] == 2
-    waited = figures(two / stage, "train/communication_seconds", "train/step_seconds")[int(stage == "base") :]
+    waited = metrics(two / stage, "train/communication_seconds", "train/step_seconds")[int(stage == "base") :]
     assert all(0 < seconds < of_step for seconds, of_step in waited)
 
 
@@ -122,7 +122,7 @@ def test_a_file_of_one_process_is_gone_on_with_on_two_and_back(
     printed = trained(2, command(place, two.name, *settings))
     assert "going on after step 4" in printed and "processes was 1 and is 2 now" in printed, printed
     assert same_weights(weights_of(whole, "base"), weights_of(two, "base"))
-    assert figures(two / "base", "train/loss") == figures(whole / "base", "train/loss")
+    assert metrics(two / "base", "train/loss") == metrics(whole / "base", "train/loss")
     back = rewound(place, two.name, "two-then-one", step=8)
     assert train(f"run={back.name}", *settings) == 0
     assert same_weights(weights_of(whole, "base"), weights_of(back, "base"))
@@ -164,8 +164,8 @@ def validated(place: str, num_rows: int) -> dict[str, float]:
         nonlocal pauses
         pauses += 1
 
-    figures = prepared.validation.measure(net, between)
-    return {**figures, "pauses": float(pauses)}
+    metrics = prepared.validation.measure(net, between)
+    return {**metrics, "pauses": float(pauses)}
 
 
 @pytest.mark.parametrize("num_rows", [1, 2, 23])
@@ -185,10 +185,10 @@ def test_other_numbers_of_processes_go_on_with_a_file_of_two(place: Path, train:
     settings = (*EIGHT_ROWS, "trainer.checkpoint_every_steps=4", "trainer.keep_last=20")
     whole = new_run(place, "two-24")
     trained(2, command(place, whole.name, *settings))
-    expected = figures(whole / "base", "train/loss", "train/tokens")
+    expected = metrics(whole / "base", "train/loss", "train/tokens")
 
     def check(folder: Path) -> None:
-        found = figures(folder / "base", "train/loss", "train/tokens")
+        found = metrics(folder / "base", "train/loss", "train/tokens")
         assert len(found) == 24
         for (loss, tokens), (expected_loss, expected_tokens) in zip(found, expected, strict=True):
             assert loss == pytest.approx(expected_loss, abs=1e-5) and tokens == expected_tokens
@@ -213,12 +213,12 @@ def test_two_nodes_train_and_go_on(place: Path, on_one: Callable[..., Path]) -> 
     nodes = new_run(place, "nodes")
     printed = trained([1, 2], command(place, nodes.name, *settings))
     assert printed.count("Final validation") == 1
-    expected = figures(whole / "base", "train/loss")
-    assert figures(nodes / "base", "train/loss") == expected  # the third process has no rows: x + 0 is x
+    expected = metrics(whole / "base", "train/loss")
+    assert metrics(nodes / "base", "train/loss") == expected  # the third process has no rows: x + 0 is x
     assert same_weights(weights_of(whole, "base"), weights_of(nodes, "base"))
     resuming = rewound(place, nodes.name, "nodes-go-on", step=4)
     trained([2, 1], command(place, resuming.name, *settings))
-    assert figures(resuming / "base", "train/loss") == expected
+    assert metrics(resuming / "base", "train/loss") == expected
 
 
 @pytest.mark.slow
@@ -228,14 +228,14 @@ def test_text_that_is_tokenized_ahead_is_so_by_one_process(
     settings = [*TWO_ROWS, "data.shuffle=shards"]
     one, two = on_one("one-streamed", *settings), new_run(place, "two-streamed")
     trained(2, command(place, two.name, *settings, f"paths.cache={tmp_path}", "trainer.num_workers=1"))
-    assert figures(two / "base", "train/loss") == figures(one / "base", "train/loss")
+    assert metrics(two / "base", "train/loss") == metrics(one / "base", "train/loss")
     assert same_weights(weights_of(one, "base"), weights_of(two, "base"))
     assert len(list((tmp_path / "ahead").glob("*.json"))) == 1
 
 
 @pytest.mark.slow
 def test_figures_of_the_sources_of_a_mixture_are_those_of_all_processes(place: Path, tmp_path: Path) -> None:
-    """Also where a resume file lies between two lines of figures."""
+    """Also where a resume file lies between two lines of metrics."""
     logged = ("trainer.log_every_steps=3", "trainer.checkpoint_every_steps=4", "trainer.keep_last=4")
     settings = [*mixture(place, write_others(tmp_path / "others")), *TWO_ROWS, *logged]
     assert main(["train", "run=one-mixture", *settings]) == 0

@@ -181,7 +181,7 @@ def test_lost_figures_are_said_once(kept: int, tmp_path: Path, capsys: pytest.Ca
     first.path.write_bytes(b"".join(first.path.read_bytes().splitlines(keepends=True)[:kept]))
     last = 2 * max(0, kept - 1)
     again.rewind(9, log_every_steps=2)
-    assert f"the figures of steps {last + 1} to 9 are lost." in capsys.readouterr().out
+    assert f"the metrics of steps {last + 1} to 9 are lost." in capsys.readouterr().out
     again.log_metrics({"train/loss": 4.5}, 10)
     again.save()
     MetricsCSV(first.path).rewind(10, log_every_steps=2)
@@ -364,7 +364,7 @@ def test_the_best_are_kept_besides_the_newest(place: Path, train: Callable[..., 
 
 
 class _Trainer:
-    """What the ranking needs of Lightning's: the step, and the figure of its validation."""
+    """What the ranking needs of Lightning's: the step, and the metric of its validation."""
 
     def __init__(self, step: int, bpb: float) -> None:
         self.global_step, self.callback_metrics = step, {"val/bpb": torch.tensor(bpb)}

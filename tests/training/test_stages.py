@@ -98,8 +98,8 @@ def test_a_line_of_the_console_says_how_it_goes(
 ) -> None:
     assert train("run=line", "max_steps=2", "evaluation.every_steps=0") == 0
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("base 2/2"))
-    figures = r"loss \d\.\d{3}  lr ×[01]\.\d\d  [\d.]+ m?s/step  [\d,]+ tok/s  epoch 0\.\d\d  ETA 0:00"
-    assert re.search(figures, line), line
+    metrics = r"loss \d\.\d{3}  lr ×[01]\.\d\d  [\d.]+ m?s/step  [\d,]+ tok/s  epoch 0\.\d\d  ETA 0:00"
+    assert re.search(metrics, line), line
     rows = (place / "runs/line/base/metrics.csv").read_text(encoding="utf-8").splitlines()
     first, last = (
         dict(zip(rows[0].split(","), row.split(","), strict=True)) for row in rows[-2:]

@@ -86,7 +86,7 @@ def test_float16_learns_what_float32_learns() -> None:
     """Tolerance: half a percent, of numbers with eleven bits."""
     half, full = StepLoop(dtype="float16"), StepLoop()
     assert half.train_steps(BATCH, 6) == pytest.approx(full.train_steps(BATCH, 6), rel=5e-3)
-    assert half.guard.skipped_steps == 0 and half.guard.figures()["train/loss_scale"] == START
+    assert half.guard.skipped_steps == 0 and half.guard.metrics()["train/loss_scale"] == START
 
 
 def test_the_scale_goes_out_of_the_gradients_before_they_are_clipped() -> None:

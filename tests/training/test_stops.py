@@ -63,8 +63,8 @@ def wait_until(condition: Callable[[], object], run: Launched) -> None:
 
 
 def has_made(place: Path, run: str, steps: int) -> Callable[[], bool]:
-    figures = place / "runs" / run / "base" / "metrics.csv"
-    return lambda: figures.exists() and figures.read_text().count("\n") > steps + 1  # header, step 0
+    metrics = place / "runs" / run / "base" / "metrics.csv"
+    return lambda: metrics.exists() and metrics.read_text().count("\n") > steps + 1  # header, step 0
 
 
 def stopped(
@@ -81,7 +81,7 @@ def stopped(
 
     Args:
         to: who gets it: the agent of torchrun, one worker, all workers.
-        after: so many steps have their line of figures; that of the last one is written with the next.
+        after: so many steps have their line of metrics; that of the last one is written with the next.
         waits: what takes long, for tests.helpers.faults.
     """
     env = {"NANOCHAT_PL_TEST_CODES": str(tmp_path), **waits}

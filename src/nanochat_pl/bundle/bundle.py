@@ -1,7 +1,7 @@
 """Writing and reading bundles.
 
 A bundle is a folder: ``model.safetensors`` (the weights: float32, or as an import found them), ``config.json`` (the
-architecture, every number resolved), ``tokenizer.json``, ``stage.json`` (origin and figures), and for warm starts
+architecture, every number resolved), ``tokenizer.json``, ``stage.json`` (origin and metrics), and for warm starts
 ``optimizer.safetensors`` (the moments by parameter name). A tokenizer's bundle has no model.
 
 A bundle may come from a stranger. It is read as data: JSON into bounded dataclasses, tensors through safetensors, and
@@ -73,7 +73,7 @@ def save_bundle(
 
     Args:
         folder: where to; one that is there is replaced once the new one is complete.
-        stage: origin and figures.
+        stage: origin and metrics.
         net: the model, on any device.
         tokenizer: what turns text into its ids.
         moments: optimizer moments by parameter name (``MuonAdamW.moments_by_name``), for a warm start.
@@ -106,7 +106,7 @@ def save_bundle(
 
 
 def save_stage_info(folder: Path, stage: StageInfo) -> None:
-    """Replace the origin and figures of a bundle; nothing else of it changes."""
+    """Replace the origin and metrics of a bundle; nothing else of it changes."""
     write_json(folder / STAGE, to_plain(stage))
 
 

@@ -21,7 +21,7 @@ class StageInfo:
     format_version: Literal[1] = setting(FORMAT_VERSION, "Layout of the bundle.")
     plan: dict[str, Any] = setting(factory=dict, doc="The derived values with their reasons.")
     settings: dict[str, Any] = setting(factory=dict, doc="The resolved configuration of the stage.")
-    metrics: dict[str, Any] = setting(factory=dict, doc="Final figures, such as val/bpb.")
+    metrics: dict[str, Any] = setting(factory=dict, doc="Final metrics, such as val/bpb.")
     parents: list[dict[str, Any]] = setting(factory=list, doc="Earlier stages: stage, step, SHA-256 of the weights.")
     versions: dict[str, str] = setting(factory=dict, doc="Versions of Python and of the libraries.")
     data: dict[str, Any] = setting(factory=dict, doc="What it was trained on: names, hashes, sizes.")
@@ -30,6 +30,6 @@ class StageInfo:
 
 
 def library_versions() -> dict[str, str]:
-    """Versions that figures depend on: Python and the main libraries."""
+    """Versions that metrics depend on: Python and the main libraries."""
     names = ("nanochat-pl", "torch", "lightning", "tiktoken", "tokenizers", "pyarrow", "numpy")
     return {"python": platform.python_version(), **{name: metadata.version(name) for name in names}}

@@ -72,13 +72,13 @@ def _outcome(code: int) -> str:
 
 def _rows(job: Job, outcome: str, folders: Sequence[StageFolder]) -> list[tuple[str, ...]]:
     """Rows of the table: one for each stage that is finished, and one for a job that has none or failed."""
-    rows = [_figures(folder) for folder in folders if folder.status == "finished"]
+    rows = [_metrics(folder) for folder in folders if folder.status == "finished"]
     if not rows or not outcome.startswith("finished"):
         return [(job.name, "", outcome, "", "", ""), *((job.name, stage, "finished", *rest) for stage, *rest in rows)]
     return [(job.name, stage, outcome, *rest) for stage, *rest in rows]
 
 
-def _figures(folder: StageFolder) -> tuple[str, str, str, str]:
+def _metrics(folder: StageFolder) -> tuple[str, str, str, str]:
     """Stage, bits per byte, tokens and time, empty where finished.json does not say."""
     finished = folder.finished()
     bits, tokens, seconds = finished.get("metrics", {}).get("val/bpb"), finished.get("tokens"), finished.get("seconds")

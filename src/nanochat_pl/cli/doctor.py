@@ -97,20 +97,20 @@ def run(arguments: Sequence[str]) -> int:
             {**data.eval_sets, **bundle},
             config.max_documents,
             data.wanted_copies,
-            validation_is_a_set=not data.figures.is_chat,  # there it is made of the tasks' test parts
+            validation_is_a_set=not data.metrics.is_chat,  # there it is made of the tasks' test parts
             advance=advance,
         )
-    for title, columns, rows, notes in tables(data.figures, found):
+    for title, columns, rows, notes in tables(data.metrics, found):
         rank_zero_print()
         print_table(columns, rows, title=title)
         for note in notes:
             rank_zero_print(note)
-    noun = "conversations" if data.figures.is_chat else "documents"
-    row_tokens = next(rows.sequence_len for rows in data.figures.rows.values())
+    noun = "conversations" if data.metrics.is_chat else "documents"
+    row_tokens = next(rows.sequence_len for rows in data.metrics.rows.values())
     picture = lengths_svg(to.name, noun, data.train.lengths, data.validation.lengths, row_tokens)
     write_bytes(ensure_folder(to) / PICTURE, picture)
-    problems = [*findings(data.figures, found), *data.shortfall]
-    _write_json(to, {**to_plain(data.figures), "found": to_plain(found)}, problems)
+    problems = [*findings(data.metrics, found), *data.shortfall]
+    _write_json(to, {**to_plain(data.metrics), "found": to_plain(found)}, problems)
     code = _show_findings(problems)
     rank_zero_print(f"{to / PICTURE}, {to / JSON}")
     return code
@@ -145,6 +145,6 @@ def _show_findings(problems: Sequence[Finding]) -> int:
     return EXIT_FAILS if failing(problems) else 0
 
 
-def _write_json(to: Path, figures: dict[str, Any], problems: Sequence[Finding]) -> None:
+def _write_json(to: Path, metrics: dict[str, Any], problems: Sequence[Finding]) -> None:
     ensure_folder(to)
-    write_json(to / JSON, {**figures, "findings": to_plain(list(problems)), "fails": failing(problems)})
+    write_json(to / JSON, {**metrics, "findings": to_plain(list(problems)), "fails": failing(problems)})

@@ -81,7 +81,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def is_measured(composed: Composed[EvaluateConfig]) -> bool:
-    """Whether these figures of this model are there already, and no suite that was left out can be measured by now.
+    """Whether these metrics of this model are there already, and no suite that was left out can be measured by now.
 
     What they are compared with may have changed.
     """
@@ -116,11 +116,11 @@ def _known_of_other(other: Other | None, jobs: Sequence[Job], to: Path, model: M
     def read() -> None:
         if other is None:
             return
-        figures = comparable(jobs, other.name)
+        metrics = comparable(jobs, other.name)
         if other.bundle is not None:
-            require_can_be_asked(other.bundle, figures)
+            require_can_be_asked(other.bundle, metrics)
         else:
-            found.extend(read_other(other, figures, to, model))
+            found.extend(read_other(other, metrics, to, model))
 
     coordination.run_on_rank_zero(read)
     return found

@@ -21,7 +21,7 @@ from nanochat_pl.tools.sandbox.settings import SandboxSettings
 # What is measured where nothing else is said. A base model has seen no conversation.
 BASE_SUITES: tuple[Suite, ...] = ("bpb", "core", "samples")
 CHAT_SUITES: tuple[Suite, ...] = ("chat", "chatcore", "samples")
-# Keys that say where things are and how fast it goes, and nothing of the figures.
+# Keys that say where things are and how fast it goes, and nothing of the metrics.
 _NO_SAY = {"run", "stage", "bundle", "to", "batch_size", "accelerator", "devices", "paths"}
 
 
@@ -103,7 +103,7 @@ class EvaluateConfig:
 
 
 def asked(config: EvaluateConfig) -> dict[str, Any]:
-    """The settings that have a say in the figures, as plain data."""
+    """The settings that have a say in the metrics, as plain data."""
     return {key: value for key, value in to_plain(config).items() if key not in _NO_SAY}
 
 

@@ -118,11 +118,11 @@ def _measure_bits_per_byte(bundle: Bundle, source: Source, config: EvaluateConfi
     )
     batches = -(-validation.num_rows // config.batch_size)
     with progress("bits per byte", batches, "batches") as advance:
-        figures = validation.measure(bundle.net, lambda: advance(1))
+        metrics = validation.measure(bundle.net, lambda: advance(1))
     bundle.net.eval()
-    for name in [name for name, value in figures.items() if not math.isfinite(value)]:
-        rank_zero_print(f"{name} is {figures.pop(name)}, so it is left out: look at the weights before you use them.")
-    named = {name.removeprefix("val/"): value for name, value in figures.items()}
+    for name in [name for name, value in metrics.items() if not math.isfinite(value)]:
+        rank_zero_print(f"{name} is {metrics.pop(name)}, so it is left out: look at the weights before you use them.")
+    named = {name.removeprefix("val/"): value for name, value in metrics.items()}
     return Measured(plain={**named, "num_rows": validation.num_rows})
 
 

@@ -61,7 +61,7 @@ def run(arguments: Sequence[str]) -> int:
     _say_parity(export(bundle, to, config.format, config.moments))
     rank_zero_print(f"model card: {to / CARD}")
     again = f"nanochat-pl import {shlex.quote(f'source={to}')} {shlex.quote(f'to={to}-bundle')}"
-    next_steps([("read the figures", f"less {shlex.quote(str(to / CARD))}"), ("make a bundle of it again", again)])
+    next_steps([("read the metrics", f"less {shlex.quote(str(to / CARD))}"), ("make a bundle of it again", again)])
     return 0
 
 
@@ -76,10 +76,10 @@ def _is_of_classic_muon(bundle: Bundle) -> bool:
 
 
 def _say_parity(parity: Parity) -> None:
-    figures = parity.figures()
-    width = max(map(len, figures))
+    metrics = parity.metrics()
+    width = max(map(len, metrics))
     rank_zero_print(f"Equal, on {parity.num_positions:,} positions of {parity.text}:")
-    for name, value in figures.items():
+    for name, value in metrics.items():
         rank_zero_print(f"  {name:<{width}}  {value}")
     for remark in parity.remarks():
         rank_zero_print(remark)

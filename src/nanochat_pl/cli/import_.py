@@ -62,7 +62,7 @@ def run(arguments: Sequence[str]) -> int:
         _require_absent(folder)
         imported = _read_and_tell(source, config)
         bundle, model = _save_as_stage(imported, folder), run_keys(config.run, Path(config.paths.runs))
-        figures = ""  # they lie in the run
+        metrics = ""  # they lie in the run
     else:
         assert config.to is not None
         to = Path(config.to)
@@ -70,11 +70,11 @@ def run(arguments: Sequence[str]) -> int:
         imported = _read_and_tell(source, config)
         bundle = save_imported(imported, to)
         model = shlex.quote(f"bundle={bundle}")
-        figures = " " + shlex.quote(f"to={bundle.with_name(f'{bundle.name}-evaluation')}")
+        metrics = " " + shlex.quote(f"to={bundle.with_name(f'{bundle.name}-evaluation')}")
     rank_zero_print(f"bundle: {bundle}")
     rank_zero_print(f"certificate: {bundle / f'{CERTIFICATE}.md'}")
     if imported.tokenizer is not None:
-        measure = f"nanochat-pl evaluate {model}{figures}"
+        measure = f"nanochat-pl evaluate {model}{metrics}"
         next_steps([("talk to it", f"nanochat-pl chat {model}"), ("measure it", measure)])
     return 0
 

@@ -28,7 +28,7 @@ COMMANDS = {
     "download": "files of a data set, verified: download data=climbmix num_shards=8",
     "doctor": "what the data of a stage will do, before it is trained on: doctor stage=base|mid|sft",
     "plan": "the settings that follow from model.depth, each with its reason, without training",
-    "evaluate": "figures of a trained stage: run=NAME suites=[bpb,core,chat,chatcore,harness,samples,tokenizer]",
+    "evaluate": "metrics of a trained stage: run=NAME suites=[bpb,core,chat,chatcore,harness,samples,tokenizer]",
     "chat": 'talk to a model: chat run=NAME, or one answer: chat run=NAME prompt="…"',
     "import": "a bundle of a model from elsewhere: import source=PATH to=PATH",
     "export": "a trained stage for other programs: export run=NAME to=PATH",

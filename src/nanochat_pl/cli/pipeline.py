@@ -161,7 +161,7 @@ def is_finished(step: Step, composed: Composed, run_dir: Path) -> bool:
 
 
 def finish(run_dir: Path) -> None:
-    """Print the figures and what can be done with the run now."""
+    """Print the metrics and what can be done with the run now."""
     from nanochat_pl.report import SUMMARY_COLUMNS, summary_table
 
     rank_zero_print()

@@ -22,7 +22,7 @@ from nanochat_pl.common.run_dir import RESULTS, StageFolder, list_runs
 from nanochat_pl.common.schema import setting
 from nanochat_pl.config.compose import compose
 
-# More than a line of metrics.csv, which has some twenty figures.
+# More than a line of metrics.csv, which has some twenty metrics.
 TAIL_BYTES = 2**16
 MAX_NAMED = 8
 
@@ -96,7 +96,7 @@ def _row(folder: StageFolder) -> tuple[object, ...]:
     if folder.status == "finished":
         finished = folder.finished()
         bits = finished.get("metrics", {}).get("val/bpb")
-        return folder.run, folder.stage, "finished", finished.get("step"), _figure(bits), _size(folder.path)
+        return folder.run, folder.stage, "finished", finished.get("step"), _metric(bits), _size(folder.path)
     status = "training" if _is_held(folder) else "unfinished"
     return folder.run, folder.stage, status, _progress(folder), "", _size(folder.path)
 
@@ -133,7 +133,7 @@ def _is_held(folder: StageFolder) -> bool:
         return True
 
 
-def _figure(value: object) -> str:
+def _metric(value: object) -> str:
     return f"{value:.4f}" if isinstance(value, float) else ""
 
 

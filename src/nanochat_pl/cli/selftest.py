@@ -44,7 +44,7 @@ def run(arguments: Sequence[str]) -> int:
     software = ", ".join(f"{name} {version}" for name, version in what_runs().items())
     findings = selftest(config.accelerator, runs, caches, software, config.timeout_seconds)
     passed = all(finding.result != "FAILED" for finding in findings)
-    print_table(("check", "result", "figure", "tolerance"), findings)
+    print_table(("check", "result", "metric", "tolerance"), findings)
     if config.to is not None and collectives.is_rank_zero():
         write_json(Path(config.to), {"passed": passed, "checks": [finding._asdict() for finding in findings]})
     rank_zero_print(verdict(findings))

@@ -40,7 +40,7 @@ class LostContact(RuntimeError):
 
 
 class NotFiniteError(UserError):
-    """A model gives NaN or infinities: a choice among such figures would look like guessing.
+    """A model gives NaN or infinities: a choice among such metrics would look like guessing.
 
     Args:
         where: the file of the weights, what was being measured, or both; empty where the caller knows neither.

@@ -100,7 +100,7 @@ class StageFolder:
         finished = read_object(path, fix)
         if not isinstance(finished.get("metrics", {}), dict):
             raise UserError(
-                f"{path}: its metrics are no group of named figures but {type(finished['metrics']).__name__}.", fix
+                f"{path}: its metrics are no group of named metrics but {type(finished['metrics']).__name__}.", fix
             )
         return finished
 
@@ -114,7 +114,7 @@ class StageFolder:
     def discarded_on_error(self) -> Iterator[None]:
         """Remove the folder (and the run's, where nothing else is in it) if what is done inside is refused.
 
-        A training that has begun is kept, whatever ended it: its figures tell why.
+        A training that has begun is kept, whatever ended it: its metrics tell why.
         """
         try:
             yield

@@ -91,7 +91,7 @@ class Parity:
         max_difference_as_is: the same against the bundle's own rotary tables, where these are rounded to bfloat16 and
             the other side's cannot be; else None.
         num_texts: texts, a conversation among them, for which both tokenizers gave the same ids; 0 without a tokenizer.
-        bfloat16: figures of computing in that type; None where they were not measured.
+        bfloat16: metrics of computing in that type; None where they were not measured.
     """
 
     text: str
@@ -102,7 +102,7 @@ class Parity:
     num_texts: int = 0
     bfloat16: InBfloat16 | None = None
 
-    def figures(self) -> dict[str, str]:
+    def metrics(self) -> dict[str, str]:
         """What must be equal, and how equal it is."""
         found = {
             "largest difference of two logits": f"{self.max_difference:.2g}",
@@ -141,7 +141,7 @@ def measure(bundle: Bundle, folder: Path, layout: Layout, unrounded: bool) -> Pa
         unrounded: whether that reader keeps its rotary tables in float32, whatever the bundle's config says.
 
     Raises:
-        UserError: it cannot be loaded, or does not give the same; with the figures.
+        UserError: it cannot be loaded, or does not give the same; with the metrics.
     """
     texts = _texts() if bundle.tokenizer is not None else []
     ids, described = _sample(bundle.config, bundle.tokenizer, texts)
@@ -197,7 +197,7 @@ def _sample(config: GPTConfig, tokenizer: Tokenizer | None, texts: Sequence[str]
 
 
 def _in_bfloat16(net: GPT, ids: Tensor, theirs: Tensor, exact: Tensor) -> InBfloat16:
-    """Figures of the exported model's logits (1, T, V) in bfloat16, against those (B, T, V) of float32."""
+    """Metrics of the exported model's logits (1, T, V) in bfloat16, against those (B, T, V) of float32."""
     number = theirs.size(1)
     ours, exact = _logits(_rebuilt(net, net.config, torch.bfloat16), ids[:1, :number]), exact[:1, :number]
     return InBfloat16(

@@ -50,7 +50,7 @@ class Lengths:
 
 
 @dataclass(frozen=True)
-class SplitFigures:
+class SplitMetrics:
     """One split: training or validation.
 
     Attributes:
@@ -109,8 +109,8 @@ class Duplicates:
 class Found:
     """What was found in the documents of a stage."""
 
-    train: SplitFigures
-    validation: SplitFigures
+    train: SplitMetrics
+    validation: SplitMetrics
     duplicates: Duplicates
     overlaps: list[Overlap]
 
@@ -226,7 +226,7 @@ def _read(
     numbers: np.ndarray,
     advance: Advance,
     look: Callable[[Sequence[int], Sequence[str]], None] = lambda numbers, texts: None,
-) -> SplitFigures:
+) -> SplitMetrics:
     """Read the text of some documents, and show it to ``look``."""
     chars, num_bytes, non_ascii, replaced, repeating, controls, separators = [], 0, 0, 0, 0, 0, 0
     for batch, texts in _batches(documents, numbers):
@@ -242,7 +242,7 @@ def _read(
         advance(len(batch))
     lengths, characters = documents.lengths, np.array(chars, np.int64)
     longest = np.argsort(-lengths, kind="stable")[:NUM_LONGEST].tolist()
-    return SplitFigures(
+    return SplitMetrics(
         documents=len(lengths),
         empty=int((lengths == 0).sum()),
         tokens=Lengths.of(lengths[lengths > 0]),

@@ -1,4 +1,4 @@
-"""What the figures of the doctor mean: what would break a run, what would spoil it, and the key that mends it."""
+"""What the metrics of the doctor mean: what would break a run, what would spoil it, and the key that mends it."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import numpy as np
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.run_dir import CHAT_STAGES
 from nanochat_pl.data.packing.rows import Rows
-from nanochat_pl.doctor.examine import Found, SplitFigures
+from nanochat_pl.doctor.examine import Found, SplitMetrics
 from nanochat_pl.doctor.overlap import Overlap
 from nanochat_pl.planning.horizon import MAX_EPOCHS
 
-# From where on a figure is worth a warning.
+# From where on a metric is worth a warning.
 MIN_TRAINED_SHARE = 0.5
 MAX_PADDED_SHARE = 0.3
 MAX_COPIED_TOKENS = 0.05
 # Of the validation documents those that are trained on too. Texts hold some documents twice; that most of them are the
-# same comes of one file under two keys, and then the figure says nothing of unseen text.
+# same comes of one file under two keys, and then the metric says nothing of unseen text.
 MAX_COPIED_VALIDATION = 0.5
 MAX_LEAKED_SHARE = 0.01  # of the documents or items of an evaluation set
 MAX_LEAKED_GRAMS = 0.05  # of the validation documents' 13-grams: texts of one kind share some
@@ -42,7 +42,7 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class RowFigures:
+class RowMetrics:
     """What the plan makes of the training documents of one source.
 
     Attributes:
@@ -67,7 +67,7 @@ class RowFigures:
 
 
 @dataclass(frozen=True)
-class StageFigures:
+class StageMetrics:
     """What is known of a stage's data before its text is read.
 
     Attributes:
@@ -87,7 +87,7 @@ class StageFigures:
 
     stage: str
     data: str
-    rows: dict[str, RowFigures]
+    rows: dict[str, RowMetrics]
     steps: int
     rows_per_step: int
     validation_rows: int
@@ -106,8 +106,8 @@ class StageFigures:
         return self.stage in CHAT_STAGES
 
 
-def row_figures(rows: Rows, target_share: float, num_rows: int) -> RowFigures:
-    """The figures of packed rows.
+def row_metrics(rows: Rows, target_share: float, num_rows: int) -> RowMetrics:
+    """The metrics of packed rows.
 
     Args:
         rows: of which the plan takes ``num_rows``, going on from the first where they end before.
@@ -122,7 +122,7 @@ def row_figures(rows: Rows, target_share: float, num_rows: int) -> RowFigures:
     places = stats.placed_tokens + stats.pieces + stats.padded_places
     packed = places // (rows.sequence_len + 1)  # of rows that are packed shard by shard more than are asked for
     trained = stats.placed_tokens * target_share + (0 if rows.cache.masked else stats.pieces - packed)
-    return RowFigures(
+    return RowMetrics(
         sequence_len=rows.sequence_len,
         rows=num_rows,
         epochs=taken / max(int(lengths.sum(dtype=np.int64)), 1) * num_rows / max(packed, 1),
@@ -140,52 +140,52 @@ def finding_of(error: UserError) -> list[Finding]:
     return [*(Finding(True, problem) for problem in others), Finding(True, last, error.fix)]
 
 
-def findings(figures: StageFigures, found: Found) -> list[Finding]:
+def findings(metrics: StageMetrics, found: Found) -> list[Finding]:
     """What would break a run first, then what would spoil it."""
     problems = [
-        *_of_rows(figures),
-        *_of_text(figures, found),
-        *_of_duplicates(figures, found),
-        *_of_overlaps(figures, found.overlaps),
-        *(Finding(False, f"{remark}.") for remark in figures.remarks),
-        *_of_own_sets(figures),
+        *_of_rows(metrics),
+        *_of_text(metrics, found),
+        *_of_duplicates(metrics, found),
+        *_of_overlaps(metrics, found.overlaps),
+        *(Finding(False, f"{remark}.") for remark in metrics.remarks),
+        *_of_own_sets(metrics),
     ]
     return sorted(problems, key=lambda finding: not finding.fails)
 
 
-def _of_rows(figures: StageFigures) -> Iterator[Finding]:
-    if figures.vocab_size > figures.model_vocab_size:
+def _of_rows(metrics: StageMetrics) -> Iterator[Finding]:
+    if metrics.vocab_size > metrics.model_vocab_size:
         yield Finding(
             True,
-            f"The tokenizer has {figures.vocab_size:,} ids, the model {figures.model_vocab_size:,}.",
+            f"The tokenizer has {metrics.vocab_size:,} ids, the model {metrics.model_vocab_size:,}.",
             "Take the tokenizer that the model was trained with: run=NAME of the run that has both.",
         )
-    for name, rows in figures.rows.items():
-        yield from _of_source(rows, figures, f"{name}: " if name else "", f"data.sources.{name}" if name else "data")
-    if figures.validation_rows < figures.validation_rows_wanted and not figures.is_chat:
+    for name, rows in metrics.rows.items():
+        yield from _of_source(rows, metrics, f"{name}: " if name else "", f"data.sources.{name}" if name else "data")
+    if metrics.validation_rows < metrics.validation_rows_wanted and not metrics.is_chat:
         yield Finding(
             False,
-            f"The held-out text fills {figures.validation_rows:,} rows, the plan wants"
-            f" {figures.validation_rows_wanted:,}: figures of validation will be uncertain.",
+            f"The held-out text fills {metrics.validation_rows:,} rows, the plan wants"
+            f" {metrics.validation_rows_wanted:,}: metrics of validation will be uncertain.",
             "Raise data.validation_fraction, or give data.validation_path=….",
         )
 
 
-def _of_source(rows: RowFigures, figures: StageFigures, what: str, key: str) -> Iterator[Finding]:
+def _of_source(rows: RowMetrics, metrics: StageMetrics, what: str, key: str) -> Iterator[Finding]:
     if rows.target_share <= 0:
         yield Finding(
             True,
             f"{what}No token is trained on: the mask leaves none.",
             "Give conversations with answers (mixture.tasks.…).",
         )
-    if rows.epochs > MAX_EPOCHS and not figures.is_chat:
-        steps = max(int(figures.steps * MAX_EPOCHS / rows.epochs), 1)
+    if rows.epochs > MAX_EPOCHS and not metrics.is_chat:
+        steps = max(int(metrics.steps * MAX_EPOCHS / rows.epochs), 1)
         yield Finding(
             False,
             f"{what}The plan goes {rows.epochs:,.1f} times over the text; more than {MAX_EPOCHS:g} teach little new.",
             f"Set max_steps={steps} or lower, or give more text.",
         )
-    if rows.trained_share < MIN_TRAINED_SHARE and not figures.is_chat:
+    if rows.trained_share < MIN_TRAINED_SHARE and not metrics.is_chat:
         waiting = f", and {rows.never_placed:,} documents still wait for a row" if rows.never_placed else ""
         yield Finding(
             False,
@@ -200,10 +200,10 @@ def _of_source(rows: RowFigures, figures: StageFigures, what: str, key: str) -> 
         )
 
 
-def _of_own_sets(figures: StageFigures) -> Iterator[Finding]:
+def _of_own_sets(metrics: StageMetrics) -> Iterator[Finding]:
     """Conversations of the person's own that are seen too often to teach more, or hardly at all."""
-    epochs = max((rows.epochs for rows in figures.rows.values()), default=0.0)
-    for key, (repeat, share) in figures.own_sets.items():
+    epochs = max((rows.epochs for rows in metrics.rows.values()), default=0.0)
+    for key, (repeat, share) in metrics.own_sets.items():
         if (times := epochs * repeat) > MAX_SEEN:
             yield Finding(
                 False,
@@ -220,8 +220,8 @@ def _of_own_sets(figures: StageFigures) -> Iterator[Finding]:
             )
 
 
-def _of_text(figures: StageFigures, found: Found) -> Iterator[Finding]:
-    train, chat = found.train, figures.is_chat
+def _of_text(metrics: StageMetrics, found: Found) -> Iterator[Finding]:
+    train, chat = found.train, metrics.is_chat
     if train.documents == train.empty:
         yield Finding(True, "There is no text to train on.", "Give some: data.path=….")
         return
@@ -234,13 +234,13 @@ def _of_text(figures: StageFigures, found: Found) -> Iterator[Finding]:
     if train.empty > MAX_LOST_SHARE * train.documents:
         why = "left out: bad, or without anything to learn" if chat else "empty or blank"
         yield Finding(False, f"{_share(train.empty, train.documents)} of the documents are {why}.")
-    if figures.cut > MAX_LOST_SHARE * train.documents:
+    if metrics.cut > MAX_LOST_SHARE * train.documents:
         yield Finding(
             False,
-            f"{_share(figures.cut, train.documents)} of the conversations are cut: they are longer than a row.",
+            f"{_share(metrics.cut, train.documents)} of the conversations are cut: they are longer than a row.",
             "Give the base stage a longer model.sequence_len.",
         )
-    for cause, count in figures.bad_rows.items():
+    for cause, count in metrics.bad_rows.items():
         yield Finding(False, f"Rows of files left out: {count:,} ({cause}).")
     if train.bytes_per_token < MIN_BYTES_PER_TOKEN and not chat:
         yield Finding(
@@ -254,7 +254,7 @@ def _of_text(figures: StageFigures, found: Found) -> Iterator[Finding]:
     yield from _of_signs(train, chat)
 
 
-def _of_signs(train: SplitFigures, chat: bool) -> Iterator[Finding]:
+def _of_signs(train: SplitMetrics, chat: bool) -> Iterator[Finding]:
     """Documents whose text is odd, where they are more than a few."""
     kinds = [
         (
@@ -279,7 +279,7 @@ def _of_signs(train: SplitFigures, chat: bool) -> Iterator[Finding]:
             yield Finding(False, f"{_share(count, train.sampled)} of the documents {problem}", fix)
 
 
-def _of_duplicates(figures: StageFigures, found: Found) -> Iterator[Finding]:
+def _of_duplicates(metrics: StageMetrics, found: Found) -> Iterator[Finding]:
     duplicates, validation = found.duplicates, found.validation
     unwanted = duplicates.copied_tokens * max(0.0, 1 - duplicates.wanted / max(duplicates.copies, 1))
     if unwanted > MAX_COPIED_TOKENS:
@@ -289,18 +289,18 @@ def _of_duplicates(figures: StageFigures, found: Found) -> Iterator[Finding]:
             "Take them out: a copy is trained on as often as there are copies, in every epoch.",
         )
     if duplicates.validation_copies > MAX_LEAKED_SHARE * validation.documents:
-        fix = "" if figures.is_chat else "Give another data.validation_path=…, or take the copies out."
+        fix = "" if metrics.is_chat else "Give another data.validation_path=…, or take the copies out."
         yield Finding(
             duplicates.validation_copies > MAX_COPIED_VALIDATION * (validation.documents - validation.empty),
             f"{_share(duplicates.validation_copies, validation.documents)} of the validation documents are trained on:"
-            " its figures are too good.",
+            " its metrics are too good.",
             fix,
         )
 
 
-def _of_overlaps(figures: StageFigures, overlaps: Sequence[Overlap]) -> Iterator[Finding]:
+def _of_overlaps(metrics: StageMetrics, overlaps: Sequence[Overlap]) -> Iterator[Finding]:
     for overlap in overlaps:
-        if overlap.name in figures.made_sets:
+        if overlap.name in metrics.made_sets:
             continue
         is_validation = overlap.name == "validation"
         share, most = (overlap.gram_share, MAX_LEAKED_GRAMS) if is_validation else (overlap.share, MAX_LEAKED_SHARE)
@@ -308,10 +308,10 @@ def _of_overlaps(figures: StageFigures, overlaps: Sequence[Overlap]) -> Iterator
             what = "of its 13-grams" if is_validation else f"of {overlap.items - overlap.short:,} items"
             yield Finding(
                 False,
-                f"{overlap.name}: {share:.1%} {what} stand in the training text: its figures are too good.",
+                f"{overlap.name}: {share:.1%} {what} stand in the training text: its metrics are too good.",
                 ""
                 if is_validation
-                else "Take them out of the training text, or do not compare this figure with others'.",
+                else "Take them out of the training text, or do not compare this metric with others'.",
             )
 
 

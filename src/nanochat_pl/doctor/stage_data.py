@@ -25,7 +25,7 @@ from nanochat_pl.data.sources.mixture import MixedSource
 from nanochat_pl.data.sources.open import open_source
 from nanochat_pl.doctor.documents import Documents
 from nanochat_pl.doctor.eval_sets import ConversationTexts
-from nanochat_pl.doctor.findings import Finding, StageFigures, row_figures
+from nanochat_pl.doctor.findings import Finding, StageMetrics, row_metrics
 from nanochat_pl.tasks import Task
 from nanochat_pl.tasks.context import TaskContext
 from nanochat_pl.tasks.mixture import Mixture, build_mixture, build_tasks
@@ -42,14 +42,14 @@ class ExaminedStage:
     """The data of a stage.
 
     Attributes:
-        figures: what is known of it before its text is read.
+        metrics: what is known of it before its text is read.
         train, validation: the documents.
         eval_sets: the tasks that are at hand, by name.
         wanted_copies: that the tasks' ``repeat`` asks for.
         shortfall: what is missing of the files that the plan needs.
     """
 
-    figures: StageFigures
+    metrics: StageMetrics
     train: Documents
     validation: Documents
     eval_sets: dict[str, ConversationTexts]
@@ -104,9 +104,9 @@ def _base_data(config: TrainConfig, folder: StageFolder, cache: Path) -> Examine
             read = TokenCache(read.shards[: part.index.num_segments], read.fingerprint)
         rows[name] = Rows(read, part.index, part.sequence_len, part.bos_id)
     source, eval_sets = open_source(config.data, cache), _at_hand(config, cache)
-    figures = _figures("base", source.describe(), prepared, rows, eval_sets, _remarks_of(source))
+    metrics = _metrics("base", source.describe(), prepared, rows, eval_sets, _remarks_of(source))
     return ExaminedStage(
-        figures,
+        metrics,
         Documents({name: part.cache for name, part in rows.items()}, tokenizer),
         Documents({name: part.rows.cache for name, part in validation.sources.items()}, tokenizer),
         eval_sets,
@@ -114,7 +114,7 @@ def _base_data(config: TrainConfig, folder: StageFolder, cache: Path) -> Examine
     )
 
 
-def _figures(
+def _metrics(
     stage: str,
     data: str,
     prepared: StageData,
@@ -122,13 +122,13 @@ def _figures(
     eval_sets: dict[str, ConversationTexts],
     remarks: tuple[str, ...],
     target_share: float = 1.0,
-) -> StageFigures:
+) -> StageMetrics:
     plan = prepared.plan
-    return StageFigures(
+    return StageMetrics(
         stage,
         data,
         rows={
-            name: row_figures(part, target_share, num_rows)
+            name: row_metrics(part, target_share, num_rows)
             for (name, part), num_rows in zip(rows.items(), _rows_taken(prepared), strict=True)
         },
         steps=plan["num_steps"],
@@ -201,11 +201,11 @@ def _sft_data(config: TrainConfig, folder: StageFolder, cache: Path) -> Examined
             bad |= {f"{name}: {cause}": count for cause, count in task.audit.bad.items()}
     joined = [f"{train.num_turns:,} of them in {train.num_joined:,} of several turns"] if train.num_joined else []
     data = [*(f"{len(task):,} × {train.repeats[name]} {name}" for name, task in train.tasks.items()), *joined]
-    figures = _figures(
+    metrics = _metrics(
         config.stage.name, ", ".join(data), prepared, {"": rows}, eval_sets, tuple(remarks), documents.target_share
     )
     return ExaminedStage(
-        dataclasses.replace(figures, cut=conversations.rendering.num_cut, bad_rows=bad, own_sets=own),
+        dataclasses.replace(metrics, cut=conversations.rendering.num_cut, bad_rows=bad, own_sets=own),
         documents,
         Documents({"": validation.sources[""].rows.cache}, prepared.tokenizer, place_in(test)),
         eval_sets,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from nanochat_pl.doctor.examine import Found, Lengths, SplitFigures
-from nanochat_pl.doctor.findings import StageFigures
+from nanochat_pl.doctor.examine import Found, Lengths, SplitMetrics
+from nanochat_pl.doctor.findings import StageMetrics
 from nanochat_pl.doctor.overlap import GRAM_WORDS, Overlap
 
 MAX_EXAMPLES = 3  # of overlaps
@@ -23,23 +23,23 @@ class Table(NamedTuple):
     notes: list[str]
 
 
-def tables(figures: StageFigures, found: Found) -> Iterator[Table]:
+def tables(metrics: StageMetrics, found: Found) -> Iterator[Table]:
     """The tables in the order in which they are shown."""
-    yield _documents(figures, found)
-    yield _rows(figures)
+    yield _documents(metrics, found)
+    yield _rows(metrics)
     yield _duplicates(found)
     yield _overlaps(found.overlaps)
 
 
-def _documents(figures: StageFigures, found: Found) -> Table:
-    noun = "conversations" if figures.is_chat else "documents"
+def _documents(metrics: StageMetrics, found: Found) -> Table:
+    noun = "conversations" if metrics.is_chat else "documents"
     splits = (found.train, found.validation)
     rows: list[Cells] = [(noun, *(_count(split.documents) for split in splits))]
-    empty = "left out: nothing to learn" if figures.is_chat else "empty or blank"
+    empty = "left out: nothing to learn" if metrics.is_chat else "empty or blank"
     rows.append((f"  {empty}", *(_count(split.empty) for split in splits)))
-    if figures.is_chat:
-        rows.append(("  cut to a row", _count(figures.cut), ""))
-    rows += [(f"  bad rows: {cause}", _count(count), "") for cause, count in figures.bad_rows.items()]
+    if metrics.is_chat:
+        rows.append(("  cut to a row", _count(metrics.cut), ""))
+    rows += [(f"  bad rows: {cause}", _count(count), "") for cause, count in metrics.bad_rows.items()]
     rows += _lengths("tokens", [split.tokens for split in splits])
     rows += _lengths("characters", [split.characters for split in splits])
     rows.append(("bytes a token", *(f"{split.bytes_per_token:.2f}" for split in splits)))
@@ -47,14 +47,14 @@ def _documents(figures: StageFigures, found: Found) -> Table:
     rows.append((f"{noun} with U+FFFD", *(_count(split.replaced) for split in splits)))
     rows.append((f"{noun} with control characters", *(_count(split.controls) for split in splits)))
     rows.append((f"{noun} that repeat their lines", *(_count(split.repeating) for split in splits)))
-    if figures.validation_rows:
-        rows.append(("rows to validate on", "", _count(figures.validation_rows)))
+    if metrics.validation_rows:
+        rows.append(("rows to validate on", "", _count(metrics.validation_rows)))
     notes = [_sampled(noun, splits)] if any(_is_sample(split) for split in splits) else []
     notes += [
         f"{'Longest:' if not number else '        '} {size:,} tokens, {place}: {text}"
         for number, (place, size, text) in enumerate(found.train.longest)
     ]
-    return Table(figures.data, ("", "training", "validation"), rows, notes)
+    return Table(metrics.data, ("", "training", "validation"), rows, notes)
 
 
 def _lengths(unit: str, lengths: Sequence[Lengths]) -> list[Cells]:
@@ -67,17 +67,17 @@ def _lengths(unit: str, lengths: Sequence[Lengths]) -> list[Cells]:
     ]
 
 
-def _is_sample(split: SplitFigures) -> bool:
+def _is_sample(split: SplitMetrics) -> bool:
     return split.sampled < split.distinct
 
 
-def _sampled(noun: str, splits: Sequence[SplitFigures]) -> str:
+def _sampled(noun: str, splits: Sequence[SplitMetrics]) -> str:
     of = " and ".join(f"{split.sampled:,} of {split.distinct:,}" for split in splits)
     return f"A sample: the text of {of} different {noun} was read. max_documents=… reads more."
 
 
-def _rows(figures: StageFigures) -> Table:
-    of = list(figures.rows.values())
+def _rows(metrics: StageMetrics) -> Table:
+    of = list(metrics.rows.values())
     rows: list[Cells] = [
         ("rows of the plan", *(f"{each.rows:,} of {each.sequence_len:,} tokens" for each in of)),
         ("epochs", *(f"{each.epochs:,.2f}" for each in of)),
@@ -87,11 +87,11 @@ def _rows(figures: StageFigures) -> Table:
         rows.append(("cropped", *(f"{each.cropped_tokens:,} tokens" for each in of)))
         rows.append(("documents that still wait for a row", *(_count(each.never_placed) for each in of)))
     rows.append(("padding", *(f"{each.padded_share:.1%} of the places" for each in of)))
-    if figures.is_chat:
+    if metrics.is_chat:
         rows.append(("masked", *(f"{1 - each.target_share - each.padded_share:.1%} of the places" for each in of)))
     rows.append(("trained on", *(f"{each.target_share:.1%} of the places" for each in of)))
-    notes = [f"{figures.steps:,} steps of {figures.rows_per_step:,} rows."]
-    return Table("Rows", ("", *(name or "training" for name in figures.rows)), rows, notes)
+    notes = [f"{metrics.steps:,} steps of {metrics.rows_per_step:,} rows."]
+    return Table("Rows", ("", *(name or "training" for name in metrics.rows)), rows, notes)
 
 
 def _duplicates(found: Found) -> Table:

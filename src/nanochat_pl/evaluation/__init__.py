@@ -1,1 +1,1 @@
-"""Figures of a model: bits per byte, tasks, and their standard errors."""
+"""Metrics of a model: bits per byte, tasks, and their standard errors."""

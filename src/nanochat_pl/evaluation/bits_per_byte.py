@@ -58,7 +58,7 @@ class BitsPerByte(Metric):
         self.sums = self.sums + sums.to(self.sums.device)
 
     def compute(self) -> BitsPerByteResult:
-        """The figure over all that was added; None instead of a division by zero."""
+        """The metric over all that was added; None instead of a division by zero."""
         return result_of(self.sums.tolist())
 
 
@@ -81,7 +81,7 @@ def sums_over_rows(losses: Tensor, num_bytes: Tensor) -> Tensor:
 
 
 def weighted_result(sums: Sequence[Tensor], shares: Sequence[float]) -> BitsPerByteResult:
-    """The figure over several sets of rows, as if each had its share of the rows, however many were measured.
+    """The metric over several sets of rows, as if each had its share of the rows, however many were measured.
 
     Args:
         sums: of a :class:`BitsPerByte` for each set; one without any bytes is passed over.
@@ -97,7 +97,7 @@ def weighted_result(sums: Sequence[Tensor], shares: Sequence[float]) -> BitsPerB
 
 
 def result_of(sums: Sequence[float]) -> BitsPerByteResult:
-    """The figure of the sums over rows, see :class:`BitsPerByte`."""
+    """The metric of the sums over rows, see :class:`BitsPerByte`."""
     nats, size, nats_nats, nats_size, size_size, rows = sums
     if size == 0:
         return BitsPerByteResult(None, None, 0, 0)

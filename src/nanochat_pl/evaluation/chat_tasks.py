@@ -118,7 +118,7 @@ def evaluate_task(
 
     Raises:
         UserError: the task has no problems or no judge, a setting is out of bounds, or memory ran out: on all
-            processes alike, so that a training may go on without the figure.
+            processes alike, so that a training may go on without the metric.
     """
 
     def answer_share() -> list[_Answered]:

@@ -75,11 +75,11 @@ def _stage_of(name: str, path: Path) -> Other:
 
 
 def comparable(jobs: Sequence[Job], other: str) -> list[Job]:
-    """Those that give figures. Raises :class:`UserError` where there are none."""
+    """Those that give metrics. Raises :class:`UserError` where there are none."""
     found = [job for job in jobs if job.suite not in ("samples", "tokenizer")]
     if not found:
         named = " and ".join(dict.fromkeys(job.suite for job in jobs))
-        raise UserError(f"against={other}: {named} are no figures to compare.", "Name other suites: suites=[…]")
+        raise UserError(f"against={other}: {named} are no metrics to compare.", "Name other suites: suites=[…]")
     return found
 
 

@@ -64,7 +64,7 @@ class Job:
     Attributes:
         suite, name: what it is.
         problems: what its problems are a function of, as plain data: two models can be compared where it is the same.
-        asked: further settings with a say in the figures.
+        asked: further settings with a say in the metrics.
         measure: measures a model.
         together: whether all processes take part; else the main one measures alone.
     """
@@ -122,7 +122,7 @@ class Record:
 
 
 def identity_of(bundle: Bundle) -> dict[str, Any]:
-    """What the figures of a bundle depend on: its files, and the type that it computes in."""
+    """What the metrics of a bundle depend on: its files, and the type that it computes in."""
     hashes = {name: sha256_of_file(bundle.path / name) for name in (MODEL, CONFIG, TOKENIZER)}
     return {**hashes, "dtype": str(bundle.net.compute_dtype).removeprefix("torch.")}
 
@@ -176,7 +176,7 @@ def measure(
 def of_most_problems(
     to: Path, model: Mapping[str, Any], jobs: Sequence[Job], suites: Sequence[SuiteResult]
 ) -> list[SuiteResult]:
-    """What is written of each suite: of each task the figures of most problems, those of fewer beside them.
+    """What is written of each suite: of each task the metrics of most problems, those of fewer beside them.
 
     Settings that were others then are in the remarks.
     """
@@ -193,7 +193,7 @@ def of_most_problems(
         if fewer:
             kept = [f"{task.name} (n {task.n:,})" for task in tasks if task.name in {each.name for each in fewer}]
             rank_zero_print(
-                f"{suite.name}: the figures of more problems stay in the results and the report: {', '.join(kept)}."
+                f"{suite.name}: the metrics of more problems stay in the results and the report: {', '.join(kept)}."
             )
         written.append(replace(suite_of(suite.name, tasks, suite.plain), fewer=fewer))
     return written

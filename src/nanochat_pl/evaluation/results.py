@@ -17,12 +17,12 @@ from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.schema import setting
 from nanochat_pl.evaluation.statistics import DIFFERENCES, PERCENTILES, SHARES, deviations, standard_error
 
-# Raise it with whatever gives other figures for the same model and problems: prompts, scoring, the reading and judging
+# Raise it with whatever gives other metrics for the same model and problems: prompts, scoring, the reading and judging
 # of answers, the choice of problems. What was kept under another number is measured again.
 FIGURES_VERSION = 2
 MAX_ITEMS = 1_000_000  # of a result that is read
 MAX_NAME = 200  # characters
-SAME = 1e-9  # figures that are read may differ by rounding from those that the outcomes give
+SAME = 1e-9  # metrics that are read may differ by rounding from those that the outcomes give
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def make_result(
     details: Mapping[str, Any] | None = None,
     answers: Sequence[dict[str, Any]] = (),
 ) -> TaskResult:
-    """Figures of outcomes.
+    """Metrics of outcomes.
 
     Args:
         name: the task's.
@@ -177,7 +177,7 @@ def to_plain(result: TaskResult) -> dict[str, Any]:
 
 
 def from_plain(value: Mapping[str, Any], where: str) -> TaskResult:
-    """The inverse of :func:`to_plain`, of data that anybody may have written. The figures are those of its outcomes.
+    """The inverse of :func:`to_plain`, of data that anybody may have written. The metrics are those of its outcomes.
 
     Args:
         value: the data.
@@ -206,7 +206,7 @@ def from_plain(value: Mapping[str, Any], where: str) -> TaskResult:
 
 
 def to_row(result: TaskResult) -> dict[str, Any]:
-    """What results.json says of a task: its figures, without its problems."""
+    """What results.json says of a task: its metrics, without its problems."""
     keys = ("name", "accuracy", "stderr", "n", "baseline", "centered", "details", "remark")
     return {key: getattr(result, key) for key in keys}
 
@@ -234,7 +234,7 @@ class _Row:
     baseline: float = setting(0.0, "Accuracy of guessing.", at_least=0, at_most=0.999)
     centered: float | None = setting(None, "Accuracy over the baseline.", at_most=1)
     details: dict[str, Any] = setting(factory=dict, doc="Counts and the like.")
-    remark: str | None = setting(None, "What is to be said with the figures.", max_length=2000)
+    remark: str | None = setting(None, "What is to be said with the metrics.", max_length=2000)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Standard errors and intervals of shares: how far a figure may lie from what more problems would give.
+"""Standard errors and intervals of shares: how far a metric may lie from what more problems would give.
 
 Two outcomes are added to those that were seen, the best and the worst possible: all right of a few problems is no
 certainty. For 0 and 1 that is the variance of the interval of Agresti and Coull (1998), for differences of pairs, -1

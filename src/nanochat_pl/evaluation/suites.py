@@ -130,7 +130,7 @@ class SuiteResult:
         """This one with the differences from another model, called ``name``; as it is where nothing is common.
 
         Bits per byte are of rows that are cut by each model's own tokens, so there are no pairs: the error is that of
-        two independent figures, and too large rather than too small.
+        two independent metrics, and too large rather than too small.
 
         Raises:
             UserError: a task of both has no common problem.

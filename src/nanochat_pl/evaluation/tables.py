@@ -23,7 +23,7 @@ NUM_CHATS = 6
 
 
 def show_suite(found: SuiteResult) -> None:
-    """Print a suite's figures."""
+    """Print a suite's metrics."""
     if "bpb" in found.metrics:
         error = found.metrics.get("bpb_stderr", float("nan"))
         rank_zero_print(f"bits per byte: {found.metrics['bpb']:.4f} ± {error:.4f}")
@@ -37,8 +37,8 @@ def show_suite(found: SuiteResult) -> None:
         for line in _remarks(task):
             rank_zero_print(f"{task.name}: {line}")
     if summary := found.summary:
-        figures = (summary.value, summary.stderr, summary.low, summary.high)
-        value, stderr, low, high = (f"{round(figure, 4) + 0.0:.4f}" for figure in figures)  # + 0.0: no minus before 0
+        metrics = (summary.value, summary.stderr, summary.low, summary.high)
+        value, stderr, low, high = (f"{round(metric, 4) + 0.0:.4f}" for metric in metrics)  # + 0.0: no minus before 0
         remark = f" [{found.remark}]" if found.remark else ""
         size = f"{summary.num_tasks} task{'s' if summary.num_tasks > 1 else ''}, n {summary.n:,}"
         rank_zero_print(f"{summary.name}: {value} ± {stderr} (95%: {low} … {high}), {size}{remark}")
@@ -49,8 +49,8 @@ def show_differences(name: str, suites: Sequence[SuiteResult]) -> None:
     for suite in suites:
         if "difference" in suite.metrics:
             error = suite.metrics.get("difference_stderr", float("nan"))
-            figure = f"{suite.metrics['difference']:+.4f} ± {error:.4f}"
-            rank_zero_print(f"bits per byte: {figure} against {name}; the rows are not the same.")
+            metric = f"{suite.metrics['difference']:+.4f} ± {error:.4f}"
+            rank_zero_print(f"bits per byte: {metric} against {name}; the rows are not the same.")
     if rows := [(suite.name, *_shown_difference(each)) for suite in suites for each in _differences(suite)]:
         columns = ("suite", "task", "difference %", "stderr", "95% from", "to", "pairs")
         print_table(columns, rows, title=f"this model minus {name}, on the same problems")
@@ -76,14 +76,14 @@ def write_suite(folder: Path, found: SuiteResult) -> None:
 
 def write_differences(folder: Path, suites: Iterable[SuiteResult]) -> None:
     """All paired differences as CSV; none where there are none."""
-    figures = ("difference", "stderr", "low", "high", "n")
+    metrics = ("difference", "stderr", "low", "high", "n")
     rows = [
-        (suite.name, each.name, *(getattr(each, key) for key in figures), suite.against)
+        (suite.name, each.name, *(getattr(each, key) for key in metrics), suite.against)
         for suite in suites
         for each in _differences(suite)
     ]
     if rows:
-        _write_csv(folder / DIFFERENCES, ("suite", "task", *figures, "against"), rows)
+        _write_csv(folder / DIFFERENCES, ("suite", "task", *metrics, "against"), rows)
 
 
 def remove_tables(folder: Path, before: Iterable[SuiteResult], now: Iterable[SuiteResult]) -> None:
@@ -120,7 +120,7 @@ def _write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _remarks(result: TaskResult) -> Iterator[str]:
-    """What has to be said with a task's figures."""
+    """What has to be said with a task's metrics."""
     if result.remark:
         yield result.remark
     if cut := result.details.get("cut_prompts"):
@@ -138,12 +138,12 @@ def _shown(result: TaskResult) -> tuple[object, ...]:
 
 
 def _csv_row(result: TaskResult) -> tuple[object, ...]:
-    figures = [f"{getattr(result, key):.6f}" for key in ("accuracy", "stderr", "baseline", "centered")]
-    return result.name, *figures[:2], result.n, *figures[2:], result.remark or ""
+    metrics = [f"{getattr(result, key):.6f}" for key in ("accuracy", "stderr", "baseline", "centered")]
+    return result.name, *metrics[:2], result.n, *metrics[2:], result.remark or ""
 
 
 def _shown_difference(each: Difference) -> tuple[object, ...]:
-    difference, stderr, low, high = (100 * figure for figure in (each.difference, each.stderr, each.low, each.high))
+    difference, stderr, low, high = (100 * metric for metric in (each.difference, each.stderr, each.low, each.high))
     return each.name, f"{difference:+.1f}", f"{stderr:.1f}", f"{low:+.1f}", f"{high:+.1f}", f"{each.n:,}"
 
 

@@ -25,7 +25,7 @@ from nanochat_pl.tokenizer import Tokenizer
 
 
 def name_by_source(column: str, source: str) -> str:
-    """The name of a source's figure, ``train/loss_wiki``."""
+    """The name of a source's metric, ``train/loss_wiki``."""
     return f"{column}_{source}"
 
 

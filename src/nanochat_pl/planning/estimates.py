@@ -1,4 +1,4 @@
-"""What a plan costs: memory on a device, time and money, text. Every figure says what it comes from.
+"""What a plan costs: memory on a device, time and money, text. Every metric says what it comes from.
 
 What is not known stays null and is shown as unknown: the memory or the peak of a device that is in no table, the tokens
 of text that nobody has counted.

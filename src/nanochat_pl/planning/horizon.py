@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 MAX_EPOCHS = 4.0  # beyond, repeated text teaches little more (arXiv 2305.16264)
 MAX_CPU_SECONDS = 3600.0
 
-# Bounds far above what anybody trains, so that every figure of a plan is a number.
+# Bounds far above what anybody trains, so that every metric of a plan is a number.
 MAX_STEPS = 10**12
 MAX_BATCH_TOKENS = 2**40
 MAX_FLOPS = 1e36

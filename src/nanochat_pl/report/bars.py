@@ -17,8 +17,8 @@ def bars_svg(stage: str, suite: SuiteResult) -> str:
     rows, values = range(len(shown)), [task.centered for task in shown]
     ends = [(task.centered - _error(task), task.centered + _error(task)) for task in shown]
     height = ROW_INCHES * len(shown) + EDGE_INCHES
-    figure = new_figure((WIDTH_INCHES, height), PRINT.paper)
-    axes = figure.add_axes((0.29, 0.36 / height, 0.62, (height - EDGE_INCHES) / height))
+    metric = new_figure((WIDTH_INCHES, height), PRINT.paper)
+    axes = metric.add_axes((0.29, 0.36 / height, 0.62, (height - EDGE_INCHES) / height))
     axes.barh(rows, values, height=0.66, color=PRINT.faint, zorder=2)
     axes.hlines(rows, *zip(*ends, strict=True), color=PRINT.first, linewidth=1.6, zorder=3)
     if summary:
@@ -47,8 +47,8 @@ def bars_svg(stage: str, suite: SuiteResult) -> str:
     axes.tick_params(axis="y", labelcolor=PRINT.ink)
     title = _drawable(f"{stage}: {summary.name if summary else suite.name}")
     heading = f"{title}   {summary.value:.4f} ± {summary.stderr:.4f}" if summary else title
-    figure.text(0.01, 1 - 0.2 / height, heading, size=12, weight="bold", color=PRINT.ink, va="center")
-    return drawing_bytes(figure, "svg", suite.name).decode("utf-8")
+    metric.text(0.01, 1 - 0.2 / height, heading, size=12, weight="bold", color=PRINT.ink, va="center")
+    return drawing_bytes(metric, "svg", suite.name).decode("utf-8")
 
 
 def _error(task: TaskResult) -> float:

@@ -1,4 +1,4 @@
-"""What stands beside the figures of an evaluation: pass@k, how answers were got, errors, and what they mean."""
+"""What stands beside the metrics of an evaluation: pass@k, how answers were got, errors, and what they mean."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def sampling_note(tasks: Sequence[TaskResult]) -> str:
     return "Answers were drawn, one to each problem." if any(each.temperature for each in conditions) else ""
 
 
-def figure_rows(evaluation: EvaluationRecord) -> Iterator[tuple[str, str, str]]:
-    """The figures that belong to no task: suite, name, value with its standard error."""
+def metric_rows(evaluation: EvaluationRecord) -> Iterator[tuple[str, str, str]]:
+    """The metrics that belong to no task: suite, name, value with its standard error."""
     for suite in evaluation.suites.values():
         for name, value in suite.metrics.items():
             if name.endswith(_ERROR) and name.removesuffix(_ERROR) in suite.metrics:
@@ -49,13 +49,13 @@ def bits_note(evaluation: EvaluationRecord, stage: StageRecord | None) -> str:
         return ""
     rows = suite.metrics.get("num_rows")
     note = f"Bits per byte, of which fewer are better, on {f'{show(rows)} rows of ' if rows else ''}held-out text."
-    if stage is None or stage.figure("val/bpb") is None:
+    if stage is None or stage.metric("val/bpb") is None:
         return note
     count = stage.num_validation_rows
     data = stage.about.get("data")
     what = "conversations" if isinstance(data, dict) and "held_out_conversations" in data else "text"
     size = "" if count is None else f"at most {show(count)} rows of "
     return (
-        f"{note} The figure of stage {stage.name} is another one: the last validation of its training, on"
+        f"{note} The metric of stage {stage.name} is another one: the last validation of its training, on"
         f" {size}held-out {what}."
     )

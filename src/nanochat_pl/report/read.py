@@ -1,7 +1,7 @@
 """The files of a run folder, read into plain records. The report knows a run by these files alone.
 
 What is not there is left out. What is there and cannot be understood is a :class:`UserError` that names the file: a
-report that quietly left out half of the figures would be worse than none. One exception: a last line without a line
+report that quietly left out half of the metrics would be worse than none. One exception: a last line without a line
 end is what a killed process leaves behind, and is dropped.
 """
 
@@ -92,7 +92,7 @@ class StageRecord:
         peaks = [item.value for item in self.plan if item.name == "step_peak_bytes"]
         return peaks[0] / 2**30 if peaks and isinstance(peaks[0], (int, float)) else None
 
-    def figure(self, name: str) -> float | None:
+    def metric(self, name: str) -> float | None:
         """The last value of a column, else what finished.json says."""
         last = self.column(name).last
         return self.metrics.get(name) if last is None else last

@@ -22,11 +22,11 @@ from nanochat_pl.report.format import (
     plain_message,
     show,
 )
-from nanochat_pl.report.notes import bits_note, figure_rows, pass_at_k, sampling_note
+from nanochat_pl.report.notes import bits_note, metric_rows, pass_at_k, sampling_note
 from nanochat_pl.report.page import page
 from nanochat_pl.report.read import RunRecord, StageRecord, read_run
 
-SUMMARY_COLUMNS = ("stage", "figure", "value", "standard error", "n", "baseline")
+SUMMARY_COLUMNS = ("stage", "metric", "value", "standard error", "n", "baseline")
 MAX_SAMPLES = 8
 MAX_CHATS = 6
 ANSWERS_PER_TASK = 3
@@ -60,14 +60,14 @@ def write_report(run_dir: Path) -> Path:
     for name, drawing in drawings.items():
         write_text(folder / name, drawing)
     markdown = _markdown({**_shown(run), "panels": panels, "bars": bars})
-    write_json(folder / "report.json", _figures(run), surrogates=True)
+    write_json(folder / "report.json", _metrics(run), surrogates=True)
     write_text(folder / "report.md", markdown)
     write_text(folder / "report.html", page(clean(run.name), markdown, drawings))
     return folder / "report.html"
 
 
 def summary_table(run_dir: Path) -> list[tuple[str, ...]]:
-    """The run's figures as rows of text, one cell for each of ``SUMMARY_COLUMNS``; empty cells where there is nothing.
+    """The run's metrics as rows of text, one cell for each of ``SUMMARY_COLUMNS``; empty cells where there is nothing.
 
     Raises:
         UserError: no run is there, or one of its files is damaged.
@@ -81,18 +81,18 @@ def summary_table(run_dir: Path) -> list[tuple[str, ...]]:
 
 def _evaluation_rows(evaluation: EvaluationRecord) -> Iterator[tuple[str, ...]]:
     for summary in evaluation.summaries:
-        figures = (f"{summary.value:.4f}", f"{summary.stderr:.4f}", f"{summary.n:,}", "")
-        yield (evaluation.stage, clean(summary.name), *figures)
+        metrics = (f"{summary.value:.4f}", f"{summary.stderr:.4f}", f"{summary.n:,}", "")
+        yield (evaluation.stage, clean(summary.name), *metrics)
     for suite in evaluation.of_tasks:
         for task in suite.tasks:
-            figures = (percent(task.accuracy), percent(task.stderr), f"{task.n:,}", percent(task.baseline))
-            yield (evaluation.stage, f"{suite.name}: {clean(task.name)}", *figures)
+            metrics = (percent(task.accuracy), percent(task.stderr), f"{task.n:,}", percent(task.baseline))
+            yield (evaluation.stage, f"{suite.name}: {clean(task.name)}", *metrics)
 
 
 def _stage_rows(stage: StageRecord) -> Iterator[tuple[str, ...]]:
     if stage.status != "finished":
         yield (stage.name, "status", stage.status, "", "", "")
-    bpb, error = stage.figure("val/bpb"), stage.figure("val/bpb_stderr")
+    bpb, error = stage.metric("val/bpb"), stage.metric("val/bpb_stderr")
     if bpb is not None:
         yield (stage.name, "validation bits per byte", f"{bpb:.4f}", "" if error is None else f"{error:.4f}", "", "")
     if stage.seconds is not None:
@@ -118,7 +118,7 @@ def _shown(run: RunRecord) -> dict[str, Any]:
             for evaluation in run.evaluations
         },
         "notes": list(_notes(run)),
-        "figures": {evaluation.stage: list(figure_rows(evaluation)) for evaluation in run.evaluations},
+        "metrics": {evaluation.stage: list(metric_rows(evaluation)) for evaluation in run.evaluations},
         "bits_notes": {
             evaluation.stage: bits_note(evaluation, stages.get(evaluation.stage)) for evaluation in run.evaluations
         },
@@ -126,7 +126,7 @@ def _shown(run: RunRecord) -> dict[str, Any]:
 
 
 def _notes(run: RunRecord) -> Iterator[str]:
-    """What a reader must know before the figures: what is missing, unfinished, from elsewhere, or no number."""
+    """What a reader must know before the metrics: what is missing, unfinished, from elsewhere, or no number."""
     for stage in run.stages:
         if stage.status == "absent":
             yield f"Stage {stage.name} was not trained."
@@ -145,9 +145,9 @@ def _total_seconds(run: RunRecord) -> float | None:
 
 
 def _tiles(run: RunRecord) -> Iterator[tuple[str, str, str]]:
-    """The few figures to see first: label, value, remark."""
+    """The few metrics to see first: label, value, remark."""
     for stage in run.stages:
-        bpb, error = stage.figure("val/bpb"), stage.figure("val/bpb_stderr")
+        bpb, error = stage.metric("val/bpb"), stage.metric("val/bpb_stderr")
         if bpb is not None:
             yield (f"{stage.name}, bits per byte", f"{bpb:.3f}", "" if error is None else f"± {error:.3f}")
     for evaluation in run.evaluations:
@@ -232,8 +232,8 @@ def _chosen(answers: list[Answer]) -> list[Answer]:
     return first
 
 
-def _figures(run: RunRecord) -> dict[str, Any]:
-    """Every figure of the report, in full, for programs."""
+def _metrics(run: RunRecord) -> dict[str, Any]:
+    """Every metric of the report, in full, for programs."""
     return {
         "run": clean(run.name),
         "total_seconds": _total_seconds(run),
@@ -259,7 +259,7 @@ def _markdown(shown: dict[str, Any]) -> str:
         show=show,
         percent=percent,
         duration=duration,
-        figure=_figure,
+        metric=_metric,
         signed=_signed,
         how=lambda task: str(conditions_of(task)),
         pass_at_k=pass_at_k,
@@ -268,7 +268,7 @@ def _markdown(shown: dict[str, Any]) -> str:
     return environment.get_template("report.md.jinja").render(shown)
 
 
-def _figure(summary: Summary) -> str:
+def _metric(summary: Summary) -> str:
     """A summary as people read it: with its error, interval and n."""
     interval = f"95%: {summary.low:.4f} … {summary.high:.4f}"
     return f"{summary.value:.4f} ± {summary.stderr:.4f} ({interval}), {summary.num_tasks} tasks, n {summary.n:,}"

@@ -32,7 +32,7 @@ class Finding(NamedTuple):
 
     check: str
     result: Literal["ok", "FAILED", "left out"]
-    figure: str
+    metric: str
     tolerance: str = ""
 
 
@@ -70,9 +70,9 @@ def within(check: str, error: float, most: float, what: str = "") -> Finding:
     return Finding(check, "ok" if error <= most else "FAILED", f"{error:.1e}{what}", f"{most:.0e}")
 
 
-def exact(check: str, wrong: Sequence[str], figure: str) -> Finding:
+def exact(check: str, wrong: Sequence[str], metric: str) -> Finding:
     """A finding by what should have been and was not: ``wrong`` in words."""
-    return Finding(check, "FAILED" if wrong else "ok", "; ".join(wrong) or figure, "exact")
+    return Finding(check, "FAILED" if wrong else "ok", "; ".join(wrong) or metric, "exact")
 
 
 def check_device(setup: Setup) -> list[Finding]:
@@ -108,14 +108,14 @@ def _windowed_attention(setup: Setup) -> str:
 def check_memory(setup: Setup) -> list[Finding]:
     """Memory of the device and free space of the disks: less than a gigabyte is no machine to train on."""
     memory = memory_bytes(setup.device)
-    figure = f"{memory / 2**30:,.1f} GiB"
+    metric = f"{memory / 2**30:,.1f} GiB"
     if setup.device.type == "cuda":
-        figure += f", {torch.cuda.mem_get_info(setup.device)[0] / 2**30:,.1f} GiB of it free"
-    findings = [Finding("memory", "ok" if memory >= MIN_BYTES else "FAILED", figure, ">= 1 GiB")]
+        metric += f", {torch.cuda.mem_get_info(setup.device)[0] / 2**30:,.1f} GiB of it free"
+    findings = [Finding("memory", "ok" if memory >= MIN_BYTES else "FAILED", metric, ">= 1 GiB")]
     for name, folder in (("disk of runs", setup.runs), ("disk of caches", setup.caches)):
         free = free_bytes(folder)
-        figure = f"{free / 2**30:,.1f} GiB free at {folder}"
-        findings.append(Finding(name, "ok" if free >= MIN_BYTES else "FAILED", figure, ">= 1 GiB"))
+        metric = f"{free / 2**30:,.1f} GiB free at {folder}"
+        findings.append(Finding(name, "ok" if free >= MIN_BYTES else "FAILED", metric, ">= 1 GiB"))
     return findings
 
 

@@ -153,7 +153,7 @@ def _wait_for(device: torch.device) -> None:
 
 
 def check_training(setup: Setup) -> list[Finding]:
-    """A few steps of the tiny model on all processes together, against the stored figures of a plain implementation."""
+    """A few steps of the tiny model on all processes together, against the stored metrics of a plain implementation."""
     stored = json.loads(importlib.resources.files(__package__).joinpath("expected.json").read_text(encoding="utf-8"))
     net = tiny_net(setup.device)
     losses, norms = take_steps(net, tiny_optimizer(net), range(NUM_STEPS))

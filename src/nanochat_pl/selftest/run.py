@@ -71,7 +71,7 @@ def _findings_of(check: Check, setup: Setup) -> list[Finding]:
 
 
 def _merged(everyones: Sequence[Sequence[Finding]]) -> list[Finding]:
-    """The lines of one check: the first process's figure, or who failed and how."""
+    """The lines of one check: the first process's metric, or who failed and how."""
     merged: dict[str, Finding] = {}
     for own in everyones:
         for finding in own:
@@ -84,8 +84,8 @@ def _merged(everyones: Sequence[Sequence[Finding]]) -> list[Finding]:
             if finding.check == name and finding.result == "FAILED"
         ]
         if failed:
-            figures = "; ".join(f"process {rank}: {finding.figure}" for rank, finding in failed)
-            merged[name] = failed[0][1]._replace(figure=figures)
+            metrics = "; ".join(f"process {rank}: {finding.metric}" for rank, finding in failed)
+            merged[name] = failed[0][1]._replace(metric=metrics)
     return list(merged.values())
 
 

@@ -52,13 +52,13 @@ def texts_of_kinds() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class ComparisonRow:
-    """One tokenizer's figures.
+    """One tokenizer's metrics.
 
     Attributes:
         name: whose tokenizer it is.
         vocab_size: number of its ids; 0 where it was skipped.
         bytes_per_token: UTF-8 bytes per token, by the text's name: more is better. Empty texts are left out.
-        skipped: why there are no figures, as ``skipped: …``; else empty.
+        skipped: why there are no metrics, as ``skipped: …``; else empty.
     """
 
     name: str
@@ -70,7 +70,7 @@ class ComparisonRow:
 def compare_tokenizers(
     tokenizer: Tokenizer, texts: Mapping[str, str], allow_download: bool = False, timeout_seconds: float = 20.0
 ) -> list[ComparisonRow]:
-    """Figures of a tokenizer and, where they can be loaded, of GPT-2's and GPT-4's.
+    """Metrics of a tokenizer and, where they can be loaded, of GPT-2's and GPT-4's.
 
     Args:
         texts: texts by name.
@@ -90,7 +90,7 @@ def compare_tokenizers(
 
 
 def comparison_table(rows: Sequence[ComparisonRow], texts: Mapping[str, str]) -> tuple[list[str], list[list[Any]]]:
-    """The figures by text: heading and lines, those of the tokenizers that were skipped left out.
+    """The metrics by text: heading and lines, those of the tokenizers that were skipped left out.
 
     After the bytes of a text and each tokenizer's bytes per token comes, for each of the others, how many tokens the
     first takes for one of theirs: below 1 it needs fewer.
@@ -99,9 +99,9 @@ def comparison_table(rows: Sequence[ComparisonRow], texts: Mapping[str, str]) ->
     heading = ["text", "bytes", *(f"bytes per token, {row.name}" for row in (ours, *others))]
     heading += [f"{ours.name} for one token of {row.name}" for row in others]
     lines = []
-    for name, figure in ours.bytes_per_token.items():
-        figures = [figure, *(row.bytes_per_token[name] for row in others)]
-        lines.append([name, _num_bytes(texts[name]), *figures, *(each / figure for each in figures[1:])])
+    for name, metric in ours.bytes_per_token.items():
+        metrics = [metric, *(row.bytes_per_token[name] for row in others)]
+        lines.append([name, _num_bytes(texts[name]), *metrics, *(each / metric for each in metrics[1:])])
     return heading, lines
 
 
@@ -109,7 +109,7 @@ def print_comparison(
     heading: Sequence[str], lines: Sequence[Sequence[Any]], skipped: Mapping[str, str], title: str = ""
 ) -> None:
     """A line for each text, as :func:`comparison_table` gives them; tokenizers that were skipped are named below."""
-    shown = [[name, f"{num_bytes:,}", *(f"{figure:.2f}" for figure in figures)] for name, num_bytes, *figures in lines]
+    shown = [[name, f"{num_bytes:,}", *(f"{metric:.2f}" for metric in metrics)] for name, num_bytes, *metrics in lines]
     print_table(heading, shown, title=title)
     for name, why in skipped.items():
         rank_zero_print(f"{name}: {why}")

@@ -29,7 +29,7 @@ def why_not_compiled(device: torch.device, dtype: ComputeDType, settings: ModelS
 
 
 def tolerance(dtype: ComputeDType) -> float:
-    """The largest distance of compiled from uncompiled figures, relative."""
+    """The largest distance of compiled from uncompiled metrics, relative."""
     return 3 * TOLERANCE[TORCH_DTYPES[dtype]]
 
 

@@ -73,7 +73,7 @@ REFUSED = {
 }
 
 
-# What validation hands to callbacks; of the sources of a mixture each has a figure of its own, val/bpb_NAME.
+# What validation hands to callbacks; of the sources of a mixture each has a metric of its own, val/bpb_NAME.
 MEASURED = ("val/bpb", "val/bpb_stderr", "val/loss")
 
 

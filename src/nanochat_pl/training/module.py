@@ -227,7 +227,7 @@ class LMModule(LightningModule):
         Returns:
             ``loss`` (nats per target) and ``gradient_norm`` (L2, before clipping) over all processes, float32 scalars
             on the CPU; ``num_targets`` of all of them; ``row_losses`` of this process's rows (R,), on the device;
-            ``skipped``: whether a figure was not finite and nothing was updated.
+            ``skipped``: whether a metric was not finite and nothing was updated.
 
         Raises:
             UserError: the step has no targets; its loss or gradient is not finite, and that is not to be skipped

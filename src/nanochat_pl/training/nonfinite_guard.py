@@ -44,7 +44,7 @@ class LossScale:
         return loss * self.factor if self.active else loss
 
     def overflowed(self, loss: float, norm: float) -> bool:
-        """Whether these figures of a step tell of an overflow: of the gradients alone, for the loss is not scaled."""
+        """Whether these metrics of a step tell of an overflow: of the gradients alone, for the loss is not scaled."""
         return self.active and math.isfinite(loss) and not math.isfinite(norm)
 
     def update(self, overflowed: bool) -> None:
@@ -80,7 +80,7 @@ class StepModule(Protocol):
 
 
 class Guard:
-    """Looks at the figures of each step, clips its gradients, and keeps count of what was skipped.
+    """Looks at the metrics of each step, clips its gradients, and keeps count of what was skipped.
 
     Args:
         on_nonfinite: what to do with a step whose loss or gradient norm is not finite: ``stop`` or ``skip``.
@@ -103,16 +103,16 @@ class Guard:
         self._norm = math.nan
 
     def passes(self, module: StepModule, batch: StepBatch, loss: float, norm: float) -> bool:
-        """Whether a step may update the weights. Called on all processes, with the same figures.
+        """Whether a step may update the weights. Called on all processes, with the same metrics.
 
         Args:
-            module: the weights are looked at where a figure is not finite.
+            module: the weights are looked at where a metric is not finite.
             batch: this process's rows.
             loss: nats per target.
             norm: of the gradients, the loss scale taken out.
 
         Raises:
-            SharedError: a figure is not finite and that is not to be skipped, or it was so too often in a row.
+            SharedError: a metric is not finite and that is not to be skipped, or it was so too often in a row.
         """
         self._norm = norm
         overflowed = self.loss_scale.overflowed(loss, norm)
@@ -148,7 +148,7 @@ class Guard:
         if (factor := factor / self.loss_scale.factor) != 1.0:
             optimizer.scale_gradients(factor)
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """What is logged of the last step."""
         scale = {"train/loss_scale": self.loss_scale.factor} if self.loss_scale.active else {}
         return {"train/gradient_norm": self._norm, "train/skipped_steps": self.skipped_steps, **scale}
@@ -182,8 +182,8 @@ def _stopped(module: StepModule, problems: list[str], fix: str = "") -> SharedEr
 
 
 def _what_is_not_finite(module: StepModule, batch: StepBatch, loss: float, norm: float) -> list[str]:
-    """A step's figure and rows; which rows of which process; weights that were so before. All processes call it."""
-    figure = f"the loss is {loss}" if not math.isfinite(loss) else f"the norm of the gradients is {norm}"
+    """A step's metric and rows; which rows of which process; weights that were so before. All processes call it."""
+    metric = f"the loss is {loss}" if not math.isfinite(loss) else f"the norm of the gradients is {norm}"
     assert module.net is not None
     finite = torch.isfinite(module.row_losses(len(batch.inputs))).tolist()
     own = {
@@ -193,7 +193,7 @@ def _what_is_not_finite(module: StepModule, batch: StepBatch, loss: float, norm:
     }
     every = [json.loads(text) for text in collectives.all_gather_str(json.dumps(own))]
     first, end = min(each["rows"][0] for each in every), max(each["rows"][1] for each in every)
-    lines = [f"step {module.global_step + 1}: {figure}. Its rows are {first:,} to {end - 1:,}."]
+    lines = [f"step {module.global_step + 1}: {metric}. Its rows are {first:,} to {end - 1:,}."]
     for rank, each in enumerate(every):
         whose = f" of process {rank}" if len(every) > 1 else ""
         if each["weights"]:

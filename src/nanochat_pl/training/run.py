@@ -223,8 +223,8 @@ def _make_stage(config: TrainConfig, machine: Machine, prepared: StageData, modu
     return module_class(recipe, prepared.weights, prepared.moments)
 
 
-def _log(trainer: Trainer, figures: Mapping[str, float]) -> None:
-    log_everywhere(trainer, figures)
+def _log(trainer: Trainer, metrics: Mapping[str, float]) -> None:
+    log_everywhere(trainer, metrics)
     for logger in trainer.loggers:
         logger.save()
 
@@ -241,18 +241,18 @@ def _measure_last(
         lambda: fingerprint_of(hash_of_weights(folder.bundle), to_plain(config.evaluation))
     )
     measured = BenchmarkCache(folder.path / "benchmarks.json", key)
-    figures: dict[str, float] = {}
+    metrics: dict[str, float] = {}
     for benchmark in benchmarks:
-        figures |= measure(benchmark, net, stop, measured)
-    return figures
+        metrics |= measure(benchmark, net, stop, measured)
+    return metrics
 
 
-def _finite(figures: Mapping[str, float]) -> dict[str, float]:
-    """The figures that a bundle can hold: JSON knows no others, and one of them is no reason to lose the weights."""
-    for name, value in figures.items():
+def _finite(metrics: Mapping[str, float]) -> dict[str, float]:
+    """The metrics that a bundle can hold: JSON knows no others, and one of them is no reason to lose the weights."""
+    for name, value in metrics.items():
         if not math.isfinite(value):
             rank_zero_print(f"{name} is {value}, so it is left out: look at the weights before you use them.")
-    return {name: value for name, value in figures.items() if math.isfinite(value)}
+    return {name: value for name, value in metrics.items() if math.isfinite(value)}
 
 
 def _finish(
@@ -275,7 +275,7 @@ def _finish(
     rank_zero_print("Final validation and samples …")
     # One that a callback ended may have no file of its last step: after a stop it would train again.
     stop = fitted.stop if step >= stage.num_steps else None
-    figures = _finite(prepared.validation.measure(stage.net, *([stop.check_signal] if stop else [])))
+    metrics = _finite(prepared.validation.measure(stage.net, *([stop.check_signal] if stop else [])))
     moments = stage.optimizer.moments_by_name()  # of all processes
     net = stage.net
 
@@ -285,7 +285,7 @@ def _finish(
             step=step,
             plan=prepared.plan.to_plain(),
             settings=to_plain(config),
-            metrics=figures,
+            metrics=metrics,
             parents=list(prepared.parents),
             versions=library_versions(),
             data=prepared.rows.record() | prepared.data,
@@ -293,7 +293,7 @@ def _finish(
         )
 
     def write() -> None:
-        _log(fitted.trainer, figures)
+        _log(fitted.trainer, metrics)
         samples.rewind(step - 1)
         samples.write(net, prepared.tokenizer, step)
         save_bundle(folder.bundle, info(), net=net, tokenizer=prepared.tokenizer, moments=moments)
@@ -304,15 +304,15 @@ def _finish(
             save_stage_info(folder.bundle, info())
         write_json(
             folder.path / "finished.json",
-            {"step": step, "metrics": figures, "seconds": fitted.seconds, "tokens": fitted.tokens},
+            {"step": step, "metrics": metrics, "seconds": fitted.seconds, "tokens": fitted.tokens},
         )
 
     coordination.run_on_rank_zero(write)
     later = _finite(_measure_last(config, folder, net, benchmarks, stop)) if benchmarks else {}
-    figures |= later
+    metrics |= later
     coordination.run_on_rank_zero(finish)
-    stderr = f" ± {figures['val/bpb_stderr']:.4f}" if "val/bpb_stderr" in figures else ""
-    bpb = f"validation {figures['val/bpb']:.4f}{stderr} bits per byte, " if "val/bpb" in figures else ""
+    stderr = f" ± {metrics['val/bpb_stderr']:.4f}" if "val/bpb_stderr" in metrics else ""
+    bpb = f"validation {metrics['val/bpb']:.4f}{stderr} bits per byte, " if "val/bpb" in metrics else ""
     rank_zero_print(
         f"{folder.run}/{folder.stage}: {bpb}{fitted.tokens:,} tokens in {fitted.seconds:,.0f} s → {folder.bundle}"
     )

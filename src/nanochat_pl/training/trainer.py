@@ -83,7 +83,7 @@ def fit(stage: LMModule, data: RowsDataModule, fitting: FitConfig) -> FitResult:
     )
     sources = data.rows.names if isinstance(data.rows, MixedRows) else ()
     csv = MetricsCSV(fitting.folder / "metrics.csv", sources, columns_of(fitting.benchmarks))
-    figures_kept = coordination.run_on_rank_zero(lambda: csv.rewind(first_step, fitting.trainer.log_every_steps))
+    metrics_kept = coordination.run_on_rank_zero(lambda: csv.rewind(first_step, fitting.trainer.log_every_steps))
     coordination.run_on_rank_zero(lambda: fitting.samples.rewind(first_step))
     spikes = LossSpikes(fitting.folder, fitting.trainer.spike_sigmas)
     coordination.run_on_rank_zero(lambda: spikes.rewind(first_step))
@@ -113,17 +113,17 @@ def fit(stage: LMModule, data: RowsDataModule, fitting: FitConfig) -> FitResult:
     )
     benchmarks = PeriodicBenchmarks(fitting.benchmarks, clock, stop, partial(resume_files.save, wait=True))
     garbage = GarbageCollection(clock)
-    # The order matters: figures first, then the file that holds them, then what may fail or take long.
+    # The order matters: metrics first, then the file that holds them, then what may fail or take long.
     looking_on = [TrainingProgress(fitting.name, metrics), spikes]
 
-    def is_measured_again(figure: str) -> bool:
-        measurement, _, _ = figure.partition("/")
+    def is_measured_again(metric: str) -> bool:
+        measurement, _, _ = metric.partition("/")
         if measurement == "train" or first_step >= stage.num_steps:
             return measurement != "train"  # all that is measured at the end is measured anew
         due = {"val"} if evaluation.is_due(first_step) else set()
         return measurement in due | {benchmark.name for benchmark in benchmarks.due(first_step)}
 
-    events = RewindEvents(fitting.loggers, first_step, figures_kept, is_measured_again)
+    events = RewindEvents(fitting.loggers, first_step, metrics_kept, is_measured_again)
     ours = [events, stop, agree, metrics, *looking_on, resume_files, evaluation, benchmarks, garbage]
     deterministic_before = torch.are_deterministic_algorithms_enabled()
     # Callbacks of others may want a logger on each process.

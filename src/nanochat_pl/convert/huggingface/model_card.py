@@ -53,7 +53,7 @@ def model_card(bundle: Bundle, layout: Layout, parity: Parity) -> str:
         _loading(bundle) if layout == "hf" else "The layout is that of nanochat's base folder.\n",
         _equality(parity, layout),
         _notes(bundle, layout),
-        _figures(bundle),
+        _metrics(bundle),
     ]
     return "\n".join(part for part in parts if part)
 
@@ -77,7 +77,7 @@ def _equality(parity: Parity, layout: Layout) -> str:
         f" positions of {parity.text}:"
     )
     return "\n\n".join(
-        ["## How equal it is to the original", what, table(("", ""), parity.figures().items()), *parity.remarks(), ""]
+        ["## How equal it is to the original", what, table(("", ""), parity.metrics().items()), *parity.remarks(), ""]
     )
 
 
@@ -104,9 +104,9 @@ def _notes(bundle: Bundle, layout: Layout) -> str:
     return "## Notes\n\n" + "\n".join(notes) + "\n" if notes else ""
 
 
-def _figures(bundle: Bundle) -> str:
+def _metrics(bundle: Bundle) -> str:
     numbers = {name: value for name, value in bundle.stage.metrics.items() if isinstance(value, (int, float))}
     if not numbers:
         return ""
     rows = [(name, f"{value:.4g}") for name, value in sorted(numbers.items())]
-    return f"## Figures of the stage\n\n{table(('', ''), rows)}"
+    return f"## Metrics of the stage\n\n{table(('', ''), rows)}"

@@ -23,7 +23,7 @@ STAGE_FOLDERS: dict[Stage, str] = {
     "rl": "chatrl_checkpoints",
 }
 TOKENIZER_FOLDER, TOKENIZER_FILE, TOKEN_BYTES_FILE = "tokenizer", "tokenizer.pkl", "token_bytes.pt"
-# What meta files have of models that were trained to chat alone: figures, and settings of that training.
+# What meta files have of models that were trained to chat alone: metrics, and settings of that training.
 _OF_CHAT = {"val_loss", "chatcore", "chatcore_metric", "mmlu_epochs", "gsm8k_epochs"}
 _MODEL = re.compile(r"model_(\d{6,12})\.pt")
 

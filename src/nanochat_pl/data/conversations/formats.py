@@ -228,8 +228,8 @@ def _marked_row(row: Mapping[str, Any]) -> Fault | None:
     """
     for key in (*_LEARN, *_LEARN_NOT, *_KTO):
         value = row.get(key)
-        may_be_figure = key in ("loss", "mask", *_KTO)
-        if not isinstance(value, bool if may_be_figure else (bool, int, float)):
+        may_be_metric = key in ("loss", "mask", *_KTO)
+        if not isinstance(value, bool if may_be_metric else (bool, int, float)):
             continue
         if key == "label" and "completion" not in row:
             continue

@@ -217,7 +217,7 @@ def streamed_rows(
 def validation_rows(cache: TokenCache, sequence_len: int, bos_id: int, cache_dir: Path, num_rows: int) -> Rows:
     """The rows to validate on: at most ``num_rows``, fewer where the documents end before.
 
-    They depend on the held-out text, the tokenizer and T alone, on no setting of training, so figures of runs that
+    They depend on the held-out text, the tokenizer and T alone, on no setting of training, so metrics of runs that
     pack, shuffle or split otherwise can be compared. No token of a document is dropped; the last row may be padded.
     """
     return packed_rows(cache, sequence_len, bos_id, "split", cache_dir, num_rows=num_rows, epochs=1)

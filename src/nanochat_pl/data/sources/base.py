@@ -23,7 +23,7 @@ MAX_BAD_FRACTION = 0.01
 # More than this is not tokenized as a whole before the training begins, nor held out as a whole: bytes of text.
 MAX_TEXT_AT_ONCE = 20e9
 MIN_SHARE = 1e-5
-# Figures of the log have these names: train/loss_smoothed, train/tokens_per_second, val/bpb_stderr.
+# Metrics of the log have these names: train/loss_smoothed, train/tokens_per_second, val/bpb_stderr.
 _NAMES_OF_FIGURES = ("smoothed", "per_second", "stderr")
 
 
@@ -197,7 +197,9 @@ class DataSettings(SourceSettings):
     def _problems_of_own_keys(self) -> Iterator[str]:
         for field in fields(SourceSettings):
             value = getattr(self, field.name)
-            if field.name != "name" and value != field.default and value not in (False, {}):  # nothing is fetched anyway
+            if (
+                field.name != "name" and value != field.default and value not in (False, {})
+            ):  # nothing is fetched anyway
                 yield (
                     f"{field.name}={value!r}: has no meaning for data=mixture; each of its sources has its own: "
                     f"data.sources.NAME.{field.name}=…"
@@ -212,7 +214,7 @@ class DataSettings(SourceSettings):
             if not re.fullmatch(r"\w[\w-]{0,63}", name, re.ASCII):
                 yield f"sources.{name}: names have letters, digits, _ and -, 64 at most."
             if name in _NAMES_OF_FIGURES:
-                yield f"sources.{name}: a figure of the log has that name; take another one."
+                yield f"sources.{name}: a metric of the log has that name; take another one."
             if part.weight / total < MIN_SHARE:
                 yield f"sources.{name}.weight={part.weight:g}: is less than {MIN_SHARE:g} of all weights."
             text = part.path, part.repo, part.revision, part.files, part.text_column
@@ -279,7 +281,7 @@ class Source(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """Changes whenever any document of any split does: the corpus hash that figures are quoted with."""
+        """Changes whenever any document of any split does: the corpus hash that metrics are quoted with."""
 
     def describe(self) -> str:
         """One line for people: what it holds, and its hash."""

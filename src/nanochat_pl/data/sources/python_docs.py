@@ -1,7 +1,7 @@
 """The embedded corpus: the docstrings of the standard library and of the installed dependencies, as documents.
 
 It needs no network and is there on every machine that can run the project. What it holds depends on the versions
-installed, so figures are quoted with its hash. It does not depend on the order of files on the disk, on where they
+installed, so metrics are quoted with its hash. It does not depend on the order of files on the disk, on where they
 lie, on the number of processes, or on hash seeds.
 
 From docstring to document:
@@ -87,7 +87,7 @@ class PythonDocs:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over all documents of both splits in order: the corpus hash that figures are quoted with."""
+        """SHA-256 over all documents of both splits in order: the corpus hash that metrics are quoted with."""
         return self.manifest["corpus_hash"]
 
     def shards(self, split: Split) -> list[Shard]:

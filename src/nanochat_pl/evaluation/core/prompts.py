@@ -131,7 +131,7 @@ def common_length(rows: Sequence[Sequence[int]]) -> int:
 def choose(scores: Sequence[Score]) -> int:
     """The alternative of the lowest mean of nats, the first of equals.
 
-    An empty span (of an ending that begins another one) has no mean. As in the published figures it is then the first
+    An empty span (of an ending that begins another one) has no mean. As in the published metrics it is then the first
     alternative's if that is it, and else not considered.
     """
     means = mean_nats(scores)

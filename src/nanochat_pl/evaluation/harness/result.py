@@ -17,7 +17,7 @@ _MAX_SHOWN = 2000  # characters of a text in the rows for people
 _MAX_BASELINE = 0.999
 
 
-def figure_of(name: str, task: Task, wanted: str | None) -> str:
+def metric_of(name: str, task: Task, wanted: str | None) -> str:
     """The metric that counts.
 
     Args:
@@ -54,7 +54,7 @@ def result_of(name: str, task: Task, found: Mapping[str, Any], metric: str, deta
         name: the task's.
         task: the task.
         found: what ``lm_eval.evaluator.evaluate`` gave, with samples.
-        metric: of :func:`figure_of`.
+        metric: of :func:`metric_of`.
         details: what else is to be kept.
 
     Raises:
@@ -70,12 +70,12 @@ def result_of(name: str, task: Task, found: Mapping[str, Any], metric: str, deta
         raise UserError(
             f"harness.tasks: {name}: {metric} lies between {min(outcomes)} and {max(outcomes)}, not 0 and 1."
         )
-    figures = {
+    metrics = {
         key: float(value)
         for key, value in found["results"][name].items()
         if "," in key and "_stderr," not in key and isinstance(value, (int, float)) and math.isfinite(value)
     }
-    stated = {"metric": metric, "filter": rows[0]["filter"], "metrics": figures, "version": str(task.VERSION)}
+    stated = {"metric": metric, "filter": rows[0]["filter"], "metrics": metrics, "version": str(task.VERSION)}
     if metric == ROLLING:
         stated["remark"] = "accuracy: geometric mean of the probability of a byte"
     return make_result(

@@ -29,7 +29,7 @@ from nanochat_pl.distributed import collectives
 from nanochat_pl.distributed.coordination import rank_zero_first, run_on_rank_zero
 from nanochat_pl.engine.engine import Model
 from nanochat_pl.evaluation.chat_tasks import choose_items
-from nanochat_pl.evaluation.harness.result import figure_of, result_of
+from nanochat_pl.evaluation.harness.result import metric_of, result_of
 from nanochat_pl.evaluation.results import TaskResult, from_plain, to_plain
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ class HarnessTasks:
         return len(self._items(name))
 
     def fingerprint(self, name: str) -> str:
-        """Changes where the figures of a task may change for another reason than the model."""
+        """Changes where the metrics of a task may change for another reason than the model."""
         asked = {
             key: value for key, value in settings_to_plain(self._settings).items() if key not in ("tasks", "download")
         }
@@ -133,7 +133,7 @@ class HarnessTasks:
         def plain(found: Mapping[str, Any], num_cut: int) -> dict[str, Any]:
             shots = task.config.num_fewshot or 0
             details = {"lm_eval": _version(), "num_fewshot": shots, "chat": chat, "cut_prompts": num_cut}
-            return to_plain(result_of(name, task, found, figure_of(name, task, self._settings.metric), details))
+            return to_plain(result_of(name, task, found, metric_of(name, task, self._settings.metric), details))
 
         if alone:
             return from_plain(run_on_rank_zero(lambda: plain(measure(), lm.num_cut)), name)
@@ -185,7 +185,7 @@ def _open_tasks(settings: HarnessSettings, hub: Path | None) -> dict[str, Task]:
     for name, task in tasks.items():
         try:
             _check(name, task)
-            figure_of(name, task, settings.metric)
+            metric_of(name, task, settings.metric)
         except UserError as error:
             problems.extend(error.problems)
         else:

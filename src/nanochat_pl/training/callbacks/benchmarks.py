@@ -37,7 +37,7 @@ class Benchmark:
     """Tasks that are measured again and again.
 
     Attributes:
-        name: stands before the figures' names: ``core/arc_easy``.
+        name: stands before the metrics' names: ``core/arc_easy``.
         every_steps: steps between two measurements; 0: only at the end of the stage.
         tasks: their names.
         measure_task: measures one of them, on all processes; calls its last argument now and then, as often as suits
@@ -103,8 +103,8 @@ def _open_core(
 
 
 def columns_of(benchmarks: Sequence[Benchmark]) -> list[str]:
-    """The names of all figures that these can give."""
-    return [f"{each.name}/{figure}" for each in benchmarks for figure in (*each.tasks, "mean", "mean_stderr")]
+    """The names of all metrics that these can give."""
+    return [f"{each.name}/{metric}" for each in benchmarks for metric in (*each.tasks, "mean", "mean_stderr")]
 
 
 class BenchmarkCache:
@@ -167,14 +167,14 @@ def measure(
     for result in results:
         if "remark" in result.details:
             rank_zero_print(f"{name}: {result.name}: {result.details['remark']}")
-    figures = {f"{name}/{result.name}": result.accuracy for result in results}
+    metrics = {f"{name}/{result.name}": result.accuracy for result in results}
     if len(results) == len(benchmark.tasks):
         mean = summarize(name, results)
         rank_zero_print(
             f"{name}: {mean.value:.4f} ± {mean.stderr:.4f}, the mean of {mean.num_tasks} centered accuracies."
         )
-        figures |= {f"{name}/mean": mean.value, f"{name}/mean_stderr": mean.stderr}
-    return figures
+        metrics |= {f"{name}/mean": mean.value, f"{name}/mean_stderr": mean.stderr}
+    return metrics
 
 
 def _measure_task(benchmark: Benchmark, task: str, net: GPT, meanwhile: Callable[[], None]) -> TaskResult | None:
@@ -241,7 +241,7 @@ class PeriodicBenchmarks(Callback):
         for benchmark in self.due(step) if step < trainer.max_steps else ():
             with self.clock.paused():
                 self.save(trainer)
-                figures = measure(benchmark, net, self.stop)
-                trainer.callback_metrics.update({name: torch.tensor(value) for name, value in figures.items()})
-                log_everywhere(trainer, figures)
+                metrics = measure(benchmark, net, self.stop)
+                trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
+                log_everywhere(trainer, metrics)
             self._measured[benchmark.name] = step

@@ -106,9 +106,9 @@ class PeriodicEvaluation(Callback):
             return
         with self.clock.paused():
             if self.is_due(step):
-                figures = self.validation.measure(pl_module.net, self.check_stop)
-                trainer.callback_metrics.update({name: torch.tensor(value) for name, value in figures.items()})
-                log_everywhere(trainer, figures)
+                metrics = self.validation.measure(pl_module.net, self.check_stop)
+                trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
+                log_everywhere(trainer, metrics)
                 self._measured = step
                 for callback in trainer.callbacks:  # type: ignore[attr-defined]
                     callback.on_validation_end(trainer, pl_module)  # what EarlyStopping waits for

@@ -1,4 +1,4 @@
-"""Figures of a run: measured by one callback, written to every logger, kept in `metrics.csv`."""
+"""Metrics of a run: measured by one callback, written to every logger, kept in `metrics.csv`."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ SECONDS_BETWEEN_FLUSHES = 2.0
 
 
 class MetricsCSV(Logger):
-    """`metrics.csv`: one row a step, one column a figure, empty where nothing was measured.
+    """`metrics.csv`: one row a step, one column a metric, empty where nothing was measured.
 
     A resumed run cuts the rows after the step that it resumes from, so no step stands in the file twice. Rows
     are written every few seconds, at once where more than the training was measured, and by :meth:`save`: at resume
@@ -103,7 +103,7 @@ class MetricsCSV(Logger):
     def rewind(self, step: int, log_every_steps: int = 1) -> dict[str, float]:
         """Drop what a run that was stopped wrote after ``step``, or begin the file.
 
-        Figures of what is measured no longer keep their columns, behind the others. The row of ``step`` itself stays
+        Metrics of what is measured no longer keep their columns, behind the others. The row of ``step`` itself stays
         open: its validation may be still to come. Damaged rows are dropped, and rows that are missing are lost: both
         with a word.
 
@@ -112,15 +112,15 @@ class MetricsCSV(Logger):
             log_every_steps: at least so often there should be a row.
 
         Returns:
-            the figures of ``step``, empty where none were written.
+            the metrics of ``step``, empty where none were written.
 
         Raises:
             UserError: it is no regular file, cannot be read, or its header is damaged.
         """
         kept = [row for row in self._read() if int(row["step"]) <= step]
         self._say_missing_rows([int(row["step"]) for row in kept], step, log_every_steps)
-        figures = dict.fromkeys(name for row in kept for name, value in row.items() if name and value)
-        self.columns += tuple(name for name in figures if name not in self.columns)
+        metrics = dict.fromkeys(name for row in kept for name, value in row.items() if name and value)
+        self.columns += tuple(name for name in metrics if name not in self.columns)
         text = io.StringIO()
         writer = csv.DictWriter(text, self.columns, extrasaction="ignore", restval="", lineterminator="\n")
         writer.writeheader()
@@ -141,7 +141,7 @@ class MetricsCSV(Logger):
         if names is None or names[0] != "step" or len(set(names)) < len(names):
             raise UserError(
                 f"{self.path}: line 1 is damaged: it does not name the columns.",
-                "Bring the file back from a copy; or move it away, and the training goes on without its figures.",
+                "Bring the file back from a copy; or move it away, and the training goes on without its metrics.",
             )
         rows = [_row(names, line) for line in lines[1:]]
         say_damaged_lines(self.path, rows.count(None))
@@ -152,18 +152,18 @@ class MetricsCSV(Logger):
         gaps = [later - earlier for earlier, later in itertools.pairwise([0, *steps])]
         last = max(steps, default=0)
         if last <= step - max(log_every_steps, *gaps, 1):
-            rank_zero_print(f"{self.path}: the figures of steps {last + 1:,} to {step:,} are lost.")
+            rank_zero_print(f"{self.path}: the metrics of steps {last + 1:,} to {step:,} are lost.")
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Take figures of a step; they go into the step's one row, also where that is written already."""
+        """Take metrics of a step; they go into the step's one row, also where that is written already."""
         if self._row and self._row["step"] != step:
             self._rows_before.append(self._row)
             self._row = {}
             if time.monotonic() - self._flushed_at >= SECONDS_BETWEEN_FLUSHES:
                 self.save()
-        figures = {name: value for name, value in metrics.items() if name in self.columns}
-        self._row.update({"step": step, **figures})
-        if not all(name.startswith("train/") for name in figures):
+        kept = {name: value for name, value in metrics.items() if name in self.columns}
+        self._row.update({"step": step, **kept})
+        if not all(name.startswith("train/") for name in kept):
             self.save()
 
     def save(self) -> None:
@@ -178,7 +178,7 @@ class MetricsCSV(Logger):
             file.seek(self._written_to)
             file.write(b"".join(lines))
             file.truncate()  # not before: a kill in between would cost a row that a resume file counts on
-        # The row of this step may still get figures, and is then written again.
+        # The row of this step may still get metrics, and is then written again.
         self._written_to = self._written_to + sum(map(len, lines[: len(self._rows_before)])) if self._row else None
         self._rows_before, self._flushed_at = [], time.monotonic()
 
@@ -201,7 +201,7 @@ def _cells(line: bytes) -> list[str] | None:
 
 
 def _row(names: Sequence[str], line: bytes) -> dict[str, str] | None:
-    """A row of figures by their columns, None where it is damaged."""
+    """A row of metrics by their columns, None where it is damaged."""
     cells = _cells(line)
     if cells is None or len(cells) != len(names) or not (cells[0].isascii() and cells[0].isdigit()):
         return None
@@ -237,16 +237,16 @@ class StepClock:
 
 
 class StepMetrics(Callback):
-    """Measures each step and writes its figures every ``log_every_steps`` steps.
+    """Measures each step and writes its metrics every ``log_every_steps`` steps.
 
     Args:
         clock: what counts as the training's time.
         flops_per_token, peak_flops: of the model and of one device; without a peak there is no MFU.
         log_every_steps: see above.
-        rows: what is trained on; of several sources each has figures of its own. None: nothing is said of epochs.
+        rows: what is trained on; of several sources each has metrics of its own. None: nothing is said of epochs.
 
     Attributes:
-        latest: the figures of the last step, for the progress bar.
+        latest: the metrics of the last step, for the progress bar.
     """
 
     def __init__(
@@ -270,7 +270,7 @@ class StepMetrics(Callback):
         self._by_source = torch.zeros(2, len(mixed.names) if mixed else 0)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs to go on with the same figures."""
+        """What a resumed run needs to go on with the same metrics."""
         return {
             "by_source": self._by_source_of_all().tolist(),
             "smoothed": self._smoothed,
@@ -338,7 +338,7 @@ class StepMetrics(Callback):
             "train/seconds": self._seconds,
             "train/flops": self._tokens * self.flops_per_token,
             **self._epochs(batch.inputs.shape[1]),
-            **pl_module.guard.figures(),
+            **pl_module.guard.metrics(),
             **peak_memory.peak_memory(pl_module.device),
         }
         if self.peak_flops is not None:
@@ -376,16 +376,16 @@ class StepMetrics(Callback):
         all_nats, all_targets = self._by_source_of_all().tolist()
         self._by_source = torch.zeros_like(self._by_source)
         rows_so_far = mixed.turns.counts(self._tokens // mixed.sequence_len)
-        figures: dict[str, float] = {}
+        metrics: dict[str, float] = {}
         for name, nats, num_targets, rows in zip(mixed.names, all_nats, all_targets, rows_so_far, strict=True):
             if num_targets:
-                figures[name_by_source("train/loss", name)] = nats / num_targets
-            figures[name_by_source("train/tokens", name)] = rows * mixed.sequence_len
-        return figures
+                metrics[name_by_source("train/loss", name)] = nats / num_targets
+            metrics[name_by_source("train/tokens", name)] = rows * mixed.sequence_len
+        return metrics
 
 
 def log_everywhere(trainer: Trainer, metrics: Mapping[str, float]) -> None:
-    """Write figures at the current optimizer step to every logger; a figure that is not finite stands nowhere."""
+    """Write metrics at the current optimizer step to every logger; a metric that is not finite stands nowhere."""
     finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
     for logger in trainer.loggers:
         logger.log_metrics(dict(finite), step=trainer.global_step)

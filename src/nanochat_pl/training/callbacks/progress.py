@@ -30,9 +30,9 @@ class TrainingProgress(Callback):
         self._trainer, self._spoken = trainer, time.monotonic()
         pl_module.micro_batch_hooks.append(self._within_step)
         if console(stderr=True).is_terminal and not is_silent():
-            columns = ("{task.description}", BarColumn(), "{task.fields[steps]}", TextColumn("{task.fields[figures]}"))
+            columns = ("{task.description}", BarColumn(), "{task.fields[steps]}", TextColumn("{task.fields[metrics]}"))
             self._bar = Progress(*columns, console=console(stderr=True), refresh_per_second=4)
-            self._task = self._bar.add_task(self.name, total=trainer.max_steps, steps="", figures="first step …")
+            self._task = self._bar.add_task(self.name, total=trainer.max_steps, steps="", metrics="first step …")
             self._show(trainer.global_step, trainer.global_step)
             self._bar.start()
 
@@ -50,20 +50,20 @@ class TrainingProgress(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Move the bar, or print a line where one is due."""
-        step, figures = trainer.global_step, self._figures(trainer)
+        step, metrics = trainer.global_step, self._metrics(trainer)
         if self._bar is not None:
-            self._bar.update(self._task, figures=figures)
+            self._bar.update(self._task, metrics=metrics)
             self._show(step, step)
         elif time.monotonic() - self._spoken >= SECONDS_BETWEEN_LINES or step == trainer.max_steps:
             self._spoken = time.monotonic()
-            rank_zero_print(f"{self.name} {step:,}/{trainer.max_steps:,}  {figures}")
+            rank_zero_print(f"{self.name} {step:,}/{trainer.max_steps:,}  {metrics}")
 
-    def _figures(self, trainer: Trainer) -> str:
+    def _metrics(self, trainer: Trainer) -> str:
         latest = self.metrics.latest
         seconds_left = (trainer.max_steps - trainer.global_step) * self.metrics.seconds_per_step
         epochs = [f"{value:.2f}" for name, value in latest.items() if name.startswith("train/epochs")]
         epochs = [min(epochs, key=float), max(epochs, key=float)] if len(epochs) > 1 else epochs
-        figures = [
+        metrics = [
             f"loss {latest['train/loss_smoothed']:.3f}",
             f"lr ×{latest['train/lr_multiplier']:.2f}",
             f"{step_time(latest['train/step_seconds'])}/step",
@@ -72,7 +72,7 @@ class TrainingProgress(Callback):
             f"epoch {'–'.join(epochs)}" if epochs else "",
             f"ETA {duration(seconds_left)}",
         ]
-        return "  ".join(figure for figure in figures if figure)
+        return "  ".join(metric for metric in metrics if metric)
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Leave the full bar behind."""

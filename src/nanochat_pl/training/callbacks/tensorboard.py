@@ -16,8 +16,8 @@ class RewindEvents(Callback):
     Args:
         loggers: as of :func:`rewind_events`.
         step: optimizer steps that the resume file has.
-        figures: of that step, as metrics.csv has them.
-        is_measured_again: whether a figure will be logged at that step once more; asked when the other callbacks have
+        metrics: of that step, as metrics.csv has them.
+        is_measured_again: whether a metric will be logged at that step once more; asked when the other callbacks have
             their states back.
     """
 
@@ -25,19 +25,19 @@ class RewindEvents(Callback):
         self,
         loggers: Iterable[Logger],
         step: int,
-        figures: Mapping[str, float],
+        metrics: Mapping[str, float],
         is_measured_again: Callable[[str], bool],
     ) -> None:
-        self.loggers, self.step, self.figures = loggers, step, figures
+        self.loggers, self.step, self.metrics = loggers, step, metrics
         self.is_measured_again = is_measured_again
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Before anything is logged."""
-        kept = {name: value for name, value in self.figures.items() if not self.is_measured_again(name)}
+        kept = {name: value for name, value in self.metrics.items() if not self.is_measured_again(name)}
         rewind_events(self.loggers, self.step, kept)
 
 
-def rewind_events(loggers: Iterable[Logger], step: int, figures: Mapping[str, float]) -> None:
+def rewind_events(loggers: Iterable[Logger], step: int, metrics: Mapping[str, float]) -> None:
     """Let no step stand in the event files twice when a run goes on after ``step``.
 
     A mark tells readers to forget what was written of ``step`` and of those after it.
@@ -45,11 +45,11 @@ def rewind_events(loggers: Iterable[Logger], step: int, figures: Mapping[str, fl
     Args:
         loggers: those of TensorBoard are looked after.
         step: optimizer steps that the resume file has.
-        figures: of that step, in so far as they will not be measured again: they are written again.
+        metrics: of that step, in so far as they will not be measured again: they are written again.
     """
     for logger in loggers:
         if isinstance(logger, TensorBoardLogger):
             writer = logger.experiment.file_writer
             writer.add_event(Event(step=step, file_version="brain.Event:2"))
             writer.add_event(Event(step=step, session_log=SessionLog(status=SessionLog.START)))
-            logger.log_metrics(dict(figures), step)
+            logger.log_metrics(dict(metrics), step)

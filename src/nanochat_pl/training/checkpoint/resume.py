@@ -245,7 +245,7 @@ class ResumeFiles(Callback):
                 self.io.failure = None
             self._finish()
             if not path.exists():
-                _save_figures(trainer)  # first: a run that goes on from the file has them
+                _save_metrics(trainer)  # first: a run that goes on from the file has them
                 return False
             return True
 
@@ -316,6 +316,6 @@ class ResumeFiles(Callback):
                 damaged.unlink(missing_ok=True)
 
 
-def _save_figures(trainer: Trainer) -> None:
+def _save_metrics(trainer: Trainer) -> None:
     for logger in trainer.loggers:
         logger.save()
