@@ -61,10 +61,12 @@ def test_18_numbers_are_those_of_the_command_line(
     file = shared / "cases/18_yaml_1e-3/exp.yaml"
     assert read_experiment(str(file))[0].shared["optim.matrix_lr"] == 0.001
     monkeypatch.chdir(tmp_path)
-    check = ["train", f"experiment={file}", "stage=base", "check_only=true", "paths.cache=c"]
+    (tmp_path / "text.txt").write_text("one two three. " * 2000, encoding="utf-8")
+    text = ["data=local", "data.path=text.txt", "max_steps=2", "schedule.warmup_steps=1", "yes=true"]
+    check = ["train", f"experiment={file}", "stage=base", "check_only=true", "paths.cache=c", *text]
     assert main(check) == 0 and "0.001" in capsys.readouterr().out
-    text = "[1e-3, 1E5, -2.5e+3, 1_000, 3, .5, 1., 10:30, 2026-01-02, 2001-99-99, 007, 0x1f, '1e-3', true]"
-    (tmp_path / "a.yaml").write_text(text, encoding="utf-8")
+    numbers_as_text = "[1e-3, 1E5, -2.5e+3, 1_000, 3, .5, 1., 10:30, 2026-01-02, 2001-99-99, 007, 0x1f, '1e-3', true]"
+    (tmp_path / "a.yaml").write_text(numbers_as_text, encoding="utf-8")
     numbers = [0.001, 1e5, -2500.0, 1000, 3, 0.5, 1.0, "10:30", "2026-01-02", "2001-99-99", "007", 31, "1e-3", True]
     assert read_yaml(tmp_path / "a.yaml") == numbers
 

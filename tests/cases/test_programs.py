@@ -194,7 +194,9 @@ def test_13_device_stats_work_without_psutil(
     """That a training with them runs: tests/training/test_callbacks.py."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(lightning_callbacks, "_is_installed", lambda *names: False)
-    check = ["train", "experiment=tiny", "stage=base", "check_only=true", "callbacks=device_stats", "paths.cache=c"]
+    (tmp_path / "text.txt").write_text("one two three. " * 2000, encoding="utf-8")
+    check = ["train", "experiment=tiny", "stage=base", "check_only=true", "data=local", "data.path=text.txt"]
+    check += ["callbacks=device_stats", "paths.cache=c"]
     assert main(check) == 0
     assert main([*check, "callbacks.device_stats.cpu_stats=true"]) == 2
     assert "needs psutil: pip install psutil" in capsys.readouterr().err
