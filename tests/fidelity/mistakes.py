@@ -24,6 +24,10 @@ from tests.fidelity import setting
 Mistake = Callable[[], AbstractContextManager[Any]]
 
 
+def _by_row(losses: Tensor) -> tuple[Tensor, Tensor]:
+    return losses.sum(), losses.detach().sum(dim=1)
+
+
 @contextmanager
 def softcap_low() -> Iterator[None]:
     """Softcap and cross entropy in the type of the logits."""
@@ -35,15 +39,20 @@ def softcap_low() -> Iterator[None]:
 
     with (
         patch.object(GPT, "losses", losses),
-        patch.object(GPT, "weighted_loss", lambda self, ids, targets: losses(self, ids, targets).sum()),
+        patch.object(GPT, "loss_by_row", lambda self, *args: _by_row(losses(self, *args[:2]))),
     ):
         yield
 
 
 def loss_sum_low() -> AbstractContextManager[Any]:
     """The summed loss of a micro-batch in the type of the activations."""
-    whole = GPT.weighted_loss
-    return patch.object(GPT, "weighted_loss", lambda self, *args: whole(self, *args).to(self.compute_dtype).float())
+    whole = GPT.loss_by_row
+
+    def loss_by_row(self: GPT, *args: Any) -> tuple[Tensor, Tensor]:
+        total, rows = whole(self, *args)
+        return total.to(self.compute_dtype).float(), rows
+
+    return patch.object(GPT, "loss_by_row", loss_by_row)
 
 
 def norm_low() -> AbstractContextManager[Any]:

@@ -29,7 +29,9 @@ def on_apple(overrides: list[str]) -> list[str]:
 
 def test_a_stage_trains_validates_and_answers(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     strategies = []
-    monkeypatch.setattr(fit, "strategy_for", lambda device: strategies.append(OneDevice(device)) or strategies[-1])
+    monkeypatch.setattr(
+        fit, "strategy_for", lambda device, name: strategies.append(OneDevice(device)) or strategies[-1]
+    )
     run = start_run(place, "apple", "base")
     with apple_gpu():
         assert main(["train", "run=apple", *on_apple(tiny_overrides(place))]) == 0

@@ -94,8 +94,8 @@ def test_those_that_work_do_their_work(tmp_path: Path, monkeypatch: pytest.Monke
     assert len(names) == len(groups)
     # A rate is logged before a step, so it is that of the step before.
     multipliers = [schedule_values(ScheduleSettings(warmup_steps=2), step, 4).lr_multiplier for step in range(3)]
-    for number, group in enumerate(groups, 1):
-        values = [event.value for event in events.Scalars(names[f"pg{number}"])][1:]
+    for group in groups:
+        values = [event.value for event in events.Scalars(names[group["name"]])][1:]
         last = float(group["lr"]) / schedule_values(ScheduleSettings(warmup_steps=2), 3, 4).lr_multiplier
         assert values == pytest.approx([last * multiplier for multiplier in multipliers], rel=1e-5)
 

@@ -61,8 +61,8 @@ def test_the_rows_are_named_and_where_to_go_on_from(tmp_path: Path) -> None:
 
     def nan_of_a_row(inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         nats = forward(inputs, targets)
-        if len(loop._nats) == 2:  # the rows 2 and 3 of the step
-            loop._nats[-1][1] = torch.nan
+        if len(loop._row_losses) == 2:  # the rows 2 and 3 of the step
+            loop._row_losses[-1][1] = torch.nan
             nats = nats * torch.nan
         return nats
 
@@ -88,16 +88,16 @@ def test_a_gradient_that_is_not_finite_stops_where_the_loss_is() -> None:
 def test_skip_changes_nothing_and_counts(capsys: pytest.CaptureFixture[str]) -> None:
     """The steps with the fault are left out; those around it are as if it had never been."""
     skipping, clean = StepLoop(on_nonfinite="skip"), StepLoop()
-    expected = clean.train(BATCH, 2)
-    losses = skipping.train(BATCH)
+    expected = clean.train_steps(BATCH, 2)
+    losses = skipping.train_steps(BATCH)
     before, moments = skipping.weights(), skipping.optimizer.moments_by_name()
     skipping.break_gradient(math.nan)
-    skipping.train(BATCH, 2)
+    skipping.train_steps(BATCH, 2)
     assert all(torch.equal(weight, before[name]) for name, weight in skipping.weights().items())
     assert all(torch.equal(moment, moments[name]) for name, moment in skipping.optimizer.moments_by_name().items())
     assert skipping.guard.metrics()["train/skipped_steps"] == 2 and "2 so far" in capsys.readouterr().out
     skipping.backward, skipping.global_step = lambda: None, 1
-    assert losses + skipping.train(BATCH) == expected
+    assert losses + skipping.train_steps(BATCH) == expected
 
 
 def test_skipping_has_an_end() -> None:

@@ -96,7 +96,7 @@ def test_its_schedule_is_flat_and_falls_to_nothing_in_the_last_fifth(
 def test_all_of_a_conversation_is_learnt(place: Path, chain: Path) -> None:
     """Every token that stands in a row is a target, bos between two conversations too; padding is none."""
     prepared, _ = prepared_of(place, [*chat_overrides(place, "mid"), "run=chain"])
-    for rows in (prepared.rows, prepared.validation.rows):  # type: ignore[union-attr]
+    for rows in (prepared.rows, prepared.validation.sources[""].rows):  # type: ignore[union-attr]
         numbers = np.arange(min(50, len(rows)))
         inputs, targets = rows.read(numbers)
         for row, (given, wanted) in enumerate(zip(inputs, targets, strict=True)):

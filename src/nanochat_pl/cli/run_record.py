@@ -90,8 +90,13 @@ def own_settings(folder: StageFolder, schema: type) -> list[Setting]:
     return [
         Setting(key, value, is_text=isinstance(value, str), origin=str(path))
         for key, value in own.items()
-        if type_of_key(schema, key) is not UNKNOWN  # of an older version
+        # What a record names is never imported: a class of one's own is named again on the command line.
+        if not _names_a_class(key, value) and type_of_key(schema, key) is not UNKNOWN  # of an older version
     ]
+
+
+def _names_a_class(key: str, value: Any) -> bool:
+    return value is not None and (key == "stage.module" or (key.startswith("data.") and key.endswith(".target")))
 
 
 def require_same_settings(folder: StageFolder, composed: Composed[TrainConfig], reopens: bool = False) -> None:

@@ -262,7 +262,8 @@ def _train(composed: Composed[TrainConfig], folder: StageFolder) -> int:
 def _given_to_loggers(folder: StageFolder) -> dict[str, str]:
     """Where loggers write, and who the run is: the same after a stop, another one where the run is begun anew."""
     name = f"{folder.run}-{folder.stage}"
-    begun = sha256_of_file(folder.path / "about.json")[:16]
+    about = folder.path / "about.json"
+    begun = sha256_of_file(about)[:16] if about.exists() else name
     return {"save_dir": str(folder.path), "name": name, "run_name": name, "id": f"{folder.stage}-{begun}"}
 
 

@@ -31,6 +31,9 @@ def launch_env() -> LaunchEnv:
     world_size = _number("WORLD_SIZE", 1, 1, MAX_PROCESSES)
     if world_size == 1:
         return ALONE
+    if "RANK" not in os.environ and os.environ.get("NODE_RANK") == "0":  # a Trainer that starts its own processes
+        local = _number("LOCAL_RANK", 0, 0, world_size - 1)
+        return LaunchEnv(local, world_size, local, world_size)
     rank = _number("RANK", None, 0, world_size - 1)
     local_world_size = _number("LOCAL_WORLD_SIZE", world_size, 1, world_size)
     local_rank = _number("LOCAL_RANK", rank, 0, local_world_size - 1)

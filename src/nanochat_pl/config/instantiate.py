@@ -56,8 +56,13 @@ def problems_of_module(target: Any) -> list[str]:
         found = import_class(target, "stage.module")
     except UserError as error:
         return list(error.problems)
-    is_one = issubclass(found, LMModule)
-    return [] if is_one else [f"stage.module={target!r}: is no subclass of nanochat_pl.LMModule."]
+    if not issubclass(found, LMModule):
+        return [f"stage.module={target!r}: is no subclass of nanochat_pl.LMModule."]
+    try:
+        inspect.signature(found).bind(None, None, None)
+    except TypeError as error:
+        return [f"stage.module={target!r}: is made with (config, weights, moments), as LMModule is: {error}."]
+    return []
 
 
 def module_class(target: str | None) -> type[LMModule]:

@@ -28,7 +28,11 @@ from nanochat_pl.distributed.rendezvous import TIMEOUT_SECONDS, rendezvous
 # wait for nothing but devices and the network between them.
 TIMEOUT, DEVICE_TIMEOUT = timedelta(hours=24), timedelta(minutes=20)
 # What gloo, NCCL and the store say when another process has gone: PyTorch has no type for it.
-_LOST_CONTACT = re.compile("gloo|nccl|connection closed|connection reset|broken pipe|socket", re.IGNORECASE)
+_LOST_CONTACT = re.compile(
+    "connection (was )?(likely )?(closed|reset|refused)|closed by (remote )?peer|broken pipe|remote process exited"
+    "|timed? ?out|recvBytes|sendBytes|connect to",
+    re.IGNORECASE,
+)
 
 _store: Any = None  # by which the processes have found each other
 

@@ -7,13 +7,13 @@ import io
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from nanochat_pl.common.console import print_table, rank_zero_print
 from nanochat_pl.common.files import write_text
 from nanochat_pl.evaluation.core.table import core_table
 from nanochat_pl.evaluation.results import Difference, TaskResult
-from nanochat_pl.evaluation.suites import SuiteResult, answers_file
+from nanochat_pl.evaluation.suites import Suite, SuiteResult, answers_file
 from nanochat_pl.tokenizer.comparison import print_comparison
 
 CHATS = "chats.jsonl"
@@ -89,7 +89,8 @@ def write_differences(folder: Path, suites: Iterable[SuiteResult]) -> None:
 def remove_tables(folder: Path, before: Iterable[SuiteResult], now: Iterable[SuiteResult]) -> None:
     """Remove what was written for the suites of an earlier results.json and is not written for those of today's."""
     kept = {name for suite in now for name in _files_of(suite)}
-    for name in {name for suite in before for name in _files_of(suite)} - kept:
+    earlier = [suite for suite in before if suite.name in get_args(Suite)]  # the file may have come from elsewhere
+    for name in {name for suite in earlier for name in _files_of(suite)} - kept:
         (folder / name).unlink(missing_ok=True)
 
 

@@ -97,8 +97,8 @@ class TrainerSettings:
     )
     strategy: Literal["auto", "ddp"] = setting(
         "auto",
-        "Data parallel, optimizer state sharded (ZeRO-1): auto: the optimizer sums the gradients; ddp: Lightning's"
-        " wrapper does before, with the same losses and twice the communication.",
+        "Data parallel: the optimizer sums the gradients and shards its state (ZeRO-1); ddp: with Lightning's wrapper"
+        " around the model, auto: without, with the same losses.",
     )
     precision: Literal["bf16-mixed", "16-mixed", "32-true"] | None = setting(
         None, "Lightning's way to say model.compute_dtype: bfloat16, float16, float32; null: as that key says."

@@ -51,11 +51,11 @@ class StepsFrom(Sampler[int]):
     """The step numbers from where the training stands. It has no length on purpose: Lightning then neither counts
     batches of its own to find the end, nor calls the loader not resumable."""
 
-    def __init__(self, first: int, end: int, wait_for: Callable[[int], None] = lambda step: None) -> None:
+    def __init__(self, first: Callable[[], int], end: int, wait_for: Callable[[int], None] = lambda step: None) -> None:
         self.first, self.end, self.wait_for = first, end, wait_for
 
     def __iter__(self) -> Iterator[int]:
-        for step in range(self.first, self.end):
+        for step in range(self.first(), self.end):  # of each epoch of a Trainer: after the last step there is none
             # Here and not in a loader process: this one hears signals, and its errors arrive as they are.
             self.wait_for(step)
             yield step
@@ -96,17 +96,12 @@ class RowsDataModule(LightningDataModule):
         """
         assert self.trainer is not None
         trainer = self.trainer
-        if trainer.world_size > 1 and _replaces_sampler(trainer):
-            raise UserError(
-                f"Trainer(use_distributed_sampler=True): the {trainer.world_size} processes share the rows of each step"
-                " already; what Lightning puts in the place of the sampler would deal out steps instead.",
-                "Say Trainer(use_distributed_sampler=False, …).",
-            )
+        self._require_own_sampler()
         self.steps = StepRows(self.rows, self.rows_per_step, trainer.global_rank, trainer.world_size)
         on_gpu = trainer.strategy.root_device.type == "cuda"
         return DataLoader(
             self.steps,
-            sampler=StepsFrom(trainer.global_step, self.num_steps, self._wait_for),
+            sampler=StepsFrom(lambda: trainer.global_step, self.num_steps, self._wait_for),
             batch_size=None,
             num_workers=int(on_gpu) if self.num_workers is None else self.num_workers,
             pin_memory=on_gpu,
@@ -115,9 +110,23 @@ class RowsDataModule(LightningDataModule):
         )
 
     def val_dataloader(self) -> Any:
-        """This process's share of the validation rows, a loader for each source; none where none were given."""
+        """This process's share of the validation rows, a loader for each source; none where none were given.
+
+        Raises:
+            UserError: as :meth:`train_dataloader`.
+        """
+        self._require_own_sampler()
         sources = () if self.validation is None else self.validation.sources.values()
         return [DataLoader(rows, batch_size=None, shuffle=False) for rows in sources]
+
+    def _require_own_sampler(self) -> None:
+        trainer = self.trainer
+        if trainer is not None and trainer.world_size > 1 and _replaces_sampler(trainer):
+            raise UserError(
+                f"Trainer(use_distributed_sampler=True): the {trainer.world_size} processes share the rows of each step"
+                " already; what Lightning puts in the place of the sampler would deal out steps instead.",
+                "Say Trainer(use_distributed_sampler=False, …).",
+            )
 
     def _wait_for(self, step: int) -> None:
         assert self.trainer is not None

@@ -9,12 +9,14 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 
 from nanochat_pl.common.console import rank_zero_print
@@ -86,8 +88,8 @@ class LMModule(LightningModule):
 
     Attributes:
         micro_batch_hooks: called before each micro-batch with its number: bars move and stops are noticed there.
-        logs_to_loggers: whether ``self.log`` writes to the loggers; a callback that writes more, and in the order that
-            exact resume needs, turns it off.
+        logs_to_loggers: whether ``self.log`` writes to the loggers. A callback that writes more, and in the order that
+            exact resume needs, turns it off and takes what is in ``logged``.
     """
 
     def __init__(
@@ -108,6 +110,7 @@ class LMModule(LightningModule):
         )
         self.micro_batch_hooks: list[Callable[[int], None]] = []
         self.logs_to_loggers = True
+        self.logged: dict[str, Any] = {}
         self.net: GPT | None = None
         self._initial = (weights, moments)  # in a tuple, so that Lightning neither moves nor saves them
         self._row_losses: list[Tensor] = []
@@ -161,7 +164,8 @@ class LMModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what ``load_from_checkpoint`` needs, and what the run is and the machine chose, to compare on resume."""
-        checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] = {"config": to_plain(self.config)}
+        # Beside what a subclass saved with save_hyperparameters.
+        checkpoint.setdefault(self.CHECKPOINT_HYPER_PARAMS_KEY, {})["config"] = to_plain(self.config)
         checkpoint["nanochat_pl"] = {
             "identity": self.config.identity,
             "choices": {**self.config.choices, "device_batch_size": self.device_batch_size},
@@ -199,13 +203,22 @@ class LMModule(LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Log bits per byte with its standard error, and nats per target, over all processes."""
         validation = getattr(getattr(self.trainer, "datamodule", None), "validation", None)
-        names, shares = getattr(validation, "names", ("",)), getattr(validation, "shares", (1.0,))
+        names, shares = getattr(validation, "names", ()), getattr(validation, "shares", ())
+        if (count := len(self._validation)) != len(names):  # loaders of another data module: each counts the same
+            names, shares = [str(number) for number in range(count)], [1 / count] * count
         self._log(validation_metrics(dict(zip(names, self._validation, strict=True)), shares))
 
+    def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+        """As Lightning's. In a command what is logged is written to the loggers with the other metrics of the step."""
+        if not self.logs_to_loggers:
+            self.logged[name], kwargs["logger"] = value, False
+        super().log(name, value, *args, **kwargs)
+
     def _log(self, metrics: Mapping[str, float]) -> None:
-        self.log_dict(metrics, logger=None if self.logs_to_loggers else False, batch_size=1)
-        # Lightning's name for the x-axis of what is logged here and by subclasses: steps that are done.
-        self.log("step", float(self.global_step), batch_size=1)
+        self.log_dict(metrics, batch_size=1)
+        if self.logs_to_loggers:
+            # Lightning's name for the x-axis of what is logged here and by subclasses: steps that are done.
+            self.log("step", float(self.global_step), batch_size=1)
 
     def resume_files(self) -> list[Path]:
         """The run's resume files, newest first."""
@@ -226,7 +239,7 @@ class LMModule(LightningModule):
 
         Returns:
             ``loss`` (nats per target) and ``gradient_norm`` (L2, before clipping) over all processes, float32 scalars
-            on the CPU; ``num_targets`` of all of them; ``row_losses`` of this process's rows (R,), on the device;
+            on the CPU; ``num_targets`` of all of them; ``row_losses`` of this process's rows (R,) or None;
             ``skipped``: whether a metric was not finite and nothing was updated.
 
         Raises:
@@ -263,13 +276,19 @@ class LMModule(LightningModule):
     def _accumulate_gradients(self, batch: StepBatch, num_targets: int) -> Tensor:
         """Forward and backward of all micro-batches; gives this process's part of the step's loss, a scalar."""
         loss, ran_out = torch.zeros((), device=self.device), False
-        for part, (inputs, targets) in enumerate(micro_batches(batch, self.device_batch_size)):
-            self.between_micro_batches(part)
-            ran_out = ran_out or runs_out_of_memory(self._add_gradients, inputs, targets, num_targets, loss)
+        with self._local_gradients():
+            for part, (inputs, targets) in enumerate(micro_batches(batch, self.device_batch_size)):
+                self.between_micro_batches(part)
+                ran_out = ran_out or runs_out_of_memory(self._add_gradients, inputs, targets, num_targets, loss)
         if collectives.all_reduce_max(ran_out):  # on any process
             self._halve_device_batch_size(ran_out)
             return self._accumulate_gradients(batch, num_targets)
         return loss
+
+    def _local_gradients(self) -> AbstractContextManager[None]:
+        """Under Lightning's DDP, keep its wrapper from averaging gradients: the optimizer sums them, once a step."""
+        strategy = self._trainer.strategy if self._trainer is not None else None
+        return strategy.block_backward_sync() if isinstance(strategy, DDPStrategy) else contextlib.nullcontext()
 
     def _add_gradients(self, inputs: Tensor, targets: Tensor, num_targets: int, loss: Tensor) -> None:
         """Forward and backward of a micro-batch, (M, T); its part of the step's loss is added to ``loss``."""
@@ -287,12 +306,10 @@ class LMModule(LightningModule):
         self._row_losses.append(row_losses)
         return nats
 
-    def row_losses(self, num_rows: int) -> Tensor:
-        """Summed nats of each of the step's first ``num_rows`` rows, float32 (num_rows,); NaN where a subclass's loss
-        does not say."""
-        if not self._row_losses:
-            return torch.full((num_rows,), math.nan, device=self.device)
-        return torch.cat(self._row_losses)[:num_rows]
+    def row_losses(self, num_rows: int) -> Tensor | None:
+        """Summed nats of each of the step's first ``num_rows`` rows, float32 (num_rows,); None where the loss of a
+        subclass does not say."""
+        return torch.cat(self._row_losses)[:num_rows] if self._row_losses else None
 
     def between_micro_batches(self, part: int) -> None:
         """Let the callbacks look in between two micro-batches."""

@@ -74,7 +74,7 @@ class StepModule(Protocol):
 
     @property
     def global_step(self) -> int: ...
-    def row_losses(self, num_rows: int) -> Tensor: ...
+    def row_losses(self, num_rows: int) -> Tensor | None: ...
     def resume_files(self) -> list[Path]: ...
     def inspect_command(self, step: int) -> str: ...
 
@@ -185,7 +185,8 @@ def _what_is_not_finite(module: StepModule, batch: StepBatch, loss: float, norm:
     """A step's metric and rows; which rows of which process; weights that were so before. All processes call it."""
     metric = f"the loss is {loss}" if not math.isfinite(loss) else f"the norm of the gradients is {norm}"
     assert module.net is not None
-    finite = torch.isfinite(module.row_losses(len(batch.inputs))).tolist()
+    losses = module.row_losses(len(batch.inputs))
+    finite = [True] * len(batch.inputs) if losses is None else torch.isfinite(losses).tolist()
     own = {
         "rows": [batch.first_row, batch.first_row + len(finite)],
         "bad": [batch.first_row + row for row, good in enumerate(finite) if not good],

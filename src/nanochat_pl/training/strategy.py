@@ -60,8 +60,8 @@ def strategy_for(device: torch.device, name: Literal["auto", "ddp"] = "auto") ->
 
     Args:
         device: with or without an index.
-        name: ``trainer.strategy``. With ``ddp`` gradients are averaged in Lightning's wrapper before the optimizer sums
-            them: the same losses, and each gradient is sent twice.
+        name: ``trainer.strategy``. With ``ddp`` the model is in Lightning's wrapper; the optimizer sums the gradients
+            all the same, so the losses are those of ``auto``.
     """
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", launch_env().local_rank)

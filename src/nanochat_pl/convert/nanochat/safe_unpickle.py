@@ -31,6 +31,7 @@ from nanochat_pl.tokenizer import Tokenizer
 ENCODING = ("tiktoken.core", "Encoding")
 # A vocabulary of a million tokens fits.
 MAX_PICKLE_BYTES = 128 * 2**20
+MAX_INSTRUCTIONS = 20_000_000  # a token of a vocabulary has about four
 # Types that a checkpoint's tensors may have.
 STORED_DTYPES: dict[torch.dtype, DType] = {
     torch.float32: "float32",
@@ -154,6 +155,8 @@ def _unpickle(content: bytes) -> Any:
     """
     for count, (instruction, argument, position) in enumerate(pickletools.genops(content)):
         name = instruction.name
+        if count > MAX_INSTRUCTIONS:
+            raise pickle.UnpicklingError(f"it has more than {MAX_INSTRUCTIONS:,} instructions")
         if name not in _INSTRUCTIONS:
             place = position or 0
             before = content[:place] + pickle.STOP + content[place + 1 :]

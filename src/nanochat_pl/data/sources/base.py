@@ -8,6 +8,7 @@ depends on which files happen to be there.
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
@@ -188,6 +189,11 @@ class DataSettings(SourceSettings):
         """The places on this machine that the settings name, to read text there."""
         return [source.path for source in (self, *self.parts.values()) if source.path is not None]
 
+    @property
+    def own_classes(self) -> list[str]:
+        """The classes that the settings name, which are imported to read text."""
+        return [source.target for source in (self, *self.parts.values()) if source.target is not None]
+
     def without_download(self) -> DataSettings:
         """The same, and nothing is fetched."""
         parts = {name: replace(part, download=False) if part.download else part for name, part in self.parts.items()}
@@ -217,7 +223,9 @@ class DataSettings(SourceSettings):
                 yield f"sources.{name}: a metric of the log has that name; take another one."
             if part.weight / total < MIN_SHARE:
                 yield f"sources.{name}.weight={part.weight:g}: is less than {MIN_SHARE:g} of all weights."
-            text = part.path, part.repo, part.revision, part.files, part.text_column
+            options = json.dumps(part.options, sort_keys=True, default=str)
+            own = part.target or (part.name if part.name == "python_docs" else None), options
+            text = part.path, part.repo, part.revision, part.files, part.text_column, own
             if text in seen:
                 yield f"sources.{name}: is the same text as sources.{seen[text]}; give one of them both weights."
             seen.setdefault(text, name)

@@ -28,7 +28,7 @@ class TextSource:
     :class:`~nanochat_pl.data.sources.base.Source` instead; nothing else is asked of it.
 
     Attributes:
-        validation_fraction: share of the documents that is held out, at least one of them.
+        validation_fraction: share of the documents that is held out, at least one of them (of the settings).
     """
 
     validation_fraction = 0.05
@@ -65,7 +65,8 @@ class TextSource:
         held_out = self._facts.held_out
         for text in self.documents():
             is_held_out = place_by_hash(text.encode("utf-8")) <= held_out
-            yield text if is_held_out == (split == "val") else ""
+            if is_held_out == (split == "val"):
+                yield text
 
     @cached_property
     def _facts(self) -> _Facts:
@@ -89,13 +90,16 @@ def open_custom(settings: SourceSettings, key: str) -> Source:
     """
     assert settings.target is not None, "checked by the settings"
     cls = import_class(settings.target, f"{key}.target")
-    if missing := [name for name in ("name", "fingerprint", "describe", "shards") if not hasattr(cls, name)]:
-        raise UserError(
-            f"{key}.target={settings.target!r}: is no source: it has no {', '.join(missing)}.",
-            "Make it a subclass of nanochat_pl.data.sources.custom.TextSource, with a method documents().",
-        )
     try:
         source: Source = cls(**settings.options)
+        if isinstance(source, TextSource):
+            source.validation_fraction = settings.validation_fraction
+        missing = [name for name in ("name", "fingerprint", "describe", "shards") if not hasattr(source, name)]
+        if missing:
+            raise UserError(
+                f"{key}.target={settings.target!r}: is no source: it has no {', '.join(missing)}.",
+                "Make it a subclass of nanochat_pl.data.sources.custom.TextSource, with a method documents().",
+            )
         _ = source.fingerprint  # reads the documents
     except UserError:
         raise

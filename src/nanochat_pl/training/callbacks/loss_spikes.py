@@ -65,7 +65,8 @@ class LossSpikes(Callback):
             expected, deviation = middle_and_deviation(self._losses)
             if loss > expected + self.sigmas * deviation:
                 line = {"step": trainer.global_step, "loss": loss, "expected": expected, "deviation": deviation}
-                line |= rows_of_all(outputs["row_losses"], batch, expected)
+                if outputs["row_losses"] is not None:
+                    line |= rows_of_all(outputs["row_losses"], batch, expected)
                 if collectives.is_rank_zero():
                     self._write(line, pl_module.inspect_command(trainer.global_step))
         self._losses.append(loss)

@@ -346,11 +346,13 @@ class StepMetrics(Callback):
             self.latest["train/mfu"] = tokens / seconds * self.flops_per_token / peak_flops
         if collectives.world_size() > 1:
             self.latest["train/communication_seconds"] = collectives.seconds_waited() - self._waited
-        if batch.sources is not None and is_number:
+        if batch.sources is not None and is_number and outputs["row_losses"] is not None:
             self._add_by_source(batch.sources, outputs["row_losses"], batch.targets)
         if trainer.global_step % self.log_every_steps == 0 or trainer.global_step == trainer.max_steps:
             by_source = {} if self.mixed is None else self._take_by_source(self.mixed)
-            log_everywhere(trainer, self.latest | by_source)
+            own = {name: float(value) for name, value in pl_module.logged.items()}
+            log_everywhere(trainer, own | self.latest | by_source)
+        pl_module.logged.clear()
 
     def _epochs(self, sequence_len: int) -> dict[str, float]:
         """Passes over the data so far, of a mixture over each source."""
