@@ -83,10 +83,10 @@ def put_in() -> None:
         return outputs
 
     slowly = float(os.environ.get("NANOCHAT_PL_TEST_VALIDATION_SECONDS", 0))
-    sums = Validation.sums
+    measure = Validation.measure
 
     def slow(validation: Validation, net: Any, between: Any = lambda: None) -> Any:
-        return sums(validation, net, lambda: (time.sleep(slowly), between())[1])
+        return measure(validation, net, lambda: (time.sleep(slowly), between())[1])
 
     last = int(os.environ.get("NANOCHAT_PL_TEST_ROWS", sys.maxsize))
     wait_for = StepRows.wait_for
@@ -106,7 +106,7 @@ def put_in() -> None:
 
     Arithmetic.evaluate = judges  # type: ignore[method-assign]
     LMModule.training_step = faulty  # type: ignore[method-assign]
-    Validation.sums = slow  # type: ignore[method-assign]
+    Validation.measure = slow  # type: ignore[method-assign]
     StepRows.wait_for = waits  # type: ignore[method-assign]
 
 
