@@ -10,7 +10,7 @@ from nanochat_pl.cli.main import main
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.launch_env import ALONE, LaunchEnv, launch_env, master_address
 
-NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")
 LAUNCHERS = ("TORCHELASTIC_RUN_ID", "SLURM_PROCID")
 
 
@@ -27,6 +27,7 @@ def set_to(variables: Mapping[str, str], patch: pytest.MonkeyPatch) -> None:
         ({}, ALONE),
         ({"WORLD_SIZE": "1", "RANK": "none"}, ALONE),
         ({"WORLD_SIZE": "2", "RANK": "1"}, LaunchEnv(1, 2, 1, 2)),
+        ({"WORLD_SIZE": "2", "NODE_RANK": "0", "LOCAL_RANK": "1"}, LaunchEnv(1, 2, 1, 2)),  # of a Trainer's own start
         ({"WORLD_SIZE": "16", "RANK": "9", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "8"}, LaunchEnv(9, 16, 1, 8)),
     ],
 )

@@ -181,6 +181,16 @@ def test_no_source_trains_on_what_another_holds_out(
     assert opened({"path": "a.jsonl"}, {"path": "a.jsonl", "text_column": "title"}), "another column is another text"
 
 
+def test_classes_of_ones_own_are_mixed_with_other_sources() -> None:
+    """They have neither path nor repository, and any two of them were taken for the same text."""
+    own = {"name": "custom", "target": "a.B", "weight": 1}
+    sources = {"one": own, "two": {**own, "options": {"n": 2}}, "docs": {"name": "python_docs", "weight": 1}}
+    settings = build(DataSettings, {"name": "mixture", "sources": sources}, "data")
+    assert settings.own_classes == ["a.B", "a.B"]
+    with pytest.raises(UserError, match="is the same text as"):
+        build(DataSettings, {"name": "mixture", "sources": {"one": own, "two": own}}, "data")
+
+
 def test_the_order_of_the_sources_is_that_of_their_names(tmp_path: Path) -> None:
     for name in "ab":
         (tmp_path / f"{name}.txt").write_text(f"words of {name}\n\n" * 20, encoding="utf-8")

@@ -41,6 +41,10 @@ class Doubled(LMModule):
         self.log("train/mine", 3.0)
         return 2 * super().weighted_loss(inputs, targets)
 
+class Wide(LMModule):
+    def __init__(self, config, factor):
+        super().__init__(config)
+
 class Counting(TextSource):
     def __init__(self, count=300):
         self.count = count
@@ -117,6 +121,37 @@ def test_a_stock_trainer_goes_on_from_its_own_checkpoint(data: RowsDataModule, t
         assert torch.equal(one, other), name
 
 
+class Scaled(LMModule):
+    """A subclass with an argument of its own."""
+
+    def __init__(self, config: Any, weights: Any = None, moments: Any = None, factor: float = 1.0) -> None:
+        super().__init__(config, weights, moments)
+        self.save_hyperparameters("factor")
+
+    def weighted_loss(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        assert self.net is not None
+        return self.hparams["factor"] * self.net.weighted_loss(inputs, targets)  # and says nothing of rows
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_a_subclass_saved_comes_back(data: RowsDataModule, tmp_path: Path) -> None:
+    scaled = Scaled(tiny_module().config, factor=3.0)
+    trainer = stock_trainer(tmp_path, logger=False, limit_val_batches=0, enable_checkpointing=False)
+    trainer.fit(scaled, data)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    assert Scaled.load_from_checkpoint(tmp_path / "a.ckpt").hparams["factor"] == 3.0
+    assert scaled.row_losses(4) is None
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_rows_end_where_the_steps_do(data: RowsDataModule, tmp_path: Path) -> None:
+    """Without max_steps a Trainer makes epoch after epoch; the rows are one, and none of them comes again."""
+    module = tiny_module()
+    trainer = stock_trainer(tmp_path, max_steps=-1, max_epochs=3, logger=False, limit_val_batches=0)
+    trainer.fit(module, data)
+    assert trainer.global_step == 8
+
+
 def test_own_classes_come_from_the_command_line(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (here / "own_code.py").write_text(OWN_CODE, encoding="utf-8")
     own = ["callbacks.mine._target_=own_code.Mine", "callbacks.mine.word=greetings", "stage.module=own_code.Doubled"]
@@ -142,6 +177,12 @@ def test_a_source_of_ones_own_is_one_class(here: Path, capsys: pytest.CaptureFix
     train = ["train", "stage=base", "run=x", "data=custom", "data.target=own_code.Counting", *usual, "max_steps=3"]
     assert main([*train, "schedule.warmup_steps=1", "data.options.count=500"]) == 0
     assert "Counting " in (out := capsys.readouterr().out) and ": 500 documents (" in out
+    assert "empty or blank" not in out
+    bundle = here / "runs" / "x" / "base" / "bundle"
+    evaluate = ["evaluate", f"bundle={bundle}", f"to={here / 'to'}", "suites=[bpb]", f"paths.cache={here / 'cache'}"]
+    assert main(evaluate) == 2, "a bundle's class is never imported"
+    assert "names the class 'own_code.Counting' as data" in capsys.readouterr().err
+    assert main([*evaluate[:1], "run=x", f"paths.runs={here / 'runs'}", *evaluate[3:]]) == 0, "that of an own run is"
     assert main([*train, "schedule.warmup_steps=1", "run=y", "data.options.cuont=500"]) == 2
     assert "data: own_code.Counting with {'cuont': 500} cannot be opened: TypeError" in capsys.readouterr().err
 
@@ -155,6 +196,7 @@ def test_a_source_of_ones_own_is_one_class(here: Path, capsys: pytest.CaptureFix
         ("callbacks.mine={_target_: own_code.Mine, wrd: 3}", "did you mean word"),
         ("stage.module=own_code.Mine", "is no subclass of nanochat_pl.LMModule"),
         ("stage.module=own_code.Nothing", "there is no such class"),
+        ("stage.module=own_code.Wide", "is made with (config, weights, moments), as LMModule is"),
         ("data=custom", "needs data.target=package.module.Class"),
         ("data.target=own_code.Counting", "has no meaning for"),
     ],

@@ -206,7 +206,8 @@ class LMModule(LightningModule):
         names, shares = getattr(validation, "names", ()), getattr(validation, "shares", ())
         if (count := len(self._validation)) != len(names):  # loaders of another data module: each counts the same
             names, shares = [str(number) for number in range(count)], [1 / count] * count
-        self._log(validation_metrics(dict(zip(names, self._validation, strict=True)), shares))
+        metrics = validation_metrics(dict(zip(names, self._validation, strict=True)), shares)
+        self._log(metrics, sync_dist=True)  # they are the same on all processes; without it Lightning warns
 
     def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
         """As Lightning's. In a command what is logged is written to the loggers with the other metrics of the step."""
@@ -214,11 +215,11 @@ class LMModule(LightningModule):
             self.logged[name], kwargs["logger"] = value, False
         super().log(name, value, *args, **kwargs)
 
-    def _log(self, metrics: Mapping[str, float]) -> None:
-        self.log_dict(metrics, batch_size=1)
+    def _log(self, metrics: Mapping[str, float], sync_dist: bool = False) -> None:
+        self.log_dict(metrics, batch_size=1, sync_dist=sync_dist)
         if self.logs_to_loggers:
             # Lightning's name for the x-axis of what is logged here and by subclasses: steps that are done.
-            self.log("step", float(self.global_step), batch_size=1)
+            self.log("step", float(self.global_step), batch_size=1, sync_dist=sync_dist)
 
     def resume_files(self) -> list[Path]:
         """The run's resume files, newest first."""
