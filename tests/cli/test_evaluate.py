@@ -205,20 +205,20 @@ def test_what_must_be_said_with_a_score_stands_everywhere(
 
     def with_a_remark(*arguments):
         tasks = task(*arguments)
-        tasks["arithmetic"].remark = "sandbox=weak: no network wall"
+        tasks["arithmetic"].remark = "sandbox=weak: no network isolation"
         return tasks
 
     monkeypatch.setattr(evaluate_suites, "build_tasks", with_a_remark)
     assert main(["evaluate", "run=a", "suites=[chat]", "num_samples=2", "temperature=1", *QUICK]) == 0
     out = capsys.readouterr().out
-    assert "\narithmetic: sandbox=weak: no network wall\n" in out
-    assert "1 task, n 3 [arithmetic: sandbox=weak: no network wall]\n" in out
+    assert "\narithmetic: sandbox=weak: no network isolation\n" in out
+    assert "1 task, n 3 [arithmetic: sandbox=weak: no network isolation]\n" in out
     assert "arithmetic: pass@1 " in out and ", pass@2 " in out
     chat = results_of("a")["suites"]["chat"]
-    assert chat["tasks"][0]["remark"] == "sandbox=weak: no network wall"
+    assert chat["tasks"][0]["remark"] == "sandbox=weak: no network isolation"
     assert chat["tasks"][0]["details"].items() >= {"num_samples": 2, "temperature": 1.0, "top_k": None}.items()
-    assert chat["summary"]["remark"] == "arithmetic: sandbox=weak: no network wall"
-    assert "sandbox=weak: no network wall" in Path("runs/a/evaluation/sft/chat.csv").read_text(encoding="utf-8")
+    assert chat["summary"]["remark"] == "arithmetic: sandbox=weak: no network isolation"
+    assert "sandbox=weak: no network isolation" in Path("runs/a/evaluation/sft/chat.csv").read_text(encoding="utf-8")
     assert json.loads(record_of("a", "chat", "arithmetic").read_text())["asked"]["remark"].startswith("sandbox=weak")
 
 

@@ -429,7 +429,7 @@ def test_nothing_is_measured_where_something_is_wrong(bundle, folder):
     problems = error.value.problems
     assert [line.split(": ")[1] for line in problems] == ["broken", "far", "code"]
     assert "nobody/nothing" in problems[1] and "harness.download=true" in error.value.fix
-    assert "without walls" in problems[2]
+    assert "without isolation" in problems[2]
     with pytest.raises(UserError, match=r"harness\.metric=acc: sums has exact_match"):
         open_harness(HarnessSettings(tasks=["sums"], include_path=str(folder), metric="acc"))
 

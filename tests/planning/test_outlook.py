@@ -15,7 +15,7 @@ from nanochat_pl.planning.memory import MARGIN, MemoryKnobs, step_memory
 from nanochat_pl.planning.text import shards_for
 
 MODEL = ModelSettings(depth=12)
-STRANGER = Device("Some GPU", "cuda", memory_bytes=24 * 2**30, bfloat16=True)
+UNKNOWN_GPU = Device("Some GPU", "cuda", memory_bytes=24 * 2**30, bfloat16=True)
 
 
 def planned(device: Device, model: ModelSettings = MODEL, **keys: Any) -> tuple[Plan, RowOptions]:
@@ -85,7 +85,7 @@ def test_time_is_flops_over_peak_times_mfu() -> None:
 
 
 def test_of_a_stranger_peak_and_time_are_unknown() -> None:
-    plan = timed(STRANGER, mfu=0.5, price=1.0)
+    plan = timed(UNKNOWN_GPU, mfu=0.5, price=1.0)
     for name in ("device_peak_flops", "training_seconds", "tokens_per_second", "cost"):
         assert plan[name] is None and "unknown" in plan.explain(name)
     assert "chat_tokens_per_second" not in plan
@@ -97,13 +97,13 @@ def test_of_a_stranger_peak_and_time_are_unknown() -> None:
 
 
 def test_text_shards_and_epochs() -> None:
-    plan, _ = planned(STRANGER)
+    plan, _ = planned(UNKNOWN_GPU)
     tokens = plan["total_tokens"]
     add_text(plan, TextFacts("x", 4.0, shard_bytes=1e9, num_shards=100, tokens_at_hand=tokens // 2, crops=False))
     assert plan["text_bytes"] == 4 * tokens
     assert plan["shards_needed"] == -(-4 * tokens // 10**9)
     assert plan["epochs"] == pytest.approx(2.0)
-    plan, _ = planned(STRANGER)
+    plan, _ = planned(UNKNOWN_GPU)
     add_text(plan, TextFacts("x", 4.0, crops=True))
     assert plan["text_bytes"] == pytest.approx(4 * tokens / 0.65), "a third of what is read is dropped"
     assert "shards_needed" not in plan and plan["epochs"] is None
@@ -113,16 +113,16 @@ def test_cropping_counts_in_shards_and_epochs_and_the_cache() -> None:
     """train counted 101 files for what plan called 155: it had left out what cropping drops."""
     assert shards_for(100, False, [30.0] * 9) == 4 and shards_for(65, True, [30.0] * 9) == 4
     assert shards_for(10**6, True, [30.0] * 9) == 9 and shards_for(1, True, []) == 0
-    plan, _ = planned(STRANGER)
+    plan, _ = planned(UNKNOWN_GPU)
     tokens = plan["total_tokens"]
     add_text(plan, TextFacts("x", 4.0, 1e9, 100, tokens_at_hand=tokens, crops=True, streamed=True))
     assert plan["epochs"] == pytest.approx(1 / 0.65)
     assert plan["shards_needed"] == -(-round(4 * tokens / 0.65) // 10**9)
     per_token = plan["token_cache_bytes"] / tokens
     assert 2 < per_token < 2.1, "two bytes an id, and the index: all that is at hand, read more than once"
-    plan, _ = planned(STRANGER)
+    plan, _ = planned(UNKNOWN_GPU)
     add_text(plan, TextFacts("x", 4.0, tokens_at_hand=100 * tokens, crops=True, streamed=True))
     assert plan["token_cache_bytes"] == pytest.approx(per_token * tokens / 0.65), "no more than is read"
-    plan, _ = planned(STRANGER)
+    plan, _ = planned(UNKNOWN_GPU)
     add_text(plan, TextFacts("x", 4.0, tokens_at_hand=100 * tokens))
     assert plan["token_cache_bytes"] == pytest.approx(per_token * 100 * tokens), "all of it, before it begins"

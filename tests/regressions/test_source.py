@@ -66,7 +66,7 @@ def test_what_the_guard_of_encodings_sees(source: str, expected: bool, tmp_path:
     assert [opens_text_without_encoding(*found) for found in calls(tmp_path / "a.py")] == [expected]
 
 
-# The one file that runs foreign code, in a process behind walls that was started for it.
+# The one file that runs foreign code, in an isolated process that was started for it.
 IN_THE_JAIL = "tools/sandbox/processes.py"
 
 

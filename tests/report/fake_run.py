@@ -204,7 +204,7 @@ def add_benchmarks(run: Path, hostile: str = "") -> Path:
         {"stage": "base", "suites": {"core": {**suite, **compared, "against": "other" + hostile}}},
     )
     write_lines(run / "evaluation" / "base" / "answers_core_piqa.jsonl", [{"question": "", "answer": "", "choice": 1}])
-    remark = "sandbox=weak: no wall around the network" + hostile
+    remark = "sandbox=weak: no network isolation" + hostile
     passes = [{"k": k, "value": 0.05 * k, "stderr": 0.01 + k / 1000} for k in range(1, 7)]
     drawn = {"num_samples": 6, "temperature": 0.8, "top_k": 50, "pass_at_k": passes, "kind": "generative"}
     chatcore = [row("humaneval", 0.05, 0.0, remark, **drawn), row("mmlu", 0.31, 0.25)]

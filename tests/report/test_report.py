@@ -349,7 +349,7 @@ def test_benchmarks_are_shown_with_errors_numbers_and_remarks(measured_run: Path
         "62.0 %",  # a baseline, and what is below it
         "-0.184",
         "ChatCORE (2 of 5 tasks)",
-        "humaneval: sandbox=weak: no wall around the network",
+        "humaneval: sandbox=weak: no network isolation",
         "Compared with other",
         "+3.1 %",
         "-0.4 %",

@@ -463,7 +463,7 @@ HOSTILE = (
         "escaped",
     ),
     _whole("too large an answer", "def f(x):\n    return [[[]] * 1000] * 100000\n", "timeout", "error", "memory"),
-    # The walls themselves
+    # The isolation itself
     _attack("namespaces of its own", "return libc.unshare(0x10000000) == 0", "escaped", before=_LIBC),
     _attack(
         "namespaces by clone",

@@ -1,4 +1,4 @@
-"""What a sandbox answers, and that it says which walls stand. Attacks are in test_sandbox_hostile.py."""
+"""What a sandbox answers, and that it says which layers stand. Attacks are in test_sandbox_hostile.py."""
 
 from __future__ import annotations
 
@@ -406,9 +406,9 @@ print(json.dumps(found))
 
 def test_strict_has_all_walls_and_nothing_to_remark(strict: Sandbox) -> None:
     assert strict.missing == () and strict.remark is None
-    assert {"file wall", "network wall", "process wall", "user wall"} <= set(strict.walls)
+    assert {"file isolation", "network isolation", "process isolation", "user isolation"} <= set(strict.layers)
     weak = Sandbox(SandboxSettings(mode="weak"))
-    assert "process wall" in weak.missing and "limits" in weak.walls
+    assert "process isolation" in weak.missing and "limits" in weak.layers
     assert weak.remark is not None and weak.remark.startswith("sandbox=weak: no ")
 
 
@@ -436,10 +436,10 @@ def test_where_no_namespaces_can_be_made(mode: str) -> None:
     if done.returncode:
         pytest.skip(f"needs unshare: {done.stderr}")
     if mode == "weak":
-        assert done.stdout.startswith("passed sandbox=weak: no user wall, ")
+        assert done.stdout.startswith("passed sandbox=weak: no user isolation, ")
         return
-    assert "sandbox=strict: there is no user wall: " in done.stdout
-    assert "sandbox=strict: there is no network wall: " in done.stdout
+    assert "sandbox=strict: there is no user isolation: " in done.stdout
+    assert "sandbox=strict: there is no network isolation: " in done.stdout
     assert "or take sandbox=weak" in done.stdout
 
 

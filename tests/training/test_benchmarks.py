@@ -101,10 +101,10 @@ def test_what_cannot_be_measured_is_left_out(error: Exception, said: str, capsys
 
 
 def test_a_weak_sandbox_is_said_with_the_score(capsys: pytest.CaptureFixture[str]) -> None:
-    remarked = make_result("code", ["a"], [1.0], details={"remark": "sandbox=weak: no network wall"})
+    remarked = make_result("code", ["a"], [1.0], details={"remark": "sandbox=weak: no network isolation"})
     benchmark = Benchmark("chat", 1, ["code"], lambda name, net, meanwhile: remarked)
     measure(benchmark, GPT(tiny_model()).materialise())
-    assert "chat: code: sandbox=weak: no network wall" in capsys.readouterr().out
+    assert "chat: code: sandbox=weak: no network isolation" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("end", [StopRequested(15, 3), KeyboardInterrupt()])

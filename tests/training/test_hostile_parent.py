@@ -1,4 +1,4 @@
-"""A parent's stage.json is data from a stranger: whatever stands in it, fine-tuning refuses it with one clear error."""
+"""A parent's stage.json is untrusted data: whatever stands in it, fine-tuning refuses it with one clear error."""
 
 from __future__ import annotations
 

@@ -4,8 +4,8 @@ A bundle is a folder: ``model.safetensors`` (the weights: float32, or as an impo
 architecture, every number resolved), ``tokenizer.json``, ``stage.json`` (origin and metrics), and for warm starts
 ``optimizer.safetensors`` (the moments by parameter name). A tokenizer's bundle has no model.
 
-A bundle may come from a stranger. It is read as data: JSON into bounded dataclasses, tensors through safetensors, and
-the shapes in the file must be those that the configuration gives before a single weight is read.
+A bundle may come from an untrusted source. It is read as data: JSON into bounded dataclasses, tensors through
+safetensors, and the shapes in the file must be those that the configuration gives before a single weight is read.
 """
 
 from __future__ import annotations

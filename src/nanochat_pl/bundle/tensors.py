@@ -93,7 +93,7 @@ def problems_of_header(
     return problems
 
 
-def _listed(where: Path, verb: str, names: Iterable[str]) -> list[str]:
+def _listed(where: Path, action: str, names: Iterable[str]) -> list[str]:
     names = sorted(names)
     shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-    return [f"{where}: {verb} {shown}."] if names else []
+    return [f"{where}: {action} {shown}."] if names else []

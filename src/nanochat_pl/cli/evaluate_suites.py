@@ -137,7 +137,7 @@ def _corpus_of(bundle: Trained, config: EvaluateConfig) -> RunCorpus:
 
 
 def data_of(bundle: Trained, config: EvaluateConfig) -> DataSettings:
-    """Where the text is. Files that a bundle names are read for the run that was trained on them, not for a stranger's.
+    """Where the text is. Files that a bundle names are read for the run that was trained on them, for no other.
 
     Raises:
         UserError: the text would be files of this machine that nobody but the bundle named.

@@ -159,7 +159,7 @@ def _cells(row: TensorRow | FactRow) -> list[object]:
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """A table of Markdown."""
     lines = [columns, ["---"] * len(columns), *rows]
-    # Names and values are a stranger's: neither a bar nor a line end may break the table.
+    # Names and values are untrusted: neither a bar nor a line end may break the table.
     return "".join("| " + " | ".join(_cell(cell) for cell in line) + " |\n" for line in lines)
 
 

@@ -113,7 +113,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Inherited:
-    """What a later stage takes from its parent's plan, types and bounds checked: that may be a stranger's file."""
+    """What a later stage takes from its parent's plan, types and bounds checked: that may be an untrusted file."""
 
     total_batch_tokens: int = setting(doc="Tokens of one optimizer step.", at_least=1, at_most=2**40)
     matrix_lr: float = setting(at_least=0, at_most=1e6)

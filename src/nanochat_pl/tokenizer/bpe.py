@@ -105,7 +105,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: Path) -> Tokenizer:
-        """Read a ``tokenizer.json``; it may come from a stranger.
+        """Read a ``tokenizer.json``; it may come from an untrusted source.
 
         Raises:
             UserError: the file is missing, or anything in it is not as :meth:`save` writes it; names file and place.

@@ -192,7 +192,7 @@ def _groups_fit(found: list[Any], expected: list[dict[str, Any]]) -> bool:
 
 
 def _numbers(value: Any) -> list[int] | None:
-    """A list of whole numbers, or None: a stranger may have put tensors there, which nothing is equal to."""
+    """A list of whole numbers, or None: an untrusted file may have tensors there, which nothing is equal to."""
     return value if isinstance(value, list) and all(type(number) is int for number in value) else None
 
 

@@ -21,7 +21,7 @@ _MAX_DEPTH = 50
 
 @dataclass(frozen=True)
 class NanochatOrigin:
-    """``origin`` of a bundle's stage file. Plain data, a stranger's: read through bounds, never followed as a path."""
+    """``origin`` of a bundle's stage file. Plain data, untrusted: read through bounds, never followed as a path."""
 
     format: Literal["nanochat"] = setting(doc="Whose files they were.")
     era: str = setting(doc="Generation of the architecture.", max_length=100)

@@ -1,4 +1,4 @@
-"""What counts as a conversation in a stranger's file: one row in, a plain conversation out, or the cause of its fault.
+"""What counts as a conversation in an untrusted file: one row in, a plain conversation out, or the cause of its fault.
 
 A row is a list of messages, or an object with such a list under a key, or either of them as JSON text, or in one of the
 formats of :mod:`~nanochat_pl.data.conversations.formats`. What is kept of a message is its role, its content, and that

@@ -67,7 +67,7 @@ def fetch_eval_bundle(cache_dir: Path, url: str = EVAL_BUNDLE_URL, refresh: bool
 
 
 def unpack(archive: Path, target: Path, name: str) -> None:
-    """Unpack an archive that may come from a stranger: plain files inside of ``target``, of bounded size.
+    """Unpack an archive that may come from an untrusted source: plain files inside of ``target``, of bounded size.
 
     Raises:
         UserError: it is damaged, leads out of ``target``, holds links, or is too large; names ``name`` and the entry.

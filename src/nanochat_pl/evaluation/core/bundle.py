@@ -1,6 +1,6 @@
 """The evaluation bundle of CORE: a folder with ``core.yaml``, ``eval_meta_data.csv`` and ``eval_data``.
 
-It may come from a stranger: names, numbers and rows are checked, and nothing outside of the folder is read.
+It may come from an untrusted source: names, numbers and rows are checked, and nothing outside of the folder is read.
 """
 
 from __future__ import annotations

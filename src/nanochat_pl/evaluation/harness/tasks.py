@@ -246,7 +246,7 @@ def _specs(manager: TaskManager, name: str, hub: Path | None) -> list[Any]:
     config = load_yaml(path, resolve_func=False)  # nothing is imported yet
     if config.get("unsafe_code"):
         raise UserError(
-            f"harness.tasks: {name}: runs what a model writes, without walls around it; suites=[chatcore] has them."
+            f"harness.tasks: {name}: runs what a model writes, without isolation; suites=[chatcore] has them."
         )
     data = config.get("dataset_path")
     if hub is None or not isinstance(data, str) or "class" in config:
@@ -275,7 +275,7 @@ def _hash_of_documents(name: str, task: Task) -> str:
 
 def _check(name: str, task: Task) -> None:
     if getattr(task, "UNSAFE_CODE", False):  # of a group
-        raise UserError(f"harness.tasks: {name}: runs what a model writes, without walls around it.")
+        raise UserError(f"harness.tasks: {name}: runs what a model writes, without isolation.")
     if getattr(task, "MULTIMODAL", False):
         raise UserError(f"harness.tasks: {name}: has more than text, which this model cannot read.")
 

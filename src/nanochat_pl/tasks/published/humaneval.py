@@ -64,7 +64,7 @@ class HumanEval(TableTask):
     ) -> None:
         """
         Raises:
-            UserError: as for every table; it is to be trained on; a wall of the sandbox is missing.
+            UserError: as for every table; it is to be trained on; an isolation layer of the sandbox is missing.
         """
         if split == "train":
             raise UserError(

@@ -1,4 +1,4 @@
-"""Walls around a process of this machine: namespaces, mounts, capabilities, limits, a filter of system calls.
+"""Isolation of a process of this machine: namespaces, mounts, capabilities, limits, a filter of system calls.
 
 Everything here changes the calling process for good, so it is called in processes that were started for it. Numbers
 are those of the kernel's headers.
@@ -23,13 +23,13 @@ LINUX = sys.platform == "linux"
 INSIDE = 1000  # the first id inside of the user namespace
 FIRST_ID = 0x4000_0000  # ids from here on belong to nobody, as far as is known
 
-# Namespaces: name of the wall → flag of clone(2).
+# Namespaces: name of the layer → flag of clone(2).
 NAMESPACES = {
-    "user wall": 0x1000_0000,
-    "file wall": 0x0002_0000,
-    "process wall": 0x2000_0000,
-    "network wall": 0x4000_0000,
-    "IPC wall": 0x0800_0000 | 0x0400_0000,  # and the host's name
+    "user isolation": 0x1000_0000,
+    "file isolation": 0x0002_0000,
+    "process isolation": 0x2000_0000,
+    "network isolation": 0x4000_0000,
+    "IPC isolation": 0x0800_0000 | 0x0400_0000,  # and the host's name
 }
 _MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MS_REMOUNT, _MS_BIND, _MS_REC, _MS_PRIVATE = 2, 4, 8, 32, 4096, 16384, 1 << 18
 _MS_RDONLY, _MNT_DETACH = 1, 2
@@ -40,17 +40,17 @@ _PR_DEATH_SIGNAL, _PR_DUMPABLE, _PR_SECCOMP, _PR_DROP_BOUND, _PR_SUBREAPER, _PR_
 _libc: Any = ctypes.CDLL(None, use_errno=True) if sys.platform != "win32" else None
 
 
-class WallMissing(Exception):
-    """A wall that this system does not give. ``str`` says which, and what the system said."""
+class LayerMissing(Exception):
+    """An isolation layer that this system does not give. ``str`` says which, and what the system said."""
 
 
 @contextlib.contextmanager
-def building(wall: str) -> Iterator[None]:
-    """Errors of the system become a missing wall of this name."""
+def building(layer: str) -> Iterator[None]:
+    """Errors of the system become a missing layer of this name."""
     try:
         yield
     except OSError as error:
-        raise WallMissing(f"{wall}: {error.strerror or error}") from error
+        raise LayerMissing(f"{layer}: {error.strerror or error}") from error
 
 
 def _call(function: str, *arguments: object) -> None:
@@ -79,11 +79,11 @@ def keep_orphans() -> None:
 
 
 def try_namespace(name: str) -> None:
-    """Enter one of NAMESPACES, in a user namespace. Raises WallMissing."""
+    """Enter one of NAMESPACES, in a user namespace. Raises LayerMissing."""
     with building(name):
         if not LINUX:
             raise OSError(_ENOSYS, "there is none on this system")
-        _call("unshare", NAMESPACES["user wall"] | NAMESPACES[name])
+        _call("unshare", NAMESPACES["user isolation"] | NAMESPACES[name])
 
 
 def first_free_id() -> int | None:
@@ -104,7 +104,7 @@ def enter_namespaces(first: int | None) -> None:
         first: three ids from here on become INSIDE … INSIDE + 2; None: the process's own id becomes INSIDE.
     """
     uid, gid, count = (os.geteuid(), os.getegid(), 1) if first is None else (first, first, 3)
-    with building("user wall"):
+    with building("user isolation"):
         if first is not None:
             os.setgroups([])
         wait_for, tell = os.pipe()
@@ -115,7 +115,7 @@ def enter_namespaces(first: int | None) -> None:
                 _write_maps(os.getppid(), uid, gid, count)
             os._exit(0)
         try:
-            _call("unshare", NAMESPACES["user wall"])
+            _call("unshare", NAMESPACES["user isolation"])
             os.write(tell, b".")
         finally:
             os.close(tell)
@@ -126,7 +126,7 @@ def enter_namespaces(first: int | None) -> None:
         os.setresgid(INSIDE, INSIDE, INSIDE)
         os.setresuid(INSIDE, INSIDE, INSIDE)
     for name, flag in NAMESPACES.items():
-        if name != "user wall":
+        if name != "user isolation":
             with building(name):
                 _call("unshare", flag)
     _call("sethostname", b"sandbox", 7)
@@ -142,7 +142,7 @@ def _write_maps(pid: int, uid: int, gid: int, count: int) -> None:
 
 def enter_process_namespace() -> None:
     """Children of this process are in a process namespace inside of its own."""
-    _call("unshare", NAMESPACES["process wall"])
+    _call("unshare", NAMESPACES["process isolation"])
 
 
 def build_root(base: str, prefix: str, libraries: Sequence[str], folder_bytes: int) -> None:
@@ -154,7 +154,7 @@ def build_root(base: str, prefix: str, libraries: Sequence[str], folder_bytes: i
             that may not be entered any more.
         libraries: paths to be read; those that start with ``prefix`` are found from the working directory.
     """
-    with building("file wall"):
+    with building("file isolation"):
         _mount(None, "/", None, _MS_REC | _MS_PRIVATE)
         _mount("root", base, "tmpfs", _MS_NOSUID, "mode=755,size=1m,nr_inodes=4k")
         for path in libraries:
@@ -201,7 +201,7 @@ def _show(source: str, target: str, device: bool = False) -> None:
 
 def hide_processes() -> None:
     """Take /proc away from this process and its children."""
-    _call("unshare", NAMESPACES["file wall"])
+    _call("unshare", NAMESPACES["file isolation"])
     _call("umount2", b"/proc", _MNT_DETACH)
 
 
@@ -240,7 +240,7 @@ def restrict_files(read: Sequence[int], write: Sequence[int]) -> None:
     Args:
         read, write: descriptors of folders.
     """
-    with building("file wall"):
+    with building("file isolation"):
         version = _landlock(444, None, ctypes.c_size_t(0), 1)
         rights = (1 << (13 + (version >= 2) + (version >= 3) + (version >= 5))) - 1
         handled = struct.pack("QQQ", rights, 3 * (version >= 4), 3 * (version >= 6))

@@ -1,4 +1,4 @@
-"""Start a program behind walls, watch it, and print how it came out as one line of JSON.
+"""Start a program in isolation, watch it, and print how it came out as one line of JSON.
 
 Run by the sandbox as ``python -I -S launcher.py CONFIG``. Who is who:
 
@@ -28,7 +28,7 @@ del sys.path[0]
 def main() -> None:
     """One line on stdout: ``reason``, ``message``, ``seconds``, ``output``.
 
-    Or ``missing``: [[wall, text], …]; or ``failed``: why no process could be started.
+    Or ``missing``: [[layer, text], …]; or ``failed``: why no process could be started.
     """
     config = json.loads(sys.argv[1])
     config["first"] = isolation.first_free_id()
@@ -43,7 +43,7 @@ def main() -> None:
             isolation.enter_namespaces(config["first"])
         elif config["first"] is not None:
             os.chown(config["folder"], config["first"] + 2, config["first"] + 2)
-    except isolation.WallMissing as missing:
+    except isolation.LayerMissing as missing:
         return supervisor.report({"missing": [["", str(missing)]]})
     try:
         pid = supervisor.fork()
@@ -67,7 +67,7 @@ def missing_walls() -> list[list[str]]:
                     isolation.restrict_files([], [])
                 else:
                     isolation.filter_system_calls(strict=True)
-            except isolation.WallMissing as absent:
+            except isolation.LayerMissing as absent:
                 os.write(write_end, json.dumps([name, str(absent)]).encode())
             os._exit(0)
         os.close(write_end)

@@ -22,7 +22,7 @@ from nanochat_pl.common.launch_env import launch_env, usable_cpus
 from nanochat_pl.tools.sandbox import isolation
 from nanochat_pl.tools.sandbox.settings import Check, Outcome, SandboxSettings
 
-WALLS = (*isolation.NAMESPACES, "bounded folder", "system call filter", "limits")
+LAYERS = (*isolation.NAMESPACES, "bounded folder", "system call filter", "limits")
 MESSAGE_CHARS = 300
 # Wall-clock time of a program, in multiples of its CPU time: others run on the machine, and it may wait.
 PATIENCE = 10
@@ -34,7 +34,7 @@ _FIX = (
     "strict needs Linux 5.14 or newer on x86_64 or aarch64 with user namespaces (sysctl user.max_user_namespaces, "
     "kernel.unprivileged_userns_clone=1, kernel.apparmor_restrict_unprivileged_userns=0; in a container, one started "
     "with --security-opt seccomp=unconfined --security-opt systempaths=unconfined); "
-    "or take sandbox=weak: fewer walls, and the scores say so"
+    "or take sandbox=weak: fewer isolation layers, and the scores say so"
 )
 
 
@@ -42,12 +42,12 @@ class Sandbox:
     """Runs foreign Python code, each program in processes of its own.
 
     Attributes:
-        walls: the walls that stand.
+        layers: the layers that stand.
         missing: those that do not: never any in strict mode.
         remark: what a score has to say with it; None in strict mode.
 
     Raises:
-        UserError: mode strict, and a wall cannot be had here: says which and why.
+        UserError: mode strict, and an isolation layer cannot be had here: says which and why.
     """
 
     def __init__(self, settings: SandboxSettings) -> None:
@@ -65,12 +65,12 @@ class Sandbox:
             problems.pop("Landlock", None)  # not needed
             if problems:
                 raise UserError([f"sandbox=strict: there is no {problem}" for problem in problems.values()], _FIX)
-        stand = dict.fromkeys(WALLS, strict) | {"limits": True}
+        stand = dict.fromkeys(LAYERS, strict) | {"limits": True}
         if not strict:  # what a user id of its own, Landlock and the filter do for them
-            stand |= {"user wall": isolation.first_free_id() is not None, "file wall": self._landlock}
-            stand |= dict.fromkeys(("network wall", "IPC wall", "system call filter"), self._filter)
-        self.walls = tuple(wall for wall in WALLS if stand[wall])
-        self.missing = tuple(wall for wall in WALLS if not stand[wall])
+            stand |= {"user isolation": isolation.first_free_id() is not None, "file isolation": self._landlock}
+            stand |= dict.fromkeys(("network isolation", "IPC isolation", "system call filter"), self._filter)
+        self.layers = tuple(layer for layer in LAYERS if stand[layer])
+        self.missing = tuple(layer for layer in LAYERS if not stand[layer])
         self.remark = f"sandbox=weak: no {', no '.join(self.missing)}" if self.missing else None
         trial = self.check(
             "def double(x):\n    return 2 * x\n", "double", "def check(f):\n    assert f([1]) == [1, 1]\n"
@@ -82,7 +82,7 @@ class Sandbox:
         """Run a program as a script. It passes if it ends with exit code 0, so it can claim that it does.
 
         Raises:
-            UserError: a wall of strict mode could not be built.
+            UserError: an isolation layer of strict mode could not be built.
         """
         return self._outcome(program, None, None)
 
@@ -92,7 +92,7 @@ class Sandbox:
         Arguments and results cross as plain values (numbers, text, bytes, lists, tuples, dicts, sets).
 
         Raises:
-            UserError: a wall of strict mode could not be built.
+            UserError: an isolation layer of strict mode could not be built.
         """
         return self._outcome(program, entry_point, {"trusted": trusted, "tests": tests, "entry_point": entry_point})
 
@@ -149,7 +149,9 @@ class Sandbox:
                 *(file.fileno() for file in files),
             )
         if "missing" in found:
-            raise UserError([f"sandbox={self.settings.mode}: there is no {wall}" for _, wall in found["missing"]], _FIX)
+            raise UserError(
+                [f"sandbox={self.settings.mode}: there is no {layer}" for _, layer in found["missing"]], _FIX
+            )
         message = visible(found["message"].replace("\n", " "))[:MESSAGE_CHARS]
         passed = found["reason"] == "passed"
         return Outcome(passed, found["reason"], message, float(found["seconds"]), visible(found["output"]))

@@ -12,10 +12,11 @@ Reason = Literal["passed", "failed", "error", "timeout", "memory", "processes", 
 
 @dataclass(frozen=True)
 class SandboxSettings:
-    """How code from a model is run: behind which walls, and how much it may use."""
+    """How code from a model is run: with which isolation, and how much it may use."""
 
     mode: Literal["strict", "weak"] = setting(
-        "strict", "strict: refuses where a wall is missing; weak: the walls that need no namespaces, and scores say so."
+        "strict",
+        "strict: refuses where an isolation layer is missing; weak: the layers without namespaces, and scores say so.",
     )
     seconds: float = setting(
         5.0,

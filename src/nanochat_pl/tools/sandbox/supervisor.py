@@ -60,7 +60,7 @@ class Failed(Exception):
     """The system does not give what we need. It says nothing about the program."""
 
 
-_OURS = (isolation.WallMissing, Failed)
+_OURS = (isolation.LayerMissing, Failed)
 
 
 def _told(problem: Exception) -> dict[str, object]:
@@ -168,7 +168,7 @@ class Supervisor:
             os._exit(1)
 
     def _shut_in(self, number: int) -> None:
-        """Put this process behind the walls, as the judge (1) or the program (2)."""
+        """Isolate this process, as the judge (1) or the program (2)."""
         config = self.config
         with isolation.building("limits"):
             if self.strict:
