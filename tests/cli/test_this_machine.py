@@ -105,8 +105,8 @@ def test_what_a_cpu_is_advised_to_do_trains(tmp_path: Path, capsys: pytest.Captu
     places = (f"paths.cache={tmp_path}", f"paths.runs={tmp_path / 'runs'}")
     assert main(["plan", *COMMAND, *places]) == 0
     command = capsys.readouterr().out.splitlines()[-1].partition("nanochat-pl ")[2].split()
-    assert command[0] == "train"
-    assert main(command) == 0
+    assert command[0] == "train" and main([*command, "check_only=true"]) == 0
+    assert main([*command, "max_steps=2", "evaluation.num_rows=8"]) == 0, "two of its twenty steps, each of minutes"
     assert (tmp_path / "runs" / "d4" / "base" / "finished.json").is_file()
 
 

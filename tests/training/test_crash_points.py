@@ -189,7 +189,7 @@ def test_kills_at_random_times(trainings: Trainings) -> None:
     assert trainings.train(whole.name, "base", settings) == 0
     kills, turn = 0, 0
     while kills < 10:
-        folder, turn = trainings.begin(f"killed-{turn}", "base"), turn + 1
+        folder, turn = trainings.begin(f"any-time-{turn}", "base"), turn + 1
         while not (folder / "base" / "finished.json").exists():
             code = trainings.train(
                 folder.name, "base", settings, kill_after=chance.uniform(0.2, 3) if kills < 10 else None
