@@ -185,10 +185,10 @@ def test_other_numbers_of_processes_go_on_with_a_file_of_two(place: Path, train:
     settings = (*EIGHT_ROWS, "trainer.checkpoint_every_steps=4", "trainer.keep_last=20")
     whole = new_run(place, "two-24")
     trained(2, command(place, whole.name, *settings))
-    expected = metrics(whole / "base", "train/loss", "train/tokens")
+    expected = metrics(whole / "base", "train/loss", "train/tokens")[1:]  # the first weights are only validated
 
     def check(folder: Path) -> None:
-        found = metrics(folder / "base", "train/loss", "train/tokens")
+        found = metrics(folder / "base", "train/loss", "train/tokens")[1:]
         assert len(found) == 24
         for (loss, tokens), (expected_loss, expected_tokens) in zip(found, expected, strict=True):
             assert loss == pytest.approx(expected_loss, abs=1e-5) and tokens == expected_tokens
