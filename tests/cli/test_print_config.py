@@ -20,7 +20,7 @@ def test_every_value_is_printed_and_nothing_done(
     printed = yaml.safe_load(capsys.readouterr().out)
     assert printed == yaml.safe_load(yaml.safe_dump(compose_train(typed).plain()))
     assert (
-        printed["max_steps"] == 600 and printed["optim"]["matrix_lr"] == 0.012 and printed["data"]["path"] == "my texts"
+        printed["max_steps"] == 800 and printed["optim"]["matrix_lr"] == 0.012 and printed["data"]["path"] == "my texts"
     )
     assert list(here.iterdir()) == []
 
