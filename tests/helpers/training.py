@@ -77,7 +77,7 @@ class BareModule(LMModule):
         self._loss, self._step_ended = (net.loss_by_row,), 0.0
         hyper: Any = SimpleNamespace(matrix_lr=0.0)
         self.config = ModuleConfig(net.config, num_steps, device_batch_size, hyper)
-        self.logs_to_loggers = True
+        self.logs_to_loggers, self.logged = True, {}
 
     def manual_backward(self, loss: torch.Tensor, *args: Any, **kwargs: Any) -> None:
         loss.backward()
