@@ -19,6 +19,7 @@ from nanochat_pl.data.sources.base import DataSettings, WeightedSource
 from nanochat_pl.data.sources.mixture import MAX_READS, MixedSource
 from nanochat_pl.data.sources.open import open_source
 from nanochat_pl.evaluation.bits_per_byte import BitsPerByte, result_of, weighted_result
+from nanochat_pl.evaluation.validation import ValidationSums, validation_metrics
 from tests.helpers.fake_data import BOS, ByteTokenizer, ListSource
 
 T = 16
@@ -266,3 +267,16 @@ def test_bits_per_byte_of_a_mixture_are_weighted_however_many_rows_were_measured
     nats, size = (one.sums / 30 + other.sums / 10)[:2].tolist()
     assert weighted.bpb == pytest.approx(nats / size / np.log(2), rel=1e-12)
     assert weighted_result([torch.zeros(6).double()], [1.0]).bpb is None
+
+
+def test_a_mixture_of_one_source_has_its_figure_too() -> None:
+    """One source without a mixture has no name, and no second figure of the same."""
+    sums = ValidationSums()
+    sums.update(torch.ones(2, 3), torch.ones(2, 3, dtype=torch.int64), torch.ones(2, 3, dtype=torch.int64))
+    assert (
+        validation_metrics({"wiki": sums}, [1.0])["val/bpb_wiki"]
+        == validation_metrics({"wiki": sums}, [1.0])["val/bpb"]
+    )
+    assert not [
+        name for name in validation_metrics({"": sums}, [1.0]) if name.startswith("val/bpb_") and "stderr" not in name
+    ]

@@ -49,19 +49,19 @@ class ValidationSums:
 
 
 def validation_metrics(sums: Mapping[str, ValidationSums], shares: Sequence[float]) -> dict[str, float]:
-    """``val/bpb``, ``val/bpb_stderr`` and ``val/loss`` over all processes; of several sources also ``val/bpb_NAME``.
+    """``val/bpb``, ``val/bpb_stderr`` and ``val/loss`` over all processes; of named sources also ``val/bpb_NAME``.
 
     Args:
-        sums: of each source, by name; of one alone the name does not matter.
+        sums: of each source, by name; that of one which is no mixture is empty.
         shares: of the sources in the training, by which they are weighted; they sum to one.
     """
     measured = {name: each.of_all_processes() for name, each in sums.items()}
     loss = sum(share * loss for share, (_, loss) in zip(shares, measured.values(), strict=True))
     result = weighted_result([sums for sums, _ in measured.values()], shares)
     metrics = {"val/bpb": result.bpb, "val/bpb_stderr": result.stderr, "val/loss": loss}
-    if len(measured) > 1:
-        by_source = {name_by_source("val/bpb", name): result_of(of.tolist()).bpb for name, (of, _) in measured.items()}
-        metrics |= by_source
+    for name, (of_source, _) in measured.items():
+        if name:
+            metrics[name_by_source("val/bpb", name)] = result_of(of_source.tolist()).bpb
     return {name: value for name, value in metrics.items() if value is not None}
 
 

@@ -205,7 +205,8 @@ class LMModule(LightningModule):
         validation = getattr(getattr(self.trainer, "datamodule", None), "validation", None)
         names, shares = getattr(validation, "names", ()), getattr(validation, "shares", ())
         if (count := len(self._validation)) != len(names):  # loaders of another data module: each counts the same
-            names, shares = [str(number) for number in range(count)], [1 / count] * count
+            names = [str(number) if count > 1 else "" for number in range(count)]
+            shares = [1 / count] * count
         metrics = validation_metrics(dict(zip(names, self._validation, strict=True)), shares)
         self._log(metrics, sync_dist=True)  # they are the same on all processes; without it Lightning warns
 
