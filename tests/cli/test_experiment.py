@@ -12,14 +12,15 @@ from nanochat_pl.common.errors import UserError
 from nanochat_pl.config import config_dir
 from nanochat_pl.config.experiment import read_experiment
 
-MINE = """
+MINE = """# @package _global_
 description: for a test
+defaults:
+  - override /model: tiny
+  - _self_
 pipeline: [tokenizer, base, sft, evaluate, report]
-shared:
-  model: tiny
-  model.depth: 3
-  total_batch_tokens: 1024
-  run: "a-run"
+model.depth: 3
+total_batch_tokens: 1024
+run: "a-run"
 stages:
   base:
     max_steps: 7
@@ -52,10 +53,35 @@ def test_a_group_chosen_on_the_command_line_is_that_group(mine: str) -> None:
     assert compose_train([f"experiment={mine}", "model=tiny", "model.depth=5"]).config.model.depth == 5
 
 
+def test_a_file_of_the_older_form_means_the_same(here: Path, mine: str) -> None:
+    older = "shared: {model: tiny, model.depth: 3, total_batch_tokens: 1024}\nstages: {base: {max_steps: 9}}\n"
+    (here / "older.yaml").write_text(older, encoding="utf-8")
+    config = compose_train(["experiment=older.yaml"]).config
+    assert (config.model.depth, config.model.head_dim, config.total_batch_tokens, config.max_steps) == (3, 64, 1024, 9)
+
+
 def test_text_is_text_and_interpolations_are_resolved(mine: str) -> None:
     config = compose_train([f"experiment={mine}"]).config
     assert config.data.text_column == "'any' {text}, of=mine"
     assert config.device_batch_size == 3
+
+
+def test_an_experiment_has_all_of_another_one(here: Path, mine: str) -> None:
+    (here / "own" / "experiment").mkdir(parents=True)
+    (here / "own" / "experiment" / "first.yaml").write_text(MINE, encoding="utf-8")
+    second = "defaults: [first, {override /optim: classic_muon}]\nmodel: {depth: 5}\nstages: {base: {max_steps: 8}}\n"
+    (here / "own" / "experiment" / "second.yaml").write_text(second, encoding="utf-8")
+    with config_dir.chosen("own", None):
+        config = compose_train(["experiment=second"]).config
+        steps = [step.name for step in steps_of(["experiment=second"])]
+        (here / "own" / "experiment" / "first.yaml").write_text("defaults: [second]", encoding="utf-8")
+        with pytest.raises(UserError, match="has all of itself: second → first → second"):
+            compose_train(["experiment=second"])
+    assert (config.model.depth, config.model.head_dim, config.max_steps) == (5, 64, 8)
+    assert (config.optim.matrix_lr, config.optim.muon.orthogonalization) == (0.5, "newton_schulz")
+    assert steps == ["tokenizer", "base", "sft", "evaluate", "report"]
+    with pytest.raises(UserError, match="experiment='second': there is no such experiment"):
+        compose_train(["experiment=second"])
 
 
 def test_the_run_is_named_after_the_experiment(here: Path) -> None:
@@ -72,18 +98,21 @@ def test_the_run_is_named_after_the_experiment(here: Path) -> None:
             "max_stps: there is no such key; did you mean max_steps? (mine.yaml, stages.base)",
         ),
         ("matrix_lr: 0.5", "matrix_lr: fast", "optim.matrix_lr='fast': must be a number. (mine.yaml, stages.base)"),
-        ("model: tiny", "model: tyny", "model=tyny: there is no such choice; did you mean tiny?"),
+        ("/model: tiny", "/model: tyny", "model=tyny: there is no such choice; did you mean tiny?"),
+        ("/model: tiny", "/modl: tiny", "modl: there is no such key; did you mean model?"),
+        ("override /model: tiny", "[model, tiny]", "mine.yaml: defaults: ['model', 'tiny'] is not understood"),
+        ("- _self_", "- nowhere", "experiment='nowhere': there is no such experiment"),
         (
             "model.depth: 3",
             "model.dpth: 3",
-            "model.dpth: there is no such key; did you mean model.depth? (mine.yaml, shared)",
+            "model.dpth: there is no such key; did you mean model.depth? (mine.yaml)",
         ),
         (
             "${model.depth}",
             "${model.dpth}",
             "device_batch_size: Interpolation key 'model.dpth' not found (mine.yaml, stages.base)",
         ),
-        ("shared:", "sharde:", "mine.yaml: sharde: there is no such key; did you mean shared?"),
+        ("stages:", "stagse:", "stagse: there is no such key; did you mean stage?"),
         ("[tokenizer, base,", "[tokenizer, bsae,", "mine.yaml: pipeline: 'bsae' is no step; did you mean base?"),
         (
             "[tokenizer, base,",
@@ -92,7 +121,7 @@ def test_the_run_is_named_after_the_experiment(here: Path) -> None:
         ),
         ("  evaluate: {", "  stf: {", "mine.yaml: stages.stf: is no step; did you mean sft?"),
         ("  evaluate: {", "  evalaute: {", "mine.yaml: stages.evalaute: is no step"),
-        ("pipeline: [", "pipeline: [[", "mine.yaml: is no YAML: expected ',' or ']', but got '<scalar>' in line 4."),
+        ("pipeline: [", "pipeline: [[", "mine.yaml: is no YAML: expected ',' or ']', but got '<scalar>' in line 7."),
     ],
 )
 def test_mistakes_name_file_and_key(here: Path, before: str, after: str, expected: str) -> None:

@@ -45,8 +45,9 @@ def test_one_of_several_processes_prints_it(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["train", "--cfg", "hydra"], "--cfg hydra: what can be printed is the job's configuration"),
-        (["train", "stage=base", "--cfg"], "--cfg: what can be printed"),
+        (["train", "--cfg", "jobs"], "--cfg: invalid choice: 'jobs'"),
+        (["train", "stage=base", "--cfg"], "--cfg: expected one argument"),
+        (["train", "--cfg", "job", "--package", "optm"], "--package optm: the configuration has no such group"),
         (["train", "--cfg", "job", "model.dpth=6"], "model.dpth"),
         (["pipeline", "--cfg", "job", "experiment=demo"], "a configuration for each of its steps"),
     ],

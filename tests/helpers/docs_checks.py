@@ -14,15 +14,15 @@ import yaml
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
-from nanochat_pl.cli._sweep import expand
 from nanochat_pl.cli.download import compose_download
 from nanochat_pl.cli.help import compose_command
 from nanochat_pl.cli.main import COMMANDS, module_of
 from nanochat_pl.cli.pipeline import check_all, steps_of
-from nanochat_pl.cli.train import compose_train
 from nanochat_pl.common.errors import UserError
+from nanochat_pl.config import hydra_app
 from nanochat_pl.config.config_dir import groups
-from nanochat_pl.config.overrides import UNKNOWN, type_of_key
+from nanochat_pl.config.overrides import UNKNOWN, is_hydras, type_of_key
+from tests.helpers.sweeps import jobs_of
 
 SHELL = ("sh", "bash", "shell", "console", "")
 # A sign that something was left out for brevity; whatever else the command says is still checked.
@@ -137,12 +137,13 @@ def _compose(words: list[str]) -> None:
         raise UserError(f"{command}: there is no such command")
     if "--help" in arguments:
         return
-    if "--cfg" in arguments:  # what it prints is composed as by the command itself
-        place = arguments.index("--cfg")
-        arguments = arguments[:place] + arguments[place + 2 :]
-    if "-m" in arguments:
-        for job in expand([argument for argument in arguments if argument != "-m"]):
-            compose_train(job.overrides)
+    options = hydra_app.parse(arguments)
+    if options.config_dir is not None or options.shell_completion:
+        return  # with files of the reader's own
+    arguments = list(options.own)
+    if options.multirun:
+        for job in jobs_of(options.overrides, command):
+            _compose([command, *job.overrides])
         return
     if command == "pipeline":
         check_all(steps_of(arguments))
@@ -157,7 +158,7 @@ def check_keys(page: Page, root: Path) -> Iterator[str]:
     schemas = [importlib.import_module(module_of(command)).Config for command in COMMANDS]
     for code in page.inline:
         match = re.match(r"^([a-z_]+(?:\.\w+)*)=", code)
-        if not match or match[1] in (*NOT_OUR_KEYS, *groups(), "experiment"):
+        if not match or match[1] in (*NOT_OUR_KEYS, *groups(), "experiment") or is_hydras(match[1]):
             continue
         key = re.sub(r"^stages\.\w+\.", "", match[1])
         if all(type_of_key(schema, key) is UNKNOWN for schema in schemas):

@@ -1,25 +1,30 @@
-"""``-m``: one job for each combination of the values that keys are swept over, each in a process of its own."""
+"""``-m``: one job for each combination of values, with Hydra's sweepers and launchers, each in a process of its own."""
 
 from __future__ import annotations
 
-import itertools
+import contextlib
 import re
 import signal
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 from nanochat_pl.cli._subprocess import is_stop, run_child
 from nanochat_pl.cli.pipeline import check_all, folder_to_run_in, run_folder_of, steps_of
 from nanochat_pl.cli.train import compose_train, is_finished, place_of
 from nanochat_pl.common.console import ignore_broken_pipe, print_table, rank_zero_print
 from nanochat_pl.common.errors import UserError
+from nanochat_pl.common.files import read_object, write_json
 from nanochat_pl.common.run_dir import MAX_NAME_LENGTH, StageFolder, stage_folder
+from nanochat_pl.config import hydra_app
 from nanochat_pl.config.compose import Composed
-from nanochat_pl.config.overrides import parse_sweeps
+from nanochat_pl.config.hydra_app import HydraOptions
+from nanochat_pl.config.overrides import split_override
 from nanochat_pl.report.format import duration
 from nanochat_pl.training.config import TrainConfig
-
-MAX_JOBS = 1_000
 
 
 @dataclass(frozen=True)
@@ -30,9 +35,42 @@ class Job:
     overrides: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Sweep:
+    """What each job of a sweep is told; a launcher may hand it to another process.
+
+    Attributes:
+        command: what each job runs.
+        typed: the overrides of the sweep, as typed.
+        swept: the keys that are swept over.
+        total: number of jobs, None where nobody knows it.
+        finished: names of the jobs that were finished before.
+        outcomes: folder in which each job notes its name, command line and exit code.
+    """
+
+    command: str
+    typed: tuple[str, ...]
+    swept: tuple[str, ...]
+    total: int | None
+    finished: frozenset[str]
+    outcomes: Path
+
+    def job(self, overrides: Sequence[str]) -> Job:
+        """A job, of its overrides as Hydra gives them."""
+        return job_of(self.command, hydra_app.own_texts(overrides, TrainConfig, self.typed), self.swept)
+
+
+class JobFailed(Exception):
+    """What a sweeper that looks for the best values is told of a job that has none."""
+
+
+class Stopped(KeyboardInterrupt):
+    """A job was told to stop: no other begins."""
+
+
 @ignore_broken_pipe()
-def run_sweep(command: str, arguments: Sequence[str]) -> int:
-    """Run the jobs of a sweep one after the other, finished ones are skipped; one that fails does not stop the others.
+def run_sweep(command: str, options: HydraOptions) -> int:
+    """Run the jobs of a sweep; finished ones are skipped, and one that fails does not stop the others.
 
     Nor does one that is killed, by the system for its memory for instance; a stop (Ctrl-C, SIGTERM) ends the sweep.
 
@@ -40,26 +78,90 @@ def run_sweep(command: str, arguments: Sequence[str]) -> int:
         0, or the exit code of the first job that failed.
 
     Raises:
-        UserError: what :func:`expand` says; or a job was begun under other settings.
+        UserError: what is wrong with the jobs, before the first begins; or one was begun under other settings.
     """
-    jobs, first_failure = expand(arguments, command), 0
-    rows: list[tuple[str, ...]] = []
-    composed = {job.name: compose_train(job.overrides) for job in jobs} if command == "train" else {}
-    finished = {name for name, each in composed.items() if _is_finished(each)}
-    for n, job in enumerate(jobs, start=1):
-        rank_zero_print(f"job {n} of {len(jobs)}: {job.name}", style="bold")
-        # Now: after the job, resume=never would mean yet another one.
-        folders = [place_of(composed[job.name], tell=lambda text: None)] if command == "train" else _stage_folders(job)
-        if job.name in finished:
-            rows += _rows(job, "finished before", folders)
-            continue
-        code = run_child([command, *job.overrides])
-        if is_stop(code):
-            return code
-        first_failure = first_failure or code
-        rows += _rows(job, _outcome(code), folders)
+    with tempfile.TemporaryDirectory() as folder:
+
+        def plan(jobs: list[list[str]] | None, swept: list[str]) -> Callable[[Any], float]:
+            if jobs is not None and not swept:
+                raise UserError("-m: no key has several values.", "Give some: -m model.depth=2,4 or seed=range(0,3)")
+            finished = _checked(command, options, jobs, swept) if jobs is not None else frozenset()
+            total = None if jobs is None else len(jobs)
+            return partial(_run_job, Sweep(command, options.own, tuple(swept), total, finished, Path(folder)))
+
+        with contextlib.suppress(JobFailed, Stopped):
+            hydra_app.sweep(command, TrainConfig, options, plan)
+        outcomes = [read_object(path, "") for path in sorted(Path(folder).iterdir())]
+    codes = [outcome["code"] for outcome in outcomes]
+    if stops := [code for code in codes if is_stop(code)]:
+        return int(stops[0])
+    rows = [row for outcome in outcomes for row in _rows(outcome)]
     print_table(("job", "stage", "outcome", "val/bpb", "tokens", "time"), rows)
-    return first_failure
+    return next((int(code) for code in codes if code), 0)
+
+
+def _checked(command: str, options: HydraOptions, jobs: list[list[str]], swept: Sequence[str]) -> frozenset[str]:
+    """Check all jobs before the first begins; gives the names of those that are finished."""
+    found = jobs_of(command, [hydra_app.own_texts(job, TrainConfig, options.own) for job in jobs], swept)
+    if command != "train":
+        return frozenset()  # a pipeline skips its finished steps by itself
+    return frozenset(job.name for job in found if _is_finished(compose_train(job.overrides)))
+
+
+def jobs_of(command: str, jobs: Sequence[Sequence[str]], swept: Sequence[str]) -> list[Job]:
+    """The jobs with their names.
+
+    Raises:
+        UserError: with the problems of all jobs together; or jobs that could not be told apart.
+    """
+    problems: dict[str, None] = {}
+    found = []
+    for overrides in jobs:
+        try:
+            found.append(job_of(command, overrides, swept))
+        except UserError as error:
+            problems |= dict.fromkeys(error.problems)
+    if problems:
+        raise UserError(list(problems), f"Keys and their meaning: nanochat-pl {command} --help")
+    names = [job.name for job in found]
+    if doubled := sorted({name for name in names if names.count(name) > 1}):
+        raise UserError(f"-m: several jobs would be named {', '.join(doubled)}.", "Sweep over values that differ.")
+    return found
+
+
+def job_of(command: str, overrides: Sequence[str], swept: Sequence[str]) -> Job:
+    """A job, which is composed and checked for its name: ``base-depth4-matrix_lr0.01``, or what ``run`` says of it."""
+    base = (_base_of_pipeline if command == "pipeline" else _base_of_stage)(overrides)
+    pairs = [split_override(text)[:2] for text in overrides]
+    varied = [(key, value) for key, value in pairs if key in swept]
+    others = [text for text in overrides if split_override(text)[0] != "run"]
+    name = _name(base, [(key, value) for key, value in varied if key not in ("run", "experiment")])
+    return Job(name, (*others, f"run={name}"))
+
+
+def _run_job(sweep: Sweep, config: Any) -> float:
+    """One job, called by Hydra's launcher: in this process, or in one of its own on this machine or another.
+
+    Returns:
+        bits per byte at the end; NaN where it was not measured.
+    """
+    number, overrides = hydra_app.current_job()
+    job = sweep.job(overrides)
+    of = "" if sweep.total is None else f" of {sweep.total}"
+    rank_zero_print(f"job {number}{of}: {job.name}", style="bold")
+    folders = _stage_folders(sweep.command, job)  # now: after the job, resume=never would mean yet another one
+    before = job.name in sweep.finished
+    code = 0 if before else run_child([sweep.command, *job.overrides])
+    places = [{"runs": str(each.runs), "run": each.run, "stage": each.stage} for each in folders]
+    word = "finished before" if before else _outcome(code)
+    outcome = {"name": job.name, "code": code, "word": word, "folders": places}
+    write_json(sweep.outcomes / f"{number:06}.json", outcome)
+    if is_stop(code):
+        raise Stopped
+    bits = [each.finished().get("metrics", {}).get("val/bpb") for each in folders if each.status == "finished"]
+    if code and sweep.total is None:
+        raise JobFailed(f"{job.name}: {_outcome(code)}")
+    return next((float(value) for value in reversed(bits) if value is not None), float("nan"))
 
 
 def _outcome(code: int) -> str:
@@ -70,12 +172,14 @@ def _outcome(code: int) -> str:
     return f"killed, {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
 
 
-def _rows(job: Job, outcome: str, folders: Sequence[StageFolder]) -> list[tuple[str, ...]]:
+def _rows(outcome: dict[str, Any]) -> list[tuple[str, ...]]:
     """Rows of the table: one for each stage that is finished, and one for a job that has none or failed."""
+    name, word = outcome["name"], outcome["word"]
+    folders = [stage_folder(Path(each["runs"]), each["run"], each["stage"]) for each in outcome["folders"]]
     rows = [_metrics(folder) for folder in folders if folder.status == "finished"]
-    if not rows or not outcome.startswith("finished"):
-        return [(job.name, "", outcome, "", "", ""), *((job.name, stage, "finished", *rest) for stage, *rest in rows)]
-    return [(job.name, stage, outcome, *rest) for stage, *rest in rows]
+    if not rows or not word.startswith("finished"):
+        return [(name, "", word, "", "", ""), *((name, stage, "finished", *rest) for stage, *rest in rows)]
+    return [(name, stage, word, *rest) for stage, *rest in rows]
 
 
 def _metrics(folder: StageFolder) -> tuple[str, str, str, str]:
@@ -90,8 +194,10 @@ def _metrics(folder: StageFolder) -> tuple[str, str, str, str]:
     )
 
 
-def _stage_folders(job: Job) -> list[StageFolder]:
-    """Where a pipeline leaves what it trains."""
+def _stage_folders(command: str, job: Job) -> list[StageFolder]:
+    """Where a job leaves what it trains."""
+    if command == "train":
+        return [place_of(compose_train(job.overrides), tell=lambda text: None)]
     steps = steps_of(job.overrides)
     run_dir = folder_to_run_in(check_all(steps))
     return [stage_folder(run_dir.parent, run_dir.name, step.name) for step in steps if step.command == "train"]
@@ -101,46 +207,6 @@ def _is_finished(composed: Composed[TrainConfig]) -> bool:
     if composed.config.resume == "never":
         return False
     return is_finished(place_of(composed), composed)
-
-
-def expand(arguments: Sequence[str], command: str = "train") -> list[Job]:
-    """The jobs of a sweep, in the order of the values as written, the last key varying fastest.
-
-    Raises:
-        UserError: with the problems of all jobs together; or jobs that could not be told apart.
-    """
-    problems: list[str] = []
-    swept, rest = parse_sweeps(arguments, TrainConfig, problems)
-    if problems:
-        raise UserError(problems)
-    if not swept:
-        raise UserError("-m: no key has several values.", "Give some: -m model.depth=2,4 or optim.matrix_lr=0.01,0.02")
-    combinations = list(itertools.product(*(key.texts for key in swept)))
-    if len(combinations) > MAX_JOBS:
-        raise UserError(f"-m: makes {len(combinations):,} jobs, more than {MAX_JOBS:,}.")
-    names = _checked_names(command, rest, combinations)
-    doubled = sorted({name for name in names if names.count(name) > 1})
-    if doubled:
-        raise UserError(f"-m: several jobs would be named {', '.join(doubled)}.", "Sweep over values that differ.")
-    others = [text for text in rest if not text.startswith("run=")]
-    return [
-        Job(name, (*others, *combination, f"run={name}")) for name, combination in zip(names, combinations, strict=True)
-    ]
-
-
-def _checked_names(command: str, rest: Sequence[str], combinations: Sequence[Sequence[str]]) -> list[str]:
-    """The name of each job; all of them are composed and checked for it, before the first begins."""
-    problems: dict[str, None] = {}
-    names = []
-    for combination in combinations:
-        try:
-            check = _base_of_pipeline if command == "pipeline" else _base_of_stage
-            names.append(_name(check([*rest, *combination]), combination))
-        except UserError as error:
-            problems |= dict.fromkeys(error.problems)
-    if problems:
-        raise UserError(list(problems), f"Keys and their meaning: nanochat-pl {command} --help")
-    return names
 
 
 def _base_of_pipeline(overrides: Sequence[str]) -> str:
@@ -157,9 +223,8 @@ def _base_of_stage(overrides: Sequence[str]) -> str:
     return composed.config.run or composed.experiment or f"d{composed.config.model.depth}"
 
 
-def _name(base: str, combination: Sequence[str]) -> str:
-    """``base-depth4-matrix_lr0.01``: the last part of each swept key and its value, in signs that a name may have."""
-    pairs = [text.partition("=")[::2] for text in combination]
+def _name(base: str, pairs: Sequence[tuple[str, str]]) -> str:
+    """The last part of each swept key and its value behind the base, in signs that a name may have."""
     short = [key.rpartition(".")[2] for key, _ in pairs]
     parts = [
         (key if short.count(last) > 1 else last) + value

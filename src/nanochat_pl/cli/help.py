@@ -11,11 +11,12 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-from nanochat_pl.cli.main import CONFIG_FLAGS, module_of
+from nanochat_pl.cli.main import module_of
 from nanochat_pl.common.errors import UserError, did_you_mean
 from nanochat_pl.config import config_dir
 from nanochat_pl.config.compose import Composed
 from nanochat_pl.config.experiment import compose_step
+from nanochat_pl.config.hydra_app import HydraOptions
 from nanochat_pl.config.overrides import UNKNOWN, is_group, take_key, type_of_key, without_none
 
 
@@ -37,27 +38,24 @@ def print_help(command: str, wanted: Sequence[str] = ()) -> None:
     _print_groups(command, schema)
 
 
-def print_config(command: str, arguments: Sequence[str]) -> None:
+def print_config(command: str, options: HydraOptions) -> None:
     """Print every value that a command would use, defaults and experiment included, as YAML: ``--cfg job`` of Hydra.
 
+    Interpolations are always resolved. ``--package optim`` prints one group.
+
     Raises:
-        UserError: something is wrong with the settings, or it is no configuration that this command has.
+        UserError: something is wrong with the settings, or there is no such configuration or group.
     """
-    parts: list[str] = []
-    for argument in arguments:
-        parts += argument.split("=", 1) if argument.startswith("--cfg=") else [argument]
-    place = next(number for number, part in enumerate(parts) if part in CONFIG_FLAGS)
-    if parts[place + 1 : place + 2] != ["job"]:
-        said = " ".join(parts[place : place + 2])
-        raise UserError(
-            f"{said}: what can be printed is the job's configuration.", f"nanochat-pl {command} … --cfg job"
-        )
     if command == "pipeline":
         fix = "Print that of a stage: nanochat-pl train stage=sft … --cfg job"
         raise UserError("--cfg job: a pipeline has a configuration for each of its steps.", fix)
-    # Ours are always resolved.
-    overrides = [argument for argument in parts[:place] + parts[place + 2 :] if argument != "--resolve"]
-    print(yaml.safe_dump(compose_command(command, overrides).plain(), sort_keys=False, allow_unicode=True), end="")
+    values: Any = compose_command(command, options.own).plain()
+    for part in (options.package or "_global_").removeprefix("_global_").split("."):
+        if part:
+            if not isinstance(values, dict) or part not in values:
+                raise UserError(f"--package {options.package}: the configuration has no such group.")
+            values = values[part]
+    print(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), end="")
 
 
 def compose_command(command: str, overrides: Sequence[str]) -> Composed[Any]:

@@ -7,12 +7,14 @@ import importlib
 import io
 import keyword
 import os
+import re
 import signal
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Iterator, Sequence
+from types import ModuleType
 from typing import NoReturn
 
 from nanochat_pl.cli._subprocess import follows_stdin, note_exit
@@ -37,10 +39,10 @@ COMMANDS = {
     "runs": "what has been trained; runs delete=NAME",
 }
 
-# Several values for a key, one job for each: these commands can be swept.
-SWEEP_FLAGS, SWEPT = ("-m", "--multirun"), ("train", "pipeline")
-# Hydra's own: print the configuration, and do nothing else.
-CONFIG_FLAGS = ("--cfg", "-c")
+# Several values for a key, one job for each (-m): these commands can be swept.
+SWEPT = ("train", "pipeline")
+_SWEEP = ("-m", "--multirun")
+_ASKS = ("--help", "-h", "--cfg", "-c", "--info", "-i", "--hydra-help", "--shell-completion", "-sc")
 # Commands that several processes do together, as torchrun starts them.
 TOGETHER = ("train", "evaluate", "selftest")
 # Which of these is set, it is a launcher that has started the processes.
@@ -129,17 +131,43 @@ def _dispatch(arguments: list[str]) -> int:
     from nanochat_pl.cli._warnings import quieten
 
     quieten()
-    if any(map(_is_config_flag, rest)):
-        from nanochat_pl.cli.help import print_config
+    if _is_plain(rest):
+        return int(_module(module_of(command)).run(rest))
+    return _dispatch_to_hydra(command, rest)
 
-        print_config(command, rest)
-        return 0
-    sweep = command in SWEPT and any(argument in SWEEP_FLAGS for argument in rest)
+
+def _is_plain(arguments: Sequence[str]) -> bool:
+    """Whether a command line has nothing of Hydra's own: no options, no keys ``hydra.…``."""
+    return not any(re.match(r"-|\+*hydra[./]", argument) for argument in arguments)
+
+
+def _dispatch_to_hydra(command: str, arguments: Sequence[str]) -> int:
+    """A command line as any program of Hydra has it: ``-m``, ``--cfg job``, ``--config-dir``, ``hydra.run.dir=…``."""
+    from nanochat_pl.config import config_dir, hydra_app
+
+    options = hydra_app.parse(arguments)
+    with config_dir.chosen(options.config_dir, options.config_name):
+        if options.cfg == "job":
+            from nanochat_pl.cli.help import print_config
+
+            print_config(command, options)
+            return 0
+        if options.multirun:
+            if command not in SWEPT:
+                raise UserError(f"-m: several jobs are for {' and '.join(SWEPT)}, not for {command}.")
+            return int(_module("nanochat_pl.cli._sweep").run_sweep(command, options))
+        module = _module(module_of(command))
+        if options.asks:
+            hydra_app.show(command, module.Config, options)
+            return 0
+        if len(options.own) == len(options.overrides):
+            return int(module.run(options.own))
+        return hydra_app.run(command, module.Config, options, lambda: int(module.run(options.own)))
+
+
+def _module(name: str) -> ModuleType:
     with _interrupts_wait():
-        module = importlib.import_module("nanochat_pl.cli._sweep" if sweep else module_of(command))
-    if sweep:
-        return int(module.run_sweep(command, [argument for argument in rest if argument not in SWEEP_FLAGS]))
-    return int(module.run(rest))
+        return importlib.import_module(name)
 
 
 @ignore_broken_pipe()
@@ -192,16 +220,16 @@ def _end_alone(error: BaseException) -> NoReturn:
 
 def _is_together(arguments: list[str]) -> bool:
     """Whether it is something that processes do together: whatever else is asked of several, one answers."""
-    return bool(arguments) and arguments[0] in TOGETHER and not {*SWEEP_FLAGS} & {*arguments} and not _asks(arguments)
+    return bool(arguments) and arguments[0] in TOGETHER and not _asks(arguments) and not _has_option(arguments, _SWEEP)
 
 
 def _asks(arguments: list[str]) -> bool:
     """Whether something is printed and nothing done."""
-    return any(argument in ("--help", "-h") or _is_config_flag(argument) for argument in arguments)
+    return _has_option(arguments, _ASKS)
 
 
-def _is_config_flag(argument: str) -> bool:
-    return argument in CONFIG_FLAGS or argument.startswith("--cfg=")
+def _has_option(arguments: Sequence[str], options: Sequence[str]) -> bool:
+    return any(argument.split("=")[0] in options for argument in arguments)
 
 
 def _dispatch_alone(arguments: list[str]) -> int:

@@ -24,7 +24,7 @@ from nanochat_pl.common.run_dir import STAGES, fresh_run
 from nanochat_pl.common.schema import setting
 from nanochat_pl.config import config_dir
 from nanochat_pl.config.compose import Composed
-from nanochat_pl.config.experiment import compose_step, read_experiment
+from nanochat_pl.config.experiment import compose_step, pipeline_of
 from nanochat_pl.config.overrides import problems_of_form, split_override, take_key
 from nanochat_pl.training.config import TrainConfig
 
@@ -107,10 +107,11 @@ def steps_of(arguments: Sequence[str]) -> list[Step]:
     if not name:
         known = ", ".join(config_dir.experiments())
         raise UserError("experiment: is missing.", f"Name one: nanochat-pl pipeline experiment=NAME ({known}).")
-    experiment, path = read_experiment(name)
-    if not experiment.pipeline:
+    names = pipeline_of(name)
+    if not names:
+        path = config_dir.experiment_file(name)
         raise UserError(f"{path}: pipeline: names no steps.", "Write for instance pipeline: [tokenizer, base].")
-    steps = [_step(name, step, rest) for step in experiment.pipeline]
+    steps = [_step(name, step, rest) for step in names]
     _require_takers(rest, steps)
     return steps
 
@@ -197,7 +198,7 @@ def _step(experiment: str, name: str, overrides: Sequence[str]) -> Step:
 
 
 def _has(schema: type, text: str) -> bool:
-    return split_override(text)[0].split(".")[0] in {field.name for field in fields(schema)}
+    return split_override(text)[0].removeprefix("~").split(".")[0] in {field.name for field in fields(schema)}
 
 
 def _require_takers(overrides: Sequence[str], steps: Sequence[Step]) -> None:

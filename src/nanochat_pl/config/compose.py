@@ -12,9 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from hydra import compose as hydra_compose
-from hydra import initialize_config_dir
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -22,7 +21,7 @@ from nanochat_pl.common.errors import UserError, did_you_mean, first_line
 from nanochat_pl.common.run_dir import check_name
 from nanochat_pl.common.schema import build, to_plain, validation_errors
 from nanochat_pl.config import config_dir
-from nanochat_pl.config.overrides import UNKNOWN, Setting, is_group, parse_overrides, type_of_key
+from nanochat_pl.config.overrides import DELETED, UNKNOWN, Setting, is_group, parse_overrides, type_of_key
 
 T = TypeVar("T")
 
@@ -73,9 +72,8 @@ def compose(
     settings = [*_not_chosen_anew(before, typed), *typed]
     tree, choices = _hydra_tree(root, _check_choices(settings, groups, problems))
     for setting in settings:
-        if setting.is_choice:
-            continue
-        _lay_over(tree, setting, problems)
+        if not setting.is_choice:
+            _lay_over(tree, setting, problems)
     values, unresolved = _resolve(tree)
     found = [
         *unresolved.values(),
@@ -121,7 +119,7 @@ def _problems_of_name(run: object) -> list[str]:
 
 
 def _given(settings: Sequence[Setting]) -> frozenset[str]:
-    keys = {setting.key for setting in settings if not setting.is_choice}
+    keys = {setting.key for setting in settings if not setting.is_choice and setting.value is not DELETED}
     for setting in settings:
         if setting.is_choice:
             keys |= {
@@ -161,11 +159,12 @@ def _hydra_tree(root: str, choices: Mapping[str, str | list[str]]) -> tuple[Dict
     texts = [
         f"{key}=[{','.join(value)}]" if isinstance(value, list) else f"{key}={value}" for key, value in choices.items()
     ]
+    root = config_dir.root_file(root)
     try:
-        with initialize_config_dir(str(config_dir.config_folder()), version_base="1.3"):
-            tree = hydra_compose(root, overrides=texts, return_hydra_config=True)
+        with config_dir.hydra() as hydra:
+            tree = hydra.compose_config(root, texts, RunMode.RUN, from_shell=False)
     except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(f"configs/{root}.yaml: cannot be composed: {first_line(error)}") from error
+        raise UserError(f"{root}.yaml: cannot be composed: {first_line(error)}") from error
     OmegaConf.set_struct(tree, False)
     taken = tree.pop("hydra").runtime.choices
     # A file may take another one of its group for a part of its own: GROUP@PLACE is no choice of a person.
@@ -173,6 +172,14 @@ def _hydra_tree(root: str, choices: Mapping[str, str | list[str]]) -> tuple[Dict
 
 
 def _lay_over(tree: DictConfig, setting: Setting, problems: list[str]) -> None:
+    if setting.value is DELETED:
+        *groups, name = setting.key.split(".")
+        owner = OmegaConf.select(tree, ".".join(groups)) if groups else tree
+        if not isinstance(owner, DictConfig) or name not in owner:
+            problems.append(f"~{setting.key}: there is nothing of that name to delete.")
+        else:
+            del owner[name]
+        return
     value = _escaped(setting.value) if setting.is_text else setting.value
     try:
         OmegaConf.update(tree, setting.key, value, merge=True, force_add=True)
@@ -227,7 +234,7 @@ def _names(choice: Any) -> Sequence[Any]:
 
 
 def _group_file(group: str, name: str) -> DictConfig:
-    content = OmegaConf.load(config_dir.config_folder() / group / f"{name}.yaml")
+    content = OmegaConf.load(config_dir.group_file(group, name))
     assert isinstance(content, DictConfig), (group, name)
     return content
 

@@ -1,15 +1,31 @@
-"""Where the configuration is: the checkout's folders, or the copies that an installed wheel carries."""
+"""Where the configuration is: the checkout's folders, or the copies of an installed wheel; and a folder of the user's.
+
+That one (``--config-dir DIR``, as in any Hydra program) has the layout of ``configs/``: DIR/optim/x.yaml is
+``optim=x``, DIR/experiment/x.yaml is ``experiment=x``. Its files come before ours of the same name.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import os
+from collections.abc import Iterator
 from pathlib import Path
+
+from hydra import version
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import create_config_search_path
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 
 import nanochat_pl
 from nanochat_pl.common.errors import UserError, did_you_mean
 from nanochat_pl.common.text_files import require_regular
 from nanochat_pl.common.user_path import user_path
+from nanochat_pl.common.yaml_files import read_yaml
 
 EXPERIMENTS = "conf_experiments"
+# Of --config-dir and --config-name: in the environment, so that the processes of a pipeline or a sweep have them too.
+OWN_FOLDER, ROOT_NAME = "NANOCHAT_PL_CONFIG_DIR", "NANOCHAT_PL_CONFIG_NAME"
 
 
 def config_folder() -> Path:
@@ -22,19 +38,62 @@ def experiment_folder() -> Path:
     return _folder(EXPERIMENTS)
 
 
+@contextlib.contextmanager
+def chosen(folder: str | None, root: str | None) -> Iterator[None]:
+    """While it lasts, look into a folder of the user's own too, and take another root file for a training.
+
+    Raises:
+        UserError: there is no such folder or file.
+    """
+    before = {name: os.environ.get(name) for name in (OWN_FOLDER, ROOT_NAME)}
+    try:
+        if folder is not None:
+            path = Path(user_path("--config-dir", folder)).absolute()
+            if not path.is_dir():
+                raise UserError(f"--config-dir {folder}: is not a folder.")
+            os.environ[OWN_FOLDER] = str(path)
+        if root is not None:
+            name = root.removesuffix(".yaml")
+            known = sorted({file.stem for each in _folders() for file in each.glob("*.yaml")})
+            if name not in known:
+                raise UserError(f"--config-name {root}: there is no such file; {did_you_mean(name, known)}")
+            os.environ[ROOT_NAME] = name
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def root_file(command: str) -> str:
+    """The root file of a command, without ``.yaml``: ``--config-name`` names another one for a training."""
+    return os.environ.get(ROOT_NAME, command) if command == "train" else command
+
+
 def groups() -> dict[str, list[str]]:
     """The config groups and the choices of each, in sorted order."""
-    folders = sorted(folder for folder in config_folder().iterdir() if folder.is_dir())
-    return {folder.name: sorted(file.stem for file in folder.glob("*.yaml")) for folder in folders}
+    found: dict[str, set[str]] = {}
+    for folder in _folders():
+        for group in folder.iterdir():
+            if group.is_dir() and group.name != "experiment":
+                found.setdefault(group.name, set()).update(file.stem for file in group.glob("*.yaml"))
+    return {name: sorted(found[name]) for name in sorted(found)}
+
+
+def group_file(group: str, choice: str) -> Path:
+    """The file of a choice that exists."""
+    return next(path for folder in _folders() if (path := folder / group / f"{choice}.yaml").is_file())
 
 
 def experiments() -> list[str]:
-    """Names of the shipped experiments, sorted."""
-    return sorted(file.stem for file in experiment_folder().glob("*.yaml"))
+    """Names of the experiments that are found by their names, sorted."""
+    return sorted({file.stem for folder in _experiment_folders() for file in folder.glob("*.yaml")})
 
 
 def experiment_file(name: str) -> Path:
-    """The file of an experiment: a shipped one by its name, anybody's by its path (``mine.yaml``, ``a/mine.yaml``)."""
+    """The file of an experiment: a known one by its name, any by its path (``mine.yaml``, ``a/mine.yaml``)."""
     if name.endswith((".yaml", ".yml")):
         path = Path(user_path("experiment", name))
         require_regular(path)
@@ -44,9 +103,42 @@ def experiment_file(name: str) -> Path:
     if name not in experiments():
         raise UserError(
             f"experiment={name!r}: there is no such experiment; {did_you_mean(name, experiments())}",
-            f"Experiments are the files of {experiment_folder()}; one of your own is named by its path, with .yaml.",
+            f"Experiments are the files of {experiment_folder()} and of DIR/experiment with --config-dir DIR; any other"
+            " is named by its path, with .yaml.",
         )
-    return experiment_folder() / f"{name}.yaml"
+    return next(path for folder in _experiment_folders() if (path := folder / f"{name}.yaml").is_file())
+
+
+@contextlib.contextmanager
+def hydra(experiment: str | None = None) -> Iterator[Hydra]:
+    """Hydra with these folders as its search path.
+
+    Args:
+        experiment: the group ``experiment`` is there too, with the known ones and one that is named by its path (empty:
+            none), under the stem of its name. None: the group is not needed, and none of the files is read.
+    """
+    search_path = create_config_search_path(str(config_folder()))
+    for folder in _folders()[:-1]:
+        search_path.prepend("command-line", f"file://{folder}")
+    store = ConfigStore.instance()
+    for name in [] if experiment is None else [*experiments(), *([experiment] if experiment else [])]:
+        path = experiment_file(name)
+        store.store(path.stem, read_yaml(path) or {}, group="experiment", package="_global_", provider="experiments")
+    version.setbase("1.3")
+    GlobalHydra.instance().clear()
+    try:
+        yield Hydra.create_main_hydra2("nanochat-pl", search_path)
+    finally:
+        GlobalHydra.instance().clear()
+
+
+def _folders() -> list[Path]:
+    own = os.environ.get(OWN_FOLDER)
+    return [*([Path(own)] if own else []), config_folder()]
+
+
+def _experiment_folders() -> list[Path]:
+    return [*(folder / "experiment" for folder in _folders()[:-1]), experiment_folder()]
 
 
 def _folder(name: str) -> Path:

@@ -1,15 +1,21 @@
-"""Experiment files: one YAML that holds every number of a certain run, for all of its stages.
+"""Experiment files: one YAML with every number of a certain run, for all of its stages.
 
-::
+An overlay as in other Hydra projects, and sections for what only one stage needs::
 
+    # @package _global_
+    defaults:
+      - override /data: python_docs       files of the config groups
+      - tiny                              all of another experiment
+      - _self_
     description: one line
     pipeline: [tokenizer, base, mid, sft, evaluate, report]
-    shared: {…}                       keys of every step that has them
-    stages: {base: {…}, sft: {…}}     keys of one step
+    total_batch_tokens: 4096              keys of every step that has them
+    stages: {base: {…}, sft: {…}}         keys of one step, by its name; a text for a group chooses its file
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,16 +33,19 @@ T = TypeVar("T")
 # What a pipeline is made of: the training stages, and commands that read what these leave.
 MAX_STEPS = 50
 STEPS = ("tokenizer", "base", "mid", "sft", "evaluate", "report")
+_SELF = "_self_"
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """An experiment file as it was read."""
+    """An experiment file as it was read. Every key that is none of these is a setting of all steps that have it."""
 
+    defaults: list[Any] = setting(factory=list, doc="Files of config groups, and other experiments that this one has.")
     pipeline: list[str] = setting(factory=list, doc="Steps of the pipeline, in their order.")
     description: str = setting("", "What it is for.")
-    shared: dict[str, Any] = setting(factory=dict, doc="Keys of every step that has them.")
+    settings: dict[str, Any] = setting(factory=dict, doc="Keys of every step that has them.")
     stages: dict[str, Any] = setting(factory=dict, doc="Keys of one step, by its name.")
+    shared: dict[str, Any] = setting(factory=dict, doc="Where older files have the keys of every step.")
 
     def __post_init__(self) -> None:
         if len(self.pipeline) > MAX_STEPS:
@@ -52,33 +61,61 @@ class Experiment:
             for step, section in self.stages.items()
             if not isinstance(section, Mapping)
         ]
+        unknown += [
+            f"defaults: {entry!r} is not understood; write - override /GROUP: CHOICE, or the name of an experiment."
+            for entry in self.defaults
+            if not isinstance(entry, str) and _choice(entry) is None
+        ]
         if unknown:
             raise UserError(unknown)
+
+    @property
+    def choices(self) -> dict[str, Any]:
+        """The files of config groups: group → choice or choices."""
+        return dict(choice for entry in self.defaults if (choice := _choice(entry)) is not None)
+
+    @property
+    def included(self) -> list[str]:
+        """Names of the experiments that this one has all of."""
+        names = [entry for entry in self.defaults if isinstance(entry, str) and entry != _SELF]
+        return [name.removeprefix("/").removeprefix("experiment/") for name in names]
 
 
 def read_experiment(name: str) -> tuple[Experiment, Path]:
     """Read an experiment by its name or path. Raises :class:`UserError` that names the file and the key."""
     path = config_dir.experiment_file(name)
     try:
-        return build(Experiment, read_yaml(path) or {}), path
+        content = read_yaml(path) or {}
+        if isinstance(content, Mapping):
+            own = {key: value for key, value in content.items() if key in Experiment.__dataclass_fields__}
+            content = {**own, "settings": {key: value for key, value in content.items() if key not in own}}
+        return build(Experiment, content), path
     except UserError as error:
         named = [problem if problem.startswith(str(path)) else f"{path}: {problem}" for problem in error.problems]
         raise UserError(named, error.fix) from error
 
 
-def settings_of_step(experiment: Experiment, path: Path, step: str, schema: type) -> list[Setting]:
-    """The settings that an experiment gives to one of its steps: the shared ones, then the step's own.
+def pipeline_of(name: str) -> list[str]:
+    """The steps of an experiment: its own, or those of the last one that it has all of."""
+    layers = _layers(name)
+    return next((experiment.pipeline for experiment, _ in reversed(layers) if experiment.pipeline), [])
 
-    A training stage takes all shared keys, so that a typo among them is found. The other commands take those they have.
+
+def settings_of_step(name: str, step: str, schema: type) -> list[Setting]:
+    """The settings that an experiment gives to one of its steps: those of all steps, then the step's own.
+
+    A training stage takes all keys, so that a typo among them is found. The other commands take those they have.
     """
     groups = groups_of(schema)
-    shared: Mapping[str, Any] = experiment.shared
-    if step in ("evaluate", "report"):
-        shared = {key: value for key, value in shared.items() if type_of_key(schema, key.split(".")[0]) is not UNKNOWN}
-    return [
-        *section_settings(shared, schema, groups, f"{path}, shared"),
-        *section_settings(experiment.stages.get(step, {}), schema, groups, f"{path}, stages.{step}"),
-    ]
+    found: list[Setting] = []
+    for experiment, path in _layers(name):
+        layers = ((experiment.choices, ""), (experiment.shared, ", shared"), (experiment.settings, ""))
+        for keys, part in layers:
+            if step in ("evaluate", "report"):
+                keys = {key: value for key, value in keys.items() if _has(schema, key)}
+            found += section_settings(keys, schema, groups, f"{path}{part}")
+        found += section_settings(experiment.stages.get(step, {}), schema, groups, f"{path}, stages.{step}")
+    return found
 
 
 def compose_step(
@@ -94,8 +131,29 @@ def compose_step(
             known = ", ".join(config_dir.experiments())
             raise UserError("experiment=: names none.", f"Name one ({known}, or a file's path), or leave the key out.")
         return compose(command, schema, rest, own)
-    experiment, path = read_experiment(name)
     before = [*own]
     before += [Setting("stage", step, is_choice=True)] if "stage" in groups_of(schema) else []
-    before += settings_of_step(experiment, path, step, schema)
-    return compose(command, schema, rest, before, experiment=path.stem)
+    before += settings_of_step(name, step, schema)
+    return compose(command, schema, rest, before, experiment=config_dir.experiment_file(name).stem)
+
+
+def _layers(name: str, within: tuple[Path, ...] = ()) -> list[tuple[Experiment, Path]]:
+    """An experiment with those that it has all of, these first."""
+    experiment, path = read_experiment(name)
+    if path in within:
+        raise UserError(f"{path}: has all of itself: {' → '.join(each.stem for each in (*within, path))}.")
+    found = [layer for other in experiment.included for layer in _layers(other, (*within, path))]
+    return [*found, (experiment, path)]
+
+
+def _choice(entry: Any) -> tuple[str, Any] | None:
+    """``override /data: local`` as (data, local)."""
+    if not isinstance(entry, Mapping) or len(entry) != 1:
+        return None
+    (key, choice), *_ = entry.items()
+    match = re.fullmatch(r"(?:override +)?/?(\w+)", str(key))
+    return (match[1], choice) if match else None
+
+
+def _has(schema: type, key: str) -> bool:
+    return type_of_key(schema, key.split(".")[0]) is not UNKNOWN

@@ -7,13 +7,15 @@ exactly as it was typed, quotes, commas, braces, ``$`` and all. Problems are col
 from __future__ import annotations
 
 import dataclasses
+import functools
+import re
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Glob, IntervalSweep, Override
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
 from nanochat_pl.common.errors import first_line
@@ -21,6 +23,7 @@ from nanochat_pl.common.errors import first_line
 # Anything a person types is a prompt, the word null too.
 NEVER_NULL = ("prompt",)
 UNKNOWN = object()
+DELETED = object()
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class Setting:
 
     Attributes:
         key: dotted name, ``model.depth``; a group's name where a choice was made, ``data``.
-        value: plain data; for a choice the option's name or a list of them.
+        value: plain data; for a choice the option's name or a list of them; :data:`DELETED` for ``~key``.
         is_choice: whether it chooses a file of a config group.
         is_text: whether the value is to be taken as it is, without interpolation.
         origin: where it was written, for messages; empty for the command line.
@@ -42,14 +45,6 @@ class Setting:
     origin: str = ""
 
 
-@dataclass(frozen=True)
-class SweptKey:
-    """A key with several values on the command line (``-m``). ``texts`` are whole overrides, one per value."""
-
-    key: str
-    texts: tuple[str, ...]
-
-
 def parse_overrides(
     texts: Sequence[str], schema: type, groups: Mapping[str, list[str]], problems: list[str]
 ) -> list[Setting]:
@@ -58,7 +53,10 @@ def parse_overrides(
     problems += problems_of_form(texts, schema)
     for text in texts:
         key, raw, problem = split_override(text)
-        if problem:
+        if problem or is_hydras(key):
+            continue
+        if key.startswith("~"):
+            settings.append(_deletion(key[1:], schema, groups))
             continue
         hint = type_of_key(schema, key)
         if hint is UNKNOWN:  # said by the check of the whole, with the nearest names
@@ -75,30 +73,6 @@ def parse_overrides(
     return settings
 
 
-def parse_sweeps(texts: Sequence[str], schema: type, problems: list[str]) -> tuple[list[SweptKey], list[str]]:
-    """Part the texts of a ``-m`` command into swept keys and others. ``stages.STEP.KEY`` has the type of ``KEY``."""
-    swept, rest = [], []
-    for text in texts:
-        key, raw, problem = split_override(text)
-        own = key.split(".", 2)[2] if key.startswith("stages.") and key.count(".") >= 2 else key
-        hint = type_of_key(schema, own)
-        if problem or is_text(hint) or hint is UNKNOWN:
-            rest.append(text)
-        elif (parsed := _parse(key, raw, problems)) is not None:
-            if not parsed.is_sweep_override():
-                rest.append(text)
-            elif isinstance(parsed.value(), Glob):
-                problems.append(f"{text}: glob is not supported; list the values, separated by commas.")
-            elif isinstance(parsed.value(), IntervalSweep):
-                problems.append(
-                    f"{text}: an interval names no single values; list some, separated by commas, or"
-                    f" {key}=range(START,STOP,STEP)."
-                )
-            else:
-                swept.append(SweptKey(key, tuple(f"{key}={value}" for value in parsed.sweep_string_iterator())))
-    return swept, rest
-
-
 def section_settings(
     section: Mapping[str, Any], schema: type, groups: Mapping[str, list[str]], origin: str
 ) -> list[Setting]:
@@ -110,18 +84,24 @@ def split_override(text: str) -> tuple[str, str, str]:
     """Part ``key=value`` at the first ``=``; gives key, raw value and, where it is no such thing, the problem.
 
     ``+key=value`` and ``++key=value`` are Hydra's ways to add a key. Every key is known here, so they say the same.
+    ``~key`` deletes one; its key is given with the sign.
     """
     key, equals, raw = text.partition("=")
     key = key.lstrip("+")
     if key.startswith("-"):
-        return key, raw, f"{text}: options are written key=value, without dashes (there are --help and -m)."
-    if key.startswith("~"):
-        return key, raw, f"{text}: keys cannot be deleted; set the value that you want, {key[1:]}=null or =[]."
-    if not equals:
+        return key, raw, f"{text}: options are written key=value, without dashes (--help lists those of Hydra)."
+    if key.startswith("~") and equals:
+        return key, raw, f"{text}: write ~{key[1:]}, without a value."
+    if not equals and not key.startswith("~"):
         return key, raw, f"{text}: is not of the form key=value."
-    if not all(part.replace("_", "").replace("-", "").isalnum() for part in key.split(".")):
+    if not all(part.replace("_", "").replace("-", "").isalnum() for part in re.split(r"[./]", key.removeprefix("~"))):
         return key, raw, f"{text}: {key!r} is no key; keys are names joined by dots, as in model.depth=4."
     return key, raw, ""
+
+
+def is_hydras(key: str) -> bool:
+    """Whether a key is one of Hydra itself: ``hydra.run.dir``, ``hydra/launcher``."""
+    return re.split(r"[./]", key)[0] == "hydra"
 
 
 def problems_of_form(texts: Sequence[str], *schemas: type) -> list[str]:
@@ -153,13 +133,16 @@ def take_key(texts: Sequence[str], key: str) -> tuple[str, list[str]]:
     return (values[-1] if values else ""), rest
 
 
+_type_hints = functools.cache(get_type_hints)
+
+
 def type_of_key(schema: type, key: str) -> Any:
     """The declared type of a dotted key, :data:`UNKNOWN` where the settings classes have no such key."""
     hint: Any = schema
     for part in key.split("."):
         hint = without_none(hint)
         if dataclasses.is_dataclass(hint):
-            hint = get_type_hints(hint).get(part, UNKNOWN)
+            hint = _type_hints(hint).get(part, UNKNOWN)  # type: ignore[arg-type]
         elif get_origin(hint) is dict:
             hint = get_args(hint)[1]
         elif hint is not Any:
@@ -183,6 +166,13 @@ def without_none(hint: Any) -> Any:
         others = [choice for choice in get_args(hint) if choice is not type(None)]
         return others[0] if len(others) == 1 else hint
     return hint
+
+
+def _deletion(key: str, schema: type, groups: Mapping[str, list[str]]) -> Setting:
+    """``~key``: the default of its class; of a group of objects, as ``~logger``, none of them."""
+    if key in groups and get_origin(type_of_key(schema, key)) is dict:
+        return Setting(key, [], is_choice=True)
+    return Setting(key, DELETED)
 
 
 def _parse(key: str, raw: str, problems: list[str]) -> Override | None:

@@ -1,0 +1,143 @@
+"""What users of Hydra have in their fingers, each as they type it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from nanochat_pl.cli.main import main
+from nanochat_pl.cli.train import compose_train, place_of
+from nanochat_pl.config import config_dir
+from tests.training.conftest import tiny_overrides, write_texts
+
+TRAIN_PY = Path(__file__).parents[2] / "train.py"
+FEW_STEPS = ("max_steps=4", "schedule.warmup_steps=1", "evaluation.every_steps=0", "trainer.checkpoint_every_steps=2")
+
+
+def few_steps(place: Path) -> list[str]:
+    changed = {text.partition("=")[0] for text in FEW_STEPS} | {"model.depth"}
+    kept = [text for text in tiny_overrides(place) if text.partition("=")[0] not in changed]
+    return [*kept, *FEW_STEPS, f"paths.runs={place / 'runs'}"]
+
+
+def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert main(["train", *arguments]) == 0
+    return capsys.readouterr().out
+
+
+def test_train_py_prints_its_configuration() -> None:
+    command = [sys.executable, str(TRAIN_PY), "--cfg", "job", "stage=base"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    shown = yaml.safe_load(done.stdout)
+    assert shown["stage"]["name"] == "base" and shown["trainer"]["keep_last"] == 2 and shown["optim"]["muon"]
+    assert done.stderr == ""
+
+
+def test_parts_of_the_configuration(capsys: pytest.CaptureFixture[str]) -> None:
+    job = yaml.safe_load(printed(capsys, "--cfg", "job", "--resolve"))
+    muon = yaml.safe_load(printed(capsys, "-c", "job", "--package", "optim.muon"))
+    assert muon == job["optim"]["muon"]
+    hydra = yaml.safe_load(printed(capsys, "--cfg", "hydra", "experiment=demo"))
+    assert hydra["hydra"]["runtime"]["choices"]["model"] == "tiny"
+    both = yaml.safe_load(printed(capsys, "--cfg", "all", "model.depth=3"))
+    assert both["model"]["depth"] == 3 and both["hydra"]["launcher"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--info", "defaults", "experiment=demo"), "| model/tiny "),
+        (("--info", "searchpath"), "| main "),
+        (("--info", "config"), "warmdown_ratio: 0.65"),
+        (("--hydra-help",), "--multirun,-m"),
+        (("-sc", "install=bash"), "hydra_bash_completion"),
+    ],
+)
+def test_what_hydra_tells_of_itself(arguments: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert said in printed(capsys, *arguments)
+
+
+def test_a_folder_of_ones_own_files(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    own = here / "mine"
+    (own / "optim").mkdir(parents=True)
+    (own / "experiment").mkdir()
+    (own / "optim" / "slow.yaml").write_text("# Slow.\nmatrix_lr: 0.001\n", encoding="utf-8")
+    overlay = "# @package _global_\ndefaults:\n  - override /optim: slow\n  - _self_\nmodel: {depth: 3}\nseed: 7\n"
+    (own / "experiment" / "small.yaml").write_text(overlay, encoding="utf-8")
+    root = "defaults: [train, _self_]\nmax_steps: 11\n"
+    (own / "short.yaml").write_text(root, encoding="utf-8")
+    for flags in (["--config-dir", "mine"], ["-cd", str(own)], ["--config-dir=mine"]):
+        shown = yaml.safe_load(printed(capsys, *flags, "-c", "job", "experiment=small", "seed=8"))
+        assert (shown["optim"]["matrix_lr"], shown["model"]["depth"], shown["seed"]) == (0.001, 3, 8)
+    shown = yaml.safe_load(printed(capsys, "--config-dir", "mine", "-cn", "short", "--cfg", "job", "optim=slow"))
+    assert (shown["max_steps"], shown["optim"]["matrix_lr"]) == (11, 0.001)
+    assert "| experiment/small " in printed(capsys, "--config-dir", "mine", "--info", "defaults", "experiment=small")
+    assert main(["train", "--config-dir", "mine", "check_only=true", "optim=slwo", "max_steps=1"]) == 2
+    assert "optim=slwo: there is no such choice; did you mean slow?" in capsys.readouterr().err
+    for wrong, said in (
+        (["--config-dir", "nowhere"], "--config-dir nowhere: is not a folder"),
+        (["--config-name", "shrot", "--config-dir", "mine"], "there is no such file; did you mean short?"),
+        (["--config-path", "mine"], "A folder of files of your own: --config-dir DIR."),
+        (["--config-dir"], "--config-dir: expected one argument"),
+    ):
+        assert main(["train", "--cfg", "job", *wrong]) == 2
+        assert said in capsys.readouterr().err
+    with pytest.raises(Exception, match="optim=slow: there is no such choice"):
+        compose_train(["optim=slow"])
+
+
+def test_what_is_deleted_is_as_if_it_had_not_been_set(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    watched = ("callbacks=[learning_rate,model_summary]", "~callbacks.learning_rate")
+    assert list(compose_train([*watched]).config.callbacks) == ["model_summary"]
+    assert compose_train(["~logger"]).config.logger == {}
+    assert compose_train(["experiment=tiny", "~max_steps"]).config.max_steps is None
+    assert main(["train", "~callbacks.nothing"]) == 2
+    assert "~callbacks.nothing: there is nothing of that name to delete." in capsys.readouterr().err
+
+
+def test_hydras_own_keys_do_what_they_do_elsewhere(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_texts(here / "texts")
+    keys = ["hydra.run.dir=out/${model.depth}", "hydra.output_subdir=.hydra", "+hydra.job.env_set.MINE=1"]
+    assert main(["train", "run=one", *keys, "model.depth=1", *few_steps(here)]) == 0
+    assert (here / "runs" / "one" / "base" / "finished.json").is_file()
+    kept = yaml.safe_load((here / "out" / "1" / ".hydra" / "config.yaml").read_text(encoding="utf-8"))
+    assert kept["model"]["depth"] == 1
+    capsys.readouterr()
+    assert main(["train", "hydra.run.dri=x"]) == 2
+    assert "Could not override 'hydra.run.dri'" in capsys.readouterr().err
+    assert main(["train", "hydra.run.dir=x", "model.dpeth=1"]) == 2
+    assert "model.dpeth: there is no such key; did you mean model.depth?" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_sweep_with_another_launcher(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    write_texts(here / "texts")
+    sweep = ["train", "-m", "hydra/launcher=joblib", "model.depth=1,2", "seed=0,1", *few_steps(here)]
+    assert main(sweep) == 0
+    rows = [line.split()[:3] for line in capfd.readouterr().out.splitlines()[-4:]]
+    names = ["d1-seed0", "d1-seed1", "d2-seed0", "d2-seed1"]
+    assert rows == [[name, "base", "finished"] for name in names]
+    assert {place_of(compose_train([f"run={name}"])).status for name in names} == {"finished"}
+    assert main(sweep) == 0
+    again = [line.split()[:4] for line in capfd.readouterr().out.splitlines()[-4:]]
+    assert again == [[name, "base", "finished", "before"] for name in names]
+
+
+def test_a_launcher_or_sweeper_that_is_not_installed(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "-m", "hydra/launcher=slrm", "seed=1,2"]) == 2
+    assert "Could not find 'hydra/launcher/slrm'" in capsys.readouterr().err
+    assert main(["evaluate", "-m", "limit=1,2"]) == 2
+    assert "-m: several jobs are for train and pipeline, not for evaluate." in capsys.readouterr().err
+
+
+def test_own_files_are_forgotten_with_their_command(here: Path) -> None:
+    (here / "mine" / "optim").mkdir(parents=True)
+    (here / "mine" / "optim" / "slow.yaml").write_text("# Slow.\nmatrix_lr: 0.001\n", encoding="utf-8")
+    with config_dir.chosen("mine", None):
+        assert "slow" in config_dir.groups()["optim"]
+    assert "slow" not in config_dir.groups()["optim"]
