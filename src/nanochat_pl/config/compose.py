@@ -7,9 +7,12 @@ knows every key. All problems are raised together.
 
 from __future__ import annotations
 
+import copy
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from hydra.errors import HydraException
@@ -159,10 +162,16 @@ def _hydra_tree(root: str, choices: Mapping[str, str | list[str]]) -> tuple[Dict
     texts = [
         f"{key}=[{','.join(value)}]" if isinstance(value, list) else f"{key}={value}" for key, value in choices.items()
     ]
-    root = config_dir.root_file(root)
+    tree, taken = _composed_files(config_dir.root_file(root), tuple(texts), tuple(config_dir.folders()))
+    return copy.deepcopy(tree), taken
+
+
+@functools.lru_cache(maxsize=32)
+def _composed_files(root: str, texts: tuple[str, ...], folders: tuple[Path, ...]) -> tuple[DictConfig, dict[str, Any]]:
+    """Read once: all jobs of a sweep are made of the same files."""
     try:
         with config_dir.hydra() as hydra:
-            tree = hydra.compose_config(root, texts, RunMode.RUN, from_shell=False)
+            tree = hydra.compose_config(root, list(texts), RunMode.RUN, from_shell=False)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(f"{root}.yaml: cannot be composed: {first_line(error)}") from error
     OmegaConf.set_struct(tree, False)

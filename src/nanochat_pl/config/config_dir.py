@@ -54,7 +54,7 @@ def chosen(folder: str | None, root: str | None) -> Iterator[None]:
             os.environ[OWN_FOLDER] = str(path)
         if root is not None:
             name = root.removesuffix(".yaml")
-            known = sorted({file.stem for each in _folders() for file in each.glob("*.yaml")})
+            known = sorted({file.stem for each in folders() for file in each.glob("*.yaml")})
             if name not in known:
                 raise UserError(f"--config-name {root}: there is no such file; {did_you_mean(name, known)}")
             os.environ[ROOT_NAME] = name
@@ -75,7 +75,7 @@ def root_file(command: str) -> str:
 def groups() -> dict[str, list[str]]:
     """The config groups and the choices of each, in sorted order."""
     found: dict[str, set[str]] = {}
-    for folder in _folders():
+    for folder in folders():
         for group in folder.iterdir():
             if group.is_dir() and group.name != "experiment":
                 found.setdefault(group.name, set()).update(file.stem for file in group.glob("*.yaml"))
@@ -84,7 +84,7 @@ def groups() -> dict[str, list[str]]:
 
 def group_file(group: str, choice: str) -> Path:
     """The file of a choice that exists."""
-    return next(path for folder in _folders() if (path := folder / group / f"{choice}.yaml").is_file())
+    return next(path for folder in folders() if (path := folder / group / f"{choice}.yaml").is_file())
 
 
 def experiments() -> list[str]:
@@ -118,7 +118,7 @@ def hydra(experiment: str | None = None) -> Iterator[Hydra]:
             none), under the stem of its name. None: the group is not needed, and none of the files is read.
     """
     search_path = create_config_search_path(str(config_folder()))
-    for folder in _folders()[:-1]:
+    for folder in folders()[:-1]:
         search_path.prepend("command-line", f"file://{folder}")
     store = ConfigStore.instance()
     for name in [] if experiment is None else [*experiments(), *([experiment] if experiment else [])]:
@@ -132,13 +132,14 @@ def hydra(experiment: str | None = None) -> Iterator[Hydra]:
         GlobalHydra.instance().clear()
 
 
-def _folders() -> list[Path]:
+def folders() -> list[Path]:
+    """The folders of root files and groups: the user's own, if there is one, and then ours."""
     own = os.environ.get(OWN_FOLDER)
     return [*([Path(own)] if own else []), config_folder()]
 
 
 def _experiment_folders() -> list[Path]:
-    return [*(folder / "experiment" for folder in _folders()[:-1]), experiment_folder()]
+    return [*(folder / "experiment" for folder in folders()[:-1]), experiment_folder()]
 
 
 def _folder(name: str) -> Path:
