@@ -19,7 +19,7 @@ from nanochat_pl.data.sources.base import DataSettings, WeightedSource
 from nanochat_pl.data.sources.mixture import MAX_READS, MixedSource
 from nanochat_pl.data.sources.open import open_source
 from nanochat_pl.evaluation.bits_per_byte import BitsPerByte, result_of, weighted_result
-from nanochat_pl.evaluation.validation import ValidationSums, validation_metrics
+from nanochat_pl.evaluation.validation import validation_metrics
 from tests.helpers.fake_data import BOS, ByteTokenizer, ListSource
 
 T = 16
@@ -250,28 +250,28 @@ def test_settings_come_back_from_a_bundle_as_they_were() -> None:
 def test_bits_per_byte_of_a_mixture_are_weighted_however_many_rows_were_measured() -> None:
     generator = torch.Generator().manual_seed(0)
 
-    def measured(num_rows: int) -> BitsPerByte:
+    def measured(num_rows: int) -> torch.Tensor:
         metric = BitsPerByte(np.array([1, 2, 3]))
         metric.update(
             torch.rand(num_rows, 8, generator=generator), torch.randint(3, (num_rows, 8), generator=generator)
         )
-        return metric
+        return metric.of_all_processes()[0]
 
     # With rows as the shares are it is the metric of all rows.
     one, other = measured(30), measured(10)
-    weighted, plain = weighted_result([one.sums, other.sums], [0.75, 0.25]), result_of((one.sums + other.sums).tolist())
+    weighted, plain = weighted_result([one, other], [0.75, 0.25]), result_of((one + other).tolist())
     assert weighted.bpb == pytest.approx(plain.bpb, rel=1e-12)
     assert weighted.stderr == pytest.approx(plain.stderr, rel=1e-12)
     # Otherwise each set counts by its share: nats a row over bytes a row.
-    weighted = weighted_result([one.sums, other.sums], [0.5, 0.5])
-    nats, size = (one.sums / 30 + other.sums / 10)[:2].tolist()
+    weighted = weighted_result([one, other], [0.5, 0.5])
+    nats, size = (one / 30 + other / 10)[:2].tolist()
     assert weighted.bpb == pytest.approx(nats / size / np.log(2), rel=1e-12)
     assert weighted_result([torch.zeros(6).double()], [1.0]).bpb is None
 
 
 def test_a_mixture_of_one_source_has_its_figure_too() -> None:
     """One source without a mixture has no name, and no second figure of the same."""
-    sums = ValidationSums()
+    sums = BitsPerByte()
     sums.update(torch.ones(2, 3), torch.ones(2, 3, dtype=torch.int64), torch.ones(2, 3, dtype=torch.int64))
     assert (
         validation_metrics({"wiki": sums}, [1.0])["val/bpb_wiki"]

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from nanochat_pl.distributed import collectives
+
 
 class BitsPerByteResult(NamedTuple):
     """What :class:`BitsPerByte` found.
@@ -39,27 +41,45 @@ class BitsPerByte(Metric):
     ``sqrt(n / (n - 1) * sum_r (nats_r - ratio * bytes_r)²) / sum_r bytes_r``. Only sums are kept, so processes add up.
 
     Args:
-        token_bytes: int (V,): raw bytes of each token, 0 for special ones.
+        token_bytes: int (V,): raw bytes of each token, 0 for special ones; None where each update is given the bytes.
     """
 
     full_state_update = False
-    token_bytes: Tensor
+    token_bytes: Tensor | None
     sums: Tensor
 
-    def __init__(self, token_bytes: np.ndarray | Tensor) -> None:
+    def __init__(self, token_bytes: np.ndarray | Tensor | None = None) -> None:
         super().__init__()
-        self.register_buffer("token_bytes", torch.tensor(np.asarray(token_bytes), dtype=torch.int64), persistent=False)
-        # Over rows: nats, bytes, nats², nats * bytes, bytes², 1. In float64: the squares nearly cancel.
-        self.add_state("sums", torch.zeros(6, dtype=torch.float64), dist_reduce_fx="sum")
+        known = None if token_bytes is None else torch.tensor(np.asarray(token_bytes), dtype=torch.int64)
+        self.register_buffer("token_bytes", known, persistent=False)
+        # Over rows: nats, bytes, nats², nats * bytes, bytes², 1. In float64: the squares nearly cancel. Then nats and
+        # number of all targets, also of those without bytes.
+        self.add_state("sums", torch.zeros(8, dtype=torch.float64), dist_reduce_fx="sum")
 
-    def update(self, losses: Tensor, targets: Tensor) -> None:
-        """Add rows: nats per token float32 (B, T) and the targets int64 (B, T), negative where ignored."""
-        sums = sums_over_rows(losses, bytes_of_targets(targets.cpu(), self.token_bytes.cpu()))
+    def update(self, losses: Tensor, targets: Tensor, num_bytes: Tensor | None = None) -> None:
+        """Add rows.
+
+        Args:
+            losses: nats per token, float32 (B, T).
+            targets: int64 (B, T), negative where ignored.
+            num_bytes: int (B, T), of the targets; None: as ``token_bytes`` says.
+        """
+        if num_bytes is None:
+            assert self.token_bytes is not None, "neither the metric nor the update knows the bytes of the targets"
+            num_bytes = bytes_of_targets(targets.cpu(), self.token_bytes.cpu())
+        totals = torch.tensor([losses.sum().item(), int((targets >= 0).sum())], dtype=torch.float64)
+        sums = torch.cat([sums_over_rows(losses, num_bytes), totals])
         self.sums = self.sums + sums.to(self.sums.device)
 
     def compute(self) -> BitsPerByteResult:
         """The metric over all that was added; None instead of a division by zero."""
-        return result_of(self.sums.tolist())
+        return result_of(self.sums[:6].tolist())
+
+    def of_all_processes(self) -> tuple[Tensor, float]:
+        """The sums that :func:`result_of` takes, and the nats per target, over all processes. All of them call it."""
+        sums = self.sums.cpu().clone()
+        collectives.all_reduce_(sums)
+        return sums[:6], (sums[6] / sums[7].clamp(min=1)).item()
 
 
 def bytes_of_targets(targets: Tensor, token_bytes: Tensor) -> Tensor:
@@ -84,7 +104,7 @@ def weighted_result(sums: Sequence[Tensor], shares: Sequence[float]) -> BitsPerB
     """The metric over several sets of rows, as if each had its share of the rows, however many were measured.
 
     Args:
-        sums: of a :class:`BitsPerByte` for each set; one without any bytes is passed over.
+        sums: of each set, as :meth:`BitsPerByte.of_all_processes` gives them; one without any bytes is passed over.
         shares: of each set; they sum to one.
     """
     num_rows = sum(float(each[-1]) for each in sums)

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import Dataset
 
 from nanochat_pl.common.out_of_memory import ChunkOnOOM
@@ -19,7 +18,7 @@ from nanochat_pl.data.sources.base import Source
 from nanochat_pl.data.sources.mixture import MixedSource
 from nanochat_pl.distributed import collectives
 from nanochat_pl.distributed.partition import share
-from nanochat_pl.evaluation.bits_per_byte import bytes_of_targets, result_of, sums_over_rows, weighted_result
+from nanochat_pl.evaluation.bits_per_byte import BitsPerByte, bytes_of_targets, result_of, weighted_result
 from nanochat_pl.model.gpt import GPT
 from nanochat_pl.tokenizer import Tokenizer
 
@@ -29,26 +28,7 @@ def name_by_source(column: str, source: str) -> str:
     return f"{column}_{source}"
 
 
-class ValidationSums:
-    """Sums over validation rows, of which bits per byte, its standard error and the loss follow."""
-
-    def __init__(self) -> None:
-        # Those of bits per byte (see sums_over_rows), then nats and number of all targets.
-        self._sums = torch.zeros(8, dtype=torch.float64)
-
-    def update(self, losses: Tensor, targets: Tensor, num_bytes: Tensor) -> None:
-        """Add rows: nats per token float32 (B, T), targets (B, T), negative where ignored, and their bytes (B, T)."""
-        totals = torch.tensor([losses.sum().item(), int((targets >= 0).sum())], dtype=torch.float64)
-        self._sums += torch.cat([sums_over_rows(losses, num_bytes), totals])
-
-    def of_all_processes(self) -> tuple[Tensor, float]:
-        """The sums of bits per byte, and the nats per target, over all processes. All of them call it."""
-        sums = self._sums.clone()
-        collectives.all_reduce_(sums)
-        return sums[:-2], (sums[-2] / sums[-1].clamp(min=1)).item()
-
-
-def validation_metrics(sums: Mapping[str, ValidationSums], shares: Sequence[float]) -> dict[str, float]:
+def validation_metrics(sums: Mapping[str, BitsPerByte], shares: Sequence[float]) -> dict[str, float]:
     """``val/bpb``, ``val/bpb_stderr`` and ``val/loss`` over all processes; of named sources also ``val/bpb_NAME``.
 
     Args:
@@ -135,7 +115,7 @@ class Validation:
             between: called between batches, on all processes equally often.
         """
         device = next(net.parameters()).device
-        sums = {name: ValidationSums() for name in self.sources}
+        sums = {name: BitsPerByte() for name in self.sources}
         net.eval()
         for name, rows in self.sources.items():
             for number in range(len(rows)):

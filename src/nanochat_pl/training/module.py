@@ -25,7 +25,8 @@ from nanochat_pl.common.out_of_memory import FIX, is_out_of_memory, release_memo
 from nanochat_pl.common.schema import build, to_plain
 from nanochat_pl.data.batch import StepBatch, ValidationBatch, micro_batches
 from nanochat_pl.distributed import collectives
-from nanochat_pl.evaluation.validation import ValidationSums, validation_metrics
+from nanochat_pl.evaluation.bits_per_byte import BitsPerByte
+from nanochat_pl.evaluation.validation import validation_metrics
 from nanochat_pl.model.compiled import CompiledLoss
 from nanochat_pl.model.config import GPTConfig, InitSettings
 from nanochat_pl.model.gpt import GPT, parameter_roles
@@ -114,7 +115,7 @@ class LMModule(LightningModule):
         self.net: GPT | None = None
         self._initial = (weights, moments)  # in a tuple, so that Lightning neither moves nor saves them
         self._row_losses: list[Tensor] = []
-        self._validation: list[ValidationSums] = []
+        self._validation: list[BitsPerByte] = []
         self._step_ended = math.nan
 
     def configure_model(self) -> None:
@@ -189,7 +190,7 @@ class LMModule(LightningModule):
     def on_validation_epoch_start(self) -> None:
         """Begin new sums, a set for each source of a mixture."""
         loaders = self.trainer.num_val_batches
-        self._validation = [ValidationSums() for _ in (loaders if isinstance(loaders, list) else [loaders])]
+        self._validation = [BitsPerByte() for _ in (loaders if isinstance(loaders, list) else [loaders])]
 
     @torch.no_grad()
     def validation_step(self, batch: ValidationBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
