@@ -118,7 +118,7 @@ def test_figures_of_an_earlier_version_are_measured_anew(
     make_run("a")
     assert ask() == 0
     for module in (evaluate, jobs):
-        monkeypatch.setattr(module, "FIGURES_VERSION", 1000)
+        monkeypatch.setattr(module, "METRICS_VERSION", 1000)
     assert ask("suites=[chat]") == 0
     assert asked == ["arithmetic", "identity"] * 2
     assert list(results_of("a")["suites"]) == ["chat"] and results_of("a")["version"] == 1000

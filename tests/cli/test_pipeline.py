@@ -19,7 +19,7 @@ from nanochat_pl.common.files import write_json
 from nanochat_pl.common.run_dir import stage_folder
 from nanochat_pl.config.compose import Composed
 from nanochat_pl.config.experiment import compose_step
-from nanochat_pl.evaluation.results import FIGURES_VERSION
+from nanochat_pl.evaluation.results import METRICS_VERSION
 from tests.cli.conftest import pretend_finished
 
 STAGES = ("tokenizer", "base", "mid", "sft")
@@ -87,7 +87,7 @@ def test_finished_steps_are_skipped_and_newer_inputs_make_them_again(here: Path)
 
 def pretend_measured(composed: Composed[EvaluateConfig]) -> None:
     _, to = places(composed.config, composed.experiment)
-    write_json(to / "results.json", {"settings": asked(composed.config), "version": FIGURES_VERSION, "suites": {}})
+    write_json(to / "results.json", {"settings": asked(composed.config), "version": METRICS_VERSION, "suites": {}})
 
 
 def test_other_questions_are_asked_anew(here: Path) -> None:

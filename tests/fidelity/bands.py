@@ -31,7 +31,7 @@ NORM_TOLERANCE = 1e-3
 NEIGHBOURS = 2
 TINY = 1e-12
 
-Figures = dict[str, float]
+Metrics = dict[str, float]
 Band = dict[str, float]
 
 
@@ -41,45 +41,45 @@ def stored() -> dict[str, Any]:
     return dict(json.loads(FILE.read_text(encoding="utf-8")))
 
 
-def curve_figures(losses: Sequence[float], float32_losses: Sequence[float]) -> Figures:
+def curve_metrics(losses: Sequence[float], float32_losses: Sequence[float]) -> Metrics:
     """Differences of two curves of the same seed, in nats: at each step, and on the average of all."""
     differences = [other - exact for other, exact in zip(losses, float32_losses, strict=False)]
-    figures = {f"loss at step {step}": difference for step, difference in enumerate(differences)}
+    metrics = {f"loss at step {step}": difference for step, difference in enumerate(differences)}
     if len(losses) == NUM_STEPS:
-        figures["loss of all steps"] = statistics.mean(differences)
-    return figures
+        metrics["loss of all steps"] = statistics.mean(differences)
+    return metrics
 
 
-def gradient_figures(other: Gradients, exact: Gradients) -> Figures:
+def gradient_metrics(other: Gradients, exact: Gradients) -> Metrics:
     """How far losses of tokens and gradients are from float32's."""
     distance = (other.token_losses - exact.token_losses).square().mean().sqrt().item()
     return {"token losses": math.log10(max(distance, TINY))} | _by_role("gradient", other.by_role, exact.by_role)
 
 
-def update_figures(other: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> Figures:
+def update_metrics(other: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> Metrics:
     """How far the optimizer's updates are from those of float32."""
     return _by_role("update", other, exact)
 
 
-def _by_role(what: str, other: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> Figures:
+def _by_role(what: str, other: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> Metrics:
     """For each role the logarithm of 1 - cosine, and the ratio of the norms less 1."""
-    figures = {}
+    metrics = {}
     for role, one in other.items():
         two = exact[role]
         ratio, cosine = one.norm() / two.norm(), torch.dot(one, two) / one.norm() / two.norm()
-        figures[f"{what} of {role}: 1 - cosine"] = math.log10(max(1 - cosine.item(), TINY))
-        figures[f"{what} of {role}: norm"] = ratio.item() - 1
-    return figures
+        metrics[f"{what} of {role}: 1 - cosine"] = math.log10(max(1 - cosine.item(), TINY))
+        metrics[f"{what} of {role}: norm"] = ratio.item() - 1
+    return metrics
 
 
-def bands_of(figures: Sequence[Figures]) -> dict[str, Band]:
-    """Bands from the figures of many seeds."""
-    if not figures:
+def bands_of(metrics: Sequence[Metrics]) -> dict[str, Band]:
+    """Bands from the metrics of many seeds."""
+    if not metrics:
         return {}
-    centre = {name: statistics.mean(one[name] for one in figures) for name in figures[0]}
-    spread = {name: statistics.stdev(one[name] for one in figures) for name in figures[0]}
+    centre = {name: statistics.mean(one[name] for one in metrics) for name in metrics[0]}
+    spread = {name: statistics.stdev(one[name] for one in metrics) for name in metrics[0]}
     widest = {name: max([spread[name], *(spread.get(other, 0.0) for other in _near(name))]) for name in spread}
-    return {name: {"centre": centre[name], "spread": widest[name], "seeds": len(figures)} for name in centre}
+    return {name: {"centre": centre[name], "spread": widest[name], "seeds": len(metrics)} for name in centre}
 
 
 def _near(name: str) -> list[str]:
@@ -89,13 +89,13 @@ def _near(name: str) -> list[str]:
     return [f"loss at step {step + by}" for by in range(-NEIGHBOURS, NEIGHBOURS + 1)]
 
 
-def outside(figures: Sequence[Figures], how: str) -> list[str]:
+def outside(metrics: Sequence[Metrics], how: str) -> list[str]:
     """A line for each figure whose mean over these seeds is not in the band of ``how``, e.g. "bfloat16 eager"."""
     bands: Mapping[str, Band] = stored()["bands"][how]
     lines = []
-    for name in figures[0]:
-        mean, band = statistics.mean(one[name] for one in figures), bands[name]
-        width = half_width(band, len(figures))
+    for name in metrics[0]:
+        mean, band = statistics.mean(one[name] for one in metrics), bands[name]
+        width = half_width(band, len(metrics))
         if abs(mean - band["centre"]) > width:
             lines.append(f"{how}, {name}: {mean:.3g}, not {band['centre']:.3g} ± {width:.2g}")
     return lines

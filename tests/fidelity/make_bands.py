@@ -15,7 +15,7 @@ import torch
 from nanochat_pl.common.files import write_text
 from nanochat_pl.model.config import DType
 from nanochat_pl.model.gpt import GPT
-from tests.fidelity.bands import FILE, Figures, bands_of, curve_figures, gradient_figures, half_width, update_figures
+from tests.fidelity.bands import FILE, Metrics, bands_of, curve_metrics, gradient_metrics, half_width, update_metrics
 from tests.fidelity.setting import NUM_STEPS, SEEDS, Loss, Training, gradients, model_config, updates
 
 # Curves take seconds each, gradients and updates a fraction of one.
@@ -34,23 +34,23 @@ def main(plot: Path | None) -> None:
     torch.use_deterministic_algorithms(True)
     exact = {seed: list(Training(seed, "float32").losses()) for seed in CURVE_SEEDS}
     exact_gradients = {seed: gradients(seed, "float32") for seed in GRADIENT_SEEDS}
-    curves: dict[str, list[Figures]] = {}
-    by_role: dict[str, list[Figures]] = {}
+    curves: dict[str, list[Metrics]] = {}
+    by_role: dict[str, list[Metrics]] = {}
     for dtype, way in HOWS:
         net, loss = compiled(dtype) if way == "compiled" else (None, None)
         how = f"{dtype} {way}"
         curves[how] = [
-            curve_figures(list(Training(seed, dtype, net, loss).losses()), exact[seed]) for seed in CURVE_SEEDS
+            curve_metrics(list(Training(seed, dtype, net, loss).losses()), exact[seed]) for seed in CURVE_SEEDS
         ]
         by_role[how] = [
-            gradient_figures(gradients(seed, dtype, net, loss), one) for seed, one in exact_gradients.items()
+            gradient_metrics(gradients(seed, dtype, net, loss), one) for seed, one in exact_gradients.items()
         ]
     curves["bfloat16 optimizer"] = []
     by_role["bfloat16 optimizer"] = [
-        update_figures(updates(seed, "bfloat16"), updates(seed, "float32")) for seed in GRADIENT_SEEDS
+        update_metrics(updates(seed, "bfloat16"), updates(seed, "float32")) for seed in GRADIENT_SEEDS
     ]
-    for kind, figures in (("losses", curves), ("gradients", by_role)):
-        worst = max(abs(one[name]) for one in figures["float32 compiled"] for name in one if not _is_logarithm(name))
+    for kind, metrics in (("losses", curves), ("gradients", by_role)):
+        worst = max(abs(one[name]) for one in metrics["float32 compiled"] for name in one if not _is_logarithm(name))
         print(f"float32, compiled against eager, {kind}: at most {worst:.1e}")
     content = {
         "made_by": "python -m tests.fidelity.make_bands",
@@ -73,7 +73,7 @@ def _is_logarithm(name: str) -> bool:
     return "cosine" in name or name == "token losses"
 
 
-def draw(path: Path, curves: dict[str, list[Figures]], by_role: dict[str, list[Figures]]) -> None:
+def draw(path: Path, curves: dict[str, list[Metrics]], by_role: dict[str, list[Metrics]]) -> None:
     """Differences to float32 in the bands: losses step by step, and gradients by role."""
     import matplotlib
 
@@ -89,21 +89,21 @@ def draw(path: Path, curves: dict[str, list[Figures]], by_role: dict[str, list[F
     print(path)
 
 
-def _draw_curves(axis, how: str, figures: list[Figures]) -> None:  # type: ignore[no-untyped-def]
-    bands = bands_of(figures)
+def _draw_curves(axis, how: str, metrics: list[Metrics]) -> None:  # type: ignore[no-untyped-def]
+    bands = bands_of(metrics)
     names = [f"loss at step {step}" for step in range(NUM_STEPS)]
     centre = [1e3 * bands[name]["centre"] for name in names]
     width = [1e3 * half_width(bands[name], 1) for name in names]
     low, high = ([c + sign * s for c, s in zip(centre, width, strict=True)] for sign in (-1, 1))
     axis.fill_between(range(NUM_STEPS), low, high, color="0.88", label="band for one seed")
-    for one in figures:
+    for one in metrics:
         axis.plot(range(NUM_STEPS), [1e3 * one[name] for name in names], lw=0.9)
     axis.plot(range(NUM_STEPS), centre, "k--", lw=1.5, label="centre")
-    axis.set(title=f"{how} − float32 eager, {len(figures)} seeds", xlabel="step", ylabel="loss, thousandths of a nat")
+    axis.set(title=f"{how} − float32 eager, {len(metrics)} seeds", xlabel="step", ylabel="loss, thousandths of a nat")
     axis.legend(loc="lower left")
 
 
-def _draw_gradients(axis, kind: str, measured: dict[str, list[Figures]], label: str) -> None:  # type: ignore[no-untyped-def]
+def _draw_gradients(axis, kind: str, measured: dict[str, list[Metrics]], label: str) -> None:  # type: ignore[no-untyped-def]
     names = [name for name in measured["bfloat16 eager"][0] if name.endswith(kind)]
     for shift, how in ((-0.12, "bfloat16 eager"), (0.12, "bfloat16 compiled")):
         for place, name in enumerate(names):

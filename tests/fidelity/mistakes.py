@@ -231,7 +231,7 @@ ANY_DTYPE: dict[str, Mistake] = {
 
 def main() -> None:
     """Print for each mistake what notices it, and the first lines of what was found."""
-    from tests.fidelity.figures import WAYS, warm_up
+    from tests.fidelity.metrics import WAYS, warm_up
 
     warm_up()
     for mistakes, exact in ((LOW_PRECISION, False), (ANY_DTYPE, True)):

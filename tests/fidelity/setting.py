@@ -1,4 +1,4 @@
-"""The small training that all figures of this folder come from: the same text and weights on every machine.
+"""The small training that all metrics of this folder come from: the same text and weights on every machine.
 
 Twenty steps of THE training step with MuonAdamW on rows of an invented language: no file and no network is needed, and
 nothing depends on the version of Python. B rows of a batch, T positions, V vocabulary.

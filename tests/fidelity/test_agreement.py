@@ -114,14 +114,14 @@ def test_evaluation_of_the_bundle_gives_the_loss_of_the_training(trained: LossMa
         with torch.enable_grad():
             nats += trained.training.weighted_loss(inputs[start : start + 2], targets[start : start + 2]).detach()
     rows = FixedRows(inputs, targets)
-    figures = Validation.of_rows(rows, len(inputs), tokenizer(), 2).measure(trained.bundle.net)  # type: ignore[arg-type]
+    metrics = Validation.of_rows(rows, len(inputs), tokenizer(), 2).measure(trained.bundle.net)  # type: ignore[arg-type]
     trained.bundle.net.eval()
-    assert figures["val/loss"] == pytest.approx(nats.item() / count, rel=1e-6)
+    assert metrics["val/loss"] == pytest.approx(nats.item() / count, rel=1e-6)
     with torch.no_grad():
         losses = torch.cat([trained.net.losses(inputs[at : at + 2], targets[at : at + 2]) for at in (0, 2)]).double()
     num_bytes = torch.as_tensor(np.asarray(tokenizer().token_bytes)[targets.numpy()])
     bits = losses[num_bytes > 0].sum().item() / math.log(2)
-    assert figures["val/bpb"] == pytest.approx(bits / num_bytes.sum().item(), rel=1e-9)
+    assert metrics["val/bpb"] == pytest.approx(bits / num_bytes.sum().item(), rel=1e-9)
 
 
 @pytest.mark.parametrize("chunks", [[256], [100, 1, 27, 128], [200, *[1] * 56]], ids=["whole", "chunks", "decoding"])

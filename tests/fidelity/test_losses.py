@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from nanochat_pl.model.config import DType
-from tests.fidelity.bands import curve_figures, gradient_figures, outside, stored, wrong_float32_losses
-from tests.fidelity.figures import exact_gradients, wrong_exact_losses, wrong_gradients, wrong_losses, wrong_updates
+from tests.fidelity.bands import curve_metrics, gradient_metrics, outside, stored, wrong_float32_losses
+from tests.fidelity.metrics import exact_gradients, wrong_exact_losses, wrong_gradients, wrong_losses, wrong_updates
 from tests.fidelity.make_bands import compiled
 from tests.fidelity.setting import NUM_STEPS, SEEDS, Training, batches, gradients
 
@@ -86,9 +86,9 @@ def test_compiled_it_trains_as_stored_or_within_its_bands(dtype: DType) -> None:
         ]
         return
     exact = stored()["float32_losses"]
-    figures = [
-        curve_figures(curve, exact[str(seed)])
-        | gradient_figures(gradients(seed, dtype, net, loss), exact_gradients(seed))
+    metrics = [
+        curve_metrics(curve, exact[str(seed)])
+        | gradient_metrics(gradients(seed, dtype, net, loss), exact_gradients(seed))
         for seed, curve in zip(SEEDS, curves, strict=True)
     ]
-    assert not outside(figures[:1], "bfloat16 compiled") + outside(figures, "bfloat16 compiled")
+    assert not outside(metrics[:1], "bfloat16 compiled") + outside(metrics, "bfloat16 compiled")

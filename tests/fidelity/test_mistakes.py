@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.fidelity.figures import WAYS, warm_up
+from tests.fidelity.metrics import WAYS, warm_up
 from tests.fidelity.mistakes import ANY_DTYPE, LOW_PRECISION
 from tests.fidelity.setting import SEEDS
 

@@ -31,7 +31,7 @@ from nanochat_pl.config.experiment import compose_step
 from nanochat_pl.distributed import coordination
 from nanochat_pl.evaluation.compare import Other, comparable, locate_other, read_other, require_can_be_asked
 from nanochat_pl.evaluation.jobs import Job, identity_of, measure, of_most_problems
-from nanochat_pl.evaluation.results import FIGURES_VERSION
+from nanochat_pl.evaluation.results import METRICS_VERSION
 from nanochat_pl.evaluation.suites import RESULTS, Evaluation, Suite, SuiteResult, read_results
 from nanochat_pl.evaluation.tables import remove_tables, show_differences, write_differences, write_suite
 from nanochat_pl.training.device import own_device, require_own_gpus
@@ -61,7 +61,7 @@ def run(arguments: Sequence[str]) -> int:
         "bundle": str(source),
         "stage": bundle.stage.stage,
         "model": model,
-        "version": FIGURES_VERSION,
+        "version": METRICS_VERSION,
         "settings": asked(config),
         "left_out": left_out,
     }
@@ -92,7 +92,7 @@ def is_measured(composed: Composed[EvaluateConfig]) -> bool:
     if results.stat().st_mtime_ns < (source / STAGE).stat().st_mtime_ns:
         return False
     before = _read_undamaged(to).origin
-    if before.get("settings") != asked(composed.config) or before.get("version") != FIGURES_VERSION:
+    if before.get("settings") != asked(composed.config) or before.get("version") != METRICS_VERSION:
         return False
     left_out, model = before.get("left_out") or [], Trained(source, load_stage_info(source))
     return not any(can_be_opened(suite, model, composed.config) for suite in left_out)

@@ -56,7 +56,7 @@ def replace_unencodable_characters(*streams: TextIO) -> None:
             stream.reconfigure(errors="replace")
 
 
-class _Lasting:
+class _IgnoringBrokenPipe:
     """A stream whose end is no error: from then on what is written goes nowhere."""
 
     def __init__(self, stream: TextIO) -> None:
@@ -97,14 +97,14 @@ class _Lasting:
 def ignore_broken_pipe() -> Iterator[None]:
     """Work that goes on where nobody can read any more what it prints: the terminal is closed, `tee` has died."""
     before = sys.stdout, sys.stderr
-    lasting = [stream and _Lasting(stream) for stream in before]  # None: it was closed when Python began
-    sys.stdout, sys.stderr = lasting
+    streams = [stream and _IgnoringBrokenPipe(stream) for stream in before]  # None: it was closed when Python began
+    sys.stdout, sys.stderr = streams
     try:
         yield
     finally:
-        for stream in filter(None, lasting):
+        for stream in filter(None, streams):
             stream.flush()
-        sys.stdout, sys.stderr = (stream and stream.stream for stream in lasting)
+        sys.stdout, sys.stderr = (stream and stream.stream for stream in streams)
 
 
 def rank_zero_print(text: str = "", style: str = "") -> None:

@@ -13,7 +13,7 @@ from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.paths import locate_stage
 from nanochat_pl.common.run_dir import STAGES
 from nanochat_pl.evaluation.jobs import FOLDER, Job, Measured, Record, differing_settings, read_record
-from nanochat_pl.evaluation.results import FIGURES_VERSION
+from nanochat_pl.evaluation.results import METRICS_VERSION
 from nanochat_pl.evaluation.suites import SuiteResult, require_chat_model, suite_of
 
 _NAME_ONE = "Name RUN, RUN/STAGE, a bundle or a folder of results."
@@ -137,4 +137,4 @@ def _differing(record: Record, job: Job) -> str:
     """What differs but for the number of problems: pairs are made of those that both have."""
     names = differing_settings(record.asked, job.asked)
     settings = [f"{name}={record.asked.get(name)} (here {job.asked.get(name)})" for name in names]
-    return ", ".join([*settings, *([] if record.version == FIGURES_VERSION else ["another version of nanochat_pl"])])
+    return ", ".join([*settings, *([] if record.version == METRICS_VERSION else ["another version of nanochat_pl"])])

@@ -22,7 +22,7 @@ from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.files import ensure_folder, read_json, sha256_of_file, write_json
 from nanochat_pl.data.cache.content_cache import fingerprint_of
 from nanochat_pl.distributed import coordination
-from nanochat_pl.evaluation.results import FIGURES_VERSION, TaskResult, from_plain, to_plain
+from nanochat_pl.evaluation.results import METRICS_VERSION, TaskResult, from_plain, to_plain
 from nanochat_pl.evaluation.suites import Suite, SuiteResult, suite_of
 from nanochat_pl.evaluation.tables import show_suite
 
@@ -210,7 +210,7 @@ def path_of(folder: Path, job: Job, n: int | None = None) -> Path:
 
 def find(folder: Path, model: Mapping[str, Any], job: Job) -> Measured | None:
     """What a task gave before; None where it has to be measured, because nothing fits or a file is damaged."""
-    wanted = Record(model, job.problems, job.asked, FIGURES_VERSION, Measured())
+    wanted = Record(model, job.problems, job.asked, METRICS_VERSION, Measured())
     for n in dict.fromkeys((None, wanted.n)):
         record = _read_undamaged(folder, job, n)
         if record and record.fingerprint == wanted.fingerprint:
@@ -220,7 +220,7 @@ def find(folder: Path, model: Mapping[str, Any], job: Job) -> Measured | None:
 
 def write_record(folder: Path, model: Mapping[str, Any], job: Job, measured: Measured) -> None:
     """Keep what a task gave, beside what it gave of more or fewer problems."""
-    record = Record(model, job.problems, job.asked, FIGURES_VERSION, measured)
+    record = Record(model, job.problems, job.asked, METRICS_VERSION, measured)
     path, before = path_of(folder, job), _of_other_n(folder, model, job)
     if before and before.n and record.n:
         if before.n > record.n:
@@ -230,7 +230,7 @@ def write_record(folder: Path, model: Mapping[str, Any], job: Job, measured: Mea
             ensure_folder(fewer.parent)
             path.replace(fewer)
     key = {"model": dict(model), "problems": dict(job.problems), "asked": dict(job.asked)}
-    write_json(path, {"format": FORMAT, "version": FIGURES_VERSION, **key, **measured.to_json()}, surrogates=True)
+    write_json(path, {"format": FORMAT, "version": METRICS_VERSION, **key, **measured.to_json()}, surrogates=True)
 
 
 def read_record(folder: Path, job: Job, n: int | None = None) -> Record | None:
@@ -259,7 +259,7 @@ def differing_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> lis
 
 def _of_other_n(folder: Path, model: Mapping[str, Any], job: Job) -> Record | None:
     """The record of a task of another number of its problems, whatever else was set otherwise."""
-    now = Record(model, job.problems, job.asked, FIGURES_VERSION, Measured())
+    now = Record(model, job.problems, job.asked, METRICS_VERSION, Measured())
     record = _read_undamaged(folder, job)
     if not record or not record.n or not now.n or record.n == now.n or not record.is_of_same_task(now):
         return None

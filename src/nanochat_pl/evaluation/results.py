@@ -19,7 +19,7 @@ from nanochat_pl.evaluation.statistics import DIFFERENCES, PERCENTILES, SHARES, 
 
 # Raise it with whatever gives other metrics for the same model and problems: prompts, scoring, the reading and judging
 # of answers, the choice of problems. What was kept under another number is measured again.
-FIGURES_VERSION = 2
+METRICS_VERSION = 2
 MAX_ITEMS = 1_000_000  # of a result that is read
 MAX_NAME = 200  # characters
 SAME = 1e-9  # metrics that are read may differ by rounding from those that the outcomes give

@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from itertools import islice
 
 from tests.fidelity.bands import (
-    curve_figures,
-    gradient_figures,
+    curve_metrics,
+    gradient_metrics,
     outside,
     stored,
-    update_figures,
+    update_metrics,
     wrong_float32_losses,
     wrong_float32_norms,
 )
@@ -28,14 +28,14 @@ def exact_gradients(seed: int) -> Gradients:
 
 def wrong_gradients(seeds: Sequence[int]) -> list[str]:
     """What is out of its band in the bfloat16 gradients of these seeds, taken together."""
-    return outside([gradient_figures(gradients(seed, "bfloat16"), exact_gradients(seed)) for seed in seeds], HOW)
+    return outside([gradient_metrics(gradients(seed, "bfloat16"), exact_gradients(seed)) for seed in seeds], HOW)
 
 
 def wrong_losses(seeds: Sequence[int], num_steps: int = NUM_STEPS) -> list[str]:
     """What is out of its band in the first bfloat16 losses of these seeds, taken together."""
     exact = stored()["float32_losses"]
     curves = {seed: list(islice(Training(seed, "bfloat16").losses(), num_steps)) for seed in seeds}
-    return outside([curve_figures(curve, exact[str(seed)]) for seed, curve in curves.items()], HOW)
+    return outside([curve_metrics(curve, exact[str(seed)]) for seed, curve in curves.items()], HOW)
 
 
 def wrong_exact_gradients(seed: int = 0) -> list[str]:
@@ -55,8 +55,8 @@ def wrong_exact_losses(seed: int = 0) -> list[str]:
 
 def wrong_updates(seeds: Sequence[int]) -> list[str]:
     """What is out of its band between the bfloat16 and the float32 model's optimizers, given the same gradients."""
-    figures = [update_figures(updates(seed, "bfloat16"), updates(seed, "float32")) for seed in seeds]
-    return outside(figures, "bfloat16 optimizer")
+    metrics = [update_metrics(updates(seed, "bfloat16"), updates(seed, "float32")) for seed in seeds]
+    return outside(metrics, "bfloat16 optimizer")
 
 
 # What a mistake is looked for with.
