@@ -56,13 +56,13 @@ def problems_of(error: ValidationError, cls: type, where: str) -> list[str]:
 
 def _of_union(name: str, members: Mapping[Any, list[str]]) -> list[str]:
     """What is wrong for the member whose type the value has, such as a bound; or else that it has none of the types."""
-    split = [lines[0].rpartition(": must be ") for lines in members.values()]
-    of_right_type = [
-        lines for lines, (at, _, _) in zip(members.values(), split, strict=True) if not at.startswith(f"{name}=")
-    ]
-    if len(members) == 1 or of_right_type:
-        return [*of_right_type, *members.values()][0]
-    return [f"{split[0][0]}: must be {' or '.join(kind.rstrip('.').partition(';')[0] for _, _, kind in split)}."]
+    choices = list(members.values())
+    fitting = [lines for lines in choices if not (lines[0].startswith(f"{name}=") and ": must be " in lines[0])]
+    if fitting or len(choices) == 1:
+        return (fitting or choices)[0]
+    at = choices[0][0].rpartition(": must be ")[0]
+    kinds = [lines[0].rpartition(": must be ")[2].rstrip(".").partition(";")[0] for lines in choices]
+    return [f"{at}: must be {' or '.join(kinds)}."]
 
 
 def joined(where: str, name: str) -> str:
@@ -93,7 +93,7 @@ def _lines_of(error: ErrorDetails, cls: type, keys: Sequence[str | int], where: 
         "length": len(value) if hasattr(value, "__len__") else 0,
     }
     at = f"{name}{'=' * bool(name)}{value!r}"
-    return [_LINES.get(kind, f"{{at}}: {error['msg']}.").format(at=at, name=name, **context)]
+    return [_LINES.get(kind, "{at}: {msg}.").format(at=at, name=name, msg=error["msg"], **context)]
 
 
 def _class_at(cls: type, keys: Sequence[Any]) -> Any:
