@@ -25,7 +25,7 @@ def test_a_number_that_no_float_can_hold_is_a_problem_and_no_crash(value: float)
 
 @dataclass(frozen=True)
 class Root:
-    paths: str = setting("x")
+    paths: str = setting("x", max_length=10)
     group: Settings = setting(factory=Settings)
     named: dict[str, int] = setting(factory=dict)
     steps: int | None = setting(None)
@@ -58,6 +58,7 @@ class Root:
         ({"layers": [1, -1]}, "layers[1]=-1: is below 0."),
         ({"layers": "123"}, "layers='123': must be a list."),
         ({"layers": [1] * 4}, "layers: has 4 entries, above 3."),
+        ({"paths": "x" * 11}, "paths: has 11 characters, above 10."),
         ({"kind": "c"}, "kind='c': must be one of a, b."),
         ({"anything": {"x": [1, {"": float("nan")}]}}, "anything.x[1]"),
     ],
@@ -81,6 +82,7 @@ def test_plain_data_becomes_the_declared_types() -> None:
     root = build(Root, {"group": {"scale": 2}, "layers": [1, 2], "share": 1, "anything": {"a": [None, (1,)]}})
     assert root == Root(group=Settings(2.0), layers=(1, 2), share=1.0, anything={"a": [None, (1,)]})
     assert type(root.share) is float
+    assert build(Root, {"paths": "\ud800"}).paths == "\ud800", "half a surrogate pair, as a model may write it"
 
 
 def test_a_key_of_a_group_is_found_by_its_own_name() -> None:

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, ConfigDict, TypeAdapter, ValidationError, with_config
-from pydantic_core import PydanticCustomError, SchemaValidator, core_schema
+from pydantic_core import PydanticCustomError, PydanticKnownError, SchemaValidator, core_schema
 
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.schema_errors import MEMBER, REFUSED, joined, problems_of
@@ -119,7 +119,8 @@ def _for_plain_data(schema: Any) -> Any:
     """A schema of pydantic as plain data needs it.
 
     Strict mode takes of dataclasses and tuples nothing but instances, and data of any type may hold a number that no
-    JSON can keep. Of what ``__post_init__`` raises, pydantic would collect no UserError.
+    JSON can keep. Of what ``__post_init__`` raises, pydantic would collect no UserError. Texts with halves of surrogate
+    pairs, which a model may write, it takes, but does not count.
     """
     if isinstance(schema, list):
         return [_for_plain_data(part) for part in schema]
@@ -131,6 +132,8 @@ def _for_plain_data(schema: Any) -> Any:
             return {**schema, "strict": False}
         case "union":
             return {**schema, "choices": [(choice, f"{MEMBER}{n}") for n, choice in enumerate(schema["choices"])]}
+        case "str" if most := schema.pop("max_length", None):
+            return core_schema.no_info_after_validator_function(functools.partial(_require_length, most), schema)
         case "any":
             return core_schema.no_info_plain_validator_function(_require_finite)
         case "dataclass":
@@ -147,6 +150,12 @@ def _collect_refusal(value: Any, validate: Callable[[Any], Any]) -> Any:
         *others, last = error.problems
         lines = [*others, f"{last} {error.fix}".rstrip()]
         raise PydanticCustomError(REFUSED, REFUSED, {"lines": lines}) from error
+
+
+def _require_length(most: int, text: str) -> str:
+    if len(text) > most:
+        raise PydanticKnownError("string_too_long", {"max_length": most})
+    return text
 
 
 def _require_finite(value: Any) -> Any:
