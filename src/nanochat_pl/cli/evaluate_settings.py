@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import Field
-
-from nanochat_pl.common.device import Accelerator
+from nanochat_pl.common.device import Accelerator, Devices
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.paths import PathsSettings, cache_folder, locate_bundle, locate_stage
 from nanochat_pl.common.schema import UserGlob, UserPath, build, setting, to_plain
@@ -65,7 +63,7 @@ class EvaluateConfig:
         "auto", "Type that is computed in; auto: what the device does well."
     )
     accelerator: Accelerator = setting("auto", "Device to run on; auto: the best there is.")
-    devices: Annotated[int, Field(ge=1, le=1024)] | Literal["auto"] = setting(
+    devices: Devices = setting(
         "auto",
         "Processes that share out the problems, each on a device of its own; auto: all GPUs of the machine, else one.",
     )

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, ConfigDict, TypeAdapter, ValidationError, with_config
-from pydantic_core import PydanticCustomError, PydanticKnownError, SchemaValidator, core_schema
+from pydantic_core import PydanticCustomError, SchemaValidator, core_schema
 
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.schema_errors import MEMBER, REFUSED, joined, problems_of
@@ -142,25 +142,28 @@ def _for_plain_data(schema: Any) -> Any:
     return schema
 
 
+def _refusal(*lines: str) -> PydanticCustomError:
+    """One that pydantic collects with what it finds itself."""
+    return PydanticCustomError(REFUSED, REFUSED, {"lines": lines})
+
+
 def _collect_refusal(value: Any, validate: Callable[[Any], Any]) -> Any:
-    """Pass on a UserError as one that pydantic collects with the others."""
     try:
         return validate(value)
     except UserError as error:
         *others, last = error.problems
-        lines = [*others, f"{last} {error.fix}".rstrip()]
-        raise PydanticCustomError(REFUSED, REFUSED, {"lines": lines}) from error
+        raise _refusal(*others, f"{last} {error.fix}".rstrip()) from error
 
 
 def _require_length(most: int, text: str) -> str:
     if len(text) > most:
-        raise PydanticKnownError("string_too_long", {"max_length": most})
+        raise _refusal(f": has {len(text):,} characters, above {most:,}.")
     return text
 
 
 def _require_finite(value: Any) -> Any:
     if lines := [f"{place}={number!r}: must be a finite number." for place, number in _not_finite(value)]:
-        raise PydanticCustomError(REFUSED, REFUSED, {"lines": lines})
+        raise _refusal(*lines)
     return value
 
 

@@ -29,10 +29,9 @@ _LINES = {
     "list_type": "{at}: must be a list.",
     "literal_error": "{at}: must be {expected}.",
     "missing": "{name}: is missing.",
-    "string_too_long": "{name}: has {length:,} characters, above {max_length:,}.",
     "string_type": "{at}: must be text.",
     "string_unicode": "{at}: is no Unicode text.",
-    "too_long": "{name}: has {length:,} entries, above {max_length:,}.",
+    "too_long": "{name}: has {actual_length:,} entries, above {max_length:,}.",
     "tuple_type": "{at}: must be a list.",
 }
 
@@ -66,8 +65,8 @@ def _of_union(name: str, members: Mapping[Any, list[str]]) -> list[str]:
 
 
 def joined(where: str, name: str) -> str:
-    """A name behind those that lead to it; ``[0]`` and ``=value`` go without a dot."""
-    return f"{where}.{name}" if where and name[:1] not in "[=" else f"{where}{name}"
+    """A name behind those that lead to it; ``[0]``, ``=value`` and ``: text`` go without a dot."""
+    return f"{where}.{name}" if where and name[:1] not in "[=:" else f"{where}{name}"
 
 
 def _name(where: str, keys: Sequence[str | int]) -> str:
@@ -88,12 +87,9 @@ def _lines_of(error: ErrorDetails, cls: type, keys: Sequence[str | int], where: 
     if " or " in context.get("expected", ""):
         context["expected"] = f"one of {context['expected'].replace(' or ', ', ').replace(chr(39), '')}"
     is_whole = isinstance(value, float) and value.is_integer() and abs(value) < 1e18
-    context |= {
-        "hint": f"; write {value:.0f}" if is_whole else "",
-        "length": len(value) if hasattr(value, "__len__") else 0,
-    }
+    hint = f"; write {value:.0f}" if is_whole else ""
     at = f"{name}{'=' * bool(name)}{value!r}"
-    return [_LINES.get(kind, "{at}: {msg}.").format(at=at, name=name, msg=error["msg"], **context)]
+    return [_LINES.get(kind, "{at}: {msg}.").format(at=at, name=name, hint=hint, msg=error["msg"], **context)]
 
 
 def _class_at(cls: type, keys: Sequence[Any]) -> Any:

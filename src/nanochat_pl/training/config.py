@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from nanochat_pl.common.device import Accelerator, ComputeDType
+from nanochat_pl.common.device import Accelerator, ComputeDType, Devices
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.paths import PathsSettings
 from nanochat_pl.common.run_dir import CHAT_STAGES
@@ -87,7 +87,7 @@ class TrainerSettings:
     """Group `trainer`: hardware, logging and checkpointing. Does not affect the result."""
 
     accelerator: Accelerator = setting("auto", "Device to train on; auto: the best there is; gpu: cuda or mps.")
-    devices: Annotated[int, Field(ge=1, le=1024)] | Literal["auto"] = setting(
+    devices: Devices = setting(
         "auto",
         "Processes, each on a device of its own; auto: all GPUs of the machine, else one. More than one are started by"
         " the command itself, unless a launcher has started it.",
