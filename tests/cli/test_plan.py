@@ -77,7 +77,7 @@ def test_a_wrong_wish_is_one_error(here: Path, capsys: pytest.CaptureFixture[str
     assert "hardware=h1000: is not in the table of known GPUs; did you mean h100" in err and "mi300x" in err
     assert plan("mfu=1.5", "price_per_hour=-1", "num_devices=0") == 2
     err = capsys.readouterr().err
-    assert "mfu=1.5: is above 1." in err and "price_per_hour=-1.0: is below 0." in err
+    assert "mfu=1.5: is above 1." in err and "price_per_hour=-1: is below 0." in err
     assert "num_devices=0: is below 1." in err
     assert plan("data=local", "data.path=nowhere") == 2
     assert "data.path='nowhere': there is no such file or folder" in capsys.readouterr().err

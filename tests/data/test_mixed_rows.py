@@ -213,7 +213,7 @@ MINE = {"name": "local", "path": "x", "weight": 1.0}
         ({"sources": {"a": None}}, "data.sources: data=mixture needs some"),
         ({"sources": {"a": {**MINE, "wieght": 2}}}, "data.sources.a.wieght: there is no such key; did you mean"),
         ({"sources": {"a": {"name": "local", "path": "x"}}}, "data.sources.a.weight: is missing"),
-        ({"sources": {"a": {**MINE, "weight": 0}}}, "data.sources.a.weight=0.0: is not above 0"),
+        ({"sources": {"a": {**MINE, "weight": 0}}}, "data.sources.a.weight=0: is not above 0"),
         ({"sources": {"a": {**MINE, "weight": -2.0}}}, "data.sources.a.weight=-2.0: is not above 0"),
         ({"sources": {"a": {**MINE, "weight": float("inf")}}}, "data.sources.a.weight=inf: must be a number"),
         ({"sources": {"a": {**MINE, "weight": "much"}}}, "data.sources.a.weight='much': must be a number"),

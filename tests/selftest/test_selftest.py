@@ -66,7 +66,7 @@ def test_a_wrong_key_is_refused_at_once(capsys: pytest.CaptureFixture[str]) -> N
     assert main(["selftest", "acelerator=cpu", "timeout_seconds=0"]) == 2
     said = capsys.readouterr()
     assert said.out == ""
-    assert "did you mean accelerator?" in said.err and "timeout_seconds=0.0: is not above 0" in said.err
+    assert "did you mean accelerator?" in said.err and "timeout_seconds=0: is not above 0" in said.err
 
 
 def wrong_but_for_the_first(make: Callable[..., GPT]) -> Callable[..., GPT]:

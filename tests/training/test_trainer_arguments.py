@@ -50,7 +50,7 @@ def test_every_argument_of_the_installed_trainer_has_its_answer() -> None:
 @pytest.mark.parametrize("name", OURS)
 def test_ours_are_keys_with_a_meaning(name: str) -> None:
     (field,) = [field for field in dataclasses.fields(TrainerSettings) if field.name == name]
-    assert field.metadata["doc"]
+    assert field.metadata["description"]
     assert explain_argument(name, "x") is None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 from dataclasses import dataclass
 from importlib import metadata
-from typing import Any, Literal
+from typing import Any
 
 from nanochat_pl.common.schema import setting
 
@@ -18,7 +18,7 @@ class StageInfo:
 
     stage: str = setting(doc="tokenizer, base, sft …", max_length=100)
     step: int = setting(0, "Optimizer steps that this stage made.", at_least=0)
-    format_version: Literal[1] = setting(FORMAT_VERSION, "Layout of the bundle.")
+    format_version: int = setting(FORMAT_VERSION, "Layout of the bundle.", at_least=1, at_most=FORMAT_VERSION)
     plan: dict[str, Any] = setting(factory=dict, doc="The derived values with their reasons.")
     settings: dict[str, Any] = setting(factory=dict, doc="The resolved configuration of the stage.")
     metrics: dict[str, Any] = setting(factory=dict, doc="Final metrics, such as val/bpb.")

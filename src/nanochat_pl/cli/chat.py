@@ -13,7 +13,7 @@ from pathlib import Path
 from nanochat_pl.bundle import load_bundle
 from nanochat_pl.common.device import Accelerator, choose_device, require_kernels
 from nanochat_pl.common.paths import PathsSettings, locate_bundle
-from nanochat_pl.common.schema import setting
+from nanochat_pl.common.schema import UserPath, setting
 from nanochat_pl.config.compose import compose
 from nanochat_pl.engine.terminal_chat import ChatSettings, run_chat
 
@@ -24,7 +24,7 @@ class ChatConfig(ChatSettings):
 
     run: str | None = setting(None, "Name of the run; null: the only one there is.")
     stage: str | None = setting(None, "Its stage; null: the newest that is finished.")
-    bundle: str | None = setting(None, "Folder of a bundle, instead of a run.", path="place")
+    bundle: UserPath | None = setting(None, "Folder of a bundle, instead of a run.")
     accelerator: Accelerator = setting("auto", "Device to run on; auto: the best there is.")
     paths: PathsSettings = setting(factory=PathsSettings)
 

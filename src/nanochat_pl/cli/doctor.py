@@ -21,7 +21,7 @@ from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.files import ensure_folder, write_bytes, write_json
 from nanochat_pl.common.paths import cache_folder
 from nanochat_pl.common.run_dir import StageFolder
-from nanochat_pl.common.schema import setting, to_plain
+from nanochat_pl.common.schema import UserPath, setting, to_plain
 from nanochat_pl.config.compose import Composed
 from nanochat_pl.config.experiment import compose_step
 from nanochat_pl.config.overrides import take_key
@@ -51,8 +51,8 @@ class DoctorConfig(TrainConfig):
     max_documents: int = setting(
         100_000, "Documents of each split whose text is read; of more of them, an even sample.", at_least=1
     )
-    eval_bundle: str | None = setting(
-        None, "Folder of evaluation sets (eval_data/**/*.jsonl) to look for in the training text.", path="place"
+    eval_bundle: UserPath | None = setting(
+        None, "Folder of evaluation sets (eval_data/**/*.jsonl) to look for in the training text."
     )
 
 

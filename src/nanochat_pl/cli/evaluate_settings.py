@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from nanochat_pl.common.device import Accelerator
+from nanochat_pl.common.device import Accelerator, Devices
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.paths import PathsSettings, cache_folder, locate_bundle, locate_stage
-from nanochat_pl.common.schema import build, setting, to_plain
+from nanochat_pl.common.schema import UserGlob, UserPath, build, setting, to_plain
 from nanochat_pl.data.sources.run_corpus import RunCorpus
 from nanochat_pl.evaluation.core.evaluate import CoreSettings
 from nanochat_pl.evaluation.harness.tasks import HarnessSettings
@@ -36,17 +36,16 @@ class EvaluateConfig:
 
     run: str | None = setting(None, "Name of the run; null: the only one there is.")
     stage: str | None = setting(None, "Its stage; null: the newest that is finished.")
-    bundle: str | None = setting(None, "Folder of a bundle, instead of a run.", path="place")
-    to: str | None = setting(None, "Folder of the results; null: evaluation/STAGE in the run's folder.", path="place")
+    bundle: UserPath | None = setting(None, "Folder of a bundle, instead of a run.")
+    to: UserPath | None = setting(None, "Folder of the results; null: evaluation/STAGE in the run's folder.")
     suites: list[Suite] | None = setting(
         None,
         "What to measure: bpb, core, chat (the tasks that it was trained on), chatcore, samples, harness, tokenizer;"
         " null: as it suits the stage, as far as the data is here.",
     )
-    against: str | None = setting(
+    against: UserPath | None = setting(
         None,
         "Another model to compare with, on the same problems: RUN, RUN/STAGE, a bundle, or a folder of results.",
-        path="place",
     )
     limit: int | None = setting(200, "chat, chatcore: most problems of a task, a seeded choice; null: all.", at_least=1)
     max_tokens: int = setting(256, "Most tokens of an answer.", at_least=1, at_most=4096)
@@ -54,10 +53,9 @@ class EvaluateConfig:
     temperature: float = setting(0.0, "0: the most likely token; else tokens are drawn.", at_least=0, at_most=10)
     top_k: int | None = setting(None, "Draw from so many most likely tokens; null: from all.", at_least=1)
     seed: int = setting(0, "Seed of what is drawn.", at_least=0)
-    data_path: str | None = setting(
+    data_path: UserGlob | None = setting(
         None,
         "Text for bits per byte: file, folder or glob; null: the data that the model was trained on.",
-        path="pattern",
     )
     num_rows: int = setting(512, "Validation rows for bits per byte, or as many as there are.", at_least=1)
     batch_size: int = setting(32, "Rows at once: memory and time, not results.", at_least=1, at_most=4096)
@@ -65,11 +63,9 @@ class EvaluateConfig:
         "auto", "Type that is computed in; auto: what the device does well."
     )
     accelerator: Accelerator = setting("auto", "Device to run on; auto: the best there is.")
-    devices: int | Literal["auto"] = setting(
+    devices: Devices = setting(
         "auto",
         "Processes that share out the problems, each on a device of its own; auto: all GPUs of the machine, else one.",
-        at_least=1,
-        at_most=1024,
     )
     core: CoreSettings = setting(factory=CoreSettings)
     chatcore: MixtureTasks = setting(factory=chatcore_tasks)

@@ -16,7 +16,7 @@ from nanochat_pl.bundle import Bundle
 from nanochat_pl.common.console import next_steps, rank_zero_print
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.paths import PathsSettings, locate_bundle
-from nanochat_pl.common.schema import setting
+from nanochat_pl.common.schema import UserPath, setting
 from nanochat_pl.config.compose import compose
 from nanochat_pl.convert.export import CARD, export, load_for_export
 from nanochat_pl.convert.parity import Parity
@@ -34,9 +34,9 @@ class ExportConfig:
 
     run: str | None = setting(None, "Name of the run; null: the only one there is.")
     stage: str | None = setting(None, "Its stage; null: the newest that is finished.")
-    bundle: str | None = setting(None, "Folder of a bundle, instead of a run.", path="place")
+    bundle: UserPath | None = setting(None, "Folder of a bundle, instead of a run.")
     format: Literal["hf", "nanochat"] = setting("hf", "For whom: hf = transformers, nanochat = its base folder.")
-    to: str | None = setting(None, "The folder to make; it must not be there, or be empty.", path="place")
+    to: UserPath | None = setting(None, "The folder to make; it must not be there, or be empty.")
     moments: bool = setting(True, "nanochat: write the optimizer's moments along where they are there.")
     paths: PathsSettings = setting(factory=PathsSettings)
 

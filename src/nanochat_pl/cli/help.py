@@ -100,7 +100,7 @@ def _describe(schema: type, key: str) -> tuple[str, str, str]:
     field = next(field for field in dataclasses.fields(owner) if field.name == name)
     hint, default = get_type_hints(owner)[name], _default(schema, key)
     shown = "" if default is UNKNOWN or dataclasses.is_dataclass(hint) else f"={_show(default)}"
-    return f"{key}{shown}", _type_name(hint), field.metadata.get("doc", "")
+    return f"{key}{shown}", _type_name(hint), field.metadata.get("description", "")
 
 
 def _default(schema: Any, key: str) -> Any:

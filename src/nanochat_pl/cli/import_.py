@@ -17,7 +17,7 @@ from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.files import write_json
 from nanochat_pl.common.paths import PathsSettings, run_keys
 from nanochat_pl.common.run_dir import StageFolder, stage_folder
-from nanochat_pl.common.schema import setting
+from nanochat_pl.common.schema import UserPath, setting
 from nanochat_pl.config.compose import compose
 from nanochat_pl.convert.huggingface.read import is_huggingface, read_huggingface, stage_of_huggingface
 from nanochat_pl.convert.nanochat.layout import Stage, choose_checkpoint, stage_of
@@ -31,15 +31,15 @@ from nanochat_pl.convert.report import CERTIFICATE, Imported, save_imported
 class ImportConfig:
     """The root of configs/import.yaml."""
 
-    source: str | None = setting(None, "Folder to read: of nanochat, or of transformers.", path="place")
-    to: str | None = setting(None, "Folder of the bundle to make; it must not be there, or be empty.", path="place")
+    source: UserPath | None = setting(None, "Folder to read: of nanochat, or of transformers.")
+    to: UserPath | None = setting(None, "Folder of the bundle to make; it must not be there, or be empty.")
     run: str | None = setting(None, "Instead of to: name of a new run that the bundle becomes a finished stage of.")
     stage: Stage | None = setting(None, "nanochat: which stage's checkpoint, where there are several.")
     tag: str | None = setting(None, "nanochat: which model's (d12 …), where there are several.")
     step: int | None = setting(None, "nanochat: which step's, where there are several.", at_least=0)
     era: Era | None = setting(None, "nanochat: generation of the architecture; null: found by the tensors.")
-    tokenizer: str = setting(
-        "auto", "nanochat: auto (where nanochat keeps it), none, or the folder that it lies in.", path="place"
+    tokenizer: UserPath = setting(
+        "auto", "nanochat: auto (where nanochat keeps it), none, or the folder that it lies in."
     )
     moments: bool = setting(True, "nanochat: take the optimizer's moments along where they are there.")
     paths: PathsSettings = setting(factory=PathsSettings)

@@ -15,7 +15,7 @@ from nanochat_pl.common.console import print_table, rank_zero_print
 from nanochat_pl.common.device import Accelerator
 from nanochat_pl.common.files import write_json
 from nanochat_pl.common.paths import PathsSettings, cache_folder
-from nanochat_pl.common.schema import setting
+from nanochat_pl.common.schema import UserPath, setting
 from nanochat_pl.config.compose import compose
 from nanochat_pl.distributed import collectives, coordination
 
@@ -25,7 +25,7 @@ class SelftestConfig:
     """The root of configs/selftest.yaml."""
 
     accelerator: Accelerator = setting("auto", "Device to test; auto: the best there is.")
-    to: str | None = setting(None, "A file for the table, as JSON; null: none.", path="place")
+    to: UserPath | None = setting(None, "A file for the table, as JSON; null: none.")
     timeout_seconds: float = setting(120.0, "Seconds for a check; longer means that it never ends.", above=0)
     paths: PathsSettings = setting(factory=PathsSettings)
 

@@ -9,9 +9,10 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, cast, get_args
+from typing import Annotated, Literal, cast, get_args
 
 import torch
+from pydantic import Field
 
 from nanochat_pl.common.compiling import constant_in_graphs
 from nanochat_pl.common.errors import UserError
@@ -19,6 +20,7 @@ from nanochat_pl.common.launch_env import usable_cpus
 
 ComputeDType = Literal["float32", "bfloat16", "float16"]
 Accelerator = Literal["auto", "cpu", "gpu", "cuda", "mps"]  # what settings say; gpu is Lightning's word
+Devices = Annotated[int, Field(ge=1, le=1024)] | Literal["auto"]  # how many
 
 
 def choose_device(name: str = "auto", key: str = "device") -> torch.device:

@@ -10,21 +10,18 @@ import platformdirs
 
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.run_dir import StageFolder, finished_stage, list_runs, newest_stage
-from nanochat_pl.common.schema import setting
+from nanochat_pl.common.schema import UserPath, setting
 
 
 @dataclass(frozen=True)
 class PathsSettings:
     """Group `paths`: where things are kept."""
 
-    runs: str = setting("runs", "Folder of all runs.", path="place")
-    cache: str | None = setting(
-        None, "Folder of corpora and token caches; null: the user's cache folder.", path="place"
-    )
-    hub: str | None = setting(
+    runs: UserPath = setting("runs", "Folder of all runs.")
+    cache: UserPath | None = setting(None, "Folder of corpora and token caches; null: the user's cache folder.")
+    hub: UserPath | None = setting(
         None,
         "Folder with data sets of a hub, datasets/OWNER/NAME/…, looked at before what was downloaded.",
-        path="place",
     )
 
     @property

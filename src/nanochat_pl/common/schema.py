@@ -1,4 +1,4 @@
-"""Plain data into dataclasses, with types and bounds checked and every problem collected.
+"""Plain data into dataclasses, with types and bounds checked by pydantic and every problem collected.
 
 Two readers use it: the configuration (composed YAML → settings) and everything read from a bundle (JSON → settings).
 So a wrong key, a wrong type or a number out of bounds is found in one place, by one rule, before anything is built.
@@ -8,6 +8,7 @@ A settings class is a frozen dataclass whose fields are made with :func:`setting
     @dataclass(frozen=True)
     class ModelSettings:
         depth: int = setting(12, "Number of transformer blocks: the one dial.", at_least=1, at_most=200)
+        rates: list[Annotated[float, Field(ge=0)]] = setting(factory=list, doc="Bounds of the items stand in the type.")
 
 A class may have a static method ``explain_unknown(key, value) -> str | None``: of some keys that the class has not, it
 knows more than which others have a name like theirs, and gives what is said behind the key's name.
@@ -18,21 +19,17 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import types
-import typing
-from collections.abc import Iterable, Mapping
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from collections.abc import Callable, Iterator, Mapping
+from typing import Annotated, Any, TypeVar
 
-from nanochat_pl.common.errors import UserError, did_you_mean
+from pydantic import AfterValidator, ConfigDict, TypeAdapter, ValidationError, with_config
+from pydantic_core import PydanticCustomError, SchemaValidator, core_schema
+
+from nanochat_pl.common.errors import UserError
+from nanochat_pl.common.schema_errors import MEMBER, REFUSED, joined, problems_of
 from nanochat_pl.common.user_path import user_path
 
 T = TypeVar("T")
-_type_hints = functools.cache(get_type_hints)  # a list of thousands of files is built with one class
-_BOUNDS = {
-    "at_least": (lambda value, bound: value >= bound, "below"),
-    "at_most": (lambda value, bound: value <= bound, "above"),
-    "above": (lambda value, bound: value > bound, "not above"),
-}
 
 
 def setting(
@@ -44,34 +41,29 @@ def setting(
     at_most: float | None = None,
     above: float | None = None,
     max_length: int | None = None,
-    path: Literal["place", "pattern"] | None = None,
 ) -> Any:
-    """A dataclass field with its meaning and its bounds.
+    """A dataclass field with its meaning and its bounds, under the names that pydantic reads.
 
     Args:
         default: the value when none is given; without one (and without ``factory``) the field is required.
         doc: what it means, with its unit: shown by ``--help`` and in the docs.
         factory: makes the default of a mutable field.
-        at_least, at_most, above: bounds of a number, or of each number in a sequence.
+        at_least, at_most, above: bounds of a number. Those of the items of a list, or of a number that is one of
+            several types, stand in the type: ``Annotated[int, Field(ge=1)] | Literal["auto"]``.
         max_length: bound of a sequence's or a text's length.
-        path: the text is a path of the user's, checked by :func:`~nanochat_pl.common.user_path.user_path`. A place is
-            a file or folder, and its ``~`` is expanded. A pattern may be a glob, and is kept as it was typed: what a
-            run was begun with is compared with it, and a home folder may be another one by then.
     """
-    limits = {"at_least": at_least, "at_most": at_most, "above": above, "max_length": max_length, "path": path}
-    metadata = {"doc": doc, **{name: value for name, value in limits.items() if value is not None}}
+    limits = {"ge": at_least, "le": at_most, "gt": above, "max_length": max_length}
+    metadata = {"description": doc, **{name: value for name, value in limits.items() if value is not None}}
     if factory is not dataclasses.MISSING:
         return dataclasses.field(default_factory=factory, metadata=metadata)
-    if default is dataclasses.MISSING:
-        return dataclasses.field(metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def build(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
+def build(cls: type[T], values: Any, where: str = "") -> T:
     """Make a settings dataclass of plain data.
 
     Args:
-        cls: a dataclass; fields may be nested dataclasses, numbers, text, Literal, Optional, list, tuple, dict.
+        cls: a dataclass; fields may be nested dataclasses, numbers, text, Literal, unions, list, tuple, dict.
         values: plain data (what JSON or resolved YAML gives).
         where: prefix of the names in messages, e.g. ``"model"`` or a file's path.
 
@@ -79,11 +71,10 @@ def build(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
         UserError: with *all* problems found: unknown keys (and the nearest valid ones), missing keys, wrong types,
             values out of bounds, and what the class's own ``__post_init__`` refuses.
     """
-    problems: list[str] = []
-    result = _build(cls, values, where, problems)
-    if problems:
-        raise UserError(problems)
-    return result
+    try:
+        return _validator(cls).validate_python(dict(values) if isinstance(values, Mapping) else values)  # type: ignore[arg-type]
+    except ValidationError as error:
+        raise UserError(problems_of(error, cls, where)) from None
 
 
 def build_known(cls: type[T], row: Any, where: str) -> T:
@@ -93,16 +84,18 @@ def build_known(cls: type[T], row: Any, where: str) -> T:
     return build(cls, row, where)
 
 
+def validation_errors(cls: type, values: Any, where: str = "") -> list[str]:
+    """All problems that :func:`build` would raise, as lines; empty where there are none."""
+    try:
+        build(cls, values, where)
+    except UserError as error:
+        return list(error.problems)
+    return []
+
+
 def is_finite_number(value: Any) -> bool:
     """Whether a plain value is a number that counts something: no truth value, no NaN, not infinite."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def validation_errors(cls: type, values: Mapping[str, Any], where: str = "") -> list[str]:
-    """All problems that :func:`build` would raise, as lines; empty where there are none."""
-    problems: list[str] = []
-    _build(cls, values, where, problems)
-    return problems
 
 
 def to_plain(value: Any) -> Any:
@@ -116,172 +109,86 @@ def to_plain(value: Any) -> Any:
     return value
 
 
-def _join(where: str, name: str) -> str:
-    return f"{where}.{name}" if where else name
+@functools.cache
+def _validator(cls: Any) -> SchemaValidator:
+    config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+    return SchemaValidator(_for_plain_data(TypeAdapter(with_config(config)(cls)).core_schema))
 
 
-def _nearest(where: str, name: str, cls: Any, valid: Iterable[str]) -> str:
-    """The nearest names as a person types them, with their group. A ``where`` that is a file is left out."""
-    if name in (nested := _nested_names(cls)):  # depth=4 for model.depth=4
-        return f"did you mean {_join(where, nested[name])}?"
-    hint = did_you_mean(name, valid)
-    if hint.startswith("did you mean ") and where and all(part.isidentifier() for part in where.split(".")):
-        hint = hint.replace(" mean ", f" mean {where}.").replace(" or ", f" or {where}.")
-    return hint
+def _for_plain_data(schema: Any) -> Any:
+    """A schema of pydantic as plain data needs it.
+
+    Strict mode takes of dataclasses and tuples nothing but instances, and data of any type may hold a number that no
+    JSON can keep. Of what ``__post_init__`` raises, pydantic would collect no UserError. Texts with halves of surrogate
+    pairs, which a model may write, it takes, but does not count.
+    """
+    if isinstance(schema, list):
+        return [_for_plain_data(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    schema = {name: part if name == "default" else _for_plain_data(part) for name, part in schema.items()}
+    match schema.get("type"):
+        case "list" | "tuple":
+            return {**schema, "strict": False}
+        case "union":
+            return {**schema, "choices": [(choice, f"{MEMBER}{n}") for n, choice in enumerate(schema["choices"])]}
+        case "str" if most := schema.pop("max_length", None):
+            return core_schema.no_info_after_validator_function(functools.partial(_require_length, most), schema)
+        case "any":
+            return core_schema.no_info_plain_validator_function(_require_finite)
+        case "dataclass":
+            ref = schema.pop("ref", None)
+            return core_schema.no_info_wrap_validator_function(_collect_refusal, {**schema, "strict": False}, ref=ref)
+    return schema
 
 
-def _nested_names(cls: Any) -> dict[str, str]:
-    """The keys of the groups of a group, by their own names; the first where several groups have one of that name."""
-    found: dict[str, str] = {}
-    for group, hint in _type_hints(cls).items():
-        if dataclasses.is_dataclass(hint):
-            for field in dataclasses.fields(hint):
-                found.setdefault(field.name, f"{group}.{field.name}")
-    return found
+def _refusal(*lines: str) -> PydanticCustomError:
+    """One that pydantic collects with what it finds itself."""
+    return PydanticCustomError(REFUSED, REFUSED, {"lines": lines})
 
 
-def _build(cls: Any, values: Any, where: str, problems: list[str]) -> Any:
-    if not isinstance(values, Mapping):
-        problems.append(f"{where}{'=' * bool(where)}{values!r}: must be a group of settings ({cls.__name__}).")
-        return None
-    hints = _type_hints(cls)
-    fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
-    found = len(problems)
-    for key in values:
-        if key not in fields:
-            name, explain = _join(where, str(key) or "''"), getattr(cls, "explain_unknown", lambda key, value: None)
-            nearest = f": there is no such key; {_nearest(where, str(key), cls, fields)}"
-            problems.append(f"{name}{explain(str(key), values[key]) or nearest}")
-    arguments = {}
-    for name, field in fields.items():
-        if name in values:
-            arguments[name] = _convert(hints[name], values[name], _join(where, name), field.metadata, problems)
-        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            problems.append(f"{_join(where, name)}: is missing.")
-    if len(problems) > found:
-        return None
+def _collect_refusal(value: Any, validate: Callable[[Any], Any]) -> Any:
     try:
-        return cls(**arguments)
+        return validate(value)
     except UserError as error:
-        problems.extend(_join(where, line) if where else line for line in error.problems)
-        return None
+        *others, last = error.problems
+        raise _refusal(*others, f"{last} {error.fix}".rstrip()) from error
 
 
-def _convert(hint: Any, value: Any, where: str, limits: Mapping[str, Any], problems: list[str]) -> Any:
-    if hint is Any:
-        _check_plain(value, where, problems)
-        return value
-    origin, arguments = get_origin(hint), get_args(hint)
-    if origin in (Union, types.UnionType):
-        return _convert_union(arguments, value, where, limits, problems)
-    if origin is Literal:
-        if not any(value == choice and type(value) is type(choice) for choice in arguments):
-            choices = ", ".join(str(choice) for choice in arguments)
-            problems.append(f"{where}={value!r}: must be one of {choices}.")
-        return value
-    if origin in (list, tuple):
-        return _convert_sequence(origin, arguments, value, where, limits, problems)
-    if origin is dict:
-        if not isinstance(value, Mapping):
-            problems.append(f"{where}={value!r}: must be a group of named values.")
-            return value
-        if no_texts := [key for key in value if not isinstance(key, str)]:
-            problems.append(f"{where}: the key {no_texts[0]!r} is no text; put quotes around it.")
-            return value
-        return {key: _convert(arguments[1], item, _join(where, key), limits, problems) for key, item in value.items()}
-    if dataclasses.is_dataclass(hint):
-        return _build(hint, value, where, problems)
-    return _convert_scalar(hint, value, where, limits, problems)
+def _require_length(most: int, text: str) -> str:
+    if len(text) > most:
+        raise _refusal(f": has {len(text):,} characters, above {most:,}.")
+    return text
 
 
-def _check_plain(value: Any, where: str, problems: list[str]) -> None:
-    """Of data that may be anything, find the numbers that no JSON could keep."""
+def _require_finite(value: Any) -> Any:
+    if lines := [f"{place}={number!r}: must be a finite number." for place, number in _not_finite(value)]:
+        raise _refusal(*lines)
+    return value
+
+
+def _not_finite(value: Any, place: str = "") -> Iterator[tuple[str, float]]:
     if isinstance(value, Mapping):
         for key, item in value.items():
-            _check_plain(item, _join(where, str(key)), problems)
+            yield from _not_finite(item, joined(place, str(key)))
     elif isinstance(value, (list, tuple)):
-        for i, item in enumerate(value):
-            _check_plain(item, f"{where}[{i}]", problems)
+        for number, item in enumerate(value):
+            yield from _not_finite(item, f"{place}[{number}]")
     elif isinstance(value, float) and not math.isfinite(value):
-        problems.append(f"{where}={value!r}: must be a finite number.")
+        yield place, value
 
 
-def _convert_union(
-    choices: tuple[Any, ...], value: Any, where: str, limits: Mapping[str, Any], problems: list[str]
-) -> Any:
-    if value is None and type(None) in choices:
-        return None
-    others = [choice for choice in choices if choice is not type(None)]
-    attempts = []
-    for choice in others:
-        attempt: list[str] = []
-        result = _convert(choice, value, where, limits, attempt)
-        if not attempt:
-            return result
-        attempts.append(attempt)
-    of_right_type = [attempt for attempt in attempts if " must be " not in attempt[0]]  # but out of bounds
-    if len(others) == 1 or of_right_type:
-        problems.extend([*of_right_type, *attempts][0])
-    else:
-        problems.append(f"{where}={value!r}: must be {' or '.join(_describe(choice) for choice in choices)}.")
-    return value
+def _expanded(text: str) -> str:
+    return str(_collect_refusal(text, functools.partial(user_path, "")))
 
 
-def _convert_sequence(
-    origin: Any, arguments: tuple[Any, ...], value: Any, where: str, limits: Mapping[str, Any], problems: list[str]
-) -> Any:
-    if not isinstance(value, (list, tuple)):
-        problems.append(f"{where}={value!r}: must be a list.")
-        return value
-    if "max_length" in limits and len(value) > limits["max_length"]:
-        problems.append(f"{where}: has {len(value):,} entries, above {limits['max_length']:,}.")
-        return value
-    item_limits = {name: bound for name, bound in limits.items() if name != "max_length"}
-    hint = arguments[0] if arguments else Any
-    return origin(_convert(hint, item, f"{where}[{i}]", item_limits, problems) for i, item in enumerate(value))
+def _as_typed(text: str) -> str:
+    _expanded(text)
+    return text
 
 
-def _convert_scalar(hint: Any, value: Any, where: str, limits: Mapping[str, Any], problems: list[str]) -> Any:
-    fits = {
-        bool: isinstance(value, bool),
-        int: isinstance(value, int) and not isinstance(value, bool),
-        float: isinstance(value, (int, float)) and not isinstance(value, bool) and _is_finite(value),
-        str: isinstance(value, str),
-    }.get(hint)
-    if fits is None:
-        raise TypeError(f"{where}: settings of type {hint!r} are not supported")
-    if not fits:
-        whole = hint is int and isinstance(value, float) and value.is_integer() and abs(value) < 1e18
-        problems.append(f"{where}={value!r}: must be {_describe(hint)}{f'; write {value:.0f}' if whole else ''}.")
-        return value
-    if hint is float:
-        value = float(value)
-    if hint is str and len(value) > limits.get("max_length", len(value)):
-        problems.append(f"{where}: has {len(value):,} characters, above {limits['max_length']:,}.")
-    if hint is str and "path" in limits:
-        try:
-            expanded = user_path(where, value)
-            return expanded if limits["path"] == "place" else value
-        except UserError as error:
-            problems.append(f"{' '.join(error.problems)} {error.fix}")
-    if hint in (int, float):
-        for name, (holds, word) in _BOUNDS.items():
-            if name in limits and not holds(value, limits[name]):
-                problems.append(f"{where}={value!r}: is {word} {limits[name]:,}.")
-    return value
-
-
-def _is_finite(value: float) -> bool:
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # a whole number that no float can hold
-        return False
-
-
-def _describe(hint: Any) -> str:
-    if hint is type(None):
-        return "null"
-    if get_origin(hint) is Literal:
-        return " or ".join(repr(choice) for choice in get_args(hint))
-    words = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
-    return words.get(hint, getattr(hint, "__name__", str(typing.cast(Any, hint))))
+# A path that a person gives: a file or folder, whose ~ is expanded.
+UserPath = Annotated[str, AfterValidator(_expanded)]
+# One that may be a glob, and is kept as it was typed: what a run was begun with is compared with it, and a home folder
+# may be another one by then.
+UserGlob = Annotated[str, AfterValidator(_as_typed)]

@@ -8,9 +8,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import Field
 
 from nanochat_pl.common import schema
 from nanochat_pl.common.errors import UserError
@@ -243,7 +244,7 @@ class _Stated(_Row):
 
     name: str = setting(doc="The task's name.", max_length=MAX_NAME)
     items: list[str] = setting(doc="Names of the problems.", max_length=MAX_ITEMS)
-    outcomes: list[float] = setting(doc="One for each.", at_least=0, at_most=1, max_length=MAX_ITEMS)
+    outcomes: list[Annotated[float, Field(ge=0, le=1)]] = setting(doc="One for each.", max_length=MAX_ITEMS)
     answers: list[dict[str, Any]] = setting(factory=list, doc="Rows for people.", max_length=MAX_ITEMS)
 
 

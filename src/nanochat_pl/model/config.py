@@ -7,7 +7,9 @@ model without smear), so the code of the forward never asks which recipe a check
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.schema import setting
@@ -36,11 +38,8 @@ class GPTConfig:
     width: int = setting(doc="Width of the residual stream.", at_least=1, at_most=2**16)
     mlp_width: int = setting(doc="Width inside the feed-forward part.", at_least=1, at_most=2**18)
     sequence_len: int = setting(doc="Positions of a training row.", at_least=1, at_most=2**22)
-    windows: tuple[int, ...] = setting(
-        doc="Per layer: how many earlier positions a query sees besides its own.",
-        at_least=0,
-        at_most=2**26,
-        max_length=MAX_LAYERS,
+    windows: tuple[Annotated[int, Field(ge=0, le=2**26)], ...] = setting(
+        doc="Per layer: how many earlier positions a query sees besides its own.", max_length=MAX_LAYERS
     )
     rotary_base: float = setting(doc="Base of the rotary frequencies.", above=0.0, at_most=1e12)
     rotary_reach: int = setting(doc="Positions in the rotary tables.", at_least=1, at_most=2**26)
@@ -50,8 +49,8 @@ class GPTConfig:
     smear_channels: int = setting(doc="Inputs of the smear gate; 0 = no smear.", at_least=0, at_most=2**16)
     backout: bool = setting(doc="Whether the middle of the residual stream is taken off its end.")
     residual_lambdas: bool = setting(doc="Whether each layer scales the residual and adds the embedding again.")
-    value_embedding_layers: tuple[int, ...] = setting(
-        doc="Layers whose values get an embedding of the token added.", at_least=0, max_length=MAX_LAYERS
+    value_embedding_layers: tuple[Annotated[int, Field(ge=0)], ...] = setting(
+        doc="Layers whose values get an embedding of the token added.", max_length=MAX_LAYERS
     )
     value_gate_channels: int = setting(doc="Inputs of the value embedding's gate.", at_least=1, at_most=2**16)
     value_gate_scale: float = setting(doc="The gate is this times a sigmoid.", above=0.0, at_most=1e3)

@@ -9,7 +9,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.schema import setting
@@ -18,6 +20,7 @@ from nanochat_pl.optim.rules import ADAMW_RULES, RECIPE, AdamWRule
 REFERENCE_WIDTH = 768  # the width at which the recipe's learning rates were found
 # The one group that optim.adam_betas leaves alone, as its first beta is long in every version of the recipe.
 OWN_BETAS = ("x0_lambda",)
+Betas = list[Annotated[float, Field(ge=0, le=1)]]
 
 
 @dataclass(frozen=True)
@@ -45,9 +48,7 @@ class AdamWSettings:
     lr_factor: float | None = setting(
         None, "Multiplies the learning rate of its kind (value_embedding: 0.5, resid_lambda: 0.01, else 1).", at_least=0
     )
-    betas: list[float] | None = setting(
-        None, "The two betas; null: optim.adam_betas.", at_least=0, at_most=1, max_length=2
-    )
+    betas: Betas | None = setting(None, "The two betas; null: optim.adam_betas.", max_length=2)
     eps: float | None = setting(None, "Added to the root of the second moment; null: optim.adam_eps.", above=0)
     weight_decay: float | None = setting(None, "Decoupled weight decay, constant over the stage.", at_least=0)
 
@@ -117,11 +118,9 @@ class OptimSettings:
     scale_by_batch: bool = setting(
         True, "Scale optim.reference by the batch, and its weight decay by the horizon too; false: taken as it is."
     )
-    adam_betas: list[float] | None = setting(
+    adam_betas: Betas | None = setting(
         None,
         "Betas of all AdamW groups but x0_lambda; null: the recipe's, per group.",
-        at_least=0,
-        at_most=1,
         max_length=2,
     )
     adam_eps: float | None = setting(None, "Of all AdamW groups; null: 1e-10.", above=0, at_most=1)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from nanochat_pl.common.device import Accelerator, ComputeDType
+from pydantic import Field
+
+from nanochat_pl.common.device import Accelerator, ComputeDType, Devices
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.paths import PathsSettings
 from nanochat_pl.common.run_dir import CHAT_STAGES
@@ -85,12 +87,10 @@ class TrainerSettings:
     """Group `trainer`: hardware, logging and checkpointing. Does not affect the result."""
 
     accelerator: Accelerator = setting("auto", "Device to train on; auto: the best there is; gpu: cuda or mps.")
-    devices: int | Literal["auto"] = setting(
+    devices: Devices = setting(
         "auto",
         "Processes, each on a device of its own; auto: all GPUs of the machine, else one. More than one are started by"
         " the command itself, unless a launcher has started it.",
-        at_least=1,
-        at_most=1024,
     )
     num_nodes: int = setting(
         1, "Machines; more than one need a launcher: torchrun or Slurm.", at_least=1, at_most=10_000
@@ -229,10 +229,9 @@ class TrainConfig(HorizonSettings):
     logger: dict[str, Any] = setting(factory=dict, doc="Loggers, each with a _target_ (configs/logger).")
     callbacks: dict[str, Any] = setting(factory=dict, doc="Further Lightning callbacks, each with a _target_.")
     run: str | None = setting(None, "Name of the run; null: d<depth>.", max_length=200)
-    device_batch_size: int | Literal["auto"] = setting(
+    device_batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = setting(
         "auto",
         "Rows in memory at once: memory, not results; auto: as the plan says. Halved where memory runs out.",
-        at_least=1,
     )
     seed: int = setting(42, "Seed of weights, row order and mixture.", at_least=0, at_most=2**31)
     resume: Literal["auto", "never"] = setting("auto", "Go on with an unfinished run of that name, or begin a new one.")

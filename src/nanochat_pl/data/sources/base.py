@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, Protocol
 
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.common.schema import setting
+from nanochat_pl.common.schema import UserGlob, setting
 from nanochat_pl.data.packing.packer import Mode
 
 Split = Literal["train", "val"]
@@ -37,8 +37,8 @@ class SourceSettings:
         "python_docs: docstrings found on this machine; local: files under data.path; hub: the data set data.repo;"
         " custom: the class data.target.",
     )
-    path: str | None = setting(
-        None, "File, folder (searched recursively) or glob: parquet, jsonl, jsonl.gz, jsonl.zst or txt.", path="pattern"
+    path: UserGlob | None = setting(
+        None, "File, folder (searched recursively) or glob: parquet, jsonl, jsonl.gz, jsonl.zst or txt."
     )
     target: str | None = setting(
         None, "Of custom: a class with the text, package.module.Class; see nanochat_pl.data.sources.custom."
@@ -67,10 +67,9 @@ class SourceSettings:
         above=0,
         at_most=0.5,
     )
-    validation_path: str | None = setting(
+    validation_path: UserGlob | None = setting(
         None,
         "Files to validate on; then all of data.path is trained on and validation_fraction is not used.",
-        path="pattern",
     )
     long_documents: Literal["split", "crop"] = setting(
         "split", "split: documents longer than a row are cut into pieces, each with bos; crop: as the reference does."

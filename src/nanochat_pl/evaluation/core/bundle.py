@@ -10,7 +10,9 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from nanochat_pl.common.errors import UserError, did_you_mean
 from nanochat_pl.common.files import sha256_of_file
@@ -71,6 +73,9 @@ class CoreTask:
     path: Path
 
 
+_NumShots = Annotated[int, Field(ge=0, le=1000)]
+
+
 @dataclass(frozen=True)
 class _Entry:
     """A task of core.yaml, as far as it is of interest."""
@@ -78,7 +83,7 @@ class _Entry:
     label: str = setting(doc="Its name.", max_length=100)
     dataset_uri: str = setting(doc="Its file, inside of eval_data.", max_length=1000)
     icl_task_type: Literal["multiple_choice", "schema", "language_modeling"] = setting(doc="Its kind.")
-    num_fewshot: list[int] | int = setting(doc="Shots; of several numbers the first.", at_least=0, at_most=1000)
+    num_fewshot: list[_NumShots] | _NumShots = setting(doc="Shots; of several numbers the first.")
     continuation_delimiter: str = setting(" ", "Between context and ending.", max_length=1000)
 
     def __post_init__(self) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.out_of_memory import explain_out_of_memory
-from nanochat_pl.common.schema import setting
+from nanochat_pl.common.schema import UserPath, setting
 from nanochat_pl.data.cache.content_cache import fingerprint_of
 from nanochat_pl.data.hub.core_bundle import bundle_in_cache
 from nanochat_pl.data.sources.hub import key_of_cache, typed_keys
@@ -57,9 +57,7 @@ Answers = Mapping[str, list[tuple[frozenset[str], str]]]
 class CoreSettings:
     """CORE: which data, how much of it."""
 
-    path: str | None = setting(
-        None, "Folder of the evaluation bundle; null: where nanochat-pl download put it.", path="place"
-    )
+    path: UserPath | None = setting(None, "Folder of the evaluation bundle; null: where nanochat-pl download put it.")
     max_per_task: int | None = setting(
         500, "Problems of each task, the first of a seeded order; null: all.", at_least=1
     )

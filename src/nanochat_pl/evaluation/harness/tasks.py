@@ -22,7 +22,7 @@ import numpy as np
 import yaml
 
 from nanochat_pl.common.errors import UserError, did_you_mean
-from nanochat_pl.common.schema import setting
+from nanochat_pl.common.schema import UserPath, setting
 from nanochat_pl.common.schema import to_plain as settings_to_plain
 from nanochat_pl.data.cache.content_cache import fingerprint_of
 from nanochat_pl.distributed import collectives
@@ -48,10 +48,9 @@ class HarnessSettings:
     tasks: list[str] = setting(
         factory=list, doc="Names of its tasks, groups or tags, or YAML files of tasks.", max_length=1000
     )
-    include_path: str | None = setting(
+    include_path: UserPath | None = setting(
         None,
         "Folder of further tasks (YAML). Python functions that they name are run: give one that you trust.",
-        path="place",
     )
     num_fewshot: int | None = setting(
         None, "Solved examples before each question; null, or where a task insists on 0: as the task says.", at_least=0

@@ -11,7 +11,7 @@ from typing import ClassVar
 import numpy as np
 
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.common.schema import setting
+from nanochat_pl.common.schema import UserGlob, setting
 from nanochat_pl.data.cache.content_cache import fingerprint_of
 from nanochat_pl.data.conversations.tables import Row, Rows
 from nanochat_pl.tasks.base import Split, Task, TaskSettings, own_settings
@@ -35,14 +35,13 @@ class TableSettings(TaskSettings):
     config: str = setting("", "Which part of repo: the folder of its tables.")
     train_split: str = setting("train", "Split of repo that is trained on.")
     test_split: str = setting("test", "Split of repo that is held out.")
-    path: str | None = setting(
+    path: UserGlob | None = setting(
         None,
         "Files instead: file, folder or glob; parquet or JSON lines with the columns of repo. Those that are named for "
         "test_split are held out.",
-        path="pattern",
     )
-    test_path: str | None = setting(
-        None, "Files to hold out instead: of a folder or glob those named for it, else all.", path="pattern"
+    test_path: UserGlob | None = setting(
+        None, "Files to hold out instead: of a folder or glob those named for it, else all."
     )
     order_seed: int | None = setting(
         42,

@@ -12,7 +12,7 @@ import numpy as np
 
 from nanochat_pl.common.console import progress
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.common.schema import setting
+from nanochat_pl.common.schema import UserGlob, setting
 from nanochat_pl.data.cache.content_cache import fingerprint_of
 from nanochat_pl.data.conversations.files import CONVERSATION_SUFFIXES, ConversationFile, read_conversations
 from nanochat_pl.data.conversations.validate import Audit
@@ -36,10 +36,8 @@ from nanochat_pl.tasks.registry import CONVERSATIONS, task
 class ConversationSettings(TaskSettings):
     """Conversations out of files: parquet with a column of messages, JSON lines (also compressed), JSON."""
 
-    path: str | None = setting(
-        None, "File, folder (searched recursively) or glob: parquet, jsonl, json.", path="pattern"
-    )
-    test_path: str | None = setting(None, "Files that are held out; then all of path is trained on.", path="pattern")
+    path: UserGlob | None = setting(None, "File, folder (searched recursively) or glob: parquet, jsonl, json.")
+    test_path: UserGlob | None = setting(None, "Files that are held out; then all of path is trained on.")
     repo: str | None = setting(None, "Data set on the hub instead: OWNER/NAME. nanochat-pl download fetches it.")
     revision: str | None = setting(None, "Branch, tag or commit of repo; null: main.")
     files: str | None = setting(None, "Glob for the files of repo; null: all.")

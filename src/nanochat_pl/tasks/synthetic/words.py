@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.files import write_text
-from nanochat_pl.common.schema import setting
+from nanochat_pl.common.schema import UserGlob, setting
 from nanochat_pl.data.files.read import lines_of
 from nanochat_pl.data.sources.python_docs import PythonDocs
 from nanochat_pl.tasks.base import Split, Task, TaskSettings, generator, limits, own_settings, part_of
@@ -31,9 +31,7 @@ class WordSettings(TaskSettings):
     min_letters: int = setting(3, "Shortest word.", at_least=1)
     max_letters: int = setting(12, "Longest word.", at_least=1, at_most=40)
     min_documents: int = setting(1, "In how many documents of python_docs a word must occur.", at_least=1)
-    words_path: str | None = setting(
-        None, "A list of words instead, one a line: text file, folder or glob.", path="pattern"
-    )
+    words_path: UserGlob | None = setting(None, "A list of words instead, one a line: text file, folder or glob.")
     words_repo: str | None = setting(None, "Or a data set on the hub with such a file: OWNER/NAME.")
     words_files: str = setting("*.txt", "Glob for the files of words_repo.")
 
