@@ -9,8 +9,8 @@ import torch
 
 from nanochat_pl.model.config import DType
 from tests.fidelity.bands import curve_metrics, gradient_metrics, outside, stored, wrong_float32_losses
-from tests.fidelity.metrics import exact_gradients, wrong_exact_losses, wrong_gradients, wrong_losses, wrong_updates
 from tests.fidelity.make_bands import compiled
+from tests.fidelity.metrics import exact_gradients, wrong_exact_losses, wrong_gradients, wrong_losses, wrong_updates
 from tests.fidelity.setting import NUM_STEPS, SEEDS, Training, batches, gradients
 
 

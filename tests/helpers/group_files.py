@@ -62,7 +62,7 @@ def _lines(group: Any, indent: str = "", groups: bool = True) -> Iterator[str]:
         if not groups and is_group(hints[field.name]):
             continue
         value, hint, key = getattr(group, field.name), hints[field.name], f"{indent}{_flow(field.name)}"
-        meaning = field.metadata.get("description") or field.metadata.get("doc") or ""
+        meaning = field.metadata.get("description", "")
         if dataclasses.is_dataclass(hint):
             nested = list(_lines(value, f"{indent}  "))
             yield from _with_comment(f"{key}:" + " {}" * (not nested), meaning, indent)
