@@ -76,9 +76,7 @@ def test_bfloat16_is_within_the_narrower_bands_of_five_seeds() -> None:
 def test_compiled_it_trains_as_stored_or_within_its_bands(dtype: DType) -> None:
     """Compiled float32 is eager float32; compiled bfloat16 rounds less often than eager and has bands of its own."""
     net, loss = compiled(dtype)
-    seeds = (
-        SEEDS[:2] if dtype == "float32" else SEEDS
-    )  # bands are of the mean over seeds; float32 is held to each alone
+    seeds = SEEDS[:2]  # each takes minutes, and the bands are as wide as two seeds need
     curves = [list(Training(seed, dtype, net, loss).losses()) for seed in seeds]
     if dtype == "float32":
         assert not [
@@ -89,6 +87,6 @@ def test_compiled_it_trains_as_stored_or_within_its_bands(dtype: DType) -> None:
     metrics = [
         curve_metrics(curve, exact[str(seed)])
         | gradient_metrics(gradients(seed, dtype, net, loss), exact_gradients(seed))
-        for seed, curve in zip(SEEDS, curves, strict=True)
+        for seed, curve in zip(seeds, curves, strict=True)
     ]
     assert not outside(metrics[:1], "bfloat16 compiled") + outside(metrics, "bfloat16 compiled")

@@ -22,6 +22,7 @@ from nanochat_pl.common.errors import UserError
 from nanochat_pl.model.attention import windowed_attention
 from nanochat_pl.model.config import DType, GPTConfig
 from nanochat_pl.model.kv_cache import CacheStep, KVCache
+from nanochat_pl.model.layers import Embedding, Linear, norm
 from nanochat_pl.model.loss import default_chunk_tokens, fused_linear_cross_entropy, softcap, token_losses
 from nanochat_pl.model.prefix_tree import PrefixTree
 from nanochat_pl.model.rotary import rotary_tables, rotate
@@ -34,33 +35,6 @@ TORCH_DTYPES: dict[DType, torch.dtype] = {
 
 # What a forward may go over besides whole rows.
 Step: TypeAlias = CacheStep | PrefixTree
-
-
-def norm(x: Tensor) -> Tensor:
-    """RMSNorm over the last dimension, without parameters."""
-    return F.rms_norm(x, (x.size(-1),))
-
-
-class Linear(nn.Module):
-    """A linear map without bias whose weight (outputs, inputs) is cast to the type of what it is applied to."""
-
-    def __init__(self, num_inputs: int, num_outputs: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(num_outputs, num_inputs))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
-
-
-class Embedding(nn.Module):
-    """Rows of a table (V, C), gathered in the type in which they are kept."""
-
-    def __init__(self, num_rows: int, width: int, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(num_rows, width, dtype=dtype))
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return F.embedding(ids, self.weight)
 
 
 class Attention(nn.Module):
