@@ -122,7 +122,7 @@ def _composed(arguments: Sequence[str]) -> tuple[Composed[DoctorConfig], StageFo
     composed: Composed[DoctorConfig] = compose_step("doctor", stage or "base", DoctorConfig, arguments)
     if not composed.config.stage.definition.has_model:
         raise UserError(
-            f"stage={composed.config.stage.name}: is trained on text without rows.",
+            f"stage={(name := composed.config.stage.name)}: a {name} is trained on text without rows.",
             "Say stage=base, which looks at the same text, stage=mid or stage=sft.",
         )
     folder = place_of(Composed[TrainConfig](composed.config, given=composed.given, experiment=composed.experiment))

@@ -34,7 +34,7 @@ class Registry(Generic[T]):
         self.noun, self.package, self.group = noun, package, group
         self.reserved, self.left_out = reserved, left_out
         self.entries: dict[str, T] = {}
-        self._classes: dict[str, str] = {}
+        self.classes: dict[str, str] = {}
         self.loaded = False
 
     def check_name(self, name: str) -> None:
@@ -55,7 +55,7 @@ class Registry(Generic[T]):
             UserError: another class has the name.
         """
         place = f"{cls.__module__}.{cls.__qualname__}"
-        there = self._classes.setdefault(name, place)
+        there = self.classes.setdefault(name, place)
         if there != place:
             raise UserError(f"{self.noun} {name!r}: there are two of that name, {there} and {place}.")
         self.entries[name] = entry

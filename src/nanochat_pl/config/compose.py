@@ -24,6 +24,7 @@ from nanochat_pl.common.schema import build, to_plain, validation_errors
 from nanochat_pl.config import config_dir
 from nanochat_pl.config.overrides import UNKNOWN, Setting, is_group, parse_overrides, type_of_key
 from nanochat_pl.config.stage_choice import with_stage_file
+from nanochat_pl.training.stages.registry import all_stages
 
 T = TypeVar("T")
 
@@ -133,8 +134,9 @@ def _given(settings: Sequence[Setting]) -> frozenset[str]:
 
 def groups_of(schema: type) -> dict[str, list[str]]:
     """The config groups that a command has, with their choices: folders of configs/ whose key is a group of
-    settings."""
-    return {name: options for name, options in config_dir.groups().items() if is_group(type_of_key(schema, name))}
+    settings; and the stages that need no file."""
+    found = {name: options for name, options in config_dir.groups().items() if is_group(type_of_key(schema, name))}
+    return {**found, "stage": sorted({*found["stage"], *all_stages()})} if "stage" in found else found
 
 
 def _check_choices(

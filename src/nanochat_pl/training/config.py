@@ -58,6 +58,8 @@ class StageSettings:
     def __post_init__(self) -> None:
         object.__setattr__(self, "name", stage_named(self.name).name)  # a record names no class
         if self.parent is not None:
+            if "." in self.parent:
+                object.__setattr__(self, "parent", stage_named(self.parent, "parent").name)
             possible = parents_of(self.definition)
             if self.parent not in possible:
                 known = " or ".join(possible) or "nothing"

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from nanochat_pl.common.console import rank_zero_print
+from nanochat_pl.common.errors import UserError
 from nanochat_pl.data.cache.disk_space import bytes_to_make, require_cache_room
 from nanochat_pl.data.packing.mixture import MixedRows
 from nanochat_pl.data.packing.rows import Rows
@@ -13,6 +14,7 @@ from nanochat_pl.data.packing.streamed_index import StreamedIndex
 from nanochat_pl.data.sources.base import Source
 from nanochat_pl.data.sources.mixture import MixedSource
 from nanochat_pl.data.sources.open import open_source, read_chosen, write_chosen
+from nanochat_pl.data.sources.token_counts import tokens_at_hand
 from nanochat_pl.distributed import collectives
 from nanochat_pl.model.config import resolve_model
 from nanochat_pl.planning import Plan
@@ -73,6 +75,16 @@ def open_text(context: StageContext, num_tokens: int | None = None) -> Source:
         write_chosen(context.folder.chosen_files, source)
     rank_zero_print(source.describe())
     return source
+
+
+def num_rows_of_text(context: StageContext, tokenizer: Tokenizer, sequence_len: int) -> int:
+    """About how many rows ``stage.num_epochs`` passes over the text of ``data`` have: what a stage without a horizon of
+    its own trains on."""
+    config = context.config
+    tokens = tokens_at_hand(config.data, context.cache, tokenizer.vocab_size, context.corpus)
+    if tokens is None and config.max_steps is None:
+        raise UserError("max_steps: how much text there is, is not known before the training.", "Set max_steps=….")
+    return max(1, round(config.stage.num_epochs * (tokens or 0) / sequence_len))
 
 
 def rows_of_text(context: StageContext, source: Source, tokenizer: Tokenizer, plan: Plan) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from nanochat_pl.common.run_dir import RESULTS, STAGES
 from nanochat_pl.training.stages.stage import Stage
 
 T = TypeVar("T", bound=type[Stage])
-_REGISTRY: Registry[Stage] = Registry(
+REGISTRY: Registry[Stage] = Registry(
     "stage",
     package="nanochat_pl.training.stages",
     group="nanochat_pl.stages",
@@ -33,11 +33,11 @@ def stage(name: str) -> Callable[[T], T]:
     Raises:
         UserError: it is no name, or another class has it.
     """
-    _REGISTRY.check_name(name)
+    REGISTRY.check_name(name)
 
     def register(cls: T) -> T:
         cls.name = name
-        _REGISTRY.add(name, cls, cls())
+        REGISTRY.add(name, cls, cls())
         return cls
 
     return register
@@ -49,7 +49,7 @@ def all_stages() -> dict[str, Stage]:
     Raises:
         UserError: a module that another package names cannot be imported, or its stage has a name that is taken.
     """
-    stages = _REGISTRY.load()
+    stages = REGISTRY.load()
     order = [*(name for name in STAGES if name in stages), *sorted(stages.keys() - set(STAGES))]
     return {name: stages[name] for name in order}
 
