@@ -25,7 +25,7 @@ from nanochat_pl.training.config import StageSettings
 from nanochat_pl.training.device import prepare_machine
 from nanochat_pl.training.stage_data.conversations import prepare_conversations
 from nanochat_pl.training.stage_data.inherit import inherited
-from nanochat_pl.training.stages.stage import StageContext, StageData
+from nanochat_pl.training.stages.registry import StageContext, StageData
 from tests.training.conftest import same_weights, sft_overrides, start_run, weights_of
 
 STILL = ("max_steps=2", "schedule.initial_lr_fraction=0", "evaluation.every_steps=0")

@@ -21,7 +21,7 @@ from nanochat_pl.model.init import init_weights
 from nanochat_pl.training.checkpoint.resume import resume_files
 from nanochat_pl.training.device import prepare_machine
 from nanochat_pl.training.stage_data.text import prepare_pretraining
-from nanochat_pl.training.stages.stage import StageContext
+from nanochat_pl.training.stages.registry import StageContext
 from tests.helpers.launch import launch
 from tests.helpers.processes import run
 from tests.training.conftest import same_weights, sft_overrides, tiny_overrides, weights_of

@@ -14,9 +14,8 @@ from nanochat_pl.cli.train import compose_train
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.run_dir import STAGES
 from nanochat_pl.training.config import StageSettings
-from nanochat_pl.training.stages.registry import REGISTRY, all_stages, parents_of, stage, stage_named
+from nanochat_pl.training.stages.registry import REGISTRY, Stage, all_stages, parents_of, stage, stage_named
 from nanochat_pl.training.stages.sft import Sft
-from nanochat_pl.training.stages.stage import Stage
 
 POLISH = """
 from nanochat_pl.training.stages.registry import stage

@@ -1,31 +1,29 @@
-"""Things with a name that register themselves where they are defined: tasks, stages.
-
-They are found in the modules of a package of ours, and in those that other packages name as entry points.
-"""
+"""Things with a name that register themselves where their class is defined: tasks, stages."""
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from importlib.metadata import entry_points
 from typing import Generic, TypeVar
 
 from nanochat_pl.common.errors import UserError
 
 T = TypeVar("T")
+C = TypeVar("C", bound=type)
 
 
 class Registry(Generic[T]):
-    """The registered things by name.
+    """The registered things by name: those of a package of ours, and of modules that others name as entry points.
 
     Args:
         noun: what they are called in messages.
-        package: ours, whose modules register some when they are imported.
+        package: ours.
         group: the entry points of other packages.
         reserved: names that none of them may have.
-        left_out: modules of the package that are made of the registered things.
+        left_out: modules of ours that are made of the registered things.
     """
 
     def __init__(
@@ -37,50 +35,43 @@ class Registry(Generic[T]):
         self.classes: dict[str, str] = {}
         self.loaded = False
 
-    def check_name(self, name: str) -> None:
-        """Raise :class:`UserError` for a name that none of them can have."""
-        if not re.fullmatch(r"[a-z][a-z0-9_]{0,63}", name) or name in self.reserved:
-            raise UserError(
-                f"{self.noun} {name!r}: a {self.noun}'s name has small letters, digits and _, and is not"
-                f" {' or '.join(self.reserved)}."
-            )
-
-    def add(self, name: str, cls: type, entry: T) -> None:
-        """Register an entry.
-
-        Args:
-            cls: the class that it is made of: again, where its module is imported a second time.
+    def register(self, name: str, entry_of: Callable[[C], T]) -> Callable[[C], C]:
+        """The decorator of a class that registers what ``entry_of`` makes of it.
 
         Raises:
-            UserError: another class has the name.
+            UserError: it is no name, or another class has it.
         """
-        place = f"{cls.__module__}.{cls.__qualname__}"
-        there = self.classes.setdefault(name, place)
-        if there != place:
-            raise UserError(f"{self.noun} {name!r}: there are two of that name, {there} and {place}.")
-        self.entries[name] = entry
+        if not re.fullmatch(r"[a-z][a-z0-9_]{0,63}", name) or name in self.reserved:
+            rule = f"a {self.noun}'s name has small letters, digits and _, and is not {' or '.join(self.reserved)}."
+            raise UserError(f"{self.noun} {name!r}: {rule}")
+
+        def register(cls: C) -> C:
+            place = f"{cls.__module__}.{cls.__qualname__}"
+            there = self.classes.setdefault(name, place)
+            if there != place:
+                raise UserError(f"{self.noun} {name!r}: there are two of that name, {there} and {place}.")
+            self.entries[name] = entry_of(cls)
+            return cls
+
+        return register
 
     def load(self) -> dict[str, T]:
-        """All entries that are known, by name. The first call imports their modules.
+        """All that are known, by name. The first call imports their modules.
 
         Raises:
-            UserError: a module that another package names cannot be imported, or its entry has a name that is taken.
+            UserError: a module that another package names cannot be imported, or a name in it is taken.
         """
         if not self.loaded:
             package = importlib.import_module(self.package)
             for module in pkgutil.walk_packages(package.__path__, f"{self.package}."):
                 if module.name not in self.left_out:
                     importlib.import_module(module.name)
-            self._load_entry_points()
+            for point in entry_points(group=self.group):
+                origin = f"entry point {point.name} = {point.value}" + (f" of {point.dist.name}" if point.dist else "")
+                try:
+                    point.load()
+                except (ImportError, AttributeError, SyntaxError) as error:
+                    fix = "Mend that package, or uninstall it."
+                    raise UserError(f"{origin}: cannot be imported: {error}", fix) from error
             self.loaded = True
         return self.entries
-
-    def _load_entry_points(self) -> None:
-        for point in entry_points(group=self.group):
-            origin = f"entry point {point.name} = {point.value}" + (f" of {point.dist.name}" if point.dist else "")
-            try:
-                point.load()
-            except (ImportError, AttributeError, SyntaxError) as error:
-                raise UserError(
-                    f"{origin}: cannot be imported: {error}", "Mend that package, or uninstall it."
-                ) from error

@@ -33,7 +33,7 @@ from nanochat_pl.tasks.published.conversations import ConversationSet
 from nanochat_pl.training.config import TrainConfig
 from nanochat_pl.training.device import Machine
 from nanochat_pl.training.stage_data.source import corpus_of_stage
-from nanochat_pl.training.stages.stage import StageContext, StageData
+from nanochat_pl.training.stages.registry import StageContext, StageData
 
 
 @dataclass(frozen=True)

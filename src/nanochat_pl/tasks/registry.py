@@ -52,13 +52,7 @@ def task(name: str, settings: type[TaskSettings]) -> Callable[[T], T]:
     Raises:
         UserError: it is no name, or another class has it.
     """
-    TASKS.check_name(name)
-
-    def register(cls: T) -> T:
-        TASKS.add(name, cls, TaskKind(name, settings, cls))
-        return cls
-
-    return register
+    return TASKS.register(name, lambda cls: TaskKind(name, settings, cls))
 
 
 @cache

@@ -26,8 +26,7 @@ from nanochat_pl.tokenizer.training import TokenizerSettings
 from nanochat_pl.tools.sandbox.settings import SandboxSettings
 from nanochat_pl.training.lightning_args import explain_argument
 from nanochat_pl.training.nonfinite_guard import OnNonfinite
-from nanochat_pl.training.stages.registry import parents_of, stage_named
-from nanochat_pl.training.stages.stage import Stage
+from nanochat_pl.training.stages.registry import Stage, parents_of, stage_named
 
 # What Lightning calls a compute type beside parameters in float32.
 PRECISIONS: dict[str, ComputeDType] = {"bf16-mixed": "bfloat16", "16-mixed": "float16", "32-true": "float32"}

@@ -41,7 +41,7 @@ from nanochat_pl.training.module import LMModule, ModuleConfig
 from nanochat_pl.training.stage_data.base_plan import Target, base_plan, refuse_unasked
 from nanochat_pl.training.stage_data.source import corpus_of_stage, with_chosen_data
 from nanochat_pl.training.stage_data.text import announce_streamed
-from nanochat_pl.training.stages.stage import StageContext, StageData
+from nanochat_pl.training.stages.registry import StageContext, StageData
 from nanochat_pl.training.trainer import FitConfig, FitResult, fit
 
 

@@ -23,7 +23,7 @@ from nanochat_pl.tasks.mixture import Mixture, build_mixture
 from nanochat_pl.tasks.published.conversations import ConversationSet
 from nanochat_pl.tokenizer import Tokenizer
 from nanochat_pl.training.stage_data.parent import load_parent
-from nanochat_pl.training.stages.stage import StageContext, StageData
+from nanochat_pl.training.stages.registry import StageContext, StageData
 
 PADDED_BUFFER = 100  # conversations among which the packer finds the best fit: the recipe's
 VALIDATION_SEED = 0  # a setting of the training has no say in what is validated on

@@ -14,7 +14,7 @@ from nanochat_pl.model.config import GPTConfig
 from nanochat_pl.model.counts import count_parameters, weight_bytes
 from nanochat_pl.planning.memory import NO_KNOBS, MemoryKnobs, resume_copy_bytes, step_memory
 from nanochat_pl.training.config import memory_knobs
-from nanochat_pl.training.stages.stage import StageContext
+from nanochat_pl.training.stages.registry import StageContext
 
 COPIES_IN_FILE = 3  # weights and two moments
 

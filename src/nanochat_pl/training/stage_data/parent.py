@@ -23,7 +23,7 @@ from nanochat_pl.tokenizer import Tokenizer
 from nanochat_pl.training.stage_data.base_plan import target_of
 from nanochat_pl.training.stage_data.inherit import parent_folder
 from nanochat_pl.training.stage_data.memory_check import require_room_for
-from nanochat_pl.training.stages.stage import StageContext
+from nanochat_pl.training.stages.registry import StageContext
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from nanochat_pl.training.device import Machine
 from nanochat_pl.training.stage_data.base_plan import base_plan, bounding_tokens, refuse_unasked, target_of
 from nanochat_pl.training.stage_data.memory_check import require_room_for
 from nanochat_pl.training.stage_data.tokenizer import tokenizer_for
-from nanochat_pl.training.stages.stage import StageContext, StageData
+from nanochat_pl.training.stages.registry import StageContext, StageData
 from nanochat_pl.training.text_datamodule import (
     announce_empty,
     parts_with_settings,

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from nanochat_pl.training.stages.registry import stage
-from nanochat_pl.training.stages.stage import Stage, StageContext, StageData
+from nanochat_pl.training.stages.registry import Stage, StageContext, StageData, stage
 
 
 @stage("sft")

@@ -6,8 +6,7 @@ from collections.abc import Set
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nanochat_pl.training.stages.registry import stage
-from nanochat_pl.training.stages.stage import Stage
+from nanochat_pl.training.stages.registry import Stage, stage
 
 if TYPE_CHECKING:
     from nanochat_pl.common.run_dir import StageFolder
