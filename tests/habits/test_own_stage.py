@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 from nanochat_pl import load_bundle
 from nanochat_pl.cli.main import main
@@ -140,6 +141,20 @@ def test_another_stage_goes_on_from_it(own: Path, capsys: pytest.CaptureFixture[
     assert "come from runs/demo/domain, which is finished" in capsys.readouterr().out
 
 
+def test_what_a_record_names_is_never_imported(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A run folder may be from elsewhere; a class of one's own is named on the command line."""
+    shutil.copytree("runs/demo", "runs/from-elsewhere")
+    Path("trap.py").write_text("raise SystemExit('it was imported')", encoding="utf-8")
+    path = Path("runs/from-elsewhere/domain/config.yaml")
+    config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    config["stage"] |= {"name": "trap.Stage", "parent": "trap.Stage"}
+    path.write_text(yaml.safe_dump(config), encoding="utf-8")
+    for command in ("train", "doctor"):
+        main([command, *of_text("run=from-elsewhere")[1:], "check_only=true"])
+        assert "it was imported" not in "".join(capsys.readouterr()) and "trap" not in sys.modules
+    shutil.rmtree("runs/from-elsewhere")
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -149,6 +164,8 @@ def test_another_stage_goes_on_from_it(own: Path, capsys: pytest.CaptureFixture[
         (["train", "stage=domian"], "error: stage=domian: there is no such choice; did you mean domain?"),
         (["train", "stage=sft", "stage.parent=domian"], "stage.parent=domian: the stage sft starts from base or mid"),
         (["train", "stage=mid", "stage.parent=domain"], "stage.parent=domain: the stage mid starts from base."),
+        (["train", "stage=sft", "stage.parent=domain.Domian"], "error: stage.parent='domain.Domian': there is no such"),
+        (["train", "stage=sft", "stage=domian"], "error: stage=domian: there is no such choice"),
         (["train", "stage=domain", "stage.name=bsae"], "stage.name='bsae': must be one of tokenizer, base, mid, sft"),
         (["plan", "stage=domain"], "error: stage=domain: only base is planned from its settings alone."),
         (["train", "-m", "stage=domain", "seed=1,2"], "-m: the stage domain builds on another stage of its run"),

@@ -91,6 +91,8 @@ def own_settings(folder: StageFolder, schema: type) -> list[Setting]:
 
 
 def _names_a_class(key: str, value: Any) -> bool:
+    if key in ("stage.name", "stage.parent"):  # a record has names of stages
+        return "." in str(value)
     return value is not None and (key == "stage.module" or (key.startswith("data.") and key.endswith(".target")))
 
 

@@ -23,7 +23,7 @@ from nanochat_pl.common.run_dir import check_name
 from nanochat_pl.common.schema import build, to_plain, validation_errors
 from nanochat_pl.config import config_dir
 from nanochat_pl.config.overrides import UNKNOWN, Setting, is_group, parse_overrides, type_of_key
-from nanochat_pl.config.stage_choice import with_stage_file
+from nanochat_pl.config.stage_choice import with_stage_files
 from nanochat_pl.training.stages.registry import all_stages
 
 T = TypeVar("T")
@@ -72,7 +72,7 @@ def compose(
     groups = groups_of(schema)
     problems: list[str] = []
     typed = parse_overrides(overrides, schema, groups, problems)
-    settings = with_stage_file([*_not_chosen_anew(before, typed), *typed], problems)
+    settings = with_stage_files([*_not_chosen_anew(before, typed), *typed], problems)
     tree, choices = _hydra_tree(root, _check_choices(settings, groups, problems))
     for setting in settings:
         if setting.is_choice:

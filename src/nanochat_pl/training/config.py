@@ -37,7 +37,7 @@ _TIME = re.compile(r"(\d{1,3}):([01]?\d|2[0-3]):([0-5]?\d):([0-5]?\d)")
 class StageSettings:
     """Group `stage`: what a stage is."""
 
-    name: str = setting("base", "Which stage this is: one that there is, or package.module.Class of your own.")
+    name: str = setting("base", "Which stage this is; stage=NAME chooses it, or stage=package.module.Class.")
     parent: str | None = setting(
         None,
         "The stage whose result this one starts from; null: of those that it may start from the last one that is"
@@ -55,14 +55,10 @@ class StageSettings:
     )
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "name", stage_named(self.name).name)  # a record names no class
-        if self.parent is not None:
-            if "." in self.parent:
-                object.__setattr__(self, "parent", stage_named(self.parent, "parent").name)
-            possible = parents_of(self.definition)
-            if self.parent not in possible:
-                known = " or ".join(possible) or "nothing"
-                raise UserError(f"parent={self.parent}: the stage {self.name} starts from {known}.")
+        possible = parents_of(self.definition)
+        if self.parent is not None and self.parent not in possible:
+            known = " or ".join(possible) or "nothing"
+            raise UserError(f"parent={self.parent}: the stage {self.name} starts from {known}.")
         if self.loss_mask is not None and not self.trains_on_conversations:
             raise UserError(
                 f"loss_mask={self.loss_mask}: the stage {self.name} has no conversations, so nothing is masked.",

@@ -174,25 +174,25 @@ def all_stages() -> dict[str, Stage]:
     return {name: stages[name] for name in order}
 
 
-def stage_named(name: str, key: str = "name") -> Stage:
-    """A stage by its name, or by its class as ``package.module.Class``, which is imported.
-
-    Args:
-        key: of the settings, for messages.
-
-    Raises:
-        UserError: there is no such stage, or its module cannot be imported.
-    """
-    if "." in name:
-        cls = import_class(name, key)
-        found = next((each for each in all_stages().values() if type(each) is cls), None)
-        if found is None:
-            raise UserError(f"{key}={name!r}: is no stage.", "Put @stage(NAME) above it.")
-        return found
+def stage_named(name: str) -> Stage:
+    """A stage by its name. Raises :class:`UserError` where there is none."""
     stages = all_stages()
     if name not in stages:
-        raise UserError(f"{key}={name!r}: must be one of {', '.join(stages)}.")
+        raise UserError(f"name={name!r}: must be one of {', '.join(stages)}.")
     return stages[name]
+
+
+def import_stage(target: str, key: str) -> Stage:
+    """A stage by its class, ``package.module.Class``, which a user named; see :func:`import_class`.
+
+    Raises:
+        UserError: there is no such class, importing it fails, or it is no stage.
+    """
+    cls = import_class(target, key)
+    found = next((each for each in all_stages().values() if type(each) is cls), None)
+    if found is None:
+        raise UserError(f"{key}={target!r}: is no stage: a class with @stage(NAME) above it is one.")
+    return found
 
 
 def parents_of(stage: Stage) -> tuple[str, ...]:
