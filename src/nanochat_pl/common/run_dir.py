@@ -221,7 +221,8 @@ def list_runs(runs: Path) -> dict[str, list[StageFolder]]:
 
 def stages_in(run_dir: Path) -> list[str]:
     """The stages that have a folder in that of a run, in the order in which a model goes through them."""
-    names = [path.name for path in run_dir.iterdir() if is_stage(path)] if run_dir.is_dir() else []
+    with _looking_into(run_dir):
+        names = [path.name for path in run_dir.iterdir() if is_stage(path)] if run_dir.is_dir() else []
     return sorted(names, key=lambda name: (stage_order(run_dir / name), name))
 
 
