@@ -103,7 +103,7 @@ class Stage:
         next_step: what can be done with its result: words, and the command without the run.
     """
 
-    name = ""
+    name: str = ""
     parents: tuple[str, ...] = ()
     before: tuple[str, ...] = ()
     inherits: tuple[str, ...] = ("model", "tokenizer", "data")
