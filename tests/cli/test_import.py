@@ -11,7 +11,7 @@ import pytest
 
 from nanochat_pl import load_bundle
 from nanochat_pl.cli.main import main
-from nanochat_pl.training.stages.inherit import inherited
+from nanochat_pl.training.stage_data.inherit import inherited
 from tests.helpers.exports import make_bundle, write
 from tests.helpers.nanochat_copies import copy, only
 

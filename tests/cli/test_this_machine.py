@@ -144,9 +144,9 @@ def test_the_plan_is_what_train_does(overrides: tuple[str, ...], tmp_path: Path)
     from nanochat_pl.common.paths import cache_folder
     from nanochat_pl.data.sources.auto import choose_data
     from nanochat_pl.training.device import Machine
-    from nanochat_pl.training.stages import base as prepare
-    from nanochat_pl.training.stages.base_plan import bounding_tokens
-    from nanochat_pl.training.stages.source import tokens_planned
+    from nanochat_pl.training.stage_data import text as prepare
+    from nanochat_pl.training.stage_data.base_plan import bounding_tokens
+    from nanochat_pl.training.stage_data.source import tokens_planned
 
     config = compose_train([*overrides, "trainer.accelerator=cpu", "trainer.compile=false"]).config
     plan = full_plan(config)[0]

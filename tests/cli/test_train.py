@@ -13,7 +13,7 @@ import yaml
 
 from nanochat_pl.cli import train
 from nanochat_pl.cli.main import main
-from nanochat_pl.cli.run_record import MATTERS, require_same_settings, write_records
+from nanochat_pl.cli.run_record import require_same_settings, write_records
 from nanochat_pl.cli.train import compose_train, place_of, with_parent
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.files import write_json
@@ -100,10 +100,6 @@ def test_a_stage_that_is_older_than_a_key_of_its_tasks_was_done_with_its_default
     for key in ("stage.loss_mask=all", "mixture.tasks.gsm8k.step=2", "mixture.tasks.conversations.mine.test_step=2"):
         with pytest.raises(UserError, match=f"{key}: "):
             require_same_settings(folder, with_parent(compose_train([TINY, "stage=sft", *more, key]), folder))
-
-
-def test_there_is_a_list_for_every_stage() -> None:
-    assert set(MATTERS) == {"tokenizer", "base", "mid", "sft"}
 
 
 def test_a_tokenizer_made_on_the_way_has_settings_too(here: Path) -> None:

@@ -102,6 +102,30 @@ def test_runs_are_listed_with_their_stages_and_nothing_else(tmp_path: Path) -> N
     assert list_runs(tmp_path / "nowhere") == {}
 
 
+def test_a_stage_of_anybodys_own_stands_behind_that_which_it_started_from(tmp_path: Path) -> None:
+    """By the chain that its bundle tells; without one, at the end."""
+
+    def own(name: str, *chain: str) -> None:
+        make(tmp_path, "b", name)
+        (tmp_path / "b" / name / "overrides.txt").touch()
+        if chain:
+            bundle = tmp_path / "b" / name / "bundle"
+            bundle.mkdir()
+            write_json(bundle / "stage.json", {"parents": [{"stage": stage} for stage in chain]})
+
+    for name in ("tokenizer", "sft", "base"):
+        make(tmp_path, "b", name)
+    own("zero", "base")
+    own("after", "base", "zero")
+    assert newest_stage(tmp_path, "b").stage == "sft"
+    own("begun")
+    own("polish", "base", "sft")
+    (tmp_path / "b" / "notes").mkdir()
+    names = [folder.stage for folder in list_runs(tmp_path)["b"]]
+    assert names == ["tokenizer", "base", "zero", "after", "sft", "polish", "begun"]
+    assert finished_stage(tmp_path, "b", "zero").stage == "zero"
+
+
 def test_the_stage_that_is_meant(tmp_path: Path) -> None:
     make(tmp_path, "b", "tokenizer")
     with pytest.raises(UserError, match="run=b: has no finished stage with a model"):

@@ -201,7 +201,9 @@ def test_a_disk_that_fills_while_caching(
         assert train(place, *keys) == 2
         assert_one_error(place, "the tokens of the text and the index of their rows take about", capsys)
         with monkeypatch.context() as unchecked:  # as where others fill the disk meanwhile
-            unchecked.setattr("nanochat_pl.training.stages.base.require_cache_room", lambda cache_dir, num_bytes: None)
+            unchecked.setattr(
+                "nanochat_pl.training.stage_data.text.require_cache_room", lambda cache_dir, num_bytes: None
+            )
             assert train(place, *keys) == 2
         assert_one_error(place, "the disk is full", capsys)
         # A builder of shards that is ended in the middle of one leaves that; who builds it next clears it away.

@@ -40,7 +40,7 @@ from nanochat_pl.tasks.synthetic.stories import NAMES, THINGS
 from nanochat_pl.tasks.synthetic.words import WordTask
 from nanochat_pl.training.callbacks.graceful_stop import StopRequested
 from nanochat_pl.training.datamodule import StepRows
-from nanochat_pl.training.stages.sft import rows_of_epochs
+from nanochat_pl.training.stage_data.conversations import rows_of_epochs
 from tests.data.test_build_ahead import start_in_process
 from tests.helpers.fake_data import BOS, ByteTokenizer, ListSource
 from tests.helpers.small_engine import byte_tokenizer

@@ -37,7 +37,8 @@ class Echo(Task):
 def kinds(monkeypatch: pytest.MonkeyPatch) -> dict[str, TaskKind]:
     """The registry's own dictionary, as it was again afterwards."""
     found = dict(all_tasks())
-    monkeypatch.setattr(registry, "_KINDS", found)
+    monkeypatch.setattr(registry.TASKS, "entries", found)
+    monkeypatch.setattr(registry.TASKS, "loaded", False)
     return found
 
 
@@ -86,10 +87,11 @@ def test_other_packages_add_tasks(kinds: dict[str, TaskKind], tmp_path: Path, mo
         "task('foreign', TaskSettings)(type('Foreign', (Echo,), {}))\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    points = [EntryPoint("foreign", "foreign_task", registry.ENTRY_POINTS)]
-    monkeypatch.setattr(registry, "entry_points", lambda group: points)
+    points = [EntryPoint("foreign", "foreign_task", registry.TASKS.group)]
+    monkeypatch.setattr("nanochat_pl.common.registry.entry_points", lambda group: points)
     assert "foreign" in all_tasks.__wrapped__() and "foreign" not in all_tasks()
-    points.append(EntryPoint("lost", "no_such_module_at_all", registry.ENTRY_POINTS))
+    registry.TASKS.loaded = False
+    points.append(EntryPoint("lost", "no_such_module_at_all", registry.TASKS.group))
     with pytest.raises(UserError, match=r"entry point lost = no_such_module_at_all.*cannot be imported"):
         all_tasks.__wrapped__()
 

@@ -22,7 +22,7 @@ from nanochat_pl.training.checkpoint import io as checkpoint_io
 from nanochat_pl.training.checkpoint import resume
 from nanochat_pl.training.checkpoint.io import IN_BACKGROUND, AtomicCheckpointIO, BackgroundCheckpointIO
 from nanochat_pl.training.checkpoint.resume import ResumeFiles, damage, resume_files, step_of
-from nanochat_pl.training.stages import memory_check
+from nanochat_pl.training.stage_data import memory_check
 from tests.helpers.processes import run
 from tests.helpers.training import fit_tiny, tiny_model
 

@@ -15,7 +15,7 @@ from nanochat_pl.common.constants import IGNORE_INDEX
 from nanochat_pl.data.cache.conversations import ConversationCache, build_conversation_cache
 from nanochat_pl.data.packing.rows import Rows, packed_rows
 from nanochat_pl.training.datamodule import StepRows
-from nanochat_pl.training.stages.sft import rows_of_epochs
+from nanochat_pl.training.stage_data.conversations import rows_of_epochs
 from tests.helpers.fake_data import ByteTokenizer
 
 T = 48

@@ -18,13 +18,14 @@ from nanochat_pl.cli.train import compose_train, place_of
 from nanochat_pl.common.constants import IGNORE_INDEX
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.data.packing.rows import Rows
+from nanochat_pl.data.sources.run_corpus import RunCorpus
 from nanochat_pl.tasks.context import TaskContext
 from nanochat_pl.tasks.mixture import Mixture, build_mixture
 from nanochat_pl.training.config import StageSettings
 from nanochat_pl.training.device import prepare_machine
-from nanochat_pl.training.stages.base import StageData
-from nanochat_pl.training.stages.inherit import inherited
-from nanochat_pl.training.stages.sft import prepare_sft
+from nanochat_pl.training.stage_data.conversations import prepare_conversations
+from nanochat_pl.training.stage_data.inherit import inherited
+from nanochat_pl.training.stages.registry import StageContext, StageData
 from tests.training.conftest import same_weights, sft_overrides, start_run, weights_of
 
 STILL = ("max_steps=2", "schedule.initial_lr_fraction=0", "evaluation.every_steps=0")
@@ -40,7 +41,9 @@ def prepared_of(place: Path, overrides: list[str]) -> tuple[StageData, Mixture]:
     folder = place_of(composed)
     config = inherited(composed.config, folder, composed.given)
     mixture = build_mixture(config.mixture, "train", TaskContext(place / "cache"))
-    return prepare_sft(config, folder, place / "cache", prepare_machine(config)), mixture
+    cache = place / "cache"
+    context = StageContext(config, folder, cache, prepare_machine(config), RunCorpus(cache))
+    return prepare_conversations(context), mixture
 
 
 def column(folder: Path, name: str) -> list[float]:
@@ -202,7 +205,6 @@ def test_the_mask_reaches_the_loss(place: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "parent", "said"),
     [
-        ("mid", None, "the stage mid starts from base"),
         ("mid", "tokenizer", "the stage mid starts from base"),
         ("mid", "mid", "the stage mid starts from base"),
         ("sft", "tokenizer", "the stage sft starts from base or mid"),

@@ -19,7 +19,8 @@ from nanochat_pl.common.run_dir import StageFolder
 from nanochat_pl.distributed import collectives
 from nanochat_pl.training import run as training_run
 from nanochat_pl.training.device import Machine
-from nanochat_pl.training.stages import inherit
+from nanochat_pl.training.stage_data import inherit
+from nanochat_pl.training.stages.base import Base
 from nanochat_pl.training.trainer import _profiler
 from tests.helpers.processes import run
 from tests.training.conftest import start_run, tiny_overrides
@@ -83,7 +84,7 @@ def train_on(arguments: list[str], of_main: dict[str, Any], of_others: dict[str,
     machine = Machine(torch.device("cpu"), "CPU", **{"compute_dtype": "float32", "compile": False, **own})
     with contextlib.ExitStack() as patched:
         patched.enter_context(mock.patch.object(training_run, "prepare_machine", lambda config: machine))
-        patched.enter_context(mock.patch.object(training_run, "prepare_base", go_no_further))
+        patched.enter_context(mock.patch.object(Base, "prepare", go_no_further))
         cache = cache_folder(composed.config.paths)
         return said(lambda: training_run.train_stage(composed.config, place_of(composed), cache))
 

@@ -14,12 +14,14 @@ from nanochat_pl.cli.main import main
 from nanochat_pl.cli.train import compose_train, place_of, require_same_settings_everywhere
 from nanochat_pl.common.errors import SharedError
 from nanochat_pl.common.paths import cache_folder
+from nanochat_pl.data.sources.run_corpus import RunCorpus
 from nanochat_pl.distributed import collectives, coordination
 from nanochat_pl.model.gpt import GPT
 from nanochat_pl.model.init import init_weights
 from nanochat_pl.training.checkpoint.resume import resume_files
 from nanochat_pl.training.device import prepare_machine
-from nanochat_pl.training.stages.base import prepare_base
+from nanochat_pl.training.stage_data.text import prepare_pretraining
+from nanochat_pl.training.stages.registry import StageContext
 from tests.helpers.launch import launch
 from tests.helpers.processes import run
 from tests.training.conftest import same_weights, sft_overrides, tiny_overrides, weights_of
@@ -156,7 +158,8 @@ def validated(place: str, num_rows: int) -> dict[str, float]:
     composed = compose_train(command(Path(place), "whole", f"evaluation.num_rows={num_rows}")[1:])
     config, cache = composed.config, cache_folder(composed.config.paths)
     machine = prepare_machine(config)
-    prepared = coordination.rank_zero_first(lambda: prepare_base(config, place_of(composed), cache, machine))
+    context = StageContext(config, place_of(composed), cache, machine, RunCorpus(cache))
+    prepared = coordination.rank_zero_first(lambda: prepare_pretraining(context))
     net = init_weights(GPT(prepared.model).materialise(), seed=1)
     pauses = 0
 

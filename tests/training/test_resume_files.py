@@ -323,7 +323,7 @@ def test_a_disk_that_fills_up_costs_no_file(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The space is looked at before a file is written; here it is gone all the same."""
-    for module in ("stages.memory_check", "checkpoint.io"):
+    for module in ("stage_data.memory_check", "checkpoint.io"):
         monkeypatch.setattr(f"nanochat_pl.training.{module}.free_bytes", lambda path: 2**40)
     assert train("run=full") == 2
     error = capsys.readouterr().err

@@ -10,7 +10,7 @@ import pytest
 from nanochat_pl.cli.main import main
 from nanochat_pl.data.packing.packer import pack
 from nanochat_pl.data.packing.rows import Rows
-from nanochat_pl.training.stages.sft import PADDED_BUFFER
+from nanochat_pl.training.stage_data.conversations import PADDED_BUFFER
 from tests.training.conftest import sft_overrides, start_run
 from tests.training.test_mid import prepared_of
 

@@ -24,7 +24,7 @@ from nanochat_pl.data.sources.open import open_source
 from nanochat_pl.data.sources.token_counts import text_facts, tokens_at_hand
 from nanochat_pl.model.config import ModelSettings
 from nanochat_pl.training.config import StageSettings, TrainConfig
-from nanochat_pl.training.stages.source import chosen_data, tokens_planned, with_chosen_data
+from nanochat_pl.training.stage_data.source import chosen_data, tokens_planned, with_chosen_data
 from tests.helpers.fake_data import ByteTokenizer
 from tests.training.conftest import tiny_overrides, weights_of, write_texts
 
@@ -129,7 +129,7 @@ def test_a_stage_after_base_takes_what_auto_came_to_there(tmp_path: Path) -> Non
     from nanochat_pl.common.run_dir import StageFolder
     from nanochat_pl.common.schema import to_plain
     from nanochat_pl.data.sources.auto import with_choice, write_choice
-    from nanochat_pl.training.stages.inherit import inherited
+    from nanochat_pl.training.stage_data.inherit import inherited
 
     config = compose_train(["stage=sft", "stage.parent=base", "data=auto", "data.download=false"]).config
     folder = StageFolder(tmp_path, "one", "sft", "one")

@@ -16,7 +16,7 @@ from nanochat_pl import load_bundle
 from nanochat_pl.cli.main import main
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.training.callbacks.evaluation import Samples
-from nanochat_pl.training.stages import tokenizer as tokenizer_stage
+from nanochat_pl.training.stage_data import tokenizer as tokenizer_stage
 from tests.training.conftest import same_weights, tiny_overrides, weights_of
 
 

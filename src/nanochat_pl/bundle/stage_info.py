@@ -10,6 +10,7 @@ from typing import Any
 from nanochat_pl.common.schema import setting
 
 FORMAT_VERSION = 1
+_CHAT_STAGES = ("mid", "sft", "rl")
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,13 @@ class StageInfo:
     data: dict[str, Any] = setting(factory=dict, doc="What it was trained on: names, hashes, sizes.")
     changes: list[dict[str, Any]] = setting(factory=list, doc="What was otherwise each time that the stage went on.")
     origin: dict[str, Any] = setting(factory=dict, doc="What an import carries along, to write the same files again.")
+
+    @property
+    def has_seen_conversations(self) -> bool:
+        """Whether its model was trained on conversations. Of a stage that anybody adds, its data says it: text has a
+        source."""
+        trained_on_text = self.stage == "base" or "source" in self.data
+        return not trained_on_text or any(parent.get("stage") in _CHAT_STAGES for parent in self.parents)
 
 
 def library_versions() -> dict[str, str]:

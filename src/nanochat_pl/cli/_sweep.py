@@ -215,7 +215,7 @@ def _base_of_pipeline(overrides: Sequence[str]) -> str:
 
 def _base_of_stage(overrides: Sequence[str]) -> str:
     composed = compose_train(overrides)
-    if composed.config.stage.trains_on_conversations:
+    if composed.config.stage.definition.starts_from_model:
         raise UserError(
             f"-m: the stage {composed.config.stage.name} builds on another stage of its run; sweep over a pipeline,"
             " which trains both: nanochat-pl pipeline experiment=NAME -m stages.sft.KEY=VALUE,VALUE"

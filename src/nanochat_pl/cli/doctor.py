@@ -31,8 +31,8 @@ from nanochat_pl.doctor.findings import Finding, failing, finding_of, findings
 from nanochat_pl.doctor.plots import lengths_svg
 from nanochat_pl.doctor.tables import tables
 from nanochat_pl.training.config import TrainConfig
-from nanochat_pl.training.stages.inherit import inherited
-from nanochat_pl.training.stages.source import chosen_data
+from nanochat_pl.training.stage_data.inherit import inherited
+from nanochat_pl.training.stage_data.source import chosen_data
 
 EXIT_FAILS = 1
 JSON, PICTURE = "doctor.json", "lengths.svg"
@@ -119,12 +119,12 @@ def run(arguments: Sequence[str]) -> int:
 def _composed(arguments: Sequence[str]) -> tuple[Composed[DoctorConfig], StageFolder]:
     """The settings, with the folder of the stage. Of a run that is named, those that the stage was begun with."""
     stage, _ = take_key(arguments, "stage")
-    if stage == "tokenizer":
+    composed: Composed[DoctorConfig] = compose_step("doctor", stage or "base", DoctorConfig, arguments)
+    if not composed.config.stage.definition.has_model:
         raise UserError(
-            "stage=tokenizer: a tokenizer is trained on text without rows.",
+            f"stage={(name := composed.config.stage.name)}: a {name} is trained on text without rows.",
             "Say stage=base, which looks at the same text, stage=mid or stage=sft.",
         )
-    composed: Composed[DoctorConfig] = compose_step("doctor", stage or "base", DoctorConfig, arguments)
     folder = place_of(Composed[TrainConfig](composed.config, given=composed.given, experiment=composed.experiment))
     if composed.config.run is not None and (own := own_settings(folder, DoctorConfig)):
         composed = compose_step("doctor", stage or "base", DoctorConfig, arguments, own)

@@ -30,7 +30,7 @@ from nanochat_pl.tasks.context import MIXTURE
 from nanochat_pl.tasks.mixture import build_tasks, only_judged
 from nanochat_pl.tasks.settings import MixtureSettings, MixtureTasks
 from nanochat_pl.tokenizer.comparison import cached_others, compare_tokenizers, comparison_table, texts_of_kinds
-from nanochat_pl.training.stages.tokenizer import texts_of_source
+from nanochat_pl.training.stage_data.tokenizer import texts_of_source
 
 
 class Trained(NamedTuple):
@@ -89,7 +89,7 @@ def _say_left_out(suite: Suite, error: UserError) -> None:
 
 
 def _suites_of(bundle: Trained) -> Sequence[Suite]:
-    return BASE_SUITES if bundle.stage.stage == "base" else CHAT_SUITES
+    return CHAT_SUITES if bundle.stage.has_seen_conversations else BASE_SUITES
 
 
 def _open_bits_per_byte(bundle: Trained, config: EvaluateConfig) -> list[Job]:
@@ -188,7 +188,7 @@ def _open_chat(bundle: Trained, config: EvaluateConfig) -> list[Job]:
     Raises:
         UserError: a task would read files of this machine that nobody but the bundle named.
     """
-    require_chat_model(bundle.stage.stage, bundle.path, "chat")
+    require_chat_model(bundle.stage, bundle.path, "chat")
     settings: MixtureSettings = _settings_of(bundle, "mixture", MixtureSettings)
     judged = only_judged(settings)
     if judged and config.bundle is not None and (named := _files_named(judged.tasks)):
@@ -216,7 +216,7 @@ def _files_named(tasks: MixtureTasks) -> dict[str, str]:
 
 
 def _open_chatcore(bundle: Trained, config: EvaluateConfig) -> list[Job]:
-    require_chat_model(bundle.stage.stage, bundle.path, "chatcore")
+    require_chat_model(bundle.stage, bundle.path, "chatcore")
     return _task_jobs("chatcore", config.chatcore, bundle, config)
 
 

@@ -20,13 +20,15 @@ from nanochat_pl.cli.train import is_finished as is_trained
 from nanochat_pl.common.console import ignore_broken_pipe, next_steps, print_table, rank_zero_print
 from nanochat_pl.common.errors import UserError, did_you_mean
 from nanochat_pl.common.paths import PathsSettings, run_keys
-from nanochat_pl.common.run_dir import STAGES, fresh_run
+from nanochat_pl.common.run_dir import fresh_run
 from nanochat_pl.common.schema import setting
 from nanochat_pl.config import config_dir
 from nanochat_pl.config.compose import Composed
-from nanochat_pl.config.experiment import compose_step, pipeline_of
+from nanochat_pl.config.experiment import COMMANDS, compose_step, pipeline_of
 from nanochat_pl.config.overrides import problems_of_form, split_override, take_key
+from nanochat_pl.config.stage_choice import name_of_stage
 from nanochat_pl.training.config import TrainConfig
+from nanochat_pl.training.stages.registry import parents_of
 
 
 @dataclass(frozen=True)
@@ -88,9 +90,10 @@ def _check(steps: Sequence[Step], composed: Sequence[Composed]) -> int:
         if step.command != "train":
             rank_zero_print("The settings are right. What it reads is left by the stages.")
             continue
-        # Of the run, sft takes the newest stage that is finished: here it is the one that will be.
-        follows_mid = step.name == "sft" and "mid" in before and checked.config.stage.parent is None
-        parent = ["stage.parent=mid"] if follows_mid else []
+        # Of the run, a stage takes the last possible parent that is finished: here it is the one that will be.
+        stage = checked.config.stage
+        possible = [name for name in parents_of(stage.definition) if name in before]
+        parent = [f"stage.parent={possible[-1]}"] if possible and stage.parent is None else []
         if code := run_child([step.command, *step.overrides, *parent, "check_only=true"]):
             return code
         before.append(step.name)
@@ -187,14 +190,14 @@ def _in_run(name: str, overrides: Sequence[str]) -> list[str]:
 
 
 def _step(experiment: str, name: str, overrides: Sequence[str]) -> Step:
-    command = "train" if name in STAGES else name
+    command = name if name in COMMANDS else "train"
     schema: type = {"train": TrainConfig, "evaluate": EvaluateConfig, "report": ReportConfig}[command]
     taken = [text.lstrip("+") for text in overrides]
-    prefix = f"stages.{name}."
+    prefix = f"stages.{name_of_stage(name)}."
     shared = [text for text in taken if not text.startswith("stages.") and _has(schema, text)]
     own = [text.removeprefix(prefix) for text in taken if text.startswith(prefix)]
     stage = [f"stage={name}"] if command == "train" else []
-    return Step(name, command, schema, (f"experiment={experiment}", *stage, *shared, *own))
+    return Step(name_of_stage(name), command, schema, (f"experiment={experiment}", *stage, *shared, *own))
 
 
 def _has(schema: type, text: str) -> bool:

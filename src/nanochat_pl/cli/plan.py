@@ -33,8 +33,8 @@ from nanochat_pl.planning.gpus import detected_device, named_device
 from nanochat_pl.planning.horizon import CPU_EXAMPLE, MAX_EPOCHS
 from nanochat_pl.planning.memory import step_memory
 from nanochat_pl.training.config import TrainConfig
-from nanochat_pl.training.stages.base_plan import Target, base_plan, bounding_tokens, would_refuse
-from nanochat_pl.training.stages.source import tokens_planned
+from nanochat_pl.training.stage_data.base_plan import Target, base_plan, bounding_tokens, would_refuse
+from nanochat_pl.training.stage_data.source import tokens_planned
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def run(arguments: Sequence[str]) -> int:
     """The command."""
     composed: Composed[PlanConfig] = compose_step("plan", "base", PlanConfig, arguments)
     config = composed.config
-    if config.stage.name != "base":
+    if not config.stage.definition.from_scratch:
         raise UserError(
             f"stage={config.stage.name}: only base is planned from its settings alone.",
             "The plan of a later stage follows from its parent; it is in the stage's plan.json when that has begun.",

@@ -34,18 +34,13 @@ from nanochat_pl.tasks.published.conversations import ConversationSettings
 from nanochat_pl.tasks.registry import kind_of
 from nanochat_pl.training.checkpoint import history as changes
 from nanochat_pl.training.config import TrainConfig
+from nanochat_pl.training.stages.registry import stage_named
 
 # Keys that control the command, not the training.
 _OF_THE_COMMAND = {"run", "resume", "resume_with_changes", "check_only", "yes"}
 # Keys, or groups of keys, that have no say in what is learnt: they may differ when a stage goes on.
 NO_SAY = {"trainer", "evaluation", "paths", "logger", "callbacks", "device_batch_size"} | _OF_THE_COMMAND
 _HAVE_A_SAY = {field.name for field in dataclasses.fields(TrainConfig)} - NO_SAY
-# What each stage depends on. Model and tokenizer of a later stage are its parent's.
-MATTERS = {
-    "tokenizer": {"tokenizer", "data"},
-    "base": _HAVE_A_SAY - {"mixture"},
-    **dict.fromkeys(("mid", "sft"), _HAVE_A_SAY - {"tokenizer", "model", "data"}),
-}
 # Of those groups what changes when the work is done and never its result.
 WITHOUT_A_SAY = {"data.download", "data.max_bad_fraction"}
 # What cannot change on the way, even with resume_with_changes=true, and why.
@@ -74,10 +69,10 @@ def write_records(folder: StageFolder, composed: Composed[Any], resuming: bool =
 
 def settings_that_matter(values: Mapping[str, Any], stage: str) -> dict[str, Any]:
     """Of all settings as plain data those that a stage depends on, by their dotted keys."""
-    keys = _flat(values)
+    keys, groups = _flat(values), stage_named(stage).depends_on(_HAVE_A_SAY)
     # Keys of a source of a mixture, data.sources.NAME.KEY, are keys of data.
     own = {key: re.sub(r"^data\.sources\.[^.]+\.", "data.", key) for key in keys}
-    return {key: keys[key] for key in keys if key.split(".")[0] in MATTERS[stage] and own[key] not in WITHOUT_A_SAY}
+    return {key: keys[key] for key in keys if key.split(".")[0] in groups and own[key] not in WITHOUT_A_SAY}
 
 
 def own_settings(folder: StageFolder, schema: type) -> list[Setting]:
@@ -96,6 +91,8 @@ def own_settings(folder: StageFolder, schema: type) -> list[Setting]:
 
 
 def _names_a_class(key: str, value: Any) -> bool:
+    if key in ("stage.name", "stage.parent"):  # a record has names of stages
+        return "." in str(value)
     return value is not None and (key == "stage.module" or (key.startswith("data.") and key.endswith(".target")))
 
 
@@ -188,7 +185,7 @@ def _how_to_change(folder: StageFolder, keys: Collection[str]) -> str:
     if folder.status != "finished":
         return "; or go on all the same with resume_with_changes=true"
     longer = "; or train on, with a larger max_steps and resume_with_changes=true"
-    return longer if "max_steps" in keys and folder.stage != "tokenizer" else ""
+    return longer if "max_steps" in keys else ""  # which a tokenizer does not depend on
 
 
 # Keys that are no more, with the value under which a stage did what it does without them.

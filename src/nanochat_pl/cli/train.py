@@ -40,13 +40,15 @@ from nanochat_pl.config.overrides import take_key
 from nanochat_pl.distributed import collectives, coordination
 from nanochat_pl.planning import Plan, width_remark
 from nanochat_pl.training.config import TrainConfig
-from nanochat_pl.training.stages.inherit import inherited, parent_name
+from nanochat_pl.training.stage_data.inherit import inherited, parent_name
+from nanochat_pl.training.stages.registry import all_stages, stage_named
 
 Config = TrainConfig
 # What --help shows first, besides the keys at the root.
 HELP_KEYS = ("model.depth", "model.sequence_len", "data.path", "trainer.accelerator", "paths.runs")
 EXTRA_KEYS = {
-    "stage=base": "Which stage: tokenizer, base, mid or sft.",
+    **{f"stage={name}": stage.help for name, stage in all_stages().items()},
+    "stage=module.Class": "A stage of your own, of any package or of a file in the current folder.",
     "experiment=NAME": "Take the settings of an experiment file (its shared keys and those of the stage).",
     "-m": "Several values for a key, model.depth=2,4: one job for each, finished ones are skipped.",
 }
@@ -86,7 +88,7 @@ def run(arguments: Sequence[str]) -> int:
 def _processes_to_start(composed: Composed[TrainConfig]) -> int:
     """How many processes are to be started for the training; 1: this one does it, or there is nothing to train."""
     config = composed.config
-    if config.stage.name == "tokenizer":
+    if not config.stage.definition.has_model:
         return 1
     trainer = config.trainer
     number = processes_to_start(trainer.accelerator, trainer.devices, trainer.num_nodes, "trainer.")
@@ -171,7 +173,7 @@ def _begun(folder: StageFolder) -> bool:
 def with_parent(composed: Composed[TrainConfig], folder: StageFolder) -> Composed[TrainConfig]:
     """The settings with the stage's parent named: where they leave it open, that with which the stage was begun."""
     stage = composed.config.stage
-    if stage.parent is not None or not stage.trains_on_conversations:
+    if stage.parent is not None or not stage.definition.starts_from_model:
         return composed
 
     def look() -> str | None:
@@ -196,13 +198,14 @@ def _print_check(composed: Composed[TrainConfig], folder: StageFolder) -> None:
     """What is known before anything is trained: of base its plan; a later stage's follows from its parent."""
     _require_begun_with(composed, folder)
     stage, parent = folder.stage, parent_name(composed.config, folder)
-    if stage == "base":
+    from_scratch = composed.config.stage.definition.from_scratch
+    if from_scratch:
         print_plan(composed.config)
     else:
         settings = settings_that_matter(composed.plain(), stage)
         rows = [(key, as_typed(value)) for key, value in settings.items() if value is not None]
         print_table(("setting", "value"), rows, title=f"The stage {stage} in {folder.path}")
-    if stage != "base" and parent is not None:
+    if not from_scratch and parent is not None:
         start = folder.parent(parent)
         there = "is finished" if start.status == "finished" else "is not finished yet"
         rank_zero_print(f"Model, tokenizer and all that is null come from {start.path}, which {there}.")
@@ -223,8 +226,8 @@ def place_of(composed: Composed[TrainConfig], tell: Callable[[str], None] = rank
     config = composed.config
     runs = Path(config.paths.runs)
     name = config.run or composed.experiment
-    if not name and config.stage.trains_on_conversations:
-        parent = config.stage.parent or "base"
+    if not name and config.stage.definition.starts_from_model:
+        parent = config.stage.parent or config.stage.definition.parents[0]
         name = only_run_with(runs, parent)
         tell(f"run={name}: the only run with a finished stage {parent}.")
     name = name or f"d{config.model.depth}"
@@ -284,11 +287,5 @@ def how_to_go_on(run: str, resume: str) -> str:
 
 def _next_commands(folder: StageFolder) -> list[tuple[str, str]]:
     run = run_keys(folder.run, folder.runs)
-    following = {
-        "tokenizer": ("train a model", f"nanochat-pl train stage=base {run}"),
-        "base": ("make it a chat model", f"nanochat-pl train stage=sft {run}"),
-        "mid": ("fine-tune it", f"nanochat-pl train stage=sft {run}"),
-        "sft": ("talk to it", f"nanochat-pl chat {run}"),
-    }
-    steps = [following[folder.stage]] if folder.stage in following else []
-    return [*steps, ("tables and plots", f"nanochat-pl report {run}")]
+    what, command = stage_named(folder.stage).next_step
+    return [(what, f"nanochat-pl {command} {run}"), ("tables and plots", f"nanochat-pl report {run}")]

@@ -22,13 +22,14 @@ from nanochat_pl.common.errors import UserError, did_you_mean
 from nanochat_pl.common.files import ensure_folder, explain_disk_errors, read_object, remove_leftovers, write_json
 from nanochat_pl.common.locks import try_lock
 
-# Stages in the order in which a model goes through them. Other folders of a run (evaluation, report) are no stages.
+# Stages in the order in which a model goes through them. One of anybody's own comes after that which it started from.
 STAGES = ("tokenizer", "base", "mid", "sft", "rl")
-CHAT_STAGES = ("mid", "sft", "rl")  # those that train on conversations
 # What else commands write into the folder of a run.
 RESULTS = ("evaluation", "report")
 # Of these a stage's folder has one as soon as it is locked, or imported, or copied from elsewhere.
 _RECORDS = ("lock", "about.json", "finished.json")
+# Of these a folder has one that is a stage whatever its name.
+_OWN_RECORDS = ("overrides.txt", "bundle/stage.json")
 # Folders beside runs, or in them, by which paths are told apart.
 RESERVED = (*STAGES, *RESULTS, "doctor")
 LOCK_PATIENCE_SECONDS = 5.0
@@ -204,7 +205,7 @@ def check_name(name: str) -> None:
 
 
 def list_runs(runs: Path) -> dict[str, list[StageFolder]]:
-    """All runs by name, each with its stages in the order of :data:`STAGES`.
+    """All runs by name, each with its stages in the order in which a model goes through them.
 
     Other folders are left out, also those in which a folder merely has the name of a stage.
     """
@@ -212,10 +213,40 @@ def list_runs(runs: Path) -> dict[str, list[StageFolder]]:
     with _looking_into(runs):
         folders = sorted(runs.iterdir()) if runs.is_dir() else []
         for folder in folders:
-            stages = [stage for stage in STAGES if any((folder / stage / name).is_file() for name in _RECORDS)]
+            stages = [stage for stage in stages_in(folder) if _has_one(folder / stage, _RECORDS)]
             if stages and re.fullmatch(r"\w[\w.+-]*", folder.name):
                 found[folder.name] = [_stage_folder(runs, folder.name, stage) for stage in stages]
     return found
+
+
+def stages_in(run_dir: Path) -> list[str]:
+    """The stages that have a folder in that of a run, in the order in which a model goes through them."""
+    with _looking_into(run_dir):
+        names = [path.name for path in run_dir.iterdir() if is_stage(path)] if run_dir.is_dir() else []
+    return sorted(names, key=lambda name: (stage_order(run_dir / name), name))
+
+
+def is_stage(folder: Path) -> bool:
+    """Whether it is the folder of a stage: by its name, or by what is in it."""
+    if folder.name in STAGES:
+        return folder.is_dir()
+    return folder.name not in RESULTS and _has_one(folder, _OWN_RECORDS)
+
+
+def stage_order(folder: Path) -> tuple[int, ...]:
+    """Where a stage stands among those of its run: a stage of anybody's own right behind that which it started from."""
+    if folder.name in STAGES:
+        return (STAGES.index(folder.name),)
+    try:
+        chain = ["base", *(parent["stage"] for parent in read_object(folder / "bundle" / "stage.json")["parents"])]
+    except (UserError, TypeError, KeyError):  # not finished, or damaged: who reads the bundle says so
+        return (len(STAGES),)
+    last = max(number for number, name in enumerate(chain) if name in STAGES)
+    return STAGES.index(chain[last]), len(chain) - last
+
+
+def _has_one(folder: Path, names: tuple[str, ...]) -> bool:
+    return any((folder / name).is_file() for name in names)
 
 
 def newest_stage(runs: Path, run: str) -> StageFolder:

@@ -25,6 +25,8 @@ from nanochat_pl.common.run_dir import check_name
 from nanochat_pl.common.schema import build, to_plain, validation_errors
 from nanochat_pl.config import config_dir
 from nanochat_pl.config.overrides import DELETED, UNKNOWN, Setting, is_group, parse_overrides, type_of_key
+from nanochat_pl.config.stage_choice import with_stage_files
+from nanochat_pl.training.stages.registry import all_stages
 
 T = TypeVar("T")
 
@@ -72,7 +74,7 @@ def compose(
     groups = groups_of(schema)
     problems: list[str] = []
     typed = parse_overrides(overrides, schema, groups, problems)
-    settings = [*_not_chosen_anew(before, typed), *typed]
+    settings = with_stage_files([*_not_chosen_anew(before, typed), *typed], problems)
     tree, choices = _hydra_tree(root, _check_choices(settings, groups, problems))
     for setting in settings:
         if not setting.is_choice:
@@ -133,8 +135,9 @@ def _given(settings: Sequence[Setting]) -> frozenset[str]:
 
 def groups_of(schema: type) -> dict[str, list[str]]:
     """The config groups that a command has, with their choices: folders of configs/ whose key is a group of
-    settings."""
-    return {name: options for name, options in config_dir.groups().items() if is_group(type_of_key(schema, name))}
+    settings; and the stages that need no file."""
+    found = {name: options for name, options in config_dir.groups().items() if is_group(type_of_key(schema, name))}
+    return {**found, "stage": sorted({*found["stage"], *all_stages()})} if "stage" in found else found
 
 
 def _check_choices(

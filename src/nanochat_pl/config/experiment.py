@@ -27,12 +27,14 @@ from nanochat_pl.common.yaml_files import read_yaml
 from nanochat_pl.config import config_dir
 from nanochat_pl.config.compose import Composed, compose, groups_of
 from nanochat_pl.config.overrides import UNKNOWN, Setting, section_settings, take_key, type_of_key
+from nanochat_pl.config.stage_choice import name_of_stage
+from nanochat_pl.training.stages.registry import all_stages
 
 T = TypeVar("T")
 
 # What a pipeline is made of: the training stages, and commands that read what these leave.
 MAX_STEPS = 50
-STEPS = ("tokenizer", "base", "mid", "sft", "evaluate", "report")
+COMMANDS = ("evaluate", "report")
 _SELF = "_self_"
 
 
@@ -50,11 +52,11 @@ class Experiment:
     def __post_init__(self) -> None:
         if len(self.pipeline) > MAX_STEPS:
             raise UserError(f"pipeline: has {len(self.pipeline):,} steps; at most {MAX_STEPS}.")
-        unknown = [
-            f"pipeline: {step!r} is no step; {did_you_mean(step, STEPS)}" for step in self.pipeline if step not in STEPS
-        ]
+        names = [name_of_stage(step) for step in self.pipeline]
+        known = (*all_stages(), *COMMANDS)
+        unknown = [f"pipeline: {step!r} is no step; {did_you_mean(step, known)}" for step in names if step not in known]
         unknown += [
-            f"stages.{step}: is no step; {did_you_mean(step, STEPS)}" for step in self.stages if step not in STEPS
+            f"stages.{step}: is no step; {did_you_mean(step, known)}" for step in self.stages if step not in known
         ]
         unknown += [
             f"stages.{step}: must be a group of settings."
@@ -111,7 +113,7 @@ def settings_of_step(name: str, step: str, schema: type) -> list[Setting]:
     for experiment, path in _layers(name):
         layers = ((experiment.choices, ""), (experiment.shared, ", shared"), (experiment.settings, ""))
         for keys, part in layers:
-            if step in ("evaluate", "report"):
+            if step in COMMANDS:
                 keys = {key: value for key, value in keys.items() if _has(schema, key)}
             found += section_settings(keys, schema, groups, f"{path}{part}")
         found += section_settings(experiment.stages.get(step, {}), schema, groups, f"{path}, stages.{step}")
@@ -133,7 +135,7 @@ def compose_step(
         return compose(command, schema, rest, own)
     before = [*own]
     before += [Setting("stage", step, is_choice=True)] if "stage" in groups_of(schema) else []
-    before += settings_of_step(name, step, schema)
+    before += settings_of_step(name, name_of_stage(step), schema)
     return compose(command, schema, rest, before, experiment=config_dir.experiment_file(name).stem)
 
 

@@ -25,6 +25,8 @@ from nanochat_pl.common.errors import UserError
 from nanochat_pl.config import config_dir
 from nanochat_pl.config.compose import groups_of
 from nanochat_pl.config.overrides import is_hydras, is_text, split_override, take_key, type_of_key
+from nanochat_pl.config.stage_choice import name_of_stage
+from nanochat_pl.training.stages.registry import all_stages
 
 MAX_JOBS = 1_000
 # A pipeline is composed as its stages are.
@@ -222,6 +224,9 @@ def _for_hydra(texts: Sequence[str], schema: type) -> list[str]:
             found.append(text)
         elif key == "experiment" and raw.endswith((".yaml", ".yml")):
             found.append(f"experiment={config_dir.experiment_file(raw).stem}")
+        elif key == "stage" and raw not in config_dir.groups()["stage"] and name_of_stage(raw) in all_stages():
+            stage = all_stages()[name_of_stage(raw)]
+            found += [f"stage={stage.config_file}", f"++stage.name={stage.name}", "++stage.parent=null"]
         else:
             found.append(f"{key}={raw}" if key in groups and not raw.startswith("{") else f"++{key}={raw}")
     return found

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.common.run_dir import CHAT_STAGES
 from nanochat_pl.data.packing.rows import Rows
 from nanochat_pl.doctor.examine import Found, SplitMetrics
 from nanochat_pl.doctor.overlap import Overlap
 from nanochat_pl.planning.horizon import MAX_EPOCHS
+from nanochat_pl.training.stages.registry import stage_named
 
 # From where on a metric is worth a warning.
 MIN_TRAINED_SHARE = 0.5
@@ -103,7 +103,7 @@ class StageMetrics:
     @property
     def is_chat(self) -> bool:
         """Whether it trains on conversations."""
-        return self.stage in CHAT_STAGES
+        return stage_named(self.stage).trains_on_conversations
 
 
 def row_metrics(rows: Rows, target_share: float, num_rows: int) -> RowMetrics:

@@ -14,7 +14,7 @@ from nanochat_pl.data.packing.rows import PieceAddress
 from nanochat_pl.doctor.documents import both_ends
 from nanochat_pl.doctor.stage_data import mixtures, place_in, prepare_stage
 from nanochat_pl.training.config import TrainConfig
-from nanochat_pl.training.stages.base import StageData
+from nanochat_pl.training.stages.registry import StageData
 
 STEP_CHARS = 100  # of a piece's text, where there are many
 

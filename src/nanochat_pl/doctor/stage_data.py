@@ -32,9 +32,8 @@ from nanochat_pl.tasks.mixture import Mixture, build_mixture, build_tasks
 from nanochat_pl.tasks.published.conversations import ConversationSet
 from nanochat_pl.training.config import TrainConfig
 from nanochat_pl.training.device import Machine
-from nanochat_pl.training.stages.base import StageData, prepare_base
-from nanochat_pl.training.stages.sft import prepare_sft
-from nanochat_pl.training.stages.source import corpus_of_stage
+from nanochat_pl.training.stage_data.source import corpus_of_stage
+from nanochat_pl.training.stages.registry import StageContext, StageData
 
 
 @dataclass(frozen=True)
@@ -69,10 +68,11 @@ def prepare_stage(config: TrainConfig, folder: StageFolder, cache: Path) -> Stag
     dtype = choose_compute_dtype(config.model.compute_dtype, device)
     machine = Machine(device, device_name(device), dtype, compile=False)
     corpus = corpus_of_stage(config, folder, cache, resuming=True)
-    if config.stage.trains_on_conversations:
-        return prepare_sft(config, folder, cache, machine, True, corpus)
-    folder = _with_tokenizer(config, folder, cache)
-    return prepare_base(config, folder, cache, machine, True, corpus)  # else it records the files that it chooses
+    stage = config.stage.definition
+    if stage.from_scratch:
+        folder = _with_tokenizer(config, folder, cache)
+    # As if it had begun: else it records the files that it chooses.
+    return stage.prepare(StageContext(config, folder, cache, machine, corpus, resuming=True))
 
 
 def _with_tokenizer(config: TrainConfig, folder: StageFolder, cache: Path) -> StageFolder:
@@ -104,7 +104,7 @@ def _base_data(config: TrainConfig, folder: StageFolder, cache: Path) -> Examine
             read = TokenCache(read.shards[: part.index.num_segments], read.fingerprint)
         rows[name] = Rows(read, part.index, part.sequence_len, part.bos_id)
     source, eval_sets = open_source(config.data, cache), _at_hand(config, cache)
-    metrics = _metrics("base", source.describe(), prepared, rows, eval_sets, _remarks_of(source))
+    metrics = _metrics(config.stage.name, source.describe(), prepared, rows, eval_sets, _remarks_of(source))
     return ExaminedStage(
         metrics,
         Documents({name: part.cache for name, part in rows.items()}, tokenizer),
@@ -186,9 +186,11 @@ def _sft_data(config: TrainConfig, folder: StageFolder, cache: Path) -> Examined
     prepared = prepare_stage(config, folder, cache)
     train, test = mixtures(config, cache)
     rows, validation = prepared.rows, prepared.validation
-    assert isinstance(rows, Rows)
-    conversations = rows.cache
-    assert isinstance(conversations, ConversationCache)
+    conversations = rows.cache if isinstance(rows, Rows) else None
+    if not isinstance(rows, Rows) or not isinstance(conversations, ConversationCache):
+        raise UserError(
+            f"stage={config.stage.name}: the doctor looks at the conversations of mixture, and it has others."
+        )
     documents = Documents({"": conversations}, prepared.tokenizer, place_in(train))
     eval_sets = {name: _texts_of(task) for name, task in test.tasks.items()}
     bad: dict[str, int] = {}

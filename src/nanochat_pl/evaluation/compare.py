@@ -11,7 +11,7 @@ from nanochat_pl.bundle.bundle import MODEL, TOKENIZER, load_stage_info
 from nanochat_pl.common.console import rank_zero_print
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.paths import locate_stage
-from nanochat_pl.common.run_dir import STAGES
+from nanochat_pl.common.run_dir import STAGES, is_stage, stages_in
 from nanochat_pl.evaluation.jobs import FOLDER, Job, Measured, Record, differing_settings, read_record
 from nanochat_pl.evaluation.results import METRICS_VERSION
 from nanochat_pl.evaluation.suites import SuiteResult, require_chat_model, suite_of
@@ -58,7 +58,7 @@ def _other(against: str, runs: Path) -> Other:
             return Other(against, None, folder)
         if (folder / MODEL).is_file():
             return Other(against, folder, None)
-        if folder.is_dir() and (folder.name in STAGES or any((folder / stage).is_dir() for stage in STAGES)):
+        if is_stage(folder) or stages_in(folder):
             return _stage_of(against, folder)
     if path.is_dir():
         raise UserError("is no bundle, and no folder of results that evaluate has written.", _NAME_ONE)
@@ -69,7 +69,7 @@ def _other(against: str, runs: Path) -> Other:
 
 def _stage_of(name: str, path: Path) -> Other:
     """A stage of a run: FOLDER/RUN/STAGE, or of FOLDER/RUN the newest."""
-    run, stage = (path.parent, path.name) if path.name in STAGES else (path, None)
+    run, stage = (path.parent, path.name) if path.name in STAGES or is_stage(path) else (path, None)
     found = locate_stage(run.name, stage, run.parent)
     return Other(name, found.bundle, found.runs / found.run / "evaluation" / found.stage)
 
@@ -85,7 +85,7 @@ def comparable(jobs: Sequence[Job], other: str) -> list[Job]:
 
 def require_can_be_asked(bundle: Path, jobs: Sequence[Job]) -> None:
     """Refuse a model that cannot be asked one of these tasks."""
-    stage = load_stage_info(bundle).stage
+    stage = load_stage_info(bundle)
     for suite in dict.fromkeys(job.suite for job in jobs):
         require_chat_model(stage, bundle, suite)
 

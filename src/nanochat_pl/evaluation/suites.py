@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from nanochat_pl.bundle import StageInfo
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.files import read_object
 from nanochat_pl.common.schema import build_known, is_finite_number, setting, to_plain
@@ -205,9 +206,9 @@ def summary_name(suite: str, tasks: Sequence[str]) -> str | None:
     return f"ChatCORE ({', '.join(remarks)})" if remarks else "ChatCORE"
 
 
-def require_chat_model(stage: str, path: Path, suite: str) -> None:
+def require_chat_model(stage: StageInfo, path: Path, suite: str) -> None:
     """Refuse to ask a model of a stage that has seen no conversation."""
-    if stage == "base" and suite in ("chat", "chatcore"):
+    if suite in ("chat", "chatcore") and not stage.has_seen_conversations:
         raise UserError(
             f"{suite}: {path}: is a base model, which has seen no conversation.",
             "Measure suites=[bpb,core,samples] of it, or train stage=sft first.",

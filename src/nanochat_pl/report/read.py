@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.common.run_dir import STAGES, Status
+from nanochat_pl.common.run_dir import STAGES, Status, stage_order, stages_in
 from nanochat_pl.common.schema import build_known
 from nanochat_pl.evaluation.suites import Sample
 from nanochat_pl.report.evaluations import EvaluationRecord, read_evaluation
@@ -113,12 +113,13 @@ def read_run(run_dir: Path) -> RunRecord:
     Raises:
         UserError: there is no such folder, no stage in it, or one of its files is damaged (named, with the line).
     """
-    present = [stage for stage in STAGES if (run_dir / stage).is_dir()]
+    present = stages_in(run_dir)
     if not present:
         problem = "holds no stage of a run" if run_dir.is_dir() else "there is no such run"
         raise UserError(f"{run_dir}: {problem}.", fix="`nanochat-pl runs` lists the runs that are there.")
-    shown = [stage for stage in STAGES if stage in present or stage in EXPECTED_STAGES]
-    folders = [run_dir / "evaluation" / stage for stage in STAGES]
+    order = sorted({*STAGES, *present}, key=lambda stage: stage_order(run_dir / stage))
+    shown = [stage for stage in order if stage in present or stage in EXPECTED_STAGES]
+    folders = [run_dir / "evaluation" / stage for stage in order]
     try:
         stages = [_read_stage(run_dir / stage) for stage in shown]
         evaluations = [read_evaluation(folder) for folder in folders if folder.is_dir()]

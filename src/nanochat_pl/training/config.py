@@ -11,7 +11,6 @@ from pydantic import Field
 from nanochat_pl.common.device import Accelerator, ComputeDType, Devices
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.paths import PathsSettings
-from nanochat_pl.common.run_dir import CHAT_STAGES
 from nanochat_pl.common.schema import setting
 from nanochat_pl.data.cache.conversations import LossMask
 from nanochat_pl.data.sources.base import DataSettings
@@ -29,13 +28,8 @@ from nanochat_pl.tokenizer.training import TokenizerSettings
 from nanochat_pl.tools.sandbox.settings import SandboxSettings
 from nanochat_pl.training.lightning_args import explain_argument
 from nanochat_pl.training.nonfinite_guard import OnNonfinite
+from nanochat_pl.training.stages.registry import Stage, parents_of, stage_named
 
-_PARENTS = {
-    "tokenizer": (None,),
-    "base": ("tokenizer", None),
-    "mid": ("base",),
-    "sft": ("base", "mid", None),
-}
 # What Lightning calls a compute type beside parameters in float32.
 PRECISIONS: dict[str, ComputeDType] = {"bf16-mixed": "bfloat16", "16-mixed": "float16", "32-true": "float32"}
 _TIME = re.compile(r"(\d{1,3}):([01]?\d|2[0-3]):([0-5]?\d):([0-5]?\d)")
@@ -45,9 +39,11 @@ _TIME = re.compile(r"(\d{1,3}):([01]?\d|2[0-3]):([0-5]?\d):([0-5]?\d)")
 class StageSettings:
     """Group `stage`: what a stage is."""
 
-    name: Literal["tokenizer", "base", "mid", "sft"] = setting("base", "Which stage this is.")
-    parent: Literal["tokenizer", "base", "mid"] | None = setting(
-        None, "The stage whose result this one starts from; null, of sft: mid where that is finished, else base."
+    name: str = setting("base", "Which stage this is; stage=NAME chooses it, or stage=package.module.Class.")
+    parent: str | None = setting(
+        None,
+        "The stage whose result this one starts from; null: of those that it may start from the last one that is"
+        " finished, so of sft mid, else base.",
     )
     num_epochs: float = setting(1.0, "Passes over the conversations, where max_steps is not given.", above=0)
     warm_start: bool = setting(True, "Start from the parent's optimizer moments (with fresh learning rates).")
@@ -61,10 +57,10 @@ class StageSettings:
     )
 
     def __post_init__(self) -> None:
-        possible = _PARENTS[self.name]
-        if self.parent not in possible:
-            known = " or ".join(str(each) for each in possible if each)
-            raise UserError(f"parent={self.parent}: the stage {self.name} starts from {known or 'nothing'}.")
+        possible = parents_of(self.definition)
+        if self.parent is not None and self.parent not in possible:
+            known = " or ".join(possible) or "nothing"
+            raise UserError(f"parent={self.parent}: the stage {self.name} starts from {known}.")
         if self.loss_mask is not None and not self.trains_on_conversations:
             raise UserError(
                 f"loss_mask={self.loss_mask}: the stage {self.name} has no conversations, so nothing is masked.",
@@ -72,14 +68,19 @@ class StageSettings:
             )
 
     @property
+    def definition(self) -> Stage:
+        """What the stage is."""
+        return stage_named(self.name)
+
+    @property
     def trains_on_conversations(self) -> bool:
-        """Whether it goes on from a trained stage, with conversations."""
-        return self.name in CHAT_STAGES
+        """Whether it is trained on conversations."""
+        return self.definition.trains_on_conversations
 
     @property
     def effective_loss_mask(self) -> LossMask:
         """``loss_mask``, or what null means for this stage."""
-        return self.loss_mask or ("all" if self.name == "mid" else "assistant")
+        return self.loss_mask or self.definition.loss_mask
 
 
 @dataclass(frozen=True)

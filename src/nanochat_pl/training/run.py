@@ -38,11 +38,10 @@ from nanochat_pl.training.datamodule import RowsDataModule
 from nanochat_pl.training.device import Machine, own_device, prepare_machine, require_own_gpus
 from nanochat_pl.training.guarded import guard_callbacks, guard_loggers
 from nanochat_pl.training.module import LMModule, ModuleConfig
-from nanochat_pl.training.stages.base import StageData, announce_streamed, prepare_base
-from nanochat_pl.training.stages.base_plan import Target, base_plan, refuse_unasked
-from nanochat_pl.training.stages.sft import prepare_sft
-from nanochat_pl.training.stages.source import corpus_of_stage, open_for_tokenizer, with_chosen_data
-from nanochat_pl.training.stages.tokenizer import train_tokenizer_stage
+from nanochat_pl.training.stage_data.base_plan import Target, base_plan, refuse_unasked
+from nanochat_pl.training.stage_data.source import corpus_of_stage, with_chosen_data
+from nanochat_pl.training.stage_data.text import announce_streamed
+from nanochat_pl.training.stages.registry import StageContext, StageData
 from nanochat_pl.training.trainer import FitConfig, FitResult, fit
 
 
@@ -70,15 +69,14 @@ def train_stage(
         StopRequested: a signal ended it; the same command goes on.
     """
     resume_from = newest_resume_file(folder.checkpoints)
-    if config.stage.name == "base":
+    definition = config.stage.definition
+    if definition.from_scratch:
         coordination.raise_on_all_ranks(lambda: _refuse_hours(config))
     resuming = resume_from is not None
     corpus = coordination.raise_on_all_ranks(lambda: corpus_of_stage(config, folder, cache, resuming))
     config = with_chosen_data(config, folder, cache, resuming, corpus)
-    if config.stage.name == "tokenizer":
-        coordination.run_on_rank_zero(
-            lambda: train_tokenizer_stage(config, folder, open_for_tokenizer(config, cache, corpus), cache, corpus)
-        )
+    if not definition.has_model:
+        coordination.run_on_rank_zero(lambda: definition.make_bundle(config, folder, cache, corpus))
         return
     machine = coordination.raise_on_all_ranks(lambda: prepare_machine(config))
     require_own_gpus(machine.device)
@@ -90,8 +88,8 @@ def train_stage(
     # Before anything is prepared: what cannot be made is known at once.
     loggers = coordination.raise_on_all_ranks(lambda: make_loggers() if collectives.is_rank_zero() else [])
     callbacks = guard_callbacks(coordination.raise_on_all_ranks(make_callbacks))
-    prepare = {"base": prepare_base, "mid": prepare_sft, "sft": prepare_sft}[config.stage.name]
-    prepared = coordination.rank_zero_first(lambda: prepare(config, folder, cache, machine, resuming, corpus))
+    stage_context = StageContext(config, folder, cache, machine, corpus, resuming)
+    prepared = coordination.rank_zero_first(lambda: definition.prepare(stage_context))
     rows = str(prepared.plan["device_batch_size"])
     smaller = "Set device_batch_size to what fits into the memory of all machines."
     coordination.assert_equal_across_ranks(
@@ -169,7 +167,7 @@ def _train(
         callbacks=callbacks,
         resume_from=resume_from,
         resume_with_changes=config.resume_with_changes,
-        validate_at_start=config.stage.name == "base" if at_start is None else at_start,
+        validate_at_start=config.stage.definition.validates_at_start if at_start is None else at_start,
     )
     fitted = fit(stage, data, fitting)
     fitted.stop.when = "when what is being measured is done and the model is written"

@@ -1,1 +1,1 @@
-"""What each stage trains on: its data, plan and starting weights."""
+"""The stages of training, one file each: what each starts from, trains on and leaves."""

@@ -8,13 +8,16 @@ from pathlib import Path
 
 from nanochat_pl.common.device import ComputeDType
 from nanochat_pl.common.errors import UserError
+from nanochat_pl.common.launch_env import launch_env
 from nanochat_pl.data.sources.base import DataSettings
 from nanochat_pl.data.sources.run_corpus import RunCorpus
 from nanochat_pl.data.sources.token_counts import tokens_at_hand
+from nanochat_pl.distributed import collectives
 from nanochat_pl.planning import Plan, check_horizon, estimate_cpu_seconds, make_plan
 from nanochat_pl.planning.batch_size import RowOptions
-from nanochat_pl.planning.gpus import Device
+from nanochat_pl.planning.gpus import Device, detected_device
 from nanochat_pl.training.config import TrainConfig, row_options
+from nanochat_pl.training.device import Machine
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,12 @@ class Target:
     def row_options(self, config: TrainConfig) -> RowOptions:
         """What the plan of the rows needs."""
         return row_options(config, self.device, self.num_devices, self.compiled)
+
+
+def target_of(machine: Machine) -> Target:
+    """What a plan for this machine's processes is made for."""
+    device, here = detected_device(machine.device), launch_env().local_world_size
+    return Target.here(device, machine.compute_dtype, collectives.world_size(), here, machine.compile)
 
 
 def bounding_tokens(data: DataSettings, vocab_size: int, cache: Path, corpus: RunCorpus | None = None) -> int | None:

@@ -13,8 +13,17 @@ from nanochat_pl.common.launch_env import launch_env
 from nanochat_pl.model.config import GPTConfig
 from nanochat_pl.model.counts import count_parameters, weight_bytes
 from nanochat_pl.planning.memory import NO_KNOBS, MemoryKnobs, resume_copy_bytes, step_memory
+from nanochat_pl.training.config import memory_knobs
+from nanochat_pl.training.stages.registry import StageContext
 
 COPIES_IN_FILE = 3  # weights and two moments
+
+
+def require_room_for(context: StageContext, model: GPTConfig) -> None:
+    """As :func:`require_room`, for a stage that is to be trained."""
+    config, trainer = context.config, context.config.trainer
+    num_files = trainer.keep_last + trainer.keep_best
+    require_room(model, context.machine.device, context.folder.path, num_files, memory_knobs(config))
 
 
 def require_room(

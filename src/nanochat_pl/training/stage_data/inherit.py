@@ -8,27 +8,35 @@ from typing import Any
 
 from nanochat_pl.bundle.bundle import load_stage_info
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.common.run_dir import StageFolder
+from nanochat_pl.common.run_dir import STAGES, StageFolder, stages_in
 from nanochat_pl.common.schema import build, to_plain
 from nanochat_pl.data.sources.auto import read_choice, with_choice
 from nanochat_pl.model.config import ModelSettings
 from nanochat_pl.training.config import TrainConfig
+from nanochat_pl.training.stages.registry import all_stages, parents_of
 
-# The groups of settings that a parent decides for the stage that starts from it.
-INHERITED = {
-    "tokenizer": ("tokenizer",),
-    "base": ("model", "tokenizer", "data"),
-    "mid": ("model", "tokenizer", "data"),
-}
 # A matter of the machine, or of the files of this stage: it may be given anew.
 FREE = ("model.compute_dtype", "data.max_bad_fraction")
 
 
 def parent_name(config: TrainConfig, folder: StageFolder) -> str | None:
-    """The stage that this one starts from: as the settings say, else, of sft, the newest one that is finished."""
-    if config.stage.parent is None and config.stage.name == "sft":
-        return "mid" if folder.parent("mid").status == "finished" else "base"
-    return config.stage.parent
+    """The stage that this one starts from: as the settings say, else the last of the possible ones that is finished.
+
+    Raises:
+        UserError: the run has a stage of somebody's own, of which nobody here knows whether it is one of these.
+    """
+    stage = config.stage.definition
+    if config.stage.parent is not None or not stage.starts_from_model:
+        return config.stage.parent
+    run_dir, possible = folder.runs / folder.parent_run, parents_of(stage)
+    unknown = [name for name in stages_in(run_dir) if name not in STAGES and name not in all_stages()]
+    if unknown:
+        raise UserError(
+            f"stage.parent: {run_dir} has the stage {unknown[0]}, which this command does not know.",
+            f"Say what {stage.name} starts from: stage.parent={possible[0]}, or stage.parent=package.module.Class.",
+        )
+    finished = [name for name in possible if folder.parent(name).status == "finished"]
+    return finished[-1] if finished else possible[0]
 
 
 def parent_folder(config: TrainConfig, folder: StageFolder) -> StageFolder | None:
@@ -70,11 +78,12 @@ def inherited(config: TrainConfig, folder: StageFolder, given: Set[str]) -> Trai
         return config
     settings, groups = load_stage_info(parent.bundle).settings, {}
     # What data=auto came to for the parent is what is compared: its bundle has the concrete settings.
-    choice = None if parent.stage == "tokenizer" else read_choice(folder.parent("base").chosen_source)
+    inherits = config.stage.definition.inherits
+    choice = read_choice(folder.parent("base").chosen_source) if "data" in inherits else None
     if choice is not None:
         config = dataclasses.replace(config, data=with_choice(config.data, choice))
     problems: list[str] = []
-    for group in INHERITED[parent.stage]:
+    for group in inherits:
         own, was = getattr(config, group), settings.get(group, {})
         if not isinstance(was, Mapping):
             raise UserError(f"{parent.bundle}/stage.json: settings.{group}={was!r}: must be a group of settings.")

@@ -24,7 +24,7 @@ from nanochat_pl.data.sources.run_corpus import RunCorpus, corpus_of_bundle
 from nanochat_pl.distributed import collectives, coordination
 from nanochat_pl.planning import make_plan
 from nanochat_pl.training.config import TrainConfig
-from nanochat_pl.training.stages.inherit import parent_folder
+from nanochat_pl.training.stage_data.inherit import parent_folder
 
 
 def tokens_planned(config: TrainConfig) -> Callable[[int | None], int]:
@@ -47,7 +47,7 @@ def chosen_data(config: TrainConfig, folder: StageFolder, cache: Path) -> DataSe
     fetched then: for who looks at it and trains nothing."""
     if config.data.name != "auto":
         return config.data
-    stage = folder.parent("base") if config.stage.trains_on_conversations else folder
+    stage = folder.parent("base") if "data" in config.stage.definition.inherits else folder
     if choice := read_choice(stage.chosen_source):
         return with_choice(config.data, choice).without_download()
     return choose_data(config.data, tokens_planned(config), cache).without_download()
@@ -62,11 +62,12 @@ def corpus_of_stage(config: TrainConfig, folder: StageFolder, cache: Path, resum
     Raises:
         UserError: the parent's record is damaged.
     """
-    if config.stage.trains_on_conversations:
+    stage = config.stage.definition
+    if stage.starts_from_model:
         parent = parent_folder(config, folder)
     else:  # base need not have one: it makes a tokenizer on its way
         tokenizer = folder.parent("tokenizer")
-        parent = tokenizer if config.stage.name == "base" and tokenizer.status == "finished" else None
+        parent = tokenizer if stage.has_model and tokenizer.status == "finished" else None
     inherited = None
     if parent is not None:
         inherited = corpus_of_bundle(load_stage_info(parent.bundle).data, f"{parent.bundle}/stage.json")
@@ -99,7 +100,7 @@ def with_chosen_data(
         return config
 
     def choose() -> Choice:
-        if config.stage.trains_on_conversations:  # it reads no text, and is recorded with that of its base stage
+        if "data" in config.stage.definition.inherits:  # it is recorded with the text of its base stage
             return read_choice(folder.parent("base").chosen_source) or "docs"
         if resuming and (before := read_choice(folder.chosen_source)):
             return before

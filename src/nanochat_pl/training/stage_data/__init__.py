@@ -1,0 +1,1 @@
+"""What stages train with, made from settings: data, plan and starting weights."""
