@@ -21,6 +21,7 @@ import sys
 import termios
 import threading
 import traceback
+from pathlib import Path
 from typing import Any, NoReturn
 
 from tests.helpers.forked import ADDRESS, MAX_ORDER, Forked
@@ -133,9 +134,9 @@ def _prepare(order: dict[str, Any], files: list[int]) -> None:
     os.environ.update(order["env"] | {ADDRESS: os.environ.get(ADDRESS, _address)})
     os.chdir(order["cwd"])
     encoding = locale.getencoding()
-    sys.stdin = open(0, encoding=encoding, closefd=False)
-    sys.stdout = open(1, "w", encoding=encoding, closefd=False)  # of a terminal, line by line
-    sys.stderr = open(2, "w", 1, encoding, "backslashreplace", closefd=False)
+    sys.stdin = open(0, encoding=encoding, closefd=False)  # noqa: SIM115
+    sys.stdout = open(1, "w", encoding=encoding, closefd=False)  # noqa: SIM115 (of a terminal, line by line)
+    sys.stderr = open(2, "w", 1, encoding, "backslashreplace", closefd=False)  # noqa: SIM115
     sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr
 
 
@@ -146,14 +147,14 @@ def _exit_code(arguments: list[str]) -> int:
         sys.stdout.reconfigure(write_through=True)  # type: ignore[union-attr]
     try:
         if arguments[0] == "-m":
-            sys.argv, sys.path[0] = arguments[1:], os.getcwd()
+            sys.argv, sys.path[0] = arguments[1:], str(Path.cwd())
             sys.modules.pop(arguments[1], None)
             runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
         elif arguments[0] == "-c":
             sys.argv, sys.path[0] = ["-c", *arguments[2:]], ""
             exec(compile(arguments[1], "<string>", "exec"), {"__name__": "__main__"})
         else:
-            sys.argv, sys.path[0] = arguments, os.path.dirname(arguments[0])
+            sys.argv, sys.path[0] = arguments, str(Path(arguments[0]).parent)
             runpy.run_path(arguments[0], run_name="__main__")
     except SystemExit as end:
         if end.code is None or isinstance(end.code, int):

@@ -20,7 +20,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -38,6 +37,7 @@ class Forked:
     Args:
         arguments: of the interpreter: ``-m MODULE …``, ``-c CODE …`` or ``SCRIPT …``.
         stdin, stdout, stderr: files or descriptors; None: those of this process, and nothing as its input.
+        capture: keep what it prints for :meth:`communicate`, without a pipe: nobody has to read it while it runs.
         env: all variables; None: those of this process.
         cwd: the folder in which it runs; None: that of this process.
         pass_fds: further descriptors, which it has under the same numbers.
@@ -52,6 +52,7 @@ class Forked:
         stdin: Stream = None,
         stdout: Stream = None,
         stderr: Stream = None,
+        capture: bool = False,
         env: Mapping[str, str] | None = None,
         cwd: Path | None = None,
         pass_fds: Sequence[int] = (),
@@ -68,8 +69,14 @@ class Forked:
             "ignored": [*ignored],
             "on_terminal": on_terminal,
         }
-        with open(os.devnull, "rb") as nothing:
-            streams = [given if given is not None else usual for given, usual in ((stdin, nothing), (stdout, 1), (stderr, 2))]
+        if capture:
+            stdout, stderr = self._printed = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115
+        with Path(os.devnull).open("rb") as nothing:
+            streams = (
+                nothing if stdin is None else stdin,
+                1 if stdout is None else stdout,
+                2 if stderr is None else stderr,
+            )
             files = [each if isinstance(each, int) else each.fileno() for each in streams]
             self.pid = int(_ask(order, [*files, *pass_fds]))
 
@@ -92,6 +99,17 @@ class Forked:
         assert code is not None
         return code
 
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        """Wait for its end; what it has printed to stdout and stderr."""
+        self.wait(timeout)
+        return self.printed()
+
+    def printed(self) -> tuple[str, str]:
+        """What it has printed until now."""
+        sizes = [os.fstat(file.fileno()).st_size for file in self._printed]
+        out, err = (os.pread(file.fileno(), size, 0) for file, size in zip(self._printed, sizes, strict=True))
+        return out.decode("utf-8", "replace"), err.decode("utf-8", "replace")
+
     def send_signal(self, signum: int) -> None:
         """Send it a signal, unless it has ended."""
         if self.poll() is None:
@@ -106,14 +124,12 @@ class Forked:
 
 def run_forked(arguments: Sequence[str], timeout: float = 240.0, **how: Any) -> subprocess.CompletedProcess[str]:
     """Run a program to its end: exit code, stdout and stderr."""
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        program = Forked(arguments, stdout=out, stderr=err, **how)
-        try:
-            code = program.wait(timeout)
-        finally:
-            program.kill()
-        printed = [os.pread(file.fileno(), os.fstat(file.fileno()).st_size, 0) for file in (out, err)]
-    return subprocess.CompletedProcess(program.args, code, *(each.decode("utf-8", "replace") for each in printed))
+    program = Forked(arguments, capture=True, **how)
+    try:
+        code = program.wait(timeout)
+    finally:
+        program.kill()
+    return subprocess.CompletedProcess(program.args, code, *program.printed())
 
 
 def running() -> dict[int, dict[str, Any]]:

@@ -7,13 +7,12 @@ import os
 import signal
 import socket
 import subprocess
-import tempfile
+import sys
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
 
 from tests.helpers.forked import Forked, running
 
@@ -28,13 +27,10 @@ class Launched:
     Attributes:
         agents: one a node.
         mark: stands in the environment of each of the processes.
-        module: the program of the workers.
     """
 
     agents: list[Forked]
     mark: str
-    streams: list[tuple[TextIO, TextIO]]
-    module: str
 
     def wait(self, timeout: float = TIMEOUT) -> list[subprocess.CompletedProcess[str]]:
         """Wait for all agents; gives exit code, stdout and stderr of each."""
@@ -44,13 +40,13 @@ class Launched:
         except subprocess.TimeoutExpired as error:
             raise AssertionError(f"still at work after {timeout:.0f} s:\n{self.printed()}") from error
         return [
-            subprocess.CompletedProcess(agent.args, code, _read(out), _read(err))
-            for agent, code, (out, err) in zip(self.agents, codes, self.streams, strict=True)
+            subprocess.CompletedProcess(agent.args, code, *agent.printed())
+            for agent, code in zip(self.agents, codes, strict=True)
         ]
 
     def printed(self) -> str:
         """All that was printed so far."""
-        return "\n".join(_read(stream) for streams in self.streams for stream in streams)
+        return "\n".join(text for agent in self.agents for text in agent.printed())
 
     def workers(self) -> dict[int, int]:
         """The processes that train, by their rank: their ids."""
@@ -87,19 +83,18 @@ def launched(
     of_nodes = [processes] * nodes if isinstance(processes, int) else list(processes)
     mark, port = uuid.uuid4().hex, free_port()
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {}), MARK: mark}
-    with contextlib.ExitStack() as stack:
-        streams = [(stack.enter_context(_file()), stack.enter_context(_file())) for _ in of_nodes]
-        run = Launched([], mark, streams, module)
-        stack.callback(run.kill)
+    run = Launched([], mark)
+    try:
         for number, count in enumerate(of_nodes):
             command = [
                 *("-m", "torch.distributed.run", f"--nproc-per-node={count}"),
                 *(f"--nnodes={len(of_nodes)}", f"--node-rank={number}"),
                 *("--master-addr=127.0.0.1", f"--master-port={port}", "-m", module, *arguments),
             ]
-            out, err = streams[number]
-            run.agents.append(Forked(command, stdout=out, stderr=err, env=environment, cwd=cwd))
+            run.agents.append(Forked(command, capture=True, env=environment, cwd=cwd))
         yield run
+    finally:
+        run.kill()
 
 
 def launch(
@@ -122,14 +117,22 @@ def launch(
     )
 
 
-def _file() -> TextIO:
-    # Not a pipe: nobody has to read it while they run, and it is still there when they are killed.
-    return tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
-
-
-def _read(stream: TextIO) -> str:
-    # By another description of the file: the writers share the position of this one.
-    return Path(f"/proc/self/fd/{stream.fileno()}").read_text(encoding="utf-8", errors="replace")
+def torchrun(processes: int, arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    """A real start of torchrun and its workers, which takes half a minute."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    with subprocess.Popen(
+        [*command, "-m", "nanochat_pl.cli.main", *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as agent:
+        try:
+            out, err = agent.communicate(timeout=TIMEOUT)
+        finally:
+            agent.terminate()  # it ends its workers
+    return subprocess.CompletedProcess(agent.args, agent.returncode, out, err)
 
 
 def free_port() -> int:

@@ -9,7 +9,6 @@ end with the test run. Each job has a process group of its own, by the same ``co
 
 from __future__ import annotations
 
-import atexit
 import importlib
 import io
 import os
@@ -52,7 +51,9 @@ def run(
     """
     assert 1 <= world_size <= WORKERS, world_size
     _start_workers()
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # a free port, without a race
+    with socket.create_server(("127.0.0.1", 0)) as server:  # of a peer of torch's own server the DNS is asked
+        port, descriptor = server.getsockname()[1], server.detach()
+    store = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=descriptor)
     for rank in range(world_size):
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
         meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port, "TORCHELASTIC_USE_AGENT_STORE": "True"}
@@ -70,8 +71,6 @@ _workers: list[tuple[Forked, Connection]] = []
 
 
 def _start_workers() -> None:
-    if not _workers:
-        atexit.register(_kill_workers)
     while len(_workers) < WORKERS:
         ours, theirs = socket.socketpair()
         environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
@@ -87,7 +86,6 @@ def _kill_workers() -> None:
         worker.wait()
         connection.close()
     _workers.clear()
-    atexit.unregister(_kill_workers)
 
 
 def _answers(world_size: int, timeout: float) -> dict[int, dict[str, Any]]:
