@@ -189,6 +189,7 @@ def main() -> None:
     subprocess_handler.SubprocessHandler._popen = popen  # type: ignore[assignment, method-assign]
     assert threading.active_count() == 1, "a copy would have locks that nobody lets go of"
     gc.freeze()  # a copy that collects garbage would copy all of it
+    os.fsync = lambda file: None  # type: ignore[assignment]  # waiting for disks takes long, and no power cut is tested
     Server(socket.socket(fileno=int(sys.argv[1]))).serve()
 
 
