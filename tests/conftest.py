@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 # Read when torch is loaded. Models here are tiny: one thread is faster than two, and bits do not depend on the machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# torch asks the DNS for the name of each process that it connects to: one that does not answer costs 1 s, not 5.
+os.environ.setdefault("RES_OPTIONS", "timeout:1")
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -36,6 +40,29 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder of the test's own as the current one, where `runs/` is made."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+_freeze, _unfreeze = gc.freeze, gc.unfreeze
+
+
+def pytest_collection_finish() -> None:
+    """What a training does for its own good and takes long here: it waits for the disk, where no power cut is tested,
+    and its first garbage collection goes through all that there is, a third of a second for all that is imported."""
+    os.fsync = lambda file: None  # type: ignore[assignment]
+    gc.collect()
+    gc.freeze()
+    gc.freeze = gc.unfreeze = lambda: None  # else the first training thaws it
+
+
+@pytest.fixture
+def collector(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The garbage collector as elsewhere: nothing is frozen."""
+    _unfreeze()
+    with monkeypatch.context() as patch:
+        patch.setattr(gc, "freeze", _freeze)
+        patch.setattr(gc, "unfreeze", _unfreeze)
+        yield
+    _freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -15,6 +15,7 @@ import pytest
 
 from nanochat_pl.cli import main as main_module
 from nanochat_pl.cli.main import COMMANDS, main
+from tests.helpers.forked import run_forked
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -189,9 +190,8 @@ def test_ctrl_c_while_the_libraries_are_loaded(
 
 
 def test_train_py_is_the_train_verb(here: Path) -> None:
-    command = [sys.executable, str(ROOT / "train.py"), "stage=base", "model.depth=4", "check_only=true"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "nothing was trained" in done.stdout
+    done = run_forked([str(ROOT / "train.py"), "stage=base", "model.depth=4", "check_only=true"])
+    assert done.returncode == 0 and "nothing was trained" in done.stdout, done.stderr
     assert list(here.iterdir()) == []
 
 

@@ -11,11 +11,11 @@ import pytest
 import yaml
 
 from nanochat_pl.common.errors import UserError
+from nanochat_pl.common.text_amounts import KNOWN_SETS
 from nanochat_pl.data.sources import auto
 from nanochat_pl.data.sources.auto import choice_of, choose_data, explain_choice, read_choice, with_choice, write_choice
 from nanochat_pl.data.sources.base import DataSettings
 from nanochat_pl.data.sources.python_docs import PythonDocs
-from nanochat_pl.planning.text import KNOWN_SETS
 
 ROOT = Path(__file__).resolve().parents[2]
 TOKENS = 1_000_000  # of the docstrings

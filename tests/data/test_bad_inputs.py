@@ -5,8 +5,6 @@ from __future__ import annotations
 import gzip
 import multiprocessing
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +19,7 @@ from nanochat_pl.data.packing import rows
 from nanochat_pl.data.sources.base import DataSettings
 from nanochat_pl.data.sources.open import open_source
 from tests.helpers.fake_data import cache_files
+from tests.helpers.forked import Forked
 from tests.helpers.small_disk import enlarge, small_disk
 from tests.training.conftest import same_weights, tiny_overrides, weights_of, write_texts
 
@@ -216,13 +215,10 @@ def test_a_disk_that_fills_while_caching(
     assert same_weights(weights_of(place / "runs" / "r", "base"), weights_of(place / "runs" / "whole", "base"))
 
 
-def in_a_process(arguments: list[str], before: str = "") -> subprocess.Popen[bytes]:
-    """The command in a process of its own, with some lines of Python run before it.
-
-    Not a copy of this one: threads of libraries do not outlive being copied, and what waits for them waits for ever.
-    """
+def in_a_process(arguments: list[str], before: str = "") -> Forked:
+    """The command in a process of its own, with some lines of Python run before it."""
     lines = f"import sys\nfrom nanochat_pl.cli.main import main\n{before}\nsys.exit(main(sys.argv[1:]))"
-    return subprocess.Popen([sys.executable, "-c", lines, *arguments])
+    return Forked(["-c", lines, *arguments])
 
 
 ENCODE_OR_DIE = """

@@ -6,7 +6,6 @@ The log (docs/LOG.md) tells what was done at a date; commands in it may be of th
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import types
 from pathlib import Path
@@ -17,6 +16,7 @@ from lightning.pytorch import Callback
 
 from nanochat_pl import LMModule
 from tests.helpers.docs_checks import check_links, read_page, validation_errors
+from tests.helpers.forked import run_forked
 from tests.helpers.tiny_run import make_tiny_run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -61,15 +61,8 @@ def test_python_blocks_marked_runnable_run(path: Path, tmp_path: Path) -> None:
     make_tiny_run(tmp_path / "runs" / "demo")
     program = tmp_path / "page.py"
     program.write_text("\n".join(block.text for block in blocks), encoding="utf-8")
-    environment = {**os.environ, "MPLBACKEND": "Agg", "PYTHONIOENCODING": "utf-8"}
-    done = subprocess.run(
-        [sys.executable, str(program)],
-        cwd=tmp_path,
-        capture_output=True,
-        encoding="utf-8",
-        env=environment,
-        timeout=120,
-    )
+    environment = {**os.environ, "MPLBACKEND": "Agg"}
+    done = run_forked([str(program)], cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr
 
 

@@ -1,8 +1,9 @@
 """Every point at which a training may be killed: each change of a file in its folder, and each phase of a step.
 
-:func:`install` names the points as a process comes to them, and kills it at one of them with SIGKILL: no ``finally``,
-nothing flushed. It cannot be taken back, so it belongs into a process of its own. Resume files are written in a thread
-beside the steps, so their points stand in no fixed order; of one name, there are equally many each time.
+``python -m tests.helpers.crash_points WATCH ARGUMENTS…`` is ``nanochat-pl ARGUMENTS…``, watched: :func:`install` (WATCH
+is its arguments as JSON) names the points as the process comes to them, and kills it at one of them with SIGKILL: no
+``finally``, nothing flushed. Resume files are written in a thread beside the steps, so their points stand in no fixed
+order; of one name, there are equally many each time.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule
 
 from nanochat_pl.bundle import tensors
+from nanochat_pl.cli.main import main
 from nanochat_pl.optim import MuonAdamW
 from nanochat_pl.training.callbacks import metrics
 from nanochat_pl.training.checkpoint import io as checkpoint_io
@@ -222,3 +224,10 @@ def _around(owner: Any, name: str) -> None:
         return result
 
     setattr(owner, name, watched)
+
+
+if __name__ == "__main__":
+    install(**json.loads(sys.argv[1]))
+    code = main(sys.argv[2:])
+    write_names()
+    sys.exit(code)

@@ -1,131 +1,197 @@
-"""Commands of nanochat_pl at the price of a fork: a process that has imported everything, and run nothing of it.
+"""The server of :mod:`tests.helpers.forked`: ``python -m tests.helpers.fork_server DESCRIPTOR NAME``.
 
-``python -m tests.helpers.fork_server`` reads orders, one JSON object a line, and answers each with the exit code of a
-child that carried it out: a copy of the process, without threads.
+It reads orders from each that connects to its socket, and forks. It has one thread, and ends with its standard input.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import fcntl
 import gc
 import importlib
 import json
+import locale
 import os
+import runpy
+import select
 import signal
-import subprocess
+import socket
 import sys
+import termios
 import threading
-import time
 import traceback
-from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
+
+from tests.helpers.forked import ADDRESS, MAX_ORDER, Forked
 
 MODULES = (
+    "nanochat_pl.cli._warnings",
+    "nanochat_pl.cli.launch",
     "nanochat_pl.cli.train",
     "nanochat_pl.training.run",
-    "nanochat_pl.cli._warnings",
+    "nanochat_pl.distributed.coordination",
+    "torch.distributed.run",
     "tests.helpers.crash_points",
 )
+SHOWN = ("RANK", "NANOCHAT_PL_TEST_LAUNCH")  # variables of a program that others ask for
 
 
-class ForkServer:
-    """The other end of it, of :func:`fork_server`."""
+class Server:
+    """Forks, and keeps the exit codes."""
 
-    def __init__(self, process: subprocess.Popen[str]) -> None:
-        self._process = process
+    def __init__(self, listener: socket.socket) -> None:
+        self.listener = listener
+        self.connections: list[socket.socket] = []
+        self.running: dict[int, dict[str, Any]] = {}
+        self.codes: dict[int, int] = {}
 
-    def run(
-        self,
-        arguments: Sequence[str],
-        log: Path,
-        watch: dict[str, Any] | None = None,
-        kill_after: float | None = None,
-    ) -> int:
-        """Run a command; gives its exit code, or minus the signal that killed it.
+    def serve(self) -> None:
+        """Until the standard input ends."""
+        while 0 not in (ready := select.select([0, self.listener, *self.connections], [], [])[0]):
+            for each in ready:
+                if each is self.listener:
+                    self.connections.append(self.listener.accept()[0])
+                else:
+                    self._answer(each)
+        for pid in self.running:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGKILL)
 
-        Args:
-            arguments: of ``nanochat-pl``.
-            log: takes what it prints.
-            watch: of :func:`tests.helpers.crash_points.install`, where it is to be watched.
-            kill_after: seconds, after which it is killed; None: never.
-        """
-        assert self._process.stdin is not None and self._process.stdout is not None
-        order = {"arguments": [*arguments], "log": str(log), "watch": watch, "kill_after": kill_after}
-        self._process.stdin.write(json.dumps(order) + "\n")
-        self._process.stdin.flush()
+    def _answer(self, connection: socket.socket) -> None:
         try:
-            answer = self._process.stdout.readline()
-        except BaseException:  # of a test's time limit: what comes late would be taken for the next answer
-            self._process.kill()
-            raise
-        assert answer, "the fork server is gone"
-        return int(answer)
+            message, files, _, _ = socket.recv_fds(connection, MAX_ORDER, 16)
+        except ConnectionResetError:
+            message, files = b"", []
+        if not message:
+            self.connections.remove(connection)
+            connection.close()
+            return
+        order = json.loads(message)
+        answer: Any = self.running
+        if "arguments" in order:
+            answer = self._fork(order, files)
+        self._reap()
+        if "poll" in order:
+            answer = self.codes.get(order["poll"])
+        with contextlib.suppress(BrokenPipeError):
+            connection.send(json.dumps(answer).encode())
+
+    def _fork(self, order: dict[str, Any], files: list[int]) -> int:
+        pid = os.fork()
+        if pid == 0:
+            for each in (self.listener, *self.connections):
+                each.close()
+            _run(order, files)
+        for file in files:
+            os.close(file)
+        self.codes.pop(pid, None)
+        shown = {name: order["env"][name] for name in SHOWN if name in order["env"]}
+        self.running[pid] = {"arguments": order["arguments"], "env": shown}
+        return pid
+
+    def _reap(self) -> None:
+        for pid in [*self.running]:
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if ended:
+                self.codes[pid] = os.waitstatus_to_exitcode(status)
+                del self.running[pid]
 
 
-@contextlib.contextmanager
-def fork_server() -> Iterator[ForkServer]:
-    """A server that ends with the block."""
-    with subprocess.Popen(
-        [sys.executable, "-m", "tests.helpers.fork_server"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        cwd=Path(__file__).parents[2],
-    ) as process:
-        try:
-            yield ForkServer(process)
-        finally:
-            process.kill()
-
-
-def _serve() -> None:
-    for name in MODULES:
-        importlib.import_module(name)
-    assert threading.active_count() == 1, "a child would have locks that nobody lets go of"
-    gc.freeze()  # a child that collects garbage would copy all of it
-    while line := sys.stdin.readline():
-        order = json.loads(line)
-        child = os.fork()
-        if child == 0:
-            _obey(order)
-        print(_wait_for(child, order["kill_after"]), flush=True)
-
-
-def _wait_for(child: int, kill_after: float | None) -> int:
-    if kill_after is not None:
-        deadline = time.monotonic() + kill_after
-        while time.monotonic() < deadline:
-            pid, status = os.waitpid(child, os.WNOHANG)
-            if pid:
-                return os.waitstatus_to_exitcode(status)
-            time.sleep(0.001)
-        os.kill(child, signal.SIGKILL)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
-def _obey(order: dict[str, Any]) -> None:
-    """In the child, which never returns."""
-    from nanochat_pl.cli.main import main
-    from tests.helpers import crash_points
-
+def _run(order: dict[str, Any], files: list[int]) -> NoReturn:
+    """In the copy: become the program, and end as an interpreter does."""
     code = 70
     try:
-        log = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-        for stream in (1, 2):
-            os.dup2(log, stream)
-        if order["watch"]:
-            crash_points.install(**order["watch"])
-        code = main(order["arguments"])
-        if order["watch"]:
-            crash_points.write_names()
+        _prepare(order, files)
+        code = _exit_code(order["arguments"])
+        threading._shutdown()  # type: ignore[attr-defined]
+        atexit._run_exitfuncs()
+        with contextlib.suppress(OSError):
+            sys.stderr.flush()
+        try:
+            sys.stdout.flush()
+        except OSError:
+            code = 120
     except BaseException:
         traceback.print_exc()
     finally:
-        sys.stdout.flush()
         os._exit(code)
 
 
+def _prepare(order: dict[str, Any], files: list[int]) -> None:
+    os.setsid()
+    files = [fcntl.fcntl(file, fcntl.F_DUPFD_CLOEXEC, 1000) for file in files]  # out of the way of the numbers
+    for file, number in zip(files, order["numbers"], strict=True):
+        os.dup2(file, number)
+        os.close(file)
+    if order["on_terminal"]:
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for signum in order["ignored"]:
+        signal.signal(signum, signal.SIG_IGN)
+    os.environ.clear()
+    os.environ.update(order["env"] | {ADDRESS: os.environ.get(ADDRESS, _address)})
+    os.chdir(order["cwd"])
+    encoding = locale.getencoding()
+    sys.stdin = open(0, encoding=encoding, closefd=False)  # noqa: SIM115
+    sys.stdout = open(1, "w", encoding=encoding, closefd=False)  # noqa: SIM115 (of a terminal, line by line)
+    sys.stderr = open(2, "w", 1, encoding, "backslashreplace", closefd=False)  # noqa: SIM115
+    sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr
+
+
+def _exit_code(arguments: list[str]) -> int:
+    """Run the program, as its main module."""
+    if arguments[0] == "-u":
+        arguments = arguments[1:]
+        sys.stdout.reconfigure(write_through=True)  # type: ignore[union-attr]
+    try:
+        if arguments[0] == "-m":
+            sys.argv, sys.path[0] = arguments[1:], str(Path.cwd())
+            sys.modules.pop(arguments[1], None)
+            runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+        elif arguments[0] == "-c":
+            sys.argv, sys.path[0] = ["-c", *arguments[2:]], ""
+            exec(compile(arguments[1], "<string>", "exec"), {"__name__": "__main__"})
+        else:
+            sys.argv, sys.path[0] = arguments, str(Path(arguments[0]).parent)
+            runpy.run_path(arguments[0], run_name="__main__")
+    except SystemExit as end:
+        if end.code is None or isinstance(end.code, int):
+            return (end.code or 0) & 0xFF
+        print(end.code, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        traceback.print_exc()
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+_address = ""
+
+
+def main() -> None:
+    """Import, and serve."""
+    global _address
+    from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
+
+    def popen(handler: Any, command: tuple[str, ...], env: dict[str, str]) -> Forked:
+        assert command[0] == sys.executable, command
+        return Forked(command[1:], env=env, stdout=handler._stdout, stderr=handler._stderr)
+
+    _address = sys.argv[2]
+    for name in MODULES:
+        importlib.import_module(name)
+    subprocess_handler.SubprocessHandler._popen = popen  # type: ignore[assignment, method-assign]
+    assert threading.active_count() == 1, "a copy would have locks that nobody lets go of"
+    gc.freeze()  # a copy that collects garbage would copy all of it
+    os.fsync = lambda file: None  # type: ignore[assignment]  # waiting for disks takes long, and no power cut is tested
+    Server(socket.socket(fileno=int(sys.argv[1]))).serve()
+
+
 if __name__ == "__main__":
-    _serve()
+    main()

@@ -8,13 +8,13 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
+
+from tests.helpers.forked import Forked, running
 
 TIMEOUT = 300.0  # seconds; a tiny training takes ten, on a machine at work several times that
 MARK = "NANOCHAT_PL_TEST_LAUNCH"  # in the environment of all processes of a launch
@@ -27,50 +27,38 @@ class Launched:
     Attributes:
         agents: one a node.
         mark: stands in the environment of each of the processes.
-        module: the program of the workers.
     """
 
-    agents: list[subprocess.Popen[str]]
+    agents: list[Forked]
     mark: str
-    streams: list[tuple[TextIO, TextIO]]
-    module: str
 
     def wait(self, timeout: float = TIMEOUT) -> list[subprocess.CompletedProcess[str]]:
         """Wait for all agents; gives exit code, stdout and stderr of each."""
         deadline = time.monotonic() + timeout
         try:
-            for agent in self.agents:
-                agent.wait(max(deadline - time.monotonic(), 0.1))
+            codes = [agent.wait(max(deadline - time.monotonic(), 0.1)) for agent in self.agents]
         except subprocess.TimeoutExpired as error:
             raise AssertionError(f"still at work after {timeout:.0f} s:\n{self.printed()}") from error
         return [
-            subprocess.CompletedProcess(agent.args, agent.returncode, _read(out), _read(err))
-            for agent, (out, err) in zip(self.agents, self.streams, strict=True)
+            subprocess.CompletedProcess(agent.args, code, *agent.printed())
+            for agent, code in zip(self.agents, codes, strict=True)
         ]
 
     def printed(self) -> str:
         """All that was printed so far."""
-        return "\n".join(_read(stream) for streams in self.streams for stream in streams)
+        return "\n".join(text for agent in self.agents for text in agent.printed())
 
     def workers(self) -> dict[int, int]:
-        """The processes that train, by their rank: their ids. Needs /proc."""
-        found = {}
-        for pid in _marked(self.mark):
-            environment = _environment(pid)
-            command = _words(Path(f"/proc/{pid}/cmdline"))
-            if "RANK" in environment and self.module in command:
-                found[int(environment["RANK"])] = pid
-        return found
+        """The processes that train, by their rank: their ids."""
+        marked = {pid: of["env"] for pid, of in running().items() if of["env"].get(MARK) == self.mark}
+        return {int(env["RANK"]): pid for pid, env in marked.items() if "RANK" in env}
 
     def kill(self) -> None:
         """End all of them: agents, workers, and what these have started."""
-        for agent in self.agents:
-            agent.kill()
-        for pid in _marked(self.mark):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        for agent in self.agents:
-            agent.wait()
+        for pid, of in running().items():
+            if of["env"].get(MARK) == self.mark:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(pid, signal.SIGKILL)
 
 
 @contextlib.contextmanager
@@ -82,7 +70,7 @@ def launched(
     cwd: Path | None = None,
     module: str = "nanochat_pl.cli.main",
 ) -> Iterator[Launched]:
-    """``torchrun … -m nanochat_pl.cli.main ARGUMENTS``, as long as the block lasts.
+    """``torchrun … -m nanochat_pl.cli.main ARGUMENTS``, as long as the block lasts; agents and workers are copies.
 
     Args:
         processes: of each node; a sequence, where they differ: one node for each.
@@ -95,31 +83,18 @@ def launched(
     of_nodes = [processes] * nodes if isinstance(processes, int) else list(processes)
     mark, port = uuid.uuid4().hex, free_port()
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {}), MARK: mark}
-    with contextlib.ExitStack() as stack:
-        streams = [(stack.enter_context(_file()), stack.enter_context(_file())) for _ in of_nodes]
-        run = Launched([], mark, streams, module)
-        stack.callback(run.kill)
+    run = Launched([], mark)
+    try:
         for number, count in enumerate(of_nodes):
             command = [
-                *(sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={count}"),
+                *("-m", "torch.distributed.run", f"--nproc-per-node={count}"),
                 *(f"--nnodes={len(of_nodes)}", f"--node-rank={number}"),
                 *("--master-addr=127.0.0.1", f"--master-port={port}", "-m", module, *arguments),
             ]
-            out, err = streams[number]
-            # Signals reach it once, through whoever sends them, also where the test was interrupted by Ctrl-C.
-            run.agents.append(
-                subprocess.Popen(
-                    command,
-                    stdin=subprocess.DEVNULL,
-                    stdout=out,
-                    stderr=err,
-                    text=True,
-                    env=environment,
-                    cwd=cwd,
-                    start_new_session=True,
-                )
-            )
+            run.agents.append(Forked(command, capture=True, env=environment, cwd=cwd))
         yield run
+    finally:
+        run.kill()
 
 
 def launch(
@@ -142,34 +117,25 @@ def launch(
     )
 
 
-def _file() -> TextIO:
-    # Not a pipe: nobody has to read it while they run, and it is still there when they are killed.
-    return tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
-
-
-def _read(stream: TextIO) -> str:
-    # By another description of the file: the writers share the position of this one.
-    return Path(f"/proc/self/fd/{stream.fileno()}").read_text(encoding="utf-8", errors="replace")
+def torchrun(processes: int, arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    """A real start of torchrun and its workers, which takes half a minute."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    with subprocess.Popen(
+        [*command, "-m", "nanochat_pl.cli.main", *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as agent:
+        try:
+            out, err = agent.communicate(timeout=TIMEOUT)
+        finally:
+            agent.terminate()  # it ends its workers
+    return subprocess.CompletedProcess(agent.args, agent.returncode, out, err)
 
 
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def _marked(mark: str) -> list[int]:
-    """The processes in whose environment the mark is: also those that have lost their parents."""
-    numbers = [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()]
-    return [pid for pid in numbers if _environment(pid).get(MARK) == mark]
-
-
-def _environment(pid: int) -> dict[str, str]:
-    return dict(word.partition("=")[::2] for word in _words(Path(f"/proc/{pid}/environ")))
-
-
-def _words(path: Path) -> list[str]:
-    try:
-        return path.read_bytes().decode("utf-8", errors="replace").split("\0")
-    except OSError:  # it has ended, or is not ours
-        return []

@@ -9,27 +9,24 @@ end with the test run. Each job has a process group of its own, by the same ``co
 
 from __future__ import annotations
 
-import atexit
 import importlib
 import io
 import os
 import socket
-import subprocess
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection, wait
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from tests.helpers.forked import ROOT, Forked
+
 WORKERS = 4
 GRACE = 5.0  # seconds that the others get to end, after one has failed
-ROOT = Path(__file__).resolve().parents[2]
 
 
 class JobFailed(Exception):
@@ -54,7 +51,9 @@ def run(
     """
     assert 1 <= world_size <= WORKERS, world_size
     _start_workers()
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # a free port, without a race
+    with socket.create_server(("127.0.0.1", 0)) as server:  # of a peer of torch's own server the DNS is asked
+        port, descriptor = server.getsockname()[1], server.detach()
+    store = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=descriptor)
     for rank in range(world_size):
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
         meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port, "TORCHELASTIC_USE_AGENT_STORE": "True"}
@@ -68,29 +67,25 @@ def run(
     return [answers[rank]["result"] for rank in range(world_size)]
 
 
-_workers: list[tuple[subprocess.Popen[bytes], Connection]] = []
+_workers: list[tuple[Forked, Connection]] = []
 
 
 def _start_workers() -> None:
-    if not _workers:
-        atexit.register(_kill_workers)
     while len(_workers) < WORKERS:
         ours, theirs = socket.socketpair()
-        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": path}
-        command = [sys.executable, "-m", "tests.helpers.processes", str(theirs.fileno())]
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, pass_fds=[theirs.fileno()])
+        environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
+        command = ["-m", "tests.helpers.processes", str(theirs.fileno())]
+        worker = Forked(command, cwd=ROOT, env=environment, pass_fds=[theirs.fileno()])
         theirs.close()
-        _workers.append((process, Connection(ours.detach())))
+        _workers.append((worker, Connection(ours.detach())))
 
 
 def _kill_workers() -> None:
-    for process, connection in _workers:
-        process.kill()
-        process.wait()
+    for worker, connection in _workers:
+        worker.kill()
+        worker.wait()
         connection.close()
     _workers.clear()
-    atexit.unregister(_kill_workers)
 
 
 def _answers(world_size: int, timeout: float) -> dict[int, dict[str, Any]]:
@@ -154,14 +149,6 @@ def _do(job: Mapping[str, Any]) -> bytes:
         os.environ.update(before)
 
 
-def _end_with(parent: int) -> None:
-    """A worker that hangs in a collective must not outlive a test run that was killed."""
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
-
-
 if __name__ == "__main__":
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     torch.set_num_threads(1)
     _work(Connection(int(sys.argv[1])))

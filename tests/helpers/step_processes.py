@@ -1,11 +1,7 @@
-"""Steps of several processes: ``python -m tests.helpers.step_processes`` in each; prints what came of each case.
-
-All cases run one after the other in the same processes, since starting one takes seconds.
-"""
+"""Steps of several processes: jobs for tests.helpers.processes."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from typing import Any
@@ -114,16 +110,10 @@ CASES: dict[str, Callable[[], dict[str, Any]]] = {
 }
 
 
-def main() -> None:
-    """Run all cases."""
-    collectives.start(torch.device("cpu"))
+def all_cases() -> dict[str, dict[str, Any]]:
+    """What came of each case, one after the other in the same processes."""
     results = {}
     for name, case in CASES.items():
         results[name] = case()
         collectives.barrier()
-    collectives.stop()
-    print("RESULTS " + json.dumps(results))
-
-
-if __name__ == "__main__":
-    main()
+    return results

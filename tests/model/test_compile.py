@@ -61,10 +61,14 @@ OF_A_STEP = 3  # what goes into the layers, the end, and a piece of the loss
 
 
 @pytest.mark.parametrize(
-    ("depth", "changes", "kinds"),
-    [(3, {}, 3), (8, {}, 3), (8, {"value_embedding_layers": ()}, 2), (2, {"residual_lambdas": False}, 2)],
+    ("depth", "changes", "kinds", "checkpointing"),
+    [
+        (3, {}, 3, True),
+        (8, {}, 3, False),
+        (8, {"value_embedding_layers": ()}, 2, True),
+        (2, {"residual_lambdas": False}, 2, False),
+    ],
 )
-@pytest.mark.parametrize("checkpointing", [False, True])
 def test_layers_of_a_kind_are_compiled_once_and_give_the_bits_of_eager(graphs, depth, changes, kinds, checkpointing):
     net = perturbed(tiny_config(depth, **changes))
     net.activation_checkpointing = checkpointing

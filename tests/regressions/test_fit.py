@@ -179,6 +179,7 @@ class Litter(Callback):
             self.collected_in.append(self.step)
 
 
+@pytest.mark.usefixtures("collector")
 def test_garbage_is_collected_at_chosen_steps_and_at_no_other_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -195,6 +196,7 @@ def test_garbage_is_collected_at_chosen_steps_and_at_no_other_time(
     assert gc.isenabled() and gc.get_freeze_count() == 0
 
 
+@pytest.mark.usefixtures("collector")
 def test_a_training_that_breaks_off_gives_the_collector_back(tmp_path: Path) -> None:
     """A process that went on after a failed training collected no garbage any more, until its memory was full."""
     with pytest.raises(RuntimeError, match="break off"):

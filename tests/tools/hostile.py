@@ -42,7 +42,7 @@ class Hostile:
     @property
     def seconds(self) -> float:
         """CPU time that it gets: little, where its end is that of its time. It may wait ten times as long."""
-        return 0.5 if "timeout" in self.reasons else 20.0
+        return 0.3 if "timeout" in self.reasons else 20.0
 
     def run(self, sandbox: Sandbox, names: Mapping[str, object], more: float) -> Outcome:
         """Its outcome, with names such as CANARY replaced; ``more``: seconds to be added."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import functools
 import json
@@ -10,14 +11,15 @@ import random
 import re
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.helpers.crash_points import STEP, one_of_each_kind
-from tests.helpers.fork_server import ForkServer, fork_server
+from tests.helpers.forked import COMMAND, Forked
 from tests.training.conftest import sft_overrides, tiny_overrides
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork") or not Path("/proc/self/fd").exists(), reason="needs Linux")
@@ -44,8 +46,8 @@ FIVE_STEPS = [
 class Trainings:
     """Trains the same stage again and again, each time as another run."""
 
-    def __init__(self, server: ForkServer, place: Path) -> None:
-        self.server, self.place = server, place
+    def __init__(self, place: Path) -> None:
+        self.place = place
         self.log = place / "crashes.log"
 
     def begin(self, run: str, stage: str, start: str = "first") -> Path:
@@ -58,10 +60,25 @@ class Trainings:
             shutil.copytree(self.place / "runs" / "whole" / parent, folder / parent)
         return folder
 
-    def train(self, run: str, stage: str, settings: list[str], **how: Any) -> int:
+    def train(
+        self,
+        run: str,
+        stage: str,
+        settings: list[str],
+        watch: dict[str, Any] | None = None,
+        kill_after: float | None = None,
+    ) -> int:
+        """The exit code, or minus the signal that killed it; ``kill_after`` is in seconds."""
         overrides = tiny_overrides(self.place) if stage == "base" else [*sft_overrides(self.place), f"stage={stage}"]
-        self.log.write_text("", encoding="utf-8")
-        return self.server.run(["train", f"run={run}", *overrides, *settings], self.log, **how)
+        program = COMMAND if watch is None else ("-m", "tests.helpers.crash_points", json.dumps(watch))
+        with self.log.open("wb") as log:
+            training = Forked([*program, "train", f"run={run}", *overrides, *settings], stdout=log, stderr=log)
+        try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                training.wait(kill_after)
+        finally:
+            training.kill()
+        return training.wait()
 
     def crash(self, run: str, stage: str, names: list[str], number: int, start: str = "first") -> Path:
         """A training that is killed at the point with a number among those with these names."""
@@ -101,9 +118,8 @@ def result(folder: Path, stage: str) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def trainings(place: Path) -> Iterator[Trainings]:
-    with fork_server() as server:
-        yield Trainings(server, place)
+def trainings(place: Path) -> Trainings:
+    return Trainings(place)
 
 
 Points = Callable[[str, str], list[str]]

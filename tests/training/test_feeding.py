@@ -6,8 +6,6 @@ import hashlib
 import itertools
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +24,7 @@ from nanochat_pl.data.sources.open import open_source
 from nanochat_pl.tokenizer import Tokenizer
 from nanochat_pl.training.checkpoint.resume import newest_resume_file
 from nanochat_pl.training.datamodule import RowsDataModule, share
+from tests.helpers.forked import Forked
 from tests.helpers.small_disk import enlarge, small_disk
 from tests.training.conftest import same_weights, start_run, weights_of
 from tests.training.test_resume import command, interrupt
@@ -121,11 +120,12 @@ def test_a_builder_ends_with_its_parent_even_if_that_is_killed(
     tokenizer_file = place / "runs" / "whole" / "tokenizer" / "bundle" / "tokenizer.json"
     cache = tmp_path / "cache"
     path = shared / "data" / "text_tiny"
-    arguments = [sys.executable, tmp_path / "parent.py", path, tokenizer_file, cache]
-    with subprocess.Popen(arguments, stdout=subprocess.PIPE) as parent:
-        assert parent.stdout is not None and parent.stdout.readline() == b"started\n"
-        [lock] = (cache / "ahead").glob("*.lock")
-        parent.kill()
+    parent = Forked([str(each) for each in (tmp_path / "parent.py", path, tokenizer_file, cache)], capture=True)
+    while "started" not in parent.printed()[0]:
+        assert parent.poll() is None, parent.printed()
+        time.sleep(0.01)
+    [lock] = (cache / "ahead").glob("*.lock")
+    parent.send_signal(signal.SIGKILL)
     deadline = time.monotonic() + 30
     while not free(lock):
         assert time.monotonic() < deadline, "it lives on"

@@ -4,35 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from nanochat_pl.cli._subprocess import FOLLOW_PARENT
+from tests.helpers.forked import COMMAND, Forked
 from tests.training.conftest import start_run, tiny_overrides
 
 
 @contextlib.contextmanager
-def training(place: Path, name: str, output: int, *overrides: str) -> Iterator[subprocess.Popen[bytes]]:
+def training(place: Path, name: str, output: int, *overrides: str) -> Iterator[Forked]:
     """In a session of its own, so that no SIGHUP comes with its terminal's end."""
     start_run(place, name, "base")
-    command = ["train", f"run={name}", *tiny_overrides(place), "max_steps=10", *overrides]
+    command = [*COMMAND, "train", f"run={name}", *tiny_overrides(place), "max_steps=10", *overrides]
     environment = {key: value for key, value in os.environ.items() if key != FOLLOW_PARENT}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "nanochat_pl.cli.main", *command],
-        stdin=subprocess.DEVNULL,
-        stdout=output,
-        stderr=output,
-        env=environment,
-        start_new_session=True,
-    )
+    process = Forked(command, stdout=output, stderr=output, env=environment)
     os.close(output)
     try:
         yield process
     finally:
         process.kill()
-        process.wait()
 
 
 def read_until(ours: int, text: bytes) -> None:

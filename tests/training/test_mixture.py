@@ -7,7 +7,6 @@ import json
 import random
 import shutil
 import signal
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from nanochat_pl.model.gpt import GPT
 from nanochat_pl.report import write_report
 from nanochat_pl.tokenizer import Tokenizer
 from nanochat_pl.tokenizer.comparison import KINDS
+from tests.helpers.forked import COMMAND
 from tests.helpers.small_engine import byte_tokenizer
 from tests.helpers.training import ROWS_PER_STEP, SEQUENCE_LEN, fit_tiny, tiny_model
 from tests.regressions.test_fit import metrics_of as metrics_in
@@ -171,7 +171,7 @@ def test_killed_in_the_middle_it_ends_the_same(trained: Path, place: Path, other
     arguments = ["train", "run=mixed-killed", *mixture(place, others)]
     checkpoints = folder / "base" / "checkpoints"
     code = interrupt(
-        [sys.executable, "-m", "nanochat_pl.cli.main", *arguments],
+        [*COMMAND, *arguments],
         lambda: len(list(checkpoints.glob("step=*.ckpt"))) >= 2,
         signal.SIGKILL,
     )

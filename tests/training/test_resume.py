@@ -7,12 +7,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
 from nanochat_pl.training.checkpoint.resume import newest_resume_file, resume_files
+from tests.helpers.forked import COMMAND, Forked
 from tests.training.conftest import (
     copy_unfinished,
     metrics_of,
@@ -26,24 +27,26 @@ from tests.training.conftest import (
 
 def command(place: Path, run: str, stage: str) -> list[str]:
     settings = tiny_overrides(place) if stage == "base" else sft_overrides(place)
-    return [sys.executable, "-m", "nanochat_pl.cli.main", "train", f"run={run}", *settings]
+    return [*COMMAND, "train", f"run={run}", *settings]
 
 
-def interrupt(arguments: list[str], when: Callable[[], bool], signum: int) -> int:
+def interrupt(arguments: list[str], when: Callable[[], bool], signum: int, ignored: Sequence[int] = ()) -> int:
     """Run a command until ``when``, send the signal, give the exit code."""
-    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, preexec_fn=_heed_ctrl_c)
-    deadline = time.monotonic() + 120
-    while process.poll() is None and not when():
-        assert time.monotonic() < deadline, "it never came to the point where it is interrupted"
-        time.sleep(0.001)
-    process.send_signal(signum)
-    process.communicate(timeout=60)
-    return process.returncode
+    process = Forked(arguments, ignored=ignored, capture=True)
+    try:
+        deadline = time.monotonic() + 120
+        while process.poll() is None and not when():
+            assert time.monotonic() < deadline, "it never came to the point where it is interrupted"
+            time.sleep(0.001)
+        process.send_signal(signum)
+        return process.wait(60)
+    finally:
+        process.kill()
 
 
-def _heed_ctrl_c() -> None:
-    """Tests that run in the background of a shell inherit that Ctrl-C is ignored."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+def has_steps(metrics: Path) -> bool:
+    """Whether some steps are in the table of a run."""
+    return metrics.exists() and metrics.read_text().count("\n") > 3
 
 
 @pytest.mark.parametrize("stage", ["base", "sft"])
@@ -67,9 +70,7 @@ def test_a_signal_leaves_an_exact_file(place: Path, train: Callable[..., int], s
     """The exit code is 128 + signal (a pipeline must not go on), and nothing of the finished steps is lost."""
     folder = start_run(place, f"stopped-{signum}", "base")
     begun = folder / "base" / "metrics.csv"
-    code = interrupt(
-        command(place, folder.name, "base"), lambda: begun.exists() and begun.read_text().count("\n") > 3, signum
-    )
+    code = interrupt(command(place, folder.name, "base"), lambda: has_steps(begun), signum)
     assert code == 128 + signum
     newest = newest_resume_file(folder / "base" / "checkpoints")
     assert newest is not None
@@ -90,12 +91,12 @@ def test_two_threads_and_compiled_kill_9_changes_nothing(place: Path) -> None:
     """As a person trains: threads that add to one row of an embedding must not do so in the order they come."""
     settings = ["trainer.compile=true", "trainer.num_threads=2", "model.compute_dtype=bfloat16", "max_steps=30"]
     run_whole = start_run(place, "compiled", "base")
-    subprocess.run([*command(place, "compiled", "base"), *settings], check=True, capture_output=True)
+    subprocess.run([sys.executable, *command(place, "compiled", "base"), *settings], check=True, capture_output=True)
     folder = start_run(place, "compiled-killed", "base")
     checkpoints = folder / "base" / "checkpoints"
     arguments = [*command(place, "compiled-killed", "base"), *settings]
     assert interrupt(arguments, lambda: any(checkpoints.glob("step=*.ckpt")), signal.SIGKILL) == -signal.SIGKILL
-    subprocess.run(arguments, check=True, capture_output=True)
+    subprocess.run([sys.executable, *arguments], check=True, capture_output=True)
     assert same_weights(weights_of(run_whole, "base"), weights_of(folder, "base"))
 
 
@@ -144,5 +145,5 @@ def test_an_ignored_signal_stays_ignored(place: Path) -> None:
     """nohup: the training goes on when its terminal is gone."""
     folder = start_run(place, "nohup", "base")
     begun = folder / "base" / "metrics.csv"
-    arguments = ["sh", "-c", 'trap "" HUP; exec "$@"', "sh", *command(place, "nohup", "base")]
-    assert interrupt(arguments, lambda: begun.exists() and begun.read_text().count("\n") > 3, signal.SIGHUP) == 0
+    arguments = command(place, "nohup", "base")
+    assert interrupt(arguments, lambda: has_steps(begun), signal.SIGHUP, ignored=[signal.SIGHUP]) == 0

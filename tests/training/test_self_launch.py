@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
+from tests.helpers.forked import COMMAND, Forked, run_forked, running
 from tests.helpers.launch import launch
 from tests.training.conftest import same_weights, start_run, tiny_overrides, weights_of
 
 STEPS = ("max_steps=6", "evaluation.every_steps=3", "schedule.warmup_steps=2")
-COMMAND = (sys.executable, "-m", "nanochat_pl.cli.main")
 
 
 def overrides(place: Path, run: str, *further: str) -> list[str]:
@@ -24,36 +22,16 @@ def overrides(place: Path, run: str, *further: str) -> list[str]:
     return [f"run={run}", *kept, *STEPS, *further]
 
 
-def started(arguments: list[str]) -> subprocess.Popen[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [*COMMAND, *arguments],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-        start_new_session=True,
-    )
+def started(arguments: list[str]) -> Forked:
+    return Forked([*COMMAND, *arguments], capture=True)
 
 
-def ended(arguments: list[str]) -> subprocess.CompletedProcess[str]:
-    process = started(arguments)
-    try:
-        out, err = process.communicate(timeout=240)
-    finally:
-        process.kill()
-    return subprocess.CompletedProcess(arguments, process.returncode, out, err)
+def workers() -> list[int]:
+    """The processes that train."""
+    return [pid for pid, of in running().items() if "RANK" in of["env"]]
 
 
-def workers_of(process: subprocess.Popen[str]) -> list[int]:
-    """The processes that it has started to train."""
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text(encoding="utf-8").split()
-    commands = {int(child): Path(f"/proc/{child}/cmdline").read_bytes() for child in children}
-    return [child for child, command in commands.items() if b"nanochat_pl.cli.main" in command]
-
-
-def wait_for_step(place: Path, run: str, process: subprocess.Popen[str]) -> None:
+def wait_for_step(place: Path, run: str, process: Forked) -> None:
     """Until a first resume file is there."""
     deadline = time.monotonic() + 120
     while not [*(place / "runs" / run / "base" / "checkpoints").glob("*.ckpt")]:
@@ -64,20 +42,20 @@ def wait_for_step(place: Path, run: str, process: subprocess.Popen[str]) -> None
 def test_two_devices_give_the_bits_of_torchrun_with_two_processes(place: Path) -> None:
     for run in ("self", "torchrun"):
         start_run(place, run, "base")
-    done = ended(["train", *overrides(place, "self", "trainer.devices=2")])
+    done = run_forked([*COMMAND, "train", *overrides(place, "self", "trainer.devices=2")])
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Training on 2 processes" in done.stdout and done.stdout.count("Next:") == 1 and done.stderr == ""
     by_torchrun = launch(2, ["train", *overrides(place, "torchrun")])
     assert by_torchrun.returncode == 0, by_torchrun.stderr
     ours, theirs = (weights_of(place / "runs" / run, "base") for run in ("self", "torchrun"))
     assert same_weights(ours, theirs)
-    again = ended(["train", *overrides(place, "self", "trainer.devices=2")])
+    again = run_forked([*COMMAND, "train", *overrides(place, "self", "trainer.devices=2")])
     assert again.returncode == 0 and "is finished" in again.stdout and "2 processes" not in again.stdout
 
 
 @pytest.mark.slow
 def test_an_error_is_said_once_with_the_exit_code_of_one(place: Path) -> None:
-    done = ended(["train", *overrides(place, "wrong", "trainer.devices=2", "data.path=/nowhere")])
+    done = run_forked([*COMMAND, "train", *overrides(place, "wrong", "trainer.devices=2", "data.path=/nowhere")])
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: data.path='/nowhere': there is no such")
 
@@ -87,13 +65,13 @@ def test_a_process_that_dies_ends_the_command_and_the_other_one(place: Path) -> 
     start_run(place, "killed", "base")
     process = started(["train", *overrides(place, "killed", "trainer.devices=2", "max_steps=100000")])
     wait_for_step(place, "killed", process)
-    workers = workers_of(process)
-    assert len(workers) == 2
-    os.kill(workers[1], signal.SIGKILL)
+    pids = workers()
+    assert len(pids) == 2
+    os.kill(pids[1], signal.SIGKILL)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGKILL, out + err
     assert err.count("error: ") == 1 and "ended by signal 9 (SIGKILL)" in err
-    assert not [pid for pid in workers if Path(f"/proc/{pid}").exists()]
+    assert not workers()
 
 
 @pytest.mark.slow
@@ -119,6 +97,6 @@ def test_a_stop_reaches_all_and_a_second_one_ends_them(place: Path) -> None:
 
 @pytest.mark.slow
 def test_every_stage_of_a_pipeline_starts_its_processes(tmp_path: Path) -> None:
-    done = ended(["pipeline", "experiment=tiny", "trainer.devices=2", f"paths.runs={tmp_path}"])
+    done = run_forked([*COMMAND, "pipeline", "experiment=tiny", "trainer.devices=2", f"paths.runs={tmp_path}"])
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("Training on 2 processes") == 3 and done.stdout.count("Next:") == 1

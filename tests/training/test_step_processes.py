@@ -2,51 +2,20 @@
 
 from __future__ import annotations
 
-import json
-import os
-import socket
-import subprocess
-import sys
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from tests.helpers.step_processes import steps
+from tests.helpers.processes import run
+from tests.helpers.step_processes import all_cases, steps
 
 Results = list[dict[str, Any]]
 
 
-def free_port() -> int:
-    """One that nobody listens on."""
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
-
-
 @pytest.fixture(scope="module")
-def results() -> Iterator[Results]:
+def results() -> Results:
     """What each of two processes says of each case."""
-    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.helpers.step_processes"],
-            env={**os.environ, **place, "RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        printed = [process.communicate(timeout=300) for process in processes]
-        lines = [[line for line in out.splitlines() if line.startswith("RESULTS ")] for out, _ in printed]
-        assert all(lines), printed
-        yield [json.loads(found[0].removeprefix("RESULTS ")) for found in lines]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
+    return run(2, all_cases)
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,6 @@ import os
 import pty
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -25,6 +23,7 @@ from nanochat_pl.training.checkpoint.resume import newest_resume_file
 from nanochat_pl.training.config import TrainerSettings
 from nanochat_pl.training.module import LMModule
 from tests.helpers.faults import MODULE
+from tests.helpers.forked import Forked
 from tests.helpers.launch import Launched, launch, launched
 from tests.helpers.processes import run
 from tests.helpers.stop_jobs import check_once, wait_for_rows
@@ -179,22 +178,13 @@ def test_a_second_signal_ends_at_once(place: Path, tmp_path: Path) -> None:
         assert newest_resume_file(place / "runs" / "stop-twice" / "base" / "checkpoints") is None
 
 
-ON_TERMINAL = """
-import fcntl, os, sys, termios
-os.setsid()
-fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-os.execv(sys.executable, [sys.executable, "-m", *sys.argv[1:]])
-"""
-
-
 def test_closing_the_terminal_keeps_the_run(place: Path, expected: Path, train: Callable[..., int]) -> None:
     """What is then said has no reader; it is a stop as any other."""
     ours, theirs = pty.openpty()
     os.set_blocking(ours, False)
-    command = [sys.executable, "-c", ON_TERMINAL, MODULE, *arguments(place, "closed")]
-    process = subprocess.Popen(
-        command, stdin=theirs, stdout=theirs, stderr=theirs, env={**os.environ, **SLOW}, cwd=REPOSITORY
-    )
+    command = ["-m", MODULE, *arguments(place, "closed")]
+    terminal = {"stdin": theirs, "stdout": theirs, "stderr": theirs, "on_terminal": True}
+    process = Forked(command, env={**os.environ, **SLOW}, cwd=REPOSITORY, **terminal)
     os.close(theirs)
     printed = b""
     try:
@@ -208,7 +198,6 @@ def test_closing_the_terminal_keeps_the_run(place: Path, expected: Path, train: 
         assert process.wait(timeout=240) == 128 + signal.SIGHUP
     finally:
         process.kill()
-        process.wait()
     assert newest_resume_file(place / "runs" / "closed" / "base" / "checkpoints") is not None
     assert train(*arguments(place, "closed")[1:]) == 0
     assert same_weights(weights_of(expected, "base"), weights_of(place / "runs" / "closed", "base"))

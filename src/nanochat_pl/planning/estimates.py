@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from nanochat_pl.common.text_amounts import CROPPED_SHARE, epochs_of, shards_for, token_cache_bytes, tokens_taken
 from nanochat_pl.model.attention import Kernels, attention_backend
 from nanochat_pl.model.config import GPTConfig
 from nanochat_pl.model.counts import DTYPE_BYTES, count_parameters, kv_cache_bytes, weight_bytes
@@ -25,7 +26,6 @@ from nanochat_pl.planning.memory import (
     step_memory,
 )
 from nanochat_pl.planning.plan import Plan, show
-from nanochat_pl.planning.text import CROPPED_SHARE, epochs_of, shards_for, token_cache_bytes, tokens_taken
 
 # Share of the peak that a GPU is taken to reach where nobody says: what well-tuned training of such models in bfloat16
 # reaches. Small models stay below it.

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.schema import setting
-from nanochat_pl.planning.text import epochs_of
+from nanochat_pl.common.text_amounts import epochs_of
 
 if TYPE_CHECKING:
     from nanochat_pl.planning.plan import Plan

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.files import free_bytes
+from nanochat_pl.common.text_amounts import BYTES_PER_TOKEN, shards_for, token_cache_bytes
 from nanochat_pl.data.cache.tokens import token_cache_to_build
 from nanochat_pl.data.sources.base import Source, SourceSettings, all_at_once
-from nanochat_pl.planning.text import BYTES_PER_TOKEN, shards_for, token_cache_bytes
 from nanochat_pl.tokenizer import Tokenizer
 
 

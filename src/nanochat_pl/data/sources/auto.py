@@ -13,13 +13,13 @@ from typing import Literal, get_args
 from nanochat_pl.common.console import by_difference, progress
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.files import read_json, write_json
+from nanochat_pl.common.text_amounts import KNOWN_SETS
 from nanochat_pl.data.sources.base import DataSettings
 from nanochat_pl.data.sources.docstrings import installed_packages, python_files
 from nanochat_pl.data.sources.python_docs import PythonDocs, built_python_docs, open_python_docs
 from nanochat_pl.data.sources.run_corpus import RunCorpus
 from nanochat_pl.data.sources.token_counts import tokens_of_docstrings
 from nanochat_pl.planning.horizon import MAX_EPOCHS
-from nanochat_pl.planning.text import KNOWN_SETS
 
 # More than the docstrings of any set of packages: a plan beyond four epochs of so many is not held against them.
 MAX_DOCSTRING_TOKENS = 100e6

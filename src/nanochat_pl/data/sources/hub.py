@@ -21,6 +21,7 @@ import platformdirs
 
 from nanochat_pl.common.console import rank_zero_print
 from nanochat_pl.common.errors import UserError
+from nanochat_pl.common.text_amounts import BYTES_PER_TOKEN, COMPRESSED_SHARE, epochs_of, known_set, shards_for
 from nanochat_pl.data.cache.content_cache import fingerprint_of
 from nanochat_pl.data.files.formats import check_file
 from nanochat_pl.data.files.read import SUFFIXES, format_of
@@ -30,7 +31,6 @@ from nanochat_pl.data.hub.manifest import HubFile, Manifest, commit_of, hash_mem
 from nanochat_pl.data.sources.base import Shard, SourceSettings, Split
 from nanochat_pl.data.sources.local import FileDocuments, share_held_out
 from nanochat_pl.data.sources.on_demand import DocumentsOnDemand
-from nanochat_pl.planning.text import BYTES_PER_TOKEN, COMPRESSED_SHARE, epochs_of, known_set, shards_for
 
 
 def split_by_name(files: Sequence[HubFile]) -> tuple[list[HubFile], list[HubFile], list[HubFile]]:

@@ -17,13 +17,13 @@ from pathlib import Path
 
 from nanochat_pl.common.console import counted_bytes
 from nanochat_pl.common.errors import UserError
+from nanochat_pl.common.text_amounts import COMPRESSED_SHARE
 from nanochat_pl.data.cache.content_cache import fingerprint_of, known_sha256
 from nanochat_pl.data.files.folder import find_files
 from nanochat_pl.data.files.formats import check_file, documents_of
 from nanochat_pl.data.files.read import format_of, parquet_facts, reading
 from nanochat_pl.data.files.split_names import configurations_remark, split_files, unused_remark
 from nanochat_pl.data.sources.base import Shard, SourceSettings, Split, place_by_hash
-from nanochat_pl.planning.text import COMPRESSED_SHARE
 
 _NOTHING = hashlib.sha256().hexdigest()
 _FILES_AT_A_TIME = 8  # that are hashed: a fast disk gives more than one core can take

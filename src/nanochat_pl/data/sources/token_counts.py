@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from nanochat_pl.common.errors import UserError
+from nanochat_pl.common.text_amounts import BYTES_PER_TOKEN, bytes_per_token, known_set
 from nanochat_pl.data.sources.base import DataSettings, SourceSettings
 from nanochat_pl.data.sources.custom import open_custom
 from nanochat_pl.data.sources.hub import HubFiles
@@ -12,7 +13,6 @@ from nanochat_pl.data.sources.local import choose_files, text_bytes
 from nanochat_pl.data.sources.python_docs import PythonDocs, built_python_docs
 from nanochat_pl.data.sources.run_corpus import RunCorpus
 from nanochat_pl.planning.estimates import TextFacts
-from nanochat_pl.planning.text import BYTES_PER_TOKEN, bytes_per_token, known_set
 
 
 def tokens_at_hand(
