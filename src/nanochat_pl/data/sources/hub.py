@@ -25,7 +25,8 @@ from nanochat_pl.data.cache.content_cache import fingerprint_of
 from nanochat_pl.data.files.formats import check_file
 from nanochat_pl.data.files.read import SUFFIXES, format_of
 from nanochat_pl.data.files.split_names import configurations_remark, split_files, unused_remark
-from nanochat_pl.data.hub.download import PARALLEL, Fetched, fetch_files, require_room
+from nanochat_pl.data.hub.download import PARALLEL, Fetched, fetch_files
+from nanochat_pl.data.hub.errors import require_room
 from nanochat_pl.data.hub.manifest import HubFile, Manifest, commit_of, hash_memo, known_manifest, open_manifest
 from nanochat_pl.data.sources.base import Shard, SourceSettings, Split
 from nanochat_pl.data.sources.local import FileDocuments, share_held_out
