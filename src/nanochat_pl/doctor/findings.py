@@ -102,7 +102,6 @@ class StageMetrics:
 
     @property
     def is_chat(self) -> bool:
-        """Whether it trains on conversations."""
         return self.stage in CHAT_STAGES
 
 
@@ -316,7 +315,6 @@ def _of_overlaps(metrics: StageMetrics, overlaps: Sequence[Overlap]) -> Iterator
 
 
 def failing(found: Sequence[Finding]) -> bool:
-    """Whether any would break a run."""
     return any(finding.fails for finding in found)
 
 

@@ -101,12 +101,9 @@ def make_result(
     """Metrics of outcomes.
 
     Args:
-        name: the task's.
         items: names of the problems, all different; at least one.
         outcomes: one for each, 0 … 1.
         baseline: accuracy of guessing, below 1.
-        details: plain JSON.
-        answers: rows for people.
     """
     n = len(items)
     assert n == len(outcomes) == len(set(items)) and n > 0, f"{name}: {n} items, {len(outcomes)} outcomes"
@@ -127,13 +124,7 @@ def make_result(
 
 
 def summarize(name: str, results: Sequence[TaskResult], draws: int = 1000, seed: int = 0) -> Summary:
-    """The mean of the tasks' centered accuracies, with its interval.
-
-    Args:
-        name: the summary's.
-        results: of the tasks, at least one.
-        draws, seed: of the bootstrap.
-    """
+    """The mean of the tasks' centered accuracies, with its interval."""
     assert results, f"{name}: a summary of nothing"
     groups = [(each.outcomes, each.baseline) for each in sorted(results, key=lambda each: each.name)]
     value = math.fsum(each.centered for each in results) / len(results)
@@ -173,16 +164,11 @@ def paired_summary(
 
 
 def to_plain(result: TaskResult) -> dict[str, Any]:
-    """A result as plain data, for JSON."""
     return dict(schema.to_plain(result))
 
 
 def from_plain(value: Mapping[str, Any], where: str) -> TaskResult:
     """The inverse of :func:`to_plain`, of data that anybody may have written. The metrics are those of its outcomes.
-
-    Args:
-        value: the data.
-        where: what it was read from, for messages.
 
     Raises:
         UserError: it is no result.

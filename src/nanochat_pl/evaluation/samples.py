@@ -28,13 +28,7 @@ class Sample:
 
 
 def write_samples(engine: Engine, prompts: Sequence[str] = DEFAULT_PROMPTS, max_tokens: int = 16) -> list[Sample]:
-    """Continue each prompt (bos in front) greedily.
-
-    Args:
-        engine: the model; needs a tokenizer.
-        prompts: ordinary text.
-        max_tokens: most new tokens of each.
-    """
+    """Continue each prompt (bos in front) greedily."""
     tokenizer = engine.tokenizer
     rows = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
     results = engine.generate(rows, max_tokens=max_tokens, tools=False)

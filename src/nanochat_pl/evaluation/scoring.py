@@ -69,10 +69,7 @@ def score(
     """Score the candidates of each question.
 
     Args:
-        net: the model.
-        questions: candidates, in groups that may begin alike.
         max_positions: most positions of one forward, padding included. Memory and time only.
-        progress: called with the number of questions just finished.
         name: what they belong to, for messages.
 
     Returns:
@@ -89,7 +86,6 @@ def batches_by_length(lengths: Sequence[int], max_positions: int) -> list[list[i
     """Put rows of like length together.
 
     Args:
-        lengths: of the rows.
         max_positions: a batch has at most this many positions, padding included (but at least one row).
 
     Returns:

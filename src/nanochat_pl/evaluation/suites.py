@@ -81,7 +81,6 @@ class SuiteResult:
         return "; ".join(f"{task.name}: {task.remark}" for task in self.tasks if task.remark) or None
 
     def to_json(self) -> Any:
-        """What results.json says of it."""
         if isinstance(self.plain, list):
             return self.plain
         value: dict[str, Any] = dict(self.plain or {})
@@ -162,7 +161,6 @@ class Evaluation:
     suites: dict[str, SuiteResult] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """As plain data."""
         return {**self.origin, "suites": {name: suite.to_json() for name, suite in self.suites.items()}}
 
 

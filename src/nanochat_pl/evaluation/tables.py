@@ -75,7 +75,6 @@ def write_suite(folder: Path, found: SuiteResult) -> None:
 
 
 def write_differences(folder: Path, suites: Iterable[SuiteResult]) -> None:
-    """All paired differences as CSV; none where there are none."""
     metrics = ("difference", "stderr", "low", "high", "n")
     rows = [
         (suite.name, each.name, *(getattr(each, key) for key in metrics), suite.against)

@@ -86,12 +86,10 @@ class EvaluationRecord:
 
     @property
     def of_tasks(self) -> list[SuiteResult]:
-        """The suites that have tasks."""
         return [suite for suite in self.suites.values() if suite.tasks]
 
     @property
     def summaries(self) -> list[Summary]:
-        """The means of the suites that have one."""
         return [suite.summary for suite in self.suites.values() if suite.summary]
 
     def to_json(self) -> dict[str, Any]:

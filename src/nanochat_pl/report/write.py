@@ -275,5 +275,4 @@ def _metric(summary: Summary) -> str:
 
 
 def _signed(share: float) -> str:
-    """A difference of shares in percent."""
     return f"{100 * share:+.1f} %"

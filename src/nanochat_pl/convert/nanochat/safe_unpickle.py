@@ -217,13 +217,7 @@ def is_unicode(text: str) -> bool:
 
 
 def write_encoding(path: Path, tokenizer: Tokenizer, name: str) -> None:
-    """Write a tokenizer as the reference reads it: a pickled ``tiktoken.Encoding``.
-
-    Args:
-        path: the file.
-        tokenizer: what to write.
-        name: of the encoding.
-    """
+    """Write a tokenizer as the reference reads it: a pickled ``tiktoken.Encoding``."""
     ranks = {token: rank for rank, token in enumerate(tokenizer.tokens)}
     encoding = tiktoken.Encoding(
         name, pat_str=tokenizer.pattern, mergeable_ranks=ranks, special_tokens=tokenizer.special_ids

@@ -110,11 +110,8 @@ def read_conversations(
     """Read and check a file, or find it read.
 
     Args:
-        name: what it is called in messages.
-        path: a file with one of CONVERSATION_SUFFIXES.
         column: of the messages, in a table or an object.
         memo, at_rest: see :func:`~nanochat_pl.data.cache.content_cache.known_sha256`.
-        cache_dir: ``paths.cache``.
 
     Raises:
         UserError: the file cannot be read, is no whole one, has no such column, or no conversation in its first

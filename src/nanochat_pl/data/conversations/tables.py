@@ -32,7 +32,6 @@ class Rows:
     def __init__(self, paths: Sequence[Path], columns: Sequence[str]) -> None:
         """
         Args:
-            paths: files with one of TABLE_SUFFIXES.
             columns: those that a row is to have.
 
         Raises:
@@ -63,7 +62,6 @@ class Rows:
         """int64 (n,): how many entries each row's list has, without reading what they are; 0 where there is no list.
 
         Args:
-            column: of the lists.
             field: where the column holds objects, their key with the list.
         """
         return np.concatenate([_lengths(table, column, field) for table in self._tables])

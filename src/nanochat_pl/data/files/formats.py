@@ -31,8 +31,6 @@ def documents_of(path: Path, text_column: str, txt_document_chars: int) -> Itera
     """The documents of a file, in its order; those that are null or blank in a table are "".
 
     Args:
-        path: a file with one of SUFFIXES.
-        text_column: the column of a parquet file, the key of a JSON line, with the text.
         txt_document_chars: the most characters of a text file's document.
 
     Raises:

@@ -32,11 +32,6 @@ def bundle_in_cache(cache_dir: Path) -> Path:
 def fetch_eval_bundle(cache_dir: Path, url: str = EVAL_BUNDLE_URL, refresh: bool = False) -> tuple[Path, bool]:
     """Have the evaluation bundle in the cache folder, whole or not at all.
 
-    Args:
-        cache_dir: ``paths.cache``.
-        url: of the archive.
-        refresh: fetch it although it is here.
-
     Returns:
         its folder, and whether it was fetched.
 

@@ -43,12 +43,6 @@ def fetch_files(manifest: Manifest, files: Sequence[HubFile], cache_dir: Path, p
     What is here and right is left alone. What the hub sends damaged is fetched a second time. The network is not used
     where nothing is missing. Whatever ends this early leaves whole files, and called again it goes on with the others.
 
-    Args:
-        manifest: of the commit.
-        files: of it.
-        cache_dir: ``paths.cache``.
-        parallel: downloads at a time.
-
     Raises:
         UserError: no network, too little room on the disk, or what the hub says; names the file.
     """

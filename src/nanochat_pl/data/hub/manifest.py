@@ -128,8 +128,6 @@ def open_manifest(repo: str, revision: str, cache_dir: Path, refresh: bool = Fal
     """The manifest of a data set; the hub is asked where there is none yet, or for a newer one with ``refresh``.
 
     Args:
-        repo: ``owner/name``.
-        revision: a branch, a tag or a commit.
         cache_dir: ``paths.cache``; manifests lie in its folder ``hub``.
         refresh: ask what the revision means today.
 

@@ -147,7 +147,6 @@ def read_packages(
     """All docstrings of the packages, in their order, by module name, then in the order of the file.
 
     Args:
-        packages: what to read.
         num_processes: processes that read side by side; as many as there are usable CPUs by default. The result does
             not depend on it.
         progress: called with (files read, files in all) as the reading goes on.

@@ -58,13 +58,10 @@ class HubFiles:
     together, whatever another process fetches meanwhile.
 
     Args:
-        settings: which data set.
-        cache_dir: ``paths.cache``.
         ask_hub: for its list of files, where that is not known here.
         refresh: ask for it anyway.
         chosen: of a training that goes on, the files that it was begun with: these and no others.
         with_json: :meth:`fetch` takes the .json files too. They may hold conversations, and never documents.
-        key: of these settings, for messages.
         tokens_needed: that a training takes of them, for messages; None: no training is to begin.
 
     Attributes:

@@ -81,11 +81,6 @@ def _in_folder(settings: SourceSettings) -> str:
 class LocalFiles:
     """A :class:`~nanochat_pl.data.sources.base.Source` of the files under ``data.path``; one shard per file and split.
 
-    Args:
-        settings: which files.
-        cache_dir: where their hashes are kept.
-        key: of these settings, for messages.
-
     Raises:
         UserError: no file matches, a suffix is unknown, a file cannot be opened or lacks the text column; a file to
             validate on is one to train on, or has the same contents.

@@ -240,5 +240,4 @@ def _inside(root: Path, uri: str, where: str) -> Path:
 
 
 def unknown_task(name: str, valid: Any) -> UserError:
-    """What is said of a name that no task has."""
     return UserError(f"core.tasks: {name!r} is no task of CORE; {did_you_mean(name, valid)}")

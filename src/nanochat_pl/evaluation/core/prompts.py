@@ -95,8 +95,6 @@ def make_question(
     """Tokens of a problem's prompts, bos in front, and their scored spans.
 
     Args:
-        tokenizer: of the model.
-        kind: of the task.
         problem, shots, delimiter: see :func:`render`.
         reach: most tokens of a prompt: longer ones lose their beginning, all alternatives as much of it.
     """

@@ -82,16 +82,7 @@ class TableTask(Task):
     columns: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, name: str, settings: TableSettings, split: Split, context: TaskContext) -> None:
-        """
-        Args:
-            name: the task's.
-            settings: which table, and how much of it.
-            split: which part.
-            context: where data lies.
-
-        Raises:
-            UserError: a file is missing (the fix is the command that fetches it), cannot be read, or lacks a column.
-        """
+        """Raises UserError: a file is missing, cannot be read, or lacks a column."""
         self.settings = settings
         self.where = f"{context.where}.{name}"
         self.files = table_files(name, self.where, settings, split, context)

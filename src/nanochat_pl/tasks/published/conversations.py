@@ -82,9 +82,6 @@ class ConversationSet(Task):
     def __init__(self, name: str, settings: ConversationSettings, split: Split, context: TaskContext) -> None:
         """
         Args:
-            name: the task's.
-            settings: which files, and how much of them.
-            split: which part.
             context: folders, and the share of bad rows that is put up with.
 
         Raises:

@@ -42,13 +42,6 @@ class TableFile:
 def table_files(name: str, where: str, settings: TableSettings, split: Split, context: TaskContext) -> list[TableFile]:
     """The files of a split, none of which is in the other one too.
 
-    Args:
-        name: the task's, for the command that fetches them.
-        where: its key, for messages.
-        settings: of the task.
-        split: which part.
-        context: where data lies.
-
     Raises:
         UserError: a file is missing, or cannot be read; or it is in both parts.
     """
