@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.files import read_object
 from nanochat_pl.common.schema import build_known, is_finite_number, setting, to_plain
-from nanochat_pl.evaluation.core.table import core_name
+from nanochat_pl.evaluation.core.bundle import CORE_TASKS
 from nanochat_pl.evaluation.results import (
     Difference,
     Summary,
@@ -193,7 +193,9 @@ def summary_name(suite: str, tasks: Sequence[str]) -> str | None:
     if not tasks or suite not in ("core", "chat", "chatcore"):
         return None
     if suite == "core":
-        return core_name(tasks)
+        ours, number = len({*tasks} & {*CORE_TASKS}), len({*tasks})
+        besides = f" and {number - ours} others" if number > ours else ""
+        return "CORE" if {*tasks} == {*CORE_TASKS} else f"CORE ({ours} of {len(CORE_TASKS)} tasks{besides})"
     if suite == "chat" or not {*tasks} & {*CHATCORE}:
         return f"{suite}: mean of the tasks"
     others = sorted({*tasks} - {*CHATCORE})

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from nanochat_pl.common.errors import UserError, first_line
 from nanochat_pl.common.files import write_bytes
-from nanochat_pl.common.text_files import require_regular
+from nanochat_pl.common.text_files import is_unicode, require_regular
 from nanochat_pl.model.config import DType
 from nanochat_pl.tokenizer import Tokenizer
 
@@ -209,11 +209,6 @@ def _problem_of_state(state: dict[Any, Any]) -> str | None:
         if type(table) is not dict or not all(type(k) is kind and type(v) is int for k, v in table.items()):
             return f"{key} must map {kind.__name__} to whole numbers"
     return None
-
-
-def is_unicode(text: str) -> bool:
-    """Pickles have halves of surrogate pairs, files of text do not."""
-    return not any("\ud800" <= sign <= "\udfff" for sign in text)
 
 
 def write_encoding(path: Path, tokenizer: Tokenizer, name: str) -> None:

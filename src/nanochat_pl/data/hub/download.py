@@ -155,7 +155,7 @@ def _download(manifest: Manifest, file: HubFile, cache_dir: Path, advance: Advan
 
 def _bar_that_reports(receive: Advance) -> Any:
     """A progress bar that draws nothing and hands on the bytes that came."""
-    from tqdm import tqdm
+    from huggingface_hub.utils import tqdm
 
     class Bar(tqdm):
         def __init__(self, *arguments: Any, **options: Any) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.schema import UserGlob, setting
+from nanochat_pl.common.text_files import is_unicode
 from nanochat_pl.data.cache.content_cache import fingerprint_of
 from nanochat_pl.data.conversations.tables import Row, Rows
 from nanochat_pl.tasks.base import Split, Task, TaskSettings, own_settings
@@ -139,11 +140,8 @@ class TableTask(Task):
         return values
 
     def _require_unicode(self, index: int, what: str, text: str) -> None:
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            problem = f"{what} holds half of a surrogate pair, which is no character."
-            raise self.bad_row(index, problem) from error
+        if not is_unicode(text):
+            raise self.bad_row(index, f"{what} holds half of a surrogate pair, which is no character.")
 
     def chance(self, column: str, field: str | None = None) -> float:
         """Accuracy of guessing among the choices of each row: of the published table what is said of it.
