@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from nanochat_pl.common.console import Advance, counted_bytes, rank_zero_print
-from nanochat_pl.data.cache.content_cache import known_sha256
+from nanochat_pl.data.cache.content_cache import file_sha256
 from nanochat_pl.data.files.read import parquet_facts
 from nanochat_pl.data.hub.errors import DamagedFile, library_heard, patiently, require_room
-from nanochat_pl.data.hub.manifest import Column, HubFile, Manifest, commit_of, hash_memo, keep_manifest
+from nanochat_pl.data.hub.manifest import Column, HubFile, Manifest, commit_of, keep_manifest
 
 PARALLEL = 8
 
@@ -98,7 +98,7 @@ def _verified(file: HubFile, path: Path, cache_dir: Path) -> HubFile | None:
     if path.stat().st_size != file.bytes:
         return None
     # Such a file is never written to: another one takes its place.
-    sha256 = known_sha256(path, hash_memo(path, cache_dir), at_rest=True)
+    sha256 = file_sha256(path, cache_dir, at_rest=True)
     if file.sha256 is None:
         if f"git:{_git_blob_hash(path)}" != file.git_blob:
             return None

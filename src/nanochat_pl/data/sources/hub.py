@@ -27,7 +27,7 @@ from nanochat_pl.data.files.read import SUFFIXES, format_of
 from nanochat_pl.data.files.split_names import configurations_remark, split_files, unused_remark
 from nanochat_pl.data.hub.download import PARALLEL, Fetched, fetch_files
 from nanochat_pl.data.hub.errors import require_room
-from nanochat_pl.data.hub.manifest import HubFile, Manifest, commit_of, hash_memo, known_manifest, open_manifest
+from nanochat_pl.data.hub.manifest import HubFile, Manifest, commit_of, known_manifest, open_manifest
 from nanochat_pl.data.sources.base import Shard, SourceSettings, Split
 from nanochat_pl.data.sources.local import FileDocuments, share_held_out
 from nanochat_pl.data.sources.on_demand import DocumentsOnDemand
@@ -307,9 +307,8 @@ class HubFiles:
         path, size = self._here.get(file.path), self._file_tokens[file.path] * BYTES_PER_TOKEN
         problem = f"is damaged: it is not what {self._repo} has."
         place = path or Path(file.path)
-        memo = hash_memo(place, self._cache_dir)
         documents = FileDocuments(
-            place, split, self._settings, self._held_out, file.sha256, memo, problem, fix, at_rest=True
+            place, split, self._settings, self._held_out, file.sha256, self._cache_dir, problem, fix, at_rest=True
         )
         shard = replace(documents.as_shard(file.path, file.contents), text_bytes=size)
         if self._on_demand is None or split == "val":
