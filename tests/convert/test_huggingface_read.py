@@ -158,7 +158,7 @@ def foreign(**changes: Any) -> Callable[[Path], None]:
         (foreign(rope_parameters={"rope_theta": "x"}), "rotary_base='x': must be a number"),
         (foreign(vocab_size=2**21, hidden_size=2**16, head_dim=2**12, intermediate_size=2**18), "GiB"),
         (foreign(vocab_size=600), "has 640 ids, the model 600"),
-        (lambda folder: (folder / "config.json").write_text("[1]", encoding="utf-8"), "must be a JSON object"),
+        (lambda folder: (folder / "config.json").write_text("[1]", encoding="utf-8"), "must hold a JSON object"),
     ],
 )
 def test_what_is_wrong_with_a_folder_is_said(copy: Path, spoil: Callable[[Path], None], message: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import stat
 import threading
+import time
 import zipfile
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -19,25 +20,11 @@ from nanochat_pl.data.hub.core_bundle import bundle_in_cache, fetch_eval_bundle
 FILES = {"core.yaml": "icl_tasks: []\n", "eval_meta_data.csv": "a\n", "eval_data/deep/set.jsonl": "{}\n" * 1000}
 
 
-def archive(files: dict[str, str] | None = None, folder: str = "eval_bundle/", links: tuple[str, ...] = ()) -> bytes:
+def archive(files: dict[str, str] | None = None, folder: str = "eval_bundle/") -> bytes:
     data = io.BytesIO()
     with zipfile.ZipFile(data, "w", zipfile.ZIP_DEFLATED) as written:
         for name, text in (FILES if files is None else files).items():
             written.writestr(f"{folder}{name}", text)
-        for name in links:
-            entry = zipfile.ZipInfo(name)
-            entry.external_attr = (stat.S_IFLNK | 0o777) << 16
-            written.writestr(entry, "/etc/passwd")
-    return data.getvalue()
-
-
-def nameless() -> bytes:
-    """An archive with an entry whose name is empty, which Python's own writer refuses to make at once."""
-    data = io.BytesIO()
-    with zipfile.ZipFile(data, "w") as written:
-        (entry := zipfile.ZipInfo("x")).filename = ""
-        with written.open(entry, "w") as file:
-            file.write(b"x")
     return data.getvalue()
 
 
@@ -75,7 +62,7 @@ class Server:
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setattr(core_bundle.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     made = Server()
     yield made
@@ -121,24 +108,11 @@ def change(**settings: object) -> Callable[[Server], None]:
         ({"failures": 9}, "answers with error 503"),
         ({"body": archive()[:-100]}, "is no whole zip archive"),
         ({"body": b"<html>log in</html>"}, "is no whole zip archive"),
-        ({"promised": 10**5}, "cannot be fetched"),
-        ({"promised": 10**10}, "MiB, more than such an archive has"),
+        ({"promised": 10**5}, "cannot be reached"),
         ({"body": archive({"core.yaml": ""})}, "holds no evaluation bundle"),
-        ({"body": archive(FILES | {"../../out": "x"})}, "leads out of the folder"),
-        ({"body": archive(FILES | {"/out": "x"}, folder="")}, "leads out of the folder"),
-        ({"body": archive(FILES | {"C:\\out": "x"}, folder="")}, "leads out of the folder"),
-        ({"body": archive(links=("eval_bundle/eval_data/link.jsonl",))}, "is no plain file"),
-        ({"body": archive(FILES | {"CORE.yaml": "x"})}, "two files of one name"),
-        ({"body": archive(FILES | {"./core.yaml": "x"})}, "two files of one name"),
-        ({"body": nameless()}, "a file without a name, ''"),
-        ({"body": archive(FILES | {".": "x"}, folder="")}, "a file without a name, '.'"),
-        ({"body": archive(FILES | {"n" * 256: "x"})}, r"'eval_bundle/n{68}…' cannot be unpacked"),
-        ({"body": archive(FILES | {"é" * 200: "x"})}, "cannot be unpacked"),
-        ({"body": archive(FILES | {"n" * 65_000: "x"})}, r"n…' is too long a name"),
-        ({"body": archive(FILES | {"n/" * 5_000 + "n": "x"})}, "is too long a name"),
-        ({"body": archive(FILES | {"eval_data": "x"})}, "'eval_bundle/eval_data' is a file and a folder"),
-        ({"body": archive(FILES | {"core.yaml/x": "x"})}, "'eval_bundle/core.yaml' is a file and a folder"),
-        ({"body": archive(FILES | {"Core.yaml/": ""})}, "'eval_bundle/core.yaml' is a file and a folder"),
+        ({"body": archive(FILES | {"n" * 256: "x"})}, "cannot be unpacked"),
+        ({"body": archive(FILES | {"eval_data": "x"})}, "cannot be unpacked"),
+        ({"body": archive(FILES | {"core.yaml/x": "x"})}, "cannot be unpacked"),
         ({"body": archive(FILES | {f"eval_data/{n}": "" for n in range(1100)})}, "more than 1,000"),
     ],
 )
@@ -153,6 +127,28 @@ def test_what_is_wrong_leaves_what_was_there(
     with pytest.raises(UserError, match=message):
         fetch_eval_bundle(tmp_path, server.url, refresh=True)
     assert contents(tmp_path) == {"eval_bundle/mine": "old"}, "and nothing half-written"
+
+
+def test_an_archive_does_not_write_outside_of_its_folder(server: Server, tmp_path: Path) -> None:
+    data = io.BytesIO(archive(FILES | {"../../../out": "x"}))
+    with zipfile.ZipFile(data, "a") as written:
+        written.writestr("/out", "x")
+        entry = zipfile.ZipInfo("eval_bundle/eval_data/link.jsonl")
+        entry.external_attr = (stat.S_IFLNK | 0o777) << 16
+        written.writestr(entry, "/etc/passwd")
+    server.body = data.getvalue()
+    cache = tmp_path / "a" / "b" / "cache"
+    folder, _ = fetch_eval_bundle(cache, server.url)
+    assert not [path for path in tmp_path.rglob("*") if path.is_symlink()], "a link is a file with its target in it"
+    assert {path for path in tmp_path.rglob("*") if path.is_file()} == {p for p in folder.rglob("*") if p.is_file()}
+
+
+def test_an_archive_that_never_ends(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(core_bundle, "MAX_ARCHIVE_BYTES", 1000)
+    server.body = bytes(2000)
+    with pytest.raises(UserError, match="has more than"):
+        fetch_eval_bundle(tmp_path, server.url)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_small_archive_does_not_unpack_to_a_large_one(
@@ -186,8 +182,8 @@ def test_a_damaged_entry_is_found(server: Server, tmp_path: Path) -> None:
 
 
 def test_without_a_network_the_way_out_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(core_bundle.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    with pytest.raises(UserError, match="cannot be fetched: ") as raised:
+    with pytest.raises(UserError, match="cannot be reached: ") as raised:
         fetch_eval_bundle(tmp_path, "http://127.0.0.1:9/eval_bundle.zip")
     assert "core.path=FOLDER" in raised.value.fix and not list(tmp_path.iterdir())

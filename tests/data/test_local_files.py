@@ -376,7 +376,7 @@ def test_files_are_looked_at_once_several_at_a_time(tmp_path: Path, monkeypatch:
         hashed.append(path.name)
         return path.name
 
-    monkeypatch.setattr(local_files, "known_sha256", slow)
+    monkeypatch.setattr(local_files, "file_sha256", slow)
     source = opened(folder, tmp_path / "cache")
     for _ in range(3):
         source.describe()

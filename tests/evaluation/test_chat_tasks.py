@@ -129,6 +129,6 @@ def test_a_model_that_gives_the_reference_solves_real_problems(name, shared, tmp
 def test_samples_of_the_recipe_s_prompts(golden):
     engine = Engine(golden_bundle(golden))
     samples = write_samples(engine, max_tokens=8)
-    assert [sample.prompt for sample in samples] == list(DEFAULT_PROMPTS)
+    assert [sample["prompt"] for sample in samples] == list(DEFAULT_PROMPTS)
     prompt = [engine.tokenizer.bos_id, *engine.tokenizer.encode(DEFAULT_PROMPTS[2])]
-    assert samples[2].text == engine.generate([prompt], max_tokens=8, tools=False)[0].text
+    assert samples[2]["text"] == engine.generate([prompt], max_tokens=8, tools=False)[0].text

@@ -19,9 +19,10 @@ from nanochat_pl.common.schema import build
 from nanochat_pl.evaluation.core.bundle import CORE_TASKS
 from nanochat_pl.evaluation.core.evaluate import CoreBundle, CoreSettings, ask, evaluate_core_task, open_core
 from nanochat_pl.evaluation.core.prompts import choose, choose_shots, kept_order, make_question
-from nanochat_pl.evaluation.core.table import core_name, core_table, summarize_core, write_core_csv
-from nanochat_pl.evaluation.results import from_plain, make_result, to_plain
+from nanochat_pl.evaluation.results import from_plain, make_result, summarize, to_plain
 from nanochat_pl.evaluation.scoring import Score
+from nanochat_pl.evaluation.suites import summary_name
+from nanochat_pl.evaluation.tables import core_table
 from nanochat_pl.model.gpt import GPT
 from nanochat_pl.tokenizer import Tokenizer
 from tests.helpers import processes
@@ -93,7 +94,7 @@ def test_each_kind_of_task_gives_a_result(tmp_path: Path) -> None:
         assert result.details["cut_prompts"] == 0 and result.details["shots_from"] == "asked"
     assert (results[1].baseline, results[2].baseline) == (0.25, 0.5)
     assert results[2].centered == pytest.approx((results[2].accuracy - 0.5) / 0.5)
-    assert summarize_core(results).name == "CORE (0 of 22 tasks and 3 others)"
+    assert summary_name("core", bundle.tasks) == "CORE (0 of 22 tasks and 3 others)"
 
 
 def evaluate_on_ranks(folder: str, name: str) -> dict[str, Any]:
@@ -341,7 +342,7 @@ def published(shared: Path) -> list[tuple[str, float, float]]:
     return [(task.strip(), float(one), float(two)) for task, one, two in (line.split(",") for line in lines)]
 
 
-def test_the_published_file_is_reproduced(shared: Path, tmp_path: Path) -> None:
+def test_the_published_file_is_reproduced(shared: Path) -> None:
     """Of its accuracies (to six digits) and the baselines of the bundle, to the byte."""
     baselines = {}
     with (shared / "data/eval_bundle/eval_meta_data.csv").open(encoding="utf-8") as file:
@@ -355,15 +356,16 @@ def test_the_published_file_is_reproduced(shared: Path, tmp_path: Path) -> None:
         results.append(make_result(name, [str(i) for i in range(n)], outcomes, baseline=baselines[name]))
         assert results[-1].centered == pytest.approx(centered, abs=5e-7)
     assert tuple(result.name for result in results) == CORE_TASKS
-    write_core_csv(tmp_path / "core.csv", results)
     expected = (shared / "data/eval_bundle/openai-community-gpt2-xl.csv").read_bytes()
-    assert (tmp_path / "core.csv").read_bytes() == expected
-    assert summarize_core(results).value == pytest.approx(0.256525, abs=5e-7)
+    assert core_table(results).encode() == expected
+    assert summarize("CORE", results).value == pytest.approx(0.256525, abs=5e-7)
 
 
 def test_a_mean_of_some_tasks_says_of_how_many() -> None:
     result = make_result("copa", ["1", "2"], [1, 0], baseline=0.5)
-    assert core_name(CORE_TASKS) == "CORE" and core_name(CORE_TASKS[:20]) == "CORE (20 of 22 tasks)"
+    assert (
+        summary_name("core", CORE_TASKS) == "CORE" and summary_name("core", CORE_TASKS[:20]) == "CORE (20 of 22 tasks)"
+    )
     assert core_table([result]).splitlines()[-1] == f"{'CORE (1 of 22 tasks)':<35}, {'':<10}, 0.000000  "
-    summary = summarize_core([result])
+    summary = summarize("CORE", [result])
     assert summary.num_tasks == 1 and summary.low < 0 < summary.high

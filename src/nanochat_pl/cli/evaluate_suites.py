@@ -272,8 +272,7 @@ def _open_samples(bundle: Trained, config: EvaluateConfig) -> list[Job]:
     """Greedy continuations of the recipe's prompts."""
 
     def measure(model: Bundle) -> Measured:
-        samples = write_samples(Engine(model), DEFAULT_PROMPTS)
-        return Measured(plain=[{"prompt": sample.prompt, "text": sample.text} for sample in samples])
+        return Measured(plain=write_samples(Engine(model), DEFAULT_PROMPTS))
 
     return [Job("samples", "samples", {"prompts": list(DEFAULT_PROMPTS)}, {}, measure, together=False)]
 

@@ -87,6 +87,15 @@ def read_text(path: Path, max_bytes: int) -> str:
         raise not_utf8(path, error.start, error.reason) from error
 
 
+def is_unicode(text: str) -> bool:
+    """Whether a text has a UTF-8 form: JSON, pickles and escapes can hold half a surrogate pair, which has none."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def wide_encoding(start: bytes) -> str | None:
     """UTF-16 or UTF-32 where the first bytes of a text are of it: by their mark, or by the NULs between letters."""
     for mark, name in _MARKS:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 from nanochat_pl.common.errors import UserError
+from nanochat_pl.common.text_files import is_unicode
 
 _MAX_SHOWN = 200
 
@@ -21,7 +22,7 @@ def user_path(key: str, text: str) -> str:
     shown = f"{key}={text[:_MAX_SHOWN]!r}{'…' if len(text) > _MAX_SHOWN else ''}"
     if not text:
         raise UserError(f"{shown}: is empty.", "Give a path, or leave the key out.")
-    if "\0" in text or not _is_encodable(text):
+    if "\0" in text or not is_unicode(text):
         raise UserError(
             f"{shown}: is no path: it has bytes that are not UTF-8, or a NUL.",
             "Rename that file or folder, or make a link of another name to it.",
@@ -41,10 +42,3 @@ def user_path(key: str, text: str) -> str:
             f"{shown}: cannot be looked at: {error.strerror or error}.", "Give a path that you may use."
         ) from error
     return expanded
-
-
-def _is_encodable(text: str) -> bool:
-    try:
-        return bool(text.encode("utf-8"))
-    except UnicodeEncodeError:
-        return False

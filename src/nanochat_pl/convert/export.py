@@ -37,8 +37,6 @@ def export(bundle: Bundle, to: Path, layout: Layout, moments: bool = True) -> Pa
     """Write a bundle in a layout of others; the folder appears once it was found equal, else not at all.
 
     Args:
-        bundle: of :func:`load_for_export`.
-        to: the folder to make.
         layout: ``hf`` for transformers, ``nanochat`` for the reference's base folder.
         moments: whether the latter gets the optimizer's moments, where there are any.
 

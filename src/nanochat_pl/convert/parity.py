@@ -103,7 +103,6 @@ class Parity:
     bfloat16: InBfloat16 | None = None
 
     def metrics(self) -> dict[str, str]:
-        """What must be equal, and how equal it is."""
         found = {
             "largest difference of two logits": f"{self.max_difference:.2g}",
             "positions with the same most likely token": f"{self.agreement:.2%}",
@@ -113,7 +112,6 @@ class Parity:
         return found
 
     def remarks(self) -> list[str]:
-        """What a reader should know besides."""
         remarks = []
         if (rounded := self.bfloat16) is not None:
             remarks.append(
@@ -136,7 +134,6 @@ def measure(bundle: Bundle, folder: Path, layout: Layout, unrounded: bool) -> Pa
 
     Args:
         bundle: loaded to compute in float32.
-        folder: the exported folder.
         layout: which reader it is for.
         unrounded: whether that reader keeps its rotary tables in float32, whatever the bundle's config says.
 

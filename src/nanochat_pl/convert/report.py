@@ -77,7 +77,6 @@ class ConversionReport:
     remarks: tuple[str, ...] = ()
 
     def summary(self) -> list[str]:
-        """A few lines for the terminal."""
         read = [row for row in self.tensors if row.how == READ]
         types = Counter(row.dtype_there for row in read)
         kinds = ", ".join(f"{count} {name}" for name, count in sorted(types.items()))
@@ -87,7 +86,6 @@ class ConversionReport:
         return [*lines, *self.remarks]
 
     def to_markdown(self) -> str:
-        """As a readable page, for ``certificate.md``."""
         parts = [f"# Certificate of import\n\nFrom `{self.source}`: {self.layout}, {self.found}.\n"]
         if self.remarks:
             parts.append("\n".join(f"- {remark}" for remark in self.remarks) + "\n")
@@ -157,7 +155,6 @@ def _cells(row: TensorRow | FactRow) -> list[object]:
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A table of Markdown."""
     lines = [columns, ["---"] * len(columns), *rows]
     # Names and values are untrusted: neither a bar nor a line end may break the table.
     return "".join("| " + " | ".join(_cell(cell) for cell in line) + " |\n" for line in lines)

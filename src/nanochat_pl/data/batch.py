@@ -48,5 +48,4 @@ def micro_batches(batch: StepBatch, device_batch_size: int) -> Iterator[tuple[Te
 
 
 def num_micro_batches(num_rows: int, device_batch_size: int) -> int:
-    """Micro-batches that :func:`micro_batches` gives."""
     return -(-num_rows // device_batch_size)

@@ -17,7 +17,6 @@ class Documents:
 
     Args:
         caches: by the name of their source, "" where there is one alone.
-        tokenizer: that they were cut into tokens with.
         place: says where a document is, for people; None: by shard and number.
 
     Attributes:
@@ -50,7 +49,6 @@ class Documents:
         return "\n".join(texts)
 
     def place(self, number: int) -> str:
-        """Where a document is, for people."""
         if self._place is not None:
             return self._place(number)
         part, within = self._locate(number)

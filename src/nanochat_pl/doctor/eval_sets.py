@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.data.cache.conversations import Conversations
-from nanochat_pl.data.files.read import lines_of
+from nanochat_pl.data.files.read import json_line, lines_of
 
 
 class ConversationTexts(Sequence[str]):
@@ -51,12 +50,8 @@ def read_eval_bundle(folder: Path) -> dict[str, list[str]]:
 
 def _items(path: Path) -> Iterator[str]:
     for number, line in enumerate(lines_of(path), 1):
-        if not line.strip():
-            continue
-        try:
-            yield "\n".join(_texts(json.loads(line)))
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}, line {number}: is no JSON: {error}") from error
+        if line.strip():
+            yield "\n".join(_texts(json_line(line, f"{path}, line {number}")))
 
 
 def _texts(value: Any) -> Iterator[str]:

@@ -145,8 +145,6 @@ def examine(
     """Read the documents of a stage.
 
     Args:
-        train, validation: their documents.
-        eval_sets: items of evaluation sets, by name.
         max_documents: of each split, whose text is read.
         wanted_copies: copies of training documents that the settings ask for.
         validation_is_a_set: of evaluation, too; false where ``eval_sets`` hold what it is made of.

@@ -102,7 +102,6 @@ class StageMetrics:
 
     @property
     def is_chat(self) -> bool:
-        """Whether it trains on conversations."""
         return stage_named(self.stage).trains_on_conversations
 
 
@@ -316,7 +315,6 @@ def _of_overlaps(metrics: StageMetrics, overlaps: Sequence[Overlap]) -> Iterator
 
 
 def failing(found: Sequence[Finding]) -> bool:
-    """Whether any would break a run."""
     return any(finding.fails for finding in found)
 
 

@@ -55,11 +55,7 @@ class Overlap:
 
 
 class OverlapCounter:
-    """Counts the grams that training documents and evaluation sets have in common.
-
-    Args:
-        sets: the items of each evaluation set, by its name.
-    """
+    """Counts the grams that training documents and evaluation sets have in common."""
 
     def __init__(self, sets: Mapping[str, Sequence[str]]) -> None:
         self._sets = {name: _sample(items) for name, items in sets.items()}

@@ -13,7 +13,6 @@ def lengths_svg(title: str, noun: str, train: np.ndarray, validation: np.ndarray
     """Two histograms over lengths on a logarithmic axis: share of the documents, and share of their tokens.
 
     Args:
-        title: of the whole.
         noun: what has a length: ``documents``, ``conversations``.
         train, validation: tokens of each document; empty ones are left out.
         row_tokens: a line at the longest piece that fits into a row.

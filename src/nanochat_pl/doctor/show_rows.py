@@ -22,9 +22,6 @@ STEP_CHARS = 100  # of a piece's text, where there are many
 def row_lines(config: TrainConfig, folder: StageFolder, cache: Path, row: int) -> list[str]:
     """What a row of the training is made of, a line for each piece and one for its text.
 
-    Args:
-        row: from 0.
-
     Raises:
         UserError: there is no such row.
     """

@@ -49,7 +49,6 @@ def letter_probabilities(
     """How likely each of a prompt's letters comes next, among them alone.
 
     Args:
-        net: the model.
         prompts: token ids, at least one each, of any lengths.
         letters: of each prompt the ids to choose from.
         max_rows: most prompts of one forward: memory and time, not results.

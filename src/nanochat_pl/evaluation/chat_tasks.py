@@ -105,7 +105,6 @@ def evaluate_task(
     ``probabilities`` of the letters.
 
     Args:
-        engine: the model.
         task: conversations whose last message is the reference answer, and a judge.
         limit: problems asked: a seeded choice, the same for every model; None: all.
         max_tokens: most new tokens of an answer.

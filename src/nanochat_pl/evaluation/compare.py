@@ -94,8 +94,6 @@ def read_other(other: Other, jobs: Sequence[Job], to: Path, model: Mapping[str, 
     """What a folder of results says of these tasks: read before anything is written, as it may be the same folder.
 
     Args:
-        other: the folder.
-        jobs: the tasks.
         to: where this model's results go.
         model: identity of this model: of the same folder its own results, after a stop, are not those of the other one.
 

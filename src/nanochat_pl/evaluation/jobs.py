@@ -44,7 +44,6 @@ class Measured:
     plain: Any = None
 
     def to_json(self) -> dict[str, Any]:
-        """As plain data."""
         return {"results": [to_plain(each) for each in self.results], "plain": self.plain}
 
     @staticmethod
@@ -133,10 +132,8 @@ def measure(
     """Do what has not been done yet, and keep each task as soon as it is finished.
 
     Args:
-        bundle: the model.
         jobs: what to measure, those of a suite together.
         model: :func:`identity_of` it.
-        to: the folder of its results.
         known: another folder where there may be some.
 
     Returns:

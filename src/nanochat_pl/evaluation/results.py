@@ -23,6 +23,7 @@ from nanochat_pl.evaluation.statistics import DIFFERENCES, PERCENTILES, SHARES, 
 METRICS_VERSION = 2
 MAX_ITEMS = 1_000_000  # of a result that is read
 MAX_NAME = 200  # characters
+DRAWS = 1000  # of the bootstrap
 SAME = 1e-9  # metrics that are read may differ by rounding from those that the outcomes give
 
 
@@ -101,12 +102,9 @@ def make_result(
     """Metrics of outcomes.
 
     Args:
-        name: the task's.
         items: names of the problems, all different; at least one.
         outcomes: one for each, 0 … 1.
         baseline: accuracy of guessing, below 1.
-        details: plain JSON.
-        answers: rows for people.
     """
     n = len(items)
     assert n == len(outcomes) == len(set(items)) and n > 0, f"{name}: {n} items, {len(outcomes)} outcomes"
@@ -126,35 +124,27 @@ def make_result(
     )
 
 
-def summarize(name: str, results: Sequence[TaskResult], draws: int = 1000, seed: int = 0) -> Summary:
-    """The mean of the tasks' centered accuracies, with its interval.
-
-    Args:
-        name: the summary's.
-        results: of the tasks, at least one.
-        draws, seed: of the bootstrap.
-    """
+def summarize(name: str, results: Sequence[TaskResult]) -> Summary:
+    """The mean of the tasks' centered accuracies, with its interval."""
     assert results, f"{name}: a summary of nothing"
     groups = [(each.outcomes, each.baseline) for each in sorted(results, key=lambda each: each.name)]
     value = math.fsum(each.centered for each in results) / len(results)
     worst = 0.0 - math.fsum(each.baseline / (1 - each.baseline) for each in results) / len(results)
-    stderr, low, high = _spread(groups, SHARES, draws, seed)
+    stderr, low, high = _spread(groups, SHARES)
     n = sum(each.n for each in results)
     return Summary(name, value, stderr, max(worst, value + low), min(1.0, value + high), len(results), n)
 
 
-def paired_difference(a: TaskResult, b: TaskResult, draws: int = 1000, seed: int = 0) -> Difference:
+def paired_difference(a: TaskResult, b: TaskResult) -> Difference:
     """Accuracy of ``a`` less that of ``b``, on the problems that both were given.
 
     Raises:
         UserError: there are none.
     """
-    return _difference(a.name, [(_pairs(a, b), 0.0)], draws, seed)
+    return _difference(a.name, [(_pairs(a, b), 0.0)])
 
 
-def paired_summary(
-    name: str, a: Sequence[TaskResult], b: Sequence[TaskResult], draws: int = 1000, seed: int = 0
-) -> Difference:
+def paired_summary(name: str, a: Sequence[TaskResult], b: Sequence[TaskResult]) -> Difference:
     """Mean of the centered accuracies of ``a`` less that of ``b``, over the tasks that both were given.
 
     Raises:
@@ -169,20 +159,15 @@ def paired_summary(
             groups.append((_pairs(each, other), each.baseline))
     if not groups:
         raise UserError(f"{name}: the two have no task in common.", fix="Measure both on the same tasks.")
-    return _difference(name, groups, draws, seed)
+    return _difference(name, groups)
 
 
 def to_plain(result: TaskResult) -> dict[str, Any]:
-    """A result as plain data, for JSON."""
     return dict(schema.to_plain(result))
 
 
 def from_plain(value: Mapping[str, Any], where: str) -> TaskResult:
     """The inverse of :func:`to_plain`, of data that anybody may have written. The metrics are those of its outcomes.
-
-    Args:
-        value: the data.
-        where: what it was read from, for messages.
 
     Raises:
         UserError: it is no result.
@@ -260,21 +245,19 @@ def _pairs(a: TaskResult, b: TaskResult) -> list[float]:
     return pairs
 
 
-def _difference(name: str, groups: Sequence[tuple[Sequence[float], float]], draws: int, seed: int) -> Difference:
+def _difference(name: str, groups: Sequence[tuple[Sequence[float], float]]) -> Difference:
     """The mean over groups of (pairs, baseline)."""
     value = math.fsum(math.fsum(pairs) / len(pairs) / (1 - baseline) for pairs, baseline in groups) / len(groups)
     most = math.fsum(1 / (1 - baseline) for _, baseline in groups) / len(groups)
-    stderr, low, high = _spread(groups, DIFFERENCES, draws, seed)
+    stderr, low, high = _spread(groups, DIFFERENCES)
     n = sum(len(pairs) for pairs, _ in groups)
     return Difference(name, value, stderr, max(-most, value + low), min(most, value + high), n)
 
 
-def _spread(
-    groups: Sequence[tuple[Sequence[float], float]], added: tuple[float, float], draws: int, seed: int
-) -> tuple[float, float, float]:
+def _spread(groups: Sequence[tuple[Sequence[float], float]], added: tuple[float, float]) -> tuple[float, float, float]:
     """Of the mean over groups of (outcomes, baseline): standard error, and both ends of the interval around it."""
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(0)
     errors = [standard_error(outcomes, added) / (1 - baseline) for outcomes, baseline in groups]
-    drawn = sum(deviations(outcomes, draws, generator, added) / (1 - baseline) for outcomes, baseline in groups)
+    drawn = sum(deviations(outcomes, DRAWS, generator, added) / (1 - baseline) for outcomes, baseline in groups)
     low, high = np.percentile(drawn / len(groups), PERCENTILES)
     return math.hypot(*errors) / len(groups), float(low), float(high)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from nanochat_pl.engine import Engine
 
@@ -19,23 +18,11 @@ DEFAULT_PROMPTS = (
 )
 
 
-@dataclass(frozen=True)
-class Sample:
-    """A prompt and its greedy continuation, as text without special tokens."""
-
-    prompt: str
-    text: str
-
-
-def write_samples(engine: Engine, prompts: Sequence[str] = DEFAULT_PROMPTS, max_tokens: int = 16) -> list[Sample]:
-    """Continue each prompt (bos in front) greedily.
-
-    Args:
-        engine: the model; needs a tokenizer.
-        prompts: ordinary text.
-        max_tokens: most new tokens of each.
-    """
+def write_samples(
+    engine: Engine, prompts: Sequence[str] = DEFAULT_PROMPTS, max_tokens: int = 16
+) -> list[dict[str, str]]:
+    """Continue each prompt (bos in front) greedily: ``prompt`` and ``text``, without special tokens, of each."""
     tokenizer = engine.tokenizer
     rows = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
     results = engine.generate(rows, max_tokens=max_tokens, tools=False)
-    return [Sample(prompt, result.text) for prompt, result in zip(prompts, results, strict=True)]
+    return [{"prompt": prompt, "text": result.text} for prompt, result in zip(prompts, results, strict=True)]

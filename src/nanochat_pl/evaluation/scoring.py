@@ -69,10 +69,7 @@ def score(
     """Score the candidates of each question.
 
     Args:
-        net: the model.
-        questions: candidates, in groups that may begin alike.
         max_positions: most positions of one forward, padding included. Memory and time only.
-        progress: called with the number of questions just finished.
         name: what they belong to, for messages.
 
     Returns:
@@ -89,7 +86,6 @@ def batches_by_length(lengths: Sequence[int], max_positions: int) -> list[list[i
     """Put rows of like length together.
 
     Args:
-        lengths: of the rows.
         max_positions: a batch has at most this many positions, padding included (but at least one row).
 
     Returns:
@@ -158,7 +154,7 @@ class _Scoring:
             first += len(question)
             if unread := alike.pop((), None):
                 yield _Unit(SharedPrefix(()), [(member, 0) for member in unread])
-            shared = _common_length(list(alike))
+            shared = common_length(list(alike))
             if (len(alike) - 1) * shared <= MIN_SHARED * sum(map(len, alike)):
                 for tokens, members in alike.items():
                     yield _Unit(SharedPrefix(tokens), [(member, 0) for member in members])
@@ -234,13 +230,10 @@ def _tokens_to_read(candidate: Candidate) -> tuple[int, ...]:
     return tuple(candidate.ids[: candidate.end - 1]) if candidate.end > candidate.start else ()
 
 
-def _common_length(rows: Sequence[tuple[int, ...]]) -> int:
+def common_length(rows: Sequence[list[int]] | Sequence[tuple[int, ...]]) -> int:
     """Tokens with which all rows begin."""
-    if not rows:
-        return 0
-    first, last = min(rows), max(rows)  # what these two share, all between them do
-    pairs = enumerate(zip(first, last, strict=False))
-    return next((n for n, (one, other) in pairs if one != other), min(len(first), len(last)))
+    first, last = (min(rows), max(rows)) if rows else ((), ())  # what these two share, all between them do
+    return next((n for n, (one, other) in enumerate(zip(first, last, strict=False)) if one != other), len(first))
 
 
 def _check(candidates: Sequence[Candidate], reach: int, vocab_size: int) -> None:

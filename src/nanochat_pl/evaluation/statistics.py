@@ -20,7 +20,6 @@ def standard_error(outcomes: Sequence[float], added: tuple[float, float] = SHARE
     """Standard error of the mean of independent outcomes.
 
     Args:
-        outcomes: one a problem.
         added: the worst and the best outcome that there are.
     """
     pool = np.array([*outcomes, *added])
@@ -34,8 +33,6 @@ def deviations(
 
     Args:
         outcomes: one a problem; the two ``added`` ones are drawn from as well.
-        draws: how often.
-        generator: of the draws.
         added: the worst and the best outcome that there are.
 
     Returns:

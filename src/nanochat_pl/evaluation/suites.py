@@ -12,7 +12,7 @@ from nanochat_pl.bundle import StageInfo
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.files import read_object
 from nanochat_pl.common.schema import build_known, is_finite_number, setting, to_plain
-from nanochat_pl.evaluation.core.table import core_name
+from nanochat_pl.evaluation.core.bundle import CORE_TASKS
 from nanochat_pl.evaluation.results import (
     Difference,
     Summary,
@@ -82,7 +82,6 @@ class SuiteResult:
         return "; ".join(f"{task.name}: {task.remark}" for task in self.tasks if task.remark) or None
 
     def to_json(self) -> Any:
-        """What results.json says of it."""
         if isinstance(self.plain, list):
             return self.plain
         value: dict[str, Any] = dict(self.plain or {})
@@ -163,7 +162,6 @@ class Evaluation:
     suites: dict[str, SuiteResult] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """As plain data."""
         return {**self.origin, "suites": {name: suite.to_json() for name, suite in self.suites.items()}}
 
 
@@ -196,7 +194,9 @@ def summary_name(suite: str, tasks: Sequence[str]) -> str | None:
     if not tasks or suite not in ("core", "chat", "chatcore"):
         return None
     if suite == "core":
-        return core_name(tasks)
+        ours, number = len({*tasks} & {*CORE_TASKS}), len({*tasks})
+        besides = f" and {number - ours} others" if number > ours else ""
+        return "CORE" if {*tasks} == {*CORE_TASKS} else f"CORE ({ours} of {len(CORE_TASKS)} tasks{besides})"
     if suite == "chat" or not {*tasks} & {*CHATCORE}:
         return f"{suite}: mean of the tasks"
     others = sorted({*tasks} - {*CHATCORE})

@@ -11,9 +11,8 @@ from typing import Any, get_args
 
 from nanochat_pl.common.console import print_table, rank_zero_print
 from nanochat_pl.common.files import write_text
-from nanochat_pl.evaluation.core.table import core_table
 from nanochat_pl.evaluation.results import Difference, TaskResult
-from nanochat_pl.evaluation.suites import Suite, SuiteResult, answers_file
+from nanochat_pl.evaluation.suites import Suite, SuiteResult, answers_file, summary_name
 from nanochat_pl.tokenizer.comparison import print_comparison
 
 CHATS = "chats.jsonl"
@@ -75,7 +74,6 @@ def write_suite(folder: Path, found: SuiteResult) -> None:
 
 
 def write_differences(folder: Path, suites: Iterable[SuiteResult]) -> None:
-    """All paired differences as CSV; none where there are none."""
     metrics = ("difference", "stderr", "low", "high", "n")
     rows = [
         (suite.name, each.name, *(getattr(each, key) for key in metrics), suite.against)
@@ -103,6 +101,15 @@ def _files_of(suite: SuiteResult) -> Iterator[str]:
     yield from (answers_file(suite.name, task.name) for task in suite.tasks)
     if _differences(suite):
         yield DIFFERENCES
+
+
+def core_table(results: Sequence[TaskResult]) -> str:
+    """The published file: a line a task, accuracy and centered accuracy to six digits, then their mean."""
+    mean = sum(result.centered for result in results) / len(results)
+    rows = [("Task", "Accuracy", "Centered")]
+    rows += [(result.name, f"{result.accuracy:.6f}", f"{result.centered:.6f}") for result in results]
+    rows.append((str(summary_name("core", [result.name for result in results])), "", f"{mean:.6f}"))
+    return "".join(f"{task:<35}, {accuracy:<10}, {centered:<10}\n" for task, accuracy, centered in rows)
 
 
 def _differences(suite: SuiteResult) -> list[Difference]:

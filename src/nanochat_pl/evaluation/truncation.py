@@ -6,12 +6,7 @@ from collections.abc import Sequence
 
 
 def max_tokens_read(reach: int, max_tokens: int) -> int:
-    """Tokens of a prompt that leave room for an answer of ``max_tokens``, or for as much as half of the positions.
-
-    Args:
-        reach: the model's positions.
-        max_tokens: of the answer.
-    """
+    """Tokens of a prompt that leave room for an answer of ``max_tokens``, or for as much as half of the positions."""
     return max(reach - max_tokens, reach // 2, 1)
 
 

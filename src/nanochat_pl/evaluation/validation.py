@@ -88,17 +88,14 @@ class Validation:
 
     @classmethod
     def of_rows(cls, rows: Rows, num_rows: int, tokenizer: Tokenizer, batch_size: int) -> Validation:
-        """On rows of one source."""
         return cls({"": ValidationRows(rows, num_rows, batch_size, tokenizer.token_bytes)}, (1.0,), tokenizer)
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the sources."""
         return tuple(self.sources)
 
     @property
     def num_rows(self) -> int:
-        """Rows of all sources."""
         return sum(source.num_rows for source in self.sources.values())
 
     @property
@@ -143,7 +140,6 @@ def open_validation(
     Args:
         source: one or a mixture.
         tokenize: gives the tokens of the held-out text of one: of very much of it the first shards that hold so many.
-        tokenizer, cache: that it uses.
         sequence_len: T.
         num_rows: at most; fewer where the text ends before.
         device_batch_size: rows in memory at once.

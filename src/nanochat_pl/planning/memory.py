@@ -88,7 +88,6 @@ class StepMemory:
 
     @property
     def peak_phase(self) -> str:
-        """The phase that takes most."""
         return max(self.phases, key=lambda name: self.phases[name])
 
     @property
@@ -98,7 +97,6 @@ class StepMemory:
 
     @property
     def total(self) -> int:
-        """The peak of a step, the model included."""
         return self.weights + self.rotary + self.above_model
 
 

@@ -90,7 +90,6 @@ class Plan:
         return {name: self[name] for name in RECIPE}
 
     def to_plain(self) -> dict[str, Any]:
-        """Plain data for plan.json."""
         return {name: to_plain(derived) for name, derived in self.values.items()}
 
     @classmethod

@@ -45,8 +45,6 @@ def make_plan(
     """The plan of pretraining.
 
     Args:
-        vocab_size: of the tokenizer.
-        compute_dtype: of the model on this machine.
         options: device, memory and validation.
         schedule: of the stage, where the plan is to tell how long its parts are.
         tokens_at_hand: training tokens that the data has, one epoch, where that is known: it bounds the batch.

@@ -76,22 +76,20 @@ class EvaluationRecord:
         stage: the bundle's.
         suites: what results.json says.
         answers: to some tasks, by their names.
-        chats: conversations of messages, each with a role and parts.
+        chats: conversations of messages, each with a role and a content.
     """
 
     stage: str
     suites: dict[str, SuiteResult] = field(default_factory=dict)
     answers: dict[str, list[Answer]] = field(default_factory=dict)
-    chats: list[list[dict[str, Any]]] = field(default_factory=list)
+    chats: list[list[dict[str, str]]] = field(default_factory=list)
 
     @property
     def of_tasks(self) -> list[SuiteResult]:
-        """The suites that have tasks."""
         return [suite for suite in self.suites.values() if suite.tasks]
 
     @property
     def summaries(self) -> list[Summary]:
-        """The means of the suites that have one."""
         return [suite.summary for suite in self.suites.values() if suite.summary]
 
     def to_json(self) -> dict[str, Any]:
@@ -127,21 +125,11 @@ def _answers(path: Path) -> list[Answer]:
     return [answer for answer in answers if answer.question or answer.answer]
 
 
-def _messages(row: Any, where: str) -> list[dict[str, Any]]:
+def _messages(row: Any, where: str) -> list[dict[str, str]]:
     messages = row.get("messages") if isinstance(row, Mapping) else None
     if not isinstance(messages, list) or not all(
-        isinstance(message, Mapping) and isinstance(message.get("role"), str) for message in messages
+        isinstance(message, Mapping) and all(isinstance(message.get(key), str) for key in ("role", "content"))
+        for message in messages
     ):
-        raise UserError(f"{where}: must hold messages, each with a role and a content.")
-    return [{"role": message["role"], "parts": _parts(message.get("content"), where)} for message in messages]
-
-
-def _parts(content: Any, where: str) -> list[dict[str, str]]:
-    """A message's content as parts of type text, python or python_output."""
-    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-    if not isinstance(parts, list) or not all(
-        isinstance(part, Mapping) and isinstance(part.get("type"), str) and isinstance(part.get("text"), str)
-        for part in parts
-    ):
-        raise UserError(f"{where}: a message's content must be text or a list of parts.")
-    return [{"type": part["type"], "text": part["text"]} for part in parts]
+        raise UserError(f"{where}: must hold messages, each with a role and a content, both text.")
+    return [{"role": message["role"], "content": message["content"]} for message in messages]

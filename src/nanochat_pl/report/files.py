@@ -11,11 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.common.files import read_object
+from nanochat_pl.common.files import read_object, whole_lines
 from nanochat_pl.common.schema import is_finite_number
-from nanochat_pl.common.text_files import read_bytes
-
-MAX_FILE_BYTES = 512 * 2**20
 
 
 def number(values: Mapping[str, Any], key: str, path: Path, whole: bool = False) -> Any:
@@ -56,8 +53,6 @@ def lines(path: Path) -> list[str]:
     if not path.exists():
         return []
     try:
-        text = read_bytes(path, MAX_FILE_BYTES).decode("utf-8")
+        return [line.decode("utf-8") for line in whole_lines(path)]
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: is no UTF-8 text: {error}") from error
-    # Not splitlines: a JSON text may hold U+2028 as it is.
-    return text.split("\n")[:-1]

@@ -7,7 +7,7 @@ what Markdown, of which the page is made, and any encoding need.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 # Control characters but tab and line end; lone surrogates; marks that turn the reading direction of what follows.
@@ -34,12 +34,6 @@ def markdown_block(text: str, kind: str = "text") -> str:
     longest = max((len(run) for run in re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}{kind}\n{text}\n{fence}"
-
-
-def plain_message(parts: Sequence[Mapping[str, str]]) -> str:
-    """A message as one text: a call of the calculator and its result stand as ⟨expression = result⟩."""
-    before, after = {"python": "⟨", "python_output": " = "}, {"python_output": "⟩"}
-    return "".join(f"{before.get(p['type'], '')}{p['text']}{after.get(p['type'], '')}" for p in parts)
 
 
 def show(value: Any) -> str:

@@ -37,8 +37,6 @@ def page(title: str, markdown: str, drawings: Mapping[str, str]) -> str:
     What a model or a user has written is escaped in the Markdown; here HTML in Markdown is off as well.
 
     Args:
-        title: of the window.
-        markdown: of the report.
         drawings: SVG by the names of the files that the Markdown shows.
     """
     from markdown_it import MarkdownIt

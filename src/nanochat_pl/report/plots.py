@@ -150,7 +150,6 @@ def within_page(drawing: str, prefix: str, description: str) -> str:
     """An SVG file as an element of a page, in the page's colours and font, light or dark.
 
     Args:
-        drawing: the file.
         prefix: unique in the page; begins the ids of the drawing, which share one name space.
         description: for those who cannot see it.
     """

@@ -37,7 +37,6 @@ class Series:
 
     @property
     def last(self) -> float | None:
-        """The last value; None where nothing was measured."""
         return self.values[-1] if self.values else None
 
 
@@ -77,7 +76,6 @@ class StageRecord:
     samples: list[Sample] = field(default_factory=list)
 
     def column(self, name: str) -> Series:
-        """A column of metrics.csv; empty where it was not written."""
         return self.series.get(name, Series())
 
     @property

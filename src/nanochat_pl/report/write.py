@@ -19,7 +19,6 @@ from nanochat_pl.report.format import (
     markdown_block,
     markdown_inline,
     percent,
-    plain_message,
     show,
 )
 from nanochat_pl.report.notes import bits_note, metric_rows, pass_at_k, sampling_note
@@ -253,7 +252,6 @@ def _markdown(shown: dict[str, Any]) -> str:
         keep_trailing_newline=True,
     )
     environment.filters.update(
-        plain=plain_message,
         inline=markdown_inline,
         block=markdown_block,
         show=show,
@@ -275,5 +273,4 @@ def _metric(summary: Summary) -> str:
 
 
 def _signed(share: float) -> str:
-    """A difference of shares in percent."""
     return f"{100 * share:+.1f} %"

@@ -42,7 +42,6 @@ python PATH/generate_with_calculator.py "What is 12 + 7?"
 
 
 def model_card(bundle: Bundle, layout: Layout, parity: Parity) -> str:
-    """The card as Markdown."""
     config, stage = bundle.config, bundle.stage
     total = count_parameters(config)["total"]
     parts = [

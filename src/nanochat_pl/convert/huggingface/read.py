@@ -11,7 +11,7 @@ from torch import Tensor
 from nanochat_pl.bundle import StageInfo
 from nanochat_pl.common.device import memory_bytes
 from nanochat_pl.common.errors import UserError, visible
-from nanochat_pl.common.files import read_json, sha256_of_file
+from nanochat_pl.common.files import read_json, read_object, sha256_of_file
 from nanochat_pl.convert.huggingface.config import OURS, from_keys
 from nanochat_pl.convert.huggingface.tokenizer import TOKENIZER, read_tokenizer
 from nanochat_pl.convert.huggingface.weights import read_weights, their_names
@@ -34,7 +34,7 @@ def is_huggingface(folder: Path) -> bool:
 
 def stage_of_huggingface(folder: Path) -> str:
     """The stage that a folder of transformers is imported as."""
-    _, stage = from_keys(_document(folder), str(folder / CONFIG))
+    _, stage = from_keys(read_object(folder / CONFIG), str(folder / CONFIG))
     return stage.stage if stage else IMPORTED
 
 
@@ -44,7 +44,7 @@ def read_huggingface(folder: Path) -> Imported:
     Raises:
         UserError: anything is missing, damaged, hostile, of another architecture, or contradicts something else.
     """
-    document = _document(folder)
+    document = read_object(folder / CONFIG)
     config, stage = from_keys(document, str(folder / CONFIG))
     tokenizer = read_tokenizer(folder)
     config, remarks = _fit_vocabulary(config, tokenizer, folder, is_ours=stage is not None)
@@ -67,13 +67,6 @@ def read_huggingface(folder: Path) -> Imported:
         remarks=tuple(remarks),
     )
     return Imported(config, weights, tokenizer, None, stage, report)
-
-
-def _document(folder: Path) -> dict[str, Any]:
-    document = read_json(folder / CONFIG)
-    if not isinstance(document, dict):
-        raise UserError(f"{folder / CONFIG}: must be a JSON object.")
-    return document
 
 
 def _fit_vocabulary(

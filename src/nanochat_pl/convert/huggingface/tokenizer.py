@@ -80,8 +80,6 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, max_length: int) -> None
     """Write the files that ``AutoTokenizer`` reads.
 
     Args:
-        folder: where to.
-        tokenizer: ours.
         max_length: positions that the model was trained on.
     """
     tokenizer.save(folder / TOKENIZER)

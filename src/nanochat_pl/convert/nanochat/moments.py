@@ -61,7 +61,6 @@ def read_moments(path: Path, net: GPT) -> tuple[dict[str, Tensor], list[Any], bo
 
     Args:
         path: the file of a run with one process.
-        net: the model; its weights are not looked at.
 
     Raises:
         UserError: the file is damaged, or is not the optimizer state of this model by one process.
@@ -93,7 +92,6 @@ def write_moments(net: GPT, moments: Mapping[str, Tensor], groups: list[dict[str
     """The reference's optimizer state, ready for ``torch.save``.
 
     Args:
-        net: the model.
         moments: by our names.
         groups: settings of the groups, in the reference's order, without ``params``.
         step_is_tensor: whether the number of steps is a tensor there, or a plain number.

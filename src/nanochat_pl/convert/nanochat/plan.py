@@ -29,8 +29,6 @@ def plan_of_checkpoint(
     """The values that later stages ask for, each with its source.
 
     Args:
-        config: the architecture.
-        meta: the meta file.
         groups: settings of the optimizer's groups by role, where its file was read.
     """
     plan = Plan()

@@ -9,8 +9,9 @@ from typing import Any, Literal
 from nanochat_pl.bundle import StageInfo
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.schema import build, setting
+from nanochat_pl.common.text_files import is_unicode
 from nanochat_pl.convert.nanochat.layout import Stage
-from nanochat_pl.convert.nanochat.safe_unpickle import MAX_NAME_LENGTH, is_unicode
+from nanochat_pl.convert.nanochat.safe_unpickle import MAX_NAME_LENGTH
 
 FORMAT: Literal["nanochat"] = "nanochat"
 # The reference writes the numbers that JSON does not have as JavaScript has them; they are kept as {NUMBER: name}.

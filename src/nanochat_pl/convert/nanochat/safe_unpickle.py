@@ -24,7 +24,7 @@ from torch import Tensor
 
 from nanochat_pl.common.errors import UserError, first_line
 from nanochat_pl.common.files import write_bytes
-from nanochat_pl.common.text_files import require_regular
+from nanochat_pl.common.text_files import is_unicode, require_regular
 from nanochat_pl.model.config import DType
 from nanochat_pl.tokenizer import Tokenizer
 
@@ -211,19 +211,8 @@ def _problem_of_state(state: dict[Any, Any]) -> str | None:
     return None
 
 
-def is_unicode(text: str) -> bool:
-    """Pickles have halves of surrogate pairs, files of text do not."""
-    return not any("\ud800" <= sign <= "\udfff" for sign in text)
-
-
 def write_encoding(path: Path, tokenizer: Tokenizer, name: str) -> None:
-    """Write a tokenizer as the reference reads it: a pickled ``tiktoken.Encoding``.
-
-    Args:
-        path: the file.
-        tokenizer: what to write.
-        name: of the encoding.
-    """
+    """Write a tokenizer as the reference reads it: a pickled ``tiktoken.Encoding``."""
     ranks = {token: rank for rank, token in enumerate(tokenizer.tokens)}
     encoding = tiktoken.Encoding(
         name, pat_str=tokenizer.pattern, mergeable_ranks=ranks, special_tokens=tokenizer.special_ids

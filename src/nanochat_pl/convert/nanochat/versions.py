@@ -139,11 +139,7 @@ def padded_rows(vocab_size: int) -> int:
 
 
 def facts(config: GPTConfig, there: ReferenceConfig, era: Era, meta: str) -> tuple[FactRow, ...]:
-    """Every field of the architecture with where it comes from.
-
-    Args:
-        meta: name of the meta file.
-    """
+    """Every field of the architecture with where it comes from."""
     read = {
         "vocab_size": "vocab_size",
         "num_layers": "n_layer",

@@ -53,11 +53,6 @@ def write_nanochat(bundle_folder: Path, to: Path, moments: bool = True) -> Path:
 
     A bundle that was imported from nanochat gives the same tensors (names, types, bits) and the same JSON values again.
 
-    Args:
-        bundle_folder: the bundle.
-        to: the base folder.
-        moments: whether to write the optimizer's moments, where there are any.
-
     Raises:
         UserError: the bundle is damaged, the layout cannot express its architecture, or the disk refuses.
     """

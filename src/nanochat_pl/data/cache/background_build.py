@@ -116,12 +116,10 @@ class BuilderProcess:
         return known
 
     def is_alive(self) -> bool:
-        """Whether the process has its lock."""
         with self.lock.open("a", encoding="utf-8") as file:
             return not try_lock(file)
 
     def tell(self, segments: int, problems: tuple[str, ...] = (), fix: str = "", finished: bool = False) -> None:
-        """Write the status."""
         told = {"segments": segments, "problems": list(problems), "fix": fix, "finished": finished}
         write_json(self.status, told)
 

@@ -57,6 +57,12 @@ def read_sealed(path: Path) -> dict[str, Any]:
     return dict(value)
 
 
+def file_sha256(path: Path, cache_dir: Path, at_rest: bool = False) -> str:
+    """As :func:`known_sha256`, of any file, remembered in ``cache_dir``."""
+    path = path.resolve()
+    return known_sha256(path, cache_dir / "file_hashes" / f"{fingerprint_of(str(path))[:32]}.json", at_rest)
+
+
 def known_sha256(path: Path, memo: Path, at_rest: bool = False) -> str:
     """SHA-256 of a file's contents, which is read only when the file is not the one that ``memo`` remembers.
 

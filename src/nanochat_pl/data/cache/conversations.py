@@ -72,11 +72,8 @@ def build_conversation_cache(
     """Render conversations once, or find them rendered.
 
     Args:
-        conversations: plain dicts with ``messages``.
         max_tokens: longer ones are cut there, bos included, and counted. T+1 at most, for rows of T.
         key: says which conversations these are; another text needs another key.
-        cache_dir: the cache of all runs (``paths.cache``).
-        progress: called with the conversations rendered, and all.
         loss_mask: tokens that the loss is taken of: what the assistant writes, or all as of a document, bos too.
         name: what the conversations are called in messages; "": by their key.
 

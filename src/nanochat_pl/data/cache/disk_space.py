@@ -26,8 +26,6 @@ def bytes_to_make(
 
     Args:
         source, settings: one source, no mixture.
-        tokenizer: encodes it.
-        cache_dir: ``paths.cache``.
         num_tokens: that are trained on; of text that is tokenized while the training runs no more is made.
         sequence_len: T.
     """

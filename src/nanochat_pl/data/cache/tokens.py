@@ -42,14 +42,7 @@ Progress = Callable[[int, int, int], None]  # shards done, shards in all, tokens
 
 
 class CachedShard:
-    """One shard in the cache, opened when it is first read.
-
-    Args:
-        name: of the source's shard.
-        folder: where it is kept.
-        dtype: of the tokens.
-        masked: whether it has a mask.
-    """
+    """One shard in the cache, opened when it is first read."""
 
     def __init__(self, name: str, folder: Path, dtype: str, masked: bool = False) -> None:
         self.name, self.folder, self.dtype, self.masked = name, folder, dtype, masked
@@ -126,7 +119,6 @@ class TokenCache:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of all documents, without bos."""
         return sum(shard.num_tokens for shard in self.shards)
 
     def first_document(self, shard: int) -> int:
@@ -209,9 +201,6 @@ def tokenized(
     shards: Sequence[ShardToBuild], tokenizer: Tokenizer, num_threads: int | None = None
 ) -> Generator[CachedShard, None, None]:
     """Shard after shard, each once it is in the cache; the next one is worked on meanwhile.
-
-    Args:
-        num_threads: that encode; None: as many as there are cores.
 
     Raises:
         UserError: what the source says of a file, or the disk. Shards that are done stay done.

@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.data.cache.content_cache import fingerprint_of, known_sha256, read_cache, write_cache
+from nanochat_pl.data.cache.content_cache import file_sha256, fingerprint_of, read_cache, write_cache
 from nanochat_pl.data.conversations.formats import MESSAGES, hint_of, keys_to_read, parse_json
 from nanochat_pl.data.conversations.validate import NOT_UTF8, Audit, judge, parse_line
 from nanochat_pl.data.files.read import explain_parquet_errors, format_of, lines_of, reading, require_column
@@ -99,29 +99,19 @@ def holds_conversations(path: Path, text_column: str) -> bool:
     return first is not None and not isinstance(judge(first[1], MESSAGES), Fault)
 
 
-def read_conversations(
-    name: str,
-    path: Path,
-    column: str,
-    memo: Path,
-    cache_dir: Path,
-    at_rest: bool = False,
-) -> ConversationFile:
+def read_conversations(name: str, path: Path, column: str, cache_dir: Path, at_rest: bool = False) -> ConversationFile:
     """Read and check a file, or find it read.
 
     Args:
-        name: what it is called in messages.
-        path: a file with one of CONVERSATION_SUFFIXES.
         column: of the messages, in a table or an object.
-        memo, at_rest: see :func:`~nanochat_pl.data.cache.content_cache.known_sha256`.
-        cache_dir: ``paths.cache``.
+        at_rest: see :func:`~nanochat_pl.data.cache.content_cache.known_sha256`.
 
     Raises:
         UserError: the file cannot be read, is no whole one, has no such column, or no conversation in its first
             thousands of rows.
     """
     with reading(path):
-        sha256 = known_sha256(path, memo, at_rest)
+        sha256 = file_sha256(path, cache_dir, at_rest)
     key = {"rule": _RULE, "sha256": sha256, "format": format_of(path, CONVERSATION_SUFFIXES), "column": column}
     fingerprint = fingerprint_of(key)
     folder = cache_dir / "conversation_files" / fingerprint[:32]
@@ -129,7 +119,7 @@ def read_conversations(
     if facts is None:
         facts = _write(folder, key, path, column)
         with reading(path):
-            if known_sha256(path, memo, at_rest) != sha256:
+            if file_sha256(path, cache_dir, at_rest) != sha256:
                 (folder / "manifest.json").unlink()
                 raise UserError(f"{path}: was changed while it was read.", "Run the same command again.")
     return ConversationFile(name, folder, fingerprint, Audit(**facts))

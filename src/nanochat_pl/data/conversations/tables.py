@@ -14,9 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.data.conversations.validate import parse_line
-from nanochat_pl.data.files.read import explain_parquet_errors, format_of, lines_of, require_column
-from nanochat_pl.tokenizer.chat_format import Fault
+from nanochat_pl.data.files.read import explain_parquet_errors, format_of, json_line, lines_of, require_column
 
 TABLE_SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst")
 
@@ -32,7 +30,6 @@ class Rows:
     def __init__(self, paths: Sequence[Path], columns: Sequence[str]) -> None:
         """
         Args:
-            paths: files with one of TABLE_SUFFIXES.
             columns: those that a row is to have.
 
         Raises:
@@ -63,7 +60,6 @@ class Rows:
         """int64 (n,): how many entries each row's list has, without reading what they are; 0 where there is no list.
 
         Args:
-            column: of the lists.
             field: where the column holds objects, their key with the list.
         """
         return np.concatenate([_lengths(table, column, field) for table in self._tables])
@@ -109,16 +105,11 @@ def _read_lines(path: Path, columns: Sequence[str]) -> list[Row]:
     for number, line in enumerate(lines_of(path), 1):
         if not line.strip():
             continue
-        where, row = f"{path}:{number}", parse_line(line)
-        if isinstance(row, Fault):
-            raise UserError(f"{where}: {row.problem}")
+        where = f"{path}:{number}"
+        row = json_line(line, where)
         if not isinstance(row, dict):
             raise UserError(f"{where}: is no JSON object.")
         if missing := [column for column in columns if column not in row]:
-            raise _no_column(where, missing[0], list(row))
+            raise UserError(f"{where}: has no column {missing[0]!r}; its columns: {', '.join(row) or 'none'}.")
         rows.append({column: row[column] for column in columns})
     return rows
-
-
-def _no_column(where: str, column: str, names: Sequence[str]) -> UserError:
-    return UserError(f"{where}: has no column {column!r}; its columns: {', '.join(names) or 'none'}.")

@@ -42,11 +42,9 @@ class Audit:
 
     @property
     def num_bad(self) -> int:
-        """Rows that were left out."""
         return sum(self.bad.values())
 
     def count_bad(self, fault: Fault, place: str) -> None:
-        """Note a row that is left out."""
         self.bad[fault.cause] = self.bad.get(fault.cause, 0) + 1
         examples = self.examples.setdefault(fault.cause, [])
         if len(examples) < MAX_EXAMPLES:
@@ -100,7 +98,6 @@ def judge(row: Any, column: str) -> Judged | Fault:
     with its question, and an empty system message.
 
     Args:
-        row: plain data.
         column: the key of the messages where the row is an object.
     """
     reading = row if isinstance(row, Fault) else read_row(row, column)

@@ -14,14 +14,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nanochat_pl.common.errors import UserError
+from nanochat_pl.common.text_files import is_unicode
 from nanochat_pl.data.files.read import (
     explain_parquet_errors,
     format_of,
     holds_text,
+    json_line,
     lines_of,
     reading,
     require_column,
-    strict_json,
     texts_of,
 )
 from nanochat_pl.data.files.txt import txt_documents
@@ -31,8 +32,6 @@ def documents_of(path: Path, text_column: str, txt_document_chars: int) -> Itera
     """The documents of a file, in its order; those that are null or blank in a table are "".
 
     Args:
-        path: a file with one of SUFFIXES.
-        text_column: the column of a parquet file, the key of a JSON line, with the text.
         txt_document_chars: the most characters of a text file's document.
 
     Raises:
@@ -116,13 +115,7 @@ def _jsonl_documents(path: Path, text_column: str) -> Iterator[str]:
 
 
 def _text_of_line(line: bytes, where: str, text_column: str) -> str:
-    try:
-        record = strict_json(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        why = f"{error.reason} at byte {error.start:,} of the line"
-        raise UserError(f"{where}: is no JSON: it is not utf-8 ({why}).") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: is no JSON: {error}") from error
+    record = json_line(line, where)
     if not isinstance(record, dict):
         raise UserError(f"{where}: is no JSON object with the key {text_column!r}: {line[:60]!r}")
     if text_column not in record:
@@ -135,8 +128,6 @@ def _text_of_line(line: bytes, where: str, text_column: str) -> str:
         return ""
     if not isinstance(text, str):
         raise UserError(f"{where}: {text_column!r} is {type(text).__name__} and not text.")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise UserError(f"{where}: {text_column!r} holds half of a surrogate pair, which is no character.") from error
+    if not is_unicode(text):
+        raise UserError(f"{where}: {text_column!r} holds half of a surrogate pair, which is no character.")
     return text

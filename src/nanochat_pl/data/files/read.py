@@ -95,6 +95,17 @@ def strict_json(text: str) -> Any:
     return json.loads(text, object_pairs_hook=_object)
 
 
+def json_line(line: bytes, where: str) -> Any:
+    """A line of JSON as plain data, see :func:`strict_json`. Raises UserError where it is none; names ``where``."""
+    try:
+        return strict_json(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        why = f"{error.reason} at byte {error.start:,} of the line"
+        raise UserError(f"{where}: is no JSON: it is not utf-8 ({why}).") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: is no JSON: {error}") from error
+
+
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):

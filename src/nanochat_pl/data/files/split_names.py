@@ -52,11 +52,7 @@ def split_files(files: Sequence[T], name_of: Callable[[T], str]) -> SplitByName[
 
 
 def configurations(paths: Sequence[str]) -> list[str]:
-    """The folders that may each be a configuration of one data set: of several, each with files to train on.
-
-    Args:
-        paths: of the files to train on, with slashes.
-    """
+    """The folders that may each be a configuration of one data set: of several, each with files to train on."""
     folders = [[part for part in path.split("/")[:-1] if not _FOLDER.fullmatch(part)] for path in paths]
     return sorted({"/".join(parts) for parts in folders}) if len({tuple(parts) for parts in folders}) > 1 else []
 

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import threading
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nanochat_pl.common.console import Advance, counted_bytes, rank_zero_print
-from nanochat_pl.common.files import free_bytes
-from nanochat_pl.data.cache.content_cache import known_sha256
+from nanochat_pl.data.cache.content_cache import file_sha256
 from nanochat_pl.data.files.read import parquet_facts
-from nanochat_pl.data.hub.errors import DamagedFile, disk_full, library_heard, patiently
-from nanochat_pl.data.hub.manifest import Column, HubFile, Manifest, commit_of, hash_memo, keep_manifest
+from nanochat_pl.data.hub.errors import DamagedFile, library_heard, patiently, require_room
+from nanochat_pl.data.hub.manifest import Column, HubFile, Manifest, commit_of, keep_manifest
 
 PARALLEL = 8
 
@@ -45,12 +42,6 @@ def fetch_files(manifest: Manifest, files: Sequence[HubFile], cache_dir: Path, p
 
     What is here and right is left alone. What the hub sends damaged is fetched a second time. The network is not used
     where nothing is missing. Whatever ends this early leaves whole files, and called again it goes on with the others.
-
-    Args:
-        manifest: of the commit.
-        files: of it.
-        cache_dir: ``paths.cache``.
-        parallel: downloads at a time.
 
     Raises:
         UserError: no network, too little room on the disk, or what the hub says; names the file.
@@ -84,7 +75,6 @@ def fetch_files(manifest: Manifest, files: Sequence[HubFile], cache_dir: Path, p
 
 
 _recording = threading.Lock()  # of several threads of a process one alone writes what it has learnt of its file
-_fetching: defaultdict[tuple[str, str], threading.Lock] = defaultdict(threading.Lock)  # one alone fetches a file
 
 
 def fetch_file(manifest: Manifest, file: HubFile, cache_dir: Path) -> tuple[HubFile, Path]:
@@ -93,10 +83,9 @@ def fetch_file(manifest: Manifest, file: HubFile, cache_dir: Path) -> tuple[HubF
     Returns:
         the file with what is now known of it, and where it lies.
     """
-    with _fetching[manifest.commit, file.path]:
-        path = manifest.at_hand(file)
-        if path is None or (verified := _verified(file, path, cache_dir)) is None:
-            verified, path = _download(manifest, file, cache_dir, lambda num_bytes: None)
+    path = manifest.at_hand(file)
+    if path is None or (verified := _verified(file, path, cache_dir)) is None:
+        verified, path = _download(manifest, file, cache_dir, lambda num_bytes: None)
     if verified != file:
         with _recording:
             files = tuple(verified if each.path == file.path else each for each in manifest.files)
@@ -109,7 +98,7 @@ def _verified(file: HubFile, path: Path, cache_dir: Path) -> HubFile | None:
     if path.stat().st_size != file.bytes:
         return None
     # Such a file is never written to: another one takes its place.
-    sha256 = known_sha256(path, hash_memo(path, cache_dir), at_rest=True)
+    sha256 = file_sha256(path, cache_dir, at_rest=True)
     if file.sha256 is None:
         if f"git:{_git_blob_hash(path)}" != file.git_blob:
             return None
@@ -165,29 +154,16 @@ def _download(manifest: Manifest, file: HubFile, cache_dir: Path, advance: Advan
 
 
 def _bar_that_reports(receive: Advance) -> Any:
-    """What huggingface_hub takes for a progress bar of tqdm; it hands on the bytes that came and draws nothing."""
+    """A progress bar that draws nothing and hands on the bytes that came."""
+    from huggingface_hub.utils import tqdm
 
-    class Bar:
-        def __init__(self, *_: Any, total: int | None = None, initial: int = 0, **__: Any) -> None:
-            self.n, self.total = initial, total
+    class Bar(tqdm):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options | {"disable": True})
 
-        def __enter__(self) -> Bar:
-            return self
-
-        def __exit__(self, *_: object) -> None:
-            pass
-
-        def update(self, num_bytes: float | None = 1) -> None:
-            self.n += int(num_bytes or 0)
-            receive(int(num_bytes or 0))
-
-        def update_transfer(self, num_bytes: float | None = 1) -> None:
-            """With Xet the same bytes are counted when they come and, in ``update``, when they are written."""
-
-        def _ignore(self, *_: Any, **__: Any) -> None:
-            pass
-
-        set_postfix_str = set_transfer_postfix_str = set_description = refresh = reset = close = _ignore
+        def update(self, n: float | None = 1) -> None:
+            self.n += int(n or 0)
+            receive(int(n or 0))
 
     return Bar
 
@@ -195,34 +171,19 @@ def _bar_that_reports(receive: Advance) -> Any:
 def _for_each(work: Callable[[HubFile, Advance], None], files: Sequence[HubFile], what: str, parallel: int) -> None:
     """Do some work for each file in several threads. At an error those that are under way are finished first."""
     stop = threading.Event()
-    with _counted(what, sum(file.bytes for file in files), stop) as advance:
+
+    def count(amount: int) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt  # in a thread, which ends there
+        advance(amount)
+
+    with counted_bytes(what, sum(file.bytes for file in files)) as advance:
         pool = ThreadPoolExecutor(parallel)
         try:
-            for future in as_completed([pool.submit(work, file, advance) for file in files]):
+            for future in as_completed([pool.submit(work, file, count) for file in files]):
                 future.result()
         except KeyboardInterrupt:
             stop.set()
             raise
         finally:
             pool.shutdown(cancel_futures=True)
-
-
-@contextlib.contextmanager
-def _counted(what: str, num_bytes: int, stop: threading.Event) -> Iterator[Advance]:
-    """A progress bar that several threads advance by bytes; they end there when they are to stop."""
-    with counted_bytes(what, num_bytes) as advance:
-
-        def count(amount: int) -> None:
-            if stop.is_set():
-                raise KeyboardInterrupt
-            advance(amount)
-
-        yield count
-
-
-def require_room(repo: str, num_bytes: int) -> None:
-    """Raise :class:`UserError` where the disk of the hub's cache has no room for so many bytes."""
-    from huggingface_hub import constants
-
-    if free_bytes(Path(constants.HF_HUB_CACHE)) < num_bytes:
-        raise disk_full(repo, num_bytes)

@@ -21,7 +21,6 @@ from urllib.parse import quote
 from nanochat_pl.common.errors import UserError, did_you_mean
 from nanochat_pl.common.files import read_json, write_json
 from nanochat_pl.common.schema import build, setting, to_plain
-from nanochat_pl.data.cache.content_cache import fingerprint_of
 from nanochat_pl.data.hub.errors import library_heard, patiently
 
 _log = logging.getLogger(__name__)
@@ -128,8 +127,6 @@ def open_manifest(repo: str, revision: str, cache_dir: Path, refresh: bool = Fal
     """The manifest of a data set; the hub is asked where there is none yet, or for a newer one with ``refresh``.
 
     Args:
-        repo: ``owner/name``.
-        revision: a branch, a tag or a commit.
         cache_dir: ``paths.cache``; manifests lie in its folder ``hub``.
         refresh: ask what the revision means today.
 
@@ -169,11 +166,6 @@ def commit_of(repo: str, revision: str) -> str:
         return commit
 
     return patiently(ask, repo if revision == "main" else f"{repo}: {revision}")
-
-
-def hash_memo(path: Path, cache_dir: Path) -> Path:
-    """Where the hash of a downloaded file is remembered."""
-    return cache_dir / "file_hashes" / f"{fingerprint_of(str(path))[:32]}.json"
 
 
 def _list_files(repo: str, commit: str) -> tuple[HubFile, ...]:

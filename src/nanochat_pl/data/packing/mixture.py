@@ -118,7 +118,6 @@ class MixedRows:
         return [part.epochs_after(count) for part, count in counts]
 
     def parts(self) -> dict[str, Rows]:
-        """The rows of each source by its name."""
         return dict(zip(self.names, self._parts, strict=True))
 
     def place(self, row_numbers: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -65,7 +65,6 @@ class RowIndex:
 
     @property
     def num_rows(self) -> int:
-        """Rows in the index."""
         return len(self.row_starts) - 1
 
     def pieces_of(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -45,7 +45,6 @@ class Rows:
     """Rows of T inputs and T targets, read from a token cache by a row index.
 
     Args:
-        cache: the tokens.
         index: which pieces make which row; its capacity is T+1.
         sequence_len: T.
         bos_id: stands in front of every piece, and fills padding.

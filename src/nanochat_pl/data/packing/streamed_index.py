@@ -61,7 +61,6 @@ class StreamedIndex:
     """Rows of segments, those that are there and those to come. Reading one that is not there yet waits for it.
 
     Args:
-        segments: where they are kept.
         row_capacity: places of a row, T+1.
         num_rows: rows that there will be.
         known: rows of each of the segments that are there, from the first.

@@ -35,7 +35,6 @@ def choose_data(
     """The settings that data=auto comes to; any others as they are.
 
     Args:
-        settings: the config group ``data``.
         tokens_planned: tokens that the plan trains on if so many are at hand; None: nobody knows how many.
         cache_dir: ``paths.cache``. The corpus of docstrings is built there where the choice depends on it.
         corpus: which one a run has; None: that of the packages installed now.

@@ -34,7 +34,6 @@ class TextSource:
     validation_fraction = 0.05
 
     def documents(self) -> Iterator[str]:
-        """All documents, in order."""
         raise NotImplementedError
 
     @property
@@ -44,11 +43,9 @@ class TextSource:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over all documents."""
         return self._facts.fingerprint
 
     def describe(self) -> str:
-        """One line for people."""
         facts = self._facts
         size = f"{facts.num_documents:,} documents ({facts.text_bytes / 1e6:.1f} MB)"
         return f"{self.name} {facts.fingerprint[:12]}: {size}, {facts.held_out:.2%} of them held out"
@@ -83,7 +80,6 @@ def open_custom(settings: SourceSettings, key: str) -> Source:
 
     Args:
         settings: with ``target`` and ``options``.
-        key: of these settings, for messages.
 
     Raises:
         UserError: there is no such class, it is no source, or it does not take the options.

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.launch_env import usable_cpus
+from nanochat_pl.common.text_files import is_unicode
 
 Progress = Callable[[int, int], None]  # (files read, files in all)
 
@@ -147,7 +148,6 @@ def read_packages(
     """All docstrings of the packages, in their order, by module name, then in the order of the file.
 
     Args:
-        packages: what to read.
         num_processes: processes that read side by side; as many as there are usable CPUs by default. The result does
             not depend on it.
         progress: called with (files read, files in all) as the reading goes on.
@@ -204,7 +204,7 @@ def docstrings_of_source(source: bytes | str, package: str, module: str) -> list
             return []  # MemoryError is what the parser raises for brackets nested too deeply
     found = [Docstring(package, module, "module", "", ast.get_docstring(tree) or "")]
     found.extend(_definitions(tree.body, package, module, in_class=False))
-    return [docstring for docstring in found if docstring.text and _is_unicode(docstring.text)]
+    return [docstring for docstring in found if docstring.text and is_unicode(docstring.text)]
 
 
 def _definitions(body: Sequence[ast.AST], package: str, prefix: str, in_class: bool) -> Iterator[Docstring]:
@@ -234,8 +234,3 @@ def _parameters(arguments: ast.arguments, in_class: bool) -> str:
     if arguments.kwarg is not None:
         names.append(f"**{arguments.kwarg.arg}")
     return ", ".join(names)
-
-
-def _is_unicode(text: str) -> bool:
-    """Whether the text has a UTF-8 form: an escape in a docstring may make half a surrogate pair of it."""
-    return not any("\ud800" <= character <= "\udfff" for character in text)

@@ -26,8 +26,9 @@ from nanochat_pl.data.cache.content_cache import fingerprint_of
 from nanochat_pl.data.files.formats import check_file
 from nanochat_pl.data.files.read import SUFFIXES, format_of
 from nanochat_pl.data.files.split_names import configurations_remark, split_files, unused_remark
-from nanochat_pl.data.hub.download import PARALLEL, Fetched, fetch_files, require_room
-from nanochat_pl.data.hub.manifest import HubFile, Manifest, commit_of, hash_memo, known_manifest, open_manifest
+from nanochat_pl.data.hub.download import PARALLEL, Fetched, fetch_files
+from nanochat_pl.data.hub.errors import require_room
+from nanochat_pl.data.hub.manifest import HubFile, Manifest, commit_of, known_manifest, open_manifest
 from nanochat_pl.data.sources.base import Shard, SourceSettings, Split
 from nanochat_pl.data.sources.local import FileDocuments, share_held_out
 from nanochat_pl.data.sources.on_demand import DocumentsOnDemand
@@ -57,13 +58,10 @@ class HubFiles:
     together, whatever another process fetches meanwhile.
 
     Args:
-        settings: which data set.
-        cache_dir: ``paths.cache``.
         ask_hub: for its list of files, where that is not known here.
         refresh: ask for it anyway.
         chosen: of a training that goes on, the files that it was begun with: these and no others.
         with_json: :meth:`fetch` takes the .json files too. They may hold conversations, and never documents.
-        key: of these settings, for messages.
         tokens_needed: that a training takes of them, for messages; None: no training is to begin.
 
     Attributes:
@@ -309,9 +307,8 @@ class HubFiles:
         path, size = self._here.get(file.path), self._file_tokens[file.path] * BYTES_PER_TOKEN
         problem = f"is damaged: it is not what {self._repo} has."
         place = path or Path(file.path)
-        memo = hash_memo(place, self._cache_dir)
         documents = FileDocuments(
-            place, split, self._settings, self._held_out, file.sha256, memo, problem, fix, at_rest=True
+            place, split, self._settings, self._held_out, file.sha256, self._cache_dir, problem, fix, at_rest=True
         )
         shard = replace(documents.as_shard(file.path, file.contents), text_bytes=size)
         if self._on_demand is None or split == "val":

@@ -18,7 +18,7 @@ from pathlib import Path
 from nanochat_pl.common.console import counted_bytes
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.text_amounts import COMPRESSED_SHARE
-from nanochat_pl.data.cache.content_cache import fingerprint_of, known_sha256
+from nanochat_pl.data.cache.content_cache import file_sha256, fingerprint_of
 from nanochat_pl.data.files.folder import find_files
 from nanochat_pl.data.files.formats import check_file, documents_of
 from nanochat_pl.data.files.read import format_of, parquet_facts, reading
@@ -81,11 +81,6 @@ def _in_folder(settings: SourceSettings) -> str:
 class LocalFiles:
     """A :class:`~nanochat_pl.data.sources.base.Source` of the files under ``data.path``; one shard per file and split.
 
-    Args:
-        settings: which files.
-        cache_dir: where their hashes are kept.
-        key: of these settings, for messages.
-
     Raises:
         UserError: no file matches, a suffix is unknown, a file cannot be opened or lacks the text column; a file to
             validate on is one to train on, or has the same contents.
@@ -96,7 +91,7 @@ class LocalFiles:
     def __init__(self, settings: SourceSettings, cache_dir: Path, key: str = "data") -> None:
         assert settings.path is not None, "checked by the settings"
         self._settings = settings
-        self._memo_dir = cache_dir / "file_hashes"
+        self._cache_dir = cache_dir
         self.chosen = choose_files(settings, key)
         self._train_files, self._val_files = self.chosen.train, self.chosen.validation
         self._paths = list(dict.fromkeys([*self._train_files.values(), *self._val_files.values()]))
@@ -142,7 +137,7 @@ class LocalFiles:
             self._settings,
             self._held_out,
             sha256,
-            self._memo(path),
+            self._cache_dir,
             problem,
             "Run the same command again.",
         )
@@ -179,7 +174,7 @@ class LocalFiles:
 
         def look_at(path: Path) -> tuple[str, float]:
             with reading(path):
-                sha256 = known_sha256(path, self._memo(path))
+                sha256 = file_sha256(path, self._cache_dir)
             advance(sizes.get(path, 0))
             return sha256, _text_bytes(path, self._settings.text_column)
 
@@ -193,9 +188,6 @@ class LocalFiles:
                 threads.shutdown(wait=False, cancel_futures=True)
                 raise
 
-    def _memo(self, path: Path) -> Path:
-        return self._memo_dir / f"{fingerprint_of(str(path.resolve()))[:32]}.json"
-
 
 @dataclass(frozen=True)
 class FileDocuments:
@@ -206,7 +198,7 @@ class FileDocuments:
         held_out: the share of the documents that is for validation, see :func:`share_held_out`; None: all of them are
             of this split.
         sha256: of the file, checked before and after reading; None: it is not checked.
-        memo: where the hash is remembered, see :func:`~nanochat_pl.data.cache.content_cache.known_sha256`.
+        cache_dir: where the hash is remembered.
         problem, fix: what is said where the file is another one.
         at_rest: whether nobody writes to the file.
     """
@@ -216,7 +208,7 @@ class FileDocuments:
     settings: SourceSettings
     held_out: float | None
     sha256: str | None
-    memo: Path
+    cache_dir: Path
     problem: str
     fix: str
     at_rest: bool = False
@@ -241,7 +233,7 @@ class FileDocuments:
 
     def _require_same(self) -> None:
         with reading(self.path):
-            if self.sha256 is not None and known_sha256(self.path, self.memo, self.at_rest) != self.sha256:
+            if self.sha256 is not None and file_sha256(self.path, self.cache_dir, self.at_rest) != self.sha256:
                 raise UserError(f"{self.path}: {self.problem}", self.fix)
 
 

@@ -25,11 +25,9 @@ class NamedSource:
         return self.source.fingerprint
 
     def describe(self) -> str:
-        """What the source says."""
         return self.source.describe()
 
     def shards(self, split: Split) -> list[Shard]:
-        """Those of the source."""
         return self.source.shards(split)
 
 

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.data.hub.download import fetch_file
-from nanochat_pl.data.hub.manifest import HubFile, Manifest, hash_memo
+from nanochat_pl.data.hub.manifest import HubFile, Manifest
 from nanochat_pl.data.sources.local import FileDocuments
 
 FILES_AHEAD = 4
@@ -50,8 +50,7 @@ class DocumentsOnDemand:
 
     def __call__(self) -> Iterator[str]:
         file, path = self.fetch()
-        memo = hash_memo(path, self.cache_dir)
-        return replace(self.documents, path=path, sha256=file.sha256, memo=memo)()
+        return replace(self.documents, path=path, sha256=file.sha256)()
 
 
 def fetched_ahead(

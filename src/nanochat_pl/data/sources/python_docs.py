@@ -91,7 +91,6 @@ class PythonDocs:
         return self.manifest["corpus_hash"]
 
     def shards(self, split: Split) -> list[Shard]:
-        """The shards of a split, in order."""
         return [
             Shard(entry["file"], split, entry["sha256"], entry["sha256"], partial(_texts, self.folder / entry["file"]))
             for entry in self.manifest["splits"][split]["shards"]
@@ -109,7 +108,6 @@ class PythonDocs:
         return [Docstring(**row) for row in _read_table(self.folder / "stdlib.parquet").to_pylist()]
 
     def describe(self) -> str:
-        """One line for people: what the corpus holds and its hash."""
         splits = self.manifest["splits"]
         absent = self.manifest["absent"]
         return (
@@ -133,7 +131,6 @@ def open_python_docs(
             files, the version of Python and this builder.
         packages: what to read instead of what is installed.
         num_processes: processes that read; see :func:`~nanochat_pl.data.sources.docstrings.read_packages`.
-        progress: called with (files read, files in all).
 
     Raises:
         UserError: the cache cannot be written, a source file cannot be read, or there is nothing to read.

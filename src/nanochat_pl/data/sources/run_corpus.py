@@ -31,7 +31,6 @@ class ChosenCorpus:
 
     @classmethod
     def of(cls, corpus: PythonDocs) -> ChosenCorpus:
-        """The record of a corpus that is here."""
         versions = corpus.manifest["packages"]
         others = {name: version for name, version in versions.items() if name not in sys.stdlib_module_names}
         return cls(corpus.fingerprint, corpus.folder.name, corpus.manifest["python"], others)
@@ -56,7 +55,6 @@ class RunCorpus:
     """The corpus of one stage of a run, opened when it is first asked for.
 
     Args:
-        cache_dir: ``paths.cache``.
         record: the file where the stage's corpus is recorded; None: nothing is recorded.
         begun: whether the stage has begun, or another process begins it: it keeps to what is recorded.
         inherited: that of the stage before, or of the bundle that is measured.

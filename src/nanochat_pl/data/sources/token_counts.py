@@ -24,9 +24,6 @@ def tokens_at_hand(
     """About how many tokens there are to train on, of a mixture those of all sources; None where that is not known.
 
     Args:
-        settings: the config group ``data``.
-        cache_dir: ``paths.cache``.
-        vocab_size: of the tokenizer.
         corpus: the run's corpus of docstrings, which is made where it is missing; None: that of the packages installed
             now, where it has been made: nothing is written.
 
@@ -58,7 +55,6 @@ def text_facts(settings: DataSettings, cache_dir: Path, vocab_size: int = 2**15)
     Args:
         settings: the config group ``data``; of data=auto what it comes to.
         cache_dir: ``paths.cache``; nothing is written there.
-        vocab_size: of the tokenizer.
 
     Raises:
         UserError: as :func:`tokens_at_hand`.

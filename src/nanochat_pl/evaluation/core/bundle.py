@@ -17,6 +17,7 @@ from pydantic import Field
 from nanochat_pl.common.errors import UserError, did_you_mean
 from nanochat_pl.common.files import sha256_of_file
 from nanochat_pl.common.schema import build, setting, to_plain
+from nanochat_pl.common.text_files import is_unicode, read_text
 from nanochat_pl.common.user_path import user_path
 from nanochat_pl.common.yaml_files import read_yaml
 from nanochat_pl.data.cache.content_cache import fingerprint_of
@@ -183,12 +184,8 @@ def _text(value: Mapping[str, Any], key: str) -> str:
 
 def _whole(text: str, key: str) -> str:
     """A text that has a UTF-8 form: JSON can hold half a surrogate pair, which has none."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(
-            f"{key}={text!r}: has {text[error.start]!r}, half a surrogate pair, which is no sign."
-        ) from None
+    if not is_unicode(text):
+        raise UserError(f"{key}={text!r}: holds half a surrogate pair, which is no character.")
     return text
 
 
@@ -201,7 +198,7 @@ def _texts(value: Mapping[str, Any], key: str) -> tuple[str, ...]:
 
 def _read_baselines(path: Path) -> dict[str, float]:
     """Accuracy of guessing, 0 … 1, by task."""
-    rows = csv.DictReader(_text_of(path).splitlines(keepends=True))
+    rows = csv.DictReader(read_text(path, MAX_TABLE_BYTES).splitlines(keepends=True))
     columns = "Eval Task", "Random baseline"
     if missing := [column for column in columns if column not in (rows.fieldnames or ())]:
         raise UserError(f"{path}: has no column {missing[0]!r}.")
@@ -222,16 +219,6 @@ def _read_baselines(path: Path) -> dict[str, float]:
     return baselines
 
 
-def _text_of(path: Path) -> str:
-    with reading(path):
-        if path.stat().st_size > MAX_TABLE_BYTES:
-            raise UserError(f"{path}: {path.stat().st_size:,} bytes, more than the {MAX_TABLE_BYTES:,} of such a file.")
-        try:
-            return path.read_text(encoding="utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path}: is not UTF-8: {error.reason} at byte {error.start:,}.") from error
-
-
 def _inside(root: Path, uri: str, where: str) -> Path:
     path = Path(user_path(f"{where}: dataset_uri", str(root / uri)))
     if not path.resolve().is_relative_to(root.resolve()):
@@ -240,5 +227,4 @@ def _inside(root: Path, uri: str, where: str) -> Path:
 
 
 def unknown_task(name: str, valid: Any) -> UserError:
-    """What is said of a name that no task has."""
     return UserError(f"core.tasks: {name!r} is no task of CORE; {did_you_mean(name, valid)}")

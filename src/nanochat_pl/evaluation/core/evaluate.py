@@ -105,7 +105,6 @@ def open_core(settings: CoreSettings, cache_dir: Path, hub: Path | None) -> Core
     """Open the evaluation bundle; its problems are read when they are asked.
 
     Args:
-        settings: of CORE.
         cache_dir: ``paths.cache``: where a downloaded bundle lies.
         hub: ``paths.hub``: a mirror of data sets, for ``fix_arc``.
 
@@ -161,10 +160,6 @@ def evaluate_core_task(
     and with ``fix_arc`` ``corrected_answers`` and ``unknown_answers``.
 
     Args:
-        bundle: opened.
-        name: one of its tasks.
-        net: the model.
-        tokenizer: its tokenizer.
         progress: called with the number of problems just finished by all processes, in the pace of this one.
 
     Returns:

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from nanochat_pl.evaluation.scoring import Candidate, Score
+from nanochat_pl.evaluation.scoring import Candidate, Score, common_length
 from nanochat_pl.tokenizer import Tokenizer
 
 Kind = Literal["multiple_choice", "schema", "language_modeling"]
@@ -95,8 +95,6 @@ def make_question(
     """Tokens of a problem's prompts, bos in front, and their scored spans.
 
     Args:
-        tokenizer: of the model.
-        kind: of the task.
         problem, shots, delimiter: see :func:`render`.
         reach: most tokens of a prompt: longer ones lose their beginning, all alternatives as much of it.
     """
@@ -116,16 +114,6 @@ def make_question(
         for row, start, length in zip(rows, starts, lengths, strict=True)
     ]
     return Question(candidates, cut)
-
-
-def common_length(rows: Sequence[Sequence[int]]) -> int:
-    """Tokens with which all rows begin."""
-    length = 0
-    for tokens in zip(*rows, strict=False):
-        if len(set(tokens)) > 1:
-            break
-        length += 1
-    return length
 
 
 def choose(scores: Sequence[Score]) -> int:

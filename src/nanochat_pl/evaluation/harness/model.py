@@ -41,11 +41,9 @@ class BundleLM(LM):
     """A model and its tokenizer, for ``lm_eval.evaluator.evaluate`` or ``simple_evaluate``.
 
     Args:
-        bundle: the model and its tokenizer.
         chat: the model was trained on conversations: its calculator answers while it writes.
         max_batch: rows at once, and answers written at the same time: memory and time only; None: as many as are fast.
         progress: called with (done, all) of the questions of one call, of this process's share.
-        name: the task's, for messages.
         alone: work as the only process, though there may be others.
 
     Attributes:
@@ -137,15 +135,12 @@ class BundleLM(LM):
     # How the harness brings together what the processes found.
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
-        """One number of each process."""
         return torch.tensor([int(text) for text in collectives.all_gather_str(str(int(tensor)))])
 
     def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
-        """The objects of all processes, on the main one."""
         return collectives.gather_objects(obj)
 
     def barrier(self) -> None:
-        """Wait for the others."""
         collectives.barrier()
 
     # From texts to tokens.

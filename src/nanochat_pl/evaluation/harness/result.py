@@ -21,8 +21,6 @@ def metric_of(name: str, task: Task, wanted: str | None) -> str:
     """The metric that counts.
 
     Args:
-        name: the task's.
-        task: the task.
         wanted: a metric's name; None: the first that is a share of right answers.
 
     Raises:
@@ -51,11 +49,7 @@ def result_of(name: str, task: Task, found: Mapping[str, Any], metric: str, deta
     Of whole texts (bits per byte) the outcome of each is the geometric mean of its bytes' probabilities.
 
     Args:
-        name: the task's.
-        task: the task.
         found: what ``lm_eval.evaluator.evaluate`` gave, with samples.
-        metric: of :func:`metric_of`.
-        details: what else is to be kept.
 
     Raises:
         UserError: the metric of a problem does not lie between 0 and 1.

@@ -96,9 +96,6 @@ class HarnessTasks:
         """Measure a model on one task. Several processes share out the problems; all get the result.
 
         Args:
-            name: one of :attr:`names`.
-            bundle: the model and its tokenizer.
-            progress: called with (problems done, all of them).
             max_batch: answers written at the same time: memory and time only.
 
         Raises:
@@ -147,7 +144,6 @@ def open_harness(settings: HarnessSettings, hub: Path | None = None) -> HarnessT
     """Open tasks and their data.
 
     Args:
-        settings: which, and how.
         hub: a local mirror of hub data sets (``datasets/OWNER/NAME/CONFIG/SPLIT-….parquet``), looked at first.
 
     Raises:

@@ -12,6 +12,7 @@ import numpy as np
 
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.schema import UserGlob, setting
+from nanochat_pl.common.text_files import is_unicode
 from nanochat_pl.data.cache.content_cache import fingerprint_of
 from nanochat_pl.data.conversations.tables import Row, Rows
 from nanochat_pl.tasks.base import Split, Task, TaskSettings, own_settings
@@ -82,16 +83,7 @@ class TableTask(Task):
     columns: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, name: str, settings: TableSettings, split: Split, context: TaskContext) -> None:
-        """
-        Args:
-            name: the task's.
-            settings: which table, and how much of it.
-            split: which part.
-            context: where data lies.
-
-        Raises:
-            UserError: a file is missing (the fix is the command that fetches it), cannot be read, or lacks a column.
-        """
+        """Raises UserError: a file is missing, cannot be read, or lacks a column."""
         self.settings = settings
         self.where = f"{context.where}.{name}"
         self.files = table_files(name, self.where, settings, split, context)
@@ -148,11 +140,8 @@ class TableTask(Task):
         return values
 
     def _require_unicode(self, index: int, what: str, text: str) -> None:
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            problem = f"{what} holds half of a surrogate pair, which is no character."
-            raise self.bad_row(index, problem) from error
+        if not is_unicode(text):
+            raise self.bad_row(index, f"{what} holds half of a surrogate pair, which is no character.")
 
     def chance(self, column: str, field: str | None = None) -> float:
         """Accuracy of guessing among the choices of each row: of the published table what is said of it.

@@ -82,9 +82,6 @@ class ConversationSet(Task):
     def __init__(self, name: str, settings: ConversationSettings, split: Split, context: TaskContext) -> None:
         """
         Args:
-            name: the task's.
-            settings: which files, and how much of them.
-            split: which part.
             context: folders, and the share of bad rows that is put up with.
 
         Raises:
@@ -237,11 +234,11 @@ def _find(
     if settings.repo is None:
         on_disk = find_files(f"{where}.path", str(settings.path), CONVERSATION_SUFFIXES)
         remarks += on_disk.remarks()
-        found = set_files(on_disk, context.cache_dir)
+        found = set_files(on_disk)
     else:
         found = files_of_set(where, wanted, CONVERSATION_SUFFIXES, context)
     if settings.test_path is not None:
-        test = files_on_disk(f"{where}.test_path", settings.test_path, CONVERSATION_SUFFIXES, context.cache_dir)
+        test = files_on_disk(f"{where}.test_path", settings.test_path, CONVERSATION_SUFFIXES)
         if shared := {str(file.path) for file in found} & {str(file.path) for file in test}:
             raise UserError(f"{where}.test_path={settings.test_path!r}: {min(shared)} is under {where}.path too.")
         return found, test, remarks
@@ -259,7 +256,7 @@ def _read(name: str, found: Sequence[SetFile], column: str, cache_dir: Path) -> 
     with progress(f"reading {name}", len(found), "files") as advance:
         for file in found:
             assert file.path is not None, "files that are not here have been refused"
-            files.append(read_conversations(file.name, file.path, column, file.memo, cache_dir, file.at_rest))
+            files.append(read_conversations(file.name, file.path, column, cache_dir, file.at_rest))
             advance(1)
     return files
 

@@ -8,24 +8,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanochat_pl.common.errors import UserError, did_you_mean
-from nanochat_pl.data.cache.content_cache import fingerprint_of
 from nanochat_pl.data.files.folder import FoundFiles, find_files
-from nanochat_pl.data.hub.manifest import hash_memo, known_manifest
+from nanochat_pl.data.hub.manifest import known_manifest
 from nanochat_pl.data.sources.hub import files_of_format, key_of_cache, typed_keys
 from nanochat_pl.tasks.context import TaskContext
 
 
 @dataclass(frozen=True)
 class SetFile:
-    """A file to read, and how its hash is remembered. Without a path it has not been downloaded.
+    """A file to read. Without a path it has not been downloaded.
 
     Attributes:
+        at_rest: whether nobody writes to it.
         sha256: what the hub says that it is; None for a file that did not come from there.
     """
 
     name: str
     path: Path | None
-    memo: Path
     at_rest: bool = False
     sha256: str | None = None
 
@@ -43,15 +42,14 @@ class HubSet:
     prefix: str = ""
 
 
-def files_on_disk(key: str, given: str, suffixes: Sequence[str], cache_dir: Path) -> list[SetFile]:
+def files_on_disk(key: str, given: str, suffixes: Sequence[str]) -> list[SetFile]:
     """The files that a path, folder or glob means, in sorted order; see :func:`find_files`."""
-    return set_files(find_files(key, given, suffixes), cache_dir)
+    return set_files(find_files(key, given, suffixes))
 
 
-def set_files(found: FoundFiles, cache_dir: Path) -> list[SetFile]:
-    """The files that were found, with where their hashes are remembered."""
-    paths, memos = {name: path.resolve() for name, path in found.files.items()}, cache_dir / "file_hashes"
-    return [SetFile(name, path, memos / f"{fingerprint_of(str(path))[:32]}.json") for name, path in paths.items()]
+def set_files(found: FoundFiles) -> list[SetFile]:
+    """The files that were found."""
+    return [SetFile(name, path.resolve()) for name, path in found.files.items()]
 
 
 def files_of_set(
@@ -71,19 +69,16 @@ def files_of_set(
     """
     folder = context.hub / "datasets" / wanted.repo if context.hub else None
     if folder is not None and wanted.revision is None and folder.is_dir():
-        return _in_mirror(where, folder, wanted, suffixes, context)
+        return _in_mirror(where, folder, wanted, suffixes)
     manifest = known_manifest(wanted.repo, wanted.revision or "main", context.cache_dir)
     if manifest is None:
         problem = (
             f"{where}: nothing of {wanted.repo} ({wanted.revision or 'main'}) is here{_not_in_mirror(folder, context)}."
         )
         raise UserError(problem, fix or how_to_fetch(wanted, context))
-    found = []
     key = f"{where}.{wanted.prefix}"
-    for file in files_of_format(manifest, wanted.files, suffixes, f"{key}files"):
-        path = manifest.at_hand(file)
-        memo = hash_memo(path or Path(file.path), context.cache_dir)
-        found.append(SetFile(file.path, path, memo, at_rest=True, sha256=file.sha256))
+    listed = files_of_format(manifest, wanted.files, suffixes, f"{key}files")
+    found = [SetFile(file.path, manifest.at_hand(file), at_rest=True, sha256=file.sha256) for file in listed]
     if not found:
         raise UserError(f"{key}repo={wanted.repo!r}: no file of it ends with {' or '.join(suffixes)}.")
     return found
@@ -115,11 +110,9 @@ def _not_in_mirror(folder: Path | None, context: TaskContext) -> str:
     return f", and paths.hub={context.hub} does not have it"
 
 
-def _in_mirror(
-    where: str, folder: Path, wanted: HubSet, suffixes: Sequence[str], context: TaskContext
-) -> list[SetFile]:
+def _in_mirror(where: str, folder: Path, wanted: HubSet, suffixes: Sequence[str]) -> list[SetFile]:
     key = f"{where}.{wanted.prefix}"
-    found = files_on_disk(f"{key}repo", str(folder), suffixes, context.cache_dir)
+    found = files_on_disk(f"{key}repo", str(folder), suffixes)
     if wanted.files is None:
         return found
     chosen = [file for file in found if fnmatch.fnmatchcase(file.name, wanted.files)]

@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from nanochat_pl.common.errors import UserError, did_you_mean
-from nanochat_pl.data.cache.content_cache import known_sha256
+from nanochat_pl.data.cache.content_cache import file_sha256
 from nanochat_pl.data.conversations.tables import TABLE_SUFFIXES
 from nanochat_pl.data.files.read import reading
 from nanochat_pl.data.files.split_names import split_in_name
@@ -42,32 +42,25 @@ class TableFile:
 def table_files(name: str, where: str, settings: TableSettings, split: Split, context: TaskContext) -> list[TableFile]:
     """The files of a split, none of which is in the other one too.
 
-    Args:
-        name: the task's, for the command that fetches them.
-        where: its key, for messages.
-        settings: of the task.
-        split: which part.
-        context: where data lies.
-
     Raises:
         UserError: a file is missing, or cannot be read; or it is in both parts.
     """
     other: Split = "test" if split == "train" else "train"
-    given = _given_parts(where, settings, context)
+    given = _given_parts(where, settings)
     mine, others = given[split], given[other]
     if mine is None:
         fix = how_to_fetch(name, settings, context)
         found = _of_repo(where, settings, split, context, fix)
         _require_whole(where, settings, found, context, fix)
-        files = [_with_hash(file, False, f"It is not what {settings.repo} has. {fix}") for file in found]
+        files = [_with_hash(file, False, context, f"It is not what {settings.repo} has. {fix}") for file in found]
     else:
-        files = [_with_hash(file, True) for file in mine]
+        files = [_with_hash(file, True, context) for file in mine]
     if given[split] is not None or others is not None:
         if others is None:
             # What of it is not here is refused when that part is opened.
             with contextlib.suppress(UserError):
                 others = _of_repo(where, settings, other, context)
-        _refuse_shared(where, split, files, others or [])
+        _refuse_shared(where, split, files, others or [], context)
     return files
 
 
@@ -81,16 +74,16 @@ def how_to_fetch(name: str, settings: TableSettings, context: TaskContext) -> st
     return f"Fetch it: nanochat-pl download {typed_keys(keys | key_of_cache(context.cache_dir))}"
 
 
-def _given_parts(where: str, settings: TableSettings, context: TaskContext) -> dict[Split, list[SetFile] | None]:
+def _given_parts(where: str, settings: TableSettings) -> dict[Split, list[SetFile] | None]:
     """The files of each part that ``path`` and ``test_path`` give; None for one that is the data set's."""
     train: list[SetFile] | None = None
     test: list[SetFile] | None = None
     if settings.path is not None:
-        found = files_on_disk(f"{where}.path", settings.path, TABLE_SUFFIXES, context.cache_dir)
+        found = files_on_disk(f"{where}.path", settings.path, TABLE_SUFFIXES)
         train, test = _by_name(found, settings)
         test = test or None
     if settings.test_path is not None:
-        found = files_on_disk(f"{where}.test_path", settings.test_path, TABLE_SUFFIXES, context.cache_dir)
+        found = files_on_disk(f"{where}.test_path", settings.test_path, TABLE_SUFFIXES)
         test = _by_name(found, settings)[1] or found
     return {"train": train, "test": test}
 
@@ -153,21 +146,25 @@ def _require_whole(
         )
 
 
-def _with_hash(file: SetFile, given: bool, fix: str = "") -> TableFile:
+def _with_hash(file: SetFile, given: bool, context: TaskContext, fix: str = "") -> TableFile:
     assert file.path is not None, "files that are not here have been refused"
-    sha256 = _sha256(file, file.path)
+    sha256 = _sha256(file, context)
     if file.sha256 not in (None, sha256):
         raise UserError(f"{file.path}: is damaged.", fix)
     return TableFile(file.name, file.path, sha256, given)
 
 
-def _sha256(file: SetFile, path: Path) -> str:
-    with reading(path):
-        return known_sha256(path, file.memo, file.at_rest)
+def _sha256(file: SetFile, context: TaskContext) -> str:
+    if file.path is None:
+        return ""
+    with reading(file.path):
+        return file_sha256(file.path, context.cache_dir, file.at_rest)
 
 
-def _refuse_shared(where: str, split: Split, files: Sequence[TableFile], others: Sequence[SetFile]) -> None:
-    contents = {file.sha256 or (_sha256(file, file.path) if file.path else ""): file for file in others}
+def _refuse_shared(
+    where: str, split: Split, files: Sequence[TableFile], others: Sequence[SetFile], context: TaskContext
+) -> None:
+    contents = {file.sha256 or _sha256(file, context): file for file in others}
     for mine in files:
         if other := contents.get(mine.sha256):
             one, two = (str(mine.path), str(other.path or other.name))[:: 1 if split == "train" else -1]

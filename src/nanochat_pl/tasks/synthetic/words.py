@@ -103,7 +103,7 @@ def words_of(where: str, settings: WordSettings, context: TaskContext) -> tuple[
         UserError: a list is not here, cannot be read or has no words.
     """
     if settings.words_path is not None:
-        files = files_on_disk(f"{where}.words_path", settings.words_path, _LIST_SUFFIXES, context.cache_dir)
+        files = files_on_disk(f"{where}.words_path", settings.words_path, _LIST_SUFFIXES)
     elif settings.words_repo is not None:
         wanted = HubSet(settings.words_repo, files=settings.words_files, prefix="words_")
         files = files_of_set(where, wanted, _LIST_SUFFIXES, context)

@@ -15,7 +15,7 @@ from nanochat_pl.common.files import explain_disk_errors, keep_lines_until
 from nanochat_pl.common.out_of_memory import release_memory, runs_out_of_memory
 from nanochat_pl.distributed import coordination
 from nanochat_pl.engine import Engine
-from nanochat_pl.evaluation.samples import Sample, write_samples
+from nanochat_pl.evaluation.samples import write_samples
 from nanochat_pl.evaluation.validation import Validation
 from nanochat_pl.model.gpt import GPT
 from nanochat_pl.tokenizer import Tokenizer
@@ -37,7 +37,7 @@ class Samples:
 
     def write(self, net: GPT, tokenizer: Tokenizer, step: int) -> list[dict[str, Any]]:
         """Sample and append. Where memory runs out there are none of this step: that is no reason to end a training."""
-        samples: list[Sample] = []
+        samples: list[dict[str, str]] = []
 
         def sample() -> None:
             samples.extend(write_samples(Engine(ModelAndTokenizer(net, tokenizer)), self.prompts, self.max_tokens))
@@ -48,7 +48,7 @@ class Samples:
         if ran_out:
             release_memory(next(net.parameters()).device)
             rank_zero_print(f"Samples after step {step:,}: out of memory, so there are none.")
-        rows = [{"step": step, "prompt": each.prompt, "text": each.text} for each in samples]
+        rows = [{"step": step, **each} for each in samples]
         with explain_disk_errors(self.path), self.path.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         return rows
