@@ -31,11 +31,6 @@ _MB = 10**6
 Advance = Callable[[int], None]
 
 
-def is_silent() -> bool:
-    """Whether another process speaks to the person."""
-    return launch_env().rank > 0
-
-
 class _Console(Console):
     def on_broken_pipe(self) -> None:
         raise  # rich would exit with 1 here: whether a reader who has left ends the program is not for it to say
@@ -43,7 +38,7 @@ class _Console(Console):
 
 def console(stderr: bool = False) -> Console:
     """A rich console on today's stdout or stderr (asked for anew each time, so that redirection works)."""
-    made = _Console(stderr=stderr, highlight=False, soft_wrap=True, quiet=is_silent())
+    made = _Console(stderr=stderr, highlight=False, soft_wrap=True, quiet=launch_env().rank > 0)
     if not made.is_terminal:
         made.width = WIDTH_WITHOUT_TERMINAL
     return made
@@ -116,7 +111,7 @@ def print_from_any_rank(text: str) -> None:
     """As :func:`rank_zero_print`, but for what matters whichever process it comes from: its rank is said."""
     made = console()
     made.quiet = False
-    made.print(Text(visible(f"process {launch_env().rank}: {text}" if is_silent() else text)))
+    made.print(Text(visible(f"process {rank}: {text}" if (rank := launch_env().rank) else text)))
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], title: str = "") -> None:
@@ -165,7 +160,7 @@ def progress(what: str, total: int, unit: str = "") -> Iterator[Advance]:
 
     A bar on a terminal; else a line every :data:`SECONDS_BETWEEN_LINES`, and none at all for work that is short.
     """
-    if console(stderr=True).is_terminal and not is_silent():
+    if console(stderr=True).is_terminal and launch_env().rank == 0:
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),

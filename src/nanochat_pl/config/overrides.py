@@ -89,7 +89,7 @@ def split_override(text: str) -> tuple[str, str, str]:
     key, equals, raw = text.partition("=")
     key = key.lstrip("+")
     if key.startswith("-"):
-        return key, raw, f"{text}: options are written key=value, without dashes (--help lists those of Hydra)."
+        return key, raw, f"{text}: options are written key=value, without dashes (those of Hydra: --hydra-help)."
     if key.startswith("~") and equals:
         return key, raw, f"{text}: write ~{key[1:]}, without a value."
     if not equals and not key.startswith("~"):

@@ -8,7 +8,8 @@ from typing import Any
 from lightning.pytorch import Callback, Trainer
 from rich.progress import BarColumn, Progress, TextColumn
 
-from nanochat_pl.common.console import SECONDS_BETWEEN_LINES, console, is_silent, rank_zero_print
+from nanochat_pl.common.console import SECONDS_BETWEEN_LINES, console, rank_zero_print
+from nanochat_pl.common.launch_env import launch_env
 from nanochat_pl.data.batch import StepBatch, num_micro_batches
 from nanochat_pl.training.callbacks.metrics import StepMetrics
 
@@ -29,7 +30,7 @@ class TrainingProgress(Callback):
         """Show the bar where the terminal can; it begins at the step that the run goes on from."""
         self._trainer, self._spoken = trainer, time.monotonic()
         pl_module.micro_batch_hooks.append(self._within_step)
-        if console(stderr=True).is_terminal and not is_silent():
+        if console(stderr=True).is_terminal and launch_env().rank == 0:
             columns = ("{task.description}", BarColumn(), "{task.fields[steps]}", TextColumn("{task.fields[metrics]}"))
             self._bar = Progress(*columns, console=console(stderr=True), refresh_per_second=4)
             self._task = self._bar.add_task(self.name, total=trainer.max_steps, steps="", metrics="first step …")

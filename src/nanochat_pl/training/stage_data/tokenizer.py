@@ -12,8 +12,9 @@ import tokenizers
 from nanochat_pl.bundle import StageInfo, save_bundle
 from nanochat_pl.bundle.bundle import load_tokenizer
 from nanochat_pl.bundle.stage_info import library_versions
-from nanochat_pl.common.console import SECONDS_BETWEEN_LINES, console, is_silent, rank_zero_print
+from nanochat_pl.common.console import SECONDS_BETWEEN_LINES, console, rank_zero_print
 from nanochat_pl.common.files import write_json
+from nanochat_pl.common.launch_env import launch_env
 from nanochat_pl.common.run_dir import StageFolder
 from nanochat_pl.common.schema import to_plain
 from nanochat_pl.data.cache.content_cache import building, fingerprint_of, read_cache, write_cache
@@ -91,7 +92,7 @@ def _trained(config: TrainConfig, source: Source, documents: Iterable[str], cach
             )
             return Tokenizer.load(kept / "tokenizer.json")
         rank_zero_print(f"Training a tokenizer of {config.tokenizer.vocab_size:,} tokens on {source.name}.")
-        show_bars = console(stderr=True).is_terminal and not is_silent()
+        show_bars = console(stderr=True).is_terminal and launch_env().rank == 0
         on_progress = None if show_bars else _lines_of_progress()
         with library_heard():  # files of a hub may be fetched when they are read
             tokenizer = train_tokenizer(documents, config.tokenizer, on_progress, show_bars)
