@@ -141,6 +141,23 @@ def test_another_stage_goes_on_from_it(own: Path, capsys: pytest.CaptureFixture[
     assert "come from runs/demo/domain, which is finished" in capsys.readouterr().out
 
 
+def test_hydra_itself_takes_its_file(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Hydra's own keys, and sweeps: there a stage without a file was none. The jobs name its class again."""
+    Path("again.py").write_text(
+        "from nanochat_pl.training.stages.base import Base\n"
+        "from nanochat_pl.training.stages.registry import stage\n"
+        "@stage('again')\nclass Again(Base):\n    '''Pretraining, once more.'''\n",
+        encoding="utf-8",
+    )
+    assert main(of_text("check_only=true", "hydra.run.dir=out")) == 0
+    assert Path("out").is_dir()
+    assert (
+        main(["train", "-m", "stage=again.Again", "seed=1,2", *tiny("data"), "data=local", "data.path=my_texts"]) == 0
+    )
+    rows = [line.split()[:3] for line in capsys.readouterr().out.splitlines()[-2:]]
+    assert rows == [["d3-seed1", "again", "finished"], ["d3-seed2", "again", "finished"]]
+
+
 def test_what_a_record_names_is_never_imported(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A run folder may be from elsewhere; a class of one's own is named on the command line."""
     shutil.copytree("runs/demo", "runs/from-elsewhere")

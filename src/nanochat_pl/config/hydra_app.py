@@ -206,6 +206,8 @@ def own_texts(texts: Sequence[str], schema: type, typed: Sequence[str]) -> list[
             found.append(text)
         elif key == "experiment":
             found.append(f"experiment={_experiment_path(typed) or raw}")
+        elif key == "stage.name":  # of a stage without a file: a job knows it by its class alone
+            found = [*(each for each in found if not each.startswith("stage=")), f"stage={raw}"]
         elif is_text(type_of_key(schema, own)):
             value = OverridesParser.create().parse_override(f"{key}={raw}").value()
             found.append(f"{key}={'null' if value is None else value}")
@@ -225,8 +227,8 @@ def _for_hydra(texts: Sequence[str], schema: type) -> list[str]:
         elif key == "experiment" and raw.endswith((".yaml", ".yml")):
             found.append(f"experiment={config_dir.experiment_file(raw).stem}")
         elif key == "stage" and raw not in config_dir.groups()["stage"] and name_of_stage(raw) in all_stages():
-            stage = all_stages()[name_of_stage(raw)]
-            found += [f"stage={stage.config_file}", f"++stage.name={stage.name}", "++stage.parent=null"]
+            file = all_stages()[name_of_stage(raw)].config_file
+            found += [f"stage={file}", f"++stage.name={raw}", "++stage.parent=null"]  # own_texts turns it back
         else:
             found.append(f"{key}={raw}" if key in groups and not raw.startswith("{") else f"++{key}={raw}")
     return found
