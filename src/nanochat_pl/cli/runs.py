@@ -18,13 +18,12 @@ from nanochat_pl.common.console import print_table, rank_zero_print
 from nanochat_pl.common.errors import UserError, did_you_mean
 from nanochat_pl.common.files import entries, explain_disk_errors, read_object
 from nanochat_pl.common.paths import PathsSettings
-from nanochat_pl.common.run_dir import RESULTS, StageFolder, list_runs
+from nanochat_pl.common.run_dir import MAX_NAMED, RESULTS, StageFolder, list_runs
 from nanochat_pl.common.schema import setting
 from nanochat_pl.config.compose import compose
 
 # More than a line of metrics.csv, which has some twenty metrics.
 TAIL_BYTES = 2**16
-MAX_NAMED = 8
 
 
 @dataclass(frozen=True)
