@@ -218,3 +218,4 @@ def test_a_class_that_leaves_the_program_is_no_success(here: Path, capsys: pytes
     error = capsys.readouterr().err
     assert "error: stage.module=leaves.Leaves fails in training_step: SystemExit: 0" in error
     assert "leaves.py, line 7 (training_step)" in error and "Traceback" not in error
+    assert [path.name for path in (here / "runs" / "x").iterdir()] == ["tokenizer"], "nothing of base was trained"

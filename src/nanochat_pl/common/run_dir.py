@@ -25,11 +25,13 @@ from nanochat_pl.common.files import (
     is_leftover,
     read_object,
     remove_leftovers,
+    whole_lines,
     write_bytes,
     write_json,
 )
 from nanochat_pl.common.locks import try_lock
 from nanochat_pl.common.text_files import read_bytes
+from nanochat_pl.common.user_code import UserCodeError
 
 # Stages in the order in which a model goes through them. One of anybody's own comes after that which it started from.
 STAGES = ("tokenizer", "base", "mid", "sft", "rl")
@@ -138,13 +140,15 @@ class StageFolder:
         """Leave the folder as it was if what is done inside is refused: new files go, records get their old contents.
 
         Where nothing is left but the lock, the folder goes too (and the run's, where nothing else is in it). A training
-        that has begun is kept, whatever ended it: its metrics tell why.
+        that has begun is kept, whatever ended it: its metrics tell why. A class of the user's that fails before the
+        first metrics has only begun the file of them.
         """
+        metrics = self.path / "metrics.csv"
         before = {path: _record(path) if path.parent == self.path else None for path in self.path.rglob("*")}
         try:
             yield
-        except UserError:
-            if (self.path / "metrics.csv").exists():
+        except UserError as error:
+            if metrics.exists() and (not isinstance(error, UserCodeError) or len(whole_lines(metrics)) > 1):
                 raise
             for path in sorted(set(self.path.rglob("*")).difference(before), reverse=True):  # what is in a folder first
                 with contextlib.suppress(OSError):
