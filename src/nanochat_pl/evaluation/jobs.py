@@ -36,7 +36,6 @@ class Measured:
     """What a job gave.
 
     Attributes:
-        results: of tasks.
         plain: of what is no task: metrics by name (bpb), rows for people (samples).
     """
 
@@ -61,10 +60,8 @@ class Job:
     """One task of a suite, opened: its data is there.
 
     Attributes:
-        suite, name: what it is.
         problems: what its problems are a function of, as plain data: two models can be compared where it is the same.
         asked: further settings with a say in the metrics.
-        measure: measures a model.
         together: whether all processes take part; else the main one measures alone.
     """
 

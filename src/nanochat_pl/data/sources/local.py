@@ -198,9 +198,7 @@ class FileDocuments:
         held_out: the share of the documents that is for validation, see :func:`share_held_out`; None: all of them are
             of this split.
         sha256: of the file, checked before and after reading; None: it is not checked.
-        cache_dir: where the hash is remembered.
         problem, fix: what is said where the file is another one.
-        at_rest: whether nobody writes to the file.
     """
 
     path: Path

@@ -74,10 +74,6 @@ class TableTask(Task):
 
     A row is looked at when its conversation is asked for; one that is no problem of this task raises a UserError that
     names file and row.
-
-    Attributes:
-        columns: those that are read.
-        files: the tables, in order.
     """
 
     columns: ClassVar[tuple[str, ...]] = ()
