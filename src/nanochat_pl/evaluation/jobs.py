@@ -261,14 +261,11 @@ def _of_other_n(folder: Path, model: Mapping[str, Any], job: Job) -> Record | No
     said = [f"{key}={before[key]}" for key in differing_settings(before, now.settings) if key in before]
     if not said:
         return record
-    remark = f"measured with {', '.join(said)}"
-    results = [_with_remark(each, remark) for each in record.measured.results]
+    results = []
+    for each in record.measured.results:
+        remark = "; ".join(filter(None, (each.remark, f"measured with {', '.join(said)}")))
+        results.append(replace(each, details={**each.details, "remark": remark}))
     return replace(record, measured=replace(record.measured, results=results))
-
-
-def _with_remark(result: TaskResult, remark: str) -> TaskResult:
-    whole = f"{result.remark}; {remark}" if result.remark else remark
-    return replace(result, details={**result.details, "remark": whole})
 
 
 def _read_undamaged(folder: Path, job: Job, n: int | None = None) -> Record | None:

@@ -239,14 +239,10 @@ def _spans(line: Line) -> list[tuple[int, float, float]]:
     return [(step, value - error_at[step], value + error_at[step]) for step, value in values if step in error_at]
 
 
-def _reach(line: Line) -> list[float]:
-    """All values that a line shows, the ends of its errors among them."""
-    return [*line.series.values, *(end for _, low, high in _spans(line) for end in (low, high))]
-
-
 def _set_limits(axes: Axes, panel: Panel) -> None:
     axes.set_xlim(0, max(1, panel.last_step))
-    values = [value for line in panel.lines for value in _reach(line)]
+    values = [value for line in panel.lines for value in line.series.values]
+    values += [end for line in panel.lines for _, *ends in _spans(line) for end in ends]
     low, high = (0.0 if panel.from_zero else min(values)), max(values)
     room = 0.08 * (high - low) or 0.08 * abs(high) or 1.0
     axes.set_ylim(low - (0 if panel.from_zero else room), high + room)

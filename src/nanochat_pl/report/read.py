@@ -143,7 +143,7 @@ def _read_stage(folder: Path) -> StageRecord:
         plan=list(_plan_values(optional_object(folder / "plan.json"))),
         about=_about(folder, metrics),
         series=series,
-        samples=_read_samples(folder / "samples.jsonl"),
+        samples=[build_known(Sample, row, where) for where, row in json_lines(folder / "samples.jsonl")],
     )
 
 
@@ -216,7 +216,3 @@ def _plan_values(node: Any, prefix: str = "") -> Iterator[PlanValue]:
             yield from _plan_values(item, f"{prefix}.{key}" if prefix else str(key))
     else:
         yield PlanValue(prefix, node)
-
-
-def _read_samples(path: Path) -> list[Sample]:
-    return [build_known(Sample, row, where) for where, row in json_lines(path)]

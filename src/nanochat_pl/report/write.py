@@ -258,7 +258,7 @@ def _markdown(shown: dict[str, Any]) -> str:
         percent=percent,
         duration=duration,
         metric=_metric,
-        signed=_signed,
+        signed=lambda share: f"{100 * share:+.1f} %",  # a difference of shares in percent
         how=lambda task: str(conditions_of(task)),
         pass_at_k=pass_at_k,
         sampling_note=sampling_note,
@@ -270,7 +270,3 @@ def _metric(summary: Summary) -> str:
     """A summary as people read it: with its error, interval and n."""
     interval = f"95%: {summary.low:.4f} … {summary.high:.4f}"
     return f"{summary.value:.4f} ± {summary.stderr:.4f} ({interval}), {summary.num_tasks} tasks, n {summary.n:,}"
-
-
-def _signed(share: float) -> str:
-    return f"{100 * share:+.1f} %"

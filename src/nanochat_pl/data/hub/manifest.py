@@ -60,13 +60,8 @@ class HubFile:
 
     @property
     def contents(self) -> str:
-        """What stands for the contents, the same before and after the download."""
-        return self.git_blob if self.is_in_git else str(self.sha256)
-
-    @property
-    def is_in_git(self) -> bool:
-        """Whether the file itself is in git, so that ``git_blob`` is a hash of its contents."""
-        return self.git_blob.startswith("git:")
+        """What stands for the contents, the same before and after the download: of a file in git its own hash."""
+        return self.git_blob if self.git_blob.startswith("git:") else str(self.sha256)
 
 
 @dataclass(frozen=True)

@@ -101,7 +101,8 @@ class LocalFiles:
             )
         if not self.chosen.by_hash:
             self._refuse_shared_files(key)
-        self._held_out = self._share_held_out() if self.chosen.by_hash else None
+        train = list(self._train_files.values())
+        self._held_out = share_held_out(train, settings) if self.chosen.by_hash else None
 
     @property
     def fingerprint(self) -> str:
@@ -159,9 +160,6 @@ class LocalFiles:
                     f"{path}: is under {key}.path and under {key}.validation_path{same}.",
                     fix=f"Leave it to one of them, or leave {key}.validation_path out: then a share is held out.",
                 )
-
-    def _share_held_out(self) -> float:
-        return share_held_out(list(self._train_files.values()), self._settings)
 
     def _sha256(self, path: Path) -> str:
         return self._known[path][0]
