@@ -31,15 +31,7 @@ Report = Callable[[int, int], None]  # (done, all)
 
 @dataclass(frozen=True)
 class _Writing:
-    """How answers are written.
-
-    Attributes:
-        max_tokens: most new tokens of an answer.
-        num_samples: answers to each problem.
-        temperature: 0 is greedy.
-        top_k: draw from the k most likely tokens only; None: from all.
-        seed: of the draws.
-    """
+    """How answers are written."""
 
     max_tokens: int = 256
     num_samples: int = 1
@@ -62,10 +54,8 @@ class _Answered:
     """What a process found for one problem, as plain data.
 
     Attributes:
-        index: of the problem in its task.
         item: hash of the problem.
         correct: of each answer.
-        row: for people.
         cut: whether the beginning of the prompt was left out.
         unfinished: answers that came to no end.
     """

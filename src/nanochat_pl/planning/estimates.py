@@ -37,7 +37,6 @@ class TextFacts:
     """What is known of the text that is trained on; null where it is not.
 
     Attributes:
-        name: of the source.
         bytes_per_token: assumed of the tokenizer.
         shard_bytes: of text in one shard.
         num_shards: training shards that there are.

@@ -51,7 +51,7 @@ def bits_note(evaluation: EvaluationRecord, stage: StageRecord | None) -> str:
     note = f"Bits per byte, of which fewer are better, on {f'{show(rows)} rows of ' if rows else ''}held-out text."
     if stage is None or stage.metric("val/bpb") is None:
         return note
-    count = stage.num_validation_rows
+    count = stage.planned("validation_rows")
     data = stage.about.get("data")
     what = "conversations" if isinstance(data, dict) and "held_out_conversations" in data else "text"
     size = "" if count is None else f"at most {show(count)} rows of "

@@ -169,7 +169,7 @@ def _tiles(run: RunRecord) -> Iterator[tuple[str, str, str]]:
 def _subtitle(run: RunRecord) -> str:
     """What, when and where in one line."""
     stages = [stage for stage in reversed(run.stages) if stage.status != "absent"]
-    plan = {item.name: item.value for stage in stages for item in stage.plan}
+    plan = {name: item.value for stage in stages for name, item in stage.plan.items()}
     about = {key: value for stage in stages for key, value in stage.about.items()}
     parts = []
     if "depth" in plan:
@@ -258,10 +258,12 @@ def _markdown(shown: dict[str, Any]) -> str:
         percent=percent,
         duration=duration,
         metric=_metric,
-        signed=_signed,
+        signed=lambda share: f"{100 * share:+.1f} %",  # a difference of shares in percent
         how=lambda task: str(conditions_of(task)),
         pass_at_k=pass_at_k,
         sampling_note=sampling_note,
+        inputs=lambda given: ", ".join(f"{name} = {show(value)}" for name, value in given.items()),
+        set_by=lambda by: by if by.startswith("inherited") else f"set by {by}",
     )
     return environment.get_template("report.md.jinja").render(shown)
 
@@ -270,7 +272,3 @@ def _metric(summary: Summary) -> str:
     """A summary as people read it: with its error, interval and n."""
     interval = f"95%: {summary.low:.4f} … {summary.high:.4f}"
     return f"{summary.value:.4f} ± {summary.stderr:.4f} ({interval}), {summary.num_tasks} tasks, n {summary.n:,}"
-
-
-def _signed(share: float) -> str:
-    return f"{100 * share:+.1f} %"
