@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -130,6 +134,45 @@ def test_a_sweep_with_another_launcher(here: Path, capfd: pytest.CaptureFixture[
     assert main(sweep) == 0
     again = [line.split()[:4] for line in capfd.readouterr().out.splitlines()[-4:]]
     assert again == [[name, "base", "finished", "before"] for name in names]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_the_jobs_of_a_launcher_end_with_the_sweep(here: Path, number: signal.Signals) -> None:
+    """They trained on, without anybody who could stop them."""
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    write_texts(here / "texts")
+    endless = [
+        "train",
+        "-m",
+        "hydra/launcher=joblib",
+        "seed=0,1",
+        "model.depth=1",
+        *few_steps(here),
+        "max_steps=20000",
+    ]
+    command = [sys.executable, "-m", "nanochat_pl.cli.main", *endless]
+    with (here / "log.txt").open("w") as log, subprocess.Popen(command, stdout=log, stderr=log) as sweep:
+        wait_until(lambda: len([*here.glob("runs/*/base/checkpoints/*.ckpt")]) > 0)
+        assert len(children_of(here)) > 1
+        sweep.send_signal(number)
+        wait_until(lambda: not children_of(here))
+
+
+def children_of(place: Path) -> list[int]:
+    """The processes that name the place in their command line."""
+    commands = {}
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it has ended
+            commands[int(path.parent.name)] = path.read_bytes()
+    return [pid for pid, words in commands.items() if str(place).encode() in words]
+
+
+def wait_until(done: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 240
+    while not done():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
 
 
 def test_a_launcher_or_sweeper_that_is_not_installed(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
