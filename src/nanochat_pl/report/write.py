@@ -10,7 +10,6 @@ from nanochat_pl.common.files import ensure_folder, write_json, write_text
 from nanochat_pl.common.schema import to_plain
 from nanochat_pl.evaluation.results import Summary
 from nanochat_pl.report import plots
-from nanochat_pl.report.bars import bars_svg
 from nanochat_pl.report.evaluations import Answer, EvaluationRecord, conditions_of
 from nanochat_pl.report.format import (
     clean,
@@ -23,6 +22,7 @@ from nanochat_pl.report.format import (
 )
 from nanochat_pl.report.notes import bits_note, metric_rows, pass_at_k, sampling_note
 from nanochat_pl.report.page import page
+from nanochat_pl.report.plots import bars_svg
 from nanochat_pl.report.read import RunRecord, StageRecord, read_run
 
 SUMMARY_COLUMNS = ("stage", "metric", "value", "standard error", "n", "baseline")
