@@ -236,12 +236,10 @@ class _Buffer:
     def take_largest(self, most: int) -> Piece | None:
         """The longest piece of at most so many tokens."""
         i = bisect_right(self._lengths, most) - 1
-        return self._take(i) if i >= 0 else None
+        return self.take(i) if i >= 0 else None
 
-    def take_shortest(self) -> Piece:
-        return self._take(0)
-
-    def _take(self, i: int) -> Piece:
+    def take(self, i: int) -> Piece:
+        """One of the pieces of the i-th of the lengths that occur, from the shortest."""
         length = self._lengths[i]
         waiting = self._waiting[length]
         piece = waiting.popleft()
@@ -267,7 +265,7 @@ def _fill_rows(chunks: Iterator[list[Piece]], row_capacity: int, mode: Mode, buf
             if best is None:
                 if mode == "pad" or not len(buffer):
                     break
-                document, start, length, _ = buffer.take_shortest()
+                document, start, length, _ = buffer.take(0)
                 best = document, start, room - 1, 1
                 if mode == "split":
                     buffer.add((document, start + room - 1, length - (room - 1), 1))

@@ -180,11 +180,7 @@ class LocalFiles:
             counted_bytes(f"hashing {self._settings.path}", sum(sizes.values())) as advance,
             ThreadPoolExecutor(_FILES_AT_A_TIME) as threads,
         ):
-            try:
-                return dict(zip(self._paths, threads.map(look_at, self._paths), strict=True))
-            except BaseException:
-                threads.shutdown(wait=False, cancel_futures=True)
-                raise
+            return dict(zip(self._paths, threads.map(look_at, self._paths), strict=True))
 
 
 @dataclass(frozen=True)
