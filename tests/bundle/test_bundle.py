@@ -68,6 +68,14 @@ def test_a_half_written_bundle_does_not_replace_the_old_one(folder: Path, monkey
     assert not folder.with_name("bundle.tmp").exists()
 
 
+def test_what_somebody_put_into_a_bundle_outlives_the_next_one(folder: Path) -> None:
+    (folder / "notes").mkdir()
+    (folder / "notes" / "precious.txt").write_text("mine", encoding="utf-8")
+    save_bundle(folder, StageInfo(stage="sft"))
+    assert (folder / "notes" / "precious.txt").read_text(encoding="utf-8") == "mine"
+    assert not (folder / "model.safetensors").exists(), "what was the program's own is replaced"
+
+
 def test_moments_are_kept_by_name(folder: Path, tmp_path: Path) -> None:
     net = load_bundle(folder).net
     moments = {"lm_head.weight.exp_avg": torch.ones(3, 2)}

@@ -103,6 +103,28 @@ def test_links_are_followed_once(tmp_path: Path) -> None:
     assert list(find_files("data.path", str(tmp_path / "set/*/*.txt")).files) == ["deep/b.txt", "there/c.txt"]
 
 
+def test_folders_that_vanish_while_they_are_listed_are_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As those of processes do under /proc: it was a traceback."""
+    (tmp_path / "a.txt").write_text("text")
+    for name in ("listed", "ends", "refused"):
+        (tmp_path / name).mkdir()
+    errors: dict[str, OSError] = {"listed": FileNotFoundError(2, "is no more"), "ends": ProcessLookupError(3, "ended")}
+    stat = Path.stat
+
+    def vanishing(path: Path, **given: Any) -> Any:
+        if path.name in errors:
+            raise errors[path.name]
+        return stat(path, **given)
+
+    monkeypatch.setattr(Path, "stat", vanishing)
+    assert list(find_files("data.path", str(tmp_path)).files) == ["a.txt"]
+    errors["refused"] = PermissionError(13, "Permission denied")
+    with pytest.raises(UserError, match="refused: cannot be looked at: Permission denied"):
+        find_files("data.path", str(tmp_path))
+
+
 @pytest.mark.parametrize("given", ["", "*.txt", "**/*.txt"])
 def test_links_that_lead_nowhere_leave_the_other_files_readable(given: str, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("text")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -130,3 +131,13 @@ def test_a_run_in_use_is_not_deleted(runs: Path) -> None:
         holder.kill()
         holder.communicate()
     assert (runs / "d4").exists()
+
+
+def test_where_rights_are_missing_nothing_is_deleted(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What came before the folder that cannot be written was gone, and nothing said so."""
+    before = {*runs.rglob("*")}
+    access = os.access  # who runs the tests may be allowed everything
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "sft" and access(path, mode))
+    with pytest.raises(UserError, match=r"delete=d4: .*sft: cannot be written\. Nothing was deleted\."):
+        delete_run(runs, "d4")
+    assert before <= {*runs.rglob("*")}

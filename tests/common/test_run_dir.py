@@ -198,3 +198,42 @@ def test_a_folder_that_cannot_be_looked_into_is_said(look: Callable[[Path], obje
     """The system refuses a name that long to everybody; a folder without rights it does not refuse to root."""
     with pytest.raises(UserError, match=r"cannot be looked at: .*\n.*paths\.runs"):
         look(tmp_path / ("x" * 300))
+
+
+def test_a_folder_that_is_somebody_elses_is_refused_by_name(tmp_path: Path) -> None:
+    """A training wrote into it, and where it was refused, or when it was done, removed what had been there."""
+    folder = stage_folder(tmp_path, "d4", "base")
+    (folder.path / "bundle").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"d4/base: is no folder of a stage, and is not empty: bundle\."):
+        folder.create()
+    (tmp_path / "linked").mkdir()
+    (folder.path.parent / "sft").symlink_to(tmp_path / "linked")
+    stage_folder(tmp_path, "d4", "sft").create()  # an empty one may be anywhere
+
+
+def test_a_refused_start_takes_back_what_it_wrote_and_no_more(tmp_path: Path) -> None:
+    """It removed the whole folder: also the bundle of a stage of which finished.json had been deleted."""
+    folder = stage_folder(tmp_path, "d4", "tokenizer")
+    for begun_before in (False, True):
+        kept: dict[Path, bytes] = {}
+        if begun_before:
+            make(tmp_path, "d4", "tokenizer", finished=False)
+            write_json(folder.path / "about.json", "then")
+            write_json(folder.bundle / "tokenizer.json", {})
+            kept = {path: path.read_bytes() for path in folder.path.rglob("*") if path.is_file()}
+        folder.create()
+        with folder.locked(), pytest.raises(UserError, match="refused"), folder.undone_on_error():
+            write_json(folder.path / "about.json", "now")
+            write_json(folder.path / "new" / "data.json", {})
+            raise UserError("refused")
+        assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == kept
+        assert (tmp_path / "d4").exists() == begun_before
+
+
+def test_a_training_that_has_begun_is_kept_whatever_ends_it(tmp_path: Path) -> None:
+    folder = stage_folder(tmp_path, "d4", "base")
+    folder.create()
+    with pytest.raises(UserError, match="refused"), folder.undone_on_error():
+        (folder.path / "metrics.csv").touch()
+        raise UserError("refused")
+    assert (folder.path / "metrics.csv").exists()

@@ -46,6 +46,16 @@ def test_every_conversation_occurs_as_often_as_its_task_is_repeated():
         mixed[80]
 
 
+def test_more_conversations_than_memory_holds_are_refused_with_the_key():
+    """A repeat of a billion filled the memory, and for minutes no Ctrl-C ended it."""
+    tasks = {"a": Numbers("a", 30), "b": Numbers("b", 5)}
+    with pytest.raises(
+        UserError, match=r"mixture\.tasks\.a\.repeat=1000000000: .* 30,000,000,000 in an epoch"
+    ) as raised:
+        Mixture(tasks, {"a": 10**9}, seed=0)
+    assert "mixture.tasks.a.size" in raised.value.fix
+
+
 def test_order_is_even_and_depends_on_the_seed_alone():
     mixed = mixture(a=6_000, b=1_000)
     places = [mixed.place(n) for n in range(len(mixed))]

@@ -24,7 +24,7 @@ from nanochat_pl.bundle.stage_info import StageInfo
 from nanochat_pl.bundle.tensors import problems_of_header, read_header, read_tensors, save_tensors
 from nanochat_pl.common.device import choose_compute_dtype, memory_bytes
 from nanochat_pl.common.errors import NotFiniteError, UserError
-from nanochat_pl.common.files import explain_disk_errors, read_object, sha256_of_file, write_json, write_text
+from nanochat_pl.common.files import entries, explain_disk_errors, read_object, sha256_of_file, write_json, write_text
 from nanochat_pl.common.schema import build, to_plain
 from nanochat_pl.common.text_files import kind_of_file
 from nanochat_pl.model.config import GPTConfig
@@ -72,7 +72,8 @@ def save_bundle(
     """Write a bundle; it appears whole or not at all.
 
     Args:
-        folder: where to; one that is there is replaced once the new one is complete.
+        folder: where to; one that is there is replaced once the new one is complete, and what somebody else put into
+            it is kept.
         stage: origin and metrics.
         net: the model, on any device.
         tokenizer: what turns text into its ids.
@@ -98,6 +99,12 @@ def save_bundle(
             write_text(growing / name, text)
         save_stage_info(growing, stage)
         with explain_disk_errors(folder):
+            for path in entries(folder):
+                if path.name not in (MODEL, CONFIG, TOKENIZER, STAGE, OPTIMIZER, *(texts or {})):
+                    if path.is_dir() and not path.is_symlink():
+                        shutil.copytree(path, growing / path.name, symlinks=True)
+                    else:
+                        shutil.copy2(path, growing / path.name, follow_symlinks=False)
             shutil.rmtree(folder, ignore_errors=True)
             growing.replace(folder)
     finally:

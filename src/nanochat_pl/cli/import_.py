@@ -125,7 +125,7 @@ def _require_absent(folder: StageFolder) -> None:
 
 def _save_as_stage(imported: Imported, folder: StageFolder) -> Path:
     """The bundle as the finished stage of a run."""
-    with parents_removed_on_error(folder.path), folder.discarded_on_error():
+    with parents_removed_on_error(folder.path), folder.undone_on_error():
         folder.create()
         bundle = save_imported(imported, folder.bundle)
         stage = imported.stage

@@ -77,8 +77,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _end_at_next_interrupt() -> None:
     """Only the end is left: a Ctrl-C has nothing to stop any more, and its traceback would say nothing."""
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+    except KeyboardInterrupt:  # it had come before: the error that ends the command is what there is to say
+        _end_at_next_interrupt()
 
 
 def _let_gpu_memory_grow() -> None:

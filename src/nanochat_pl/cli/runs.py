@@ -18,13 +18,12 @@ from nanochat_pl.common.console import print_table, rank_zero_print
 from nanochat_pl.common.errors import UserError, did_you_mean
 from nanochat_pl.common.files import entries, explain_disk_errors, read_object
 from nanochat_pl.common.paths import PathsSettings
-from nanochat_pl.common.run_dir import RESULTS, StageFolder, list_runs
+from nanochat_pl.common.run_dir import MAX_NAMED, RESULTS, StageFolder, list_runs
 from nanochat_pl.common.schema import setting
 from nanochat_pl.config.compose import compose
 
 # More than a line of metrics.csv, which has some twenty metrics.
 TAIL_BYTES = 2**16
-MAX_NAMED = 8
 
 
 @dataclass(frozen=True)
@@ -88,8 +87,23 @@ def delete_run(runs: Path, name: str) -> None:
             if folder.is_symlink():
                 folder.unlink()
             else:
-                shutil.rmtree(folder)
+                _delete_whole(name, folder)
     rank_zero_print(f"{folder}: deleted ({size} MiB).")
+
+
+def _delete_whole(name: str, folder: Path) -> None:
+    """Delete a folder, or nothing of it where the rights to do so are missing somewhere below."""
+    fix = f"Give yourself the right to write into it, and run the same command again: chmod -R u+rwX {folder}"
+    for at in [str(folder.parent), *(at for at, _, _ in os.walk(folder))]:
+        if not os.access(at, os.W_OK | os.X_OK):
+            raise UserError(f"delete={name}: {at}: cannot be written. Nothing was deleted.", fix)
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:
+        why = error.strerror or error
+        raise UserError(
+            f"delete={name}: {error.filename or folder}: cannot be deleted: {why}. Part of the run is gone.", fix
+        ) from error
 
 
 def _row(folder: StageFolder) -> tuple[object, ...]:

@@ -112,7 +112,7 @@ def _opened(folder: StageFolder, composed: Composed[TrainConfig], held: contextl
         return False
     # A start that is refused leaves nothing behind; one that has a resume file stays.
     if not _begun(folder):
-        held.enter_context(folder.discarded_on_error())
+        held.enter_context(folder.undone_on_error())
     write_records(folder, composed, resuming=_begun(folder))
     return True
 

@@ -82,8 +82,13 @@ def ensure_folder(path: Path) -> Path:
 
 def remove_leftovers(folder: Path) -> None:
     """Remove what writers that were killed left in a folder and those below. The caller knows that nobody writes."""
-    for path in [path for path in folder.rglob("*") if _LEFTOVER.fullmatch(path.name)]:
+    for path in [path for path in folder.rglob("*") if is_leftover(path)]:
         path.unlink(missing_ok=True)
+
+
+def is_leftover(path: Path) -> bool:
+    """Whether a file is one that a writer had not finished, or is just writing."""
+    return _LEFTOVER.fullmatch(path.name) is not None
 
 
 def fsync_folder(path: Path) -> None:

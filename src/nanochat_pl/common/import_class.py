@@ -7,6 +7,7 @@ import inspect
 import sys
 
 from nanochat_pl.common.errors import UserError
+from nanochat_pl.common.user_code import user_code
 
 
 def import_class(target: str, key: str) -> type:
@@ -20,14 +21,12 @@ def import_class(target: str, key: str) -> type:
         UserError: there is no such class, or importing it fails.
     """
     module, _, name = target.rpartition(".")
-    try:
-        if name and module.rpartition(".")[2] == "__main__":
-            raise ImportError("it is a program")
+    if name and module.rpartition(".")[2] == "__main__":
+        raise UserError(f"{key}={target!r}: cannot be imported: it is a program")
+    with user_code(f"{key}={target[:200]!r}: cannot be imported"):
         if "" not in sys.path:
             sys.path.append("")  # the current folder, which python -m has first
         found = getattr(importlib.import_module(module), name, None)
-    except (Exception, SystemExit) as error:  # whatever the code of others does when it is loaded
-        raise UserError(f"{key}={target[:200]!r}: cannot be imported: {error}") from error
     if not inspect.isclass(found) or inspect.isabstract(found):
         abstract = " to make objects of: it is abstract" if inspect.isclass(found) else ""
         raise UserError(f"{key}={target!r}: there is no such class{abstract}.")

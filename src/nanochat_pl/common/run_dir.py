@@ -10,7 +10,6 @@ import contextlib
 import itertools
 import os
 import re
-import shutil
 import socket
 import time
 from collections.abc import Iterator
@@ -19,8 +18,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 from nanochat_pl.common.errors import UserError, did_you_mean
-from nanochat_pl.common.files import ensure_folder, explain_disk_errors, read_object, remove_leftovers, write_json
+from nanochat_pl.common.files import (
+    ensure_folder,
+    entries,
+    explain_disk_errors,
+    is_leftover,
+    read_object,
+    remove_leftovers,
+    whole_lines,
+    write_bytes,
+    write_json,
+)
 from nanochat_pl.common.locks import try_lock
+from nanochat_pl.common.text_files import read_bytes
+from nanochat_pl.common.user_code import UserCodeError
 
 # Stages in the order in which a model goes through them. One of anybody's own comes after that which it started from.
 STAGES = ("tokenizer", "base", "mid", "sft", "rl")
@@ -35,6 +46,8 @@ RESERVED = (*STAGES, *RESULTS, "doctor")
 LOCK_PATIENCE_SECONDS = 5.0
 SHARED_RUNS = "All nodes need the same folder of runs: set paths.runs=… to one on a disk that they share."
 MAX_NAME_LENGTH = 200
+MAX_NAMED = 8  # files that are not ours
+_MAX_RECORD_BYTES = 2**20
 
 Status = Literal["absent", "unfinished", "finished"]
 
@@ -106,25 +119,50 @@ class StageFolder:
         return finished
 
     def create(self) -> None:
-        """Make the folder, prove that it can be written, and note a parent in another run."""
+        """Make the folder, prove that it can be written, and note a parent in another run.
+
+        Raises:
+            UserError: it cannot be written, or has files and no record of a stage: they are somebody else's.
+        """
         ensure_folder(self.path)
+        names = [path.name for path in entries(self.path) if not is_leftover(path)]
+        if names and not _has_one(self.path, (*_RECORDS, "parent.json", *_OWN_RECORDS)):
+            more = f" and {len(names) - MAX_NAMED:,} more" if len(names) > MAX_NAMED else ""
+            raise UserError(
+                f"{self.path}: is no folder of a stage, and is not empty: {', '.join(names[:MAX_NAMED])}{more}.",
+                "Move that elsewhere, or give this run another name with run=NEW.",
+            )
         if self.parent_run != self.run:
             write_json(self.path / "parent.json", {"run": self.parent_run})
 
     @contextlib.contextmanager
-    def discarded_on_error(self) -> Iterator[None]:
-        """Remove the folder (and the run's, where nothing else is in it) if what is done inside is refused.
+    def undone_on_error(self) -> Iterator[None]:
+        """Leave the folder as it was if what is done inside is refused: new files go, records get their old contents.
 
-        A training that has begun is kept, whatever ended it: its metrics tell why.
+        Where nothing is left but the lock, the folder goes too (and the run's, where nothing else is in it). A training
+        that has begun is kept, whatever ended it: its metrics tell why. A class of the user's that fails before the
+        first metrics has only begun the file of them.
         """
+        metrics = self.path / "metrics.csv"
+        before = {path: _record(path) if path.parent == self.path else None for path in self.path.rglob("*")}
         try:
             yield
-        except UserError:
-            if (self.path / "metrics.csv").exists():
+        except UserError as error:
+            if metrics.exists() and (not isinstance(error, UserCodeError) or len(whole_lines(metrics)) > 1):
                 raise
-            shutil.rmtree(self.path, ignore_errors=True)
-            with contextlib.suppress(OSError):  # other stages are in it
-                self.path.parent.rmdir()
+            for path in sorted(set(self.path.rglob("*")).difference(before), reverse=True):  # what is in a folder first
+                with contextlib.suppress(OSError):
+                    path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
+            for path, content in before.items():
+                if content is not None and _record(path) != content:
+                    write_bytes(path, content)
+            marks = [self.path / "parent.json", self.path / "lock"]
+            with contextlib.suppress(OSError):  # other stages are in it, or it is a link
+                if set(self.path.rglob("*")).issubset(marks):
+                    for path in marks:
+                        path.unlink(missing_ok=True)
+                    self.path.rmdir()
+                    self.path.parent.rmdir()
             raise
 
     @contextlib.contextmanager
@@ -243,6 +281,11 @@ def stage_order(folder: Path) -> tuple[int, ...]:
         return (len(STAGES),)
     last = max(number for number, name in enumerate(chain) if name in STAGES)
     return STAGES.index(chain[last]), len(chain) - last
+
+
+def _record(path: Path) -> bytes | None:
+    """What is in a file of a record's size; None: it is larger, or no file."""
+    return read_bytes(path) if path.is_file() and path.stat().st_size <= _MAX_RECORD_BYTES else None
 
 
 def _has_one(folder: Path, names: tuple[str, ...]) -> bool:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from nanochat_pl.common.errors import UserError, did_you_mean
 from nanochat_pl.common.import_class import import_class
+from nanochat_pl.common.user_code import user_code
 from nanochat_pl.training.lightning_callbacks import BASES, missing_package, pip_line, why_refused
 
 if TYPE_CHECKING:
@@ -28,7 +29,10 @@ def problems_of_objects(nodes: Any, group: str) -> list[str]:
     problems: list[str] = []
     for name, node in nodes.items():
         if node is not None:  # null leaves one out
-            problems += _problems_of_object(node, f"{group}.{name}", group)
+            try:
+                problems += _problems_of_object(node, f"{group}.{name}", group)
+            except UserError as error:
+                problems += error.problems
     return problems
 
 
@@ -54,12 +58,13 @@ def problems_of_module(target: Any) -> list[str]:
 
     try:
         found = import_class(target, "stage.module")
+        signature = _signature(found, f"stage.module={target!r}")
     except UserError as error:
         return list(error.problems)
     if not issubclass(found, LMModule):
         return [f"stage.module={target!r}: is no subclass of nanochat_pl.LMModule."]
     try:
-        inspect.signature(found).bind(None, None, None)
+        signature.bind(None, None, None)
     except TypeError as error:
         return [f"stage.module={target!r}: is made with (config, weights, moments), as LMModule is: {error}."]
     return []
@@ -74,34 +79,30 @@ def module_class(target: str | None) -> type[LMModule]:
 
 def _make(node: Mapping[str, Any], where: str, given: Mapping[str, Any]) -> Any:
     found = import_class(node["_target_"], f"{where}._target_")
-    try:
-        return found(**{**_taken(found, given), **_arguments(node)})
-    except ImportError as error:
-        line = pip_line(found) or (f"pip install {error.name}" if error.name else "")
-        problem = f"{where}: {node['_target_']} cannot be made: {' '.join(str(error).split())}"
-        raise UserError(problem, f"Install it: {line}" if line else "") from error
-    except Exception as error:  # whatever the code of others raises
-        words = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UserError(f"{where}: {node['_target_']} cannot be made: {words}") from error
+    problem = f"{where}: {node['_target_']} cannot be made"
+    with user_code(problem):
+        try:
+            return found(**{**_taken(found, given, where), **_arguments(node)})
+        except ImportError as error:
+            if line := pip_line(found) or (f"pip install {error.name}" if error.name else ""):
+                raise UserError(f"{problem}: {' '.join(str(error).split())}", f"Install it: {line}") from error
+            raise
 
 
 def _problems_of_object(node: Any, where: str, group: str) -> list[str]:
     target = node.get("_target_") if isinstance(node, Mapping) else None
     if not isinstance(target, str) or "." not in target:
         return [f"{where}: has no _target_, the dotted name of a class."]
-    try:
-        found = import_class(target, f"{where}._target_")
-    except UserError as error:
-        return list(error.problems)
+    found = import_class(target, f"{where}._target_")
     if not issubclass(found, BASES[group]):
         return [f"{where}._target_={target!r}: is no {BASES[group].__name__} of Lightning."]
     if (reason := why_refused(found, _arguments(node))) is not None:
         return [f"{where}{reason}"]
     if (line := missing_package(found)) is not None:
         return [f"{where}: {target} needs a package that is not installed: {line}"]
-    signature = inspect.signature(found)
+    signature = _signature(found, where)
     known = signature.parameters
-    arguments = {**_taken(found, dict.fromkeys(OBJECTS[group])), **_arguments(node)}
+    arguments = {**_taken(found, dict.fromkeys(OBJECTS[group]), where), **_arguments(node)}
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
         unknown = [key for key in arguments if key not in known]
         if unknown:
@@ -113,9 +114,15 @@ def _problems_of_object(node: Any, where: str, group: str) -> list[str]:
     return []
 
 
-def _taken(found: type, given: Mapping[str, Any]) -> dict[str, Any]:
+def _signature(found: type, where: str) -> inspect.Signature:
+    """What a class is made with. Raises :class:`UserError` where it says so in a way of its own that Python refuses."""
+    with user_code(f"{where}: {found.__module__}.{found.__qualname__} has no signature"):
+        return inspect.signature(found)
+
+
+def _taken(found: type, given: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Those of the given arguments that a class names; a name only beside an id: elsewhere it is that of a folder."""
-    known = inspect.signature(found).parameters
+    known = _signature(found, where).parameters
     return {key: value for key, value in given.items() if key in known and (key != "name" or "id" in known)}
 
 

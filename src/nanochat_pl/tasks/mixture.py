@@ -20,6 +20,8 @@ from nanochat_pl.tasks.published.conversations import ConversationSet, Conversat
 from nanochat_pl.tasks.registry import kind_of
 from nanochat_pl.tasks.settings import JoinedSettings, MixtureSettings, MixtureTasks
 
+MAX_CONVERSATIONS = 50_000_000  # of an epoch, which are put in order in memory: more is a typing error
+
 
 class Mixture:
     """All conversations of some tasks, each as often as its task says, in a seeded order.
@@ -59,6 +61,7 @@ class Mixture:
         self.seed = seed
         self.in_sequence = sequence is not None
         self._names = list(self.tasks)
+        self._require_bounded()
         self._ends = np.cumsum([len(task) * self.repeats[name] for name, task in self.tasks.items()])
         self._order = array("q", range(int(self._ends[-1])))
         self._put_in_order()
@@ -67,6 +70,19 @@ class Mixture:
         self._begins = self._join(self.joined) if self.joined else np.arange(len(self._order) + 1)
         sizes = np.diff(self._begins)
         self.num_joined, self.num_turns = int((sizes > 1).sum()), int(sizes[sizes > 1].sum())
+
+    def _require_bounded(self) -> None:
+        counts = {name: len(task) * self.repeats[name] for name, task in self.tasks.items()}
+        if (total := sum(counts.values())) > MAX_CONVERSATIONS:
+            name = max(counts, key=lambda name: counts[name])
+            task, repeat = self.tasks[name], self.repeats[name]
+            key = task.key if isinstance(task, ConversationSet) else f"mixture.tasks.{name}"
+            of_others = f", and {total - counts[name]:,} of other tasks" if total > counts[name] else ""
+            raise UserError(
+                f"{key}.repeat={repeat}: its {len(task):,} conversations are {counts[name]:,} in an epoch"
+                f" then{of_others}; at most {MAX_CONVERSATIONS:,} are put in order.",
+                f"Lower {key}.repeat or {key}.size; max_steps and stage.num_epochs tell how long is trained.",
+            )
 
     def _put_in_order(self) -> None:
         if not self.in_sequence:

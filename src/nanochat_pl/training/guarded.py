@@ -1,28 +1,30 @@
-"""Loggers and callbacks of others: one that fails in the middle of a training is left out from there on.
+"""Loggers, callbacks and modules of others: what they raise is said with their class and method.
 
-They write down what happens, on the disk or to a service; that one cannot do so is no reason to lose a run. What a
-person asked of them is said not to be done, once.
+Loggers and callbacks write down what happens, on the disk or to a service; that one cannot do so is no reason to lose a
+run. So one that fails in the middle of a training is left out from there on; what a person asked of it is said not to
+be done, once.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers.logger import Logger
 
 from nanochat_pl.common.console import rank_zero_print
-from nanochat_pl.common.errors import UserError
+from nanochat_pl.common.user_code import UserCodeError, user_code
 from nanochat_pl.distributed import collectives
 from nanochat_pl.training.callbacks.graceful_stop import StopRequested
+from nanochat_pl.training.module import LMModule
 
 _OF_LOGGERS = (
     *("log_metrics", "log_hyperparams", "log_graph", "log_image", "log_text", "log_table", "log_audio", "log_video"),
     *("save", "finalize", "after_save_checkpoint"),
 )
-_LONGEST = 200  # characters of what an error says
+_OF_STEP = ("loss", "gradient_norm", "num_targets", "row_losses", "skipped")  # what a training step gives
 
 
 def guard_loggers(loggers: Sequence[Logger]) -> Sequence[Logger]:
@@ -32,25 +34,56 @@ def guard_loggers(loggers: Sequence[Logger]) -> Sequence[Logger]:
         UserError: one cannot be started, which is known before anything is trained.
     """
     for logger in loggers:
-        try:
+        with user_code(f"logger: {type(logger).__name__} cannot be started"):
             _ = logger.experiment  # type: ignore[attr-defined]  # what opens a file or a connection
-        except Exception as error:
-            raise UserError(f"logger: {type(logger).__name__} cannot be started: {_words(error)}") from error
-        _guard(logger, [name for name in _OF_LOGGERS if callable(getattr(logger, name, None))])
+        _guard("logger", logger, [name for name in _OF_LOGGERS if callable(getattr(logger, name, None))])
     return loggers
 
 
 def guard_callbacks(callbacks: Sequence[Callback]) -> Sequence[Callback]:
-    """Let each callback be left out when a hook of it fails; of several processes all must do the same, so there an
-    error ends the training."""
-    if collectives.world_size() == 1:
-        for callback in callbacks:
-            _guard(callback, [name for name in dir(callback) if name.startswith("on_")])
+    """Let each callback be left out when a hook of it fails, but for the first one, before anything is trained; of
+    several processes all must do the same, so there an error ends the training."""
+    hooks = ("setup", "state_dict", "load_state_dict")
+    for callback in callbacks:
+        names = [name for name in dir(callback) if name.startswith("on_") or name in hooks]
+        alone = collectives.world_size() == 1
+        _guard("callbacks", callback, names, fatal=["setup"] if alone else names)
+        # By itself: also of one that is left out it closes what setup opened.
+        _guard("callbacks", callback, ["teardown"], fatal=[] if alone else ["teardown"])
     return callbacks
 
 
-def _guard(guarded: Any, names: Sequence[str]) -> None:
-    """Replace methods of an object by ones that do the same until the first of them fails, and then nothing."""
+def guard_module(stage: LMModule) -> LMModule:
+    """Name the class where a method that a subclass of LMModule has of its own raises, or a step gives nothing."""
+    where = f"stage.module={_name(stage)}"
+
+    def guard(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(method)
+        def call(*arguments: Any, **keywords: Any) -> Any:
+            with user_code(f"{where} fails in {name}", StopRequested):
+                given = method(*arguments, **keywords)
+            there = given if isinstance(given, Mapping) else ()
+            if name == "training_step" and (missing := [key for key in _OF_STEP if key not in there]):
+                raise UserCodeError(
+                    f"{where}: training_step gives {type(given).__name__} without {', '.join(missing)}.",
+                    "Give what LMModule.training_step does; you may add to it.",
+                )
+            return given
+
+        return call
+
+    own = {name for cls in type(stage).__mro__ if not issubclass(LMModule, cls) for name in vars(cls)}
+    for name in own:
+        if not name.startswith("__") and callable(getattr(LMModule, name, None)):
+            setattr(stage, name, guard(name, getattr(stage, name)))
+    return stage
+
+
+def _guard(key: str, guarded: Any, names: Sequence[str], fatal: Sequence[str] = ()) -> None:
+    """Replace methods of an object by ones that do the same until the first of them fails, and then nothing.
+
+    Of those that are ``fatal`` an error is raised, with the key and the class.
+    """
     failed: list[str] = []
 
     def guard(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
@@ -58,16 +91,15 @@ def _guard(guarded: Any, names: Sequence[str]) -> None:
         def call(*arguments: Any, **keywords: Any) -> Any:
             if failed:
                 return None
+            words = f"{type(guarded).__name__} fails in {name} and is left out from here on; the training goes on"
             try:
-                return method(*arguments, **keywords)
-            except (UserError, StopRequested):
-                raise
-            except Exception as error:
+                with user_code(f"{key}: {_name(guarded)} fails in {name}" if name in fatal else words, StopRequested):
+                    return method(*arguments, **keywords)
+            except UserCodeError as error:
+                if name in fatal:
+                    raise
                 failed.append(name)
-                rank_zero_print(
-                    f"{type(guarded).__name__} fails in {name} and is left out from here on; the training goes on."
-                    f" {_words(error)}"
-                )
+                rank_zero_print(" ".join([*error.problems, error.fix]))
                 return None
 
         return call
@@ -76,7 +108,5 @@ def _guard(guarded: Any, names: Sequence[str]) -> None:
         setattr(guarded, name, guard(name, getattr(guarded, name)))
 
 
-def _words(error: Exception) -> str:
-    """An error in one line."""
-    text = " ".join(f"{type(error).__name__}: {error}".split())
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
+def _name(thing: Any) -> str:
+    return f"{type(thing).__module__}.{type(thing).__qualname__}"

@@ -20,6 +20,7 @@ from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.files import read_object, write_json
 from nanochat_pl.common.run_dir import StageFolder
 from nanochat_pl.common.schema import to_plain
+from nanochat_pl.common.user_code import user_code
 from nanochat_pl.data.cache.content_cache import fingerprint_of
 from nanochat_pl.distributed import collectives, coordination
 from nanochat_pl.model.gpt import GPT
@@ -36,12 +37,12 @@ from nanochat_pl.training.checkpoint.resume import newest_resume_file
 from nanochat_pl.training.config import TrainConfig
 from nanochat_pl.training.datamodule import RowsDataModule
 from nanochat_pl.training.device import Machine, own_device, prepare_machine, require_own_gpus
-from nanochat_pl.training.guarded import guard_callbacks, guard_loggers
+from nanochat_pl.training.guarded import guard_callbacks, guard_loggers, guard_module
 from nanochat_pl.training.module import LMModule, ModuleConfig
 from nanochat_pl.training.stage_data.base_plan import Target, base_plan, refuse_unasked
 from nanochat_pl.training.stage_data.source import corpus_of_stage, with_chosen_data
 from nanochat_pl.training.stage_data.text import announce_streamed
-from nanochat_pl.training.stages.registry import StageContext, StageData
+from nanochat_pl.training.stages.registry import Stage, StageContext, StageData
 from nanochat_pl.training.trainer import FitConfig, FitResult, fit
 
 
@@ -89,7 +90,7 @@ def train_stage(
     loggers = coordination.raise_on_all_ranks(lambda: make_loggers() if collectives.is_rank_zero() else [])
     callbacks = guard_callbacks(coordination.raise_on_all_ranks(make_callbacks))
     stage_context = StageContext(config, folder, cache, machine, corpus, resuming)
-    prepared = coordination.rank_zero_first(lambda: definition.prepare(stage_context))
+    prepared = coordination.rank_zero_first(lambda: _prepare(definition, stage_context))
     rows = str(prepared.plan["device_batch_size"])
     smaller = "Set device_batch_size to what fits into the memory of all machines."
     coordination.assert_equal_across_ranks(
@@ -110,6 +111,14 @@ def train_stage(
         logger.log_hyperparams(_hyperparameters_of_run(config, folder, prepared.plan))
     stage = _make_stage(config, machine, prepared, module_class)
     _train(config, folder, machine, prepared, stage, resume_from, started, callbacks, benchmarks)
+
+
+def _prepare(definition: Stage, context: StageContext) -> StageData:
+    cls = type(definition)
+    if cls.__module__.startswith("nanochat_pl."):
+        return definition.prepare(context)
+    with user_code(f"stage={cls.__module__}.{cls.__qualname__} fails in prepare"):
+        return definition.prepare(context)
 
 
 def _hyperparameters_of_run(config: TrainConfig, folder: StageFolder, plan: Plan) -> dict[str, Any]:
@@ -218,7 +227,11 @@ def _make_stage(config: TrainConfig, machine: Machine, prepared: StageData, modu
             "loss_chunk_tokens": chunk_tokens,
         },
     )
-    return module_class(recipe, prepared.weights, prepared.moments)
+    if module_class is LMModule:
+        return LMModule(recipe, prepared.weights, prepared.moments)
+    with user_code(f"stage.module={config.stage.module}: cannot be made"):
+        stage = module_class(recipe, prepared.weights, prepared.moments)
+    return guard_module(stage)
 
 
 def _log(trainer: Trainer, metrics: Mapping[str, float]) -> None:

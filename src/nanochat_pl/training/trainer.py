@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from nanochat_pl.common.console import rank_zero_print
 from nanochat_pl.common.errors import UserError
+from nanochat_pl.common.user_code import UserCodeError
 from nanochat_pl.data.packing.mixture import MixedRows
 from nanochat_pl.distributed import collectives, coordination
 from nanochat_pl.evaluation.validation import Validation
@@ -136,6 +137,9 @@ def fit(stage: LMModule, data: RowsDataModule, fitting: FitConfig) -> FitResult:
             trainer.fit(stage, datamodule=data, ckpt_path=None if resume_from is None else str(resume_from))
         except (MisconfigurationException, ModuleNotFoundError) as error:
             raise UserError(f"callbacks, logger: Lightning refuses them: {error}") from error
+        except UserCodeError:
+            stop.check_after_error()
+            raise
         except (UserError, StopRequested):
             raise
         except Exception:

@@ -30,7 +30,7 @@ from nanochat_pl.data.sources.base import place_by_hash
 from nanochat_pl.tokenizer.chat_format import Fault
 
 CONVERSATION_SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".json")
-_RULE = 3  # part of every fingerprint: what counts as a conversation and how it is kept
+_RULE = 4  # part of every fingerprint: what counts as a conversation and how it is kept
 _HOPELESS_ROWS = 10_000  # a file of which so many rows from the first are all bad is not read on
 _ROWS_AT_ONCE = 256
 
@@ -219,15 +219,31 @@ def _plain_rows(values: pa.Array) -> list[Any]:
     try:
         rows = values.to_pylist()
         return [_decoded(row) for row in rows] if "binary" in str(values.type) else rows
-    except UnicodeDecodeError:  # one of them
+    except (ValueError, OverflowError, LookupError):  # one is no UTF-8, or beyond the dates or time zones of Python
         return [_plain_row(value) for value in values]
 
 
 def _plain_row(value: pa.Scalar) -> Any:
     try:
-        return _decoded(value.as_py())
+        return _decoded(_as_py(value))
     except UnicodeDecodeError:
         return NOT_UTF8
+
+
+def _as_py(value: pa.Scalar) -> Any:
+    """A value as plain data; a time that Python cannot hold as its number."""
+    try:
+        return value.as_py()
+    except UnicodeDecodeError:
+        raise
+    except (ValueError, OverflowError, LookupError):
+        if isinstance(value, pa.StructScalar):
+            return {name: _as_py(each) for name, each in value.items()}
+        if isinstance(value, pa.MapScalar):
+            return [tuple(map(_as_py, pair.values())) for pair in value.values]
+        if isinstance(value, pa.ListScalar):
+            return list(map(_as_py, value.values))
+        return _as_py(value.value) if isinstance(value.value, pa.Scalar) else value.value
 
 
 def _decoded(value: Any) -> Any:

@@ -7,12 +7,21 @@ learnt become ``weight`` 0, or the row is refused.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from reprlib import repr as quote  # shortens
 from typing import Any
 
+from nanochat_pl.data.conversations.calls import (
+    CALLS,
+    NO_TOOLS,
+    TOOL_PARTS,
+    TOOL_ROLES,
+    Call,
+    calls_of,
+    fault_of_answer,
+)
+from nanochat_pl.data.conversations.marks import LEARN, LEARN_NOT, MARKS, PIECES, marked_part, marked_row, weight_of
 from nanochat_pl.data.files.read import strict_json
 from nanochat_pl.tokenizer.chat_format import Fault, text_of_part
 
@@ -41,28 +50,19 @@ _PAIRS = {
 _ABOUT = ("input", "context")
 _SYSTEM = ("system", "system_prompt", "system_message", "systemInstruction")
 _PREFERENCE, _OPENAI_PREFERENCE = ("chosen", "rejected"), ("preferred_output", "non_preferred_output")
-# Marks of what is learnt: of messages, of their parts, of rows; then those of pieces of a text, and KTO's of rows.
-_LEARN, _LEARN_NOT = ("weight", "loss_weight", "train", "training", "trainable", "loss"), ("masked", "mask")
-_PIECES = ("train_detail", "training_detail", "loss_mask")
-_KTO = ("label", "kto_tag")  # a label beside a completion
-_MARKS = (*_LEARN, *_LEARN_NOT, *_PIECES, *_KTO)
 _KEYS = (
-    *(MESSAGES, *_LISTS, *_SYSTEM, *_PREFERENCE, *_OPENAI_PREFERENCE, *_MARKS, *_ABOUT, "history", "tools"),
+    *(MESSAGES, *_LISTS, *_SYSTEM, *_PREFERENCE, *_OPENAI_PREFERENCE, *MARKS, *_ABOUT, "history", "tools"),
     *(key for pair in _PAIRS for key in pair),
 )
+_ROLE_KEYS = ("role", "from", "speaker")
 _ROLES = {
     **dict.fromkeys(("user", "human", "prompter"), "user"),
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "model", "bot", "chatbot", "ai"), "assistant"),
     **dict.fromkeys(("system", "developer"), "system"),
 }
-_TOOL_ROLES = ("tool", "function", "ipython", "environment", "observation", "function_call", "tool_call", "tool_calls")
-_TOOL_PARTS = ("tool_use", "tool_result", "tool_call", "tool-call", "tool-result", "function_call", "server_tool_use")
 _THINKING_PARTS = ("thinking", "reasoning", "redacted_thinking")
 # What else a message may have of its contents: there is no place for it here.
 _CONTENTS = ("reasoning_content", "reasoning", "thinking", "thought", "refusal", "audio", "images", "annotations")
-_CALLS = ("tool_calls", "function_call")
-_PYTHON, _CODE = ("python", "calculator"), ("code", "expression", "input", "query")
-_NO_TOOLS = "only calls of python, with code, can be learnt"
 
 
 @dataclass
@@ -116,22 +116,31 @@ def read_row(row: Any, column: str) -> Reading | Fault:
     unread: set[str] = set()
     changes: list[str] = []
     if isinstance(row, Mapping):
-        if (fault := _marked_row(row)) is not None:
+        if (fault := marked_row(row)) is not None:
             return fault
         found = ("", column) if column in row else _form_of(row) if column == MESSAGES else None
         if found is None:
             keys = ", ".join(map(str, row)) or "none"
             return Fault("no messages", f"has no key {column!r}; its keys: {keys}.{hint_of(map(str, row))}")
         form, key = found
-        values, used, changes = _values_of(row, key)
-        unread = {str(name) for name in row if _holds(row, name) and name not in used}
+        read = _values_of(row, key)
+        if isinstance(read, Fault):
+            return read
+        values, used, changes = read
         if _holds(row, "tools"):
-            unread.discard("tools")
+            used.add("tools")
             changes.append("descriptions of tools left out")
     if isinstance(values, str):
         values = parse_json(values)
         if isinstance(values, Fault):
             return values
+    if isinstance(row, Mapping):
+        values = _with_system(values, row, used)
+        unread = {str(name) for name in row if _holds(row, name) and name not in used}
+        wrapped = [key for key in used if isinstance(row.get(key), Mapping) and MESSAGES in row[key]]
+        unread |= {
+            f"{key}.{name}" for key in wrapped for name in row[key] if name != MESSAGES and _holds(row[key], name)
+        }
     if values is None or values == []:
         return Fault("no messages", "has no messages.")
     if not isinstance(values, list):
@@ -166,43 +175,53 @@ def _form_of(row: Mapping[str, Any]) -> tuple[str, str | tuple[str, ...]] | None
     return None
 
 
-def _values_of(row: Mapping[str, Any], key: str | tuple[str, ...]) -> tuple[Any, set[str], list[str]]:
+def _values_of(row: Mapping[str, Any], key: str | tuple[str, ...]) -> tuple[Any, set[str], list[str]] | Fault:
     """The messages of a row, the keys that were used for them, and what was left out."""
-    used = {*_SYSTEM, *([key] if isinstance(key, str) else key)}
-    used |= {mark for mark in _MARKS if row.get(mark) == (mark not in _LEARN_NOT)}  # they say: to be learnt
+    used = {key} if isinstance(key, str) else {*key}
+    used |= {mark for mark in MARKS if row.get(mark) == (mark not in LEARN_NOT)}  # they say: to be learnt
     changes: list[str] = []
     if isinstance(key, str):
         values = row[key]
     elif key[1] in (*_PREFERENCE, *_OPENAI_PREFERENCE):
         question, chosen, rejected = key
-        values = _preferred(row.get(question), row[chosen])
+        values, has_question = _preferred(row.get(question), row[chosen])
+        if not has_question:
+            used.discard(question)
         if _holds(row, rejected):
             changes.append(f"{rejected} answer left out")
     else:
         question, answer = key
         asked = row[question]
-        about = [row[name] for name in _ABOUT if question == "instruction" and _holds(row, name)]
-        if isinstance(asked, str) and about:
-            asked = "\n\n".join(map(str, [asked, *about]))
+        about = {name: row[name] for name in _ABOUT if question == "instruction" and _holds(row, name)}
+        if isinstance(asked, str):
+            for name, text in about.items():
+                if not isinstance(text, str):
+                    return Fault("content that is no text", f"{name}={quote(text)}: is {type(text).__name__}, no text.")
+            asked = "\n\n".join([asked, *about.values()])
+            used |= about.keys()
         values = [*_as_messages(asked, "user"), *_as_messages(row[answer], "assistant")]
-        used |= {*_ABOUT} if question == "instruction" else set()
         if isinstance(history := row.get("history"), list) and history:
             used.add("history")
             pairs = [pair for pair in history if isinstance(pair, list) and len(pair) == 2]
             changes += ["history that is no list of pairs left out"] if len(pairs) < len(history) else []
             earlier = [{"role": ("user", "assistant")[i], "content": pair[i]} for pair in pairs for i in (0, 1)]
             values = [*earlier, *values]
-    system = next((row[name] for name in _SYSTEM if _holds(row, name)), None)
-    if isinstance(system, Mapping):  # Gemini's
-        system = system.get("parts")
-    if system is not None and isinstance(values, list) and not _begins_with_system(values):
-        values = [{"role": "system", "content": system}, *values]
     return values, used, changes
 
 
-def _begins_with_system(values: list[Any]) -> bool:
-    first = values[0] if values else None
-    return isinstance(first, Mapping) and _role_of(first) == "system"
+def _with_system(values: Any, row: Mapping[str, Any], used: set[str]) -> Any:
+    """The messages with the system prompt of the row, unless they have one of their own; what it was is ``used``."""
+    name = next((name for name in _SYSTEM if _holds(row, name)), None)
+    if name is None or not isinstance(values, list) or not values:
+        return values
+    system = row[name]
+    first = _as_mapping(values[0])
+    if isinstance(first, Mapping) and _role_of(first) == "system":
+        used |= {name} if system in first.values() else set()
+        return values
+    used.add(name)
+    message = system if isinstance(system, Mapping) else {"content": system}  # Gemini's has parts
+    return [{**{key: value for key, value in message.items() if key not in _ROLE_KEYS}, "role": "system"}, *values]
 
 
 def _as_messages(value: Any, role: str) -> list[Any]:
@@ -214,60 +233,42 @@ def _as_messages(value: Any, role: str) -> list[Any]:
     return [{"role": role, "content": value}]
 
 
-def _preferred(question: Any, chosen: Any) -> list[Any]:
-    """The question, unless it is part of the chosen messages, and the chosen answer."""
+def _preferred(question: Any, chosen: Any) -> tuple[list[Any], bool]:
+    """The question, unless the chosen messages begin with one, and the chosen answer; whether the question is there."""
     answer = _as_messages(chosen, "assistant")
     whole = bool(answer) and isinstance(answer[0], Mapping) and _role_of(answer[0]) in ("user", "system")
-    return answer if whole or question is None else [*_as_messages(question, "user"), *answer]
+    asked = [] if question is None else _as_messages(question, "user")
+    if not whole:
+        return [*asked, *answer], True
+    return answer, {*map(_content_of, asked)} <= {*map(_content_of, answer)}
 
 
-def _marked_row(row: Mapping[str, Any]) -> Fault | None:
-    """A row that as a whole is marked not to be learnt, or in a way that cannot be followed.
-
-    Other values than those of marks, a text or a weight of 3, are taken for keys that mean something else.
-    """
-    for key in (*_LEARN, *_LEARN_NOT, *_KTO):
-        value = row.get(key)
-        may_be_metric = key in ("loss", "mask", *_KTO)
-        if not isinstance(value, bool if may_be_metric else (bool, int, float)):
-            continue
-        if key == "label" and "completion" not in row:
-            continue
-        learnt = 1 - value if key in _LEARN_NOT else value
-        if learnt == 0:
-            return Fault("marked not to be learnt", f"{key}={value!r}: is marked not to be learnt.")
-        if not learnt >= 1:  # or it is NaN
-            return Fault("weight that is neither 0 nor 1", f"{key}={value!r}: must be 0 or 1.")
-    return _marked_pieces(row, "")
-
-
-def _marked_pieces(marked: Mapping[str, Any], where: str) -> Fault | None:
-    for key in _PIECES:
-        if _holds(marked, key):
-            return Fault("marks of pieces of a message", f"{where}{key}: a message is learnt whole or not at all.")
-    return None
+def _content_of(message: Any) -> str:
+    return str(message.get(_content_key(message)) if isinstance(message, Mapping) else message)
 
 
 def _role_of(message: Mapping[str, Any]) -> Any:
-    role = next((message[key] for key in ("role", "from", "speaker") if key in message), None)
+    role = next((message[key] for key in _ROLE_KEYS if _holds(message, key)), None)
     return _ROLES.get(role.strip().lower(), role) if isinstance(role, str) else role
 
 
 def _read_messages(values: list[Any], reading: Reading) -> Reading | Fault:
-    pending = 0  # calls of the last message that no tool has answered yet
+    pending: list[Call] = []  # of the last message, which no tool has answered yet
     merging = False  # whether the next of the assistant's goes on with the last
     for i, value in enumerate(values):
         where = f"messages[{i}]"
         message = _as_mapping(value)
+        if isinstance(message, Fault):
+            return message
         if not isinstance(message, Mapping):
             reading.messages.append(value)
             continue
         role = _role_of(message)
-        if isinstance(role, str) and role.strip().lower() in _TOOL_ROLES:
-            if not pending or role not in ("tool", "function"):
-                return Fault("tool calls", f"{where}.role={quote(role)}: {_NO_TOOLS}.")
+        if isinstance(role, str) and role.strip().lower() in TOOL_ROLES:
+            if (fault := fault_of_answer(message, role, pending, where)) is not None:
+                return fault
             reading.messages[-1]["content"].append({"type": "python_output", "text": message.get("content")})
-            pending -= 1
+            pending = pending[1:]
             continue
         if pending:
             break
@@ -290,25 +291,33 @@ def _read_messages(values: list[Any], reading: Reading) -> Reading | Fault:
 
 
 def _as_mapping(message: Any) -> Any:
-    """Tables may hold messages as maps, which are read as lists of pairs."""
+    """Tables may hold messages as maps, which are read as lists of pairs; a Fault where a key is in one twice."""
     is_map = isinstance(message, list) and message and all(isinstance(each, tuple) for each in message)
+    if is_map and len(dict(message)) < len(message):
+        return Fault("a key twice", f"a map has a key twice: {quote([key for key, _ in message])}.")
     return dict(message) if is_map else message
 
 
-def _read_message(message: Mapping[str, Any], role: Any, where: str, reading: Reading) -> tuple[Any, int, int] | Fault:
-    """The content of a message, its weight, and how many calls of python it ends with."""
-    key = next((name for name in ("content", "value", "parts", "text") if name in message), "content")
+def _read_message(
+    message: Mapping[str, Any], role: Any, where: str, reading: Reading
+) -> tuple[Any, int, list[Call]] | Fault:
+    """The content of a message, its weight, and the calls of python that it ends with."""
+    key = _content_key(message)
     content = message.get(key)
-    weight = _weight_of(message, where) if role == "assistant" else 1
+    weight = weight_of(message, where) if role == "assistant" else 1
     if isinstance(weight, Fault):
         return weight
-    known = {key, "role", "from", "speaker", *_LEARN, *_LEARN_NOT, *_CALLS, *_CONTENTS, *_PIECES}
+    roles = {name: _role_of({name: message[name]}) for name in _ROLE_KEYS if _holds(message, name)}
+    if len({*_ROLES.values()}.intersection(map(str, roles.values()))) > 1:
+        return Fault("two roles", f"{where}: {', '.join(f'{name}={quote(message[name])}' for name in roles)}.")
+    known = {key, *(name for name in roles if roles[name] == role)}
+    known |= {*LEARN, *LEARN_NOT, *CALLS, *_CONTENTS, *PIECES}
     there = [name for name in message if _holds(message, name)]
     reading.unread |= {f"messages[].{name}" for name in there if name not in known}
     reading.changes += [f"{name} of a message left out" for name in there if name in _CONTENTS]
     if isinstance(content, list):
         content = _read_parts(content, role, where, reading)
-    calls = _calls_of(message, where)
+    calls = calls_of(message, where)
     if isinstance(content, Fault):
         return content
     if isinstance(calls, Fault):
@@ -317,8 +326,13 @@ def _read_message(message: Mapping[str, Any], role: Any, where: str, reading: Re
         return Fault("content that is no text", f"{where}.{key}: is null; {', '.join(left)} of a message is not read.")
     if calls:
         texts = content if isinstance(content, list) else [{"type": "text", "text": content}] if content else []
-        content = [*texts, *({"type": "python", "text": code} for code in calls)]
-    return content, weight, len(calls)
+        content = [*texts, *({"type": "python", "text": call.code} for call in calls)]
+        reading.unread |= {f"messages[].tool_calls[].{name}" for call in calls for name in call.others}
+    return content, weight, calls
+
+
+def _content_key(message: Mapping[str, Any]) -> str:
+    return next((name for name in ("content", "value", "parts", "text") if name in message), "content")
 
 
 def _read_parts(parts: list[Any], role: Any, where: str, reading: Reading) -> Any:
@@ -326,14 +340,16 @@ def _read_parts(parts: list[Any], role: Any, where: str, reading: Reading) -> An
     kept: list[Any] = []
     for number, part in enumerate(parts):
         part = {"type": "text", "text": part} if isinstance(part, str) else _as_mapping(part)
+        if isinstance(part, Fault):
+            return part
         kind = part.get("type") if isinstance(part, Mapping) else None
-        if kind in _TOOL_PARTS:
-            return Fault("tool calls", f"{where}.content[{number}].type={kind!r}: {_NO_TOOLS}.")
+        if kind in TOOL_PARTS:
+            return Fault("tool calls", f"{where}.content[{number}].type={kind!r}: {NO_TOOLS}.")
         if kind in _THINKING_PARTS:
             reading.changes.append(f"{kind} of a message left out")
             continue
         if isinstance(part, Mapping):
-            if role == "assistant" and (fault := _marked_part(part, f"{where}.content[{number}]")) is not None:
+            if role == "assistant" and (fault := marked_part(part, f"{where}.content[{number}]")) is not None:
                 return fault
             _note_keys_of_part(part, reading)
             is_text = kind in ("input_text", "output_text") or (kind is None and "text" in part)
@@ -349,50 +365,9 @@ def _read_parts(parts: list[Any], role: Any, where: str, reading: Reading) -> An
     return "\n".join(texts) if all(isinstance(text, str) for text in texts) else texts
 
 
-def _marked_part(part: Mapping[str, Any], where: str) -> Fault | None:
-    """A part that is marked otherwise than to be learnt. What a tool answers is never learnt."""
-    weight = _weight_of(part, where)
-    if weight == 0 and part.get("type") != "python_output":
-        marks = ", ".join(key for key in (*_LEARN, *_LEARN_NOT) if part.get(key) is not None)
-        return Fault("marks of pieces of a message", f"{where}.{marks}: a message is learnt whole or not at all.")
-    return weight if isinstance(weight, Fault) else None
-
-
 def _note_keys_of_part(part: Mapping[str, Any], reading: Reading) -> None:
     """Note the keys of a part that nothing is made of; the text is that of :func:`text_of_part`."""
-    known = {"type", "text" if "text" in part else "code", *_LEARN, *_LEARN_NOT, *_PIECES, *_CONTENTS}
+    known = {"type", "text" if "text" in part else "code", *LEARN, *LEARN_NOT, *PIECES, *_CONTENTS}
     there = [name for name in part if _holds(part, name)]
     reading.unread |= {f"messages[].content[].{name}" for name in there if name not in known}
     reading.changes += [f"{name} of a message left out" for name in there if name in _CONTENTS]
-
-
-def _weight_of(message: Mapping[str, Any], where: str) -> int | Fault:
-    """0 for a message, or a part of one, that is marked not to be learnt, else 1."""
-    learnt = True
-    for key in (*_LEARN, *_LEARN_NOT):
-        value = message.get(key)
-        if value is None or (key in ("loss", "mask") and not isinstance(value, bool)):
-            continue
-        if isinstance(value, str) or value not in (0, 1):
-            return Fault("weight that is neither 0 nor 1", f"{where}.{key}={quote(value)}: must be 0 or 1.")
-        learnt = learnt and bool(value) == (key in _LEARN)
-    return _marked_pieces(message, f"{where}.") or int(learnt)
-
-
-def _calls_of(message: Mapping[str, Any], where: str) -> list[str] | Fault:
-    """The code of each call of python; any other call is a fault."""
-    calls: Any = next((message[key] for key in _CALLS if _holds(message, key)), [])
-    codes = []
-    for call in calls if isinstance(calls, list) else [calls]:
-        function = call.get("function", call) if isinstance(call, Mapping) else {}
-        function = function if isinstance(function, Mapping) else {}
-        name, given = function.get("name"), function.get("arguments")
-        try:
-            given = json.loads(given) if isinstance(given, str) else given
-        except (ValueError, RecursionError):
-            given = None
-        code = [value for key, value in given.items() if key in _CODE] if isinstance(given, Mapping) else []
-        if name not in _PYTHON or len(code) != 1 or not isinstance(code[0], str):
-            return Fault("tool calls", f"{where}.tool_calls: calls {quote(name)}; {_NO_TOOLS}.")
-        codes.append(code[0])
-    return codes

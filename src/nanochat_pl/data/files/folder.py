@@ -16,6 +16,7 @@ from nanochat_pl.data.files.read import SUFFIXES, format_of
 
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".lz4")
 _MAX_NAMED = 8
+_GONE = (FileNotFoundError, ProcessLookupError)  # what was deleted while it was listed, or a process that has ended
 
 
 @dataclass(frozen=True)
@@ -101,23 +102,29 @@ def _files_below(folder: Path) -> Iterator[Path]:
     """All files in a folder and below, but for those in hidden folders; each folder once, however it is reached."""
 
     def refuse(error: OSError) -> None:
-        raise UserError(f"{error.filename}: cannot be listed: {error.strerror}.") from error
+        if not isinstance(error, _GONE):
+            raise UserError(f"{error.filename}: cannot be listed: {error.strerror}.") from error
 
     seen = {_identity(folder)}
     for at, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
-        folders.sort(key=lambda name: (Path(at, name).is_symlink(), name))
-        visible = [name for name in folders if not name.startswith(".")]
+        visible = sorted((os.path.islink(Path(at, name)), name) for name in folders if not name.startswith("."))  # noqa: PTH114
         folders[:] = []
-        for name in visible:
+        for _, name in visible:
             identity = _identity(Path(at, name))
-            if identity not in seen:
+            if identity is not None and identity not in seen:
                 seen.add(identity)
                 folders.append(name)
         yield from (Path(at, name) for name in names)
 
 
-def _identity(path: Path) -> tuple[int, int]:
-    status = path.stat()
+def _identity(path: Path) -> tuple[int, int] | None:
+    """What tells a folder from all others, whatever its name; None: it is no more."""
+    try:
+        status = path.stat()
+    except _GONE:
+        return None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be looked at: {error.strerror}.") from error
     return status.st_dev, status.st_ino
 
 

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from inspect import getattr_static
+from typing import Any, TypeVar
 
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.import_class import import_class
+from nanochat_pl.common.user_code import user_code
 from nanochat_pl.data.sources.base import Shard, Source, SourceSettings, Split, place_by_hash
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -69,10 +74,52 @@ class TextSource:
     def _facts(self) -> _Facts:
         digest, lowest, count, size = hashlib.sha256(), 1.0, 0, 0
         for text in self.documents():
+            if not isinstance(text, str):
+                raise TypeError(f"documents() gives {type(text).__name__}, no text (str)")
             content = text.encode("utf-8")
             digest.update(hashlib.sha256(content).digest())
             lowest, count, size = min(lowest, place_by_hash(content)), count + 1, size + len(content)
         return _Facts(digest.hexdigest(), max(self.validation_fraction, lowest), count, size)
+
+
+class _CheckedSource:
+    """A source of the user's: what it raises, or gives in place of what was asked for, is said with the key."""
+
+    def __init__(self, source: Source, where: str) -> None:
+        self._source, self._where = source, where
+
+    @property
+    def name(self) -> str:
+        return self._given("name", str)
+
+    @property
+    def fingerprint(self) -> str:
+        return self._given("fingerprint", str)
+
+    def describe(self) -> str:
+        return self._given("describe", str)
+
+    def shards(self, split: Split) -> list[Shard]:
+        return [
+            replace(self._checked("shards", shard, Shard), read=partial(self._documents, shard))
+            for shard in self._given("shards", list, split)
+        ]
+
+    def _given(self, name: str, kind: type[T], *arguments: Any) -> T:
+        with user_code(f"{self._where} fails in {name}"):
+            value = getattr(self._source, name)
+            value = value(*arguments) if callable(value) else value
+        return self._checked(name, value, kind)
+
+    def _documents(self, shard: Shard) -> Iterator[str]:
+        with user_code(f"{self._where} fails in documents of the shard {shard.name!r}"):
+            for text in shard.documents():
+                yield self._checked("documents", text, str)
+
+    def _checked(self, name: str, value: Any, kind: type[T]) -> T:
+        if not isinstance(value, kind):
+            raise UserError(f"{self._where}: {name} gives {type(value).__name__} where {kind.__name__} is needed.")
+        return value
 
 
 def open_custom(settings: SourceSettings, key: str) -> Source:
@@ -82,24 +129,22 @@ def open_custom(settings: SourceSettings, key: str) -> Source:
         settings: with ``target`` and ``options``.
 
     Raises:
-        UserError: there is no such class, it is no source, or it does not take the options.
+        UserError: there is no such class, it is no source, or it does not take the options. Its methods raise nothing
+            else, either.
     """
     assert settings.target is not None, "checked by the settings"
     cls = import_class(settings.target, f"{key}.target")
-    try:
+    with user_code(f"{key}: {settings.target} with {settings.options} cannot be opened"):
         source: Source = cls(**settings.options)
         if isinstance(source, TextSource):
             source.validation_fraction = settings.validation_fraction
-        missing = [name for name in ("name", "fingerprint", "describe", "shards") if not hasattr(source, name)]
-        if missing:
-            raise UserError(
-                f"{key}.target={settings.target!r}: is no source: it has no {', '.join(missing)}.",
-                "Make it a subclass of nanochat_pl.data.sources.custom.TextSource, with a method documents().",
-            )
-        _ = source.fingerprint  # reads the documents
-    except UserError:
-        raise
-    except Exception as error:  # whatever the code of others raises
-        words = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UserError(f"{key}: {settings.target} with {settings.options} cannot be opened: {words}") from error
-    return source
+    # What is there is not asked for its value: that may fail of something else.
+    missing = [n for n in ("name", "fingerprint", "describe", "shards") if getattr_static(source, n, None) is None]
+    if missing:
+        raise UserError(
+            f"{key}.target={settings.target!r}: is no source: it has no {', '.join(missing)}.",
+            "Make it a subclass of nanochat_pl.data.sources.custom.TextSource, with a method documents().",
+        )
+    checked = _CheckedSource(source, f"{key}.target={settings.target!r}")
+    _ = checked.fingerprint  # reads the documents
+    return checked

@@ -7,6 +7,7 @@ validation, test) are what their names say, as on the hub.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import shlex
 from collections.abc import Iterable, Iterator, Sequence
@@ -168,7 +169,10 @@ class LocalFiles:
     def _known(self) -> dict[Path, tuple[str, float]]:
         """Hash and about the bytes of text of each file; several at a time are read, but for those that are as they
         were when their hash was remembered."""
-        sizes = {path: path.stat().st_size for path in self._paths if path.exists()}
+        sizes: dict[Path, int] = {}
+        for path in self._paths:
+            with contextlib.suppress(OSError):  # it is no more: said where it is read
+                sizes[path] = path.stat().st_size
 
         def look_at(path: Path) -> tuple[str, float]:
             with reading(path):

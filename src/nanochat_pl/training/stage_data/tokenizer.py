@@ -139,6 +139,6 @@ def tokenizer_for(
     with stage.locked():
         if stage.status != "finished":  # another process may have made it while this one waited
             rank_zero_print(f"The run {stage.run} has no tokenizer yet: training one first.")
-            with stage.discarded_on_error():
+            with stage.undone_on_error():
                 train_tokenizer_stage(config, stage, source, cache, corpus)
     return load_tokenizer(stage.bundle)
