@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 
 # Read when torch is loaded. Models here are tiny: one thread is faster than two, and bits do not depend on the machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -42,6 +43,9 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+# A test run in the background of a shell inherits that Ctrl-C is ignored.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 _freeze, _unfreeze = gc.freeze, gc.unfreeze
 
 

@@ -84,6 +84,38 @@ def test_an_experiment_has_all_of_another_one(here: Path, mine: str) -> None:
         compose_train(["experiment=second"])
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("settings: {max_steps: 77}\n", "settings: there is no such key"),
+        ("model.depth: 3\nmodel[depth]: 5\n", "model[depth]: is no key"),
+        ("[]\n", "must be a group of settings"),
+        ("stage: sft\n", "stage: is named on the command line"),
+        ("defaults: [override /stage: sft]\n", "stage: is named on the command line"),
+        ("pipeline: [base, base]\n", "pipeline: base: more than once"),
+        ("defaults: [nowhere/e.yaml]\n", "odd.yaml, defaults: experiment=nowhere/e.yaml: there is no such file"),
+    ],
+)
+def test_odd_experiments_are_refused(here: Path, text: str, said: str) -> None:
+    (here / "odd.yaml").write_text(text, encoding="utf-8")
+    with pytest.raises(UserError) as caught:
+        compose_train(["experiment=odd.yaml"])
+    assert said in "\n".join(caught.value.problems)
+
+
+def test_experiments_that_have_each_other_are_read_once(here: Path) -> None:
+    for number in range(40):
+        (here / f"x{number}.yaml").write_text(
+            f"defaults: [x{number + 1}.yaml, ./x{number + 1}.yaml]\n", encoding="utf-8"
+        )
+    (here / "x40.yaml").write_text("max_steps: 3\n", encoding="utf-8")
+    assert compose_train(["experiment=x0.yaml"]).config.max_steps == 3
+    for number in range(40, 60):
+        (here / f"x{number}.yaml").write_text(f"defaults: [x{number + 1}.yaml]\n", encoding="utf-8")
+    with pytest.raises(UserError, match="has all of more than 50 files"):
+        compose_train(["experiment=x0.yaml"])
+
+
 def test_the_run_is_named_after_the_experiment(here: Path) -> None:
     assert place_of(compose_train(["experiment=tiny"])).run == "tiny"
     assert place_of(compose_train(["experiment=tiny", "run=other"])).run == "other"
@@ -101,7 +133,7 @@ def test_the_run_is_named_after_the_experiment(here: Path) -> None:
         ("/model: tiny", "/model: tyny", "model=tyny: there is no such choice; did you mean tiny?"),
         ("/model: tiny", "/modl: tiny", "modl: there is no such key; did you mean model?"),
         ("override /model: tiny", "[model, tiny]", "mine.yaml: defaults: ['model', 'tiny'] is not understood"),
-        ("- _self_", "- nowhere", "experiment='nowhere': there is no such experiment"),
+        ("- _self_", "- nowhere", "mine.yaml, defaults: experiment='nowhere': there is no such experiment"),
         (
             "model.depth: 3",
             "model.dpth: 3",

@@ -89,7 +89,7 @@ def test_sweeps_that_make_no_sense(argument: str, expected: str) -> None:
 
 
 def test_all_jobs_are_checked_before_the_first_begins(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_sweep, "run_child", lambda arguments: pytest.fail("began"))
+    monkeypatch.setattr(_sweep, "run_child", lambda arguments, parent=None: pytest.fail("began"))
     with pytest.raises(UserError) as caught:
         run_sweep("train", ["model.depth=2,0", "model.dpeth=3"])
     assert any("is below 1" in problem for problem in caught.value.problems)
@@ -102,7 +102,7 @@ def test_finished_jobs_are_skipped_and_failing_ones_do_not_stop_the_others(
     pretend_finished("model.depth=2", "run=d2")
     started = []
 
-    def fake(arguments: list[str]) -> int:
+    def fake(arguments: list[str], parent: int | None = None) -> int:
         started.append(arguments[-1])
         return 2 if arguments[-1] == "run=d3" else 0
 
@@ -117,7 +117,7 @@ def test_finished_jobs_are_skipped_and_failing_ones_do_not_stop_the_others(
 def test_a_job_that_is_killed_ends_alone_and_the_table_has_the_figures(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fake(arguments: list[str]) -> int:
+    def fake(arguments: list[str], parent: int | None = None) -> int:
         if arguments[-1] == "run=d2":
             return 128 + signal.SIGKILL
         folder = pretend_finished(*arguments[1:])
@@ -136,7 +136,7 @@ def test_a_job_that_is_killed_ends_alone_and_the_table_has_the_figures(
 def test_the_table_of_swept_pipelines_has_their_stages(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fake(arguments: list[str]) -> int:
+    def fake(arguments: list[str], parent: int | None = None) -> int:
         run = next(text for text in arguments if text.startswith("run="))
         pretend_finished("experiment=tiny", "stage=base", run)
         return 5 if run.endswith("0.2") else 0
@@ -155,14 +155,14 @@ def test_a_job_that_was_begun_under_other_settings_is_not_called_finished(
     here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pretend_finished("model.depth=2", "max_steps=10", "run=d2")
-    monkeypatch.setattr(_sweep, "run_child", lambda arguments: pytest.fail("began"))
+    monkeypatch.setattr(_sweep, "run_child", lambda arguments, parent=None: pytest.fail("began"))
     with pytest.raises(UserError, match="max_steps=20: runs/d2/base was begun with max_steps=10"):
         run_sweep("train", ["model.depth=2,3", "max_steps=20"])
 
 
 def test_a_signal_ends_the_sweep(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started = []
-    monkeypatch.setattr(_sweep, "run_child", lambda arguments: started.append(arguments) or 130)
+    monkeypatch.setattr(_sweep, "run_child", lambda arguments, parent=None: started.append(arguments) or 130)
     assert run_sweep("train", ["model.depth=2,3"]) == 130
     assert len(started) == 1
     assert [code for code in (0, 2, 129, 130, 134, 137, 139, 143) if is_stop(code)] == [129, 130, 143]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,16 +30,17 @@ def test_native_export_names_the_rotary_tables(
     bundle = load_for_export(tmp_path / "bundle", tmp_path / "hf", "hf")
     found = export(bundle, tmp_path / "hf", "hf")
     assert found.max_difference < 1e-5 and found.agreement == 1.0
-    assert found.max_difference_as_is is not None and 1e-5 < found.max_difference_as_is < 1e-2
     assert found.num_positions == 1024 and found.num_texts > 100
-    rounded = found.bfloat16
-    assert rounded is not None and 1e-3 < rounded.theirs < 3 * rounded.ours < 0.3 and rounded.agreement > 0.9
+    in_bfloat16, as_trained = found.remarks
+    theirs, ours, agreement = map(float, re.findall(r"by up to (\S+) \((\S+) in.* at (\S+)%", in_bfloat16)[0])
+    assert 1e-3 < theirs < 3 * ours < 0.3 and agreement > 90
+    assert 1e-5 < float(re.findall(r"by up to (\S+)\.$", as_trained)[0]) < 1e-2
     assert leftovers(tmp_path) == {"hf"}, "neither a scratch folder nor anything in the person's cache"
     card = (tmp_path / "hf" / "README.md").read_text(encoding="utf-8")
     for said in (
         f"{found.max_difference:.2g}",
         "100.00%",
-        f"logits differ by up to {found.max_difference_as_is:.2g}",
+        *found.remarks,
         "tables rounded to bfloat16",
         "`NanoChatForCausalLM`",
         "split_special_tokens=True",

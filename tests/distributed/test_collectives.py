@@ -138,10 +138,10 @@ def waits_longer_than_for_a_meeting() -> int:
     )
     os.environ["MASTER_PORT"] = str(collectives.all_reduce_sum(store.port if store else 0))
     collectives.stop()
-    with mock.patch.object(collectives, "TIMEOUT_SECONDS", 6.0):
+    with mock.patch.object(collectives, "TIMEOUT_SECONDS", 3.0):
         collectives.start(torch.device("cpu"))
     if collectives.rank() == 1:
-        time.sleep(7.0)
+        time.sleep(4.0)
     return collectives.all_reduce_sum(1)
 
 

@@ -7,8 +7,7 @@ import math
 
 import pytest
 
-from nanochat_pl.evaluation.pass_at_k import pass_at_k, pass_at_k_rows
-from nanochat_pl.evaluation.statistics import standard_error
+from nanochat_pl.evaluation.statistics import pass_at_k, pass_at_k_rows, standard_error
 
 
 @pytest.mark.parametrize("num_correct", range(7))

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
 
 from nanochat_pl.cli.main import main
+from nanochat_pl.cli.pipeline import steps_of
 from nanochat_pl.cli.train import compose_train, place_of
 from nanochat_pl.config import config_dir
+from tests.helpers.sweeps import jobs_of
 from tests.training.conftest import tiny_overrides, write_texts
 
 TRAIN_PY = Path(__file__).parents[2] / "train.py"
@@ -104,6 +111,7 @@ def test_hydras_own_keys_do_what_they_do_elsewhere(here: Path, capsys: pytest.Ca
     keys = ["hydra.run.dir=out/${model.depth}", "hydra.output_subdir=.hydra", "+hydra.job.env_set.MINE=1"]
     assert main(["train", "run=one", *keys, "model.depth=1", *few_steps(here)]) == 0
     assert (here / "runs" / "one" / "base" / "finished.json").is_file()
+    assert not logging.getLogger("nanochat_pl.data").disabled, "Hydra's `disabled` logging switches off every logger"
     kept = yaml.safe_load((here / "out" / "1" / ".hydra" / "config.yaml").read_text(encoding="utf-8"))
     assert kept["model"]["depth"] == 1
     capsys.readouterr()
@@ -128,6 +136,45 @@ def test_a_sweep_with_another_launcher(here: Path, capfd: pytest.CaptureFixture[
     assert again == [[name, "base", "finished", "before"] for name in names]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_the_jobs_of_a_launcher_end_with_the_sweep(here: Path, number: signal.Signals) -> None:
+    """They trained on, without anybody who could stop them."""
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    write_texts(here / "texts")
+    endless = [
+        "train",
+        "-m",
+        "hydra/launcher=joblib",
+        "seed=0,1",
+        "model.depth=1",
+        *few_steps(here),
+        "max_steps=20000",
+    ]
+    command = [sys.executable, "-m", "nanochat_pl.cli.main", *endless]
+    with (here / "log.txt").open("w") as log, subprocess.Popen(command, stdout=log, stderr=log) as sweep:
+        wait_until(lambda: len([*here.glob("runs/*/base/checkpoints/*.ckpt")]) > 0)
+        assert len(children_of(here)) > 1
+        sweep.send_signal(number)
+        wait_until(lambda: not children_of(here))
+
+
+def children_of(place: Path) -> list[int]:
+    """The processes that name the place in their command line."""
+    commands = {}
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it has ended
+            commands[int(path.parent.name)] = path.read_bytes()
+    return [pid for pid, words in commands.items() if str(place).encode() in words]
+
+
+def wait_until(done: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 240
+    while not done():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
 def test_a_launcher_or_sweeper_that_is_not_installed(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "-m", "hydra/launcher=slrm", "seed=1,2"]) == 2
     assert "Could not find 'hydra/launcher/slrm'" in capsys.readouterr().err
@@ -141,3 +188,93 @@ def test_own_files_are_forgotten_with_their_command(here: Path) -> None:
     with config_dir.chosen("mine", None):
         assert "slow" in config_dir.groups()["optim"]
     assert "slow" not in config_dir.groups()["optim"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("-m", "seed=1,2", "--info", "config"), "--info and --multirun: only one of them at a time."),
+        (("-m", "seed=1,2", "--cfg", "job"), "--cfg and --multirun: only one of them at a time."),
+        (("--resolve",), "--resolve: says how --cfg prints"),
+        (("hydra=3",), "hydra: there is no such key"),
+        (("-m", "seed=range(3,0)"), "-m: makes no job at all."),
+        (("-m", "optim=glob(zz*)"), "-m: makes no job at all."),
+        (("-m", "seed=range(0,nan)"), "Hydra: "),
+        (("-m", "seed=range(0,1e12)"), "-m: seed=range(0,1e12): makes more than 1,000 jobs."),
+        (("-m", "data.path=/tmp/é,/tmp/z", "seed=1,2"), "Put quotes around a value with signs of its own"),
+        (("-m", "seed=1,2", "hydra.sweeper.max_batch_size=0"), "Hydra: "),
+        (("-m", "seed=1,2", "hydra.launcher._target_=nope.X"), "Hydra: "),
+        (("-m", "seed=1,2", "hydra.sweep.dir=/proc/x"), "Hydra: "),
+        (("hydra.run.dir=/proc/x", "check_only=true"), "Hydra: "),
+        (("+hydra.callbacks.x._target_=nope.Nope", "check_only=true"), "Hydra: "),
+        (("paths.cache=c", "--foo"), "--foo: options are written key=value, without dashes"),
+        (("-sc", "query=bash"), "Hydra: "),
+    ],
+)
+def test_what_is_wrong_with_hydras_own(
+    here: Path, arguments: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", "model.depth=1", "max_steps=1", *arguments]) == 2
+    err = capsys.readouterr().err
+    assert said in err and "Traceback" not in err
+    assert not [path for path in here.rglob("*") if path.name not in ("runs", "multirun.yaml")]
+
+
+def test_nothing_is_made_for_a_command_that_is_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "hydra.run.dir=out", "model.dpeth=1"]) == 2
+    assert main(["runs", "hydra.verbose=true"]) == 2
+    assert "is for" in capsys.readouterr().err
+    assert list(here.iterdir()) == []
+
+
+def test_another_root_file_is_for_the_plan_too(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "short.yaml").write_text("defaults: [train, _self_]\nmax_steps: 11\n", encoding="utf-8")
+    for command in ("train", "plan", "doctor"):
+        assert main([command, "--config-dir", ".", "--config-name", "short", "--cfg", "job"]) == 0
+        assert yaml.safe_load(capsys.readouterr().out)["max_steps"] == 11
+    assert main(["evaluate", "--config-dir", ".", "--config-name", "short", "--cfg", "job"]) == 0
+    assert main(["evaluate", "--config-dir", ".", "--config-name", "short"]) == 2
+    assert "--config-name: is for train" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (b"a: [", "mine/optim/x.yaml: is no YAML"),
+        (b"\xff\xfe\x00", "mine/optim/x.yaml"),
+        (b"matrix_lr: 1\nmatrix_lr: 2\n", "mine/optim/x.yaml: matrix_lr stands in line 1 and again in line 2"),
+        (b"- a\n", "mine/optim/x.yaml: must be a group of settings"),
+        (b"1: 2\n", "mine/optim/x.yaml: must be a group of settings"),
+        (b"defaults: 3\n", "cannot be composed"),
+        (b"defaults: [x]\n", "cannot be composed"),
+        (b"matrix_lr: ${nope:1}\n", "optim.matrix_lr"),
+        (b"matrix_lr: ${optim.matrix_lr}\n", "optim.matrix_lr"),
+        (
+            b"a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1]\n"
+            + b"".join(b"%c: &%c [%s]\n" % (97 + n, 97 + n, b", ".join([b"*%c" % (96 + n)] * 9)) for n in range(1, 9)),
+            "mine/optim/x.yaml",
+        ),
+    ],
+)
+def test_odd_files_of_ones_own_are_named(
+    here: Path, text: bytes, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (here / "mine" / "optim").mkdir(parents=True)
+    (here / "mine" / "optim" / "x.yaml").write_bytes(text)
+    (here / "mine" / "optim" / "folder.yaml").mkdir()
+    (here / "mine" / "optim" / "dangling.yaml").symlink_to("nowhere")
+    assert main(["train", "--config-dir", "mine", "optim=x", "check_only=true", "model.depth=1"]) == 2
+    err = capsys.readouterr().err
+    assert said in err and "Traceback" not in err
+    for name in ("folder", "dangling"):
+        assert main(["train", "--config-dir", "mine", f"optim={name}"]) == 2
+        assert f"optim={name}: there is no such choice" in capsys.readouterr().err
+
+
+def test_deleted_keys_of_sweeps_and_of_steps(here: Path) -> None:
+    jobs = jobs_of(["experiment=tiny", "seed=1,2", "~max_steps", "~logger"])
+    composed = compose_train(jobs[0].overrides).config
+    assert composed.max_steps is None and composed.logger == {}
+    steps = steps_of(["experiment=demo", "~stages.sft.max_steps"])
+    config = next(step.compose().config for step in steps if step.name == "sft")
+    assert config.max_steps is None and config.mixture.joined.share == 0.5

@@ -14,6 +14,7 @@ import pytest
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.schema import build
 from nanochat_pl.data.sources.docstrings import Docstring
+from nanochat_pl.tasks import base
 from nanochat_pl.tasks.base import Task, conversation_of, is_held_out, last_number, reference_of, text_of
 from nanochat_pl.tasks.settings import MixtureTasks
 from nanochat_pl.tasks.synthetic.arithmetic import Arithmetic, ArithmeticSettings, WordProblems, WordProblemSettings
@@ -168,14 +169,21 @@ def test_an_item_depends_on_its_number_alone(name):
             first[index]
 
 
-LONG_LIST = ["".join(_LETTERS.choices("abcdehilmnorstu", k=10)) for _ in range(60_000)]
+LONG_LIST = ["".join(_LETTERS.choices("abcdehilmnorstu", k=10)) for _ in range(6_000)]
 
 
+@pytest.fixture
+def few_are_looked_at(monkeypatch):
+    """A large task is one with more than 2,000 conversations, so that these tests take a tenth of the time."""
+    monkeypatch.setattr(base, "_MAX_HASHED", 2_000)
+
+
+@pytest.mark.usefixtures("few_are_looked_at")
 def test_a_corrected_word_of_a_long_list_is_another_task():
     """Of large tasks every second conversation was looked at: half of the words could change unseen."""
     settings = SimpleSpellingSettings(size=None)
     task = SimpleSpelling(settings, "train", LONG_LIST)
-    assert len(task) > 50_000
+    assert len(task) > 5_000
     again = SimpleSpelling(replace(settings, words_path="a", test_size=7, repeat=3), "train", LONG_LIST[::-1])
     assert again.fingerprint == task.fingerprint, "it is of what it comes from, wherever that lies"
     for place in (1, 5, 1001):
@@ -206,21 +214,23 @@ class Numbers(Task):
         return True
 
 
+@pytest.mark.usefixtures("few_are_looked_at")
 def test_a_fingerprint_is_of_everything_that_a_large_task_comes_from():
-    numbers = [Numbers(40_001), *(Numbers(40_001, other) for other in (0, 1, 2, 3, 39_999, 40_000)), Numbers(40_002)]
+    numbers = [Numbers(4_001), *(Numbers(4_001, other) for other in (0, 1, 2, 3, 3_999, 4_000)), Numbers(4_002)]
     assert len({task.fingerprint for task in numbers}) == len(numbers), "one that says nothing is looked at whole"
-    settings = [ArithmeticSettings(size=40_000), ArithmeticSettings(size=40_000, max_operand=1_000)]
+    settings = [ArithmeticSettings(size=4_000), ArithmeticSettings(size=4_000, max_operand=1_000)]
     tasks = [Arithmetic(each, "train") for each in (*settings, replace(settings[0], start=4))]
     assert len({task.fingerprint for task in tasks}) == 3
-    choices = DocumentationChoiceSettings(size=40_000)
+    choices = DocumentationChoiceSettings(size=4_000)
     functions = [MORE_FUNCTIONS, [*MORE_FUNCTIONS[:-1], ("module.renamed", MORE_FUNCTIONS[-1][1])]]
     assert len({DocumentationChoice(choices, "train", each).fingerprint for each in functions}) == 2
 
 
+@pytest.mark.usefixtures("few_are_looked_at")
 @pytest.mark.parametrize("operation", "+-*/")
 def test_a_fingerprint_of_a_large_task_looks_at_all_kinds_of_its_conversations(operation, monkeypatch):
     """Every second or fourth conversation would be one operation's alone."""
-    task, changed = (Arithmetic(ArithmeticSettings(size=80_000), "train") for _ in range(2))
+    task, changed = (Arithmetic(ArithmeticSettings(size=8_000), "train") for _ in range(2))
     conversation = changed.conversation
 
     def other_words(index):

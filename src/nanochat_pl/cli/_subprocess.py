@@ -23,11 +23,15 @@ LAUNCHED = "launched"
 EXIT_CODES = "NANOCHAT_PL_EXIT_CODES"
 
 
-def run_child(arguments: Sequence[str]) -> int:
+def run_child(arguments: Sequence[str], parent: int | None = None) -> int:
     """Run ``nanochat-pl`` with these arguments and wait.
 
     The child has a session of its own, so a Ctrl-C reaches it once, through us. Its standard input is a pipe that
     nobody writes to: it closes when we are gone, whatever the reason, and the child then stops as on SIGTERM.
+
+    Args:
+        arguments: of ``nanochat-pl``.
+        parent: a process whose child this one is, and whose end is the end of the child, too.
 
     Returns:
         its exit code; 128 + n where signal n ended it, or was to end it: one that was sent to this process counts,
@@ -50,7 +54,7 @@ def run_child(arguments: Sequence[str]) -> int:
         child = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment, start_new_session=True)
         for number in pending:  # one that came before the child was there
             child.send_signal(number)
-        code = child.wait()
+        code = _wait(child, parent)
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
@@ -60,6 +64,16 @@ def run_child(arguments: Sequence[str]) -> int:
     if pending and not is_stop(code):  # it ended of itself, or was killed meanwhile; what would follow must not begin
         return 128 + pending[0]
     return code
+
+
+def _wait(child: subprocess.Popen[bytes], parent: int | None) -> int:
+    while True:
+        try:
+            return child.wait(None if parent is None else 1.0)
+        except subprocess.TimeoutExpired:
+            if os.getppid() != parent and child.stdin is not None:
+                child.stdin.close()
+                parent = None
 
 
 def is_stop(code: int) -> bool:

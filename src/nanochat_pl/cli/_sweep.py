@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import signal
 import tempfile
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from nanochat_pl.cli._subprocess import is_stop, run_child
@@ -46,6 +49,7 @@ class Sweep:
         total: number of jobs, None where nobody knows it.
         finished: names of the jobs that were finished before.
         outcomes: folder in which each job notes its name, command line and exit code.
+        process: the one that sweeps.
     """
 
     command: str
@@ -54,6 +58,7 @@ class Sweep:
     total: int | None
     finished: frozenset[str]
     outcomes: Path
+    process: int
 
     def job(self, overrides: Sequence[str]) -> Job:
         """A job, of its overrides as Hydra gives them."""
@@ -87,9 +92,11 @@ def run_sweep(command: str, options: HydraOptions) -> int:
                 raise UserError("-m: no key has several values.", "Give some: -m model.depth=2,4 or seed=range(0,3)")
             finished = _checked(command, options, jobs, swept) if jobs is not None else frozenset()
             total = None if jobs is None else len(jobs)
-            return partial(_run_job, Sweep(command, options.own, tuple(swept), total, finished, Path(folder)))
+            return partial(
+                _run_job, Sweep(command, options.own, tuple(swept), total, finished, Path(folder), os.getpid())
+            )
 
-        with contextlib.suppress(JobFailed, Stopped):
+        with contextlib.suppress(JobFailed, Stopped), _terminated_as_interrupted():
             hydra_app.sweep(command, TrainConfig, options, plan)
         outcomes = [read_object(path, "") for path in sorted(Path(folder).iterdir())]
     codes = [outcome["code"] for outcome in outcomes]
@@ -98,6 +105,24 @@ def run_sweep(command: str, options: HydraOptions) -> int:
     rows = [row for outcome in outcomes for row in _rows(outcome)]
     print_table(("job", "stage", "outcome", "val/bpb", "tokens", "time"), rows)
     return next((int(code) for code in codes if code), 0)
+
+
+@contextlib.contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """A SIGTERM ends a launcher's processes as a Ctrl-C does."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.getsignal(signal.SIGTERM)
+    if before is not signal.SIG_DFL or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _checked(command: str, options: HydraOptions, jobs: list[list[str]], swept: Sequence[str]) -> frozenset[str]:
@@ -151,8 +176,11 @@ def _run_job(sweep: Sweep, config: Any) -> float:
     rank_zero_print(f"job {number}{of}: {job.name}", style="bold")
     folders = _stage_folders(sweep.command, job)  # now: after the job, resume=never would mean yet another one
     before = job.name in sweep.finished
-    code = 0 if before else run_child([sweep.command, *job.overrides])
-    places = [{"runs": str(each.runs), "run": each.run, "stage": each.stage} for each in folders]
+    in_process_of_launcher = os.getppid() == sweep.process
+    code = (
+        0 if before else run_child([sweep.command, *job.overrides], sweep.process if in_process_of_launcher else None)
+    )
+    places = [{"runs": str(each.runs.absolute()), "run": each.run, "stage": each.stage} for each in folders]
     word = "finished before" if before else _outcome(code)
     outcome = {"name": job.name, "code": code, "word": word, "folders": places}
     write_json(sweep.outcomes / f"{number:06}.json", outcome)

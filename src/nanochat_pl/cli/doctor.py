@@ -18,7 +18,7 @@ from nanochat_pl.cli.run_record import own_settings
 from nanochat_pl.cli.train import place_of
 from nanochat_pl.common.console import print_table, progress, rank_zero_print
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.common.files import ensure_folder, write_bytes, write_json
+from nanochat_pl.common.files import ensure_folder, write_json, write_text
 from nanochat_pl.common.paths import cache_folder
 from nanochat_pl.common.run_dir import StageFolder
 from nanochat_pl.common.schema import UserPath, setting, to_plain
@@ -108,7 +108,7 @@ def run(arguments: Sequence[str]) -> int:
     noun = "conversations" if data.metrics.is_chat else "documents"
     row_tokens = next(rows.sequence_len for rows in data.metrics.rows.values())
     picture = lengths_svg(to.name, noun, data.train.lengths, data.validation.lengths, row_tokens)
-    write_bytes(ensure_folder(to) / PICTURE, picture)
+    write_text(ensure_folder(to) / PICTURE, picture)
     problems = [*findings(data.metrics, found), *data.shortfall]
     _write_json(to, {**to_plain(data.metrics), "found": to_plain(found)}, problems)
     code = _show_findings(problems)

@@ -81,5 +81,5 @@ def _say_parity(parity: Parity) -> None:
     rank_zero_print(f"Equal, on {parity.num_positions:,} positions of {parity.text}:")
     for name, value in metrics.items():
         rank_zero_print(f"  {name:<{width}}  {value}")
-    for remark in parity.remarks():
+    for remark in parity.remarks:
         rank_zero_print(remark)

@@ -64,6 +64,16 @@ def compose_command(command: str, overrides: Sequence[str]) -> Composed[Any]:
     return compose_step(command, step, importlib.import_module(module_of(command)).Config, overrides)
 
 
+def check_command(command: str, overrides: Sequence[str]) -> None:
+    """Compose and check the settings of a command, of a pipeline those of all steps. Raises :class:`UserError`."""
+    if command == "pipeline":
+        from nanochat_pl.cli.pipeline import check_all, steps_of
+
+        check_all(steps_of(overrides))
+    else:
+        compose_command(command, overrides)
+
+
 def _print_groups(command: str, schema: type) -> None:
     hints, options = get_type_hints(schema), config_dir.groups()
     names = [field.name for field in dataclasses.fields(schema) if is_group(hints[field.name])]

@@ -159,12 +159,19 @@ def _dispatch_to_hydra(command: str, arguments: Sequence[str]) -> int:
             if command not in SWEPT:
                 raise UserError(f"-m: several jobs are for {' and '.join(SWEPT)}, not for {command}.")
             return int(_module("nanochat_pl.cli._sweep").run_sweep(command, options))
+        if options.config_name is not None and command not in (*config_dir.LIKE_TRAIN, *SWEPT):
+            raise UserError(f"--config-name: is for {', '.join(config_dir.LIKE_TRAIN)}, not for {command}.")
         module = _module(module_of(command))
         if options.asks:
             hydra_app.show(command, module.Config, options)
             return 0
         if len(options.own) == len(options.overrides):
             return int(module.run(options.own))
+        if command not in SWEPT and command not in config_dir.LIKE_TRAIN:
+            raise UserError(f"hydra.…: is for {', '.join({*config_dir.LIKE_TRAIN, *SWEPT})}, not for {command}.")
+        from nanochat_pl.cli.help import check_command
+
+        check_command(command, options.own)  # before Hydra makes a folder for it
         return hydra_app.run(command, module.Config, options, lambda: int(module.run(options.own)))
 
 

@@ -194,8 +194,9 @@ def _step(experiment: str, name: str, overrides: Sequence[str]) -> Step:
     schema: type = {"train": TrainConfig, "evaluate": EvaluateConfig, "report": ReportConfig}[command]
     taken = [text.lstrip("+") for text in overrides]
     prefix = f"stages.{name_of_stage(name)}."
-    shared = [text for text in taken if not text.startswith("stages.") and _has(schema, text)]
+    shared = [text for text in taken if not text.startswith(("stages.", "~stages.")) and _has(schema, text)]
     own = [text.removeprefix(prefix) for text in taken if text.startswith(prefix)]
+    own += [f"~{text.removeprefix(f'~{prefix}')}" for text in taken if text.startswith(f"~{prefix}")]
     stage = [f"stage={name}"] if command == "train" else []
     return Step(name_of_stage(name), command, schema, (f"experiment={experiment}", *stage, *shared, *own))
 
@@ -210,6 +211,7 @@ def _require_takers(overrides: Sequence[str], steps: Sequence[Step]) -> None:
         key, _, problem = split_override(text)
         if problem:
             continue
+        key = key.removeprefix("~")
         if key.split(".")[0] == "stage":
             problems.append(
                 f"{text}: a pipeline has its stages from the experiment; stages.STEP.KEY=… sets a key of one."

@@ -26,7 +26,6 @@ class KnownSet(NamedTuple):
     """A published data set before anything of it is here.
 
     Attributes:
-        repo: on the hub.
         files: a glob for those that hold documents.
         num_shards: files to train on.
         shard_bytes: of text in each, about.

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -23,8 +22,9 @@ from omegaconf.errors import OmegaConfBaseException
 from nanochat_pl.common.errors import UserError, did_you_mean, first_line
 from nanochat_pl.common.run_dir import check_name
 from nanochat_pl.common.schema import build, to_plain, validation_errors
+from nanochat_pl.common.yaml_files import read_yaml
 from nanochat_pl.config import config_dir
-from nanochat_pl.config.overrides import DELETED, UNKNOWN, Setting, is_group, parse_overrides, type_of_key
+from nanochat_pl.config.overrides import DELETED, Setting, is_group, parse_overrides, type_of_key
 from nanochat_pl.config.stage_choice import with_stage_files
 from nanochat_pl.training.stages.registry import all_stages
 
@@ -157,6 +157,8 @@ def _check_choices(
             problems.append(f"{setting.key}={wrong[0]}: there is no such choice; {near}{listed}{where}")
         else:
             choices[setting.key] = setting.value
+            for name in _names(setting.value):
+                _group_file(setting.key, name)  # what is wrong with it is found here, with file and line
     return choices
 
 
@@ -175,12 +177,18 @@ def _composed_files(root: str, texts: tuple[str, ...], folders: tuple[Path, ...]
     try:
         with config_dir.hydra() as hydra:
             tree = hydra.compose_config(root, list(texts), RunMode.RUN, from_shell=False)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(f"{root}.yaml: cannot be composed: {first_line(error)}") from error
+    except Exception as error:  # of Hydra, of YAML, of a file that refers to itself
+        raise UserError(f"{root}.yaml: cannot be composed: {_first_cause(error)}") from error
     OmegaConf.set_struct(tree, False)
     taken = tree.pop("hydra").runtime.choices
     # A file may take another one of its group for a part of its own: GROUP@PLACE is no choice of a person.
     return tree, {group: choice for group, choice in taken.items() if choice and not re.search("^hydra/|@", group)}
+
+
+def _first_cause(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {first_line(error)}"
 
 
 def _lay_over(tree: DictConfig, setting: Setting, problems: list[str]) -> None:
@@ -191,6 +199,9 @@ def _lay_over(tree: DictConfig, setting: Setting, problems: list[str]) -> None:
             problems.append(f"~{setting.key}: there is nothing of that name to delete.")
         else:
             del owner[name]
+        return
+    if not re.fullmatch(r"[\w.-]+", setting.key):
+        problems.append(f"{setting.key}: is no key; keys are names joined by dots, as in model.depth.")
         return
     value = _escaped(setting.value) if setting.is_text else setting.value
     try:
@@ -245,14 +256,24 @@ def _names(choice: Any) -> Sequence[Any]:
     return choice if isinstance(choice, (list, ListConfig)) else [choice]
 
 
-def _group_file(group: str, name: str) -> DictConfig:
-    content = OmegaConf.load(config_dir.group_file(group, name))
-    assert isinstance(content, DictConfig), (group, name)
-    return content
+@functools.lru_cache(maxsize=256)
+def _read_group_file(path: Path) -> Mapping[str, Any]:
+    content = read_yaml(path)
+    if not isinstance(content or {}, dict) or any(not isinstance(key, str) for key in content or {}):
+        raise UserError(f"{path}: must be a group of settings, each with its name.")
+    return content or {}
 
 
-def _has(content: DictConfig, key: str) -> bool:
-    return OmegaConf.select(content, key, default=UNKNOWN, throw_on_missing=False) is not UNKNOWN
+def _group_file(group: str, name: str) -> Mapping[str, Any]:
+    return _read_group_file(config_dir.group_file(group, name))
+
+
+def _has(content: Any, key: str) -> bool:
+    for part in key.split("."):
+        if not isinstance(content, Mapping) or part not in content:
+            return False
+        content = content[part]
+    return True
 
 
 def _within(key: str, outer: str) -> bool:

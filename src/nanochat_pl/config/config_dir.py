@@ -26,6 +26,7 @@ from nanochat_pl.common.yaml_files import read_yaml
 EXPERIMENTS = "conf_experiments"
 # Of --config-dir and --config-name: in the environment, so that the processes of a pipeline or a sweep have them too.
 OWN_FOLDER, ROOT_NAME = "NANOCHAT_PL_CONFIG_DIR", "NANOCHAT_PL_CONFIG_NAME"
+LIKE_TRAIN = ("train", "plan", "doctor")  # commands with the settings of a training
 
 
 def config_folder() -> Path:
@@ -51,10 +52,11 @@ def chosen(folder: str | None, root: str | None) -> Iterator[None]:
             path = Path(user_path("--config-dir", folder)).absolute()
             if not path.is_dir():
                 raise UserError(f"--config-dir {folder}: is not a folder.")
+            _entries(path)
             os.environ[OWN_FOLDER] = str(path)
         if root is not None:
             name = root.removesuffix(".yaml")
-            known = sorted({file.stem for each in folders() for file in each.glob("*.yaml")})
+            known = sorted({name for each in folders() for name in _names(each)})
             if name not in known:
                 raise UserError(f"--config-name {root}: there is no such file; {did_you_mean(name, known)}")
             os.environ[ROOT_NAME] = name
@@ -69,16 +71,16 @@ def chosen(folder: str | None, root: str | None) -> Iterator[None]:
 
 def root_file(command: str) -> str:
     """The root file of a command, without ``.yaml``: ``--config-name`` names another one for a training."""
-    return os.environ.get(ROOT_NAME, command) if command == "train" else command
+    return os.environ.get(ROOT_NAME, command) if command in LIKE_TRAIN else command
 
 
 def groups() -> dict[str, list[str]]:
     """The config groups and the choices of each, in sorted order."""
     found: dict[str, set[str]] = {}
     for folder in folders():
-        for group in folder.iterdir():
+        for group in _entries(folder):
             if group.is_dir() and group.name != "experiment":
-                found.setdefault(group.name, set()).update(file.stem for file in group.glob("*.yaml"))
+                found.setdefault(group.name, set()).update(_names(group))
     return {name: sorted(found[name]) for name in sorted(found)}
 
 
@@ -89,7 +91,7 @@ def group_file(group: str, choice: str) -> Path:
 
 def experiments() -> list[str]:
     """Names of the experiments that are found by their names, sorted."""
-    return sorted({file.stem for folder in _experiment_folders() for file in folder.glob("*.yaml")})
+    return sorted({name for folder in _experiment_folders() for name in _names(folder)})
 
 
 def experiment_file(name: str) -> Path:
@@ -136,6 +138,18 @@ def folders() -> list[Path]:
     """The folders of root files and groups: the user's own, if there is one, and then ours."""
     own = os.environ.get(OWN_FOLDER)
     return [*([Path(own)] if own else []), config_folder()]
+
+
+def _names(folder: Path) -> list[str]:
+    """The names of the YAML files in a folder."""
+    return [path.stem for path in _entries(folder) if path.suffix == ".yaml" and path.is_file()]
+
+
+def _entries(folder: Path) -> list[Path]:
+    try:
+        return list(folder.iterdir()) if folder.is_dir() else []
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be read: {error.strerror}.") from error
 
 
 def _experiment_folders() -> list[Path]:

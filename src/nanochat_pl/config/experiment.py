@@ -35,7 +35,9 @@ T = TypeVar("T")
 # What a pipeline is made of: the training stages, and commands that read what these leave.
 MAX_STEPS = 50
 COMMANDS = ("evaluate", "report")
+MAX_FILES = 50
 _SELF = "_self_"
+_OWN_KEYS = ("defaults", "pipeline", "description", "stages", "shared")
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,10 @@ class Experiment:
     def __post_init__(self) -> None:
         if len(self.pipeline) > MAX_STEPS:
             raise UserError(f"pipeline: has {len(self.pipeline):,} steps; at most {MAX_STEPS}.")
+        if twice := sorted({step for step in self.pipeline if self.pipeline.count(step) > 1}):
+            raise UserError(f"pipeline: {', '.join(twice)}: more than once.")
+        if "stage" in self.choices or isinstance(self.settings.get("stage"), str):
+            raise UserError("stage: is named on the command line; what is for one stage stands under stages.")
         names = [name_of_stage(step) for step in self.pipeline]
         known = (*all_stages(), *COMMANDS)
         unknown = [f"pipeline: {step!r} is no step; {did_you_mean(step, known)}" for step in names if step not in known]
@@ -80,16 +86,17 @@ class Experiment:
     def included(self) -> list[str]:
         """Names of the experiments that this one has all of."""
         names = [entry for entry in self.defaults if isinstance(entry, str) and entry != _SELF]
-        return [name.removeprefix("/").removeprefix("experiment/") for name in names]
+        return [name if name.endswith((".yaml", ".yml")) else re.sub("^/?experiment/", "", name) for name in names]
 
 
 def read_experiment(name: str) -> tuple[Experiment, Path]:
     """Read an experiment by its name or path. Raises :class:`UserError` that names the file and the key."""
     path = config_dir.experiment_file(name)
     try:
-        content = read_yaml(path) or {}
+        content = read_yaml(path)
+        content = {} if content is None else content
         if isinstance(content, Mapping):
-            own = {key: value for key, value in content.items() if key in Experiment.__dataclass_fields__}
+            own = {key: content[key] for key in _OWN_KEYS if key in content}
             content = {**own, "settings": {key: value for key, value in content.items() if key not in own}}
         return build(Experiment, content), path
     except UserError as error:
@@ -139,13 +146,33 @@ def compose_step(
     return compose(command, schema, rest, before, experiment=config_dir.experiment_file(name).stem)
 
 
-def _layers(name: str, within: tuple[Path, ...] = ()) -> list[tuple[Experiment, Path]]:
-    """An experiment with those that it has all of, these first."""
-    experiment, path = read_experiment(name)
-    if path in within:
-        raise UserError(f"{path}: has all of itself: {' → '.join(each.stem for each in (*within, path))}.")
-    found = [layer for other in experiment.included for layer in _layers(other, (*within, path))]
-    return [*found, (experiment, path)]
+def _layers(name: str) -> list[tuple[Experiment, Path]]:
+    """An experiment with those that it has all of, these first; each once."""
+    found: dict[Path, Experiment] = {}
+    begun: list[Path] = []
+
+    def read(name: str) -> None:
+        experiment, path = read_experiment(name)
+        if path in found:
+            return
+        if path in begun:
+            way = " → ".join(each.stem for each in (*begun[begun.index(path) :], path))
+            raise UserError(f"{path}: has all of itself: {way}.")
+        if len(begun) >= MAX_FILES:
+            raise UserError(f"{begun[0]}: has all of more than {MAX_FILES} files.")
+        begun.append(path)
+        for other in experiment.included:
+            beside = other.endswith((".yaml", ".yml")) and not Path(other).is_absolute()
+            try:
+                read(str(path.parent / other) if beside else other)
+            except UserError as error:
+                named = [line if ", defaults: " in line else f"{path}, defaults: {line}" for line in error.problems]
+                raise UserError(named, error.fix) from error
+        begun.remove(path)
+        found[path] = experiment
+
+    read(name)
+    return [(experiment, path) for path, experiment in found.items()]
 
 
 def _choice(entry: Any) -> tuple[str, Any] | None:

@@ -24,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.config import config_dir
 from nanochat_pl.config.compose import groups_of
-from nanochat_pl.config.overrides import is_hydras, is_text, split_override, take_key, type_of_key
+from nanochat_pl.config.overrides import is_hydras, is_objects, is_text, split_override, take_key, type_of_key
 from nanochat_pl.config.stage_choice import name_of_stage
 from nanochat_pl.training.stages.registry import all_stages
 
@@ -86,6 +86,18 @@ def parse(arguments: Sequence[str]) -> HydraOptions:
     for name, option in _REFUSED.items():
         if getattr(found, name) is not None:
             raise UserError(f"{option}: has no place here.", "A folder of files of your own: --config-dir DIR.")
+    asked = {
+        "--cfg": found.cfg,
+        "--info": found.info,
+        "--hydra-help": found.hydra_help,
+        "--shell-completion": found.shell_completion,
+        "--multirun": found.multirun,
+    }
+    if len(several := [option for option, value in asked.items() if value]) > 1:
+        raise UserError(f"{' and '.join(several)}: only one of them at a time.")
+    for option in ("resolve", "package"):
+        if getattr(found, option) and not found.cfg:
+            raise UserError(f"--{option}: says how --cfg prints, and there is no --cfg.")
     # What argparse does not know keeps its place for the messages: -x, and values that begin with a dash.
     rest = [text for text in arguments if text in {*found.overrides, *unknown}]
     return HydraOptions(
@@ -108,7 +120,8 @@ def show(command: str, schema: type, options: HydraOptions) -> None:
         if options.shell_completion:
             hydra.shell_completion(root, list(options.overrides))
         elif options.hydra_help:
-            hydra.hydra_help(root, get_args_parser(), argparse.Namespace(overrides=texts, resolve=False))
+            own_keys = [text for text in texts if text not in options.own and is_hydras(text.lstrip("+~"))]
+            hydra.hydra_help(root, get_args_parser(), argparse.Namespace(overrides=own_keys, resolve=False))
         elif options.info:
             before = logging.root.handlers[:], logging.root.level
             try:
@@ -127,17 +140,20 @@ def run(command: str, schema: type, options: HydraOptions, job: Callable[[], int
     """
     root = config_dir.root_file(_ROOTS.get(command, command))
     texts = _for_hydra(options.overrides, schema)
-    code = 0
+    codes: list[int] = []
+    raised: list[BaseException] = []
 
     def task(config: Any) -> None:
-        nonlocal code
-        code = job()
+        try:
+            codes.append(job())
+        except BaseException as error:  # Hydra has words of its own for it
+            raised.append(error)
 
-    with config_dir.hydra(_experiment_path(options.overrides)) as hydra:
-        with _explained():
-            hydra.compose_config(root, texts, RunMode.RUN)
+    with config_dir.hydra(_experiment_path(options.overrides)) as hydra, _explained():
         hydra.run(root, task, texts)
-    return code
+    if raised:
+        raise raised[0]
+    return codes[0]
 
 
 def sweep(
@@ -172,7 +188,11 @@ def sweep(
             every = parser.parse_overrides([*params, *tasks])
             swept += [_key(override) for override in every[: len(params)]]
             jobs = BasicSweeper.split_arguments(every, None)[0] if is_grid else None
-        hydra.multirun(root, plan(jobs, swept), texts)
+        if jobs is not None and not jobs:
+            raise UserError("-m: makes no job at all.", "Look at the values that are swept over.")
+        function = plan(jobs, swept)
+        with _explained():
+            hydra.multirun(root, function, texts)
 
 
 def current_job() -> tuple[int, list[str]]:
@@ -188,7 +208,7 @@ def _require_countable(overrides: Sequence[Override]) -> None:
         if override.is_discrete_sweep():
             count *= sum(1 for _ in itertools.islice(override.sweep_string_iterator(), MAX_JOBS + 1))
         if count > MAX_JOBS:
-            raise UserError(f"-m: {override.input_line}: makes more than {MAX_JOBS:,} jobs.")
+            raise UserError(f"-m: {str(override.input_line).lstrip('+')}: makes more than {MAX_JOBS:,} jobs.")
 
 
 def own_texts(texts: Sequence[str], schema: type, typed: Sequence[str]) -> list[str]:
@@ -202,7 +222,9 @@ def own_texts(texts: Sequence[str], schema: type, typed: Sequence[str]) -> list[
     for text in texts:
         key, raw, problem = split_override(text)
         own = key.split(".", 2)[2] if key.startswith("stages.") and key.count(".") >= 2 else key
-        if key.startswith("~") or problem:
+        if key.startswith("~"):  # Hydra's sweeper puts a null behind it
+            found.append(key)
+        elif problem:
             found.append(text)
         elif key == "experiment":
             found.append(f"experiment={_experiment_path(typed) or raw}")
@@ -222,7 +244,9 @@ def _for_hydra(texts: Sequence[str], schema: type) -> list[str]:
     found = []
     for text in texts:
         key, raw, problem = split_override(text)
-        if problem or is_hydras(key) or key.startswith("~"):
+        if key.startswith("~") and is_objects(type_of_key(schema, key[1:])):
+            found.append(f"{key[1:]}=[]")
+        elif problem or is_hydras(key) or key.startswith("~"):
             found.append(text)
         elif key == "experiment" and raw.endswith((".yaml", ".yml")):
             found.append(f"experiment={config_dir.experiment_file(raw).stem}")
@@ -245,10 +269,25 @@ def _key(override: Override) -> str:
 
 
 class _explained:
-    """What Hydra and OmegaConf refuse, in one line."""
+    """What Hydra and its plugins refuse, in one line; they have many ways to say it."""
 
     def __enter__(self) -> None: ...
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, (HydraException, OmegaConfBaseException, ValueError)):
-            raise UserError(" ".join(line.strip() for line in str(error).strip().splitlines()[:2])) from error
+        if isinstance(error, _THEIRS):
+            said = " ".join(line.strip() for line in str(error).strip().splitlines()[:2]).replace("++", "")
+            fix = "Put quotes around a value with signs of its own: 'KEY=\"VALUE\"'." if "Lexer" in said else ""
+            raise UserError(f"Hydra: {said or type(error).__name__}", fix) from error
+
+
+_THEIRS = (
+    HydraException,
+    OmegaConfBaseException,
+    OSError,
+    ImportError,
+    ValueError,
+    LookupError,
+    ArithmeticError,
+    AssertionError,
+    RuntimeError,
+)

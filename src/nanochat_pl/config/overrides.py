@@ -101,7 +101,7 @@ def split_override(text: str) -> tuple[str, str, str]:
 
 def is_hydras(key: str) -> bool:
     """Whether a key is one of Hydra itself: ``hydra.run.dir``, ``hydra/launcher``."""
-    return re.split(r"[./]", key)[0] == "hydra"
+    return key.startswith(("hydra.", "hydra/"))
 
 
 def problems_of_form(texts: Sequence[str], *schemas: type) -> list[str]:
@@ -113,7 +113,7 @@ def problems_of_form(texts: Sequence[str], *schemas: type) -> list[str]:
         if not problem:
             if any(is_text(type_of_key(schema, key)) for schema in schemas):
                 text_key, first_word = key, ""
-        elif text_key and "=" not in text and not text.startswith("~"):
+        elif text_key and "=" not in text and not text.startswith(("~", "-")):
             first_word = first_word or text
             problems[f'{first_word}: put quotes around text with blanks: {text_key}="…"'] = None
         else:
@@ -155,9 +155,14 @@ def is_text(hint: Any) -> bool:
     return without_none(hint) is str
 
 
+def is_objects(hint: Any) -> bool:
+    """Whether it is a group of objects with names of the user's: loggers, callbacks."""
+    return get_origin(without_none(hint)) is dict
+
+
 def is_group(hint: Any) -> bool:
     """Whether a key of this type has keys of its own."""
-    return dataclasses.is_dataclass(without_none(hint)) or get_origin(without_none(hint)) is dict
+    return dataclasses.is_dataclass(without_none(hint)) or is_objects(hint)
 
 
 def without_none(hint: Any) -> Any:
@@ -170,7 +175,7 @@ def without_none(hint: Any) -> Any:
 
 def _deletion(key: str, schema: type, groups: Mapping[str, list[str]]) -> Setting:
     """``~key``: the default of its class; of a group of objects, as ``~logger``, none of them."""
-    if key in groups and get_origin(type_of_key(schema, key)) is dict:
+    if key in groups and is_objects(type_of_key(schema, key)):
         return Setting(key, [], is_choice=True)
     return Setting(key, DELETED)
 
@@ -195,7 +200,7 @@ def _plain(value: Any) -> Any:
 
 
 def _setting(key: str, value: Any, schema: type, groups: Mapping[str, list[str]], origin: str = "") -> Setting:
-    if key in groups and value is None and get_origin(type_of_key(schema, key)) is dict:
+    if key in groups and value is None and is_objects(type_of_key(schema, key)):
         value = []  # logger=null: none of its files
     return Setting(key, value, is_choice=key in groups and not isinstance(value, Mapping), origin=origin)
 

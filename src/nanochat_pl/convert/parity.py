@@ -14,7 +14,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -63,23 +63,6 @@ _CONVERSATION: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
-class InBfloat16:
-    """How far computing in bfloat16 leads from the bundle in float32: for the reader's information, not a condition.
-
-    Attributes:
-        num_positions: of the first row.
-        theirs: largest absolute difference of two logits, exported model in bfloat16 and bundle in float32.
-        ours: the same of the bundle in bfloat16.
-        agreement: share of the positions at which the exported model in bfloat16 has the most likely token of float32.
-    """
-
-    num_positions: int
-    theirs: float
-    ours: float
-    agreement: float
-
-
-@dataclass(frozen=True)
 class Parity:
     """How equal the exported model is to the bundle, in float32 on a CPU.
 
@@ -88,19 +71,16 @@ class Parity:
         num_positions: B · T.
         max_difference: largest absolute difference of two logits.
         agreement: share of the positions at which the most likely token is the same.
-        max_difference_as_is: the same against the bundle's own rotary tables, where these are rounded to bfloat16 and
-            the other side's cannot be; else None.
         num_texts: texts, a conversation among them, for which both tokenizers gave the same ids; 0 without a tokenizer.
-        bfloat16: metrics of computing in that type; None where they were not measured.
+        remarks: what a reader should know besides; none of it is a condition.
     """
 
     text: str
     num_positions: int
     max_difference: float
     agreement: float
-    max_difference_as_is: float | None = None
     num_texts: int = 0
-    bfloat16: InBfloat16 | None = None
+    remarks: tuple[str, ...] = ()
 
     def metrics(self) -> dict[str, str]:
         found = {
@@ -110,23 +90,6 @@ class Parity:
         if self.num_texts:
             found["texts with the same token ids, a rendered conversation among them"] = f"{self.num_texts:,}"
         return found
-
-    def remarks(self) -> list[str]:
-        remarks = []
-        if (rounded := self.bfloat16) is not None:
-            remarks.append(
-                f"In bfloat16, whose numbers have 8 significant bits, logits of {rounded.num_positions:,} positions"
-                f" differ from those in float32 by up to {rounded.theirs:.2g} ({rounded.ours:.2g} in nanochat-pl's own"
-                f" bfloat16); the most likely token is the same at {rounded.agreement:.1%} of them. This is told, not"
-                " required."
-            )
-        if self.max_difference_as_is is not None:
-            remarks.append(
-                "The model was trained with rotary tables rounded to bfloat16; transformers keeps them in float32. The"
-                " comparison above is made with tables in float32 on both sides. Against the model as it was trained,"
-                f" logits differ by up to {self.max_difference_as_is:.2g}."
-            )
-        return remarks
 
 
 def measure(bundle: Bundle, folder: Path, layout: Layout, unrounded: bool) -> Parity:
@@ -158,9 +121,8 @@ def measure(bundle: Bundle, folder: Path, layout: Layout, unrounded: bool) -> Pa
         ids.numel(),
         float((theirs - ours).abs().max()),
         float((theirs.argmax(-1) == ours.argmax(-1)).double().mean()),
-        None if as_is is None else float((theirs - as_is).abs().max()),
         len(their_ids),
-        None if rounded is None else _in_bfloat16(bundle.net, ids, rounded, ours),
+        tuple(_remarks(bundle.net, ids, theirs, rounded, ours, as_is)),
     )
     if parity.max_difference > MAX_DIFFERENCE or parity.agreement < MIN_AGREEMENT:
         raise UserError(
@@ -193,16 +155,32 @@ def _sample(config: GPTConfig, tokenizer: Tokenizer | None, texts: Sequence[str]
     return torch.randint(config.vocab_size, (rows, length), generator=generator), what
 
 
-def _in_bfloat16(net: GPT, ids: Tensor, theirs: Tensor, exact: Tensor) -> InBfloat16:
-    """Metrics of the exported model's logits (1, T, V) in bfloat16, against those (B, T, V) of float32."""
-    number = theirs.size(1)
-    ours, exact = _logits(_rebuilt(net, net.config, torch.bfloat16), ids[:1, :number]), exact[:1, :number]
-    return InBfloat16(
-        number,
-        float((theirs - exact).abs().max()),
-        float((ours - exact).abs().max()),
-        float((theirs.argmax(-1) == exact.argmax(-1)).double().mean()),
-    )
+def _remarks(
+    net: GPT, ids: Tensor, theirs: Tensor, rounded: Tensor | None, ours: Tensor, as_is: Tensor | None
+) -> Iterator[str]:
+    """How far computing in bfloat16, and rotary tables that cannot be rounded as in the training, lead from the bundle.
+
+    Args:
+        theirs, ours: logits (B, T, V) in float32.
+        rounded: of the exported model in bfloat16, of the first row (1, T, V).
+        as_is: of the bundle with rounded tables, where the other side cannot have these.
+    """
+    if rounded is not None:
+        number = rounded.size(1)
+        mine, exact = _logits(_rebuilt(net, net.config, torch.bfloat16), ids[:1, :number]), ours[:1, :number]
+        agreement = float((rounded.argmax(-1) == exact.argmax(-1)).double().mean())
+        yield (
+            f"In bfloat16, whose numbers have 8 significant bits, logits of {number:,} positions differ from those in"
+            f" float32 by up to {float((rounded - exact).abs().max()):.2g} ({float((mine - exact).abs().max()):.2g} in"
+            f" nanochat-pl's own bfloat16); the most likely token is the same at {agreement:.1%} of them. This is told,"
+            " not required."
+        )
+    if as_is is not None:
+        yield (
+            "The model was trained with rotary tables rounded to bfloat16; transformers keeps them in float32. The"
+            " comparison above is made with tables in float32 on both sides. Against the model as it was trained,"
+            f" logits differ by up to {float((theirs - as_is).abs().max()):.2g}."
+        )
 
 
 def _rebuilt(net: GPT, config: GPTConfig, compute_dtype: torch.dtype) -> GPT:

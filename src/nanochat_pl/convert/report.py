@@ -30,7 +30,6 @@ class TensorRow:
 
     Attributes:
         there: its name in the source; empty where the source lacks it.
-        here: its name in the bundle.
         shape: the same there and here.
         dtype_there: type in the source, such as ``bfloat16``; empty where the source lacks it.
         dtype_here: type in the bundle.
@@ -63,8 +62,6 @@ class ConversionReport:
         layout: whose files they are: ``nanochat`` or ``huggingface``.
         found: the generation of the architecture, and how it was found.
         files: SHA-256 of each file that was read, by its path in the source.
-        facts: the architecture.
-        tensors: the weights.
         remarks: what a person should know, such as a missing tokenizer.
     """
 
@@ -101,9 +98,7 @@ class Imported:
     """A model from elsewhere.
 
     Attributes:
-        config: the architecture, every number resolved.
         weights: by our names, each in the type in which it was stored; all of them, with the shapes of ``config``.
-        tokenizer: None where there was none.
         moments: optimizer moments by name (``MuonAdamW.moments_by_name``), or None.
         stage: the origin, with ``stage.origin`` as the writer of the format wants it.
         report: what was read and what was filled in.

@@ -46,7 +46,6 @@ class RowMetrics:
     """What the plan makes of the training documents of one source.
 
     Attributes:
-        sequence_len: T.
         rows: that the plan trains on.
         epochs: passes over the documents' tokens.
         trained_share: share of the tokens taken that are in a row; documents that wait for their turn count too.
@@ -71,7 +70,6 @@ class StageMetrics:
     """What is known of a stage's data before its text is read.
 
     Attributes:
-        stage: its name.
         data: what is trained on, for people.
         rows: by the name of the source, "" where there is one.
         steps: of the plan, of ``rows_per_step``.

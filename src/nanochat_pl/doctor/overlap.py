@@ -25,7 +25,6 @@ class Overlap:
     """What of one evaluation set stands in the training text.
 
     Attributes:
-        name: of the set.
         items: that were looked at, of ``items_in_all``.
         short: those of fewer words than a gram, of which nothing can be said.
         overlapping: items of which the training text has at least one gram.

@@ -42,7 +42,6 @@ class ExaminedStage:
 
     Attributes:
         metrics: what is known of it before its text is read.
-        train, validation: the documents.
         eval_sets: the tasks that are at hand, by name.
         wanted_copies: that the tasks' ``repeat`` asks for.
         shortfall: what is missing of the files that the plan needs.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from nanochat_pl.doctor.examine import Found, Lengths, SplitMetrics
+from nanochat_pl.doctor.examine import Found, Lengths
 from nanochat_pl.doctor.findings import StageMetrics
 from nanochat_pl.doctor.overlap import GRAM_WORDS, Overlap
 
@@ -49,7 +49,10 @@ def _documents(metrics: StageMetrics, found: Found) -> Table:
     rows.append((f"{noun} that repeat their lines", *(_count(split.repeating) for split in splits)))
     if metrics.validation_rows:
         rows.append(("rows to validate on", "", _count(metrics.validation_rows)))
-    notes = [_sampled(noun, splits)] if any(_is_sample(split) for split in splits) else []
+    notes = []
+    if any(split.sampled < split.distinct for split in splits):
+        read = " and ".join(f"{split.sampled:,} of {split.distinct:,}" for split in splits)
+        notes = [f"A sample: the text of {read} different {noun} was read. max_documents=… reads more."]
     notes += [
         f"{'Longest:' if not number else '        '} {size:,} tokens, {place}: {text}"
         for number, (place, size, text) in enumerate(found.train.longest)
@@ -65,15 +68,6 @@ def _lengths(unit: str, lengths: Sequence[Lengths]) -> list[Cells]:
             *(f"{each.median:,.0f} / {each.mean:,.0f} / {each.p95:,.0f} / {each.longest:,}" for each in lengths),
         ),
     ]
-
-
-def _is_sample(split: SplitMetrics) -> bool:
-    return split.sampled < split.distinct
-
-
-def _sampled(noun: str, splits: Sequence[SplitMetrics]) -> str:
-    of = " and ".join(f"{split.sampled:,} of {split.distinct:,}" for split in splits)
-    return f"A sample: the text of {of} different {noun} was read. max_documents=… reads more."
 
 
 def _rows(metrics: StageMetrics) -> Table:

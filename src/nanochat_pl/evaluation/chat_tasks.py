@@ -19,8 +19,8 @@ from nanochat_pl.distributed import collectives
 from nanochat_pl.distributed.coordination import raise_on_all_ranks
 from nanochat_pl.engine import Engine, readable
 from nanochat_pl.evaluation.answer_letters import letter_ids, letter_probabilities
-from nanochat_pl.evaluation.pass_at_k import pass_at_k_rows
 from nanochat_pl.evaluation.results import TaskResult, make_result
+from nanochat_pl.evaluation.statistics import pass_at_k_rows
 from nanochat_pl.evaluation.truncation import max_tokens_read, shortened
 from nanochat_pl.tasks import Task
 from nanochat_pl.tasks.base import Content, Conversation
@@ -31,15 +31,7 @@ Report = Callable[[int, int], None]  # (done, all)
 
 @dataclass(frozen=True)
 class _Writing:
-    """How answers are written.
-
-    Attributes:
-        max_tokens: most new tokens of an answer.
-        num_samples: answers to each problem.
-        temperature: 0 is greedy.
-        top_k: draw from the k most likely tokens only; None: from all.
-        seed: of the draws.
-    """
+    """How answers are written."""
 
     max_tokens: int = 256
     num_samples: int = 1
@@ -62,10 +54,8 @@ class _Answered:
     """What a process found for one problem, as plain data.
 
     Attributes:
-        index: of the problem in its task.
         item: hash of the problem.
         correct: of each answer.
-        row: for people.
         cut: whether the beginning of the prompt was left out.
         unfinished: answers that came to no end.
     """

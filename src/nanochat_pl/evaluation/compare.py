@@ -24,7 +24,6 @@ class Other:
     """What is compared with.
 
     Attributes:
-        name: for people, as it was typed.
         bundle: the model's folder; None: there are results only.
         results: the folder in which results of it are, or may be.
     """

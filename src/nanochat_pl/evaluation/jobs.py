@@ -36,7 +36,6 @@ class Measured:
     """What a job gave.
 
     Attributes:
-        results: of tasks.
         plain: of what is no task: metrics by name (bpb), rows for people (samples).
     """
 
@@ -61,10 +60,8 @@ class Job:
     """One task of a suite, opened: its data is there.
 
     Attributes:
-        suite, name: what it is.
         problems: what its problems are a function of, as plain data: two models can be compared where it is the same.
         asked: further settings with a say in the metrics.
-        measure: measures a model.
         together: whether all processes take part; else the main one measures alone.
     """
 
@@ -264,14 +261,11 @@ def _of_other_n(folder: Path, model: Mapping[str, Any], job: Job) -> Record | No
     said = [f"{key}={before[key]}" for key in differing_settings(before, now.settings) if key in before]
     if not said:
         return record
-    remark = f"measured with {', '.join(said)}"
-    results = [_with_remark(each, remark) for each in record.measured.results]
+    results = []
+    for each in record.measured.results:
+        remark = "; ".join(filter(None, (each.remark, f"measured with {', '.join(said)}")))
+        results.append(replace(each, details={**each.details, "remark": remark}))
     return replace(record, measured=replace(record.measured, results=results))
-
-
-def _with_remark(result: TaskResult, remark: str) -> TaskResult:
-    whole = f"{result.remark}; {remark}" if result.remark else remark
-    return replace(result, details={**result.details, "remark": whole})
 
 
 def _read_undamaged(folder: Path, job: Job, n: int | None = None) -> Record | None:

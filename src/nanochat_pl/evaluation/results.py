@@ -32,12 +32,9 @@ class TaskResult:
     """How a model did on one task. Made by :func:`make_result`.
 
     Attributes:
-        name: the task's.
-        n: problems asked.
         accuracy: mean of the outcomes, 0 … 1.
         stderr: standard error of the accuracy, with one right and one wrong answer added: all right of a few problems
             is no certainty.
-        baseline: accuracy of guessing.
         centered: ``(accuracy - baseline) / (1 - baseline)``: 0 is guessing, 1 all right.
         items: which problems: distinct names, the same for every model. Not in a row of results.json.
         outcomes: how each came out: 0 or 1, or the share of right answers among several. Not in such a row.

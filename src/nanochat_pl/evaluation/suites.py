@@ -46,8 +46,6 @@ class SuiteResult:
     """What a suite gave.
 
     Attributes:
-        name: the suite's.
-        tasks: what its tasks gave.
         summary: their mean, where it means something.
         fewer: what tasks gave of fewer problems (``limit``) than ``tasks`` is of.
         against: the model that it was compared with.

@@ -2,8 +2,7 @@
 
 from nanochat_pl.planning.batch_size import RowOptions
 from nanochat_pl.planning.horizon import HorizonSettings, check_horizon, estimate_cpu_seconds
-from nanochat_pl.planning.plan import Derived, Inherited, Plan
-from nanochat_pl.planning.render import PlanRow, plan_rows, plan_sections, width_remark
+from nanochat_pl.planning.plan import Derived, Inherited, Plan, PlanRow, plan_rows, plan_sections, width_remark
 from nanochat_pl.planning.scaling import hyperparameters, make_finetune_plan, make_plan
 
 __all__ = [

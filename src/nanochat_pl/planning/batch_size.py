@@ -23,8 +23,6 @@ class RowOptions:
     """What the plan of the rows depends on besides the model.
 
     Attributes:
-        device: that trains.
-        knobs: what trades time for memory.
         num_devices: data parallel: each takes its share of the rows of a step.
         device_batch_size, validation_rows: the user's, or null for the plan's.
         validation_tokens: the user's, in place of ``validation_rows``.

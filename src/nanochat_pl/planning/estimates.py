@@ -37,7 +37,6 @@ class TextFacts:
     """What is known of the text that is trained on; null where it is not.
 
     Attributes:
-        name: of the source.
         bytes_per_token: assumed of the tokenizer.
         shard_bytes: of text in one shard.
         num_shards: training shards that there are.
@@ -145,10 +144,9 @@ def add_time(
     device, num_devices = options.device, options.num_devices
     plan.section = "Time and cost"
     if device.type == "cpu":
-        per_core = ASSUMED_FLOPS_PER_CORE
         plan.derive("num_cores", num_cores, "of this machine")
         seconds: float | None = estimate_cpu_seconds(plan["total_flops"], num_cores)
-        formula = f"total_flops / (num_cores * {per_core:g} FLOP/s)"
+        formula = f"total_flops / (num_cores * {ASSUMED_FLOPS_PER_CORE:g} FLOP/s)"
         inputs: tuple[str, ...] = ("total_flops", "num_cores")
     else:
         peak = device.peaks.get(config.compute_dtype)
@@ -169,13 +167,10 @@ def add_time(
         plan.derive("cost", cost, formula, ("training_seconds", "price_per_hour"))
     if device.bandwidth is not None:
         parameters = count_parameters(config)
-        read = weight_bytes(config) - _embedding_bytes(config, parameters) + plan["chat_cache_bytes"]
+        embeddings = DTYPE_BYTES[config.embedding_dtype] * (parameters["wte"] + parameters["value_embeds"])
+        read = weight_bytes(config) - embeddings + plan["chat_cache_bytes"]
         formula = "at most, one chat: bandwidth / bytes of all linears and of a full cache, read once a token"
         plan.derive("chat_tokens_per_second", device.bandwidth / read, formula)
-
-
-def _embedding_bytes(config: GPTConfig, parameters: dict[str, int]) -> int:
-    return DTYPE_BYTES[config.embedding_dtype] * (parameters["wte"] + parameters["value_embeds"])
 
 
 def add_text(plan: Plan, text: TextFacts) -> None:

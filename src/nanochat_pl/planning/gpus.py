@@ -72,11 +72,9 @@ class Device:
     """What the plan needs to know of a device; None where it is not known.
 
     Attributes:
-        name: for people.
         memory_bytes: what there is, not what is free.
         peaks: FLOP/s of dense matrix products by compute type.
         bandwidth: bytes per second between memory and processor.
-        bfloat16: whether it multiplies matrices in bfloat16.
     """
 
     name: str

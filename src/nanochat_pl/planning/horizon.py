@@ -55,9 +55,9 @@ class HorizonSettings:
     )
 
 
-def estimate_cpu_seconds(total_flops: float, num_cores: int, flops_per_core: float = ASSUMED_FLOPS_PER_CORE) -> float:
-    """Seconds that this many training FLOPs take on a CPU at an assumed rate per core (or a measured one)."""
-    return total_flops / (num_cores * flops_per_core)
+def estimate_cpu_seconds(total_flops: float, num_cores: int) -> float:
+    """Seconds that this many training FLOPs take on a CPU at an assumed rate per core."""
+    return total_flops / (num_cores * ASSUMED_FLOPS_PER_CORE)
 
 
 # What a CPU trains in minutes: said where a plan of hours is refused.

@@ -63,9 +63,7 @@ class StepMemory:
     """Bytes of one training step on one device.
 
     Attributes:
-        weights: the parameters.
         rotary: both tables.
-        gradients: of all parameters.
         optimizer_state: moments.
         activations: what autograd keeps from forward to backward.
         logits: of one piece of the loss, with what is made of them.

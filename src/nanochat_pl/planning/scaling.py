@@ -59,7 +59,7 @@ def make_plan(
     plan, options = Plan(), options or RowOptions()
     _plan_model(plan, config, model)
     plan.section = HORIZON
-    _plan_horizon(plan, config, reference, horizon, tokens_at_hand)
+    _plan_horizon(plan, reference, horizon, tokens_at_hand)
     _plan_length(plan, horizon)
     plan_rows_in_memory(plan, config, options)
     plan.section = OPTIMIZER
@@ -175,9 +175,7 @@ def _plan_model(plan: Plan, config: GPTConfig, settings: ModelSettings | None = 
     )
 
 
-def _plan_horizon(
-    plan: Plan, config: GPTConfig, reference: GPTConfig, horizon: HorizonSettings, tokens_at_hand: int | None
-) -> None:
+def _plan_horizon(plan: Plan, reference: GPTConfig, horizon: HorizonSettings, tokens_at_hand: int | None) -> None:
     counted: tuple[str, ...] = ("parameters_transformer_matrices", "parameters_lm_head")
     if horizon.counted_parameters == "all":
         counted = ("parameters_total",)

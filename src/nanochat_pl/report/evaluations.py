@@ -73,8 +73,6 @@ class EvaluationRecord:
     """What one evaluated bundle was found to be.
 
     Attributes:
-        stage: the bundle's.
-        suites: what results.json says.
         answers: to some tasks, by their names.
         chats: conversations of messages, each with a role and a content.
     """

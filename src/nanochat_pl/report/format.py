@@ -47,16 +47,11 @@ def show(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:,.0f}" if value.is_integer() and abs(value) < 1e15 else f"{value:.4g}"
     if isinstance(value, Mapping):
-        return ", ".join(
-            f"{clean(str(key))} {_nested(item)}" for key, item in value.items() if item not in ("", {}, [])
-        )
+        kept = {clean(str(key)): item for key, item in value.items() if item not in ("", {}, [])}
+        return ", ".join(f"{k} ({show(v)})" if isinstance(v, Mapping) else f"{k} {show(v)}" for k, v in kept.items())
     if isinstance(value, (list, tuple)):
         return ("; " if any(isinstance(item, Mapping) for item in value) else ", ").join(show(item) for item in value)
     return clean(str(value))
-
-
-def _nested(value: Any) -> str:
-    return f"({show(value)})" if isinstance(value, Mapping) else show(value)
 
 
 def compact(value: float) -> str:

@@ -1,4 +1,4 @@
-"""The curves of a stage as small multiples, one SVG each: beside the Markdown, and within the page in its colours.
+"""The curves of a stage as small multiples, and the tasks of a suite as bars: SVG beside the Markdown and in the page.
 
 Each panel answers one question, has one unit, and names its lines at their ends instead of in a legend.
 """
@@ -8,32 +8,48 @@ from __future__ import annotations
 import html
 import io
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from nanochat_pl.evaluation.results import TaskResult
+from nanochat_pl.evaluation.suites import SuiteResult
 from nanochat_pl.report.read import Series, StageRecord
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 MAX_POINTS = 400
 PANEL_INCHES = (4.1, 2.8)
+BARS_INCHES, ROW_INCHES, EDGE_INCHES = 7.4, 0.27, 0.85
+MAX_BARS, MAX_NAME = 100, 40
 
-
-@dataclass(frozen=True)
-class Palette:
-    """Colours by their part in a plot."""
-
-    paper: str
-    ink: str
-    muted: str
-    grid: str
-    first: str
-    second: str
-    faint: str
-
-
-PRINT = Palette("#ffffff", "#1f2328", "#6b7280", "#e5e7eb", "#2558b8", "#c2410c", "#b9cbed")
+_TICKS = {"labelsize": 9.5, "labelcolor": "#6b7280", "color": "#6b7280", "major.size": 0, "major.pad": 4}
+PAPER = "#ffffff"
+# Colours by their part in a plot; within the page they are the page's own of these names.
+COLORS = {
+    "ink": "#1f2328",
+    "muted": "#6b7280",
+    "grid": "#e5e7eb",
+    "first": "#2558b8",
+    "second": "#c2410c",
+    "faint": "#b9cbed",
+}
+STYLE = {
+    "svg.fonttype": "none",
+    "axes.unicode_minus": False,
+    "axes.axisbelow": True,
+    "axes.facecolor": "none",
+    "axes.edgecolor": COLORS["muted"],
+    "axes.linewidth": 0.8,
+    **{f"axes.spines.{side}": False for side in ("left", "right", "top")},
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "grid.color": COLORS["grid"],
+    "text.color": COLORS["ink"],
+    **{f"{axis}tick.{key}": value for axis in "xy" for key, value in _TICKS.items()},
+}
 
 
 @dataclass(frozen=True)
@@ -137,13 +153,7 @@ def _measured(panel: Panel, last_step: int) -> Panel:
 
 def svg(panel: Panel) -> str:
     """The panel as an SVG file on white."""
-    figure = new_figure(PANEL_INCHES, PRINT.paper)
-    axes = figure.add_axes((0.1, 0.11, 0.69, 0.7))
-    _draw(axes, panel, PRINT)
-    raised = 20 if panel.tokens else 8
-    axes.set_title(panel.title, loc="left", size=10.5, weight="bold", color=PRINT.ink, pad=raised)
-    axes.set_title(panel.unit, loc="right", size=9, color=PRINT.muted, pad=raised)
-    return drawing_bytes(figure, "svg", panel.key).decode("utf-8")
+    return draw_svg(PANEL_INCHES, panel.key, lambda figure: _draw(figure.add_axes((0.1, 0.11, 0.69, 0.7)), panel))
 
 
 def within_page(drawing: str, prefix: str, description: str) -> str:
@@ -155,10 +165,10 @@ def within_page(drawing: str, prefix: str, description: str) -> str:
     """
     text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", drawing[drawing.index("<svg") :], flags=re.S)
     text = re.sub(r'(\bid="|xlink:href="#|url\(#)', rf"\g<1>{prefix}-", text)
-    text = text.replace("xlink:href", "href").replace(PRINT.paper, "none")
+    text = text.replace("xlink:href", "href").replace(PAPER, "none")
     text = re.sub(r"'DejaVu Sans'[^;\"]*", "var(--sans)", text)
-    for name in ("ink", "muted", "grid", "first", "second", "faint"):
-        text = text.replace(getattr(PRINT, name), f"var(--{name})")
+    for name, color in COLORS.items():
+        text = text.replace(color, f"var(--{name})")
 
     def opening(found: re.Match[str]) -> str:
         return f'<svg viewBox="{found[1]}" role="img" aria-label="{html.escape(description)}">'
@@ -166,28 +176,25 @@ def within_page(drawing: str, prefix: str, description: str) -> str:
     return re.sub(r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', opening, text, count=1)
 
 
-def new_figure(inches: tuple[float, float], paper: str = "none") -> Any:
+def draw_svg(inches: tuple[float, float], salt: str, draw: Callable[[Figure], None]) -> str:
+    """What ``draw`` puts into a figure, in the style of the report, as SVG: the same for the same figures."""
+    import matplotlib
     from matplotlib.figure import Figure
 
-    return Figure(figsize=inches, facecolor=paper, dpi=144)
-
-
-def drawing_bytes(figure: Any, kind: str, salt: str) -> bytes:
-    """The drawing's bytes: the same for the same figures, without a date in them."""
-    import matplotlib
-
-    buffer = io.BytesIO()
-    metadata = {"Date": None} if kind == "svg" else {"Software": None}
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": salt, "axes.unicode_minus": False}):
-        figure.savefig(buffer, format=kind, metadata=metadata)
+    style: Any = {**STYLE, "svg.hashsalt": salt}
+    buffer = io.StringIO()
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=inches, facecolor=PAPER, dpi=144)
+        draw(figure)
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
     return buffer.getvalue()
 
 
-def _draw(axes: Axes, panel: Panel, palette: Palette) -> None:
+def _draw(axes: Axes, panel: Panel) -> None:
     ends = []
     for line in panel.lines:
         series = _thinned(line.series)
-        color = getattr(palette, line.color)
+        color = COLORS[line.color]
         if line.kind == "faint":
             axes.plot(series.steps, series.values, color=color, linewidth=0.9, zorder=2)
             continue
@@ -207,10 +214,13 @@ def _draw(axes: Axes, panel: Panel, palette: Palette) -> None:
             axes.vlines(steps, low, high, color=color, linewidth=1, zorder=3, clip_on=False)
         ends.append((series.steps[-1], line.series.values[-1], line.label, color))
     _set_limits(axes, panel)
-    draw_frame(axes, palette)
+    _set_ticks(axes)
     if panel.tokens:
-        _draw_token_axis(axes, panel.tokens, palette)
+        _draw_token_axis(axes, panel.tokens)
     _label_ends(axes, ends)
+    raised = 20 if panel.tokens else 8
+    axes.set_title(panel.title, loc="left", size=10.5, weight="bold", pad=raised)
+    axes.set_title(panel.unit, loc="right", size=9, color=COLORS["muted"], pad=raised)
 
 
 def _thinned(series: Series) -> Series:
@@ -232,35 +242,23 @@ def _spans(line: Line) -> list[tuple[int, float, float]]:
     return [(step, value - error_at[step], value + error_at[step]) for step, value in values if step in error_at]
 
 
-def _reach(line: Line) -> list[float]:
-    """All values that a line shows, the ends of its errors among them."""
-    return [*line.series.values, *(end for _, low, high in _spans(line) for end in (low, high))]
-
-
 def _set_limits(axes: Axes, panel: Panel) -> None:
     axes.set_xlim(0, max(1, panel.last_step))
-    values = [value for line in panel.lines for value in _reach(line)]
+    values = [value for line in panel.lines for value in line.series.values]
+    values += [end for line in panel.lines for _, *ends in _spans(line) for end in ends]
     low, high = (0.0 if panel.from_zero else min(values)), max(values)
     room = 0.08 * (high - low) or 0.08 * abs(high) or 1.0
     axes.set_ylim(low - (0 if panel.from_zero else room), high + room)
 
 
-def draw_frame(axes: Axes, palette: Palette) -> None:
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
+def _set_ticks(axes: Axes) -> None:
+    from matplotlib.ticker import MaxNLocator
 
-    axes.set_facecolor("none")
-    axes.grid(axis="y", color=palette.grid, linewidth=0.8)
-    axes.set_axisbelow(True)
-    for side in ("left", "right", "top"):
-        axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set_color(palette.muted)
-    axes.spines["bottom"].set_linewidth(0.8)
-    axes.tick_params(axis="both", labelsize=9.5, labelcolor=palette.muted, color=palette.muted, length=0, pad=4)
     axes.tick_params(axis="x", length=3)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(4))
-    axes.xaxis.set_major_formatter(FuncFormatter(short_number))
-    axes.yaxis.set_major_formatter(FuncFormatter(short_number))
+    axes.xaxis.set_major_formatter(short_number)
+    axes.yaxis.set_major_formatter(short_number)
 
 
 def short_number(value: float, _position: object = None) -> str:
@@ -270,7 +268,7 @@ def short_number(value: float, _position: object = None) -> str:
     return f"{value:.3g}"
 
 
-def _draw_token_axis(axes: Axes, tokens: Series, palette: Palette) -> None:
+def _draw_token_axis(axes: Axes, tokens: Series) -> None:
     """Ticks at round numbers of tokens, where the stage had trained on so many."""
     import numpy as np
     from matplotlib.ticker import MaxNLocator
@@ -283,9 +281,8 @@ def _draw_token_axis(axes: Axes, tokens: Series, palette: Palette) -> None:
         np.interp(ticks, tokens.values, tokens.steps),
         [f"{short_number(value)}{' tokens' if value == ticks[-1] else ''}" for value in ticks],
     )
-    top.set_facecolor("none")
     top.spines["top"].set_visible(False)
-    top.tick_params(labelsize=9, labelcolor=palette.muted, color=palette.grid, length=3, pad=3)
+    top.tick_params(labelsize=9, color=COLORS["grid"], length=3, pad=3)
 
 
 def _label_ends(axes: Axes, ends: list[tuple[int, float, str, str]]) -> None:
@@ -312,3 +309,47 @@ def _label_ends(axes: Axes, ends: list[tuple[int, float, str, str]]) -> None:
             linespacing=1.15,
             annotation_clip=False,
         )
+
+
+def bars_svg(stage: str, suite: SuiteResult) -> str:
+    """A bar for each task, the best first, and the mean, where there is one, with its interval as a line across."""
+    summary = suite.summary
+    shown = sorted(suite.tasks, key=lambda task: (-task.centered, task.name))[:MAX_BARS]
+    rows, values = range(len(shown)), [task.centered for task in shown]
+    ends = [(task.centered - _error(task), task.centered + _error(task)) for task in shown]
+    height = ROW_INCHES * len(shown) + EDGE_INCHES
+
+    def draw(figure: Figure) -> None:
+        axes = figure.add_axes((0.29, 0.36 / height, 0.62, (height - EDGE_INCHES) / height))
+        axes.barh(rows, values, height=0.66, color=COLORS["faint"], zorder=2)
+        axes.hlines(rows, *zip(*ends, strict=True), color=COLORS["first"], linewidth=1.6, zorder=3)
+        if summary:
+            axes.axvspan(summary.low, summary.high, color=COLORS["second"], alpha=0.14, linewidth=0, zorder=1)
+            axes.axvline(summary.value, color=COLORS["second"], linewidth=1.2, zorder=4)
+        axes.axvline(0, color=COLORS["muted"], linewidth=0.9, zorder=1)
+        for row, value in enumerate(values):
+            axes.text(1.015, row, f"{value:.3f}", transform=axes.get_yaxis_transform(), size=9, va="center")
+        axes.set_yticks(list(rows), [_drawable(task.name) for task in shown])
+        axes.set_ylim(len(shown) - 0.4, -0.6)
+        axes.set_xlim(min(-0.02, summary.low if summary else 0.0, *(low for low, _ in ends)), 1.0)
+        axes.grid(visible=False)
+        axes.grid(axis="x")
+        axes.spines["bottom"].set_visible(False)
+        axes.tick_params(axis="y", labelcolor=COLORS["ink"])
+        title = _drawable(f"{stage}: {summary.name if summary else suite.name}")
+        heading = f"{title}   {summary.value:.4f} ± {summary.stderr:.4f}" if summary else title
+        figure.text(0.01, 1 - 0.2 / height, heading, size=12, weight="bold", va="center")
+
+    return draw_svg((BARS_INCHES, height), suite.name, draw)
+
+
+def _error(task: TaskResult) -> float:
+    """Standard error of the centered accuracy."""
+    return task.stderr / (1 - task.baseline)
+
+
+def _drawable(name: str) -> str:
+    """A name as the font of the drawing has it; nothing in it is a formula."""
+    plain = " ".join(name.split()).encode("ascii", "replace").decode()
+    plain = "".join(sign if sign.isprintable() else "?" for sign in plain)
+    return (plain if len(plain) <= MAX_NAME else f"{plain[: MAX_NAME - 3]}...").replace("$", r"\$")

@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.run_dir import STAGES, Status, stage_order, stages_in
-from nanochat_pl.common.schema import build_known
+from nanochat_pl.common.schema import build_known, is_finite_number
 from nanochat_pl.evaluation.suites import Sample
+from nanochat_pl.planning import Derived, Plan
 from nanochat_pl.report.evaluations import EvaluationRecord, read_evaluation
 from nanochat_pl.report.files import finite_numbers, json_lines, lines, number, optional_object
-from nanochat_pl.report.format import show
 
 # The stages that a whole chain has; a report says so where one of them was not trained.
 EXPECTED_STAGES = ("tokenizer", "base", "sft")
@@ -41,23 +41,6 @@ class Series:
 
 
 @dataclass(frozen=True)
-class PlanValue:
-    """One value of the plan with its reason."""
-
-    name: str
-    value: Any
-    formula: str = ""
-    inputs: str = ""
-    overridden_by: str = ""
-
-    @property
-    def source(self) -> str:
-        """Where the value comes from, where it is not from the formula."""
-        inherited = not self.overridden_by or self.overridden_by.startswith("inherited")
-        return self.overridden_by if inherited else f"set by {self.overridden_by}"
-
-
-@dataclass(frozen=True)
 class StageRecord:
     """All that a stage's folder says; nothing but the name where the status is ``absent``.
 
@@ -70,7 +53,7 @@ class StageRecord:
     step: int | None = None
     seconds: float | None = None
     metrics: dict[str, float] = field(default_factory=dict)
-    plan: list[PlanValue] = field(default_factory=list)
+    plan: dict[str, Derived] = field(default_factory=dict)
     about: dict[str, Any] = field(default_factory=dict)
     series: dict[str, Series] = field(default_factory=dict)
     samples: list[Sample] = field(default_factory=list)
@@ -78,17 +61,15 @@ class StageRecord:
     def column(self, name: str) -> Series:
         return self.series.get(name, Series())
 
-    @property
-    def num_validation_rows(self) -> int | None:
-        """How many rows the training's validation was planned to read; the text may have fewer."""
-        rows = [item.value for item in self.plan if item.name == "validation_rows"]
-        return rows[0] if rows and isinstance(rows[0], int) else None
+    def planned(self, name: str) -> float | None:
+        """A number of the plan, as ``validation_rows``: how many were to be read; the text may have fewer."""
+        return self.plan[name].value if name in self.plan and is_finite_number(self.plan[name].value) else None
 
     @property
     def planned_memory_gib(self) -> float | None:
         """What the plan said that a step takes of the device's memory, in GiB."""
-        peaks = [item.value for item in self.plan if item.name == "step_peak_bytes"]
-        return peaks[0] / 2**30 if peaks and isinstance(peaks[0], (int, float)) else None
+        peak = self.planned("step_peak_bytes")
+        return None if peak is None else peak / 2**30
 
     def metric(self, name: str) -> float | None:
         """The last value of a column, else what finished.json says."""
@@ -141,10 +122,10 @@ def _read_stage(folder: Path) -> StageRecord:
         step=number(finished, "step", folder / "finished.json", whole=True) if "step" in finished else last_step,
         seconds=number(finished, "seconds", folder / "finished.json"),
         metrics=numbers,
-        plan=list(_plan_values(optional_object(folder / "plan.json"))),
+        plan=Plan.from_plain(optional_object(folder / "plan.json"), str(folder / "plan.json")).values,
         about=_about(folder, metrics),
         series=series,
-        samples=_read_samples(folder / "samples.jsonl"),
+        samples=[build_known(Sample, row, where) for where, row in json_lines(folder / "samples.jsonl")],
     )
 
 
@@ -201,23 +182,3 @@ def _series(cells: dict[int, float]) -> Series:
         values=tuple(value for _, value in finite),
         num_not_finite=len(cells) - len(finite),
     )
-
-
-def _plan_values(node: Any, prefix: str = "") -> Iterator[PlanValue]:
-    """Every value of a plan, also of nested groups: a leaf is a scalar, or a mapping with ``value`` in it."""
-    if isinstance(node, Mapping) and "value" in node:
-        inputs = node.get("inputs") or {}
-        shown = (
-            ", ".join(f"{k} = {show(v)}" for k, v in inputs.items()) if isinstance(inputs, Mapping) else show(inputs)
-        )
-        formula, overridden = str(node.get("formula") or ""), str(node.get("overridden_by") or "")
-        yield PlanValue(prefix, node["value"], formula, shown, overridden)
-    elif isinstance(node, Mapping):
-        for key, item in node.items():
-            yield from _plan_values(item, f"{prefix}.{key}" if prefix else str(key))
-    else:
-        yield PlanValue(prefix, node)
-
-
-def _read_samples(path: Path) -> list[Sample]:
-    return [build_known(Sample, row, where) for where, row in json_lines(path)]

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from nanochat_pl.common.files import ensure_folder, write_json, write_text
 from nanochat_pl.common.schema import to_plain
-from nanochat_pl.evaluation.results import Summary
+from nanochat_pl.evaluation.results import Summary, TaskResult
 from nanochat_pl.report import plots
-from nanochat_pl.report.bars import bars_svg
-from nanochat_pl.report.evaluations import Answer, EvaluationRecord, conditions_of
+from nanochat_pl.report.evaluations import Answer, EvaluationRecord, PassAtK, conditions_of
 from nanochat_pl.report.format import (
     clean,
     compact,
@@ -21,14 +20,15 @@ from nanochat_pl.report.format import (
     percent,
     show,
 )
-from nanochat_pl.report.notes import bits_note, metric_rows, pass_at_k, sampling_note
 from nanochat_pl.report.page import page
+from nanochat_pl.report.plots import bars_svg
 from nanochat_pl.report.read import RunRecord, StageRecord, read_run
 
 SUMMARY_COLUMNS = ("stage", "metric", "value", "standard error", "n", "baseline")
 MAX_SAMPLES = 8
 MAX_CHATS = 6
 ANSWERS_PER_TASK = 3
+_ERROR = "_stderr"
 
 
 def write_report(run_dir: Path) -> Path:
@@ -169,7 +169,7 @@ def _tiles(run: RunRecord) -> Iterator[tuple[str, str, str]]:
 def _subtitle(run: RunRecord) -> str:
     """What, when and where in one line."""
     stages = [stage for stage in reversed(run.stages) if stage.status != "absent"]
-    plan = {item.name: item.value for stage in stages for item in stage.plan}
+    plan = {name: item.value for stage in stages for name, item in stage.plan.items()}
     about = {key: value for stage in stages for key, value in stage.about.items()}
     parts = []
     if "depth" in plan:
@@ -231,6 +231,55 @@ def _chosen(answers: list[Answer]) -> list[Answer]:
     return first
 
 
+def pass_at_k(tasks: Sequence[TaskResult]) -> tuple[list[int], list[tuple[str, list[PassAtK | None]]]]:
+    """The columns k of a table, powers of two and the most, and a row for each task that was answered several times."""
+    several = {task.name: {each.k: each for each in conditions_of(task).pass_at_k} for task in tasks}
+    several = {name: found for name, found in several.items() if len(found) > 1}
+    ks = sorted({k for found in several.values() for k in found if k & (k - 1) == 0 or k == max(found)})
+    return ks, [(name, [found.get(k) for k in ks]) for name, found in several.items()]
+
+
+def sampling_note(tasks: Sequence[TaskResult]) -> str:
+    """What the accuracy is where answers were drawn; empty where they were not."""
+    conditions = [conditions_of(task) for task in tasks]
+    if any((each.num_samples or 1) > 1 for each in conditions):
+        return (
+            "Where a problem was answered several times, its answers were drawn, and the accuracy is the mean over"
+            " all of them. pass@k: the share of problems of which at least one of k answers is right."
+        )
+    return "Answers were drawn, one to each problem." if any(each.temperature for each in conditions) else ""
+
+
+def metric_rows(evaluation: EvaluationRecord) -> Iterator[tuple[str, str, str]]:
+    """The metrics that belong to no task: suite, name, value with its standard error."""
+    for suite in evaluation.suites.values():
+        for name, value in suite.metrics.items():
+            if name.endswith(_ERROR) and name.removesuffix(_ERROR) in suite.metrics:
+                continue
+            error = suite.metrics.get(name + _ERROR)
+            label = f"{suite.name} less that of {suite.against}" if name == "difference" and suite.against else name
+            yield suite.name, label, show(value) + ("" if error is None else f" ± {show(error)}")
+
+
+def bits_note(evaluation: EvaluationRecord, stage: StageRecord | None) -> str:
+    """On what the bits per byte of an evaluation were measured, and on what those of its stage; empty without them."""
+    suite = evaluation.suites.get("bpb")
+    if suite is None or "bpb" not in suite.metrics:
+        return ""
+    rows = suite.metrics.get("num_rows")
+    note = f"Bits per byte, of which fewer are better, on {f'{show(rows)} rows of ' if rows else ''}held-out text."
+    if stage is None or stage.metric("val/bpb") is None:
+        return note
+    count = stage.planned("validation_rows")
+    data = stage.about.get("data")
+    what = "conversations" if isinstance(data, dict) and "held_out_conversations" in data else "text"
+    size = "" if count is None else f"at most {show(count)} rows of "
+    return (
+        f"{note} The metric of stage {stage.name} is another one: the last validation of its training, on"
+        f" {size}held-out {what}."
+    )
+
+
 def _metrics(run: RunRecord) -> dict[str, Any]:
     """Every metric of the report, in full, for programs."""
     return {
@@ -258,10 +307,12 @@ def _markdown(shown: dict[str, Any]) -> str:
         percent=percent,
         duration=duration,
         metric=_metric,
-        signed=_signed,
+        signed=lambda share: f"{100 * share:+.1f} %",  # a difference of shares in percent
         how=lambda task: str(conditions_of(task)),
         pass_at_k=pass_at_k,
         sampling_note=sampling_note,
+        inputs=lambda given: ", ".join(f"{name} = {show(value)}" for name, value in given.items()),
+        set_by=lambda by: by if by.startswith("inherited") else f"set by {by}",
     )
     return environment.get_template("report.md.jinja").render(shown)
 
@@ -270,7 +321,3 @@ def _metric(summary: Summary) -> str:
     """A summary as people read it: with its error, interval and n."""
     interval = f"95%: {summary.low:.4f} … {summary.high:.4f}"
     return f"{summary.value:.4f} ± {summary.stderr:.4f} ({interval}), {summary.num_tasks} tasks, n {summary.n:,}"
-
-
-def _signed(share: float) -> str:
-    return f"{100 * share:+.1f} %"

@@ -79,11 +79,6 @@ def to_keys(config: GPTConfig) -> dict[str, Any]:
     }
 
 
-def own_part(config: GPTConfig, stage: StageInfo) -> dict[str, Any]:
-    """What stands under the key ``nanochat_pl``: all that makes the same bundle again."""
-    return {"config": to_plain(config), "stage": to_plain(stage)}
-
-
 def from_keys(document: Mapping[str, Any], where: str) -> tuple[GPTConfig, StageInfo | None]:
     """The architecture of a ``config.json``, and the origin if nanochat-pl wrote it.
 

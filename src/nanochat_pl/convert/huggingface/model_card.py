@@ -76,7 +76,7 @@ def _equality(parity: Parity, layout: Layout) -> str:
         f" positions of {parity.text}:"
     )
     return "\n\n".join(
-        ["## How equal it is to the original", what, table(("", ""), parity.metrics().items()), *parity.remarks(), ""]
+        ["## How equal it is to the original", what, table(("", ""), parity.metrics().items()), *parity.remarks, ""]
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -57,12 +56,14 @@ def read_huggingface(folder: Path) -> Imported:
             "Rotary tables are kept in float32, as transformers has them; the training may have rounded them.",
             f"rms_norm_eps={document.get('rms_norm_eps', 1e-6)!r} is not kept: ours is the machine epsilon of float32.",
         ]
+    read = sorted({path for ending in ("*.safetensors", "*.json") for path in folder.glob(ending) if path.is_file()})
+    source = f"{CONFIG}: {OURS}" if OURS in document else CONFIG
     report = ConversionReport(
         source=visible(str(folder)),
         layout="huggingface",
         found=f"model_type {document['model_type']}" + (", written by nanochat-pl" if OURS in document else ""),
-        files={visible(name): digest for name, digest in _hashes(folder).items()},
-        facts=_facts(config, document),
+        files={visible(path.name): sha256_of_file(path) for path in read},
+        facts=tuple(FactRow(field.name, getattr(config, field.name), source) for field in fields(config)),
         tensors=_tensor_rows(weights, config),
         remarks=tuple(remarks),
     )
@@ -86,16 +87,6 @@ def _fit_vocabulary(
         f"The tokenizer has {tokenizer.vocab_size:,} ids: the model's other {config.vocab_size:,} rows are padding."
     )
     return replace(config, vocab_size=tokenizer.vocab_size), [remark]
-
-
-def _hashes(folder: Path) -> dict[str, str]:
-    names = {path.name for pattern in ("*.safetensors", "*.json") for path in folder.glob(pattern) if path.is_file()}
-    return {name: sha256_of_file(folder / name) for name in sorted(names)}
-
-
-def _facts(config: GPTConfig, document: dict[str, Any]) -> tuple[FactRow, ...]:
-    source = f"{CONFIG}: {OURS}" if OURS in document else CONFIG
-    return tuple(FactRow(field.name, getattr(config, field.name), source) for field in fields(config))
 
 
 def _tensor_rows(weights: dict[str, Tensor], config: GPTConfig) -> tuple[TensorRow, ...]:

@@ -12,7 +12,8 @@ from nanochat_pl.bundle.bundle import load_weights
 from nanochat_pl.bundle.tensors import save_tensors
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.files import explain_disk_errors, write_json
-from nanochat_pl.convert.huggingface.config import OURS, REMOTE_CODE, is_native, own_part, to_keys
+from nanochat_pl.common.schema import to_plain
+from nanochat_pl.convert.huggingface.config import OURS, REMOTE_CODE, is_native, to_keys
 from nanochat_pl.convert.huggingface.tokenizer import write_tokenizer
 from nanochat_pl.convert.huggingface.weights import MODEL, PADDING, to_theirs
 
@@ -56,7 +57,7 @@ def write_huggingface(bundle: Bundle, folder: Path) -> None:
             shutil.copyfile(_CODE, folder / REMOTE_CODE)
     # A padding token in the config would keep the embedding of that token from being trained.
     ids = {"bos_token_id": stops[-1] if stops else None, "eos_token_id": stops or None, "pad_token_id": None}
-    own = {OURS: own_part(config, bundle.stage)}
+    own = {OURS: {"config": to_plain(config), "stage": to_plain(bundle.stage)}}  # all that makes the same bundle again
     write_json(folder / "config.json", {**to_keys(config), **ids, "dtype": "float32", "use_cache": True, **own})
     write_json(folder / "generation_config.json", {**ids, "pad_token_id": ids["bos_token_id"]})
     if bundle.tokenizer is not None:

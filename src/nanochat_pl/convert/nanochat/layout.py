@@ -33,8 +33,6 @@ class Checkpoint:
     """One checkpoint: a folder and a step.
 
     Attributes:
-        folder: where its files lie.
-        step: in their names.
         stage: by the folder above; None for a folder with checkpoints alone.
     """
 

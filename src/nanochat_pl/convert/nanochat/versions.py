@@ -122,7 +122,7 @@ def resolve(there: ReferenceConfig, era: Era, padded_vocab_size: int, value_embe
 
 def config_of(there: ReferenceConfig, era: Era, weights: Mapping[str, torch.Tensor]) -> GPTConfig:
     """The architecture of a checkpoint; the types follow from those of its embeddings."""
-    rows, padded = len(weights[WTE]), padded_rows(there.vocab_size)
+    rows, padded = len(weights[WTE]), -(-there.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
     # The February generation had no value embeddings at first.
     has_values = era != "nanochat_2026_02" or any(name.startswith("value_embeds.") for name in weights)
     config = resolve(there, era, rows if rows == there.vocab_size else padded, has_values)
@@ -131,11 +131,6 @@ def config_of(there: ReferenceConfig, era: Era, weights: Mapping[str, torch.Tens
     # The reference keeps its embeddings in the type that it computes in.
     computed: DType = "bfloat16" if dtype == "bfloat16" else "float32"
     return dataclasses.replace(config, embedding_dtype=dtype, compute_dtype=computed)
-
-
-def padded_rows(vocab_size: int) -> int:
-    """Rows of a padded embedding."""
-    return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
 def facts(config: GPTConfig, there: ReferenceConfig, era: Era, meta: str) -> tuple[FactRow, ...]:

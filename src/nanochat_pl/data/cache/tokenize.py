@@ -33,7 +33,6 @@ class Encoder:
     """What encodes the documents of one shard.
 
     Attributes:
-        encode: from a text to its ids.
         dtype: that the ids are kept in.
         threads, num_threads: the pool, and how many are in it.
         all_read: called when the last document has been read.

@@ -42,8 +42,6 @@ class ConversationFile:
     """The good rows of one file.
 
     Attributes:
-        name: of the file, for people.
-        folder: of the cache.
         fingerprint: changes with the file's contents and with the rule by which they are read.
         audit: what was found in its rows.
     """

@@ -28,7 +28,6 @@ class Fetched:
         paths: where the files lie, in the order in which they were asked for.
         manifest: with what is now known of them.
         num_new: how many were not here before, or were damaged.
-        new_bytes: their size.
     """
 
     paths: tuple[Path, ...]

@@ -41,7 +41,6 @@ class HubFile:
 
     Attributes:
         path: inside of the data set, with slashes.
-        bytes: its size.
         git_blob: git's hash of what is stored: of the contents, or of the pointer to them where they are in LFS.
         sha256: of the contents; given by the hub for files in LFS, else known when it has been downloaded.
         row_groups, rows, columns: of a parquet file, known when it has been downloaded.
@@ -61,13 +60,8 @@ class HubFile:
 
     @property
     def contents(self) -> str:
-        """What stands for the contents, the same before and after the download."""
-        return self.git_blob if self.is_in_git else str(self.sha256)
-
-    @property
-    def is_in_git(self) -> bool:
-        """Whether the file itself is in git, so that ``git_blob`` is a hash of its contents."""
-        return self.git_blob.startswith("git:")
+        """What stands for the contents, the same before and after the download: of a file in git its own hash."""
+        return self.git_blob if self.git_blob.startswith("git:") else str(self.sha256)
 
 
 @dataclass(frozen=True)
@@ -75,7 +69,6 @@ class Manifest:
     """All files of one commit of a data set, by path in sorted order.
 
     Attributes:
-        repo: ``owner/name``.
         revision: what was asked for, e.g. ``main``.
         commit: what it meant when it was asked for.
         files: all of them, also those that are not here.

@@ -33,7 +33,7 @@ from bisect import bisect_right, insort
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -92,11 +92,7 @@ def pack(
     *,
     num_rows: int | None = None,
     epochs: int | None = None,
-    buffer_documents: int = 1_000,
-    refill_documents: int = 128,
-    shuffle: Shuffle = "global",
-    seed: int = 0,
-    stream_rows: int = STREAM_ROWS,
+    **settings: Any,
 ) -> RowIndex:
     """Pack documents into rows. A pure function: the index for n rows begins that for more rows.
 
@@ -105,8 +101,7 @@ def pack(
         num_rows: how many rows; the documents are read again, each epoch in its own order, until all are full.
         epochs: how many times the documents are read; rows hold documents of one epoch only, and the last row of an
             epoch may be padded. With ``num_rows`` too, whichever ends first.
-        row_capacity, mode, buffer_documents, refill_documents, shuffle, seed, stream_rows: see :class:`Packing`; all
-            documents are one shard.
+        row_capacity, mode, settings: see :class:`Packing`; all documents are one shard.
 
     Raises:
         UserError: there is no document with a token.
@@ -118,7 +113,7 @@ def pack(
     if not (lengths > 0).any():
         raise UserError(_NOTHING)
     assert not mode.startswith("pad") or lengths.max() < row_capacity, f"{mode}: every document must fit into a row"
-    packing = Packing(row_capacity, mode, buffer_documents, refill_documents, shuffle, seed, stream_rows)
+    packing = Packing(row_capacity, mode, **settings)
     begun = 0
 
     def feed(epoch: int) -> Feed:
@@ -241,12 +236,10 @@ class _Buffer:
     def take_largest(self, most: int) -> Piece | None:
         """The longest piece of at most so many tokens."""
         i = bisect_right(self._lengths, most) - 1
-        return self._take(i) if i >= 0 else None
+        return self.take(i) if i >= 0 else None
 
-    def take_shortest(self) -> Piece:
-        return self._take(0)
-
-    def _take(self, i: int) -> Piece:
+    def take(self, i: int) -> Piece:
+        """One of the pieces of the i-th of the lengths that occur, from the shortest."""
         length = self._lengths[i]
         waiting = self._waiting[length]
         piece = waiting.popleft()
@@ -272,7 +265,7 @@ def _fill_rows(chunks: Iterator[list[Piece]], row_capacity: int, mode: Mode, buf
             if best is None:
                 if mode == "pad" or not len(buffer):
                     break
-                document, start, length, _ = buffer.take_shortest()
+                document, start, length, _ = buffer.take(0)
                 best = document, start, room - 1, 1
                 if mode == "split":
                     buffer.add((document, start + room - 1, length - (room - 1), 1))

@@ -52,7 +52,6 @@ class RowIndex:
         pieces: int32 (num_pieces, 3): document, first token, number of tokens; bos comes on top, in front of each. Of a
             stream (num_pieces, 4): the last column says whether it does.
         epoch_starts: int64: the first row of each epoch, where rows keep to one epoch; else only 0.
-        stats: what became of the documents.
         kept: folder and key, where it was read from the disk.
     """
 

@@ -147,27 +147,15 @@ def packed_rows(
     *,
     num_rows: int | None = None,
     epochs: int | None = None,
-    buffer_documents: int = 1_000,
-    refill_documents: int = 128,
-    shuffle: Shuffle = "global",
-    seed: int = 0,
+    **settings: Any,
 ) -> Rows:
     """Rows of a token cache, packed or found packed. For the arguments see
     :func:`nanochat_pl.data.packing.packer.pack`."""
-    settings = {
-        "row_capacity": sequence_len + 1,
-        "mode": mode,
-        "num_rows": num_rows,
-        "epochs": epochs,
-        "buffer_documents": buffer_documents,
-        "refill_documents": refill_documents,
-        "shuffle": shuffle,
-        "seed": seed,
-    }
-    key = {"packer": PACKER_VERSION, "tokens": cache.fingerprint, **settings}
+    how = {**asdict(Packing(sequence_len + 1, mode, **settings)), "num_rows": num_rows, "epochs": epochs}
+    del how["stream_rows"]  # it is always the default
+    key = {"packer": PACKER_VERSION, "tokens": cache.fingerprint, **how}
     folder = cache_dir / "rows" / fingerprint_of(key)[:32]
-    index = kept_index(folder, key, lambda: pack(cache.lengths, **settings))  # type: ignore[arg-type]
-    return Rows(cache, index, sequence_len, bos_id)
+    return Rows(cache, kept_index(folder, key, lambda: pack(cache.lengths, **how)), sequence_len, bos_id)
 
 
 def streamed_rows(
@@ -178,23 +166,21 @@ def streamed_rows(
     sequence_len: int,
     mode: Mode,
     num_rows: int,
-    buffer_documents: int = 1_000,
-    refill_documents: int = 128,
     shuffle: Shuffle = "shards",
-    seed: int = 0,
+    **settings: Any,
 ) -> Rows:
     """Rows of shards that need not be tokenized yet: what is missing is built by a process of its own, from the first.
 
     Args:
-        shards: of a split; they must stand being sent to another process. num_rows: how many rows there will be; the
-        documents are read again until there are. mode, buffer_documents, refill_documents, shuffle, seed: see
-        :class:`~nanochat_pl.data.packing.packer.Packing`; the
-            order ``global`` cannot be streamed.
+        shards: of a split; they must stand being sent to another process.
+        num_rows: how many rows there will be; the documents are read again until there are.
+        mode, shuffle, settings: see :class:`~nanochat_pl.data.packing.packer.Packing`; the order ``global`` cannot be
+            streamed.
 
     Raises:
         UserError: the process could not be started. What it meets later is raised by reading, or waiting for, rows.
     """
-    packing = Packing(sequence_len + 1, mode, buffer_documents, refill_documents, shuffle, seed)
+    packing = Packing(sequence_len + 1, mode, shuffle=shuffle, **settings)
     cache, to_build = token_cache_to_build(shards, tokenizer, cache_dir)
     key = {"packer": PACKER_VERSION, "tokens": cache.fingerprint, **asdict(packing)}
     if mode != "stream":

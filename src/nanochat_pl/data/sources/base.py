@@ -257,7 +257,6 @@ class Shard:
 
     Attributes:
         name: unique within its source and split; part of a row's address. May hold slashes.
-        split: which split it belongs to.
         fingerprint: changes whenever the documents or their order do; the same text elsewhere has the same one.
         contents: a hash of all that its documents are chosen from. Shards with the same one share text, whichever
             split they belong to and by whatever rule; of nothing at all it is "".

@@ -95,7 +95,6 @@ class Docstring:
         name: the qualified name, e.g. ``statistics.NormalDist.mean``.
         kind: ``module``, ``class``, ``function`` or ``method``.
         parameters: names of the parameters as one would write them in a call, e.g. ``data, *, n``; no annotations.
-        text: the docstring without its indentation (``inspect.cleandoc``).
     """
 
     package: str

@@ -65,8 +65,6 @@ class HubFiles:
         tokens_needed: that a training takes of them, for messages; None: no training is to begin.
 
     Attributes:
-        name: what users call it, e.g. ``climbmix``.
-        manifest: all files of the commit.
         train_files, val_files: of the manifest those that hold documents, up to ``data.num_shards`` to train on.
 
     Raises:

@@ -102,7 +102,8 @@ class LocalFiles:
             )
         if not self.chosen.by_hash:
             self._refuse_shared_files(key)
-        self._held_out = self._share_held_out() if self.chosen.by_hash else None
+        train = list(self._train_files.values())
+        self._held_out = share_held_out(train, settings) if self.chosen.by_hash else None
 
     @property
     def fingerprint(self) -> str:
@@ -161,9 +162,6 @@ class LocalFiles:
                     fix=f"Leave it to one of them, or leave {key}.validation_path out: then a share is held out.",
                 )
 
-    def _share_held_out(self) -> float:
-        return share_held_out(list(self._train_files.values()), self._settings)
-
     def _sha256(self, path: Path) -> str:
         return self._known[path][0]
 
@@ -186,11 +184,7 @@ class LocalFiles:
             counted_bytes(f"hashing {self._settings.path}", sum(sizes.values())) as advance,
             ThreadPoolExecutor(_FILES_AT_A_TIME) as threads,
         ):
-            try:
-                return dict(zip(self._paths, threads.map(look_at, self._paths), strict=True))
-            except BaseException:
-                threads.shutdown(wait=False, cancel_futures=True)
-                raise
+            return dict(zip(self._paths, threads.map(look_at, self._paths), strict=True))
 
 
 @dataclass(frozen=True)
@@ -202,9 +196,7 @@ class FileDocuments:
         held_out: the share of the documents that is for validation, see :func:`share_held_out`; None: all of them are
             of this split.
         sha256: of the file, checked before and after reading; None: it is not checked.
-        cache_dir: where the hash is remembered.
         problem, fix: what is said where the file is another one.
-        at_rest: whether nobody writes to the file.
     """
 
     path: Path

@@ -35,7 +35,6 @@ class MixedSource:
     """Several sources and their weights. As a :class:`~nanochat_pl.data.sources.base.Source` it has the shards of all.
 
     Attributes:
-        parts: the sources by name.
         turns: which share each has, in the same order.
 
     Raises:

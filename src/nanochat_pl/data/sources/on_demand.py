@@ -26,8 +26,6 @@ class DocumentsOnDemand:
 
     Attributes:
         documents: of the file, whose own path and hash are taken when it is here.
-        manifest, file: which file.
-        cache_dir: ``paths.cache``.
         fix: what a person can do where it cannot be fetched.
     """
 

@@ -73,7 +73,6 @@ class PythonDocs:
     Attributes:
         folder: holds the shards and ``manifest.json``, and is named after what the corpus was made of. Whatever is
             derived from the corpus alone may be kept there.
-        manifest: versions, counts and hashes.
     """
 
     name = "python_docs"

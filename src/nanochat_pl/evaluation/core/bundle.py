@@ -58,12 +58,10 @@ class CoreTask:
     """A task of the bundle.
 
     Attributes:
-        name: its label.
         kind: what is scored, see :mod:`~nanochat_pl.evaluation.core.prompts`.
         num_shots: solved problems in front of each.
         delimiter: between context and ending.
         baseline: accuracy of guessing, 0 … 1.
-        path: the file of its problems.
     """
 
     name: str

@@ -76,7 +76,6 @@ class CoreBundle:
     """An opened evaluation bundle.
 
     Attributes:
-        folder: where it lies.
         by_name: its chosen tasks.
         missing: names of CORE's tasks that it has not, or without their files; empty where tasks were named.
         settings: how much of each task is asked.

@@ -34,7 +34,6 @@ class Problem:
     Attributes:
         row: its place in the file, from 0.
         contexts, endings: of each alternative; language modelling has one.
-        gold: the right alternative.
     """
 
     row: int
@@ -48,7 +47,6 @@ class Question:
     """A problem as the model reads it.
 
     Attributes:
-        candidates: the alternatives in tokens.
         cut: tokens left out of the beginning of each.
     """
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import importlib.metadata
 import json
 import logging
 import random
@@ -82,7 +83,7 @@ class HarnessTasks:
             key: value for key, value in settings_to_plain(self._settings).items() if key not in ("tasks", "download")
         }
         config = {key: value for key, value in self._tasks[name].dump_config().items() if key != "metadata"}
-        facts = json.dumps([asked, _version(), config], sort_keys=True, default=str)
+        facts = json.dumps([asked, importlib.metadata.version("lm_eval"), config], sort_keys=True, default=str)
         with _by_itself(self._settings.download):
             return fingerprint_of("harness 2", facts, _hash_of_documents(name, self._tasks[name]))
 
@@ -128,7 +129,12 @@ class HarnessTasks:
 
         def plain(found: Mapping[str, Any], num_cut: int) -> dict[str, Any]:
             shots = task.config.num_fewshot or 0
-            details = {"lm_eval": _version(), "num_fewshot": shots, "chat": chat, "cut_prompts": num_cut}
+            details = {
+                "lm_eval": importlib.metadata.version("lm_eval"),
+                "num_fewshot": shots,
+                "chat": chat,
+                "cut_prompts": num_cut,
+            }
             return to_plain(result_of(name, task, found, metric_of(name, task, self._settings.metric), details))
 
         if alone:
@@ -293,12 +299,6 @@ def _trouble() -> tuple[type[Exception], ...]:
 
 def _said(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:500]
-
-
-def _version() -> str:
-    import lm_eval
-
-    return str(lm_eval.__version__)
 
 
 @contextlib.contextmanager

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from nanochat_pl.common.schema import setting
-from nanochat_pl.tasks.base import Conversation, Split
-from nanochat_pl.tasks.context import TaskContext
+from nanochat_pl.tasks.base import Conversation
 from nanochat_pl.tasks.multiple_choice import MultipleChoice, choice_conversation
 from nanochat_pl.tasks.published.base import TableSettings, TableTask
 from nanochat_pl.tasks.registry import task
@@ -39,12 +38,9 @@ class ARCChallengeSettings(ARCEasySettings):
 class ARCEasy(TableTask, MultipleChoice):
     """A question and three to five choices. Their letters are the data set's: some questions have digits, 1 … 4."""
 
-    columns = ("question", "choices", "answerKey")
+    task_name, columns = "arc_easy", ("question", "choices", "answerKey")
+    choices = ("choices", "text")
     baseline = 0.25  # of the published table
-
-    def __init__(self, settings: ARCEasySettings, split: Split, context: TaskContext, name: str = "arc_easy") -> None:
-        super().__init__(name, settings, split, context)
-        self.baseline = self.chance("choices", "text")
 
     def conversation(self, index: int) -> Conversation:
         given, answer = self.row(index)["choices"], self.text(index, "answerKey")
@@ -64,5 +60,4 @@ class ARCEasy(TableTask, MultipleChoice):
 class ARCChallenge(ARCEasy):
     """The hard questions."""
 
-    def __init__(self, settings: ARCChallengeSettings, split: Split, context: TaskContext) -> None:
-        super().__init__(settings, split, context, "arc_challenge")
+    task_name = "arc_challenge"

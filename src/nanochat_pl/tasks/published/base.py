@@ -74,17 +74,16 @@ class TableTask(Task):
 
     A row is looked at when its conversation is asked for; one that is no problem of this task raises a UserError that
     names file and row.
-
-    Attributes:
-        columns: those that are read.
-        files: the tables, in order.
     """
 
-    columns: ClassVar[tuple[str, ...]] = ()
+    task_name: ClassVar[str]
+    columns: ClassVar[tuple[str, ...]] = ()  # that are read
+    # Of multiple choice the column of the choices, and their key in it where it holds objects.
+    choices: ClassVar[tuple[str, str | None] | None] = None
 
-    def __init__(self, name: str, settings: TableSettings, split: Split, context: TaskContext) -> None:
+    def __init__(self, settings: TableSettings, split: Split, context: TaskContext) -> None:
         """Raises UserError: a file is missing, cannot be read, or lacks a column."""
-        self.settings = settings
+        name, self.settings = self.task_name, settings
         self.where = f"{context.where}.{name}"
         self.files = table_files(name, self.where, settings, split, context)
         self._rows = Rows([file.path for file in self.files], self.columns)
@@ -100,10 +99,12 @@ class TableTask(Task):
         self._order = [chosen[number] for number in order]
         self._chosen = chosen
         super().__init__(name, split, len(self._order))
+        if self.choices is not None:
+            self.baseline = self._chance(*self.choices)
 
     @classmethod
     def from_settings(cls, settings: TableSettings, split: Split, context: TaskContext) -> Task:
-        return cls(settings, split, context)  # type: ignore[call-arg]
+        return cls(settings, split, context)
 
     def select(self, rows: Rows) -> Sequence[int]:
         """Which rows of the files, by number, belong to the task: all of them."""
@@ -143,14 +144,10 @@ class TableTask(Task):
         if not is_unicode(text):
             raise self.bad_row(index, f"{what} holds half of a surrogate pair, which is no character.")
 
-    def chance(self, column: str, field: str | None = None) -> float:
+    def _chance(self, column: str, field: str | None) -> float:
         """Accuracy of guessing among the choices of each row: of the published table what is said of it.
 
         Of another the mean of one over the number of choices, over all rows of the part, so that no limit changes it.
-
-        Args:
-            column: that holds the choices.
-            field: where the column holds objects, their key with the choices.
         """
         if not self.files[0].given and self.settings.repo == type(self.settings)().repo:
             return type(self).baseline

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from nanochat_pl.common.schema import setting
-from nanochat_pl.tasks.base import Content, Conversation, Part, Split, conversation_of, reference_of, text_of
-from nanochat_pl.tasks.context import TaskContext
+from nanochat_pl.tasks.base import Content, Conversation, Part, conversation_of, reference_of, text_of
 from nanochat_pl.tasks.published.base import TableSettings, TableTask
 from nanochat_pl.tasks.registry import task
 from nanochat_pl.tools.calculator import evaluate
@@ -39,11 +38,8 @@ class GSM8KSettings(TableSettings):
 class GSM8K(TableTask):
     """A problem and its solution, which ends ``#### n``. An answer is right if its final number is that one."""
 
-    columns = ("question", "answer")
+    task_name, columns = "gsm8k", ("question", "answer")
     settings: GSM8KSettings
-
-    def __init__(self, settings: GSM8KSettings, split: Split, context: TaskContext, name: str = "gsm8k") -> None:
-        super().__init__(name, settings, split, context)
 
     def conversation(self, index: int) -> Conversation:
         answer = self.text(index, "answer")

@@ -57,21 +57,20 @@ class HumanEval(TableTask):
     A conversation has ``task_id``, ``prompt``, ``entry_point`` and ``test`` besides its messages.
     """
 
+    task_name = "humaneval"
     columns = ("task_id", "prompt", "canonical_solution", "test", "entry_point")
 
-    def __init__(
-        self, settings: HumanEvalSettings, split: Split, context: TaskContext, name: str = "humaneval"
-    ) -> None:
+    def __init__(self, settings: HumanEvalSettings, split: Split, context: TaskContext) -> None:
         """
         Raises:
             UserError: as for every table; it is to be trained on; an isolation layer of the sandbox is missing.
         """
         if split == "train":
             raise UserError(
-                f"{context.where}.{name}: has no training part: it is for evaluation alone.",
-                f"Leave it out: {context.where}.{name}=null",
+                f"{context.where}.{self.task_name}: has no training part: it is for evaluation alone.",
+                f"Leave it out: {context.where}.{self.task_name}=null",
             )
-        super().__init__(name, settings, split, context)
+        super().__init__(settings, split, context)
         self.sandbox = Sandbox(context.sandbox or SandboxSettings())
         self.remark = self.sandbox.remark
 

@@ -13,8 +13,7 @@ from typing import Literal
 from nanochat_pl.common.errors import UserError, did_you_mean
 from nanochat_pl.common.schema import setting
 from nanochat_pl.data.conversations.tables import Rows
-from nanochat_pl.tasks.base import Conversation, Split
-from nanochat_pl.tasks.context import TaskContext
+from nanochat_pl.tasks.base import Conversation
 from nanochat_pl.tasks.multiple_choice import MultipleChoice, choice_conversation
 from nanochat_pl.tasks.published.base import TableSettings, TableTask
 from nanochat_pl.tasks.registry import task
@@ -40,13 +39,10 @@ class MMLUSettings(TableSettings):
 class MMLU(TableTask, MultipleChoice):
     """A question and its choices A … D. The texts are the data set's, blanks around them included."""
 
-    columns = ("question", "subject", "choices", "answer")
+    task_name, columns = "mmlu", ("question", "subject", "choices", "answer")
+    choices = ("choices", None)
     baseline = 0.25  # of the published table
     settings: MMLUSettings
-
-    def __init__(self, settings: MMLUSettings, split: Split, context: TaskContext, name: str = "mmlu") -> None:
-        super().__init__(name, settings, split, context)
-        self.baseline = self.chance("choices")
 
     def select(self, rows: Rows) -> Sequence[int]:
         wanted = self.settings.subjects

@@ -12,7 +12,7 @@ import sys
 import sysconfig
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
@@ -96,28 +96,11 @@ class Sandbox:
         """
         return self._outcome(program, entry_point, {"trusted": trusted, "tests": tests, "entry_point": entry_point})
 
-    def check_all(
-        self, jobs: Sequence[Check], workers: int | None = None, progress: Callable[[int], None] | None = None
-    ) -> list[Outcome]:
-        """:meth:`check` for many, several at a time.
-
-        Args:
-            workers: how many at a time; None: this process's share of the processors that it may use.
-            progress: called with the number of those that are through, from this thread.
-        """
-        outcomes = []
-        with ThreadPoolExecutor(workers or _processors()) as pool:
-            try:
-                for outcome in pool.map(
-                    lambda job: self.check(job.program, job.entry_point, job.tests, job.trusted), jobs
-                ):
-                    outcomes.append(outcome)
-                    if progress is not None:
-                        progress(len(outcomes))
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
-        return outcomes
+    def check_all(self, jobs: Sequence[Check]) -> list[Outcome]:
+        """:meth:`check` for many, as many at a time as there are processors for this process."""
+        # Of this machine's processors a share, where a launcher started several processes.
+        with ThreadPoolExecutor(max(1, usable_cpus() // launch_env().local_world_size)) as pool:
+            return list(pool.map(lambda job: self.check(job.program, job.entry_point, job.tests, job.trusted), jobs))
 
     def _outcome(self, program: str, entry_point: str | None, judge: dict[str, str] | None) -> Outcome:
         with _system_errors_explained(), contextlib.ExitStack() as stack:
@@ -222,11 +205,6 @@ _FIXES = {
     errno.ENFILE: "have fewer programs run on this machine: it has no descriptors left",
     errno.ENOSPC: "make room in the temporary folder, or name another one: TMPDIR",
 }
-
-
-def _processors() -> int:
-    """The share of this process, where a launcher started several on this machine."""
-    return max(1, usable_cpus() // launch_env().local_world_size)
 
 
 def _nameless(text: str) -> IO[bytes]:

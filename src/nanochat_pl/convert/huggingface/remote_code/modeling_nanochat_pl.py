@@ -25,56 +25,29 @@ class NanoChatPLConfig(PretrainedConfig):
     model_type = "nanochat_pl"
     keys_to_ignore_at_inference = ("past_key_values",)
 
-    def __init__(
-        self,
-        vocab_size: int = 512,
-        padded_vocab_size: int = 512,
-        hidden_size: int = 64,
-        intermediate_size: int = 256,
-        num_hidden_layers: int = 2,
-        num_attention_heads: int = 4,
-        num_key_value_heads: int = 4,
-        head_dim: int = 16,
-        max_position_embeddings: int = 256,
-        windows: tuple[int, ...] | list[int] = (256, 256),
-        rotary_base: float = 100_000.0,
-        rotary_reach: int = 2560,
-        rotary_bfloat16: bool = False,
-        softcap: float = 15.0,
-        qk_scale: float = 1.0,
-        smear_channels: int = 0,
-        backout: bool = False,
-        residual_lambdas: bool = False,
-        value_embedding_layers: tuple[int, ...] | list[int] = (),
-        value_gate_channels: int = 12,
-        value_gate_scale: float = 3.0,
-        use_cache: bool = True,
-        **kwargs: Any,
-    ) -> None:
-        self.vocab_size = vocab_size
-        self.padded_vocab_size = padded_vocab_size
-        self.hidden_size = hidden_size
-        self.intermediate_size = intermediate_size
-        self.num_hidden_layers = num_hidden_layers
-        self.num_attention_heads = num_attention_heads
-        self.num_key_value_heads = num_key_value_heads
-        self.head_dim = head_dim
-        self.max_position_embeddings = max_position_embeddings
-        self.windows = list(windows)
-        self.rotary_base = rotary_base
-        self.rotary_reach = rotary_reach
-        self.rotary_bfloat16 = rotary_bfloat16
-        self.softcap = softcap
-        self.qk_scale = qk_scale
-        self.smear_channels = smear_channels
-        self.backout = backout
-        self.residual_lambdas = residual_lambdas
-        self.value_embedding_layers = list(value_embedding_layers)
-        self.value_gate_channels = value_gate_channels
-        self.value_gate_scale = value_gate_scale
-        self.use_cache = use_cache
-        kwargs["tie_word_embeddings"] = False
-        super().__init__(**kwargs)
+    vocab_size: int = 512
+    padded_vocab_size: int = 512
+    hidden_size: int = 64
+    intermediate_size: int = 256
+    num_hidden_layers: int = 2
+    num_attention_heads: int = 4
+    num_key_value_heads: int = 4
+    head_dim: int = 16
+    max_position_embeddings: int = 256
+    windows: tuple[int, ...] | list[int] = (256, 256)
+    rotary_base: float = 100_000.0
+    rotary_reach: int = 2560
+    rotary_bfloat16: bool = False
+    softcap: float = 15.0
+    qk_scale: float = 1.0
+    smear_channels: int = 0
+    backout: bool = False
+    residual_lambdas: bool = False
+    value_embedding_layers: tuple[int, ...] | list[int] = ()
+    value_gate_channels: int = 12
+    value_gate_scale: float = 3.0
+    use_cache: bool = True
+    tie_word_embeddings: bool = False
 
 
 def norm(x: Tensor) -> Tensor:
