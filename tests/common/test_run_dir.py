@@ -21,6 +21,7 @@ from nanochat_pl.common.run_dir import (
     list_runs,
     newest_stage,
     only_run_with,
+    require_outside,
     stage_folder,
 )
 
@@ -237,3 +238,15 @@ def test_a_training_that_has_begun_is_kept_whatever_ends_it(tmp_path: Path) -> N
         (folder.path / "metrics.csv").touch()
         raise UserError("refused")
     assert (folder.path / "metrics.csv").exists()
+
+
+@pytest.mark.parametrize("to", ["base", "base/mine", "base/bundle", "base/bundle/sub/deep"])
+def test_nothing_else_is_written_into_a_stage(to: str, tmp_path: Path) -> None:
+    """evaluate wrote its results into the folder of a stage, and export a folder into the bundle that it read."""
+    make(tmp_path, "d4", "base")
+    write_json(tmp_path / "d4" / "base" / "bundle" / "stage.json", {})
+    with pytest.raises(UserError, match=r"is (a bundle|the folder of a stage), which nothing else is written into"):
+        require_outside(tmp_path / "d4" / to)
+    require_outside(tmp_path / "d4" / "evaluation" / "base")
+    write_json(tmp_path / "bundle" / "stage.json", {})
+    require_outside(tmp_path / "beside-a-bundle")

@@ -123,3 +123,18 @@ def test_a_time_that_python_cannot_hold_spoils_nothing(kind: Any, value: int, pl
     file = read_conversations("a", path, "messages", tmp_path / "cache")
     assert file[0] == {"messages": PLAIN}
     assert file.audit.unread == ({"messages[].created": 1} if place == "message" else {"context": 1})
+
+
+@pytest.mark.parametrize("value", [{"messages": PLAIN}, PLAIN, [PLAIN], [{"messages": PLAIN}]])
+def test_a_json_file_may_be_one_row_or_a_list_of_rows(value: Any, tmp_path: Path) -> None:
+    """One row over several lines was judged line by line: as many rows of no JSON."""
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(value, indent=2), encoding="utf-8")
+    file = read_conversations("a", path, "messages", tmp_path / "cache")
+    assert file[0] == {"messages": PLAIN} and (file.audit.rows, file.audit.bad) == (1, {})
+
+
+def test_rows_in_a_list_in_a_line_are_said_to_be_that() -> None:
+    for rows in ([{"messages": PLAIN}], [{"prompt": "q", "completion": "a"}]):
+        found = judge(rows, "messages")
+        assert isinstance(found, Fault) and found.cause == "a list of rows"

@@ -9,6 +9,7 @@ import pytest
 
 from nanochat_pl.evaluation.results import make_result
 from nanochat_pl.evaluation.suites import Evaluation, SuiteResult, read_results, suite_of
+from nanochat_pl.evaluation.tables import show_suite
 
 
 def tasks(right: int) -> list:
@@ -41,3 +42,8 @@ def test_results_of_earlier_versions_are_read(tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text(json.dumps({"suites": {"chat": {"tasks": [row]}}}), encoding="utf-8")
     (task,) = read_results(tmp_path).suites["chat"].tasks
     assert (task.centered, task.remark) == (pytest.approx(0.2), "of old")
+
+
+def test_one_row_alone_has_no_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
+    show_suite(SuiteResult("bpb", plain={"bpb": 1.25, "num_rows": 1}))
+    assert capsys.readouterr().out == "bits per byte: 1.2500\n"

@@ -63,6 +63,13 @@ def test_a_text_too_short_for_the_vocabulary_is_an_error_that_says_what_would_do
     assert train_tokenizer(["aabb"], TokenizerSettings(vocab_size=268)).vocab_size == 268
 
 
+def test_the_advised_size_has_half_of_the_pairs() -> None:
+    """Half of all was advised: that is no pair at all where there are few."""
+    with pytest.raises(UserError, match=r"no more than 274\.") as caught:
+        train_tokenizer(["abcdefghi abcdefghi"], TokenizerSettings(vocab_size=400))
+    assert "Set tokenizer.vocab_size=269 or so" in caught.value.fix
+
+
 def test_settings_have_bounds() -> None:
     with pytest.raises(UserError, match="below 265"):
         build(TokenizerSettings, {"vocab_size": 264}, "tokenizer")

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from nanochat_pl.common.device import Accelerator, Devices
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.paths import PathsSettings, cache_folder, locate_bundle, locate_stage
+from nanochat_pl.common.run_dir import require_outside
 from nanochat_pl.common.schema import UserGlob, UserPath, build, setting, to_plain
 from nanochat_pl.data.sources.run_corpus import RunCorpus
 from nanochat_pl.evaluation.core.evaluate import CoreSettings
@@ -106,6 +107,8 @@ def asked(config: EvaluateConfig) -> dict[str, Any]:
 def places(config: EvaluateConfig, experiment: str) -> tuple[Path, Path]:
     """The bundle to measure and the folder of the results."""
     runs = Path(config.paths.runs)
+    if config.to is not None:
+        require_outside(Path(config.to))
     if config.bundle is not None:
         if config.to is None:
             raise UserError("to: is missing: with bundle=PATH it names the folder of the results.")

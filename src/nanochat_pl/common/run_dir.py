@@ -271,6 +271,17 @@ def is_stage(folder: Path) -> bool:
     return folder.name not in RESULTS and _has_one(folder, _OWN_RECORDS)
 
 
+def require_outside(to: Path) -> None:
+    """Refuse a folder to write to that is that of a stage or a bundle, or lies in one."""
+    for folder in (to.absolute(), *to.absolute().parents):
+        with _looking_into(to):
+            is_bundle = (folder / "stage.json").is_file()
+            is_taken = is_bundle or (is_stage(folder) and _has_one(folder, _RECORDS))
+        if is_taken:
+            what = "a bundle" if is_bundle else "the folder of a stage"
+            raise UserError(f"to={to}: {folder} is {what}, which nothing else is written into.", "Give another folder.")
+
+
 def stage_order(folder: Path) -> tuple[int, ...]:
     """Where a stage stands among those of its run: a stage of anybody's own right behind that which it started from."""
     if folder.name in STAGES:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.files import explain_disk_errors
+from nanochat_pl.common.run_dir import require_outside
 
 
 def require_free(to: Path) -> None:
@@ -32,6 +33,7 @@ def require_free(to: Path) -> None:
         raise UserError(f"to={to}: {standing} is a file, no folder.", fix="Give another folder.")
     if taken:
         raise UserError(f"to={to}: is there already.", fix="Give another folder, or delete this one first.")
+    require_outside(to)
     if left:
         raise UserError(f"{unfinished}: is there already, and would be written to.", fix="Delete it first.")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -24,8 +25,7 @@ NUM_CHATS = 6
 def show_suite(found: SuiteResult) -> None:
     """Print a suite's metrics."""
     if "bpb" in found.metrics:
-        error = found.metrics.get("bpb_stderr", float("nan"))
-        rank_zero_print(f"bits per byte: {found.metrics['bpb']:.4f} ± {error:.4f}")
+        rank_zero_print(f"bits per byte: {found.metrics['bpb']:.4f}{_stderr(found.metrics, 'bpb_stderr')}")
     if found.name == "tokenizer":
         table = found.plain["table"]
         print_comparison([*table[0]], [[*row.values()] for row in table], found.plain["skipped"], title="tokenizer")
@@ -47,12 +47,17 @@ def show_differences(name: str, suites: Sequence[SuiteResult]) -> None:
     """Print by how much the model is better than another."""
     for suite in suites:
         if "difference" in suite.metrics:
-            error = suite.metrics.get("difference_stderr", float("nan"))
-            metric = f"{suite.metrics['difference']:+.4f} ± {error:.4f}"
+            metric = f"{suite.metrics['difference']:+.4f}{_stderr(suite.metrics, 'difference_stderr')}"
             rank_zero_print(f"bits per byte: {metric} against {name}; the rows are not the same.")
     if rows := [(suite.name, *_shown_difference(each)) for suite in suites for each in _differences(suite)]:
         columns = ("suite", "task", "difference %", "stderr", "95% from", "to", "pairs")
         print_table(columns, rows, title=f"this model minus {name}, on the same problems")
+
+
+def _stderr(metrics: Mapping[str, float], name: str) -> str:
+    """A standard error behind its metric; one row alone has none."""
+    error = metrics.get(name, math.nan)
+    return f" ± {error:.4f}" if math.isfinite(error) else ""
 
 
 def write_suite(folder: Path, found: SuiteResult) -> None:

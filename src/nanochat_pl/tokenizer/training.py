@@ -66,9 +66,10 @@ def train_tokenizer(
     # As a dict: a token that two merges make has the place of the first.
     tokens = list(dict.fromkeys([bytes([value]) for value in range(NUM_BYTES)] + [unspell(a + b) for a, b in merges]))
     if (reached := len(tokens) + len(SPECIAL_TOKENS)) < settings.vocab_size:
+        least = NUM_BYTES + len(SPECIAL_TOKENS)
         raise UserError(
             f"tokenizer.vocab_size={settings.vocab_size}: the text to train on has pairs for no more than {reached:,}.",
-            fix=f"Set tokenizer.vocab_size={max(reached // 2, NUM_BYTES + len(SPECIAL_TOKENS))} or so (at"
+            fix=f"Set tokenizer.vocab_size={least + (reached - least) // 2} or so (at"
             " the limit a token may be a whole document), or give more text (data.path=…, tokenizer.max_chars=…).",
         )
     return Tokenizer(tokens, SPLIT_PATTERN)

@@ -180,14 +180,16 @@ def _jsonl_rows(path: Path) -> Numbered:
 
 
 def _json_list(path: Path) -> list[Any] | None:
-    """The rows of a file that is one JSON list of them; any other is taken for JSON lines under another name."""
+    """The rows of a file that is one JSON list of them, or one row; any other is JSON lines under another name."""
     with reading(path):
         try:
             whole = parse_json(path.read_bytes().decode("utf-8-sig"))
         except UnicodeDecodeError:
             whole = NOT_UTF8
     is_one_conversation = isinstance(whole, list) and all(isinstance(row, dict) and "role" in row for row in whole)
-    return whole if isinstance(whole, list) and not is_one_conversation else None
+    if isinstance(whole, dict) or is_one_conversation:
+        return [whole]
+    return whole if isinstance(whole, list) else None
 
 
 def _parquet_rows(path: Path, column: str, audit: Audit) -> Numbered:

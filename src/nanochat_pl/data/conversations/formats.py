@@ -98,7 +98,7 @@ def hint_of(keys: Iterable[str]) -> str:
         ({"mapping"}, "ChatGPT's export is a tree of messages, which is not read."),
         ({"message_id", "parent_id"}, "OpenAssistant's messages, one a row, have to be joined by parent_id first."),
         ({"text"}, "A text is no conversation; data=local trains on texts."),
-        ({"data"}, "UltraChat's lists of texts are not read."),
+        ({"data"}, "UltraChat's lists of texts are not read; rows under 'data' have to be a list without a name."),
     ):
         if wanted <= there:
             return f" {what}"
@@ -145,6 +145,8 @@ def read_row(row: Any, column: str) -> Reading | Fault:
         return Fault("no messages", "has no messages.")
     if not isinstance(values, list):
         return Fault("no list of messages", f"is {type(values).__name__}, not a list of messages.")
+    if isinstance(first := values[0], Mapping) and _role_of(first) is None and (MESSAGES in first or _form_of(first)):
+        return Fault("a list of rows", "is a list of rows: each has to be a line of its own, or all a .json file.")
     return _read_messages(values, Reading([], form, changes, unread))
 
 
