@@ -88,8 +88,10 @@ class Forked:
 
     def wait(self, timeout: float | None = None) -> int:
         """Wait for its exit code."""
-        if self.poll() is None:
-            descriptor = os.pidfd_open(self.pid)  # the server keeps its exit code until it is asked for it
+        if self.returncode is not None:
+            return self.returncode
+        with contextlib.suppress(ProcessLookupError):  # the server keeps the exit codes of those that have ended
+            descriptor = os.pidfd_open(self.pid)
             try:
                 if not select.select([descriptor], [], [], timeout)[0]:
                     raise subprocess.TimeoutExpired(self.args, timeout or 0.0)
@@ -113,7 +115,8 @@ class Forked:
     def send_signal(self, signum: int) -> None:
         """Send it a signal, unless it has ended."""
         if self.poll() is None:
-            os.kill(self.pid, signum)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signum)
 
     def kill(self) -> None:
         """Kill it, with the processes of its session."""

@@ -79,14 +79,13 @@ def library_heard() -> Iterator[None]:
 
 def require_room(repo: str, num_bytes: int) -> None:
     """Raise :class:`UserError` where the disk of the hub's cache has no room for so many bytes."""
-    free = free_bytes(_cache())
-    if free < num_bytes:
+    if free_bytes(_cache()) < num_bytes:
         raise UserError(*_disk_full(repo, f"{num_bytes / 1e9:,.2f} GB are needed, "))
 
 
 def _seconds_to_wait(error: Exception, usual: float) -> float | None:
     """How long to wait before another try; None: it would be of no use."""
-    from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HTTPError
 
     if (status := _status(error)) is not None:
         asked = _retry_after(error)
@@ -95,8 +94,7 @@ def _seconds_to_wait(error: Exception, usual: float) -> float | None:
     if isinstance(error, OSError):
         return usual if _is_damaged(error) else None
     # A connection, or one that a neighbouring thread has closed after an error of its own.
-    passes = isinstance(error, (HTTPError, RuntimeError)) and not isinstance(error, OfflineModeIsEnabled)
-    return usual if passes else None
+    return usual if isinstance(error, (HTTPError, RuntimeError)) else None
 
 
 def _explained(error: Exception, subject: str) -> tuple[str, str]:
