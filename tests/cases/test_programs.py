@@ -60,7 +60,7 @@ def test_10_a_logger_that_dies_is_left_out(
     error: Exception, method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     logger = Dies(tmp_path / "log", error, method)
-    fit_tiny(tmp_path, num_steps=8, loggers=guard_loggers([logger]))
+    fit_tiny(tmp_path, num_steps=8, loggers=guard_loggers({"logger.x": logger}))
     said = capsys.readouterr().out
     assert said.count("is left out from here on; the training goes on") == 1 and f"Dies fails in {method}" in said
     assert str(error) in said
@@ -86,7 +86,7 @@ class Fails(Callback):
 @pytest.mark.parametrize("hook", ["on_train_start", "on_train_batch_end"])
 def test_a_callback_that_fails_is_left_out(hook: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     callback = Fails(hook)
-    fit_tiny(tmp_path, num_steps=4, callbacks=guard_callbacks([callback]))
+    fit_tiny(tmp_path, num_steps=4, callbacks=guard_callbacks({"callbacks.x": callback}))
     assert f"Fails fails in {hook} and is left out" in capsys.readouterr().out
     assert max(steps_of(tmp_path)) == 4 and callback.seen <= 2
 
@@ -97,7 +97,7 @@ def test_a_callback_may_stop_the_training(tmp_path: Path) -> None:
             raise StopRequested(signal.SIGTERM, 1)
 
     with pytest.raises(StopRequested):
-        fit_tiny(tmp_path, num_steps=4, callbacks=guard_callbacks([Stops()]))
+        fit_tiny(tmp_path, num_steps=4, callbacks=guard_callbacks({"callbacks.x": Stops()}))
 
 
 def test_a_logger_that_cannot_start_is_refused(tmp_path: Path) -> None:
@@ -106,8 +106,8 @@ def test_a_logger_that_cannot_start_is_refused(tmp_path: Path) -> None:
         def experiment(self) -> Any:
             raise RuntimeError("no API key")
 
-    with pytest.raises(UserError, match="logger: NoKey cannot be started: RuntimeError: no API key"):
-        guard_loggers([NoKey(str(tmp_path))])
+    with pytest.raises(UserError, match=r"logger\.x: NoKey cannot be started: RuntimeError: no API key"):
+        guard_loggers({"logger.x": NoKey(str(tmp_path))})
 
 
 class FailsToCompile(Callback):

@@ -16,7 +16,7 @@ TARGET = "nanochat_pl.training.callbacks.graceful_stop.GracefulStop"
 def test_a_class_of_an_allowed_package_is_made() -> None:
     nodes = {"left_out": None, "x": {"_target_": TARGET, "resume_files": "a", "max_seconds": 3.0}}
     assert problems_of_objects(nodes, "callbacks") == []
-    (made,) = make_objects(nodes, "callbacks")
+    made = make_objects(nodes, "callbacks")["callbacks.x"]
     assert (made.resume_files, made.max_seconds) == ("a", 3.0)
 
 

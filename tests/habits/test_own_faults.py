@@ -87,15 +87,17 @@ def test_a_callback_that_fails_later_is_left_out(
     place: str, fault: BaseException, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     callback = Own(place, fault)
-    assert fit_tiny(tmp_path, num_steps=2, callbacks=guard_callbacks([callback])).trainer.global_step == 2
+    fitted = fit_tiny(tmp_path, num_steps=2, callbacks=guard_callbacks({"callbacks.x": callback}))
+    assert fitted.trainer.global_step == 2
     said = capsys.readouterr().out
-    assert f"Own fails in {place} and is left out from here on" in said and type(fault).__name__ in said
+    assert f"callbacks.x: {__name__}.Own fails in {place} and is left out from here on" in said
+    assert type(fault).__name__ in said
     assert callback.seen.count(place) == 1 and callback.seen[-1] == "teardown"
 
 
 def test_a_callback_that_cannot_begin_is_an_error_before_the_training(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=rf"callbacks: {__name__}\.Own fails in setup: SystemExit: 0"):
-        fit_tiny(tmp_path, num_steps=2, callbacks=guard_callbacks([Own("setup", SystemExit(0))]))
+    with pytest.raises(UserError, match=rf"callbacks\.x: {__name__}\.Own fails in setup: SystemExit: 0"):
+        fit_tiny(tmp_path, num_steps=2, callbacks=guard_callbacks({"callbacks.x": Own("setup", SystemExit(0))}))
 
 
 class Step(LMModule):
@@ -211,8 +213,9 @@ def test_a_class_that_leaves_the_program_is_no_success(here: Path, capsys: pytes
     """The command ended with 0, and nothing had been trained."""
     (here / "leaves.py").write_text(LEAVES, encoding="utf-8")
     write_texts(here / "texts")
+    own = ["stage.module=leaves.Leaves", "evaluation.at_start=false"]
     try:
-        assert main(["train", "stage=base", "run=x", *tiny_overrides(here), "stage.module=leaves.Leaves"]) == 2
+        assert main(["train", "stage=base", "run=x", *tiny_overrides(here), *own]) == 2
     finally:
         sys.modules.pop("leaves", None)
     error = capsys.readouterr().err

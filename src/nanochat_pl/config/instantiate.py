@@ -36,8 +36,8 @@ def problems_of_objects(nodes: Any, group: str) -> list[str]:
     return problems
 
 
-def make_objects(nodes: Mapping[str, Any], group: str, **given: Any) -> list[Any]:
-    """Make the objects of a group, each of its node ``{"_target_": "package.module.Class", …}``.
+def make_objects(nodes: Mapping[str, Any], group: str, **given: Any) -> dict[str, Any]:
+    """Make the objects of a group, each of its node ``{"_target_": "package.module.Class", …}``; by their keys.
 
     Args:
         nodes: plain data by name, in which :func:`problems_of_objects` found nothing.
@@ -47,7 +47,8 @@ def make_objects(nodes: Mapping[str, Any], group: str, **given: Any) -> list[Any
     Raises:
         UserError: a class does not take the values of its arguments.
     """
-    return [_make(node, f"{group}.{name}", given) for name, node in nodes.items() if node is not None]
+    there = {f"{group}.{name}": node for name, node in nodes.items() if node is not None}
+    return {key: _make(node, key, given) for key, node in there.items()}
 
 
 def problems_of_module(target: Any) -> list[str]:

@@ -27,30 +27,32 @@ _OF_LOGGERS = (
 _OF_STEP = ("loss", "gradient_norm", "num_targets", "row_losses", "skipped")  # what a training step gives
 
 
-def guard_loggers(loggers: Sequence[Logger]) -> Sequence[Logger]:
-    """Start loggers, and let each be left out when it fails later.
+def guard_loggers(loggers: Mapping[str, Logger]) -> list[Logger]:
+    """Start loggers, by their keys, and let each be left out when it fails later.
 
     Raises:
         UserError: one cannot be started, which is known before anything is trained.
     """
-    for logger in loggers:
-        with user_code(f"logger: {type(logger).__name__} cannot be started"):
+    for key, logger in loggers.items():
+        with user_code(f"{key}: {type(logger).__name__} cannot be started"):
             _ = logger.experiment  # type: ignore[attr-defined]  # what opens a file or a connection
-        _guard("logger", logger, [name for name in _OF_LOGGERS if callable(getattr(logger, name, None))])
-    return loggers
+        _guard(key, logger, [name for name in _OF_LOGGERS if callable(getattr(logger, name, None))])
+    return list(loggers.values())
 
 
-def guard_callbacks(callbacks: Sequence[Callback]) -> Sequence[Callback]:
-    """Let each callback be left out when a hook of it fails, but for the first one, before anything is trained; of
-    several processes all must do the same, so there an error ends the training."""
+def guard_callbacks(callbacks: Mapping[str, Callback]) -> list[Callback]:
+    """Let each callback, by its key, be left out when a hook of it fails, but for ``setup``: nothing is trained before.
+
+    Of several processes all must do the same, so there an error ends the training.
+    """
     hooks = ("setup", "state_dict", "load_state_dict")
-    for callback in callbacks:
+    for key, callback in callbacks.items():
         names = [name for name in dir(callback) if name.startswith("on_") or name in hooks]
         alone = collectives.world_size() == 1
-        _guard("callbacks", callback, names, fatal=["setup"] if alone else names)
+        _guard(key, callback, names, fatal=["setup"] if alone else names)
         # By itself: also of one that is left out it closes what setup opened.
-        _guard("callbacks", callback, ["teardown"], fatal=[] if alone else ["teardown"])
-    return callbacks
+        _guard(key, callback, ["teardown"], fatal=[] if alone else ["teardown"])
+    return list(callbacks.values())
 
 
 def guard_module(stage: LMModule) -> LMModule:
@@ -91,9 +93,11 @@ def _guard(key: str, guarded: Any, names: Sequence[str], fatal: Sequence[str] = 
         def call(*arguments: Any, **keywords: Any) -> Any:
             if failed:
                 return None
-            words = f"{type(guarded).__name__} fails in {name} and is left out from here on; the training goes on"
+            words = f"{key}: {_name(guarded)} fails in {name}"
+            if name not in fatal:
+                words += " and is left out from here on; the training goes on"
             try:
-                with user_code(f"{key}: {_name(guarded)} fails in {name}" if name in fatal else words, StopRequested):
+                with user_code(words, StopRequested):
                     return method(*arguments, **keywords)
             except UserCodeError as error:
                 if name in fatal:

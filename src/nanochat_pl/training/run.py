@@ -50,8 +50,8 @@ def train_stage(
     config: TrainConfig,
     folder: StageFolder,
     cache: Path,
-    make_loggers: Callable[[], Sequence[Logger]] = tuple,
-    make_callbacks: Callable[[], Sequence[Callback]] = tuple,
+    make_loggers: Callable[[], Mapping[str, Logger]] = dict,
+    make_callbacks: Callable[[], Mapping[str, Callback]] = dict,
     on_plan: Callable[[Plan], None] = lambda plan: None,
     module_class: type[LMModule] = LMModule,
 ) -> None:
@@ -61,7 +61,7 @@ def train_stage(
         config: the checked settings, with what is inherited from the parent stage.
         folder: of the stage; made and locked by the caller, and not finished.
         cache: where corpora and tokens are kept.
-        make_loggers, make_callbacks: further ones, made first of all. One that fails later is left out.
+        make_loggers, make_callbacks: further ones by their keys, made first of all. One that fails later is left out.
         on_plan: called with the plan before the training.
         module_class: of the LightningModule.
 
@@ -87,7 +87,7 @@ def train_stage(
         kind, lambda mains: f"would train on {kind}, the main process on {mains}.", same_machines
     )
     # Before anything is prepared: what cannot be made is known at once.
-    loggers = coordination.raise_on_all_ranks(lambda: make_loggers() if collectives.is_rank_zero() else [])
+    loggers = coordination.raise_on_all_ranks(lambda: make_loggers() if collectives.is_rank_zero() else {})
     callbacks = guard_callbacks(coordination.raise_on_all_ranks(make_callbacks))
     stage_context = StageContext(config, folder, cache, machine, corpus, resuming)
     prepared = coordination.rank_zero_first(lambda: _prepare(definition, stage_context))
