@@ -22,7 +22,7 @@ PLAIN = [USER, ANSWER]
 
 
 def read(path: Path, tmp_path: Path, column: str = "messages") -> ConversationFile:
-    return read_conversations(path.name, path, column, tmp_path / "memo.json", tmp_path / "cache")
+    return read_conversations(path.name, path, column, tmp_path / "cache")
 
 
 def of_rows(tmp_path: Path, *rows: Any, column: str = "messages") -> ConversationFile:

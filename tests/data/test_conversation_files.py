@@ -25,8 +25,7 @@ def messages(*contents: Any) -> list[dict[str, Any]]:
 
 
 def read(path: Path, column: str = "messages") -> ConversationFile:
-    memo = path.parent / "cache" / "memo.json"
-    return read_conversations(path.name, path, column, memo, path.parent / "cache")
+    return read_conversations(path.name, path, column, path.parent / "cache")
 
 
 def lines_file(folder: Path, *rows: Any, name: str = "a.jsonl") -> Path:
@@ -196,7 +195,7 @@ def test_real_rows_render_and_come_back(name: str, shared: Path, tmp_path: Path)
         ["the cat and the other that was there before it had come. " * 50], TokenizerSettings(280)
     )
     path = shared / "data" / name
-    file = read_conversations(path.name, path, "messages", tmp_path / "memo.json", tmp_path / "cache")
+    file = read_conversations(path.name, path, "messages", tmp_path / "cache")
     assert not file.audit.bad and not file.audit.changed
     start, end = (tokenizer.special_ids[f"<|assistant_{mark}|>"] for mark in ("start", "end"))
     for index in range(len(file)):

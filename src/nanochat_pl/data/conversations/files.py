@@ -102,7 +102,7 @@ def read_conversations(name: str, path: Path, column: str, cache_dir: Path, at_r
 
     Args:
         column: of the messages, in a table or an object.
-        at_rest: see :func:`~nanochat_pl.data.cache.content_cache.known_sha256`.
+        at_rest: see :func:`~nanochat_pl.data.cache.content_cache.file_sha256`.
 
     Raises:
         UserError: the file cannot be read, is no whole one, has no such column, or no conversation in its first
