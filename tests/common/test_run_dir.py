@@ -250,3 +250,39 @@ def test_nothing_else_is_written_into_a_stage(to: str, tmp_path: Path) -> None:
     require_outside(tmp_path / "d4" / "evaluation" / "base")
     write_json(tmp_path / "bundle" / "stage.json", {})
     require_outside(tmp_path / "beside-a-bundle")
+
+
+def test_a_start_that_may_be_undone_keeps_its_lock(tmp_path: Path) -> None:
+    """To read the lock's file let go of it: two trainings could write into one folder."""
+    folder = stage_folder(tmp_path, "r", "base")
+    other = (
+        "import sys; from pathlib import Path; from nanochat_pl.common.run_dir import stage_folder\n"
+        "with stage_folder(Path(sys.argv[1]), 'r', 'base').locked(0.1): pass"
+    )
+    with folder.locked(), folder.undone_on_error():
+        done = subprocess.run([sys.executable, "-c", other, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 1 and "is in use by process" in done.stderr
+
+
+def test_a_lock_that_its_holder_removed_is_taken_anew(tmp_path: Path) -> None:
+    """Who waited for it held a file that was not there any more, and a third one the new file."""
+    folder = stage_folder(tmp_path, "r", "base")
+    place = tmp_path / "r" / "base" / "lock"
+    with folder.locked():
+        first = place.stat().st_ino
+        held = place.rename(tmp_path / "elsewhere")  # as if it had been removed while it was waited for
+        with folder.locked():
+            assert place.stat().st_ino != first == held.stat().st_ino
+
+
+def test_metrics_of_an_earlier_start_do_not_keep_what_is_refused(tmp_path: Path) -> None:
+    folder = stage_folder(tmp_path, "r", "base")
+    folder.create()
+    (folder.path / "metrics.csv").write_text("step\n1\n2\n", encoding="utf-8")
+    (folder.path / "config.yaml").write_text("old", encoding="utf-8")
+    with pytest.raises(UserError), folder.undone_on_error():
+        (folder.path / "config.yaml").write_text("new", encoding="utf-8")
+        (folder.path / "plan.json").write_text("{}", encoding="utf-8")
+        raise UserError("refused")
+    assert (folder.path / "config.yaml").read_text(encoding="utf-8") == "old"
+    assert not (folder.path / "plan.json").exists() and (folder.path / "metrics.csv").exists()

@@ -14,10 +14,12 @@ from pathlib import Path
 import pytest
 import yaml
 
+from nanochat_pl.cli import _sweep
 from nanochat_pl.cli.main import main
 from nanochat_pl.cli.pipeline import steps_of
 from nanochat_pl.cli.train import compose_train, place_of
-from nanochat_pl.config import config_dir
+from nanochat_pl.common.errors import UserError
+from nanochat_pl.config import config_dir, hydra_app
 from tests.helpers.sweeps import jobs_of
 from tests.training.conftest import tiny_overrides, write_texts
 
@@ -88,7 +90,7 @@ def test_a_folder_of_ones_own_files(here: Path, capsys: pytest.CaptureFixture[st
     for wrong, said in (
         (["--config-dir", "nowhere"], "--config-dir nowhere: is not a folder"),
         (["--config-name", "shrot", "--config-dir", "mine"], "there is no such file; did you mean short?"),
-        (["--config-path", "mine"], "A folder of files of your own: --config-dir DIR."),
+        (["--config-path", "mine"], "--config-path: is not supported."),
         (["--config-dir"], "--config-dir: expected one argument"),
     ):
         assert main(["train", "--cfg", "job", *wrong]) == 2
@@ -197,11 +199,11 @@ def test_own_files_are_forgotten_with_their_command(here: Path) -> None:
         (("-m", "seed=1,2", "--cfg", "job"), "--cfg and --multirun: only one of them at a time."),
         (("--resolve",), "--resolve: says how --cfg prints"),
         (("hydra=3",), "hydra: there is no such key"),
-        (("-m", "seed=range(3,0)"), "-m: makes no job at all."),
-        (("-m", "optim=glob(zz*)"), "-m: makes no job at all."),
+        (("-m", "seed=range(3,0)"), "-m: gives no jobs."),
+        (("-m", "optim=glob(zz*)"), "-m: gives no jobs."),
         (("-m", "seed=range(0,nan)"), "Hydra: "),
         (("-m", "seed=range(0,1e12)"), "-m: seed=range(0,1e12): makes more than 1,000 jobs."),
-        (("-m", "data.path=/tmp/é,/tmp/z", "seed=1,2"), "Put quotes around a value with signs of its own"),
+        (("-m", "data.path=/tmp/é,/tmp/z", "seed=1,2"), "Put quotes around a value with special characters"),
         (("-m", "seed=1,2", "hydra.sweeper.max_batch_size=0"), "Hydra: "),
         (("-m", "seed=1,2", "hydra.launcher._target_=nope.X"), "Hydra: "),
         (("-m", "seed=1,2", "hydra.sweep.dir=/proc/x"), "Hydra: "),
@@ -269,6 +271,36 @@ def test_odd_files_of_ones_own_are_named(
     for name in ("folder", "dangling"):
         assert main(["train", "--config-dir", "mine", f"optim={name}"]) == 2
         assert f"optim={name}: there is no such choice" in capsys.readouterr().err
+
+
+def test_text_beside_hydras_keys_is_as_it_was_typed(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "my texts (1)").mkdir()
+    (here / "my texts (1)" / "a,b.txt").write_text("one two three. " * 2000, encoding="utf-8")
+    text = ["data=local", "data.path=my texts (1)/a,b.txt", "tokenizer.vocab_size=265", "model.sequence_len=32"]
+    assert main(["train", "hydra.run.dir=o", "check_only=true", "max_steps=1", "model.depth=1", *text]) == 0
+    with pytest.raises(UserError, match=r"data.path=my texts \(1\)/a,b.txt: cannot be read, in a sweep"):
+        jobs_of([*text, "seed=1,2"])
+    jobs = jobs_of(["data=local", "data.path='my texts (1)/a,b.txt'", "run=1e3", "seed=1,2"])
+    assert compose_train(jobs[0].overrides).config.data.path == "my texts (1)/a,b.txt"
+    assert jobs[0].name == "1e3-seed1"
+
+
+def test_experiments_by_path_in_a_sweep(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "deep").mkdir()
+    (here / "deep" / "first.yaml").write_text("model: {depth: 3}\nmax_steps: 5\n", encoding="utf-8")
+    (here / "second.yaml").write_text("defaults: [deep/first.yaml]\nmax_steps: 6\n", encoding="utf-8")
+    (here / "broken.yaml").write_text("a: [", encoding="utf-8")
+    jobs = jobs_of(["experiment=deep/first.yaml,second.yaml", "seed=1"])
+    assert [job.name for job in jobs] == ["first", "second"]
+    configs = [compose_train(job.overrides).config for job in jobs]
+    assert [(config.model.depth, config.max_steps) for config in configs] == [(3, 5), (3, 6)]
+    assert "depth: 3" in printed(capsys, "--info", "config", "experiment=second.yaml")
+
+
+def test_a_mistake_of_ours_in_a_job_is_not_called_hydras(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_sweep, "run_child", lambda *given: {}["ours"])
+    with pytest.raises(KeyError, match="ours"):
+        _sweep.run_sweep("train", hydra_app.parse(["-m", "seed=1,2", "model.depth=1"]))
 
 
 def test_deleted_keys_of_sweeps_and_of_steps(here: Path) -> None:

@@ -182,7 +182,9 @@ def test_a_source_of_ones_own_is_one_class(here: Path, capsys: pytest.CaptureFix
     evaluate = ["evaluate", f"bundle={bundle}", f"to={here / 'to'}", "suites=[bpb]", f"paths.cache={here / 'cache'}"]
     assert main(evaluate) == 2, "a bundle's class is never imported"
     assert "names the class 'own_code.Counting' as data" in capsys.readouterr().err
-    assert main([*evaluate[:1], "run=x", f"paths.runs={here / 'runs'}", *evaluate[3:]]) == 0, "that of an own run is"
+    own = [*evaluate[:1], "run=x", f"paths.runs={here / 'runs'}", *evaluate[3:]]
+    assert main(own) == 2, "nor is that of a run, which may be from elsewhere"
+    assert main([*own, "data_target=own_code.Counting"]) == 0
     assert main([*train, "schedule.warmup_steps=1", "run=y", "data.options.cuont=500"]) == 2
     assert "data: own_code.Counting with {'cuont': 500} cannot be opened: TypeError" in capsys.readouterr().err
 

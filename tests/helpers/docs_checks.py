@@ -21,7 +21,7 @@ from nanochat_pl.cli.pipeline import check_all, steps_of
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.config import hydra_app
 from nanochat_pl.config.config_dir import groups
-from nanochat_pl.config.overrides import UNKNOWN, is_hydras, type_of_key
+from nanochat_pl.config.overrides import UNKNOWN, is_hydra_key, type_of_key
 from tests.helpers.sweeps import jobs_of
 
 SHELL = ("sh", "bash", "shell", "console", "")
@@ -140,7 +140,7 @@ def _compose(words: list[str]) -> None:
     options = hydra_app.parse(arguments)
     if options.config_dir is not None or options.shell_completion:
         return  # with files of the reader's own
-    arguments = list(options.own)
+    arguments = list(options.own_overrides)
     if options.multirun:
         for job in jobs_of(options.overrides, command):
             _compose([command, *job.overrides])
@@ -158,7 +158,7 @@ def check_keys(page: Page, root: Path) -> Iterator[str]:
     schemas = [importlib.import_module(module_of(command)).Config for command in COMMANDS]
     for code in page.inline:
         match = re.match(r"^([a-z_]+(?:\.\w+)*)=", code)
-        if not match or match[1] in (*NOT_OUR_KEYS, *groups(), "experiment") or is_hydras(match[1]):
+        if not match or match[1] in (*NOT_OUR_KEYS, *groups(), "experiment") or is_hydra_key(match[1]):
             continue
         key = re.sub(r"^stages\.\w+\.", "", match[1])
         if all(type_of_key(schema, key) is UNKNOWN for schema in schemas):

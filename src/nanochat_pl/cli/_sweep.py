@@ -20,7 +20,7 @@ from nanochat_pl.cli.pipeline import check_all, folder_to_run_in, run_folder_of,
 from nanochat_pl.cli.train import compose_train, is_finished, place_of
 from nanochat_pl.common.console import ignore_broken_pipe, print_table, rank_zero_print
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.common.files import read_object, write_json
+from nanochat_pl.common.files import explain_disk_errors, read_object, write_json
 from nanochat_pl.common.run_dir import MAX_NAME_LENGTH, StageFolder, stage_folder
 from nanochat_pl.config import hydra_app
 from nanochat_pl.config.compose import Composed
@@ -62,7 +62,7 @@ class Sweep:
 
     def job(self, overrides: Sequence[str]) -> Job:
         """A job, of its overrides as Hydra gives them."""
-        return job_of(self.command, hydra_app.own_texts(overrides, TrainConfig, self.typed), self.swept)
+        return job_of(self.command, hydra_app.to_command_overrides(overrides, TrainConfig, self.typed), self.swept)
 
 
 class JobFailed(Exception):
@@ -85,26 +85,34 @@ def run_sweep(command: str, options: HydraOptions) -> int:
     Raises:
         UserError: what is wrong with the jobs, before the first begins; or one was begun under other settings.
     """
-    with tempfile.TemporaryDirectory() as folder:
+    with contextlib.ExitStack() as stack:
+        sweep: list[Sweep] = []
 
-        def plan(jobs: list[list[str]] | None, swept: list[str]) -> Callable[[Any], float]:
+        def plan(jobs: list[list[str]] | None, swept: list[str], runs: Path) -> Callable[[Any], float]:
             if jobs is not None and not swept:
                 raise UserError("-m: no key has several values.", "Give some: -m model.depth=2,4 or seed=range(0,3)")
             finished = _checked(command, options, jobs, swept) if jobs is not None else frozenset()
             total = None if jobs is None else len(jobs)
-            return partial(
-                _run_job, Sweep(command, options.own, tuple(swept), total, finished, Path(folder), os.getpid())
-            )
+            # Beside the runs: a job may be on another machine, which shares nothing else with this one.
+            with explain_disk_errors(runs):
+                runs.mkdir(parents=True, exist_ok=True)
+                folder = stack.enter_context(tempfile.TemporaryDirectory(prefix=".sweep-", dir=runs.absolute()))
+            place = Path(folder), os.getpid()
+            sweep.append(Sweep(command, options.own_overrides, tuple(swept), total, finished, *place))
+            return partial(_run_job, sweep[0])
 
         with contextlib.suppress(JobFailed, Stopped), _terminated_as_interrupted():
             hydra_app.sweep(command, TrainConfig, options, plan)
-        outcomes = [read_object(path, "") for path in sorted(Path(folder).iterdir())]
-    codes = [outcome["code"] for outcome in outcomes]
+        outcomes = [read_object(path, "") for path in sorted(sweep[0].outcomes.iterdir())] if sweep else []
+        total = (sweep[0].total or 0) if sweep else 0
+    codes = [int(outcome["code"]) for outcome in outcomes]
     if stops := [code for code in codes if is_stop(code)]:
-        return int(stops[0])
+        return stops[0]
     rows = [row for outcome in outcomes for row in _rows(outcome)]
     print_table(("job", "stage", "outcome", "val/bpb", "tokens", "time"), rows)
-    return next((int(code) for code in codes if code), 0)
+    if silent := total - len(outcomes):
+        rank_zero_print(f"{silent:,} of {total:,} jobs left no outcome: their launcher says why.")
+    return next((code for code in codes if code), 1 if silent > 0 else 0)
 
 
 @contextlib.contextmanager
@@ -127,7 +135,9 @@ def _terminated_as_interrupted() -> Iterator[None]:
 
 def _checked(command: str, options: HydraOptions, jobs: list[list[str]], swept: Sequence[str]) -> frozenset[str]:
     """Check all jobs before the first begins; gives the names of those that are finished."""
-    found = jobs_of(command, [hydra_app.own_texts(job, TrainConfig, options.own) for job in jobs], swept)
+    found = jobs_of(
+        command, [hydra_app.to_command_overrides(job, TrainConfig, options.own_overrides) for job in jobs], swept
+    )
     if command != "train":
         return frozenset()  # a pipeline skips its finished steps by itself
     return frozenset(job.name for job in found if _is_finished(compose_train(job.overrides)))

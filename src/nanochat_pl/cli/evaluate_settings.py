@@ -54,6 +54,10 @@ class EvaluateConfig:
     temperature: float = setting(0.0, "0: the most likely token; else tokens are drawn.", at_least=0, at_most=10)
     top_k: int | None = setting(None, "Draw from so many most likely tokens; null: from all.", at_least=1)
     seed: int = setting(0, "Seed of what is drawn.", at_least=0)
+    data_target: str | None = setting(
+        None,
+        "The class that a run with data=custom was trained with, named again: what a bundle names is not imported.",
+    )
     data_path: UserGlob | None = setting(
         None,
         "Text for bits per byte: file, folder or glob; null: the data that the model was trained on.",

@@ -151,10 +151,11 @@ def data_of(bundle: Trained, config: EvaluateConfig) -> DataSettings:
             txt_document_chars=data.txt_document_chars,
             validation_fraction=data.validation_fraction,
         )
-    if config.bundle is not None and (classes := data.own_classes):
+    if classes := [name for name in data.own_classes if name != config.data_target]:
         raise UserError(
             f"{bundle.path}: names the class {classes[0]!r} as data; what a bundle names is never imported.",
-            "Say where the text is, data_path=PATH; or leave it out, suites=[chat,samples].",
+            f"Name it yourself, data_target={classes[0]}; or say where the text is, data_path=PATH; or leave it out,"
+            " suites=[chat,samples].",
         )
     if config.bundle is not None and data.own_paths:
         raise UserError(

@@ -49,7 +49,7 @@ def print_config(command: str, options: HydraOptions) -> None:
     if command == "pipeline":
         fix = "Print that of a stage: nanochat-pl train stage=sft … --cfg job"
         raise UserError("--cfg job: a pipeline has a configuration for each of its steps.", fix)
-    values: Any = compose_command(command, options.own).plain()
+    values: Any = compose_command(command, options.own_overrides).plain()
     for part in (options.package or "_global_").removeprefix("_global_").split("."):
         if part:
             if not isinstance(values, dict) or part not in values:

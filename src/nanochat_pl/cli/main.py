@@ -162,17 +162,19 @@ def _dispatch_to_hydra(command: str, arguments: Sequence[str]) -> int:
         if options.config_name is not None and command not in (*config_dir.LIKE_TRAIN, *SWEPT):
             raise UserError(f"--config-name: is for {', '.join(config_dir.LIKE_TRAIN)}, not for {command}.")
         module = _module(module_of(command))
-        if options.asks:
+        if options.prints_only:
             hydra_app.show(command, module.Config, options)
             return 0
-        if len(options.own) == len(options.overrides):
-            return int(module.run(options.own))
+        if len(options.own_overrides) == len(options.overrides):
+            return int(module.run(options.own_overrides))
         if command not in SWEPT and command not in config_dir.LIKE_TRAIN:
-            raise UserError(f"hydra.…: is for {', '.join({*config_dir.LIKE_TRAIN, *SWEPT})}, not for {command}.")
+            raise UserError(
+                f"hydra.…: is for {', '.join(dict.fromkeys((*config_dir.LIKE_TRAIN, *SWEPT)))}, not for {command}."
+            )
         from nanochat_pl.cli.help import check_command
 
-        check_command(command, options.own)  # before Hydra makes a folder for it
-        return hydra_app.run(command, module.Config, options, lambda: int(module.run(options.own)))
+        check_command(command, options.own_overrides)  # before Hydra makes a folder for it
+        return hydra_app.run(command, module.Config, options, lambda: int(module.run(options.own_overrides)))
 
 
 def _module(name: str) -> ModuleType:
@@ -230,10 +232,11 @@ def _end_alone(error: BaseException) -> NoReturn:
 
 def _is_together(arguments: list[str]) -> bool:
     """Whether it is something that processes do together: whatever else is asked of several, one answers."""
-    return bool(arguments) and arguments[0] in TOGETHER and not _asks(arguments) and not _has_option(arguments, _SWEEP)
+    sweeps = _has_option(arguments, _SWEEP) or "hydra.mode=MULTIRUN" in arguments
+    return bool(arguments) and arguments[0] in TOGETHER and not _prints_only(arguments) and not sweeps
 
 
-def _asks(arguments: list[str]) -> bool:
+def _prints_only(arguments: list[str]) -> bool:
     """Whether something is printed and nothing done."""
     return _has_option(arguments, _ASKS)
 
@@ -247,7 +250,7 @@ def _dispatch_alone(arguments: list[str]) -> int:
     place = launch_env()
     if place.rank > 0 and _LAUNCHERS & {*os.environ}:
         return 0  # the first speaks; without a launcher there may be no first, but variables of a machine
-    if arguments and arguments[0] in COMMANDS and not _asks(arguments):
+    if arguments and arguments[0] in COMMANDS and not _prints_only(arguments):
         raise UserError(
             f"nanochat-pl {' '.join(arguments[:2])} …: was started {place.world_size} times at once.",
             f"Several processes do together: {', '.join(TOGETHER)}, as in torchrun … -m nanochat_pl.cli.main train …;"

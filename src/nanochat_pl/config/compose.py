@@ -1,7 +1,7 @@
 """From ``key=value`` texts to a checked settings object: compose, resolve, check everything, build.
 
 Hydra composes the root file of the command with the chosen groups. Single values are laid over it in the order of their
-weight (group files < experiment file < command line) and the whole goes through :func:`common.settings.build`, which
+weight (group files < experiment file < command line) and the whole goes through :func:`common.schema.build`, which
 knows every key. All problems are raised together.
 """
 
@@ -243,8 +243,14 @@ def _with_origin(problem: str, settings: Sequence[Setting], choices: Mapping[str
         for name in _names(choice):
             content = _group_file(group, name)
             if any(_has(content, each) for each in (key, key.removeprefix(f"{group}."))):
-                return f"{problem} (configs/{group}/{name}.yaml)"
+                return f"{problem} ({_shown(config_dir.group_file(group, name))})"
     return problem
+
+
+def _shown(path: Path) -> str:
+    """A file of ours as it is in the repository, another one as it is."""
+    folder = config_dir.config_folder()
+    return f"configs/{path.relative_to(folder)}" if path.is_relative_to(folder) else str(path)
 
 
 def _key_of(problem: str) -> str:

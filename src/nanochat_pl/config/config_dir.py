@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 from hydra import version
 from hydra._internal.hydra import Hydra
@@ -21,7 +23,6 @@ import nanochat_pl
 from nanochat_pl.common.errors import UserError, did_you_mean
 from nanochat_pl.common.text_files import require_regular
 from nanochat_pl.common.user_path import user_path
-from nanochat_pl.common.yaml_files import read_yaml
 
 EXPERIMENTS = "conf_experiments"
 # Of --config-dir and --config-name: in the environment, so that the processes of a pipeline or a sweep have them too.
@@ -112,20 +113,14 @@ def experiment_file(name: str) -> Path:
 
 
 @contextlib.contextmanager
-def hydra(experiment: str | None = None) -> Iterator[Hydra]:
-    """Hydra with these folders as its search path.
-
-    Args:
-        experiment: the group ``experiment`` is there too, with the known ones and one that is named by its path (empty:
-            none), under the stem of its name. None: the group is not needed, and none of the files is read.
-    """
+def hydra(experiments: Mapping[str, Any] = MappingProxyType({})) -> Iterator[Hydra]:
+    """Hydra with these folders as its search path, and these experiments by name in its group ``experiment``."""
     search_path = create_config_search_path(str(config_folder()))
     for folder in folders()[:-1]:
         search_path.prepend("command-line", f"file://{folder}")
     store = ConfigStore.instance()
-    for name in [] if experiment is None else [*experiments(), *([experiment] if experiment else [])]:
-        path = experiment_file(name)
-        store.store(path.stem, read_yaml(path) or {}, group="experiment", package="_global_", provider="experiments")
+    for name, overlay in experiments.items():
+        store.store(name, overlay, group="experiment", package="_global_", provider="experiments")
     version.setbase("1.3")
     GlobalHydra.instance().clear()
     try:

@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from omegaconf import OmegaConf
+
 from nanochat_pl.common.errors import UserError, did_you_mean
 from nanochat_pl.common.schema import build, setting
 from nanochat_pl.common.yaml_files import read_yaml
@@ -74,6 +76,8 @@ class Experiment:
             for entry in self.defaults
             if not isinstance(entry, str) and _choice(entry) is None
         ]
+        if _SELF in self.defaults[:-1]:
+            unknown.append(f"defaults: {_SELF} is not the last entry: what a file says itself comes after what it has.")
         if unknown:
             raise UserError(unknown)
 
@@ -108,6 +112,21 @@ def pipeline_of(name: str) -> list[str]:
     """The steps of an experiment: its own, or those of the last one that it has all of."""
     layers = _layers(name)
     return next((experiment.pipeline for experiment, _ in reversed(layers) if experiment.pipeline), [])
+
+
+def overlay_of(name: str) -> dict[str, Any]:
+    """An experiment with all that it includes, as one file for Hydra itself."""
+    choices: dict[str, Any] = {}
+    settings = OmegaConf.create()
+    for experiment, _ in _layers(name):
+        choices |= experiment.choices
+        parts = (experiment.shared, experiment.settings, {"stages": experiment.stages} if experiment.stages else {})
+        for part in parts:
+            for key, value in part.items():
+                OmegaConf.update(settings, key, value, force_add=True)
+    values = OmegaConf.to_container(settings)
+    assert isinstance(values, dict)
+    return {"defaults": [*({f"override /{group}": choices[group]} for group in choices), _SELF], **values}
 
 
 def settings_of_step(name: str, step: str, schema: type) -> list[Setting]:

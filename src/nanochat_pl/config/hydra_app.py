@@ -1,4 +1,4 @@
-"""What any program of Hydra does on its command line: its options, its own keys ``hydra.…``, several jobs with ``-m``.
+"""Hydra's own command line: its options, its keys ``hydra.…``, and several jobs with ``-m``.
 
 One job that has none of these does not come here: :mod:`~nanochat_pl.config.compose` composes it with the same files.
 """
@@ -8,31 +8,37 @@ from __future__ import annotations
 import argparse
 import itertools
 import logging
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf.errors import OmegaConfBaseException
 
-from nanochat_pl.common.errors import UserError
+from nanochat_pl.common.console import ignore_broken_pipe
+from nanochat_pl.common.errors import UserError, first_line
 from nanochat_pl.config import config_dir
 from nanochat_pl.config.compose import groups_of
-from nanochat_pl.config.overrides import is_hydras, is_objects, is_text, split_override, take_key, type_of_key
+from nanochat_pl.config.experiment import overlay_of
+from nanochat_pl.config.overrides import is_hydra_key, is_object_group, is_text, split_override, take_key, type_of_key
 from nanochat_pl.config.stage_choice import name_of_stage
 from nanochat_pl.training.stages.registry import all_stages
 
 MAX_JOBS = 1_000
 # A pipeline is composed as its stages are.
 _ROOTS = {"pipeline": "train"}
-_MEANS_SWEEP = "hydra.mode=MULTIRUN"
+_MULTIRUN_KEY = "hydra.mode=MULTIRUN"
 # Hydra's option that is not needed here, and what does the same.
+_QUOTES = "Put quotes around a value with special characters: 'KEY=\"VALUE\"'."
 _REFUSED = {"config_path": "--config-path", "experimental_rerun": "--experimental-rerun"}
 
 
@@ -44,7 +50,7 @@ class HydraOptions:
         overrides: all else, in order.
         cfg, package, resolve: print a configuration.
         multirun: several jobs.
-        info, hydra_help, shell_completion: tell something.
+        info, hydra_help, shell_completion: print information.
         config_dir, config_name: further files.
     """
 
@@ -60,24 +66,24 @@ class HydraOptions:
     config_name: str | None = None
 
     @property
-    def asks(self) -> bool:
+    def prints_only(self) -> bool:
         """Whether something is printed and nothing done."""
         return bool(self.cfg or self.info or self.hydra_help or self.shell_completion)
 
     @property
-    def own(self) -> tuple[str, ...]:
+    def own_overrides(self) -> tuple[str, ...]:
         """The overrides that are not Hydra's own."""
-        return tuple(text for text in self.overrides if not is_hydras(text.lstrip("+~").partition("=")[0]))
+        return tuple(text for text in self.overrides if not is_hydra_key(text.lstrip("+~").partition("=")[0]))
 
 
 def parse(arguments: Sequence[str]) -> HydraOptions:
-    """Part a command line into Hydra's options and overrides.
+    """Split a command line into Hydra's options and overrides.
 
     Raises:
-        UserError: an option without its value, with a wrong one, or one that has no place here.
+        UserError: an option without its value, with a wrong one, or one that is not supported.
     """
     parser = get_args_parser()
-    parser.exit_on_error = False
+    parser.exit_on_error, parser.allow_abbrev = False, False
     try:
         found, unknown = parser.parse_known_args(list(arguments))
     except argparse.ArgumentError as error:
@@ -85,7 +91,7 @@ def parse(arguments: Sequence[str]) -> HydraOptions:
         raise UserError(f"{name}: {error.message}.", "The options are those of Hydra: --hydra-help.") from error
     for name, option in _REFUSED.items():
         if getattr(found, name) is not None:
-            raise UserError(f"{option}: has no place here.", "A folder of files of your own: --config-dir DIR.")
+            raise UserError(f"{option}: is not supported.", "A folder of files of your own: --config-dir DIR.")
     asked = {
         "--cfg": found.cfg,
         "--info": found.info,
@@ -101,8 +107,8 @@ def parse(arguments: Sequence[str]) -> HydraOptions:
     # What argparse does not know keeps its place for the messages: -x, and values that begin with a dash.
     rest = [text for text in arguments if text in {*found.overrides, *unknown}]
     return HydraOptions(
-        overrides=tuple(text for text in rest if text != _MEANS_SWEEP),
-        multirun=found.multirun or _MEANS_SWEEP in rest,
+        overrides=tuple(text for text in rest if text != _MULTIRUN_KEY),
+        multirun=found.multirun or _MULTIRUN_KEY in rest,
         **{
             name: getattr(found, name)
             for name in ("cfg", "package", "resolve", "info", "hydra_help", "shell_completion")
@@ -112,22 +118,24 @@ def parse(arguments: Sequence[str]) -> HydraOptions:
     )
 
 
+@ignore_broken_pipe()
 def show(command: str, schema: type, options: HydraOptions) -> None:
     """Print what Hydra itself knows: ``--info``, ``--hydra-help``, ``--cfg hydra``, ``--shell-completion``."""
     root = config_dir.root_file(_ROOTS.get(command, command))
     texts = _for_hydra(options.overrides, schema)
-    with _explained(), config_dir.hydra(_experiment_path(options.overrides)) as hydra:
+    with _explain_hydra_errors(), config_dir.hydra(_overlays(options.overrides)) as hydra:
         if options.shell_completion:
             hydra.shell_completion(root, list(options.overrides))
         elif options.hydra_help:
-            own_keys = [text for text in texts if text not in options.own and is_hydras(text.lstrip("+~"))]
-            hydra.hydra_help(root, get_args_parser(), argparse.Namespace(overrides=own_keys, resolve=False))
+            keys = [text for text in texts if is_hydra_key(text.lstrip("+~"))]
+            hydra.hydra_help(root, get_args_parser(), argparse.Namespace(overrides=keys, resolve=False))
         elif options.info:
-            before = logging.root.handlers[:], logging.root.level
+            before = logging.root.handlers[:], logging.root.level, logging.raiseExceptions
+            logging.raiseExceptions = False  # it prints through the log, and the reader may have enough
             try:
                 hydra.show_info(options.info, root, texts)
-            finally:  # it prints through the log
-                logging.root.handlers[:], logging.root.level = before
+            finally:
+                logging.root.handlers[:], logging.root.level, logging.raiseExceptions = before
         else:
             hydra.show_cfg(root, texts, options.cfg or "all", options.package, options.resolve)
 
@@ -149,7 +157,7 @@ def run(command: str, schema: type, options: HydraOptions, job: Callable[[], int
         except BaseException as error:  # Hydra has words of its own for it
             raised.append(error)
 
-    with config_dir.hydra(_experiment_path(options.overrides)) as hydra, _explained():
+    with config_dir.hydra(_overlays(options.overrides)) as hydra, _explain_hydra_errors():
         hydra.run(root, task, texts)
     if raised:
         raise raised[0]
@@ -160,25 +168,26 @@ def sweep(
     command: str,
     schema: type,
     options: HydraOptions,
-    plan: Callable[[list[list[str]] | None, list[str]], Callable[[Any], float]],
+    plan: Callable[[list[list[str]] | None, list[str], Path], Callable[[Any], float]],
 ) -> None:
     """Run several jobs with the chosen sweeper and launcher.
 
     Args:
-        plan: given the overrides of each job, or None where the sweeper finds them as it goes on, and the keys that are
-            swept over, gives the function that does one job. It must be one that can be pickled: a launcher may call
-            it in another process.
+        plan: given the overrides of each job, or None where the sweeper finds them as it goes on, the keys that are
+            swept over, and the folder of the runs, gives the function that does one job. It must be one that can be
+            pickled: a launcher may call it in another process.
 
     Raises:
         UserError: what Hydra says of the overrides.
     """
     root = config_dir.root_file(_ROOTS.get(command, command))
-    texts = _for_hydra(options.overrides, schema)
-    with config_dir.hydra(_experiment_path(options.overrides)) as hydra:
-        with _explained():
+    with _explain_hydra_errors():
+        texts = _for_hydra(options.overrides, schema, sweep=True)
+    with config_dir.hydra(_overlays(options.overrides)) as hydra:
+        with _explain_hydra_errors():
             config = hydra.compose_config(root, texts, RunMode.MULTIRUN)
             parser = OverridesParser.create(config_loader=hydra.config_loader)
-            tasks = [text for text in texts if not is_hydras(text.lstrip("+").partition("=")[0])]
+            tasks = [text for text in texts if not is_hydra_key(text.lstrip("+").partition("=")[0])]
             parsed = parser.parse_overrides(tasks)
             swept = [_key(override) for override in parsed if override.is_sweep_override()]
             _require_countable(parsed)
@@ -189,10 +198,24 @@ def sweep(
             swept += [_key(override) for override in every[: len(params)]]
             jobs = BasicSweeper.split_arguments(every, None)[0] if is_grid else None
         if jobs is not None and not jobs:
-            raise UserError("-m: makes no job at all.", "Look at the values that are swept over.")
-        function = plan(jobs, swept)
-        with _explained():
-            hydra.multirun(root, function, texts)
+            raise UserError("-m: gives no jobs.", "Look at the values that are swept over.")
+        function = plan(jobs, swept, Path(str(config.paths.runs)))
+        try:
+            with _explain_hydra_errors():
+                hydra.multirun(root, partial(_do, function), texts)
+        except _Raised as error:
+            raise error.args[0] from None
+
+
+class _Raised(Exception):
+    """What a job has raised: it is not Hydra's to explain."""
+
+
+def _do(function: Callable[[Any], float], config: Any) -> float:
+    try:
+        return function(config)
+    except Exception as error:
+        raise _Raised(error) from error
 
 
 def current_job() -> tuple[int, list[str]]:
@@ -202,7 +225,7 @@ def current_job() -> tuple[int, list[str]]:
 
 
 def _require_countable(overrides: Sequence[Override]) -> None:
-    """Refuse more jobs than anybody means, before there is a list of them."""
+    """Refuse an unreasonable number of jobs, before there is a list of them."""
     count = 1
     for override in overrides:
         if override.is_discrete_sweep():
@@ -211,76 +234,104 @@ def _require_countable(overrides: Sequence[Override]) -> None:
             raise UserError(f"-m: {str(override.input_line).lstrip('+')}: makes more than {MAX_JOBS:,} jobs.")
 
 
-def own_texts(texts: Sequence[str], schema: type, typed: Sequence[str]) -> list[str]:
+def to_command_overrides(texts: Sequence[str], schema: type, typed: Sequence[str]) -> list[str]:
     """The overrides of a job as a command of ours takes them.
 
     Args:
-        texts: as Hydra gives them. Text of theirs loses the quotes of Hydra's grammar: ours has none.
-        typed: what the user typed: an experiment that is named by its path has only its name in Hydra.
+        texts: as Hydra gives them. Text loses the quotes of Hydra's grammar: ours has none.
+        typed: what the user typed: Hydra knows no paths of experiments, and nothing of what is deleted.
     """
+    paths = {_stem(name): name for name in take_key(typed, "experiment")[0].split(",")}
     found = []
     for text in texts:
         key, raw, problem = split_override(text)
-        own = key.split(".", 2)[2] if key.startswith("stages.") and key.count(".") >= 2 else key
-        if key.startswith("~"):  # Hydra's sweeper puts a null behind it
-            found.append(key)
-        elif problem:
+        if key.startswith("~") or problem:
             found.append(text)
         elif key == "experiment":
-            found.append(f"experiment={_experiment_path(typed) or raw}")
+            found.append(f"experiment={paths.get(raw, raw)}")
         elif key == "stage.name":  # of a stage without a file: a job knows it by its class alone
             found = [*(each for each in found if not each.startswith("stage=")), f"stage={raw}"]
-        elif is_text(type_of_key(schema, own)):
+        elif is_text(_type_of(schema, key)):
             value = OverridesParser.create().parse_override(f"{key}={raw}").value()
             found.append(f"{key}={'null' if value is None else value}")
         else:
             found.append(f"{key}={raw}")
-    return found
+    return [*found, *(text for text in typed if text.startswith("~") and not _names_objects(schema, text[1:]))]
 
 
-def _for_hydra(texts: Sequence[str], schema: type) -> list[str]:
-    """The overrides with ``++`` where they set a value: every key is known to the settings, if not to the files."""
+def _type_of(schema: type, key: str) -> Any:
+    """The type of a key, ``stages.STEP.KEY`` of a pipeline included."""
+    return type_of_key(schema, key.split(".", 2)[2] if key.startswith("stages.") and key.count(".") >= 2 else key)
+
+
+def _names_objects(schema: type, key: str) -> bool:
+    return is_object_group(type_of_key(schema, key))
+
+
+def _for_hydra(texts: Sequence[str], schema: type, sweep: bool = False) -> list[str]:
+    """The overrides in Hydra's grammar.
+
+    ``++`` stands where they set a value: every key is known to the settings, if not to the files. Text is quoted where
+    it is no sweep. What is deleted is not Hydra's to delete: it does not count a null as something.
+    """
     groups = {*groups_of(schema), "experiment"}
     found = []
     for text in texts:
         key, raw, problem = split_override(text)
-        if key.startswith("~") and is_objects(type_of_key(schema, key[1:])):
-            found.append(f"{key[1:]}=[]")
-        elif problem or is_hydras(key) or key.startswith("~"):
+        if key.startswith("~"):
+            found += [f"{key[1:]}=[]"] * _names_objects(schema, key[1:])
+        elif problem or is_hydra_key(key):
             found.append(text)
-        elif key == "experiment" and raw.endswith((".yaml", ".yml")):
-            found.append(f"experiment={config_dir.experiment_file(raw).stem}")
+        elif key == "experiment":
+            found.append(f"experiment={','.join(map(_stem, raw.split(',')))}")
         elif key == "stage" and raw not in config_dir.groups()["stage"] and name_of_stage(raw) in all_stages():
             file = all_stages()[name_of_stage(raw)].config_file
-            found += [f"stage={file}", f"++stage.name={raw}", "++stage.parent=null"]  # own_texts turns it back
+            found += [f"stage={file}", f"++stage.name={raw}", "++stage.parent=null"]  # turned back for the command
+        elif key in groups and not raw.startswith("{"):
+            found.append(f"{key}={raw}")
+        elif is_text(_type_of(schema, key)) and raw != "null" and not (sweep and _has_grammar(key, raw)):
+            found.append(f"++{key}={QuotedString(raw, Quote.double).with_quotes()}")
         else:
-            found.append(f"{key}={raw}" if key in groups and not raw.startswith("{") else f"++{key}={raw}")
+            found.append(f"++{key}={raw}")
     return found
 
 
-def _experiment_path(texts: Sequence[str]) -> str:
-    """The experiment that is named by its path."""
-    name = take_key(texts, "experiment")[0]
-    return name if name.endswith((".yaml", ".yml")) else ""
+def _has_grammar(key: str, raw: str) -> bool:
+    """Whether a text is one for Hydra to read, in a sweep: several values, or one in quotes."""
+    try:
+        override = OverridesParser.create().parse_override(f"{key}={raw}")
+    except HydraException as error:
+        raise UserError(f"{key}={raw}: cannot be read, in a sweep: {first_line(error)}.", _QUOTES) from error
+    return override.is_sweep_override() or isinstance(override._value, QuotedString)
+
+
+def _overlays(texts: Sequence[str]) -> dict[str, Any]:
+    """The experiments that are named, by their names in Hydra; where that is a choice of a kind of its own, all."""
+    raw = take_key(texts, "experiment")[0]
+    names = raw.split(",") if re.fullmatch(r"[^()\[\]{}'\"]*", raw) else config_dir.experiments()
+    return {_stem(name): overlay_of(name) for name in map(str.strip, names) if name}
+
+
+def _stem(experiment: str) -> str:
+    return Path(experiment).stem if experiment.endswith((".yaml", ".yml")) else experiment
 
 
 def _key(override: Override) -> str:
     return override.get_key_element().lstrip("+")
 
 
-class _explained:
+class _explain_hydra_errors:
     """What Hydra and its plugins refuse, in one line; they have many ways to say it."""
 
     def __enter__(self) -> None: ...
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, _THEIRS):
+        if isinstance(error, _HYDRA_ERRORS):
             said = " ".join(line.strip() for line in str(error).strip().splitlines()[:2]).replace("++", "")
-            fix = "Put quotes around a value with signs of its own: 'KEY=\"VALUE\"'." if "Lexer" in said else ""
-            raise UserError(f"Hydra: {said or type(error).__name__}", fix) from error
+            raise UserError(f"Hydra: {said or type(error).__name__}") from error
 
 
-_THEIRS = (
+_HYDRA_ERRORS = (
     HydraException,
     OmegaConfBaseException,
     OSError,

@@ -53,7 +53,7 @@ def parse_overrides(
     problems += problems_of_form(texts, schema)
     for text in texts:
         key, raw, problem = split_override(text)
-        if problem or is_hydras(key):
+        if problem or is_hydra_key(key):
             continue
         if key.startswith("~"):
             settings.append(_deletion(key[1:], schema, groups))
@@ -99,7 +99,7 @@ def split_override(text: str) -> tuple[str, str, str]:
     return key, raw, ""
 
 
-def is_hydras(key: str) -> bool:
+def is_hydra_key(key: str) -> bool:
     """Whether a key is one of Hydra itself: ``hydra.run.dir``, ``hydra/launcher``."""
     return key.startswith(("hydra.", "hydra/"))
 
@@ -155,14 +155,14 @@ def is_text(hint: Any) -> bool:
     return without_none(hint) is str
 
 
-def is_objects(hint: Any) -> bool:
+def is_object_group(hint: Any) -> bool:
     """Whether it is a group of objects with names of the user's: loggers, callbacks."""
     return get_origin(without_none(hint)) is dict
 
 
 def is_group(hint: Any) -> bool:
     """Whether a key of this type has keys of its own."""
-    return dataclasses.is_dataclass(without_none(hint)) or is_objects(hint)
+    return dataclasses.is_dataclass(without_none(hint)) or is_object_group(hint)
 
 
 def without_none(hint: Any) -> Any:
@@ -175,7 +175,7 @@ def without_none(hint: Any) -> Any:
 
 def _deletion(key: str, schema: type, groups: Mapping[str, list[str]]) -> Setting:
     """``~key``: the default of its class; of a group of objects, as ``~logger``, none of them."""
-    if key in groups and is_objects(type_of_key(schema, key)):
+    if key in groups and is_object_group(type_of_key(schema, key)):
         return Setting(key, [], is_choice=True)
     return Setting(key, DELETED)
 
@@ -200,7 +200,7 @@ def _plain(value: Any) -> Any:
 
 
 def _setting(key: str, value: Any, schema: type, groups: Mapping[str, list[str]], origin: str = "") -> Setting:
-    if key in groups and value is None and is_objects(type_of_key(schema, key)):
+    if key in groups and value is None and is_object_group(type_of_key(schema, key)):
         value = []  # logger=null: none of its files
     return Setting(key, value, is_choice=key in groups and not isinstance(value, Mapping), origin=origin)
 

@@ -11,6 +11,7 @@ from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.run_dir import STAGES, StageFolder, stages_in
 from nanochat_pl.common.schema import build, to_plain
 from nanochat_pl.data.sources.auto import read_choice, with_choice
+from nanochat_pl.data.sources.base import DataSettings
 from nanochat_pl.model.config import ModelSettings
 from nanochat_pl.training.config import TrainConfig
 from nanochat_pl.training.stages.registry import all_stages, parents_of
@@ -91,6 +92,13 @@ def inherited(config: TrainConfig, folder: StageFolder, given: Set[str]) -> Trai
             was = {**_defaults(), **was}
         merged = _merged(was, to_plain(own), group, given, parent.stage, problems)
         groups[group] = build(type(own), merged, f"{parent.bundle}/stage.json: settings.{group}")
+    if isinstance(data := groups.get("data"), DataSettings) and not config.stage.definition.trains_on_conversations:
+        problems += [
+            f"{parent.bundle}: names the class {name!r} as data; what a bundle names is never imported: name it again,"
+            f" data.target={name}."
+            for name in data.own_classes
+            if name not in config.data.own_classes
+        ]
     if problems:
         raise UserError(problems, fix="Leave these keys out, or begin another run with run=NEW.")
     return dataclasses.replace(config, **groups)
