@@ -18,6 +18,7 @@ from nanochat_pl.config.instantiate import make_objects, problems_of_module, pro
 from nanochat_pl.data.sources.base import DataSettings, Shard, Source
 from nanochat_pl.data.sources.custom import TextSource, open_custom
 from nanochat_pl.training.guarded import guard_callbacks, guard_module
+from tests.helpers.steps import BATCH, CPU_MEMORY, MEMORY, StepLoop, fails
 from tests.helpers.training import fit_tiny
 from tests.training.conftest import tiny_overrides, write_texts
 
@@ -125,6 +126,40 @@ def test_a_module_whose_step_fails(given: Any, said: str) -> None:
     with pytest.raises(UserError) as found:
         guard_module(stage).training_step(None)
     assert found.value.problems[0].startswith(f"stage.module={__name__}.Step") and said in found.value.problems[0]
+
+
+@pytest.mark.parametrize("error", [MEMORY, CPU_MEMORY, MemoryError()], ids=repr)
+def test_a_loss_of_ones_own_that_runs_out_of_memory_is_tried_with_fewer_rows(error: Exception) -> None:
+    """It was said to be a fault of the class."""
+    loop = StepLoop(4)
+    loop.before_forward = fails(error, 1)
+    guard_module(loop)
+    loop.train_steps(BATCH)
+    assert loop.device_batch_size == 2
+
+
+def test_what_handles_lacking_memory_wrongly_is_a_fault_of_the_class() -> None:
+    loop = StepLoop(4)
+
+    def mishandles() -> None:
+        try:
+            raise MEMORY
+        except RuntimeError:
+            raise KeyError("rows")  # noqa: B904
+
+    loop.before_forward = mishandles
+    with pytest.raises(UserError, match=r"StepLoop fails in weighted_loss: KeyError"):
+        guard_module(loop).training_step(BATCH)
+
+
+def test_memory_that_runs_out_where_no_step_can_be_done_again_is_no_bug(tmp_path: Path) -> None:
+    class Builds(Callback):
+        def on_train_start(self, *rest: Any) -> None:
+            raise MEMORY
+
+    with pytest.raises(UserError, match="out of memory") as found:
+        fit_tiny(tmp_path, num_steps=2, callbacks=[Builds()])
+    assert "model.depth" in found.value.fix
 
 
 class Texts(TextSource):
