@@ -12,12 +12,17 @@ from lightning.pytorch import Callback
 
 from nanochat_pl import LMModule
 from nanochat_pl.cli.main import main
+from nanochat_pl.cli.train import compose_train
 from nanochat_pl.common.errors import UserError
+from nanochat_pl.common.run_dir import StageFolder
 from nanochat_pl.common.user_code import user_code
 from nanochat_pl.config.instantiate import make_objects, problems_of_module, problems_of_objects
 from nanochat_pl.data.sources.base import DataSettings, Shard, Source
 from nanochat_pl.data.sources.custom import TextSource, open_custom
+from nanochat_pl.doctor.stage_data import prepare_stage
 from nanochat_pl.training.guarded import guard_callbacks, guard_module
+from nanochat_pl.training.run import train_stage
+from nanochat_pl.training.stages.registry import Stage
 from tests.helpers.steps import BATCH, CPU_MEMORY, MEMORY, StepLoop, fails
 from tests.helpers.training import fit_tiny
 from tests.training.conftest import tiny_overrides, write_texts
@@ -232,6 +237,27 @@ def test_a_source_that_fails(cls: str, options: dict[str, Any], said: str) -> No
         use(cls, **options)
         _ = open_custom(DataSettings(name="custom", target=f"{__name__}.{cls}", options=options), "data").name
     assert said in found.value.problems[0] and f"{__name__}.{cls}" in found.value.problems[0]
+
+
+class OwnStage(Stage):
+    has_model = False
+
+    def prepare(self, context: Any) -> Any:
+        raise SystemExit(0)
+
+    def make_bundle(self, *rest: Any) -> Any:
+        raise ValueError("what")
+
+
+def test_a_stage_that_fails(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A training said only of prepare that it was no bug of ours, the doctor never."""
+    config = compose_train(tiny_overrides(here)).config
+    monkeypatch.setattr(type(config.stage), "definition", OwnStage())
+    folder, own = StageFolder(here / "runs", "x", "base", "x"), rf"stage={__name__}\.OwnStage"
+    with pytest.raises(UserError, match=f"{own} fails in prepare: SystemExit"):
+        prepare_stage(config, folder, here / "cache")
+    with pytest.raises(UserError, match=f"{own} fails in make_bundle: ValueError: what"):
+        train_stage(config, folder, here / "cache")
 
 
 LEAVES = """
