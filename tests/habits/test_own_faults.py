@@ -106,6 +106,15 @@ def test_a_callback_that_cannot_begin_is_an_error_before_the_training(tmp_path: 
         fit_tiny(tmp_path, num_steps=2, callbacks=guard_callbacks({"callbacks.x": Own("setup", SystemExit(0))}))
 
 
+def test_what_a_callback_keeps_under_the_name_of_a_hook_stays_what_it_is(tmp_path: Path) -> None:
+    """It was taken for a hook, and the training ended in an error of its own."""
+    callback: Any = Own()
+    callback.on_gpu, callback.on_exception = True, None
+    fitted = fit_tiny(tmp_path, num_steps=2, callbacks=guard_callbacks({"callbacks.x": callback}))
+    assert fitted.trainer.global_step == 2
+    assert callback.on_gpu is True and callback.on_exception is None and "on_train_batch_end" in callback.seen
+
+
 class Step(LMModule):
     given: Any = None
 

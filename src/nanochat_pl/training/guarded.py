@@ -47,8 +47,9 @@ def guard_callbacks(callbacks: Mapping[str, Callback]) -> list[Callback]:
     Of several processes all must do the same, so there an error ends the training.
     """
     hooks = ("setup", "state_dict", "load_state_dict")
+    of_lightning = [name for name in dir(Callback) if name.startswith("on_") or name in hooks]
     for key, callback in callbacks.items():
-        names = [name for name in dir(callback) if name.startswith("on_") or name in hooks]
+        names = [name for name in of_lightning if callable(getattr(callback, name))]
         alone = collectives.world_size() == 1
         _guard(key, callback, names, fatal=["setup"] if alone else names)
         # By itself: also of one that is left out it closes what setup opened.
