@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import io
+import os
 import stat
 import threading
 import time
@@ -10,6 +12,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -179,6 +182,36 @@ def test_a_damaged_entry_is_found(server: Server, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is no whole zip archive"):
         fetch_eval_bundle(tmp_path, server.url)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_damaged_entry_of_another_compression_is_found(server: Server, tmp_path: Path) -> None:
+    with zipfile.ZipFile(data := io.BytesIO(), "w", zipfile.ZIP_LZMA) as written:
+        written.writestr("eval_bundle/core.yaml", "icl_tasks: []\n" * 1000)
+    begin = len("eval_bundle/core.yaml") + 30 + 9  # behind the entry's head and that of LZMA
+    body = data.getvalue()
+    server.body = body[:begin] + b"\xff" * 20 + body[begin + 20 :]
+    with pytest.raises(UserError, match="is no whole zip archive"):
+        fetch_eval_bundle(tmp_path, server.url)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("number", "said"), [(errno.ENOSPC, "the disk is full"), (errno.EROFS, "Read-only")])
+def test_a_disk_that_takes_no_archive_is_that_of_the_cache(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, said: str
+) -> None:
+    """It was said to be the disk of the hub's cache."""
+    server.body, opened = archive(), Path.open
+
+    def fails(path: Path, mode: str = "r", *rest: Any, **more: Any) -> Any:
+        if mode == "wb":
+            raise OSError(number, os.strerror(number))
+        return opened(path, mode, *rest, **more)
+
+    monkeypatch.setattr(Path, "open", fails)
+    with pytest.raises(UserError, match=said) as raised:
+        fetch_eval_bundle(tmp_path, server.url)
+    assert raised.value.problems[0].startswith(str(tmp_path)) and "paths.cache=" in raised.value.fix
+    assert "core.path" not in raised.value.fix and server.num_asked == 1 and not list(tmp_path.iterdir())
 
 
 def test_without_a_network_the_way_out_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

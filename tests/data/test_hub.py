@@ -323,6 +323,34 @@ def test_without_any_network(
         assert source.fetch(2).num_new == 0
 
 
+def test_a_damaged_file_that_cannot_be_fetched_again(
+    hub: HubServer, tmp_path: Path, waits: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was said that the answer is not that of a hub."""
+    from huggingface_hub import constants
+
+    source = downloaded(tmp_path / "cache", 1)
+    file = source.manifest.file("shard_00000.parquet")
+    path = source.manifest.at_hand(file)
+    assert path is not None
+    path.write_bytes(b"PAR1")
+    hub.fail("HEAD", "/resolve/", *[Answer(429, {"Retry-After": "7"})] * 30)
+    with pytest.raises(UserError, match="too many requests"):
+        fetch_files(source.manifest, [file], tmp_path / "cache")
+    hub.mend()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="HF_HUB_OFFLINE forbids"):
+        fetch_files(source.manifest, [file], tmp_path / "cache")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    assert fetch_files(source.manifest, [file], tmp_path / "cache").num_new == 1
+    path.write_bytes(b"PAR1")
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{closed.getsockname()[1]}")
+        with pytest.raises(UserError, match="the server cannot be reached"):
+            fetch_files(source.manifest, [file], tmp_path / "cache")
+
+
 def test_offline_mode_is_kept_to(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
 

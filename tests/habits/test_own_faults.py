@@ -12,12 +12,18 @@ from lightning.pytorch import Callback
 
 from nanochat_pl import LMModule
 from nanochat_pl.cli.main import main
+from nanochat_pl.cli.train import compose_train
 from nanochat_pl.common.errors import UserError
+from nanochat_pl.common.run_dir import StageFolder
 from nanochat_pl.common.user_code import user_code
 from nanochat_pl.config.instantiate import make_objects, problems_of_module, problems_of_objects
 from nanochat_pl.data.sources.base import DataSettings, Shard, Source
 from nanochat_pl.data.sources.custom import TextSource, open_custom
+from nanochat_pl.doctor.stage_data import prepare_stage
 from nanochat_pl.training.guarded import guard_callbacks, guard_module
+from nanochat_pl.training.run import train_stage
+from nanochat_pl.training.stages.registry import Stage
+from tests.helpers.steps import BATCH, CPU_MEMORY, MEMORY, StepLoop, fails
 from tests.helpers.training import fit_tiny
 from tests.training.conftest import tiny_overrides, write_texts
 
@@ -100,6 +106,15 @@ def test_a_callback_that_cannot_begin_is_an_error_before_the_training(tmp_path: 
         fit_tiny(tmp_path, num_steps=2, callbacks=guard_callbacks({"callbacks.x": Own("setup", SystemExit(0))}))
 
 
+def test_what_a_callback_keeps_under_the_name_of_a_hook_stays_what_it_is(tmp_path: Path) -> None:
+    """It was taken for a hook, and the training ended in an error of its own."""
+    callback: Any = Own()
+    callback.on_gpu, callback.on_exception = True, None
+    fitted = fit_tiny(tmp_path, num_steps=2, callbacks=guard_callbacks({"callbacks.x": callback}))
+    assert fitted.trainer.global_step == 2
+    assert callback.on_gpu is True and callback.on_exception is None and "on_train_batch_end" in callback.seen
+
+
 class Step(LMModule):
     given: Any = None
 
@@ -125,6 +140,40 @@ def test_a_module_whose_step_fails(given: Any, said: str) -> None:
     with pytest.raises(UserError) as found:
         guard_module(stage).training_step(None)
     assert found.value.problems[0].startswith(f"stage.module={__name__}.Step") and said in found.value.problems[0]
+
+
+@pytest.mark.parametrize("error", [MEMORY, CPU_MEMORY, MemoryError()], ids=repr)
+def test_a_loss_of_ones_own_that_runs_out_of_memory_is_tried_with_fewer_rows(error: Exception) -> None:
+    """It was said to be a fault of the class."""
+    loop = StepLoop(4)
+    loop.before_forward = fails(error, 1)
+    guard_module(loop)
+    loop.train_steps(BATCH)
+    assert loop.device_batch_size == 2
+
+
+def test_what_handles_lacking_memory_wrongly_is_a_fault_of_the_class() -> None:
+    loop = StepLoop(4)
+
+    def mishandles() -> None:
+        try:
+            raise MEMORY
+        except RuntimeError:
+            raise KeyError("rows")  # noqa: B904
+
+    loop.before_forward = mishandles
+    with pytest.raises(UserError, match=r"StepLoop fails in weighted_loss: KeyError"):
+        guard_module(loop).training_step(BATCH)
+
+
+def test_memory_that_runs_out_where_no_step_can_be_done_again_is_no_bug(tmp_path: Path) -> None:
+    class Builds(Callback):
+        def on_train_start(self, *rest: Any) -> None:
+            raise MEMORY
+
+    with pytest.raises(UserError, match="out of memory") as found:
+        fit_tiny(tmp_path, num_steps=2, callbacks=[Builds()])
+    assert "model.depth" in found.value.fix
 
 
 class Texts(TextSource):
@@ -197,6 +246,27 @@ def test_a_source_that_fails(cls: str, options: dict[str, Any], said: str) -> No
         use(cls, **options)
         _ = open_custom(DataSettings(name="custom", target=f"{__name__}.{cls}", options=options), "data").name
     assert said in found.value.problems[0] and f"{__name__}.{cls}" in found.value.problems[0]
+
+
+class OwnStage(Stage):
+    has_model = False
+
+    def prepare(self, context: Any) -> Any:
+        raise SystemExit(0)
+
+    def make_bundle(self, *rest: Any) -> Any:
+        raise ValueError("what")
+
+
+def test_a_stage_that_fails(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A training said only of prepare that it was no bug of ours, the doctor never."""
+    config = compose_train(tiny_overrides(here)).config
+    monkeypatch.setattr(type(config.stage), "definition", OwnStage())
+    folder, own = StageFolder(here / "runs", "x", "base", "x"), rf"stage={__name__}\.OwnStage"
+    with pytest.raises(UserError, match=f"{own} fails in prepare: SystemExit"):
+        prepare_stage(config, folder, here / "cache")
+    with pytest.raises(UserError, match=f"{own} fails in make_bundle: ValueError: what"):
+        train_stage(config, folder, here / "cache")
 
 
 LEAVES = """

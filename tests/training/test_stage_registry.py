@@ -90,7 +90,24 @@ def test_other_packages_add_stages(fresh: Path, monkeypatch: pytest.MonkeyPatch)
     assert parents_of(stage_named("mid")) == ("base", "polish")
     with pytest.raises(UserError, match=r"stage\.parent=base: the stage polish starts from sft\."):
         compose_train(["stage=polish", "stage.parent=base"])
-    points.append(EntryPoint("lost", "no_such_module_at_all", "nanochat_pl.stages"))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("import no_such_module", "No module named 'no_such_module'"),
+        ("Here is no Python.", "SyntaxError"),
+        ("raise RuntimeError('no GPU')", "RuntimeError: no GPU"),
+        ("raise SystemExit(0)", "SystemExit: 0"),
+    ],
+)
+def test_another_package_that_cannot_be_imported(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch, text: str, said: str
+) -> None:
+    """Every command ended with it, as a bug of ours or as a success."""
+    (fresh / "polish_module.py").write_text(text, encoding="utf-8")
+    points = [EntryPoint("polish", "polish_module", "nanochat_pl.stages")]
+    monkeypatch.setattr("nanochat_pl.common.registry.entry_points", lambda group: points)
     REGISTRY.loaded = False
-    with pytest.raises(UserError, match=r"entry point lost = no_such_module_at_all.*cannot be imported"):
+    with pytest.raises(UserError, match=rf"entry point polish = polish_module: cannot be imported.*uninstall.*{said}"):
         all_stages()

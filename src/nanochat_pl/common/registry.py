@@ -10,6 +10,7 @@ from importlib.metadata import entry_points
 from typing import Generic, TypeVar
 
 from nanochat_pl.common.errors import UserError
+from nanochat_pl.common.user_code import user_code
 
 T = TypeVar("T")
 C = TypeVar("C", bound=type)
@@ -68,10 +69,7 @@ class Registry(Generic[T]):
                     importlib.import_module(module.name)
             for point in entry_points(group=self.group):
                 origin = f"entry point {point.name} = {point.value}" + (f" of {point.dist.name}" if point.dist else "")
-                try:
+                with user_code(f"{origin}: cannot be imported (mend that package, or uninstall it)"):
                     point.load()
-                except (ImportError, AttributeError, SyntaxError) as error:
-                    fix = "Mend that package, or uninstall it."
-                    raise UserError(f"{origin}: cannot be imported: {error}", fix) from error
             self.loaded = True
         return self.entries

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sysconfig
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from nanochat_pl.common.errors import LostContact, UserError
@@ -19,18 +19,18 @@ class UserCodeError(UserError):
 
 
 @contextlib.contextmanager
-def user_code(said: str, *passed_on: type[BaseException]) -> Iterator[None]:
+def user_code(said: str, passes: Callable[[BaseException], bool] = lambda error: False) -> Iterator[None]:
     """Turn whatever is raised inside into a :class:`UserCodeError`: also ``sys.exit()``, which would end the command as
-    if all were done. What is meant for people passes, and so do a Ctrl-C and ``passed_on``.
+    if all were done. What is meant for people passes, and so does a Ctrl-C.
 
     Args:
         said: what stands in front of the error: the key, the class and what it fails in.
-        passed_on: exceptions that stay what they are.
+        passes: says of which further exceptions that they stay what they are.
     """
     try:
         yield
     except BaseException as error:
-        if isinstance(error, (UserError, LostContact, KeyboardInterrupt, GeneratorExit, *passed_on)):
+        if isinstance(error, (UserError, LostContact, KeyboardInterrupt, GeneratorExit)) or passes(error):
             raise
         raise UserCodeError(f"{said}: {_words(error)}", _place(error)) from error
 

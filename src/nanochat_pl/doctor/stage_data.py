@@ -33,7 +33,7 @@ from nanochat_pl.tasks.published.conversations import ConversationSet
 from nanochat_pl.training.config import TrainConfig
 from nanochat_pl.training.device import Machine
 from nanochat_pl.training.stage_data.source import corpus_of_stage
-from nanochat_pl.training.stages.registry import StageContext, StageData
+from nanochat_pl.training.stages.registry import StageContext, StageData, stage_code
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,8 @@ def prepare_stage(config: TrainConfig, folder: StageFolder, cache: Path) -> Stag
     if stage.from_scratch:
         folder = _with_tokenizer(config, folder, cache)
     # As if it had begun: else it records the files that it chooses.
-    return stage.prepare(StageContext(config, folder, cache, machine, corpus, resuming=True))
+    with stage_code(stage, "prepare"):
+        return stage.prepare(StageContext(config, folder, cache, machine, corpus, resuming=True))
 
 
 def _with_tokenizer(config: TrainConfig, folder: StageFolder, cache: Path) -> StageFolder:

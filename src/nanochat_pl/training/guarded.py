@@ -15,6 +15,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.loggers.logger import Logger
 
 from nanochat_pl.common.console import rank_zero_print
+from nanochat_pl.common.out_of_memory import is_out_of_memory
 from nanochat_pl.common.user_code import UserCodeError, user_code
 from nanochat_pl.distributed import collectives
 from nanochat_pl.training.callbacks.graceful_stop import StopRequested
@@ -46,8 +47,9 @@ def guard_callbacks(callbacks: Mapping[str, Callback]) -> list[Callback]:
     Of several processes all must do the same, so there an error ends the training.
     """
     hooks = ("setup", "state_dict", "load_state_dict")
+    of_lightning = [name for name in dir(Callback) if name.startswith("on_") or name in hooks]
     for key, callback in callbacks.items():
-        names = [name for name in dir(callback) if name.startswith("on_") or name in hooks]
+        names = [name for name in of_lightning if callable(getattr(callback, name))]
         alone = collectives.world_size() == 1
         _guard(key, callback, names, fatal=["setup"] if alone else names)
         # By itself: also of one that is left out it closes what setup opened.
@@ -56,13 +58,16 @@ def guard_callbacks(callbacks: Mapping[str, Callback]) -> list[Callback]:
 
 
 def guard_module(stage: LMModule) -> LMModule:
-    """Name the class where a method that a subclass of LMModule has of its own raises, or a step gives nothing."""
+    """Name the class where a method that a subclass of LMModule has of its own raises, or a step gives nothing.
+
+    Memory that runs out stays what it is: the step is done again with fewer rows.
+    """
     where = f"stage.module={_name(stage)}"
 
     def guard(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(method)
         def call(*arguments: Any, **keywords: Any) -> Any:
-            with user_code(f"{where} fails in {name}", StopRequested):
+            with user_code(f"{where} fails in {name}", lambda error: _is_stop(error) or _ran_out(error)):
                 given = method(*arguments, **keywords)
             there = given if isinstance(given, Mapping) else ()
             if name == "training_step" and (missing := [key for key in _OF_STEP if key not in there]):
@@ -97,7 +102,7 @@ def _guard(key: str, guarded: Any, names: Sequence[str], fatal: Sequence[str] = 
             if name not in fatal:
                 words += " and is left out from here on; the training goes on"
             try:
-                with user_code(words, StopRequested):
+                with user_code(words, _is_stop):
                     return method(*arguments, **keywords)
             except UserCodeError as error:
                 if name in fatal:
@@ -110,6 +115,14 @@ def _guard(key: str, guarded: Any, names: Sequence[str], fatal: Sequence[str] = 
 
     for name in names:
         setattr(guarded, name, guard(name, getattr(guarded, name)))
+
+
+def _is_stop(error: BaseException) -> bool:
+    return isinstance(error, StopRequested)
+
+
+def _ran_out(error: BaseException) -> bool:
+    return isinstance(error, (RuntimeError, MemoryError)) and is_out_of_memory(error)
 
 
 def _name(thing: Any) -> str:

@@ -42,7 +42,7 @@ from nanochat_pl.training.module import LMModule, ModuleConfig
 from nanochat_pl.training.stage_data.base_plan import Target, base_plan, refuse_unasked
 from nanochat_pl.training.stage_data.source import corpus_of_stage, with_chosen_data
 from nanochat_pl.training.stage_data.text import announce_streamed
-from nanochat_pl.training.stages.registry import Stage, StageContext, StageData
+from nanochat_pl.training.stages.registry import Stage, StageContext, StageData, stage_code
 from nanochat_pl.training.trainer import FitConfig, FitResult, fit
 
 
@@ -77,7 +77,12 @@ def train_stage(
     corpus = coordination.raise_on_all_ranks(lambda: corpus_of_stage(config, folder, cache, resuming))
     config = with_chosen_data(config, folder, cache, resuming, corpus)
     if not definition.has_model:
-        coordination.run_on_rank_zero(lambda: definition.make_bundle(config, folder, cache, corpus))
+
+        def make_bundle() -> None:
+            with stage_code(definition, "make_bundle"):
+                definition.make_bundle(config, folder, cache, corpus)
+
+        coordination.run_on_rank_zero(make_bundle)
         return
     machine = coordination.raise_on_all_ranks(lambda: prepare_machine(config))
     require_own_gpus(machine.device)
@@ -114,10 +119,7 @@ def train_stage(
 
 
 def _prepare(definition: Stage, context: StageContext) -> StageData:
-    cls = type(definition)
-    if cls.__module__.startswith("nanochat_pl."):
-        return definition.prepare(context)
-    with user_code(f"stage={cls.__module__}.{cls.__qualname__} fails in prepare"):
+    with stage_code(definition, "prepare"):
         return definition.prepare(context)
 
 

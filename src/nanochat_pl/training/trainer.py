@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from nanochat_pl.common.console import rank_zero_print
 from nanochat_pl.common.errors import UserError
+from nanochat_pl.common.out_of_memory import FIX, explain_out_of_memory
 from nanochat_pl.common.user_code import UserCodeError
 from nanochat_pl.data.packing.mixture import MixedRows
 from nanochat_pl.distributed import collectives, coordination
@@ -132,7 +133,7 @@ def fit(stage: LMModule, data: RowsDataModule, fitting: FitConfig) -> FitResult:
     trainer = _trainer(stage, fitting, loggers, [*ours, *fitting.callbacks], resume_files.io)
     if resume_from:
         rank_zero_print(f"{fitting.name}: going on after step {first_step:,} ({resume_from}).")
-    with stop, garbage:
+    with stop, garbage, explain_out_of_memory(fitting.name, FIX):
         try:
             trainer.fit(stage, datamodule=data, ckpt_path=None if resume_from is None else str(resume_from))
         except (MisconfigurationException, ModuleNotFoundError) as error:

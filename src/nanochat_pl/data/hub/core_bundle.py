@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import lzma
 import tempfile
 import zipfile
 import zlib
@@ -21,7 +22,9 @@ MAX_UNPACKED_BYTES = 2 * 2**30
 MAX_FILES = 1000
 TIMEOUT_SECONDS = 30.0
 _PARTS = ("core.yaml", "eval_meta_data.csv", "eval_data")
-_OFFLINE = "Without a network: core.path=FOLDER names a folder that has core.yaml, eval_meta_data.csv and eval_data."
+_OTHERWISE = (
+    "Run it again later, or set core.path=FOLDER to a folder that has core.yaml, eval_meta_data.csv and eval_data."
+)
 
 
 def bundle_in_cache(cache_dir: Path) -> Path:
@@ -45,7 +48,7 @@ def fetch_eval_bundle(cache_dir: Path, url: str = EVAL_BUNDLE_URL, refresh: bool
         cache_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{NAME}.", dir=cache_dir) as temporary:
             archive, unpacked = Path(temporary) / "archive.zip", Path(temporary) / "unpacked"
-            patiently(lambda: _fetch(url, archive), url, _OFFLINE)
+            patiently(lambda: _fetch(url, archive), url, _OTHERWISE)
             _unpack(archive, unpacked, url)
             new = next((each for each in (unpacked / NAME, unpacked) if all((each / p).exists() for p in _PARTS)), None)
             if new is None:
@@ -62,17 +65,18 @@ def _fetch(url: str, path: Path) -> None:
 
     with (
         get_session().stream("GET", url, timeout=TIMEOUT_SECONDS) as response,
-        path.open("wb") as file,
         progress(
             "downloading the evaluation bundle", int(response.headers.get("Content-Length") or 0), "bytes"
         ) as advance,
     ):
         response.raise_for_status()
-        for block in response.iter_raw():
-            if file.tell() + len(block) > MAX_ARCHIVE_BYTES:
-                raise UserError(f"{url}: has more than {MAX_ARCHIVE_BYTES / 2**20:,.0f} MiB.")
-            file.write(block)
-            advance(len(block))
+        # Here: to patiently() a full disk is that of the hub's cache.
+        with explain_disk_errors(path), path.open("wb") as file:
+            for block in response.iter_raw():
+                if file.tell() + len(block) > MAX_ARCHIVE_BYTES:
+                    raise UserError(f"{url}: has more than {MAX_ARCHIVE_BYTES / 2**20:,.0f} MiB.")
+                file.write(block)
+                advance(len(block))
 
 
 def _unpack(archive: Path, target: Path, name: str) -> None:
@@ -91,7 +95,15 @@ def _unpack(archive: Path, target: Path, name: str) -> None:
                     f" {MAX_FILES:,} files or {MAX_UNPACKED_BYTES / 2**20:,.0f} MiB; nothing was unpacked."
                 )
             opened.extractall(target)
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
+    except (
+        zipfile.BadZipFile,
+        zlib.error,
+        lzma.LZMAError,
+        EOFError,
+        NotImplementedError,
+        RuntimeError,
+        ValueError,
+    ) as error:
         raise UserError(f"{name}: is no whole zip archive: {error}", "Run the same command again.") from error
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):

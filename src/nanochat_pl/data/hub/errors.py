@@ -50,7 +50,11 @@ def patiently(call: Callable[[], T], subject: str, fix: str = "") -> T:
     for number in range(1, MAX_TRIES + 1):
         try:
             return call()
-        except (OSError, HTTPError, ValueError, RuntimeError) as error:
+        except (OSError, HTTPError, ValueError, RuntimeError) as raised:
+            error: Exception = raised
+            # With force_download huggingface_hub says of any failure that there is an error above.
+            if isinstance(raised, ValueError) and isinstance(raised.__cause__, (OSError, HTTPError)):
+                error = raised.__cause__
             seconds = _seconds_to_wait(error, 2.0 ** (number - 1))
             if seconds is None or number == MAX_TRIES:
                 problem, usual_fix = _explained(error, subject)

@@ -11,6 +11,7 @@ Light to import: what a stage trains with is imported where it is prepared.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.import_class import import_class
 from nanochat_pl.common.registry import Registry
 from nanochat_pl.common.run_dir import RESULTS, STAGES
+from nanochat_pl.common.user_code import user_code
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -193,6 +195,14 @@ def import_stage(target: str, key: str) -> Stage:
     if found is None:
         raise UserError(f"{key}={target!r}: is no stage: a class with @stage(NAME) above it is one.")
     return found
+
+
+def stage_code(stage: Stage, method: str) -> contextlib.AbstractContextManager[None]:
+    """Where a method of a stage is called: of one that is the user's its class is named with what it raises."""
+    cls = type(stage)
+    if cls.__module__.startswith("nanochat_pl."):
+        return contextlib.nullcontext()
+    return user_code(f"stage={cls.__module__}.{cls.__qualname__} fails in {method}")
 
 
 def parents_of(stage: Stage) -> tuple[str, ...]:
