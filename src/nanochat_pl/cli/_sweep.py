@@ -106,10 +106,12 @@ def run_sweep(command: str, options: HydraOptions) -> int:
         outcomes = [read_object(path, "") for path in sorted(sweep[0].outcomes.iterdir())] if sweep else []
         total = (sweep[0].total or 0) if sweep else 0
     codes = [int(outcome["code"]) for outcome in outcomes]
-    if stops := [code for code in codes if is_stop(code)]:
-        return stops[0]
     rows = [row for outcome in outcomes for row in _rows(outcome)]
     print_table(("job", "stage", "outcome", "val/bpb", "tokens", "time"), rows)
+    if stops := [code for code in codes if is_stop(code)]:
+        left = f"{total - len(outcomes):,} of {total:,} jobs were not begun. " if total > len(outcomes) else ""
+        rank_zero_print(f"{left}The same command goes on with what is not finished.")
+        return stops[0]
     if silent := total - len(outcomes):
         rank_zero_print(f"{silent:,} of {total:,} jobs left no outcome: their launcher says why.")
     return next((code for code in codes if code), 1 if silent > 0 else 0)
@@ -203,6 +205,8 @@ def _run_job(sweep: Sweep, config: Any) -> float:
 
 
 def _outcome(code: int) -> str:
+    if is_stop(code):
+        return "stopped"
     if code <= 128:
         return "finished" if code == 0 else f"failed, exit code {code}"
     number = code - 128

@@ -18,6 +18,7 @@ from nanochat_pl.cli.report import ReportConfig
 from nanochat_pl.cli.train import how_to_go_on, place_of, with_parent
 from nanochat_pl.cli.train import is_finished as is_trained
 from nanochat_pl.common.console import ignore_broken_pipe, next_steps, print_table, rank_zero_print
+from nanochat_pl.common.constants import EXIT_USER_ERROR
 from nanochat_pl.common.errors import UserError, did_you_mean
 from nanochat_pl.common.paths import PathsSettings, run_keys
 from nanochat_pl.common.run_dir import fresh_run
@@ -76,7 +77,8 @@ def run(arguments: Sequence[str]) -> int:
         rank_zero_print(f"{step.name}:", style="bold")
         code = run_child([step.command, *step.overrides])
         if code:
-            rank_zero_print(f"{step.name}: ended with exit code {code}. {how_to_go_on(run_dir.name, resume)}")
+            again = "" if code == EXIT_USER_ERROR else f" {how_to_go_on(run_dir.name, resume)}"
+            rank_zero_print(f"{step.name}: ended with exit code {code}.{again}")
             return code
     finish(run_dir)
     return 0

@@ -39,6 +39,8 @@ def locate_bundle(bundle: str | None, run: str | None, stage: str | None, runs: 
             raise UserError(
                 f"bundle={bundle}: is the folder of a stage.", f"Its bundle: bundle={Path(bundle) / 'bundle'}"
             )
+        if Path(bundle).suffix == ".ckpt" and Path(bundle).is_file():
+            raise UserError(f"bundle={bundle}: is a resume file.", "A bundle is a folder: runs/NAME/STAGE/bundle.")
         if not Path(bundle).is_dir():
             raise UserError(f"bundle={bundle}: there is no such folder.", "nanochat-pl runs lists what is there.")
         return Path(bundle)

@@ -327,7 +327,8 @@ class _explain_hydra_errors:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, _HYDRA_ERRORS):
-            said = " ".join(line.strip() for line in str(error).strip().splitlines()[:2]).replace("++", "")
+            lines = [line.strip() for line in str(error).replace("++", "").splitlines() if line.strip()]
+            said = " ".join(lines[: None if "Available options" in str(error) else 2])
             raise UserError(f"Hydra: {said or type(error).__name__}") from error
 
 

@@ -36,7 +36,7 @@ def guard_loggers(loggers: Mapping[str, Logger]) -> list[Logger]:
     """
     for key, logger in loggers.items():
         with user_code(f"{key}: {type(logger).__name__} cannot be started"):
-            _ = logger.experiment  # type: ignore[attr-defined]  # what opens a file or a connection
+            _ = getattr(logger, "experiment", None)  # what opens a file or a connection, where it has one
         _guard(key, logger, [name for name in _OF_LOGGERS if callable(getattr(logger, name, None))])
     return list(loggers.values())
 

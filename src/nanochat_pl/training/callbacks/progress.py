@@ -23,17 +23,19 @@ class TrainingProgress(Callback):
         self._bar: Progress | None = None
         self._task: Any = None
         self._spoken = 0.0
+        self._began_at = 0
         self._parts = 1
         self._trainer: Trainer | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Show the bar where the terminal can; it begins at the step that the run goes on from."""
-        self._trainer, self._spoken = trainer, time.monotonic()
+        self._trainer, self._spoken, self._began_at = trainer, time.monotonic(), trainer.global_step
         pl_module.micro_batch_hooks.append(self._within_step)
         if console(stderr=True).is_terminal and launch_env().rank == 0:
+            first = f"first step{', compiling' if pl_module.config.compile else ''} …"
             columns = ("{task.description}", BarColumn(), "{task.fields[steps]}", TextColumn("{task.fields[metrics]}"))
             self._bar = Progress(*columns, console=console(stderr=True), refresh_per_second=4)
-            self._task = self._bar.add_task(self.name, total=trainer.max_steps, steps="", metrics="first step …")
+            self._task = self._bar.add_task(self.name, total=trainer.max_steps, steps="", metrics=first)
             self._show(trainer.global_step, trainer.global_step)
             self._bar.start()
 
@@ -71,7 +73,8 @@ class TrainingProgress(Callback):
             f"{latest['train/tokens_per_second']:,.0f} tok/s",
             f"MFU {latest['train/mfu']:.1%}" if "train/mfu" in latest else "",
             f"epoch {'–'.join(epochs)}" if epochs else "",
-            f"ETA {duration(seconds_left)}",
+            # The first step loads and compiles: it says nothing of the others.
+            f"ETA {duration(seconds_left)}" if trainer.global_step > self._began_at + 1 else "",
         ]
         return "  ".join(metric for metric in metrics if metric)
 

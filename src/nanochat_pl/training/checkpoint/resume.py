@@ -13,7 +13,6 @@ import math
 import re
 import socket
 import time
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from nanochat_pl.common.console import rank_zero_print
 from nanochat_pl.common.errors import UserError, first_line
 from nanochat_pl.common.files import entries, explain_disk_errors, read_object, write_json
 from nanochat_pl.common.run_dir import SHARED_RUNS
@@ -132,7 +132,7 @@ def _put_aside(damaged: Mapping[Path, str]) -> None:
     for path, problem in damaged.items():
         with explain_disk_errors(path):
             path.replace(path.with_name(f"{path.name}.damaged"))
-        warnings.warn(f"{path} is damaged ({problem}): going on from an older one.", stacklevel=2)
+        rank_zero_print(f"{path} is damaged ({problem}): going on from an older one.")
 
 
 class ResumeFiles(Callback):

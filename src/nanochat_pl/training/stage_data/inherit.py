@@ -30,13 +30,14 @@ def parent_name(config: TrainConfig, folder: StageFolder) -> str | None:
     if config.stage.parent is not None or not stage.starts_from_model:
         return config.stage.parent
     run_dir, possible = folder.runs / folder.parent_run, parents_of(stage)
+    finished = [name for name in possible if folder.parent(name).status == "finished"]
     unknown = [name for name in stages_in(run_dir) if name not in STAGES and name not in all_stages()]
     if unknown:
         raise UserError(
             f"stage.parent: {run_dir} has the stage {unknown[0]}, which this command does not know.",
-            f"Say what {stage.name} starts from: stage.parent={possible[0]}, or stage.parent=package.module.Class.",
+            f"Say what {stage.name} starts from: stage.parent={(finished or possible)[-1]}, or"
+            " stage.parent=package.module.Class.",
         )
-    finished = [name for name in possible if folder.parent(name).status == "finished"]
     return finished[-1] if finished else possible[0]
 
 
