@@ -14,7 +14,7 @@ help:  ## this list
 
 setup: $(INSTALLED)  ## install everything into .venv, with exact versions; HASHED=1: only files with known hashes
 
-demo: $(INSTALLED)  ## from text to a chat model, some minutes on two CPU cores; again: says what is there
+demo: $(INSTALLED)  ## from text to a chat model, 10 to 60 minutes on two CPU cores; again: says what is there
 	$(BIN)/nanochat-pl pipeline experiment=demo
 
 test: $(INSTALLED)  ## the tests that take seconds each, on all cores
