@@ -23,11 +23,25 @@ from nanochat_pl.data.hub.core_bundle import bundle_in_cache, fetch_eval_bundle
 FILES = {"core.yaml": "icl_tasks: []\n", "eval_meta_data.csv": "a\n", "eval_data/deep/set.jsonl": "{}\n" * 1000}
 
 
-def archive(files: dict[str, str] | None = None, folder: str = "eval_bundle/") -> bytes:
+def archive(files: dict[str, str] | None = None, folder: str = "eval_bundle/", links: tuple[str, ...] = ()) -> bytes:
     data = io.BytesIO()
     with zipfile.ZipFile(data, "w", zipfile.ZIP_DEFLATED) as written:
         for name, text in (FILES if files is None else files).items():
             written.writestr(f"{folder}{name}", text)
+        for name in links:
+            entry = zipfile.ZipInfo(name)
+            entry.external_attr = (stat.S_IFLNK | 0o777) << 16
+            written.writestr(entry, "/etc/passwd")
+    return data.getvalue()
+
+
+def nameless() -> bytes:
+    """An archive with an entry whose name is empty, which Python's own writer refuses to make at once."""
+    data = io.BytesIO()
+    with zipfile.ZipFile(data, "w") as written:
+        (entry := zipfile.ZipInfo("x")).filename = ""
+        with written.open(entry, "w") as file:
+            file.write(b"x")
     return data.getvalue()
 
 
@@ -113,9 +127,21 @@ def change(**settings: object) -> Callable[[Server], None]:
         ({"body": b"<html>log in</html>"}, "is no whole zip archive"),
         ({"promised": 10**5}, "cannot be reached"),
         ({"body": archive({"core.yaml": ""})}, "holds no evaluation bundle"),
-        ({"body": archive(FILES | {"n" * 256: "x"})}, "cannot be unpacked"),
-        ({"body": archive(FILES | {"eval_data": "x"})}, "cannot be unpacked"),
-        ({"body": archive(FILES | {"core.yaml/x": "x"})}, "cannot be unpacked"),
+        ({"body": archive(FILES | {"../../out": "x"})}, "leads out of the folder"),
+        ({"body": archive(FILES | {"/out": "x"}, folder="")}, "leads out of the folder"),
+        ({"body": archive(FILES | {"C:\\out": "x"}, folder="")}, "leads out of the folder"),
+        ({"body": archive(links=("eval_bundle/eval_data/link.jsonl",))}, "is no plain file"),
+        ({"body": archive(FILES | {"CORE.yaml": "x"})}, "two files of one name"),
+        ({"body": archive(FILES | {"./core.yaml": "x"})}, "two files of one name"),
+        ({"body": nameless()}, "a file without a name, ''"),
+        ({"body": archive(FILES | {".": "x"}, folder="")}, "a file without a name, '.'"),
+        ({"body": archive(FILES | {"n" * 256: "x"})}, r"'eval_bundle/n{68}…' cannot be unpacked"),
+        ({"body": archive(FILES | {"é" * 200: "x"})}, "cannot be unpacked"),
+        ({"body": archive(FILES | {"n" * 65_000: "x"})}, r"n…' is too long a name"),
+        ({"body": archive(FILES | {"n/" * 5_000 + "n": "x"})}, "is too long a name"),
+        ({"body": archive(FILES | {"eval_data": "x"})}, "'eval_bundle/eval_data' is a file and a folder"),
+        ({"body": archive(FILES | {"core.yaml/x": "x"})}, "'eval_bundle/core.yaml' is a file and a folder"),
+        ({"body": archive(FILES | {"Core.yaml/": ""})}, "'eval_bundle/core.yaml' is a file and a folder"),
         ({"body": archive(FILES | {f"eval_data/{n}": "" for n in range(1100)})}, "more than 1,000"),
     ],
 )
@@ -132,18 +158,14 @@ def test_what_is_wrong_leaves_what_was_there(
     assert contents(tmp_path) == {"eval_bundle/mine": "old"}, "and nothing half-written"
 
 
-def test_an_archive_does_not_write_outside_of_its_folder(server: Server, tmp_path: Path) -> None:
-    data = io.BytesIO(archive(FILES | {"../../../out": "x"}))
-    with zipfile.ZipFile(data, "a") as written:
-        written.writestr("/out", "x")
-        entry = zipfile.ZipInfo("eval_bundle/eval_data/link.jsonl")
-        entry.external_attr = (stat.S_IFLNK | 0o777) << 16
-        written.writestr(entry, "/etc/passwd")
-    server.body = data.getvalue()
-    cache = tmp_path / "a" / "b" / "cache"
-    folder, _ = fetch_eval_bundle(cache, server.url)
-    assert not [path for path in tmp_path.rglob("*") if path.is_symlink()], "a link is a file with its target in it"
-    assert {path for path in tmp_path.rglob("*") if path.is_file()} == {p for p in folder.rglob("*") if p.is_file()}
+def test_a_disk_without_room_for_it_is_said_before(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.body = archive()
+    monkeypatch.setattr(core_bundle, "free_bytes", lambda path: 1)
+    with pytest.raises(UserError, match=r"unpacks to 0 MiB, and 0 MiB are free"):
+        fetch_eval_bundle(tmp_path, server.url)
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_archive_that_never_ends(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
