@@ -97,8 +97,9 @@ def run_sweep(command: str, options: HydraOptions) -> int:
             with explain_disk_errors(runs):
                 runs.mkdir(parents=True, exist_ok=True)
                 folder = stack.enter_context(tempfile.TemporaryDirectory(prefix=".sweep-", dir=runs.absolute()))
-            place = Path(folder), os.getpid()
-            sweep.append(Sweep(command, options.own_overrides, tuple(swept), total, finished, *place))
+            sweep.append(
+                Sweep(command, options.own_overrides, tuple(swept), total, finished, Path(folder), process=os.getpid())
+            )
             return partial(_run_job, sweep[0])
 
         with contextlib.suppress(JobFailed, Stopped), _terminated_as_interrupted():
@@ -188,10 +189,8 @@ def _run_job(sweep: Sweep, config: Any) -> float:
     rank_zero_print(f"job {number}{of}: {job.name}", style="bold")
     folders = _stage_folders(sweep.command, job)  # now: after the job, resume=never would mean yet another one
     before = job.name in sweep.finished
-    in_process_of_launcher = os.getppid() == sweep.process
-    code = (
-        0 if before else run_child([sweep.command, *job.overrides], sweep.process if in_process_of_launcher else None)
-    )
+    parent = sweep.process if os.getppid() == sweep.process else None  # of a process that the launcher has started
+    code = 0 if before else run_child([sweep.command, *job.overrides], parent)
     places = [{"runs": str(each.runs.absolute()), "run": each.run, "stage": each.stage} for each in folders]
     word = "finished before" if before else _outcome(code)
     outcome = {"name": job.name, "code": code, "word": word, "folders": places}

@@ -21,10 +21,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from nanochat_pl.common.errors import UserError, did_you_mean, first_line
 from nanochat_pl.common.run_dir import check_name
-from nanochat_pl.common.schema import build, to_plain, validation_errors
+from nanochat_pl.common.schema import build, to_plain
 from nanochat_pl.common.yaml_files import read_yaml
 from nanochat_pl.config import config_dir
-from nanochat_pl.config.overrides import DELETED, Setting, is_group, parse_overrides, type_of_key
+from nanochat_pl.config.overrides import DELETED, Setting, is_group, is_key, parse_overrides, type_of_key
 from nanochat_pl.config.stage_choice import with_stage_files
 from nanochat_pl.training.stages.registry import all_stages
 
@@ -80,17 +80,19 @@ def compose(
         if not setting.is_choice:
             _lay_over(tree, setting, problems)
     values, unresolved = _resolve(tree)
-    found = [
-        *unresolved.values(),
-        *(line for line in validation_errors(schema, values) if _key_of(line) not in unresolved),
-    ]
+    found = list(unresolved.values())
+    config: T | None = None
+    try:
+        config = build(schema, values)
+    except UserError as error:
+        found += [line for line in error.problems if _key_of(line) not in unresolved]
     if "callbacks" in groups:
         found += _problems_of_classes(values)
     found += _problems_of_name(values.get("run"))
     problems += [_with_origin(line, settings, choices) for line in found]
-    if problems:
+    if config is None or problems:
         raise UserError(problems, f"Keys and their meaning: nanochat-pl {root} --help")
-    return Composed(build(schema, values), tuple(overrides), experiment, _given(settings))
+    return Composed(config, tuple(overrides), experiment, _given(settings))
 
 
 def _problems_of_classes(values: Mapping[str, Any]) -> list[str]:
@@ -200,7 +202,7 @@ def _lay_over(tree: DictConfig, setting: Setting, problems: list[str]) -> None:
         else:
             del owner[name]
         return
-    if not re.fullmatch(r"[\w.-]+", setting.key):
+    if not is_key(setting.key):
         problems.append(f"{setting.key}: is no key; keys are names joined by dots, as in model.depth.")
         return
     value = _escaped(setting.value) if setting.is_text else setting.value

@@ -21,6 +21,7 @@ from hydra.core.global_hydra import GlobalHydra
 
 import nanochat_pl
 from nanochat_pl.common.errors import UserError, did_you_mean
+from nanochat_pl.common.files import entries
 from nanochat_pl.common.text_files import require_regular
 from nanochat_pl.common.user_path import user_path
 
@@ -53,7 +54,7 @@ def chosen(folder: str | None, root: str | None) -> Iterator[None]:
             path = Path(user_path("--config-dir", folder)).absolute()
             if not path.is_dir():
                 raise UserError(f"--config-dir {folder}: is not a folder.")
-            _entries(path)
+            entries(path)  # it can be read
             os.environ[OWN_FOLDER] = str(path)
         if root is not None:
             name = root.removesuffix(".yaml")
@@ -79,7 +80,7 @@ def groups() -> dict[str, list[str]]:
     """The config groups and the choices of each, in sorted order."""
     found: dict[str, set[str]] = {}
     for folder in folders():
-        for group in _entries(folder):
+        for group in entries(folder):
             if group.is_dir() and group.name != "experiment":
                 found.setdefault(group.name, set()).update(_names(group))
     return {name: sorted(found[name]) for name in sorted(found)}
@@ -137,14 +138,8 @@ def folders() -> list[Path]:
 
 def _names(folder: Path) -> list[str]:
     """The names of the YAML files in a folder."""
-    return [path.stem for path in _entries(folder) if path.suffix == ".yaml" and path.is_file()]
-
-
-def _entries(folder: Path) -> list[Path]:
-    try:
-        return list(folder.iterdir()) if folder.is_dir() else []
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be read: {error.strerror}.") from error
+    listed = entries(folder) if folder.is_dir() else []
+    return [path.stem for path in listed if path.suffix == ".yaml" and path.is_file()]
 
 
 def _experiment_folders() -> list[Path]:

@@ -34,11 +34,9 @@ from nanochat_pl.config.stage_choice import name_of_stage
 from nanochat_pl.training.stages.registry import all_stages
 
 MAX_JOBS = 1_000
-# A pipeline is composed as its stages are.
-_ROOTS = {"pipeline": "train"}
 _MULTIRUN_KEY = "hydra.mode=MULTIRUN"
-# Hydra's option that is not needed here, and what does the same.
 _QUOTES = "Put quotes around a value with special characters: 'KEY=\"VALUE\"'."
+# Options of Hydra that are not needed here.
 _REFUSED = {"config_path": "--config-path", "experimental_rerun": "--experimental-rerun"}
 
 
@@ -73,7 +71,7 @@ class HydraOptions:
     @property
     def own_overrides(self) -> tuple[str, ...]:
         """The overrides that are not Hydra's own."""
-        return tuple(text for text in self.overrides if not is_hydra_key(text.lstrip("+~").partition("=")[0]))
+        return tuple(text for text in self.overrides if not is_hydra_key(text))
 
 
 def parse(arguments: Sequence[str]) -> HydraOptions:
@@ -121,13 +119,13 @@ def parse(arguments: Sequence[str]) -> HydraOptions:
 @ignore_broken_pipe()
 def show(command: str, schema: type, options: HydraOptions) -> None:
     """Print what Hydra itself knows: ``--info``, ``--hydra-help``, ``--cfg hydra``, ``--shell-completion``."""
-    root = config_dir.root_file(_ROOTS.get(command, command))
+    root = _root(command)
     texts = _for_hydra(options.overrides, schema)
     with _explain_hydra_errors(), config_dir.hydra(_overlays(options.overrides)) as hydra:
         if options.shell_completion:
             hydra.shell_completion(root, list(options.overrides))
         elif options.hydra_help:
-            keys = [text for text in texts if is_hydra_key(text.lstrip("+~"))]
+            keys = list(filter(is_hydra_key, texts))
             hydra.hydra_help(root, get_args_parser(), argparse.Namespace(overrides=keys, resolve=False))
         elif options.info:
             before = logging.root.handlers[:], logging.root.level, logging.raiseExceptions
@@ -146,7 +144,7 @@ def run(command: str, schema: type, options: HydraOptions, job: Callable[[], int
     Returns:
         the exit code that the job gives.
     """
-    root = config_dir.root_file(_ROOTS.get(command, command))
+    root = _root(command)
     texts = _for_hydra(options.overrides, schema)
     codes: list[int] = []
     raised: list[BaseException] = []
@@ -180,23 +178,20 @@ def sweep(
     Raises:
         UserError: what Hydra says of the overrides.
     """
-    root = config_dir.root_file(_ROOTS.get(command, command))
+    root = _root(command)
     with _explain_hydra_errors():
         texts = _for_hydra(options.overrides, schema, sweep=True)
     with config_dir.hydra(_overlays(options.overrides)) as hydra:
         with _explain_hydra_errors():
             config = hydra.compose_config(root, texts, RunMode.MULTIRUN)
-            parser = OverridesParser.create(config_loader=hydra.config_loader)
-            tasks = [text for text in texts if not is_hydra_key(text.lstrip("+").partition("=")[0])]
-            parsed = parser.parse_overrides(tasks)
-            swept = [_key(override) for override in parsed if override.is_sweep_override()]
+            params = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
+            tasks = itertools.filterfalse(is_hydra_key, texts)
+            parsed = OverridesParser.create(hydra.config_loader).parse_overrides([*params, *tasks])
+            swept = [_key(each) for n, each in enumerate(parsed) if n < len(params) or each.is_sweep_override()]
             _require_countable(parsed)
             # Of another sweeper only it knows the jobs.
             is_grid = config.hydra.sweeper["_target_"].endswith(".BasicSweeper")
-            params = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
-            every = parser.parse_overrides([*params, *tasks])
-            swept += [_key(override) for override in every[: len(params)]]
-            jobs = BasicSweeper.split_arguments(every, None)[0] if is_grid else None
+            jobs = BasicSweeper.split_arguments(parsed, None)[0] if is_grid else None
         if jobs is not None and not jobs:
             raise UserError("-m: gives no jobs.", "Look at the values that are swept over.")
         function = plan(jobs, swept, Path(str(config.paths.runs)))
@@ -245,7 +240,7 @@ def to_command_overrides(texts: Sequence[str], schema: type, typed: Sequence[str
     found = []
     for text in texts:
         key, raw, problem = split_override(text)
-        if key.startswith("~") or problem:
+        if problem:
             found.append(text)
         elif key == "experiment":
             found.append(f"experiment={paths.get(raw, raw)}")
@@ -314,6 +309,11 @@ def _overlays(texts: Sequence[str]) -> dict[str, Any]:
 
 def _stem(experiment: str) -> str:
     return Path(experiment).stem if experiment.endswith((".yaml", ".yml")) else experiment
+
+
+def _root(command: str) -> str:
+    """The root file: a pipeline is composed as its stages are."""
+    return config_dir.root_file("train" if command == "pipeline" else command)
 
 
 def _key(override: Override) -> str:

@@ -53,7 +53,7 @@ def parse_overrides(
     problems += problems_of_form(texts, schema)
     for text in texts:
         key, raw, problem = split_override(text)
-        if problem or is_hydra_key(key):
+        if problem:
             continue
         if key.startswith("~"):
             settings.append(_deletion(key[1:], schema, groups))
@@ -94,14 +94,19 @@ def split_override(text: str) -> tuple[str, str, str]:
         return key, raw, f"{text}: write ~{key[1:]}, without a value."
     if not equals and not key.startswith("~"):
         return key, raw, f"{text}: is not of the form key=value."
-    if not all(part.replace("_", "").replace("-", "").isalnum() for part in re.split(r"[./]", key.removeprefix("~"))):
+    if not is_key(key.removeprefix("~")):
         return key, raw, f"{text}: {key!r} is no key; keys are names joined by dots, as in model.depth=4."
     return key, raw, ""
 
 
-def is_hydra_key(key: str) -> bool:
-    """Whether a key is one of Hydra itself: ``hydra.run.dir``, ``hydra/launcher``."""
-    return key.startswith(("hydra.", "hydra/"))
+def is_key(key: str) -> bool:
+    """Whether a text has the form of a key: names joined by dots, or by the strokes of Hydra's groups."""
+    return all(part.replace("_", "").replace("-", "").isalnum() for part in re.split(r"[./]", key))
+
+
+def is_hydra_key(text: str) -> bool:
+    """Whether an override, or its key, is one of Hydra itself: ``hydra.run.dir=x``, ``+hydra/launcher``."""
+    return text.lstrip("+~").startswith(("hydra.", "hydra/"))
 
 
 def problems_of_form(texts: Sequence[str], *schemas: type) -> list[str]:
