@@ -138,14 +138,11 @@ def fit(stage: LMModule, data: RowsDataModule, fitting: FitConfig) -> FitResult:
             trainer.fit(stage, datamodule=data, ckpt_path=None if resume_from is None else str(resume_from))
         except (MisconfigurationException, ModuleNotFoundError) as error:
             raise UserError(f"callbacks, logger: Lightning refuses them: {error}") from error
-        except UserCodeError:
-            stop.check_after_error()
-            raise
-        except (UserError, StopRequested):
-            raise
-        except Exception:
-            # A signal goes to the compilers too: what they then fail with is the stop that was asked for.
-            stop.check_after_error()
+        except Exception as error:
+            # A signal goes to the compilers too: what they, or a class of the user's, then fail with is the stop that
+            # was asked for.
+            if isinstance(error, UserCodeError) or not isinstance(error, (UserError, StopRequested)):
+                stop.check_after_error()
             raise
         finally:
             resume_files.io.wait()  # also where an error kept Lightning from its teardown
