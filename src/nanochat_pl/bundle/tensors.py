@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from nanochat_pl.common.errors import UserError
+from nanochat_pl.common.errors import UserError, listed
 from nanochat_pl.common.files import FREE_SPACE, free_bytes, write_atomically
 from nanochat_pl.common.text_files import require_regular
 
@@ -95,5 +95,4 @@ def problems_of_header(
 
 def _listed(where: Path, action: str, names: Iterable[str]) -> list[str]:
     names = sorted(names)
-    shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-    return [f"{where}: {action} {shown}."] if names else []
+    return [f"{where}: {action} {listed(names, 5)}."] if names else []

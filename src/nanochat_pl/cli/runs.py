@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanochat_pl.common.console import print_table, rank_zero_print
-from nanochat_pl.common.errors import UserError, did_you_mean
+from nanochat_pl.common.errors import UserError, did_you_mean, listed
 from nanochat_pl.common.files import entries, explain_disk_errors, read_object
 from nanochat_pl.common.paths import PathsSettings
 from nanochat_pl.common.run_dir import MAX_NAMED, RESULTS, StageFolder, list_runs
@@ -74,9 +74,8 @@ def delete_run(runs: Path, name: str) -> None:
     ours = {stage.stage for stage in known[name]} | set(RESULTS)
     foreign = [path.name for path in entries(folder) if path.name not in ours]
     if foreign and not folder.is_symlink():
-        more = f" and {len(foreign) - MAX_NAMED:,} more" if len(foreign) > MAX_NAMED else ""
         raise UserError(
-            f"delete={name}: {folder} also has what nanochat-pl did not write: {', '.join(foreign[:MAX_NAMED])}{more}."
+            f"delete={name}: {folder} also has what nanochat-pl did not write: {listed(foreign, MAX_NAMED)}."
             " Nothing was deleted.",
             "Move that elsewhere, and the same command deletes the run.",
         )

@@ -65,6 +65,12 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
+def listed(names: Sequence[str], most: int) -> str:
+    """Names for a message, the first of them and how many more there are."""
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return f"{', '.join(names[:most])}{more}"
+
+
 def did_you_mean(name: str, valid: Iterable[str], limit: int = 3) -> str:
     """A clause that names the valid names nearest to a wrong one: all of them where they are few."""
     names = sorted(set(valid))

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from nanochat_pl.common.errors import UserError, did_you_mean
+from nanochat_pl.common.errors import UserError, did_you_mean, listed
 from nanochat_pl.common.files import (
     ensure_folder,
     entries,
@@ -127,9 +127,8 @@ class StageFolder:
         ensure_folder(self.path)
         names = [path.name for path in entries(self.path) if not is_leftover(path)]
         if names and not _has_one(self.path, (*_RECORDS, "parent.json", *_OWN_RECORDS)):
-            more = f" and {len(names) - MAX_NAMED:,} more" if len(names) > MAX_NAMED else ""
             raise UserError(
-                f"{self.path}: is no folder of a stage, and is not empty: {', '.join(names[:MAX_NAMED])}{more}.",
+                f"{self.path}: is no folder of a stage, and is not empty: {listed(names, MAX_NAMED)}.",
                 "Move that elsewhere, or give this run another name with run=NEW.",
             )
         if self.parent_run != self.run:

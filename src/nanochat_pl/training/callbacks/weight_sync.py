@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from nanochat_pl.common.errors import SharedError
+from nanochat_pl.common.errors import SharedError, listed
 from nanochat_pl.distributed import collectives
 
 _MAX_NAMED = 5
@@ -63,9 +63,8 @@ def require_same_weights(parameters: Mapping[str, Tensor], step: int) -> None:
     groups: dict[tuple[int, ...], list[str]] = {}
     for rank, each in enumerate(of_all):
         groups.setdefault(tuple(each), []).append(str(rank))
-    more = f" and {len(differing) - _MAX_NAMED} more" if len(differing) > _MAX_NAMED else ""
     raise SharedError(
-        f"step {step}: the processes hold different weights: {', '.join(differing[:_MAX_NAMED])}{more}; processes "
+        f"step {step}: the processes hold different weights: {listed(differing, _MAX_NAMED)}; processes "
         f"{' | '.join(', '.join(ranks) for ranks in groups.values())} differ from each other.",
         fix="The last resume file was written before: the same command goes on. Where it happens again, a device"
         " or a connection is at fault: nanochat-pl selftest, and the machine's own tests of its memory.",
