@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.tasks.base import conversation_of
+from nanochat_pl.tasks.base import Completion, conversation_of
 from nanochat_pl.tasks.published.gsm8k import final_number, solution_parts
 from tests.helpers.task_tables import opened, problem, write_table
 
@@ -93,10 +93,10 @@ def test_answers_are_judged_by_their_number(tmp_path: Path) -> None:
     task = opened("gsm8k", "test", tmp_path, test_path=path)
     conversation = conversation_of("?", solution_parts(SOLUTION))
     for answer in ("#### 1004", "#### $1,004.00", solution_parts(SOLUTION), [{"type": "text", "text": "#### 1004.0"}]):
-        assert task.evaluate(conversation, answer) and task.reward(conversation, answer) == 1.0
+        assert task.evaluate(conversation, answer) and task.reward(conversation, Completion(answer)) == 1.0
     in_tool = [{"type": "python_output", "text": "#### 1004"}]
     for answer in ("1004", "#### 1005", "#### -1004", "#### 1004.1", "#### 100", "#### 10045", "", in_tool):
-        assert not task.evaluate(conversation, answer) and task.reward(conversation, answer) == 0.0
+        assert not task.evaluate(conversation, answer) and task.reward(conversation, Completion(answer)) == 0.0
     assert (task.kind, task.baseline, task.judged) == ("generative", 0.0, True)
 
 

@@ -20,7 +20,7 @@ LOOK = """
 import json, sys
 from nanochat_pl.cli.main import main
 from nanochat_pl.cli.train import compose_train
-from nanochat_pl.tasks.base import reference_of
+from nanochat_pl.tasks.base import Completion, reference_of
 from nanochat_pl.tasks.context import TaskContext
 from nanochat_pl.tasks.mixture import build_mixture, only_judged
 from nanochat_pl.tokenizer import TokenizerSettings, train_tokenizer
@@ -43,7 +43,7 @@ for part in (mixture, held_out):
         ids, mask = render_conversation(tokenizer, conversation)
         assert conversation["capital"] in tokenizer.decode(ids) and sum(mask) > 0
         assert task.evaluate(conversation, reference_of(conversation)) and not task.evaluate(conversation, "Nowhere")
-        assert task.reward(conversation, "Nowhere") == 0.0
+        assert task.reward(conversation, Completion("Nowhere")) == 0.0
 train, test = (set(part.tasks["capitals"].countries) for part in (mixture, held_out))
 assert train and test and not train & test
 print("settings:", mixture.repeats["capitals"], settings.tasks.capitals.sentence)

@@ -12,7 +12,7 @@ import pytest
 
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.schema import build
-from nanochat_pl.tasks.base import Content, Conversation
+from nanochat_pl.tasks.base import Completion, Content, Conversation
 from nanochat_pl.tasks.context import TaskContext
 from nanochat_pl.tasks.published.humaneval import HumanEval, HumanEvalSettings, program_of
 from nanochat_pl.tools.sandbox.sandbox import Sandbox
@@ -153,7 +153,7 @@ def test_answers_are_judged_by_the_tests(tmp_path: Path) -> None:
         [{"type": "python", "text": FULL}],
     ]
     assert task.evaluate_all([conversation] * len(answers), answers) == [True, True, False, False, False, False]
-    assert task.evaluate(conversation, FULL) and task.reward(conversation, wrong) == 0.0
+    assert task.evaluate(conversation, FULL) and task.reward(conversation, Completion(wrong)) == 0.0
     outcomes = task.outcomes([conversation] * 2, [wrong, FULL])
     assert [outcome.reason for outcome in outcomes] == ["failed", "passed"]
     assert (task.kind, task.baseline) == ("generative", 0.0)

@@ -13,7 +13,7 @@ import pytest
 
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.schema import build
-from nanochat_pl.tasks.base import Split, reference_of, text_of
+from nanochat_pl.tasks.base import Completion, Split, reference_of, text_of
 from nanochat_pl.tasks.context import TaskContext
 from nanochat_pl.tasks.multiple_choice import choice_conversation, render_choices
 from nanochat_pl.tasks.synthetic.documentation import Documentation, DocumentationSettings
@@ -66,9 +66,9 @@ def test_spelling_bee_is_judged_by_what_stands_behind_the_mark() -> None:
     task = make("spelling_bee", "test")
     conversation = next(c for c in task if reference_of(c)[2]["text"] == "2")
     for right in ("#### 2", "I count 3.\n\n#### 2", "#### 2.0", "#### 5 no: #### 2"):
-        assert task.evaluate(conversation, right) and task.reward(conversation, right) == 1.0, right
+        assert task.evaluate(conversation, right) and task.reward(conversation, Completion(right)) == 1.0, right
     for wrong in ("2", "#### 3", "####", "#### two", "2 ####", "#### 2 #### 3"):
-        assert not task.evaluate(conversation, wrong) and task.reward(conversation, wrong) == 0.0, wrong
+        assert not task.evaluate(conversation, wrong) and task.reward(conversation, Completion(wrong)) == 0.0, wrong
 
 
 def test_simple_spelling_asks_in_one_wording_and_goes_round_the_words() -> None:

@@ -13,7 +13,7 @@ import pytest
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.schema import build
 from nanochat_pl.tasks import registry
-from nanochat_pl.tasks.base import Content, Conversation, Task, TaskSettings, conversation_of, limits
+from nanochat_pl.tasks.base import Completion, Content, Conversation, Task, TaskSettings, conversation_of, limits
 from nanochat_pl.tasks.context import TaskContext
 from nanochat_pl.tasks.mixture import build_tasks
 from nanochat_pl.tasks.registry import TaskKind, all_tasks, kind_of, task
@@ -99,7 +99,7 @@ def test_other_packages_add_tasks(kinds: dict[str, TaskKind], tmp_path: Path, mo
 def test_what_a_task_has_by_itself() -> None:
     echo = Echo.from_settings(TaskSettings(), "test", TaskContext(Path()))
     assert echo.evaluate_all(list(echo), ["0", "9", "2"]) == [True, False, True]
-    assert (echo.reward(echo[1], "1"), echo.reward(echo[1], "2")) == (1.0, 0.0)
+    assert (echo.reward(echo[1], Completion("1")), echo.reward(echo[1], Completion("2"))) == (1.0, 0.0)
     assert (echo.kind, echo.baseline, echo.remark, echo.judged) == ("generative", 0.0, None, True)
     with pytest.raises(ValueError, match="zip"):
         echo.evaluate_all(list(echo), ["0"])

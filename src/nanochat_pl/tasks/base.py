@@ -46,6 +46,21 @@ class TaskSettings:
         return (self.start, self.size, self.step) if train else (self.test_start, self.test_size, self.test_step)
 
 
+@dataclass(frozen=True)
+class Completion:
+    """An answer that a model generated, as a reward sees it.
+
+    Attributes:
+        content: its parts, as the chat format parses them.
+        ids: its tokens, the stop token and what a tool forced in included.
+        finished: whether the model ended it itself, and no limit did.
+    """
+
+    content: Content
+    ids: Sequence[int] = ()
+    finished: bool = True
+
+
 class Task(ABC):
     """A sequence of conversations. Number i is a pure function of (the task's settings, its split, i).
 
@@ -116,9 +131,14 @@ class Task(ABC):
         """Judge many answers; for a task that can do it faster than one by one."""
         return [self.evaluate(*pair) for pair in zip(conversations, answers, strict=True)]
 
-    def reward(self, conversation: Conversation, answer: Content) -> float:
+    @property
+    def has_reward(self) -> bool:
+        """Whether reinforcement learning can train on it: answers are written freely, and judged."""
+        return self.judged and self.kind == "generative"
+
+    def reward(self, conversation: Conversation, completion: Completion) -> float:
         """What an answer is worth in reinforcement learning: 1 for a right one, else 0."""
-        return float(self.evaluate(conversation, answer))
+        return float(self.evaluate(conversation, completion.content))
 
     def letters(self, conversation: Conversation) -> Sequence[str]:
         """The possible answers to a conversation of a categorical task."""
