@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,6 +26,8 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1, _MIX_2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 _SPREAD, _FIRST, _SECOND = 0x9E3779B1 - 2**32, 0x7FEB352D, 0x846CA68B - 2**32
 
+NOISE_BLOCK = 2**16  # numbers that a CPU makes at a time
+TOP_P_TOKENS = 256
 MIN_TEMPERATURE = 1e-30  # what is below divides by this: the same draws, and numbers that float32 has
 
 
@@ -128,12 +130,12 @@ class Sampler:
         """
         logits = self._penalised(logits, seen)
         if self.greedy:
-            return logits.argmax(dim=-1), logits
+            return argmax(logits), logits
         # The maximum is taken off first, so that a tiny temperature gives 1 and 0 and no infinities.
         scores = (logits - logits.amax(dim=-1, keepdim=True)) / self._temperatures
         self._filter(scores)
         noise = gumbel_noise(noise_keys(self._seeds, positions), self._vocab_size, self._device)
-        return (scores + noise.mul_(self._noisy)).argmax(dim=-1), scores
+        return argmax(noise.mul_(self._noisy).add_(scores)), scores
 
     def logprobs(self, scores: Tensor, ids: Tensor, raw: Tensor) -> Tensor:
         """Log-probabilities, float32 (B,), of the distributions that tokens are drawn from; a greedy choice has 0.
@@ -162,27 +164,46 @@ class Sampler:
     def _filter(self, scores: Tensor) -> None:
         """Set scores (B, V), of which the highest of a row is 0, to -inf where a token must not be drawn."""
         if self._min_p:
-            rows, values = self._rows(self._min_p)
-            _drop_below(scores, rows, values.log())
+            self._drop_below(scores, self._min_p, lambda chosen, values: values.log())
         if self._top_k:
-            rows, values = self._rows(self._top_k)
-            best = scores[rows].topk(int(values.max()), dim=-1).values
-            _drop_below(scores, rows, best.gather(-1, values.long() - 1))
+            self._drop_below(scores, self._top_k, _least_of_top_k)
         if self._top_p:
-            rows, values = self._rows(self._top_p)
-            ordered = scores[rows].sort(dim=-1, descending=True).values
-            shares = ordered.softmax(dim=-1)
-            kept = shares.cumsum(dim=-1) - shares < values  # the first one always
-            _drop_below(scores, rows, ordered.gather(-1, kept.sum(dim=-1, keepdim=True) - 1))
+            self._drop_below(scores, self._top_p, _least_of_top_p)
 
-    def _rows(self, pairs: Sequence[tuple[int, float]]) -> tuple[Tensor, Tensor]:
-        indices, values = zip(*pairs, strict=True)
-        return torch.tensor(indices, device=self._device), self._column(values)
+    def _drop_below(
+        self, scores: Tensor, settings: Sequence[tuple[int, float]], least: Callable[[Tensor, Tensor], Tensor]
+    ) -> None:
+        """Drop the tokens of the rows that have a setting whose scores (b, V) are below what ``least`` makes of these
+        and of the settings (b, 1)."""
+        indices, values = zip(*settings, strict=True)
+        rows = slice(None) if len(indices) == len(scores) else torch.tensor(indices, device=self._device)
+        chosen = scores[rows]
+        chosen.masked_fill_(chosen < least(chosen, self._column(values)), -torch.inf)
+        if not isinstance(rows, slice):
+            scores[rows] = chosen
 
 
-def _drop_below(scores: Tensor, rows: Tensor, least: Tensor) -> None:
-    chosen = scores[rows]
-    scores[rows] = chosen.masked_fill(chosen < least, -torch.inf)
+def _least_of_top_k(scores: Tensor, top_k: Tensor) -> Tensor:
+    best = scores.topk(int(top_k.max()), dim=-1).values
+    return best.gather(-1, top_k.long() - 1)
+
+
+def _least_of_top_p(scores: Tensor, top_p: Tensor) -> Tensor:
+    normaliser, vocab_size = scores.logsumexp(dim=-1, keepdim=True), scores.size(-1)
+    for count in (min(TOP_P_TOKENS, vocab_size), vocab_size):  # sorting all takes long, and mostly a few are enough
+        ordered = scores.topk(count, dim=-1).values
+        cumulative = (ordered - normaliser).exp().cumsum(dim=-1)
+        if (cumulative[:, -1:] >= top_p).all():
+            break
+    kept = 1 + (cumulative[:, :-1] < top_p).sum(dim=-1, keepdim=True)
+    return ordered.gather(-1, kept - 1)
+
+
+def argmax(scores: Tensor) -> Tensor:
+    """The place of the first maximum of each row, int64 (B,), of (B, V). On a CPU by NumPy, which is much faster."""
+    if scores.device.type == "cpu":
+        return torch.from_numpy(scores.numpy().argmax(axis=-1))
+    return scores.argmax(dim=-1)
 
 
 def noise_keys(seeds: np.ndarray, positions: Sequence[int] | np.ndarray) -> Tensor:
@@ -201,15 +222,29 @@ def _spread_ids(vocab_size: int, device: torch.device) -> Tensor:
 
 def gumbel_noise(keys: Tensor, vocab_size: int, device: torch.device) -> Tensor:
     """Noise of Gumbel's distribution, float32 (B, V), for each row's key, int32 (B, 2), and each token."""
-    keys = keys.to(device)
-    mixed = _spread_ids(vocab_size, device) ^ keys[:, :1]
-    # Shifts of signed numbers draw copies of the sign in: these are masked away.
-    mixed ^= (mixed >> 16) & 0xFFFF
-    mixed *= _FIRST
-    mixed += keys[:, 1:]
-    mixed ^= (mixed >> 15) & 0x1FFFF
-    mixed *= _SECOND
-    mixed ^= (mixed >> 16) & 0xFFFF
-    # Uniform in (0, 1), fine near 0: there are the rare large values that let an unlikely token win.
-    uniform = (mixed & 0x7FFFFFFF).float().mul_(2.0**-31).add_(2.0**-32).clamp_(max=1 - 2.0**-24)
-    return uniform.neg_().log1p_().neg_().log_().neg_()
+    keys, noise = keys.to(device), torch.empty(len(keys), vocab_size, device=device)
+    # A few rows at a time, so that a CPU does all of it in its cache.
+    count = max(1, NOISE_BLOCK // vocab_size) if device.type == "cpu" else len(keys)
+    mixed = torch.empty(min(count, len(keys)), vocab_size, dtype=torch.int32, device=device)
+    shifted = torch.empty_like(mixed)
+    for rows, out in zip(keys.split(count), noise.split(count), strict=True):
+        _fill_with_noise(rows, out, mixed[: len(rows)], shifted[: len(rows)])
+    return noise
+
+
+def _fill_with_noise(keys: Tensor, noise: Tensor, mixed: Tensor, shifted: Tensor) -> None:
+    """keys int32 (b, 2), noise float32 (b, V), and memory to work in, int32 (b, V) each."""
+
+    def mix(shift: int, mask: int) -> None:  # a shift of signed numbers draws copies of the sign in
+        torch.bitwise_right_shift(mixed, shift, out=shifted)
+        mixed.bitwise_xor_(shifted.bitwise_and_(mask))
+
+    torch.bitwise_xor(_spread_ids(noise.size(1), noise.device), keys[:, :1], out=mixed)
+    mix(16, 0xFFFF)
+    mixed.mul_(_FIRST).add_(keys[:, 1:])
+    mix(15, 0x1FFFF)
+    mixed.mul_(_SECOND)
+    mix(16, 0xFFFF)
+    # Minus a uniform number in (0, 1), fine near 0: there are the rare large values that let an unlikely token win.
+    noise.copy_(mixed.bitwise_and_(0x7FFFFFFF)).mul_(-(2.0**-31) * (1 - 2.0**-24)).sub_(2.0**-32)
+    noise.log1p_().neg_().log_().neg_()
