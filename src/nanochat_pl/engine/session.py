@@ -63,6 +63,10 @@ class Session:
         top_k: int | None = None,
         seed: int = 0,
         tools: bool = True,
+        *,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
     ) -> Iterator[Event]:
         """Add a message of the person and return the answer as events, the last of them "finished".
 
@@ -94,7 +98,7 @@ class Session:
                 turns = [turns[0], *(begin + len(system) for begin in turns[1:])]
             else:
                 added = [added[0], *system, *added[1:]]
-        sampling = Sampling(temperature, top_k, seed=seed_of(seed, self._num_answers))
+        sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed_of(seed, self._num_answers))
         request = Request([*kept, *added], max_tokens, sampling, tools=tools)
         if self.answer is not None:  # one that nobody read to its end
             self.answer.cancel()
