@@ -19,6 +19,8 @@ MAX_LAYERS = 1_000
 
 # Rotary tables reach this many training lengths, so that long prompts can be scored and continued.
 ROTARY_REACH = 10
+# Ranges of keys over a cache begin and end at multiples of it (model/attention.py), and so does its memory.
+KEY_GRID = 16
 
 
 @dataclass(frozen=True)

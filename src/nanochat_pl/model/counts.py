@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.model.config import DType, GPTConfig
+from nanochat_pl.model.config import KEY_GRID, DType, GPTConfig
 
 DTYPE_BYTES: dict[DType, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -55,7 +55,7 @@ def rotary_bytes(config: GPTConfig) -> int:
 def kv_cache_bytes(config: GPTConfig, num_slots: int, max_len: int, dtype: DType = "float32") -> int:
     """Bytes of a :class:`~nanochat_pl.model.kv_cache.KVCache`: keys and values of all layers, and the token ids."""
     per_position = 2 * config.num_layers * config.num_kv_heads * config.head_dim * DTYPE_BYTES[dtype]
-    return num_slots * max_len * (per_position + 8)
+    return num_slots * (-(-max_len // KEY_GRID) * KEY_GRID * per_position + 8 * max_len)
 
 
 def require_size(config: GPTConfig, limit_bytes: int) -> None:
