@@ -1,0 +1,279 @@
+"""The process that generates: one for each model and device. It reads requests from a pipe and writes what comes of
+them, both as JSON, and ends when the other side of the pipe is closed.
+
+What it sends: ``{"ready": {…}}`` once, then ``{"updates": [[id, update], …], "stats": {…}}``. An update is what became
+visible of a request since its last one: ``text``, ``tools`` (calls and results), ``tokens`` where asked for, at first
+``prompt_tokens``, at last ``finish`` and the counts; or ``error`` and nothing more.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from collections.abc import Iterator, Mapping
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from nanochat_pl.bundle import Bundle, load_bundle
+from nanochat_pl.bundle.bundle import hash_of_weights
+from nanochat_pl.common.errors import UserError
+from nanochat_pl.engine import Engine
+from nanochat_pl.engine.request import Handle, Request
+from nanochat_pl.engine.sampling import Sampling
+from nanochat_pl.engine.scheduler import Scheduler
+from nanochat_pl.tokenizer import Tokenizer
+
+SECONDS_BETWEEN_STATS = 0.5
+# Of many answers at once the pieces are sent together: a message for each token would keep the other side busy.
+SECONDS_BETWEEN_UPDATES = 0.03
+MANY = 4
+
+
+def main(connection: Connection, spec: Mapping[str, Any]) -> None:
+    """Serve until the pipe is closed.
+
+    Args:
+        connection: to the server.
+        spec: ``bundle`` (a folder), ``device``, ``num_threads`` or None, ``num_slots``, ``max_context`` or None,
+            ``prefill_chunk``.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the server ends its workers
+    try:
+        worker = Worker(connection, spec)
+        worker.send({"ready": worker.card()})
+        worker.serve()
+    except UserError as error:
+        connection.send_bytes(json.dumps({"failed": [*error.problems, *([error.fix] if error.fix else [])]}).encode())
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        return  # the server is gone
+
+
+class Worker:
+    """One model on one device, and the requests that it is answering."""
+
+    def __init__(self, connection: Connection, spec: Mapping[str, Any]) -> None:
+        import torch
+
+        if spec.get("num_threads"):
+            torch.set_num_threads(spec["num_threads"])
+        self._connection = connection
+        self._bundle: Bundle = load_bundle(Path(spec["bundle"]), device=spec["device"])
+        self._engine = Engine(self._bundle)
+        self._scheduler: Scheduler = self._engine.scheduler(spec["num_slots"], spec["max_context"])
+        self._running: dict[str, _Answer] = {}
+        self._updates: list[tuple[str, dict[str, Any]]] = []
+        self._sent_at = self._stats_at = 0.0
+
+    def send(self, message: Mapping[str, Any]) -> None:
+        """Write a message."""
+        self._connection.send_bytes(json.dumps(message).encode())
+
+    def card(self) -> dict[str, Any]:
+        """What the model is, as plain data."""
+        bundle, net = self._bundle, self._bundle.net
+        return {
+            "weights": hash_of_weights(bundle.path)[:16],
+            "stage": bundle.stage.stage,
+            "step": bundle.stage.step,
+            "metrics": bundle.stage.metrics,
+            "depth": bundle.config.num_layers,
+            "width": bundle.config.width,
+            "parameters": sum(parameter.numel() for parameter in net.parameters()),
+            "vocab_size": bundle.config.vocab_size,
+            "max_context": self._scheduler.max_context,
+            "device": str(net.device),
+            "dtype": str(net.compute_dtype).removeprefix("torch."),
+            "num_slots": self._scheduler.num_slots,
+        }
+
+    def serve(self) -> None:
+        """Answer requests until the pipe is closed."""
+        while True:
+            self._receive(wait=self._scheduler.idle)
+            if not self._scheduler.idle:
+                self._scheduler.step()
+                self._collect()
+            self._flush()
+
+    def _receive(self, wait: bool) -> None:
+        """Take what has arrived; with nothing to do, wait for it a while."""
+        while self._connection.poll(SECONDS_BETWEEN_STATS if wait else 0):
+            message = json.loads(self._connection.recv_bytes())
+            if "cancel" in message:
+                if (answer := self._running.pop(message["cancel"], None)) is not None:
+                    answer.handle.cancel()
+                    self._scheduler.release_finished()
+            else:
+                self._submit(message["id"], message["request"])
+            wait = False
+
+    def _submit(self, name: str, asked: Mapping[str, Any]) -> None:
+        try:
+            request = request_of(asked, self._engine, self._scheduler.max_context)
+            self._running[name] = _Answer(self._scheduler.submit(request), asked, self._engine.tokenizer)
+        except RefusedError as refused:
+            self._updates.append((name, {"error": refused.plain()}))
+
+    def _collect(self) -> None:
+        """Take down what the last step has brought."""
+        for name, answer in list(self._running.items()):
+            if update := answer.read():
+                self._updates.append((name, update))
+            if answer.handle.finish_reason is not None:
+                del self._running[name]
+
+    def _flush(self) -> None:
+        """Send what there is, unless more is about to come."""
+        now = time.monotonic()
+        urgent = len(self._running) <= MANY or any("finish" in update for _, update in self._updates)
+        if self._updates and (urgent or now - self._sent_at >= SECONDS_BETWEEN_UPDATES):
+            merged: dict[str, dict[str, Any]] = {}
+            for name, update in self._updates:
+                _merge(merged.setdefault(name, {}), update)
+            self.send({"updates": list(merged.items()), "stats": self._stats()})
+            self._updates, self._sent_at, self._stats_at = [], now, now
+        elif now - self._stats_at >= SECONDS_BETWEEN_STATS:
+            self.send({"updates": [], "stats": self._stats()})
+            self._stats_at = now
+
+    def _stats(self) -> dict[str, Any]:
+        scheduler = self._scheduler
+        return {
+            "running": scheduler.num_running,
+            "waiting": scheduler.num_waiting,
+            "slots": scheduler.num_slots,
+            "cache_usage": scheduler.cache_usage,
+            "steps": scheduler.num_steps,
+            "prompt_tokens": scheduler.num_prompt_tokens,
+            "cached_tokens": scheduler.num_cached_tokens,
+            "generated_tokens": scheduler.num_generated_tokens,
+        }
+
+
+class RefusedError(Exception):
+    """A request that the model cannot answer."""
+
+    def __init__(self, message: str, param: str | None = None, code: str | None = None, status: int = 400) -> None:
+        super().__init__(message)
+        self._plain = {"status": status, "message": message, "param": param, "code": code}
+
+    def plain(self) -> dict[str, Any]:
+        """For the pipe."""
+        return self._plain
+
+
+def request_of(asked: Mapping[str, Any], engine: Engine, max_context: int) -> Request:
+    """The engine's request of what the server sends.
+
+    Raises:
+        RefusedError: the prompt does not fit, or a setting is out of bounds.
+    """
+    tokenizer = engine.tokenizer
+    try:
+        if (messages := asked.get("messages")) is not None:
+            prompt = [*tokenizer.render_for_completion({"messages": messages}), *asked.get("answer_ids", [])]
+        elif isinstance(asked["prompt"], str):
+            prompt = [tokenizer.bos_id, *tokenizer.encode(asked["prompt"])]
+        else:
+            prompt = list(asked["prompt"])
+        param = "messages" if messages is not None else "prompt"
+        if len(prompt) >= max_context:
+            raise RefusedError(
+                f"{param}: has {len(prompt):,} tokens; the context has {max_context:,}, with the answer.",
+                param,
+                "context_length_exceeded",
+            )
+        stop_ids = set() if asked.get("ignore_eos") else set(engine.stop_ids(None))
+        return Request(
+            prompt,
+            min(asked["max_tokens"], max_context),
+            Sampling(**asked["sampling"]),
+            frozenset(stop_ids | set(asked.get("stop_ids", ()))),
+            tuple(asked.get("stop", ())),
+            asked.get("tools", True),
+            asked.get("top_logprobs", 0),
+        )
+    except UserError as error:
+        problem = error.problems[0]
+        name = problem.partition("=")[0].partition(":")[0].partition("[")[0]
+        raise RefusedError(" ".join([*error.problems, *([error.fix] if error.fix else [])]), name) from None
+
+
+def _merge(into: dict[str, Any], update: Mapping[str, Any]) -> None:
+    for key, value in update.items():
+        into[key] = into[key] + value if key in into and isinstance(value, (str, list)) and key != "finish" else value
+
+
+class _Answer:
+    """What of an answer has been sent."""
+
+    def __init__(self, handle: Handle, asked: Mapping[str, Any], tokenizer: Tokenizer) -> None:
+        self.handle = handle
+        self._tokenizer = tokenizer
+        self._names = {special_id: name for name, special_id in tokenizer.special_ids.items()}
+        self._wants_tokens = bool(asked.get("logprobs") or asked.get("details"))
+        self._all_tokens = bool(asked.get("details"))
+        self._num_seen = 0
+        self._in_text = True
+        self._shown = self._bytes = 0  # bytes of text that were sent, and of the tokens up to here
+        self._held: list[tuple[int, dict[str, Any]]] = []
+        self._is_first = True
+
+    def read(self) -> dict[str, Any]:
+        """The update since the last one, maybe empty."""
+        handle, update = self.handle, dict[str, Any]()
+        events = handle.read_events()
+        if text := "".join(event.text for event in events if event.kind == "text"):
+            update["text"] = text
+            self._shown += len(text.encode("utf-8", "surrogatepass"))
+        if tools := [{"type": event.kind, "text": event.text} for event in events if event.kind.startswith("tool")]:
+            update["tools"] = tools
+        if self._wants_tokens and (tokens := list(self._tokens())):
+            update["tokens"] = tokens
+        if self._is_first and (update or handle.ids or handle.finish_reason):
+            self._is_first = False
+            update |= {"prompt_tokens": len(handle.prompt), "cached_tokens": handle.cached_tokens}
+        if handle.error is not None:
+            return {"error": RefusedError(f"{handle.error}", code="not_finite", status=500).plain()}
+        if handle.finish_reason is not None:
+            update |= {"finish": handle.finish_reason, "completion_tokens": len(handle.ids)}
+        return update
+
+    def _tokens(self) -> Iterator[dict[str, Any]]:
+        """Those whose text was sent. What may become a stop text is held back, and what became one is never sent."""
+        handle = self.handle
+        for place in range(self._num_seen, len(handle.ids)):
+            token = self._token(place)
+            if token["visible"]:
+                self._bytes += len(token["bytes"])
+            self._held.append((self._bytes, token))
+        self._num_seen = len(handle.ids)
+        ended = handle.finish_reason is not None
+        cut = ended and handle.finish_reason == "stop" and bool(handle.request.stop_texts)
+        while self._held and (self._held[0][0] <= self._shown or (ended and not cut)):
+            token = self._held.pop(0)[1]
+            if token["visible"] or self._all_tokens:
+                yield token
+
+    def _token(self, place: int) -> dict[str, Any]:
+        handle = self.handle
+        token_id = handle.ids[place]
+        name = self._names.get(token_id)
+        if name in ("<|python_start|>", "<|output_start|>"):
+            self._in_text = False
+        token = self._described(token_id, handle.logprobs[place]) | {
+            "visible": name is None and self._in_text,
+            "forced": handle.forced[place],
+        }
+        if name in ("<|python_end|>", "<|output_end|>"):
+            self._in_text = True
+        if handle.request.top_logprobs:
+            token["top"] = [self._described(*pair) for pair in handle.top_logprobs[place]]
+        return token
+
+    def _described(self, token_id: int, logprob: float) -> dict[str, Any]:
+        if (name := self._names.get(token_id)) is not None:
+            return {"id": token_id, "bytes": [], "special": name, "logprob": logprob}
+        return {"id": token_id, "bytes": list(self._tokenizer.decode_bytes([token_id])), "logprob": logprob}
