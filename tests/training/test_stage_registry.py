@@ -42,7 +42,7 @@ def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def test_the_stages_of_the_package_are_there_in_their_order() -> None:
     names = [name for name in all_stages() if name in STAGES]
-    assert names == ["tokenizer", "base", "mid", "sft"]
+    assert names == ["tokenizer", "base", "mid", "sft", "rl"]
     for name, found in all_stages().items():
         assert found.name == name and found.help and found.help.endswith("."), "--help shows it"
         assert set(parents_of(found)) <= set(all_stages())
