@@ -27,6 +27,8 @@ from nanochat_pl.training.rl.rollouts import Sample, batch_of, sample_seed, valu
 from nanochat_pl.training.rl.settings import RLSettings
 from tests.helpers.forked import COMMAND, Forked
 from tests.helpers.launch import torchrun
+from tests.helpers.processes import run
+from tests.helpers.rl_jobs import roll_out_tiny
 from tests.helpers.small_engine import byte_tokenizer
 from tests.helpers.training import SEQUENCE_LEN, Loop
 from tests.helpers.training import batch_of as batch_of_targets
@@ -165,7 +167,17 @@ def test_a_run_goes_on_in_the_middle_of_a_rollout(place: Path, several: Path) ->
     assert metrics_of(several) == metrics_of(copy) and records_of(several) == records_of(copy)
 
 
-def test_two_processes_draw_the_answers_of_one(place: Path) -> None:
+def test_processes_share_the_answers_out() -> None:
+    """Two, and three that have answers of one group: the same answers, tokens and rewards, on each of them."""
+    (alone,) = run(1, roll_out_tiny)
+    assert len(alone) == 12 and len({tuple(answer["ids"]) for answer in alone}) > 6
+    for world_size in (2, 3):
+        for found in run(world_size, roll_out_tiny):
+            assert found == alone
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(place: Path) -> None:
     settings = ["model.compute_dtype=float32", "rl.eval_every_steps=null", "max_steps=3", "evaluation.every_steps=0"]
     alone, together = new_run(place, "alone"), new_run(place, "together")
     assert train(place, alone.name, *settings) == 0

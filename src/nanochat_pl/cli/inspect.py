@@ -145,7 +145,7 @@ def _same_again(
     net.load_state_dict(_read(weights.path))
     engine = Engine(ModelAndTokenizer(net.eval(), tokenizer))
     settings = _settings(folder)
-    (result,) = engine.generate([line["prompt"]], indices=[line["seed"]], **sampling(settings))
+    (result,) = engine.generate([line["prompt"]], seeds=[line["seed"]], **sampling(settings))
     rank_zero_print(f"Written again with {weights.path}, on {device.type} in {dtype}:")
     if result.ids != line["ids"]:
         place = next((i for i, pair in enumerate(zip(result.ids, line["ids"], strict=False)) if len({*pair}) > 1), 0)
