@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from nanochat_pl import load_bundle
 from nanochat_pl.cli.main import main
@@ -96,7 +97,8 @@ def learnt(place: Path) -> Path:
 @pytest.fixture(scope="module")
 def several(place: Path) -> Path:
     folder = new_run(place, "several")
-    assert train(place, folder.name, "trainer.keep_last=10", *SEVERAL_UPDATES) == 0
+    tables = ("logger=[tensorboard]", "rl.sample_table_every_steps=5")
+    assert train(place, folder.name, "trainer.keep_last=10", *SEVERAL_UPDATES, *tables) == 0
     return folder
 
 
@@ -124,6 +126,17 @@ def test_every_metric_that_a_step_logs_has_a_column(several: Path) -> None:
     assert {name for name in expected if not row[name]} <= left_out
     assert float(row["sampling/sampling_logp_difference/max"]) < 0.2
     assert 0.5 < float(row["rollout_is_eff_sample_size"]) <= 1
+
+
+def test_some_answers_are_a_table_in_tensorboard(several: Path) -> None:
+    events = EventAccumulator(str(next((several / "rl").rglob("events.*")).parent)).Reload()
+    found = events.Tensors("rollouts/text_summary")
+    assert [each.step for each in found] == [1, 6]
+    line = max(lines_of(several, 1)[:4], key=lambda line: line["reward"])
+    text = found[0].tensor_proto.string_val[0].decode("utf-8")
+    assert f"| {line['reward']:.3g} | {line['advantage']:.3g} | {line['finish_reason']} |" in text
+    assert "user\\_start" in text, "nothing of an answer is Markdown"
+    assert float(events.Scalars("reward")[0].value) > 0
 
 
 def test_the_records_say_what_was_drawn_and_learnt(learnt: Path) -> None:

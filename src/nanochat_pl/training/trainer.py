@@ -122,10 +122,12 @@ def fit(stage: LMModule, data: RowsDataModule, fitting: FitConfig) -> FitResult:
 
     def is_measured_again(metric: str) -> bool:
         measurement, _, _ = metric.partition("/")
-        if measurement == "train" or first_step >= stage.num_steps:
-            return measurement != "train"  # all that is measured at the end is measured anew
-        due = {"val"} if evaluation.is_due(first_step) else set()
-        return measurement in due | {benchmark.name for benchmark in benchmarks.due(first_step)}
+        if measurement == "train" or metric in stage.columns:
+            return False
+        if first_step >= stage.num_steps:
+            return True  # all that is measured at the end is measured anew
+        due = measurement == "val" and evaluation.is_due(first_step)
+        return due or metric in columns_of(benchmarks.due(first_step))
 
     events = RewindEvents(fitting.loggers, first_step, metrics_kept, is_measured_again)
     ours = [events, stop, agree, metrics, *looking_on, resume_files, evaluation, benchmarks, garbage]

@@ -37,7 +37,7 @@ class Prompts:
         mixture: of tasks.
         tokenizer: renders them.
         most_tokens: longer prompts are left out.
-        num_needed: of the first epoch no more are looked at.
+        num_needed: an epoch has no more.
         samples_per_prompt: G.
         seed: of the orders.
 
@@ -57,10 +57,16 @@ class Prompts:
     ) -> None:
         self.mixture, self.tokenizer, self.seed = mixture, tokenizer, seed
         self.samples_per_prompt, self.num_rows = samples_per_prompt, 0
-        first = self._order(range(len(mixture)), 0)[:num_needed]
-        self._places = [place for place in first if len(self._ids(place)) <= most_tokens]
+        self._places: list[int] = []
+        self.num_left_out = 0
+        for place in self._order(range(len(mixture)), 0):
+            if len(self._places) == num_needed:
+                break
+            if len(self._ids(place)) <= most_tokens:
+                self._places.append(place)
+            else:
+                self.num_left_out += 1
         self._kept = 0, self._places  # the epoch at hand, and its order
-        self.num_left_out = len(first) - len(self._places)
 
     @property
     def tasks(self) -> dict[str, Task]:
