@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -167,8 +168,7 @@ def test_log_probs_are_those_of_the_gradient_in_float32(place: Path) -> None:
 def test_a_resumed_run_has_the_bits_of_one_that_nobody_stopped(place: Path, learnt: Path, step: int) -> None:
     copy = unfinished(learnt, f"resumed-{step}", step)
     assert train(place, copy.name, "trainer.keep_last=10") == 0
-    assert same_weights(weights_of(learnt, "rl"), weights_of(copy, "rl"))
-    assert metrics_of(learnt) == metrics_of(copy) and records_of(learnt) == records_of(copy)
+    assert_same_end(learnt, copy)
 
 
 def test_a_run_goes_on_in_the_middle_of_a_rollout(place: Path, several: Path) -> None:
@@ -176,8 +176,7 @@ def test_a_run_goes_on_in_the_middle_of_a_rollout(place: Path, several: Path) ->
     copy = unfinished(several, "resumed-several", 3)
     assert train(place, copy.name, "trainer.keep_last=10", *SEVERAL_UPDATES) == 0
     assert lines_of(copy, 4)[0]["written_at"] == 2
-    assert same_weights(weights_of(several, "rl"), weights_of(copy, "rl"))
-    assert metrics_of(several) == metrics_of(copy) and records_of(several) == records_of(copy)
+    assert_same_end(several, copy)
 
 
 def test_processes_share_the_answers_out() -> None:
@@ -377,22 +376,31 @@ def test_what_cannot_be_inspected(place: Path, learnt: Path, capsys: pytest.Capt
 
 @pytest.mark.slow
 def test_kill_9_at_ten_random_moments(place: Path, learnt: Path) -> None:
-    """The same command, until it ends by itself: weights, rollouts and metrics of the run that nobody killed."""
+    """The same command goes on each time, until it ends: weights, rollouts and metrics of the run that nobody killed.
+
+    It begins anew as often as it takes for ten kills, at moments of the whole of it.
+    """
     folder, chance = new_run(place, "killed-rl"), random.Random(0)
     command = [*COMMAND, "train", f"run={folder.name}", *rl_overrides(place), "trainer.keep_last=10"]
-    kills = 0
-    for _ in range(10):
+    kills, seconds, began = 0, 0.0, time.monotonic()
+    while kills < 10 or not seconds:
         training = Forked(command, capture=True)
         try:
-            training.wait(chance.uniform(0.5, 3.0))
+            code = training.wait(chance.uniform(0.3, 1) * seconds if seconds else None)
         except subprocess.TimeoutExpired:
             training.send_signal(signal.SIGKILL)
-            assert training.wait(30) == -signal.SIGKILL
+            code = training.wait(30)
+        if code == -signal.SIGKILL:
             kills += 1
-        else:
-            break
-    if not (folder / "rl" / "finished.json").exists():
-        assert main(command[len(COMMAND) :]) == 0
-    assert kills >= 2
-    assert same_weights(weights_of(learnt, "rl"), weights_of(folder, "rl"))
-    assert metrics_of(learnt) == metrics_of(folder) and records_of(learnt) == records_of(folder)
+            continue
+        assert code == 0, training.printed()
+        seconds = seconds or time.monotonic() - began
+        assert_same_end(learnt, folder)
+        shutil.rmtree(folder / "rl")
+    assert main(command[len(COMMAND) :]) == 0
+    assert_same_end(learnt, folder)
+
+
+def assert_same_end(expected: Path, folder: Path) -> None:
+    assert same_weights(weights_of(expected, "rl"), weights_of(folder, "rl"))
+    assert metrics_of(expected) == metrics_of(folder) and records_of(expected) == records_of(folder)
