@@ -61,21 +61,25 @@ class ServeSettings:
         16, "Requests that a worker generates at the same time; further ones wait.", at_least=1, at_most=4096
     )
     max_context: int | None = setting(
-        None, "Most tokens of a conversation with its answer; null: the length that the model was trained on.", at_least=2
+        None,
+        "Most tokens of a conversation with its answer; null: the length that the model was trained on.",
+        at_least=2,
     )
     prefill_chunk: int = setting(256, "Tokens of prompts read between two tokens of others' answers.", at_least=1)
     feedback: UserPath | None = setting(
         None, "File to which the page's thumbs write conversations, as lines of JSON; null: it has no thumbs."
     )
     page: bool = setting(True, "Whether there is a page at /.")
-    shutdown_seconds: float = setting(10.0, "Seconds that open answers have to end in when the server is stopped.", at_least=0)
+    shutdown_seconds: float = setting(
+        10.0, "Seconds that open answers have to end in when the server is stopped.", at_least=0
+    )
     sampling: SamplingDefaults = setting(factory=SamplingDefaults)
     limits: Limits = setting(factory=Limits)
 
     def __post_init__(self) -> None:
         if self.sampling.max_tokens > self.limits.max_tokens:
             raise UserError(
-                f"sampling.max_tokens={self.sampling.max_tokens}: limits.max_tokens={self.limits.max_tokens} allows less."
+                f"sampling.max_tokens={self.sampling.max_tokens}: exceeds limits.max_tokens={self.limits.max_tokens}."
             )
 
     @property

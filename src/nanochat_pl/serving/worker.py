@@ -238,7 +238,8 @@ class _Answer:
         if handle.error is not None:
             return {"error": RefusedError(f"{handle.error}", code="not_finite", status=500).plain()}
         if handle.finish_reason is not None:
-            update |= {"finish": handle.finish_reason, "completion_tokens": len(handle.ids)}
+            parts = self._tokenizer.parse_assistant(handle.ids)
+            update |= {"finish": handle.finish_reason, "completion_tokens": len(handle.ids), "parts": parts}
         return update
 
     def _tokens(self) -> Iterator[dict[str, Any]]:

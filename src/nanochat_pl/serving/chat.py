@@ -1,0 +1,87 @@
+"""Chat completions: the object, and the chunks of a stream."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Any
+
+from nanochat_pl.serving.answers import (
+    DONE,
+    FINISH_REASONS,
+    PING,
+    Choice,
+    chat_logprobs,
+    event,
+    own_field,
+    updates_of,
+    usage_of,
+)
+from nanochat_pl.serving.errors import ApiError
+from nanochat_pl.serving.jobs import Job
+from nanochat_pl.serving.metrics import Metrics
+
+
+def chat_body(job: Job, choices: Sequence[Choice]) -> dict[str, Any]:
+    """The object ``chat.completion``."""
+    return {
+        **job.answer.head("chat.completion"),
+        "choices": [
+            {
+                "index": choice.index,
+                "message": {
+                    "role": "assistant",
+                    "content": choice.text,
+                    "refusal": None,
+                    **own_field(choice, job.details),
+                },
+                "logprobs": chat_logprobs(choice.tokens) if job.logprobs else None,
+                "finish_reason": choice.finish,
+            }
+            for choice in choices
+        ],
+        "usage": usage_of(choices),
+        "nanochat": {"seed": job.answer.seed},
+    }
+
+
+async def chat_stream(job: Job, metrics: Metrics, include_usage: bool) -> AsyncIterator[bytes]:
+    """The chunks of a stream, as events. Several choices interleave.
+
+    Raises:
+        ApiError: it is refused, before the first chunk. A fault behind that is an event, and the end.
+    """
+    choices = [Choice(number) for number in range(len(job.asked))]
+    head = job.answer.head("chat.completion.chunk") | ({"usage": None} if include_usage else {})
+
+    def chunk(index: int, delta: Mapping[str, Any], finish: str | None = None, logprobs: Any = None) -> bytes:
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
+        return event(head | {"choices": [choice]})
+
+    began = False
+    updates = updates_of(job.start(), job.seconds, metrics)
+    try:
+        async for found in updates:
+            if not began:
+                began = True
+                for choice in choices:
+                    yield chunk(choice.index, {"role": "assistant", "content": ""})
+            if found is None:
+                yield PING
+                continue
+            index, update = found
+            choices[index].add(update)
+            own = own_field(update, job.details)
+            if update.get("text") or own:
+                logprobs = chat_logprobs(update.get("tokens", ())) if job.logprobs else None
+                yield chunk(index, {"content": update.get("text", ""), **own}, logprobs=logprobs)
+            if "finish" in update:
+                yield chunk(index, {}, FINISH_REASONS.get(update["finish"], "stop"))
+        if include_usage:
+            yield event(head | {"choices": [], "usage": usage_of(choices), "nanochat": {"seed": job.answer.seed}})
+        yield DONE
+    except ApiError as error:
+        if not began:
+            raise
+        yield event(error.body())
+    finally:
+        await updates.aclose()  # type: ignore[attr-defined]

@@ -1,0 +1,161 @@
+"""What every request has to pass before it is read: host, key, rate, type, size; and the headers of all responses."""
+
+from __future__ import annotations
+
+import hmac
+import secrets
+import time
+from collections import defaultdict, deque
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
+from typing import Any
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import JSONResponse
+
+from nanochat_pl.serving.errors import ApiError
+from nanochat_pl.serving.settings import LOCAL_HOSTS, ServeSettings
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+PUBLIC = ("/health", "/", "/static/", "/docs", "/openapi.json")  # no key is asked for these
+HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:;"
+    " connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none';"
+    " require-trusted-types-for 'script'; trusted-types dompurify default",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+}
+
+
+class Gate:
+    """Middleware around the whole app.
+
+    Args:
+        app: what is behind it.
+        settings: of the server.
+        keys: API keys; with none, none is asked for.
+    """
+
+    def __init__(self, app: App, settings: ServeSettings, keys: Sequence[str]) -> None:
+        self._app, self._settings = app, settings
+        self._keys = [key.encode() for key in keys]
+        self._recent: dict[str, deque[float]] = defaultdict(deque)
+        self._open = 0
+        names = {*LOCAL_HOSTS, settings.host, *settings.allowed_hosts}
+        # A page of elsewhere can make its name point here: with a key it gains nothing by that.
+        self._hosts = names if settings.is_local or settings.allowed_hosts else None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let a request through, or answer it with what is wrong."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        began, request_id = False, secrets.token_hex(8)
+
+        async def send_with_headers(message: Message) -> None:
+            nonlocal began
+            if message["type"] == "http.response.start":
+                began = True
+                headers = MutableHeaders(scope=message)
+                headers["x-request-id"] = request_id
+                for name, value in HEADERS.items():
+                    headers.setdefault(name, value)
+                headers.setdefault("Cache-Control", "no-store")
+            await send(message)
+
+        try:
+            work = scope["path"].startswith("/v1/") and scope["method"] == "POST"
+            self._check(scope, work)
+            self._open += work
+            try:
+                await self._app(scope, self._counted(receive), send_with_headers)
+            finally:
+                self._open -= work
+        except ApiError as error:
+            if began:
+                raise
+            response = JSONResponse(error.body(), error.status, error.headers())
+            await response(scope, receive, send_with_headers)
+
+    def _check(self, scope: Scope, work: bool) -> None:
+        headers, path = Headers(scope=scope), scope["path"]
+        host = _name_of(headers.get("host", ""))
+        if self._hosts is not None and host not in self._hosts:
+            raise ApiError(421, f"Host {host!r}: this server is not called by that name (allowed_hosts).")
+        # A browser asks without a key what it may do.
+        is_public = any(
+            path == each or (each.endswith("/") and len(each) > 1 and path.startswith(each)) for each in PUBLIC
+        )
+        if not is_public and scope["method"] != "OPTIONS":
+            self._require_key(headers)
+        if scope["method"] in ("POST", "PUT", "PATCH"):
+            if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+                raise ApiError(415, "Content-Type: must be application/json.")
+            length = headers.get("content-length", "0")
+            if length.isdigit() and int(length) > self._settings.limits.body_bytes:
+                raise self._too_large()
+        if work:
+            self._require_room(scope, headers)
+
+    def _require_key(self, headers: Mapping[str, str]) -> None:
+        if not self._keys:
+            return
+        scheme, _, given = headers.get("authorization", "").partition(" ")
+        # All are compared, in a time that says nothing of how much of one was right.
+        right = [hmac.compare_digest(given.strip().encode(), key) for key in self._keys]
+        if scheme.lower() != "bearer" or not any(right):
+            raise ApiError(401, "The API key is missing or wrong: Authorization: Bearer KEY.", code="invalid_api_key")
+
+    def _require_room(self, scope: Scope, headers: Mapping[str, str]) -> None:
+        limits = self._settings.limits
+        if self._open >= limits.streams:
+            raise ApiError(
+                429, f"{limits.streams} requests are open already; try again.", code="overloaded", retry_after=2
+            )
+        if not limits.requests_per_minute:
+            return
+        client = scope.get("client") or ("", 0)
+        name = headers.get("authorization", "") if self._keys else str(client[0])
+        now, recent = time.monotonic(), self._recent[name]
+        while recent and recent[0] < now - 60:
+            recent.popleft()
+        if len(recent) >= limits.requests_per_minute:
+            wait = int(61 - (now - recent[0]))
+            raise ApiError(
+                429, f"More than {limits.requests_per_minute} requests a minute.", code="rate_limited", retry_after=wait
+            )
+        recent.append(now)
+        if len(self._recent) > 10_000:  # addresses that came once
+            self._recent = defaultdict(
+                deque, {key: times for key, times in self._recent.items() if times[-1] > now - 60}
+            )
+
+    def _counted(self, receive: Receive) -> Receive:
+        """The body, until it is too large: what a client says of its length proves nothing."""
+        size = 0
+
+        async def counted() -> Message:
+            nonlocal size
+            message = await receive()
+            size += len(message.get("body", b""))
+            if size > self._settings.limits.body_bytes:
+                raise self._too_large()
+            return message
+
+        return counted
+
+    def _too_large(self) -> ApiError:
+        return ApiError(413, f"The request has more than the {self._settings.limits.body_bytes:,} bytes allowed.")
+
+
+def _name_of(host: str) -> str:
+    """A Host header without its port."""
+    if host.startswith("["):
+        return host[1:].partition("]")[0]
+    return host.partition(":")[0].lower()

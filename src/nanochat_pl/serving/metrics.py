@@ -1,0 +1,91 @@
+"""Figures for Prometheus: names and buckets of vLLM, with the prefix ``nanochat_``."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+from nanochat_pl.serving.pool import Generation, Pool
+
+_FIRST_TOKEN = (
+    *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1),
+    *(2.5, 5, 7.5, 10, 20, 40, 80, 160, 640, 2560),
+)
+_BETWEEN_TOKENS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 10)
+_REQUEST = (0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920)
+_TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000)
+_GAUGES = {
+    "num_requests_running": ("running", "Requests that are generated."),
+    "num_requests_waiting": ("waiting", "Requests that wait for a slot."),
+    "kv_cache_usage_perc": ("cache_usage", "Share of the cache in use, 0 to 1."),
+}
+_COUNTERS = {
+    "prompt_tokens": ("prompt_tokens", "Tokens of prompts."),
+    "generation_tokens": ("generated_tokens", "Tokens that were generated."),
+    "prefix_cache_queries": ("prompt_tokens", "Tokens of prompts that were looked up in the cache."),
+    "prefix_cache_hits": ("cached_tokens", "Tokens of prompts that were in the cache."),
+}
+
+
+class Metrics:
+    """What is counted and timed of all requests.
+
+    Args:
+        pool: whose workers' figures are added.
+    """
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool, self._last_token = pool, dict[Generation, float]()
+        self.registry = CollectorRegistry()
+        self.registry.register(self)
+
+        def histogram(name: str, what: str, buckets: tuple[float, ...]) -> Histogram:
+            return Histogram(f"nanochat_{name}", what, ["model_name"], registry=self.registry, buckets=buckets)
+
+        self._first = histogram("time_to_first_token_seconds", "From the request to the first token.", _FIRST_TOKEN)
+        self._between = histogram("inter_token_latency_seconds", "Between two tokens.", _BETWEEN_TOKENS)
+        self._whole = histogram("e2e_request_latency_seconds", "From the request to its end.", _REQUEST)
+        self._prompt = histogram("request_prompt_tokens", "Tokens of a prompt.", _TOKENS)
+        self._answer = histogram("request_generation_tokens", "Tokens of an answer.", _TOKENS)
+        self._success = Counter(
+            "nanochat_request_success",
+            "Requests that came to their end.",
+            ["model_name", "finished_reason"],
+            registry=self.registry,
+        )
+
+    def observe(self, generation: Generation, update: Mapping[str, Any]) -> None:
+        """Take an update of a request down."""
+        now, model = time.monotonic(), generation.model
+        if (last := self._last_token.get(generation)) is None:
+            self._first.labels(model).observe(now - generation.began)
+            self._prompt.labels(model).observe(update.get("prompt_tokens", 0))
+        else:
+            self._between.labels(model).observe(now - last)
+        self._last_token[generation] = now
+        if "finish" in update:
+            self._whole.labels(model).observe(now - generation.began)
+            self._answer.labels(model).observe(update["completion_tokens"])
+            self._success.labels(model, update["finish"]).inc()
+            del self._last_token[generation]
+
+    def forget(self, generation: Generation) -> None:
+        """A request has ended before its end."""
+        self._last_token.pop(generation, None)
+
+    def collect(self) -> Iterator[Metric]:
+        """The workers' own figures, for the registry."""
+        for kind, names in ((GaugeMetricFamily, _GAUGES), (CounterMetricFamily, _COUNTERS)):
+            for name, (key, what) in names.items():
+                family = kind(f"nanochat_{name}", what, labels=["model_name", "engine"])
+                for number, worker in enumerate(self._pool.workers):
+                    family.add_metric([worker.model, str(number)], worker.stats.get(key, 0))
+                yield family
+
+    def text(self) -> bytes:
+        """All of it, in the form that Prometheus reads."""
+        return generate_latest(self.registry)

@@ -1,0 +1,95 @@
+"""Runs the server until it is stopped."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import uvicorn
+
+from nanochat_pl.common.errors import UserError
+from nanochat_pl.serving.app import create_app
+from nanochat_pl.serving.pool import Pool
+from nanochat_pl.serving.settings import ServeSettings
+
+
+def serve(specs: Sequence[tuple[str, Mapping[str, Any]]], settings: ServeSettings, keys: Sequence[str]) -> int:
+    """Serve until SIGINT or SIGTERM; then open answers have some seconds to end.
+
+    Args:
+        specs: of each worker the name of its model and what it is started with.
+        settings: of the server.
+        keys: API keys.
+
+    Raises:
+        UserError: the address is taken or is none of this machine's, or a model cannot be loaded.
+    """
+    listening = _listen(settings.host, settings.port)
+    with listening:
+        return asyncio.run(_serve(listening, specs, settings, keys))
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listening = socket.socket(family, kind, protocol)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(address)
+    except OSError as error:
+        raise UserError(
+            f"host={host} port={port}: cannot listen there: {error.strerror or error}.",
+            fix="Another program may have the port: choose another one, or port=0 for any free one.",
+        ) from error
+    listening.listen(1024)
+    return listening
+
+
+async def _serve(
+    listening: socket.socket,
+    specs: Sequence[tuple[str, Mapping[str, Any]]],
+    settings: ServeSettings,
+    keys: Sequence[str],
+) -> int:
+    pools: list[Pool] = []
+
+    def make_pool() -> Pool:
+        pools.append(Pool(specs))
+        return pools[-1]
+
+    app = create_app(make_pool, settings, keys)
+    config = uvicorn.Config(
+        app, log_level="warning", access_log=False, timeout_graceful_shutdown=max(1, round(settings.shutdown_seconds))
+    )
+    server = uvicorn.Server(config)
+    running = asyncio.create_task(server.serve(sockets=[listening]))
+    while not (server.started or running.done()):
+        await asyncio.sleep(0.02)
+    host, port = listening.getsockname()[:2]
+    base = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    failed: UserError | None = None
+    if pools:
+        try:
+            loading = asyncio.create_task(pools[0].started())
+            await asyncio.wait({loading, running}, return_when=asyncio.FIRST_COMPLETED)
+            if loading.done():
+                loading.result()
+                _announce(base, pools[0], settings)
+            else:
+                loading.cancel()
+        except UserError as error:
+            failed, server.should_exit = error, True
+    await running
+    if failed is not None:
+        raise failed
+    return 0
+
+
+def _announce(base: str, pool: Pool, settings: ServeSettings) -> None:
+    for name, card in pool.models.items():
+        what = f"{card['stage']}, depth {card['depth']}, {card['parameters']:,} parameters, {card['dtype']}"
+        print(f"{name}: {what}, on {card['device']}")
+    if settings.page:
+        print(f"Page: {base}/")
+    print(f"API:  {base}/v1   (base_url of an OpenAI client; model={next(iter(pool.models))})", flush=True)
