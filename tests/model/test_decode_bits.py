@@ -17,6 +17,7 @@ from nanochat_pl.model.config import ModelSettings, resolve_model
 from nanochat_pl.model.gpt import GPT
 from nanochat_pl.model.init import init_weights
 from nanochat_pl.model.kv_cache import KVCache
+from nanochat_pl.model.layers import Linear
 from tests.helpers.models import random_ids
 
 LENGTH = 200
@@ -127,3 +128,37 @@ def test_past_the_reach_of_products_bits_depend_on_no_cut_and_are_close_to_the_f
     assert (found - whole).abs().max() < 0.25
     (within,) = cached(net, ids[:, :PRODUCTS_REACH], [PRODUCTS_REACH - 2], 1)
     assert torch.equal(within[-1], reach)
+
+
+@pytest.mark.parametrize("shape", [(12, 4), (24, 1), (32, 8)])
+def test_small_products_have_the_bits_of_large_ones(shape):
+    """Gates have a few inputs and outputs: PyTorch has a kernel of its own for so few multiplications."""
+    inputs, outputs = shape
+    linear, generator = Linear(inputs, outputs), torch.Generator().manual_seed(0)
+    for _ in range(100):
+        with torch.no_grad():
+            linear.weight.copy_(torch.randn(outputs, inputs, generator=generator))
+        x = torch.randn(1000, inputs, generator=generator).bfloat16()
+        whole = linear(x)
+        for rows in (1, 3, 32, 85):
+            assert torch.equal(linear(x[:rows]), whole[:rows])
+        assert torch.equal(linear(x[:6].view(2, 3, inputs)), whole[:6].view(2, 3, outputs))
+
+
+def test_attention_to_few_keys_has_the_bits_of_attention_in_a_batch():
+    """One row with few keys is so small a product, too, unless it has some keys more."""
+    settings = ModelSettings(depth=2, aspect_ratio=16, head_dim=16, num_kv_heads=1, sequence_len=128)
+    net = GPT(resolve_model(settings, 300, compute_dtype="bfloat16")).materialise()
+    init_weights(net)
+    generator = torch.Generator().manual_seed(0)
+    with torch.inference_mode():
+        for parameter in net.parameters():
+            parameter.normal_(0, 0.3, generator=generator)
+        for length in range(2, 40):
+            ids = torch.randint(300, (9, length), generator=generator)
+            caches = [KVCache(net.config, rows, 64, dtype=torch.bfloat16) for rows in (1, 9)]
+            found = []
+            for cache, rows in zip(caches, (ids[:1], ids), strict=True):
+                net(rows[:, :-1], cache)
+                found.append(net(rows[:, -1:], cache, last_only=True)[0])
+            assert torch.equal(*found), length

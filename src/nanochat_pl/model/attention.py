@@ -175,15 +175,20 @@ def in_one_block(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | N
 
 
 def cache_blocks(
-    num_queries: int, starts: tuple[int, int], window: int, length: int, with_products: bool
+    num_queries: int, starts: tuple[int, int], window: int, length: int, with_products: bool, least: int = 0
 ) -> list[Block]:
-    """The blocks of new tokens over a cache of ``length`` positions; ``starts``: the lowest and highest of the rows."""
+    """The blocks of new tokens over a cache of ``length`` positions; ``starts``: the lowest and highest of the rows.
+
+    With products, one query is held against at least so many keys.
+    """
     blocks = []
     for start in range(0, num_queries, BLOCK):
         stop = min(start + BLOCK, num_queries)
         first, last = max(0, starts[0] + start - window), starts[1] + stop
         if with_products:
+            last = max(last, first + -(-least // (stop - start)))
             first, last = first // KEY_GRID * KEY_GRID, -(-last // KEY_GRID) * KEY_GRID
+            first = max(0, min(first, length - -(-least // KEY_GRID) * KEY_GRID))
         blocks.append((start, stop, first, min(last, length)))
     return blocks
 

@@ -20,7 +20,8 @@ from torch import Tensor
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.model import attention
 from nanochat_pl.model.attention import Block, cache_blocks, in_blocks, in_one_block, windowed_attention
-from nanochat_pl.model.config import KEY_GRID, GPTConfig
+from nanochat_pl.model.config import GPTConfig
+from nanochat_pl.model.counts import cache_length, least_keys
 
 
 class KVCache:
@@ -49,7 +50,7 @@ class KVCache:
             raise UserError(
                 f"A cache of {max_len:,} positions: the model's rotary tables end at {config.rotary_reach:,}."
             )
-        length, groups = -(-max_len // KEY_GRID) * KEY_GRID, config.num_kv_heads
+        length, groups = cache_length(config, max_len), config.num_kv_heads
         # Zeros, not empty: keys behind a mask must be finite, for 0 × NaN is NaN.
         shape = (config.num_layers, 2, num_slots, groups, length, config.head_dim)
         self.memory = torch.zeros(shape, device=device, dtype=dtype)
@@ -207,22 +208,24 @@ class CacheStep:
             (B, H, T, D)
         """
         self._store(layer, k.detach(), v.detach())
-        if self._last_start == 0 and not (self._with_products and q.size(2) > attention.PRODUCTS_REACH):
+        in_reach = attention.KEY_GRID <= q.size(2) <= attention.PRODUCTS_REACH  # else there are other bits
+        if self._last_start == 0 and (in_reach or not self._with_products):
             # All slots are empty: the new tokens see only each other, and padding comes last.
             return windowed_attention(q, k, v, window, scale)
-        blocks, masks, both = self._seen_through(window)
+        blocks, masks, both = self._seen_through(window, q.size(1) * q.size(3))
         keys, values = both[2 * layer], both[2 * layer + 1]
         if len(blocks) == 1:
             return in_one_block(q, keys, values, scale, masks[blocks[0]], self._with_products)
         return in_blocks(q, keys, values, scale, blocks, lambda *block: masks[block], self._with_products)
 
-    def _seen_through(self, window: int) -> _Seen:
+    def _seen_through(self, window: int, width: int) -> _Seen:
         """The same for all layers of one window."""
         if (seen := self._seen.get(window)) is None:
             cache, products = self._cache, self._with_products
             length = cache.memory.size(4) if products else cache.max_len
             starts = self._first_start, self._last_start
-            blocks = cache_blocks(self._ids.size(1), starts, window, length, products)
+            least = least_keys(width) if products else 0
+            blocks = cache_blocks(self._ids.size(1), starts, window, length, products, least)
             # With one block the slice is made once for all layers, else block by block.
             keys = slice(*blocks[0][2:]) if len(blocks) == 1 else slice(None)
             both = cache.memory[:, :, cache.slots, :, keys].flatten(0, 1).unbind()
