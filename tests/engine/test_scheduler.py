@@ -76,7 +76,6 @@ def alone(engine: Engine, request: Request) -> Handle:
     return handle
 
 
-@pytest.mark.xfail(reason="cached decoding attends with another kernel than reading a prompt does", strict=False)
 def test_200_requests_get_the_answers_that_they_get_alone(engine):
     """In bfloat16 on a CPU to the bit: whoever else is generated, joins, leaves, shares a beginning or is cancelled."""
     rng = random.Random(1)
@@ -149,7 +148,6 @@ def test_a_prompt_that_goes_on_after_an_answer_reads_only_what_is_new(engine):
     assert second.cached_tokens == 40 + 10 - 1  # the last token of an answer is never read
 
 
-@pytest.mark.xfail(reason="cached decoding attends with another kernel than reading a prompt does", strict=False)
 def test_samples_of_one_prompt_share_its_reading(engine):
     prompt = list(range(50))
     requests = [Request(prompt, 5, Sampling(1.0, seed=seed), frozenset()) for seed in range(8)]
@@ -241,7 +239,6 @@ def test_weights_that_are_not_finite_end_only_what_they_spoil(engine, monkeypatc
         engine.generate([[65], [66]])
 
 
-@pytest.mark.xfail(reason="cached decoding attends with another kernel than reading a prompt does", strict=False)
 @pytest.mark.parametrize("when", ["forward", "after it"])
 def test_a_step_that_was_broken_off_is_taken_again(engine, monkeypatch, when):
     """Ctrl-C, or memory that ran out, anywhere in a step."""

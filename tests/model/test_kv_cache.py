@@ -82,22 +82,38 @@ def test_padding_past_the_end_of_the_cache_is_harmless(net):
     torch.testing.assert_close(logits[1], net(second)[0, -1], **CLOSE)
 
 
-def test_slots_are_cut_back_reset_copied_and_selected(net):
-    ids, other = random_ids(net.config, 3, 16), random_ids(net.config, 3, 16, seed=1)
-    cache = KVCache(net.config, 3, 32)
-    net(ids[:, :12], cache)
+def test_slots_are_cut_back_reset_copied_and_swapped(net):
+    ids, other = random_ids(net.config, 3, 16), random_ids(net.config, 4, 16, seed=1)
+    cache = KVCache(net.config, 4, 32)
+    net(ids[:, :12], cache.rows(0, 3))
     cache.truncate(0, 5)
     cache.reset([1])
     cache.copy_slot(2, 1)
+    cache.copy_slot(2, 3, length=7)
+    cache.swap_slots(0, 3)
+    assert cache.positions.tolist() == [7, 12, 12, 5]
     logits = net(other[:, :4], cache, last_only=True)
-    for row, (source, kept) in enumerate([(0, 5), (2, 12), (2, 12)]):
+    for row, (source, kept) in enumerate([(2, 7), (2, 12), (2, 12), (0, 5)]):
         whole = torch.cat([ids[source : source + 1, :kept], other[row : row + 1, :4]], dim=1)
         torch.testing.assert_close(logits[row], net(whole)[0, -1], **CLOSE)
-    cache = cache.select([2, 0, 0, 1])
-    assert cache.positions.tolist() == [16, 9, 9, 16]
-    more = net(other[[0, 0, 1, 2], 4:5], cache, last_only=True)
-    whole = torch.cat([ids[:1, :5], other[:1, :4], other[1:2, 4:5]], dim=1)
-    torch.testing.assert_close(more[2], net(whole)[0, -1], **CLOSE)
+    with pytest.raises(AssertionError, match="12 tokens of a slot that holds 9"):
+        cache.copy_slot(3, 0, length=12)
+
+
+def test_slots_of_a_range_are_counted_within_it(net):
+    """Copies and swaps in a range of rows took the first slots of the whole cache."""
+    ids = random_ids(net.config, 4, 10)
+    cache = KVCache(net.config, 4, 16)
+    net(ids[:, :6], cache, lengths=[6, 5, 4, 3])
+    part = cache.rows(1, 4)
+    part.rows(1, 3).swap_slots(0, 1)
+    part.copy_slot(0, 1, length=2)
+    part.rows(2, 3).truncate(0, 3)
+    assert cache.positions.tolist() == [6, 5, 2, 3]
+    logits = net(ids[:1, 6:8].expand(4, 2), cache, last_only=True)
+    for row, (source, kept) in enumerate([(0, 6), (1, 5), (1, 2), (2, 3)]):
+        whole = torch.cat([ids[source : source + 1, :kept], ids[:1, 6:8]], dim=1)
+        torch.testing.assert_close(logits[row], net(whole)[0, -1], **CLOSE)
 
 
 def test_a_range_of_rows_shares_the_memory(net):

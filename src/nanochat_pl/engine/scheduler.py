@@ -49,6 +49,7 @@ class Scheduler:
         num_steps: steps that were taken.
         last_step: when the last one ended, of ``time.monotonic``.
         num_prompt_tokens, num_cached_tokens: of all prompts so far, and those of them that were not read again.
+        num_generated_tokens: of all answers so far.
     """
 
     def __init__(self, engine: Engine, num_slots: int, max_context: int, prefill_chunk: int = PREFILL_CHUNK) -> None:
@@ -69,7 +70,7 @@ class Scheduler:
         self._sampler: tuple[list[Handle], Sampler] | None = None
         self.num_steps = 0
         self.last_step = time.monotonic()
-        self.num_prompt_tokens = self.num_cached_tokens = 0
+        self.num_prompt_tokens = self.num_cached_tokens = self.num_generated_tokens = 0
 
     @property
     def num_slots(self) -> int:
@@ -88,6 +89,11 @@ class Scheduler:
     def num_waiting(self) -> int:
         """Requests that wait for a slot."""
         return len(self._waiting)
+
+    @property
+    def cache_usage(self) -> float:
+        """Share of the cache's positions that running requests hold, 0 … 1."""
+        return float(self._held[: self.num_running].sum()) / self._tokens.size
 
     @property
     def idle(self) -> bool:
@@ -291,6 +297,7 @@ class Scheduler:
         for row, token_id, logprob, sampled_logprob, most_likely in found:
             if row.finish_reason is None:
                 row.accept(token_id, logprob, sampled_logprob, most_likely)
+                self.num_generated_tokens += 1
 
     def _sampler_of(self, rows: list[Handle]) -> Sampler:
         if self._sampler is None or self._sampler[0] != rows:

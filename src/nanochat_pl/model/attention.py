@@ -1,4 +1,4 @@
-"""Causal attention with windows, over a whole row. No T × T mask is ever made.
+"""Causal attention with windows: of whole rows, and of new tokens over a cache. No T × T mask is ever made.
 
 Shapes: B rows, T positions, H query heads, G key/value heads, D head width, w window.
 
@@ -10,24 +10,35 @@ Backends, in a fixed order of preference; :func:`why_not` says of each what spea
 - ``sdpa``: PyTorch's ``scaled_dot_product_attention`` in one call, where the window is the whole row.
 - ``varlen``: PyTorch's flash kernels, which know windows. On GPUs, in 16 bits.
 - ``bands``: ``scaled_dot_product_attention`` block by block, with masks. Everywhere.
+
+Over a cache a CPU takes ``products`` at any length, other devices ``sdpa``. With ``products`` a token has the same bits
+however its text is cut and whatever stands beside it, if matrix products have that quality (in bfloat16 they do on the
+CPUs seen so far, in float32 they do not; ``selftest`` prints it). For its sake ranges of keys over a cache begin and
+end at multiples of ``KEY_GRID``, for the softmax adds its terms in lanes. So cached decoding is bit by bit the forward
+of the whole row, if that takes products, too (it has ``KEY_GRID`` to ``PRODUCTS_REACH`` positions) and windows are
+multiples of ``KEY_GRID``.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-from typing import Literal, NamedTuple, cast
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple, TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from nanochat_pl.common.compiling import constant_in_graphs
+from nanochat_pl.model.config import KEY_GRID
 
 # Queries of a block: with plain products always, with sdpa where the window is narrower.
 BLOCK = 128
 PRODUCTS_REACH = 1024
 
+# Queries start … stop - 1, and the keys first … last - 1 that they are held against.
+Block: TypeAlias = tuple[int, int, int, int]
 
 Backend = Literal["products", "sdpa", "varlen", "bands"]
 
@@ -118,12 +129,68 @@ def windowed_attention(q: Tensor, k: Tensor, v: Tensor, window: int, scale: floa
         return sdpa(q, k, v, scale, causal=True)
     if backend == "varlen":
         return varlen(q, k, v, window, scale)
-    attend = products if backend == "products" else sdpa
+    with_products = backend == "products"
+    blocks = [(start, stop, first, stop) for start, stop, first in band_blocks(length, window, with_products)]
+
+    def mask_of(start: int, stop: int, first: int, last: int) -> Tensor:
+        return band_mask(stop - start, last - first, start - first, window, q.device)
+
+    return in_blocks(q, k, v, scale, blocks, mask_of, with_products)
+
+
+def in_blocks(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    blocks: Sequence[Block],
+    mask_of: Callable[[int, int, int, int], Tensor | None],
+    with_products: bool,
+) -> Tensor:
+    """Attention of blocks of queries, each to a range of keys: the one function of training, prefill and decoding.
+
+    Args:
+        q: (B, H, Tq, D).
+        k, v: (B, G, Tk, D).
+        blocks: which together have all queries.
+        mask_of: a block's mask, as :func:`products` or :func:`sdpa` takes it.
+        with_products: which of the two it is.
+
+    Returns:
+        (B, H, Tq, D)
+    """
     outputs = []
-    for start, stop, first in band_blocks(length, window, backend == "products"):
-        mask = band_mask(stop - start, stop - first, start - first, window, q.device)
-        outputs.append(attend(q[:, :, start:stop], k[:, :, first:stop], v[:, :, first:stop], scale, mask))
+    for start, stop, first, last in blocks:
+        keys, values, mask = k[:, :, first:last], v[:, :, first:last], mask_of(start, stop, first, last)
+        outputs.append(in_one_block(q[:, :, start:stop], keys, values, scale, mask, with_products))
     return torch.cat(outputs, dim=2)
+
+
+def in_one_block(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, with_products: bool) -> Tensor:
+    """Attention of a block of queries to the keys that one of them can see. Shapes as of :func:`sdpa`."""
+    if with_products:
+        assert mask is not None
+        return products(q, k, v, scale, mask)
+    return sdpa(q, k, v, scale, mask)
+
+
+def cache_blocks(
+    num_queries: int, starts: tuple[int, int], window: int, length: int, with_products: bool, least: int = 0
+) -> list[Block]:
+    """The blocks of new tokens over a cache of ``length`` positions; ``starts``: the lowest and highest of the rows.
+
+    With products, one query is held against at least so many keys.
+    """
+    blocks = []
+    for start in range(0, num_queries, BLOCK):
+        stop = min(start + BLOCK, num_queries)
+        first, last = max(0, starts[0] + start - window), starts[1] + stop
+        if with_products:
+            last = max(last, first + -(-least // (stop - start)))
+            first, last = first // KEY_GRID * KEY_GRID, -(-last // KEY_GRID) * KEY_GRID
+            first = max(0, min(first, length - -(-least // KEY_GRID) * KEY_GRID))
+        blocks.append((start, stop, first, min(last, length)))
+    return blocks
 
 
 def band_blocks(length: int, window: int, with_products: bool) -> list[tuple[int, int, int]]:
@@ -159,10 +226,18 @@ def varlen(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float) -> Tensor
 
 
 def products(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor) -> Tensor:
-    """Scores, softmax in float32, weighted sum. Shapes as in :func:`sdpa`, mask bool (Tq, Tk)."""
+    """Scores, softmax in float32, weighted sum. Shapes as in :func:`sdpa`.
+
+    The mask broadcasts to (B, G, H/G, Tq, Tk). It is bool, or what is added to the scores: float32, 0 or -inf; the
+    result has the same bits.
+    """
     groups = k.size(1)
     # Queries that share keys are rows of one product: (B, G, H/G · Tq, D).
-    rows = q.unflatten(1, (groups, -1)).flatten(2, 3)
-    scores = (rows @ k.transpose(-2, -1)).float().unflatten(2, (-1, q.size(2))) * scale
-    shares = scores.masked_fill(~mask, -torch.inf).softmax(dim=-1).to(v.dtype)
-    return (shares.flatten(2, 3) @ v).unflatten(2, (-1, q.size(2))).flatten(1, 2)
+    rows = q.reshape(q.size(0), groups, -1, q.size(3))
+    scores = (rows @ k.transpose(-2, -1)).view(q.size(0), groups, -1, q.size(2), k.size(2))
+    if mask.is_floating_point():
+        scores = torch.add(mask, scores, alpha=scale)  # one operation for three: it is what decoding has many of
+    else:
+        scores = (scores.float() * scale).masked_fill(~mask, -torch.inf)
+    shares = scores.softmax(dim=-1).to(v.dtype)
+    return (shares.flatten(2, 3) @ v).view(q.size(0), -1, q.size(2), v.size(3))

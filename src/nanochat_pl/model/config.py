@@ -19,6 +19,11 @@ MAX_LAYERS = 1_000
 
 # Rotary tables reach this many training lengths, so that long prompts can be scored and continued.
 ROTARY_REACH = 10
+# Ranges of keys over a cache begin and end at multiples of it (model/attention.py), and so does its memory.
+KEY_GRID = 16
+# Up to so many multiplications PyTorch does a product in bfloat16 on a CPU with another kernel, which rounds sums
+# elsewhere (mkldnn_gemm_min_size, aten/src/ATen/native/mkldnn/Matmul.cpp). One token has to get the bits of many.
+SMALL_PRODUCT = 16 * 16 * 16
 
 
 @dataclass(frozen=True)

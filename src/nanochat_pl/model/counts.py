@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.model.config import DType, GPTConfig
+from nanochat_pl.model.config import KEY_GRID, SMALL_PRODUCT, DType, GPTConfig
 
 DTYPE_BYTES: dict[DType, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -55,7 +55,18 @@ def rotary_bytes(config: GPTConfig) -> int:
 def kv_cache_bytes(config: GPTConfig, num_slots: int, max_len: int, dtype: DType = "float32") -> int:
     """Bytes of a :class:`~nanochat_pl.model.kv_cache.KVCache`: keys and values of all layers, and the token ids."""
     per_position = 2 * config.num_layers * config.num_kv_heads * config.head_dim * DTYPE_BYTES[dtype]
-    return num_slots * max_len * (per_position + 8)
+    return num_slots * (cache_length(config, max_len) * per_position + 8 * max_len)
+
+
+def cache_length(config: GPTConfig, max_len: int) -> int:
+    """Positions that a slot of a cache for ``max_len`` tokens has memory for."""
+    return -(-max(max_len, least_keys(config.num_heads * config.head_dim)) // KEY_GRID) * KEY_GRID
+
+
+def least_keys(width: int) -> int:
+    """Keys that so many numbers of queries (heads times queries times head width) are at least held against, so that
+    their products are no small ones: see :data:`~nanochat_pl.model.config.SMALL_PRODUCT`."""
+    return SMALL_PRODUCT // width + 1
 
 
 def require_size(config: GPTConfig, limit_bytes: int) -> None:

@@ -59,17 +59,26 @@ class Attention(nn.Module):
         self, x: Tensor, value_embedding: Tensor | None, rotary: tuple[Tensor, Tensor], step: Step | None
     ) -> Tensor:
         """x (B, T, C) normed, value_embedding (B, T, G·D) → (B, T, C)."""
-        q, k, v = (linear(x).unflatten(-1, (-1, self.head_dim)) for linear in (self.c_q, self.c_k, self.c_v))
-        if value_embedding is not None:
-            gate = self.gate_scale * torch.sigmoid(self.ve_gate(x[..., : self.gate_channels]))
-            v = v + gate[..., None] * value_embedding.view_as(v)
-        q, k = norm(rotate(q, *rotary)), norm(rotate(k, *rotary))
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        q, k, v = (each.transpose(1, 2) for each in self.project(x, value_embedding, rotary))
         if step is None:
             y = windowed_attention(q, k, v, self.window, self.scale)
         else:
             y = step.attend(self.layer, q, k, v, self.window, self.scale)
         return self.c_proj(y.transpose(1, 2).flatten(2))
+
+    def project(
+        self, x: Tensor, value_embedding: Tensor | None, rotary: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (B, T, H, D), keys and values (B, T, G, D) of x (B, T, C)."""
+        q, k, v = (linear(x).unflatten(-1, (-1, self.head_dim)) for linear in (self.c_q, self.c_k, self.c_v))
+        if value_embedding is not None:
+            v = self.add_embedding(v, self.ve_gate(x[..., : self.gate_channels]), value_embedding)
+        return norm(rotate(q, *rotary)), norm(rotate(k, *rotary)), v
+
+    def add_embedding(self, v: Tensor, gate: Tensor, value_embedding: Tensor) -> Tensor:
+        """Values (B, T, G, D) with the gated embedding (B, T, G·D) added; gate (B, T, G) before the sigmoid."""
+        gate = self.gate_scale * torch.sigmoid(gate)
+        return v + gate[..., None] * value_embedding.view_as(v)
 
 
 class MLP(nn.Module):
@@ -284,7 +293,15 @@ class GPT(nn.Module):
 
     def begin(self, ids: Tensor, step: Step | None = None) -> Tensor:
         """What goes into the first layer: ids int64 (B, T) → (B, T, C)."""
-        return self._smear(self._embed(ids), step)
+        if not self.config.smear_channels:
+            return self._embed(ids)
+        if not isinstance(step, CacheStep):
+            x = self._embed(ids)
+            return self._smear(x, F.pad(x, (0, 0, 1, -1)) if step is None else step.previous(x))
+        x = self._embed(step.with_previous())
+        if (exists := step.has_previous()) is not None:
+            x = torch.cat([x[:, :1] * exists[:, None, None], x[:, 1:]], dim=1)
+        return self._smear(x[:, 1:], x[:, :-1])
 
     def end(self, x: Tensor, middle: Tensor) -> Tensor:
         """What the head reads, of what the last layer and the one in the middle give; all (B, T, C)."""
@@ -359,18 +376,8 @@ class GPT(nn.Module):
         index = slice(num_positions) if step is None else step.positions
         return self.cos[index].unsqueeze(-2), self.sin[index].unsqueeze(-2)
 
-    def _smear(self, x: Tensor, step: Step | None) -> Tensor:
-        """Mix a gated share of the embedding of the token before into each position. x (B, T, C) normed."""
-        if not self.config.smear_channels:
-            return x
-        if step is None:
-            previous = F.pad(x, (0, 0, 1, -1))
-        elif isinstance(step, PrefixTree):
-            previous = step.previous(x)
-        else:
-            ids, exists = step.previous_ids()
-            before = self._embed(ids[:, None]) * exists[:, None, None]
-            previous = torch.cat([before, x[:, :-1]], dim=1)
+    def _smear(self, x: Tensor, previous: Tensor) -> Tensor:
+        """Mix a gated share of the embedding of the token before into each position. Both (B, T, C), normed."""
         gate = torch.sigmoid(self.smear_gate(x[..., : self.config.smear_channels]))
         return x + self.smear_lambda.to(x.dtype) * gate * previous
 

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nanochat_pl.model.config import SMALL_PRODUCT
+
 
 def norm(x: Tensor) -> Tensor:
     """RMSNorm over the last dimension, without parameters."""
@@ -20,7 +22,13 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_outputs, num_inputs))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
+        weight = self.weight.to(x.dtype)
+        rows = x.numel() // x.size(-1)
+        if x.dtype == torch.bfloat16 and x.device.type == "cpu" and rows * weight.numel() <= SMALL_PRODUCT:
+            padding = SMALL_PRODUCT // weight.numel() + 1 - rows
+            padded = F.pad(x.reshape(rows, -1), (0, 0, 0, padding))
+            return F.linear(padded, weight)[:rows].view(*x.shape[:-1], -1)
+        return F.linear(x, weight)
 
 
 class Embedding(nn.Module):
