@@ -76,7 +76,7 @@ class BareLoop(Callback):
         """One bare optimizer step; gives the loss."""
         batch = self.data[number]
         total = torch.zeros(())
-        for inputs, targets in micro_batches(batch, self.recipe.device_batch_size):
+        for inputs, targets, _ in micro_batches(batch, self.recipe.device_batch_size):
             nats = self.loss(inputs, targets)[0] / batch.num_targets
             nats.backward()
             total += nats.detach()

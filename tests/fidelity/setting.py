@@ -114,10 +114,10 @@ class Training(BareModule):
         super().__init__(net, first_optimizer(net, dtype), SCHEDULE, NUM_STEPS, DEVICE_BATCH_SIZE)
         self.batches, self._other_loss = batches(seed), loss
 
-    def weighted_loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
+    def weighted_loss(self, inputs: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
         """The network's, or the one that was given."""
         if self._other_loss is None:
-            return super().weighted_loss(inputs, targets)
+            return super().weighted_loss(inputs, targets, weights)
         return self._other_loss(inputs, targets)
 
     def losses(self) -> Iterator[float]:
@@ -174,7 +174,7 @@ def _exact_gradients(seed: int) -> tuple[dict[str, Tensor], ...]:
 
 def _backward(net: GPT, batch: StepBatch, loss: Loss | None) -> None:
     net.zero_grad(set_to_none=True)
-    for inputs, targets in micro_batches(batch, DEVICE_BATCH_SIZE):
+    for inputs, targets, _ in micro_batches(batch, DEVICE_BATCH_SIZE):
         ((loss or net.weighted_loss)(inputs, targets) / batch.num_targets).backward()
 
 

@@ -26,6 +26,7 @@ FILES = {
     "schedule": "schedule/nanochat",
     "data": "data/auto",
     "mixture": "mixture/default",
+    "rl": "rl/default",
     "tokenizer": "tokenizer/default",
     "trainer": "trainer/default",
     "evaluation": "evaluation/default",

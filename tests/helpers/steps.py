@@ -47,9 +47,9 @@ class StepLoop(Loop):
         self.after_backward: Callable[[], None] = lambda: None
         self.micro_batch_hooks.append(self.parts.append)
 
-    def weighted_loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
+    def weighted_loss(self, inputs: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
         self.before_forward()
-        return super().weighted_loss(inputs, targets)
+        return super().weighted_loss(inputs, targets, weights)
 
     def manual_backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         loss.backward()

@@ -32,9 +32,9 @@ def test_every_process_makes_as_many_micro_batches_as_the_largest_share_has(own:
     inputs = torch.arange(own * 4).view(own, 4)
     parts = list(micro_batches(StepBatch(inputs, inputs + 1, own * 4, num_rows=5), device_batch_size))
     assert len(parts) == num_micro_batches(5, device_batch_size)
-    assert all(ids.shape == goals.shape == (device_batch_size, 4) for ids, goals in parts)
-    targets = torch.cat([goals for _, goals in parts])
-    assert torch.equal(torch.cat([ids for ids, _ in parts])[:own], inputs) and torch.equal(targets[:own], inputs + 1)
+    assert all(ids.shape == goals.shape == (device_batch_size, 4) for ids, goals, _ in parts)
+    targets = torch.cat([goals for _, goals, _ in parts])
+    assert torch.equal(torch.cat([ids for ids, _, _ in parts])[:own], inputs) and torch.equal(targets[:own], inputs + 1)
     assert (targets[own:] == IGNORE_INDEX).all()
 
 
@@ -52,7 +52,7 @@ def test_ids_are_narrow_on_their_way_and_wide_in_the_step() -> None:
     batch = StepRows(Two(), 2)[0]
     assert batch.inputs.dtype == batch.targets.dtype == torch.int32
     assert batch.num_targets == 6 and batch.targets.tolist()[0] == [0, IGNORE_INDEX, 2, 3]
-    for inputs, targets in micro_batches(batch, 2):
+    for inputs, targets, _ in micro_batches(batch, 2):
         assert inputs.dtype == targets.dtype == torch.int64
         assert inputs.tolist() == [[0, 1, 2, 3], [1, 2, 3, 4]]
 

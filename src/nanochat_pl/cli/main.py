@@ -25,7 +25,7 @@ from nanochat_pl.common.launch_env import launch_env
 
 # Each command is a file of this folder with a function run(overrides) -> exit code, and Config.
 COMMANDS = {
-    "train": "one stage of a run: train stage=tokenizer|base|mid|sft",
+    "train": "one stage of a run: train stage=tokenizer|base|mid|sft|rl",
     "pipeline": "the stages that an experiment names, one after the other: pipeline experiment=demo",
     "download": "files of a data set, verified: download data=climbmix num_shards=8",
     "doctor": "what the data of a stage will do, before it is trained on: doctor stage=base|mid|sft",

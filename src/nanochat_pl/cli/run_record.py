@@ -34,6 +34,7 @@ from nanochat_pl.tasks.published.conversations import ConversationSettings
 from nanochat_pl.tasks.registry import kind_of
 from nanochat_pl.training.checkpoint import history as changes
 from nanochat_pl.training.config import TrainConfig
+from nanochat_pl.training.rl import settings as rl
 from nanochat_pl.training.stages.registry import stage_named
 
 # Keys that control the command, not the training.
@@ -42,7 +43,7 @@ _OF_THE_COMMAND = {"run", "resume", "resume_with_changes", "check_only", "yes"}
 NO_SAY = {"trainer", "evaluation", "paths", "logger", "callbacks", "device_batch_size"} | _OF_THE_COMMAND
 _HAVE_A_SAY = {field.name for field in dataclasses.fields(TrainConfig)} - NO_SAY
 # Of those groups what changes when the work is done and never its result.
-WITHOUT_A_SAY = {"data.download", "data.max_bad_fraction"}
+WITHOUT_A_SAY = {"data.download", "data.max_bad_fraction"} | {f"rl.{key}" for key in rl.WITHOUT_A_SAY}
 # What cannot change on the way, even with resume_with_changes=true, and why.
 _FIXED = {
     "model": "the weights are of that model",
@@ -93,7 +94,9 @@ def own_settings(folder: StageFolder, schema: type) -> list[Setting]:
 def _names_a_class(key: str, value: Any) -> bool:
     if key in ("stage.name", "stage.parent"):  # a record has names of stages
         return "." in str(value)
-    return value is not None and (key == "stage.module" or (key.startswith("data.") and key.endswith(".target")))
+    return value is not None and (
+        key in ("stage.module", "rl.reward") or (key.startswith("data.") and key.endswith(".target"))
+    )
 
 
 def require_same_settings(folder: StageFolder, composed: Composed[TrainConfig], reopens: bool = False) -> None:

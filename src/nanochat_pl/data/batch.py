@@ -24,6 +24,8 @@ class StepBatch(NamedTuple):
     num_rows: int = 0  # of the largest share that a process has of this step; 0: of this one
     num_rows_of_all: int = 0  # of all shares; 0: of this one
     first_row: int = 0  # the number of the first of these rows; the others follow
+    weights: Tensor | None = None  # float32 (R, T): factors on the nats of the targets; None: ones
+    divisor: float | None = None  # of the sum over the targets of all processes; None: how many they are
 
 
 class ValidationBatch(NamedTuple):
@@ -34,17 +36,24 @@ class ValidationBatch(NamedTuple):
     num_bytes: Tensor  # int (M, T): UTF-8 bytes of each target, 0 for special tokens and ignored ones
 
 
-def micro_batches(batch: StepBatch, device_batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Cut a step into micro-batches of one shape, int64 (M, T), as many as the largest share of a process has.
+def micro_batches(batch: StepBatch, device_batch_size: int) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+    """Cut a step into micro-batches of one shape, as many as the largest share of a process has.
 
     The last one is filled up with rows whose targets are all ignored; where there are no rows left, all are such.
+
+    Yields:
+        inputs and targets, int64 (M, T); weights, float32 (M, T), where the step has them.
     """
     for start in range(0, batch.num_rows or len(batch.inputs), device_batch_size):
-        inputs, targets = (rows[start : start + device_batch_size] for rows in (batch.inputs, batch.targets))
+        end = start + device_batch_size
+        inputs, targets = batch.inputs[start:end], batch.targets[start:end]
+        weights = None if batch.weights is None else batch.weights[start:end]
         if missing := device_batch_size - len(inputs):
             inputs = torch.cat([inputs, inputs.new_zeros(missing, inputs.shape[1])])
             targets = torch.cat([targets, targets.new_full((missing, targets.shape[1]), IGNORE_INDEX)])
-        yield inputs.long(), targets.long()
+            if weights is not None:
+                weights = torch.cat([weights, weights.new_zeros(missing, weights.shape[1])])
+        yield inputs.long(), targets.long(), weights
 
 
 def num_micro_batches(num_rows: int, device_batch_size: int) -> int:

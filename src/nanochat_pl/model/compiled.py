@@ -31,6 +31,10 @@ class CompiledLoss:
 
     def __call__(self, ids: Tensor, targets: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Arguments and result as of :meth:`GPT.loss_by_row`."""
+        return self.by_token(ids, targets, weights)[:2]
+
+    def by_token(self, ids: Tensor, targets: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Arguments and result as of :meth:`GPT.loss_by_token`."""
         net = self._net
         first = self._begin(net, ids)
         # Another tensor object: to the compiler a layer that is given one tensor twice is of a kind of its own.
@@ -46,7 +50,7 @@ def _begin(net: GPT, ids: Tensor) -> Tensor:
     return net.begin(ids)
 
 
-def _end(net: GPT, x: Tensor, middle: Tensor, targets: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+def _end(net: GPT, x: Tensor, middle: Tensor, targets: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     if weights is None:
         weights = torch.ones_like(targets, dtype=torch.float32)
     return net.loss_of_hidden(net.end(x, middle), targets, weights)

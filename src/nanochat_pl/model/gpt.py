@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from nanochat_pl.common.constants import IGNORE_INDEX
 from nanochat_pl.common.device import gpu_memory_bytes
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.model.attention import windowed_attention
@@ -324,10 +325,15 @@ class GPT(nn.Module):
         if not torch.is_grad_enabled():
             nats = self.losses(ids, targets) * weights
             return nats.sum(), nats.sum(dim=1)
+        return self.loss_of_hidden(self.hidden(ids), targets, weights)[:2]
+
+    def loss_by_token(self, ids: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """As :meth:`loss_by_row` with gradients, and the nats of each target: float32 (B, T), without weights and
+        gradients; those of ignored targets mean nothing."""
         return self.loss_of_hidden(self.hidden(ids), targets, weights)
 
-    def loss_of_hidden(self, hidden: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """As :meth:`loss_by_row` with gradients, of what the head reads, (B, T, C)."""
+    def loss_of_hidden(self, hidden: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """As :meth:`loss_by_token`, of what the head reads, (B, T, C)."""
         total, nats = fused_linear_cross_entropy(
             hidden.flatten(0, 1),
             self.lm_head.weight,
@@ -337,7 +343,8 @@ class GPT(nn.Module):
             cap=self.config.softcap,
             chunk_tokens=self._chunk_tokens(),
         )
-        return total, nats.view_as(targets).sum(dim=1)
+        nats = nats.view_as(targets)
+        return total, (torch.where(targets != IGNORE_INDEX, weights, 0.0) * nats).sum(dim=1), nats
 
     def _chunk_tokens(self) -> int:
         return self.loss_chunk_tokens or default_chunk_tokens(

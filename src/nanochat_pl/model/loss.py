@@ -93,12 +93,13 @@ def fused_linear_cross_entropy(
         chunk_tokens: tokens whose logits are there at once.
 
     Returns:
-        The sum, a float32 scalar, and what each target has of it, float32 (N,), without gradients.
+        The sum, a float32 scalar, and the nats of each target, float32 (N,), without weight and without gradients;
+        those of ignored targets mean nothing.
     """
     pieces = -(-len(hidden) // chunk_tokens)
     compiled = torch.compiler.is_compiling()
-    total, _, _, of_targets = _nats_with_gradients(hidden, head, targets, weights, vocab_size, cap, pieces, compiled)
-    return total, of_targets.detach()
+    total, _, _, nats = _nats_with_gradients(hidden, head, targets, weights, vocab_size, cap, pieces, compiled)
+    return total, nats.detach()
 
 
 # An operation of its own, so that a compiler does not unroll the pieces into one long graph: that would take minutes to
@@ -114,17 +115,17 @@ def _nats_with_gradients(
     pieces: int,
     compiled: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The sum (), its gradients by hidden and head, of their shapes and types, and its terms (N,)."""
+    """The sum (), its gradients by hidden and head, of their shapes and types, and the nats of each target (N,)."""
     weights = torch.where(targets != IGNORE_INDEX, weights, 0.0)
     piece_of = compiled_piece(hidden.device, hidden.dtype, -(-len(hidden) // pieces)) if compiled else _chunk
     matrix = head[:vocab_size].to(hidden.dtype)
     total, of_hidden, of_head = weights.new_zeros(()), torch.empty_like(hidden), torch.zeros_like(head)
-    of_matrix, terms = of_head[:vocab_size], torch.empty_like(weights)
-    tensors = (hidden, targets.clamp(min=0), weights, of_hidden, terms)
-    for x, target, weight, of_x, term in zip(*(tensor.chunk(pieces) for tensor in tensors), strict=True):
-        nats, of_logits, nats_of_targets = piece_of(x @ matrix.T, target, weight, cap)
-        total += nats
-        term.copy_(nats_of_targets)
+    of_matrix, nats = of_head[:vocab_size], torch.empty_like(weights)
+    tensors = (hidden, targets.clamp(min=0), weights, of_hidden, nats)
+    for x, target, weight, of_x, of_target in zip(*(tensor.chunk(pieces) for tensor in tensors), strict=True):
+        weighted, of_logits, nats_of_piece = piece_of(x @ matrix.T, target, weight, cap)
+        total += weighted
+        of_target.copy_(nats_of_piece)
         torch.mm(of_logits, matrix, out=of_x)
         # The pieces are summed in the type in which the weight is kept.
         if of_matrix.dtype == of_logits.dtype:
@@ -133,7 +134,7 @@ def _nats_with_gradients(
             _add_product_in_float32(of_matrix, of_logits.T, x)
         else:
             of_matrix += of_logits.T @ x
-    return total, of_hidden, of_head, terms
+    return total, of_hidden, of_head, nats
 
 
 @_nats_with_gradients.register_fake
@@ -168,7 +169,7 @@ _nats_with_gradients.register_autograd(_scale_gradients, setup_context=_keep_gra
 
 
 def _chunk(raw: Tensor, targets: Tensor, weights: Tensor, cap: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The sum () of weighted nats, its gradient by the raw logits (n, V), which are used up, and its terms (n,)."""
+    """The sum () of weighted nats, its gradient by the raw logits (n, V), which are used up, and the nats (n,)."""
     ratio = _precise(raw).mul_(1 / cap).tanh_()
     of_target = ratio.gather(1, targets[:, None])[:, 0]
     exponentials = (ratio * cap).exp_()
@@ -177,9 +178,9 @@ def _chunk(raw: Tensor, targets: Tensor, weights: Tensor, cap: float) -> tuple[T
     # Of the cross entropy: the probability, and one less at the target. Of the softcap: 1 - ratio².
     at_target = weights * torch.expm1(-nats) * (1 - of_target.square())
     gradient = exponentials.mul_((weights / sums)[:, None]).mul_(ratio.square_().neg_().add_(1))
-    terms = weights * nats
+    total = (weights * nats).sum()
     # Cast last: in bfloat16 a CPU scatters through a float32 copy of the whole.
-    return terms.sum(), gradient.scatter_(1, targets[:, None], at_target[:, None]).to(raw.dtype), terms
+    return total, gradient.scatter_(1, targets[:, None], at_target[:, None]).to(raw.dtype), nats
 
 
 @functools.cache

@@ -28,6 +28,7 @@ from nanochat_pl.tokenizer.training import TokenizerSettings
 from nanochat_pl.tools.sandbox.settings import SandboxSettings
 from nanochat_pl.training.lightning_args import explain_argument
 from nanochat_pl.training.nonfinite_guard import OnNonfinite
+from nanochat_pl.training.rl.settings import RLSettings
 from nanochat_pl.training.stages.registry import Stage, parents_of, stage_named
 
 # What Lightning calls a compute type beside parameters in float32.
@@ -105,7 +106,9 @@ class TrainerSettings:
         None, "Lightning's way to say model.compute_dtype: bfloat16, float16, float32; null: as that key says."
     )
     num_threads: int | None = setting(None, "CPU threads of torch; null: as torch decides.", at_least=1, at_most=1024)
-    compile: bool | Literal["auto"] = setting("auto", "torch.compile the model; auto: where a compiler is at hand.")
+    compile: bool | Literal["auto"] = setting(
+        "auto", "torch.compile the model; auto: where a compiler is at hand, not in rl."
+    )
     deterministic: bool = setting(False, "Only algorithms that give the same bits again (a CPU always does).")
     activation_checkpointing: bool = setting(
         False, "Keep only what goes into each block and compute the rest again: less memory, up to a third more time."
@@ -224,6 +227,7 @@ class TrainConfig(HorizonSettings):
     schedule: ScheduleSettings = setting(factory=ScheduleSettings)
     data: DataSettings = setting(factory=DataSettings)
     mixture: MixtureSettings = setting(factory=MixtureSettings)
+    rl: RLSettings = setting(factory=RLSettings)
     trainer: TrainerSettings = setting(factory=TrainerSettings)
     evaluation: EvaluationSettings = setting(factory=EvaluationSettings)
     paths: PathsSettings = setting(factory=PathsSettings)

@@ -19,12 +19,13 @@ from nanochat_pl.data.packing.rows import Rows
 from nanochat_pl.distributed.partition import share
 from nanochat_pl.evaluation.validation import Validation
 from nanochat_pl.training.callbacks.graceful_stop import GracefulStop, leave_signals_to_parent
+from nanochat_pl.training.rl.prompts import Prompts
 
 
 class StepRows(Dataset):
     """Map-style data: item k is this process's share of optimizer step k: with one process, the whole of it."""
 
-    def __init__(self, rows: Rows | MixedRows, rows_per_step: int, rank: int = 0, world: int = 1) -> None:
+    def __init__(self, rows: Rows | MixedRows | Prompts, rows_per_step: int, rank: int = 0, world: int = 1) -> None:
         self.rows, self.rows_per_step, self.rank, self.world = rows, rows_per_step, rank, world
 
     def __getitem__(self, step: int) -> StepBatch:
@@ -78,7 +79,7 @@ class RowsDataModule(LightningDataModule):
 
     def __init__(
         self,
-        rows: Rows | MixedRows,
+        rows: Rows | MixedRows | Prompts,
         rows_per_step: int,
         num_steps: int,
         num_workers: int | None = 0,

@@ -53,7 +53,9 @@ def prepare_machine(config: TrainConfig) -> Machine:
     dtype = choose_compute_dtype(config.model.compute_dtype, device)
     compiled = config.trainer.compile
     if compiled == "auto":
-        compiled = compiler_works(device, dtype, config.model)
+        # What writes answers is eager: then the gradient is of the very probabilities under which they were drawn.
+        eager = config.stage.definition.trains_on_answers
+        compiled = not eager and compiler_works(device, dtype, config.model)
     machine = Machine(device, device_name(device), dtype, compiled)
     many = f"{place.world_size} processes, each on " if place.world_size > 1 else ""
     rank_zero_print(

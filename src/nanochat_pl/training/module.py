@@ -8,11 +8,11 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import LightningModule
@@ -91,7 +91,12 @@ class LMModule(LightningModule):
         micro_batch_hooks: called before each micro-batch with its number: bars move and stops are noticed there.
         logs_to_loggers: whether ``self.log`` writes to the loggers. A callback that writes more, and in the order that
             exact resume needs, turns it off and takes what is in ``logged``.
+        columns: further metrics that it logs, for `metrics.csv`.
+        progress_metric: what the console shows of a step.
     """
+
+    columns: ClassVar[Sequence[str]] = ()
+    progress_metric: ClassVar[str] = "train/loss_smoothed"
 
     def __init__(
         self,
@@ -236,8 +241,9 @@ class LMModule(LightningModule):
     def training_step(self, batch: StepBatch, batch_idx: int = 0) -> dict[str, Any]:
         """One optimizer step: gradients of all micro-batches and processes, then the schedule, then the update.
 
-        The loss is the summed nats of all targets of the step divided by their number, so neither the size of the
-        micro-batches nor the number of processes changes it. Nothing is changed before the optimizer steps: a stop
+        The loss is the summed nats of all targets of the step, each times its weight where there are weights, divided
+        by their number (or by what the step says), so neither the size of the micro-batches nor the number of processes
+        changes it. Nothing is changed before the optimizer steps: a stop
         between micro-batches drops the step, and a step for which memory did not suffice is done again.
 
         Returns:
@@ -253,12 +259,13 @@ class LMModule(LightningModule):
         num_targets = collectives.all_reduce_sum(batch.num_targets)
         if num_targets == 0:
             raise UserError(f"step {step + 1}: none of its rows has a token to train on.", "Look at the stage's data.")
-        local_loss = self._accumulate_gradients(batch, num_targets)
+        divisor = num_targets if batch.divisor is None else batch.divisor
+        local_loss = self._accumulate_gradients(batch, divisor)
         with self._out_of_memory_hint("where the gradients are summed; nothing was changed"):
             collectives.all_reduce_(local_loss)
             norm = optimizer.reduce_gradients() / guard.loss_scale.factor
         loss, norm = torch.stack([local_loss, norm]).tolist()  # the one wait for the device
-        if passed := guard.passes(self, batch, loss, norm):
+        if passed := self.may_update(batch, loss, norm):
             guard.scale_gradients(optimizer, norm)
         else:
             optimizer.skip_step()
@@ -276,16 +283,20 @@ class LMModule(LightningModule):
             "skipped": not passed,
         }
 
-    def _accumulate_gradients(self, batch: StepBatch, num_targets: int) -> Tensor:
+    def may_update(self, batch: StepBatch, loss: float, norm: float) -> bool:
+        """Whether a step with these metrics updates the weights. All processes call it; raises as the guard does."""
+        return self.guard.passes(self, batch, loss, norm)
+
+    def _accumulate_gradients(self, batch: StepBatch, divisor: float) -> Tensor:
         """Forward and backward of all micro-batches; gives this process's part of the step's loss, a scalar."""
         loss, ran_out = torch.zeros((), device=self.device), False
         with self._local_gradients():
-            for part, (inputs, targets) in enumerate(micro_batches(batch, self.device_batch_size)):
+            for part, (inputs, targets, weights) in enumerate(micro_batches(batch, self.device_batch_size)):
                 self.between_micro_batches(part)
-                ran_out = ran_out or runs_out_of_memory(self._add_gradients, inputs, targets, num_targets, loss)
+                ran_out = ran_out or runs_out_of_memory(self._add_gradients, inputs, targets, weights, divisor, loss)
         if collectives.all_reduce_max(ran_out):  # on any process
             self._halve_device_batch_size(ran_out)
-            return self._accumulate_gradients(batch, num_targets)
+            return self._accumulate_gradients(batch, divisor)
         return loss
 
     def _local_gradients(self) -> AbstractContextManager[None]:
@@ -293,19 +304,24 @@ class LMModule(LightningModule):
         strategy = self._trainer.strategy if self._trainer is not None else None
         return strategy.block_backward_sync() if isinstance(strategy, DDPStrategy) else contextlib.nullcontext()
 
-    def _add_gradients(self, inputs: Tensor, targets: Tensor, num_targets: int, loss: Tensor) -> None:
+    def _add_gradients(
+        self, inputs: Tensor, targets: Tensor, weights: Tensor | None, divisor: float, loss: Tensor
+    ) -> None:
         """Forward and backward of a micro-batch, (M, T); its part of the step's loss is added to ``loss``."""
-        nats = self.weighted_loss(inputs, targets) / num_targets
+        # Those who override it for another loss need not know of weights.
+        given = () if weights is None else (weights,)
+        nats = self.weighted_loss(inputs, targets, *given) / divisor
         self.manual_backward(self.guard.loss_scale.of(nats))
         loss += nats.detach()
 
-    def weighted_loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
+    def weighted_loss(self, inputs: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
         """Summed nats over the targets of a micro-batch. Override it for another loss, summed over the targets too.
 
         Args:
             inputs, targets: int64 (M, T); :data:`IGNORE_INDEX` where nothing is to be learnt.
+            weights: float32 (M, T), factors on the nats; None: ones.
         """
-        nats, row_losses = self._loss[0](inputs, targets)
+        nats, row_losses = self._loss[0](inputs, targets, weights)
         self._row_losses.append(row_losses)
         return nats
 

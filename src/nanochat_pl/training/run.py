@@ -39,6 +39,7 @@ from nanochat_pl.training.datamodule import RowsDataModule
 from nanochat_pl.training.device import Machine, own_device, prepare_machine, require_own_gpus
 from nanochat_pl.training.guarded import guard_callbacks, guard_loggers, guard_module
 from nanochat_pl.training.module import LMModule, ModuleConfig
+from nanochat_pl.training.rl.pass_at_k import in_words
 from nanochat_pl.training.stage_data.base_plan import Target, base_plan, refuse_unasked
 from nanochat_pl.training.stage_data.source import corpus_of_stage, with_chosen_data
 from nanochat_pl.training.stage_data.text import announce_streamed
@@ -111,6 +112,7 @@ def train_stage(
     benchmarks = coordination.rank_zero_first(
         lambda: open_benchmarks(config.stage, config.evaluation, prepared.tokenizer, context)
     )
+    benchmarks = [*benchmarks, *prepared.benchmarks]
     started = coordination.raise_on_all_ranks(lambda: guard_loggers(loggers))
     for logger in started:
         logger.log_hyperparams(_hyperparameters_of_run(config, folder, prepared.plan))
@@ -229,6 +231,8 @@ def _make_stage(config: TrainConfig, machine: Machine, prepared: StageData, modu
             "loss_chunk_tokens": chunk_tokens,
         },
     )
+    if prepared.make_module is not None:
+        return prepared.make_module(recipe, prepared.weights, prepared.moments)
     if module_class is LMModule:
         return LMModule(recipe, prepared.weights, prepared.moments)
     with user_code(f"stage.module={config.stage.module}: cannot be made"):
@@ -251,7 +255,7 @@ def _measure_last(
         StopRequested: a stop was asked for.
     """
     key = coordination.run_on_rank_zero(
-        lambda: fingerprint_of(hash_of_weights(folder.bundle), to_plain(config.evaluation))
+        lambda: fingerprint_of(hash_of_weights(folder.bundle), to_plain(config.evaluation), to_plain(config.rl))
     )
     measured = BenchmarkCache(folder.path / "benchmarks.json", key)
     metrics: dict[str, float] = {}
@@ -326,6 +330,6 @@ def _finish(
     coordination.run_on_rank_zero(finish)
     stderr = f" ± {metrics['val/bpb_stderr']:.4f}" if "val/bpb_stderr" in metrics else ""
     bpb = f"validation {metrics['val/bpb']:.4f}{stderr} bits per byte, " if "val/bpb" in metrics else ""
-    rank_zero_print(
-        f"{folder.run}/{folder.stage}: {bpb}{fitted.tokens:,} tokens in {fitted.seconds:,.0f} s → {folder.bundle}"
-    )
+    passed = in_words(metrics, config.rl.eval_ks())
+    tokens = f"{fitted.tokens:,} tokens in {fitted.seconds:,.0f} s"
+    rank_zero_print(f"{folder.run}/{folder.stage}: {bpb}{passed + ', ' if passed else ''}{tokens} → {folder.bundle}")

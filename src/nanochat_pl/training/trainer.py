@@ -19,6 +19,7 @@ from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.out_of_memory import FIX, explain_out_of_memory
 from nanochat_pl.common.user_code import UserCodeError
 from nanochat_pl.data.packing.mixture import MixedRows
+from nanochat_pl.data.packing.rows import Rows
 from nanochat_pl.distributed import collectives, coordination
 from nanochat_pl.evaluation.validation import Validation
 from nanochat_pl.training.callbacks.benchmarks import Benchmark, PeriodicBenchmarks, columns_of
@@ -84,15 +85,16 @@ def fit(stage: LMModule, data: RowsDataModule, fitting: FitConfig) -> FitResult:
         lambda: step_to_go_on_from(resume_from, stage.config, fitting.resume_with_changes) if resume_from else 0
     )
     sources = data.rows.names if isinstance(data.rows, MixedRows) else ()
-    csv = MetricsCSV(fitting.folder / "metrics.csv", sources, columns_of(fitting.benchmarks))
+    columns = [*stage.columns, *columns_of(fitting.benchmarks)]
+    csv = MetricsCSV(fitting.folder / "metrics.csv", sources, columns)
     metrics_kept = coordination.run_on_rank_zero(lambda: csv.rewind(first_step, fitting.trainer.log_every_steps))
     coordination.run_on_rank_zero(lambda: fitting.samples.rewind(first_step))
-    spikes = LossSpikes(fitting.folder, fitting.trainer.spike_sigmas)
+    loss_tells = stage.progress_metric == LMModule.progress_metric  # a loss with weights of both signs does not
+    spikes = LossSpikes(fitting.folder, fitting.trainer.spike_sigmas if loss_tells else 0)
     coordination.run_on_rank_zero(lambda: spikes.rewind(first_step))
     clock = StepClock()
-    metrics = StepMetrics(
-        clock, fitting.flops_per_token, fitting.peak_flops, fitting.trainer.log_every_steps, data.rows
-    )
+    rows = data.rows if isinstance(data.rows, Rows | MixedRows) else None
+    metrics = StepMetrics(clock, fitting.flops_per_token, fitting.peak_flops, fitting.trainer.log_every_steps, rows)
     resume_files = ResumeFiles(
         checkpoints,
         fitting.trainer.checkpoint_every_steps,

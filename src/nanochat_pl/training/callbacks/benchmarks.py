@@ -43,12 +43,17 @@ class Benchmark:
         measure_task: measures one of them, on all processes; calls its last argument now and then, as often as suits
             each. Where that may fail on one of them, it is within
             :func:`coordination.raise_on_all_ranks`.
+        metrics, columns: what is logged of the results in place of accuracies and their mean, and all names of that.
+        at_start: whether it is measured before the first step, too.
     """
 
     name: str
     every_steps: int
     tasks: Sequence[str]
     measure_task: Callable[[str, GPT, Callable[[], None]], TaskResult]
+    metrics: Callable[[Sequence[TaskResult]], dict[str, float]] | None = None
+    columns: Sequence[str] = ()
+    at_start: bool = False
 
 
 def open_benchmarks(
@@ -104,7 +109,11 @@ def _open_core(
 
 def columns_of(benchmarks: Sequence[Benchmark]) -> list[str]:
     """The names of all metrics that these can give."""
-    return [f"{each.name}/{metric}" for each in benchmarks for metric in (*each.tasks, "mean", "mean_stderr")]
+    return [
+        column
+        for each in benchmarks
+        for column in each.columns or [f"{each.name}/{metric}" for metric in (*each.tasks, "mean", "mean_stderr")]
+    ]
 
 
 class BenchmarkCache:
@@ -167,6 +176,8 @@ def measure(
     for result in results:
         if "remark" in result.details:
             rank_zero_print(f"{name}: {result.name}: {result.details['remark']}")
+    if benchmark.metrics is not None:
+        return benchmark.metrics(results)
     metrics = {f"{name}/{result.name}": result.accuracy for result in results}
     if len(results) == len(benchmark.tasks):
         mean = summarize(name, results)
@@ -222,15 +233,14 @@ class PeriodicBenchmarks(Callback):
         return [
             benchmark
             for benchmark in self.benchmarks
-            if benchmark.every_steps
-            and step % benchmark.every_steps == 0
+            if (benchmark.at_start if step == 0 else benchmark.every_steps and step % benchmark.every_steps == 0)
             and self._measured.get(benchmark.name) != step
         ]
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Make up for what a stop kept from being measured after the step of the resume file."""
-        if trainer.global_step > 0:
-            self._measure(trainer, pl_module.net)
+        """Make up for what a stop kept from being measured after the step of the resume file; measure what is measured
+        before the first step."""
+        self._measure(trainer, pl_module.net)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """After a step."""
@@ -240,7 +250,8 @@ class PeriodicBenchmarks(Callback):
         step = trainer.global_step
         for benchmark in self.due(step) if step < trainer.max_steps else ():
             with self.clock.paused():
-                self.save(trainer)
+                if step > 0:
+                    self.save(trainer)
                 metrics = measure(benchmark, net, self.stop)
                 trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
                 log_everywhere(trainer, metrics)

@@ -318,7 +318,7 @@ class StepMetrics(Callback):
     ) -> None:
         """After a step: ``global_step`` is the number of steps made. Tokens are those of all processes."""
         seconds, loss = self.clock.lap(), outputs["loss"].item()
-        tokens = (batch.num_rows_of_all or len(batch.inputs)) * batch.inputs.shape[1]
+        tokens = outputs.get("num_tokens") or (batch.num_rows_of_all or len(batch.inputs)) * batch.inputs.shape[1]
         if is_number := math.isfinite(loss):  # else the step was skipped
             self._smoothed = SMOOTHING * self._smoothed + (1 - SMOOTHING) * loss
             self._weight = SMOOTHING * self._weight + (1 - SMOOTHING)
@@ -326,9 +326,10 @@ class StepMetrics(Callback):
         self._seconds += seconds
         self._recent.append(seconds)
         values = schedule_values(pl_module.schedule, trainer.global_step - 1, pl_module.num_steps)
+        smoothed = {"train/loss_smoothed": self._smoothed / self._weight if self._weight else math.nan}
         self.latest = {
             "train/loss": loss,
-            "train/loss_smoothed": self._smoothed / self._weight if self._weight else math.nan,
+            **(smoothed if pl_module.progress_metric in smoothed else {}),
             "train/lr_multiplier": values.lr_multiplier,
             "train/muon_momentum": values.muon_momentum,
             "train/muon_weight_decay": values.weight_decay_multiplier * pl_module.config.hyperparameters.weight_decay,

@@ -67,7 +67,7 @@ class TrainingProgress(Callback):
         epochs = [f"{value:.2f}" for name, value in latest.items() if name.startswith("train/epochs")]
         epochs = [min(epochs, key=float), max(epochs, key=float)] if len(epochs) > 1 else epochs
         metrics = [
-            f"loss {latest['train/loss_smoothed']:.3f}",
+            self._how_it_goes(trainer),
             f"lr ×{latest['train/lr_multiplier']:.2f}",
             f"{step_time(latest['train/step_seconds'])}/step",
             f"{latest['train/tokens_per_second']:,.0f} tok/s",
@@ -77,6 +77,12 @@ class TrainingProgress(Callback):
             f"ETA {duration(seconds_left)}" if trainer.global_step > self._began_at + 1 else "",
         ]
         return "  ".join(metric for metric in metrics if metric)
+
+    def _how_it_goes(self, trainer: Trainer) -> str:
+        metric = str(trainer.lightning_module.progress_metric)
+        value = self.metrics.latest.get(metric, trainer.callback_metrics.get(metric))
+        name = metric.rpartition("/")[2].removesuffix("_smoothed")
+        return f"{name} {float(value):.3f}" if value is not None else ""
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Leave the full bar behind."""

@@ -47,15 +47,8 @@ def prepare_conversations(context: StageContext) -> StageData:
     capacity = model.sequence_len + 1
     loss_mask = config.stage.effective_loss_mask
     train_cache = _rendered(mixture, "train", tokenizer, capacity, cache, loss_mask)
-    test_cache = _rendered(held_out, "test", tokenizer, capacity, cache, loss_mask)
-    padded = partial(
-        packed_rows,
-        sequence_len=model.sequence_len,
-        bos_id=tokenizer.bos_id,
-        cache_dir=cache,
-        buffer_documents=PADDED_BUFFER,
-        refill_documents=1,
-    )
+    fixed = held_out_rows(held_out, tokenizer, model.sequence_len, cache, loss_mask)
+    padded = _padded(tokenizer, model.sequence_len, cache)
     shuffle: Shuffle = "none" if mixture.in_sequence else "global"
     train_rows = partial(padded, train_cache, mode=config.mixture.packing, seed=config.seed, shuffle=shuffle)
     rows = rows_of_epochs(train_rows, config.stage.num_epochs)
@@ -65,7 +58,6 @@ def prepare_conversations(context: StageContext) -> StageData:
         rows = train_rows(num_rows=num_rows, epochs=num_rows)  # an epoch has a row at least
     if mixture.in_sequence:
         _announce_sequence(mixture, rows)
-    fixed = padded(test_cache, mode="pad", seed=VALIDATION_SEED, epochs=1)
     _announce_rows(mixture, train_cache, rows)
     return StageData(
         plan=plan,
@@ -75,6 +67,25 @@ def prepare_conversations(context: StageContext) -> StageData:
         ),
         data=_record(mixture, held_out, train_cache, rows) | context.corpus.chosen(),
         **parent.start(context),
+    )
+
+
+def held_out_rows(
+    held_out: Mixture, tokenizer: Tokenizer, sequence_len: int, cache: Path, loss_mask: LossMask = "assistant"
+) -> Rows:
+    """Held-out conversations as rows to validate on, each once."""
+    rendered = _rendered(held_out, "test", tokenizer, sequence_len + 1, cache, loss_mask)
+    return _padded(tokenizer, sequence_len, cache)(rendered, mode="pad", seed=VALIDATION_SEED, epochs=1)
+
+
+def _padded(tokenizer: Tokenizer, sequence_len: int, cache: Path) -> Callable[..., Rows]:
+    return partial(
+        packed_rows,
+        sequence_len=sequence_len,
+        bos_id=tokenizer.bos_id,
+        cache_dir=cache,
+        buffer_documents=PADDED_BUFFER,
+        refill_documents=1,
     )
 
 

@@ -152,6 +152,8 @@ def _what_of(rows: Rows) -> str:
 def announce_streamed(prepared: StageData) -> None:
     """Say what was left out of text that was packed while the training ran; of other text it was said before."""
     rows = prepared.rows
+    if not isinstance(rows, Rows | MixedRows):
+        return
     source = prepared.data.get("source", "rows")  # conversations have many, and are never streamed
     for name, part in (rows.parts() if isinstance(rows, MixedRows) else {source: rows}).items():
         if isinstance(part.index, StreamedIndex):

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -36,8 +36,10 @@ if TYPE_CHECKING:
     from nanochat_pl.model.config import GPTConfig
     from nanochat_pl.planning import Plan
     from nanochat_pl.tokenizer import Tokenizer
+    from nanochat_pl.training.callbacks.benchmarks import Benchmark
     from nanochat_pl.training.config import TrainConfig
     from nanochat_pl.training.device import Machine
+    from nanochat_pl.training.module import LMModule
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,8 @@ class StageData:
         data: what it is trained on, for the record.
         weights, moments: what a stage that has a parent starts from, by name.
         parents: stage, step and SHA-256 of the weights of each earlier stage.
+        make_module: makes the LightningModule of what LMModule is made of; None: that is LMModule, or stage.module.
+        benchmarks: further ones that are measured while it trains.
     """
 
     plan: Plan
@@ -85,6 +89,8 @@ class StageData:
     weights: Mapping[str, Tensor] | None = None
     moments: Mapping[str, Tensor] | None = None
     parents: tuple[dict[str, Any], ...] = ()
+    make_module: Callable[..., LMModule] | None = None
+    benchmarks: Sequence[Benchmark] = ()
 
 
 class Stage:
@@ -99,6 +105,7 @@ class Stage:
         has_model: whether it trains a model; else ``make_bundle`` is all of its work.
         from_scratch: whether its model begins with random weights, so that the plan follows from settings alone.
         trains_on_conversations: those of ``mixture``; else on the text of ``data``.
+        trains_on_answers: whether its rows are answers that it writes itself, as settings of ``rl`` say.
         loss_mask: of conversations, where settings leave it open: which tokens the loss is taken of.
         validates_at_start: whether it validates before its first step, where settings leave it open.
         config_file: the file of configs/stage that it takes where there is none of its name: it chooses the schedule.
@@ -112,6 +119,7 @@ class Stage:
     has_model = True
     from_scratch = False
     trains_on_conversations = False
+    trains_on_answers = False
     loss_mask: LossMask = "assistant"
     validates_at_start = False
     config_file = "base"
@@ -131,7 +139,10 @@ class Stage:
         """Of the keys that have a say in what is learnt (at the root, or groups) those that this stage's result
         depends on: what it inherits is its parent's."""
         decided = set(self.inherits) if self.starts_from_model else set()
-        return keys - decided - (set() if self.trains_on_conversations else {"mixture"})
+        unused = (set() if self.trains_on_conversations else {"mixture"}) | (
+            set() if self.trains_on_answers else {"rl"}
+        )
+        return keys - decided - unused
 
     def prepare(self, context: StageContext) -> StageData:
         """What it trains with; nothing is trained. All processes call it, the main one first."""

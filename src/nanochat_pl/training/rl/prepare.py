@@ -1,0 +1,112 @@
+"""What the stage rl trains with: prompts, rewards, the parent's model."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+
+from nanochat_pl.common.console import rank_zero_print
+from nanochat_pl.common.errors import UserError
+from nanochat_pl.evaluation.validation import Validation
+from nanochat_pl.tasks.context import TaskContext
+from nanochat_pl.tasks.mixture import Mixture, build_mixture
+from nanochat_pl.training.config import TrainConfig
+from nanochat_pl.training.rl.module import RLModule
+from nanochat_pl.training.rl.pass_at_k import pass_at_k_benchmark
+from nanochat_pl.training.rl.prompts import Prompts
+from nanochat_pl.training.rl.rewards import Rewards
+from nanochat_pl.training.stage_data.conversations import held_out_rows
+from nanochat_pl.training.stage_data.parent import ParentModel, load_parent
+from nanochat_pl.training.stages.registry import StageContext, StageData
+
+
+def prepare_rl(context: StageContext) -> StageData:
+    """Prompts of the mixture's tasks; model, tokenizer and what is not given from the parent stage.
+
+    Raises:
+        UserError: a task has no reward; there is no finished parent; prompt and answer do not fit into its rows.
+    """
+    config, settings = context.config, context.config.rl
+    _refuse(config)
+    rewards = Rewards(settings.reward)
+    tasks = TaskContext(context.cache, config.data.max_bad_fraction, config.paths.hub_folder, run_corpus=context.corpus)
+    mixture = build_mixture(config.mixture, "train", tasks)
+    rewards.require(mixture.tasks)
+    held_out = build_mixture(config.mixture, "test", tasks)
+    parent = load_parent(context)
+    prompts = _prompts(config, mixture, parent)
+    size = settings.samples_per_update
+    # The plan counts rows of the model's length; answers are shorter.
+    planned = dataclasses.replace(config, total_batch_tokens=size * parent.model.sequence_len)
+    wanted = round(config.stage.num_epochs * prompts.num_prompts * settings.samples_per_prompt)
+    plan = parent.plan(dataclasses.replace(context, config=planned), num_rows=max(wanted, size))
+    prompts.num_rows = plan["num_steps"] * size
+    fixed = held_out_rows(held_out, parent.tokenizer, parent.model.sequence_len, context.cache)
+    _announce(prompts, config)
+    return StageData(
+        plan=plan,
+        rows=prompts,  # type: ignore[arg-type]  # as far as the training is concerned
+        validation=Validation.of_rows(
+            fixed, min(plan["validation_rows"], len(fixed)), parent.tokenizer, plan["device_batch_size"]
+        ),
+        data={
+            "mixture": {name: len(task) for name, task in mixture.tasks.items()},
+            "fingerprint": mixture.fingerprint,
+            "held_out_conversations": len(held_out),
+        }
+        | context.corpus.chosen(),
+        make_module=partial(RLModule, settings=settings, prompts=prompts, rewards=rewards, folder=context.folder.path),
+        benchmarks=pass_at_k_benchmark(held_out.tasks, parent.tokenizer, settings),
+        **parent.start(context),
+    )
+
+
+def _refuse(config: TrainConfig) -> None:
+    """Keys of other stages, which would do nothing here. Raises :class:`UserError`."""
+    problems = []
+    if config.total_batch_tokens is not None:
+        problems.append(
+            f"total_batch_tokens={config.total_batch_tokens}: a step of rl has rl.prompts_per_step *"
+            " rl.samples_per_prompt answers, of which each is as long as it is."
+        )
+    if config.stage.module is not None:
+        problems.append(f"stage.module={config.stage.module}: rl has a module of its own.")
+    if config.stage.loss_mask is not None:
+        problems.append(f"stage.loss_mask={config.stage.loss_mask}: rl trains on what the model writes.")
+    if problems:
+        raise UserError(problems, "Leave it out, or set it for other stages.")
+
+
+def _prompts(config: TrainConfig, mixture: Mixture, parent: ParentModel) -> Prompts:
+    settings, row = config.rl, parent.model.sequence_len
+    most = row + 1 - settings.max_new_tokens  # the last token of a row is no input
+    if most < 1:
+        raise UserError(
+            f"rl.max_new_tokens={settings.max_new_tokens}: a row of the model has {row:,} positions, for prompt and"
+            " answer.",
+            "Set it lower.",
+        )
+    needed = len(mixture)
+    if config.max_steps is not None:
+        rollouts = -(-config.max_steps // settings.updates_per_rollout)
+        needed = min(needed, rollouts * settings.prompts_per_step)
+    prompts = Prompts(mixture, parent.tokenizer, most, needed, settings.samples_per_prompt, config.seed)
+    if not prompts.num_prompts:
+        raise UserError(
+            f"rl.max_new_tokens={settings.max_new_tokens}: leaves {most:,} of a row's {row:,} positions for the prompt,"
+            " and every prompt is longer.",
+            "Set it lower, or take tasks with shorter prompts.",
+        )
+    return prompts
+
+
+def _announce(prompts: Prompts, config: TrainConfig) -> None:
+    settings, longer = config.rl, prompts.num_left_out
+    left_out = (
+        f"; {longer:,} are too long for rl.max_new_tokens={settings.max_new_tokens} and left out" if longer else ""
+    )
+    several = f" in {settings.updates_per_rollout} updates" if settings.updates_per_rollout > 1 else ""
+    rank_zero_print(
+        f"Rollouts: {settings.prompts_per_step} prompts x {settings.samples_per_prompt} answers of at most"
+        f" {settings.max_new_tokens} tokens{several}; {prompts.num_prompts:,} prompts{left_out}."
+    )
