@@ -59,7 +59,10 @@ def test_stage_sets_its_schedule_and_the_command_line_wins() -> None:
         ("model.depth=0", "model.depth=0: is below 1."),
         ("model.depth.x=3", "model.depth="),
         ("resume=nver", "resume='nver': must be one of auto, never."),
-        ("stage=bsae", "stage=bsae: there is no such choice; did you mean base? There are: base, mid, sft, tokenizer."),
+        (
+            "stage=bsae",
+            "stage=bsae: there is no such choice; did you mean base? There are: base, mid, rl, sft, tokenizer.",
+        ),
         ("data=pyhton_docs", "data=pyhton_docs: there is no such choice; did you mean python_docs?"),
         ("model=5", "model=5: there is no such choice"),
         ("model.head_dim=[1,2", "model.head_dim=[1,2: the value cannot be read"),

@@ -69,17 +69,22 @@ def test_events_agree_with_the_parsed_message():
         assert parts == [(names[part["type"]], part["text"]) for part in tokenizer.parse_assistant(ids)]
 
 
-def test_a_conversation_equals_one_from_scratch(engine):
-    """47, 54: the logits after several turns are those of a forward over the whole conversation."""
-    session = engine.session()
-    for turn, message in enumerate(["Hello there, who are you?", "Once upon a time", "def main():"]):
-        list(session.send(message, max_tokens=40, temperature=0.8, seed=turn))
-    prompt = [*session.ids, *engine.tokenizer.encode("next")]
-    cached = engine.logits(session._cache, [prompt[int(session._cache.positions[0]) :]])
-    assert len(prompt) > 130, "no longer than a window: this test would prove little"
+def uncached_logprobs(net, handle) -> list[float]:
+    """Log-probabilities of an answer's tokens by one forward over all of the text."""
     with torch.no_grad():
-        uncached = engine.net(torch.tensor([prompt]))[:, -1]
-    torch.testing.assert_close(cached, uncached, atol=1e-4, rtol=0)
+        table = net(torch.tensor([[*handle.prompt, *handle.ids]])).log_softmax(-1)[0, len(handle.prompt) - 1 : -1]
+    return table.gather(-1, torch.tensor(handle.ids)[:, None])[:, 0].tolist()
+
+
+def test_a_conversation_equals_one_from_scratch(engine):
+    """47, 54: the log-probabilities after several turns are those of a forward over the whole conversation."""
+    session = engine.session()
+    for turn, message in enumerate(["Hello there, who are you?", "Once upon a time", "def main():", "And then?"]):
+        list(session.send(message, max_tokens=40, temperature=0.8, seed=turn))
+    answer = session.answer
+    assert len(answer.prompt) > 90 and answer.cached_tokens > 80
+    assert len(session.ids) > 130, "no longer than a window: this test would prove little"
+    assert answer.logprobs == pytest.approx(uncached_logprobs(engine.net, answer), abs=1e-4)
 
 
 def test_bfloat16(golden):
@@ -143,10 +148,9 @@ def test_an_answer_that_is_broken_off_stays_in_the_conversation(engine, way):
     assert before[-1] == engine.tokenizer.special_ids["<|assistant_end|>"]
     list(session.send("And then?", max_tokens=5))
     assert session.ids[: len(before)] == before
-    prompt = session.ids[: int(session._cache.positions[0])]
-    logits = engine.logits(session._cache, [[5]])
-    with torch.no_grad():
-        torch.testing.assert_close(logits, engine.net(torch.tensor([[*prompt, 5]]))[:, -1], atol=1e-4, rtol=0)
+    answer = session.answer
+    assert answer.cached_tokens > 0 or way == "forgotten", "what was read is read again"
+    assert answer.logprobs == pytest.approx(uncached_logprobs(engine.net, answer), abs=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -197,10 +201,7 @@ def test_after_dropped_turns_the_logits_are_those_of_what_is_left(engine):
     for turn in range(12):
         list(session.send(f"Once upon a time {turn}", max_tokens=40, temperature=0.8, seed=turn))
     assert session.num_dropped > 0
-    prompt = session.ids
-    cached = engine.logits(session._cache, [prompt[int(session._cache.positions[0]) :]])
-    with torch.no_grad():
-        torch.testing.assert_close(cached, engine.net(torch.tensor([prompt]))[:, -1], atol=1e-4, rtol=0)
+    assert session.answer.logprobs == pytest.approx(uncached_logprobs(engine.net, session.answer), abs=1e-4)
 
 
 def test_settings_out_of_bounds_leave_the_conversation_alone(engine):

@@ -74,6 +74,25 @@ def sft_overrides(place: Path) -> list[str]:
     ]
 
 
+def rl_overrides(place: Path) -> list[str]:
+    """Learning from a reward that belongs to it: 6 steps of 4 prompts with 4 answers each."""
+    kept = ("device_batch_size", "evaluation.", "trainer.", "paths.", "logger")
+    return [
+        "stage=rl",
+        *(text for text in tiny_overrides(place) if text.startswith(kept)),
+        "mixture.tasks.word_problems=null",
+        "rl.reward=tests.helpers.rewards.thirds",
+        "rl.prompts_per_step=4",
+        "rl.samples_per_prompt=4",
+        "rl.max_new_tokens=8",
+        "rl.eval_problems=4",
+        "rl.eval_samples=2",
+        "max_steps=6",
+        "trainer.checkpoint_every_steps=1",
+        "evaluation.every_steps=4",
+    ]
+
+
 def weights_of(run: Path, stage: str) -> dict[str, torch.Tensor]:
     """The weights that a stage ended with."""
     return load_file(run / stage / "bundle" / "model.safetensors")

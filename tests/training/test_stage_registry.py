@@ -42,7 +42,7 @@ def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def test_the_stages_of_the_package_are_there_in_their_order() -> None:
     names = [name for name in all_stages() if name in STAGES]
-    assert names == ["tokenizer", "base", "mid", "sft"]
+    assert names == ["tokenizer", "base", "mid", "sft", "rl"]
     for name, found in all_stages().items():
         assert found.name == name and found.help and found.help.endswith("."), "--help shows it"
         assert set(parents_of(found)) <= set(all_stages())
@@ -66,9 +66,9 @@ def test_names_are_keys_and_each_has_one_stage(fresh: Path) -> None:
         with pytest.raises(UserError, match="a stage's name has small letters"):
             stage(name)
     own = type("Own", (Sft,), {})
-    stage("rl")(own)  # a name of imported checkpoints until there is such a stage
-    stage("rl")(own)  # its module was imported again
-    assert list(all_stages())[-1] == "rl" and stage_named("rl").trains_on_conversations
+    stage("polish")(own)
+    stage("polish")(own)  # its module was imported again
+    assert list(all_stages())[-1] == "polish" and stage_named("polish").trains_on_conversations
     with pytest.raises(
         UserError, match=r"stage 'base': there are two of that name, nanochat_pl\.training\.stages\.base"
     ):

@@ -125,6 +125,11 @@ def _composed(arguments: Sequence[str]) -> tuple[Composed[DoctorConfig], StageFo
             f"stage={(name := composed.config.stage.name)}: a {name} is trained on text without rows.",
             "Say stage=base, which looks at the same text, stage=mid or stage=sft.",
         )
+    if composed.config.stage.definition.trains_on_answers:
+        raise UserError(
+            f"stage={composed.config.stage.name}: its rows are written while it trains.",
+            "nanochat-pl inspect run=NAME rollout=STEP:I shows one of them.",
+        )
     folder = place_of(Composed[TrainConfig](composed.config, given=composed.given, experiment=composed.experiment))
     if composed.config.run is not None and (own := own_settings(folder, DoctorConfig)):
         composed = compose_step("doctor", stage or "base", DoctorConfig, arguments, own)

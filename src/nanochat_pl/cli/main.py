@@ -34,6 +34,7 @@ COMMANDS = {
     "chat": 'talk to a model: chat run=NAME, or one answer: chat run=NAME prompt="…"',
     "import": "a bundle of a model from elsewhere: import source=PATH to=PATH",
     "export": "a trained stage for other programs: export run=NAME to=PATH",
+    "inspect": "an answer that stage rl learnt from, written again: inspect run=NAME rollout=STEP:I",
     "report": "tables and plots of a run: report run=NAME",
     "selftest": "proves this machine in a minute: arithmetic, collectives, resume files; also under torchrun",
     "runs": "what has been trained; runs delete=NAME",

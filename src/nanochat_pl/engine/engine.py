@@ -6,17 +6,17 @@ Shapes: B rows of one forward, T positions, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from nanochat_pl.common.errors import NotFiniteError, UserError
-from nanochat_pl.engine.batch import write_all
+from nanochat_pl.common.errors import UserError
 from nanochat_pl.engine.events import Event, visible_text
-from nanochat_pl.engine.sampling import Sampling, choose, log_probabilities
-from nanochat_pl.engine.sequence import FinishReason, Limits, Sequence
+from nanochat_pl.engine.request import FinishReason, Handle, Request, check_prompts
+from nanochat_pl.engine.sampling import Sampling, seed_of
+from nanochat_pl.engine.scheduler import PREFILL_POSITIONS, Scheduler, events_of
 from nanochat_pl.engine.session import Session
 from nanochat_pl.model.counts import kv_cache_bytes
 from nanochat_pl.model.gpt import GPT
@@ -26,8 +26,6 @@ from nanochat_pl.tokenizer import Tokenizer
 # Rows that are decoded together unless the caller says otherwise: so many, or as many as this cache has room for.
 DEFAULT_MAX_BATCH = 64
 DEFAULT_CACHE_BYTES = 4 * 2**30
-# Wrong prompts named in one message.
-MAX_PROBLEMS = 10
 
 
 class Model(Protocol):
@@ -46,11 +44,16 @@ class Result:
 
     Attributes:
         ids: the new tokens; with finish reason "stop" the last is the stop token, or completes a stop text.
-        text: what a reader sees: no special tokens, tool calls or tool results.
-        logprobs: log-probability of each token under the model's plain softmax (temperature 1, all tokens), however
+        text: what a reader sees: no special tokens, tool calls or tool results, and nothing from a stop text on.
+        logprobs: log-probability of each token under the model's own distribution (temperature 1, all tokens), however
             it was chosen; of forced tokens too.
         forced: which tokens were put in by the tool; the model did not choose them.
         finish_reason: "stop", "length" (``max_tokens``) or "context" (the end of the model's positions).
+        sampled_logprobs: log-probability of each token under the distribution that it was drawn from, after
+            temperature and all filters; 0 where the choice was greedy.
+        top_logprobs: of each token the most likely ones with their log-probabilities, as in ``logprobs``; empty unless
+            asked for.
+        cached_tokens: tokens of the prompt that were not read again, as another one begins with them.
     """
 
     ids: list[int]
@@ -58,6 +61,9 @@ class Result:
     logprobs: list[float]
     forced: list[bool]
     finish_reason: FinishReason
+    sampled_logprobs: list[float]
+    top_logprobs: list[list[tuple[int, float]]]
+    cached_tokens: int
 
 
 class Engine:
@@ -97,25 +103,32 @@ class Engine:
         progress: Callable[[int, int], None] | None = None,
         stop_texts: Iterable[str] = (),
         indices: Iterable[int] | None = None,
+        *,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        seeds: Iterable[int] | None = None,
+        top_logprobs: int = 0,
     ) -> list[Result]:
         """Continue each prompt.
 
-        Up to ``max_batch`` prompts are written at the same time; when one is finished, a waiting one takes its place.
-        A result does not depend on its neighbours (beyond the rounding of a matrix product's shape): each prompt draws
-        from its own generator, seeded with ``seed`` and its index, and the same prompt given twice is drawn twice.
+        Up to ``max_batch`` prompts are generated at the same time; when one is finished, a waiting one takes its place.
+        Prompts that begin alike are read once. A result does not depend on the others: in bfloat16 on a CPU not by a
+        bit, elsewhere up to the rounding of a matrix product's shape. The same prompt given twice is drawn twice.
 
         Args:
             prompts: token ids, at least one each, of any lengths.
             max_tokens: most new tokens of each, forced ones included.
-            temperature: 0 is greedy.
-            top_k: draw from the k most likely tokens only; None, 0 or more than V: from all.
-            seed: any whole number.
+            temperature, top_k, top_p, min_p, repetition_penalty: see :class:`~nanochat_pl.engine.sampling.Sampling`.
+            seed: any whole number; with a prompt's index it makes that prompt's own seed.
             stop_ids: tokens that end an answer; assistant_end and bos by default.
             tools: whether the calculator answers expressions between python_start and python_end.
             max_batch: rows decoded together; memory and time only. By default 64, fewer where the cache would be huge.
             progress: called with (prompts finished, all prompts) when some have finished.
-            stop_texts: texts that end an answer as well; they are part of it.
+            stop_texts: texts that end an answer as well: its ids hold them, its text ends before.
             indices: of the prompts in a longer list that several processes share; their places in this one by default.
+            seeds: of each prompt, in place of ``seed`` and ``indices``.
+            top_logprobs: of each new token, how many of the most likely tokens are given with their log-probabilities.
 
         Returns:
             one result per prompt, in their order.
@@ -125,18 +138,35 @@ class Engine:
                 out of bounds; the model's outputs are not finite.
         """
         prompts = [list(prompt) for prompt in prompts]
-        sampling = Sampling(temperature, top_k, seed)
-        texts = tuple(text.encode("utf-8", "surrogatepass") for text in stop_texts)
-        limits = Limits(max_tokens, self.net.config.rotary_reach, self.stop_ids(stop_ids), texts)
         if max_batch is not None and max_batch < 1:
             raise UserError(f"max_batch={max_batch}: must be at least 1.")
-        self._check(prompts, limits.max_context)
-        numbered = zip(range(len(prompts)) if indices is None else indices, prompts, strict=True)
-        rows = [Sequence(prompt, i, limits, sampling, self.tokenizer, tools) for i, prompt in numbered]
-        for num_finished in write_all(self, rows, max_batch or self._default_batch(rows), sampling):
-            if progress is not None:
-                progress(num_finished, len(rows))
-        return [self._result(row) for row in rows]
+        if seeds is None:
+            seeds = [seed_of(seed, index) for index in (range(len(prompts)) if indices is None else indices)]
+        sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+        general = Request([], max_tokens, sampling, self.stop_ids(stop_ids), tuple(stop_texts), tools, top_logprobs)
+        reach = self.net.config.rotary_reach
+        check_prompts(prompts, reach, self.net.config.vocab_size)
+        requests = [
+            replace(general, prompt=prompt, sampling=replace(sampling, seed=own))
+            for prompt, own in zip(prompts, seeds, strict=True)
+        ]
+        if not requests:
+            return []
+        longest = min(max(map(len, prompts)) + max_tokens, reach)
+        num_slots = min(max_batch or self._default_batch(longest), len(requests))
+        scheduler = Scheduler(self, num_slots, longest, prefill_chunk=PREFILL_POSITIONS)
+        # Longest first: prompts read together pad each other least, and what is too large for the memory fails at once.
+        order = sorted(range(len(requests)), key=lambda index: -len(prompts[index]))
+        handles = {index: scheduler.submit(requests[index]) for index in order}
+        num_finished = 0
+        while not scheduler.idle:
+            scheduler.step()
+            still = scheduler.num_running + scheduler.num_waiting
+            if len(handles) - still > num_finished:
+                num_finished = len(handles) - still
+                if progress is not None:
+                    progress(num_finished, len(handles))
+        return [self._result(handles[index]) for index in range(len(requests))]
 
     def stream(
         self,
@@ -147,17 +177,32 @@ class Engine:
         seed: int = 0,
         stop_ids: Iterable[int] | None = None,
         tools: bool = True,
+        stop_texts: Iterable[str] = (),
+        *,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
     ) -> Iterator[Event]:
-        """Continue one prompt, token by token; as :meth:`generate` does, but seen while it is written.
+        """Continue one prompt, token by token; as :meth:`generate` does, but seen while it is generated.
 
         Raises:
             UserError: as :meth:`generate`, at once.
         """
-        sampling = Sampling(temperature, top_k, seed)
-        limits = Limits(max_tokens, self.net.config.rotary_reach, self.stop_ids(stop_ids))
-        self._check([prompt], limits.max_context)
-        session = Session(self, min(len(prompt) + max_tokens, limits.max_context))
-        return session.continue_ids(list(prompt), limits, sampling, tools)
+        sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed_of(seed, 0))
+        request = Request(list(prompt), max_tokens, sampling, self.stop_ids(stop_ids), tuple(stop_texts), tools)
+        reach = self.net.config.rotary_reach
+        check_prompts([prompt], reach, self.net.config.vocab_size)
+        scheduler = Scheduler(self, 1, min(len(prompt) + max_tokens, reach))
+        return events_of(scheduler, scheduler.submit(request))
+
+    def scheduler(self, num_slots: int, max_context: int | None = None) -> Scheduler:
+        """A pool of slots, for requests that come and go.
+
+        Args:
+            num_slots: requests that are generated at the same time.
+            max_context: most tokens of a prompt and its answer: the length that the model was trained on by default.
+        """
+        return Scheduler(self, num_slots, self._max_context(max_context))
 
     def session(self, max_context: int | None = None, system: str = "") -> Session:
         """A conversation that keeps its cache between turns.
@@ -167,16 +212,26 @@ class Engine:
                 the end of its positions.
             system: the system prompt, empty for none.
         """
+        return Session(self, self._max_context(max_context), system)
+
+    def _max_context(self, given: int | None) -> int:
         reach = self.net.config.rotary_reach
-        if max_context is not None and not 1 <= max_context <= reach:
-            raise UserError(f"max_context={max_context}: must be 1 … {reach:,}, the positions that the model has.")
-        return Session(self, max_context or self.net.config.sequence_len, system)
+        if given is not None and not 1 <= given <= reach:
+            raise UserError(f"max_context={given}: must be 1 … {reach:,}, the positions that the model has.")
+        return given or self.net.config.sequence_len
 
     def stop_ids(self, given: Iterable[int] | None) -> frozenset[int]:
-        """The ids that end an answer: those given, or assistant_end and bos."""
+        """The ids that end an answer: those given, or assistant_end and bos.
+
+        Raises:
+            UserError: the model has no such ids.
+        """
         if given is None:
             given = (self.tokenizer.special_ids["<|assistant_end|>"], self.tokenizer.bos_id)
-        return frozenset(given)
+        ids, vocab_size = frozenset(given), self.net.config.vocab_size
+        if unknown := [each for each in ids if not 0 <= each < vocab_size]:
+            raise UserError(f"stop_ids: {unknown[0]} is outside 0 … {vocab_size - 1:,}, the model's vocabulary.")
+        return ids
 
     def new_cache(self, num_slots: int, max_len: int) -> KVCache:
         """An empty cache on the model's device, in its compute type."""
@@ -195,45 +250,22 @@ class Engine:
         ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=self.net.device)
         return self.net(ids, cache, None if min(lengths) == longest else lengths, last_only=True)
 
-    @torch.inference_mode()
-    def advance(self, rows: list[Sequence], logits: Tensor, sampling: Sampling) -> None:
-        """Give each row its next token: a pending forced one, or one chosen from its logits (B, V).
-
-        Raises:
-            NotFiniteError: there is nothing to choose from.
-        """
-        if not logits.amax(dim=-1).isfinite().all():  # the maximum is NaN where any of them is
-            raise NotFiniteError
-        uniforms = [] if sampling.greedy else [row.generator.random() for row in rows]
-        ids = choose(logits, sampling, uniforms)
-        if any(row.pending for row in rows):
-            forced = torch.tensor([row.pending[0] if row.pending else -1 for row in rows], device=ids.device)
-            ids = torch.where(forced >= 0, forced, ids)
-        logprobs = log_probabilities(logits, ids)
-        for row, token_id, logprob in zip(rows, ids.tolist(), logprobs.tolist(), strict=True):
-            row.accept(token_id, logprob)
-
-    def _default_batch(self, rows: list[Sequence]) -> int:
-        longest = max((row.max_context_asked for row in rows), default=1)
-        slot = kv_cache_bytes(self.net.config, 1, longest, self.net.config.compute_dtype)
+    def _default_batch(self, max_context: int) -> int:
+        slot = kv_cache_bytes(self.net.config, 1, max_context, self.net.config.compute_dtype)
         return max(1, min(DEFAULT_MAX_BATCH, DEFAULT_CACHE_BYTES // slot))
 
-    def _check(self, prompts: list[list[int]], max_context: int) -> None:
-        """Refuse prompts that the model cannot continue, all of them at once."""
-        vocab_size = self.net.config.vocab_size
-        problems = []
-        for index, prompt in enumerate(prompts):
-            if not prompt:
-                problems.append(f"prompts[{index}] is empty; bos alone is the shortest prompt.")
-            elif len(prompt) >= max_context:
-                problems.append(
-                    f"prompts[{index}] has {len(prompt):,} tokens; the model's positions end at {max_context:,}."
-                )
-            elif not 0 <= min(prompt) <= max(prompt) < vocab_size:
-                problems.append(f"prompts[{index}] has ids outside 0 … {vocab_size - 1:,}, the model's vocabulary.")
-        if problems:
-            raise UserError(problems[:MAX_PROBLEMS])
-
-    def _result(self, row: Sequence) -> Result:
-        assert row.finish_reason is not None
-        return Result(row.ids, visible_text(self.tokenizer, row.ids), row.logprobs, row.forced, row.finish_reason)
+    def _result(self, handle: Handle) -> Result:
+        if handle.error is not None:
+            raise handle.error
+        assert handle.finish_reason is not None
+        text = visible_text(self.tokenizer, handle.ids, handle.request.stop_texts)
+        return Result(
+            handle.ids,
+            text,
+            handle.logprobs,
+            handle.forced,
+            handle.finish_reason,
+            handle.sampled_logprobs,
+            handle.top_logprobs,
+            handle.cached_tokens,
+        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -35,7 +35,7 @@ class Event:
     Attributes:
         kind: "text" pieces come as soon as their characters are whole; "tool_call" (the expression) and
             "tool_result" come once, when they are complete; "finished" comes last.
-        text: the piece; of "finished" the reason: "stop", "length", "context" or "cancelled".
+        text: the piece; of "finished" the reason: "stop", "length", "context", "cancelled" or "error".
     """
 
     kind: EventKind
@@ -48,20 +48,31 @@ class EventReader:
     Text is decoded from the tokens' bytes by an incremental UTF-8 decoder: a character whose bytes are spread over
     several tokens comes out when its last byte is there, and bytes that are no UTF-8 come out as U+FFFD. Special
     tokens are never shown. All events together say what ``Tokenizer.parse_assistant`` says of the whole answer.
+
+    Args:
+        tokenizer: of the ids.
+        stop_texts: the text ends before the first of these in it. What may become one is held back.
+
+    Attributes:
+        ended: whether :meth:`end` was called.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, stop_texts: Sequence[str] = ()) -> None:
         self._tokenizer = tokenizer
         self._names = {special_id: name for name, special_id in tokenizer.special_ids.items()}
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._part: EventKind = "text"
         self._collected = ""
+        self._stops = stop_texts
+        self._held = ""  # text that may be the beginning of a stop text
+        self._cut = False
+        self.ended = False
 
     def read(self, token_id: int) -> list[Event]:
         """The events that this token completes: none, one, or the end of a part and nothing else."""
         name = self._names.get(token_id)
         if name in _OPENS or (name in _CLOSES and _CLOSES[name] == self._part):
-            events = self.end()
+            events = self._end_part()
             self._part = _OPENS.get(name, "text")
             return events
         if name is not None:
@@ -70,23 +81,48 @@ class EventReader:
 
     def end(self) -> list[Event]:
         """What is still held back: the bytes of an unfinished character (as U+FFFD), an unfinished tool call."""
+        self.ended = True
+        return self._end_part()
+
+    def _end_part(self) -> list[Event]:
         rest = self._decoder.decode(b"", final=True)
         self._decoder.reset()
         if self._part == "text":
-            return self._emit(rest)
+            return self._emit(rest, last=True)
         event = Event(self._part, self._collected + rest)
         self._part, self._collected = "text", ""
         return [event]
 
-    def _emit(self, text: str) -> list[Event]:
+    def _emit(self, text: str, last: bool = False) -> list[Event]:
         if self._part != "text":
             self._collected += text
             return []
+        if self._stops:
+            text = self._before_stop(text, last)
         return [Event("text", text)] if text else []
 
+    def _before_stop(self, text: str, last: bool) -> str:
+        """What of the text so far can be shown now."""
+        if self._cut:
+            return ""
+        text = self._held + text
+        if found := [place for stop in self._stops if (place := text.find(stop)) >= 0]:
+            self._cut, self._held = True, ""
+            return text[: min(found)]
+        longest = 0 if last else max(_overlap(text, stop) for stop in self._stops)
+        shown = len(text) - longest
+        self._held = text[shown:]
+        return text[:shown]
 
-def visible_text(tokenizer: Tokenizer, ids: Iterable[int]) -> str:
+
+def _overlap(text: str, stop: str) -> int:
+    """Characters at the end of a text with which a stop text begins."""
+    longest = min(len(text), len(stop) - 1)
+    return next((count for count in range(longest, 0, -1) if text.endswith(stop[:count])), 0)
+
+
+def visible_text(tokenizer: Tokenizer, ids: Iterable[int], stop_texts: Sequence[str] = ()) -> str:
     """The text of an answer without special tokens, tool calls and tool results: what :class:`EventReader` shows."""
-    reader = EventReader(tokenizer)
+    reader = EventReader(tokenizer, stop_texts)
     events = [event for token_id in ids for event in reader.read(token_id)] + reader.end()
     return "".join(event.text for event in events if event.kind == "text")

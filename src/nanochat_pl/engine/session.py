@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.engine.events import Event, EventReader
-from nanochat_pl.engine.sampling import Sampling
-from nanochat_pl.engine.sequence import Limits, Sequence
+from nanochat_pl.engine.events import Event
+from nanochat_pl.engine.request import Handle, Request
+from nanochat_pl.engine.sampling import Sampling, seed_of
+from nanochat_pl.engine.scheduler import Scheduler, events_of
 
 if TYPE_CHECKING:
     from nanochat_pl.engine.engine import Engine
@@ -28,23 +29,22 @@ class Session:
         system: the system prompt, empty for none. It is part of the first message, so another one has no effect before
             :meth:`clear`. Where turns are dropped it moves to the first one that is kept.
         num_dropped: turns, a message and its answer each, that have been dropped.
+        answer: the last one, with its ids and log-probabilities; None: there is none.
     """
 
     def __init__(self, engine: Engine, max_context: int, system: str = "") -> None:
         self._engine = engine
         self.max_context = max_context
         self.system = system
-        self._cache = engine.new_cache(num_slots=1, max_len=max_context)
+        self._scheduler = Scheduler(engine, num_slots=1, max_context=max_context)
         self.clear()
 
     def clear(self) -> None:
         """Forget everything but the system prompt."""
-        self._answer: Sequence | None = None
+        self.answer: Handle | None = None
         self._num_answers = 0
         self._turns: list[int] = []  # where in the ids each begins
         self.num_dropped = 0
-        self._cache.reset()
-        self._stop_requested = False
 
     @property
     def ids(self) -> list[int]:
@@ -53,7 +53,7 @@ class Session:
 
         The cache holds the keys and values of a beginning of them.
         """
-        return [] if self._answer is None else [*self._answer.prompt, *self._closed(self._answer)]
+        return [] if self.answer is None else [*self.answer.prompt, *self._closed(self.answer)]
 
     def send(
         self,
@@ -63,18 +63,22 @@ class Session:
         top_k: int | None = None,
         seed: int = 0,
         tools: bool = True,
+        *,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
     ) -> Iterator[Event]:
         """Add a message of the person and return the answer as events, the last of them "finished".
 
         Closing the iterator, or :meth:`stop`, ends the answer early. What was written stays in the conversation.
-        Each answer of a conversation draws from its own generator, seeded with ``seed`` and its number.
+        Each answer of a conversation has its own seed, made of ``seed`` and its number.
 
         Raises:
             UserError: at once, the conversation unchanged: a setting is out of bounds, or the message alone does not
                 fit.
         """
         ids = self.ids or [self._engine.tokenizer.bos_id]
-        added = self._render(message, first=self._answer is None)
+        added = self._render(message, first=self.answer is None)
         if 1 + len(added) >= self.max_context:
             trained = self._engine.net.config.sequence_len
             larger = f", or give a larger max_context (the model was trained on {trained:,})"
@@ -94,13 +98,16 @@ class Session:
                 turns = [turns[0], *(begin + len(system) for begin in turns[1:])]
             else:
                 added = [added[0], *system, *added[1:]]
-        limits = Limits(max_tokens, self.max_context, self._engine.stop_ids(None))
-        events = self.continue_ids([*kept, *added], limits, Sampling(temperature, top_k, seed), tools)
-        if dropped:
-            self._cache.reset()  # what is kept stands at other positions now
-            self.num_dropped += dropped
+        sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed_of(seed, self._num_answers))
+        request = Request([*kept, *added], max_tokens, sampling, tools=tools)
+        if self.answer is not None:  # one that nobody read to its end
+            self.answer.cancel()
+        # The scheduler finds what its cache holds of the conversation, and reads the rest.
+        self.answer = self._scheduler.submit(request)
+        self._num_answers += 1
+        self.num_dropped += dropped
         self._turns = turns
-        return events
+        return events_of(self._scheduler, self.answer)
 
     def _turns_to_drop(self, taken: int, added: int, max_tokens: int) -> int:
         """How many of the oldest turns have to go for a message and its answer."""
@@ -110,16 +117,10 @@ class Session:
         left = [taken, *(1 + taken - end for end in ends)] if self._turns else [taken]
         return next((number for number, tokens in enumerate(left) if tokens <= room), len(left) - 1)
 
-    def continue_ids(self, prompt: list[int], limits: Limits, sampling: Sampling, tools: bool) -> Iterator[Event]:
-        """Continue these ids, which begin with those of the conversation so far."""
-        self._answer = Sequence(prompt, self._num_answers, limits, sampling, self._engine.tokenizer, tools)
-        self._num_answers += 1
-        self._stop_requested = False
-        return self._write(self._answer, sampling)
-
     def stop(self) -> None:
         """End the answer that is being written after its current token. May be called from a signal handler."""
-        self._stop_requested = True
+        if self.answer is not None:
+            self.answer.cancel()
 
     def _render(self, message: str, first: bool) -> list[int]:
         """The ids that a message adds, up to where the answer begins."""
@@ -129,19 +130,7 @@ class Session:
         ids = self._engine.tokenizer.render_for_completion({"messages": messages})
         return ids[1:]  # bos stands at the beginning only
 
-    def _write(self, answer: Sequence, sampling: Sampling) -> Iterator[Event]:
-        reader = EventReader(self._engine.tokenizer)
-        while answer.finish_reason is None:
-            # The cache counts the tokens that it holds: whatever broke off a step, the next begins at the right one.
-            new = [*answer.prompt, *answer.ids][int(self._cache.positions[0]) :]
-            self._engine.advance([answer], self._engine.logits(self._cache, [new]), sampling)
-            yield from reader.read(answer.ids[-1])
-            if self._stop_requested and answer.finish_reason is None:
-                answer.finish_reason = "cancelled"
-        yield from reader.end()
-        yield Event("finished", answer.finish_reason)
-
-    def _closed(self, answer: Sequence) -> list[int]:
+    def _closed(self, answer: Handle) -> list[int]:
         """An answer as it stands in the conversation: ended as in training, wherever it was broken off."""
         tokenizer = self._engine.tokenizer
         ids = list(answer.ids)

@@ -45,6 +45,15 @@ class ChatSettings:
     system: str | None = setting(None, "System prompt: stands before the first message of each conversation.")
     temperature: float = setting(0.6, "0 takes the most likely token; above, chance grows.", at_least=0, at_most=10)
     top_k: int | None = setting(50, "Only the k most likely tokens can be drawn; null or 0: all.", at_least=0)
+    top_p: float = setting(
+        1.0, "Only the most likely tokens with this probability together can be drawn.", above=0, at_most=1
+    )
+    min_p: float = setting(
+        0.0, "Only tokens with this share of the most likely one's probability can be drawn.", at_least=0, at_most=1
+    )
+    repetition_penalty: float = setting(
+        1.0, "Above 1 makes tokens less likely that the conversation has already.", above=0, at_most=100
+    )
     max_tokens: int = setting(256, "Most tokens of one answer.", at_least=1)
     seed: int = setting(0, "Seed of the chance.")
     max_context: int | None = setting(
@@ -196,6 +205,9 @@ def _answer(session: Session, message: str, settings: ChatSettings, terminal: Te
         temperature=settings.temperature,
         top_k=settings.top_k,
         seed=settings.seed,
+        top_p=settings.top_p,
+        min_p=settings.min_p,
+        repetition_penalty=settings.repetition_penalty,
     )
     if session.num_dropped and not dropped_before:
         terminal.remark(

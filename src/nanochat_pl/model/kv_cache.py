@@ -79,12 +79,21 @@ class KVCache:
         index = torch.tensor(list(slots), dtype=torch.int64)
         return self._map(lambda tensor: tensor.index_select(0, index.to(tensor.device)))
 
-    def copy_slot(self, source: int, target: int) -> None:
-        """Make slot ``target`` equal to slot ``source``: sharing a prompt, or closing a gap."""
-        used = int(self.positions[source])
+    def copy_slot(self, source: int, target: int, length: int | None = None) -> None:
+        """Make slot ``target`` what the first ``length`` tokens of slot ``source`` are: all of them by default."""
+        used = int(self.positions[source]) if length is None else length
         for tensor in [self.ids, *self.keys, *self.values]:
             tensor[target, :used] = tensor[source, :used]
         self.positions[target] = used
+
+    def swap_slots(self, one: int, other: int) -> None:
+        """Exchange what two slots hold."""
+        used = int(max(self.positions[one], self.positions[other]))
+        for tensor in [self.ids, *self.keys, *self.values]:
+            kept = tensor[one, :used].clone()
+            tensor[one, :used] = tensor[other, :used]
+            tensor[other, :used] = kept
+        self.positions[[one, other]] = self.positions[[other, one]]
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> KVCache:
         other = object.__new__(KVCache)

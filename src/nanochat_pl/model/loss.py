@@ -64,11 +64,14 @@ def nats_of_logits(logits: Tensor, targets: Tensor) -> Tensor:
     The formula of the training (:func:`_chunk`), operation by operation: what generates and what trains give a token
     the same bits.
     """
-    of_target = logits.gather(-1, targets[..., None])[..., 0]
+    return log_normaliser(logits) - logits.gather(-1, targets[..., None])[..., 0]
+
+
+def log_normaliser(logits: Tensor) -> Tensor:
+    """What is taken from softcapped logits, float32 (…, V), to make them log-probabilities: float32 (…)."""
     if logits.numel() == logits.size(-1):  # a single sum would be split between threads, and rounded in other places
-        logits = logits.reshape(1, -1).expand(2, -1).contiguous()
-        return logits.exp().sum(dim=-1).log()[:1].view_as(of_target) - of_target
-    return logits.exp().sum(dim=-1).log() - of_target
+        return log_normaliser(logits.reshape(1, -1).expand(2, -1))[:1].view(logits.shape[:-1])
+    return logits.exp().sum(dim=-1).log()
 
 
 def fused_linear_cross_entropy(

@@ -125,14 +125,15 @@ def sampler_metrics(samples: Sequence[Sample], trained: Sequence[Sequence[float]
     }
 
 
-def weight_metrics(weights: Sequence[TokenWeights]) -> dict[str, float]:
-    """Shares of tokens that were clipped, and the divergence from the start, of the trained tokens of a step."""
+def weight_metrics(weights: Sequence[TokenWeights], clips: bool) -> dict[str, float]:
+    """Shares of tokens that were clipped, and the divergence from the start, of the trained tokens of a step.
+
+    Args:
+        clips: whether any could be clipped.
+    """
     low = np.concatenate([each.clipped_low for each in weights])
     high = np.concatenate([each.clipped_high for each in weights])
     kl = np.concatenate([each.kl for each in weights])
-    metrics = {
-        "clip_ratio/low_mean": float(low.mean()),
-        "clip_ratio/high_mean": float(high.mean()),
-        "clip_ratio/region_mean": float((low | high).mean()),
-    }
+    shares = {"low": low, "high": high, "region": low | high} if clips and len(low) else {}
+    metrics = {f"clip_ratio/{name}_mean": float(clipped.mean()) for name, clipped in shares.items()}
     return metrics | ({"kl": float(kl.mean())} if len(kl) else {})

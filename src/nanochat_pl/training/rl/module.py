@@ -149,7 +149,9 @@ class RLModule(LMModule):
         logprobs = gathered(own)
         self._steps_without_signal += not self._has_signal
         self._num_tokens += sum(len(sample.prompt) + len(sample.ids) for sample in samples)
-        metrics = sample_metrics(samples, settings.samples_per_prompt, self.tokenizer) | weight_metrics(weights)
+        metrics = sample_metrics(samples, settings.samples_per_prompt, self.tokenizer) | weight_metrics(
+            weights, settings.updates_per_rollout > 1
+        )
         if step % settings.updates_per_rollout == 0:
             metrics |= sampler_metrics(trained, logprobs)
         metrics |= {

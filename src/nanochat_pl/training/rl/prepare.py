@@ -35,6 +35,8 @@ def prepare_rl(context: StageContext) -> StageData:
     held_out = build_mixture(config.mixture, "test", tasks)
     parent = load_parent(context)
     prompts = _prompts(config, mixture, parent)
+    first = prompts.prompt(0)
+    rewards.try_out(mixture.tasks[first.task], first, parent.tokenizer)
     size = settings.samples_per_update
     # The plan counts rows of the model's length; answers are shorter.
     planned = dataclasses.replace(config, total_batch_tokens=size * parent.model.sequence_len)

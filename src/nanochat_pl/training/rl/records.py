@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +90,8 @@ def record_of(
     if sample.sampled_logprobs != sample.logprobs:
         line["sampled_logprobs"] = sample.sampled_logprobs
     if trained and sample.of_drawn(logprobs) != sample.of_drawn(sample.logprobs):
-        line["trained_logprobs"] = list(logprobs)  # elsewhere they are the same, bit for bit
+        # Elsewhere they are the same, bit for bit.
+        line["trained_logprobs"] = [x if drawn else None for x, drawn in zip(logprobs, sample.drawn, strict=True)]
     return line
 
 
@@ -105,7 +106,7 @@ def read_record(folder: Path, step: int, index: int) -> dict[str, Any]:
     """
     files = record_files(folder / FOLDER)
     if step not in files:
-        kept = f"those of the steps {_ranges(list(files))} are kept" if files else "none are kept"
+        kept = f"those of the steps {ranges_in_words(files)} are kept" if files else "none are kept"
         raise UserError(
             f"rollout={step}:{index}: {folder / FOLDER} has no answers of step {step:,}; {kept}.",
             "rl.rollouts_mb=… keeps more of them.",
@@ -117,7 +118,7 @@ def read_record(folder: Path, step: int, index: int) -> dict[str, Any]:
     return line
 
 
-def _ranges(numbers: Sequence[int]) -> str:
+def ranges_in_words(numbers: Iterable[int]) -> str:
     """Rising numbers for people: 1, 5–9."""
     parts: list[list[int]] = []
     for number in numbers:

@@ -10,6 +10,7 @@ from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.import_class import import_callable
 from nanochat_pl.common.user_code import user_code
 from nanochat_pl.tasks.base import Completion, Conversation, Task
+from nanochat_pl.tokenizer import Tokenizer
 from nanochat_pl.training.rl.prompts import Prompt
 
 Reward = Callable[[Conversation, Completion], float]
@@ -21,10 +22,9 @@ class Rewards:
 
     Args:
         target: ``rl.reward``; None: each task has its own.
-        tasks: by name.
 
     Raises:
-        UserError: there is no such reward, or a task has none.
+        UserError: there is no such reward.
     """
 
     def __init__(self, target: str | None) -> None:
@@ -40,6 +40,12 @@ class Rewards:
         ]
         if problems:
             raise UserError(problems, "Take it out of the mixture (mixture.tasks.NAME=null), or write rl.reward=….")
+
+    def try_out(self, task: Task, prompt: Prompt, tokenizer: Tokenizer) -> None:
+        """Reward the reference answer to a prompt: what cannot be called so is known before anything is trained."""
+        ids, _ = tokenizer.render_conversation(prompt.conversation)
+        ids = ids[len(tokenizer.render_for_completion(prompt.conversation)) :]
+        self.reward(task, prompt, Completion(tokenizer.parse_assistant(ids), ids))
 
     def reward(self, task: Task, prompt: Prompt, completion: Completion) -> float:
         """What an answer is worth.

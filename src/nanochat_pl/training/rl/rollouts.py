@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -17,6 +16,7 @@ from nanochat_pl.data.batch import StepBatch, micro_batches
 from nanochat_pl.distributed import collectives, coordination
 from nanochat_pl.distributed.partition import share
 from nanochat_pl.engine import Engine
+from nanochat_pl.engine.sampling import seed_of
 from nanochat_pl.model.gpt import GPT
 from nanochat_pl.tasks.base import Completion
 from nanochat_pl.training.rl.prompts import Prompts
@@ -70,7 +70,7 @@ class Sample:
 
 
 def sample_seed(seed: int, step: int, prompt: int, sample: int) -> int:
-    """The seed of an answer's draws, below 2**63: of no other answer of the stage.
+    """The seed of an answer's draws: of no other answer of the stage.
 
     Args:
         seed: of the stage.
@@ -78,8 +78,7 @@ def sample_seed(seed: int, step: int, prompt: int, sample: int) -> int:
         prompt: number in the rollout.
         sample: number in its group.
     """
-    digest = hashlib.sha256(f"rollout/{seed}/{step}/{prompt}/{sample}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
+    return seed_of("rollout", seed, step, prompt, sample)
 
 
 def draw(
@@ -103,7 +102,7 @@ def draw(
     with explain_out_of_memory("rl: writing answers", "Use a smaller rl.decode_batch_size."):
         results = engine.generate(
             [prompt.ids for prompt, _ in asked],
-            indices=seeds,
+            seeds=seeds,
             progress=lambda done, total: meanwhile(),
             **sampling(settings),
         )
@@ -115,7 +114,11 @@ def draw(
             ids=result.ids,
             drawn=[not forced for forced in result.forced],
             logprobs=result.logprobs,
-            sampled_logprobs=result.logprobs,
+            # What a tool puts in could not have been drawn, perhaps: its -inf is no JSON, and nobody needs it.
+            sampled_logprobs=[
+                plain if forced else sampled
+                for sampled, plain, forced in zip(result.sampled_logprobs, result.logprobs, result.forced, strict=True)
+            ],
             finish_reason=result.finish_reason,
             reward=0.0,
             seed=each,
@@ -130,6 +133,8 @@ def sampling(settings: RLSettings) -> dict[str, Any]:
         "max_tokens": settings.max_new_tokens,
         "temperature": settings.temperature,
         "top_k": settings.top_k,
+        "top_p": settings.top_p,
+        "min_p": settings.min_p,
         "max_batch": settings.decode_batch_size,
     }
 

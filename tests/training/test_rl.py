@@ -1,0 +1,385 @@
+"""Stage rl on a tiny model: what it trains on, what it leaves, what it refuses, stops and processes."""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+import re
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from nanochat_pl import load_bundle
+from nanochat_pl.cli.main import main
+from nanochat_pl.common.constants import IGNORE_INDEX
+from nanochat_pl.common.schema import validation_errors
+from nanochat_pl.training.checkpoint.resume import resume_files
+from nanochat_pl.training.rl.metrics import sample_metrics, sampler_metrics, tool_calls
+from nanochat_pl.training.rl.records import RolloutRecords, record_files
+from nanochat_pl.training.rl.rollouts import Sample, batch_of, sample_seed, values_by_sample
+from nanochat_pl.training.rl.settings import RLSettings
+from tests.helpers.forked import COMMAND, Forked
+from tests.helpers.launch import torchrun
+from tests.helpers.processes import run
+from tests.helpers.rl_jobs import roll_out_tiny
+from tests.helpers.small_engine import byte_tokenizer
+from tests.helpers.training import SEQUENCE_LEN, Loop
+from tests.helpers.training import batch_of as batch_of_targets
+from tests.training.conftest import rl_overrides, same_weights, weights_of
+
+SEVERAL_UPDATES = (
+    "rl.updates_per_rollout=2",
+    "rl.clip_low=0.2",
+    "rl.clip_high=0.28",
+    "rl.importance_cap=2",
+    "rl.kl_beta=0.01",
+    "rl.temperature=1.1",
+    "rl.advantage=mean_std",
+    "rl.denominator=constant",
+)
+
+
+def train(place: Path, run: str, *overrides: str) -> int:
+    return main(["train", f"run={run}", *rl_overrides(place), *overrides])
+
+
+def new_run(place: Path, name: str) -> Path:
+    """A run with the stages before rl."""
+    folder = place / "runs" / name
+    for stage in ("tokenizer", "base", "sft"):
+        shutil.copytree(place / "runs" / "whole" / stage, folder / stage)
+    return folder
+
+
+def unfinished(folder: Path, name: str, step: int) -> Path:
+    """A copy of a run as one that was killed after the resume file of a step, a step or two later."""
+    copy = shutil.copytree(folder, folder.parent / name)
+    shutil.rmtree(copy / "rl" / "bundle")
+    (copy / "rl" / "finished.json").unlink()
+    for path in resume_files(copy / "rl" / "checkpoints"):
+        if path.name != f"step={step:06d}.ckpt":
+            path.unlink()
+    return copy
+
+
+def metrics_of(run: Path) -> list[dict[str, str]]:
+    """The rows of metrics.csv without what depends on the clock and the memory."""
+    with (run / "rl" / "metrics.csv").open(encoding="utf-8", newline="") as file:
+        return [
+            {name: value for name, value in row.items() if not re.search("second|_time|memory|mfu", name)}
+            for row in csv.DictReader(file)
+        ]
+
+
+def records_of(run: Path) -> dict[str, str]:
+    return {path.name: path.read_text("utf-8") for path in record_files(run / "rl" / "rollouts").values()}
+
+
+def lines_of(run: Path, step: int) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in records_of(run)[f"step={step:06d}.jsonl"].splitlines()]
+
+
+@pytest.fixture(scope="module")
+def learnt(place: Path) -> Path:
+    folder = new_run(place, "learnt")
+    assert train(place, folder.name, "trainer.keep_last=10") == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def several(place: Path) -> Path:
+    folder = new_run(place, "several")
+    assert train(place, folder.name, "trainer.keep_last=10", *SEVERAL_UPDATES) == 0
+    return folder
+
+
+def test_it_learns_from_the_rewards_and_leaves_what_other_stages_do(place: Path, learnt: Path) -> None:
+    bundle = load_bundle(learnt / "rl" / "bundle")
+    assert bundle.stage.stage == "rl" and [parent["stage"] for parent in bundle.stage.parents] == ["base", "sft"]
+    assert not same_weights(weights_of(learnt, "sft"), weights_of(learnt, "rl"))
+    rows = metrics_of(learnt)
+    assert [row["step"] for row in rows] == [str(step) for step in range(7)]
+    for name in ("pass_at_1/arithmetic", "pass_at_2_stderr/arithmetic"):
+        assert rows[0][name] and rows[6][name] and not rows[3][name], "before and after"
+    assert all(float(row["reward"]) > 0 and float(row["train/gradient_norm"]) > 0 for row in rows[1:])
+    assert float(rows[1]["train/lr_multiplier"]) == 0.05 and float(rows[4]["train/lr_multiplier"]) == 0.025
+    assert not any(row["train/loss_smoothed"] for row in rows) and rows[4]["val/bpb"]
+    assert not (learnt / "rl" / "spikes.jsonl").exists()
+
+
+def test_every_metric_that_a_step_logs_has_a_column(several: Path) -> None:
+    """Figures that are in no column were dropped without a word."""
+    row = metrics_of(several)[5]
+    left_out = {"completions/mean_terminated_length", "tools/failure_frequency"}  # where nothing ended, or was called
+    expected = {
+        name for name in row if re.match("reward|completions|tools|kl|clip|sampling|ratio|rollout|training", name)
+    }
+    assert {name for name in expected if not row[name]} <= left_out
+    assert float(row["sampling/sampling_logp_difference/max"]) < 0.2
+    assert 0.5 < float(row["rollout_is_eff_sample_size"]) <= 1
+
+
+def test_the_records_say_what_was_drawn_and_learnt(learnt: Path) -> None:
+    lines = lines_of(learnt, 2)
+    assert len(lines) == 16 and lines[5]["step"] == 2 and lines[5]["written_at"] == 1
+    assert lines[5]["seed"] == sample_seed(42, 1, 1, 1)
+    assert len({line["seed"] for step in range(1, 7) for line in lines_of(learnt, step)}) == 96
+    for group in range(4):
+        rewards = [line["reward"] for line in lines[4 * group : 4 * group + 4]]
+        assert [line["advantage"] for line in lines[4 * group : 4 * group + 4]] == pytest.approx(
+            np.array(rewards) - np.mean(rewards)
+        )
+        assert len({tuple(line["prompt"]) for line in lines[4 * group : 4 * group + 4]}) == 1
+    for line in lines:
+        assert line["reward"] == sum(token % 3 == 0 for token in line["ids"]) / len(line["ids"])
+
+
+def test_log_probs_are_those_of_the_gradient_in_float32(place: Path) -> None:
+    """The sampler's cached decoding against the very forward that makes the gradient."""
+    folder = new_run(place, "float32")
+    assert train(place, folder.name, "model.compute_dtype=float32", "rl.eval_every_steps=null", "max_steps=2") == 0
+    for row in metrics_of(folder)[1:]:
+        assert float(row["sampling/sampling_logp_difference/max"]) < 2e-5
+        assert float(row["ratio_fraction_low"]) == float(row["ratio_fraction_high"]) == 0
+
+
+@pytest.mark.parametrize("step", [0, 3])
+def test_a_resumed_run_has_the_bits_of_one_that_nobody_stopped(place: Path, learnt: Path, step: int) -> None:
+    copy = unfinished(learnt, f"resumed-{step}", step)
+    assert train(place, copy.name, "trainer.keep_last=10") == 0
+    assert same_weights(weights_of(learnt, "rl"), weights_of(copy, "rl"))
+    assert metrics_of(learnt) == metrics_of(copy) and records_of(learnt) == records_of(copy)
+
+
+def test_a_run_goes_on_in_the_middle_of_a_rollout(place: Path, several: Path) -> None:
+    """The answers of the step to come were written by weights that are gone."""
+    copy = unfinished(several, "resumed-several", 3)
+    assert train(place, copy.name, "trainer.keep_last=10", *SEVERAL_UPDATES) == 0
+    assert lines_of(copy, 4)[0]["written_at"] == 2
+    assert same_weights(weights_of(several, "rl"), weights_of(copy, "rl"))
+    assert metrics_of(several) == metrics_of(copy) and records_of(several) == records_of(copy)
+
+
+def test_processes_share_the_answers_out() -> None:
+    """Two, and three that have answers of one group: the same answers, tokens and rewards, on each of them."""
+    (alone,) = run(1, roll_out_tiny)
+    assert len(alone) == 12 and len({tuple(answer["ids"]) for answer in alone}) > 6
+    for world_size in (2, 3):
+        for found in run(world_size, roll_out_tiny):
+            assert found == alone
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(place: Path) -> None:
+    settings = ["model.compute_dtype=float32", "rl.eval_every_steps=null", "max_steps=3", "evaluation.every_steps=0"]
+    alone, together = new_run(place, "alone"), new_run(place, "together")
+    assert train(place, alone.name, *settings) == 0
+    done = torchrun(2, ["train", f"run={together.name}", *rl_overrides(place), *settings])
+    assert done.returncode == 0, done.stderr
+    drawn = ("prompt", "ids", "mask", "seed", "reward", "advantage", "finish_reason")
+    for step in (1, 2, 3):
+        one, two = ([{key: line[key] for key in drawn} for line in lines_of(run, step)] for run in (alone, together))
+        assert one == two
+    for one, two in zip(metrics_of(alone), metrics_of(together), strict=True):
+        for name in ("reward", "train/loss", "train/gradient_norm", "num_tokens"):
+            assert float(one[name] or 0) == pytest.approx(float(two[name] or 0), rel=1e-4)
+    for name, weight in weights_of(alone, "rl").items():
+        torch.testing.assert_close(weight, weights_of(together, "rl")[name], rtol=1e-3, atol=1e-4)
+
+
+def test_steps_without_signal_change_no_weight_and_are_counted(place: Path) -> None:
+    """Muon would go on by the momentum that fine-tuning left."""
+    folder = new_run(place, "no-signal")
+    settings = ("rl.reward=tests.helpers.rewards.constant", "max_steps=2", "rl.eval_every_steps=null")
+    assert train(place, folder.name, *settings) == 0
+    assert same_weights(weights_of(folder, "sft"), weights_of(folder, "rl"))
+    rows = metrics_of(folder)
+    assert [float(row["steps_without_signal"]) for row in rows[-2:]] == [1, 2]
+    assert float(rows[-1]["reward"]) == float(rows[-1]["frac_reward_zero_std"]) == 1
+
+
+def test_what_is_left_out_of_the_loss(place: Path) -> None:
+    """Answers that came to no end, and groups without signal; where nothing is left, nothing changes."""
+    folder = new_run(place, "left-out")
+    own = ("rl.reward=tests.helpers.rewards.Ended", "rl.unfinished=drop", "rl.skip_groups_without_signal=true")
+    assert train(place, folder.name, "max_steps=1", "rl.eval_every_steps=null", *own) == 0
+    lines = lines_of(folder, 1)
+    for line in lines:
+        group = [other for other in lines if other["prompt"] == line["prompt"]]
+        learnt = line["finish_reason"] == "stop" and len({other["reward"] for other in group}) > 1
+        assert line["trained"] == learnt or not any(other["trained"] for other in lines if other["advantage"])
+
+
+REFUSED = {
+    "a task without reward": (["mixture.tasks.stories={}", "rl.reward=null"], "mixture.tasks.stories"),
+    "no such reward": (["rl.reward=tests.helpers.rewards.nothing"], "rl.reward='tests.helpers.rewards.nothing'"),
+    "a reward that cannot be called": (["rl.reward=tests.helpers.rewards.Silent"], "cannot be called"),
+    "a reward that fails": (["rl.reward=tests.helpers.rewards.broken"], "rl.reward=tests.helpers.rewards.broken fails"),
+    "a reward that is no number": (["rl.reward=tests.helpers.rewards.words"], "'good': it must be a finite number"),
+    "answers longer than a row": (["rl.max_new_tokens=40"], "rl.max_new_tokens=40"),
+    "no room for a prompt": (["rl.max_new_tokens=30"], "every prompt is longer"),
+    "a batch in tokens": (["total_batch_tokens=512"], "total_batch_tokens=512"),
+    "a module": (["stage.module=nanochat_pl.LMModule"], "stage.module"),
+    "a mask": (["stage.loss_mask=all"], "stage.loss_mask=all"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_cannot_be_is_refused(place: Path, what: str, capsys: pytest.CaptureFixture[str]) -> None:
+    if not (place / "runs" / "refused").exists():
+        new_run(place, "refused")
+    overrides, said = REFUSED[what]
+    assert train(place, "refused", "rl.eval_every_steps=null", *overrides) == 2
+    out, error = capsys.readouterr()
+    assert said in error and "Traceback" not in error + out
+    assert not (place / "runs" / "refused" / "rl").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"samples_per_prompt": 1}, ["rl.samples_per_prompt=1"]),
+        ({"updates_per_rollout": 3}, ["rl.updates_per_rollout=3", "prompts_per_step=16"]),
+        ({"temperature": 0.7}, ["rl.temperature=0.7", "importance_cap=2"]),
+        ({"top_k": 50}, ["rl.top_k=50", "importance_cap=2"]),
+        ({"top_p": 0.9}, ["rl.top_p=0.9", "importance_cap=2"]),
+        ({"min_p": 0.1}, ["rl.min_p=0.1", "importance_cap=2"]),
+        ({"clip_high": 0.2}, ["rl.clip_high=0.2", "updates_per_rollout=1"]),
+        ({"temperature": 0}, ["rl.temperature=0"]),
+    ],
+)
+def test_settings_that_cannot_be_are_refused_with_their_keys(settings: dict[str, Any], said: list[str]) -> None:
+    (problem,) = validation_errors(RLSettings, settings, "rl")
+    assert all(each in problem for each in said), problem
+
+
+TOKENIZER = byte_tokenizer()
+SPECIAL = TOKENIZER.special_ids
+
+
+def sample(ids: list[int], drawn: list[bool] | None = None, **of: Any) -> Sample:
+    drawn = drawn or [True] * len(ids)
+    zeros = [-1.0] * len(ids)
+    usual = {"row": 0, "task": "t", "finish_reason": "stop", "reward": 0.0, "seed": 0, "prompt": [5, 6, 7]}
+    return Sample(**{"ids": ids, "drawn": drawn, "logprobs": zeros, "sampled_logprobs": zeros, **usual, **of})
+
+
+def tool_answer() -> Sample:
+    """A call, the result that the tool puts in, a word, the end."""
+    start, end, before, after, stop = (
+        SPECIAL[f"<|{name}|>"] for name in ("python_start", "python_end", "output_start", "output_end", "assistant_end")
+    )
+    return sample([start, 49, end, before, 50, after, 51, stop], [True, True, True, False, False, False, True, True])
+
+
+def test_drawn_tokens_are_trained_on_and_nothing_else() -> None:
+    """The end and the end of the call are the model's choice, what the tool puts in is not; nor is the prompt."""
+    answer, forced = tool_answer(), sample([8, 9], [False, False])
+    batch = batch_of([answer, forced], None, fill=0)
+    assert batch.inputs.shape == (2, 16) and batch.num_targets == 5
+    assert batch.inputs[0, :10].tolist() == [*answer.prompt, *answer.ids[:-1]]
+    expected = [token if drawn else IGNORE_INDEX for token, drawn in zip(answer.ids, answer.drawn, strict=True)]
+    assert batch.targets[0].tolist() == [IGNORE_INDEX] * 2 + expected + [IGNORE_INDEX] * 6
+    assert (batch.targets[1] == IGNORE_INDEX).all()
+    numbers = torch.arange(32.0).view(2, 16)
+    assert values_by_sample(numbers, [answer, forced]) == [list(np.arange(2.0, 10)), [18, 19]]
+
+
+def test_tool_calls_are_counted() -> None:
+    answer, metrics = tool_answer(), sample_metrics([tool_answer(), sample([1, 2], reward=1.0)], 2, TOKENIZER)
+    assert tool_calls(answer, TOKENIZER) == (1, 1)
+    refused = [SPECIAL["<|python_start|>"], 49, SPECIAL["<|python_end|>"], 50]
+    assert tool_calls(sample(refused), TOKENIZER) == (1, 0)
+    assert metrics["tools/call_frequency"] == 0.5 and metrics["tools/failure_frequency"] == 0
+    assert metrics["reward"] == 0.5 and metrics["completions/mean_length"] == 5
+
+
+def test_forced_tokens_say_nothing_of_the_mismatch() -> None:
+    answer = tool_answer()
+    ours = [-1.0 if drawn else -50.0 for drawn in answer.drawn]
+    ours[1] -= 0.5
+    found = sampler_metrics([answer], [ours])
+    assert found["sampling/sampling_logp_difference/max"] == 0.5
+    assert found["sampling/sampling_logp_difference/mean"] == pytest.approx(0.1)
+    assert found["ratio_fraction_low"] == 0.2 and found["sampling/importance_sampling_ratio/max"] == 1
+    w = np.array([1, np.exp(-0.5), 1, 1, 1])
+    assert found["rollout_is_eff_sample_size"] == pytest.approx(w.sum() ** 2 / (5 * (w**2).sum()))
+
+
+def test_a_step_divides_weighted_nats_by_what_it_says() -> None:
+    """By the number of targets where it says nothing; rows without any target count in neither sum."""
+    plain = batch_of_targets([SEQUENCE_LEN, 3, 0])
+    weights = torch.randn(plain.inputs.shape, generator=torch.Generator().manual_seed(0))
+    net = Loop(2).net
+    nats = net.losses(plain.inputs, plain.targets).detach()
+    assert Loop(2).step(plain._replace(weights=weights)).loss == pytest.approx(
+        float((nats * weights).sum() / (SEQUENCE_LEN + 3)), rel=1e-5
+    )
+    constant = Loop(2).step(plain._replace(weights=weights, divisor=100.0))
+    assert constant.loss == pytest.approx(float((nats * weights).sum() / 100), rel=1e-5)
+    ones = Loop(2).step(plain._replace(weights=torch.ones_like(weights)))
+    assert (ones.loss, ones.gradient_norm) == Loop(2).step(plain)[:2], "weights of 1 are none"
+
+
+def test_the_oldest_records_go_but_not_those_of_the_first_step(tmp_path: Path) -> None:
+    records = RolloutRecords(tmp_path, megabytes=0.0005)
+    for step in range(1, 8):
+        records.write(step, [{"step": step, "text": "x" * 100}])
+    assert list(record_files(tmp_path / "rollouts")) == [1, 5, 6, 7]
+    records.rewind(5)
+    assert list(record_files(tmp_path / "rollouts")) == [1, 5]
+
+
+def inspect(place: Path, *keys: str) -> int:
+    return main(["inspect", f"paths.runs={place / 'runs'}", "accelerator=cpu", *keys])
+
+
+def test_an_answer_is_written_again(place: Path, learnt: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With the weights that it started from, and with those of a resume file."""
+    for step, weights in ((1, "sft/bundle"), (3, "step=000002.ckpt")):
+        line = lines_of(learnt, step)[7]
+        inspect(place, "run=learnt", f"rollout={step}:7", "tokens=true")
+        shown = capsys.readouterr().out
+        assert f"reward {line['reward']:g}" in shown and f"seed {line['seed']}" in shown
+        assert weights in shown and "Written again" in shown
+
+
+def test_what_cannot_be_inspected(place: Path, learnt: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for rollout, said in (("9:0", "those of the steps 1–6 are kept"), ("1:16", "answers 0 to 15"), ("x", "STEP:I")):
+        assert inspect(place, "run=learnt", f"rollout={rollout}") == 2
+        assert said in capsys.readouterr().err
+    copy = shutil.copytree(learnt, place / "runs" / "few-files")
+    for path in resume_files(copy / "rl" / "checkpoints")[1:]:
+        path.unlink()
+    assert inspect(place, "run=few-files", "rollout=4:0") == 0
+    assert "cannot be written again" in (shown := capsys.readouterr().out) and "steps 1 are" in shown.replace("\n", " ")
+
+
+@pytest.mark.slow
+def test_kill_9_at_ten_random_moments(place: Path, learnt: Path) -> None:
+    """The same command, until it ends by itself: weights, rollouts and metrics of the run that nobody killed."""
+    folder, chance = new_run(place, "killed-rl"), random.Random(0)
+    command = [*COMMAND, "train", f"run={folder.name}", *rl_overrides(place), "trainer.keep_last=10"]
+    kills = 0
+    for _ in range(10):
+        training = Forked(command, capture=True)
+        try:
+            training.wait(chance.uniform(0.5, 3.0))
+        except subprocess.TimeoutExpired:
+            training.send_signal(signal.SIGKILL)
+            assert training.wait(30) == -signal.SIGKILL
+            kills += 1
+        else:
+            break
+    if not (folder / "rl" / "finished.json").exists():
+        assert main(command[len(COMMAND) :]) == 0
+    assert kills >= 2
+    assert same_weights(weights_of(learnt, "rl"), weights_of(folder, "rl"))
+    assert metrics_of(learnt) == metrics_of(folder) and records_of(learnt) == records_of(folder)
