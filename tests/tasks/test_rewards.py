@@ -22,6 +22,7 @@ from nanochat_pl.tasks.synthetic.sorting import Sorting, SortingSettings
 from nanochat_pl.tasks.synthetic.spelling import Spelling, SpellingSettings
 from nanochat_pl.tasks.synthetic.three_operands import ThreeOperands, ThreeOperandsSettings
 from nanochat_pl.tools.calculator import evaluate
+from nanochat_pl.training.rl.rewards import Rewards
 from tests.tasks.test_tasks import WORDS, make, question
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -212,3 +213,10 @@ def test_reinforcement_learning_can_have_words_that_fine_tuning_never_saw() -> N
     assert len(words[0]) == 300 and len(words[1]) == len(taught.words) - 300 and not words[0] & words[1]
     held_out = {text_of(reference_of(conversation)) for conversation in make("spelling", "test")}
     assert not held_out & (words[0] | words[1])
+
+
+def test_a_task_without_a_reward_is_refused_with_those_that_have_one() -> None:
+    with pytest.raises(UserError, match=r"mixture\.tasks\.documentation_choice: its answers are chosen") as refused:
+        Rewards(None).require({name: make(name, "train") for name in ("sorting", "documentation_choice")})
+    assert len(refused.value.problems) == 1
+    assert all(name in refused.value.fix for name in tasks_with_reward()) and "mmlu" not in refused.value.fix
