@@ -10,8 +10,8 @@ from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.import_class import import_callable
 from nanochat_pl.common.user_code import user_code
 from nanochat_pl.tasks.base import Completion, Conversation, Task
-from nanochat_pl.tokenizer import Tokenizer
 from nanochat_pl.tasks.registry import tasks_with_reward
+from nanochat_pl.tokenizer import Tokenizer
 from nanochat_pl.training.rl.prompts import Prompt
 
 Reward = Callable[[Conversation, Completion], float]
