@@ -26,7 +26,7 @@ class Linear(nn.Module):
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
-    """x (…, inputs) times a weight (outputs, inputs) of its type. In bfloat16 on a CPU few rows have the bits of many."""
+    """x (…, inputs) times a weight (outputs, inputs) of its type. In bfloat16 on a CPU one row has the bits of many."""
     rows = x.numel() // x.size(-1)
     if x.dtype == torch.bfloat16 and x.device.type == "cpu" and rows * weight.numel() <= SMALL_PRODUCT:
         padding = SMALL_PRODUCT // weight.numel() + 1 - rows
