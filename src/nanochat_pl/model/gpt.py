@@ -23,7 +23,7 @@ from nanochat_pl.common.errors import UserError
 from nanochat_pl.model.attention import windowed_attention
 from nanochat_pl.model.config import DType, GPTConfig
 from nanochat_pl.model.kv_cache import CacheStep, KVCache
-from nanochat_pl.model.layers import Embedding, Linear, norm
+from nanochat_pl.model.layers import MLP, Embedding, Linear, norm
 from nanochat_pl.model.loss import default_chunk_tokens, fused_linear_cross_entropy, softcap, token_losses
 from nanochat_pl.model.prefix_tree import PrefixTree
 from nanochat_pl.model.rotary import rotary_tables, rotate
@@ -79,18 +79,6 @@ class Attention(nn.Module):
         """Values (B, T, G, D) with the gated embedding (B, T, G·D) added; gate (B, T, G) before the sigmoid."""
         gate = self.gate_scale * torch.sigmoid(gate)
         return v + gate[..., None] * value_embedding.view_as(v)
-
-
-class MLP(nn.Module):
-    """The feed-forward part, with squared relu."""
-
-    def __init__(self, config: GPTConfig) -> None:
-        super().__init__()
-        self.c_fc = Linear(config.width, config.mlp_width)
-        self.c_proj = Linear(config.mlp_width, config.width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.c_proj(F.relu(self.c_fc(x)).square())
 
 
 class Block(nn.Module):

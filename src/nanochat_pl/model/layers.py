@@ -1,4 +1,4 @@
-"""The layers without positions: RMSNorm, linear maps and embeddings."""
+"""The layers without positions: RMSNorm, linear maps, embeddings and the feed-forward part."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanochat_pl.model.config import SMALL_PRODUCT
+from nanochat_pl.model.config import SMALL_PRODUCT, GPTConfig
 
 
 def norm(x: Tensor) -> Tensor:
@@ -44,3 +44,15 @@ class Embedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         return F.embedding(ids, self.weight)
+
+
+class MLP(nn.Module):
+    """The feed-forward part, with squared relu."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.c_fc = Linear(config.width, config.mlp_width)
+        self.c_proj = Linear(config.mlp_width, config.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c_proj(F.relu(self.c_fc(x)).square())
