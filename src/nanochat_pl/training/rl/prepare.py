@@ -112,7 +112,7 @@ def _plan(context: StageContext, parent: ParentModel, prompts: Prompts) -> Plan:
     wanted = round(config.stage.num_epochs * prompts.num_prompts * settings.samples_per_prompt)
     plan = parent.plan(dataclasses.replace(context, config=planned), num_rows=max(wanted, size))
     formulas = {
-        "total_batch_tokens": "prompts_per_step * samples_per_prompt / updates_per_rollout rows of rl, if all were full",
+        "total_batch_tokens": "prompts_per_step * samples_per_prompt / updates_per_rollout rows of rl, all full",
         "num_rows": "prompts of num_epochs, times rl.samples_per_prompt",
     }
     for name, formula in formulas.items():
