@@ -23,8 +23,14 @@ from nanochat_pl import load_bundle
 from nanochat_pl.cli.main import main
 from nanochat_pl.common.constants import IGNORE_INDEX
 from nanochat_pl.common.schema import validation_errors
+from nanochat_pl.evaluation.results import make_result
+from nanochat_pl.evaluation.statistics import pass_at_k_rows
+from nanochat_pl.tasks.base import Content, Conversation, Task, conversation_of
+from nanochat_pl.tasks.mixture import Mixture
 from nanochat_pl.training.checkpoint.resume import resume_files
 from nanochat_pl.training.rl.metrics import sample_metrics, sampler_metrics, tool_calls
+from nanochat_pl.training.rl.pass_at_k import in_words, pass_at_k_metrics
+from nanochat_pl.training.rl.prompts import Prompts
 from nanochat_pl.training.rl.records import RolloutRecords, record_files
 from nanochat_pl.training.rl.rollouts import Sample, batch_of, sample_seed, values_by_sample
 from nanochat_pl.training.rl.settings import RLSettings
@@ -278,6 +284,57 @@ def test_what_cannot_be_is_refused(place: Path, what: str, capsys: pytest.Captur
 def test_settings_that_cannot_be_are_refused_with_their_keys(settings: dict[str, Any], said: list[str]) -> None:
     (problem,) = validation_errors(RLSettings, settings, "rl")
     assert all(each in problem for each in said), problem
+
+
+class Numbers(Task):
+    """Questions that are longer and longer."""
+
+    def __init__(self, name: str, size: int) -> None:
+        super().__init__(name, "train", size)
+
+    def conversation(self, index: int) -> Conversation:
+        return conversation_of(self.name + "?" * index, "")
+
+    def evaluate(self, conversation: Conversation, answer: Content) -> bool:
+        return True
+
+
+def prompts_of(num_needed: int, most_tokens: int = 100, seed: int = 0, sequence: list[str] | None = None) -> Prompts:
+    tasks = {name: Numbers(name, size) for name, size in (("few", 5), ("more", 15))}
+    return Prompts(Mixture(tasks, {}, 0, sequence), TOKENIZER, most_tokens, num_needed, 2, seed)
+
+
+def test_each_epoch_has_every_prompt_once_in_an_order_of_its_own() -> None:
+    prompts = prompts_of(100)
+    epochs = [[tuple(prompts.prompt(20 * epoch + i).ids) for i in range(20)] for epoch in (0, 1, 2)]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(epochs[2])
+    assert epochs[0] != epochs[1] != epochs[2] and prompts.epochs_after(60) == 1.5
+    assert [tuple(prompts_of(100).prompt(i).ids) for i in range(20)] == epochs[0]
+    assert [tuple(prompts_of(100, seed=1).prompt(i).ids) for i in range(20)] != epochs[0]
+    assert prompts.prompt_of_row(41) == (prompts.prompt(20), 1)
+    in_sequence = prompts_of(100, sequence=["more", "few"])
+    assert [in_sequence.prompt(i).task for i in range(25)] == ["more"] * 15 + ["few"] * 5 + ["more"] * 5
+
+
+def test_prompts_that_are_too_long_make_room_for_others() -> None:
+    lengths = sorted(len(prompts_of(100).prompt(i).ids) for i in range(20))
+    prompts = prompts_of(8, most_tokens=lengths[12])
+    assert prompts.num_prompts == 8 and prompts.num_left_out > 0
+    assert max(len(prompts.prompt(i).ids) for i in range(8)) <= lengths[12]
+
+
+def test_pass_at_k_of_several_tasks_and_their_mean() -> None:
+    results = [
+        make_result(name, ["a", "b"], [0.5, 0.5], details={"pass_at_k": pass_at_k_rows(right, 2)})
+        for name, right in (("one", [1, 1]), ("two", [0, 2]))
+    ]
+    found = pass_at_k_metrics(results, [1, 2], 2)
+    assert (found["pass_at_1/one"], found["pass_at_2/one"], found["pass_at_2/two"]) == (0.5, 1, 0.5)
+    assert found["pass_at_2/mean"] == 0.75
+    errors = [found[f"pass_at_2_stderr/{name}"] for name in ("one", "two")]
+    assert found["pass_at_2_stderr/mean"] == pytest.approx(math.hypot(*errors) / 2)
+    assert in_words(found, [1, 2]).startswith("pass@1 0.500 ± ") and in_words({}, [1]) == ""
+    assert "pass_at_1/mean" not in pass_at_k_metrics(results[:1], [1, 2], 2), "one could not be measured"
 
 
 TOKENIZER = byte_tokenizer()
