@@ -23,8 +23,8 @@ CONTEXT = 160
 
 
 def small_engine(dtype: str = "bfloat16") -> Engine:
-    """Three layers, a window of 32, grouped queries, weights that have an opinion."""
-    settings = ModelSettings(depth=3, aspect_ratio=16, head_dim=16, num_kv_heads=1, sequence_len=128)
+    """Two layers, grouped queries, weights that have an opinion."""
+    settings = ModelSettings(depth=2, aspect_ratio=24, head_dim=16, num_kv_heads=1, sequence_len=128)
     net = init_weights(GPT(resolve_model(settings, byte_tokenizer().vocab_size, compute_dtype=dtype)).materialise())
     with torch.no_grad():
         for name, parameter in net.named_parameters():
@@ -55,7 +55,7 @@ def random_requests(count: int, seed: int = 0) -> list[Request]:
         requests.append(
             Request(
                 prompt,
-                max_tokens=rng.choice([1, 4, 17, 40]),
+                max_tokens=rng.choice([1, 4, 17, 30]),
                 sampling=Sampling(**rng.choice(settings), seed=number),
                 stop_ids=frozenset(rng.sample(range(256), rng.choice([0, 8]))),
                 stop_texts=rng.choice([(), ("a", "xy")]),

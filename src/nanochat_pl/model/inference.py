@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanochat_pl.model.gpt import GPT, Attention, Step
-from nanochat_pl.model.layers import Linear, norm
+from nanochat_pl.model.layers import Linear, norm, product
 from nanochat_pl.model.rotary import rotate_whole, whole_tables
 
 Quantize: TypeAlias = Literal["int8"]
@@ -54,7 +54,7 @@ class KeptLinear(nn.Module):
         self._weight = weight.to(self._dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self._weight)
+        return product(x, self._weight)
 
 
 class Int8Linear(KeptLinear):
