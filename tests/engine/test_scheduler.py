@@ -17,7 +17,7 @@ from nanochat_pl.engine.scheduler import Scheduler
 from nanochat_pl.model.config import ModelSettings, resolve_model
 from nanochat_pl.model.gpt import GPT
 from nanochat_pl.model.init import init_weights
-from tests.helpers.small_engine import SmallBundle, byte_tokenizer
+from tests.helpers.small_engine import SmallBundle, byte_tokenizer, mark, scripted_bundle
 
 CONTEXT = 160
 
@@ -287,6 +287,38 @@ def test_text_before_a_stop_text_is_shown_once_it_cannot_become_one(engine):
         shown += "".join(event.text for event in handle.read_events() if event.kind == "text")
         assert before.startswith(shown)
     assert shown == before == engine.generate([[65]], max_tokens=30, stop_ids=[], stop_texts=[stop])[0].text
+
+
+def test_an_answer_goes_on_after_any_of_its_tokens_as_if_it_had_not_been_cut():
+    """In the midst of a character, of an expression, of its result."""
+    answer = "ä: <|python_start|>2*21<|python_end|><|output_start|>42<|output_end|> it is"
+    engine = Engine(scripted_bundle({"hi": answer}))
+    prompt = mark("<|bos|><|user_start|>hi<|user_end|><|assistant_start|>")
+
+    def events_of(handle: Handle) -> list[tuple[str, str]]:
+        events = [("text", "")]
+        for event in handle.read_events():
+            if event.kind == "text" and events[-1][0] == "text":
+                events[-1] = ("text", events[-1][1] + event.text)
+            else:
+                events.append((event.kind, event.text))
+        return events
+
+    whole = alone(engine, Request(prompt, 60))
+    assert whole.ids == [*mark(answer), *mark("<|assistant_end|>")]
+    expected = events_of(whole)
+    for place in range(1, len(whole.ids)):
+        rest = alone(engine, Request(prompt + whole.ids[:place], 60, begun=place))
+        assert (rest.ids, rest.forced) == (whole.ids[place:], whole.forced[place:])
+        assert events_of(rest) == expected
+
+
+def test_a_result_of_ones_own_stands_in_the_place_of_the_calculators():
+    engine = Engine(scripted_bundle({"hi": "<|python_start|>2*21<|python_end|><|output_start|>7<|output_end|> it is"}))
+    prompt = mark("<|bos|><|user_start|>hi<|user_end|><|assistant_start|>")
+    begun = mark("<|python_start|>2*21<|python_end|><|output_start|>7")
+    handle = alone(engine, Request(prompt + begun, 60, begun=len(begun)))
+    assert handle.ids == mark("<|output_end|> it is<|assistant_end|>") and not any(handle.forced)
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,9 @@ class Request:
         tools: whether the calculator answers expressions between python_start and python_end.
         top_logprobs: of each new token the log-probabilities of so many most likely tokens are kept.
         max_context: most tokens of prompt and answer together: "context"; None: all positions that there are.
+        begun: so many tokens at the end of the prompt are the answer's beginning: its events begin with theirs, a
+            character or an expression that is open there goes on, and a result that is due is forced. They are not
+            in the handle's ``ids``.
 
     Raises:
         UserError: a setting is out of bounds.
@@ -47,6 +50,7 @@ class Request:
     tools: bool = True
     top_logprobs: int = 0
     max_context: int | None = None
+    begun: int = 0
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
@@ -94,12 +98,15 @@ class Handle:
         self._stops = tuple(text.encode("utf-8", "surrogatepass") for text in request.stop_texts)
         self._tail = b""  # of the text so far, as much as a stop text may begin in
         self._reader = EventReader(tokenizer, request.stop_texts)
+        self._begun_events: list[Event] = []
         self._num_read = 0
         self._seen: Tensor | None = None
         # The number of new tokens after which it ends at the latest, and why.
         room = max_context - len(self.prompt)
         self._most = min(request.max_tokens, room)
         self._max_reason: FinishReason = "length" if request.max_tokens <= room else "context"
+        for token_id in self.prompt[len(self.prompt) - request.begun :]:
+            self._begin_with(token_id)
 
     @property
     def max_context_asked(self) -> int:
@@ -143,12 +150,25 @@ class Handle:
         Text that may turn out to be the beginning of a stop text is held back.
         """
         events: list[Event] = []
+        if self.ids or self.finish_reason is not None:
+            events, self._begun_events = self._begun_events, []
         while self._num_read < len(self.ids):
             events += self._reader.read(self.ids[self._num_read])
             self._num_read += 1
         if self.finish_reason is not None and not self._reader.ended:
             events += [*self._reader.end(), Event("finished", self.finish_reason)]
         return events
+
+    def _begin_with(self, token_id: int) -> None:
+        """Take note of a token that the answer begins with."""
+        self._begun_events += self._reader.read(token_id)
+        self._completes_stop_text(token_id)
+        if self.pending and self.pending[0] == token_id:
+            self.pending.popleft()
+            return
+        self.pending.clear()  # another token stands in the result's place
+        if self.tool is not None:
+            self.pending.extend(self.tool.observe(token_id))
 
     def seen(self, vocab_size: int, device: torch.device) -> Tensor:
         """Which tokens prompt and answer have, bool (V,)."""

@@ -25,7 +25,7 @@ PUBLIC = ("/health", "/", "/static/", "/docs", "/openapi.json")  # no key is ask
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:;"
     " connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none';"
-    " require-trusted-types-for 'script'; trusted-types dompurify default",
+    " require-trusted-types-for 'script'; trusted-types dompurify",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Cross-Origin-Opener-Policy": "same-origin",
@@ -66,7 +66,9 @@ class Gate:
                 headers["x-request-id"] = request_id
                 for name, value in HEADERS.items():
                     headers.setdefault(name, value)
-                headers.setdefault("Cache-Control", "no-store")
+                # The page's files may be kept, and are asked about each time.
+                is_file = scope["path"].startswith("/static/")
+                headers.setdefault("Cache-Control", "no-cache" if is_file else "no-store")
             await send(message)
 
         try:

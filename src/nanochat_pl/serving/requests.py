@@ -108,7 +108,7 @@ class ChatRequest(Shared):
     top_logprobs: int | None = Field(None, ge=0, le=20)
     stream_options: StreamOptions | None = None
     answer_ids: list[int] | None = Field(
-        None, max_length=65_536, description="Ids with which the answer begins: it is continued from there."
+        None, max_length=65_536, description="Ids with which the answer begins. Its text has theirs, its tokens not."
     )
 
 

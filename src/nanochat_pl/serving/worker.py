@@ -171,9 +171,10 @@ def request_of(asked: Mapping[str, Any], engine: Engine, max_context: int) -> Re
         RefusedError: the prompt does not fit, or a setting is out of bounds.
     """
     tokenizer = engine.tokenizer
+    begun = asked.get("answer_ids", [])
     try:
         if (messages := asked.get("messages")) is not None:
-            prompt = [*tokenizer.render_for_completion({"messages": messages}), *asked.get("answer_ids", [])]
+            prompt = [*tokenizer.render_for_completion({"messages": messages}), *begun]
         elif isinstance(asked["prompt"], str):
             prompt = [tokenizer.bos_id, *tokenizer.encode(asked["prompt"])]
         else:
@@ -194,6 +195,7 @@ def request_of(asked: Mapping[str, Any], engine: Engine, max_context: int) -> Re
             tuple(asked.get("stop", ())),
             asked.get("tools", True),
             asked.get("top_logprobs", 0),
+            begun=len(begun),
         )
     except UserError as error:
         problem = error.problems[0]
@@ -215,11 +217,15 @@ class _Answer:
         self._names = {special_id: name for name, special_id in tokenizer.special_ids.items()}
         self._wants_tokens = bool(asked.get("logprobs") or asked.get("details"))
         self._all_tokens = bool(asked.get("details"))
+        self._begun = list(asked.get("answer_ids", []))
         self._num_seen = 0
         self._in_text = True
         self._shown = self._bytes = 0  # bytes of text that were sent, and of the tokens up to here
         self._held: list[tuple[int, dict[str, Any]]] = []
         self._is_first = True
+        for token_id in self._begun:
+            if self._is_visible(token_id):
+                self._bytes += len(tokenizer.decode_bytes([token_id]))
 
     def read(self) -> dict[str, Any]:
         """The update since the last one, maybe empty."""
@@ -238,7 +244,7 @@ class _Answer:
         if handle.error is not None:
             return {"error": RefusedError(f"{handle.error}", code="not_finite", status=500).plain()}
         if handle.finish_reason is not None:
-            parts = self._tokenizer.parse_assistant(handle.ids)
+            parts = self._tokenizer.parse_assistant([*self._begun, *handle.ids])
             update |= {"finish": handle.finish_reason, "completion_tokens": len(handle.ids), "parts": parts}
         return update
 
@@ -261,18 +267,23 @@ class _Answer:
     def _token(self, place: int) -> dict[str, Any]:
         handle = self.handle
         token_id = handle.ids[place]
-        name = self._names.get(token_id)
-        if name in ("<|python_start|>", "<|output_start|>"):
-            self._in_text = False
         token = self._described(token_id, handle.logprobs[place]) | {
-            "visible": name is None and self._in_text,
+            "visible": self._is_visible(token_id),
             "forced": handle.forced[place],
         }
-        if name in ("<|python_end|>", "<|output_end|>"):
-            self._in_text = True
         if handle.request.top_logprobs:
             token["top"] = [self._described(*pair) for pair in handle.top_logprobs[place]]
         return token
+
+    def _is_visible(self, token_id: int) -> bool:
+        """Whether the next token is one of the text. To be asked once of each."""
+        name = self._names.get(token_id)
+        if name in ("<|python_start|>", "<|output_start|>"):
+            self._in_text = False
+        is_visible = name is None and self._in_text
+        if name in ("<|python_end|>", "<|output_end|>"):
+            self._in_text = True
+        return is_visible
 
     def _described(self, token_id: int, logprob: float) -> dict[str, Any]:
         if (name := self._names.get(token_id)) is not None:

@@ -1,0 +1,31 @@
+// What screen readers are told: answers by sentences, not by tokens.
+
+import { byId, el } from "./dom.js";
+
+const KEPT = 30;
+
+export function say(text) {
+  if (!text.trim()) return;
+  const log = byId("log");
+  log.append(el("p", { text: text.trim() }));
+  while (log.childElementCount > KEPT) log.firstElementChild.remove();
+}
+
+/** Collects text, and says it sentence by sentence. */
+export class Sentences {
+  #rest = "";
+
+  add(text) {
+    this.#rest += text;
+    const ends = [...this.#rest.matchAll(/[.!?…:]["')\]]*\s+|\n+/g)];
+    if (!ends.length) return;
+    const end = ends.at(-1).index + ends.at(-1)[0].length;
+    say(this.#rest.slice(0, end));
+    this.#rest = this.#rest.slice(end);
+  }
+
+  end() {
+    say(this.#rest);
+    this.#rest = "";
+  }
+}
