@@ -96,6 +96,15 @@ def lines_of(run: Path, step: int) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
+def place(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of their own for the runs of these tests, with the one that is trained for all."""
+    own = tmp_path_factory.mktemp("rl")
+    for part in ("cache", "runs/whole"):
+        shutil.copytree(place / part, own / part)
+    return own
+
+
+@pytest.fixture(scope="module")
 def learnt(place: Path) -> Path:
     folder = new_run(place, "learnt")
     assert train(place, folder.name, "trainer.keep_last=10") == 0
