@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from nanochat_pl.common.errors import UserError
 from nanochat_pl.engine import Engine
+from nanochat_pl.model.gpt import GPT
 from nanochat_pl.model.inference import KeptLinear, inference_net
 from nanochat_pl.model.loss import nats_of_logits
 from nanochat_pl.model.prefix_tree import PrefixTree, SharedPrefix
@@ -88,6 +90,13 @@ def test_changes_that_no_tensor_counts_are_taken_by_a_refresh() -> None:
     assert (engine.net(ids) - net(ids)).abs().max() > 1e-3
     engine.refresh()
     torch.testing.assert_close(engine.net(ids), net(ids), atol=1e-5, rtol=0)
+
+
+def test_weights_of_8_bits_are_refused_where_there_is_no_kernel_for_them() -> None:
+    elsewhere = GPT(tiny_config()).materialise("meta")
+    with pytest.raises(UserError, match="quantize=int8: is for CPUs, and the model is on meta"):
+        inference_net(elsewhere, quantize="int8")
+    assert inference_net(elsewhere)(torch.zeros(1, 4, dtype=torch.int64, device="meta")).is_meta
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
