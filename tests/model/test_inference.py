@@ -44,6 +44,15 @@ def test_in_bfloat16_it_has_the_bits_of_its_source(architecture: str) -> None:
         assert torch.equal(found, whole[row, prompt - 1 :])
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_tiny_one_has_them_too(rows: int) -> None:
+    """Small products go another way: a product for queries, keys and values is larger than one for the queries."""
+    net = perturbed(tiny_config()).set_compute_dtype(torch.bfloat16).requires_grad_(False).eval()
+    ids = random_ids(net.config, rows, 40)
+    for length in (1, 2, 16, 40):
+        assert torch.equal(inference_net(net)(ids[:, :length]), net(ids[:, :length]))
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_in_float32_it_rounds_elsewhere_at_most(architecture: str) -> None:
     net = network(torch.float32, **ARCHITECTURES[architecture])

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.model.gpt import GPT, Attention, Step
-from nanochat_pl.model.layers import Linear, norm
+from nanochat_pl.model.layers import Linear, linear, norm
 from nanochat_pl.model.rotary import rotate_whole, whole_tables
 
 Quantize: TypeAlias = Literal["int8"]
@@ -55,7 +55,7 @@ class KeptLinear(nn.Module):
         self._weight = weight.to(self._dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self._weight)
+        return linear(x, self._weight)
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.forward(x)  # there are no hooks to look for, and this is called for every token
