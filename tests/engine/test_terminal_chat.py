@@ -11,11 +11,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.schema import build
 from nanochat_pl.engine.terminal_chat import HELP, ChatSettings, run_chat
-from tests.helpers.small_engine import SmallBundle, scripted_bundle
+from tests.helpers.models import perturbed, tiny_config
+from tests.helpers.small_engine import SmallBundle, byte_tokenizer, scripted_bundle
 
 ANSWERS = {
     "hi": "Hello – 🙂.",
@@ -92,6 +94,21 @@ def test_a_context_that_was_made_too_small(piped):
 
 def test_an_answer_that_is_cut_says_so(piped):
     assert piped("", ChatSettings(prompt="long", max_tokens=5)) == ("xxxxx\n", "(cut: max_tokens=5)\n")
+
+
+def test_weights_of_8_bits_are_used_where_they_are_asked_for(piped, monkeypatch):
+    product, rows = torch._weight_int8pack_mm, []
+
+    def counted(x, weight, factors):
+        rows.append(len(x))
+        return product(x, weight, factors)
+
+    monkeypatch.setattr(torch, "_weight_int8pack_mm", counted)
+    bundle = SmallBundle(perturbed(tiny_config(vocab_size=byte_tokenizer().vocab_size)).eval(), byte_tokenizer())
+    plain, _ = piped("", ChatSettings(prompt="hi", max_tokens=2), bundle)
+    assert not rows and plain
+    piped("", ChatSettings(prompt="hi", max_tokens=2, quantize="int8"), bundle)
+    assert 1 in rows, "one stream, one row"
 
 
 FORGOTTEN = "(from here on the oldest turns are forgotten: the context has 128 tokens)\n"

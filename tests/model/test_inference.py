@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from nanochat_pl.common.errors import UserError
 from nanochat_pl.engine import Engine
+from nanochat_pl.model.gpt import GPT
 from nanochat_pl.model.inference import KeptLinear, inference_net
 from nanochat_pl.model.loss import nats_of_logits
 from nanochat_pl.model.prefix_tree import PrefixTree, SharedPrefix
@@ -40,6 +42,15 @@ def test_in_bfloat16_it_has_the_bits_of_its_source(architecture: str) -> None:
     prompts = [length // 2 for length in RAGGED]
     for row, (found, prompt) in enumerate(zip(cached(ours, ids, prompts, 1), prompts, strict=True)):
         assert torch.equal(found, whole[row, prompt - 1 :])
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_tiny_one_has_them_too(rows: int) -> None:
+    """Small products go another way: a product for queries, keys and values is larger than one for the queries."""
+    net = perturbed(tiny_config()).set_compute_dtype(torch.bfloat16).requires_grad_(False).eval()
+    ids = random_ids(net.config, rows, 40)
+    for length in (1, 2, 16, 40):
+        assert torch.equal(inference_net(net)(ids[:, :length]), net(ids[:, :length]))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -88,6 +99,13 @@ def test_changes_that_no_tensor_counts_are_taken_by_a_refresh() -> None:
     assert (engine.net(ids) - net(ids)).abs().max() > 1e-3
     engine.refresh()
     torch.testing.assert_close(engine.net(ids), net(ids), atol=1e-5, rtol=0)
+
+
+def test_weights_of_8_bits_are_refused_where_there_is_no_kernel_for_them() -> None:
+    elsewhere = GPT(tiny_config()).materialise("meta")
+    with pytest.raises(UserError, match="quantize=int8: is for CPUs, and the model is on meta"):
+        inference_net(elsewhere, quantize="int8")
+    assert inference_net(elsewhere)(torch.zeros(1, 4, dtype=torch.int64, device="meta")).is_meta
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

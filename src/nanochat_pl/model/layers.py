@@ -22,16 +22,18 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_outputs, num_inputs))
 
     def forward(self, x: Tensor) -> Tensor:
-        return product(x, self.weight.to(x.dtype))
+        return linear(x, self.weight.to(x.dtype))
 
 
-def product(x: Tensor, weight: Tensor) -> Tensor:
-    """x (…, inputs) times a weight (outputs, inputs) of its type. In bfloat16 on a CPU one row has the bits of many."""
-    rows = x.numel() // x.size(-1)
-    if x.dtype == torch.bfloat16 and x.device.type == "cpu" and rows * weight.numel() <= SMALL_PRODUCT:
-        padding = SMALL_PRODUCT // weight.numel() + 1 - rows
-        padded = F.pad(x.reshape(rows, -1), (0, 0, 0, padding))
-        return F.linear(padded, weight)[:rows].view(*x.shape[:-1], -1)
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x (…, inputs) times the transpose of weight (outputs, inputs). In bfloat16 on a CPU a row's result has the same
+    bits beside any number of other rows: small products, which go another way, are made larger."""
+    if x.dtype == torch.bfloat16 and x.device.type == "cpu":
+        rows = x.numel() // x.size(-1)
+        if rows * weight.numel() <= SMALL_PRODUCT:
+            padding = SMALL_PRODUCT // weight.numel() + 1 - rows
+            padded = F.pad(x.reshape(rows, -1), (0, 0, 0, padding))
+            return F.linear(padded, weight)[:rows].view(*x.shape[:-1], -1)
     return F.linear(x, weight)
 
 
