@@ -127,7 +127,7 @@ function describe(tokens, index, goOn) {
     const ends = ENDS.includes(other.special);
     const begun = [...tokens.slice(0, index), { ...other, forced: false, chosen: true, top }];
     const from = { token: readable(token), instead: readable(other) };
-    const label = ends ? "End the answer here" : "Continue from here";
+    const label = ends ? "End here" : "Continue";
     body.append(
       el(
         "tr",
@@ -140,7 +140,7 @@ function describe(tokens, index, goOn) {
           {},
           isThis
             ? el("span", { class: "hint", text: "stands here" })
-            : el("button", { type: "button", class: "quiet-button small", text: label, "aria-label": `${label}: ${spoken(other)}`, on: { click: () => goOn({ begun, from, ends }) } }),
+            : el("button", { type: "button", class: "quiet-button small", text: label, "aria-label": `${label} with ${spoken(other)}`, on: { click: () => goOn({ begun, from, ends }) } }),
         ),
       ),
     );

@@ -62,8 +62,7 @@ export function toolLine({ expression, result }) {
   return el(
     "span",
     { class: "tool", title: "The model asked the calculator" },
-    icon("tool"),
-    el("span", { class: "visually-hidden", text: "Calculator: " }),
+    icon("tool", "Calculator:"),
     el("span", { text: `${expression} = ${result ?? "…"}` }),
   );
 }

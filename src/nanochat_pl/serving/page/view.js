@@ -25,7 +25,10 @@ export class View {
   constructor(actions) {
     this.#actions = actions;
     this.#scroller.addEventListener("scroll", () => this.#noteScroll(), { passive: true });
-    byId("to-end").addEventListener("click", () => this.toEnd());
+    byId("to-end").addEventListener("click", () => {
+      this.toEnd();
+      byId("input").focus();
+    });
     new ResizeObserver(() => this.#keepEnd()).observe(this.#list);
     new ResizeObserver(() => this.#keepEnd()).observe(this.#scroller);
     for (const kind of ["begin", "piece", "end"]) {
