@@ -15,7 +15,7 @@ import pytest
 from nanochat_pl.serving.settings import SamplingDefaults
 from nanochat_pl.tasks.context import TaskContext
 from nanochat_pl.tasks.published.conversations import ConversationSet, ConversationSettings
-from tests.helpers.scripted_server import RunningServer, scripted_server
+from tests.helpers.scripted_server import MARKDOWN, RunningServer, scripted_server
 
 webdriver = pytest.importorskip("selenium.webdriver")
 
@@ -400,6 +400,53 @@ def test_what_is_there_stays_when_the_worker_dies(page, server):
     until(lambda: page.one("#stop").is_displayed())
     page.one("#stop").click()
     page.answer()
+
+
+FILL = """
+const [turns, text, done] = arguments;
+import("/static/store.js").then(async (store) => {
+  await store.openStore();
+  await store.putConversation({id: "long", title: "Long", created: 1, updated: 1, models: ["demo"]});
+  for (let i = 0; i < turns; i += 1) {
+    const version = {id: `v${i}`, model: "demo", parts: [{type: "text", text: `${i}: ${text}`}], finish: "stop", error: null,
+      seed: 1, usage: null, seconds: 1, rating: null, leftOut: 0, from: null, hasTokens: false};
+    const answers = [{model: "demo", shown: 0, versions: [version]}];
+    await store.putTurn({id: `t${i}`, conversation: "long", position: i, user: `Question ${i}?`, answers});
+  }
+  done();
+});
+"""
+# From a key to the end of the frame that shows it.
+LAG = """
+window.lags = [];
+document.getElementById("input").addEventListener("keydown", ({ timeStamp }) => requestAnimationFrame(() => {
+  const channel = new MessageChannel();
+  channel.port1.onmessage = () => window.lags.push(performance.now() - timeStamp);
+  channel.port2.postMessage(null);
+}));
+"""
+
+
+@needs_browser
+def test_a_conversation_of_500_messages_opens_at_once_and_typing_stays_fluid(page):
+    page.driver.execute_async_script(FILL, 250, MARKDOWN + "\n\n" + "Some more of it. " * 30)
+    page.open("/#long")
+    until(lambda: page.all(".turn:last-child table"))
+    seconds = page.run("return performance.now()") / 1000
+    assert len(page.all(".turn")) == 250
+    assert len(page.all(".turn table")) < 25  # those near the end alone are more than text
+    assert seconds < 3
+    page.run(LAG)
+    for letter in "fluid typing in a long conversation":
+        page.one("#input").send_keys(letter)
+    lags = sorted(page.run("return window.lags"))
+    assert len(lags) == 35 and lags[len(lags) // 2] < 50
+    page.one("#input").send_keys(Keys.ENTER)
+    assert page.answer() == "You said: fluid typing in a long conversation"
+    assert "messages were left out" in page.one(".turn:last-child .above").text  # the context has 2,048 tokens
+    page.run("document.getElementById('scroller').scrollTop = 0")
+    until(lambda: page.all(".turn:first-child table"))
+    page.driver.get_log("browser")  # the browser logs that the server refused what was too long
 
 
 @needs_browser
