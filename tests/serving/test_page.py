@@ -15,7 +15,7 @@ import pytest
 from nanochat_pl.serving.settings import SamplingDefaults
 from nanochat_pl.tasks.context import TaskContext
 from nanochat_pl.tasks.published.conversations import ConversationSet, ConversationSettings
-from tests.helpers.scripted_server import MARKDOWN, RunningServer, scripted_server
+from tests.helpers.scripted_server import HOSTILE, MARKDOWN, RunningServer, scripted_server
 
 webdriver = pytest.importorskip("selenium.webdriver")
 
@@ -337,6 +337,38 @@ def test_hostile_answers_do_nothing(page):
     assert page.one(".body a").get_attribute("rel") == "noopener noreferrer nofollow"
 
 
+GROWING = [
+    MARKDOWN,
+    HOSTILE,
+    "- a\n- b\n\n  more\n\n- c\n\nend\n\n1. x\n   ```\n   code\n\n   more\n   ```\n2. y\n",
+    "Title\n===\n\ntext\nline\n---\n\n> quoted\nlazy\n\n    indented\n\n    more\n\n***\n\n",
+    "| a |\n|---|\n| b |\nafter\n\n* * *\n",
+    "**open\r\n\r\nno** _x_\r\rbut\n\n```\nnot closed\n\n\nstill",
+]
+COMPARE = """
+const [text, done] = arguments;
+import("/static/markdown.js").then(({ GrowingText, renderParts }) => {
+  const [one, other] = [document.createElement("div"), document.createElement("div")];
+  const growing = new GrowingText(one);
+  const plain = (node) => node.innerHTML.replace(/\\s+/g, " ").replaceAll("> <", "><").trim();
+  const wrong = [];
+  for (let end = 1; end <= text.length; end += 1) {
+    const parts = [{ type: "text", text: text.slice(0, end) }];
+    growing.update(parts);
+    renderParts(other, parts);
+    if (plain(one) !== plain(other)) wrong.push(text.slice(0, end));
+  }
+  done(wrong);
+});
+"""
+
+
+@needs_browser
+@pytest.mark.parametrize("text", GROWING, ids=range(len(GROWING)))
+def test_text_that_grows_looks_like_the_same_text_at_once(page, text):
+    assert page.driver.execute_async_script(COMPARE, text) == []
+
+
 @needs_browser
 def test_two_models_answer_side_by_side_each_with_its_own_history(page):
     Select(page.one("#compare")).select_by_value("other")
@@ -408,8 +440,9 @@ import("/static/store.js").then(async (store) => {
   await store.openStore();
   await store.putConversation({id: "long", title: "Long", created: 1, updated: 1, models: ["demo"]});
   for (let i = 0; i < turns; i += 1) {
-    const version = {id: `v${i}`, model: "demo", parts: [{type: "text", text: `${i}: ${text}`}], finish: "stop", error: null,
-      seed: 1, usage: null, seconds: 1, rating: null, leftOut: 0, from: null, hasTokens: false};
+    const parts = [{type: "text", text: `${i}: ${text}`}];
+    const version = {id: `v${i}`, model: "demo", parts, finish: "stop", error: null, seed: 1,
+      usage: null, seconds: 1, rating: null, leftOut: 0, from: null, hasTokens: false};
     const answers = [{model: "demo", shown: 0, versions: [version]}];
     await store.putTurn({id: `t${i}`, conversation: "long", position: i, user: `Question ${i}?`, answers});
   }

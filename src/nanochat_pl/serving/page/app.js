@@ -29,7 +29,6 @@ const view = new View({
     input.focus();
   },
   async goOn(turn, side, version, choice) {
-    if (isAnswering(conversation)) return;
     const begun = choice?.begun ?? [...(recentTokens(version) ?? (await tokensOf(version.id)))];
     const from = choice?.from ?? {};
     if (choice?.ends) await endAt({ conversation, turn, side, begun, from });
