@@ -26,8 +26,9 @@ from nanochat_pl.data.batch import micro_batches
 from nanochat_pl.model.compiled import CompiledLoss
 from nanochat_pl.model.config import ModelSettings, resolve_model
 from nanochat_pl.model.counts import flops_per_token
-from nanochat_pl.model.gpt import GPT, parameter_roles
+from nanochat_pl.model.gpt import GPT
 from nanochat_pl.model.init import init_weights
+from nanochat_pl.model.roles import parameter_roles
 from nanochat_pl.optim import OptimSettings, ScheduleSettings, build_optimizer, resolve_hyperparameters, schedule_values
 from nanochat_pl.training.callbacks.evaluation import Samples
 from nanochat_pl.training.config import EvaluationSettings, TrainerSettings

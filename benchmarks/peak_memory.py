@@ -28,8 +28,9 @@ import torch
 import torch.nn.functional as F
 
 from nanochat_pl.model.config import ModelSettings, resolve_model
-from nanochat_pl.model.gpt import GPT, parameter_roles
+from nanochat_pl.model.gpt import GPT
 from nanochat_pl.model.init import init_weights
+from nanochat_pl.model.roles import parameter_roles
 from nanochat_pl.optim import MuonAdamW, OptimSettings, build_optimizer, resolve_hyperparameters
 
 # Blocks above the threshold are mappings of their own; a fixed threshold also keeps glibc from raising it by itself.

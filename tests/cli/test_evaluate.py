@@ -141,7 +141,7 @@ def test_by_default_what_is_not_here_is_left_out(here: Path, capsys: Captured) -
     make_run("a", tasks={**TASKS, "conversations": {"own": {"path": "nowhere.jsonl"}}})
     assert main(["evaluate", "run=a", "paths.cache=cache", *QUICK]) == 0
     out = capsys.readouterr().out
-    assert "own: skipped: conversation data sets have no ground-truth answers." in out
+    assert "own: skipped: no answer is right or wrong there." in out
     assert "chatcore: left out: " in out and "suites=[chatcore] says how to get all of it." in out
     assert list(results_of("a")["suites"]) == ["chat", "samples"]
 
@@ -158,11 +158,11 @@ def test_an_unjudged_task_is_no_part_of_chatcore(here: Path, capsys: Captured) -
     off = [f"chatcore.{name}=null" for name in CHATCORE]
     own = "chatcore.conversations.own.path=own.jsonl"
     assert main(["evaluate", "run=a", "suites=[chatcore]", own, "paths.cache=cache", *off]) == 2
-    assert "chatcore.own: conversation data sets have no" in capsys.readouterr().err
+    assert "chatcore.own: no answer is right or wrong there" in capsys.readouterr().err
     # Of a set whose files are not here this is said, too, and not how to fetch them.
     assert main(["evaluate", "run=a", "suites=[chatcore]", "chatcore.smoltalk={}", "paths.cache=cache", *off]) == 2
     said = capsys.readouterr().err
-    assert "chatcore.smoltalk: conversation data sets have no" in said and "download" not in said
+    assert "chatcore.smoltalk: no answer is right or wrong there" in said and "download" not in said
 
 
 def test_suites_become_tables_and_files(here: Path, capsys: Captured) -> None:

@@ -148,8 +148,8 @@ def test_the_run_is_named_after_the_experiment(here: Path) -> None:
         ("[tokenizer, base,", "[tokenizer, bsae,", "mine.yaml: pipeline: 'bsae' is no step; did you mean base?"),
         (
             "[tokenizer, base,",
-            "[tokenizer, rl,",
-            "mine.yaml: pipeline: 'rl' is no step; valid: base, evaluate, mid, report, sft",
+            "[tokenizer, dpo,",
+            "mine.yaml: pipeline: 'dpo' is no step; valid: base, evaluate, mid, report, rl, sft",
         ),
         ("  evaluate: {", "  stf: {", "mine.yaml: stages.stf: is no step; did you mean sft?"),
         ("  evaluate: {", "  evalaute: {", "mine.yaml: stages.evalaute: is no step"),
@@ -173,11 +173,13 @@ def test_missing_experiments_name_the_nearest() -> None:
 
 
 def test_every_shipped_experiment_composes_in_all_of_its_steps(here: Path) -> None:
-    assert {"demo", "nanochat", "nanochat_2025_10", "nanochat_2026_02", "tiny"} <= set(config_dir.experiments())
+    assert {"demo", "demo_rl", "nanochat", "nanochat_2025_10", "nanochat_2026_02", "tiny"} <= set(
+        config_dir.experiments()
+    )
     for name in config_dir.experiments():
         steps = steps_of([f"experiment={name}"])
         composed = check_all(steps)
-        if name in ("demo", "nanochat", "tiny"):
+        if name in ("demo", "demo_rl", "nanochat", "tiny"):
             names = [step.name for step in steps if step.name != "mid"]
-            assert names == ["tokenizer", "base", "sft", "evaluate", "report"]
+            assert names == ["tokenizer", "base", "sft", *(["rl"] if name == "demo_rl" else []), "evaluate", "report"]
         assert run_folder_of(composed) == Path("runs") / name

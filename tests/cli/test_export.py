@@ -21,7 +21,7 @@ from nanochat_pl.convert import parity
 from nanochat_pl.convert.huggingface.read import read_huggingface
 from nanochat_pl.convert.nanochat.read import read_nanochat
 from nanochat_pl.convert.report import save_imported
-from nanochat_pl.model.gpt import parameter_roles
+from nanochat_pl.model.roles import parameter_roles
 from nanochat_pl.optim import build_optimizer, resolve_hyperparameters
 from tests.helpers.exports import make_bundle, tokenizer_of
 from tests.helpers.tiny_run import make_tiny_run

@@ -20,7 +20,8 @@ from nanochat_pl.convert.nanochat.read import read_nanochat
 from nanochat_pl.convert.nanochat.versions import ERAS, ReferenceConfig, model_settings, resolve
 from nanochat_pl.convert.report import Imported, save_imported
 from nanochat_pl.model.config import ModelSettings, resolve_model
-from nanochat_pl.model.gpt import GPT, parameter_roles
+from nanochat_pl.model.gpt import GPT
+from nanochat_pl.model.roles import parameter_roles
 from nanochat_pl.optim import OptimSettings, StepValues, build_optimizer, resolve_hyperparameters
 from nanochat_pl.planning import Plan
 from tests.helpers.nanochat_copies import copy, edit_meta, edit_state, only

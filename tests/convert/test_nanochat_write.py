@@ -22,8 +22,9 @@ from nanochat_pl.convert.nanochat.read import read_nanochat
 from nanochat_pl.convert.nanochat.write import express, write_nanochat
 from nanochat_pl.convert.report import save_imported
 from nanochat_pl.model.config import GPTConfig, ModelSettings, resolve_model
-from nanochat_pl.model.gpt import GPT, parameter_roles
+from nanochat_pl.model.gpt import GPT
 from nanochat_pl.model.init import init_weights
+from nanochat_pl.model.roles import parameter_roles
 from nanochat_pl.optim import OptimSettings, build_optimizer, resolve_hyperparameters
 from tests.helpers.nanochat_copies import PLACES, copy, edit_meta, edit_state, only
 from tests.helpers.tiny_run import make_tiny_run

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanochat_pl.model import attention, gpt
-from nanochat_pl.model.gpt import GPT, parameter_roles
+from nanochat_pl.model.gpt import GPT
+from nanochat_pl.model.roles import parameter_roles
 from nanochat_pl.optim import muon, muon_adamw, schedules
 from nanochat_pl.training import module as training
 from tests.fidelity import setting

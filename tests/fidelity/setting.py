@@ -18,8 +18,9 @@ from torch import Tensor
 
 from nanochat_pl.data.batch import StepBatch, micro_batches
 from nanochat_pl.model.config import DType, GPTConfig, ModelSettings, resolve_model
-from nanochat_pl.model.gpt import GPT, TORCH_DTYPES, parameter_roles
+from nanochat_pl.model.gpt import GPT, TORCH_DTYPES
 from nanochat_pl.model.init import init_weights
+from nanochat_pl.model.roles import parameter_roles
 from nanochat_pl.optim import (
     MuonAdamW,
     OptimSettings,

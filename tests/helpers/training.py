@@ -20,8 +20,9 @@ from nanochat_pl.data.packing.mixture import MixedRows
 from nanochat_pl.data.packing.rows import Rows, packed_rows
 from nanochat_pl.evaluation.validation import Validation
 from nanochat_pl.model.config import GPTConfig, ModelSettings, resolve_model
-from nanochat_pl.model.gpt import GPT, parameter_roles
+from nanochat_pl.model.gpt import GPT
 from nanochat_pl.model.init import init_weights
+from nanochat_pl.model.roles import parameter_roles
 from nanochat_pl.optim import (
     MuonAdamW,
     OptimSettings,

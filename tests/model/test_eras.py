@@ -16,8 +16,9 @@ from nanochat_pl.convert.nanochat.versions import ERAS as READABLE
 from nanochat_pl.convert.nanochat.versions import ReferenceConfig, resolve
 from nanochat_pl.model.config import GPTConfig, ModelSettings, resolve_model, window_sizes
 from nanochat_pl.model.counts import count_parameters, flops_per_token, weight_bytes
-from nanochat_pl.model.gpt import GPT, parameter_roles
+from nanochat_pl.model.gpt import GPT
 from nanochat_pl.model.init import init_weights
+from nanochat_pl.model.roles import parameter_roles
 from nanochat_pl.optim import OptimSettings, build_optimizer, resolve_hyperparameters
 from tests.helpers.models import random_ids
 

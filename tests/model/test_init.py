@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from nanochat_pl.model.config import ModelSettings, resolve_model
-from nanochat_pl.model.gpt import GPT, parameter_roles
+from nanochat_pl.model.gpt import GPT
 from nanochat_pl.model.init import init_weights
+from nanochat_pl.model.roles import parameter_roles
 from tests.helpers.models import random_ids, tiny_config
 
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from nanochat_pl.cli.train import compose_train
 from nanochat_pl.model.config import resolve_model
-from nanochat_pl.model.gpt import GPT, parameter_roles
+from nanochat_pl.model.gpt import GPT
+from nanochat_pl.model.roles import parameter_roles
 from nanochat_pl.optim import MuonAdamW, ScheduleSettings, build_optimizer, resolve_hyperparameters, schedule_values
 from tests.helpers.models import era_model_config, load_net, size_overrides
 from tests.optim.test_golden_optimizer import backward

@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from nanochat_pl.convert.nanochat.moments import read_moments
-from nanochat_pl.model.gpt import GPT, parameter_roles
+from nanochat_pl.model.gpt import GPT
+from nanochat_pl.model.roles import parameter_roles
 from nanochat_pl.optim import MuonAdamW, OptimSettings, StepValues, build_optimizer, resolve_hyperparameters
 from tests.helpers.models import golden_net
 

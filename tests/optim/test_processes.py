@@ -17,8 +17,9 @@ from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.schema import to_plain
 from nanochat_pl.distributed import collectives
 from nanochat_pl.model.config import ModelSettings, resolve_model
-from nanochat_pl.model.gpt import GPT, parameter_roles
+from nanochat_pl.model.gpt import GPT
 from nanochat_pl.model.init import init_weights
+from nanochat_pl.model.roles import parameter_roles
 from nanochat_pl.optim import (
     MuonAdamW,
     MuonSettings,

@@ -13,8 +13,9 @@ import torch
 
 from nanochat_pl.model.config import GPTConfig, ModelSettings, resolve_model
 from nanochat_pl.model.counts import count_parameters
-from nanochat_pl.model.gpt import GPT, parameter_roles
+from nanochat_pl.model.gpt import GPT
 from nanochat_pl.model.init import init_weights
+from nanochat_pl.model.roles import parameter_roles
 from nanochat_pl.optim import OptimSettings, build_optimizer, resolve_hyperparameters
 from nanochat_pl.planning import HorizonSettings, RowOptions, make_plan
 from nanochat_pl.planning.batch_size import evenly

@@ -27,9 +27,10 @@ from nanochat_pl.convert.nanochat.read import read_nanochat
 from nanochat_pl.distributed import collectives
 from nanochat_pl.evaluation.validation import Validation
 from nanochat_pl.model.config import DType, GPTConfig
-from nanochat_pl.model.gpt import GPT, TORCH_DTYPES, parameter_roles
+from nanochat_pl.model.gpt import GPT, TORCH_DTYPES
 from nanochat_pl.model.init import init_weights
 from nanochat_pl.model.kv_cache import KVCache
+from nanochat_pl.model.roles import parameter_roles
 from nanochat_pl.optim import OptimSettings, build_optimizer, resolve_hyperparameters
 from nanochat_pl.training.checkpoint.resume import newest_resume_file, step_of
 from tests.helpers.models import random_ids, tiny_config

@@ -46,6 +46,7 @@ def test_all_tasks_of_the_package_are_there() -> None:
     expected = {
         *("arithmetic", "word_problems", "spelling", "simple_spelling", "letter_counting", "spelling_bee", "identity"),
         *("documentation", "documentation_choice", "out_of_scope", "smoltalk"),
+        *("sorting", "reversing", "three_operands", "early_stop"),
         *("mmlu", "arc_easy", "arc_challenge", "gsm8k", "humaneval"),
     }
     assert expected <= set(all_tasks()) and list(all_tasks()) == sorted(all_tasks())

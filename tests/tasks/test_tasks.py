@@ -28,9 +28,12 @@ from nanochat_pl.tasks.synthetic.documentation_choice import DocumentationChoice
 from nanochat_pl.tasks.synthetic.identity import Identity, IdentitySettings
 from nanochat_pl.tasks.synthetic.out_of_scope import OutOfScope, OutOfScopeSettings
 from nanochat_pl.tasks.synthetic.out_of_scope_questions import SLOTS, TEST_KINDS, TRAIN_KINDS
+from nanochat_pl.tasks.synthetic.reversing import Reversing, ReversingSettings
 from nanochat_pl.tasks.synthetic.simple_spelling import SimpleSpelling, SimpleSpellingSettings
+from nanochat_pl.tasks.synthetic.sorting import Sorting, SortingSettings
 from nanochat_pl.tasks.synthetic.spelling import LetterCounting, LetterCountingSettings, Spelling, SpellingSettings
 from nanochat_pl.tasks.synthetic.spelling_bee import SpellingBee, SpellingBeeSettings
+from nanochat_pl.tasks.synthetic.three_operands import ThreeOperands, ThreeOperandsSettings
 from nanochat_pl.tokenizer import TokenizerSettings, train_tokenizer
 from nanochat_pl.tokenizer.chat_format import problems_of_conversation
 from nanochat_pl.tools.calculator import evaluate
@@ -66,13 +69,19 @@ def make(name: str, split: str) -> Task:
         case "out_of_scope":
             settings = OutOfScopeSettings(size=2_000, function_share=0.25)
             return OutOfScope(settings, split, [name for name, _ in MORE_FUNCTIONS])
+        case "sorting":
+            return Sorting(SortingSettings(size=2_000), split)
+        case "reversing":
+            return Reversing(ReversingSettings(), split, WORDS)
+        case "three_operands":
+            return ThreeOperands(ThreeOperandsSettings(size=2_000, tool_share=0.5, test_size=500), split)
     raise ValueError(name)
 
 
 TASKS = (
     *("arithmetic", "word_problems", "spelling", "letter_counting", "long_letter_counting"),
     *("identity", "documentation", "spelling_bee", "simple_spelling", "documentation_choice"),
-    "out_of_scope",
+    *("out_of_scope", "sorting", "reversing", "three_operands"),
 )
 
 
@@ -94,6 +103,11 @@ def test_conversations_are_valid_and_their_references_right(name, split):
         assert task.evaluate(conversation, text_of(reference)), "an answer without the tool is judged by its words"
 
 
+NUMBERS_LAST = (
+    *("arithmetic", "word_problems", "letter_counting", "long_letter_counting", "spelling_bee", "three_operands"),
+)
+
+
 @pytest.mark.parametrize("name", TASKS)
 def test_wrong_answers_are_wrong(name):
     task = make(name, "test")
@@ -104,7 +118,11 @@ def test_wrong_answers_are_wrong(name):
             wrong = ["", "Paris.", "12 + 7 = 19", "Return a list. I do not know."]
         elif name == "documentation_choice":
             wrong += [letter for letter in "ABCDE" if letter != text] + [f"{text}{text}"]
-        elif name in ("arithmetic", "word_problems", "letter_counting", "long_letter_counting", "spelling_bee"):
+        elif name == "sorting":
+            wrong += [text + " 3", text[:-1], " ".join(reversed(text.split())) + " 0", text.replace(" ", "")]
+        elif name == "reversing":
+            wrong += [text + "x", text[:-1], f"It is {text}."]
+        elif name in NUMBERS_LAST:
             wrong += [text + " or 7777777", "It is a number."]
         elif name != "identity":
             wrong += [text + "x", text[:-1], text.upper()]

@@ -202,7 +202,7 @@ def _open_chat(bundle: Trained, config: EvaluateConfig) -> list[Job]:
         )
     jobs = _task_jobs("chat", judged.tasks, bundle, config) if judged else []
     if left_out := settings.tasks.chosen().keys() - (judged.tasks.chosen().keys() if judged else set()):
-        rank_zero_print(f"{', '.join(sorted(left_out))}: skipped: conversation data sets have no ground-truth answers.")
+        rank_zero_print(f"{', '.join(sorted(left_out))}: skipped: no answer is right or wrong there.")
     return jobs
 
 
@@ -227,7 +227,7 @@ def _task_jobs(suite: Suite, chosen: MixtureTasks, bundle: Trained, config: Eval
     judged = only_judged(MixtureSettings(tasks=chosen))
     can_be_judged = judged.tasks if judged else MixtureTasks()
     problems = [  # said although the data of such a one is not looked for
-        f"{context.where}.{name}: conversation data sets have no ground-truth answers."
+        f"{context.where}.{name}: no answer is right or wrong there."
         for name in chosen.chosen()
         if name not in can_be_judged.chosen()
     ]

@@ -89,7 +89,8 @@ def _show(line: dict[str, Any], tokenizer: Any, tokens: bool) -> None:
     ours = line.get("trained_logprobs", line["logprobs"])
     if line["trained"]:
         differences = [abs(a - b) for a, b, drawn in zip(ours, line["logprobs"], line["mask"], strict=True) if drawn]
-        rank_zero_print(f"Largest difference of log-probs, sampler and trainer: {max(differences):.3g}.")
+        moved = " (after other updates on this rollout)" if line["step"] - 1 > line["written_at"] else ""
+        rank_zero_print(f"Largest difference of log-probs, sampler and trainer: {max(differences):.3g}{moved}.")
     if tokens:
         rows = zip(line["ids"], line["mask"], line["logprobs"], ours, strict=True)
         print_table(

@@ -33,6 +33,7 @@ COMMANDS = {
     "evaluate": "metrics of a trained stage: run=NAME suites=[bpb,core,chat,chatcore,harness,samples,tokenizer]",
     "chat": 'talk to a model: chat run=NAME, or one answer: chat run=NAME prompt="…"',
     "serve": "a page to talk on, and an API that clients of OpenAI's speak: serve run=NAME",
+    "bench": "how fast a model generates here, beside what the machine could: bench run=NAME",
     "import": "a bundle of a model from elsewhere: import source=PATH to=PATH",
     "export": "a trained stage for other programs: export run=NAME to=PATH",
     "inspect": "an answer that stage rl learnt from, written again: inspect run=NAME rollout=STEP:I",

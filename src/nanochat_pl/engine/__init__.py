@@ -2,6 +2,20 @@
 
 from nanochat_pl.engine.engine import Engine, Result
 from nanochat_pl.engine.events import Event, readable, visible_text
+from nanochat_pl.engine.request import Handle, Request
+from nanochat_pl.engine.sampling import Sampling
+from nanochat_pl.engine.scheduler import Scheduler
 from nanochat_pl.engine.session import Session
 
-__all__ = ["Engine", "Event", "Result", "Session", "readable", "visible_text"]
+__all__ = [
+    "Engine",
+    "Event",
+    "Handle",
+    "Request",
+    "Result",
+    "Sampling",
+    "Scheduler",
+    "Session",
+    "readable",
+    "visible_text",
+]

@@ -20,6 +20,7 @@ from nanochat_pl.engine.scheduler import PREFILL_POSITIONS, Scheduler, events_of
 from nanochat_pl.engine.session import Session
 from nanochat_pl.model.counts import kv_cache_bytes
 from nanochat_pl.model.gpt import GPT
+from nanochat_pl.model.inference import InferenceGPT, Quantize, inference_net
 from nanochat_pl.model.kv_cache import KVCache
 from nanochat_pl.tokenizer import Tokenizer
 
@@ -70,19 +71,20 @@ class Engine:
     """Writes with a model.
 
     Args:
-        bundle: has ``net`` (in eval mode) and ``tokenizer``.
+        bundle: has ``net`` (in eval mode) and ``tokenizer``. Its weights may change later, between two answers.
+        quantize: int8: faster for one stream on a CPU, and less exact; not for what is compared or trained on.
 
     Raises:
         UserError: the bundle has no tokenizer, or that of another model.
     """
 
-    def __init__(self, bundle: Model) -> None:
+    def __init__(self, bundle: Model, quantize: Quantize | None = None) -> None:
         if bundle.tokenizer is None:
             raise UserError(
                 "This bundle has no tokenizer, so nothing can be written with its model.",
                 fix="Add the tokenizer.json that the model was trained with.",
             )
-        self.net = bundle.net
+        self.net = inference_net(bundle.net, quantize)
         self.tokenizer = bundle.tokenizer
         if self.tokenizer.vocab_size != self.net.config.vocab_size:
             raise UserError(
@@ -219,6 +221,11 @@ class Engine:
         if given is not None and not 1 <= given <= reach:
             raise UserError(f"max_context={given}: must be 1 … {reach:,}, the positions that the model has.")
         return given or self.net.config.sequence_len
+
+    def refresh(self) -> None:
+        """Take the network's weights as they are now. Changes in place are noticed without it."""
+        if isinstance(self.net, InferenceGPT):
+            self.net.refresh()
 
     def stop_ids(self, given: Iterable[int] | None) -> frozenset[int]:
         """The ids that end an answer: those given, or assistant_end and bos.

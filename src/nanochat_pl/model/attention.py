@@ -231,13 +231,13 @@ def products(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor) -> Ten
     The mask broadcasts to (B, G, H/G, Tq, Tk). It is bool, or what is added to the scores: float32, 0 or -inf; the
     result has the same bits.
     """
-    groups = k.size(1)
-    # Queries that share keys are rows of one product: (B, G, H/G · Tq, D).
-    rows = q.reshape(q.size(0), groups, -1, q.size(3))
-    scores = (rows @ k.transpose(-2, -1)).view(q.size(0), groups, -1, q.size(2), k.size(2))
+    batch, _, queries, width = q.shape
+    # Queries that share keys are rows of one product: (B · G, H/G · Tq, D).
+    rows, keys, values = q.reshape(batch * k.size(1), -1, width), k.flatten(0, 1), v.flatten(0, 1)
+    scores = torch.bmm(rows, keys.transpose(1, 2)).view(batch, k.size(1), -1, queries, k.size(2))
     if mask.is_floating_point():
         scores = torch.add(mask, scores, alpha=scale)  # one operation for three: it is what decoding has many of
     else:
         scores = (scores.float() * scale).masked_fill(~mask, -torch.inf)
     shares = scores.softmax(dim=-1).to(v.dtype)
-    return (shares.flatten(2, 3) @ v).view(q.size(0), -1, q.size(2), v.size(3))
+    return torch.bmm(shares.view(len(rows), -1, k.size(2)), values).view(batch, -1, queries, width)

@@ -23,7 +23,7 @@ from nanochat_pl.common.errors import UserError
 from nanochat_pl.model.attention import windowed_attention
 from nanochat_pl.model.config import DType, GPTConfig
 from nanochat_pl.model.kv_cache import CacheStep, KVCache
-from nanochat_pl.model.layers import Embedding, Linear, norm
+from nanochat_pl.model.layers import MLP, Embedding, Linear, norm
 from nanochat_pl.model.loss import default_chunk_tokens, fused_linear_cross_entropy, softcap, token_losses
 from nanochat_pl.model.prefix_tree import PrefixTree
 from nanochat_pl.model.rotary import rotary_tables, rotate
@@ -79,18 +79,6 @@ class Attention(nn.Module):
         """Values (B, T, G, D) with the gated embedding (B, T, G·D) added; gate (B, T, G) before the sigmoid."""
         gate = self.gate_scale * torch.sigmoid(gate)
         return v + gate[..., None] * value_embedding.view_as(v)
-
-
-class MLP(nn.Module):
-    """The feed-forward part, with squared relu."""
-
-    def __init__(self, config: GPTConfig) -> None:
-        super().__init__()
-        self.c_fc = Linear(config.width, config.mlp_width)
-        self.c_proj = Linear(config.mlp_width, config.width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.c_proj(F.relu(self.c_fc(x)).square())
 
 
 class Block(nn.Module):
@@ -380,28 +368,3 @@ class GPT(nn.Module):
         """Mix a gated share of the embedding of the token before into each position. Both (B, T, C), normed."""
         gate = torch.sigmoid(self.smear_gate(x[..., : self.config.smear_channels]))
         return x + self.smear_lambda.to(x.dtype) * gate * previous
-
-
-def parameter_roles(net: nn.Module) -> dict[str, str]:
-    """The role of each parameter by name: what the optimizer's settings are keyed by.
-
-    Roles: ``lm_head``, ``wte``, ``value_embedding``, ``resid_lambda``, ``x0_lambda``, ``smear`` (its gate and factor,
-    and the backout factor), ``matrix`` (all matrices in the blocks).
-    """
-    return {name: _role(name) for name, _ in net.named_parameters()}
-
-
-def _role(name: str) -> str:
-    beginnings = {
-        "lm_head.": "lm_head",
-        "transformer.wte.": "wte",
-        "transformer.h.": "matrix",
-        "value_embeds.": "value_embedding",
-        "resid_lambdas": "resid_lambda",
-        "x0_lambdas": "x0_lambda",
-        "smear_": "smear",
-        "backout_lambda": "smear",
-    }
-    roles = [role for beginning, role in beginnings.items() if name.startswith(beginning)]
-    assert len(roles) == 1, f"parameter {name!r} has no role"
-    return roles[0]

@@ -23,6 +23,9 @@ from nanochat_pl.model.attention import Block, cache_blocks, in_blocks, in_one_b
 from nanochat_pl.model.config import GPTConfig
 from nanochat_pl.model.counts import cache_length, least_keys
 
+# Ranges of a cache whose views are kept: those of decoding change with every sixteenth step.
+MAX_VIEWS = 16
+
 
 class KVCache:
     """A cache of ``num_slots`` rows of up to ``max_len`` tokens.
@@ -61,6 +64,7 @@ class KVCache:
         heads = torch.arange(2)[:, None] * num_slots * groups + torch.arange(groups)
         self.beginnings = (torch.arange(num_slots)[:, None] * groups + heads.flatten()) * length
         self._lines: dict[tuple[int, bool], Tensor] = {}
+        self._views: dict[tuple[int | None, ...], Sequence[Tensor]] = {}
 
     @property
     def num_slots(self) -> int:
@@ -138,6 +142,15 @@ class KVCache:
             raise UserError(f"{step.longest:,} tokens do not fit into a context of {self.max_len:,}.")
         return step
 
+    def views(self, keys: slice) -> Sequence[Tensor]:
+        """Keys, then values, of each layer at a range of positions, (S, G, keys, D) each. The last ones are kept."""
+        which = (self._first, self.num_slots, keys.start, keys.stop)
+        if (views := self._views.get(which)) is None:
+            if len(self._views) >= MAX_VIEWS:
+                self._views.clear()
+            views = self._views[which] = self.memory[:, :, self.slots, :, keys].flatten(0, 1).unbind()
+        return views
+
     def mask_line(self, window: int, for_products: bool) -> Tensor:
         """What the masks of a window are cut from: (2 L + window + 1,), from L on window + 1 places are seen.
 
@@ -178,7 +191,7 @@ class CacheStep:
         self.longest = max(map(operator.add, starts, counts))
         alike = self._first_start == self._last_start
         places = cache.positions[:1, None] if alike else cache.positions[:, None]
-        positions = places + torch.arange(num_new)
+        positions = places + torch.arange(num_new) if num_new > 1 else places
         if self._last_start + num_new > cache.max_len:
             positions = positions.clamp(max=cache.max_len - 1)
         self.positions = positions.to(ids.device)
@@ -207,7 +220,7 @@ class CacheStep:
         Returns:
             (B, H, T, D)
         """
-        self._store(layer, k.detach(), v.detach())
+        self._store(layer, k.detach() if k.requires_grad else k, v.detach() if v.requires_grad else v)
         in_reach = attention.KEY_GRID <= q.size(2) <= attention.PRODUCTS_REACH  # else there are other bits
         if self._last_start == 0 and (in_reach or not self._with_products):
             # All slots are empty: the new tokens see only each other, and padding comes last.
@@ -228,7 +241,7 @@ class CacheStep:
             blocks = cache_blocks(self._ids.size(1), starts, window, length, products, least)
             # With one block the slice is made once for all layers, else block by block.
             keys = slice(*blocks[0][2:]) if len(blocks) == 1 else slice(None)
-            both = cache.memory[:, :, cache.slots, :, keys].flatten(0, 1).unbind()
+            both = cache.views(keys)
             seen = _Seen(blocks, {block: self._mask(*block, window) for block in blocks}, both)
             self._seen[window] = seen
         return seen

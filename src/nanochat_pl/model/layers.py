@@ -1,4 +1,4 @@
-"""The layers without positions: RMSNorm, linear maps and embeddings."""
+"""The layers without positions: RMSNorm, linear maps, embeddings and the feed-forward part."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanochat_pl.model.config import SMALL_PRODUCT
+from nanochat_pl.model.config import SMALL_PRODUCT, GPTConfig
 
 
 def norm(x: Tensor) -> Tensor:
@@ -22,13 +22,17 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_outputs, num_inputs))
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight.to(x.dtype)
-        rows = x.numel() // x.size(-1)
-        if x.dtype == torch.bfloat16 and x.device.type == "cpu" and rows * weight.numel() <= SMALL_PRODUCT:
-            padding = SMALL_PRODUCT // weight.numel() + 1 - rows
-            padded = F.pad(x.reshape(rows, -1), (0, 0, 0, padding))
-            return F.linear(padded, weight)[:rows].view(*x.shape[:-1], -1)
-        return F.linear(x, weight)
+        return product(x, self.weight.to(x.dtype))
+
+
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """x (…, inputs) times a weight (outputs, inputs) of its type. In bfloat16 on a CPU one row has the bits of many."""
+    rows = x.numel() // x.size(-1)
+    if x.dtype == torch.bfloat16 and x.device.type == "cpu" and rows * weight.numel() <= SMALL_PRODUCT:
+        padding = SMALL_PRODUCT // weight.numel() + 1 - rows
+        padded = F.pad(x.reshape(rows, -1), (0, 0, 0, padding))
+        return F.linear(padded, weight)[:rows].view(*x.shape[:-1], -1)
+    return F.linear(x, weight)
 
 
 class Embedding(nn.Module):
@@ -40,3 +44,15 @@ class Embedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         return F.embedding(ids, self.weight)
+
+
+class MLP(nn.Module):
+    """The feed-forward part, with squared relu."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.c_fc = Linear(config.width, config.mlp_width)
+        self.c_proj = Linear(config.mlp_width, config.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c_proj(F.relu(self.c_fc(x)).square())

@@ -14,6 +14,16 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([first * cos + second * sin, second * cos - first * sin], dim=-1)
 
 
+def rotate_whole(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """:func:`rotate`, with the same bits, in fewer operations: cos and sin (…, T, 1, D) are of :func:`whole_tables`."""
+    return x * cos + x.roll(x.size(-1) // 2, dims=-1) * sin
+
+
+def whole_tables(cos: Tensor, sin: Tensor) -> Tensor:
+    """The cosines and the signed sines of both halves of the channels: (rotary_reach, 2, D), of two (…, D/2)."""
+    return torch.stack([torch.cat([cos, cos], dim=-1), torch.cat([sin, -sin], dim=-1)], dim=1)
+
+
 def rotary_tables(config: GPTConfig) -> tuple[Tensor, Tensor]:
     """Cosines and sines, float32 (rotary_reach, D/2): made on the CPU and in float32, as checkpoints were trained."""
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu") / config.head_dim

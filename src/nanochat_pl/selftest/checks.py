@@ -16,6 +16,7 @@ from nanochat_pl.common.launch_env import launch_env
 from nanochat_pl.model import attention
 from nanochat_pl.model.config import ModelSettings
 from nanochat_pl.model.gpt import TORCH_DTYPES
+from nanochat_pl.selftest.bit_classes import describe
 from nanochat_pl.training.compile_proof import (
     config_of_its_kind,
     distance_of_compiled,
@@ -147,9 +148,16 @@ def check_compile(setup: Setup) -> list[Finding]:
     return [within("torch.compile", error, tolerance(setup.dtype), f" in {setup.dtype}")]
 
 
+def check_bit_classes(setup: Setup) -> list[Finding]:
+    """Where results depend on what is computed beside them: information, for no machine is wrong for what it has."""
+    names = dict.fromkeys(("float32", setup.dtype))
+    return [Finding(f"bit classes of {name}", "ok", describe(TORCH_DTYPES[name], setup.device)) for name in names]
+
+
 CHECKS = (
     Check("device", check_device),
     Check("memory", check_memory),
     Check("loss and gradients", check_gradients),
+    Check("bit classes", check_bit_classes),
     Check("torch.compile", check_compile),
 )

@@ -15,6 +15,7 @@ from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
+from nanochat_pl.common.errors import UserError
 from nanochat_pl.serving import schemas
 from nanochat_pl.serving.answers import collected, usage_of
 from nanochat_pl.serving.chat import chat_body, chat_stream
@@ -67,6 +68,7 @@ def create_app(make_pool: Callable[[], Pool], settings: ServeSettings, keys: Seq
         app.mount("/static", StaticFiles(directory=PAGE), name="static")
         app.add_api_route("/", _page, include_in_schema=False)
     app.add_exception_handler(ApiError, _on_api_error)
+    app.add_exception_handler(UserError, _on_user_error)
     app.add_exception_handler(RequestValidationError, _on_invalid)
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(Exception, _on_bug)
@@ -251,6 +253,11 @@ async def _stream(job: Job, pieces: AsyncIterator[bytes]) -> Response:
 async def _on_api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
     return JSONResponse(error.body(), error.status, error.headers())
+
+
+async def _on_user_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, UserError)
+    return await _on_api_error(request, ApiError(400, " ".join([*error.problems, *filter(None, [error.fix])])))
 
 
 async def _on_invalid(request: Request, error: Exception) -> Response:

@@ -57,9 +57,12 @@ class Gate:
             await self._app(scope, receive, send)
             return
         began, request_id = False, secrets.token_hex(8)
+        body = _Body(receive, self._settings.limits.body_bytes)
 
         async def send_with_headers(message: Message) -> None:
             nonlocal began
+            if body.is_too_large and not began:
+                return  # what was read of it makes no sense to what is behind
             if message["type"] == "http.response.start":
                 began = True
                 headers = MutableHeaders(scope=message)
@@ -76,9 +79,12 @@ class Gate:
             self._check(scope, work)
             self._open += work
             try:
-                await self._app(scope, self._counted(receive), send_with_headers)
+                await self._app(scope, body.receive, send_with_headers)
             finally:
                 self._open -= work
+            if body.is_too_large and not began:
+                body.is_too_large = False
+                raise self._too_large()
         except ApiError as error:
             if began:
                 raise
@@ -138,22 +144,24 @@ class Gate:
                 deque, {key: times for key, times in self._recent.items() if times[-1] > now - 60}
             )
 
-    def _counted(self, receive: Receive) -> Receive:
-        """The body, until it is too large: what a client says of its length proves nothing."""
-        size = 0
-
-        async def counted() -> Message:
-            nonlocal size
-            message = await receive()
-            size += len(message.get("body", b""))
-            if size > self._settings.limits.body_bytes:
-                raise self._too_large()
-            return message
-
-        return counted
-
     def _too_large(self) -> ApiError:
         return ApiError(413, f"The request has more than the {self._settings.limits.body_bytes:,} bytes allowed.")
+
+
+class _Body:
+    """A request's body, which ends where it is too large: what a client says of its length proves nothing."""
+
+    def __init__(self, receive: Receive, most: int) -> None:
+        self._receive, self._left = receive, most
+        self.is_too_large = False
+
+    async def receive(self) -> Message:
+        message = await self._receive()
+        self._left -= len(message.get("body", b""))
+        if self._left < 0:
+            self.is_too_large = True
+            return {"type": "http.request", "body": b"", "more_body": False}
+        return message
 
 
 def _name_of(host: str) -> str:

@@ -8,7 +8,9 @@ visible of a request since its last one: ``text``, ``tools`` (calls and results)
 
 from __future__ import annotations
 
+import contextlib
 import json
+import re
 import signal
 import time
 from collections.abc import Iterator, Mapping
@@ -112,7 +114,9 @@ class Worker:
     def _submit(self, name: str, asked: Mapping[str, Any]) -> None:
         try:
             request = request_of(asked, self._engine, self._scheduler.max_context)
-            self._running[name] = _Answer(self._scheduler.submit(request), asked, self._engine.tokenizer)
+            with _refusals():
+                handle = self._scheduler.submit(request)
+            self._running[name] = _Answer(handle, asked, self._engine.tokenizer)
         except RefusedError as refused:
             self._updates.append((name, {"error": refused.plain()}))
 
@@ -172,7 +176,7 @@ def request_of(asked: Mapping[str, Any], engine: Engine, max_context: int) -> Re
     """
     tokenizer = engine.tokenizer
     begun = asked.get("answer_ids", [])
-    try:
+    with _refusals():
         if (messages := asked.get("messages")) is not None:
             prompt = [*tokenizer.render_for_completion({"messages": messages}), *begun]
         elif isinstance(asked["prompt"], str):
@@ -197,9 +201,15 @@ def request_of(asked: Mapping[str, Any], engine: Engine, max_context: int) -> Re
             asked.get("top_logprobs", 0),
             begun=len(begun),
         )
+
+
+@contextlib.contextmanager
+def _refusals() -> Iterator[None]:
+    """Name the field of what the engine refuses: its messages begin with it."""
+    try:
+        yield
     except UserError as error:
-        problem = error.problems[0]
-        name = problem.partition("=")[0].partition(":")[0].partition("[")[0]
+        name = re.split(r"[=:\[ .]", error.problems[0])[0]
         raise RefusedError(" ".join([*error.problems, *([error.fix] if error.fix else [])]), name) from None
 
 

@@ -131,10 +131,18 @@ class Task(ABC):
         """Judge many answers; for a task that can do it faster than one by one."""
         return [self.evaluate(*pair) for pair in zip(conversations, answers, strict=True)]
 
+    @classmethod
+    def gives_reward(cls) -> bool:
+        """Whether reinforcement learning can train on such a task.
+
+        Its answers are written freely, and they are judged, or the class has a reward of its own.
+        """
+        return cls.kind == "generative" and (cls.judged or cls.reward is not Task.reward)
+
     @property
     def has_reward(self) -> bool:
-        """Whether reinforcement learning can train on it: answers are written freely, and judged."""
-        return self.judged and self.kind == "generative"
+        """Whether reinforcement learning can train on it: see :meth:`gives_reward`."""
+        return self.gives_reward()
 
     def reward(self, conversation: Conversation, completion: Completion) -> float:
         """What an answer is worth in reinforcement learning: 1 for a right one, else 0."""
@@ -241,10 +249,15 @@ def text_of(answer: Content) -> str:
     return "".join(part["text"] for part in answer if part["type"] == "text")
 
 
+def numbers_of(text: str) -> list[float]:
+    """All numbers in a text, in their order; one of more digits than a float holds is infinite."""
+    return [float(number) for number in _NUMBER.findall(text)]
+
+
 def last_number(text: str) -> float | None:
     """The number that a text ends on, as it were: the last one in it. None where there is none."""
-    numbers = _NUMBER.findall(text)
-    return float(numbers[-1]) if numbers else None
+    numbers = numbers_of(text)
+    return numbers[-1] if numbers else None
 
 
 def same_last_number(conversation: Conversation, answer: Content) -> bool:

@@ -65,6 +65,11 @@ def all_tasks() -> dict[str, TaskKind]:
     return dict(sorted(TASKS.load().items()))
 
 
+def tasks_with_reward() -> tuple[str, ...]:
+    """Names of the tasks on which reinforcement learning can train."""
+    return tuple(name for name, kind in all_tasks().items() if kind.cls.gives_reward())
+
+
 def kind_of(name: str) -> TaskKind | None:
     """The task of a name; None for files of somebody's own, whose names are theirs."""
     return all_tasks().get(name)

@@ -24,7 +24,8 @@ def _with_a_field_per_task(cls: T) -> T:
     cls.__annotations__ = {**{name: kind.settings | None for name, kind in kinds.items()}, **cls.__annotations__}
     for name, kind in kinds.items():
         first_line = (inspect.getdoc(kind.settings) or "").partition("\n")[0]
-        setattr(cls, name, setting(None, first_line.replace("`", "")))
+        reward = " Has a reward." if kind.cls.gives_reward() else ""
+        setattr(cls, name, setting(None, first_line.replace("`", "") + reward))
     return cls
 
 

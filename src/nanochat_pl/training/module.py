@@ -29,8 +29,9 @@ from nanochat_pl.evaluation.bits_per_byte import BitsPerByte
 from nanochat_pl.evaluation.validation import validation_metrics
 from nanochat_pl.model.compiled import CompiledLoss
 from nanochat_pl.model.config import GPTConfig, InitSettings
-from nanochat_pl.model.gpt import GPT, parameter_roles
+from nanochat_pl.model.gpt import GPT
 from nanochat_pl.model.init import init_weights
+from nanochat_pl.model.roles import parameter_roles
 from nanochat_pl.optim import (
     Hyperparameters,
     MuonAdamW,

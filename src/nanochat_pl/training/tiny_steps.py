@@ -11,7 +11,8 @@ from torch import Tensor
 
 from nanochat_pl.distributed import collectives
 from nanochat_pl.model.config import GPTConfig, ModelSettings, resolve_model
-from nanochat_pl.model.gpt import GPT, parameter_roles
+from nanochat_pl.model.gpt import GPT
+from nanochat_pl.model.roles import parameter_roles
 from nanochat_pl.optim import MuonAdamW, OptimSettings, ScheduleSettings, build_optimizer, resolve_hyperparameters
 from nanochat_pl.optim.schedules import schedule_values
 

@@ -18,7 +18,8 @@ from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.schema import build
 from nanochat_pl.convert.nanochat.safe_unpickle import problem_of_tensor, problem_of_weight, read_torch
 from nanochat_pl.convert.report import require_finite
-from nanochat_pl.model.gpt import GPT, parameter_roles
+from nanochat_pl.model.gpt import GPT
+from nanochat_pl.model.roles import parameter_roles
 from nanochat_pl.optim import OptimSettings, resolve_hyperparameters
 from nanochat_pl.optim.param_groups import make_groups
 from nanochat_pl.planning.horizon import MAX_STEPS

@@ -34,14 +34,14 @@ from nanochat_pl.tasks.synthetic.stories import NAMES, STORIES, THINGS
 from nanochat_pl.tools.calculator import evaluate
 
 _OPERATIONS = ("+", "-", "*", "/")
-# How people write each operation between its operands.
-_SIGNS = {
+# How people write each operation between its operands; in the same three ways at first.
+SIGNS = {
     "+": (" + ", "+", " plus "),
     "-": (" - ", "-", " minus "),
     "*": (" * ", "*", " times ", " x ", " multiplied by "),
     "/": (" / ", "/", " divided by ", " over "),
 }
-_AROUND = (
+AROUND = (
     "{}",
     "{}?",
     "{} =",
@@ -126,11 +126,11 @@ class Arithmetic(Task):
     def conversation(self, index: int) -> Conversation:
         random = generator(self.name, self.split, index)
         problem = self._problem(random, index, whole=False)
-        signs, sentences = _SIGNS[problem.operation], _SENTENCES[problem.operation]
+        signs, sentences = SIGNS[problem.operation], _SENTENCES[problem.operation]
         if random.random() < _SENTENCE_SHARE:
             question = random.choice(sentences).format(a=problem.a, b=problem.b)
         else:
-            question = random.choice(_AROUND).format(f"{problem.a}{random.choice(signs)}{problem.b}")
+            question = random.choice(AROUND).format(f"{problem.a}{random.choice(signs)}{problem.b}")
         return conversation_of(question, problem.answer())
 
     def evaluate(self, conversation: Conversation, answer: Content) -> bool:

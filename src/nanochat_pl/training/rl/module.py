@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -139,6 +139,7 @@ class RLModule(LMModule):
         chosen = self._trained(samples, advantage)
         trained = [samples[number] for number in chosen]
         weights = self._weights(trained, [advantage[number] for number in chosen], step)
+        in_loss = {*chosen}
         if len(chosen) < len(samples) and not any(each.weights.any() for each in weights):
             chosen, trained = list(range(len(samples))), samples  # none is left that teaches anything
             weights = [_no_weights(sample) for sample in samples]
@@ -163,7 +164,7 @@ class RLModule(LMModule):
         }
         self._log({name: value for name, value in metrics.items() if name in self.columns or "/epochs" in name})
         if collectives.is_rank_zero():
-            self._record(step, samples, advantage, dict(zip(chosen, logprobs, strict=True)))
+            self._record(step, samples, advantage, in_loss, dict(zip(chosen, logprobs, strict=True)))
         return outputs | {"num_tokens": (made.num_rows_of_all or len(made.inputs)) * made.inputs.shape[1]}
 
     def may_update(self, batch: StepBatch, loss: float, norm: float) -> bool:
@@ -200,15 +201,11 @@ class RLModule(LMModule):
         seed = self.config.seed
         samples = roll_out(engine, self.prompts, rollout, self.settings, seed, self.rewards, self._check_stop)
         if self.settings.needs_old_logprobs:
-            samples = [
-                Sample(**{**vars(sample), "old": old})
-                for sample, old in zip(samples, self._logprobs(self.net, samples), strict=True)
-            ]
+            every = self._logprobs(self.net, samples)
+            samples = [replace(sample, old=row) for sample, row in zip(samples, every, strict=True)]
         if (reference := self._reference[0]) is not None:
-            samples = [
-                Sample(**{**vars(sample), "reference": row})
-                for sample, row in zip(samples, self._logprobs(reference, samples), strict=True)
-            ]
+            every = self._logprobs(reference, samples)
+            samples = [replace(sample, reference=row) for sample, row in zip(samples, every, strict=True)]
         self.net.train()
         return samples
 
@@ -261,14 +258,19 @@ class RLModule(LMModule):
         return batch._replace(inputs=inputs, targets=targets, weights=table.to(self.device), divisor=by)
 
     def _record(
-        self, step: int, samples: Sequence[Sample], advantage: Sequence[float], logprobs: Mapping[int, Sequence[float]]
+        self,
+        step: int,
+        samples: Sequence[Sample],
+        advantage: Sequence[float],
+        in_loss: set[int],
+        logprobs: Mapping[int, Sequence[float]],
     ) -> None:
         """Write down the answers of a step; a table of some for people."""
         written_at = step - step % self.settings.updates_per_rollout
         self.records.write(
             step + 1,
             [
-                record_of(each, step + 1, i, written_at, advantage[i], i in logprobs, logprobs.get(i, ()))
+                record_of(each, step + 1, i, written_at, advantage[i], i in in_loss, logprobs.get(i))
                 for i, each in enumerate(samples)
             ],
         )

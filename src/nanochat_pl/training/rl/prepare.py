@@ -8,6 +8,8 @@ from functools import partial
 from nanochat_pl.common.console import rank_zero_print
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.evaluation.validation import Validation
+from nanochat_pl.planning import Plan
+from nanochat_pl.planning.plan import Derived
 from nanochat_pl.tasks.context import TaskContext
 from nanochat_pl.tasks.mixture import Mixture, build_mixture
 from nanochat_pl.training.config import TrainConfig
@@ -29,7 +31,13 @@ def prepare_rl(context: StageContext) -> StageData:
     config, settings = context.config, context.config.rl
     _refuse(config)
     rewards = Rewards(settings.reward)
-    tasks = TaskContext(context.cache, config.data.max_bad_fraction, config.paths.hub_folder, run_corpus=context.corpus)
+    tasks = TaskContext(
+        context.cache,
+        config.data.max_bad_fraction,
+        config.paths.hub_folder,
+        config.evaluation.sandbox,
+        run_corpus=context.corpus,
+    )
     mixture = build_mixture(config.mixture, "train", tasks)
     rewards.require(mixture.tasks)
     held_out = build_mixture(config.mixture, "test", tasks)
@@ -37,12 +45,7 @@ def prepare_rl(context: StageContext) -> StageData:
     prompts = _prompts(config, mixture, parent)
     first = prompts.prompt(0)
     rewards.try_out(mixture.tasks[first.task], first, parent.tokenizer)
-    size = settings.samples_per_update
-    # The plan counts rows of the model's length; answers are shorter.
-    planned = dataclasses.replace(config, total_batch_tokens=size * parent.model.sequence_len)
-    wanted = round(config.stage.num_epochs * prompts.num_prompts * settings.samples_per_prompt)
-    plan = parent.plan(dataclasses.replace(context, config=planned), num_rows=max(wanted, size))
-    prompts.num_rows = plan["num_steps"] * size
+    plan = _plan(context, parent, prompts)
     fixed = held_out_rows(held_out, parent.tokenizer, parent.model.sequence_len, context.cache)
     _announce(prompts, config)
     return StageData(
@@ -66,11 +69,6 @@ def prepare_rl(context: StageContext) -> StageData:
 def _refuse(config: TrainConfig) -> None:
     """Keys of other stages, which would do nothing here. Raises :class:`UserError`."""
     problems = []
-    if config.total_batch_tokens is not None:
-        problems.append(
-            f"total_batch_tokens={config.total_batch_tokens}: a step of rl has rl.prompts_per_step *"
-            " rl.samples_per_prompt answers, of which each is as long as it is."
-        )
     if config.stage.module is not None:
         problems.append(f"stage.module={config.stage.module}: rl has a module of its own.")
     if config.stage.loss_mask is not None:
@@ -100,6 +98,28 @@ def _prompts(config: TrainConfig, mixture: Mixture, parent: ParentModel) -> Prom
             "Set it lower, or take tasks with shorter prompts.",
         )
     return prompts
+
+
+def _plan(context: StageContext, parent: ParentModel, prompts: Prompts) -> Plan:
+    """The plan. It counts rows of the model's length, though answers are shorter."""
+    config, settings = context.config, context.config.rl
+    size = settings.samples_per_update
+    if config.total_batch_tokens is not None:  # an experiment may say it for all of its stages
+        rank_zero_print(
+            f"total_batch_tokens={config.total_batch_tokens}: is for other stages; a step has {size} answers."
+        )
+    planned = dataclasses.replace(config, total_batch_tokens=size * parent.model.sequence_len)
+    wanted = round(config.stage.num_epochs * prompts.num_prompts * settings.samples_per_prompt)
+    plan = parent.plan(dataclasses.replace(context, config=planned), num_rows=max(wanted, size))
+    formulas = {
+        "total_batch_tokens": "prompts_per_step * samples_per_prompt / updates_per_rollout rows of rl, all full",
+        "num_rows": "prompts of num_epochs, times rl.samples_per_prompt",
+    }
+    for name, formula in formulas.items():
+        derived = plan.values[name]
+        plan.values[name] = Derived(derived.value, formula, section=derived.section)
+    prompts.num_rows = plan["num_steps"] * size
+    return plan
 
 
 def _announce(prompts: Prompts, config: TrainConfig) -> None:

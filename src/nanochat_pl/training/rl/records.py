@@ -61,7 +61,13 @@ def record_files(folder: Path) -> dict[int, Path]:
 
 
 def record_of(
-    sample: Sample, step: int, index: int, written_at: int, advantage: float, trained: bool, logprobs: Sequence[float]
+    sample: Sample,
+    step: int,
+    index: int,
+    written_at: int,
+    advantage: float,
+    trained: bool,
+    logprobs: Sequence[float] | None,
 ) -> dict[str, Any]:
     """An answer as a line.
 
@@ -70,7 +76,7 @@ def record_of(
         index: its number in that step.
         written_at: steps that had been made when it was written.
         trained: whether it is in the loss.
-        logprobs: of its tokens in the forward that made the gradient.
+        logprobs: of its tokens in the forward that made the gradient; None: it was not in it.
     """
     line = {
         "step": step,
@@ -89,7 +95,7 @@ def record_of(
     }
     if sample.sampled_logprobs != sample.logprobs:
         line["sampled_logprobs"] = sample.sampled_logprobs
-    if trained and sample.of_drawn(logprobs) != sample.of_drawn(sample.logprobs):
+    if logprobs is not None and sample.of_drawn(logprobs) != sample.of_drawn(sample.logprobs):
         # Elsewhere they are the same, bit for bit.
         line["trained_logprobs"] = [x if drawn else None for x, drawn in zip(logprobs, sample.drawn, strict=True)]
     return line

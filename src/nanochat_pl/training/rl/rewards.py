@@ -10,6 +10,7 @@ from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.import_class import import_callable
 from nanochat_pl.common.user_code import user_code
 from nanochat_pl.tasks.base import Completion, Conversation, Task
+from nanochat_pl.tasks.registry import tasks_with_reward
 from nanochat_pl.tokenizer import Tokenizer
 from nanochat_pl.training.rl.prompts import Prompt
 
@@ -39,7 +40,11 @@ class Rewards:
             if not (task.has_reward if self._own is None else task.kind == "generative")
         ]
         if problems:
-            raise UserError(problems, "Take it out of the mixture (mixture.tasks.NAME=null), or write rl.reward=….")
+            fix = (
+                "Take it out of the mixture (mixture.tasks.NAME=null), or write rl.reward=…. These tasks have a reward:"
+                f" {', '.join(tasks_with_reward())}."
+            )
+            raise UserError(problems, fix)
 
     def try_out(self, task: Task, prompt: Prompt, tokenizer: Tokenizer) -> None:
         """Reward the reference answer to a prompt: what cannot be called so is known before anything is trained."""

@@ -1,0 +1,83 @@
+"""Measures how fast a trained model generates on this machine, beside what the machine could.
+
+nanochat-pl bench run=demo
+nanochat-pl bench bundle=PATH batch_sizes=[1,64] prompt_tokens=512 dtype=bfloat16
+nanochat-pl bench run=demo batch_sizes=[1] quantize=int8
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from nanochat_pl.bundle import load_bundle, naming_weights
+from nanochat_pl.common.console import print_table, rank_zero_print
+from nanochat_pl.common.device import Accelerator, choose_device, device_name, require_kernels
+from nanochat_pl.common.paths import PathsSettings, locate_bundle
+from nanochat_pl.common.schema import UserPath, setting
+from nanochat_pl.config.compose import compose
+from nanochat_pl.engine import Engine
+from nanochat_pl.engine.bench import BenchSettings, as_plain, measure_batch, measure_limits
+from nanochat_pl.model.inference import Quantize
+
+
+@dataclass(frozen=True)
+class BenchConfig(BenchSettings):
+    """The root of configs/bench.yaml."""
+
+    run: str | None = setting(None, "Name of the run; null: the only one there is.")
+    stage: str | None = setting(None, "Its stage; null: the newest that is finished.")
+    bundle: UserPath | None = setting(None, "Folder of a bundle, instead of a run.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
+        "auto", "What the model computes in; auto: what chat and evaluate take."
+    )
+    quantize: Quantize | None = setting(None, "int8: weights of 8 bits, for one stream on a CPU; null: as they are.")
+    accelerator: Accelerator = setting("auto", "Device to run on; auto: the best there is.")
+    paths: PathsSettings = setting(factory=PathsSettings)
+
+
+Config = BenchConfig
+
+
+def run(arguments: Sequence[str]) -> int:
+    """The command. The last line of standard output is the table as JSON."""
+    config = compose("bench", BenchConfig, arguments).config
+    folder = locate_bundle(config.bundle, config.run, config.stage, Path(config.paths.runs))
+    device = choose_device(config.accelerator, "accelerator")
+    require_kernels(device)
+    bundle = load_bundle(folder, device, config.dtype)
+    engine = Engine(bundle, config.quantize)
+    facts = {
+        "bundle": str(folder),
+        "device": device_name(device),
+        "dtype": str(engine.net.compute_dtype).removeprefix("torch."),
+        "quantize": config.quantize,
+        "prompt_tokens": config.prompt_tokens,
+        "new_tokens": config.new_tokens,
+    }
+    rank_zero_print(", ".join(f"{name} {value}" for name, value in facts.items() if value is not None))
+    with naming_weights(bundle):
+        limits = measure_limits(engine)
+        results = [measure_batch(engine, config, size, limits) for size in config.batch_sizes]
+    copied, multiplied = limits.bytes_per_second / 1e9, limits.flops_per_second / 1e9
+    print_table(
+        ("prompts", "first token, ms", "a token, ms", "tokens/s", "of bandwidth", "of products"),
+        [
+            (
+                result.batch_size,
+                result.first_token_ms,
+                result.token_ms,
+                result.tokens_per_second,
+                f"{result.bandwidth_share:.1%}",
+                f"{result.product_share:.1%}",
+            )
+            for result in results
+        ],
+        f"median (least … most) of {config.repeats}; the machine copies {copied:,.0f} GB/s and multiplies"
+        f" {multiplied:,.0f} GFLOP/s in {facts['dtype']}",
+    )
+    print(json.dumps({**facts, "limits": as_plain(limits), "batches": [as_plain(result) for result in results]}))
+    return 0
