@@ -38,7 +38,13 @@ PACKAGES = (
     "cli",
 )
 # The one package that may import a library.
-ONLY_IN = {"lightning": "training", "pytorch_lightning": "training", "hydra": "config", "omegaconf": "config", "fastapi": "serving"}
+ONLY_IN = {
+    "lightning": "training",
+    "pytorch_lightning": "training",
+    "hydra": "config",
+    "omegaconf": "config",
+    "fastapi": "serving",
+}
 MAX_LINES = 400
 FILES = sorted(PACKAGE.rglob("*.py"))
 

@@ -21,7 +21,7 @@ export class AnswerView {
   #inspected = false;
   #who = el("h2", { class: "who" });
   #above = el("div", { class: "above" });
-  #body = el("div", { class: "body" });
+  #body = el("div", { class: "body", dir: "auto" });
   #below = el("div", { class: "below" });
   #tokens = el("div", { class: "tokens-slot" });
 

@@ -29,7 +29,6 @@ const view = new View({
     input.focus();
   },
   async goOn(turn, side, version, choice) {
-    if (isAnswering(conversation)) return;
     const begun = choice?.begun ?? [...(recentTokens(version) ?? (await tokensOf(version.id)))];
     const from = choice?.from ?? {};
     if (choice?.ends) await endAt({ conversation, turn, side, begun, from });
@@ -154,7 +153,7 @@ function showModels() {
   byId("model").replaceChildren(...options(ids));
   byId("model").value = model;
   byId("compare-box").hidden = ids.length < 2;
-  byId("compare").replaceChildren(el("option", { value: "", text: "none" }), ...options(ids.filter((id) => id !== model)));
+  byId("compare").replaceChildren(el("option", { value: "", text: "Compare with …" }), ...options(ids.filter((id) => id !== model)));
   byId("compare").value = other;
   document.body.classList.toggle("comparing", Boolean(other));
   const { stage, parameters } = info.models.find((each) => each.id === model) ?? {};

@@ -68,7 +68,7 @@ function cardOf(model) {
 export function showCards(info) {
   const dialog = byId("card");
   dialog.replaceChildren(
-    el("h2", { id: "card-title", text: info.models.length > 1 ? "About the models" : "About the model" }),
+    el("h2", { id: "card-title", tabindex: "-1", autofocus: true, text: info.models.length > 1 ? "About the models" : "About the model" }),
     ...info.models.flatMap(cardOf),
     el(
       "div",

@@ -43,9 +43,11 @@ export function el(tag, props = {}, ...children) {
   return node;
 }
 
-export function icon(name) {
+/** An icon; without a label it is for the eye alone. */
+export function icon(name, label = null) {
   const svg = document.createElementNS(SVG, "svg");
-  for (const [key, value] of [["viewBox", "0 0 24 24"], ["class", "icon"], ["aria-hidden", "true"]]) {
+  const attributes = label ? { role: "img", "aria-label": label } : { "aria-hidden": "true" };
+  for (const [key, value] of Object.entries({ viewBox: "0 0 24 24", class: "icon", ...attributes })) {
     svg.setAttribute(key, value);
   }
   const path = document.createElementNS(SVG, "path");

@@ -5,7 +5,7 @@ import { addPiece, addVersion, partsOfTokens, requestMessages, save } from "./ch
 import { putTokens } from "./store.js";
 
 export const TOP_LOGPROBS = 8;
-const SECONDS_BETWEEN_SAVES = 2;
+const SECONDS_BETWEEN_SAVES = 2; // of an answer that is being generated: so much is lost if the page ends then
 const CHARS_PER_TOKEN = 3; // until the first answer tells
 
 /** Events "begin", "piece" and "end", each with detail {conversation, turn, side, version, text}. */
@@ -28,6 +28,10 @@ export const isAnswering = (conversation) => [...running.values()].some((job) =>
 
 export const answeringIds = () => new Set([...running.values()].map((job) => job.conversation.id));
 
+window.addEventListener("pagehide", () => {
+  for (const { conversation, turn } of running.values()) save(conversation, turn).catch(() => {});
+});
+
 function tell(kind, job, text = "") {
   const { conversation, turn, side, version } = job;
   progress.dispatchEvent(new CustomEvent(kind, { detail: { conversation, turn, side, version, text } }));
@@ -44,6 +48,7 @@ export async function answer({ info, settings, conversation, turn, side, begun =
   const job = { conversation, turn, side, version, controller: new AbortController(), tokens: [...begun] };
   running.set(version.id, job);
   recent.set(version.id, job.tokens);
+  save(conversation, turn).catch(() => progress.dispatchEvent(new CustomEvent("unsaved")));
   tell("begin", job);
   const began = performance.now();
   let savedAt = began;

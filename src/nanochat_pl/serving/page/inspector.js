@@ -2,6 +2,7 @@
 
 import { el } from "./dom.js";
 import { recentTokens } from "./generate.js";
+import { say } from "./speech.js";
 import { tokensOf } from "./store.js";
 
 const ENDS = ["<|assistant_end|>", "<|bos|>"];
@@ -28,6 +29,14 @@ function spoken(token) {
   return names[token.text] ?? readable(token).replaceAll("\u00A0", " ");
 }
 
+/** What is said of a token that was chosen. */
+function summary(token) {
+  const others = (token.top ?? []).filter((other) => other.id !== token.id).slice(0, 3);
+  const names = others.map((other) => `${spoken(other)} ${percent(other.logprob)}`).join(", ");
+  const origin = token.forced ? "put in by the calculator, " : "";
+  return `${spoken(token)}: ${origin}${percent(token.logprob)}.${names ? ` Others: ${names}.` : ""}`;
+}
+
 function likelihood(token) {
   if (token.forced) return "forced";
   const value = Math.exp(token.logprob);
@@ -47,7 +56,7 @@ export async function inspector(version, goOn) {
     box.append(el("p", { class: "hint", text: "Nothing was recorded of this answer's tokens." }));
     return box;
   }
-  const details = el("div", { class: "token-details", "aria-live": "polite" });
+  const details = el("div", { class: "token-details" });
   details.append(el("p", { class: "hint", text: "Choose a token to see its probability and what else could have stood there." }));
   const list = el("div", { class: "tokens", role: "toolbar", "aria-label": "Tokens of the answer; arrow keys move" });
   const buttons = tokens.slice(0, SHOWN).map((token, index) => {
@@ -69,6 +78,7 @@ export async function inspector(version, goOn) {
       if (i === index || button.getAttribute("aria-pressed") === "true") button.setAttribute("aria-pressed", String(i === index));
     }
     details.replaceChildren(...describe(tokens, index, goOn));
+    say(summary(tokens[index]));
   };
   const move = (index) => {
     for (const button of buttons) if (button.tabIndex === 0) button.tabIndex = -1;
@@ -127,7 +137,7 @@ function describe(tokens, index, goOn) {
     const ends = ENDS.includes(other.special);
     const begun = [...tokens.slice(0, index), { ...other, forced: false, chosen: true, top }];
     const from = { token: readable(token), instead: readable(other) };
-    const label = ends ? "End the answer here" : "Continue from here";
+    const label = ends ? "End here" : "Continue";
     body.append(
       el(
         "tr",
@@ -140,7 +150,7 @@ function describe(tokens, index, goOn) {
           {},
           isThis
             ? el("span", { class: "hint", text: "stands here" })
-            : el("button", { type: "button", class: "quiet-button small", text: label, "aria-label": `${label}: ${spoken(other)}`, on: { click: () => goOn({ begun, from, ends }) } }),
+            : el("button", { type: "button", class: "quiet-button small", text: label, "aria-label": `${label} with ${spoken(other)}`, on: { click: () => goOn({ begun, from, ends }) } }),
         ),
       ),
     );

@@ -54,7 +54,7 @@ function sourceOf(parts) {
   const text = segments(parts)
     .map((each) => (each.type === "text" ? each.text.replace(/[\uE000\uE001]/g, "\uFFFD") : `${OPEN}${tools.push(each) - 1}${CLOSE}`))
     .join("");
-  return { text, tools };
+  return { text: text.replace(/\r\n?/g, "\n"), tools };
 }
 
 /** A tool call as one line: expression = result. */
@@ -62,8 +62,7 @@ export function toolLine({ expression, result }) {
   return el(
     "span",
     { class: "tool", title: "The model asked the calculator" },
-    icon("tool"),
-    el("span", { class: "visually-hidden", text: "Calculator: " }),
+    icon("tool", "Calculator:"),
     el("span", { text: `${expression} = ${result ?? "…"}` }),
   );
 }
@@ -109,11 +108,15 @@ export function renderParts(node, parts) {
   node.replaceChildren(fragmentOf(md.render(text), tools));
 }
 
-/** Renders an answer that grows: what stands before its last block is not read again. */
+/**
+ * Renders an answer that grows: what stands before its last two blocks is not read again. The last alone would not do:
+ * "2" after a list is a paragraph, until a dot makes it an item of the list. A link that is defined further down than it
+ * is used becomes one when the whole is rendered, at the end.
+ */
 export class GrowingText {
   #node;
   #done = 0; // characters of the text whose blocks are there for good
-  #last = []; // the nodes of the last block
+  #last = []; // the nodes of the blocks behind that
   #env = {};
 
   constructor(node) {
@@ -124,7 +127,7 @@ export class GrowingText {
   update(parts) {
     const { text, tools } = sourceOf(parts);
     const tail = text.slice(this.#done);
-    const start = startOfLastBlock(tail);
+    const start = startOfLastBlocks(tail);
     for (const node of this.#last) node.remove();
     if (start > 0) {
       this.#node.append(fragmentOf(md.render(tail.slice(0, start), this.#env), tools));
@@ -134,17 +137,12 @@ export class GrowingText {
     this.#last = [...fragment.childNodes];
     this.#node.append(fragment);
   }
-
-  /** All again, once: a link may have been defined at the end. */
-  finish(parts) {
-    renderParts(this.#node, parts);
-  }
 }
 
-/** Where the last block begins; 0 where there is one. */
-function startOfLastBlock(text) {
-  let line = 0;
-  for (const token of md.parse(text, {})) if (token.level === 0 && token.nesting >= 0 && token.map) [line] = token.map;
+/** Where the last block but one begins. */
+function startOfLastBlocks(text) {
+  const blocks = md.parse(text, {}).filter((token) => token.level === 0 && token.nesting >= 0 && token.map);
+  let line = blocks.at(-2)?.map[0] ?? 0;
   let start = 0;
   for (; line > 0; line -= 1) start = text.indexOf("\n", start) + 1;
   return start;

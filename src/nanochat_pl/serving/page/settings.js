@@ -87,6 +87,9 @@ export class Settings {
       show();
       problem.textContent = input.checkValidity() ? "" : input.validationMessage;
       input.toggleAttribute("aria-invalid", !input.checkValidity());
+    });
+    // Not at each key: the first digits of a number are another number.
+    input.addEventListener(attributes.type === "range" ? "input" : "change", () => {
       if (!input.checkValidity()) return;
       if (attributes.type === "checkbox") this.put(name, input.checked);
       else this.put(name, input.value === "" ? null : Number(input.value));
@@ -102,7 +105,7 @@ export class Settings {
     );
   }
 
-  /** Open the dialog. `keyField`: an element in which an API key is asked for, or null. */
+  /** Open the dialog. `keyButton`: what asks for another API key, or null. */
   show(keyButton) {
     const dialog = byId("settings");
     const theme = el("select", { id: "setting-theme", on: { change: () => setTheme(theme.value) } });

@@ -29,8 +29,9 @@ export class Sidebar {
     byId("open-sidebar").addEventListener("click", () => this.#slide(true));
     byId("close-sidebar").addEventListener("click", () => this.#slide(false));
     byId("shade").addEventListener("click", () => this.#slide(false));
-    byId("sidebar").addEventListener("keydown", (event) => {
-      if (event.key === "Escape" && narrow.matches) this.#slide(false);
+    document.addEventListener("keydown", (event) => {
+      const isOpen = document.body.classList.contains("sidebar-open") && !document.querySelector("dialog[open]");
+      if (event.key === "Escape" && isOpen) this.#slide(false);
     });
     byId("new-chat").addEventListener("click", () => {
       this.#slide(false, false);

@@ -4,10 +4,14 @@ import { byId, el } from "./dom.js";
 
 const KEPT = 30;
 
+// Marks of Markdown that nobody wants to hear; * and _ alone may be what is talked about.
+const MARKS = /\*\*|`+|^#+\s+|^>\s+|^\|?[-:|\s]+\|?$/gm;
+
 export function say(text) {
-  if (!text.trim()) return;
+  const spoken = text.replace(MARKS, "").trim();
+  if (!spoken) return;
   const log = byId("log");
-  log.append(el("p", { text: text.trim() }));
+  log.append(el("p", { text: spoken }));
   while (log.childElementCount > KEPT) log.firstElementChild.remove();
 }
 

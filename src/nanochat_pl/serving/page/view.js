@@ -25,7 +25,10 @@ export class View {
   constructor(actions) {
     this.#actions = actions;
     this.#scroller.addEventListener("scroll", () => this.#noteScroll(), { passive: true });
-    byId("to-end").addEventListener("click", () => this.toEnd());
+    byId("to-end").addEventListener("click", () => {
+      this.toEnd();
+      byId("input").focus();
+    });
     new ResizeObserver(() => this.#keepEnd()).observe(this.#list);
     new ResizeObserver(() => this.#keepEnd()).observe(this.#scroller);
     for (const kind of ["begin", "piece", "end"]) {
@@ -88,8 +91,9 @@ export class View {
 
   _end({ turn, side, version }) {
     const answer = this.#turns.get(turn.id)?.answers[side];
+    if (!answer) return;
     this.#changed.delete(answer);
-    answer?.show();
+    answer.show();
     if (side === 0) this.#sentences.end();
     else say(`${version.model}: ${textOf(version.parts)}`);
     if (version.error) say(`Error: ${version.error}`);
@@ -103,7 +107,7 @@ export class View {
 
   #turnNode(turn) {
     const answers = turn.answers.map((_, side) => new AnswerView(this.#actions, turn, side));
-    const bubble = el("p", { class: "bubble", text: turn.user });
+    const bubble = el("p", { class: "bubble", dir: "auto", text: turn.user });
     const mine = el("section", { class: "mine", "aria-label": "You" }, el("h2", { class: "visually-hidden", text: "You" }), bubble);
     const node = el(
       "article",
@@ -135,7 +139,7 @@ export class View {
 
   #edit(turn, { mine, node }) {
     const id = `edit-${turn.id}`;
-    const input = el("textarea", { id, class: "edit", rows: "3" });
+    const input = el("textarea", { id, class: "edit", dir: "auto", rows: "3" });
     input.value = turn.user;
     const before = [...mine.childNodes];
     const leave = () => {
