@@ -271,7 +271,8 @@ async def _on_invalid(request: Request, error: Exception) -> Response:
 
 async def _on_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    return await _on_api_error(request, ApiError(error.status_code, f"{request.url.path}: {error.detail}."))
+    made = ApiError(error.status_code, f"{request.url.path}: {error.detail}.")
+    return JSONResponse(made.body(), made.status, {**made.headers(), **(error.headers or {})})
 
 
 async def _on_bug(request: Request, error: Exception) -> Response:

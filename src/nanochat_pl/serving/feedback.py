@@ -17,7 +17,7 @@ from nanochat_pl.tokenizer.chat_format import problems_of_conversation
 class FeedbackRequest(BaseModel):
     """Body of POST /feedback."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
     rating: Literal["up", "down"]
     model: str = Field("", max_length=200)
     messages: list[dict[str, Any]] = Field(min_length=2, max_length=1000)

@@ -22,6 +22,7 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 PUBLIC = ("/health", "/", "/static/", "/docs", "/openapi.json")  # no key is asked for these
+BODIES = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/feedback")
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:;"
     " connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none';"
@@ -75,7 +76,7 @@ class Gate:
             await send(message)
 
         try:
-            work = scope["path"].startswith("/v1/") and scope["method"] == "POST"
+            work = scope["path"] in BODIES[:3] and scope["method"] == "POST"
             self._check(scope, work)
             self._open += work
             try:
@@ -102,7 +103,7 @@ class Gate:
         )
         if not is_public and scope["method"] != "OPTIONS":
             self._require_key(headers)
-        if scope["method"] in ("POST", "PUT", "PATCH"):
+        if scope["method"] == "POST" and path in BODIES:
             if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
                 raise ApiError(415, "Content-Type: must be application/json.")
             length = headers.get("content-length", "0")

@@ -54,7 +54,7 @@ ONLY: dict[str, tuple[Any, ...]] = {
 class Shared(BaseModel):
     """What all requests have."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow", strict=True)
 
     model: str = Field("", description="A name of /v1/models; empty: the first.")
     stream: bool | None = Field(None, description="Whether the answer is sent while it is generated.")
@@ -73,14 +73,14 @@ class Shared(BaseModel):
 class StreamOptions(BaseModel):
     """Options of a stream."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow", strict=True)
     include_usage: bool | None = Field(None, description="Whether a last chunk has the usage.")
 
 
 class TextPart(BaseModel):
     """A part of a message."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
     type: Literal["text", "input_text", "output_text", "refusal"] = "text"
     text: str = ""
     annotations: list[Any] | None = None
@@ -90,7 +90,7 @@ class TextPart(BaseModel):
 class Message(BaseModel):
     """A message of a conversation."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow", strict=True)
     role: str
     content: str | list[TextPart] | None = None
     name: str | None = None
