@@ -148,11 +148,12 @@ class RunningServer:
 
     Attributes:
         url: of its page, without the slash.
+        settings: what it was started with.
         pool: its workers, once it is up.
     """
 
     def __init__(self, settings: ServeSettings, models: Mapping[str, Path], keys: Sequence[str]) -> None:
-        self._settings, self._models, self._keys = settings, models, keys
+        self.settings, self._models, self._keys = settings, models, keys
         self._ready = threading.Event()
         self._socket = socket.socket()
         self._socket.bind(("127.0.0.1", 0))
@@ -169,7 +170,7 @@ class RunningServer:
             self.pool = pool.Pool([(name, {**base, "bundle": str(path)}) for name, path in self._models.items()])
             return self.pool
 
-        config = uvicorn.Config(create_app(make_pool, self._settings, self._keys), log_level="warning")
+        config = uvicorn.Config(create_app(make_pool, self.settings, self._keys), log_level="warning")
         config.timeout_graceful_shutdown = 1
         self._server = uvicorn.Server(config)
         serving = asyncio.create_task(self._server.serve(sockets=[self._socket]))

@@ -215,6 +215,20 @@ def test_an_answer_grows_and_can_be_stopped_and_asked_for_again(page):
 
 
 @needs_browser
+def test_what_was_there_of_an_answer_is_found_after_the_page_was_left(page):
+    page.type("slow")
+    until(lambda: len(page.one(".body").text) > 60)
+    page.open(f"/#{page.driver.current_url.partition('#')[2]}")
+    assert until(lambda: page.one(".body").text).startswith("This is sentence number 0. This is sentence number 1.")
+    until(lambda: page.all(".facts-line"))
+    page.wait_for_model()
+    page.button("Generate another answer").click()
+    until(lambda: page.one("#stop").is_displayed())
+    page.one("#stop").click()
+    page.answer()
+
+
+@needs_browser
 def test_a_message_is_edited_and_what_followed_it_is_replaced(page):
     assert page.ask("Hallo") == "You said: Hallo"
     assert page.ask("second") == "You said: second"
@@ -413,7 +427,7 @@ def test_thumbs_write_conversations(page, server):
     page.ask("What is 12 * 34?")
     page.button("Good answer").click()
     until(lambda: page.button("Good answer").get_attribute("aria-pressed") == "true")
-    file = Path(server._settings.feedback)
+    file = Path(server.settings.feedback)
     row = json.loads(file.read_text(encoding="utf-8").splitlines()[-1])
     assert (row["rating"], row["model"], row["messages"][0]["content"]) == ("up", "demo", "What is 12 * 34?")
     assert row["messages"][1]["content"][1] == {"type": "python", "text": "12*34"}
@@ -472,8 +486,8 @@ def test_a_conversation_of_500_messages_opens_at_once_and_typing_stays_fluid(pag
     page.run(LAG)
     for letter in "fluid typing in a long conversation":
         page.one("#input").send_keys(letter)
-    lags = sorted(page.run("return window.lags"))
-    assert len(lags) == 35 and lags[len(lags) // 2] < 50
+    until(lambda: len(page.run("return window.lags")) == 35)
+    assert sorted(page.run("return window.lags"))[17] < 50
     page.one("#input").send_keys(Keys.ENTER)
     assert page.answer() == "You said: fluid typing in a long conversation"
     assert "messages were left out" in page.one(".turn:last-child .above").text  # the context has 2,048 tokens

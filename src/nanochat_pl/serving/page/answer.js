@@ -192,6 +192,7 @@ function factsOf({ usage, seconds, seed, finish, error, parts }) {
   }
   if (seed !== null) facts.push(`seed ${seed}`);
   if (ENDINGS[finish]) facts.push(ENDINGS[finish]);
-  else if (!finish && !error && parts.length) facts.push("interrupted");
+  else if (!finish && !error) facts.push("interrupted");
+  else if (finish && !parts.length) facts.push("an empty answer");
   return facts.join(" · ");
 }

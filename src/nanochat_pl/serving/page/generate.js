@@ -7,6 +7,7 @@ import { putTokens } from "./store.js";
 export const TOP_LOGPROBS = 8;
 const SECONDS_BETWEEN_SAVES = 2; // of an answer that is being generated: so much is lost if the page ends then
 const CHARS_PER_TOKEN = 3; // until the first answer tells
+const RECENT = 20; // answers whose tokens stay in memory
 
 /** Events "begin", "piece" and "end", each with detail {conversation, turn, side, version, text}. */
 export const progress = new EventTarget();
@@ -16,7 +17,7 @@ const ratios = new Map(); // characters of a token, by model
 
 export const isRunning = (version) => running.has(version?.id);
 
-/** The tokens of an answer that is being generated, or was in this page's life. */
+/** The tokens of an answer that is being generated, or was among the last ones; those of others are stored. */
 const recent = new Map();
 export const recentTokens = (version) => recent.get(version.id);
 
@@ -80,6 +81,7 @@ async function keep({ conversation, turn, version, tokens }) {
   try {
     const isThere = await save(conversation, turn);
     if (isThere && tokens.length) await putTokens({ id: version.id, conversation: conversation.id, tokens });
+    while (recent.size > RECENT) recent.delete(recent.keys().next().value);
   } catch {
     progress.dispatchEvent(new CustomEvent("unsaved"));
   }

@@ -46,11 +46,19 @@ export async function turnsOf(conversation) {
   return found.sort((a, b) => a.position - b.position);
 }
 
-export const putConversation = (row) => within(["conversations"], "readwrite", (t) => t.objectStore("conversations").put(row));
+function put(name, row) {
+  return within([name], "readwrite", (t) => {
+    const request = t.objectStore(name).put(row);
+    t.commit(); // at once: the page may be about to be left
+    return request;
+  });
+}
 
-export const putTurn = (row) => within(["turns"], "readwrite", (t) => t.objectStore("turns").put(row));
+export const putConversation = (row) => put("conversations", row);
 
-export const putTokens = (row) => within(["tokens"], "readwrite", (t) => t.objectStore("tokens").put(row));
+export const putTurn = (row) => put("turns", row);
+
+export const putTokens = (row) => put("tokens", row);
 
 export async function tokensOf(id) {
   return (await within(["tokens"], "readonly", (t) => t.objectStore("tokens").get(id)))?.tokens ?? [];
