@@ -76,7 +76,7 @@ GREETING = "A conversation with the model. /help lists the commands, Ctrl-D ends
 
 
 def test_piped_lines_give_answers_and_nothing_else(piped):
-    assert piped("hi\n\n2*21?\n") == ("Hello – 🙂.\nIt is [2*21][= 42]42.\n", "")
+    assert piped("hi\n\n2*21?\n") == ("Hello – 🙂.\nIt is [2*21 = 42] 42.\n", "")
 
 
 def test_one_prompt_gives_one_answer(piped):
@@ -227,7 +227,7 @@ def test_tool_calls_are_dim_on_a_terminal_with_colors(typed, monkeypatch):
     for name in ("NO_COLOR", "TERM"):
         monkeypatch.delenv(name, raising=False)
     run_chat(scripted_bundle(ANSWERS), ChatSettings())  # type: ignore[arg-type]
-    assert screen.getvalue() == "It is \x1b[2m[2*21]\x1b[0m\x1b[2m[= 42]\x1b[0m42.\n"
+    assert screen.getvalue() == "It is \x1b[2m[2*21\x1b[0m\x1b[2m = 42] \x1b[0m42.\n"
 
 
 def test_text_that_the_terminal_cannot_show(monkeypatch):

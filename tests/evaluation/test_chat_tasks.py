@@ -57,15 +57,15 @@ def test_accuracy_and_answers(engine):
     assert result.answers[3] == {
         "item": result.items[3],
         "question": "3*2?",
-        "answer": "[3*2][= 6], 6.",
-        "reference": "[3*2][= 6], 6.",
+        "answer": "[3*2 = 6] , 6.",
+        "reference": "[3*2 = 6] , 6.",
         "correct": True,
     }
     assert result.answers[6] == {
         "item": result.items[6],
         "question": "6*2?",
-        "answer": "[7*2][= 14], 14.",
-        "reference": "[6*2][= 12], 12.",
+        "answer": "[7*2 = 14] , 14.",
+        "reference": "[6*2 = 12] , 12.",
         "correct": False,
     }
     assert seen[-1] == (10, 10)
@@ -119,7 +119,7 @@ def test_a_model_that_gives_the_reference_solves_real_problems(name, shared, tmp
     answers = {each["messages"][-2]["content"]: as_written(reference_of(each)) for each in conversations}
     right = evaluate_task(Engine(scripted_bundle(answers, sequence_len=512)), task, limit=8, max_tokens=1500)
     assert (right.accuracy, right.n, right.details["unfinished"]) == (1.0, 8, 0)
-    assert all(row["answer"] == row["reference"] and "[= " in row["answer"] for row in right.answers)
+    assert all(row["answer"] == row["reference"] and " = " in row["answer"] for row in right.answers)
     questions = list(answers)
     mixed_up = {question: answers[other] for question, other in zip(questions, questions[::-1], strict=True)}
     wrong = evaluate_task(Engine(scripted_bundle(mixed_up, sequence_len=512)), task, limit=8, max_tokens=1500)

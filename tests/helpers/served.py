@@ -20,10 +20,12 @@ class Served(NamedTuple):
     Attributes:
         url: without a slash at the end.
         program: its process.
+        program_folder: in which it runs.
     """
 
     url: str
     program: Forked
+    program_folder: Path
 
     def get(self, path: str) -> tuple[int, Any]:
         """Status and JSON of a path."""
@@ -51,6 +53,6 @@ def served(folder: Path, *arguments: str) -> Iterator[Served]:
         while not (found := re.search(r"^API:  (http://\S+)/v1", program.printed()[0], re.M)):
             assert program.poll() is None and time.monotonic() < end, program.printed()
             time.sleep(0.05)
-        yield Served(found[1], program)
+        yield Served(found[1], program, folder)
     finally:
         program.kill()

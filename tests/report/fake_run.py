@@ -145,7 +145,7 @@ def make_run(run: Path, hostile: str = "") -> Path:
                     {"role": "user", "content": "What is 317 plus 45?"},
                     {
                         "role": "assistant",
-                        "content": f"317 + 45 is [317+45{hostile}][= 362]362.",
+                        "content": f"317 + 45 is [317+45{hostile} = 362] 362.",
                     },
                 ]
             },

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,7 @@ import openai
 import pytest
 
 from tests.helpers.evaluated import make_run
+from tests.helpers.forked import COMMAND, run_forked
 from tests.helpers.served import Served, served
 
 MESSAGES = [{"role": "user", "content": "Return the number"}]
@@ -280,3 +282,24 @@ def test_the_end_of_the_server_leaves_no_process(tmp_path, monkeypatch, signum):
         while any(Path(f"/proc/{pid}").exists() for pid in pids):
             assert time.monotonic() < end
             time.sleep(0.05)
+
+
+def test_the_chat_in_the_terminal_talks_to_a_server(server):
+    """It looks as with a model of its own: the same answers, several turns, the same end."""
+    folder = Path(server.program_folder)
+    keys = ["temperature=0", "max_tokens=8", "accelerator=cpu"]
+    for prompt in (["prompt=Return the number"], []):
+        told = [run_chat([*keys, *prompt, *where], folder) for where in (["run=demo"], [f"url={server.url}"])]
+        assert told[0] == told[1] and told[0][0].strip()
+    code = run_chat([f"url={server.url}", "model=other", "prompt=x"], folder)
+    assert "model=other" in code[1]
+    assert "nobody answers there" in run_chat(["url=http://127.0.0.1:9", "prompt=x"], folder)[1]
+    assert "leave it out" in run_chat([f"url={server.url}", "run=demo"], folder)[1]
+
+
+def run_chat(arguments: list[str], folder: Path) -> tuple[str, str]:
+    with tempfile.TemporaryFile() as lines:
+        lines.write(b"Return\nthe number\n")
+        lines.seek(0)
+        done = run_forked([*COMMAND, "chat", *arguments], cwd=folder, stdin=lines)
+    return done.stdout, done.stderr

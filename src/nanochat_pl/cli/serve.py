@@ -17,9 +17,7 @@ from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.paths import PathsSettings, locate_bundle
 from nanochat_pl.common.schema import UserPath, setting
 from nanochat_pl.config.compose import compose
-from nanochat_pl.serving.settings import ServeSettings
-
-KEY_VARIABLE = "NANOCHAT_PL_API_KEY"
+from nanochat_pl.serving.settings import KEY_VARIABLE, ServeSettings
 
 
 @dataclass(frozen=True)

@@ -14,18 +14,40 @@ EventKind = Literal["text", "tool_call", "tool_result", "finished"]
 # The special tokens around a part. Others have no meaning within an answer and are passed over.
 _OPENS: dict[str, EventKind] = {"<|python_start|>": "tool_call", "<|output_start|>": "tool_result"}
 _CLOSES: dict[str, EventKind] = {"<|python_end|>": "tool_call", "<|output_end|>": "tool_result"}
-# How parts other than text look where there is text only, by the names that events and messages have for them.
-_BRACKETS = {"tool_call": "[{}]", "python": "[{}]", "tool_result": "[= {}]", "python_output": "[= {}]"}
+# By the names that events and messages have for them.
+_CALLS, _RESULTS = ("tool_call", "python"), ("tool_result", "python_output")
 
 
-def readable(kind: str, text: str) -> str:
-    """A part of an answer for a reader: text as it is, a tool call and its result as ``[2*21][= 42]``.
+class Readable:
+    """The parts of an answer as one text for a reader, piece by piece: a call with its result as ``[2*21 = 42] ``."""
 
-    Args:
-        kind: of an event, or the type of a part of a message.
-        text: what is in it.
-    """
-    return _BRACKETS.get(kind, "{}").format(text)
+    def __init__(self) -> None:
+        self._is_open = False
+
+    def add(self, kind: str, text: str) -> str:
+        """What a part adds.
+
+        Args:
+            kind: of an event, or the type of a part of a message.
+            text: what is in it.
+        """
+        closing = "] " if self._is_open else ""  # of a call that has no result
+        had_call, self._is_open = self._is_open, kind in _CALLS
+        if kind in _CALLS:
+            return f"{closing}[{text}"
+        if kind in _RESULTS:
+            return f" = {text}] " if had_call else f"[= {text}] "
+        return closing + text
+
+    def end(self) -> str:
+        """What is missing at the end."""
+        return "]" if self._is_open else ""
+
+
+def readable(parts: Iterable[tuple[str, str]]) -> str:
+    """All parts of an answer, each with its kind, as one text for a reader."""
+    reader = Readable()
+    return "".join([*(reader.add(kind, text) for kind, text in parts), reader.end()])
 
 
 @dataclass(frozen=True)

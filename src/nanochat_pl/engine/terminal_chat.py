@@ -12,12 +12,14 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import FrameType
+from typing import Protocol
 
 from nanochat_pl.bundle import Bundle, naming_weights
 from nanochat_pl.common.console import replace_unencodable_characters
 from nanochat_pl.common.errors import NotFiniteError, UserError
 from nanochat_pl.common.schema import setting
-from nanochat_pl.engine import Engine, Session, readable
+from nanochat_pl.engine import Engine, Event
+from nanochat_pl.engine.events import Readable
 from nanochat_pl.model.inference import Quantize
 
 HELP = """\
@@ -74,13 +76,41 @@ def run_chat(bundle: Bundle, settings: ChatSettings) -> None:
     Raises:
         UserError: the bundle has no tokenizer, or the one message of ``settings.prompt`` is longer than the context.
     """
-    session = Engine(bundle, settings.quantize).session(settings.max_context, settings.system or "")
-    terminal = Terminal()
     with naming_weights(bundle):
-        if settings.prompt is not None:
-            _answer(session, settings.prompt, settings, terminal, show_tools=False)
-        else:
-            Chat(session, settings, terminal).run()
+        talk(Engine(bundle, settings.quantize).session(settings.max_context, settings.system or ""), settings)
+
+
+def talk(session: Conversation, settings: ChatSettings) -> None:
+    """As :func:`run_chat`, with a conversation that is there already, here or on a server."""
+    terminal = Terminal()
+    if settings.prompt is not None:
+        _answer(session, settings.prompt, settings, terminal, show_tools=False)
+    else:
+        Chat(session, settings, terminal).run()
+
+
+class Conversation(Protocol):
+    """What the chat needs of a :class:`~nanochat_pl.engine.session.Session`."""
+
+    system: str
+    num_dropped: int
+    max_context: int
+
+    def send(
+        self,
+        message: str,
+        max_tokens: int = 256,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        seed: int = 0,
+        tools: bool = True,
+        *,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+    ) -> Iterator[Event]: ...
+    def stop(self) -> None: ...
+    def clear(self) -> None: ...
 
 
 class Terminal:
@@ -135,7 +165,7 @@ def _input_waits() -> bool:
 class Chat:
     """The loop of an interactive chat."""
 
-    def __init__(self, session: Session, settings: ChatSettings, terminal: Terminal) -> None:
+    def __init__(self, session: Conversation, settings: ChatSettings, terminal: Terminal) -> None:
         self._session = session
         self._settings = settings
         self._terminal = terminal
@@ -200,7 +230,7 @@ class Chat:
             self._terminal.remark(str(error))
 
 
-def _answer(session: Session, message: str, settings: ChatSettings, terminal: Terminal, show_tools: bool) -> bool:
+def _answer(session: Conversation, message: str, settings: ChatSettings, terminal: Terminal, show_tools: bool) -> bool:
     """Stream one answer. True if Ctrl-C stopped it."""
     dropped_before = session.num_dropped
     events = session.send(
@@ -217,14 +247,14 @@ def _answer(session: Session, message: str, settings: ChatSettings, terminal: Te
         terminal.remark(
             f"(from here on the oldest turns are forgotten: the context has {session.max_context:,} tokens)"
         )
-    reason = ""
+    reason, reader = "", Readable()
     with _interrupts_stop(session):
         for event in events:
             if event.kind == "finished":
                 reason = event.text
             elif event.kind == "text" or show_tools:
-                terminal.write(readable(event.kind, event.text), dim=event.kind != "text")
-    terminal.write("\n")
+                terminal.write(reader.add(event.kind, event.text), dim=event.kind != "text")
+    terminal.write(f"{reader.end()}\n")
     remark = {
         "length": f"(cut: max_tokens={settings.max_tokens})",
         "context": f"(cut: the context of {session.max_context:,} tokens is full)",
@@ -236,7 +266,7 @@ def _answer(session: Session, message: str, settings: ChatSettings, terminal: Te
 
 
 @contextlib.contextmanager
-def _interrupts_stop(session: Session) -> Iterator[None]:
+def _interrupts_stop(session: Conversation) -> Iterator[None]:
     """While an answer is written, Ctrl-C stops it between two tokens; a second one ends the program as usual."""
     if threading.current_thread() is not threading.main_thread():
         yield

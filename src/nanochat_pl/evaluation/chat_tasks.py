@@ -90,7 +90,7 @@ def evaluate_task(
       ``max_tokens`` or the end of the positions) and ``pass_at_k``: rows of ``k``, ``value``, ``stderr`` for
       k = 1 … ``num_samples``.
 
-    A row of ``answers`` has item, question, answer, reference (tool calls as ``[2*21][= 42]``) and correct, of several
+    A row of ``answers`` has item, question, answer, reference (tool calls as ``[2*21 = 42]``) and correct, of several
     answers to a problem those of the first, and all of them under ``samples``; of a categorical task the
     ``probabilities`` of the letters.
 
@@ -236,7 +236,7 @@ def _answered(
 
 def _readable(content: str | Sequence[Mapping[str, str]]) -> str:
     """An assistant's message as one text, tool calls and results in brackets."""
-    return content if isinstance(content, str) else "".join(readable(part["type"], part["text"]) for part in content)
+    return content if isinstance(content, str) else readable((part["type"], part["text"]) for part in content)
 
 
 def _gather(mine: Sequence[_Answered]) -> list[_Answered]:

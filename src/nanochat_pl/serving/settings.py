@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.schema import UserPath, setting
 
+KEY_VARIABLE = "NANOCHAT_PL_API_KEY"  # of the environment
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
 
 

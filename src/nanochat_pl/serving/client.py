@@ -1,0 +1,156 @@
+"""A conversation with a model on a server, for the chat in the terminal."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from nanochat_pl.common.errors import UserError
+from nanochat_pl.engine.events import Event, EventKind
+
+TIMEOUT = 600.0  # seconds without a word of the server
+
+
+class RemoteSession:
+    """As :class:`~nanochat_pl.engine.session.Session`: the server keeps nothing, so all of it is sent each time.
+
+    Args:
+        url: of the server, with or without /v1.
+        model: its name there; None: the first.
+        system: the system prompt, empty for none.
+        key: API key; None: none.
+
+    Attributes:
+        system: the system prompt; a new one holds from the next conversation on.
+        max_context: most tokens of a conversation.
+        num_dropped: turns that were dropped: none, the server refuses what is too long.
+
+    Raises:
+        UserError: nobody answers there, or has no such model.
+    """
+
+    num_dropped = 0
+
+    def __init__(self, url: str, model: str | None = None, system: str = "", key: str | None = None) -> None:
+        self._base = url.rstrip("/").removesuffix("/v1")
+        if not self._base.startswith(("http://", "https://")):
+            raise UserError(f"url={url}: must begin with http:// or https://.")
+        self._key = key
+        self.system = system
+        with self._open("/v1/models") as response:
+            models = {each["id"]: each for each in json.load(response)["data"]}
+        if model is not None and model not in models:
+            raise UserError(f"model={model}: {self._base} has {', '.join(models)}.")
+        self.model = model or next(iter(models))
+        self.max_context = int(models[self.model].get("max_model_len") or 0)
+        self.clear()
+
+    def clear(self) -> None:
+        """Begin a new conversation."""
+        self._messages: list[dict[str, Any]] = []
+        self._stop_requested = False
+
+    def stop(self) -> None:
+        """End the answer. May be called from a signal handler."""
+        self._stop_requested = True
+
+    def send(
+        self,
+        message: str,
+        max_tokens: int = 256,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        seed: int = 0,
+        tools: bool = True,
+        *,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+    ) -> Iterator[Event]:
+        """Add a message, and give the answer as events, the last of them "finished"; settings as of the session.
+
+        Raises:
+            UserError: the server refuses it, or cannot be reached any more; the conversation is as before.
+        """
+        asked = [*self._messages, {"role": "user", "content": message}]
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        body = {
+            "model": self.model,
+            "messages": [*system, *asked],
+            "stream": True,
+            "max_tokens": max_tokens,
+            "temperature": temperature,
+            "top_k": top_k or 0,
+            "top_p": top_p,
+            "min_p": min_p,
+            "repetition_penalty": repetition_penalty,
+            "seed": seed,
+            "use_tools": tools,
+        }
+        self._stop_requested = False
+        return self._read(self._open("/v1/chat/completions", body), asked)
+
+    def _read(self, response: http.client.HTTPResponse, asked: list[dict[str, Any]]) -> Iterator[Event]:
+        text, parts, reason = "", [], "cancelled"
+        try:
+            with response:
+                for chunk in _chunks(response):
+                    if "error" in chunk:
+                        raise UserError(f"{self._base}: {chunk['error']['message']}")
+                    for choice in chunk.get("choices", ()):
+                        delta = choice.get("delta", {})
+                        own = delta.get("nanochat", {})
+                        for tool in own.get("tools", ()):
+                            yield Event(_kind(tool), tool["text"])
+                        if piece := delta.get("content"):
+                            text += piece
+                            yield Event("text", piece)
+                        parts = own.get("parts", parts)
+                        reason = choice.get("finish_reason") or reason
+                    if self._stop_requested:
+                        break
+        except (OSError, http.client.HTTPException) as error:
+            raise UserError(f"{self._base}: the connection broke: {error}.") from error
+        finally:
+            answer: dict[str, Any] = {"role": "assistant", "content": text}
+            self._messages = [*asked, answer | ({"nanochat": {"parts": parts}} if parts else {})]
+        yield Event("finished", "cancelled" if self._stop_requested else reason)
+
+    def _open(self, path: str, body: Mapping[str, Any] | None = None) -> http.client.HTTPResponse:
+        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self._key}"} if self._key else {})
+        data = None if body is None else json.dumps(body).encode("utf-8", "replace")
+        request = urllib.request.Request(self._base + path, data, headers)
+        try:
+            response: http.client.HTTPResponse = urllib.request.urlopen(request, timeout=TIMEOUT)
+            return response
+        except urllib.error.HTTPError as error:
+            raise UserError(f"{self._base}: {_message(error)}") from error
+        except (OSError, http.client.HTTPException) as error:
+            reason = getattr(error, "reason", error)
+            raise UserError(
+                f"url={self._base}: nobody answers there: {reason}.", fix="Start one: nanochat-pl serve run=NAME"
+            ) from error
+
+
+def _kind(tool: Mapping[str, str]) -> EventKind:
+    return "tool_result" if tool["type"] == "tool_result" else "tool_call"
+
+
+def _chunks(response: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:
+    for line in response:
+        data = line.decode("utf-8", "replace").strip().removeprefix("data:").strip()
+        if data == "[DONE]":
+            return
+        if data.startswith("{"):
+            yield json.loads(data)
+
+
+def _message(error: urllib.error.HTTPError) -> str:
+    try:
+        return str(json.load(error)["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return f"{error.code} {error.reason}"
