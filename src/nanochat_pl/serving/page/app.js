@@ -257,7 +257,9 @@ function listen() {
     if (info) settings.show(hasKey() ? change : null);
   });
   byId("theme").addEventListener("click", () => setTheme(isDark() ? "light" : "dark"));
-  byId("theme").setAttribute("aria-pressed", String(isDark()));
+  const showTheme = () => byId("theme").setAttribute("aria-pressed", String(isDark()));
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", showTheme);
+  showTheme();
   byId("export-all").addEventListener("click", async () => download(exportName(), await chat.exportAll()));
   byId("export-one").addEventListener("click", () => download(exportName(), chat.exportLines(conversation)));
   byId("examples").append(
