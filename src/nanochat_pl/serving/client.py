@@ -95,7 +95,8 @@ class RemoteSession:
         return self._read(self._open("/v1/chat/completions", body), asked)
 
     def _read(self, response: http.client.HTTPResponse, asked: list[dict[str, Any]]) -> Iterator[Event]:
-        text, parts, reason = "", [], "cancelled"
+        text, reason = "", "cancelled"
+        parts: list[dict[str, str]] = []
         try:
             with response:
                 for chunk in _chunks(response):
