@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.schema import build
 from nanochat_pl.serving.app import create_app
 from nanochat_pl.serving.errors import ApiError
+from nanochat_pl.serving.requests import IGNORED
 from nanochat_pl.serving.settings import ServeSettings
 
 with warnings.catch_warnings():
@@ -221,3 +223,8 @@ def test_feedback_becomes_lines_that_the_conversations_task_takes(tmp_path):
 def test_settings_that_contradict_each_other():
     with pytest.raises(UserError, match="exceeds"):
         build(ServeSettings, {"sampling": {"max_tokens": 100}, "limits": {"max_tokens": 50}})
+
+
+def test_the_page_of_docs_names_every_field_that_has_no_effect():
+    text = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
+    assert [name for name in IGNORED if f"`{name}`" not in text] == []
