@@ -175,6 +175,8 @@ def test_progress_and_nothing_to_do(engine):
         ([[991]], {"top_k": -1}, "top_k=-1"),
         ([[991]], {"max_tokens": 0}, "max_tokens=0"),
         ([[991]], {"max_batch": 0}, "max_batch=0"),
+        ([[991]], {"stop_texts": "abc"}, "stop_texts='abc'"),
+        ([[991]], {"seeds": [1, 2]}, "2 for 1 prompts"),
     ],
 )
 def test_what_cannot_be_done_is_said(engine, prompts, settings, words):

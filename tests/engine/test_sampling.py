@@ -89,6 +89,25 @@ def test_sampled_log_probabilities_are_of_what_was_drawn_from():
     assert sampler.logprobs(scores, outside, raw).item() == -math.inf
 
 
+@pytest.mark.parametrize("setting", [{"temperature": 0.7}, {"top_p": 0.9}, {"top_k": 50}])
+def test_one_row_of_a_large_vocabulary_has_the_bits_of_many(setting):
+    """Two threads would divide the one sum, and round it elsewhere."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        logits = 3 * torch.randn(6, 65_536, generator=torch.Generator().manual_seed(2))
+        rows = [Sampling(**{"temperature": 1.0} | setting, seed=seed) for seed in range(6)]
+
+        def drawn(part: slice) -> list[tuple[int, float]]:
+            sampler = Sampler(rows[part], 65_536, logits.device)
+            ids, scores = sampler.draw(logits[part], [0] * len(rows[part]))
+            return list(zip(ids.tolist(), sampler.logprobs(scores, ids, logits[part, 0]).tolist(), strict=True))
+
+        assert drawn(slice(None)) == [drawn(slice(i, i + 1))[0] for i in range(6)]
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("temperature", [1.0, 1e-300])
 def test_what_has_no_probability_is_never_drawn(temperature):
     logits = torch.tensor([[-2000.0, 0.0, 0.0, -2000.0]]).expand(1000, -1)

@@ -321,13 +321,54 @@ def test_a_result_of_ones_own_stands_in_the_place_of_the_calculators():
     assert handle.ids == mark("<|output_end|> it is<|assistant_end|>") and not any(handle.forced)
 
 
+def test_changed_weights_use_no_prefix_of_the_old_ones():
+    engine = small_engine()
+    scheduler = Scheduler(engine, 2, CONTEXT)
+    request = Request(list(range(40)), 6, Sampling(1.0, seed=1), frozenset())
+    before = scheduler.submit(request)
+    scheduler.run([before])
+    with torch.no_grad():
+        for parameter in engine.net._source[0].parameters():
+            parameter.mul_(1.1)
+    after = scheduler.submit(request)
+    scheduler.run([after])
+    assert after.cached_tokens == 0
+    assert answer_of(after) == answer_of(alone(engine, request)) != answer_of(before)
+    again = scheduler.submit(request)
+    scheduler.run([again])
+    assert again.cached_tokens == 39 and answer_of(again) == answer_of(after)
+
+
+def test_top_logprobs_do_not_depend_on_what_others_ask_for(engine):
+    scheduler = Scheduler(engine, 2, CONTEXT)
+    few, many = (Request([1, 2, 3], 20, Sampling(1.0, seed=2), frozenset(), top_logprobs=n) for n in (5, 20))
+    handles = [scheduler.submit(each) for each in (few, many)]
+    scheduler.run(handles)
+    assert handles[0].top_logprobs == alone(engine, few).top_logprobs
+    assert handles[0].top_logprobs == [row[:5] for row in handles[1].top_logprobs]
+
+
+def test_stop_texts_are_looked_for_in_the_text_alone():
+    """Not in what the calculator is given and gives, and not across it."""
+    answer = "ab<|python_start|>2*21<|python_end|><|output_start|>42<|output_end|>is 42."
+    bundle = scripted_bundle({"x": answer})
+    prompt = bundle.tokenizer.render_for_completion({"messages": [{"role": "user", "content": "x"}]})
+    for stop, text in (("4", "abis "), ("2*", "abis 42."), ("bi", "abis 42."), ("s 4", "abi")):
+        assert Engine(bundle).generate([prompt], stop_texts=[stop])[0].text == text
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
         ({"prompt": []}, "prompt is empty"),
-        ({"prompt": [1] * CONTEXT}, f"positions end at {CONTEXT}"),
+        ({"prompt": [1] * CONTEXT}, f"the context is {CONTEXT}"),
+        ({"max_tokens": 2.5}, "max_tokens=2.5: must be a whole number"),
+        ({"max_tokens": None}, "max_tokens=None"),
+        ({"max_context": 0}, "max_context=0"),
+        ({"stop_texts": "abc"}, "stop_texts='abc': must be a list"),
+        ({"temperature": None}, "temperature=None: must be a number"),
         ({"prompt": [9999]}, "outside 0 …"),
-        ({"max_tokens": -1}, "max_tokens=-1: must be at least 1"),
+        ({"max_tokens": -1}, "max_tokens=-1: must be a whole number, at least 1"),
         ({"stop_ids": frozenset([9999])}, "stop_ids: 9999 is outside"),
         ({"stop_texts": ("a", "")}, "stop_texts: an empty one"),
         ({"top_logprobs": 21}, "top_logprobs=21: must be 0 … 20"),

@@ -144,8 +144,11 @@ class Engine:
             raise UserError(f"max_batch={max_batch}: must be at least 1.")
         if seeds is None:
             seeds = [seed_of(seed, index) for index in (range(len(prompts)) if indices is None else indices)]
+        seeds = list(seeds)
+        if len(seeds) != len(prompts):
+            raise UserError(f"seeds or indices: {len(seeds)} for {len(prompts)} prompts; each prompt has one.")
         sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
-        general = Request([], max_tokens, sampling, self.stop_ids(stop_ids), tuple(stop_texts), tools, top_logprobs)
+        general = Request([], max_tokens, sampling, self.stop_ids(stop_ids), _texts(stop_texts), tools, top_logprobs)
         reach = self.net.config.rotary_reach
         check_prompts(prompts, reach, self.net.config.vocab_size)
         requests = [
@@ -191,7 +194,7 @@ class Engine:
             UserError: as :meth:`generate`, at once.
         """
         sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed_of(seed, 0))
-        request = Request(list(prompt), max_tokens, sampling, self.stop_ids(stop_ids), tuple(stop_texts), tools)
+        request = Request(list(prompt), max_tokens, sampling, self.stop_ids(stop_ids), _texts(stop_texts), tools)
         reach = self.net.config.rotary_reach
         check_prompts([prompt], reach, self.net.config.vocab_size)
         scheduler = Scheduler(self, 1, min(len(prompt) + max_tokens, reach))
@@ -226,6 +229,11 @@ class Engine:
         """Take the network's weights as they are now. Changes in place are noticed without it."""
         if isinstance(self.net, InferenceGPT):
             self.net.refresh()
+
+    @property
+    def weights_version(self) -> list[int]:
+        """Equal as long as the weights are the same."""
+        return self.net.weights_version if isinstance(self.net, InferenceGPT) else []
 
     def stop_ids(self, given: Iterable[int] | None) -> frozenset[int]:
         """The ids that end an answer: those given, or assistant_end and bos.
@@ -276,3 +284,8 @@ class Engine:
             handle.top_logprobs,
             handle.cached_tokens,
         )
+
+
+def _texts(given: Iterable[str]) -> tuple[str, ...]:
+    """As a request has them; it refuses one text in the place of several."""
+    return given if isinstance(given, str) else tuple(given)  # type: ignore[return-value]

@@ -53,12 +53,20 @@ class Request:
     begun: int = 0
 
     def __post_init__(self) -> None:
-        if self.max_tokens < 1:
-            raise UserError(f"max_tokens={self.max_tokens!r}: must be at least 1.")
+        if not _is_whole(self.max_tokens) or self.max_tokens < 1:
+            raise UserError(f"max_tokens={self.max_tokens!r}: must be a whole number, at least 1.")
+        if isinstance(self.stop_texts, str) or not all(isinstance(text, str) for text in self.stop_texts):
+            raise UserError(f"stop_texts={self.stop_texts!r}: must be a list of texts.")
         if not all(self.stop_texts):
             raise UserError("stop_texts: an empty one would end every answer.")
-        if not 0 <= self.top_logprobs <= MAX_TOP_LOGPROBS:
+        if not _is_whole(self.top_logprobs) or not 0 <= self.top_logprobs <= MAX_TOP_LOGPROBS:
             raise UserError(f"top_logprobs={self.top_logprobs!r}: must be 0 … {MAX_TOP_LOGPROBS}.")
+        if self.max_context is not None and (not _is_whole(self.max_context) or self.max_context < 1):
+            raise UserError(f"max_context={self.max_context!r}: must be a whole number, at least 1.")
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 class Handle:
@@ -97,6 +105,7 @@ class Handle:
         self._stop_ids = stop_ids
         self._stops = tuple(text.encode("utf-8", "surrogatepass") for text in request.stop_texts)
         self._tail = b""  # of the text so far, as much as a stop text may begin in
+        self._in_text = True  # and not in a call or its result
         self._reader = EventReader(tokenizer, request.stop_texts)
         self._begun_events: list[Event] = []
         self._num_read = 0
@@ -107,11 +116,6 @@ class Handle:
         self._max_reason: FinishReason = "length" if request.max_tokens <= room else "context"
         for token_id in self.prompt[len(self.prompt) - request.begun :]:
             self._begin_with(token_id)
-
-    @property
-    def max_context_asked(self) -> int:
-        """Tokens of prompt and answer together, at most."""
-        return len(self.prompt) + self._most
 
     def cancel(self) -> None:
         """Ask for its end: it gets no further token. May be called from any thread and from a signal handler."""
@@ -150,13 +154,14 @@ class Handle:
         Text that may turn out to be the beginning of a stop text is held back.
         """
         events: list[Event] = []
-        if self.ids or self.finish_reason is not None:
+        reason = self.finish_reason  # before the tokens: another thread may add the last one and it meanwhile
+        if self.ids or reason is not None:
             events, self._begun_events = self._begun_events, []
         while self._num_read < len(self.ids):
             events += self._reader.read(self.ids[self._num_read])
             self._num_read += 1
-        if self.finish_reason is not None and not self._reader.ended:
-            events += [*self._reader.end(), Event("finished", self.finish_reason)]
+        if reason is not None and not self._reader.ended:
+            events += [*self._reader.end(), Event("finished", reason)]
         return events
 
     def _begin_with(self, token_id: int) -> None:
@@ -178,20 +183,36 @@ class Handle:
         return self._seen
 
     def _completes_stop_text(self, token_id: int) -> bool:
-        tokens = self._tokenizer.tokens
-        if not self._stops or token_id >= len(tokens):  # a special token is no text
+        tokens, special = self._tokenizer.tokens, self._tokenizer.special_ids
+        if not self._stops:
+            return False
+        if token_id >= len(tokens):  # a special token is no text; around a call and its result it ends one
+            opens, closes = (
+                {special[f"<|{part}_{edge}|>"] for part in ("python", "output")} for edge in ("start", "end")
+            )
+            if self.tool is not None and token_id in opens | closes:
+                self._in_text, self._tail = token_id in closes, b""
+            return False
+        if not self._in_text:
             return False
         text = self._tail + tokens[token_id]
         self._tail = text[-max(map(len, self._stops)) :]
         return any(stop in text for stop in self._stops)
 
 
-def check_prompts(prompts: Iterable[list[int]], most: int, vocab_size: int, name: str = "prompts[{}]") -> None:
+def check_prompts(
+    prompts: Iterable[list[int]],
+    most: int,
+    vocab_size: int,
+    name: str = "prompts[{}]",
+    end: str = "the model's positions end at",
+) -> None:
     """Refuse prompts that a model cannot continue, all of them at once.
 
     Args:
         most: positions that there are.
         name: of a prompt, for messages, with its number put in.
+        end: what ends there, for messages.
 
     Raises:
         UserError: one is empty, too long, or has ids that the model lacks.
@@ -202,7 +223,7 @@ def check_prompts(prompts: Iterable[list[int]], most: int, vocab_size: int, name
         if not prompt:
             problems.append(f"{which} is empty; bos alone is the shortest prompt.")
         elif len(prompt) >= most:
-            problems.append(f"{which} has {len(prompt):,} tokens; the model's positions end at {most:,}.")
+            problems.append(f"{which} has {len(prompt):,} tokens; {end} {most:,}.")
         elif not 0 <= min(prompt) <= max(prompt) < vocab_size:
             problems.append(f"{which} has ids outside 0 … {vocab_size - 1:,}, the model's vocabulary.")
     if problems:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from nanochat_pl.common.errors import UserError
+from nanochat_pl.model.loss import by_rows
 
 # Multipliers of the mixing functions (Steele, Lea and Flood 2014; Wellons 2018), the 32-bit ones as signed numbers.
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -56,7 +57,15 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        problems = []
+        numbers = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+        problems = [
+            f"{name}={value!r}: must be a number."
+            for name in numbers
+            if isinstance(value := getattr(self, name), bool) or not isinstance(value, (int, float, np.integer))
+            if not (name == "top_k" and value is None)
+        ]
+        if problems:
+            raise UserError(problems)
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             problems.append(f"temperature={self.temperature!r}: must be a finite number, 0 (greedy) or above.")
         if self.top_k is not None and self.top_k < 0:
@@ -149,7 +158,7 @@ class Sampler:
             return raw
         if self.greedy:
             return torch.zeros_like(raw)
-        of_ids = scores.gather(-1, ids[:, None])[:, 0] - scores.logsumexp(dim=-1)
+        of_ids = scores.gather(-1, ids[:, None])[:, 0] - by_rows(lambda rows: rows.logsumexp(dim=-1), scores)
         return torch.where(self._unchanged, raw, of_ids * self._noisy[:, 0])
 
     def _penalised(self, logits: Tensor, seen: Sequence[Tensor]) -> Tensor:
@@ -189,7 +198,7 @@ def _least_of_top_k(scores: Tensor, top_k: Tensor) -> Tensor:
 
 
 def _least_of_top_p(scores: Tensor, top_p: Tensor) -> Tensor:
-    normaliser, vocab_size = scores.logsumexp(dim=-1, keepdim=True), scores.size(-1)
+    normaliser, vocab_size = by_rows(lambda rows: rows.logsumexp(dim=-1), scores)[:, None], scores.size(-1)
     for count in (min(TOP_P_TOKENS, vocab_size), vocab_size):  # sorting all takes long, and mostly a few are enough
         ordered = scores.topk(count, dim=-1).values
         cumulative = (ordered - normaliser).exp().cumsum(dim=-1)

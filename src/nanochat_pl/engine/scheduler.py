@@ -19,7 +19,7 @@ from torch import Tensor
 
 from nanochat_pl.common.errors import NotFiniteError, UserError
 from nanochat_pl.engine.events import Event
-from nanochat_pl.engine.request import Handle, Request, check_prompts
+from nanochat_pl.engine.request import MAX_TOP_LOGPROBS, Handle, Request, check_prompts
 from nanochat_pl.engine.sampling import Sampler
 from nanochat_pl.model.loss import log_normaliser
 
@@ -68,6 +68,7 @@ class Scheduler:
         self._tokens = np.full((num_slots, max_context), -1, dtype=np.int64)
         self._last_used = np.zeros(num_slots, dtype=np.int64)
         self._sampler: tuple[list[Handle], Sampler] | None = None
+        self._weights = engine.weights_version
         self.num_steps = 0
         self.last_step = time.monotonic()
         self.num_prompt_tokens = self.num_cached_tokens = self.num_generated_tokens = 0
@@ -106,9 +107,10 @@ class Scheduler:
         Raises:
             UserError: the prompt is empty, has no room, or ids that the model lacks; so has ``stop_ids``.
         """
-        most = min(self.max_context, request.max_context or self.max_context)
-        vocab_size = self._engine.net.config.vocab_size
-        check_prompts([request.prompt], most, vocab_size, "prompt")
+        asked = self.max_context if request.max_context is None else request.max_context
+        most, config = min(self.max_context, asked), self._engine.net.config
+        end = "the model's positions end at" if most == config.rotary_reach else "the context is"
+        check_prompts([request.prompt], most, config.vocab_size, "prompt", end)
         handle = Handle(request, self._engine.stop_ids(request.stop_ids), most, self._engine.tokenizer)
         self._waiting.append(handle)
         return handle
@@ -189,6 +191,10 @@ class Scheduler:
     def _prefill(self) -> None:
         """Read as much of the waiting prompts as a step may."""
         first = len(self._decoding)
+        if self._waiting and self._weights != (version := self._engine.weights_version):
+            # What other weights have made of prompts that are gone is of no use.
+            self._weights = version
+            self._cache.reset(range(self.num_running, self.num_slots))
         budget = self._prefill_chunk if self._decoding else PREFILL_POSITIONS
         rows, lengths = [], []
         if self._partial is not None:
@@ -241,7 +247,7 @@ class Scheduler:
             length = int(usable[target])
         elif target != source:
             self._cache.copy_slot(source, target, length)
-        self._cache.positions[target] = length
+        self._cache.truncate(target, length)
         self._swap(target, slot)
         self._tokens[slot] = -1
         self._tokens[slot, : len(prompt)] = prompt
@@ -326,9 +332,13 @@ def _top_logprobs(
     most = max(row.request.top_logprobs for row in rows)
     if not most:
         return [None] * len(rows)
-    best = logits.topk(min(most, logits.size(-1)), dim=-1)
-    pairs = zip(rows, best.indices.tolist(), (best.values - normaliser[:, None]).tolist(), strict=True)
+    # Always so many, and in an order of their own: which of several equal ones are found, and in which order,
+    # depends on the number.
+    best = logits.topk(min(MAX_TOP_LOGPROBS, logits.size(-1)), dim=-1)
+    found = zip(rows, best.indices.tolist(), (best.values - normaliser[:, None]).tolist(), strict=True)
     return [
-        list(zip(tokens, logprobs, strict=True))[: row.request.top_logprobs] if row.request.top_logprobs else None
-        for row, tokens, logprobs in pairs
+        sorted(zip(tokens, logprobs, strict=True), key=lambda pair: (-pair[1], pair[0]))[: row.request.top_logprobs]
+        if row.request.top_logprobs
+        else None
+        for row, tokens, logprobs in found
     ]

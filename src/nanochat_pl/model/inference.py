@@ -156,6 +156,11 @@ class InferenceGPT(GPT):
     def device(self) -> torch.device:
         return self._source[0].device
 
+    @property
+    def weights_version(self) -> list[int]:
+        """Equal as long as the weights are the same."""
+        return self._changes()
+
     @torch.no_grad()
     def refresh(self) -> None:
         """Take the weights of the source as they are now."""

@@ -69,9 +69,17 @@ def nats_of_logits(logits: Tensor, targets: Tensor) -> Tensor:
 
 def log_normaliser(logits: Tensor) -> Tensor:
     """What is taken from softcapped logits, float32 (…, V), to make them log-probabilities: float32 (…)."""
-    if logits.numel() == logits.size(-1):  # a single sum would be split between threads, and rounded in other places
-        return log_normaliser(logits.reshape(1, -1).expand(2, -1))[:1].view(logits.shape[:-1])
-    return logits.exp().sum(dim=-1).log()
+    return by_rows(lambda rows: rows.exp().sum(dim=-1).log(), logits)
+
+
+def by_rows(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """A sum over each row of x (…, V) → (…), with the same bits for one row as for many.
+
+    The sum of a single row would be split between threads, and rounded in other places.
+    """
+    if x.numel() == x.size(-1):
+        return function(x.reshape(1, -1).expand(2, -1))[:1].view(x.shape[:-1])
+    return function(x)
 
 
 def fused_linear_cross_entropy(
