@@ -195,6 +195,7 @@ def test_curl(server):
     assert data[-1] == "[DONE]" and all(json.loads(each)["choices"] for each in data[:-1])
 
 
+@pytest.mark.slow
 def test_llm(server, tmp_path):
     pytest.importorskip("llm")
     program = Path(sys.executable).with_name("llm")
@@ -268,7 +269,9 @@ def test_a_worker_that_is_killed_comes_back(server, client):
     assert client.chat.completions.create(model="demo", messages=MESSAGES, max_tokens=2).choices
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "signum", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGKILL]
+)
 def test_the_end_of_the_server_leaves_no_process(tmp_path, monkeypatch, signum):
     monkeypatch.chdir(tmp_path)
     make_run("demo")
