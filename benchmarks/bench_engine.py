@@ -1,6 +1,6 @@
 """How fast the engine generates with a model of the demo's shape: decode tokens a second. Works without any download.
 
-    python benchmarks/bench_engine.py [--dtype bfloat16] [--quantize int8]
+    python benchmarks/bench_engine.py [--dtype bfloat16] [--quantize int8 | --compile]
 
 The model has its first weights; no stop token ends an answer, so every row is generated to the end. What is measured is
 what `nanochat-pl bench` measures, for prompts of one length. Prints plain lines: median of several runs and their
@@ -38,10 +38,11 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--quantize", choices=("int8",))
+    parser.add_argument("--compile", action="store_true")
     given = parser.parse_args()
     bundle = demo_sized_bundle()
     bundle.net.set_compute_dtype(TORCH_DTYPES[given.dtype])
-    engine = Engine(bundle, given.quantize)
+    engine = Engine(bundle, given.quantize, given.compile)
     print(f"engine: {torch.get_num_threads()} threads, {given.dtype}, {SETTINGS.new_tokens} new tokens a prompt")
     limits = measure_limits(engine)
     for size in SETTINGS.batch_sizes:

@@ -20,7 +20,8 @@ from nanochat_pl.bundle import load_bundle
 from nanochat_pl.bundle.bundle import load_stage_info
 from nanochat_pl.common.paths import PathsSettings, cache_folder
 from nanochat_pl.common.schema import build
-from nanochat_pl.engine import Engine, Session, readable
+from nanochat_pl.engine import Engine, Session
+from nanochat_pl.engine.events import readable
 from nanochat_pl.evaluation.statistics import SHARES, standard_error
 from nanochat_pl.tasks import Task
 from nanochat_pl.tasks.context import TaskContext
@@ -120,7 +121,7 @@ def hold(
         ids = session.ids
         begin = len(ids) - ids[::-1].index(tokenizer.special_ids["<|assistant_start|>"])
         answer = tokenizer.parse_assistant(ids[begin:])
-        shown = "".join(readable(part["type"], part["text"]) for part in answer)
+        shown = readable((part["type"], part["text"]) for part in answer)
         turns.append(Turn(name, tasks[name].evaluate(problem, answer), f"{message} | {shown}"))
     return turns
 

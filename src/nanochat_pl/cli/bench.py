@@ -3,6 +3,7 @@
 nanochat-pl bench run=demo
 nanochat-pl bench bundle=PATH batch_sizes=[1,64] prompt_tokens=512 dtype=bfloat16
 nanochat-pl bench run=demo batch_sizes=[1] quantize=int8
+nanochat-pl bench run=demo compile=true
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ class BenchConfig(BenchSettings):
         "auto", "What the model computes in; auto: what chat and evaluate take."
     )
     quantize: Quantize | None = setting(None, "int8: weights of 8 bits, for one stream on a CPU; null: as they are.")
+    compile: bool = setting(False, "true: compile the step of decoding, for CPUs.")
     accelerator: Accelerator = setting("auto", "Device to run on; auto: the best there is.")
     paths: PathsSettings = setting(factory=PathsSettings)
 
@@ -49,12 +51,13 @@ def run(arguments: Sequence[str]) -> int:
     device = choose_device(config.accelerator, "accelerator")
     require_kernels(device)
     bundle = load_bundle(folder, device, config.dtype)
-    engine = Engine(bundle, config.quantize)
+    engine = Engine(bundle, config.quantize, config.compile)
     facts = {
         "bundle": str(folder),
         "device": device_name(device),
         "dtype": str(engine.net.compute_dtype).removeprefix("torch."),
         "quantize": config.quantize,
+        "compile": config.compile,
         "prompt_tokens": config.prompt_tokens,
         "new_tokens": config.new_tokens,
     }

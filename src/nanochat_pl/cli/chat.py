@@ -58,6 +58,6 @@ def run(arguments: Sequence[str]) -> int:
 
 def _refuse_with_url(config: ChatConfig) -> None:
     """Raise :class:`UserError` for keys that the server decides."""
-    names = ("run", "stage", "bundle", "quantize", "max_context")
-    if given := [name for name in names if getattr(config, name) is not None]:
+    names = ("run", "stage", "bundle", "quantize", "compile", "max_context")
+    if given := [name for name in names if getattr(config, name) not in (None, False)]:
         raise UserError(f"{', '.join(given)}: the server at url={config.url} decides; leave it out.")

@@ -69,7 +69,7 @@ def letter_probabilities(
             last = _last_hidden(net, [prompts[i] for i in part])
             for i, x in zip(part, last, strict=True):
                 # In float32, and of these letters only: in a shorter type two of them are often equal.
-                weight = net.lm_head.weight[torch.tensor(letters[i], device=x.device)]
+                weight = net.head_weight[torch.tensor(letters[i], device=x.device)]
                 logits = softcap(weight.float() @ x.float(), net.config.softcap)
                 results[i] = logits.softmax(dim=0).tolist()
                 if not all(map(math.isfinite, results[i])):

@@ -22,6 +22,7 @@ from nanochat_pl.common.device import gpu_memory_bytes
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.model.attention import windowed_attention
 from nanochat_pl.model.config import DType, GPTConfig
+from nanochat_pl.model.decode_step import DecodeStep
 from nanochat_pl.model.kv_cache import CacheStep, KVCache
 from nanochat_pl.model.layers import MLP, Embedding, Linear, norm
 from nanochat_pl.model.loss import default_chunk_tokens, fused_linear_cross_entropy, softcap, token_losses
@@ -35,7 +36,7 @@ TORCH_DTYPES: dict[DType, torch.dtype] = {
 }
 
 # What a forward may go over besides whole rows.
-Step: TypeAlias = CacheStep | PrefixTree
+Step: TypeAlias = CacheStep | PrefixTree | DecodeStep
 
 
 class Attention(nn.Module):
@@ -182,6 +183,11 @@ class GPT(nn.Module):
     def device(self) -> torch.device:
         return self.lm_head.weight.device
 
+    @property
+    def head_weight(self) -> Tensor:
+        """The head's weight as it was trained: (V or more, C)."""
+        return cast(Tensor, self.lm_head.weight)
+
     def materialise(self, device: torch.device | str = "cpu") -> GPT:
         """Take memory on ``device``. Parameters hold NaN until they are initialised or loaded, so none is forgotten."""
         self.to_empty(device=device)
@@ -282,11 +288,11 @@ class GPT(nn.Module):
     def begin(self, ids: Tensor, step: Step | None = None) -> Tensor:
         """What goes into the first layer: ids int64 (B, T) → (B, T, C)."""
         if not self.config.smear_channels:
-            return self._embed(ids)
+            return self.embed(ids)
         if not isinstance(step, CacheStep):
-            x = self._embed(ids)
+            x = self.embed(ids)
             return self._smear(x, F.pad(x, (0, 0, 1, -1)) if step is None else step.previous(x))
-        x = self._embed(step.with_previous())
+        x = self.embed(step.with_previous())
         if (exists := step.has_previous()) is not None:
             x = torch.cat([x[:, :1] * exists[:, None, None], x[:, 1:]], dim=1)
         return self._smear(x[:, 1:], x[:, :-1])
@@ -356,7 +362,8 @@ class GPT(nn.Module):
             self.config.vocab_size, self.device.type == "cpu", gpu_memory_bytes(self.device)
         )
 
-    def _embed(self, ids: Tensor) -> Tensor:
+    def embed(self, ids: Tensor) -> Tensor:
+        """Normed embeddings in the compute type: int64 (…) → (…, C)."""
         return norm(self.transformer["wte"](ids).to(self.compute_dtype))
 
     def rotary(self, num_positions: int, step: Step | None) -> tuple[Tensor, Tensor]:

@@ -34,11 +34,16 @@ class KeptLinear(nn.Module):
         sources: each reads the first channels of the input, as many as it has; their outputs stand side by side.
         dtype: of the activations.
         num_outputs: so many of the outputs are of interest; None: all.
+        by_inputs: the weights of an input stand together in memory, a copy always. In float32 that is faster for a few
+            rows, and rounds in other places.
     """
 
-    def __init__(self, sources: Sequence[Linear], dtype: torch.dtype, num_outputs: int | None = None) -> None:
+    def __init__(
+        self, sources: Sequence[Linear], dtype: torch.dtype, num_outputs: int | None = None, by_inputs: bool = False
+    ) -> None:
         super().__init__()
         self._sources, self._dtype, self._num_outputs = tuple(sources), dtype, num_outputs
+        self._by_inputs = by_inputs
         self.refresh()
 
     def refresh(self) -> None:
@@ -53,8 +58,14 @@ class KeptLinear(nn.Module):
     def keep(self, weight: Tensor) -> None:
         """Keep a weight (outputs, inputs); in the right type it is not copied."""
         self._weight = weight.to(self._dtype)
+        if self._by_inputs:
+            self._weight = self._weight.t().contiguous().t()
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling() and x.dtype != torch.float32 and x.numel() == x.size(-1):
+            # Of one row a compiler makes a faster product in 16 bits than the libraries have.
+            y = (x.view(1, -1).float() * self._weight.float()).sum(dim=-1)
+            return y.to(x.dtype).view(*x.shape[:-1], -1)
         return linear(x, self._weight)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -121,12 +132,13 @@ class InferenceGPT(GPT):
     Args:
         source: the network. Weights of the right type are shared with it.
         quantize: int8: the weights of all linear maps have 8 bits. Faster for one stream on a CPU, and less exact.
+        for_compiling: keep weights as suits the compiled step: in float32, where they would be shared, as copies.
 
     Raises:
         UserError: ``quantize`` on another device than a CPU.
     """
 
-    def __init__(self, source: GPT, quantize: Quantize | None = None) -> None:
+    def __init__(self, source: GPT, quantize: Quantize | None = None, for_compiling: bool = False) -> None:
         if quantize is not None and source.device.type != "cpu":
             raise UserError(
                 f"quantize={quantize}: is for CPUs, and the model is on {source.device.type}.",
@@ -135,14 +147,19 @@ class InferenceGPT(GPT):
         super().__init__(source.config, source.compute_dtype)
         self.quantize = quantize
         self._source = (source,)  # in a tuple it is no part of this module
-        kind, dtype = Int8Linear if quantize == "int8" else KeptLinear, source.compute_dtype
+        dtype, kind = source.compute_dtype, Int8Linear if quantize == "int8" else KeptLinear
+        by_inputs = for_compiling and dtype == torch.float32
+
+        def kept(sources: Sequence[Linear], num_outputs: int | None = None) -> KeptLinear:
+            return kind(sources, dtype, num_outputs, by_inputs)
+
         modules: list[tuple[Any, Any]] = list(zip(self.blocks, source.blocks, strict=True))
         for ours, theirs in modules:
             linears = [getattr(theirs.attn, name) for name in PROJECTIONS if hasattr(theirs.attn, name)]
-            ours.attn = FusedAttention(theirs.attn, kind(linears, dtype), kind([theirs.attn.c_proj], dtype))
-            ours.mlp.c_fc, ours.mlp.c_proj = kind([theirs.mlp.c_fc], dtype), kind([theirs.mlp.c_proj], dtype)
+            ours.attn = FusedAttention(theirs.attn, kept(linears), kept([theirs.attn.c_proj]))
+            ours.mlp.c_fc, ours.mlp.c_proj = kept([theirs.mlp.c_fc]), kept([theirs.mlp.c_proj])
         heads: Any = self
-        heads.lm_head = kind([source.lm_head], dtype, source.config.vocab_size)
+        heads.lm_head = kept([source.lm_head], source.config.vocab_size)
         if source.config.smear_channels:
             heads.smear_gate = KeptLinear([source.smear_gate], dtype)
         self.transformer["wte"], self.value_embeds = source.transformer["wte"], source.value_embeds
@@ -155,6 +172,10 @@ class InferenceGPT(GPT):
     @property
     def device(self) -> torch.device:
         return self._source[0].device
+
+    @property
+    def head_weight(self) -> Tensor:
+        return self._source[0].head_weight
 
     @property
     def weights_version(self) -> list[int]:
@@ -183,9 +204,13 @@ class InferenceGPT(GPT):
         tables = self._tables[slice(num_positions) if step is None else step.positions]
         return tables[..., :1, :], tables[..., 1:, :]
 
-    def _hidden(self, ids: Tensor, step: Step | None) -> Tensor:
+    def notice_changes(self) -> None:
+        """Take the weights of the source if they were changed in place."""
         if self._changes() != self._seen:
             self.refresh()
+
+    def _hidden(self, ids: Tensor, step: Step | None) -> Tensor:
+        self.notice_changes()
         return super()._hidden(ids, step)
 
     def _changes(self) -> list[int]:
@@ -193,6 +218,10 @@ class InferenceGPT(GPT):
         return [0 if each.is_inference() else each._version for each in self._watched]
 
 
-def inference_net(net: GPT, quantize: Quantize | None = None) -> GPT:
+def inference_net(net: GPT, quantize: Quantize | None = None, for_compiling: bool = False) -> GPT:
     """A network for inference with the weights of ``net``: itself where it is one or stands in for a network."""
-    return InferenceGPT(net, quantize) if isinstance(net, GPT) and not isinstance(net, InferenceGPT) else net
+    return (
+        InferenceGPT(net, quantize, for_compiling)
+        if isinstance(net, GPT) and not isinstance(net, InferenceGPT)
+        else net
+    )
