@@ -187,10 +187,13 @@ def test_log_probs_are_nearly_those_of_the_gradient_in_float32(place: Path) -> N
         assert float(row["ratio_fraction_low"]) == float(row["ratio_fraction_high"]) == 0
 
 
-@pytest.mark.parametrize("step", [0, 3])
-def test_a_resumed_run_has_the_bits_of_one_that_nobody_stopped(place: Path, learnt: Path, step: int) -> None:
+@pytest.mark.parametrize(("step", "change"), [(0, "device_batch_size=4"), (3, "rl.decode_batch_size=3")])
+def test_a_resumed_run_has_the_bits_of_one_that_nobody_stopped(
+    place: Path, learnt: Path, step: int, change: str
+) -> None:
+    """Also with fewer answers at once, as is said where memory runs out."""
     copy = unfinished(learnt, f"resumed-{step}", step)
-    assert train(place, copy.name, "trainer.keep_last=10") == 0
+    assert train(place, copy.name, "trainer.keep_last=10", change) == 0
     assert_same_end(learnt, copy)
 
 
@@ -239,6 +242,7 @@ def test_steps_without_signal_change_no_weight_and_are_counted(place: Path, caps
     rows = metrics_of(folder)
     assert [float(row["steps_without_signal"]) for row in rows[-2:]] == [1, 2]
     assert float(rows[-1]["reward"]) == float(rows[-1]["frac_reward_zero_std"]) == 1
+    assert float(rows[-1]["train/skipped_steps"]) == 0, "these are the steps that were not finite"
 
 
 def test_what_is_left_out_of_the_loss(place: Path) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 
 from nanochat_pl.tokenizer import Tokenizer
 from nanochat_pl.training.rl.rollouts import Sample
-from nanochat_pl.training.rl.weights import TokenWeights
+from nanochat_pl.training.rl.weights import TokenWeights, has_signal
 
 # Of each token's importance weight: within them a mismatch counts as small.
 RATIO_BOUNDS = (0.9, 1.1)
@@ -62,7 +62,7 @@ def sample_metrics(samples: Sequence[Sample], group_size: int, tokenizer: Tokeni
     metrics = {
         "reward": float(rewards.mean()),
         "reward_std": float(rewards.std(axis=1, ddof=1).mean()),
-        "frac_reward_zero_std": float((rewards.max(axis=1) == rewards.min(axis=1)).mean()),
+        "frac_reward_zero_std": float((~has_signal(rewards)).mean()),
         "completions/mean_length": float(lengths.mean()),
         "completions/min_length": float(lengths.min()),
         "completions/max_length": float(lengths.max()),

@@ -9,7 +9,14 @@ from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.schema import setting
 
 # What has no say in the weights: it may differ when a stage goes on.
-WITHOUT_A_SAY = {"eval_every_steps", "eval_samples", "eval_problems", "sample_table_every_steps", "rollouts_mb"}
+WITHOUT_A_SAY = {
+    "decode_batch_size",
+    "eval_every_steps",
+    "eval_samples",
+    "eval_problems",
+    "sample_table_every_steps",
+    "rollouts_mb",
+}
 
 
 @dataclass(frozen=True)
