@@ -199,6 +199,9 @@ def test_a_resumed_run_has_the_bits_of_one_that_nobody_stopped(
 
 def test_a_run_goes_on_in_the_middle_of_a_rollout(place: Path, several: Path) -> None:
     """The answers of the step to come were written by weights that are gone."""
+    drawn = [line for step in (1, 2) for line in lines_of(several, step)]
+    assert len(drawn) == 2 * 16 and len({line["seed"] for line in drawn}) == 32, "steps of 4 prompts with 4 answers"
+    assert {line["written_at"] for line in drawn} == {0}
     copy = unfinished(several, "resumed-several", 3)
     assert train(place, copy.name, "trainer.keep_last=10", *SEVERAL_UPDATES) == 0
     assert lines_of(copy, 4)[0]["written_at"] == 2
@@ -285,7 +288,6 @@ def test_what_cannot_be_is_refused(place: Path, what: str, capsys: pytest.Captur
     ("settings", "said"),
     [
         ({"samples_per_prompt": 1}, ["rl.samples_per_prompt=1"]),
-        ({"updates_per_rollout": 3}, ["rl.updates_per_rollout=3", "prompts_per_step=16"]),
         ({"temperature": 0.7}, ["rl.temperature=0.7", "importance_cap=2"]),
         ({"top_k": 50}, ["rl.top_k=50", "importance_cap=2"]),
         ({"top_p": 0.9}, ["rl.top_p=0.9", "importance_cap=2"]),

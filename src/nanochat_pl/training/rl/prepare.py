@@ -89,7 +89,7 @@ def _prompts(config: TrainConfig, mixture: Mixture, parent: ParentModel) -> Prom
     needed = len(mixture)
     if config.max_steps is not None:
         rollouts = -(-config.max_steps // settings.updates_per_rollout)
-        needed = min(needed, rollouts * settings.prompts_per_step)
+        needed = min(needed, rollouts * settings.prompts_per_rollout)
     prompts = Prompts(mixture, parent.tokenizer, most, needed, settings.samples_per_prompt, config.seed)
     if not prompts.num_prompts:
         raise UserError(
@@ -112,7 +112,7 @@ def _plan(context: StageContext, parent: ParentModel, prompts: Prompts) -> Plan:
     wanted = round(config.stage.num_epochs * prompts.num_prompts * settings.samples_per_prompt)
     plan = parent.plan(dataclasses.replace(context, config=planned), num_rows=max(wanted, size))
     formulas = {
-        "total_batch_tokens": "prompts_per_step * samples_per_prompt / updates_per_rollout rows of rl, all full",
+        "total_batch_tokens": "rl.prompts_per_step * rl.samples_per_prompt rows, all full",
         "num_rows": "prompts of num_epochs, times rl.samples_per_prompt",
     }
     for name, formula in formulas.items():
@@ -127,8 +127,9 @@ def _announce(prompts: Prompts, config: TrainConfig) -> None:
     left_out = (
         f"; {longer:,} are too long for rl.max_new_tokens={settings.max_new_tokens} and left out" if longer else ""
     )
-    several = f" in {settings.updates_per_rollout} updates" if settings.updates_per_rollout > 1 else ""
+    updates = settings.updates_per_rollout
+    several = f" for {updates} steps of {settings.prompts_per_step} prompts" if updates > 1 else ""
     rank_zero_print(
-        f"Rollouts: {settings.prompts_per_step} prompts x {settings.samples_per_prompt} answers of at most"
+        f"Rollouts: {settings.prompts_per_rollout} prompts x {settings.samples_per_prompt} answers of at most"
         f" {settings.max_new_tokens} tokens{several}; {prompts.num_prompts:,} prompts{left_out}."
     )

@@ -28,7 +28,9 @@ class RLSettings:
         "A reward of your own, package.module.name: a function, or a class that is made without arguments, called with"
         " (conversation, completion); null: that of each task.",
     )
-    prompts_per_step: int = setting(16, "Prompts of a rollout.", at_least=1, at_most=2**16)
+    prompts_per_step: int = setting(
+        16, "Prompts of an optimizer step; a rollout has updates_per_rollout times as many.", at_least=1, at_most=2**16
+    )
     samples_per_prompt: int = setting(16, "Answers to each prompt: a group.", at_least=1, at_most=2**16)
     max_new_tokens: int = setting(256, "Most tokens of an answer.", at_least=1, at_most=2**16)
     temperature: float = setting(1.0, "Of the draws; other than 1 needs importance_cap.", above=0, at_most=100)
@@ -55,7 +57,7 @@ class RLSettings:
         "What the step's sum is divided by: its trained tokens; or, as Dr. GRPO, max_new_tokens times its answers.",
     )
     updates_per_rollout: int = setting(
-        1, "Optimizer steps that share the prompts of a rollout.", at_least=1, at_most=1024
+        1, "Optimizer steps that share a rollout: each has other groups of it.", at_least=1, at_most=1024
     )
     clip_low: float | None = setting(
         None,
@@ -111,11 +113,6 @@ class RLSettings:
                 "samples_per_prompt=1: an answer is compared with the mean of its group, and the mean of one is itself:"
                 " nothing would be learnt; give at least 2."
             )
-        if self.prompts_per_step % self.updates_per_rollout:
-            problems.append(
-                f"updates_per_rollout={self.updates_per_rollout}: does not divide prompts_per_step="
-                f"{self.prompts_per_step}, whose groups the updates share."
-            )
         if self.updates_per_rollout == 1:
             problems += [
                 f"{key}={value}: does nothing with updates_per_rollout=1, where the model is the one that wrote."
@@ -146,14 +143,19 @@ class RLSettings:
         return found
 
     @property
+    def prompts_per_rollout(self) -> int:
+        """Prompts that are answered at once, over all processes."""
+        return self.prompts_per_step * self.updates_per_rollout
+
+    @property
     def samples_per_rollout(self) -> int:
         """Answers of a rollout, over all processes."""
-        return self.prompts_per_step * self.samples_per_prompt
+        return self.prompts_per_rollout * self.samples_per_prompt
 
     @property
     def samples_per_update(self) -> int:
         """Answers of an optimizer step, over all processes."""
-        return self.samples_per_rollout // self.updates_per_rollout
+        return self.prompts_per_step * self.samples_per_prompt
 
     @property
     def needs_old_logprobs(self) -> bool:
