@@ -28,6 +28,7 @@ from nanochat_pl.evaluation.statistics import pass_at_k_rows
 from nanochat_pl.tasks.base import Content, Conversation, Task, conversation_of
 from nanochat_pl.tasks.mixture import Mixture
 from nanochat_pl.training.checkpoint.resume import resume_files
+from nanochat_pl.training.config import TrainConfig
 from nanochat_pl.training.rl.metrics import sample_metrics, sampler_metrics, tool_calls
 from nanochat_pl.training.rl.pass_at_k import in_words, pass_at_k_metrics
 from nanochat_pl.training.rl.prompts import Prompts
@@ -41,7 +42,7 @@ from tests.helpers.rl_jobs import roll_out_tiny
 from tests.helpers.small_engine import byte_tokenizer
 from tests.helpers.training import SEQUENCE_LEN, Loop
 from tests.helpers.training import batch_of as batch_of_targets
-from tests.training.conftest import rl_overrides, same_weights, weights_of
+from tests.training.conftest import rl_overrides, same_weights, sft_overrides, weights_of
 
 SEVERAL_UPDATES = (
     "rl.updates_per_rollout=2",
@@ -258,6 +259,8 @@ def test_what_is_left_out_of_the_loss(place: Path) -> None:
         group = [other for other in lines if other["prompt"] == line["prompt"]]
         learnt = line["finish_reason"] == "stop" and len({other["reward"] for other in group}) > 1
         assert line["trained"] == learnt
+    every = [p for line in lines for p, drawn in zip(line["logprobs"], line["mask"], strict=True) if drawn]
+    assert float(metrics_of(folder)[-1]["entropy_estimate"]) == pytest.approx(-np.mean(every)), "of all answers"
 
 
 REFUSED = {
@@ -293,12 +296,46 @@ def test_what_cannot_be_is_refused(place: Path, what: str, capsys: pytest.Captur
         ({"top_p": 0.9}, ["rl.top_p=0.9", "importance_cap=2"]),
         ({"min_p": 0.1}, ["rl.min_p=0.1", "importance_cap=2"]),
         ({"clip_high": 0.2}, ["rl.clip_high=0.2", "updates_per_rollout=1"]),
-        ({"temperature": 0}, ["rl.temperature=0"]),
     ],
 )
 def test_settings_that_cannot_be_are_refused_with_their_keys(settings: dict[str, Any], said: list[str]) -> None:
-    (problem,) = validation_errors(RLSettings, settings, "rl")
+    (problem,) = validation_errors(TrainConfig, {"stage": {"name": "rl"}, "rl": settings}, "")
     assert all(each in problem for each in said), problem
+    if "importance_cap=2" in said:
+        assert ("can never be drawn" in problem) == ("temperature" not in settings), "then no weight helps"
+        capped = {"stage": {"name": "rl"}, "rl": {**settings, "importance_cap": 2.0}}
+        assert not validation_errors(TrainConfig, capped, "")
+    assert not validation_errors(TrainConfig, {"rl": settings}, ""), "other stages need not care"
+
+
+@pytest.mark.parametrize("setting", ["temperature=0", "importance_cap=0.5"])
+def test_bounds_of_settings(setting: str) -> None:
+    name, _, value = setting.partition("=")
+    (problem,) = validation_errors(RLSettings, {name: float(value)}, "rl")
+    assert setting in problem
+
+
+def test_keys_of_rl_do_nothing_in_other_stages_and_this_is_said(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keys = ["rl.top_k=50", "rl.samples_per_prompt=4"]
+    assert main(["train", "run=whole", "check_only=true", *sft_overrides(place), *keys]) == 0
+    assert "rl.top_k=50 rl.samples_per_prompt=4: is for stage=rl" in " ".join(capsys.readouterr().out.split())
+
+
+def test_settings_that_do_nothing_are_named(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """And half of a row is what an answer has by default."""
+    folder, chats = new_run(place, "unused"), place / "chats.jsonl"
+    chats.write_text("".join(json.dumps(conversation_of(str(i), "a")) + "\n" for i in range(50)), encoding="utf-8")
+    files = f"mixture.tasks.conversations.mine={{path: '{chats}', test_fraction: 0.3}}"
+    own = ("mixture.packing=stream", "mixture.tasks.arithmetic=null", files, "rl.max_new_tokens=null")
+    assert train(place, folder.name, "max_steps=1", *own) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "mixture.packing=stream: is for other stages" in said
+    assert "rl.eval_every_steps=0: pass@k is not measured, as the answers to mine are" in said
+    assert "answers of at most 16 tokens (half of a row)" in said
+    assert max(len(line["ids"]) for line in lines_of(folder, 1)) == 16
+    assert inspect(place, "run=unused", "rollout=1:0") == 0 and "bit-equal" in capsys.readouterr().out
 
 
 class Numbers(Task):

@@ -130,7 +130,7 @@ def draw(
 def sampling(settings: RLSettings) -> dict[str, Any]:
     """How answers are drawn: arguments of :meth:`Engine.generate`."""
     return {
-        "max_tokens": settings.max_new_tokens,
+        "max_tokens": settings.max_answer_tokens,
         "temperature": settings.temperature,
         "top_k": settings.top_k,
         "top_p": settings.top_p,

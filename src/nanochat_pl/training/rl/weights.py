@@ -99,4 +99,4 @@ def divisor(settings: RLSettings, num_samples: int) -> float | None:
     Args:
         num_samples: answers of the step, over all processes.
     """
-    return None if settings.denominator == "tokens" else float(settings.max_new_tokens * num_samples)
+    return None if settings.denominator == "tokens" else float(settings.max_answer_tokens * num_samples)
