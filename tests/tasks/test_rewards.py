@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.schema import build
@@ -22,6 +25,7 @@ from nanochat_pl.tasks.synthetic.sorting import Sorting, SortingSettings
 from nanochat_pl.tasks.synthetic.spelling import Spelling, SpellingSettings
 from nanochat_pl.tasks.synthetic.three_operands import ThreeOperands, ThreeOperandsSettings
 from nanochat_pl.tools.calculator import evaluate
+from nanochat_pl.training.rl.prompts import Prompt
 from nanochat_pl.training.rl.rewards import Rewards
 from tests.tasks.test_tasks import WORDS, make, question
 
@@ -213,6 +217,23 @@ def test_reinforcement_learning_can_have_words_that_fine_tuning_never_saw() -> N
     assert len(words[0]) == 300 and len(words[1]) == len(taught.words) - 300 and not words[0] & words[1]
     held_out = {text_of(reference_of(conversation)) for conversation in make("spelling", "test")}
     assert not held_out & (words[0] | words[1])
+
+
+@pytest.mark.parametrize("kind", [np.array, torch.tensor])
+def test_a_reward_is_one_number_of_any_library(kind: Callable[[Any], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    task = make("sorting", "train")
+    prompt, rewards = Prompt("sorting", task[0], []), Rewards("tests.helpers.rewards.constant")
+    for value, expected in ((kind(0.5), 0.5), (kind([2]), 2.0), (kind([[True]]), 1.0)):
+        monkeypatch.setattr(rewards, "_own", lambda *of, value=value: value)
+        assert rewards.reward(task, prompt, Completion("")) == expected
+    odd = (kind([1.0, 2.0]), kind([]), kind(float("nan")), kind(1j), 10**400, "1", None)
+    for value in odd:
+        monkeypatch.setattr(rewards, "_own", lambda *of, value=value: value)
+        with pytest.raises(UserError, match=r"rl\.reward=tests\.helpers\.rewards\.constant gives .* a finite number"):
+            rewards.reward(task, prompt, Completion(""))
+    monkeypatch.setattr(rewards, "_own", lambda *of: odd[0])
+    with pytest.raises(UserError, match=r"of shape \(2,\)"):
+        rewards.reward(task, prompt, Completion(""))
 
 
 def test_a_task_without_a_reward_is_refused_with_those_that_have_one() -> None:

@@ -28,6 +28,7 @@ from nanochat_pl.evaluation.statistics import pass_at_k_rows
 from nanochat_pl.tasks.base import Content, Conversation, Task, conversation_of
 from nanochat_pl.tasks.mixture import Mixture
 from nanochat_pl.training.checkpoint.resume import resume_files
+from nanochat_pl.training.config import TrainConfig
 from nanochat_pl.training.rl.metrics import sample_metrics, sampler_metrics, tool_calls
 from nanochat_pl.training.rl.pass_at_k import in_words, pass_at_k_metrics
 from nanochat_pl.training.rl.prompts import Prompts
@@ -41,7 +42,7 @@ from tests.helpers.rl_jobs import roll_out_tiny
 from tests.helpers.small_engine import byte_tokenizer
 from tests.helpers.training import SEQUENCE_LEN, Loop
 from tests.helpers.training import batch_of as batch_of_targets
-from tests.training.conftest import rl_overrides, same_weights, weights_of
+from tests.training.conftest import rl_overrides, same_weights, sft_overrides, weights_of
 
 SEVERAL_UPDATES = (
     "rl.updates_per_rollout=2",
@@ -187,15 +188,21 @@ def test_log_probs_are_nearly_those_of_the_gradient_in_float32(place: Path) -> N
         assert float(row["ratio_fraction_low"]) == float(row["ratio_fraction_high"]) == 0
 
 
-@pytest.mark.parametrize("step", [0, 3])
-def test_a_resumed_run_has_the_bits_of_one_that_nobody_stopped(place: Path, learnt: Path, step: int) -> None:
+@pytest.mark.parametrize(("step", "change"), [(0, "device_batch_size=4"), (3, "rl.decode_batch_size=3")])
+def test_a_resumed_run_has_the_bits_of_one_that_nobody_stopped(
+    place: Path, learnt: Path, step: int, change: str
+) -> None:
+    """Also with fewer answers at once, as is said where memory runs out."""
     copy = unfinished(learnt, f"resumed-{step}", step)
-    assert train(place, copy.name, "trainer.keep_last=10") == 0
+    assert train(place, copy.name, "trainer.keep_last=10", change) == 0
     assert_same_end(learnt, copy)
 
 
 def test_a_run_goes_on_in_the_middle_of_a_rollout(place: Path, several: Path) -> None:
     """The answers of the step to come were written by weights that are gone."""
+    drawn = [line for step in (1, 2) for line in lines_of(several, step)]
+    assert len(drawn) == 2 * 16 and len({line["seed"] for line in drawn}) == 32, "steps of 4 prompts with 4 answers"
+    assert {line["written_at"] for line in drawn} == {0}
     copy = unfinished(several, "resumed-several", 3)
     assert train(place, copy.name, "trainer.keep_last=10", *SEVERAL_UPDATES) == 0
     assert lines_of(copy, 4)[0]["written_at"] == 2
@@ -239,6 +246,7 @@ def test_steps_without_signal_change_no_weight_and_are_counted(place: Path, caps
     rows = metrics_of(folder)
     assert [float(row["steps_without_signal"]) for row in rows[-2:]] == [1, 2]
     assert float(rows[-1]["reward"]) == float(rows[-1]["frac_reward_zero_std"]) == 1
+    assert float(rows[-1]["train/skipped_steps"]) == 0, "these are the steps that were not finite"
 
 
 def test_what_is_left_out_of_the_loss(place: Path) -> None:
@@ -251,6 +259,8 @@ def test_what_is_left_out_of_the_loss(place: Path) -> None:
         group = [other for other in lines if other["prompt"] == line["prompt"]]
         learnt = line["finish_reason"] == "stop" and len({other["reward"] for other in group}) > 1
         assert line["trained"] == learnt
+    every = [p for line in lines for p, drawn in zip(line["logprobs"], line["mask"], strict=True) if drawn]
+    assert float(metrics_of(folder)[-1]["entropy_estimate"]) == pytest.approx(-np.mean(every)), "of all answers"
 
 
 REFUSED = {
@@ -281,18 +291,51 @@ def test_what_cannot_be_is_refused(place: Path, what: str, capsys: pytest.Captur
     ("settings", "said"),
     [
         ({"samples_per_prompt": 1}, ["rl.samples_per_prompt=1"]),
-        ({"updates_per_rollout": 3}, ["rl.updates_per_rollout=3", "prompts_per_step=16"]),
         ({"temperature": 0.7}, ["rl.temperature=0.7", "importance_cap=2"]),
         ({"top_k": 50}, ["rl.top_k=50", "importance_cap=2"]),
         ({"top_p": 0.9}, ["rl.top_p=0.9", "importance_cap=2"]),
         ({"min_p": 0.1}, ["rl.min_p=0.1", "importance_cap=2"]),
         ({"clip_high": 0.2}, ["rl.clip_high=0.2", "updates_per_rollout=1"]),
-        ({"temperature": 0}, ["rl.temperature=0"]),
     ],
 )
 def test_settings_that_cannot_be_are_refused_with_their_keys(settings: dict[str, Any], said: list[str]) -> None:
-    (problem,) = validation_errors(RLSettings, settings, "rl")
+    (problem,) = validation_errors(TrainConfig, {"stage": {"name": "rl"}, "rl": settings}, "")
     assert all(each in problem for each in said), problem
+    if "importance_cap=2" in said:
+        assert ("can never be drawn" in problem) == ("temperature" not in settings), "then no weight helps"
+        capped = {"stage": {"name": "rl"}, "rl": {**settings, "importance_cap": 2.0}}
+        assert not validation_errors(TrainConfig, capped, "")
+    assert not validation_errors(TrainConfig, {"rl": settings}, ""), "other stages need not care"
+
+
+@pytest.mark.parametrize("setting", ["temperature=0", "importance_cap=0.5"])
+def test_bounds_of_settings(setting: str) -> None:
+    name, _, value = setting.partition("=")
+    (problem,) = validation_errors(RLSettings, {name: float(value)}, "rl")
+    assert setting in problem
+
+
+def test_keys_of_rl_do_nothing_in_other_stages_and_this_is_said(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keys = ["rl.top_k=50", "rl.samples_per_prompt=4"]
+    assert main(["train", "run=whole", "check_only=true", *sft_overrides(place), *keys]) == 0
+    assert "rl.top_k=50 rl.samples_per_prompt=4: is for stage=rl" in " ".join(capsys.readouterr().out.split())
+
+
+def test_settings_that_do_nothing_are_named(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """And half of a row is what an answer has by default."""
+    folder, chats = new_run(place, "unused"), place / "chats.jsonl"
+    chats.write_text("".join(json.dumps(conversation_of(str(i), "a")) + "\n" for i in range(50)), encoding="utf-8")
+    files = f"mixture.tasks.conversations.mine={{path: '{chats}', test_fraction: 0.3}}"
+    own = ("mixture.packing=stream", "mixture.tasks.arithmetic=null", files, "rl.max_new_tokens=null")
+    assert train(place, folder.name, "max_steps=1", *own) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "mixture.packing=stream: is for other stages" in said
+    assert "rl.eval_every_steps=0: pass@k is not measured, as the answers to mine are" in said
+    assert "answers of at most 16 tokens (half of a row)" in said
+    assert max(len(line["ids"]) for line in lines_of(folder, 1)) == 16
+    assert inspect(place, "run=unused", "rollout=1:0") == 0 and "bit-equal" in capsys.readouterr().out
 
 
 class Numbers(Task):

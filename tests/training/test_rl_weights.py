@@ -40,6 +40,13 @@ def test_a_group_without_spread_has_no_advantage_at_all() -> None:
     assert (advantages(rewards) == 0).all() and (advantages(rewards, "mean_std") == 0).all()
 
 
+def test_rounding_is_no_signal() -> None:
+    rewards = np.array([[1.0, 1.0000000000000002], [1.0, 1.000001], [0.0, 1e-12], [-3e9, -3e9 + 1], [0.0, 0.0]])
+    assert has_signal(rewards).tolist() == [False, True, True, False, False]
+    for how in ("mean", "mean_std"):
+        assert advantages(rewards, how).any(axis=1).tolist() == has_signal(rewards).tolist()
+
+
 def test_divided_by_the_deviation_of_the_group() -> None:
     found = advantages(np.array([[1.0, 0.0, 0.0, 0.0], [3.0, 1.0, 1.0, 3.0]]), "mean_std")
     assert found == pytest.approx(np.array([[1.5, -0.5, -0.5, -0.5], [x / math.sqrt(4 / 3) for x in (1, -1, -1, 1)]]))

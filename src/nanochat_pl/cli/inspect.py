@@ -145,7 +145,7 @@ def _same_again(
     net = GPT(config, TORCH_DTYPES[dtype]).materialise(device)
     net.load_state_dict(_read(weights.path))
     engine = Engine(ModelAndTokenizer(net.eval(), tokenizer))
-    settings = _settings(folder)
+    settings = _settings(folder).for_rows(config.sequence_len)
     (result,) = engine.generate([line["prompt"]], seeds=[line["seed"]], **sampling(settings))
     rank_zero_print(f"Written again with {weights.path}, on {device.type} in {dtype}:")
     if result.ids != line["ids"]:

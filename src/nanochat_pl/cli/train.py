@@ -63,6 +63,7 @@ def run(arguments: Sequence[str]) -> int:
     require_same_code_everywhere()
     require_same_settings_everywhere(composed)
     config = composed.config
+    _say_unused(composed)
     place = coordination.run_on_rank_zero(lambda: _names(place_of(composed)))
     folder = StageFolder(Path(config.paths.runs), **place)
     composed = with_parent(composed, folder)
@@ -97,6 +98,14 @@ def _processes_to_start(composed: Composed[TrainConfig]) -> int:
     folder = place_of(composed, tell=lambda text: None)
     finished = folder.status == "finished" and not trains_longer(folder, with_parent(composed, folder))
     return 1 if finished else number
+
+
+def _say_unused(composed: Composed[TrainConfig]) -> None:
+    """Say which keys of the command line are of another stage. The steps of a pipeline are given the same ones."""
+    stage = composed.config.stage
+    unused = [text for text in composed.overrides if text.startswith("rl.")]
+    if unused and not stage.definition.trains_on_answers and not is_child():
+        rank_zero_print(f"{' '.join(unused)}: is for stage=rl, and does nothing in stage={stage.name}.")
 
 
 def _opened(folder: StageFolder, composed: Composed[TrainConfig], held: contextlib.ExitStack) -> bool:

@@ -255,6 +255,8 @@ class TrainConfig(HorizonSettings):
             )
         if asked is not None:  # one key says it from here on, and stands in the record of the run
             object.__setattr__(self, "model", replace(self.model, compute_dtype=PRECISIONS[asked]))
+        if self.stage.definition.trains_on_answers and (problems := self.rl.problems()):
+            raise UserError([f"rl.{problem}" for problem in problems])
         if self.trainer.keep_best and not self.evaluation.every_steps:
             raise UserError(
                 f"trainer.keep_best={self.trainer.keep_best}: nothing is measured before the end, with"

@@ -244,8 +244,8 @@ class LMModule(LightningModule):
 
         The loss is the summed nats of all targets of the step, each times its weight where there are weights, divided
         by their number (or by what the step says), so neither the size of the micro-batches nor the number of processes
-        changes it. Nothing is changed before the optimizer steps: a stop
-        between micro-batches drops the step, and a step for which memory did not suffice is done again.
+        changes it. Nothing is changed before the optimizer steps: a stop between micro-batches drops the step, and a
+        step for which memory did not suffice is done again.
 
         Returns:
             ``loss`` (nats per target) and ``gradient_norm`` (L2, before clipping) over all processes, float32 scalars

@@ -8,7 +8,7 @@ import numpy as np
 
 from nanochat_pl.tokenizer import Tokenizer
 from nanochat_pl.training.rl.rollouts import Sample
-from nanochat_pl.training.rl.weights import TokenWeights
+from nanochat_pl.training.rl.weights import TokenWeights, has_signal
 
 # Of each token's importance weight: within them a mismatch counts as small.
 RATIO_BOUNDS = (0.9, 1.1)
@@ -47,7 +47,7 @@ def reward_column(task: str) -> str:
 
 
 def sample_metrics(samples: Sequence[Sample], group_size: int, tokenizer: Tokenizer) -> dict[str, float]:
-    """Of the answers of a step: rewards, lengths, ends, tool calls.
+    """Of all answers of a step, also those left out of the loss: rewards, lengths, ends, tool calls, entropy.
 
     Args:
         samples: whole groups, one after the other.
@@ -62,11 +62,14 @@ def sample_metrics(samples: Sequence[Sample], group_size: int, tokenizer: Tokeni
     metrics = {
         "reward": float(rewards.mean()),
         "reward_std": float(rewards.std(axis=1, ddof=1).mean()),
-        "frac_reward_zero_std": float((rewards.max(axis=1) == rewards.min(axis=1)).mean()),
+        "frac_reward_zero_std": float((~has_signal(rewards)).mean()),
         "completions/mean_length": float(lengths.mean()),
         "completions/min_length": float(lengths.min()),
         "completions/max_length": float(lengths.max()),
         "completions/clipped_ratio": float(1 - ended.mean()),
+        "entropy_estimate": float(
+            -np.mean([value for each in samples for value in each.of_drawn(each.sampled_logprobs)])
+        ),
         "tools/call_frequency": float(calls.mean()),
     }
     if ended.any():
@@ -101,7 +104,7 @@ def sampler_metrics(samples: Sequence[Sample], trained: Sequence[Sequence[float]
     over that in the distribution from which a token was drawn, before any cap.
 
     Args:
-        samples: of a step in which the weights are still those that wrote them.
+        samples: those in the loss, of a step in which the weights are still those that wrote them.
         trained: log-probs of all tokens of each of them.
     """
     ours = np.array([value for each, row in zip(samples, trained, strict=True) for value in each.of_drawn(row)])
@@ -110,7 +113,6 @@ def sampler_metrics(samples: Sequence[Sample], trained: Sequence[Sequence[float]
     difference, ratio = np.abs(ours - plain), np.exp(ours - drawn)
     low, high = RATIO_BOUNDS
     return {
-        "entropy_estimate": float(-drawn.mean()),
         f"{_DIFFERENCE}/mean": float(difference.mean()),
         f"{_DIFFERENCE}/max": float(difference.max()),
         **{f"{_DIFFERENCE}/p{round(100 * q)}": float(np.quantile(difference, q)) for q in QUANTILES},
@@ -126,7 +128,7 @@ def sampler_metrics(samples: Sequence[Sample], trained: Sequence[Sequence[float]
 
 
 def weight_metrics(weights: Sequence[TokenWeights], clips: bool) -> dict[str, float]:
-    """Shares of tokens that were clipped, and the divergence from the start, of the trained tokens of a step.
+    """Shares of tokens that were clipped, and the divergence from the start, of the answers in the loss of a step.
 
     Args:
         clips: whether any could be clipped.

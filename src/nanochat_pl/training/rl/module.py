@@ -74,7 +74,7 @@ class RLModule(LMModule):
         self._samples: list[Sample] = []  # of the rollout whose answers are being trained on
         self._rollout = -1  # its number
         self._num_tokens = self._steps_without_signal = 0
-        self._has_signal = True
+        self._has_signal = self._is_finite = True
         self._token_nats: list[Tensor] = []
         # Each in a tuple: as attributes, modules and what is bound to them would be part of what is trained and saved.
         self._by_token: tuple[Callable[..., tuple[Tensor, Tensor, Tensor]], ...] = ()
@@ -126,7 +126,7 @@ class RLModule(LMModule):
         """One optimizer step on answers to the prompts of its rows; see :meth:`LMModule.training_step`.
 
         Returns:
-            what LMModule's does, and ``num_tokens``, padding included.
+            what LMModule's does, and ``num_tokens``, padding included. A step without signal is not ``skipped``.
 
         Raises:
             UserError: as there; a reward fails; answers cannot be written.
@@ -165,11 +165,13 @@ class RLModule(LMModule):
         self._log({name: value for name, value in metrics.items() if name in self.columns or "/epochs" in name})
         if collectives.is_rank_zero():
             self._record(step, samples, advantage, in_loss, dict(zip(chosen, logprobs, strict=True)))
-        return outputs | {"num_tokens": (made.num_rows_of_all or len(made.inputs)) * made.inputs.shape[1]}
+        num_tokens = (made.num_rows_of_all or len(made.inputs)) * made.inputs.shape[1]
+        return outputs | {"skipped": not self._is_finite, "num_tokens": num_tokens}
 
     def may_update(self, batch: StepBatch, loss: float, norm: float) -> bool:
         """As of LMModule; a step in which all weights are 0 changes nothing: the optimizer would go on by momentum."""
-        return super().may_update(batch, loss, norm) and self._has_signal
+        self._is_finite = super().may_update(batch, loss, norm)
+        return self._is_finite and self._has_signal
 
     def weighted_loss(self, inputs: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
         """As of LMModule; keeps the nats of each target."""

@@ -34,7 +34,7 @@ def pass_at_k_benchmark(tasks: Mapping[str, Task], tokenizer: Tokenizer, setting
             Engine(ModelAndTokenizer(net, tokenizer)),
             judged[name],
             settings.eval_problems,
-            settings.max_new_tokens,
+            settings.max_answer_tokens,
             progress=lambda done, total: meanwhile(),
             num_samples=settings.eval_samples,
             temperature=1.0 if settings.eval_samples > 1 else 0.0,

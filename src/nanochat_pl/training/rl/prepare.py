@@ -28,9 +28,9 @@ def prepare_rl(context: StageContext) -> StageData:
     Raises:
         UserError: a task has no reward; there is no finished parent; prompt and answer do not fit into its rows.
     """
-    config, settings = context.config, context.config.rl
+    config = context.config
     _refuse(config)
-    rewards = Rewards(settings.reward)
+    rewards = Rewards(config.rl.reward)
     tasks = TaskContext(
         context.cache,
         config.data.max_bad_fraction,
@@ -42,12 +42,15 @@ def prepare_rl(context: StageContext) -> StageData:
     rewards.require(mixture.tasks)
     held_out = build_mixture(config.mixture, "test", tasks)
     parent = load_parent(context)
+    settings = config.rl.for_rows(parent.model.sequence_len)
+    config = dataclasses.replace(config, rl=settings)
     prompts = _prompts(config, mixture, parent)
     first = prompts.prompt(0)
     rewards.try_out(mixture.tasks[first.task], first, parent.tokenizer)
-    plan = _plan(context, parent, prompts)
+    plan = _plan(dataclasses.replace(context, config=config), parent, prompts)
     fixed = held_out_rows(held_out, parent.tokenizer, parent.model.sequence_len, context.cache)
-    _announce(prompts, config)
+    benchmarks = pass_at_k_benchmark(held_out.tasks, parent.tokenizer, settings)
+    _announce(prompts, config, is_measured=bool(benchmarks), half_row=context.config.rl.max_new_tokens is None)
     return StageData(
         plan=plan,
         rows=prompts,  # type: ignore[arg-type]  # as far as the training is concerned
@@ -61,7 +64,7 @@ def prepare_rl(context: StageContext) -> StageData:
         }
         | context.corpus.chosen(),
         make_module=partial(RLModule, settings=settings, prompts=prompts, rewards=rewards, folder=context.folder.path),
-        benchmarks=pass_at_k_benchmark(held_out.tasks, parent.tokenizer, settings),
+        benchmarks=benchmarks,
         **parent.start(context),
     )
 
@@ -79,7 +82,7 @@ def _refuse(config: TrainConfig) -> None:
 
 def _prompts(config: TrainConfig, mixture: Mixture, parent: ParentModel) -> Prompts:
     settings, row = config.rl, parent.model.sequence_len
-    most = row + 1 - settings.max_new_tokens  # the last token of a row is no input
+    most = row + 1 - settings.max_answer_tokens  # the last token of a row is no input
     if most < 1:
         raise UserError(
             f"rl.max_new_tokens={settings.max_new_tokens}: a row of the model has {row:,} positions, for prompt and"
@@ -89,7 +92,7 @@ def _prompts(config: TrainConfig, mixture: Mixture, parent: ParentModel) -> Prom
     needed = len(mixture)
     if config.max_steps is not None:
         rollouts = -(-config.max_steps // settings.updates_per_rollout)
-        needed = min(needed, rollouts * settings.prompts_per_step)
+        needed = min(needed, rollouts * settings.prompts_per_rollout)
     prompts = Prompts(mixture, parent.tokenizer, most, needed, settings.samples_per_prompt, config.seed)
     if not prompts.num_prompts:
         raise UserError(
@@ -112,7 +115,7 @@ def _plan(context: StageContext, parent: ParentModel, prompts: Prompts) -> Plan:
     wanted = round(config.stage.num_epochs * prompts.num_prompts * settings.samples_per_prompt)
     plan = parent.plan(dataclasses.replace(context, config=planned), num_rows=max(wanted, size))
     formulas = {
-        "total_batch_tokens": "prompts_per_step * samples_per_prompt / updates_per_rollout rows of rl, all full",
+        "total_batch_tokens": "rl.prompts_per_step * rl.samples_per_prompt rows, all full",
         "num_rows": "prompts of num_epochs, times rl.samples_per_prompt",
     }
     for name, formula in formulas.items():
@@ -122,13 +125,25 @@ def _plan(context: StageContext, parent: ParentModel, prompts: Prompts) -> Plan:
     return plan
 
 
-def _announce(prompts: Prompts, config: TrainConfig) -> None:
+def _announce(prompts: Prompts, config: TrainConfig, is_measured: bool, half_row: bool) -> None:
+    """Say what is rolled out, and which settings do nothing."""
     settings, longer = config.rl, prompts.num_left_out
     left_out = (
         f"; {longer:,} are too long for rl.max_new_tokens={settings.max_new_tokens} and left out" if longer else ""
     )
-    several = f" in {settings.updates_per_rollout} updates" if settings.updates_per_rollout > 1 else ""
+    updates = settings.updates_per_rollout
+    several = f" for {updates} steps of {settings.prompts_per_step} prompts" if updates > 1 else ""
     rank_zero_print(
-        f"Rollouts: {settings.prompts_per_step} prompts x {settings.samples_per_prompt} answers of at most"
-        f" {settings.max_new_tokens} tokens{several}; {prompts.num_prompts:,} prompts{left_out}."
+        f"Rollouts: {settings.prompts_per_rollout} prompts x {settings.samples_per_prompt} answers of at most"
+        f" {settings.max_new_tokens} tokens{' (half of a row)' if half_row else ''}{several}; {prompts.num_prompts:,}"
+        f" prompts{left_out}."
     )
+    if config.mixture.packing != "pad":  # an experiment may say it for all of its stages
+        rank_zero_print(
+            f"mixture.packing={config.mixture.packing}: is for other stages; in rl each answer is a row of its own."
+        )
+    if settings.eval_every_steps is not None and not is_measured:
+        rank_zero_print(
+            f"rl.eval_every_steps={settings.eval_every_steps}: pass@k is not measured, as the answers to"
+            f" {', '.join(prompts.tasks)} are rewarded, but neither right nor wrong."
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Callable
 from typing import Any
 
@@ -65,11 +66,12 @@ class Rewards:
             where = f"{KEY}={self.target}"
             with user_code(f"{where} fails"):
                 value = self._own(prompt.conversation, completion)
-        if hasattr(value, "item"):  # a number of numpy or torch
-            value = value.item()
-        if not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise UserError(f"{where} gives {value!r}: it must be a finite number.")
-        return float(value)
+        with user_code(f"{where}: what it gives cannot be read as a number"):
+            number = _finite_number(value)
+            if number is None:
+                shape = f" of shape {tuple(value.shape)}" if hasattr(value, "shape") else ""
+                raise UserError(f"{where} gives {reprlib.repr(value)}{shape}: it must be a finite number.")
+            return number
 
 
 def open_reward(target: str) -> Reward:
@@ -85,6 +87,19 @@ def open_reward(target: str) -> Reward:
     if not callable(found):
         raise UserError(f"{KEY}={target}: its objects cannot be called.", "Give it __call__(conversation, completion).")
     return found
+
+
+def _finite_number(value: Any) -> float | None:
+    """A number as a float, also one of numpy or torch or an array of one element; None: it is no finite number."""
+    if hasattr(value, "item") and math.prod(getattr(value, "shape", ())) == 1:
+        value = value.item()
+    if not isinstance(value, (int, float)):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:  # an integer of hundreds of digits
+        return None
+    return number if math.isfinite(number) else None
 
 
 def _why_not(task: Task) -> str:

@@ -94,7 +94,7 @@ def draw(
     """
     asked = [prompts.prompt_of_row(row) for row in rows]
     step = rows.start // settings.samples_per_rollout * settings.updates_per_rollout if rows else 0
-    per_rollout = settings.prompts_per_step
+    per_rollout = settings.prompts_per_rollout
     seeds = [
         sample_seed(seed, step, row // settings.samples_per_prompt % per_rollout, sample)
         for row, (_, sample) in zip(rows, asked, strict=True)
@@ -130,7 +130,7 @@ def draw(
 def sampling(settings: RLSettings) -> dict[str, Any]:
     """How answers are drawn: arguments of :meth:`Engine.generate`."""
     return {
-        "max_tokens": settings.max_new_tokens,
+        "max_tokens": settings.max_answer_tokens,
         "temperature": settings.temperature,
         "top_k": settings.top_k,
         "top_p": settings.top_p,

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.schema import setting
 
 # What has no say in the weights: it may differ when a stage goes on.
-WITHOUT_A_SAY = {"eval_every_steps", "eval_samples", "eval_problems", "sample_table_every_steps", "rollouts_mb"}
+WITHOUT_A_SAY = {
+    "decode_batch_size",
+    "eval_every_steps",
+    "eval_samples",
+    "eval_problems",
+    "sample_table_every_steps",
+    "rollouts_mb",
+}
 
 
 @dataclass(frozen=True)
@@ -21,34 +27,45 @@ class RLSettings:
         "A reward of your own, package.module.name: a function, or a class that is made without arguments, called with"
         " (conversation, completion); null: that of each task.",
     )
-    prompts_per_step: int = setting(16, "Prompts of a rollout.", at_least=1, at_most=2**16)
+    prompts_per_step: int = setting(
+        16, "Prompts of an optimizer step; a rollout has updates_per_rollout times as many.", at_least=1, at_most=2**16
+    )
     samples_per_prompt: int = setting(16, "Answers to each prompt: a group.", at_least=1, at_most=2**16)
-    max_new_tokens: int = setting(256, "Most tokens of an answer.", at_least=1, at_most=2**16)
-    temperature: float = setting(1.0, "Of the draws; other than 1 needs importance_cap.", above=0, at_most=100)
+    max_new_tokens: int | None = setting(
+        None, "Maximum number of tokens in an answer; null: half of the model's row.", at_least=1, at_most=2**16
+    )
+    temperature: float = setting(
+        1.0, "Sampling temperature; a value other than 1 needs importance_cap.", above=0, at_most=100
+    )
     top_k: int | None = setting(
-        None, "Draw from the k most likely tokens; null: from all; else it needs importance_cap.", at_least=1
+        None,
+        "Sample from the k most likely tokens only; null: from all. Needs importance_cap, and stays biased.",
+        at_least=1,
     )
     top_p: float = setting(
         1.0,
-        "Draw from the most likely tokens that have this share of the probability; below 1 needs importance_cap.",
+        "Sample from the most likely tokens that together have this probability; below 1 needs importance_cap, and"
+        " stays biased.",
         above=0,
         at_most=1,
     )
     min_p: float = setting(
         0.0,
-        "Draw from tokens with at least this share of the largest probability; above 0 needs importance_cap.",
+        "Sample from tokens with at least this share of the largest probability; above 0 needs importance_cap, and"
+        " stays biased.",
         at_least=0,
         at_most=1,
     )
     advantage: Literal["mean", "mean_std"] = setting(
-        "mean", "Of an answer: reward minus the mean of its group; mean_std: divided by the group's deviation too."
+        "mean", "Reward minus the mean of its group; mean_std: also divided by the group's standard deviation."
     )
     denominator: Literal["tokens", "constant"] = setting(
         "tokens",
-        "What the step's sum is divided by: its trained tokens; or, as Dr. GRPO, max_new_tokens times its answers.",
+        "What the loss of a step is divided by. tokens: its trained tokens; constant: max_new_tokens times all of its"
+        " answers, also those left out of the loss, as in Dr. GRPO.",
     )
     updates_per_rollout: int = setting(
-        1, "Optimizer steps that share the prompts of a rollout.", at_least=1, at_most=1024
+        1, "Optimizer steps that share a rollout: each has other groups of it.", at_least=1, at_most=1024
     )
     clip_low: float | None = setting(
         None,
@@ -62,16 +79,18 @@ class RLSettings:
     )
     importance_cap: float | None = setting(
         None,
-        "Weight each token by its probability under the model over that under which it was drawn, at most this; null:"
-        " no such weights.",
-        above=0,
+        "Truncated importance sampling: weight each token by its probability under the model over that under which it"
+        " was drawn, at most this; null: no such weights.",
+        at_least=1,
         at_most=1e6,
     )
     kl_beta: float = setting(
         0.0, "Coefficient of the divergence (KL) from the model that the stage starts from; 0: none.", at_least=0
     )
     skip_groups_without_signal: bool = setting(
-        False, "Leave groups whose rewards are all equal out of the loss and of its denominator."
+        False,
+        "Leave groups whose rewards are all equal out of the loss and, with denominator=tokens, of its denominator."
+        " They have no gradient but that of kl_beta.",
     )
     unfinished: Literal["keep", "drop"] = setting(
         "keep", "Answers that reached max_new_tokens: train on them, or leave them out of the loss."
@@ -97,17 +116,13 @@ class RLSettings:
         at_least=0,
     )
 
-    def __post_init__(self) -> None:
+    def problems(self) -> list[str]:
+        """What cannot be, a line for each key: of the stages that use these settings, as others need not care."""
         problems = []
         if self.samples_per_prompt == 1:
             problems.append(
                 "samples_per_prompt=1: an answer is compared with the mean of its group, and the mean of one is itself:"
                 " nothing would be learnt; give at least 2."
-            )
-        if self.prompts_per_step % self.updates_per_rollout:
-            problems.append(
-                f"updates_per_rollout={self.updates_per_rollout}: does not divide prompts_per_step="
-                f"{self.prompts_per_step}, whose groups the updates share."
             )
         if self.updates_per_rollout == 1:
             problems += [
@@ -116,20 +131,23 @@ class RLSettings:
                 if value is not None
             ]
         if self.importance_cap is None:
+            other = "the answers would be drawn from another distribution than the one that the gradient is of"
+            if self.temperature != 1:
+                problems.append(
+                    f"temperature={self.temperature}: {other}; set importance_cap=2 to weight their tokens, or"
+                    " temperature=1."
+                )
             problems += [
-                f"{key}={value}: the answers would be drawn from another distribution than the one that the gradient"
-                f" is of; set importance_cap=2 to weight their tokens, or {key}={usual}."
+                f"{key}={value}: {other}; set {key}={usual}. importance_cap=2 weights the tokens that were drawn, but"
+                " the gradient stays biased: tokens outside the kept set can never be drawn."
                 for key, value, usual in self._truncated
             ]
-        if problems:
-            raise UserError(problems)
+        return problems
 
     @property
     def _truncated(self) -> list[tuple[str, float, str]]:
-        """The keys by which answers are not drawn from the model's own distribution: key, value, the usual one."""
+        """The keys by which some tokens can never be drawn: key, value, the value with which all can."""
         found: list[tuple[str, float, str]] = []
-        if self.temperature != 1:
-            found.append(("temperature", self.temperature, "1"))
         if self.top_k is not None:
             found.append(("top_k", self.top_k, "null"))
         if self.top_p != 1:
@@ -138,15 +156,30 @@ class RLSettings:
             found.append(("min_p", self.min_p, "0"))
         return found
 
+    def for_rows(self, sequence_len: int) -> RLSettings:
+        """These settings for rows of so many positions: ``max_new_tokens`` is a number."""
+        return self if self.max_new_tokens is not None else replace(self, max_new_tokens=max(1, sequence_len // 2))
+
+    @property
+    def max_answer_tokens(self) -> int:
+        """``max_new_tokens``, once the model's rows are known."""
+        assert self.max_new_tokens is not None, "settings.for_rows(sequence_len) has it"
+        return self.max_new_tokens
+
+    @property
+    def prompts_per_rollout(self) -> int:
+        """Prompts that are answered at once, over all processes."""
+        return self.prompts_per_step * self.updates_per_rollout
+
     @property
     def samples_per_rollout(self) -> int:
         """Answers of a rollout, over all processes."""
-        return self.prompts_per_step * self.samples_per_prompt
+        return self.prompts_per_rollout * self.samples_per_prompt
 
     @property
     def samples_per_update(self) -> int:
         """Answers of an optimizer step, over all processes."""
-        return self.samples_per_rollout // self.updates_per_rollout
+        return self.prompts_per_step * self.samples_per_prompt
 
     @property
     def needs_old_logprobs(self) -> bool:

@@ -12,6 +12,9 @@ import numpy as np
 
 from nanochat_pl.training.rl.settings import RLSettings
 
+# Rewards of a group that differ by less than this share of the largest one (in absolute value) count as equal.
+ROUNDING = 1e-9
+
 
 def advantages(rewards: np.ndarray, how: str = "mean") -> np.ndarray:
     """How much better each answer is than its group.
@@ -22,7 +25,7 @@ def advantages(rewards: np.ndarray, how: str = "mean") -> np.ndarray:
             (that of a sample, over G - 1) as well.
 
     Returns:
-        float64 (groups, G); exactly 0 in groups whose rewards are all equal.
+        float64 (groups, G); exactly 0 in groups whose rewards are all equal up to rounding.
     """
     centred = rewards - rewards.mean(axis=1, keepdims=True)
     if how == "mean_std":
@@ -32,8 +35,8 @@ def advantages(rewards: np.ndarray, how: str = "mean") -> np.ndarray:
 
 
 def has_signal(rewards: np.ndarray) -> np.ndarray:
-    """Which groups have answers of different rewards: (groups, G) → bool (groups,)."""
-    return rewards.max(axis=1) > rewards.min(axis=1)
+    """Which groups have answers of different rewards, beyond rounding: (groups, G) → bool (groups,)."""
+    return np.ptp(rewards, axis=1) > ROUNDING * np.abs(rewards).max(axis=1)
 
 
 @dataclass(frozen=True)
@@ -96,4 +99,4 @@ def divisor(settings: RLSettings, num_samples: int) -> float | None:
     Args:
         num_samples: answers of the step, over all processes.
     """
-    return None if settings.denominator == "tokens" else float(settings.max_new_tokens * num_samples)
+    return None if settings.denominator == "tokens" else float(settings.max_answer_tokens * num_samples)
