@@ -34,6 +34,7 @@ from nanochat_pl.training.rl.prompts import Prompts
 from nanochat_pl.training.rl.records import RolloutRecords, record_files
 from nanochat_pl.training.rl.rollouts import Sample, batch_of, sample_seed, values_by_sample
 from nanochat_pl.training.rl.settings import RLSettings
+from nanochat_pl.training.rl.weights import advantages, shuffled
 from tests.helpers.forked import COMMAND, Forked
 from tests.helpers.launch import torchrun
 from tests.helpers.processes import run
@@ -202,6 +203,28 @@ def test_a_run_goes_on_in_the_middle_of_a_rollout(place: Path, several: Path) ->
     assert_same_end(several, copy)
 
 
+def test_shuffled_rewards_are_a_control(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The true rewards are shown, others are learnt from; a resumed run has the same ones."""
+    folder, settings = (
+        new_run(place, "shuffled"),
+        ("rl.shuffle_rewards=true", "max_steps=3", "rl.eval_every_steps=null"),
+    )
+    assert train(place, folder.name, "trainer.keep_last=10", *settings) == 0
+    assert "rl.shuffle_rewards=true: a control" in capsys.readouterr().out
+    for step, row in enumerate(metrics_of(folder)[-3:]):
+        lines = lines_of(folder, step + 1)
+        rewards = np.array([line["reward"] for line in lines]).reshape(4, 4)
+        assert rewards.reshape(-1).tolist() == [
+            sum(token % 3 == 0 for token in line["ids"]) / len(line["ids"]) for line in lines
+        ]
+        assert float(row["reward"]) == pytest.approx(rewards.mean())
+        expected = advantages(shuffled(rewards, 42, step)).reshape(-1)
+        assert [line["advantage"] for line in lines] == expected.tolist() != advantages(rewards).reshape(-1).tolist()
+    copy = unfinished(folder, "resumed-shuffled", 1)
+    assert train(place, copy.name, "trainer.keep_last=10", *settings) == 0
+    assert_same_end(folder, copy)
+
+
 def test_processes_share_the_answers_out() -> None:
     """Two, and three that have answers of one group: the same answers, tokens and rewards, on each of them."""
     (alone,) = run(1, roll_out_tiny)
@@ -212,9 +235,16 @@ def test_processes_share_the_answers_out() -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one(place: Path) -> None:
-    settings = ["model.compute_dtype=float32", "rl.eval_every_steps=null", "max_steps=3", "evaluation.every_steps=0"]
-    alone, together = new_run(place, "alone"), new_run(place, "together")
+@pytest.mark.parametrize("shuffles", ["false", "true"])
+def test_two_processes_train_as_one(place: Path, shuffles: str) -> None:
+    settings = [
+        f"rl.shuffle_rewards={shuffles}",
+        "model.compute_dtype=float32",
+        "rl.eval_every_steps=null",
+        "max_steps=3",
+        "evaluation.every_steps=0",
+    ]
+    alone, together = (new_run(place, f"{name}-{shuffles}") for name in ("alone", "together"))
     assert train(place, alone.name, *settings) == 0
     done = torchrun(2, ["train", f"run={together.name}", *rl_overrides(place), *settings])
     assert done.returncode == 0, done.stderr

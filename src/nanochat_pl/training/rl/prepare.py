@@ -132,3 +132,5 @@ def _announce(prompts: Prompts, config: TrainConfig) -> None:
         f"Rollouts: {settings.prompts_per_step} prompts x {settings.samples_per_prompt} answers of at most"
         f" {settings.max_new_tokens} tokens{several}; {prompts.num_prompts:,} prompts{left_out}."
     )
+    if settings.shuffle_rewards:
+        rank_zero_print("rl.shuffle_rewards=true: a control, whose rewards say nothing of the answers.")
