@@ -234,6 +234,21 @@ def test_processes_share_the_answers_out() -> None:
             assert found == alone
 
 
+def test_the_moments_of_the_parent_are_left_behind(place: Path, learnt: Path) -> None:
+    """They are of another loss, and would pull the model for as long as the momentum remembers."""
+    warm = new_run(place, "warm")
+    settings = ("stage.warm_start=true", "max_steps=1", "rl.eval_every_steps=null", "trainer.keep_last=10")
+    assert train(place, warm.name, *settings) == 0
+    assert optimizer_steps(learnt) == {1} != optimizer_steps(warm)
+
+
+def optimizer_steps(run: Path) -> set[float]:
+    """How many steps AdamW's moments are of, after the first one of the stage."""
+    (first,) = (path for path in resume_files(run / "rl" / "checkpoints") if path.name == "step=000001.ckpt")
+    (optimizer,) = torch.load(first, weights_only=True)["optimizer_states"]
+    return {float(state["step"]) for state in optimizer["state"].values() if "step" in state}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("shuffles", ["false", "true"])
 def test_two_processes_train_as_one(place: Path, shuffles: str) -> None:
@@ -260,9 +275,14 @@ def test_two_processes_train_as_one(place: Path, shuffles: str) -> None:
 
 
 def test_steps_without_signal_change_no_weight_and_are_counted(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Muon would go on by the momentum that fine-tuning left."""
+    """Muon would go on by the momentum that fine-tuning left, where the stage takes it over."""
     folder = new_run(place, "no-signal")
-    settings = ("rl.reward=tests.helpers.rewards.constant", "max_steps=2", "rl.eval_every_steps=null")
+    settings = (
+        "stage.warm_start=true",
+        "rl.reward=tests.helpers.rewards.constant",
+        "max_steps=2",
+        "rl.eval_every_steps=null",
+    )
     assert train(place, folder.name, *settings, "total_batch_tokens=4096") == 0
     assert "a step has 16 answers" in capsys.readouterr().out, "what an experiment says for all stages"
     assert same_weights(weights_of(folder, "sft"), weights_of(folder, "rl"))
