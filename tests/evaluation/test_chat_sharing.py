@@ -165,7 +165,7 @@ def test_prompts_past_the_model_s_positions_are_cut_on_the_left_and_counted():
     for number, max_tokens, kept in ((7, 20, 300), (7, 1000, 160), (1, 20, 300)):
         [expected] = engine.generate([[whole[number][0], *whole[number][1 - kept :]]], max_tokens)
         parts = engine.tokenizer.parse_assistant(expected.ids)
-        written = "".join(readable(part["type"], part["text"]) for part in parts)
+        written = readable((part["type"], part["text"]) for part in parts)
         assert evaluate(LongEven(8), max_tokens=max_tokens).answers[number]["answer"] == written
 
 

@@ -35,6 +35,7 @@ from nanochat_pl.training.rl.prompts import Prompts
 from nanochat_pl.training.rl.records import RolloutRecords, record_files
 from nanochat_pl.training.rl.rollouts import Sample, batch_of, sample_seed, values_by_sample
 from nanochat_pl.training.rl.settings import RLSettings
+from nanochat_pl.training.rl.weights import advantages, shuffled
 from tests.helpers.forked import COMMAND, Forked
 from tests.helpers.launch import torchrun
 from tests.helpers.processes import run
@@ -209,6 +210,28 @@ def test_a_run_goes_on_in_the_middle_of_a_rollout(place: Path, several: Path) ->
     assert_same_end(several, copy)
 
 
+def test_shuffled_rewards_are_a_control(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The true rewards are shown, others are learnt from; a resumed run has the same ones."""
+    folder, settings = (
+        new_run(place, "shuffled"),
+        ("rl.shuffle_rewards=true", "max_steps=3", "rl.eval_every_steps=null"),
+    )
+    assert train(place, folder.name, "trainer.keep_last=10", *settings) == 0
+    assert "rl.shuffle_rewards=true: a control" in capsys.readouterr().out
+    for step, row in enumerate(metrics_of(folder)[-3:]):
+        lines = lines_of(folder, step + 1)
+        rewards = np.array([line["reward"] for line in lines]).reshape(4, 4)
+        assert rewards.reshape(-1).tolist() == [
+            sum(token % 3 == 0 for token in line["ids"]) / len(line["ids"]) for line in lines
+        ]
+        assert float(row["reward"]) == pytest.approx(rewards.mean())
+        expected = advantages(shuffled(rewards, 42, step)).reshape(-1)
+        assert [line["advantage"] for line in lines] == expected.tolist() != advantages(rewards).reshape(-1).tolist()
+    copy = unfinished(folder, "resumed-shuffled", 1)
+    assert train(place, copy.name, "trainer.keep_last=10", *settings) == 0
+    assert_same_end(folder, copy)
+
+
 def test_processes_share_the_answers_out() -> None:
     """Two, and three that have answers of one group: the same answers, tokens and rewards, on each of them."""
     (alone,) = run(1, roll_out_tiny)
@@ -218,10 +241,32 @@ def test_processes_share_the_answers_out() -> None:
             assert found == alone
 
 
+def test_the_moments_of_the_parent_are_left_behind(place: Path, learnt: Path) -> None:
+    """They are of another loss, and would pull the model for as long as the momentum remembers."""
+    warm = new_run(place, "warm")
+    settings = ("stage.warm_start=true", "max_steps=1", "rl.eval_every_steps=null", "trainer.keep_last=10")
+    assert train(place, warm.name, *settings) == 0
+    assert optimizer_steps(learnt) == {1} != optimizer_steps(warm)
+
+
+def optimizer_steps(run: Path) -> set[float]:
+    """How many steps AdamW's moments are of, after the first one of the stage."""
+    (first,) = (path for path in resume_files(run / "rl" / "checkpoints") if path.name == "step=000001.ckpt")
+    (optimizer,) = torch.load(first, weights_only=True)["optimizer_states"]
+    return {float(state["step"]) for state in optimizer["state"].values() if "step" in state}
+
+
 @pytest.mark.slow
-def test_two_processes_train_as_one(place: Path) -> None:
-    settings = ["model.compute_dtype=float32", "rl.eval_every_steps=null", "max_steps=3", "evaluation.every_steps=0"]
-    alone, together = new_run(place, "alone"), new_run(place, "together")
+@pytest.mark.parametrize("shuffles", ["false", "true"])
+def test_two_processes_train_as_one(place: Path, shuffles: str) -> None:
+    settings = [
+        f"rl.shuffle_rewards={shuffles}",
+        "model.compute_dtype=float32",
+        "rl.eval_every_steps=null",
+        "max_steps=3",
+        "evaluation.every_steps=0",
+    ]
+    alone, together = (new_run(place, f"{name}-{shuffles}") for name in ("alone", "together"))
     assert train(place, alone.name, *settings) == 0
     done = torchrun(2, ["train", f"run={together.name}", *rl_overrides(place), *settings])
     assert done.returncode == 0, done.stderr
@@ -237,9 +282,14 @@ def test_two_processes_train_as_one(place: Path) -> None:
 
 
 def test_steps_without_signal_change_no_weight_and_are_counted(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Muon would go on by the momentum that fine-tuning left."""
+    """Muon would go on by the momentum that fine-tuning left, where the stage takes it over."""
     folder = new_run(place, "no-signal")
-    settings = ("rl.reward=tests.helpers.rewards.constant", "max_steps=2", "rl.eval_every_steps=null")
+    settings = (
+        "stage.warm_start=true",
+        "rl.reward=tests.helpers.rewards.constant",
+        "max_steps=2",
+        "rl.eval_every_steps=null",
+    )
     assert train(place, folder.name, *settings, "total_batch_tokens=4096") == 0
     assert "a step has 16 answers" in capsys.readouterr().out, "what an experiment says for all stages"
     assert same_weights(weights_of(folder, "sft"), weights_of(folder, "rl"))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nanochat_pl.training.rl.settings import RLSettings
-from nanochat_pl.training.rl.weights import Logprobs, advantages, divisor, has_signal, token_weights
+from nanochat_pl.training.rl.weights import Logprobs, advantages, divisor, has_signal, shuffled, token_weights
 
 
 def logprobs(
@@ -45,6 +45,16 @@ def test_rounding_is_no_signal() -> None:
     assert has_signal(rewards).tolist() == [False, True, True, False, False]
     for how in ("mean", "mean_std"):
         assert advantages(rewards, how).any(axis=1).tolist() == has_signal(rewards).tolist()
+
+
+def test_shuffled_rewards_are_those_of_the_step_in_an_order_of_seed_and_step() -> None:
+    rewards = np.arange(32.0).reshape(4, 8)
+    found = shuffled(rewards, seed=1, step=2)
+    assert found.shape == (4, 8) and sorted(found.flat) == list(range(32))
+    assert (found == shuffled(rewards, seed=1, step=2)).all()
+    others = (rewards, shuffled(rewards, seed=1, step=3), shuffled(rewards, seed=2, step=2))
+    assert not any((found == other).all() for other in others)
+    assert all(len({value // 8 for value in group}) > 1 for group in found), "over the groups too"
 
 
 def test_divided_by_the_deviation_of_the_group() -> None:
@@ -100,14 +110,22 @@ def test_weights_are_the_gradient_of_the_objective(advantage: float) -> None:
     assert found.clipped_low.any() or found.clipped_high.any()
 
 
-def test_rewards_that_are_shuffled_over_the_batch_teach_nothing() -> None:
-    """Half of each group's answers begin with a token that is always right: its mean weight, over many batches."""
+@pytest.mark.parametrize("how", ["mean", "mean_std"])
+@pytest.mark.parametrize("denominator", ["tokens", "constant", "tokens of groups with signal"])
+def test_rewards_that_are_shuffled_over_the_batch_teach_nothing(how: str, denominator: str) -> None:
+    """Half of each group's answers begin with a token that is always right, and they are longer: the mean weight of
+    this token, and that of all tokens, over many batches; with the tokens of groups that have a signal as denominator
+    too, which then depends on the rewards."""
     generator = np.random.default_rng(1)
     begins = np.tile([1.0, 0.0], (16, 4))
+    lengths = generator.integers(1, 20, (16, 8)) + 10 * begins
     rewards = np.where(begins == 1, 1.0, (generator.random((16, 8)) < 0.2).astype(float))
-    assert (advantages(rewards) * begins).sum() > 10
-    shuffled = [
-        (advantages(generator.permutation(rewards.reshape(-1)).reshape(16, 8)) * begins).sum() for _ in range(400)
-    ]
-    error = np.std(shuffled) / math.sqrt(len(shuffled))
-    assert abs(np.mean(shuffled)) < 3 * error
+    assert (advantages(rewards, how) * begins).sum() > 10
+    found = []
+    for step in range(800):
+        permuted = shuffled(rewards, seed=0, step=step)
+        by = {"tokens": lengths.sum(), "constant": 48.0 * 128}.get(denominator, lengths[has_signal(permuted)].sum())
+        weight = advantages(permuted, how) / by
+        found.append([(weight * begins).sum(), (weight * lengths).sum()])
+    error = np.std(found, axis=0, ddof=1) / math.sqrt(len(found))
+    assert (abs(np.mean(found, axis=0)) < 3 * error).all()

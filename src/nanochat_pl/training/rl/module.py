@@ -35,7 +35,7 @@ from nanochat_pl.training.rl.rollouts import (
     values_by_sample,
 )
 from nanochat_pl.training.rl.settings import RLSettings
-from nanochat_pl.training.rl.weights import Logprobs, TokenWeights, advantages, divisor, token_weights
+from nanochat_pl.training.rl.weights import Logprobs, TokenWeights, advantages, divisor, shuffled, token_weights
 
 
 class RLModule(LMModule):
@@ -135,6 +135,8 @@ class RLModule(LMModule):
         samples = self._samples_of_step(step)
         written_in = time.perf_counter() - began
         rewards = np.array([sample.reward for sample in samples]).reshape(-1, settings.samples_per_prompt)
+        if settings.shuffle_rewards:
+            rewards = shuffled(rewards, self.config.seed, step)
         advantage = advantages(rewards, settings.advantage).reshape(-1).tolist()
         chosen = self._trained(samples, advantage)
         trained = [samples[number] for number in chosen]

@@ -147,3 +147,5 @@ def _announce(prompts: Prompts, config: TrainConfig, is_measured: bool, half_row
             f"rl.eval_every_steps={settings.eval_every_steps}: pass@k is not measured, as the answers to"
             f" {', '.join(prompts.tasks)} are rewarded, but neither right nor wrong."
         )
+    if settings.shuffle_rewards:
+        rank_zero_print("rl.shuffle_rewards=true: a control, whose rewards say nothing of the answers.")

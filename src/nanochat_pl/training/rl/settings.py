@@ -95,6 +95,11 @@ class RLSettings:
     unfinished: Literal["keep", "drop"] = setting(
         "keep", "Answers that reached max_new_tokens: train on them, or leave them out of the loss."
     )
+    shuffle_rewards: bool = setting(
+        False,
+        "A control: the rewards of a step are permuted over all of its answers, so they say nothing; what is recorded"
+        " as reward stays the true one.",
+    )
     decode_batch_size: int | None = setting(
         None, "Answers that are written at the same time; null: as the engine chooses. Memory and time.", at_least=1
     )

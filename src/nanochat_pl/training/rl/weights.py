@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from nanochat_pl.engine.sampling import seed_of
 from nanochat_pl.training.rl.settings import RLSettings
 
 # Rewards of a group that differ by less than this share of the largest one (in absolute value) count as equal.
@@ -32,6 +33,17 @@ def advantages(rewards: np.ndarray, how: str = "mean") -> np.ndarray:
         deviation = rewards.std(axis=1, ddof=1, keepdims=True)
         centred = centred / np.where(deviation > 0, deviation, 1.0)
     return np.where(has_signal(rewards)[:, None], centred, 0.0)
+
+
+def shuffled(rewards: np.ndarray, seed: int, step: int) -> np.ndarray:
+    """The rewards of a step, permuted over all of its answers: a control, in which they say nothing of the answers.
+
+    Args:
+        rewards: (groups, G).
+        seed: of the stage.
+        step: optimizer steps made before. Seed and step determine the permutation.
+    """
+    return np.random.default_rng(seed_of("shuffle", seed, step)).permutation(rewards.reshape(-1)).reshape(rewards.shape)
 
 
 def has_signal(rewards: np.ndarray) -> np.ndarray:
