@@ -41,7 +41,7 @@ from nanochat_pl.training.rl.settings import RLSettings
 from tests.helpers.forked import COMMAND, Forked
 from tests.helpers.launch import torchrun
 from tests.helpers.processes import run
-from tests.helpers.rl_jobs import roll_out_tiny
+from tests.helpers.rl_jobs import roll_out_tiny, roll_out_tiny_in_bfloat16
 from tests.helpers.small_engine import byte_tokenizer
 from tests.helpers.training import SEQUENCE_LEN, Loop
 from tests.helpers.training import batch_of as batch_of_targets
@@ -186,7 +186,8 @@ def test_log_probs_are_those_of_the_gradient(learnt: Path, several: Path) -> Non
 def test_log_probs_are_nearly_those_of_the_gradient_in_float32(place: Path) -> None:
     folder = new_run(place, "float32")
     assert train(place, folder.name, "model.compute_dtype=float32", "rl.eval_every_steps=null", "max_steps=2") == 0
-    for row in metrics_of(folder)[1:]:
+    assert len(metrics_of(folder)) == 2
+    for row in metrics_of(folder):
         assert float(row["sampling/sampling_logp_difference/max"]) < 2e-5
         assert float(row["ratio_fraction_low"]) == float(row["ratio_fraction_high"]) == 0
 
@@ -210,6 +211,26 @@ def test_a_run_goes_on_in_the_middle_of_a_rollout(place: Path, several: Path) ->
     assert train(place, copy.name, "trainer.keep_last=10", *SEVERAL_UPDATES) == 0
     assert lines_of(copy, 4)[0]["written_at"] == 2
     assert_same_end(several, copy)
+
+
+@pytest.mark.slow
+def test_processes_share_the_answers_out_in_bfloat16() -> None:
+    """The type that is trained in by default; log-probs too, bit for bit."""
+    (alone,) = run(1, roll_out_tiny_in_bfloat16)
+    assert len({tuple(answer["ids"]) for answer in alone}) > 6
+    assert all(found == alone for found in run(2, roll_out_tiny_in_bfloat16))
+
+
+@pytest.mark.slow
+def test_log_probs_are_within_a_bound_of_those_of_a_compiled_gradient(place: Path) -> None:
+    """Compiled code rounds in other places. Measured: at most 0.054 in bfloat16; the documented bound is 0.2."""
+    folder = new_run(place, "compiled")
+    settings = ("trainer.compile=true", "model.compute_dtype=bfloat16", "rl.eval_every_steps=null", "max_steps=4")
+    assert train(place, folder.name, *settings) == 0
+    rows = metrics_of(folder)
+    differences = [float(row["sampling/sampling_logp_difference/max"]) for row in rows]
+    assert len(differences) == 4 and 0 < max(differences) < 0.2, differences
+    assert min(float(row["rollout_is_eff_sample_size"]) for row in rows) > 0.99
 
 
 def test_processes_share_the_answers_out() -> None:

@@ -177,7 +177,8 @@ class RLModule(LMModule):
             "step_time": time.perf_counter() - began,
         }
         self._log({name: value for name, value in metrics.items() if name in self.columns or "/epochs" in name})
-        self._show(step, samples, advantage)
+        if collectives.is_rank_zero():
+            self._show(step, samples, advantage)
         num_tokens = (made.num_rows_of_all or len(made.inputs)) * made.inputs.shape[1]
         return outputs | {"skipped": not self._is_finite, "num_tokens": num_tokens}
 
@@ -300,7 +301,7 @@ class RLModule(LMModule):
         )
 
     def _show(self, step: int, samples: Sequence[Sample], advantage: Sequence[float]) -> None:
-        """A table of some answers, for people. Only the main process has loggers."""
+        """A table of some answers, for people."""
         every = self.settings.sample_table_every_steps
         if every and step % every == 0:
             for logger in self.loggers:
