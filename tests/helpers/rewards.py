@@ -11,6 +11,17 @@ def thirds(conversation: dict[str, Any], completion: Any) -> float:
     return sum(token % 3 == 0 for token in completion.ids) / len(completion.ids)
 
 
+def of_some(conversation: dict[str, Any], completion: Any) -> float:
+    """As thirds for about half of the prompts; the answers to the others are all worth nothing."""
+    counts = sum(map(ord, conversation["messages"][-2]["content"])) % 2
+    return thirds(conversation, completion) if counts else 0.0
+
+
+def huge(conversation: dict[str, Any], completion: Any) -> float:
+    """As of_some, but with differences that float32 cannot hold."""
+    return 1e39 * of_some(conversation, completion)
+
+
 def constant(conversation: dict[str, Any], completion: Any) -> int:
     """The same for each answer."""
     return 1

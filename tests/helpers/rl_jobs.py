@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -37,12 +37,21 @@ class FewPrompts:
 def roll_out_tiny() -> list[dict[str, Any]]:
     """The third rollout of a tiny model, without log-probs, whose last bits depend on how many answers are drawn at
     once."""
+    return [{key: value for key, value in of.items() if not key.endswith("logprobs")} for of in _roll_out("float32")]
+
+
+def roll_out_tiny_in_bfloat16() -> list[dict[str, Any]]:
+    """The same in bfloat16, with log-probs."""
+    return _roll_out("bfloat16")
+
+
+def _roll_out(dtype: str) -> list[dict[str, Any]]:
     prompts: Any = FewPrompts()
-    net = init_weights(GPT(tiny_model()).materialise(), seed=1)
+    net = init_weights(GPT(replace(tiny_model(), compute_dtype=dtype)).materialise(), seed=1)
     with torch.no_grad():
         for parameter in net.parameters():
             parameter += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
     model: Any = SimpleNamespace(net=net.eval(), tokenizer=prompts.tokenizer)
     rewards = Rewards("tests.helpers.rewards.thirds")
     samples = roll_out(Engine(model), prompts, 2, SETTINGS, 0, rewards, lambda: None)
-    return [{key: value for key, value in asdict(sample).items() if not key.endswith("logprobs")} for sample in samples]
+    return [asdict(sample) for sample in samples]

@@ -7,10 +7,12 @@ import json
 import math
 import random
 import re
+import shlex
 import shutil
 import signal
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ from nanochat_pl.tasks.base import Content, Conversation, Task, conversation_of
 from nanochat_pl.tasks.mixture import Mixture
 from nanochat_pl.training.checkpoint.resume import resume_files
 from nanochat_pl.training.config import TrainConfig
+from nanochat_pl.training.rl import module, rollouts
 from nanochat_pl.training.rl.metrics import sample_metrics, sampler_metrics, tool_calls
 from nanochat_pl.training.rl.pass_at_k import in_words, pass_at_k_metrics
 from nanochat_pl.training.rl.prompts import Prompts
@@ -39,7 +42,7 @@ from nanochat_pl.training.rl.weights import advantages, shuffled
 from tests.helpers.forked import COMMAND, Forked
 from tests.helpers.launch import torchrun
 from tests.helpers.processes import run
-from tests.helpers.rl_jobs import roll_out_tiny
+from tests.helpers.rl_jobs import roll_out_tiny, roll_out_tiny_in_bfloat16
 from tests.helpers.small_engine import byte_tokenizer
 from tests.helpers.training import SEQUENCE_LEN, Loop
 from tests.helpers.training import batch_of as batch_of_targets
@@ -184,7 +187,8 @@ def test_log_probs_are_those_of_the_gradient(learnt: Path, several: Path) -> Non
 def test_log_probs_are_nearly_those_of_the_gradient_in_float32(place: Path) -> None:
     folder = new_run(place, "float32")
     assert train(place, folder.name, "model.compute_dtype=float32", "rl.eval_every_steps=null", "max_steps=2") == 0
-    for row in metrics_of(folder)[1:]:
+    assert len(metrics_of(folder)) == 2
+    for row in metrics_of(folder):
         assert float(row["sampling/sampling_logp_difference/max"]) < 2e-5
         assert float(row["ratio_fraction_low"]) == float(row["ratio_fraction_high"]) == 0
 
@@ -230,6 +234,26 @@ def test_shuffled_rewards_are_a_control(place: Path, capsys: pytest.CaptureFixtu
     copy = unfinished(folder, "resumed-shuffled", 1)
     assert train(place, copy.name, "trainer.keep_last=10", *settings) == 0
     assert_same_end(folder, copy)
+
+
+@pytest.mark.slow
+def test_processes_share_the_answers_out_in_bfloat16() -> None:
+    """The type that is trained in by default; log-probs too, bit for bit."""
+    (alone,) = run(1, roll_out_tiny_in_bfloat16)
+    assert len({tuple(answer["ids"]) for answer in alone}) > 6
+    assert all(found == alone for found in run(2, roll_out_tiny_in_bfloat16))
+
+
+@pytest.mark.slow
+def test_log_probs_are_within_a_bound_of_those_of_a_compiled_gradient(place: Path) -> None:
+    """Compiled code rounds in other places. Measured: at most 0.054 in bfloat16; the documented bound is 0.2."""
+    folder = new_run(place, "compiled")
+    settings = ("trainer.compile=true", "model.compute_dtype=bfloat16", "rl.eval_every_steps=null", "max_steps=4")
+    assert train(place, folder.name, *settings) == 0
+    rows = metrics_of(folder)
+    differences = [float(row["sampling/sampling_logp_difference/max"]) for row in rows]
+    assert len(differences) == 4 and 0 < max(differences) < 0.2, differences
+    assert min(float(row["rollout_is_eff_sample_size"]) for row in rows) > 0.99
 
 
 def test_processes_share_the_answers_out() -> None:
@@ -299,18 +323,71 @@ def test_steps_without_signal_change_no_weight_and_are_counted(place: Path, caps
     assert float(rows[-1]["train/skipped_steps"]) == 0, "these are the steps that were not finite"
 
 
-def test_what_is_left_out_of_the_loss(place: Path) -> None:
-    """Answers that came to no end, and groups without signal; where nothing is left, nothing changes."""
-    folder = new_run(place, "left-out")
-    own = ("rl.reward=tests.helpers.rewards.Ended", "rl.unfinished=drop", "rl.skip_groups_without_signal=true")
+@pytest.mark.parametrize(
+    ("denominator", "drops", "skips"), [("tokens", True, False), ("tokens", False, True), ("constant", True, True)]
+)
+def test_what_is_left_out_of_the_loss(
+    place: Path, monkeypatch: pytest.MonkeyPatch, denominator: str, drops: bool, skips: bool
+) -> None:
+    """Answers that did not end, and groups without signal: their tokens are in neither the loss nor its denominator,
+    unless that is constant, which counts all answers."""
+
+    def some_end(*arguments: Any) -> list[Sample]:
+        return [
+            replace(each, finish_reason="stop" if each.row % 3 else "length") for each in rollouts.roll_out(*arguments)
+        ]
+
+    monkeypatch.setattr(module, "roll_out", some_end)
+    folder = new_run(place, f"left-out-{denominator}-{drops}-{skips}")
+    own = (
+        "rl.reward=tests.helpers.rewards.of_some",
+        f"rl.denominator={denominator}",
+        f"rl.unfinished={'drop' if drops else 'keep'}",
+        f"rl.skip_groups_without_signal={'true' if skips else 'false'}",
+    )
     assert train(place, folder.name, "max_steps=1", "rl.eval_every_steps=null", *own) == 0
     lines = lines_of(folder, 1)
-    for line in lines:
-        group = [other for other in lines if other["prompt"] == line["prompt"]]
-        learnt = line["finish_reason"] == "stop" and len({other["reward"] for other in group}) > 1
-        assert line["trained"] == learnt
+    signal = [len({line["reward"] for line in lines[i - i % 4 : i - i % 4 + 4]}) > 1 for i in range(16)]
+    kept = [(i % 3 > 0 or not drops) and (signal[i] or not skips) for i in range(16)]
+    assert [line["trained"] for line in lines] == kept and 0 < sum(kept) < 16
+
+    def loss(of: list[dict[str, Any]], divisor: int) -> float:
+        drawn = [
+            (line["advantage"], p) for line in of for p, m in zip(line["logprobs"], line["mask"], strict=True) if m
+        ]
+        return -sum(advantage * p for advantage, p in drawn) / (divisor or len(drawn))
+
+    divisor = 16 * 8 if denominator == "constant" else 0  # 16 answers of at most 8 tokens
+    row = metrics_of(folder)[-1]
+    expected = loss([line for line, is_kept in zip(lines, kept, strict=True) if is_kept], divisor)
+    assert float(row["train/loss"]) == pytest.approx(expected, rel=1e-4)
+    assert abs(expected - loss(lines, divisor)) > 1e-3 * abs(expected), "it would be another one of all answers"
     every = [p for line in lines for p, drawn in zip(line["logprobs"], line["mask"], strict=True) if drawn]
-    assert float(metrics_of(folder)[-1]["entropy_estimate"]) == pytest.approx(-np.mean(every)), "of all answers"
+    assert float(row["entropy_estimate"]) == pytest.approx(-np.mean(every)), "of all answers"
+
+
+@pytest.mark.parametrize("mb", [200, 0])
+def test_a_step_that_is_not_finite_names_its_answers_and_a_command_that_shows_them(
+    place: Path, capsys: pytest.CaptureFixture[str], mb: int
+) -> None:
+    folder = new_run(place, f"not-finite-{mb}")
+    own = ("rl.reward=tests.helpers.rewards.huge", "rl.skip_groups_without_signal=true", f"rl.rollouts_mb={mb}")
+    assert train(place, folder.name, "max_steps=2", "rl.eval_every_steps=null", *own) == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert "step 1: the loss is" in error and weights_of(folder, "sft")
+    assert ("nanochat-pl inspect" in error) == bool(mb)
+    if not mb:
+        return
+    rows = [line["index"] for line in lines_of(folder, 1) if line["trained"]]
+    assert 0 < len(rows) < 16
+    whole = len(rows) == rows[-1] + 1 - rows[0]
+    assert f"Its rows are {'' if whole else f'{len(rows)} of '}{rows[0]} to {rows[-1]}." in error
+    bad = re.search(r"Rows whose loss is not finite: ([\d, ]+)", error)
+    assert bad is not None and {int(row) for row in bad[1].strip(", ").split(", ")} <= {*rows}
+    command = re.search(r"nanochat-pl (inspect .*?)\. ", error)
+    assert command is not None and main([*shlex.split(command[1]), "accelerator=cpu"]) == 0
+    shown = capsys.readouterr().out
+    assert "Step 1, answer 0: reward" in shown and "bit-equal" in shown
 
 
 REFUSED = {
@@ -539,6 +616,30 @@ def test_what_cannot_be_inspected(place: Path, learnt: Path, capsys: pytest.Capt
         path.unlink()
     assert inspect(place, "run=few-files", "rollout=4:0") == 0
     assert "cannot be written again" in (shown := capsys.readouterr().out) and "steps 1 are" in shown.replace("\n", " ")
+
+
+def test_weights_of_another_parent_are_not_taken_for_those_that_wrote(
+    place: Path, learnt: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = shutil.copytree(learnt, place / "runs" / "other-parent")
+    for path in resume_files(copy / "rl" / "checkpoints"):
+        path.unlink()
+    shutil.copyfile(copy / "rl" / "bundle" / "model.safetensors", copy / "sft" / "bundle" / "model.safetensors")
+    assert inspect(place, "run=other-parent", "rollout=1:0") == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "has other weights now" in shown and "It cannot be written again" in shown
+
+
+def test_an_answer_that_comes_out_shorter_says_where(
+    place: Path, learnt: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = shutil.copytree(learnt, place / "runs" / "longer")
+    path = copy / "rl" / "rollouts" / "step=000001.jsonl"
+    line = json.loads(path.read_text("utf-8").splitlines()[0])
+    longer = {name: [*line[name], line[name][-1]] for name in ("ids", "mask", "logprobs")}
+    path.write_text(json.dumps(line | longer) + "\n", encoding="utf-8")
+    assert inspect(place, "run=longer", "rollout=1:0") == 1
+    assert f"other tokens, from token {len(line['ids'])} on" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.slow

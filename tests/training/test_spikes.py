@@ -138,7 +138,8 @@ def test_a_fit_writes_each_spike_once_over_a_kill(
     (line,) = whole = lines_of(tmp_path)
     assert (line["step"], line["first_row"], line["last_row"]) == (12, 11 * ROWS_PER_STEP, 12 * ROWS_PER_STEP - 1)
     assert line["worst_rows"][0]["row"] == 11 * ROWS_PER_STEP + 2
-    assert f"nanochat-pl doctor stage={tmp_path.name} run={tmp_path.parent.name} step=12" in capsys.readouterr().out
+    run = f"run={tmp_path.parent.name} paths.runs={tmp_path.parent.parent}"
+    assert f"nanochat-pl doctor stage={tmp_path.name} {run} step=12" in capsys.readouterr().out
     for step in (10, 13, 0):
         stop_after(tmp_path, step)
         fit_tiny(tmp_path, num_steps=14)

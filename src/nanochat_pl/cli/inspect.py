@@ -6,14 +6,14 @@ nanochat-pl inspect rollout=1:0 run=NAME
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from nanochat_pl.bundle.bundle import load_config, load_tokenizer, load_weights
+from nanochat_pl.bundle.bundle import hash_of_weights, load_config, load_stage_info, load_tokenizer, load_weights
 from nanochat_pl.cli.run_record import settings_of
 from nanochat_pl.common.console import print_table, rank_zero_print
 from nanochat_pl.common.device import Accelerator, choose_compute_dtype, choose_device, require_kernels
@@ -70,9 +70,10 @@ def run(arguments: Sequence[str]) -> int:
     line = read_record(folder.path, int(match[1]), int(match[2]))
     tokenizer = load_tokenizer(_parent(folder).bundle)
     _show(line, tokenizer, config.tokens)
-    found = next((each for each in _weights(folder) if each.step == line["written_at"]), None)
+    kept = _weights(folder)
+    found = next((each for each in kept if each.step == line["written_at"]), None)
     if found is None:
-        _say_which(folder, line)
+        _say_which(folder, line, {each.step for each in kept})
         return 0
     return 0 if _same_again(folder, line, found, tokenizer, config.accelerator) else 1
 
@@ -88,18 +89,26 @@ def _show(line: dict[str, Any], tokenizer: Any, tokens: bool) -> None:
     )
     ours = line.get("trained_logprobs", line["logprobs"])
     if line["trained"]:
-        differences = [abs(a - b) for a, b, drawn in zip(ours, line["logprobs"], line["mask"], strict=True) if drawn]
+        pairs = [pair for *pair, drawn in zip(ours, line["logprobs"], line["mask"], strict=True) if drawn]
+        differences = [abs(a - b) for a, b in pairs if a is not None]
+        if odd := len(pairs) - len(differences):
+            rank_zero_print(f"The trainer's log-probs of {odd:,} of {len(pairs):,} drawn tokens were not finite.")
         moved = " (after other updates on this rollout)" if line["step"] - 1 > line["written_at"] else ""
-        rank_zero_print(f"Largest difference of log-probs, sampler and trainer: {max(differences):.3g}{moved}.")
+        if differences:
+            rank_zero_print(f"Largest difference of log-probs, sampler and trainer: {max(differences):.3g}{moved}.")
     if tokens:
         rows = zip(line["ids"], line["mask"], line["logprobs"], ours, strict=True)
         print_table(
             ("", "token", "text", "drawn", "log-prob", "trainer's"),
             [
-                (i, token, repr(tokenizer.decode([token])), drawn, f"{theirs:.6f}", f"{own:.6f}" if drawn else "")
+                (i, token, repr(tokenizer.decode([token])), drawn, f"{theirs:.6f}", _number(own) if drawn else "")
                 for i, (token, drawn, theirs, own) in enumerate(rows)
             ][:MAX_TOKENS_SHOWN],
         )
+
+
+def _number(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.6f}"
 
 
 def _parent(folder: StageFolder) -> StageFolder:
@@ -112,15 +121,29 @@ def _parent(folder: StageFolder) -> StageFolder:
 def _weights(folder: StageFolder) -> list[Weights]:
     """Weights of steps of the stage that are there: those it started from, of resume files, and those it ended with."""
     parent = _parent(folder)
-    found = [Weights(parent.bundle, 0)] if parent.status == "finished" else []
+    found = [Weights(parent.bundle, 0)] if parent.status == "finished" and _started_from(folder, parent) else []
     found += [Weights(path, step_of(path)) for path in resume_files(folder.checkpoints)]
     if folder.status == "finished":
         found.append(Weights(folder.bundle, int(folder.finished()["step"])))
     return found
 
 
-def _say_which(folder: StageFolder, line: dict[str, Any]) -> None:
-    updates, there = _settings(folder).updates_per_rollout, {each.step for each in _weights(folder)}
+def _started_from(folder: StageFolder, parent: StageFolder) -> bool:
+    """Whether a stage started from the weights that its parent has now; says where it did not.
+
+    A stage that is not finished has no record of them, and a run does not train its parent anew.
+    """
+    if folder.status != "finished":
+        return True
+    recorded = load_stage_info(folder.bundle).parents
+    if not recorded or recorded[-1]["sha256"] == hash_of_weights(parent.bundle):
+        return True
+    rank_zero_print(f"{parent.bundle} has other weights now than those that {folder.path} started from (by SHA-256).")
+    return False
+
+
+def _say_which(folder: StageFolder, line: dict[str, Any], there: Collection[int]) -> None:
+    updates = _settings(folder).updates_per_rollout
     steps = [step for step in record_files(folder.path / FOLDER) if (step - 1) // updates * updates in there]
     rank_zero_print(
         f"It cannot be written again: the weights after step {line['written_at']:,} are not kept. Those that wrote the"
@@ -149,7 +172,9 @@ def _same_again(
     (result,) = engine.generate([line["prompt"]], seeds=[line["seed"]], **sampling(settings))
     rank_zero_print(f"Written again with {weights.path}, on {device.type} in {dtype}:")
     if result.ids != line["ids"]:
-        place = next((i for i, pair in enumerate(zip(result.ids, line["ids"], strict=False)) if len({*pair}) > 1), 0)
+        pairs = zip(result.ids, line["ids"], strict=False)
+        shorter = min(len(result.ids), len(line["ids"]))  # one may be the beginning of the other
+        place = next((i for i, (one, other) in enumerate(pairs) if one != other), shorter)
         rank_zero_print(f"other tokens, from token {place} on: {tokenizer.decode(result.ids)}")
         return False
     far = max(abs(a - b) for a, b in zip(result.logprobs, line["logprobs"], strict=True))

@@ -24,6 +24,7 @@ class StepBatch(NamedTuple):
     num_rows: int = 0  # of the largest share that a process has of this step; 0: of this one
     num_rows_of_all: int = 0  # of all shares; 0: of this one
     first_row: int = 0  # the number of the first of these rows; the others follow
+    row_numbers: tuple[int, ...] | None = None  # of each of these rows, where they do not follow each other
     weights: Tensor | None = None  # float32 (R, T): factors on the nats of the targets; None: ones
     divisor: float | None = None  # of the sum over the targets of all processes; None: how many they are
 

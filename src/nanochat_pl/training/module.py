@@ -22,6 +22,7 @@ from torch import Tensor
 from nanochat_pl.common.console import rank_zero_print
 from nanochat_pl.common.errors import SharedError, UserError
 from nanochat_pl.common.out_of_memory import FIX, is_out_of_memory, release_memory, runs_out_of_memory
+from nanochat_pl.common.paths import run_keys
 from nanochat_pl.common.schema import build, to_plain
 from nanochat_pl.data.batch import StepBatch, ValidationBatch, micro_batches
 from nanochat_pl.distributed import collectives
@@ -235,9 +236,10 @@ class LMModule(LightningModule):
         return writers[0].files() if writers else []
 
     def inspect_command(self, step: int) -> str:
-        """The command that shows the text of a step; these count from 1, as in metrics.csv."""
+        """The command that shows the text of a step, counted from 1 as in metrics.csv; empty where there is none."""
         folder = Path(self.trainer.default_root_dir)
-        return f"nanochat-pl doctor stage={folder.name} run={folder.parent.name} step={step}"
+        run = run_keys(folder.parent.name, folder.parent.parent)
+        return f"nanochat-pl doctor stage={folder.name} {run} step={step}"
 
     def training_step(self, batch: StepBatch, batch_idx: int = 0) -> dict[str, Any]:
         """One optimizer step: gradients of all micro-batches and processes, then the schedule, then the update.

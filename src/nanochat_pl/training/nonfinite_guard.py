@@ -173,11 +173,11 @@ def _stopped(module: StepModule, problems: list[str], fix: str = "") -> SharedEr
     newest = collectives.broadcast_str(
         str(last_good_file(module.resume_files()) or "") if collectives.is_rank_zero() else ""
     )
+    command = module.inspect_command(module.global_step + 1)
+    text = f"Its text: {command}. " if command else ""
     return SharedError(
         [*problems, f"Nothing was updated. The newest resume file with finite weights: {newest or 'none'}."],
-        fix
-        or f"Its text: {module.inspect_command(module.global_step + 1)}."
-        " trainer.on_nonfinite=skip leaves such steps out.",
+        fix or f"{text}trainer.on_nonfinite=skip leaves such steps out.",
     )
 
 
@@ -187,14 +187,17 @@ def _what_is_not_finite(module: StepModule, batch: StepBatch, loss: float, norm:
     assert module.net is not None
     losses = module.row_losses(len(batch.inputs))
     finite = [True] * len(batch.inputs) if losses is None else torch.isfinite(losses).tolist()
+    numbers = [*(batch.row_numbers or range(batch.first_row, batch.first_row + len(finite)))]
     own = {
-        "rows": [batch.first_row, batch.first_row + len(finite)],
-        "bad": [batch.first_row + row for row, good in enumerate(finite) if not good],
+        "rows": numbers,
+        "bad": [row for row, good in zip(numbers, finite, strict=True) if not good],
         "weights": [name for name, weight in module.net.named_parameters() if not _is_finite(weight)],
     }
     every = [json.loads(text) for text in collectives.all_gather_str(json.dumps(own))]
-    first, end = min(each["rows"][0] for each in every), max(each["rows"][1] for each in every)
-    lines = [f"step {module.global_step + 1}: {metric}. Its rows are {first:,} to {end - 1:,}."]
+    rows = [row for each in every for row in each["rows"]]
+    first, last = min(rows), max(rows)
+    among = "" if len(rows) == last + 1 - first else f"{len(rows):,} of "
+    lines = [f"step {module.global_step + 1}: {metric}. Its rows are {among}{first:,} to {last:,}."]
     for rank, each in enumerate(every):
         whose = f" of process {rank}" if len(every) > 1 else ""
         if each["weights"]:

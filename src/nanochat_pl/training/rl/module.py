@@ -6,13 +6,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
+from nanochat_pl.common.paths import run_keys
 from nanochat_pl.data.batch import StepBatch
 from nanochat_pl.distributed import collectives, coordination
 from nanochat_pl.engine import Engine
@@ -36,6 +37,15 @@ from nanochat_pl.training.rl.rollouts import (
 )
 from nanochat_pl.training.rl.settings import RLSettings
 from nanochat_pl.training.rl.weights import Logprobs, TokenWeights, advantages, divisor, shuffled, token_weights
+
+
+class Answers(NamedTuple):
+    """Those of a step, over all processes; which of them are in its loss, and which are in its batch."""
+
+    samples: Sequence[Sample]
+    advantage: Sequence[float]
+    in_loss: set[int]
+    chosen: Sequence[int]
 
 
 class RLModule(LMModule):
@@ -75,6 +85,8 @@ class RLModule(LMModule):
         self._rollout = -1  # its number
         self._num_tokens = self._steps_without_signal = 0
         self._has_signal = self._is_finite = True
+        self._answers = Answers([], [], set(), [])  # of the step at hand
+        self._logprobs_of_step: list[list[float]] = []  # of the tokens of those in the batch, in its forward
         self._token_nats: list[Tensor] = []
         # Each in a tuple: as attributes, modules and what is bound to them would be part of what is trained and saved.
         self._by_token: tuple[Callable[..., tuple[Tensor, Tensor, Tensor]], ...] = ()
@@ -118,9 +130,12 @@ class RLModule(LMModule):
         self._num_tokens, self._steps_without_signal = saved["num_tokens"], saved["steps_without_signal"]
 
     def inspect_command(self, step: int) -> str:
-        """The command that shows an answer of a step."""
+        """The command that shows the first answer of a step, whose rows are numbered as its answers are."""
+        if not self.settings.rollouts_mb:
+            return ""
         folder = self.records.folder.parent
-        return f"nanochat-pl inspect rollout={step}:0 stage={folder.name} run={folder.parent.name}"
+        run = run_keys(folder.parent.name, folder.parent.parent)
+        return f"nanochat-pl inspect rollout={step}:0 stage={folder.name} {run}"
 
     def training_step(self, batch: StepBatch, batch_idx: int = 0) -> dict[str, Any]:
         """One optimizer step on answers to the prompts of its rows; see :meth:`LMModule.training_step`.
@@ -146,17 +161,16 @@ class RLModule(LMModule):
             chosen, trained = list(range(len(samples))), samples  # none is left that teaches anything
             weights = [_no_weights(sample) for sample in samples]
         self._has_signal = any(each.weights.any() for each in weights)
-        made = self._batch(trained, weights)
+        made = self._batch(trained, weights, chosen)
+        self._answers = Answers(samples, advantage, in_loss, chosen)
         outputs = super().training_step(made, batch_idx)
-        own = values_by_sample(-torch.cat(self._token_nats)[: len(made.inputs)], trained)
-        logprobs = gathered(own)
         self._steps_without_signal += not self._has_signal
         self._num_tokens += sum(len(sample.prompt) + len(sample.ids) for sample in samples)
         metrics = sample_metrics(samples, settings.samples_per_prompt, self.tokenizer) | weight_metrics(
             weights, settings.updates_per_rollout > 1
         )
         if step % settings.updates_per_rollout == 0:
-            metrics |= sampler_metrics(trained, logprobs)
+            metrics |= sampler_metrics(trained, self._logprobs_of_step)
         metrics |= {
             "steps_without_signal": self._steps_without_signal,
             "num_tokens": self._num_tokens,
@@ -166,12 +180,20 @@ class RLModule(LMModule):
         }
         self._log({name: value for name, value in metrics.items() if name in self.columns or "/epochs" in name})
         if collectives.is_rank_zero():
-            self._record(step, samples, advantage, in_loss, dict(zip(chosen, logprobs, strict=True)))
+            self._show(step, samples, advantage)
         num_tokens = (made.num_rows_of_all or len(made.inputs)) * made.inputs.shape[1]
         return outputs | {"skipped": not self._is_finite, "num_tokens": num_tokens}
 
     def may_update(self, batch: StepBatch, loss: float, norm: float) -> bool:
-        """As of LMModule; a step in which all weights are 0 changes nothing: the optimizer would go on by momentum."""
+        """As of LMModule; a step in which all weights are 0 changes nothing: the optimizer would go on by momentum.
+
+        The answers are recorded first: where a metric is not finite, the message names the command that shows them.
+        """
+        trained = [self._answers.samples[number] for number in self._answers.chosen]
+        own = values_by_sample(-torch.cat(self._token_nats)[: len(batch.inputs)], trained)
+        self._logprobs_of_step = gathered(own)
+        if collectives.is_rank_zero():
+            self._record(self.global_step, self._answers)
         self._is_finite = super().may_update(batch, loss, norm)
         return self._is_finite and self._has_signal
 
@@ -248,36 +270,40 @@ class RLModule(LMModule):
             found.append(token_weights(each, Logprobs(sampled, old, present, reference), self.settings))
         return found
 
-    def _batch(self, samples: Sequence[Sample], weights: Sequence[TokenWeights]) -> StepBatch:
-        """This process's rows, on the device."""
+    def _batch(self, samples: Sequence[Sample], weights: Sequence[TokenWeights], numbers: Sequence[int]) -> StepBatch:
+        """This process's rows, on the device. ``numbers``: of the answers in the step."""
         # Compiled, each length would be a graph of its own.
         length = self.config.model.sequence_len if self.config.compile else None
         batch = batch_of(samples, length, self.tokenizer.bos_id)
         table = torch.zeros(batch.targets.shape, dtype=torch.float32)
-        for row, number in enumerate(own_share(len(samples))):
+        own = own_share(len(samples))
+        for row, number in enumerate(own):
             drawn = torch.tensor(samples[number].drawn).nonzero()[:, 0] + len(samples[number].prompt) - 1
             table[row, drawn] = torch.as_tensor(weights[number].weights, dtype=torch.float32)
         inputs, targets = batch.inputs.to(self.device), batch.targets.to(self.device)
         by = divisor(self.settings, self.settings.samples_per_update)
-        return batch._replace(inputs=inputs, targets=targets, weights=table.to(self.device), divisor=by)
+        return batch._replace(
+            inputs=inputs,
+            targets=targets,
+            weights=table.to(self.device),
+            divisor=by,
+            row_numbers=tuple(numbers[number] for number in own),
+        )
 
-    def _record(
-        self,
-        step: int,
-        samples: Sequence[Sample],
-        advantage: Sequence[float],
-        in_loss: set[int],
-        logprobs: Mapping[int, Sequence[float]],
-    ) -> None:
-        """Write down the answers of a step; a table of some for people."""
+    def _record(self, step: int, answers: Answers) -> None:
+        """Write down the answers of a step."""
+        logprobs = dict(zip(answers.chosen, self._logprobs_of_step, strict=True))
         written_at = step - step % self.settings.updates_per_rollout
         self.records.write(
             step + 1,
             [
-                record_of(each, step + 1, i, written_at, advantage[i], i in in_loss, logprobs.get(i))
-                for i, each in enumerate(samples)
+                record_of(each, step + 1, i, written_at, answers.advantage[i], i in answers.in_loss, logprobs.get(i))
+                for i, each in enumerate(answers.samples)
             ],
         )
+
+    def _show(self, step: int, samples: Sequence[Sample], advantage: Sequence[float]) -> None:
+        """A table of some answers, for people."""
         every = self.settings.sample_table_every_steps
         if every and step % every == 0:
             for logger in self.loggers:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -76,7 +77,8 @@ def record_of(
         index: its number in that step.
         written_at: steps that had been made when it was written.
         trained: whether it is in the loss.
-        logprobs: of its tokens in the forward that made the gradient; None: it was not in it.
+        logprobs: of its tokens in the forward that made the gradient; None: it was not in it. Those that are not
+            finite are null in the line.
     """
     line = {
         "step": step,
@@ -97,7 +99,8 @@ def record_of(
         line["sampled_logprobs"] = sample.sampled_logprobs
     if logprobs is not None and sample.of_drawn(logprobs) != sample.of_drawn(sample.logprobs):
         # Elsewhere they are the same, bit for bit.
-        line["trained_logprobs"] = [x if drawn else None for x, drawn in zip(logprobs, sample.drawn, strict=True)]
+        shown = zip(logprobs, sample.drawn, strict=True)
+        line["trained_logprobs"] = [x if drawn and math.isfinite(x) else None for x, drawn in shown]
     return line
 
 

@@ -192,7 +192,6 @@ def batch_of(samples: Sequence[Sample], num_positions: int | None, fill: int) ->
         int((targets != IGNORE_INDEX).sum()),
         num_rows=len(share(0, len(samples), 0, collectives.world_size())),
         num_rows_of_all=len(samples),
-        first_row=samples[own.start].row if own else samples[-1].row + 1,
     )
 
 
