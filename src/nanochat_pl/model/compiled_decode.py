@@ -140,10 +140,13 @@ class CompiledDecode:
         config, generator = self._net.config, torch.Generator().manual_seed(0)
         keys = {window: SAMPLE_KEYS + KEY_GRID * number for number, window in enumerate(self._windows)}
         length = SAMPLE_KEYS + KEY_GRID * len(keys)  # more than any window's: the general case has gaps
-        shape = (2 * config.num_layers, rows, config.num_kv_heads, length, config.head_dim)
-        # Normal tensors, as those of a cache are, and not such as are made in inference mode.
-        memory = torch.randn(shape, generator=generator).to(self._net.compute_dtype)
-        cached = [memory[index, :, :, : keys[config.windows[index // 2]]] for index in range(len(memory))]
+        shape = (rows, config.num_kv_heads, length, config.head_dim)
+        # Memory of its own for each: where a tensor begins in its memory would be one more number to hand over.
+        cached = [
+            torch.randn(shape, generator=generator).to(self._net.compute_dtype)[:, :, : keys[window]]
+            for window in config.windows
+            for _ in range(2)
+        ]
         ids = torch.randint(config.vocab_size, (2, rows), generator=generator)
         positions = torch.arange(rows) % SAMPLE_KEYS + 1
         return _Inputs(ids[0].clone(), ids[1].clone(), positions, [positions.clone() for _ in keys], cached)
