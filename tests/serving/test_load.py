@@ -99,7 +99,7 @@ def test_2000_requests_take_no_memory(server):
         for start in range(0, count, 50):
             run_all(*(ask(port, seed, 6) for seed in range(start, start + 50)))
 
-    requests(500)
+    requests(1500)
     before = memory_of(pids)
     requests(2000)
     assert memory_of(pids) - before < 16 * 2**20
