@@ -17,7 +17,7 @@ from nanochat_pl.common.errors import UserError
 from nanochat_pl.engine.events import Event, visible_text
 from nanochat_pl.engine.request import FinishReason, Handle, Request, check_prompts
 from nanochat_pl.engine.sampling import Sampling, seed_of
-from nanochat_pl.engine.scheduler import PREFILL_POSITIONS, Scheduler, events_of
+from nanochat_pl.engine.scheduler import PREFILL_CHUNK, PREFILL_POSITIONS, Scheduler, events_of
 from nanochat_pl.engine.session import Session
 from nanochat_pl.model.compiled_decode import CompiledDecode
 from nanochat_pl.model.counts import count_parameters, kv_cache_bytes
@@ -214,14 +214,17 @@ class Engine:
         scheduler = Scheduler(self, 1, min(len(prompt) + max_tokens, reach))
         return events_of(scheduler, scheduler.submit(request))
 
-    def scheduler(self, num_slots: int, max_context: int | None = None) -> Scheduler:
+    def scheduler(
+        self, num_slots: int, max_context: int | None = None, prefill_chunk: int = PREFILL_CHUNK
+    ) -> Scheduler:
         """A pool of slots, for requests that come and go.
 
         Args:
             num_slots: requests that are generated at the same time.
             max_context: most tokens of a prompt and its answer: the length that the model was trained on by default.
+            prefill_chunk: positions of prompts that are read in a step while others are generated.
         """
-        return Scheduler(self, num_slots, self._max_context(max_context))
+        return Scheduler(self, num_slots, self._max_context(max_context), prefill_chunk)
 
     def session(self, max_context: int | None = None, system: str = "") -> Session:
         """A conversation that keeps its cache between turns.

@@ -59,7 +59,7 @@ class Scheduler:
             raise UserError(f"prefill_chunk={prefill_chunk}: must be at least 1.")
         self._engine = engine
         self._cache = engine.new_cache(num_slots, max_context)
-        self._prefill_chunk = prefill_chunk
+        self.prefill_chunk = prefill_chunk
         self._waiting: deque[Handle] = deque()
         self._decoding: list[Handle] = []  # number i in slot i
         self._partial: Handle | None = None  # its prompt is read in part; in the slot behind them
@@ -195,7 +195,7 @@ class Scheduler:
             # What other weights have made of prompts that are gone is of no use.
             self._weights = version
             self._cache.reset(range(self.num_running, self.num_slots))
-        budget = self._prefill_chunk if self._decoding else PREFILL_POSITIONS
+        budget = self.prefill_chunk if self._decoding else PREFILL_POSITIONS
         rows, lengths = [], []
         if self._partial is not None:
             rows, lengths = [self._partial], [min(budget, self._unread(self._partial, first))]

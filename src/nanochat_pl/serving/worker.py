@@ -63,7 +63,9 @@ class Worker:
         self._connection = connection
         self._bundle: Bundle = load_bundle(Path(spec["bundle"]), device=spec["device"])
         self._engine = Engine(self._bundle)
-        self._scheduler: Scheduler = self._engine.scheduler(spec["num_slots"], spec["max_context"])
+        self._scheduler: Scheduler = self._engine.scheduler(
+            spec["num_slots"], spec["max_context"], spec["prefill_chunk"]
+        )
         self._running: dict[str, _Answer] = {}
         self._updates: list[tuple[str, dict[str, Any]]] = []
         self._sent_at = self._stats_at = 0.0
