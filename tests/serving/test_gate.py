@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -178,6 +179,44 @@ def test_a_fault_in_the_middle_of_a_stream_is_an_event_and_the_end():
             text = client.post(path, json=body | {"stream": True}).text
             assert "it has ended" in text and "[DONE]" not in text
             assert error_of(client.post(path, json=body)) == (503, "it has ended")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_before_its_first_piece_ends_its_request(stream):
+    """In the queue, or while a long prompt is read."""
+    body = json.dumps(CHAT | {"stream": stream}).encode()
+    head = {"path": "/v1/chat/completions", "raw_path": b"", "query_string": b"", "method": "POST", "type": "http"}
+    names = [(b"host", b"127.0.0.1"), (b"content-type", b"application/json")]
+    scope = head | {"headers": names, "http_version": "1.1", "scheme": "http", "asgi": {"version": "3.0"}}
+    waiting = WaitingGeneration()
+    pool = ScriptedPool()
+    pool.submit = lambda model, request: waiting  # type: ignore[method-assign]
+    app = create_app(lambda: pool, build(ServeSettings, {}))
+    messages = iter([{"type": "http.request", "body": body}, {"type": "http.disconnect"}])
+
+    async def receive():
+        return next(messages)
+
+    async def send(message):
+        pass
+
+    async def request():
+        async with app.router.lifespan_context(app):
+            await asyncio.wait_for(app(scope, receive, send), 5)
+
+    asyncio.run(request())
+    assert waiting.is_cancelled
+
+
+class WaitingGeneration(ScriptedGeneration):
+    """Says nothing for a long time."""
+
+    def __init__(self) -> None:
+        super().__init__([])
+
+    async def __aiter__(self):
+        await asyncio.sleep(60)
+        yield {}
 
 
 def test_what_a_request_does_not_say_holds_as_set():

@@ -6,7 +6,7 @@ import asyncio
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -89,7 +89,7 @@ def usage_of(choices: Sequence[Choice]) -> dict[str, Any]:
 
 async def updates_of(
     generations: Sequence[Generation], seconds: float, metrics: Metrics
-) -> AsyncIterator[tuple[int, dict[str, Any]] | None]:
+) -> AsyncGenerator[tuple[int, dict[str, Any]] | None]:
     """The updates of several requests as they come, each with its number; None after a while without any.
 
     Where nobody reads on, all are cancelled.

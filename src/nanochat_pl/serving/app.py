@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -17,7 +17,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.serving import schemas
-from nanochat_pl.serving.answers import collected, usage_of
+from nanochat_pl.serving.answers import Choice, collected, usage_of
 from nanochat_pl.serving.chat import chat_body, chat_stream
 from nanochat_pl.serving.completions import completion_body, completion_stream, prompts_of
 from nanochat_pl.serving.errors import ApiError
@@ -30,6 +30,7 @@ from nanochat_pl.serving.requests import ChatRequest, CompletionRequest, Respons
 from nanochat_pl.serving.responses import response_body, response_stream
 from nanochat_pl.serving.settings import ServeSettings
 
+T = TypeVar("T")
 PAGE = Path(__file__).parent / "page"
 
 
@@ -179,8 +180,7 @@ async def chat(body: ChatRequest, request: Request) -> Response:
     server = _server(request)
     job = server.jobs.of_chat(body)
     if body.stream:
-        usage = bool(body.stream_options and body.stream_options.include_usage)
-        return await _stream(job, chat_stream(job, server.metrics, usage))
+        return await _stream(request, chat_stream(job, server.metrics, _with_usage(body)))
     return JSONResponse(chat_body(job, await _whole(request, job, server)))
 
 
@@ -189,8 +189,7 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
     server = _server(request)
     job = server.jobs.of_completion(body, prompts_of(body))
     if body.stream:
-        usage = bool(body.stream_options and body.stream_options.include_usage)
-        return await _stream(job, completion_stream(job, server.metrics, usage))
+        return await _stream(request, completion_stream(job, server.metrics, _with_usage(body)))
     return JSONResponse(completion_body(job, await _whole(request, job, server)))
 
 
@@ -199,7 +198,7 @@ async def responses(body: ResponsesRequest, request: Request) -> Response:
     server = _server(request)
     job = server.jobs.of_response(body)
     if body.stream:
-        return await _stream(job, response_stream(job, server.metrics))
+        return await _stream(request, response_stream(job, server.metrics))
     choices = await _whole(request, job, server)
     return JSONResponse(response_body(job, choices[0], usage_of(choices)))
 
@@ -213,17 +212,36 @@ async def feedback(body: FeedbackRequest, request: Request) -> dict[str, bool]:
     return {"taken": True}
 
 
-async def _whole(request: Request, job: Job, server: Server) -> list[Any]:
-    """The whole answers; a client that leaves before they are there ends them."""
-    answering = asyncio.ensure_future(collected(job.start(), job.seconds, server.metrics))
-    leaving = asyncio.ensure_future(_until_disconnected(request))
+async def _whole(request: Request, job: Job, server: Server) -> list[Choice]:
+    """The whole answers."""
+    return await _unless_left(request, collected(job.start(), job.seconds, server.metrics))
+
+
+async def _stream(request: Request, pieces: AsyncGenerator[bytes]) -> Response:
+    """Pieces as events. What is refused is refused with its status, before the stream begins."""
+    first = await _unless_left(request, anext(pieces, b""))
+
+    async def all_pieces() -> AsyncIterator[bytes]:
+        try:
+            yield first
+            async for piece in pieces:
+                yield piece
+        finally:
+            await pieces.aclose()
+
+    return StreamingResponse(all_pieces(), media_type="text/event-stream", headers={"X-Accel-Buffering": "no"})
+
+
+async def _unless_left(request: Request, work: Awaitable[T]) -> T:
+    """The result of some work, which ends where the client leaves before it is there."""
+    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_until_disconnected(request))
     try:
-        await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if not answering.done():
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
             raise ApiError(499, "The client has left.")
-        return answering.result()
+        return working.result()
     finally:
-        for task in (answering, leaving):
+        for task in (working, leaving):
             task.cancel()
 
 
@@ -232,22 +250,8 @@ async def _until_disconnected(request: Request) -> None:
         pass
 
 
-async def _stream(job: Job, pieces: AsyncIterator[bytes]) -> Response:
-    """Pieces as events. What is refused is refused with its status, before the stream begins."""
-    try:
-        first = await anext(pieces)
-    except StopAsyncIteration:
-        first = b""
-
-    async def all_pieces() -> AsyncIterator[bytes]:
-        try:
-            yield first
-            async for piece in pieces:
-                yield piece
-        finally:
-            await pieces.aclose()  # type: ignore[attr-defined]
-
-    return StreamingResponse(all_pieces(), media_type="text/event-stream", headers={"X-Accel-Buffering": "no"})
+def _with_usage(body: ChatRequest | CompletionRequest) -> bool:
+    return bool(body.stream_options and body.stream_options.include_usage)
 
 
 async def _on_api_error(request: Request, error: Exception) -> Response:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any
 
 from nanochat_pl.serving.answers import (
@@ -44,7 +44,7 @@ def chat_body(job: Job, choices: Sequence[Choice]) -> dict[str, Any]:
     }
 
 
-async def chat_stream(job: Job, metrics: Metrics, include_usage: bool) -> AsyncIterator[bytes]:
+async def chat_stream(job: Job, metrics: Metrics, include_usage: bool) -> AsyncGenerator[bytes]:
     """The chunks of a stream, as events. Several choices interleave.
 
     Raises:
@@ -84,4 +84,4 @@ async def chat_stream(job: Job, metrics: Metrics, include_usage: bool) -> AsyncI
             raise
         yield event(error.body())
     finally:
-        await updates.aclose()  # type: ignore[attr-defined]
+        await updates.aclose()

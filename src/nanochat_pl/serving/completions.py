@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 from nanochat_pl.serving.answers import (
@@ -53,7 +53,7 @@ def completion_body(job: Job, choices: Sequence[Choice]) -> dict[str, Any]:
     }
 
 
-async def completion_stream(job: Job, metrics: Metrics, include_usage: bool) -> AsyncIterator[bytes]:
+async def completion_stream(job: Job, metrics: Metrics, include_usage: bool) -> AsyncGenerator[bytes]:
     """The pieces of a stream, as events.
 
     Raises:
@@ -88,7 +88,7 @@ async def completion_stream(job: Job, metrics: Metrics, include_usage: bool) -> 
             raise
         yield event(error.body())
     finally:
-        await updates.aclose()  # type: ignore[attr-defined]
+        await updates.aclose()
 
 
 def _echo(job: Job, index: int) -> str:

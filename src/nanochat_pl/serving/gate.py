@@ -21,7 +21,7 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-PUBLIC = ("/health", "/", "/static/", "/docs", "/openapi.json")  # no key is asked for these
+PUBLIC = ("/health", "/", "/static/", "/openapi.json")  # no key is asked for these
 BODIES = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/feedback")
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:;"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from typing import Any
 
 from nanochat_pl.serving.answers import PING, Choice, event, own_field, updates_of, usage_of
@@ -41,7 +41,7 @@ def response_body(
     }
 
 
-async def response_stream(job: Job, metrics: Metrics) -> AsyncIterator[bytes]:
+async def response_stream(job: Job, metrics: Metrics) -> AsyncGenerator[bytes]:
     """The events of a stream.
 
     Raises:
@@ -84,7 +84,7 @@ async def response_stream(job: Job, metrics: Metrics) -> AsyncIterator[bytes]:
         failed["error"] = {"code": error.code or "server_error", "message": error.message}
         yield named("response.failed", response=failed)
     finally:
-        await updates.aclose()  # type: ignore[attr-defined]
+        await updates.aclose()
 
 
 def _new_item() -> str:
