@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import time
 import urllib.request
@@ -11,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tests.helpers.evaluated import make_run
 from tests.helpers.forked import COMMAND, Forked
 
 
@@ -42,6 +44,19 @@ class Served(NamedTuple):
             assert time.monotonic() < end, found
             time.sleep(0.05)
         return found
+
+
+@contextmanager
+def tiny_model_served(folder: Path, *arguments: str) -> Iterator[Served]:
+    """A run named demo in the folder, served with one thread."""
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        make_run("demo")
+    finally:
+        os.chdir(before)
+    with served(folder, "accelerator=cpu", "num_threads=1", *arguments) as running:
+        yield running
 
 
 @contextmanager

@@ -16,23 +16,15 @@ from pathlib import Path
 import openai
 import pytest
 
-from tests.helpers.evaluated import make_run
 from tests.helpers.forked import COMMAND, run_forked
-from tests.helpers.served import Served, served
+from tests.helpers.served import Served, tiny_model_served
 
 MESSAGES = [{"role": "user", "content": "Return the number"}]
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory):
-    folder = tmp_path_factory.mktemp("served")
-    before = Path.cwd()
-    os.chdir(folder)
-    try:
-        make_run("demo")
-    finally:
-        os.chdir(before)
-    with served(folder, "num_slots=8", "limits.choices=4", "accelerator=cpu", "num_threads=1") as running:
+    with tiny_model_served(tmp_path_factory.mktemp("served"), "num_slots=8", "limits.choices=4") as running:
         yield running
 
 
@@ -272,10 +264,8 @@ def test_a_worker_that_is_killed_comes_back(server, client):
 @pytest.mark.parametrize(
     "signum", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGKILL]
 )
-def test_the_end_of_the_server_leaves_no_process(tmp_path, monkeypatch, signum):
-    monkeypatch.chdir(tmp_path)
-    make_run("demo")
-    with served(tmp_path, "accelerator=cpu", "num_threads=1", "shutdown_seconds=1") as running:
+def test_the_end_of_the_server_leaves_no_process(tmp_path, signum):
+    with tiny_model_served(tmp_path, "shutdown_seconds=1") as running:
         pids = worker_pids(running)
         assert pids
         os.kill(running.program.pid, signum)

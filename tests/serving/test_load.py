@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.evaluated import make_run
-from tests.helpers.served import Served, served
+from tests.helpers.served import Served, tiny_model_served
 from tests.serving.test_clients import worker_pids
 
 pytestmark = pytest.mark.slow
@@ -18,14 +17,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory):
-    folder = tmp_path_factory.mktemp("served")
-    before = Path.cwd()
-    os.chdir(folder)
-    try:
-        make_run("demo")
-    finally:
-        os.chdir(before)
-    with served(folder, "num_slots=16", "accelerator=cpu", "num_threads=1", "limits.queue=1000") as running:
+    with tiny_model_served(tmp_path_factory.mktemp("served"), "num_slots=16", "limits.queue=1000") as running:
         yield running
 
 

@@ -30,6 +30,11 @@ class UserError(Exception):
         self.fix = visible(fix)
         super().__init__("\n".join([*self.problems, *([fix] if fix else [])]))
 
+    @property
+    def in_one_line(self) -> str:
+        """The problems and what to do, where there is room for one line."""
+        return " ".join(filter(None, [*self.problems, self.fix]))
+
 
 class SharedError(UserError):
     """One that all processes of a training raise alike: the main one prints it."""

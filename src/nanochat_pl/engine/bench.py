@@ -18,7 +18,7 @@ from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.schema import setting
 from nanochat_pl.engine.engine import Engine
 from nanochat_pl.model.config import DType
-from nanochat_pl.model.counts import count_parameters, kv_cache_bytes
+from nanochat_pl.model.counts import count_linear_weights, kv_cache_bytes
 
 COPY_BYTES, PRODUCT_SIZE = 2**26, 1024
 LIMIT_REPEATS = 9
@@ -128,7 +128,7 @@ def measure_batch(engine: Engine, settings: BenchSettings, batch_size: int, limi
         Spread.of([1e3 * seconds for seconds in steps]),
         Spread.of([batch_size / seconds for seconds in steps]),
         bytes_of_step(engine, batch_size, mean_length) / step / limits.bytes_per_second,
-        2 * _linear_weights(engine) * batch_size / step / limits.flops_per_second,
+        2 * count_linear_weights(engine.net.config) * batch_size / step / limits.flops_per_second,
     )
 
 
@@ -146,17 +146,14 @@ def bytes_of_step(engine: Engine, batch_size: int, length: int) -> int:
     net = engine.net
     weight_bytes = 1 if getattr(net, "quantize", None) else net.compute_dtype.itemsize
     dtype = cast(DType, str(net.compute_dtype).removeprefix("torch."))
-    return _linear_weights(engine) * weight_bytes + kv_cache_bytes(net.config, batch_size, length, dtype)
+    return count_linear_weights(engine.net.config) * weight_bytes + kv_cache_bytes(
+        net.config, batch_size, length, dtype
+    )
 
 
 def as_plain(result: BatchResult | Limits) -> dict[str, Any]:
     """For JSON."""
     return asdict(result)
-
-
-def _linear_weights(engine: Engine) -> int:
-    counts = count_parameters(engine.net.config)
-    return counts["transformer_matrices"] + counts["lm_head"]
 
 
 def _seconds_of_answers(engine: Engine, prompts: list[list[int]], new_tokens: int) -> float:

@@ -20,7 +20,7 @@ from nanochat_pl.engine.sampling import Sampling, seed_of
 from nanochat_pl.engine.scheduler import PREFILL_CHUNK, PREFILL_POSITIONS, Scheduler, events_of
 from nanochat_pl.engine.session import Session
 from nanochat_pl.model.compiled_decode import CompiledDecode
-from nanochat_pl.model.counts import count_parameters, kv_cache_bytes
+from nanochat_pl.model.counts import count_linear_weights, kv_cache_bytes
 from nanochat_pl.model.gpt import GPT
 from nanochat_pl.model.inference import InferenceGPT, Quantize, inference_net
 from nanochat_pl.model.kv_cache import KVCache
@@ -103,8 +103,7 @@ class Engine:
                 fix="Use the tokenizer that the model was trained with.",
             )
 
-        counts = count_parameters(self.net.config)
-        self._num_products = counts["transformer_matrices"] + counts["lm_head"]
+        self._num_products = count_linear_weights(self.net.config)
 
     def generate(
         self,

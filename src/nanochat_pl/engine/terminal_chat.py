@@ -9,7 +9,7 @@ import select
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import FrameType
 from typing import Protocol
@@ -98,19 +98,8 @@ class Conversation(Protocol):
     num_dropped: int
     max_context: int
 
-    def send(
-        self,
-        message: str,
-        max_tokens: int = 256,
-        temperature: float = 0.0,
-        top_k: int | None = None,
-        seed: int = 0,
-        tools: bool = True,
-        *,
-        top_p: float = 1.0,
-        min_p: float = 0.0,
-        repetition_penalty: float = 1.0,
-    ) -> Iterator[Event]: ...
+    @property
+    def send(self) -> Callable[..., Iterator[Event]]: ...
     def stop(self) -> None: ...
     def clear(self) -> None: ...
 

@@ -28,14 +28,19 @@ def count_parameters(config: GPTConfig) -> dict[str, int]:
     return {**groups, "total": sum(groups.values())}
 
 
+def count_linear_weights(config: GPTConfig) -> int:
+    """Weights of the linear maps of the blocks and of the head: the multiplications of a token, attention aside."""
+    parameters = count_parameters(config)
+    return parameters["transformer_matrices"] + parameters["lm_head"]
+
+
 def flops_per_token(config: GPTConfig) -> int:
     """Floating point operations to train on one token: forward and backward, matrix products only.
 
     Six per parameter of every linear (two forward, four backward), and for attention twelve per head channel and
     visible key (``golden/plan.json``).
     """
-    parameters = count_parameters(config)
-    linears = parameters["transformer_matrices"] + parameters["lm_head"] + config.smear_channels
+    linears = count_linear_weights(config) + config.smear_channels
     visible = sum(min(window, config.sequence_len) for window in config.windows)
     return 6 * linears + 12 * config.num_heads * config.head_dim * visible
 

@@ -261,7 +261,7 @@ async def _on_api_error(request: Request, error: Exception) -> Response:
 
 async def _on_user_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, UserError)
-    return await _on_api_error(request, ApiError(400, " ".join([*error.problems, *filter(None, [error.fix])])))
+    return await _on_api_error(request, ApiError(400, error.in_one_line))
 
 
 async def _on_invalid(request: Request, error: Exception) -> Response:

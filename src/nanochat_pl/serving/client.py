@@ -58,39 +58,16 @@ class RemoteSession:
         """End the answer. May be called from a signal handler."""
         self._stop_requested = True
 
-    def send(
-        self,
-        message: str,
-        max_tokens: int = 256,
-        temperature: float = 0.0,
-        top_k: int | None = None,
-        seed: int = 0,
-        tools: bool = True,
-        *,
-        top_p: float = 1.0,
-        min_p: float = 0.0,
-        repetition_penalty: float = 1.0,
-    ) -> Iterator[Event]:
-        """Add a message, and give the answer as events, the last of them "finished"; settings as of the session.
+    def send(self, message: str, **settings: Any) -> Iterator[Event]:
+        """Add a message, and give the answer as events, the last of them "finished"; settings as the API names them.
 
         Raises:
             UserError: the server refuses it, or cannot be reached any more; the conversation is as before.
         """
         asked = [*self._messages, {"role": "user", "content": message}]
         system = [{"role": "system", "content": self.system}] if self.system else []
-        body = {
-            "model": self.model,
-            "messages": [*system, *asked],
-            "stream": True,
-            "max_tokens": max_tokens,
-            "temperature": temperature,
-            "top_k": top_k or 0,
-            "top_p": top_p,
-            "min_p": min_p,
-            "repetition_penalty": repetition_penalty,
-            "seed": seed,
-            "use_tools": tools,
-        }
+        settings["top_k"] = settings.get("top_k") or 0  # to the server, null is its own default
+        body = {"model": self.model, "messages": [*system, *asked], "stream": True, **settings}
         self._stop_requested = False
         return self._read(self._open("/v1/chat/completions", body), asked)
 

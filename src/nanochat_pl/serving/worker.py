@@ -212,7 +212,7 @@ def _refusals() -> Iterator[None]:
         yield
     except UserError as error:
         name = re.split(r"[=:\[ .]", error.problems[0])[0]
-        raise RefusedError(" ".join([*error.problems, *([error.fix] if error.fix else [])]), name) from None
+        raise RefusedError(error.in_one_line, name) from None
 
 
 def _merge(into: dict[str, Any], update: Mapping[str, Any]) -> None:

@@ -108,7 +108,7 @@ def _guard(key: str, guarded: Any, names: Sequence[str], fatal: Sequence[str] = 
                 if name in fatal:
                     raise
                 failed.append(name)
-                rank_zero_print(" ".join([*error.problems, error.fix]))
+                rank_zero_print(error.in_one_line)
                 return None
 
         return call
