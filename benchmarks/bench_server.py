@@ -22,7 +22,9 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command has it; read when torch is loaded
+from nanochat_pl.common.wait_policy import wait_policy
+
+os.environ.update(wait_policy(os.environ))  # as the command has it; read when torch is loaded
 import torch
 from bench_engine import demo_sized_bundle
 

@@ -15,6 +15,7 @@ import pytest
 
 from nanochat_pl.cli import main as main_module
 from nanochat_pl.cli.main import COMMANDS, main
+from nanochat_pl.common.wait_policy import wait_policy
 from tests.helpers.forked import run_forked
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -213,3 +214,9 @@ def test_gpu_memory_may_grow_unless_the_person_has_said_otherwise(
     monkeypatch.setattr(sys, "platform", platform)
     main_module._let_gpu_memory_grow()
     assert given.get("PYTORCH_ALLOC_CONF") == expected
+
+
+def test_threads_wait_briefly_unless_the_person_has_said_how() -> None:
+    assert wait_policy({}) == {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "2000"}
+    assert wait_policy({"OMP_WAIT_POLICY": "ACTIVE"}) == {}
+    assert wait_policy({"GOMP_SPINCOUNT": "10"}) == {}

@@ -22,6 +22,7 @@ from nanochat_pl.common.console import ignore_broken_pipe, replace_unencodable_c
 from nanochat_pl.common.constants import EXIT_USER_ERROR
 from nanochat_pl.common.errors import LostContact, SharedError, UserError, did_you_mean, first_line
 from nanochat_pl.common.launch_env import launch_env
+from nanochat_pl.common.wait_policy import wait_policy
 
 # Each command is a file of this folder with a function run(overrides) -> exit code, and Config.
 COMMANDS = {
@@ -56,9 +57,7 @@ _SECONDS_FOR_LAUNCHER = 3.0
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The console command. Gives the exit code: 0 done, 2 a mistake that the person can put right, 1 a bug of ours."""
-    # Read when torch is loaded: threads that wait sleep. Spinning ones make a training several times slower as soon as
-    # another program wants a core.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.update(wait_policy(os.environ))
     _let_gpu_memory_grow()
     replace_unencodable_characters(sys.stdout, sys.stderr)
     if follows_stdin():
