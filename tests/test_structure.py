@@ -17,6 +17,7 @@ PACKAGE = ROOT / "src" / "nanochat_pl"
 # A package may import from those before it, and from itself.
 PACKAGES = (
     "common",
+    "ledger",
     "distributed",
     "tokenizer",
     "model",

@@ -1,0 +1,73 @@
+"""The file of the ledger: appended to by every run of every host, a whole line at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from nanochat_pl.common.console import rank_zero_print
+from nanochat_pl.common.errors import UserError
+from nanochat_pl.common.files import ensure_folder, explain_disk_errors, whole_lines
+from nanochat_pl.common.locks import try_lock
+from nanochat_pl.ledger.entry import Entry
+
+LEDGER = "ledger.jsonl"
+PATIENCE_SECONDS = 30.0
+
+
+def append(runs: Path, entry: Entry) -> None:
+    """Add a line, under a lock and in one write; a line that somebody was killed in is ended before it.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    path = ensure_folder(runs) / LEDGER
+    line = json.dumps(entry.to_plain(), ensure_ascii=False, allow_nan=False).encode("utf-8") + b"\n"
+    with explain_disk_errors(path), _locked(runs / f".{LEDGER}.lock"), path.open("ab+") as file:
+        if (size := file.seek(0, os.SEEK_END)) and os.pread(file.fileno(), 1, size - 1) != b"\n":
+            line = b"\n" + line
+        file.write(line)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_ledger(runs: Path) -> list[Entry]:
+    """All entries, in the order in which they were written. Damaged lines are left out, with a word.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    path, found, damaged = runs / LEDGER, [], 0
+    if not path.exists():
+        return []
+    for number, line in enumerate(whole_lines(path), 1):
+        try:
+            found.append(Entry.from_plain(json.loads(line), f"{path}, line {number}"))
+        except (UserError, ValueError, RecursionError, TypeError, AttributeError):
+            damaged += bool(line.strip())
+    if damaged:
+        rank_zero_print(f"{path}: {damaged:,} damaged line{'s are' if damaged > 1 else ' is'} left out.")
+    return found
+
+
+def newest(entries: Iterable[Entry]) -> list[Entry]:
+    """Of each stage of each run the last entry, in the order of their first ones."""
+    found: dict[tuple[str, str], Entry] = {}
+    for entry in entries:
+        found[entry.run, entry.stage] = entry
+    return list(found.values())
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    with path.open("a", encoding="utf-8") as file:
+        while not try_lock(file):
+            if time.monotonic() > deadline:
+                raise UserError(f"{path}: another process has held it for {PATIENCE_SECONDS:.0f} seconds.")
+            time.sleep(0.01)
+        yield
