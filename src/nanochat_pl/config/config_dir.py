@@ -92,8 +92,13 @@ def group_file(group: str, choice: str) -> Path:
 
 
 def experiments() -> list[str]:
-    """Names of the experiments that are found by their names, sorted."""
-    return sorted({name for folder in _experiment_folders() for name in _names(folder)})
+    """Names of the experiments that are found by their names, sorted; one in a folder is ``FOLDER/NAME``."""
+    names = set()
+    for folder in _experiment_folders():
+        names.update(_names(folder))
+        for below in [path for path in entries(folder) if path.is_dir()] if folder.is_dir() else []:
+            names.update(f"{below.name}/{name}" for name in _names(below))
+    return sorted(names)
 
 
 def experiment_file(name: str) -> Path:
@@ -121,7 +126,8 @@ def hydra(experiments: Mapping[str, Any] = MappingProxyType({})) -> Iterator[Hyd
         search_path.prepend("command-line", f"file://{folder}")
     store = ConfigStore.instance()
     for name, overlay in experiments.items():
-        store.store(name, overlay, group="experiment", package="_global_", provider="experiments")
+        folder, _, stem = f"experiment/{name}".rpartition("/")
+        store.store(stem, overlay, group=folder, package="_global_", provider="experiments")
     version.setbase("1.3")
     GlobalHydra.instance().clear()
     try:
