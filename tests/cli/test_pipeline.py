@@ -22,7 +22,7 @@ from nanochat_pl.config.experiment import compose_step
 from nanochat_pl.evaluation.results import METRICS_VERSION
 from tests.cli.conftest import pretend_finished
 
-STAGES = ("tokenizer", "base", "mid", "sft")
+STAGES = ("tokenizer", "base", "mid", "sft", "rl")
 
 
 def test_keys_go_to_the_steps_that_have_them() -> None:
@@ -72,17 +72,17 @@ def test_finished_steps_are_skipped_and_newer_inputs_make_them_again(here: Path)
     def finished() -> list[bool]:
         return [is_finished(step, checked, run_dir) for step, checked in zip(steps, composed, strict=True)]
 
-    assert not any(is_finished(*pair, run_dir) for pair in zip(steps[:4], composed[:4], strict=True))
+    assert not any(is_finished(*pair, run_dir) for pair in zip(steps[:5], composed[:5], strict=True))
     for stage in STAGES:
         pretend_finished("experiment=tiny", f"stage={stage}")
-    assert finished() == [True, True, True, True, False, False]
-    pretend_measured(composed[4])
+    assert finished() == [*[True] * 5, False, False]
+    pretend_measured(composed[5])
     write_json(run_dir / "report" / "report.json", {})
-    assert finished() == [True] * 6
+    assert finished() == [True] * 7
     later = time.time() + 10
     for file in ("finished.json", "bundle/stage.json"):
-        os.utime(run_dir / "sft" / file, (later, later))
-    assert finished() == [True, True, True, True, False, False]
+        os.utime(run_dir / "rl" / file, (later, later))
+    assert finished() == [*[True] * 5, False, False]
 
 
 def pretend_measured(composed: Composed[EvaluateConfig]) -> None:
@@ -98,7 +98,7 @@ def test_other_questions_are_asked_anew(here: Path) -> None:
     pretend_measured(steps["evaluate"].compose())
 
     def is_measured(*overrides: str) -> bool:
-        step = steps_of(["experiment=tiny", *overrides])[4]
+        step = next(step for step in steps_of(["experiment=tiny", *overrides]) if step.name == "evaluate")
         return is_finished(step, step.compose(), Path("runs/tiny"))
 
     assert is_measured()
@@ -121,7 +121,7 @@ def test_a_run_begun_anew_is_one_run(
         else:
             config = compose_step(arguments[0], arguments[0], EvaluateConfig, arguments[1:]).config
             places.append(f"{config.run}/{arguments[0]}")
-        return 0 if len(places) < 5 else 130
+        return 0 if len(places) < 6 else 130
 
     monkeypatch.setattr(pipeline, "run_child", fake)
     assert pipeline.run(["experiment=tiny", "resume=never", "max_steps=3"]) == 130
@@ -157,7 +157,7 @@ def test_a_pipeline_is_checked_before_anything_of_it_is_there(
     monkeypatch.setattr(pipeline, "run_child", lambda arguments: train.run(arguments[1:]))
     assert pipeline.run(["experiment=tiny", "check_only=true"]) == 0
     shown = capsys.readouterr().out
-    assert shown.count("check_only=true: the settings are right; nothing was trained.") == 4
+    assert shown.count("check_only=true: the settings are right; nothing was trained.") == 5
     assert "come from runs/tiny/mid, which is not finished yet." in shown and "evaluate:\n" in shown
     assert not (here / "runs").exists()
     with pytest.raises(UserError, match="above"):
