@@ -181,5 +181,12 @@ def test_every_shipped_experiment_composes_in_all_of_its_steps(here: Path) -> No
         composed = check_all(steps)
         if name in ("demo", "demo_rl", "nanochat", "tiny"):
             names = [step.name for step in steps if step.name != "mid"]
-            assert names == ["tokenizer", "base", "sft", *(["rl"] if name in ("demo_rl", "tiny") else []), "evaluate", "report"]
+            assert names == [
+                "tokenizer",
+                "base",
+                "sft",
+                *(["rl"] if name in ("demo_rl", "tiny") else []),
+                "evaluate",
+                "report",
+            ]
         assert run_folder_of(composed) == Path("runs") / Path(name).name

@@ -126,8 +126,8 @@ def hydra(experiments: Mapping[str, Any] = MappingProxyType({})) -> Iterator[Hyd
         search_path.prepend("command-line", f"file://{folder}")
     store = ConfigStore.instance()
     for name, overlay in experiments.items():
-        folder, _, stem = f"experiment/{name}".rpartition("/")
-        store.store(stem, overlay, group=folder, package="_global_", provider="experiments")
+        group, _, stem = f"experiment/{name}".rpartition("/")
+        store.store(stem, overlay, group=group, package="_global_", provider="experiments")
     version.setbase("1.3")
     GlobalHydra.instance().clear()
     try:

@@ -32,6 +32,7 @@ from nanochat_pl.training.callbacks.benchmarks import Benchmark, BenchmarkCache,
 from nanochat_pl.training.callbacks.evaluation import Samples
 from nanochat_pl.training.callbacks.graceful_stop import GracefulStop
 from nanochat_pl.training.callbacks.metrics import log_everywhere
+from nanochat_pl.training.callbacks.tensorboard import show_outcome, show_samples, show_tasks
 from nanochat_pl.training.checkpoint.history import read_changes
 from nanochat_pl.training.checkpoint.resume import newest_resume_file
 from nanochat_pl.training.config import TrainConfig
@@ -272,6 +273,12 @@ def _finite(metrics: Mapping[str, float]) -> dict[str, float]:
     return {name: value for name, value in metrics.items() if math.isfinite(value)}
 
 
+def _given_settings(folder: StageFolder) -> dict[str, str]:
+    """What the stage's command line and experiment file said, ``key=value`` each."""
+    lines = (folder.path / "overrides.txt").read_text(encoding="utf-8").splitlines()
+    return {key.lstrip("+~"): value for key, _, value in (line.partition("=") for line in lines)}
+
+
 def _finish(
     config: TrainConfig,
     folder: StageFolder,
@@ -312,13 +319,15 @@ def _finish(
     def write() -> None:
         _log(fitted.trainer, metrics)
         samples.rewind(step - 1)
-        samples.write(net, prepared.tokenizer, step)
+        show_samples(fitted.trainer.loggers, samples.write(net, prepared.tokenizer, step), step)
         save_bundle(folder.bundle, info(), net=net, tokenizer=prepared.tokenizer, moments=moments)
 
     def finish() -> None:
         if benchmarks:
             _log(fitted.trainer, later)
             save_stage_info(folder.bundle, info())
+            show_tasks(fitted.trainer.loggers, "final", later, step)
+        show_outcome(fitted.trainer.loggers, _given_settings(folder), metrics)
         write_json(
             folder.path / "finished.json",
             {"step": step, "metrics": metrics, "seconds": fitted.seconds, "tokens": fitted.tokens},

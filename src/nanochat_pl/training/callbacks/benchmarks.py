@@ -29,6 +29,7 @@ from nanochat_pl.tokenizer import Tokenizer
 from nanochat_pl.training.callbacks.evaluation import ModelAndTokenizer
 from nanochat_pl.training.callbacks.graceful_stop import GracefulStop, StopRequested
 from nanochat_pl.training.callbacks.metrics import StepClock, log_everywhere
+from nanochat_pl.training.callbacks.tensorboard import show_tasks
 from nanochat_pl.training.config import EvaluationSettings, StageSettings
 
 
@@ -255,4 +256,5 @@ class PeriodicBenchmarks(Callback):
                 metrics = measure(benchmark, net, self.stop)
                 trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
                 log_everywhere(trainer, metrics)
+                show_tasks(trainer.loggers, benchmark.name, metrics, step)
             self._measured[benchmark.name] = step

@@ -20,6 +20,7 @@ from nanochat_pl.evaluation.validation import Validation
 from nanochat_pl.model.gpt import GPT
 from nanochat_pl.tokenizer import Tokenizer
 from nanochat_pl.training.callbacks.metrics import StepClock, log_everywhere
+from nanochat_pl.training.callbacks.tensorboard import show_samples
 
 
 class ModelAndTokenizer(NamedTuple):
@@ -113,9 +114,9 @@ class PeriodicEvaluation(Callback):
                 for callback in trainer.callbacks:  # type: ignore[attr-defined]
                     callback.on_validation_end(trainer, pl_module)  # what EarlyStopping waits for
             if self.samples_every_steps and step % self.samples_every_steps == 0:
-                coordination.run_on_rank_zero(lambda: self._sample(pl_module.net, step))
+                coordination.run_on_rank_zero(lambda: self._sample(trainer, pl_module.net, step))
 
-    def _sample(self, net: GPT, step: int) -> None:
+    def _sample(self, trainer: Trainer, net: GPT, step: int) -> None:
         assert self.validation is not None
         self.samples.rewind(step - 1)
-        self.samples.write(net, self.validation.tokenizer, step)
+        show_samples(trainer.loggers, self.samples.write(net, self.validation.tokenizer, step), step)

@@ -10,7 +10,6 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from nanochat_pl.common.paths import run_keys
@@ -21,6 +20,7 @@ from nanochat_pl.model.compiled import CompiledLoss
 from nanochat_pl.model.gpt import GPT
 from nanochat_pl.training.callbacks.evaluation import ModelAndTokenizer
 from nanochat_pl.training.callbacks.graceful_stop import GracefulStop
+from nanochat_pl.training.callbacks.tensorboard import show_text
 from nanochat_pl.training.module import LMModule, ModuleConfig
 from nanochat_pl.training.rl.metrics import COLUMNS, reward_column, sample_metrics, sampler_metrics, weight_metrics
 from nanochat_pl.training.rl.prompts import Prompts
@@ -306,10 +306,7 @@ class RLModule(LMModule):
         """A table of some answers, for people."""
         every = self.settings.sample_table_every_steps
         if every and step % every == 0:
-            for logger in self.loggers:
-                if isinstance(logger, TensorBoardLogger):
-                    text = sample_table(samples, advantage, self.tokenizer)
-                    logger.experiment.add_text("rollouts", text, step + 1)
+            show_text(self.loggers, "rollouts", sample_table(samples, advantage, self.tokenizer), step + 1)
 
 
 def _no_weights(sample: Sample) -> TokenWeights:
