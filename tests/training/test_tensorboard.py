@@ -33,6 +33,9 @@ def test_a_training_shows_norms_histograms_samples_charts_and_its_outcome(events
     assert "weights/lm_head.weight" in tags["histograms"]
     assert {"samples/text_summary", "custom_scalars__config__"} <= set(tags["tensors"])
     assert b"Line `` 1" in events.Tensors("samples/text_summary")[0].tensor_proto.string_val[0]
+    layout = events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0]
+    assert b"update to weight" in layout
+    assert b"pass@k" not in layout, "a chart without curves"
     (norm,) = events.Scalars("weight_norm/matrix")
     assert norm.step == 2
     assert norm.value > 0

@@ -4,6 +4,18 @@ from __future__ import annotations
 
 from torch import nn
 
+_BEGINNINGS = {
+    "lm_head.": "lm_head",
+    "transformer.wte.": "wte",
+    "transformer.h.": "matrix",
+    "value_embeds.": "value_embedding",
+    "resid_lambdas": "resid_lambda",
+    "x0_lambdas": "x0_lambda",
+    "smear_": "smear",
+    "backout_lambda": "smear",
+}
+ROLES = tuple(dict.fromkeys(_BEGINNINGS.values()))
+
 
 def parameter_roles(net: nn.Module) -> dict[str, str]:
     """The role of each parameter by name: what the optimizer's settings are keyed by.
@@ -15,16 +27,6 @@ def parameter_roles(net: nn.Module) -> dict[str, str]:
 
 
 def _role(name: str) -> str:
-    beginnings = {
-        "lm_head.": "lm_head",
-        "transformer.wte.": "wte",
-        "transformer.h.": "matrix",
-        "value_embeds.": "value_embedding",
-        "resid_lambdas": "resid_lambda",
-        "x0_lambdas": "x0_lambda",
-        "smear_": "smear",
-        "backout_lambda": "smear",
-    }
-    roles = [role for beginning, role in beginnings.items() if name.startswith(beginning)]
+    roles = [role for beginning, role in _BEGINNINGS.items() if name.startswith(beginning)]
     assert len(roles) == 1, f"parameter {name!r} has no role"
     return roles[0]

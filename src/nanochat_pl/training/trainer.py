@@ -85,7 +85,8 @@ def fit(stage: LMModule, data: RowsDataModule, fitting: FitConfig) -> FitResult:
         lambda: step_to_go_on_from(resume_from, stage.config, fitting.resume_with_changes) if resume_from else 0
     )
     sources = data.rows.names if isinstance(data.rows, MixedRows) else ()
-    columns = [*stage.columns, *columns_of(fitting.benchmarks)]
+    of_callbacks = [name for each in fitting.callbacks for name in getattr(each, "columns", ())]
+    columns = [*stage.columns, *columns_of(fitting.benchmarks), *of_callbacks]
     csv = MetricsCSV(fitting.folder / "metrics.csv", sources, columns)
     metrics_kept = coordination.run_on_rank_zero(lambda: csv.rewind(first_step, fitting.trainer.log_every_steps))
     coordination.run_on_rank_zero(lambda: fitting.samples.rewind(first_step))
@@ -129,7 +130,7 @@ def fit(stage: LMModule, data: RowsDataModule, fitting: FitConfig) -> FitResult:
         due = measurement == "val" and evaluation.is_due(first_step)
         return due or metric in columns_of(benchmarks.due(first_step))
 
-    events = RewindEvents(fitting.loggers, first_step, metrics_kept, is_measured_again)
+    events = RewindEvents(fitting.loggers, first_step, metrics_kept, is_measured_again, csv.columns)
     ours = [events, stop, agree, metrics, *looking_on, resume_files, evaluation, benchmarks, garbage]
     deterministic_before = torch.are_deterministic_algorithms_enabled()
     # Callbacks of others may want a logger on each process.

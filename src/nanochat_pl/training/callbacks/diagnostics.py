@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.distributed import collectives
-from nanochat_pl.model.roles import parameter_roles
+from nanochat_pl.model.roles import ROLES, parameter_roles
 from nanochat_pl.training.callbacks.metrics import log_everywhere
 
 # Of a large parameter a histogram is made of so many values, evenly spread.
@@ -30,9 +30,14 @@ class Diagnostics(Callback):
         every_steps: steps between two measurements of the norms; each costs a copy of the weights.
         histograms_every_steps: steps between two histograms of every parameter, in TensorBoard; 0: none.
 
+    Attributes:
+        columns: the metrics that it may log, for metrics.csv.
+
     Raises:
         UserError: a number of steps is out of bounds.
     """
+
+    columns = tuple(f"{name}/{role}" for name in ("weight_norm", "gradient_norm", "update_ratio") for role in ROLES)
 
     def __init__(self, every_steps: int = 50, histograms_every_steps: int = 0) -> None:
         if every_steps < 1:

@@ -5,7 +5,8 @@ The files are only ever written on, so what is void after a stop is marked.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -21,7 +22,7 @@ from nanochat_pl.common.errors import first_line
 LAYOUT: dict[str, dict[str, tuple[str, list[str]]]] = {
     "Learning": {
         "loss": ("Multiline", ["train/loss", "train/loss_smoothed", "val/loss"]),
-        "validation, bits per byte": ("Multiline", ["val/bpb", "val/bpb_.*"]),
+        "validation, bits per byte": ("Multiline", ["val/bpb", "val/bpb_(?!stderr).*"]),
         "reward": ("Multiline", ["reward", "reward/.*"]),
         "pass@k": ("Multiline", ["pass@.*"]),
         "tasks": ("Multiline", ["chat/.*", "core/mean"]),
@@ -41,9 +42,16 @@ LAYOUT: dict[str, dict[str, tuple[str, list[str]]]] = {
 }
 
 
-def show_layout(loggers: Iterable[Logger]) -> None:
-    """Arrange the curves in TensorBoard's tab "Custom scalars"."""
-    charts = {title: {name: list(chart) for name, chart in group.items()} for title, group in LAYOUT.items()}
+def show_layout(loggers: Iterable[Logger], metrics: Collection[str]) -> None:
+    """Arrange the curves in TensorBoard's tab "Custom scalars": of each chart some of the metrics are there."""
+    charts = {
+        title: {
+            name: [kind, tags]
+            for name, (kind, tags) in group.items()
+            if any(re.fullmatch(tag, metric) for tag in tags for metric in metrics)
+        }
+        for title, group in LAYOUT.items()
+    }
     _write(loggers, lambda writer: writer.add_custom_scalars(charts))
 
 
@@ -105,15 +113,16 @@ class RewindEvents(Callback):
         step: int,
         metrics: Mapping[str, float],
         is_measured_again: Callable[[str], bool],
+        names: Collection[str],
     ) -> None:
         self.loggers, self.step, self.metrics = loggers, step, metrics
-        self.is_measured_again = is_measured_again
+        self.is_measured_again, self.names = is_measured_again, names
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Before anything is logged."""
         kept = {name: value for name, value in self.metrics.items() if not self.is_measured_again(name)}
         if self.step == 0:
-            show_layout(self.loggers)
+            show_layout(self.loggers, self.names)
         rewind_events(self.loggers, self.step, kept)
 
 
