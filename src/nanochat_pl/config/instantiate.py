@@ -6,6 +6,7 @@ function is never called, and what is read from a bundle or a run folder is neve
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 from nanochat_pl.common.errors import UserError, did_you_mean
 from nanochat_pl.common.import_class import import_class
 from nanochat_pl.common.user_code import user_code
-from nanochat_pl.training.lightning_callbacks import BASES, missing_package, pip_line, why_refused
+from nanochat_pl.common.yaml_files import read_yaml
+from nanochat_pl.config import config_dir
+from nanochat_pl.training.lightning_callbacks import base_of, missing_package, pip_line, why_refused
 
 if TYPE_CHECKING:
     from nanochat_pl.training.module import LMModule
@@ -28,12 +31,20 @@ def problems_of_objects(nodes: Any, group: str) -> list[str]:
         return []  # said by the check of the settings
     problems: list[str] = []
     for name, node in nodes.items():
-        if node is not None:  # null leaves one out
+        if node is not None and not (group == "logger" and node == _own_default(str(name))):  # null leaves one out
             try:
                 problems += _problems_of_object(node, f"{group}.{name}", group)
             except UserError as error:
                 problems += error.problems
     return problems
+
+
+@functools.cache
+def _own_default(name: str) -> dict[str, Any] | None:
+    """The node of the logger that every training has, as our own file has it: it needs no look, and to look at it
+    means to import Lightning, which takes seconds."""
+    path = config_dir.config_folder() / "logger" / f"{name}.yaml"
+    return read_yaml(path)[name] if name == "tensorboard" else None
 
 
 def make_objects(nodes: Mapping[str, Any], group: str, **given: Any) -> dict[str, Any]:
@@ -95,8 +106,9 @@ def _problems_of_object(node: Any, where: str, group: str) -> list[str]:
     if not isinstance(target, str) or "." not in target:
         return [f"{where}: has no _target_, the dotted name of a class."]
     found = import_class(target, f"{where}._target_")
-    if not issubclass(found, BASES[group]):
-        return [f"{where}._target_={target!r}: is no {BASES[group].__name__} of Lightning."]
+    base = base_of(group)
+    if not issubclass(found, base):
+        return [f"{where}._target_={target!r}: is no {base.__name__} of Lightning."]
     if (reason := why_refused(found, _arguments(node))) is not None:
         return [f"{where}{reason}"]
     if (line := missing_package(found)) is not None:

@@ -11,14 +11,9 @@ import importlib.util
 from collections.abc import Mapping
 from typing import Any
 
-from lightning.pytorch import Callback
-from lightning.pytorch.loggers.logger import Logger
-
 from nanochat_pl.common.device import choose_device
 from nanochat_pl.common.errors import did_you_mean
 
-# What the objects of each group of the settings are.
-BASES: dict[str, type] = {"logger": Logger, "callbacks": Callback}
 # What Lightning's classes need besides: the package as pip calls it, and as Python does.
 PACKAGES = {
     "CometLogger": ("comet-ml", "comet_ml"),
@@ -75,6 +70,14 @@ REFUSED = {
 
 # What validation hands to callbacks; of the sources of a mixture each has a metric of its own, val/bpb_NAME.
 MEASURED = ("val/bpb", "val/bpb_stderr", "val/loss")
+
+
+def base_of(group: str) -> type:
+    """What the objects of a group of the settings are. Lightning takes seconds to import, so not with this module."""
+    from lightning.pytorch import Callback
+    from lightning.pytorch.loggers.logger import Logger
+
+    return {"logger": Logger, "callbacks": Callback}[group]
 
 
 def why_refused(callback: type, arguments: Mapping[str, Any]) -> str | None:
