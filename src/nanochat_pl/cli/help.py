@@ -60,7 +60,7 @@ def print_config(command: str, options: HydraOptions) -> None:
 
 def compose_command(command: str, overrides: Sequence[str]) -> Composed[Any]:
     """Compose and check the settings of a command as it does itself; of ``pipeline`` each step has its own."""
-    step = take_key(overrides, "stage")[0] or "base" if command in ("train", "plan", "doctor") else command
+    step = take_key(overrides, "stage")[0] or "base" if command in config_dir.LIKE_TRAIN else command
     return compose_step(command, step, importlib.import_module(module_of(command)).Config, overrides)
 
 

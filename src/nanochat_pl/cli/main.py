@@ -29,6 +29,7 @@ COMMANDS = {
     "train": "one stage of a run: train stage=tokenizer|base|mid|sft|rl",
     "pipeline": "the stages that an experiment names, one after the other: pipeline experiment=demo",
     "download": "files of a data set, verified: download data=climbmix num_shards=8",
+    "tokenize": "a part of a stage's text ahead, for several machines: tokenize data=climbmix run=NAME shards=0/8",
     "doctor": "what the data of a stage will do, before it is trained on: doctor stage=base|mid|sft",
     "plan": "the settings that follow from model.depth, each with its reason, without training",
     "evaluate": "metrics of a trained stage: run=NAME suites=[bpb,core,chat,chatcore,harness,samples,tokenizer]",

@@ -28,7 +28,7 @@ from nanochat_pl.common.user_path import user_path
 EXPERIMENTS = "conf_experiments"
 # Of --config-dir and --config-name: in the environment, so that the processes of a pipeline or a sweep have them too.
 OWN_FOLDER, ROOT_NAME = "NANOCHAT_PL_CONFIG_DIR", "NANOCHAT_PL_CONFIG_NAME"
-LIKE_TRAIN = ("train", "plan", "doctor")  # commands with the settings of a training
+LIKE_TRAIN = ("train", "plan", "doctor", "tokenize")  # commands with the settings of a training
 
 
 def config_folder() -> Path:
