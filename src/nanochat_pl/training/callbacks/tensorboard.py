@@ -24,7 +24,7 @@ LAYOUT: dict[str, dict[str, tuple[str, list[str]]]] = {
         "loss": ("Multiline", ["train/loss", "train/loss_smoothed", "val/loss"]),
         "validation, bits per byte": ("Multiline", ["val/bpb", "val/bpb_(?!stderr).*"]),
         "reward": ("Multiline", ["reward", "reward/.*"]),
-        "pass@k": ("Multiline", ["pass@.*"]),
+        "pass@k": ("Multiline", ["pass_at_[0-9]+/.*"]),
         "tasks": ("Multiline", ["chat/.*", "core/mean"]),
     },
     "Optimizer": {
