@@ -67,7 +67,7 @@ async def read_stream(port: int, number: int, new_tokens: int) -> Stream:
     pieces, tail = [], b""
     while data := await reader.read(65536):
         tail = (tail + data)[-64:]
-        if b'"content": "' in data:
+        if b'"content":"' in data:
             pieces.append(time.perf_counter() - began)
     writer.close()
     return Stream(pieces, b"[DONE]" in tail)

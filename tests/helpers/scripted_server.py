@@ -23,6 +23,7 @@ from nanochat_pl.bundle.stage_info import StageInfo
 from nanochat_pl.model.gpt import GPT
 from nanochat_pl.serving import pool, worker
 from nanochat_pl.serving.app import create_app
+from nanochat_pl.serving.run import uvicorn_config
 from nanochat_pl.serving.settings import ServeSettings
 from tests.helpers.small_engine import ScriptedNet, byte_tokenizer, mark, small_config
 
@@ -170,9 +171,7 @@ class RunningServer:
             self.pool = pool.Pool([(name, {**base, "bundle": str(path)}) for name, path in self._models.items()])
             return self.pool
 
-        config = uvicorn.Config(create_app(make_pool, self.settings, self._keys), log_level="warning")
-        config.timeout_graceful_shutdown = 1
-        self._server = uvicorn.Server(config)
+        self._server = uvicorn.Server(uvicorn_config(create_app(make_pool, self.settings, self._keys), self.settings))
         serving = asyncio.create_task(self._server.serve(sockets=[self._socket]))
         while self.pool is None:
             await asyncio.sleep(0.01)

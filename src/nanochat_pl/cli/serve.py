@@ -63,6 +63,7 @@ def run(arguments: Sequence[str]) -> int:
         "num_slots": config.num_slots,
         "max_context": config.max_context,
         "prefill_chunk": config.prefill_chunk,
+        "compile": config.compile,
     }
     devices = [str(device)]
     if device.type == "cuda":
@@ -95,11 +96,11 @@ def _models(config: ServeConfig) -> dict[str, Path]:
 
 def _keys(config: ServeConfig) -> list[str]:
     """The API keys. They never stand on the command line, where everybody on the machine could read them."""
-    keys = [os.environ[KEY_VARIABLE]] if os.environ.get(KEY_VARIABLE) else []
+    keys = [os.environ[KEY_VARIABLE].strip()] if os.environ.get(KEY_VARIABLE, "").strip() else []
     if config.api_key_file is not None:
         path = Path(config.api_key_file)
         try:
-            keys += [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+            keys += [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"api_key_file={path}: cannot be read: {error}.") from error
         if not keys:

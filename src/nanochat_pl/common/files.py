@@ -236,6 +236,31 @@ def _step_of(line: bytes) -> int | None:
     return step if isinstance(step, int) else None
 
 
+def append_line(path: Path, line: bytes) -> None:
+    """Add a line in one write; one that somebody was killed in is ended before it. What a full disk cuts is taken back.
+
+    Args:
+        path: of the file, which is made where it is not there.
+        line: without its end.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    with explain_disk_errors(path), path.open("ab+", buffering=0) as file:
+        size = file.seek(0, os.SEEK_END)
+        if size and os.pread(file.fileno(), 1, size - 1) != b"\n":
+            line = b"\n" + line
+        left = memoryview(line + b"\n")
+        try:
+            while left:
+                left = left[file.write(left) :]
+            os.fsync(file.fileno())
+        except OSError:
+            with contextlib.suppress(OSError):
+                file.truncate(size)
+            raise
+
+
 def whole_lines(path: Path) -> list[bytes]:
     """The lines of a file that grows, without their ends; one that was cut off is left out.
 

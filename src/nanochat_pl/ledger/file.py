@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from nanochat_pl.common.console import rank_zero_print
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.common.files import ensure_folder, explain_disk_errors, whole_lines
+from nanochat_pl.common.files import append_line, ensure_folder, explain_disk_errors, whole_lines
 from nanochat_pl.common.locks import try_lock
 from nanochat_pl.ledger.entry import Entry
 
@@ -26,13 +25,9 @@ def append(runs: Path, entry: Entry) -> None:
         UserError: the file cannot be written.
     """
     path = ensure_folder(runs) / LEDGER
-    line = json.dumps(entry.to_plain(), ensure_ascii=False, allow_nan=False).encode("utf-8") + b"\n"
-    with explain_disk_errors(path), _locked(runs / f".{LEDGER}.lock"), path.open("ab+") as file:
-        if (size := file.seek(0, os.SEEK_END)) and os.pread(file.fileno(), 1, size - 1) != b"\n":
-            line = b"\n" + line
-        file.write(line)
-        file.flush()
-        os.fsync(file.fileno())
+    line = json.dumps(entry.to_plain(), ensure_ascii=False, allow_nan=False).encode("utf-8")
+    with explain_disk_errors(path), _locked(runs / f".{LEDGER}.lock"):
+        append_line(path, line)
 
 
 def read_ledger(runs: Path) -> list[Entry]:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import secrets
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from nanochat_pl.serving.errors import ApiError
+from nanochat_pl.serving.errors import ApiError, json_of
 from nanochat_pl.serving.metrics import Metrics
 from nanochat_pl.serving.pool import Generation
 
@@ -143,7 +142,7 @@ async def collected(generations: Sequence[Generation], seconds: float, metrics: 
 def event(data: Mapping[str, Any], name: str | None = None) -> bytes:
     """An event of a stream."""
     head = f"event: {name}\n" if name else ""
-    return f"{head}data: {json.dumps(data, ensure_ascii=False)}\n\n".encode("utf-8", "surrogatepass")
+    return b"%sdata: %s\n\n" % (head.encode(), json_of(data))
 
 
 def chat_logprobs(tokens: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

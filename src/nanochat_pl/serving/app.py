@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from fastapi.responses import FileResponse, Response, StreamingResponse
 from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
@@ -20,7 +20,7 @@ from nanochat_pl.serving import schemas
 from nanochat_pl.serving.answers import Choice, collected, usage_of
 from nanochat_pl.serving.chat import chat_body, chat_stream
 from nanochat_pl.serving.completions import completion_body, completion_stream, prompts_of
-from nanochat_pl.serving.errors import ApiError
+from nanochat_pl.serving.errors import ApiError, Json
 from nanochat_pl.serving.feedback import Feedback, FeedbackRequest
 from nanochat_pl.serving.gate import Gate
 from nanochat_pl.serving.jobs import Job, Jobs
@@ -67,7 +67,7 @@ def create_app(make_pool: Callable[[], Pool], settings: ServeSettings, keys: Seq
     _add_routes(app)
     if settings.page:
         app.mount("/static", StaticFiles(directory=PAGE), name="static")
-        app.add_api_route("/", _page, include_in_schema=False)
+        app.add_api_route("/", _page, methods=["GET", "HEAD"], include_in_schema=False)
     app.add_exception_handler(ApiError, _on_api_error)
     app.add_exception_handler(UserError, _on_user_error)
     app.add_exception_handler(RequestValidationError, _on_invalid)
@@ -91,6 +91,7 @@ def _server(request: Request) -> Server:
 
 def _add_routes(app: FastAPI) -> None:
     app.get("/health", response_model=schemas.Health)(health)
+    app.head("/health", include_in_schema=False)(health)
     app.get("/stats", response_model=schemas.Stats)(stats)
     app.get("/metrics", response_class=Response, responses=schemas.PLAIN)(metrics)
     app.get("/info", response_model=schemas.Info)(info)
@@ -112,7 +113,7 @@ async def _page() -> FileResponse:
     return FileResponse(PAGE / "index.html", headers={"Cache-Control": "no-cache"})
 
 
-async def health(request: Request) -> JSONResponse:
+async def health(request: Request) -> Json:
     """Whether every worker is ready and gets on: 503 where one does not."""
     workers = [
         {
@@ -126,7 +127,7 @@ async def health(request: Request) -> JSONResponse:
         for each in _server(request).pool.workers
     ]
     fine = all(each["state"] == "ready" for each in workers)
-    return JSONResponse({"status": "ok" if fine else "degraded", "workers": workers}, 200 if fine else 503)
+    return Json({"status": "ok" if fine else "degraded", "workers": workers}, 200 if fine else 503)
 
 
 async def stats(request: Request) -> dict[str, Any]:
@@ -181,7 +182,7 @@ async def chat(body: ChatRequest, request: Request) -> Response:
     job = server.jobs.of_chat(body)
     if body.stream:
         return await _stream(request, chat_stream(job, server.metrics, _with_usage(body)))
-    return JSONResponse(chat_body(job, await _whole(request, job, server)))
+    return Json(chat_body(job, await _whole(request, job, server)))
 
 
 async def completions(body: CompletionRequest, request: Request) -> Response:
@@ -190,7 +191,7 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
     job = server.jobs.of_completion(body, prompts_of(body))
     if body.stream:
         return await _stream(request, completion_stream(job, server.metrics, _with_usage(body)))
-    return JSONResponse(completion_body(job, await _whole(request, job, server)))
+    return Json(completion_body(job, await _whole(request, job, server)))
 
 
 async def responses(body: ResponsesRequest, request: Request) -> Response:
@@ -200,7 +201,7 @@ async def responses(body: ResponsesRequest, request: Request) -> Response:
     if body.stream:
         return await _stream(request, response_stream(job, server.metrics))
     choices = await _whole(request, job, server)
-    return JSONResponse(response_body(job, choices[0], usage_of(choices)))
+    return Json(response_body(job, choices[0], usage_of(choices)))
 
 
 async def feedback(body: FeedbackRequest, request: Request) -> dict[str, bool]:
@@ -256,7 +257,7 @@ def _with_usage(body: ChatRequest | CompletionRequest) -> bool:
 
 async def _on_api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
-    return JSONResponse(error.body(), error.status, error.headers())
+    return Json(error.body(), error.status, error.headers())
 
 
 async def _on_user_error(request: Request, error: Exception) -> Response:
@@ -266,17 +267,36 @@ async def _on_user_error(request: Request, error: Exception) -> Response:
 
 async def _on_invalid(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
-    place = [str(part) for part in first["loc"] if part != "body"]
-    name = ".".join(part for part in place if not part.startswith(("list[", "str", "int", "constrained")))
-    message = f"{name}: {first['msg']}." if name else f"The request is no JSON object of this form: {first['msg']}."
+    found = error.errors()
+    if found[0]["type"] == "json_invalid":
+        reason, place = found[0].get("ctx", {}).get("error", "it cannot be read"), found[0]["loc"][-1]
+        return await _on_api_error(request, ApiError(400, f"The body is no JSON: {reason}, at character {place}."))
+    # Of a value that may have several forms there is an error for each: the one that went deepest means most.
+    name, problems = "", dict[str, None]()
+    for each in found:
+        if not (field := _name_of(each["loc"])).startswith(name):
+            continue
+        if field != name:
+            name, problems = field, {}
+        problems[each["msg"]] = None
+    said = "; or ".join(problems)
+    message = f"{name}: {said}." if name else f"The request is no JSON object of this form: {said}."
     return await _on_api_error(request, ApiError(400, message, name or None))
+
+
+def _name_of(place: Sequence[str | int]) -> str:
+    """A field as ``messages[0].content``, without the names of the forms that it may have."""
+    parts = [part for part in place if part not in ("body", "str", "int") and not str(part).startswith("list[")]
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts).removeprefix(".")
 
 
 async def _on_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    made = ApiError(error.status_code, f"{request.url.path}: {error.detail}.")
-    return JSONResponse(made.body(), made.status, {**made.headers(), **(error.headers or {})})
+    message = f"{request.url.path}: {error.detail}."
+    if error.status_code == 400:  # FastAPI's: it does not say what
+        message = "The body cannot be read: it is no JSON in UTF-8, or nested too deeply, or has a number too long."
+    made = ApiError(error.status_code, message)
+    return Json(made.body(), made.status, {**made.headers(), **(error.headers or {})})
 
 
 async def _on_bug(request: Request, error: Exception) -> Response:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
+from starlette.responses import JSONResponse
+
+MAX_CHARS = 1000  # of a message: what a client sent may stand in it
 TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -37,6 +41,7 @@ class ApiError(Exception):
         code: str | None = None,
         retry_after: int | None = None,
     ) -> None:
+        message, param = _shortened(message), param and _shortened(param)
         super().__init__(message)
         self.status, self.message, self.param, self.code, self.retry_after = status, message, param, code, retry_after
 
@@ -53,3 +58,23 @@ class ApiError(Exception):
         if self.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
         return headers
+
+
+class Json(JSONResponse):
+    """JSON in UTF-8, whatever texts there are in it."""
+
+    def render(self, content: Any) -> bytes:
+        """The bytes."""
+        return json_of(content)
+
+
+def json_of(content: Any) -> bytes:
+    """JSON in UTF-8; where a text has half a surrogate pair, which UTF-8 cannot hold, with escapes."""
+    try:
+        return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+    except UnicodeEncodeError:
+        return json.dumps(content, separators=(",", ":")).encode("ascii")
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= MAX_CHARS else text[: MAX_CHARS - 1] + "…"

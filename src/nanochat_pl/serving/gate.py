@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import secrets
 import time
@@ -10,9 +11,8 @@ from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequen
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.responses import JSONResponse
 
-from nanochat_pl.serving.errors import ApiError
+from nanochat_pl.serving.errors import ApiError, Json
 from nanochat_pl.serving.settings import LOCAL_HOSTS, ServeSettings
 
 Scope = MutableMapping[str, Any]
@@ -45,10 +45,10 @@ class Gate:
 
     def __init__(self, app: App, settings: ServeSettings, keys: Sequence[str]) -> None:
         self._app, self._settings = app, settings
-        self._keys = [key.encode() for key in keys]
+        self._keys = [key.encode("utf-8", "surrogateescape") for key in keys]
         self._recent: dict[str, deque[float]] = defaultdict(deque)
         self._open = 0
-        names = {*LOCAL_HOSTS, settings.host, *settings.allowed_hosts}
+        names = {name.lower() for name in (*LOCAL_HOSTS, settings.host, *settings.allowed_hosts)}
         # A page of elsewhere can make its name point here: with a key it gains nothing by that.
         self._hosts = names if settings.is_local or settings.allowed_hosts else None
 
@@ -58,11 +58,12 @@ class Gate:
             await self._app(scope, receive, send)
             return
         began, request_id = False, secrets.token_hex(8)
-        body = _Body(receive, self._settings.limits.body_bytes)
+        limits = self._settings.limits
+        body = _Body(receive, limits.body_bytes, limits.idle_seconds)
 
         async def send_with_headers(message: Message) -> None:
             nonlocal began
-            if body.is_too_large and not began:
+            if body.refusal is not None and not began:
                 return  # what was read of it makes no sense to what is behind
             if message["type"] == "http.response.start":
                 began = True
@@ -76,20 +77,20 @@ class Gate:
             await send(message)
 
         try:
-            work = scope["path"] in BODIES[:3] and scope["method"] == "POST"
+            work = scope["path"] in BODIES and scope["method"] == "POST"
             self._check(scope, work)
             self._open += work
             try:
                 await self._app(scope, body.receive, send_with_headers)
             finally:
                 self._open -= work
-            if body.is_too_large and not began:
-                body.is_too_large = False
-                raise self._too_large()
+            if body.refusal is not None and not began:
+                refusal, body.refusal = body.refusal, None
+                raise refusal
         except ApiError as error:
             if began:
                 raise
-            response = JSONResponse(error.body(), error.status, error.headers())
+            response = Json(error.body(), error.status, error.headers())
             await response(scope, receive, send_with_headers)
 
     def _check(self, scope: Scope, work: bool) -> None:
@@ -101,27 +102,28 @@ class Gate:
         is_public = any(
             path == each or (each.endswith("/") and len(each) > 1 and path.startswith(each)) for each in PUBLIC
         )
-        if not is_public and scope["method"] != "OPTIONS":
-            self._require_key(headers)
-        if scope["method"] == "POST" and path in BODIES:
+        key = "" if is_public or scope["method"] == "OPTIONS" else self._key_of(headers)
+        if work:
             if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
                 raise ApiError(415, "Content-Type: must be application/json.")
             length = headers.get("content-length", "0")
-            if length.isdigit() and int(length) > self._settings.limits.body_bytes:
-                raise self._too_large()
-        if work:
-            self._require_room(scope, headers)
+            if length.isdecimal() and int(length) > self._settings.limits.body_bytes:
+                raise too_large(self._settings.limits.body_bytes)
+            self._require_room(scope, key)
 
-    def _require_key(self, headers: Mapping[str, str]) -> None:
+    def _key_of(self, headers: Mapping[str, str]) -> str:
+        """The API key of a request, by its place among them: empty where none is asked for."""
         if not self._keys:
-            return
+            return ""
         scheme, _, given = headers.get("authorization", "").partition(" ")
-        # All are compared, in a time that says nothing of how much of one was right.
-        right = [hmac.compare_digest(given.strip().encode(), key) for key in self._keys]
+        # All are compared, in a time that says nothing of how much of one was right. Headers are read as Latin-1: the
+        # bytes that the client sent.
+        right = [hmac.compare_digest(given.strip().encode("latin-1"), key) for key in self._keys]
         if scheme.lower() != "bearer" or not any(right):
             raise ApiError(401, "The API key is missing or wrong: Authorization: Bearer KEY.", code="invalid_api_key")
+        return str(right.index(True))
 
-    def _require_room(self, scope: Scope, headers: Mapping[str, str]) -> None:
+    def _require_room(self, scope: Scope, key: str) -> None:
         limits = self._settings.limits
         if self._open >= limits.streams:
             raise ApiError(
@@ -130,7 +132,7 @@ class Gate:
         if not limits.requests_per_minute:
             return
         client = scope.get("client") or ("", 0)
-        name = headers.get("authorization", "") if self._keys else str(client[0])
+        name = key or str(client[0])
         now, recent = time.monotonic(), self._recent[name]
         while recent and recent[0] < now - 60:
             recent.popleft()
@@ -145,24 +147,41 @@ class Gate:
                 deque, {key: times for key, times in self._recent.items() if times[-1] > now - 60}
             )
 
-    def _too_large(self) -> ApiError:
-        return ApiError(413, f"The request has more than the {self._settings.limits.body_bytes:,} bytes allowed.")
+
+def too_large(most: int) -> ApiError:
+    """Of a body with more bytes than that."""
+    return ApiError(413, f"The request has more than the {most:,} bytes allowed (limits.body_bytes).")
 
 
 class _Body:
-    """A request's body, which ends where it is too large: what a client says of its length proves nothing."""
+    """A request's body, which ends where it is too large or takes too long: what a client says of its length proves
+    nothing, and one that sends nothing more would keep its place for ever.
 
-    def __init__(self, receive: Receive, most: int) -> None:
-        self._receive, self._left = receive, most
-        self.is_too_large = False
+    Attributes:
+        refusal: why it was ended.
+    """
+
+    def __init__(self, receive: Receive, most: int, seconds: float) -> None:
+        self._receive, self._most, self._seconds = receive, most, seconds
+        self._num_bytes, self._ends_at, self._is_whole = 0, time.monotonic() + seconds, False
+        self.refusal: ApiError | None = None
 
     async def receive(self) -> Message:
-        message = await self._receive()
-        self._left -= len(message.get("body", b""))
-        if self._left < 0:
-            self.is_too_large = True
-            return {"type": "http.request", "body": b"", "more_body": False}
+        if self._is_whole:
+            return await self._receive()
+        try:
+            message = await asyncio.wait_for(self._receive(), self._ends_at - time.monotonic())
+        except TimeoutError:
+            return self._end(ApiError(408, f"The request did not arrive within {self._seconds:g} seconds."))
+        self._num_bytes += len(message.get("body", b""))
+        if self._num_bytes > self._most:
+            return self._end(too_large(self._most))
+        self._is_whole = not message.get("more_body", False)
         return message
+
+    def _end(self, refusal: ApiError) -> Message:
+        self.refusal, self._is_whole = refusal, True
+        return {"type": "http.disconnect"}
 
 
 def _name_of(host: str) -> str:

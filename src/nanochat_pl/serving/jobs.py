@@ -70,7 +70,8 @@ class Jobs:
             raise ApiError(400, "max_completion_tokens: says another number than max_tokens; give one.", "max_tokens")
         if body.top_logprobs and not body.logprobs and not body.return_token_details:
             raise ApiError(400, "top_logprobs: needs logprobs=true.", "top_logprobs")
-        asked = asked_of(body, body.max_completion_tokens or body.max_tokens, self._settings.sampling, limits)
+        max_tokens = "max_completion_tokens" if body.max_completion_tokens else "max_tokens"
+        asked = asked_of(body, max_tokens, self._settings.sampling, limits)
         asked |= {
             "messages": conversation_of(body.messages, limits),
             "answer_ids": body.answer_ids or [],
@@ -84,7 +85,7 @@ class Jobs:
         """Raises :class:`ApiError`."""
         require_known(body)
         limits = self._settings.limits
-        asked = asked_of(body, body.max_tokens, self._settings.sampling, limits)
+        asked = asked_of(body, "max_tokens", self._settings.sampling, limits)
         asked |= {
             "stop": stops_of(body.stop),
             "logprobs": body.logprobs is not None,
@@ -114,12 +115,20 @@ class Jobs:
         require_known(body)
         limits = self._settings.limits
         messages = [Message(role="user", content=body.input)] if isinstance(body.input, str) else list(body.input)
-        if body.instructions:
-            messages.insert(0, Message(role="system", content=body.instructions))
         if not messages:
             raise ApiError(400, "input: is empty.", "input")
-        asked = asked_of(body, body.max_output_tokens, self._settings.sampling, limits)
-        asked["messages"] = conversation_of(messages, limits)
+        asked = asked_of(body, "max_output_tokens", self._settings.sampling, limits)
+        asked["messages"] = conversation_of(messages, limits, "input")
+        if body.instructions:
+            if asked["messages"][0]["role"] == "system":
+                raise ApiError(400, "instructions: input has a system message already; give one.", "instructions")
+            if len(body.instructions) > limits.message_chars:
+                raise ApiError(
+                    400,
+                    f"instructions: more than the {limits.message_chars:,} characters allowed.",
+                    "instructions",
+                )
+            asked["messages"].insert(0, {"role": "system", "content": body.instructions})
         return self._job(body, asked, 1, "resp", False)
 
     def _job(self, body: Shared, asked: dict[str, Any], count: int, prefix: str, logprobs: bool) -> Job:

@@ -15,6 +15,7 @@ import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any, Literal
 
+from nanochat_pl.common.console import print_from_any_rank
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.serving import worker
 from nanochat_pl.serving.errors import ApiError
@@ -153,6 +154,8 @@ class WorkerProcess:
             self._started.set()
         elif "failed" in message:
             self.failed = list(message["failed"])
+            if self.num_restarts:  # at the first start the command ends with it
+                print_from_any_rank(f"{self.model}: cannot be started again: {' '.join(self.failed)}")
         else:
             self.stats = message["stats"]
             for name, update in message["updates"]:
@@ -229,8 +232,13 @@ class Pool:
         Raises:
             ApiError: no worker of it is ready.
         """
-        ready = [each for each in self.workers if each.model == model and each.state == "ready"]
+        workers = [each for each in self.workers if each.model == model]
+        ready = [each for each in workers if each.state == "ready"]
         if not ready:
+            if all(each.failed for each in workers):
+                raise ApiError(
+                    503, f"{model}: its process has ended and cannot be started again; the server's log says why."
+                )
             raise ApiError(
                 503, f"{model}: is being loaded; ask again in some seconds.", code="not_ready", retry_after=3
             )

@@ -7,16 +7,19 @@ those of vLLM for what that lacks.
 from __future__ import annotations
 
 import secrets
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from nanochat_pl.engine.sampling import seed_of
 from nanochat_pl.serving.errors import ApiError
-from nanochat_pl.serving.settings import Limits, SamplingDefaults
+from nanochat_pl.serving.settings import MAX_MESSAGES, Limits, SamplingDefaults
 
 MAX_STOPS = 4
 T = TypeVar("T")
+# A body of many wrong items must not become as many errors, which hold up the whole server while they are made.
+Items = Annotated[list[T], Field(fail_fast=True)]
+FewItems = Annotated[list[T], Field(fail_fast=True, max_length=1000)]
 
 # Taken, and without effect: what clients send by default and a small model has nothing of.
 IGNORED = (
@@ -65,7 +68,7 @@ class Shared(BaseModel):
     min_p: float | None = Field(None, ge=0, le=1)
     repetition_penalty: float | None = Field(None, gt=0, le=10)
     ignore_eos: bool | None = Field(None, description="Go on to the length that was asked for.")
-    stop_token_ids: list[int] | None = Field(None, max_length=64)
+    stop_token_ids: Items[int] | None = Field(None, max_length=64)
     use_tools: bool | None = Field(None, description="Whether the calculator answers the model's expressions.")
     return_token_details: bool | None = Field(None, description="Send every token, also those of tools.")
 
@@ -78,9 +81,9 @@ class StreamOptions(BaseModel):
 
 
 class TextPart(BaseModel):
-    """A part of a message."""
+    """A part of a message. Other kinds of parts are refused by their type."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="ignore", strict=True)
     type: Literal["text", "input_text", "output_text", "refusal"] = "text"
     text: str = ""
     annotations: list[Any] | None = None
@@ -92,22 +95,22 @@ class Message(BaseModel):
 
     model_config = ConfigDict(extra="allow", strict=True)
     role: str
-    content: str | list[TextPart] | None = None
+    content: str | FewItems[TextPart] | None = None
     name: str | None = None
 
 
 class ChatRequest(Shared):
     """Body of POST /v1/chat/completions."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: Items[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     n: int | None = Field(None, ge=1, le=128)
-    stop: str | list[str] | None = None
+    stop: str | FewItems[str] | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
     stream_options: StreamOptions | None = None
-    answer_ids: list[int] | None = Field(
+    answer_ids: Items[int] | None = Field(
         None, max_length=65_536, description="Ids with which the answer begins. Its text has theirs, its tokens not."
     )
 
@@ -115,10 +118,10 @@ class ChatRequest(Shared):
 class CompletionRequest(Shared):
     """Body of POST /v1/completions."""
 
-    prompt: str | list[str] | list[int] | list[list[int]] = Field(min_length=0)
+    prompt: str | FewItems[str] | Items[int] | FewItems[Items[int]] = Field(min_length=0)
     max_tokens: int | None = Field(16, ge=1)
     n: int | None = Field(None, ge=1, le=128)
-    stop: str | list[str] | None = None
+    stop: str | FewItems[str] | None = None
     logprobs: int | None = Field(None, ge=0, le=5)
     echo: bool | None = None
     stream_options: StreamOptions | None = None
@@ -127,7 +130,7 @@ class CompletionRequest(Shared):
 class ResponsesRequest(Shared):
     """Body of POST /v1/responses; nothing is stored."""
 
-    input: str | list[Message]
+    input: str | Annotated[Items[Message], Field(max_length=MAX_MESSAGES)]
     instructions: str | None = None
     max_output_tokens: int | None = Field(None, ge=1)
 
@@ -149,17 +152,22 @@ def require_known(request: Shared) -> None:
         raise ApiError(400, f"{name}: there is no such field.", name, "unknown_parameter")
 
 
-def conversation_of(messages: list[Message], limits: Limits) -> list[dict[str, Any]]:
+def conversation_of(messages: list[Message], limits: Limits, field: str = "messages") -> list[dict[str, Any]]:
     """The messages as the chat format takes them; the developer is the system, parts are joined.
+
+    Args:
+        messages: of the request.
+        limits: of the server.
+        field: of the request that has them, for messages about what is wrong.
 
     Raises:
         ApiError: a role or a message that cannot be, or more than the limits allow.
     """
     if len(messages) > limits.messages:
-        raise ApiError(400, f"messages: {len(messages):,} are more than the {limits.messages:,} allowed.", "messages")
+        raise ApiError(400, f"{field}: {len(messages):,} are more than the {limits.messages:,} allowed.", field)
     found: list[dict[str, Any]] = []
     for index, message in enumerate(messages):
-        where = f"messages[{index}]"
+        where = f"{field}[{index}]"
         if message.role not in ("system", "developer", "user", "assistant"):
             raise ApiError(
                 400, f"{where}.role: {message.role!r} is not one of system, user, assistant.", f"{where}.role"
@@ -178,9 +186,9 @@ def conversation_of(messages: list[Message], limits: Limits) -> list[dict[str, A
             content = tools["parts"]  # as it was generated, with the calls in their places
         found.append({"role": role, "content": content})
     if sum(len(str(each["content"])) for each in found) > limits.total_chars:
-        raise ApiError(400, f"messages: more than the {limits.total_chars:,} characters allowed in all.", "messages")
+        raise ApiError(400, f"{field}: more than the {limits.total_chars:,} characters allowed in all.", field)
     if found[-1]["role"] != "user":
-        raise ApiError(400, "messages: the last one must be the user's.", "messages")
+        raise ApiError(400, f"{field}: the last one must be the user's.", field)
     return found
 
 
@@ -198,15 +206,21 @@ def stops_of(stop: str | list[str] | None) -> list[str]:
     return stops
 
 
-def asked_of(request: Shared, max_tokens: int | None, defaults: SamplingDefaults, limits: Limits) -> dict[str, Any]:
+def asked_of(request: Shared, max_tokens: str, defaults: SamplingDefaults, limits: Limits) -> dict[str, Any]:
     """What the engine is asked for, without the prompt: see :func:`nanochat_pl.serving.worker.request_of`.
+
+    Args:
+        request: of the API.
+        max_tokens: its field that says how many.
+        defaults: what holds where it says nothing.
+        limits: of the server.
 
     Raises:
         ApiError: a value that is beyond the limits.
     """
-    asked = _given(max_tokens, defaults.max_tokens)
+    asked = _given(getattr(request, max_tokens), defaults.max_tokens)
     if asked > limits.max_tokens:
-        raise ApiError(400, f"max_tokens={asked}: at most {limits.max_tokens:,} are allowed.", "max_tokens")
+        raise ApiError(400, f"{max_tokens}={asked}: at most {limits.max_tokens:,} are allowed.", max_tokens)
     temperature = _given(request.temperature, defaults.temperature)
     if temperature > limits.temperature:
         raise ApiError(400, f"temperature={temperature}: at most {limits.temperature} is allowed.", "temperature")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import functools
 import socket
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,6 +13,8 @@ import uvicorn
 
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.serving.app import create_app
+from nanochat_pl.serving.connection import Connection
+from nanochat_pl.serving.feedback import Feedback
 from nanochat_pl.serving.pool import Pool
 from nanochat_pl.serving.settings import ServeSettings
 
@@ -24,8 +28,11 @@ def serve(specs: Sequence[tuple[str, Mapping[str, Any]]], settings: ServeSetting
         keys: API keys.
 
     Raises:
-        UserError: the address is taken or is none of this machine's, or a model cannot be loaded.
+        UserError: the address is taken or is none of this machine's, the feedback's file cannot be written, or a model
+            cannot be loaded.
     """
+    if settings.feedback:
+        Feedback(settings.feedback)  # before anything is loaded
     listening = _listen(settings.host, settings.port)
     with listening:
         return asyncio.run(_serve(listening, specs, settings, keys))
@@ -40,10 +47,31 @@ def _listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         raise UserError(
             f"host={host} port={port}: cannot listen there: {error.strerror or error}.",
-            fix="Another program may have the port: choose another one, or port=0 for any free one.",
+            fix=_fix(error),
         ) from error
     listening.listen(1024)
     return listening
+
+
+def _fix(error: OSError) -> str:
+    if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
+        return "host must be an address of this machine: 127.0.0.1, or 0.0.0.0 for all that it has."
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return "Ports below 1024 are the system's: choose another one, as port=8000."
+    return "Another program has the port: choose another one, or port=0 for any free one."
+
+
+def uvicorn_config(app: Any, settings: ServeSettings) -> uvicorn.Config:
+    """How uvicorn serves an app: no log of requests, no websockets, and idle connections are cut off."""
+    return uvicorn.Config(
+        app,
+        http=functools.partial(Connection, idle_seconds=settings.limits.idle_seconds),  # type: ignore[arg-type]
+        ws="none",
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=max(1, round(settings.shutdown_seconds)),
+    )
 
 
 async def _serve(
@@ -59,10 +87,7 @@ async def _serve(
         return pools[-1]
 
     app = create_app(make_pool, settings, keys)
-    config = uvicorn.Config(
-        app, log_level="warning", access_log=False, timeout_graceful_shutdown=max(1, round(settings.shutdown_seconds))
-    )
-    server = uvicorn.Server(config)
+    server = uvicorn.Server(uvicorn_config(app, settings))
     running = asyncio.create_task(server.serve(sockets=[listening]))
     while not (server.started or running.done()):
         await asyncio.sleep(0.02)

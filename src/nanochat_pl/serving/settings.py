@@ -8,6 +8,7 @@ from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.schema import UserPath, setting
 
 KEY_VARIABLE = "NANOCHAT_PL_API_KEY"  # of the environment
+MAX_MESSAGES = 2_000
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
 
 
@@ -26,7 +27,7 @@ class SamplingDefaults:
 class Limits:
     """Node `limits`: what a request, and what all of them together, may ask for."""
 
-    messages: int = setting(500, "Messages of a request.", at_least=1)
+    messages: int = setting(500, "Messages of a request.", at_least=1, at_most=MAX_MESSAGES)
     message_chars: int = setting(8_000, "Characters of a message.", at_least=1)
     total_chars: int = setting(32_000, "Characters of all messages of a request.", at_least=1)
     max_tokens: int = setting(4096, "New tokens of an answer.", at_least=1)
@@ -40,6 +41,9 @@ class Limits:
         0, "Of one API key, or of one address where there are no keys; 0: any number.", at_least=0
     )
     request_seconds: float = setting(600.0, "Seconds until a request is ended with an error.", above=0)
+    idle_seconds: float = setting(
+        30.0, "Seconds that a client may take to send a request, or read nothing of its answer.", above=0
+    )
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,9 @@ class ServeSettings:
         at_least=2,
     )
     prefill_chunk: int = setting(256, "Tokens of prompts read between two tokens of others' answers.", at_least=1)
+    compile: bool = setting(
+        False, "true: compile the step of decoding first, which takes some seconds; then faster on a CPU."
+    )
     feedback: UserPath | None = setting(
         None, "File to which the page's thumbs write conversations, as lines of JSON; null: it has no thumbs."
     )

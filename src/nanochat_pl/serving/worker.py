@@ -39,7 +39,7 @@ def main(connection: Connection, spec: Mapping[str, Any]) -> None:
     Args:
         connection: to the server.
         spec: ``bundle`` (a folder), ``device``, ``num_threads`` or None, ``num_slots``, ``max_context`` or None,
-            ``prefill_chunk``.
+            ``prefill_chunk``, ``compile``.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the server ends its workers
     try:
@@ -62,7 +62,10 @@ class Worker:
             torch.set_num_threads(spec["num_threads"])
         self._connection = connection
         self._bundle: Bundle = load_bundle(Path(spec["bundle"]), device=spec["device"])
-        self._engine = Engine(self._bundle)
+        self._engine = Engine(self._bundle, compile=spec.get("compile", False))
+        if spec.get("compile"):  # now, and not while the first requests wait: one graph is for one row, one for several
+            for rows in (1, 2):
+                self._engine.generate([[self._engine.tokenizer.bos_id]] * rows, 2, stop_ids=())
         self._scheduler: Scheduler = self._engine.scheduler(
             spec["num_slots"], spec["max_context"], spec["prefill_chunk"]
         )
@@ -178,6 +181,11 @@ def request_of(asked: Mapping[str, Any], engine: Engine, max_context: int) -> Re
     """
     tokenizer = engine.tokenizer
     begun = asked.get("answer_ids", [])
+    for name, ids in (("answer_ids", begun), ("stop_token_ids", asked.get("stop_ids", ()))):
+        if unknown := [each for each in ids if not 0 <= each < engine.net.config.vocab_size]:
+            raise RefusedError(
+                f"{name}: {unknown[0]} is no token: the model has {engine.net.config.vocab_size:,}.", name
+            )
     with _refusals():
         if (messages := asked.get("messages")) is not None:
             prompt = [*tokenizer.render_for_completion({"messages": messages}), *begun]
