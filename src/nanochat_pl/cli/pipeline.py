@@ -179,6 +179,7 @@ def finish(run_dir: Path) -> None:
         [
             *([("read the report", str(report))] if report.is_file() else []),
             ("talk to it", f"nanochat-pl chat {run}"),
+            ("talk to it on a page", f"nanochat-pl serve {run}"),
             ("look at the curves", f"tensorboard --logdir {run_dir}"),
             ("write the report again", f"nanochat-pl report {run}"),
         ]

@@ -11,6 +11,7 @@ from typing import Any
 
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.engine.events import Event, EventKind
+from nanochat_pl.serving.settings import KEY_VARIABLE
 
 TIMEOUT = 600.0  # seconds without a word of the server
 
@@ -106,7 +107,8 @@ class RemoteSession:
             response: http.client.HTTPResponse = urllib.request.urlopen(request, timeout=TIMEOUT)
             return response
         except urllib.error.HTTPError as error:
-            raise UserError(f"{self._base}: {_message(error)}") from error
+            fix = f"Set {KEY_VARIABLE} to one that the server has." if error.code == 401 else ""
+            raise UserError(f"{self._base}: {_message(error)}", fix) from error
         except (OSError, http.client.HTTPException) as error:
             reason = getattr(error, "reason", error)
             raise UserError(

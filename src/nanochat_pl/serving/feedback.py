@@ -16,6 +16,8 @@ from nanochat_pl.common.files import append_line, explain_disk_errors
 from nanochat_pl.serving.errors import ApiError
 from nanochat_pl.tokenizer.chat_format import problems_of_conversation
 
+MAX_PARTS = 1000  # of a message
+
 
 class FeedbackRequest(BaseModel):
     """Body of POST /feedback."""
@@ -49,6 +51,8 @@ class Feedback:
             ApiError: it is none that can be trained on, or the file cannot be written now.
         """
         messages = [{name: each.get(name) for name in ("role", "content")} for each in given.messages]
+        if any(isinstance(each["content"], list) and len(each["content"]) > MAX_PARTS for each in messages):
+            raise ApiError(400, f"messages: one has more than {MAX_PARTS:,} parts.", "messages")
         if problems := problems_of_conversation({"messages": messages}):
             raise ApiError(400, problems[0], "messages")
         path = self._path if given.rating == "up" else self._path.with_suffix(f".down{self._path.suffix}")

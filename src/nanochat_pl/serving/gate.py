@@ -90,8 +90,11 @@ class Gate:
         except ApiError as error:
             if began:
                 raise
-            response = Json(error.body(), error.status, error.headers())
-            await response(scope, receive, send_with_headers)
+            await Json(error.body(), error.status, error.headers())(scope, receive, send_with_headers)
+        except asyncio.CancelledError:  # the server stops, and the time that it had for that is over
+            if not began:
+                stopping = ApiError(503, "The server is shutting down.", code="shutting_down")
+                await Json(stopping.body(), stopping.status)(scope, receive, send_with_headers)
 
     def _check(self, scope: Scope, work: bool) -> None:
         headers, path = Headers(scope=scope), scope["path"]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import errno
 import functools
+import gc
 import socket
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,7 +18,7 @@ from nanochat_pl.serving.app import create_app
 from nanochat_pl.serving.connection import Connection
 from nanochat_pl.serving.feedback import Feedback
 from nanochat_pl.serving.pool import Pool
-from nanochat_pl.serving.settings import ServeSettings
+from nanochat_pl.serving.settings import KEY_VARIABLE, ServeSettings
 
 
 def serve(specs: Sequence[tuple[str, Mapping[str, Any]]], settings: ServeSettings, keys: Sequence[str]) -> int:
@@ -70,7 +72,8 @@ def uvicorn_config(app: Any, settings: ServeSettings) -> uvicorn.Config:
         log_level="warning",
         access_log=False,
         server_header=False,
-        timeout_graceful_shutdown=max(1, round(settings.shutdown_seconds)),
+        # A little later than open answers are ended with an error, see _end_answers.
+        timeout_graceful_shutdown=round(settings.shutdown_seconds) + 3,
     )
 
 
@@ -89,9 +92,11 @@ async def _serve(
     app = create_app(make_pool, settings, keys)
     server = uvicorn.Server(uvicorn_config(app, settings))
     running = asyncio.create_task(server.serve(sockets=[listening]))
+    ending = asyncio.create_task(_end_answers(server, pools, settings.shutdown_seconds))
     while not (server.started or running.done()):
         await asyncio.sleep(0.02)
     host, port = listening.getsockname()[:2]
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     base = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     failed: UserError | None = None
     if pools:
@@ -100,21 +105,39 @@ async def _serve(
             await asyncio.wait({loading, running}, return_when=asyncio.FIRST_COMPLETED)
             if loading.done():
                 loading.result()
-                _announce(base, pools[0], settings)
+                gc.collect()
+                gc.freeze()  # what is there by now stays: a collection would hold up all streams for that long
+                _announce(base, pools[0], settings, bool(keys))
             else:
                 loading.cancel()
         except UserError as error:
             failed, server.should_exit = error, True
     await running
+    ending.cancel()
     if failed is not None:
         raise failed
     return 0
 
 
-def _announce(base: str, pool: Pool, settings: ServeSettings) -> None:
+async def _end_answers(server: uvicorn.Server, pools: Sequence[Pool], seconds: float) -> None:
+    """Once the server is told to stop, end what is open after some seconds with an error that clients understand."""
+    while not server.should_exit:
+        await asyncio.sleep(0.1)
+    ends_at = time.monotonic() + seconds
+    while server.server_state.tasks and time.monotonic() < ends_at:
+        await asyncio.sleep(0.05)
+    for pool in pools:
+        await pool.close()
+
+
+def _announce(base: str, pool: Pool, settings: ServeSettings, has_keys: bool) -> None:
     for name, card in pool.models.items():
         what = f"{card['stage']}, depth {card['depth']}, {card['parameters']:,} parameters, {card['dtype']}"
         print(f"{name}: {what}, on {card['device']}")
     if settings.page:
         print(f"Page: {base}/")
+    if has_keys:
+        print(f"Key:  is asked for ({KEY_VARIABLE} or api_key_file)")
+    if not settings.is_local:
+        print("Other machines reach it by this one's name or address, at the same port.")
     print(f"API:  {base}/v1   (base_url of an OpenAI client; model={next(iter(pool.models))})", flush=True)

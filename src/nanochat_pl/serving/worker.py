@@ -9,6 +9,7 @@ visible of a request since its last one: ``text``, ``tools`` (calls and results)
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import re
 import signal
@@ -44,6 +45,8 @@ def main(connection: Connection, spec: Mapping[str, Any]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the server ends its workers
     try:
         worker = Worker(connection, spec)
+        gc.collect()
+        gc.freeze()  # what is there by now stays: a collection would hold up all answers for that long
         worker.send({"ready": worker.card()})
         worker.serve()
     except UserError as error:
