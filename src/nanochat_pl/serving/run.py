@@ -34,7 +34,10 @@ def serve(specs: Sequence[tuple[str, Mapping[str, Any]]], settings: ServeSetting
             cannot be loaded.
     """
     if settings.feedback:
-        Feedback(settings.feedback)  # before anything is loaded
+        try:
+            Feedback(settings.feedback)  # before anything is loaded
+        except UserError as error:
+            raise UserError(f"feedback={error.problems[0]}", "Give a file that can be written.") from error
     listening = _listen(settings.host, settings.port)
     with listening:
         return asyncio.run(_serve(listening, specs, settings, keys))
