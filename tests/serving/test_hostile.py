@@ -238,7 +238,7 @@ def test_a_client_that_does_not_read_is_cut_off_and_its_request_ends(served) -> 
     with socket.socket() as connection:
         connection.connect(("127.0.0.1", port))
         connection.sendall(head_of(len(body)) + body)
-        end = time.monotonic() + 20
+        end = time.monotonic() + 5
         while not (pool.made and pool.made[-1].is_cancelled):
             assert time.monotonic() < end
             time.sleep(0.02)

@@ -22,7 +22,7 @@ from nanochat_pl.serving.chat import chat_body, chat_stream
 from nanochat_pl.serving.completions import completion_body, completion_stream, prompts_of
 from nanochat_pl.serving.errors import ApiError, Json
 from nanochat_pl.serving.feedback import Feedback, FeedbackRequest
-from nanochat_pl.serving.gate import Gate
+from nanochat_pl.serving.gate import Gate, Send
 from nanochat_pl.serving.jobs import Job, Jobs
 from nanochat_pl.serving.metrics import Metrics
 from nanochat_pl.serving.pool import Pool
@@ -230,7 +230,19 @@ async def _stream(request: Request, pieces: AsyncGenerator[bytes]) -> Response:
         finally:
             await pieces.aclose()
 
-    return StreamingResponse(all_pieces(), media_type="text/event-stream", headers={"X-Accel-Buffering": "no"})
+    return _EventStream(all_pieces(), media_type="text/event-stream", headers={"X-Accel-Buffering": "no"})
+
+
+class _EventStream(StreamingResponse):
+    """A response whose pieces end with it."""
+
+    async def stream_response(self, send: Send) -> None:
+        """As starlette has it, which leaves the generator of the pieces to the garbage collector where the client goes
+        while a piece is being sent: until then it would keep its slot."""
+        try:
+            await super().stream_response(send)
+        finally:
+            await self.body_iterator.aclose()  # type: ignore[attr-defined]
 
 
 async def _unless_left(request: Request, work: Awaitable[T]) -> T:
