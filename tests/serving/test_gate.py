@@ -14,7 +14,6 @@ import pytest
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.schema import build
 from nanochat_pl.serving.app import create_app
-from nanochat_pl.serving.errors import ApiError
 from nanochat_pl.serving.requests import IGNORED
 from nanochat_pl.serving.settings import ServeSettings
 
@@ -34,12 +33,9 @@ class ScriptedGeneration:
         self._updates = updates
         self.is_cancelled = False
 
-    async def __aiter__(self):
+    def deliver_to(self, updates: asyncio.Queue[tuple[int, dict[str, Any]]], number: int) -> None:
         for update in self._updates:
-            await asyncio.sleep(0)
-            if "error" in update:
-                raise ApiError(**update["error"])
-            yield update
+            updates.put_nowait((number, update))
 
     def cancel(self) -> None:
         self.is_cancelled = True
@@ -213,10 +209,6 @@ class WaitingGeneration(ScriptedGeneration):
 
     def __init__(self) -> None:
         super().__init__([])
-
-    async def __aiter__(self):
-        await asyncio.sleep(60)
-        yield {}
 
 
 def test_what_a_request_does_not_say_holds_as_set():

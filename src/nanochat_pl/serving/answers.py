@@ -11,7 +11,7 @@ from typing import Any
 
 from nanochat_pl.serving.errors import ApiError, json_of
 from nanochat_pl.serving.metrics import Metrics
-from nanochat_pl.serving.pool import Generation
+from nanochat_pl.serving.pool import Generation, Updates
 
 PING_SECONDS = 10.0  # of silence, after which a comment keeps a connection open
 DONE = b"data: [DONE]\n\n"
@@ -24,7 +24,8 @@ class Choice:
     """One of the answers to a request, as far as it is there."""
 
     index: int
-    text: str = ""
+    texts: list[str] = field(default_factory=list)
+    num_chars: int = 0
     tools: list[dict[str, str]] = field(default_factory=list)
     tokens: list[dict[str, Any]] = field(default_factory=list)
     parts: list[dict[str, str]] = field(default_factory=list)
@@ -35,7 +36,9 @@ class Choice:
 
     def add(self, update: Mapping[str, Any]) -> None:
         """Take an update in."""
-        self.text += update.get("text", "")
+        if text := update.get("text"):
+            self.texts.append(text)
+            self.num_chars += len(text)
         self.tools += update.get("tools", [])
         self.tokens += update.get("tokens", [])
         for name in ("prompt_tokens", "cached_tokens", "completion_tokens", "parts"):
@@ -43,6 +46,11 @@ class Choice:
                 setattr(self, name, update[name])
         if "finish" in update:
             self.finish = FINISH_REASONS.get(update["finish"], "stop")
+
+    @property
+    def text(self) -> str:
+        """All of it so far. It is put together here: a long text that grew by each piece would be copied as often."""
+        return "".join(self.texts)
 
 
 @dataclass
@@ -96,35 +104,33 @@ async def updates_of(
     Raises:
         ApiError: one was refused, its worker died, or it takes longer than ``seconds``.
     """
-    merged: asyncio.Queue[tuple[int, dict[str, Any] | BaseException]] = asyncio.Queue()
-
-    async def read(number: int, generation: Generation) -> None:
-        try:
-            async for update in generation:
-                metrics.observe(generation, update)
-                merged.put_nowait((number, update))
-        except ApiError as error:
-            merged.put_nowait((number, error))
-
-    tasks = [asyncio.create_task(read(*pair)) for pair in enumerate(generations)]
-    unfinished, ends_at = len(tasks), time.monotonic() + seconds
+    # One queue, and no task for each request or each wait: with many streams they would take as long as all else here.
+    merged: Updates = asyncio.Queue()
+    for number, generation in enumerate(generations):
+        generation.deliver_to(merged, number)
+    unfinished, ends_at = len(generations), time.monotonic() + seconds
     try:
         while unfinished:
             wait = min(PING_SECONDS, ends_at - time.monotonic())
             if wait <= 0:
                 raise ApiError(408, f"The answer took longer than the {seconds:g} seconds allowed.", code="timeout")
-            try:
-                number, update = await asyncio.wait_for(merged.get(), wait)
-            except TimeoutError:
-                yield None
-                continue
-            if isinstance(update, BaseException):
-                raise update
+            if merged.empty():
+                try:
+                    async with asyncio.timeout(wait):
+                        found = await merged.get()
+                except TimeoutError:
+                    yield None
+                    continue
+            else:
+                await asyncio.sleep(0)  # others have their turn, and who has left is noticed
+                found = merged.get_nowait()
+            number, update = found
+            if "error" in update:
+                raise ApiError(**update["error"])
+            metrics.observe(generations[number], update)
             unfinished -= "finish" in update
-            yield number, update
+            yield found
     finally:
-        for task in tasks:
-            task.cancel()
         for generation in generations:
             generation.cancel()
             metrics.forget(generation)

@@ -70,7 +70,7 @@ async def completion_stream(job: Job, metrics: Metrics, include_usage: bool) -> 
                 continue
             index, update = found
             choice = choices[index]
-            before = len(_echo(job, index)) + len(choice.text)
+            before = len(_echo(job, index)) + choice.num_chars
             text = update.get("text", "")
             if not choice.prompt_tokens and "prompt_tokens" in update:
                 text = _echo(job, index) + text

@@ -7,6 +7,7 @@ from typing import Any
 
 from starlette.responses import JSONResponse
 
+_ENCODE = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 MAX_CHARS = 1000  # of a message: what a client sent may stand in it
 TYPES = {
     400: "invalid_request_error",
@@ -71,7 +72,7 @@ class Json(JSONResponse):
 def json_of(content: Any) -> bytes:
     """JSON in UTF-8; where a text has half a surrogate pair, which UTF-8 cannot hold, with escapes."""
     try:
-        return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+        return _ENCODE(content).encode("utf-8")
     except UnicodeEncodeError:
         return json.dumps(content, separators=(",", ":")).encode("ascii")
 

@@ -48,6 +48,7 @@ class Metrics:
 
         self._first = histogram("time_to_first_token_seconds", "From the request to the first token.", _FIRST_TOKEN)
         self._between = histogram("inter_token_latency_seconds", "Between two tokens.", _BETWEEN_TOKENS)
+        self._between_of: dict[str, Histogram] = {}
         self._whole = histogram("e2e_request_latency_seconds", "From the request to its end.", _REQUEST)
         self._prompt = histogram("request_prompt_tokens", "Tokens of a prompt.", _TOKENS)
         self._answer = histogram("request_generation_tokens", "Tokens of an answer.", _TOKENS)
@@ -64,8 +65,10 @@ class Metrics:
         if (last := self._last_token.get(generation)) is None:
             self._first.labels(model).observe(now - generation.began)
             self._prompt.labels(model).observe(update.get("prompt_tokens", 0))
-        else:
-            self._between.labels(model).observe(now - last)
+        else:  # for each piece: labels() would look up and lock each time
+            if (between := self._between_of.get(model)) is None:
+                between = self._between_of[model] = self._between.labels(model)
+            between.observe(now - last)
         self._last_token[generation] = now
         if "finish" in update:
             self._whole.labels(model).observe(now - generation.began)

@@ -12,8 +12,8 @@ import multiprocessing
 import queue
 import threading
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypeAlias
 
 from nanochat_pl.common.console import print_from_any_rank
 from nanochat_pl.common.errors import UserError
@@ -21,36 +21,35 @@ from nanochat_pl.serving import worker
 from nanochat_pl.serving.errors import ApiError
 
 State = Literal["starting", "ready", "stuck", "dead"]
+# The updates of several requests as they come, each with the number of its request.
+Updates: TypeAlias = "asyncio.Queue[tuple[int, dict[str, Any]]]"
 
 STUCK_SECONDS = 30.0  # without a word of a worker that has something to do
 RESTART_SECONDS = (0.0, 1.0, 5.0, 15.0, 60.0)  # before the first restart, the second …; a minute of health forgives
 
 
 class Generation:
-    """A request at a worker: its updates (see :mod:`~nanochat_pl.serving.worker`) as they come."""
+    """A request at a worker.
+
+    Its updates (see :mod:`~nanochat_pl.serving.worker`) come into a queue, the last one with ``finish`` or ``error``.
+    """
 
     def __init__(self, owner: WorkerProcess, name: str) -> None:
         self._owner, self._name = owner, name
         self.model = owner.model
-        self.updates: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        self._updates: Updates = asyncio.Queue()
+        self._number = 0
         self.began = time.monotonic()
 
-    async def __aiter__(self) -> AsyncIterator[dict[str, Any]]:
-        """Until the update that has ``finish``. Where nobody reads on, the request is cancelled.
+    def deliver_to(self, updates: Updates, number: int) -> None:
+        """Put the updates into another queue, each with this number: those that are there and those to come."""
+        before, self._updates, self._number = self._updates, updates, number
+        while not before.empty():
+            self.put(before.get_nowait()[1])
 
-        Raises:
-            ApiError: it was refused, or its worker died.
-        """
-        try:
-            while True:
-                update = await self.updates.get()
-                if "error" in update:
-                    raise ApiError(**update["error"])
-                yield update
-                if "finish" in update:
-                    return
-        finally:
-            self.cancel()
+    def put(self, update: dict[str, Any]) -> None:
+        """An update is there."""
+        self._updates.put_nowait((self._number, update))
 
     def cancel(self) -> None:
         """End it, unless it has ended; its slot is free in the worker's next step."""
@@ -162,7 +161,7 @@ class WorkerProcess:
                 if (generation := self._running.get(name)) is not None:
                     if "finish" in update or "error" in update:
                         del self._running[name]
-                    generation.updates.put_nowait(update)
+                    generation.put(update)
 
     def _detach(self, why: str) -> None:
         """End all requests with an error, and let go of the pipe."""
@@ -171,7 +170,7 @@ class WorkerProcess:
         self._outbox.put(None)
         self._connection.close()
         for generation in self._running.values():
-            generation.updates.put_nowait({"error": {"status": 503, "message": why, "code": "worker_ended"}})
+            generation.put({"error": {"status": 503, "message": why, "code": "worker_ended"}})
         self._running = {}
 
     def _died(self) -> None:
