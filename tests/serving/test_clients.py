@@ -16,15 +16,22 @@ from pathlib import Path
 import openai
 import pytest
 
+from tests.helpers.docs_checks import read_page
+from tests.helpers.evaluated import make_run
 from tests.helpers.forked import COMMAND, run_forked
-from tests.helpers.served import Served, tiny_model_served
+from tests.helpers.served import Served, served, tiny_model_served
 
 MESSAGES = [{"role": "user", "content": "Return the number"}]
+ROOT = Path(__file__).parents[2]
+README, PAGE = read_page(ROOT / "README.md"), read_page(ROOT / "docs" / "serving.md")
+DOCUMENTED = "http://127.0.0.1:8000"  # where the server of the pages' examples is
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory):
-    with tiny_model_served(tmp_path_factory.mktemp("served"), "num_slots=8", "limits.choices=4") as running:
+    arguments = next(words[2:] for words in README.commands() if words[:2] == ["nanochat-pl", "serve"])
+    folder = tmp_path_factory.mktemp("served")
+    with tiny_model_served(folder, *arguments, "num_slots=8", "limits.choices=4") as running:
         yield running
 
 
@@ -139,7 +146,7 @@ def test_responses(client):
         ({"presence_penalty": 1.0}, openai.BadRequestError, "presence_penalty"),
         ({"extra_body": {"no_such_field": 1}}, openai.BadRequestError, "no_such_field"),
         ({"extra_body": {"top_k": 201}}, openai.BadRequestError, "top_k"),
-        ({"extra_body": {"answer_ids": [99_999]}}, openai.BadRequestError, "prompt"),
+        ({"extra_body": {"answer_ids": [99_999]}}, openai.BadRequestError, "answer_ids"),
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])
@@ -185,6 +192,52 @@ def test_curl(server):
     lines = subprocess.run(["curl", *arguments], capture_output=True, text=True, check=True).stdout.splitlines()
     data = [line.removeprefix("data: ") for line in lines if line]
     assert data[-1] == "[DONE]" and all(json.loads(each)["choices"] for each in data[:-1])
+
+
+@pytest.mark.parametrize("page", [README, PAGE], ids=["README", "serving"])
+def test_what_the_pages_show_of_a_server_runs(server, page, tmp_path):
+    """Each call of curl, of the chat in the terminal and of OpenAI's client, as it is printed, but for the port."""
+    shell = [block.text.replace("\\\n", " ") for block in page.blocks if block.language == "sh"]
+    lines = [line for text in shell for line in text.splitlines() if DOCUMENTED in line]
+    calls = [line for line in lines if line.startswith("curl ")]
+    assert calls
+    for line in calls:
+        told = subprocess.run(
+            line.replace(DOCUMENTED, server.url), shell=True, capture_output=True, text=True, check=True
+        )
+        assert json.loads(told.stdout)["choices"][0]["message"]["role"] == "assistant"
+    for words in page.commands():
+        if words[:2] == ["nanochat-pl", "chat"] and f"url={DOCUMENTED}" in words:
+            arguments = [word.replace(DOCUMENTED, server.url) for word in words[2:]]
+            told = run_forked([*COMMAND, "chat", *arguments], cwd=tmp_path)
+            assert told.returncode == 0 and told.stdout.strip(), told.stderr
+    for block in page.blocks:
+        if block.language == "python" and DOCUMENTED in block.text:
+            program = tmp_path / "block.py"
+            program.write_text(block.text.replace(DOCUMENTED, server.url), encoding="utf-8")
+            done = subprocess.run([sys.executable, str(program)], capture_output=True, text=True, timeout=60)
+            assert done.returncode == 0 and done.stdout, done.stderr
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_page_start_a_server(tmp_path, monkeypatch):
+    """Each, but for the port; the key is that of the page's line before."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("demo", "other"):
+        make_run(name)
+    monkeypatch.setenv("NANOCHAT_PL_API_KEY", "0123456789abcdef")
+    commands = [words[2:] for words in PAGE.commands() if words[:2] == ["nanochat-pl", "serve"]]
+    several = [words for words in commands if words and not words[0].startswith("--")]
+    assert len(several) >= 3
+    for words in several:
+        arguments = [word for word in words if not word.startswith("port=")]
+        with served(tmp_path, "accelerator=cpu", "num_threads=1", *arguments) as running:
+            port = running.url.rpartition(":")[2]
+            client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="0123456789abcdef", max_retries=0)
+            for model in client.models.list().data:
+                assert client.chat.completions.create(model=model.id, messages=MESSAGES, max_tokens=2).choices
+            with pytest.raises(openai.AuthenticationError):
+                client.with_options(api_key="wrong").models.list()
 
 
 @pytest.mark.slow
