@@ -237,8 +237,8 @@ class _EventStream(StreamingResponse):
     """A response whose pieces end with it."""
 
     async def stream_response(self, send: Send) -> None:
-        """As starlette has it, which leaves the generator of the pieces to the garbage collector where the client goes
-        while a piece is being sent: until then it would keep its slot."""
+        """As starlette has it, which leaves it to the garbage collector to end the generator of the pieces, and so the
+        request at its worker, where the client goes while a piece is being sent."""
         try:
             await super().stream_response(send)
         finally:
