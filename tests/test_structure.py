@@ -31,6 +31,7 @@ PACKAGES = (
     "engine",
     "serving",
     "evaluation",
+    "comparison",
     "training",
     "report",
     "doctor",

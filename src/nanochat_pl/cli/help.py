@@ -61,7 +61,10 @@ def print_config(command: str, options: HydraOptions) -> None:
 def compose_command(command: str, overrides: Sequence[str]) -> Composed[Any]:
     """Compose and check the settings of a command as it does itself; of ``pipeline`` each step has its own."""
     step = take_key(overrides, "stage")[0] or "base" if command in config_dir.LIKE_TRAIN else command
-    return compose_step(command, step, importlib.import_module(module_of(command)).Config, overrides)
+    module = importlib.import_module(module_of(command))
+    if hasattr(module, "as_overrides"):  # it also takes words
+        overrides = module.as_overrides(overrides)
+    return compose_step(command, step, module.Config, overrides)
 
 
 def check_command(command: str, overrides: Sequence[str]) -> None:

@@ -40,6 +40,7 @@ COMMANDS = {
     "export": "a trained stage for other programs: export run=NAME to=PATH",
     "inspect": "an answer that stage rl learnt from, written again: inspect run=NAME rollout=STEP:I",
     "report": "tables and plots of a run: report run=NAME",
+    "compare": "what differs between runs, beyond the noise of their seeds: compare 'A*' 'B*'",
     "selftest": "proves this machine in a minute: arithmetic, collectives, resume files; also under torchrun",
     "runs": "what has been trained; runs delete=NAME",
 }

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from typing import Any
 
-from nanochat_pl.report.format import BLOCKS
+from nanochat_pl.report.format import BLOCKS, markdown_inline, show
 from nanochat_pl.report.plots import within_page
 
 # No script may run and nothing may be loaded, whatever a model has written.
@@ -29,6 +29,21 @@ _PAGE = """<!doctype html>
 </body>
 </html>
 """
+
+
+def render(template: str, shown: Mapping[str, Any], **filters: Callable[..., Any]) -> str:
+    """A template of the report with what it shows; it has the filters ``inline``, ``show`` and those that are given."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("nanochat_pl.report", "templates"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters.update(inline=markdown_inline, show=show, **filters)
+    return environment.get_template(template).render(shown)
 
 
 def page(title: str, markdown: str, drawings: Mapping[str, str]) -> str:

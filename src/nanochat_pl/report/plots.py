@@ -35,6 +35,10 @@ COLORS = {
     "first": "#2558b8",
     "second": "#c2410c",
     "faint": "#b9cbed",
+    "third": "#15803d",
+    "fourth": "#7c3aed",
+    "fifth": "#0e7490",
+    "sixth": "#be185d",
 }
 STYLE = {
     "svg.fonttype": "none",
@@ -191,7 +195,7 @@ def draw_svg(inches: tuple[float, float], salt: str, draw: Callable[[Figure], No
 
 
 def _draw(axes: Axes, panel: Panel) -> None:
-    ends = []
+    ends: list[tuple[float, float, str, str]] = []
     for line in panel.lines:
         series = _thinned(line.series)
         color = COLORS[line.color]
@@ -214,10 +218,10 @@ def _draw(axes: Axes, panel: Panel) -> None:
             axes.vlines(steps, low, high, color=color, linewidth=1, zorder=3, clip_on=False)
         ends.append((series.steps[-1], line.series.values[-1], line.label, color))
     _set_limits(axes, panel)
-    _set_ticks(axes)
+    set_ticks(axes)
     if panel.tokens:
         _draw_token_axis(axes, panel.tokens)
-    _label_ends(axes, ends)
+    label_ends(axes, ends)
     raised = 20 if panel.tokens else 8
     axes.set_title(panel.title, loc="left", size=10.5, weight="bold", pad=raised)
     axes.set_title(panel.unit, loc="right", size=9, color=COLORS["muted"], pad=raised)
@@ -251,7 +255,7 @@ def _set_limits(axes: Axes, panel: Panel) -> None:
     axes.set_ylim(low - (0 if panel.from_zero else room), high + room)
 
 
-def _set_ticks(axes: Axes) -> None:
+def set_ticks(axes: Axes) -> None:
     from matplotlib.ticker import MaxNLocator
 
     axes.tick_params(axis="x", length=3)
@@ -285,10 +289,16 @@ def _draw_token_axis(axes: Axes, tokens: Series) -> None:
     top.tick_params(labelsize=9, color=COLORS["grid"], length=3, pad=3)
 
 
-def _label_ends(axes: Axes, ends: list[tuple[int, float, str, str]]) -> None:
-    """Write each line's last value and name beside its end, moved apart where they would touch."""
+def label_ends(axes: Axes, ends: list[tuple[float, float, str, str]], with_values: bool = True) -> None:
+    """Write each line's last value and name beside its end, moved apart where they would touch.
+
+    Args:
+        ends: of each line x, y, name and colour.
+        with_values: False: the names alone.
+    """
     low, high = axes.get_ylim()
-    gap = 0.19 if any(label for _, _, label, _ in ends) else 0.11
+    gap = 0.19 if with_values and any(label for _, _, label, _ in ends) else 0.11
+    gap = min(gap, 1 / len(ends))
     placed: list[float] = []
     for _step, value, label, color in sorted(ends, key=lambda end: end[1]):
         at = (value - low) / (high - low)
@@ -298,7 +308,7 @@ def _label_ends(axes: Axes, ends: list[tuple[int, float, str, str]]) -> None:
         nothing = abs(value) < 1e-3 * (high - low)
         text = "0" if nothing else f"{value:.4g}" if abs(value) < 1e4 else short_number(value)
         axes.annotate(
-            f"{text}\n{label}" if label else text,
+            "\n".join([*([text] if with_values else []), *([label] if label else [])]),
             (1, at),
             xycoords="axes fraction",
             xytext=(6, 0),
@@ -329,14 +339,14 @@ def bars_svg(stage: str, suite: SuiteResult) -> str:
         axes.axvline(0, color=COLORS["muted"], linewidth=0.9, zorder=1)
         for row, value in enumerate(values):
             axes.text(1.015, row, f"{value:.3f}", transform=axes.get_yaxis_transform(), size=9, va="center")
-        axes.set_yticks(list(rows), [_drawable(task.name) for task in shown])
+        axes.set_yticks(list(rows), [drawable(task.name) for task in shown])
         axes.set_ylim(len(shown) - 0.4, -0.6)
         axes.set_xlim(min(-0.02, summary.low if summary else 0.0, *(low for low, _ in ends)), 1.0)
         axes.grid(visible=False)
         axes.grid(axis="x")
         axes.spines["bottom"].set_visible(False)
         axes.tick_params(axis="y", labelcolor=COLORS["ink"])
-        title = _drawable(f"{stage}: {summary.name if summary else suite.name}")
+        title = drawable(f"{stage}: {summary.name if summary else suite.name}")
         heading = f"{title}   {summary.value:.4f} ± {summary.stderr:.4f}" if summary else title
         figure.text(0.01, 1 - 0.2 / height, heading, size=12, weight="bold", va="center")
 
@@ -348,7 +358,7 @@ def _error(task: TaskResult) -> float:
     return task.stderr / (1 - task.baseline)
 
 
-def _drawable(name: str) -> str:
+def drawable(name: str) -> str:
     """A name as the font of the drawing has it; nothing in it is a formula."""
     plain = " ".join(name.split()).encode("ascii", "replace").decode()
     plain = "".join(sign if sign.isprintable() else "?" for sign in plain)

@@ -111,7 +111,7 @@ def _read_stage(folder: Path) -> StageRecord:
     if not folder.is_dir():
         return StageRecord(name=folder.name, status="absent")
     finished = optional_object(folder / "finished.json")
-    series = _read_metrics(folder / "metrics.csv")
+    series = read_curves(folder / "metrics.csv")
     last_step = max((column.steps[-1] for column in series.values() if column.steps), default=None)
     metrics = finished.get("metrics") or {}
     numbers = finite_numbers(metrics, folder / "finished.json")
@@ -152,7 +152,7 @@ def _with_epochs(data: Any) -> Any:
     return {**data, "packing": packing}
 
 
-def _read_metrics(path: Path) -> dict[str, Series]:
+def read_curves(path: Path) -> dict[str, Series]:
     """The columns of a wide CSV file: ``step`` first, empty cells where nothing was measured.
 
     A step that was written twice (a run that was killed and resumed) keeps what was written last.

@@ -16,11 +16,10 @@ from nanochat_pl.report.format import (
     compact,
     duration,
     markdown_block,
-    markdown_inline,
     percent,
     show,
 )
-from nanochat_pl.report.page import page
+from nanochat_pl.report.page import page, render
 from nanochat_pl.report.plots import bars_svg
 from nanochat_pl.report.read import RunRecord, StageRecord, read_run
 
@@ -291,19 +290,10 @@ def _metrics(run: RunRecord) -> dict[str, Any]:
 
 
 def _markdown(shown: dict[str, Any]) -> str:
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("nanochat_pl.report", "templates"),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters.update(
-        inline=markdown_inline,
+    return render(
+        "report.md.jinja",
+        shown,
         block=markdown_block,
-        show=show,
         percent=percent,
         duration=duration,
         metric=_metric,
@@ -314,7 +304,6 @@ def _markdown(shown: dict[str, Any]) -> str:
         inputs=lambda given: ", ".join(f"{name} = {show(value)}" for name, value in given.items()),
         set_by=lambda by: by if by.startswith("inherited") else f"set by {by}",
     )
-    return environment.get_template("report.md.jinja").render(shown)
 
 
 def _metric(summary: Summary) -> str:

@@ -1,0 +1,68 @@
+"""A comparison as rows of text, for the terminal and for the page."""
+
+from __future__ import annotations
+
+import math
+
+from nanochat_pl.comparison.compare import Comparison, MetricComparison, Row
+from nanochat_pl.comparison.intervals import ALPHA, POWER
+
+COLUMNS = ("group", "n", "mean", "deviation", "difference", "from", "to", "relative", "p", "verdict")
+
+
+def cells(row: Row) -> tuple[str, ...]:
+    """One cell for each of :data:`COLUMNS`; empty where there is nothing."""
+    difference = row.difference
+    scale = row.deviation if row.deviation else abs(row.simple_difference or row.mean)
+    return (
+        row.label,
+        str(row.n),
+        rounded(row.mean, scale),
+        "" if row.deviation is None else f"{row.deviation:.2g}",
+        "" if row.simple_difference is None else f"{row.simple_difference:+.3g}",
+        "" if difference is None else _end(difference.low),
+        "" if difference is None else _end(difference.high),
+        "" if row.relative is None else f"{100 * row.relative:+.2f} %",
+        "" if row.adjusted_p is None else f"{row.adjusted_p:.2g}",
+        row.verdict,
+    )
+
+
+def direction(metric: MetricComparison) -> str:
+    """Which way is better, behind the metric's name; empty where that is not known."""
+    return "" if metric.more_is_better is None else f" ({'more' if metric.more_is_better else 'less'} is better)"
+
+
+def what_it_holds(metric: MetricComparison, result: Comparison) -> str:
+    """What the figures of a table are, in sentences."""
+    base, *variants = metric.rows
+    tested = [row for row in variants if row.difference is not None]
+    if not tested:
+        return f"Differences are from {base.label}. With one seed nothing can be said of noise."
+    pairs = {row.difference.paired for row in tested if row.difference is not None}
+    how = "pairs of one seed" if pairs == {True} else "unpaired runs" if pairs == {False} else "pairs where there are"
+    share = f"{100 * (1 - ALPHA):.0f} %"
+    looks = (
+        f"intervals of {share} that hold at every look together, after each seed"
+        if result.sequential
+        else f"intervals of {share} for a number of seeds that was said before"
+    )
+    sentence = f"Differences are from {base.label}, of {how}: {looks}."
+    if len(tested) > 1:
+        sentence += f" p and verdicts allow for {len(tested)} variants (Holm); each interval stands for itself."
+    if any(row.seeds_needed for row in tested):
+        power = "if it stays as it is" if result.sequential else f"with a power of {100 * POWER:.0f} %"
+        sentence += f" Seeds that would be needed: for a difference of the size seen, {power}."
+    return sentence
+
+
+def rounded(value: float, scale: float) -> str:
+    """A number with two digits of its noise, or of a difference."""
+    if not scale or not math.isfinite(scale):
+        return f"{value:.6g}"
+    digits = 1 - math.floor(math.log10(scale))
+    return f"{value:,.{max(0, min(digits, 8))}f}"
+
+
+def _end(value: float) -> str:
+    return f"{value:+.3g}" if math.isfinite(value) else "−∞" if value < 0 else "∞"
