@@ -1,0 +1,99 @@
+"""`nanochat-pl compare` on a folder of runs, and its page."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from nanochat_pl.cli.main import main
+from tests.comparison.fake_runs import make_group
+
+BASE = [1.200, 1.205, 1.195, 1.201, 1.198]
+WORSE = [1.210, 1.214, 1.206, 1.210, 1.209]
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Path:
+    make_group(tmp_path / "runs", "d4", BASE, {"model.depth": 4})
+    make_group(tmp_path / "runs", "d4-plain", WORSE, {"model.depth": 4, "model.backout": False})
+    return tmp_path / "runs"
+
+
+def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    code = main(["compare", *arguments])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_words_are_names_and_keys_of_train_are_settings(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = printed(capsys, "d4-seed*", "d4-plain-*", "model.depth=4", f"paths.runs={runs}")
+    assert (code, err) == (0, "")
+    assert "base, val/bpb (less is better)" in out
+    row = next(line.split() for line in out.splitlines() if line.startswith("d4-plain-*"))
+    assert row[:5] == ["d4-plain-*", "5", "1.2098", "0.0029", "+0.01"]
+    assert row[-1] == "worse"
+    assert "of pairs of one seed" in out
+    said = printed(capsys, "runs=['d4-seed*','d4-plain-*']", "where=['model.depth=4']", f"paths.runs={runs}")[1]
+    assert said == out
+
+
+def test_runs_are_grouped_by_a_setting_and_one_glob_parts_by_itself(
+    runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    by = printed(capsys, "by=model.backout", "sequential=true", f"paths.runs={runs}")[1]
+    assert "model.backout=false" in by
+    assert "hold at every look" in by
+    alone = printed(capsys, "d4-*", "sequential=true", f"paths.runs={runs}")[1]
+    assert alone == by
+
+
+def test_the_page_stands_by_itself(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    to = tmp_path / "page"
+    keys = ("by=model.backout", "metrics=[val/bpb,seconds]", f"to={to}", f"paths.runs={runs}")
+    assert printed(capsys, *keys)[0] == 0
+    page = (to / "compare.html").read_text(encoding="utf-8")
+    assert "<script" not in page
+    assert page.count("<svg") == 2 + 5 + 5  # values; curves over four axes and differences, of bpb and of the loss
+    assert "worse" in page
+    names = {path.name for path in to.iterdir()}
+    assert {f"val-bpb-{axis}.svg" for axis in ("steps", "tokens", "flops", "seconds", "differences")} <= names
+    found = json.loads((to / "compare.json").read_text(encoding="utf-8"))
+    assert found["metrics"][0]["rows"][1]["difference"]["n"] == 5
+    assert len(found["runs"]["model.backout=true"]) == 5
+
+
+def test_names_of_strangers_are_text_in_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = tmp_path / "runs"
+    make_group(runs, "a", BASE[:2])
+    make_group(runs, "b", WORSE[:2], {"data.path": "</svg><script>alert(1)</script> | x"})
+    assert printed(capsys, "a-*", "b-*", f"to={tmp_path / 'page'}", f"paths.runs={runs}")[0] == 0
+    assert "<script" not in (tmp_path / "page" / "compare.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["d4-sed*"], "no run of that name"),
+        (["model.dept=4"], "did you mean model.depth"),
+        (["model.depth=5"], "model.depth=5: no run has it; there are: 4."),
+        (["model=tiny"], "where: model=tiny: is a group of settings."),
+        (["metric=[val/bpb]"], "did you mean metrics?"),
+        (["stage=rl"], "stage=rl: no run of that stage; there are entries of base."),
+        (["a", "runs=[b]"], "runs: is given twice"),
+        (["by=model.bakcout"], "did you mean model.backout"),
+    ],
+)
+def test_mistakes_are_told_in_a_line(
+    runs: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    code, _, err = printed(capsys, *arguments, f"paths.runs={runs}")
+    assert code == 2
+    assert message in err
+
+
+def test_an_empty_ledger_says_how_to_fill_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = printed(capsys, f"paths.runs={tmp_path}")
+    assert code == 2
+    assert "has no entries yet" in err
