@@ -9,6 +9,7 @@ import pytest
 
 from nanochat_pl.cli.main import main
 from tests.comparison.fake_runs import make_group
+from tests.report.fake_run import make_run
 
 BASE = [1.200, 1.205, 1.195, 1.201, 1.198]
 WORSE = [1.210, 1.214, 1.206, 1.210, 1.209]
@@ -97,3 +98,17 @@ def test_an_empty_ledger_says_how_to_fill_it(tmp_path: Path, capsys: pytest.Capt
     code, _, err = printed(capsys, f"paths.runs={tmp_path}")
     assert code == 2
     assert "has no entries yet" in err
+
+
+def test_what_evaluate_has_found_is_compared(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of two seeds each, with the same results: no difference at all."""
+    for name in ("d4-seed0", "d4-seed1", "d4-plain-seed0", "d4-plain-seed1"):
+        results = make_run(tmp_path / "made" / name) / "evaluation" / "sft" / "results.json"
+        (runs / name / "evaluation" / "base").mkdir(parents=True)
+        (runs / name / "evaluation" / "base" / "results.json").write_bytes(results.read_bytes())
+    metric = "evaluate/chat/spelling"
+    code, out, err = printed(capsys, "by=model.backout", f"metrics=[{metric}]", f"paths.runs={runs}")
+    assert (code, err) == (0, "")
+    assert f"{metric} (more is better)" in out
+    assert "no difference: the means are equal" in out
+    assert f"Not measured: {metric} of d4-seed2" in out

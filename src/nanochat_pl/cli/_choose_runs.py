@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from nanochat_pl.common.schema import setting
 from nanochat_pl.comparison.groups import Run, keep, read_runs
 from nanochat_pl.config.overrides import UNKNOWN, is_group, parse_overrides, split_override, type_of_key
 from nanochat_pl.ledger import LEDGER, read_ledger
+from nanochat_pl.report.evaluations import evaluated_metrics
 from nanochat_pl.training.config import TrainConfig
 
 # Of group `evaluation` what is measured, and not when: with others, a metric of the same name is another one.
@@ -55,8 +56,11 @@ def overrides_of(arguments: Sequence[str], schema: type) -> list[str]:
     return rest
 
 
-def choose(config: ChoiceSettings) -> tuple[str, list[Run], list[str]]:
+def choose(config: ChoiceSettings, metrics: Sequence[str]) -> tuple[str, list[Run], list[str]]:
     """The stage, its finished runs in the order of the ledger, and remarks.
+
+    Args:
+        metrics: what is wanted of them: what `evaluate` has found lies beside the runs, not in the ledger.
 
     Raises:
         UserError: there is none, or a name or a setting fits none.
@@ -69,7 +73,13 @@ def choose(config: ChoiceSettings) -> tuple[str, list[Run], list[str]]:
             "Train one: nanochat-pl train …; or give the folder of the runs, paths.runs=…",
         )
     stage, runs, remarks = read_runs(entries, config.stage, settings_of_results, config.runs)
-    return stage, keep(runs, _wanted(config.where)), remarks
+    runs = keep(runs, _wanted(config.where))
+    if any(metric.startswith("evaluate/") for metric in metrics):
+        runs = [
+            replace(run, metrics=run.metrics | evaluated_metrics(folder / run.name / "evaluation" / stage))
+            for run in runs
+        ]
+    return stage, runs, remarks
 
 
 def settings_of_results(settings: Mapping[str, Any], stage: str) -> dict[str, Any]:

@@ -27,7 +27,10 @@ class CompareConfig(ChoiceSettings):
     by: str | None = setting(
         None, "A setting whose values make the groups; null: each name is a group, a single one is parted by itself."
     )
-    metrics: list[str] = setting(factory=lambda: [DEFAULT], doc="What is compared: metrics, seconds, tokens, flops.")
+    metrics: list[str] = setting(
+        factory=lambda: [DEFAULT],
+        doc="What is compared: metrics of the training; seconds, tokens, flops, inference/NAME; evaluate/SUITE/NAME.",
+    )
     sequential: bool = setting(
         False, "Intervals and verdicts that hold although one looks after every seed and stops when something is found."
     )
@@ -45,7 +48,7 @@ def as_overrides(arguments: Sequence[str]) -> list[str]:
 def run(arguments: Sequence[str]) -> int:
     """The command."""
     config = compose("compare", CompareConfig, as_overrides(arguments)).config
-    stage, runs, remarks = choose(config)
+    stage, runs, remarks = choose(config, config.metrics)
     chosen = by_name(runs, config.runs) if config.by is None and len(config.runs) > 1 else by_setting(runs, config.by)
     result = compare(stage, chosen.groups, config.metrics, sequential=config.sequential)
     result = replace(result, remarks=[*remarks, *chosen.remarks, *result.remarks])

@@ -41,6 +41,7 @@ COMMANDS = {
     "inspect": "an answer that stage rl learnt from, written again: inspect run=NAME rollout=STEP:I",
     "report": "tables and plots of a run: report run=NAME",
     "compare": "what differs between runs, beyond the noise of their seeds: compare 'A*' 'B*'",
+    "scaling": "the best size for a budget, or a power law, of a ladder of runs: scaling 'A*'",
     "selftest": "proves this machine in a minute: arithmetic, collectives, resume files; also under torchrun",
     "runs": "what has been trained; runs delete=NAME",
 }

@@ -28,10 +28,10 @@ def metrics_of(entry: Entry) -> dict[str, float]:
     return {**entry.metrics, **inference, **costs}
 
 
-def require_known(metrics: Iterable[str], found: Iterable[str]) -> None:
-    """Raise :class:`UserError` for metrics that no run has."""
+def require_known(metrics: Iterable[str], found: Iterable[str], key: str = "metrics") -> None:
+    """Raise :class:`UserError` for metrics that no run has. ``key``: the setting that named them."""
     valid = [name for name in found if not _STANDARD_ERROR.search(name)]
     if problems := [
-        f"metrics={name}: no run has it; {did_you_mean(name, valid)}" for name in metrics if name not in valid
+        f"{key}={name}: no run has it; {did_you_mean(name, valid)}" for name in metrics if name not in valid
     ]:
         raise UserError(problems, f"There are: {', '.join(sorted(valid))}.")

@@ -1,4 +1,4 @@
-"""A comparison as rows of text, for the terminal and for the page."""
+"""Comparisons and fits as rows of text and sentences, for the terminal and for the page."""
 
 from __future__ import annotations
 
@@ -6,8 +6,22 @@ import math
 
 from nanochat_pl.comparison.compare import Comparison, MetricComparison, Row
 from nanochat_pl.comparison.intervals import ALPHA, POWER
+from nanochat_pl.comparison.scaling import Estimate, IsoFlops, Optimum, Point, PowerLaw
 
 COLUMNS = ("group", "n", "mean", "deviation", "difference", "from", "to", "relative", "p", "verdict")
+POINT_COLUMNS = ("run", "FLOPs", "parameters", "tokens", "loss")
+OPTIMUM_COLUMNS = (
+    "budget",
+    "runs",
+    "parameters",
+    "95 %",
+    "tokens",
+    "95 %",
+    "tokens/parameter",
+    "95 %",
+    "loss",
+    "remark",
+)
 
 
 def cells(row: Row) -> tuple[str, ...]:
@@ -66,3 +80,51 @@ def rounded(value: float, scale: float) -> str:
 
 def _end(value: float) -> str:
     return f"{value:+.3g}" if math.isfinite(value) else "−∞" if value < 0 else "∞"
+
+
+def point_cells(point: Point) -> tuple[str, ...]:
+    """One cell for each of :data:`POINT_COLUMNS`."""
+    costs = (point.budget, point.parameters, point.tokens)
+    return (point.name, *(f"{each:.3g}" for each in costs), f"{point.loss:.5g}")
+
+
+def optimum_cells(optimum: Optimum) -> tuple[str, ...]:
+    """One cell for each of :data:`OPTIMUM_COLUMNS`; empty where nothing is determined, with the reason."""
+    cells = [f"{optimum.budget:.3g}", str(len(optimum.points))]
+    for each in (optimum.parameters, optimum.tokens, optimum.ratio):
+        cells += ["", ""] if each is None else [f"{each.value:.3g}", interval(each)]
+    loss = "" if optimum.loss is None else f"{optimum.loss.value:.5g}"
+    return (*cells, loss, f"not determined: {optimum.why}" if optimum.why else "")
+
+
+def exponents(found: IsoFlops) -> list[str]:
+    """How the optima grow with the budget, in sentences."""
+    determined = [each for each in found.optima if each.parameters is not None]
+    if found.parameters_exponent is None or found.tokens_exponent is None:
+        return [
+            f"Exponents: not determined, with {len(determined)} of {len(found.optima)} budgets that have an optimum."
+        ]
+    return [
+        f"Best parameters ∝ FLOPs^{with_interval(found.parameters_exponent)},"
+        f" best tokens ∝ FLOPs^{with_interval(found.tokens_exponent)}, of {len(determined)} budgets."
+    ]
+
+
+def law(found: PowerLaw, metric: str, over: str) -> list[str]:
+    """A power law in sentences."""
+    line = (
+        f"{metric} = E + A × {over}^-alpha: E = {with_interval(found.floor)}, A = {with_interval(found.factor)},"
+        f" alpha = {with_interval(found.exponent)}, of {len(found.x)} runs."
+    )
+    return [line, *([f"Not determined: {found.why}."] if found.why else [])]
+
+
+def with_interval(estimate: Estimate) -> str:
+    """A number and its interval, where there is one."""
+    around = interval(estimate)
+    return f"{estimate.value:.3g} ({around})" if around else f"{estimate.value:.3g} (no interval)"
+
+
+def interval(estimate: Estimate) -> str:
+    """An interval, empty where there is none."""
+    return "" if estimate.low is None or estimate.high is None else f"{estimate.low:.3g} … {estimate.high:.3g}"

@@ -12,7 +12,7 @@ from nanochat_pl.common.schema import build_known, setting
 from nanochat_pl.evaluation.results import Summary, TaskResult
 from nanochat_pl.evaluation.suites import RESULTS, SuiteResult, answers_file, read_results
 from nanochat_pl.evaluation.tables import CHATS
-from nanochat_pl.report.files import json_lines
+from nanochat_pl.report.files import finite_numbers, json_lines
 
 
 @dataclass(frozen=True)
@@ -114,6 +114,32 @@ def read_evaluation(folder: Path) -> EvaluationRecord:
                 found.answers[task.name if suite.name == "chat" else f"{suite.name}: {task.name}"] = _answers(file)
     if "chat" in found.suites:
         found.chats.extend(_messages(row, where) for where, row in json_lines(folder / CHATS))
+    return found
+
+
+def evaluated_metrics(folder: Path) -> dict[str, float]:
+    """What an evaluation has found, by name: ``evaluate/SUITE/TASK``, an accuracy; ``evaluate/SUITE/TASK/pass@K``;
+    ``evaluate/SUITE/NAME`` of a summary, as CORE, or of another metric. Empty where nothing was evaluated.
+
+    Args:
+        folder: ``evaluation/STAGE`` of a run.
+
+    Raises:
+        UserError: its results are damaged.
+    """
+    if not (folder / RESULTS).exists():
+        return {}
+    found: dict[str, float] = {}
+    for suite in read_results(folder).suites.values():
+        found |= {
+            f"evaluate/{suite.name}/{name}": value for name, value in finite_numbers(suite.metrics, folder).items()
+        }
+        for task in suite.tasks:
+            name = f"evaluate/{suite.name}/{task.name}"
+            found |= {f"{name}/pass@{each.k}": each.value for each in conditions_of(task).pass_at_k}
+            found[name] = task.accuracy
+        if suite.summary:
+            found[f"evaluate/{suite.name}/{suite.summary.name}"] = suite.summary.value
     return found
 
 
