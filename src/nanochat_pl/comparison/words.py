@@ -36,7 +36,7 @@ def cells(row: Row) -> tuple[str, ...]:
         "" if row.simple_difference is None else f"{row.simple_difference:+.3g}",
         "" if difference is None else _end(difference.low),
         "" if difference is None else _end(difference.high),
-        "" if row.relative is None else f"{100 * row.relative:+.2f} %",
+        "" if row.relative is None else f"{100 * row.relative:+.2g} %",
         "" if row.adjusted_p is None else f"{row.adjusted_p:.2g}",
         row.verdict,
     )

@@ -20,7 +20,7 @@ from nanochat_pl.report.read import Series, read_curves
 
 # By the column of metrics.csv that a curve is laid over: units, each with its size.
 AXES: dict[str, tuple[tuple[str, float], ...]] = {
-    "": (("optimizer steps", 1),),
+    "": (("steps", 1),),
     "train/tokens": (("tokens", 1),),
     "train/flops": (*((f"1e{power} FLOPs", 10.0**power) for power in range(30, 5, -3)), ("FLOPs", 1)),
     "train/seconds": (("hours", 3600), ("minutes", 60), ("seconds", 1)),

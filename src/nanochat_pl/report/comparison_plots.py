@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from nanochat_pl.comparison import MetricComparison, Row
 from nanochat_pl.comparison.curves import Band
 from nanochat_pl.comparison.intervals import difference_of_pairs
-from nanochat_pl.comparison.words import rounded
 from nanochat_pl.report.plots import COLORS, draw_svg, drawable, label_ends, set_ticks, short_number
 
 if TYPE_CHECKING:
@@ -118,10 +118,8 @@ def _draw_differences(axes: Axes, rows: Sequence[Row]) -> None:
         if difference is not None and math.isfinite(difference.low):
             axes.hlines(n, difference.low, difference.high, color=color, linewidth=1.8)
         axes.plot([row.simple_difference], [n], "D", color=color, markersize=5, clip_on=False)
-        scale = row.deviation or row.simple_difference
-        text = rounded(row.simple_difference, abs(scale))
         place: Any = axes.get_yaxis_transform()
-        axes.text(1.05, n, text if text.startswith("-") else f"+{text}", transform=place, size=9, va="center")
+        axes.text(1.05, n, f"{row.simple_difference:+.2g}", transform=place, size=9, va="center")
     _row_axes(axes, len(rows))
     axes.set_yticks([])
 
@@ -156,6 +154,6 @@ def _four_digits(value: float, _position: object = None) -> str:
 
 
 def _short(name: str, most: int) -> str:
-    """A name of which the end is kept: that is what tells groups apart."""
-    plain = drawable(name)
+    """A name of which the end is kept, of a setting its last part: that is what tells groups apart."""
+    plain = drawable(re.sub(r"(?:\w+\.)+(\w+=)", r"\1", name))
     return plain if len(plain) <= most else f"...{plain[3 - most :]}"
