@@ -36,7 +36,7 @@ def test_words_are_names_and_keys_of_train_are_settings(runs: Path, capsys: pyte
     assert row[:5] == ["d4-plain-*", "5", "1.2098", "0.0029", "+0.01"]
     assert row[-1] == "worse"
     assert "of pairs of one seed" in out
-    said = printed(capsys, "runs=['d4-seed*','d4-plain-*']", "where=['model.depth=4']", f"paths.runs={runs}")[1]
+    said = printed(capsys, "runs=['d4-seed*','d4-plain-*']", "settings=['model.depth=4']", f"paths.runs={runs}")[1]
     assert said == out
 
 
@@ -79,7 +79,7 @@ def test_names_of_strangers_are_text_in_the_page(tmp_path: Path, capsys: pytest.
         (["d4-sed*"], "no run of that name"),
         (["model.dept=4"], "did you mean model.depth"),
         (["model.depth=5"], "model.depth=5: no run has it; there are: 4."),
-        (["model=tiny"], "where: model=tiny: is a group of settings."),
+        (["model=tiny"], "settings: model=tiny: is a group of settings."),
         (["metric=[val/bpb]"], "did you mean metrics?"),
         (["stage=rl"], "stage=rl: no run of that stage; there are entries of base."),
         (["a", "runs=[b]"], "runs: is given twice"),

@@ -63,10 +63,12 @@ def test_more_of_an_accuracy_is_better() -> None:
         ("val/bpb", False),
         ("train/loss", False),
         ("seconds", False),
-        ("inference/token_ms", False),
-        ("inference/tokens_per_second", True),
-        ("inference/cache_bytes_per_token", False),
+        ("inference.token_ms", False),
+        ("inference.tokens_per_second", True),
+        ("inference.cache_bytes_per_token", False),
         ("core/mean", True),
+        ("best.chat/mean", True),
+        ("best.val/bpb", False),
         ("pass_at_1/gsm8k", True),
         ("evaluate/chatcore/ChatCORE", True),
         ("evaluate/bpb/bpb", False),
@@ -133,6 +135,13 @@ def test_looking_after_every_seed_takes_more() -> None:
     assert looked.difference.value == fixed.difference.value
     row = compared(entries, ["a*", "b*"], ("tokens",), sequential=True).metrics[0].rows[1]
     assert row.verdict == "no difference: the means are equal"
+
+
+def test_runs_that_are_no_pairs_can_be_looked_at_too() -> None:
+    result = compared(group("a", BASE) + group("b", WORSE[:4], data="other rows"), ["a*", "b*"], sequential=True)
+    difference = result.metrics[0].rows[1].difference
+    assert difference is not None
+    assert (difference.paired, difference.n) == (False, 4)
 
 
 def test_code_that_differs_is_a_warning() -> None:

@@ -28,7 +28,7 @@ class ChoiceSettings:
     runs: list[str] = setting(
         factory=list, doc="Names of runs, or globs as 'd4-*'; words on the command line are the same; none: all runs."
     )
-    where: list[str] = setting(
+    settings: list[str] = setting(
         factory=list, doc="KEY=VALUE of settings that the runs have; a key of train on the command line is the same."
     )
     stage: str | None = setting(None, "Their stage; null: the last one that such a run has finished.")
@@ -36,7 +36,7 @@ class ChoiceSettings:
 
 
 def overrides_of(arguments: Sequence[str], schema: type) -> list[str]:
-    """A command line with its words as ``runs=[…]`` and its settings of trainings as ``where=[…]``."""
+    """A command line with its words as ``runs=[…]`` and its settings of trainings as ``settings=[…]``."""
     words: list[str] = []
     wanted: list[str] = []
     rest: list[str] = []
@@ -48,7 +48,7 @@ def overrides_of(arguments: Sequence[str], schema: type) -> list[str]:
             wanted.append(argument.lstrip("+"))
         else:
             rest.append(argument)
-    for key, values in (("runs", words), ("where", wanted)):
+    for key, values in (("runs", words), ("settings", wanted)):
         if values and any(split_override(argument)[0] == key for argument in rest):
             raise UserError(f"{key}: is given twice, with {key}= and by {values[0]}.", "Write all of them in one way.")
         if values:
@@ -73,7 +73,7 @@ def choose(config: ChoiceSettings, metrics: Sequence[str]) -> tuple[str, list[Ru
             "Train one: nanochat-pl train …; or give the folder of the runs, paths.runs=…",
         )
     stage, runs, remarks = read_runs(entries, config.stage, settings_of_results, config.runs)
-    runs = keep(runs, _wanted(config.where))
+    runs = keep(runs, _wanted(config.settings))
     if any(metric.startswith("evaluate/") for metric in metrics):
         runs = [
             replace(run, metrics=run.metrics | evaluated_metrics(folder / run.name / "evaluation" / stage))
@@ -94,17 +94,17 @@ def settings_of_results(settings: Mapping[str, Any], stage: str) -> dict[str, An
     return settings_that_matter(settings, stage) | measured
 
 
-def _wanted(where: Sequence[str]) -> dict[str, Any]:
+def _wanted(settings: Sequence[str]) -> dict[str, Any]:
     """The settings that are asked for, with values as the command line of train has them."""
     problems: list[str] = []
-    found = {each.key: each.value for each in parse_overrides(where, TrainConfig, {}, problems)}
+    found = {each.key: each.value for each in parse_overrides(settings, TrainConfig, {}, problems)}
     problems += [
         f"{key}={value}: is a group of settings."
         for key, value in found.items()
         if is_group(type_of_key(TrainConfig, key))
     ]
     if problems:
-        raise UserError([f"where: {problem}" for problem in problems], "Name settings as for train: model.depth=4")
+        raise UserError([f"settings: {problem}" for problem in problems], "Name settings as for train: model.depth=4")
     return found
 
 

@@ -29,7 +29,7 @@ class CompareConfig(ChoiceSettings):
     )
     metrics: list[str] = setting(
         factory=lambda: [DEFAULT],
-        doc="What is compared: metrics of the training; seconds, tokens, flops, inference/NAME; evaluate/SUITE/NAME.",
+        doc="What is compared: metrics of the training; seconds, tokens, flops, inference.NAME; evaluate/SUITE/NAME.",
     )
     sequential: bool = setting(
         False, "Intervals and verdicts that hold although one looks after every seed and stops when something is found."

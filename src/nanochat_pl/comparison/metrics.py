@@ -11,7 +11,7 @@ from nanochat_pl.ledger import Entry
 DEFAULT = "val/bpb"
 _STANDARD_ERROR = re.compile(r"_stderr(_|/|$)")
 _MORE = re.compile(
-    r"^(evaluate/)?(core|chat|chatcore|harness)/|^pass_at_\d+/|pass@|accuracy|reward|_per_second$|/mfu$|centered"
+    r"^(evaluate/|best\.)?(core|chat|chatcore|harness)/|^(best\.)?pass_at_\d+/|pass@|accuracy|reward|_per_second$|/mfu$|centered"
 )
 _LESS = re.compile(r"bpb|loss|seconds$|_ms$|_bytes|bytes_|memory|perplexity")
 
@@ -22,10 +22,11 @@ def more_is_better(metric: str) -> bool | None:
 
 
 def metrics_of(entry: Entry) -> dict[str, float]:
-    """Quality and cost by name: the metrics of the stage, ``seconds``, ``tokens``, ``flops``, ``inference/…``."""
+    """Quality and cost by name: the stage's metrics, ``best.…``, ``inference.…``, ``seconds``, ``tokens``, ``flops``."""
     costs = {"seconds": entry.seconds, "tokens": entry.tokens, "flops": entry.flops}
-    inference = {f"inference/{name}": value for name, value in entry.inference.items()}
-    return {**entry.metrics, **inference, **costs}
+    inference = {f"inference.{name}": value for name, value in entry.inference.items()}
+    best = {f"best.{name}": value for name, value in entry.best.items()}
+    return {**entry.metrics, **best, **inference, **costs}
 
 
 def require_known(metrics: Iterable[str], found: Iterable[str], key: str = "metrics") -> None:
