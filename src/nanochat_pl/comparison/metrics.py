@@ -22,7 +22,7 @@ def more_is_better(metric: str) -> bool | None:
 
 
 def metrics_of(entry: Entry) -> dict[str, float]:
-    """Quality and cost by name: the stage's metrics, ``best.…``, ``inference.…``, ``seconds``, ``tokens``, ``flops``."""
+    """Quality and cost by name: the metrics, ``best.…``, ``inference.…``, ``seconds``, ``tokens``, ``flops``."""
     costs = {"seconds": entry.seconds, "tokens": entry.tokens, "flops": entry.flops}
     inference = {f"inference.{name}": value for name, value in entry.inference.items()}
     best = {f"best.{name}": value for name, value in entry.best.items()}
