@@ -41,7 +41,7 @@ COMMANDS = {
     "inspect": "an answer that stage rl learnt from, written again: inspect run=NAME rollout=STEP:I",
     "report": "tables and plots of a run: report run=NAME",
     "selftest": "proves this machine in a minute: arithmetic, collectives, resume files; also under torchrun",
-    "runs": "what has been trained; runs delete=NAME",
+    "runs": "what has been trained: runs stage=base sort=val/bpb; runs delete=NAME",
 }
 
 # Several values for a key, one job for each (-m): these commands can be swept.
