@@ -187,10 +187,10 @@ def _row(folder: StageFolder) -> tuple[object, ...]:
         bits = finished.get("metrics", {}).get("val/bpb")
         return folder.run, folder.stage, "finished", finished.get("step"), _metric(bits), _size(folder.path)
     status = "training" if _is_held(folder) else "unfinished"
-    return folder.run, folder.stage, status, _progress(folder), "", _size(folder.path)
+    return folder.run, folder.stage, status, progress_of(folder), "", _size(folder.path)
 
 
-def _progress(folder: StageFolder) -> str:
+def progress_of(folder: StageFolder) -> str:
     """How far an unfinished stage is, ``58/150``: by its metrics, else by its resume files; empty: nobody knows."""
     steps = [int(name) for path in folder.checkpoints.glob("step=*.ckpt") if (name := path.stem[5:]).isdigit()]
     step = max([_last_step(folder.path / "metrics.csv"), *steps])

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 from nanochat_pl.common.console import rank_zero_print
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.files import ensure_folder, explain_disk_errors, whole_lines
-from nanochat_pl.common.locks import try_lock
+from nanochat_pl.common.locks import held_lock
 from nanochat_pl.ledger.entry import Entry
 
 LEDGER = "ledger.jsonl"
-PATIENCE_SECONDS = 30.0
 
 
 def append(runs: Path, entry: Entry) -> None:
@@ -27,7 +24,7 @@ def append(runs: Path, entry: Entry) -> None:
     """
     path = ensure_folder(runs) / LEDGER
     line = json.dumps(entry.to_plain(), ensure_ascii=False, allow_nan=False).encode("utf-8") + b"\n"
-    with explain_disk_errors(path), _locked(runs / f".{LEDGER}.lock"), path.open("ab+") as file:
+    with explain_disk_errors(path), held_lock(runs / f".{LEDGER}.lock"), path.open("ab+") as file:
         if (size := file.seek(0, os.SEEK_END)) and os.pread(file.fileno(), 1, size - 1) != b"\n":
             line = b"\n" + line
         file.write(line)
@@ -60,14 +57,3 @@ def newest(entries: Iterable[Entry]) -> list[Entry]:
     for entry in entries:
         found[entry.run, entry.stage] = entry
     return list(found.values())
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    with path.open("a", encoding="utf-8") as file:
-        while not try_lock(file):
-            if time.monotonic() > deadline:
-                raise UserError(f"{path}: another process has held it for {PATIENCE_SECONDS:.0f} seconds.")
-            time.sleep(0.01)
-        yield
