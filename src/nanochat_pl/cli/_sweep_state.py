@@ -25,7 +25,7 @@ from rich.text import Text
 from nanochat_pl.cli.runs import progress_of
 from nanochat_pl.common.console import console
 from nanochat_pl.common.errors import UserError, visible
-from nanochat_pl.common.files import explain_disk_errors, read_object, write_json
+from nanochat_pl.common.files import ensure_folder, explain_disk_errors, read_object, write_json
 from nanochat_pl.common.locks import held_lock, try_lock
 from nanochat_pl.common.run_dir import StageFolder, stage_folder
 from nanochat_pl.report.format import duration
@@ -37,17 +37,13 @@ MAX_ROWS = 16
 
 
 def sweep_folder(runs: Path, identity: Sequence[str]) -> Path:
-    """The folder of a sweep, made where it is not there yet."""
-    digest = hashlib.sha256(json.dumps([*identity]).encode()).hexdigest()[:12]
-    folder = runs.absolute() / FOLDER / digest
-    with explain_disk_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    """The folder of a sweep, whether it is there yet or not."""
+    return runs.absolute() / FOLDER / hashlib.sha256(json.dumps([*identity]).encode()).hexdigest()[:12]
 
 
 def numbers_of(folder: Path, names: Sequence[str]) -> dict[str, int]:
     """The numbers of the jobs, from 1: those that they have, and the next ones for new jobs, in order."""
-    path = folder / "jobs.json"
+    path = ensure_folder(folder) / "jobs.json"
     with held_lock(folder / "lock"):
         jobs = _jobs(path)
         if new := [name for name in names if name not in jobs]:

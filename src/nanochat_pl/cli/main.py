@@ -28,6 +28,7 @@ from nanochat_pl.common.wait_policy import wait_policy
 COMMANDS = {
     "train": "one stage of a run: train stage=tokenizer|base|mid|sft|rl",
     "pipeline": "the stages that an experiment names, one after the other: pipeline experiment=demo",
+    "search": "settings with the best metric, with Optuna: search 'optim.matrix_lr=interval(0.01,0.1)' run=lr",
     "download": "files of a data set, verified: download data=climbmix num_shards=8",
     "tokenize": "a part of a stage's text ahead, for several machines: tokenize data=climbmix run=NAME shards=0/8",
     "doctor": "what the data of a stage will do, before it is trained on: doctor stage=base|mid|sft",
