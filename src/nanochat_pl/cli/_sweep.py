@@ -112,8 +112,8 @@ def run_sweep(command: str, options: HydraOptions) -> int:
             total = None if jobs is None else len(jobs)
             # Beside the runs: a job may be on another machine, which shares nothing else with this one.
             folder = sweep_folder(runs, _identity(command, options, swept))
-            numbers_of(folder, found)
             states = stack.enter_context(session(folder))
+            numbers_of(folder, found)
             shows_table = console(stderr=True).is_terminal
             if shows_table:
                 stack.enter_context(live_table(states, total))

@@ -69,9 +69,13 @@ def log_of(folder: Path, number: int, name: str) -> Path:
 
 @contextlib.contextmanager
 def session(folder: Path) -> Iterator[Path]:
-    """A folder for the states of this sweep's jobs while it runs; those of sweeps that were killed are removed."""
+    """A folder for the states of this sweep's jobs while it runs; those of sweeps that were killed are removed.
+
+    A sweep that has not come to its first job leaves nothing behind.
+    """
+    is_new = not folder.exists()
     with contextlib.ExitStack() as stack:
-        with explain_disk_errors(folder), held_lock(folder / "lock"):
+        with explain_disk_errors(folder), held_lock(ensure_folder(folder) / "lock"):
             for old in folder.glob("session-*"):
                 with (old / "lock").open("a", encoding="utf-8") as file:
                     if try_lock(file):
@@ -79,7 +83,13 @@ def session(folder: Path) -> Iterator[Path]:
             own = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="session-", dir=folder)))
             lock = stack.enter_context((own / "lock").open("a", encoding="utf-8"))
             try_lock(lock)
-        yield own
+        try:
+            yield own
+        finally:
+            if is_new and not read_states(own):
+                shutil.rmtree(folder, ignore_errors=True)
+                with contextlib.suppress(OSError):  # there are other sweeps
+                    folder.parent.rmdir()
 
 
 def write_state(states: Path, number: int, state: dict[str, Any]) -> None:

@@ -175,7 +175,7 @@ def _tell(study: Study, fixed: Sequence[str]) -> int:
         [
             (
                 trial.number,
-                *map(trial.params.get, keys),
+                *(_shown(trial.params[key]) for key in keys),
                 trial.state,
                 None if trial.value is None else f"{trial.value:.4f}",
             )
@@ -189,3 +189,7 @@ def _tell(study: Study, fixed: Sequence[str]) -> int:
     command = ["nanochat-pl", "train", *fixed, *(text_of(key, value) for key, value in best.params.items())]
     rank_zero_print(f"The best is {study.run_of(best.number)}: {shlex.join(command)}")
     return 0
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else "null" if value is None else str(value)
