@@ -17,6 +17,7 @@ from nanochat_pl.cli._subprocess import is_stop
 from nanochat_pl.cli.train import compose_train
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.files import write_json
+from nanochat_pl.common.run_dir import stage_folder
 from nanochat_pl.config import hydra_app
 from tests.cli.conftest import pretend_finished
 from tests.helpers.sweeps import jobs_of as expand
@@ -252,3 +253,12 @@ def test_a_pipeline_begun_under_other_settings_is_refused_before_the_first_begin
     monkeypatch.setattr(_sweep, "run_child", lambda *rest: pytest.fail("began"))
     with pytest.raises(UserError, match=r"max_steps=20: runs/tiny-matrix_lr0\.1/base was begun with max_steps=10"):
         run_sweep("pipeline", ["experiment=tiny", "stages.sft.optim.matrix_lr=0.1,0.2", "max_steps=20"])
+
+
+def test_a_training_that_is_about_to_end_is_waited_for(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sweep that was killed and run again at once found its runs in use."""
+    held, slept = iter([True, True, False]), []
+    monkeypatch.setattr(_sweep_state, "is_held", lambda folder: next(held))
+    monkeypatch.setattr(_sweep_state.time, "sleep", slept.append)
+    _sweep_state.wait_until_free([stage_folder(here, "d2", "base")])
+    assert len(slept) == 2

@@ -48,6 +48,7 @@ class EndOfStage:
         self._is_begun = False
         self._data: str | None = None
         self._tokenizer: str | None = None
+        self._stopped_after: int | None = None
 
     def begin(self) -> None:
         """The stage is not finished yet: from here on there is something to note."""
@@ -56,6 +57,10 @@ class EndOfStage:
     def prepared(self, data: StageData) -> None:
         """What the stage trains with is known."""
         self._data, self._tokenizer = data.data.get("fingerprint"), data.tokenizer.fingerprint
+
+    def stopped(self, step: int) -> None:
+        """A signal has ended the training after this step, of which there may be no line of metrics."""
+        self._stopped_after = step
 
     def __enter__(self) -> EndOfStage:
         self._before = self._trained()
@@ -102,6 +107,7 @@ class EndOfStage:
             data=self._data or entry.data,
             tokenizer=self._tokenizer or entry.tokenizer,
             machine=machine,
+            steps=entry.steps if self._stopped_after is None or exit == "finished" else self._stopped_after,
         )
 
 

@@ -28,6 +28,7 @@ from nanochat_pl.cli._sweep_state import (
     session,
     summary,
     sweep_folder,
+    wait_until_free,
     write_state,
 )
 from nanochat_pl.cli.pipeline import begins_anew, check_all, folder_to_run_in, run_folder_of, steps_of
@@ -248,6 +249,7 @@ def _run_job(sweep: Sweep, config: Any) -> float:
     write_state(sweep.states, number, state := {**state, "folders": places})
     _say(sweep, f"job {number}: {job.name}{': finished before' if before else f', its log is {log}'}", style="bold")
     parent = sweep.process if os.getppid() == sweep.process else None  # of a process that the launcher has started
+    wait_until_free(folders)
     code = 0 if before else run_child([sweep.command, *job.overrides], parent, log)
     word = "finished before" if before else _outcome(code)
     seconds = 0.0 if before else time.time() - state["begun"]

@@ -22,7 +22,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from nanochat_pl.cli.runs import progress_of
+from nanochat_pl.cli.runs import is_held, progress_of
 from nanochat_pl.common.console import console
 from nanochat_pl.common.errors import UserError, visible
 from nanochat_pl.common.files import ensure_folder, explain_disk_errors, read_object, write_json
@@ -34,6 +34,8 @@ FOLDER = ".sweeps"
 LAST_LINES = 8
 TAIL_BYTES = 2**14
 MAX_ROWS = 16
+# What a training whose sweep was killed has to write its resume file, before its job is begun again.
+PATIENCE_SECONDS = 60.0
 
 
 def sweep_folder(runs: Path, identity: Sequence[str]) -> Path:
@@ -110,6 +112,13 @@ def is_running(state: dict[str, Any]) -> bool:
 def folders_of(state: dict[str, Any]) -> list[StageFolder]:
     """Where the job leaves what it trains."""
     return [stage_folder(Path(each["runs"]), each["run"], each["stage"]) for each in state["folders"]]
+
+
+def wait_until_free(folders: Sequence[StageFolder]) -> None:
+    """Wait for a training that an earlier sweep has begun and that is about to end; not for ever."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while any(is_held(folder) for folder in folders) and time.monotonic() < deadline:
+        time.sleep(0.2)
 
 
 def summary(states: Sequence[dict[str, Any]], total: int | None) -> str:

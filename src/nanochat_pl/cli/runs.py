@@ -186,7 +186,7 @@ def _row(folder: StageFolder) -> tuple[object, ...]:
         finished = folder.finished()
         bits = finished.get("metrics", {}).get("val/bpb")
         return folder.run, folder.stage, "finished", finished.get("step"), _metric(bits), _size(folder.path)
-    status = "training" if _is_held(folder) else "unfinished"
+    status = "training" if is_held(folder) else "unfinished"
     return folder.run, folder.stage, status, progress_of(folder), "", _size(folder.path)
 
 
@@ -211,7 +211,7 @@ def _last_step(metrics: Path) -> int:
     return int(cell) if cell.isdigit() else 0
 
 
-def _is_held(folder: StageFolder) -> bool:
+def is_held(folder: StageFolder) -> bool:
     """Whether another process is at it. Where we may not write, nobody can tell."""
     if not os.access(folder.path / "lock", os.W_OK):
         return False

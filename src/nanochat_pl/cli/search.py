@@ -19,7 +19,7 @@ from typing import Any
 
 from nanochat_pl.cli._study import SearchSettings, Study, Trial, best_of, ended
 from nanochat_pl.cli._subprocess import is_stop, run_child
-from nanochat_pl.cli._sweep_state import last_lines, log_of, sweep_folder
+from nanochat_pl.cli._sweep_state import last_lines, log_of, sweep_folder, wait_until_free
 from nanochat_pl.cli.run_record import settings_that_matter
 from nanochat_pl.cli.train import compose_train
 from nanochat_pl.common.console import ignore_broken_pipe, print_table, rank_zero_print
@@ -140,8 +140,9 @@ def _train(study: Study, fixed: Sequence[str], trial: Trial, asked: Any) -> int:
         return bool(pruned_at)
 
     watch = is_worse if study.settings.is_measured_on_the_way else None
-    code = run_child(["train", *fixed, *values, f"run={name}"], None, log, watch)
     folder = stage_folder(study.runs, name, study.stage)
+    wait_until_free([folder])
+    code = run_child(["train", *fixed, *values, f"run={name}"], None, log, watch)
     finished = folder.finished() if folder.status == "finished" else {}
     if finished:
         code, value = 0, finished.get("metrics", {}).get(study.settings.metric)

@@ -270,6 +270,7 @@ def _train(composed: Composed[TrainConfig], folder: StageFolder, end: EndOfStage
             module_class=module_class(config.stage.module),
         )
     except StopRequested as stop:
+        end.stopped(stop.step)
         rank_zero_print(
             f"Stopped after step {stop.step:,}.{'' if is_child() else f' {how_to_go_on(folder.run, config.resume)}'}"
         )
