@@ -27,7 +27,7 @@ TINY = "experiment=tiny"
 def trained(here: Path, monkeypatch: pytest.MonkeyPatch) -> list[StageFolder]:
     """The folders that would have been trained; nothing is."""
     folders: list[StageFolder] = []
-    monkeypatch.setattr(train, "_train", lambda composed, folder: folders.append(folder) or 0)
+    monkeypatch.setattr(train, "_train", lambda composed, folder, end: folders.append(folder) or 0)
     return folders
 
 

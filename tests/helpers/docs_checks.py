@@ -18,6 +18,7 @@ from nanochat_pl.cli.download import compose_download
 from nanochat_pl.cli.help import compose_command
 from nanochat_pl.cli.main import COMMANDS, module_of
 from nanochat_pl.cli.pipeline import check_all, steps_of
+from nanochat_pl.cli.search import study_of
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.config import hydra_app
 from nanochat_pl.config.config_dir import groups
@@ -147,6 +148,8 @@ def _compose(words: list[str]) -> None:
         return
     if command == "pipeline":
         check_all(steps_of(arguments))
+    elif command == "search":
+        study_of(arguments)
     elif command == "download":
         compose_download(arguments)
     else:

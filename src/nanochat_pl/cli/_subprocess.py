@@ -7,11 +7,13 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
+from typing import IO
 
 from nanochat_pl.common.constants import STOP_SIGNALS
+from nanochat_pl.common.files import explain_disk_errors
 from nanochat_pl.common.signals import heeded_signals
 
 # Set for children: they end when their standard input does, that is, when their parent is gone; and they leave the
@@ -23,7 +25,12 @@ LAUNCHED = "launched"
 EXIT_CODES = "NANOCHAT_PL_EXIT_CODES"
 
 
-def run_child(arguments: Sequence[str], parent: int | None = None) -> int:
+def run_child(
+    arguments: Sequence[str],
+    parent: int | None = None,
+    output: Path | None = None,
+    watch: Callable[[], bool] | None = None,
+) -> int:
     """Run ``nanochat-pl`` with these arguments and wait.
 
     The child has a session of its own, so a Ctrl-C reaches it once, through us. Its standard input is a pipe that
@@ -32,6 +39,8 @@ def run_child(arguments: Sequence[str], parent: int | None = None) -> int:
     Args:
         arguments: of ``nanochat-pl``.
         parent: a process whose child this one is, and whose end is the end of the child, too.
+        output: a file that what the child prints is added to; None: it prints where this process does.
+        watch: called once a second; where it says so, the child is told to stop.
 
     Returns:
         its exit code; 128 + n where signal n ended it, or was to end it: one that was sent to this process counts,
@@ -51,10 +60,18 @@ def run_child(arguments: Sequence[str], parent: int | None = None) -> int:
     try:
         sys.stdout.flush()
         environment = {**os.environ, FOLLOW_PARENT: "1"}
-        child = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment, start_new_session=True)
+        with _opened(output) as stream:
+            child = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=stream,
+                stderr=None if stream is None else subprocess.STDOUT,
+                env=environment if stream is None else {**environment, "PYTHONUNBUFFERED": "1"},
+                start_new_session=True,
+            )
         for number in pending:  # one that came before the child was there
             child.send_signal(number)
-        code = _wait(child, parent)
+        code = _wait(child, parent, watch)
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
@@ -66,14 +83,27 @@ def run_child(arguments: Sequence[str], parent: int | None = None) -> int:
     return code
 
 
-def _wait(child: subprocess.Popen[bytes], parent: int | None) -> int:
+@contextlib.contextmanager
+def _opened(output: Path | None) -> Iterator[IO[bytes] | None]:
+    if output is None:
+        yield None
+        return
+    with explain_disk_errors(output), output.open("ab") as stream:
+        yield stream
+
+
+def _wait(child: subprocess.Popen[bytes], parent: int | None, watch: Callable[[], bool] | None) -> int:
     while True:
         try:
-            return child.wait(None if parent is None else 1.0)
+            # Not without end: of a signal that comes just before the wait begins, Python would hear when it is over.
+            return child.wait(1.0)
         except subprocess.TimeoutExpired:
-            if os.getppid() != parent and child.stdin is not None:
+            if parent is not None and os.getppid() != parent and child.stdin is not None:
                 child.stdin.close()
                 parent = None
+            if watch is not None and watch():
+                child.terminate()
+                watch = None
 
 
 def is_stop(code: int) -> bool:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import re
 import signal
-import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,11 +17,24 @@ from types import FrameType
 from typing import Any
 
 from nanochat_pl.cli._subprocess import is_stop, run_child
-from nanochat_pl.cli.pipeline import check_all, folder_to_run_in, run_folder_of, steps_of
-from nanochat_pl.cli.train import compose_train, is_finished, place_of
-from nanochat_pl.common.console import ignore_broken_pipe, print_table, rank_zero_print
+from nanochat_pl.cli._sweep_state import (
+    folders_of,
+    is_running,
+    last_lines,
+    live_table,
+    log_of,
+    numbers_of,
+    read_states,
+    session,
+    summary,
+    sweep_folder,
+    wait_until_free,
+    write_state,
+)
+from nanochat_pl.cli.pipeline import begins_anew, check_all, folder_to_run_in, run_folder_of, steps_of
+from nanochat_pl.cli.train import compose_train, is_finished, place_of, with_parent
+from nanochat_pl.common.console import console, ignore_broken_pipe, print_table, rank_zero_print
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.common.files import explain_disk_errors, read_object, write_json
 from nanochat_pl.common.run_dir import MAX_NAME_LENGTH, StageFolder, stage_folder
 from nanochat_pl.config import hydra_app
 from nanochat_pl.config.compose import Composed
@@ -48,8 +62,10 @@ class Sweep:
         swept: the keys that are swept over.
         total: number of jobs, None where nobody knows it.
         finished: names of the jobs that were finished before.
-        outcomes: folder in which each job notes its name, command line and exit code.
+        folder: of the sweep, with the numbers of its jobs and their logs.
+        states: folder in which each job notes what it does and what it has come to.
         process: the one that sweeps.
+        shows_table: whether that shows a table of the states; else each job says what it does.
     """
 
     command: str
@@ -57,8 +73,10 @@ class Sweep:
     swept: tuple[str, ...]
     total: int | None
     finished: frozenset[str]
-    outcomes: Path
+    folder: Path
+    states: Path
     process: int
+    shows_table: bool
 
     def job(self, overrides: Sequence[str]) -> Job:
         """A job, of its overrides as Hydra gives them."""
@@ -91,24 +109,36 @@ def run_sweep(command: str, options: HydraOptions) -> int:
         def plan(jobs: list[list[str]] | None, swept: list[str], runs: Path) -> Callable[[Any], float]:
             if jobs is not None and not swept:
                 raise UserError("-m: no key has several values.", "Give some: -m model.depth=2,4 or seed=range(0,3)")
-            finished = _checked(command, options, jobs, swept) if jobs is not None else frozenset()
+            found, finished = _checked(command, options, jobs, swept) if jobs is not None else ([], frozenset())
             total = None if jobs is None else len(jobs)
             # Beside the runs: a job may be on another machine, which shares nothing else with this one.
-            with explain_disk_errors(runs):
-                runs.mkdir(parents=True, exist_ok=True)
-                folder = stack.enter_context(tempfile.TemporaryDirectory(prefix=".sweep-", dir=runs.absolute()))
-            sweep.append(
-                Sweep(command, options.own_overrides, tuple(swept), total, finished, Path(folder), process=os.getpid())
-            )
+            folder = sweep_folder(runs, _identity(command, options, swept))
+            states = stack.enter_context(session(folder))
+            numbers_of(folder, found)
+            shows_table = console(stderr=True).is_terminal
+            if shows_table:
+                stack.enter_context(live_table(states, total))
+            typed, process = options.own_overrides, os.getpid()
+            sweep.append(Sweep(command, typed, tuple(swept), total, finished, folder, states, process, shows_table))
             return partial(_run_job, sweep[0])
 
         with contextlib.suppress(JobFailed, Stopped), _terminated_as_interrupted():
             hydra_app.sweep(command, TrainConfig, options, plan)
-        outcomes = [read_object(path, "") for path in sorted(sweep[0].outcomes.iterdir())] if sweep else []
-        total = (sweep[0].total or 0) if sweep else 0
+        states = read_states(sweep[0].states) if sweep else []
+    return _tell_outcomes(states, (sweep[0].total or 0) if sweep else 0)
+
+
+def _tell_outcomes(states: Sequence[dict[str, Any]], total: int) -> int:
+    """The table of all jobs, and the last lines of those that failed; gives the exit code."""
+    outcomes = [state for state in states if not is_running(state)]
     codes = [int(outcome["code"]) for outcome in outcomes]
     rows = [row for outcome in outcomes for row in _rows(outcome)]
     print_table(("job", "stage", "outcome", "val/bpb", "tokens", "time"), rows)
+    for outcome in outcomes:
+        if outcome["code"] and not is_stop(outcome["code"]):
+            rank_zero_print(f"{outcome['name']}: {outcome['word']}. The end of {outcome['log']}:", style="bold")
+            for line in last_lines(Path(outcome["log"])):
+                rank_zero_print(f"  {line}")
     if stops := [code for code in codes if is_stop(code)]:
         left = f"{total - len(outcomes):,} of {total:,} jobs were not begun. " if total > len(outcomes) else ""
         rank_zero_print(f"{left}The same command goes on with what is not finished.")
@@ -116,6 +146,13 @@ def run_sweep(command: str, options: HydraOptions) -> int:
     if silent := total - len(outcomes):
         rank_zero_print(f"{silent:,} of {total:,} jobs left no outcome: their launcher says why.")
     return next((code for code in codes if code), 1 if silent > 0 else 0)
+
+
+def _identity(command: str, options: HydraOptions, swept: Sequence[str]) -> list[str]:
+    """What makes it this sweep: the command, what is swept over, and what names the runs."""
+    pairs = [split_override(text)[:2] for text in options.own_overrides]
+    names = [f"{key}={value}" for key, value in pairs if key in ("run", "experiment", "stage") and key not in swept]
+    return [command, *sorted(swept), *sorted(names)]
 
 
 @contextlib.contextmanager
@@ -136,14 +173,33 @@ def _terminated_as_interrupted() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _checked(command: str, options: HydraOptions, jobs: list[list[str]], swept: Sequence[str]) -> frozenset[str]:
-    """Check all jobs before the first begins; gives the names of those that are finished."""
+def _checked(
+    command: str, options: HydraOptions, jobs: list[list[str]], swept: Sequence[str]
+) -> tuple[list[str], frozenset[str]]:
+    """Check all jobs before the first begins; gives the names of all, and of those that are finished.
+
+    Raises:
+        UserError: something is wrong with a job, or it was begun under other settings.
+    """
     found = jobs_of(
         command, [hydra_app.to_command_overrides(job, TrainConfig, options.own_overrides) for job in jobs], swept
     )
-    if command != "train":
-        return frozenset()  # a pipeline skips its finished steps by itself
-    return frozenset(job.name for job in found if _is_finished(compose_train(job.overrides)))
+    finished = set()
+    for job in found:
+        if command == "pipeline":
+            _require_same_pipeline(job)  # which skips its finished steps by itself
+        elif _is_finished(compose_train(job.overrides)):
+            finished.add(job.name)
+    return [job.name for job in found], frozenset(finished)
+
+
+def _require_same_pipeline(job: Job) -> None:
+    composed = [each for each in check_all(steps_of(job.overrides)) if isinstance(each.config, TrainConfig)]
+    if not begins_anew(composed):
+        for each in composed:
+            folder = place_of(each)
+            if folder.status != "absent":
+                is_finished(folder, with_parent(each, folder))
 
 
 def jobs_of(command: str, jobs: Sequence[Sequence[str]], swept: Sequence[str]) -> list[Job]:
@@ -183,24 +239,36 @@ def _run_job(sweep: Sweep, config: Any) -> float:
     Returns:
         bits per byte at the end; NaN where it was not measured.
     """
-    number, overrides = hydra_app.current_job()
-    job = sweep.job(overrides)
-    of = "" if sweep.total is None else f" of {sweep.total}"
-    rank_zero_print(f"job {number}{of}: {job.name}", style="bold")
+    job = sweep.job(hydra_app.current_overrides())
+    number = numbers_of(sweep.folder, [job.name])[job.name]
+    log = log_of(sweep.folder, number, job.name)
     folders = _stage_folders(sweep.command, job)  # now: after the job, resume=never would mean yet another one
-    before = job.name in sweep.finished
-    parent = sweep.process if os.getppid() == sweep.process else None  # of a process that the launcher has started
-    code = 0 if before else run_child([sweep.command, *job.overrides], parent)
     places = [{"runs": str(each.runs.absolute()), "run": each.run, "stage": each.stage} for each in folders]
+    before = job.name in sweep.finished
+    state: dict[str, Any] = {"number": number, "name": job.name, "begun": time.time(), "log": str(log)}
+    write_state(sweep.states, number, state := {**state, "folders": places})
+    _say(sweep, f"job {number}: {job.name}{': finished before' if before else f', its log is {log}'}", style="bold")
+    parent = sweep.process if os.getppid() == sweep.process else None  # of a process that the launcher has started
+    wait_until_free(folders)
+    code = 0 if before else run_child([sweep.command, *job.overrides], parent, log)
     word = "finished before" if before else _outcome(code)
-    outcome = {"name": job.name, "code": code, "word": word, "folders": places}
-    write_json(sweep.outcomes / f"{number:06}.json", outcome)
+    seconds = 0.0 if before else time.time() - state["begun"]
+    write_state(sweep.states, number, {**state, "code": code, "word": word, "seconds": seconds})
+    bits = [each.finished().get("metrics", {}).get("val/bpb") for each in folders if each.status == "finished"]
+    value = next((float(value) for value in reversed(bits) if value is not None), float("nan"))
+    if not before:
+        measured = "" if math.isnan(value) or code else f", val/bpb {value:.4f}"
+        _say(sweep, f"job {number}: {word}{measured}; {summary(read_states(sweep.states), sweep.total)}")
     if is_stop(code):
         raise Stopped
-    bits = [each.finished().get("metrics", {}).get("val/bpb") for each in folders if each.status == "finished"]
     if code and sweep.total is None:
         raise JobFailed(f"{job.name}: {_outcome(code)}")
-    return next((float(value) for value in reversed(bits) if value is not None), float("nan"))
+    return value
+
+
+def _say(sweep: Sweep, text: str, style: str = "") -> None:
+    if not sweep.shows_table:
+        rank_zero_print(text, style=style)
 
 
 def _outcome(code: int) -> str:
@@ -216,8 +284,7 @@ def _outcome(code: int) -> str:
 def _rows(outcome: dict[str, Any]) -> list[tuple[str, ...]]:
     """Rows of the table: one for each stage that is finished, and one for a job that has none or failed."""
     name, word = outcome["name"], outcome["word"]
-    folders = [stage_folder(Path(each["runs"]), each["run"], each["stage"]) for each in outcome["folders"]]
-    rows = [_metrics(folder) for folder in folders if folder.status == "finished"]
+    rows = [_metrics(folder) for folder in folders_of(outcome) if folder.status == "finished"]
     if not rows or not word.startswith("finished"):
         return [(name, "", word, "", "", ""), *((name, stage, "finished", *rest) for stage, *rest in rows)]
     return [(name, stage, word, *rest) for stage, *rest in rows]

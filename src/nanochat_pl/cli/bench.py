@@ -9,19 +9,23 @@ nanochat-pl bench run=demo compile=true
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 from nanochat_pl.bundle import load_bundle, naming_weights
+from nanochat_pl.cli._ledger import folder_of_bundle, note_inference
 from nanochat_pl.common.console import print_table, rank_zero_print
 from nanochat_pl.common.device import Accelerator, choose_device, device_name, require_kernels
 from nanochat_pl.common.paths import PathsSettings, locate_bundle
 from nanochat_pl.common.schema import UserPath, setting
 from nanochat_pl.config.compose import compose
 from nanochat_pl.engine import Engine
-from nanochat_pl.engine.bench import BenchSettings, as_plain, measure_batch, measure_limits
+from nanochat_pl.engine.bench import BatchResult, BenchSettings, as_plain, measure_batch, measure_limits
+from nanochat_pl.model.config import DType
+from nanochat_pl.model.counts import kv_cache_bytes
 from nanochat_pl.model.inference import Quantize
 
 
@@ -82,5 +86,24 @@ def run(arguments: Sequence[str]) -> int:
         f"median (least … most) of {config.repeats}; the machine copies {copied:,.0f} GB/s and multiplies"
         f" {multiplied:,.0f} GFLOP/s in {facts['dtype']}",
     )
+    if (stage := folder_of_bundle(folder, Path(config.paths.runs))) is not None:
+        note_inference(stage, _inference(config, engine, results), {"host": socket.gethostname(), **facts})
     print(json.dumps({**facts, "limits": as_plain(limits), "batches": [as_plain(result) for result in results]}))
     return 0
+
+
+def _inference(config: BenchConfig, engine: Engine, results: Sequence[BatchResult]) -> dict[str, float]:
+    """What the ledger says of inference: of the smallest batch, and tokens a second of the others too."""
+    first, *others = sorted(results, key=lambda result: result.batch_size)
+    dtype = cast(DType, str(engine.net.compute_dtype).removeprefix("torch."))
+    # A cache has some room whatever its length: a token's bytes are what a longer one takes more.
+    length = 2**20
+    caches = [kv_cache_bytes(engine.net.config, 1, tokens, dtype) for tokens in (length, 2 * length)]
+    return {
+        "batch_size": first.batch_size,
+        "first_token_ms": first.first_token_ms.median,
+        "token_ms": first.token_ms.median,
+        "tokens_per_second": first.tokens_per_second.median,
+        **{f"tokens_per_second_at_{each.batch_size}": each.tokens_per_second.median for each in others},
+        "cache_bytes_per_token": (caches[1] - caches[0]) / length,
+    }

@@ -28,6 +28,7 @@ from nanochat_pl.common.wait_policy import wait_policy
 COMMANDS = {
     "train": "one stage of a run: train stage=tokenizer|base|mid|sft|rl",
     "pipeline": "the stages that an experiment names, one after the other: pipeline experiment=demo",
+    "search": "settings with the best metric, with Optuna: search 'optim.matrix_lr=interval(0.01,0.1)' run=lr",
     "download": "files of a data set, verified: download data=climbmix num_shards=8",
     "tokenize": "a part of a stage's text ahead, for several machines: tokenize data=climbmix run=NAME shards=0/8",
     "doctor": "what the data of a stage will do, before it is trained on: doctor stage=base|mid|sft",
@@ -43,7 +44,7 @@ COMMANDS = {
     "compare": "what differs between runs, beyond the noise of their seeds: compare 'A*' 'B*'",
     "scaling": "the best size for a budget, or a power law, of a ladder of runs: scaling 'A*'",
     "selftest": "proves this machine in a minute: arithmetic, collectives, resume files; also under torchrun",
-    "runs": "what has been trained; runs delete=NAME",
+    "runs": "what has been trained: runs stage=base sort=val/bpb; runs delete=NAME",
 }
 
 # Several values for a key, one job for each (-m): these commands can be swept.

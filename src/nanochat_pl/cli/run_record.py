@@ -38,9 +38,9 @@ from nanochat_pl.training.rl import settings as rl
 from nanochat_pl.training.stages.registry import stage_named
 
 # Keys that control the command, not the training.
-_OF_THE_COMMAND = {"run", "resume", "resume_with_changes", "check_only", "yes"}
+OF_THE_COMMAND = {"run", "resume", "resume_with_changes", "check_only", "yes"}
 # Keys, or groups of keys, that have no say in what is learnt: they may differ when a stage goes on.
-NO_SAY = {"trainer", "evaluation", "paths", "logger", "callbacks", "device_batch_size"} | _OF_THE_COMMAND
+NO_SAY = {"trainer", "evaluation", "paths", "logger", "callbacks", "device_batch_size"} | OF_THE_COMMAND
 _HAVE_A_SAY = {field.name for field in dataclasses.fields(TrainConfig)} - NO_SAY
 # Of those groups what changes when the work is done and never its result.
 WITHOUT_A_SAY = {"data.download", "data.max_bad_fraction"} | {f"rl.{key}" for key in rl.WITHOUT_A_SAY}
@@ -70,7 +70,7 @@ def write_records(folder: StageFolder, composed: Composed[Any], resuming: bool =
 
 def settings_that_matter(values: Mapping[str, Any], stage: str) -> dict[str, Any]:
     """Of all settings as plain data those that a stage depends on, by their dotted keys."""
-    keys, groups = _flat(values), stage_named(stage).depends_on(_HAVE_A_SAY)
+    keys, groups = flat(values), stage_named(stage).depends_on(_HAVE_A_SAY)
     # Keys of a source of a mixture, data.sources.NAME.KEY, are keys of data.
     own = {key: re.sub(r"^data\.sources\.[^.]+\.", "data.", key) for key in keys}
     return {key: keys[key] for key in keys if key.split(".")[0] in groups and own[key] not in WITHOUT_A_SAY}
@@ -219,23 +219,23 @@ def _why_fixed(key: str) -> str | None:
 def _tell_changes(folder: StageFolder, composed: Composed[Any]) -> None:
     """Say what is otherwise than at the last start, and add it to the record."""
     then, now = (
-        {key: value for key, value in _flat(values).items() if key.split(".")[0] not in _OF_THE_COMMAND}
+        {key: value for key, value in flat(values).items() if key.split(".")[0] not in OF_THE_COMMAND}
         for values in (settings_of(folder), composed.plain())
     )
-    then = {**_flat(to_plain(TrainConfig())), **then}  # of keys that are younger than the stage
+    then = {**flat(to_plain(TrainConfig())), **then}  # of keys that are younger than the stage
     matters = _differences(folder, composed)
     lines = [
         f"{key} {as_typed(was)} → {as_typed(value)}" + (" (it alters the result)" if key in matters else "")
         for key, (was, value) in _unequal({key: then[key] for key in then if key in now}, now).items()
     ]
     now_running = code()
-    lines += _code_changes(_last_code(folder), now_running)
+    lines += _code_changes(last_code(folder), now_running)
     if lines:
         rank_zero_print(f"Since the last start: {'; '.join(lines)}.")
         changes.note_changes(folder.path, lines, now_running)
 
 
-def _last_code(folder: StageFolder) -> dict[str, Any]:
+def last_code(folder: StageFolder) -> dict[str, Any]:
     """The code that the stage last went on with, empty where it is older than this record."""
     path = folder.path / "about.json"
     begun = (
@@ -284,7 +284,7 @@ def _defaults_of_tasks(then: Mapping[str, Any]) -> dict[str, Any]:
         kind = kind_of(task.rpartition(".")[2]) if task.count(".") == 2 else None
         fields = dataclasses.fields(kind.settings if kind else ConversationSettings)
         of_task = {field.name: field.default for field in fields if field.default is not dataclasses.MISSING}
-        defaults |= _flat(to_plain(of_task), f"{task}.")
+        defaults |= flat(to_plain(of_task), f"{task}.")
     return defaults
 
 
@@ -303,14 +303,15 @@ def settings_of(folder: StageFolder) -> dict[str, Any]:
     return content
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested groups of values by dotted keys."""
+    found: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, Mapping) and value:
-            flat |= _flat(value, f"{prefix}{key}.")
+            found |= flat(value, f"{prefix}{key}.")
         else:
-            flat[f"{prefix}{key}"] = value
-    return flat
+            found[f"{prefix}{key}"] = value
+    return found
 
 
 def as_typed(value: Any) -> str:

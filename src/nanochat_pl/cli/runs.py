@@ -1,18 +1,24 @@
-"""Lists what has been trained, or deletes a run.
+"""Lists what has been trained: the folders that are there, or what the ledger knows; or deletes a run.
 
 nanochat-pl runs
+nanochat-pl runs stage=base where="model.depth>=4 and val/bpb<1.2" sort=val/bpb
+nanochat-pl runs columns=[run,model.depth,val/bpb,errors.val/bpb] format=csv
 nanochat-pl runs delete=NAME
 """
 
 from __future__ import annotations
 
 import contextlib
+import csv
 import itertools
+import json
 import os
 import shutil
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from nanochat_pl.common.console import print_table, rank_zero_print
 from nanochat_pl.common.errors import UserError, did_you_mean, listed
@@ -21,6 +27,8 @@ from nanochat_pl.common.paths import PathsSettings
 from nanochat_pl.common.run_dir import MAX_NAMED, RESULTS, StageFolder, list_runs
 from nanochat_pl.common.schema import setting
 from nanochat_pl.config.compose import compose
+from nanochat_pl.ledger import newest, read_ledger
+from nanochat_pl.ledger.query import Row, ordered, require_columns, select, usual_columns
 
 # More than a line of metrics.csv, which has some twenty metrics.
 TAIL_BYTES = 2**16
@@ -30,8 +38,27 @@ TAIL_BYTES = 2**16
 class RunsConfig:
     """The root of configs/runs.yaml."""
 
-    delete: str | None = setting(None, "Name of a run to delete, with all of its stages.")
+    delete: str | None = setting(None, "Name of a run to delete, with all of its stages; the ledger keeps its lines.")
+    ledger: bool = setting(
+        False, "List what the ledger knows, deleted runs too, and not the folders. The keys below imply it."
+    )
+    stage: str | None = setting(None, "Entries of this stage.")
+    where: str | None = setting(None, "Entries of which this is so: NAME OPERATOR VALUE, several joined by and.")
+    sort: str | None = setting(None, "Column to sort by; -NAME: the highest first; null: in the order of time.")
+    columns: list[str] | None = setting(
+        None,
+        "Columns by name: settings, metrics, best.METRIC, errors.METRIC, inference.NAME, machine.NAME, git.commit;"
+        " null: the usual ones and the settings that differ.",
+    )
+    format: Literal["table", "csv", "json"] = setting("table", "What is printed; json without columns: whole entries.")
+    history: bool = setting(False, "All entries; false: of each stage of a run the newest.")
     paths: PathsSettings = setting(factory=PathsSettings)
+
+    @property
+    def reads_ledger(self) -> bool:
+        """Whether the ledger is asked for."""
+        asked = (self.stage, self.where, self.sort, self.columns)
+        return self.ledger or self.history or self.format != "table" or any(key is not None for key in asked)
 
 
 Config = RunsConfig
@@ -43,6 +70,9 @@ def run(arguments: Sequence[str]) -> int:
     runs = Path(config.paths.runs)
     if config.delete is not None:
         delete_run(runs, config.delete)
+        return 0
+    if config.reads_ledger:
+        _print_ledger(config, runs)
         return 0
     rows, damage = [], []
     for folder in itertools.chain.from_iterable(list_runs(runs).values()):
@@ -58,6 +88,52 @@ def run(arguments: Sequence[str]) -> int:
     for line in damage:
         rank_zero_print(line)
     return 0
+
+
+def _print_ledger(config: RunsConfig, runs: Path) -> None:
+    entries = read_ledger(runs)
+    if not config.history:
+        entries = newest(entries)
+    if not entries:
+        print(f"{runs}: the ledger has no entries yet.", file=sys.stdout if config.format == "table" else sys.stderr)
+        return
+    rows = [Row.of(entry) for entry in entries if config.stage in (None, entry.stage)]
+    if not rows:
+        stages = {entry.stage for entry in entries}
+        raise UserError(
+            f"stage={config.stage}: the ledger has no such stage; {did_you_mean(str(config.stage), stages)}"
+        )
+    require_columns(config.columns or [], rows, "columns")
+    if config.where is not None:
+        rows = select(rows, config.where)
+    if config.sort is not None:
+        rows = ordered(rows, config.sort)
+    columns = config.columns if config.columns is not None else usual_columns([row.entry for row in rows])
+    if config.format == "json":
+        whole = config.columns is None
+        found = [row.entry.to_plain() if whole else {name: row.cells.get(name) for name in columns} for row in rows]
+        print(json.dumps(found, indent=2, ensure_ascii=False))
+    elif config.format == "csv":
+        writer = csv.writer(sys.stdout, lineterminator="\n")
+        writer.writerow(columns)
+        writer.writerows([[row.cells.get(name) for name in columns] for row in rows])
+    else:
+        print_table(columns, [[_shown(name, row.cells.get(name)) for name in columns] for row in rows])
+
+
+def _shown(column: str, value: object) -> str:
+    """A value as a table has it: the files have all of its digits."""
+    if value is None:
+        return ""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return str(value)
+    if column == "seconds":
+        return f"{value:,.1f}"
+    if isinstance(value, float) and not value.is_integer():
+        return f"{value:.4f}" if 1e-3 <= abs(value) < 1e4 else f"{value:.3g}"
+    return (
+        f"{int(value):,}" if column in ("steps", "tokens") else f"{value:g}" if abs(value) >= 1e9 else f"{int(value)}"
+    )
 
 
 def delete_run(runs: Path, name: str) -> None:
@@ -110,11 +186,11 @@ def _row(folder: StageFolder) -> tuple[object, ...]:
         finished = folder.finished()
         bits = finished.get("metrics", {}).get("val/bpb")
         return folder.run, folder.stage, "finished", finished.get("step"), _metric(bits), _size(folder.path)
-    status = "training" if _is_held(folder) else "unfinished"
-    return folder.run, folder.stage, status, _progress(folder), "", _size(folder.path)
+    status = "training" if is_held(folder) else "unfinished"
+    return folder.run, folder.stage, status, progress_of(folder), "", _size(folder.path)
 
 
-def _progress(folder: StageFolder) -> str:
+def progress_of(folder: StageFolder) -> str:
     """How far an unfinished stage is, ``58/150``: by its metrics, else by its resume files; empty: nobody knows."""
     steps = [int(name) for path in folder.checkpoints.glob("step=*.ckpt") if (name := path.stem[5:]).isdigit()]
     step = max([_last_step(folder.path / "metrics.csv"), *steps])
@@ -135,7 +211,7 @@ def _last_step(metrics: Path) -> int:
     return int(cell) if cell.isdigit() else 0
 
 
-def _is_held(folder: StageFolder) -> bool:
+def is_held(folder: StageFolder) -> bool:
     """Whether another process is at it. Where we may not write, nobody can tell."""
     if not os.access(folder.path / "lock", os.W_OK):
         return False

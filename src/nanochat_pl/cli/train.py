@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from nanochat_pl.cli._ledger import EndOfStage
 from nanochat_pl.cli._subprocess import is_child
 from nanochat_pl.cli.launch import launch, processes_to_start
 from nanochat_pl.cli.plan import print_plan
@@ -41,7 +42,7 @@ from nanochat_pl.distributed import collectives, coordination
 from nanochat_pl.planning import Plan, width_remark
 from nanochat_pl.training.config import TrainConfig
 from nanochat_pl.training.stage_data.inherit import inherited, parent_name
-from nanochat_pl.training.stages.registry import all_stages, stage_named
+from nanochat_pl.training.stages.registry import StageData, all_stages, stage_named
 
 Config = TrainConfig
 # What --help shows first, besides the keys at the root.
@@ -77,10 +78,11 @@ def run(arguments: Sequence[str]) -> int:
         inherits = coordination.raise_on_all_ranks(lambda: inherited(config, folder, composed.given))
         composed = dataclasses.replace(composed, config=inherits)
         require_same_parent_everywhere(composed)
-    with contextlib.ExitStack() as held:
+    with EndOfStage(composed, folder) as end, contextlib.ExitStack() as held:
         if not coordination.run_on_rank_zero(lambda: _opened(folder, composed, held)):
             return 0
-        code = _train(composed, folder)
+        end.begin()
+        code = _train(composed, folder, end)
     if code == 0 and not is_child():
         next_steps(_next_commands(folder))
     return code
@@ -248,9 +250,13 @@ def place_of(composed: Composed[TrainConfig], tell: Callable[[str], None] = rank
     return stage_folder(runs, name, config.stage.name)
 
 
-def _train(composed: Composed[TrainConfig], folder: StageFolder) -> int:
+def _train(composed: Composed[TrainConfig], folder: StageFolder, end: EndOfStage) -> int:
     from nanochat_pl.training.callbacks.graceful_stop import StopRequested
     from nanochat_pl.training.run import train_stage
+
+    def on_prepared(data: StageData) -> None:
+        end.prepared(data)
+        _say_plan(data.plan)
 
     config = composed.config
     try:
@@ -260,10 +266,11 @@ def _train(composed: Composed[TrainConfig], folder: StageFolder) -> int:
             cache_folder(config.paths),
             make_loggers=lambda: make_objects(config.logger, "logger", **_given_to_loggers(folder)),
             make_callbacks=lambda: make_objects(config.callbacks, "callbacks"),
-            on_plan=_say_plan,
+            on_prepared=on_prepared,
             module_class=module_class(config.stage.module),
         )
     except StopRequested as stop:
+        end.stopped(stop.step)
         rank_zero_print(
             f"Stopped after step {stop.step:,}.{'' if is_child() else f' {how_to_go_on(folder.run, config.resume)}'}"
         )

@@ -3,7 +3,11 @@ owner."""
 
 from __future__ import annotations
 
+import contextlib
 import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
 from typing import IO
 
 from nanochat_pl.common.errors import UserError
@@ -41,3 +45,23 @@ else:
                 fix="Give a folder on another file system: paths.cache=… (caches), paths.runs=… (runs).",
             ) from error
         return True
+
+
+@contextlib.contextmanager
+def held_lock(path: Path, patience_seconds: float = 30.0) -> Iterator[None]:
+    """Hold the lock of a file for the moment in which something beside it is read and written.
+
+    Args:
+        path: of the file, which is made.
+        patience_seconds: how long to wait for others.
+
+    Raises:
+        UserError: another process has held it for so long.
+    """
+    deadline = time.monotonic() + patience_seconds
+    with path.open("a", encoding="utf-8") as file:
+        while not try_lock(file):
+            if time.monotonic() > deadline:
+                raise UserError(f"{path}: another process has held it for {patience_seconds:.0f} seconds.")
+            time.sleep(0.01)
+        yield

@@ -213,10 +213,9 @@ def _do(function: Callable[[Any], float], config: Any) -> float:
         raise _Raised(error) from error
 
 
-def current_job() -> tuple[int, list[str]]:
-    """Number of the job that a launcher is doing, from 1, and its overrides."""
-    hydra = HydraConfig.get()
-    return int(hydra.job.num) + 1, list(hydra.overrides.task)
+def current_overrides() -> list[str]:
+    """The overrides of the job that a launcher is doing."""
+    return list(HydraConfig.get().overrides.task)
 
 
 def _require_countable(overrides: Sequence[Override]) -> None:

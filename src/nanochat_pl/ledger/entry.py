@@ -34,6 +34,7 @@ class Entry:
         errors: standard errors of those metrics that have one, by the same names.
         inference: ``first_token_ms``, ``token_ms``, ``tokens_per_second``, ``cache_bytes_per_token``; empty: not
             measured.
+        inference_on: ``host``, ``device``, ``dtype`` … that these were measured with.
         version: of this form.
     """
 
@@ -57,6 +58,7 @@ class Entry:
     best: dict[str, float] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
     inference: dict[str, float] = field(default_factory=dict)
+    inference_on: dict[str, Any] = field(default_factory=dict)
     version: int = VERSION
 
     def to_plain(self) -> dict[str, Any]:
@@ -74,7 +76,7 @@ class Entry:
         known = {key: value for key, value in values.items() if key in names}
         if not all(isinstance(known.get(key), str) for key in ("run", "stage", "exit", "time")):
             raise UserError(f"{where}: is no entry of a ledger: run, stage, exit and time must be texts.")
-        groups = ("settings", "changed", "git", "machine", "metrics", "best", "errors", "inference")
+        groups = ("settings", "changed", "git", "machine", "metrics", "best", "errors", "inference", "inference_on")
         if bad := [key for key in groups if not isinstance(known.get(key, {}), dict)]:
             raise UserError(f"{where}: is no entry of a ledger: {bad[0]} is no group of named values.")
         return cls(**known)

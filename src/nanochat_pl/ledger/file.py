@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 from nanochat_pl.common.console import rank_zero_print
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.files import append_line, ensure_folder, explain_disk_errors, whole_lines
-from nanochat_pl.common.locks import try_lock
+from nanochat_pl.common.locks import held_lock
 from nanochat_pl.ledger.entry import Entry
 
 LEDGER = "ledger.jsonl"
-PATIENCE_SECONDS = 30.0
 
 
 def append(runs: Path, entry: Entry) -> None:
@@ -26,7 +23,7 @@ def append(runs: Path, entry: Entry) -> None:
     """
     path = ensure_folder(runs) / LEDGER
     line = json.dumps(entry.to_plain(), ensure_ascii=False, allow_nan=False).encode("utf-8")
-    with explain_disk_errors(path), _locked(runs / f".{LEDGER}.lock"):
+    with explain_disk_errors(path), held_lock(runs / f".{LEDGER}.lock"):
         append_line(path, line)
 
 
@@ -55,14 +52,3 @@ def newest(entries: Iterable[Entry]) -> list[Entry]:
     for entry in entries:
         found[entry.run, entry.stage] = entry
     return list(found.values())
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    with path.open("a", encoding="utf-8") as file:
-        while not try_lock(file):
-            if time.monotonic() > deadline:
-                raise UserError(f"{path}: another process has held it for {PATIENCE_SECONDS:.0f} seconds.")
-            time.sleep(0.01)
-        yield

@@ -100,14 +100,15 @@ def read_run(run_dir: Path) -> RunRecord:
     shown = [stage for stage in order if stage in present or stage in EXPECTED_STAGES]
     folders = [run_dir / "evaluation" / stage for stage in order]
     try:
-        stages = [_read_stage(run_dir / stage) for stage in shown]
+        stages = [read_stage(run_dir / stage) for stage in shown]
         evaluations = [read_evaluation(folder) for folder in folders if folder.is_dir()]
     except UserError as error:
         raise UserError(error.problems, error.fix or _DAMAGED) from error
     return RunRecord(name=run_dir.resolve().name, stages=stages, evaluations=evaluations)
 
 
-def _read_stage(folder: Path) -> StageRecord:
+def read_stage(folder: Path) -> StageRecord:
+    """Read a stage's folder. Raises :class:`UserError` where one of its files is damaged (named, with the line)."""
     if not folder.is_dir():
         return StageRecord(name=folder.name, status="absent")
     finished = optional_object(folder / "finished.json")

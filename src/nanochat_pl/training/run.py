@@ -54,7 +54,7 @@ def train_stage(
     cache: Path,
     make_loggers: Callable[[], Mapping[str, Logger]] = dict,
     make_callbacks: Callable[[], Mapping[str, Callback]] = dict,
-    on_plan: Callable[[Plan], None] = lambda plan: None,
+    on_prepared: Callable[[StageData], None] = lambda data: None,
     module_class: type[LMModule] = LMModule,
 ) -> None:
     """Train a stage, or go on with it where resume files are.
@@ -64,7 +64,7 @@ def train_stage(
         folder: of the stage; made and locked by the caller, and not finished.
         cache: where corpora and tokens are kept.
         make_loggers, make_callbacks: further ones by their keys, made first of all. One that fails later is left out.
-        on_plan: called with the plan before the training.
+        on_prepared: called before the training with what it is made of, the plan among it.
         module_class: of the LightningModule.
 
     Raises:
@@ -103,7 +103,7 @@ def train_stage(
     coordination.assert_equal_across_ranks(
         rows, lambda mains: f"has memory for {rows} rows at once, the main one for {mains}.", smaller
     )
-    on_plan(prepared.plan)
+    on_prepared(prepared)
     _say_shortened_warmup(config, prepared.plan)
     coordination.raise_on_all_ranks(lambda: _require_short_prompts(config, prepared))
     coordination.run_on_rank_zero(lambda: write_json(folder.path / "plan.json", prepared.plan.to_plain()))
