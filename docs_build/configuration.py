@@ -35,6 +35,7 @@ def commands_page() -> str:
         "`nanochat-pl COMMAND key=value …`. These tables are made from the classes that check the settings; "
         "`nanochat-pl COMMAND --help` prints the same.\n",
     ]
+    anchors = {group: anchor(key) for key, _, group in groups_of_all()}
     for command, what in COMMANDS.items():
         module = importlib.import_module(module_of(command))
         hints, extra = get_type_hints(module.Config), getattr(module, "EXTRA_KEYS", {})
@@ -44,7 +45,8 @@ def commands_page() -> str:
         lines += [f"## {command}\n", f"{text(what)}\n", f"```text\n{inspect.getdoc(module)}\n```\n"]
         lines += [*table(keys, extra), ""]
         links = ", ".join(
-            f"[`{name}`](settings.md#{anchor(name)})" if settings_of(hints[name]) else f"`{name}`" for name in groups
+            f"[`{name}`](settings.md#{anchors[group]})" if (group := settings_of(hints[name])) else f"`{name}`"
+            for name in groups
         )
         lines += [f"Groups of keys: {links}.\n"] if groups else []
     return "\n".join(lines)
