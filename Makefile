@@ -29,7 +29,7 @@ check: $(INSTALLED)  ## format, lint and types
 	$(BIN)/mypy
 
 docs: $(INSTALLED)  ## the site with all pages, settings and the Python API, in build/docs
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 bench: $(INSTALLED)  ## what costs how much time
 	@set -e; for file in benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python $$file; done
