@@ -15,9 +15,10 @@ FOLDER = Path(__file__).parents[2] / "notebooks"
 # What each prints, and how many figures it draws of the tiny run.
 SAYS = {
     "inspect_a_checkpoint": ("base, step 3", "value_embedding", "smear_lambda:"),
-    "training_curves": ("2.9000 bits per byte ± 0.1000", "optim.matrix_lr=0.04"),
+    "training_curves": ("bits per byte ± 0.0100", "flops_budget=4000000000000.0", "flops1e+12-0, base: finished"),
     "token_inspector": ("perplexity", "bits per byte"),
     "rl_rollouts": ("answers are kept of 3 steps, 1 to 3", "16 answers to 4 questions"),
+    "scaling_laws": ("12 base stages in", "tokens per parameter"),
     "tokenizer": ("290 ids: 256 bytes, 25 merges, 9 special", "GPT-2"),
     "data_doctor": ("3 steps of", "exact copies in training"),
 }
@@ -61,5 +62,5 @@ def test_every_cell_runs(name: str, run: Path, tmp_path: Path) -> None:
     done = run_forked([str(program)], cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr
     assert all(text in done.stdout for text in SAYS[name]), done.stdout
-    assert int(done.stdout.rpartition("figures: ")[2]) >= 3
+    assert int(done.stdout.rpartition("figures: ")[2]) >= 1
     assert "Glyph" not in done.stderr  # every sign is one of the font
