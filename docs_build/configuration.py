@@ -127,7 +127,7 @@ def text(words: str) -> str:
     """Plain words for a cell: what would be markup stands as it is, but for code in backticks."""
     words = re.sub(r":\w+:`~?(?:[\w.]+\.)?(\w+)`", r"`\1`", words).replace("``", "`")
     parts = words.split("`")
-    plain = [re.sub(r"([\\*_\[\]<>])", r"\\\1", part) for part in parts[::2]]
+    plain = [re.sub(r"([\\*_\[\]])", r"\\\1", part.replace("<", "&lt;")) for part in parts[::2]]
     marked = [code(part) for part in parts[1::2]]
     joined = [plain[0], *(part for pair in zip(marked, plain[1:], strict=False) for part in pair)]
     return "".join(joined).replace("|", "&#124;") if len(parts) % 2 else re.sub(r"([|`])", r"\\\1", words)

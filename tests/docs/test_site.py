@@ -34,7 +34,7 @@ def hook(name: str) -> ModuleType:
 
 def test_a_key_is_described_with_default_bounds_and_choices() -> None:
     depth = describe_key(TrainConfig, "model.depth")
-    assert (depth.type, depth.default, depth.bounds) == ("whole number", "12", "at least 1, at most 1000")
+    assert (depth.type, depth.default, depth.bounds) == ("whole number", "12", "at least 1, at most 1,000")
     assert "the one dial" in depth.meaning
     assert describe_key(TrainConfig, "counted_parameters").type == "scaling | all"
     assert describe_key(TrainConfig, "model").default is None
@@ -62,7 +62,7 @@ def test_the_reference_has_every_key_of_every_command() -> None:
 @needs_mkdocs
 def test_words_for_a_cell_are_no_markup() -> None:
     configuration: Any = hook("configuration")
-    assert configuration.text("a|b <c> *d* e_f `x|y`") == r"a&#124;b \<c\> \*d\* e\_f <code>x&#124;y</code>"
+    assert configuration.text("a|b <c> *d* e_f `x|y`") == r"a&#124;b &lt;c> \*d\* e\_f <code>x&#124;y</code>"
     assert configuration.text("see :class:`~a.b.Name` here") == "see <code>Name</code> here"
 
 

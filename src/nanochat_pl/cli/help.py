@@ -135,7 +135,7 @@ def describe_key(schema: type, key: str) -> KeyDescription:
     field = next(field for field in dataclasses.fields(owner) if field.name == name)
     hint, default = get_type_hints(owner)[name], _default(schema, key)
     has_default = default is not UNKNOWN and not dataclasses.is_dataclass(hint)
-    bounds = [f"{words} {field.metadata[bound]}" for bound, words in _BOUNDS.items() if bound in field.metadata]
+    bounds = [f"{words} {field.metadata[bound]:,}" for bound, words in _BOUNDS.items() if bound in field.metadata]
     shown = _show(default) if has_default else None
     return KeyDescription(key, _type_name(hint), shown, ", ".join(bounds), field.metadata.get("description", ""))
 
