@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.forked import run_forked
+from tests.helpers.forked import Forked
 
 FOLDER = Path(__file__).parents[2] / "notebooks"
 # What each prints, and how many figures it draws of the tiny run.
@@ -52,15 +52,19 @@ def test_every_code_cell_is_introduced_and_the_first_names_the_run(name: str) ->
     assert "NANOCHAT_PL_RUN" in "".join(cells[0]["source"]) and "NANOCHAT_PL_RUN" in "".join(cells[1]["source"])
 
 
-@pytest.mark.parametrize("name", SAYS)
-def test_every_cell_runs(name: str, run: Path, tmp_path: Path) -> None:
-    """In a process of its own, as in a notebook: one namespace, cell after cell."""
-    cells = ["".join(cell["source"]) for cell in read(name)["cells"] if cell["cell_type"] == "code"]
-    program = tmp_path / "cells.py"
-    program.write_text("\n\n".join(cells) + COUNT_FIGURES, encoding="utf-8")
+def test_every_cell_runs(run: Path, tmp_path: Path) -> None:
+    """Each in a process of its own, as in a notebook: one namespace, cell after cell. All in one test: the run that
+    they read is made once, by one worker."""
     environment = {**os.environ, "NANOCHAT_PL_RUN": str(run), "MPLBACKEND": "Agg", "PYTHONIOENCODING": "utf-8"}
-    done = run_forked([str(program)], cwd=tmp_path, env=environment)
-    assert done.returncode == 0, done.stderr
-    assert all(text in done.stdout for text in SAYS[name]), done.stdout
-    assert int(done.stdout.rpartition("figures: ")[2]) >= 1
-    assert "Glyph" not in done.stderr  # every sign is one of the font
+    programs = {}
+    for name in SAYS:
+        cells = ["".join(cell["source"]) for cell in read(name)["cells"] if cell["cell_type"] == "code"]
+        path = tmp_path / f"{name}.py"
+        path.write_text("\n\n".join(cells) + COUNT_FIGURES, encoding="utf-8")
+        programs[name] = Forked([str(path)], cwd=tmp_path, env=environment, capture=True)
+    for name, program in programs.items():
+        code, (printed, errors) = program.wait(240), program.printed()
+        assert code == 0, f"{name}: {errors}"
+        assert [text for text in SAYS[name] if text not in printed] == [], f"{name}: {printed}"
+        assert int(printed.rpartition("figures: ")[2]) >= 1, name
+        assert "Glyph" not in errors, f"{name}: {errors}"  # every sign is one of the font
