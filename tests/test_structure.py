@@ -35,6 +35,7 @@ PACKAGES = (
     "training",
     "report",
     "doctor",
+    "inspection",
     "selftest",
     "config",
     "cli",

@@ -24,6 +24,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from nanochat_pl import load_bundle
 from nanochat_pl.cli.main import main
 from nanochat_pl.common.constants import IGNORE_INDEX
+from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.schema import validation_errors
 from nanochat_pl.evaluation.results import make_result
 from nanochat_pl.evaluation.statistics import pass_at_k_rows
@@ -35,7 +36,7 @@ from nanochat_pl.training.rl import module, rollouts
 from nanochat_pl.training.rl.metrics import sample_metrics, sampler_metrics, tool_calls
 from nanochat_pl.training.rl.pass_at_k import in_words, pass_at_k_metrics
 from nanochat_pl.training.rl.prompts import Prompts
-from nanochat_pl.training.rl.records import RolloutRecords, record_files
+from nanochat_pl.training.rl.records import RolloutRecords, read_step, record_files
 from nanochat_pl.training.rl.rollouts import Sample, batch_of, sample_seed, values_by_sample
 from nanochat_pl.training.rl.settings import RLSettings
 from nanochat_pl.training.rl.weights import advantages, shuffled
@@ -173,6 +174,9 @@ def test_the_records_say_what_was_drawn_and_learnt(learnt: Path) -> None:
         assert len({tuple(line["prompt"]) for line in lines[4 * group : 4 * group + 4]}) == 1
     for line in lines:
         assert line["reward"] == sum(token % 3 == 0 for token in line["ids"]) / len(line["ids"])
+    assert read_step(learnt / "rl", 2) == lines
+    with pytest.raises(UserError, match=r"step=7: .* has no answers of step 7; those of the steps 1–6 are kept"):
+        read_step(learnt / "rl", 7)
 
 
 def test_log_probs_are_those_of_the_gradient(learnt: Path, several: Path) -> None:

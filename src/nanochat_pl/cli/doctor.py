@@ -70,11 +70,7 @@ def run(arguments: Sequence[str]) -> int:
     from nanochat_pl.doctor.show_rows import row_lines, step_lines
     from nanochat_pl.doctor.stage_data import open_stage_data
 
-    composed, folder = _composed(arguments)
-    config = inherited(composed.config, folder, composed.given)
-    assert isinstance(config, DoctorConfig)
-    cache = cache_folder(config.paths)
-    config = dataclasses.replace(config, data=chosen_data(config, folder, cache))
+    config, folder, cache = open_stage(arguments)
     if config.row is not None or config.step is not None:
         for line in [
             *([] if config.row is None else row_lines(config, folder, cache, config.row)),
@@ -114,6 +110,22 @@ def run(arguments: Sequence[str]) -> int:
     code = _show_findings(problems)
     rank_zero_print(f"{to / PICTURE}, {to / JSON}")
     return code
+
+
+def open_stage(arguments: Sequence[str]) -> tuple[DoctorConfig, StageFolder, Path]:
+    """The settings of a stage as the command takes them, its folder, and the cache.
+
+    Args:
+        arguments: ``stage=sft``, ``run=NAME`` and further keys of the command.
+
+    Raises:
+        UserError: something is wrong with the settings, or the stage has no rows that could be read beforehand.
+    """
+    composed, folder = _composed(arguments)
+    config = inherited(composed.config, folder, composed.given)
+    assert isinstance(config, DoctorConfig)
+    cache = cache_folder(config.paths)
+    return dataclasses.replace(config, data=chosen_data(config, folder, cache)), folder, cache
 
 
 def _composed(arguments: Sequence[str]) -> tuple[Composed[DoctorConfig], StageFolder]:

@@ -7,6 +7,7 @@ import importlib
 import inspect
 import types
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
@@ -18,6 +19,8 @@ from nanochat_pl.config.compose import Composed
 from nanochat_pl.config.experiment import compose_step
 from nanochat_pl.config.hydra_app import HydraOptions
 from nanochat_pl.config.overrides import UNKNOWN, is_group, take_key, type_of_key, without_none
+
+_BOUNDS = {"gt": "above", "ge": "at least", "le": "at most"}
 
 
 def print_help(command: str, wanted: Sequence[str] = ()) -> None:
@@ -106,14 +109,41 @@ def _print_group(schema: type, name: str) -> None:
     _print_lines([_describe(schema, f"{name}.{field.name}") for field in dataclasses.fields(hint)])
 
 
-def _describe(schema: type, key: str) -> tuple[str, str, str]:
-    """A key as (key=default, type, meaning)."""
+@dataclass(frozen=True)
+class KeyDescription:
+    """What the settings classes say of a key.
+
+    Attributes:
+        key: its dotted name.
+        type: for people: ``whole number``, ``true | false``, the choices.
+        default: as it would be typed; None: it has none, or is a group.
+        bounds: of a number: ``at least 1, at most 200``; empty where there are none.
+        meaning: in words, with its unit.
+    """
+
+    key: str
+    type: str
+    default: str | None
+    bounds: str
+    meaning: str
+
+
+def describe_key(schema: type, key: str) -> KeyDescription:
+    """A key of a command's settings class, by its dotted name; ``NAME`` stands for a name of one's own."""
     *groups, name = key.split(".")
     owner: Any = without_none(type_of_key(schema, ".".join(groups))) if groups else schema
     field = next(field for field in dataclasses.fields(owner) if field.name == name)
     hint, default = get_type_hints(owner)[name], _default(schema, key)
-    shown = "" if default is UNKNOWN or dataclasses.is_dataclass(hint) else f"={_show(default)}"
-    return f"{key}{shown}", _type_name(hint), field.metadata.get("description", "")
+    has_default = default is not UNKNOWN and not dataclasses.is_dataclass(hint)
+    bounds = [f"{words} {field.metadata[bound]:,}" for bound, words in _BOUNDS.items() if bound in field.metadata]
+    shown = _show(default) if has_default else None
+    return KeyDescription(key, _type_name(hint), shown, ", ".join(bounds), field.metadata.get("description", ""))
+
+
+def _describe(schema: type, key: str) -> tuple[str, str, str]:
+    """A key as (key=default, type, meaning)."""
+    found = describe_key(schema, key)
+    return f"{key}{'' if found.default is None else f'={found.default}'}", found.type, found.meaning
 
 
 def _default(schema: Any, key: str) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +10,8 @@ import numpy as np
 from nanochat_pl.common.constants import IGNORE_INDEX
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.run_dir import StageFolder
-from nanochat_pl.data.packing.rows import PieceAddress
+from nanochat_pl.data.packing.mixture import MixedRows
+from nanochat_pl.data.packing.rows import PieceAddress, Rows
 from nanochat_pl.doctor.documents import both_ends
 from nanochat_pl.doctor.stage_data import mixtures, place_in, prepare_stage
 from nanochat_pl.training.config import TrainConfig
@@ -68,6 +69,22 @@ def step_lines(config: TrainConfig, folder: StageFolder, cache: Path, step: int)
         lines.append(f"Row {row:,}: {_filled(prepared, row)}, {targets:,} targets.")
         lines += [f"{place}: {both_ends(text, STEP_CHARS)}" for place, text in _pieces(prepared, row, place_of)]
     return lines
+
+
+def kinds_of_places(rows: Rows | MixedRows, numbers: Sequence[int]) -> np.ndarray:
+    """What each place of some rows is for: 0 nothing (padding), 1 given and not trained on, 2 trained on.
+
+    Args:
+        rows: of :func:`~nanochat_pl.doctor.stage_data.prepare_stage`.
+        numbers: of R rows, from 0.
+
+    Returns:
+        int64 (R, T): place t is that of target t, the token t + 1 of the row.
+    """
+    _, targets = rows.read(np.asarray(numbers))
+    ends = np.array([sum(1 + len(piece.ids) for piece in rows.address(number)) for number in numbers])
+    is_filled = np.arange(targets.shape[1]) < ends[:, None] - 1
+    return np.where(targets != IGNORE_INDEX, 2, is_filled.astype(np.int64))
 
 
 def _filled(prepared: StageData, row: int) -> str:

@@ -113,18 +113,34 @@ def read_record(folder: Path, step: int, index: int) -> dict[str, Any]:
     Raises:
         UserError: there is none; says which there are.
     """
-    files = record_files(folder / FOLDER)
-    if step not in files:
-        kept = f"those of the steps {ranges_in_words(files)} are kept" if files else "none are kept"
-        raise UserError(
-            f"rollout={step}:{index}: {folder / FOLDER} has no answers of step {step:,}; {kept}.",
-            "rl.rollouts_mb=… keeps more of them.",
-        )
-    lines = read_bytes(files[step]).decode("utf-8").split("\n")[:-1]
+    lines = _lines_of_step(folder, step, f"rollout={step}:{index}")
     if not 0 <= index < len(lines):
         raise UserError(f"rollout={step}:{index}: step {step:,} has the answers 0 to {len(lines) - 1:,}.")
     line: dict[str, Any] = json.loads(lines[index])
     return line
+
+
+def read_step(folder: Path, step: int) -> list[dict[str, Any]]:
+    """The lines of all answers of a step, as :func:`record_of` makes them.
+
+    Args:
+        folder: of the stage.
+
+    Raises:
+        UserError: there are none; says of which steps there are.
+    """
+    return [json.loads(line) for line in _lines_of_step(folder, step, f"step={step}")]
+
+
+def _lines_of_step(folder: Path, step: int, asked: str) -> list[str]:
+    files = record_files(folder / FOLDER)
+    if step not in files:
+        kept = f"those of the steps {ranges_in_words(files)} are kept" if files else "none are kept"
+        raise UserError(
+            f"{asked}: {folder / FOLDER} has no answers of step {step:,}; {kept}.",
+            "rl.rollouts_mb=… keeps more of them.",
+        )
+    return read_bytes(files[step]).decode("utf-8").split("\n")[:-1]
 
 
 def ranges_in_words(numbers: Iterable[int]) -> str:
