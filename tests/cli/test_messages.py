@@ -22,7 +22,7 @@ SPOKEN = {"UserError", "SharedError", "rank_zero_print", "print_from_any_rank", 
 # Keys of files of others, and arguments of functions.
 NOT_OURS = {
     *("n_embd", "n_head", "n_kv_head", "model_type", "rope_theta", "rope_parameters", "dataset_uri", "gold"),
-    *("split_special_tokens", "max_batch", "compute_dtype"),
+    *("split_special_tokens", "max_batch", "compute_dtype", "token_id", "every_steps", "histograms_every_steps"),
     "repeat",  # of a task that the message names before
 }
 # A key with a value as it is typed. Behind a letter, a dot or a bracket it is part of something else: code, a file.

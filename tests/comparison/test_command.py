@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from nanochat_pl.cli.main import main
-from tests.comparison.fake_runs import make_group
+from nanochat_pl.ledger import append
+from tests.comparison.fake_runs import entry_of, make_group
 from tests.report.fake_run import make_run
 
 BASE = [1.200, 1.205, 1.195, 1.201, 1.198]
@@ -63,6 +64,11 @@ def test_the_page_stands_by_itself(runs: Path, tmp_path: Path, capsys: pytest.Ca
     found = json.loads((to / "compare.json").read_text(encoding="utf-8"))
     assert found["metrics"][0]["rows"][1]["difference"]["n"] == 5
     assert len(found["runs"]["model.backout=true"]) == 5
+
+
+def test_a_page_of_entries_that_do_not_say_where_they_are_from(runs: Path, tmp_path: Path) -> None:
+    append(runs, entry_of("d4-seed9", 9, 1.2, {"model.depth": 4}, machine={}, git={}))
+    assert main(["compare", "d4-seed*", "d4-plain-*", f"to={tmp_path / 'page'}", f"paths.runs={runs}"]) == 0
 
 
 def test_names_of_strangers_are_text_in_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,7 +18,7 @@ SAYS = {
     "training_curves": ("bits per byte ± 0.0100", "flops_budget=4000000000000.0", "flops1e+12-0, base: finished"),
     "token_inspector": ("perplexity", "bits per byte"),
     "rl_rollouts": ("answers are kept of 3 steps, 1 to 3", "16 answers to 4 questions"),
-    "scaling_laws": ("12 base stages in", "tokens per parameter", "parameters ∝ FLOPs^0.5", "exponent"),
+    "scaling_laws": ("13 base stages in", "tokens per parameter", "parameters ∝ FLOPs^0.5", "exponent"),
     "tokenizer": ("290 ids: 256 bytes, 25 merges, 9 special", "GPT-2"),
     "data_doctor": ("3 steps of", "exact copies in training"),
 }
