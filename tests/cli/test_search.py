@@ -88,6 +88,7 @@ def test_the_space_is_written_in_hydras_grammar() -> None:
     [
         (["model.depth=2"], "search: no key has several values"),
         ([LR, "optim=nanochat,classic_muon"], "optim=nanochat,classic_muon: is searched over by its keys"),
+        (["optim.matrix_lr=interval(a,b)"], "optim.matrix_lr=interval(a,b.: is no way to say what is tried"),
         ([LR, LR], "optim.matrix_lr has been given before"),
         (["optim.matrix_lr=tag(log,interval(0,1))"], "cannot be searched over"),
         (["optim.matrix_lr=interval(-1,1)"], "optim.matrix_lr"),

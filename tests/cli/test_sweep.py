@@ -45,6 +45,7 @@ def test_jobs_are_the_product_of_the_values() -> None:
 
 def test_names_without_a_run_say_the_depth_once() -> None:
     assert names("model.depth=range(2,4)") == ["d2", "d3"]
+    assert names("flops_budget=2e10,2.5e18") == ["d12-flops_budget2e+10", "d12-flops_budget2.5e+18"]
     assert names("seed=1,2", "model=tiny") == ["d4-seed1", "d4-seed2"]
     assert names("model=nanochat,tiny", "experiment=tiny") == ["tiny-modelnanochat", "tiny-modeltiny"]
     assert names("model=glob(nano*,exclude=*_*)", "seed=1") == ["d12-modelnanochat"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,15 @@ def test_mistakes_are_told_in_a_line(
     code, _, err = printed(capsys, *arguments, f"paths.runs={runs}")
     assert code == 2
     assert message in err
+
+
+def test_a_stage_that_fewer_runs_have_than_another_is_told(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    append(runs, replace(entry_of("d4-seed0", 0, 1.23456), stage="sft"))
+    code, out, _ = printed(capsys, f"paths.runs={runs}")
+    assert code == 0
+    assert "1.23456" in out, "a single run has no noise to round to"
+    assert "This is stage sft, the last one, which 1 of them finished: stage=base has 10" in out
+    assert "This is stage" not in printed(capsys, "stage=base", "by=model.backout", f"paths.runs={runs}")[1]
 
 
 def test_an_empty_ledger_says_how_to_fill_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

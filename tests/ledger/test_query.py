@@ -50,6 +50,9 @@ def found(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[str]:
         ("val/bpb=null", ["d10", "d2"]),
         ("exit=failed", ["d10"]),
         ("run<d2", ["d10"]),
+        ("run=d?", ["d2", "d4", "d2"]),
+        ("run!=d1*", ["d2", "d4", "d2"]),
+        ("run='d?'", []),
         ("errors.val/bpb<=1.25", ["d4"]),
     ],
 )
@@ -71,7 +74,38 @@ def test_the_usual_table_has_the_settings_that_differ(runs: Path, capsys: pytest
     head, first, *rest = [line.split() for line in capsys.readouterr().out.splitlines()]
     columns = ["run", "stage", "model.depth", "optim.lr", "yes", "exit", "steps", "tokens", "seconds", "val/bpb"]
     assert head == columns and len(rest) == 2
-    assert first == ["d2", "base", "2", "0.0200", "False", "finished", "2,000", "0", "0.0", "1.5000"]
+    assert first == ["d2", "base", "2", "0.02", "false", "finished", "2,000", "0", "0.0", "1.5000"]
+
+
+def test_the_seed_and_what_the_result_depends_on_come_before_what_it_does_not(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for n in (1, 2):
+        settings = {f"evaluation.every_{i}": n for i in range(6)} | {"seed": n, "optim.matrix_lr": n / 10**5}
+        settings |= {"mixture.tasks.conversations.mine.path": f"chats{n}"}
+        append(here / "runs", Entry(f"d{n}", "base", "finished", TIME, settings=settings, changed=settings))
+    assert run(["ledger=true"]) == 0
+    out = capsys.readouterr().out
+    assert out.index("seed") < out.index("optim.matrix_lr") < out.index("every_0")
+    assert "1e-05" in out and "2e-05" in out, "a small setting keeps its digits"
+    assert (
+        "columns=[…] shows them): evaluation.every_4, evaluation.every_5, mixture.tasks.conversations.mine.path" in out
+    )
+
+
+def test_a_long_name_of_a_column_is_not_cut_within_a_word(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for n in (1, 2):
+        settings = {"mixture.tasks.conversations.mine.path": f"chats{n}"}
+        append(here / "runs", Entry(f"d{n}", "sft", "finished", TIME, settings=settings, changed=settings))
+    assert run(["ledger=true"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in lines[:2]] == [["mixture.tasks."], ["conversations."]]
+    assert "mine.path" in lines[2]
+
+
+def test_what_fits_nothing_says_so(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["where=exit=failed and model.depth=2"]) == 0
+    assert capsys.readouterr().out == "where=exit=failed and model.depth=2: true of no entry of the ledger.\n"
 
 
 def test_csv_and_json_have_all_digits(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -93,6 +127,7 @@ def test_csv_and_json_have_all_digits(runs: Path, capsys: pytest.CaptureFixture[
         ("columns=[run,dept]", "columns=dept: no entry has such a column"),
         ("where=__import__('os')", "is no condition.*\nWrite NAME OPERATOR VALUE"),
         ("where=", "is no condition"),
+        ("where=model.depth>=4 or exit=failed", "conditions are joined by and alone.*\nAsk once"),
         ("stage=bse", "stage=bse: the ledger has no such stage; did you mean base?"),
         ("format=xml", "format"),
     ],

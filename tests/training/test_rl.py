@@ -177,6 +177,8 @@ def test_the_records_say_what_was_drawn_and_learnt(learnt: Path) -> None:
     assert read_step(learnt / "rl", 2) == lines
     with pytest.raises(UserError, match=r"step=7: .* has no answers of step 7; those of the steps 1–6 are kept"):
         read_step(learnt / "rl", 7)
+    with pytest.raises(UserError, match=r"step=1: .*mid is not there: the run has no such stage.*\n.*stage=rl"):
+        read_step(learnt / "mid", 1)
 
 
 def test_log_probs_are_those_of_the_gradient(learnt: Path, several: Path) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+from unittest import mock
 
 import pytest
 import torch
@@ -43,6 +46,22 @@ def test_a_training_shows_norms_histograms_samples_charts_and_its_outcome(events
     assert {"_hparams_/session_start_info", "_hparams_/experiment"} <= {
         tag for tag in events.summary_metadata if tag.startswith("_hparams_")
     }
+
+
+def test_a_training_shorter_than_the_cadence_is_measured_at_its_last_step() -> None:
+    diagnostics = Diagnostics(every_steps=50)
+    trainer = SimpleNamespace(global_step=9, max_steps=10)
+    net = torch.nn.Linear(1, 1)
+    module = SimpleNamespace(net=net)
+    with mock.patch(
+        "nanochat_pl.training.callbacks.diagnostics.parameter_roles", lambda net: dict.fromkeys(("weight", "bias"), "x")
+    ):
+        diagnostics.on_before_optimizer_step(cast("Any", trainer), module, None)
+    assert diagnostics._before.keys() == {"weight", "bias"}
+    trainer.global_step = 7
+    again = Diagnostics(every_steps=50)
+    again.on_before_optimizer_step(cast("Any", trainer), module, None)
+    assert again._before == {}
 
 
 def test_norms_are_those_of_all_tensors_of_a_role() -> None:

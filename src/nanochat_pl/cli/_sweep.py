@@ -333,6 +333,7 @@ def _base_of_stage(overrides: Sequence[str]) -> str:
 
 def _name(base: str, pairs: Sequence[tuple[str, str]]) -> str:
     """The last part of each swept key and its value behind the base, in signs that a name may have."""
+    pairs = [(key, _short(value)) for key, value in pairs]
     short = [key.rpartition(".")[2] for key, _ in pairs]
     parts = [
         (key if short.count(last) > 1 else last) + value
@@ -340,3 +341,12 @@ def _name(base: str, pairs: Sequence[tuple[str, str]]) -> str:
         if not (key == "model.depth" and base == f"d{value}")
     ]
     return re.sub(r"[^\w.+-]+", "_", "-".join([base, *parts]))[:MAX_NAME_LENGTH]
+
+
+def _short(value: str) -> str:
+    """A number that has many digits, 20000000000.0, in the form in which it has few, 2e+10."""
+    try:
+        short = f"{float(value):g}"
+        return short if len(short) < len(value) and float(short) == float(value) else value
+    except ValueError:
+        return value

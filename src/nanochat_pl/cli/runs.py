@@ -13,13 +13,16 @@ import csv
 import itertools
 import json
 import os
+import re
 import shutil
 import sys
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from nanochat_pl.cli.run_record import settings_that_matter
 from nanochat_pl.common.console import print_table, rank_zero_print
 from nanochat_pl.common.errors import UserError, did_you_mean, listed
 from nanochat_pl.common.files import entries, explain_disk_errors, read_object
@@ -32,6 +35,7 @@ from nanochat_pl.ledger.query import Row, ordered, require_columns, select, usua
 
 # More than a line of metrics.csv, which has some twenty metrics.
 TAIL_BYTES = 2**16
+HEADING_WIDTH = 18  # characters: of a longer name of a column there are several lines
 
 
 @dataclass(frozen=True)
@@ -108,7 +112,9 @@ def _print_ledger(config: RunsConfig, runs: Path) -> None:
         rows = select(rows, config.where)
     if config.sort is not None:
         rows = ordered(rows, config.sort)
-    columns = config.columns if config.columns is not None else usual_columns([row.entry for row in rows])
+    columns, more = config.columns, list[str]()
+    if columns is None:
+        columns, more = usual_columns([row.entry for row in rows], settings_that_matter)
     if config.format == "json":
         whole = config.columns is None
         found = [row.entry.to_plain() if whole else {name: row.cells.get(name) for name in columns} for row in rows]
@@ -117,8 +123,32 @@ def _print_ledger(config: RunsConfig, runs: Path) -> None:
         writer = csv.writer(sys.stdout, lineterminator="\n")
         writer.writerow(columns)
         writer.writerows([[row.cells.get(name) for name in columns] for row in rows])
+    elif not rows:
+        rank_zero_print(f"where={config.where}: true of no entry of the ledger.")
     else:
-        print_table(columns, [[_shown(name, row.cells.get(name)) for name in columns] for row in rows])
+        cells = [
+            [
+                _setting(row.cells.get(name)) if name in row.entry.settings else _shown(name, row.cells.get(name))
+                for name in columns
+            ]
+            for row in rows
+        ]
+        print_table([_heading(name) for name in columns], cells)
+        if more:
+            rank_zero_print(f"These differ, too (columns=[…] shows them): {listed(more, MAX_NAMED)}")
+
+
+def _heading(name: str) -> str:
+    """A column's name in lines that end where one of its parts does."""
+    parts = re.sub(r"(?<=[./_])", " ", name)
+    return "\n".join(line.replace(" ", "") for line in textwrap.wrap(parts, HEADING_WIDTH, break_long_words=False))
+
+
+def _setting(value: object) -> str:
+    """A setting as one types it, with six digits."""
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _shown(column: str, value: object) -> str:

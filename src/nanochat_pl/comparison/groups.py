@@ -102,6 +102,7 @@ def read_runs(
     named = {run for name in names for run in _fitting(name, known)} if names else set(known)
     stages = sorted({each for run, each in last if run in named}, key=_order)
     finished = [each for each in stages if any(last[key].exit == "finished" for key in last if key[1] == each)]
+    asked = stage
     if stage is None:
         stage = next((each for each in reversed(finished) if each != "tokenizer"), None)
     if stage is None or stage not in stages:
@@ -109,8 +110,10 @@ def read_runs(
         raise UserError(
             f"stage={stage or 'null'}: no run of that stage; {there}.", "Train one first: nanochat-pl train"
         )
-    runs, out = [], []
+    runs, out, elsewhere = [], [], dict.fromkeys(finished, 0)
     for (run, each), entry in last.items():
+        if run in named and entry.exit == "finished":
+            elsewhere[each] += 1
         if each != stage or run not in named:
             continue
         if entry.exit == "finished":
@@ -119,6 +122,8 @@ def read_runs(
         else:
             out.append(f"{run} ({entry.exit}{f': {entry.error}' if entry.error else ''})")
     remarks = [f"Left out, as {stage} is not finished: {listed(out, MAX_NAMED)}."] if out else []
+    if asked is None and (others := [f"stage={each} has {n}" for each, n in elsewhere.items() if n > len(runs)]):
+        remarks.append(f"This is stage {stage}, the last one, which {len(runs)} of them finished: {', '.join(others)}.")
     if not runs:
         raise UserError(f"stage={stage}: none of these runs has finished it.", " ".join(remarks))
     return stage, runs, remarks

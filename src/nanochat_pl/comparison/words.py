@@ -27,7 +27,7 @@ OPTIMUM_COLUMNS = (
 def cells(row: Row) -> tuple[str, ...]:
     """One cell for each of :data:`COLUMNS`; empty where there is nothing."""
     difference = row.difference
-    scale = row.deviation if row.deviation else abs(row.simple_difference or row.mean)
+    scale = row.deviation if row.deviation else abs(row.simple_difference or 0.0)
     return (
         row.label,
         str(row.n),

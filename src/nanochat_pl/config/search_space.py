@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,9 @@ from nanochat_pl.config.overrides import split_override
 
 MAX_VALUES = 10_000
 _FORMS = "choice(a,b), range(1,9), interval(0.1,0.5), int(interval(1,8)) or tag(log,interval(0.001,0.1))"
+
+# What is meant as one of these, and would be taken for a text or for one value.
+_MEANT = re.compile(r"\s*(choice|range|interval|tag|int|float|shuffle|sort|glob)\s*\(")
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,8 @@ def split_space(texts: Sequence[str], schema: type) -> tuple[list[str], dict[str
         key, raw, problem = split_override(text)
         override = None if problem or key.startswith("~") else _parsed(key, raw)
         if override is None or not override.is_sweep_override():
+            if override is None and _MEANT.match(raw):
+                problems.append(f"{text}: is no way to say what is tried.")
             fixed.append(text)
         elif key in groups:
             problems.append(f"{text}: is searched over by its keys, and not as a whole; -m runs one job for each.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import operator
 import re
@@ -17,6 +18,8 @@ USUAL = ("run", "stage", "exit", "steps", "tokens", "seconds", "val/bpb")
 MAX_SETTINGS = 6
 # Settings that say where things are and nothing of what was trained.
 _PLACES = ("paths.", "logger.")
+# Many keys that experiments set, and that seldom are what one compares.
+_LESS_TOLD = ("evaluation.", "mixture.", "schedule.", "stage.", "trainer.")
 _PLAIN = ("run", "stage", "exit", "time", "error", "parent_run", "data", "tokenizer")
 _NUMBERS = ("steps", "tokens", "flops", "seconds")
 _GROUPS = ("git", "machine", "best", "errors", "inference", "inference_on")
@@ -26,7 +29,11 @@ _ORDER: dict[str, Callable[[Any, Any], bool]] = {
     ">": operator.gt,
     "<": operator.lt,
 }
+_EQUAL = ("=", "==", "!=")
 _CONDITION = re.compile(r"\s*([\w./+-]+)\s*(>=|<=|!=|==|=|>|<)\s*(.*?)\s*")
+
+
+Matters = Callable[[Mapping[str, Any], str], Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -54,8 +61,8 @@ def _cells(entry: Entry) -> dict[str, Any]:
 def select(rows: Sequence[Row], where: str, key: str = "where") -> list[Row]:
     """The rows that fulfil all conditions, ``model.depth>=4 and val/bpb<1.2``.
 
-    A value is a number, true, false, null, or else text. Where a row has no such value, or one of another kind, nothing
-    but ``!=`` is true of it.
+    A value is a number, true, false, null, or else text; unquoted text with ``*``, ``?`` or ``[`` is a glob. Where a
+    row has no such value, or one of another kind, nothing but ``!=`` is true of it.
 
     Args:
         rows: to choose from.
@@ -73,8 +80,14 @@ def select(rows: Sequence[Row], where: str, key: str = "where") -> list[Row]:
                 f"Write NAME OPERATOR VALUE, joined by and: {key}='model.depth>=4 and val/bpb<1.2'",
             )
         name, sign, value = match.groups()
+        if re.search(r"\s(or|and|not)\s", f" {value} ", re.IGNORECASE) and not value.startswith(("'", '"')):
+            raise UserError(
+                f"{key}={where}: {text!r}: conditions are joined by and alone.",
+                "Ask once for each part; or quote a text that has such a word: error='this or that'",
+            )
         require_columns([name], rows, key)
-        rows = [row for row in rows if _holds(row.cells.get(name), sign, _value(value))]
+        holds = _holds_glob if _is_glob(value) and sign in _EQUAL else _holds
+        rows = [row for row in rows if holds(row.cells.get(name), sign, _value(value))]
     return list(rows)
 
 
@@ -100,17 +113,31 @@ def require_columns(names: Sequence[str], rows: Sequence[Row], key: str) -> None
     known = {name for row in rows for name in row.cells}
     wrong = [name for name in names if name not in known and name not in USUAL]
     if wrong and rows:
-        raise UserError([f"{key}={name}: no entry has such a column; {did_you_mean(name, known)}" for name in wrong])
+        raise UserError(
+            [f"{key}={name}: no entry has such a column; {did_you_mean(name, known)}" for name in wrong],
+            "All of them, with their values: nanochat-pl runs format=json",
+        )
 
 
-def usual_columns(entries: Sequence[Entry]) -> list[str]:
-    """The columns of a table where none are named: with the settings that differ between the entries, a few at most."""
+def usual_columns(entries: Sequence[Entry], matters: Matters | None = None) -> tuple[list[str], list[str]]:
+    """The columns of a table where none are named.
+
+    Args:
+        entries: what it shows.
+        matters: of all settings of a stage those that its result depends on; None: all are taken to.
+
+    Returns:
+        the columns, with the settings that differ between the entries, :data:`MAX_SETTINGS` at most; and the settings
+        that differ, too, and had no place. The seed comes first, and last what no result depends on.
+    """
     names = sorted({name for entry in entries for name in entry.changed if not name.startswith(_PLACES)})
     missing = object()
     differ = [
         name for name in names if any(e.settings.get(name, missing) != entries[0].settings.get(name) for e in entries)
     ]
-    return [*USUAL[:2], *differ[:MAX_SETTINGS], *USUAL[2:]]
+    decisive = set(differ) if matters is None else set().union(*(matters(e.settings, e.stage) for e in entries))
+    differ.sort(key=lambda name: (name != "seed", name not in decisive, name.startswith(_LESS_TOLD), name))
+    return [*USUAL[:2], *differ[:MAX_SETTINGS], *USUAL[2:]], differ[MAX_SETTINGS:]
 
 
 def _value(text: str) -> Any:
@@ -122,12 +149,20 @@ def _value(text: str) -> Any:
 
 
 def _holds(found: Any, sign: str, value: Any) -> bool:
-    if sign in ("=", "==", "!="):
+    if sign in _EQUAL:
         # 1 is not true, and 1 is 1.0.
         same = found == value and isinstance(found, bool) == isinstance(value, bool)
         return same == (sign != "!=")
     comparable = (_is_number(found) and _is_number(value)) or (isinstance(found, str) and isinstance(value, str))
     return comparable and _ORDER[sign](found, value)
+
+
+def _is_glob(text: str) -> bool:
+    return bool(re.search(r"[*?\[]", text)) and isinstance(_value(text), str) and not text.startswith(("'", '"'))
+
+
+def _holds_glob(found: Any, sign: str, pattern: str) -> bool:
+    return (isinstance(found, str) and fnmatch.fnmatchcase(found, pattern)) == (sign != "!=")
 
 
 def _is_number(value: Any) -> bool:

@@ -20,7 +20,7 @@ MAX_HISTOGRAM_VALUES = 100_000
 
 
 class Diagnostics(Callback):
-    """Norms by role at a cadence, and histograms of the weights.
+    """Norms by role at a cadence and at the last step, and histograms of the weights.
 
     Metrics: ``weight_norm/ROLE`` (L2), ``gradient_norm/ROLE`` (L2, before clipping; with several processes each has
     only a part of the gradients, so they are left out), ``update_ratio/ROLE`` (L2 of the change of the weights in the
@@ -50,7 +50,7 @@ class Diagnostics(Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Any) -> None:
         """Keep the weights of a step that is measured, and measure its gradients."""
-        if (trainer.global_step + 1) % self.every_steps:
+        if not self._is_due(trainer, trainer.global_step + 1, self.every_steps):
             return
         named = dict(pl_module.net.named_parameters())
         self._before = {name: each.detach().clone() for name, each in named.items()}
@@ -71,8 +71,11 @@ class Diagnostics(Callback):
                 trainer, {f"{name}/{role}": value for name, group in groups.items() for role, value in group.items()}
             )
             self._before, self._gradients = {}, {}
-        if self.histograms_every_steps and trainer.global_step % self.histograms_every_steps == 0:
+        if self.histograms_every_steps and self._is_due(trainer, trainer.global_step, self.histograms_every_steps):
             self._histograms(trainer, pl_module)
+
+    def _is_due(self, trainer: Trainer, step: int, every: int) -> bool:
+        return step % every == 0 or step == trainer.max_steps
 
     def _histograms(self, trainer: Trainer, pl_module: Any) -> None:
         for logger in trainer.loggers:

@@ -133,6 +133,11 @@ def read_step(folder: Path, step: int) -> list[dict[str, Any]]:
 
 
 def _lines_of_step(folder: Path, step: int, asked: str) -> list[str]:
+    if not folder.is_dir():
+        raise UserError(
+            f"{asked}: {folder} is not there: the run has no such stage.",
+            "Answers are kept by stage rl: nanochat-pl train stage=rl run=NAME",
+        )
     files = record_files(folder / FOLDER)
     if step not in files:
         kept = f"those of the steps {ranges_in_words(files)} are kept" if files else "none are kept"
