@@ -16,7 +16,6 @@ import os
 import re
 import shutil
 import sys
-import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,8 +139,12 @@ def _print_ledger(config: RunsConfig, runs: Path) -> None:
 
 def _heading(name: str) -> str:
     """A column's name in lines that end where one of its parts does."""
-    parts = re.sub(r"(?<=[./_])", " ", name)
-    return "\n".join(line.replace(" ", "") for line in textwrap.wrap(parts, HEADING_WIDTH, break_long_words=False))
+    lines = [""]
+    for part in re.findall(r"[^./_]*[./_]|[^./_]+", name):
+        if lines[-1] and len(lines[-1]) + len(part) > HEADING_WIDTH:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(lines)
 
 
 def _setting(value: object) -> str:
