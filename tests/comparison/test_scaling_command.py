@@ -76,6 +76,7 @@ def test_a_power_law_of_a_miniseries(runs: Path, tmp_path: Path, capsys: pytest.
     ("arguments", "message"),
     [
         (["mini-*"], "fit=isoflop: mini-d4 was not trained for a flops_budget."),
+        ([], "Choose other runs, as these: iso-1e+15-"),
         (["mini-d4", "fit=power_law"], "of 1 different sizes none can be fitted"),
         (["metric=val/bbp"], "metric=val/bbp: no run has it; did you mean val/bpb?"),
         (["fit=isoflops"], "must be one of isoflop, power_law"),

@@ -86,6 +86,11 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _with_budgets(runs: Sequence[Run]) -> str:
+    names = [run.name for run in runs if is_finite_number(run.entry.settings.get("flops_budget"))]
+    return f", as these: {listed(names, groups.MAX_NAMED)}" if names else ""
+
+
 def _points(runs: Sequence[Run], plans: dict[str, Plan], config: ScalingConfig) -> list[Point]:
     require_known([config.metric], {name for run in runs for name in run.metrics}, "metric")
     found = []
@@ -94,7 +99,7 @@ def _points(runs: Sequence[Run], plans: dict[str, Plan], config: ScalingConfig) 
         if config.fit == "isoflop" and not is_finite_number(budget):
             raise UserError(
                 f"fit=isoflop: {run.name} was not trained for a flops_budget.",
-                "Choose other runs; or fit=power_law, which needs none.",
+                f"Choose other runs{_with_budgets(runs)}; or fit=power_law, which needs none.",
             )
         if config.metric in run.metrics:
             parameters = float(sum(plans[run.name][name] for name in _COUNTED[config.counted]))

@@ -238,7 +238,7 @@ def _fitting(name: str, known: Sequence[str]) -> list[str]:
     if not found:
         begun = fnmatch.filter(known, f"{name}*")
         hint = f"did you mean '{name}*'?" if begun else did_you_mean(name, known) if known else "there are no runs."
-        raise UserError(f"{name}: no run of that name; {hint}")
+        raise UserError(f"{name}: no run of that name; {hint}", "Those that there are: nanochat-pl runs ledger=true")
     return found
 
 
