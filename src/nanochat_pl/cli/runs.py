@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from nanochat_pl.cli.run_record import settings_that_matter
 from nanochat_pl.common.console import print_table, rank_zero_print
 from nanochat_pl.common.errors import UserError, did_you_mean, listed
 from nanochat_pl.common.files import entries, explain_disk_errors, read_object
@@ -94,6 +93,8 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _print_ledger(config: RunsConfig, runs: Path) -> None:
+    from nanochat_pl.cli.run_record import settings_that_matter  # with torch, which takes seconds to import
+
     entries = read_ledger(runs)
     if not config.history:
         entries = newest(entries)

@@ -83,7 +83,7 @@ def select(rows: Sequence[Row], where: str, key: str = "where") -> list[Row]:
         if re.search(r"\s(or|and|not)\s", f" {value} ", re.IGNORECASE) and not value.startswith(("'", '"')):
             raise UserError(
                 f"{key}={where}: {text!r}: conditions are joined by and alone.",
-                "Ask once for each part; or quote a text that has such a word: error='this or that'",
+                "Ask once for each part; or put quotes around a text that has such a word.",
             )
         require_columns([name], rows, key)
         holds = _holds_glob if _is_glob(value) and sign in _EQUAL else _holds
