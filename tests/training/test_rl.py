@@ -175,8 +175,11 @@ def test_the_records_say_what_was_drawn_and_learnt(learnt: Path) -> None:
     for line in lines:
         assert line["reward"] == sum(token % 3 == 0 for token in line["ids"]) / len(line["ids"])
     assert read_step(learnt / "rl", 2) == lines
-    with pytest.raises(UserError, match=r"step=7: .* has no answers of step 7; those of the steps 1–6 are kept"):
+    with pytest.raises(
+        UserError, match=r"step=7: .* has no answers of step 7; those of the steps 1–6 are kept"
+    ) as caught:
         read_step(learnt / "rl", 7)
+    assert caught.value.fix == "Ask for one of these steps.", "there is nothing to keep of a step that was not made"
     with pytest.raises(UserError, match=r"step=1: .*mid is not there: the run has no such stage.*\n.*stage=rl"):
         read_step(learnt / "mid", 1)
 

@@ -143,7 +143,7 @@ def _lines_of_step(folder: Path, step: int, asked: str) -> list[str]:
         kept = f"those of the steps {ranges_in_words(files)} are kept" if files else "none are kept"
         raise UserError(
             f"{asked}: {folder / FOLDER} has no answers of step {step:,}; {kept}.",
-            "rl.rollouts_mb=… keeps more of them.",
+            "Ask for one of these steps." if files and step > max(files) else "rl.rollouts_mb=… keeps more of them.",
         )
     return read_bytes(files[step]).decode("utf-8").split("\n")[:-1]
 
