@@ -6,21 +6,12 @@ import csv
 from pathlib import Path
 from typing import Any
 
+from nanochat_pl.cli.run_record import flat
 from nanochat_pl.common.schema import to_plain
 from nanochat_pl.ledger import Entry, append
 from nanochat_pl.training.config import TrainConfig
 
 TOKENS_PER_STEP, FLOPS_PER_TOKEN = 4096, 6e6
-
-
-def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict) and value:
-            found |= flat(value, f"{prefix}{key}.")
-        else:
-            found[f"{prefix}{key}"] = value
-    return found
 
 
 DEFAULTS = flat(to_plain(TrainConfig()))
