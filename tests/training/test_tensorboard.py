@@ -13,8 +13,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from nanochat_pl.cli.main import main
 from nanochat_pl.common.errors import UserError
+from nanochat_pl.common.run_dir import stage_folder
 from nanochat_pl.training.callbacks.diagnostics import Diagnostics, norms_by_role
 from nanochat_pl.training.callbacks.tensorboard import show_text
+from nanochat_pl.training.run import _given_settings
 from tests.cli.test_experiments_shrunk import SMALL
 
 
@@ -78,3 +80,11 @@ def test_bad_cadences_are_refused(bad: dict[str, int]) -> None:
 
 def test_other_loggers_are_left_alone() -> None:
     show_text([object()], "samples", "text", 1)
+
+
+def test_settings_whose_record_is_gone_end_no_training(tmp_path: Path) -> None:
+    folder = stage_folder(tmp_path, "x", "base")
+    assert _given_settings(folder) == {}
+    folder.path.mkdir(parents=True)
+    (folder.path / "overrides.txt").write_bytes(b"experiment=tiny\n+data.path=\xff=1\n")
+    assert _given_settings(folder) == {"experiment": "tiny", "data.path": "\ufffd=1"}

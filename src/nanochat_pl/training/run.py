@@ -274,8 +274,10 @@ def _finite(metrics: Mapping[str, float]) -> dict[str, float]:
 
 
 def _given_settings(folder: StageFolder) -> dict[str, str]:
-    """What the stage's command line and experiment file said, ``key=value`` each."""
-    lines = (folder.path / "overrides.txt").read_text(encoding="utf-8").splitlines()
+    """What the stage's command line said, ``key=value`` each; nothing where its record is gone: a trained stage does
+    not fail for that."""
+    path = folder.path / "overrides.txt"
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
     return {key.lstrip("+~"): value for key, _, value in (line.partition("=") for line in lines)}
 
 
@@ -327,11 +329,11 @@ def _finish(
             _log(fitted.trainer, later)
             save_stage_info(folder.bundle, info())
             show_tasks(fitted.trainer.loggers, "final", later, step)
-        show_outcome(fitted.trainer.loggers, _given_settings(folder), metrics)
         write_json(
             folder.path / "finished.json",
             {"step": step, "metrics": metrics, "seconds": fitted.seconds, "tokens": fitted.tokens},
         )
+        show_outcome(fitted.trainer.loggers, _given_settings(folder), metrics)
 
     coordination.run_on_rank_zero(write)
     later = _finite(_measure_last(config, folder, net, benchmarks, stop)) if benchmarks else {}
