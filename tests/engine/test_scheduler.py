@@ -13,7 +13,7 @@ from nanochat_pl.common.errors import NotFiniteError, UserError
 from nanochat_pl.engine import Engine
 from nanochat_pl.engine.request import Handle, Request
 from nanochat_pl.engine.sampling import Sampling
-from nanochat_pl.engine.scheduler import Scheduler
+from nanochat_pl.engine.scheduler import Scheduler, groups_of_like
 from nanochat_pl.model.config import ModelSettings, resolve_model
 from nanochat_pl.model.gpt import GPT
 from nanochat_pl.model.init import init_weights
@@ -398,3 +398,17 @@ def test_pools_that_cannot_be_are_refused(engine):
     ):
         with pytest.raises(UserError):
             engine.scheduler(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "groups"),
+    [
+        ([5], [(0, 1)]),
+        ([90, 80, 70, 60], [(0, 4)]),  # 60 of padding
+        ([96, 60, 50, 40, 16], [(0, 3), (3, 5)]),
+        ([16, 20, 200, 210], [(0, 2), (2, 4)]),  # the first two would be padded by 364
+        ([10] * 50, [(0, 50)]),
+    ],
+)
+def test_prompts_are_read_with_others_of_like_length(lengths: list[int], groups: list[tuple[int, int]]) -> None:
+    assert list(groups_of_like(lengths)) == groups

@@ -26,10 +26,12 @@ from nanochat_pl.model.loss import log_normaliser
 if TYPE_CHECKING:
     from nanochat_pl.engine.engine import Engine
 
-# Positions of prompts read in one step, padding included: while others wait for their next token, and while none does,
-# where it bounds the memory of activations.
+# Tokens of prompts read in one step: while others wait for their next token, and while none does, where it bounds the
+# memory of activations.
 PREFILL_CHUNK = 256
 PREFILL_POSITIONS = 16_384
+# Prompts are read with others of nearly their length: a forward more costs as much as so many positions of padding.
+MAX_PADDING = 96
 # Fewer tokens than this are read again rather than copied, unless they are all that a prompt needs.
 MIN_SHARED = 16
 
@@ -207,13 +209,13 @@ class Scheduler:
             if not self._place(handle, slot, first):
                 continue
             unread = self._unread(handle, slot)
-            if rows and max(*lengths, unread) * (len(rows) + 1) > budget:  # each is padded to the longest
+            if rows and sum(lengths) + unread > budget:
                 break
             self._waiting.remove(handle)
             rows.append(handle)
             lengths.append(min(unread, budget))
         if rows:
-            self._read(rows, lengths, first)
+            self._read_in_groups(rows, lengths, first)
 
     def _unread(self, handle: Handle, slot: int) -> int:
         return len(handle.prompt) - int(self._held[slot])
@@ -254,8 +256,22 @@ class Scheduler:
         handle.cached_tokens = length
         return True
 
+    def _read_in_groups(self, rows: list[Handle], lengths: list[int], first: int) -> None:
+        """Read the next so many tokens of each prompt, in the slots from ``first`` on, those of like lengths together.
+
+        Where that fails, those that were not read wait again, in their order.
+        """
+        done = 0
+        try:
+            for start, stop in groups_of_like(lengths):
+                self._read(rows[start:stop], lengths[start:stop], first + start)
+                done = stop
+        except BaseException:
+            self._waiting.extendleft(row for row in reversed(rows[done:]) if not row.ids)
+            raise
+
     def _read(self, rows: list[Handle], lengths: list[int], first: int) -> None:
-        """Read the next so many tokens of each prompt, in the slots from ``first`` on."""
+        """Read the next so many tokens of each prompt in one forward, in the slots from ``first`` on."""
         starts = self._held[first : first + len(rows)].tolist()
         new = [row.prompt[start : start + n] for row, start, n in zip(rows, starts, lengths, strict=True)]
         self._partial = None
@@ -268,8 +284,7 @@ class Scheduler:
                 self._accept(rows, logits, self._held[first : first + len(rows)])
                 self._decoding += rows
         except BaseException:
-            # They wait again, in their order; what was read of their prompts is still in the slots.
-            self._waiting.extendleft(row for row in reversed(rows) if not row.ids)
+            # What was read of their prompts is still in the slots.
             self._decoding += [row for row in rows if row.ids]
             raise
         for row, start in zip(rows, starts, strict=True):
@@ -310,6 +325,19 @@ class Scheduler:
             settings = [row.request.sampling for row in rows]
             self._sampler = list(rows), Sampler(settings, self._engine.net.config.vocab_size, self._engine.net.device)
         return self._sampler[1]
+
+
+def groups_of_like(lengths: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Neighbours (start, stop) that are read in one forward, padded to the longest of them where that is little."""
+    start, padding = 0, 0
+    longest = lengths[0]
+    for index, length in enumerate(lengths[1:], start=1):
+        grown = padding + abs(longest - length) * (1 if length <= longest else index - start)
+        if grown > MAX_PADDING:
+            yield start, index
+            start, grown, longest = index, 0, length
+        padding, longest = grown, max(longest, length)
+    yield start, len(lengths)
 
 
 def events_of(scheduler: Scheduler, handle: Handle) -> Iterator[Event]:

@@ -12,6 +12,7 @@ from nanochat_pl.common.console import rank_zero_print
 from nanochat_pl.common.device import ComputeDType, choose_compute_dtype, choose_device, device_name, require_kernels
 from nanochat_pl.common.errors import SharedError, UserError
 from nanochat_pl.common.launch_env import launch_env
+from nanochat_pl.common.malloc import keep_freed_memory
 from nanochat_pl.distributed import collectives
 from nanochat_pl.model.attention import kernels_of, no_varlen
 from nanochat_pl.model.config import ModelSettings
@@ -50,6 +51,8 @@ def prepare_machine(config: TrainConfig) -> Machine:
     if config.trainer.num_threads is not None:
         torch.set_num_threads(config.trainer.num_threads)
     device, place = own_device(config.trainer.accelerator), launch_env()
+    if device.type == "cpu":
+        keep_freed_memory()
     dtype = choose_compute_dtype(config.model.compute_dtype, device)
     compiled = config.trainer.compile
     if compiled == "auto":

@@ -13,6 +13,7 @@ from lightning.pytorch.loggers.logger import DummyLogger, Logger
 from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.profilers import AdvancedProfiler, Profiler, PyTorchProfiler, SimpleProfiler
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.utils import deterministic as fill_memory
 
 from nanochat_pl.common.console import rank_zero_print
 from nanochat_pl.common.errors import UserError
@@ -132,7 +133,9 @@ def fit(stage: LMModule, data: RowsDataModule, fitting: FitConfig) -> FitResult:
 
     events = RewindEvents(fitting.loggers, first_step, metrics_kept, is_measured_again, csv.columns)
     ours = [events, stop, agree, metrics, *looking_on, resume_files, evaluation, benchmarks, garbage]
-    deterministic_before = torch.are_deterministic_algorithms_enabled()
+    deterministic_before = torch.are_deterministic_algorithms_enabled(), fill_memory.fill_uninitialized_memory
+    # Where algorithms are deterministic PyTorch fills each new tensor before it is written: a tenth of a step on a CPU.
+    fill_memory.fill_uninitialized_memory = False
     # Callbacks of others may want a logger on each process.
     loggers: list[Logger] = [csv, *fitting.loggers] if collectives.is_rank_zero() else [DummyLogger()]
     trainer = _trainer(stage, fitting, loggers, [*ours, *fitting.callbacks], resume_files.io)
@@ -151,7 +154,8 @@ def fit(stage: LMModule, data: RowsDataModule, fitting: FitConfig) -> FitResult:
             raise
         finally:
             resume_files.io.wait()  # also where an error kept Lightning from its teardown
-            torch.use_deterministic_algorithms(deterministic_before)
+            torch.use_deterministic_algorithms(deterministic_before[0])
+            fill_memory.fill_uninitialized_memory = deterministic_before[1]
         # Where a callback ended the fit there may be no file of its last step: that is measured and written first.
         if trainer.global_step >= stage.num_steps:
             stop.check()
