@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer
@@ -13,7 +14,6 @@ from lightning.pytorch.loggers.logger import DummyLogger, Logger
 from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.profilers import AdvancedProfiler, Profiler, PyTorchProfiler, SimpleProfiler
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch.utils import deterministic as fill_memory
 
 from nanochat_pl.common.console import rank_zero_print
 from nanochat_pl.common.errors import UserError
@@ -133,6 +133,7 @@ def fit(stage: LMModule, data: RowsDataModule, fitting: FitConfig) -> FitResult:
 
     events = RewindEvents(fitting.loggers, first_step, metrics_kept, is_measured_again, csv.columns)
     ours = [events, stop, agree, metrics, *looking_on, resume_files, evaluation, benchmarks, garbage]
+    fill_memory: Any = torch.utils.deterministic
     deterministic_before = torch.are_deterministic_algorithms_enabled(), fill_memory.fill_uninitialized_memory
     # Where algorithms are deterministic PyTorch fills each new tensor before it is written: a tenth of a step on a CPU.
     fill_memory.fill_uninitialized_memory = False
