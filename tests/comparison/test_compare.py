@@ -194,7 +194,7 @@ def test_the_newest_entry_of_a_stage_counts_and_unfinished_ones_are_left_out() -
     assert remarks == ["Left out, as base is not finished: a1 (failed: out of memory)."]
     chosen = by_name(runs, ["a*"])
     assert [run.name for run in chosen.groups[0].runs] == ["a2"]
-    assert "a later run has the seed of a0" in chosen.remarks[0]
+    assert "another run has the seed of a0" in chosen.remarks[0]
 
 
 @pytest.mark.parametrize(

@@ -7,13 +7,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from nanochat_pl.cli._sweep_state import runs_of_same_sweep
 from nanochat_pl.cli.run_record import settings_that_matter
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.paths import PathsSettings
 from nanochat_pl.common.schema import setting
-from nanochat_pl.comparison.groups import Run, keep, read_runs
+from nanochat_pl.comparison import Comparison, Run, compare, keep, neighbours, read_runs
+from nanochat_pl.comparison.metrics import main_metrics
 from nanochat_pl.config.overrides import UNKNOWN, is_group, parse_overrides, split_override, type_of_key
-from nanochat_pl.ledger import LEDGER, read_ledger
+from nanochat_pl.ledger import LEDGER, newest, read_ledger
 from nanochat_pl.report.evaluations import evaluated_metrics
 from nanochat_pl.training.config import TrainConfig
 
@@ -80,6 +82,28 @@ def choose(config: ChoiceSettings, metrics: Sequence[str]) -> tuple[str, list[Ru
             for run in runs
         ]
     return stage, runs, remarks
+
+
+def comparisons_of(folder: Path, name: str) -> list[Comparison]:
+    """Each finished stage of a run beside its other seeds and the runs that differ from it in a few settings.
+
+    Empty where the ledger has nothing to compare it with.
+
+    Args:
+        folder: of the runs.
+        name: of the run.
+    """
+    entries, related = read_ledger(folder), runs_of_same_sweep(folder, name)
+    found = []
+    for stage in (entry.stage for entry in newest(entries) if entry.run == name and entry.exit == "finished"):
+        _, runs, _ = read_runs(entries, stage, settings_of_results)
+        own = next(run for run in runs if run.name == name)
+        chosen = neighbours(own, runs, related)
+        metrics = main_metrics(own.metrics)
+        if chosen.groups and metrics:
+            result = compare(stage, chosen.groups, metrics)
+            found.append(replace(result, remarks=[*chosen.remarks, *result.remarks]))
+    return found
 
 
 def settings_of_results(settings: Mapping[str, Any], stage: str) -> dict[str, Any]:

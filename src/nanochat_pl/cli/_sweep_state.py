@@ -54,6 +54,12 @@ def numbers_of(folder: Path, names: Sequence[str]) -> dict[str, int]:
     return {name: jobs.index(name) + 1 for name in names}
 
 
+def runs_of_same_sweep(runs: Path, run: str) -> set[str]:
+    """The runs of the sweeps that a run is of, itself too; empty: of none."""
+    found = [set(_jobs(path)) for path in (runs / FOLDER).glob("*/jobs.json")]
+    return set().union(*(names for names in found if run in names))
+
+
 def _jobs(path: Path) -> list[str]:
     if not path.exists():
         return []

@@ -215,10 +215,15 @@ def _add(chosen: Chosen, label: str, runs: Sequence[Run]) -> None:
             f"{label}: its runs differ in more than their seed: {listed(parts, MAX_NAMED)}.",
             f"Choose one value of each, as {key}={shown(value)}; or group by it: by={key}",
         )
+    add_group(chosen, label, runs)
+
+
+def add_group(chosen: Chosen, label: str, runs: Sequence[Run]) -> None:
+    """Add runs of the same settings as a group; of those with one seed the last counts."""
     by_seed = {run.seed: run for run in runs}
     if twice := [run.name for run in runs if by_seed[run.seed] is not run]:
         chosen.remarks.append(
-            f"{label}: a later run has the seed of {listed(twice, MAX_NAMED)}, which says nothing of noise: left out."
+            f"{label}: another run has the seed of {listed(twice, MAX_NAMED)}, which says nothing of noise: left out."
         )
     chosen.groups.append(Group(label, tuple(by_seed.values())))
 
