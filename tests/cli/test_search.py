@@ -96,6 +96,11 @@ def test_the_space_is_written_in_hydras_grammar() -> None:
         (["optim.matirx_lr=interval(0.1,1)"], "did you mean optim.matrix_lr"),
         ([LR, "search.trials=0"], "search.trials"),
         ([LR, "search.trails=3"], "did you mean"),
+        ([LR, "search.metric=val/bbp"], "search.metric=val/bbp: is not measured; did you mean val/bpb"),
+        (
+            [LR, "search.metric=core/mean", "evaluation.core_every_steps=null"],
+            "search.metric=core/mean: is not measured with",
+        ),
         ([LR, "stage=sft"], "search: the stage sft is not searched over, base is"),
     ],
 )

@@ -24,7 +24,13 @@ def runs(here: Path) -> Path:
         settings = {"model.depth": depth, "optim.lr": lr, "yes": depth == 4, "paths.runs": "runs"}
         metrics = {} if bits is None else {"val/bpb": bits}
         files = {"data.files": ["a.txt", "b.txt"]} if depth == 10 else {}
-        how = {"steps": 1000 * depth, "settings": settings | files, "changed": settings, "metrics": metrics, "errors": metrics}
+        how = {
+            "steps": 1000 * depth,
+            "settings": settings | files,
+            "changed": settings,
+            "metrics": metrics,
+            "errors": metrics,
+        }
         append(folder, Entry(f"d{depth}", "base", "failed" if bits is None else "finished", TIME, **how))  # type: ignore[arg-type]
     append(folder, Entry("d2", "sft", "stopped", TIME))
     append(folder, Entry("d2", "sft", "finished", TIME))
