@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import socket
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -18,7 +19,6 @@ from nanochat_pl.cli.run_record import OF_THE_COMMAND, flat, last_code
 from nanochat_pl.common.console import rank_zero_print
 from nanochat_pl.common.device import device_name
 from nanochat_pl.common.errors import UserError, first_line
-from nanochat_pl.common.files import sha256_of_file
 from nanochat_pl.common.run_dir import StageFolder
 from nanochat_pl.config.compose import Composed
 from nanochat_pl.config.experiment import compose_step
@@ -32,6 +32,7 @@ from nanochat_pl.training.device import own_device
 from nanochat_pl.training.stages.registry import StageData
 
 STDERR = "_stderr"
+TAIL_BYTES = 2**12
 
 
 class EndOfStage:
@@ -44,7 +45,7 @@ class EndOfStage:
 
     def __init__(self, composed: Composed[TrainConfig], folder: StageFolder) -> None:
         self.composed, self.folder = composed, folder
-        self._before: str | None = None
+        self._before: tuple[int, bytes] | None = None
         self._is_begun = False
         self._data: str | None = None
         self._tokenizer: str | None = None
@@ -79,12 +80,18 @@ class EndOfStage:
             said = problem.in_one_line if isinstance(problem, UserError) else first_line(problem)
             rank_zero_print(f"The ledger has no entry of {self.folder.path}: {said}")
 
-    def _trained(self) -> str | None:
-        """What has been trained so far, to see whether it has changed."""
-        if not collectives.is_rank_zero():
-            return None
+    def _trained(self) -> tuple[int, bytes] | None:
+        """How far the training is, to see whether it has come further: the size of its metrics and their last lines.
+
+        Not the time of the file: a start that is refused may have written the same lines again.
+        """
         metrics = self.folder.path / "metrics.csv"
-        return sha256_of_file(metrics) if metrics.is_file() else None
+        if not collectives.is_rank_zero() or not metrics.is_file():
+            return None
+        with metrics.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - TAIL_BYTES))
+            return size, file.read()
 
     def _entry(self, error: BaseException | None) -> Entry:
         exit: Exit = "stopped"

@@ -35,6 +35,7 @@ from nanochat_pl.cli.pipeline import begins_anew, check_all, folder_to_run_in, r
 from nanochat_pl.cli.run_record import settings_that_matter
 from nanochat_pl.cli.train import compose_train, is_finished, place_of, with_parent
 from nanochat_pl.common.console import console, ignore_broken_pipe, print_table, rank_zero_print
+from nanochat_pl.common.durations import duration
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.run_dir import MAX_NAME_LENGTH, StageFolder, stage_folder
 from nanochat_pl.config import hydra_app
@@ -42,7 +43,6 @@ from nanochat_pl.config.compose import Composed
 from nanochat_pl.config.hydra_app import HydraOptions
 from nanochat_pl.config.overrides import split_override, take_key
 from nanochat_pl.data.files.folder import require_there
-from nanochat_pl.report.format import duration
 from nanochat_pl.training.config import TrainConfig
 
 # Keys of files that a stage reads, by their last part.

@@ -24,11 +24,11 @@ from rich.text import Text
 
 from nanochat_pl.cli.runs import is_held, progress_of
 from nanochat_pl.common.console import console
+from nanochat_pl.common.durations import duration
 from nanochat_pl.common.errors import UserError, visible
 from nanochat_pl.common.files import ensure_folder, explain_disk_errors, read_object, write_json
 from nanochat_pl.common.locks import held_lock, try_lock
 from nanochat_pl.common.run_dir import StageFolder, stage_folder
-from nanochat_pl.report.format import duration
 
 FOLDER = ".sweeps"
 LAST_LINES = 8

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from nanochat_pl.common.durations import duration
 from nanochat_pl.common.files import ensure_folder, write_json, write_text
 from nanochat_pl.common.schema import to_plain
 from nanochat_pl.comparison import Comparison, Group
@@ -14,7 +15,7 @@ from nanochat_pl.comparison.curves import Band, Curve, band_of, difference_of_cu
 from nanochat_pl.comparison.groups import shown, why_no_pairs
 from nanochat_pl.comparison.words import COLUMNS, cells, direction, what_it_holds
 from nanochat_pl.report.comparison_plots import Overlay, color_of, dots_svg, overlay_svg
-from nanochat_pl.report.format import clean, compact, duration
+from nanochat_pl.report.format import clean, compact
 from nanochat_pl.report.page import page, render
 from nanochat_pl.report.read import Series, read_curves
 

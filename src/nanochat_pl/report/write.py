@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from nanochat_pl.common.durations import duration
 from nanochat_pl.common.files import ensure_folder, write_json, write_text
 from nanochat_pl.common.schema import to_plain
 from nanochat_pl.comparison import Comparison
@@ -18,7 +19,6 @@ from nanochat_pl.report.evaluations import Answer, EvaluationRecord, PassAtK, co
 from nanochat_pl.report.format import (
     clean,
     compact,
-    duration,
     markdown_block,
     percent,
     show,
