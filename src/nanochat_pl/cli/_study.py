@@ -104,7 +104,12 @@ class Study:
             self._require_comparable(entry.run, entry.settings)
             number, params = int(match[1]), {key: entry.settings[key] for key in self.space}
             value = entry.metrics.get(self.settings.metric)
-            states: dict[str, State] = {"finished": "finished", "failed": "failed", "stopped": "running"}
+            states: dict[str, State] = {
+                "finished": "finished",
+                "failed": "failed",
+                "stopped": "running",
+                "started": "running",
+            }
             state = states[entry.exit]
             if state != "finished" and number in found and found[number].state in ("pruned", "failed"):
                 continue  # it was stopped for that, or before it failed
