@@ -77,7 +77,7 @@ def study_of(arguments: Sequence[str]) -> tuple[Study, list[str]]:
     own = [text for text in arguments if split_override(text)[0].partition(".")[0] in ("search", "run", "paths")]
     config = compose("search", SearchConfig, own).config
     of_train = [text for text in arguments if split_override(text)[0].partition(".")[0] not in ("search", "run")]
-    fixed, space = split_space(of_train, TrainConfig)
+    fixed, space = split_space(of_train)
     if not space:
         raise UserError(
             "search: no key has several values.", "Give some: nanochat-pl search 'optim.matrix_lr=interval(0.01,0.1)'"
@@ -85,11 +85,11 @@ def study_of(arguments: Sequence[str]) -> tuple[Study, list[str]]:
     experiment = take_key(fixed, "experiment")[0]
     base = config.run or Path(experiment).stem or "search"
     problems: dict[str, None] = {}
-    for number in (0, 1):  # the ends of all that is tried
+    tried = [_ends(dimension) for dimension in space.values()]
+    for number in range(max(map(len, tried))):
+        values = [text_of(key, ends[number % len(ends)]) for key, ends in zip(space, tried, strict=True)]
         try:
-            composed = compose_train(
-                [*fixed, *(text_of(key, _end(space[key], number)) for key in space), f"run={base}"]
-            )
+            composed = compose_train([*fixed, *values, f"run={base}"])
         except UserError as error:
             problems |= dict.fromkeys(error.problems)
     if problems:
@@ -99,7 +99,7 @@ def study_of(arguments: Sequence[str]) -> tuple[Study, list[str]]:
     _require_measured(config.search.metric, composed.config)
     stage, runs = composed.config.stage.name, Path(config.paths.runs)
     matters = settings_that_matter(composed.plain(), stage)
-    kept = {key: value for key, value in matters.items() if key not in space}
+    kept = {key: value for key, value in matters.items() if key not in space and key.split(".")[0] not in space}
     folder = sweep_folder(runs, ["search", base, stage])
     return Study(config.search, space, runs, base, stage, folder, kept), fixed
 
@@ -126,10 +126,9 @@ def _require_measured(metric: str, config: TrainConfig) -> None:
         )
 
 
-def _end(dimension: Dimension, number: int) -> Any:
-    if isinstance(dimension, Choice):
-        return dimension.values[-number]
-    return (dimension.low, dimension.high)[number]
+def _ends(dimension: Dimension) -> tuple[Any, ...]:
+    """The values that are checked before the first trial: all of a choice, else the lowest and the highest."""
+    return dimension.values if isinstance(dimension, Choice) else (dimension.low, dimension.high)
 
 
 def _claim(study: Study) -> tuple[Trial, Any, contextlib.ExitStack] | None:
