@@ -236,6 +236,8 @@ def test_how_far_a_sweep_is() -> None:
     ended = [{"code": code, "seconds": seconds} for code, seconds in ((0, 60.0), (0, 0.0), (1, 900.0))]
     assert _sweep_state.summary([*ended, {}], 6) == "2 of 6 done, 1 failed, 1 running, about 2 min 30 s left"
     assert _sweep_state.summary(ended, None) == "2 done, 1 failed"
+    stopped = [*ended, {"code": 143, "word": "stopped", "seconds": 5.0}]
+    assert _sweep_state.summary(stopped, 6) == "2 of 6 done, 1 failed, 1 stopped", "what was stopped has not failed"
 
 
 def test_the_live_table_has_what_is_running_and_what_failed(here: Path) -> None:
