@@ -71,6 +71,11 @@ def test_a_file_of_conversations_is_trained_on_and_not_judged(here: Path, capsys
     assert list(results["suites"]) == ["samples"], "nothing to judge gives no metrics"
     assert main(["report", "run=tiny"]) == 0
 
+    assert main(["evaluate", "run=tiny", "paths.cache=cache"]) == 0
+    said = capsys.readouterr().out
+    bits = stage["metrics"]["val/bpb"]
+    assert f"bits per byte of held-out conversations, at the end of stage sft: {bits:.4f} ±" in said
+
 
 def test_too_many_bad_rows_stop_the_run_before_anything_is_written(
     here: Path, capsys: pytest.CaptureFixture[str]

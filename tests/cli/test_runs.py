@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from nanochat_pl.cli.runs import delete_run, run
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.files import write_json
 from nanochat_pl.common.run_dir import stage_folder
+from nanochat_pl.ledger import Entry, append
 from tests.common.test_run_dir import HOLDER
 
 
@@ -42,6 +44,20 @@ def test_how_far_an_unfinished_stage_is(runs: Path, capsys: pytest.CaptureFixtur
     (sft / "metrics.csv").write_text("step,train/loss\n57,2.5\n58,2.4\n599", encoding="utf-8")
     run([])
     assert capsys.readouterr().out.splitlines()[2].split() == ["d4", "sft", "unfinished", "58/150", "1.0"]
+
+
+def test_the_ledger_tells_a_killed_process_from_one_that_runs(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (runs / "d4" / "base" / "finished.json").unlink()
+    for stage in ("base", "sft"):
+        append(runs, Entry("d4", stage, "started", "2026-11-30T00:00:00+00:00"))
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(runs)], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None and holder.stdout.readline()
+    assert run(["format=csv", "columns=[stage,exit]"]) == 0
+    assert capsys.readouterr().out.split() == ["stage,exit", "base,running", "sft,killed"]
+    holder.kill()
+    holder.wait()
+    assert run(["where=exit=killed", "format=json"]) == 0
+    assert [each["exit"] for each in json.loads(capsys.readouterr().out)] == ["killed", "killed"]
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"step": 1', '{"step": 1, "metrics": [3]}'])

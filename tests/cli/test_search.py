@@ -18,7 +18,6 @@ from nanochat_pl.common.files import write_json
 from nanochat_pl.config.overrides import split_override
 from nanochat_pl.config.search_space import Choice, Interval, split_space, text_of
 from nanochat_pl.ledger import Entry, append, read_ledger
-from nanochat_pl.training.config import TrainConfig
 
 pytest.importorskip("optuna")
 LR = "optim.matrix_lr=tag(log,interval(0.001,1.0))"
@@ -69,7 +68,7 @@ def test_the_space_is_written_in_hydras_grammar() -> None:
         "schedule.warmdown_ratio=range(0.1,0.5,0.1)",
         "trainer.compile=true,false",
     ]
-    fixed, space = split_space(texts, TrainConfig)
+    fixed, space = split_space(texts)
     assert fixed == ["seed=7"]
     assert space == {
         "optim.matrix_lr": Interval(0.001, 1.0, is_log=True),
@@ -87,7 +86,8 @@ def test_the_space_is_written_in_hydras_grammar() -> None:
     ("arguments", "expected"),
     [
         (["model.depth=2"], "search: no key has several values"),
-        ([LR, "optim=nanochat,classic_muon"], "optim=nanochat,classic_muon: is searched over by its keys"),
+        ([LR, "experiment=tiny,demo"], "experiment=tiny,demo: names the trials, and is not searched over"),
+        (["optim=nanochat,clasic_muon,nanochat_2025_10"], "clasic_muon"),
         (["optim.matrix_lr=interval(a,b)"], "optim.matrix_lr=interval(a,b.: is no way to say what is tried"),
         ([LR, LR], "optim.matrix_lr has been given before"),
         (["optim.matrix_lr=tag(log,interval(0,1))"], "cannot be searched over"),
@@ -96,6 +96,11 @@ def test_the_space_is_written_in_hydras_grammar() -> None:
         (["optim.matirx_lr=interval(0.1,1)"], "did you mean optim.matrix_lr"),
         ([LR, "search.trials=0"], "search.trials"),
         ([LR, "search.trails=3"], "did you mean"),
+        ([LR, "search.metric=val/bbp"], "search.metric=val/bbp: is not measured; did you mean val/bpb"),
+        (
+            [LR, "search.metric=core/mean", "evaluation.core_every_steps=null"],
+            "search.metric=core/mean: is not measured with",
+        ),
         ([LR, "stage=sft"], "search: the stage sft is not searched over, base is"),
     ],
 )
@@ -125,6 +130,16 @@ def test_a_search_goes_on_from_the_ledger(
     assert len(trials) == 6 and len({each.params["optim.matrix_lr"] for each in trials}) == 6
     assert best_of(trials, "minimize") == min(trials, key=lambda each: each.value or 0)
     assert best_of(trials, "maximize") == max(trials, key=lambda each: each.value or 0)
+
+
+def test_files_of_a_group_are_searched_over(here: Path, trained: list[list[str]]) -> None:
+    keys = ["optim=nanochat,classic_muon", "optim.matrix_lr=0.1,0.3", *FEW, "search.sampler=random"]
+    assert search.run(keys) == 0 and search.run(keys) == 0 and len(trained) == 4
+    chosen = [value_of(each, "optim") for each in trained]
+    assert set(chosen) <= {"nanochat", "classic_muon"}
+    study, _ = study_of(keys)
+    assert [each.params["optim"] for each in study.trials()] == chosen
+    assert not any(key.startswith("optim.") for key in study.fixed) and "model.depth" in study.fixed
 
 
 def test_tpe_has_learnt_where_good_values_are(here: Path, trained: list[list[str]]) -> None:

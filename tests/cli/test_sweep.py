@@ -102,6 +102,22 @@ def test_all_jobs_are_checked_before_the_first_begins(here: Path, monkeypatch: p
     assert any("dpeth" in problem for problem in caught.value.problems)
 
 
+def test_files_that_are_not_there_are_told_before_the_first_job_begins(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_sweep, "run_child", lambda arguments, *rest: pytest.fail("began"))
+    (here / "there.txt").write_text("words\n", encoding="utf-8")
+    with pytest.raises(UserError) as caught:
+        run_sweep("train", ["data=local", "data.path=there.txt,'gone*.txt',away", "model.depth=2,3"])
+    assert [problem.partition(": ")[0] for problem in caught.value.problems] == [
+        "data.path='gone*.txt'",
+        "data.path='away'",
+    ]
+    keys = ["experiment=tiny", "stages.sft.mixture.tasks.conversations.mine.path=chats,others"]
+    with pytest.raises(UserError, match=r"mixture\.tasks\.conversations\.mine\.path='chats': there is no such file"):
+        run_sweep("pipeline", keys)
+
+
 def test_finished_jobs_are_skipped_and_failing_ones_do_not_stop_the_others(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -220,6 +236,8 @@ def test_how_far_a_sweep_is() -> None:
     ended = [{"code": code, "seconds": seconds} for code, seconds in ((0, 60.0), (0, 0.0), (1, 900.0))]
     assert _sweep_state.summary([*ended, {}], 6) == "2 of 6 done, 1 failed, 1 running, about 2 min 30 s left"
     assert _sweep_state.summary(ended, None) == "2 done, 1 failed"
+    stopped = [*ended, {"code": 143, "word": "stopped", "seconds": 5.0}]
+    assert _sweep_state.summary(stopped, 6) == "2 of 6 done, 1 failed, 1 stopped", "what was stopped has not failed"
 
 
 def test_the_live_table_has_what_is_running_and_what_failed(here: Path) -> None:

@@ -92,7 +92,7 @@ def refusal(capsys: pytest.CaptureFixture[str], *overrides: str) -> str:
 def test_a_cpu_refuses_hours_and_says_what_it_can(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     places = (f"paths.cache={tmp_path}", f"paths.runs={tmp_path / 'runs'}")
     error = refusal(capsys, *places)
-    assert error.count("error:") == 1 and "hours on this CPU (limit: 1)" in error
+    assert error.count("error:") == 1 and "days on this CPU (limit: 1 hour)" in error
     assert "model.depth=4 max_steps=20 takes minutes. yes=true trains all the same." in error
     assert "more data" not in error and not [*(tmp_path / "runs").rglob("*")]
     assert main(["plan", *COMMAND, *places]) == 0

@@ -38,7 +38,7 @@ def test_words_are_names_and_keys_of_train_are_settings(runs: Path, capsys: pyte
     assert row[:5] == ["d4-plain-*", "5", "1.2098", "0.0029", "+0.01"]
     assert row[-1] == "worse"
     assert "of pairs of one seed" in out
-    said = printed(capsys, "runs=['d4-seed*','d4-plain-*']", "settings=['model.depth=4']", f"paths.runs={runs}")[1]
+    said = printed(capsys, "runs=['d4-seed*','d4-plain-*']", "where=model.depth=4", f"paths.runs={runs}")[1]
     assert said == out
 
 
@@ -50,6 +50,14 @@ def test_runs_are_grouped_by_a_setting_and_one_glob_parts_by_itself(
     assert "hold at every look" in by
     alone = printed(capsys, "d4-*", "sequential=true", f"paths.runs={runs}")[1]
     assert alone == by
+
+
+def test_several_values_of_a_setting_choose_runs_of_each(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_group(runs, "d2", [1.4, 1.41], {"model.depth": 2})
+    make_group(runs, "d6", [1.1, 1.11], {"model.depth": 6})
+    out = printed(capsys, "model.depth=2,6", f"paths.runs={runs}")[1]
+    assert "model.depth=2" in out and "model.depth=6" in out and "model.depth=4" not in out
+    assert printed(capsys, "model.depth!=4", f"paths.runs={runs}")[1] == out
 
 
 def test_the_page_stands_by_itself(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -86,7 +94,9 @@ def test_names_of_strangers_are_text_in_the_page(tmp_path: Path, capsys: pytest.
         (["d4-sed*"], "no run of that name"),
         (["model.dept=4"], "did you mean model.depth"),
         (["model.depth=5"], "model.depth=5: no run has it; there are: 4."),
-        (["model=tiny"], "settings: model=tiny: is a group of settings."),
+        (["model.depth=5,6"], "model.depth=5,6: no run has it; there are: 4."),
+        (["where=model.depth=4", "max_steps<9"], "max_steps<9: no run has it; there are: null."),
+        (["model=tiny"], "where=model: no entry has such a column"),
         (["metric=[val/bpb]"], "did you mean metrics?"),
         (["stage=rl"], "stage=rl: no run of that stage; there are entries of base."),
         (["a", "runs=[b]"], "runs: is given twice"),

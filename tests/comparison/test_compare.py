@@ -168,7 +168,7 @@ def test_groups_by_a_setting_begin_with_the_default() -> None:
     _, runs, _ = read_runs(entries, "base", settings_of_results)
     with pytest.raises(UserError, match=r"model\.depth \(12, 6\)"):
         by_setting(runs, "model.backout")
-    groups = by_setting(keep(runs, {"model.depth": 12}), "model.backout").groups
+    groups = by_setting(keep(runs, "model.depth=12"), "model.backout").groups
     assert [each.label for each in groups] == ["model.backout=true", "model.backout=false"]
     assert [len(each.runs) for each in groups] == [5, 5]
     assert [each.label for each in by_setting(runs, None).groups][1:] == ["model.backout=false", "model.depth=6"]
@@ -183,6 +183,21 @@ def test_the_settings_of_a_parent_count_and_can_be_chosen() -> None:
     assert compare(stage, groups, ["val/bpb"]).settings == {"base: model.backout": [True, False]}
 
 
+def test_runs_are_chosen_as_the_command_runs_chooses_entries() -> None:
+    entries = (
+        group("a", BASE[:2]) + group("b", WORSE[:2], {"model.depth": 2}) + group("c", BASE[:2], {"model.depth": 4})
+    )
+    _, runs, _ = read_runs(entries, "base", settings_of_results)
+
+    def names(where: str) -> str:
+        return "".join(sorted({run.name[0] for run in keep(runs, where)}))
+
+    assert names("model.depth=2,4") == "bc"
+    assert names("model.depth!=2,4") == "a"
+    assert names("model.depth<=4 and val/bpb<1.205") == "c"
+    assert names("run=b*,c1") == "bc"
+
+
 def test_the_newest_entry_of_a_stage_counts_and_unfinished_ones_are_left_out() -> None:
     entries = [
         entry_of("a0", 0, 9.0, exit="stopped"),
@@ -194,21 +209,22 @@ def test_the_newest_entry_of_a_stage_counts_and_unfinished_ones_are_left_out() -
     assert remarks == ["Left out, as base is not finished: a1 (failed: out of memory)."]
     chosen = by_name(runs, ["a*"])
     assert [run.name for run in chosen.groups[0].runs] == ["a2"]
-    assert "a later run has the seed of a0" in chosen.remarks[0]
+    assert "another run has the seed of a0" in chosen.remarks[0]
 
 
 @pytest.mark.parametrize(
-    ("names", "wanted", "message"),
+    ("names", "where", "message"),
     [
-        (["d4-sed*"], {}, "no run of that name; did you mean d4-seed"),
-        (["d4"], {}, "did you mean 'd4*'?"),
-        ([], {"model.dept": 4}, "no run has such a setting; did you mean model.depth"),
-        ([], {"model.depth": 5}, "no run has it; there are: 12."),
+        (["d4-sed*"], "run=*", "no run of that name; did you mean d4-seed"),
+        (["d4"], "run=*", "did you mean 'd4*'?"),
+        ([], "model.dept=4", "no entry has such a column; did you mean model.depth"),
+        ([], "model.depth=5", "model.depth=5: no run has it; there are: 12."),
+        ([], "model.depth=12 and model.depth=5,6", "model.depth=5,6: no run has it; there are: 12."),
     ],
 )
-def test_what_is_not_there_is_named(names: list[str], wanted: dict[str, Any], message: str) -> None:
+def test_what_is_not_there_is_named(names: list[str], where: str, message: str) -> None:
     with pytest.raises(UserError) as caught:
-        keep(read_runs(group("d4-seed", BASE[:3]), None, settings_of_results, names)[1], wanted)
+        keep(read_runs(group("d4-seed", BASE[:3]), None, settings_of_results, names)[1], where)
     assert message in str(caught.value)
 
 

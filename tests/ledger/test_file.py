@@ -55,6 +55,14 @@ def test_keys_of_a_later_version_are_left_out(tmp_path: Path) -> None:
     assert Entry.from_plain({**entry("a").to_plain(), "later": 1}, "here") == entry("a")
 
 
+def test_a_start_counts_as_long_as_nothing_follows_it(tmp_path: Path) -> None:
+    lines = [("a", "started"), ("b", "started"), ("b", "started"), ("a", "finished"), ("c", "failed"), ("c", "started")]
+    for run, exit in lines:
+        append(tmp_path, entry(run, exit))
+    found = [(each.run, each.exit) for each in read_ledger(tmp_path)]
+    assert found == [("b", "started"), ("a", "finished"), ("c", "failed"), ("c", "started")]
+
+
 def test_newest_has_one_entry_for_each_stage_of_each_run() -> None:
     entries = [entry("a", "stopped", 3.0), entry("b"), entry("a", "finished", 2.0)]
     assert newest(entries) == [entries[2], entries[1]]

@@ -23,7 +23,14 @@ def runs(here: Path) -> Path:
     for depth, lr, bits in ((2, 0.02, 1.5), (4, "auto", 1.25), (10, 0.01, None)):
         settings = {"model.depth": depth, "optim.lr": lr, "yes": depth == 4, "paths.runs": "runs"}
         metrics = {} if bits is None else {"val/bpb": bits}
-        how = {"steps": 1000 * depth, "settings": settings, "changed": settings, "metrics": metrics, "errors": metrics}
+        files = {"data.files": ["a.txt", "b.txt"]} if depth == 10 else {}
+        how = {
+            "steps": 1000 * depth,
+            "settings": settings | files,
+            "changed": settings,
+            "metrics": metrics,
+            "errors": metrics,
+        }
         append(folder, Entry(f"d{depth}", "base", "failed" if bits is None else "finished", TIME, **how))  # type: ignore[arg-type]
     append(folder, Entry("d2", "sft", "stopped", TIME))
     append(folder, Entry("d2", "sft", "finished", TIME))
@@ -54,6 +61,13 @@ def found(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[str]:
         ("run!=d1*", ["d2", "d4", "d2"]),
         ("run='d?'", []),
         ("errors.val/bpb<=1.25", ["d4"]),
+        ("model.depth=2,10", ["d2", "d10"]),
+        ("optim.lr=auto, 0.01", ["d4", "d10"]),
+        ("model.depth!=2,4", ["d10", "d2"]),
+        ("run='d2,d4'", []),
+        ("run=d[14]*", ["d4", "d10"]),
+        ("data.files=['a.txt',b.txt]", ["d10"]),
+        ("data.files!=[a.txt]", ["d2", "d4", "d10", "d2"]),
     ],
 )
 def test_conditions(where: str, expected: list[str], runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -127,7 +141,7 @@ def test_csv_and_json_have_all_digits(runs: Path, capsys: pytest.CaptureFixture[
         ("columns=[run,dept]", "columns=dept: no entry has such a column"),
         ("where=__import__('os')", "is no condition.*\nWrite NAME OPERATOR VALUE"),
         ("where=", "is no condition"),
-        ("where=model.depth>=4 or exit=failed", "conditions are joined by and alone.*\nAsk once"),
+        ("where=model.depth>=4 or exit=failed", "conditions are joined by and alone.*\nSeveral values"),
         ("stage=bse", "stage=bse: the ledger has no such stage; did you mean base?"),
         ("format=xml", "format"),
     ],

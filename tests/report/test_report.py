@@ -16,7 +16,7 @@ from markdown_it import MarkdownIt
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.report import SUMMARY_COLUMNS, summary_table, write_report
 from nanochat_pl.report.evaluations import Conditions, read_evaluation
-from nanochat_pl.report.format import clean, compact, duration, markdown_block, markdown_inline, show
+from nanochat_pl.report.format import clean, compact, markdown_block, markdown_inline, show
 from tests.report.fake_run import HOSTILE, add_benchmarks, make_run, write_json
 
 
@@ -465,9 +465,8 @@ def test_values_are_shown_as_people_read_them(value: object, expected: str) -> N
     assert show(value) == expected
 
 
-def test_counts_durations_and_escapes() -> None:
+def test_counts_and_escapes() -> None:
     assert [compact(n) for n in (999, 1310720, 12_345, 999_999)] == ["999", "1.31 M", "12.3 k", "1.00 M"]
-    assert [duration(s) for s in (None, 2.5, 59.6, 61, 3725)] == ["—", "2.5 s", "1 min 0 s", "1 min 1 s", "1 h 2 min"]
     assert markdown_inline("a|b\n`c`") == "a\\|b \\`c\\`"
     assert [markdown_inline(text) for text in ("- a", "2. a", "-0.5", "1.5 a")] == ["\\- a", "2\\. a", "-0.5", "1.5 a"]
     assert markdown_block("x\n````\ny").startswith("`````text\n")

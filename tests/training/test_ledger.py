@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from nanochat_pl.cli.main import main
+from nanochat_pl.common.errors import UserError
 from nanochat_pl.ledger import LEDGER, Entry, newest, read_ledger
 from nanochat_pl.training import run as training_run
 from tests.training.conftest import copy_unfinished, tiny_overrides
@@ -58,6 +59,22 @@ def test_stopped_failed_and_finished_are_entries_of_one_stage(
     assert [each.exit for each in entries] == ["stopped", "failed", "finished"]
     assert [each.error for each in entries] == [None, "RuntimeError: two", None]
     assert {each.steps for each in entries} == {40} and newest(entries) == entries[-1:]
+
+
+def test_the_start_of_a_training_is_noted_and_what_is_refused_after_it_has_failed(
+    place: Path, train: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy_unfinished(place, "begun")
+
+    def refuse(*rest: object) -> None:
+        assert [each.exit for each in entries_of(place, "begun")] == ["started"]
+        raise UserError("no such thing")
+
+    monkeypatch.setattr(training_run, "_make_stage", refuse)
+    assert train("run=begun") == 2
+    (entry,) = entries_of(place, "begun")
+    assert (entry.exit, entry.error) == ("failed", "no such thing")
+    assert entry.data and entry.settings["model.depth"] == 3
 
 
 @pytest.mark.parametrize("wrong", ["data.path=nowhere", "optim.matrix_lr=0.5"])

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import inspect
+import json
 import re
 import shlex
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.profilers import PyTorchProfiler
 
 from nanochat_pl.cli.main import main
 from nanochat_pl.cli.train import compose_train
 from nanochat_pl.common.errors import UserError
+from nanochat_pl.training.callbacks.profile import TraceSteps
 from nanochat_pl.training.config import TrainerSettings
 from nanochat_pl.training.lightning_args import ARGUMENTS, Ours, Refused, Use, explain_argument
 from nanochat_pl.training.module import LMModule
@@ -160,6 +165,29 @@ def test_a_profile_of_a_run(tmp_path: Path, profiler: str) -> None:
     assert main(["train", *tiny_overrides(tmp_path), *changed]) == 0
     text = (tmp_path / "runs" / "it" / "base" / "fit-profile.txt").read_text(encoding="utf-8")
     assert ("aten::" if profiler == "pytorch" else "training_step") in text
+
+
+def test_a_trace_of_a_window_of_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_texts(tmp_path / "texts")
+    window = ["callbacks=profile", "callbacks.profile.first_step=3", "callbacks.profile.steps=2"]
+    keys = [*tiny_overrides(tmp_path), "tokenizer.vocab_size=265", "run=it", "max_steps=5", *window]
+    assert main(["train", *keys, "callbacks.profile.memory=true"]) == 0
+    path = tmp_path / "runs" / "it" / "base" / "trace-steps-3-4.json.gz"
+    assert f"Trace: {path}; ui.perfetto.dev" in capsys.readouterr().out
+    events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
+    names = {each.get("name", "") for each in events}
+    assert {name for name in names if name.startswith("ProfilerStep#")} == {"ProfilerStep#1", "ProfilerStep#2"}
+    assert "aten::mm" in names and "[memory]" in names
+    TraceSteps(first_step=7).on_train_end(mock.Mock(global_step=5), None)
+    assert "No trace: it begins at step 7, and the training has 5." in capsys.readouterr().out
+
+
+def test_two_traces_of_the_same_steps_and_impossible_windows_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="first_step=0: must be at least 1"):
+        TraceSteps(first_step=0)
+    trainer = mock.Mock(profiler=PyTorchProfiler(dirpath=tmp_path), default_root_dir=tmp_path)
+    with pytest.raises(UserError, match=r"trainer\.profiler=pytorch: records the same steps"):
+        TraceSteps().setup(trainer, None, "fit")
 
 
 def test_anomalies_are_looked_for_in_the_training_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

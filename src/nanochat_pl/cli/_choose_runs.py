@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from nanochat_pl.cli._sweep_state import runs_of_same_sweep
 from nanochat_pl.cli.run_record import settings_that_matter
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.paths import PathsSettings
 from nanochat_pl.common.schema import setting
-from nanochat_pl.comparison.groups import Run, keep, read_runs
-from nanochat_pl.config.overrides import UNKNOWN, is_group, parse_overrides, split_override, type_of_key
-from nanochat_pl.ledger import LEDGER, read_ledger
+from nanochat_pl.comparison import Comparison, Run, compare, keep, neighbours, read_runs
+from nanochat_pl.comparison.metrics import main_metrics
+from nanochat_pl.config.compose import compose
+from nanochat_pl.config.overrides import UNKNOWN, split_override, type_of_key
+from nanochat_pl.ledger import LEDGER, newest, read_ledger
+from nanochat_pl.ledger.query import condition_name
 from nanochat_pl.report.evaluations import evaluated_metrics
 from nanochat_pl.training.config import TrainConfig
 
@@ -28,43 +32,59 @@ class ChoiceSettings:
     runs: list[str] = setting(
         factory=list, doc="Names of runs, or globs as 'd4-*'; words on the command line are the same; none: all runs."
     )
-    settings: list[str] = setting(
-        factory=list, doc="KEY=VALUE of settings that the runs have; a key of train on the command line is the same."
+    where: str | None = setting(
+        None,
+        "Those of which this is so, as for `runs`: NAME OPERATOR VALUE, several joined by and; a key of train on the"
+        " command line, model.depth=2,4, is such a condition.",
     )
     stage: str | None = setting(None, "Their stage; null: the last one that such a run has finished.")
     paths: PathsSettings = setting(factory=PathsSettings)
 
 
+Config = TypeVar("Config", bound=ChoiceSettings)
+
+
 def overrides_of(arguments: Sequence[str], schema: type) -> list[str]:
-    """A command line with its words as ``runs=[…]`` and its settings of trainings as ``settings=[…]``."""
+    """A command line with its words as ``runs=[…]``, and what it says of settings of trainings in ``where=``."""
     words: list[str] = []
     wanted: list[str] = []
     rest: list[str] = []
     for argument in arguments:
         key = split_override(argument)[0]
-        if "=" not in argument and not argument.startswith(("-", "+", "~")):
+        name = condition_name(argument.lstrip("+"))
+        if key == "where":
+            wanted.append(split_override(argument)[1])
+        elif name is not None and _is_of(TrainConfig, name) and not _is_of(schema, name):
+            wanted.append(argument.lstrip("+"))  # a wrong one is told among the runs' own
+        elif "=" not in argument and not argument.startswith(("-", "+", "~")):
             words.append(argument)
-        elif _is_of(TrainConfig, key) and not _is_of(schema, key):  # a wrong one is told among the runs' own
-            wanted.append(argument.lstrip("+"))
         else:
             rest.append(argument)
-    for key, values in (("runs", words), ("settings", wanted)):
-        if values and any(split_override(argument)[0] == key for argument in rest):
-            raise UserError(f"{key}: is given twice, with {key}= and by {values[0]}.", "Write all of them in one way.")
-        if values:
-            rest.append(f"{key}=[{','.join(map(_quoted, values))}]")
-    return rest
+    if words and any(split_override(argument)[0] == "runs" for argument in rest):
+        raise UserError(f"runs: is given twice, with runs= and by {words[0]}.", "Write all of them in one way.")
+    if words:
+        rest.append(f"runs=[{','.join(map(_quoted, words))}]")
+    return [*rest, f"where={' and '.join(wanted)}"] if wanted else rest
 
 
-def choose(config: ChoiceSettings, metrics: Sequence[str]) -> tuple[str, list[Run], list[str]]:
-    """The stage, its finished runs in the order of the ledger, and remarks.
+def choose(
+    command: str, schema: type[Config], arguments: Sequence[str], metrics_of: Callable[[Config], Sequence[str]]
+) -> tuple[Config, str, list[Run], list[str]]:
+    """What a command that reads the ledger begins with.
 
     Args:
-        metrics: what is wanted of them: what `evaluate` has found lies beside the runs, not in the ledger.
+        command: its name.
+        schema: of its settings.
+        arguments: the command line.
+        metrics_of: what is wanted of the runs: what `evaluate` has found lies beside them, not in the ledger.
+
+    Returns:
+        the settings, the stage, its finished runs in the order of the ledger, and remarks.
 
     Raises:
-        UserError: there is none, or a name or a setting fits none.
+        UserError: there is none, or a name or a condition fits none.
     """
+    config = compose(command, schema, overrides_of(arguments, schema)).config
     folder = Path(config.paths.runs)
     entries = read_ledger(folder)
     if not entries:
@@ -73,13 +93,36 @@ def choose(config: ChoiceSettings, metrics: Sequence[str]) -> tuple[str, list[Ru
             "Train one: nanochat-pl train …; or give the folder of the runs, paths.runs=…",
         )
     stage, runs, remarks = read_runs(entries, config.stage, settings_of_results, config.runs)
-    runs = keep(runs, _wanted(config.settings))
-    if any(metric.startswith("evaluate/") for metric in metrics):
+    if config.where is not None:
+        runs = keep(runs, config.where)
+    if any(metric.startswith("evaluate/") for metric in metrics_of(config)):
         runs = [
             replace(run, metrics=run.metrics | evaluated_metrics(folder / run.name / "evaluation" / stage))
             for run in runs
         ]
-    return stage, runs, remarks
+    return config, stage, runs, remarks
+
+
+def comparisons_of(folder: Path, name: str) -> list[Comparison]:
+    """Each finished stage of a run beside its other seeds and the runs that differ from it in a few settings.
+
+    Empty where the ledger has nothing to compare it with.
+
+    Args:
+        folder: of the runs.
+        name: of the run.
+    """
+    entries, related = read_ledger(folder), runs_of_same_sweep(folder, name)
+    found = []
+    for stage in (entry.stage for entry in newest(entries) if entry.run == name and entry.exit == "finished"):
+        _, runs, _ = read_runs(entries, stage, settings_of_results)
+        own = next(run for run in runs if run.name == name)
+        chosen = neighbours(own, runs, related)
+        metrics = main_metrics(own.metrics)
+        if chosen.groups and metrics:
+            result = compare(stage, chosen.groups, metrics)
+            found.append(replace(result, remarks=[*chosen.remarks, *result.remarks]))
+    return found
 
 
 def settings_of_results(settings: Mapping[str, Any], stage: str) -> dict[str, Any]:
@@ -92,20 +135,6 @@ def settings_of_results(settings: Mapping[str, Any], stage: str) -> dict[str, An
         and not parts[1].endswith("every_steps")
     }
     return settings_that_matter(settings, stage) | measured
-
-
-def _wanted(settings: Sequence[str]) -> dict[str, Any]:
-    """The settings that are asked for, with values as the command line of train has them."""
-    problems: list[str] = []
-    found = {each.key: each.value for each in parse_overrides(settings, TrainConfig, {}, problems)}
-    problems += [
-        f"{key}={value}: is a group of settings."
-        for key, value in found.items()
-        if is_group(type_of_key(TrainConfig, key))
-    ]
-    if problems:
-        raise UserError([f"settings: {problem}" for problem in problems], "Name settings as for train: model.depth=4")
-    return found
 
 
 def _is_of(schema: type, key: str) -> bool:

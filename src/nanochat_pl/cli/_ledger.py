@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import socket
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -18,7 +19,6 @@ from nanochat_pl.cli.run_record import OF_THE_COMMAND, flat, last_code
 from nanochat_pl.common.console import rank_zero_print
 from nanochat_pl.common.device import device_name
 from nanochat_pl.common.errors import UserError, first_line
-from nanochat_pl.common.files import sha256_of_file
 from nanochat_pl.common.run_dir import StageFolder
 from nanochat_pl.config.compose import Composed
 from nanochat_pl.config.experiment import compose_step
@@ -32,31 +32,37 @@ from nanochat_pl.training.device import own_device
 from nanochat_pl.training.stages.registry import StageData
 
 STDERR = "_stderr"
+TAIL_BYTES = 2**12
 
 
 class EndOfStage:
-    """Appends an entry to the ledger when the process of a stage ends, however it does.
+    """Appends an entry to the ledger when the process of a stage ends, however it does; and one before it trains, which
+    is all that there is of a process that is killed.
 
-    As a context manager around the whole training. Of a start that was refused before anything was trained, and of a
-    stage that was finished before, there is no entry. Only the main process writes. What keeps it from writing is said
-    in one line: no training is lost for it.
+    As a context manager around the whole training. Of a start that was refused before there was anything to train with,
+    and of a stage that was finished before, there is no entry. Only the main process writes. What keeps it from writing
+    is said in one line: no training is lost for it.
     """
 
     def __init__(self, composed: Composed[TrainConfig], folder: StageFolder) -> None:
         self.composed, self.folder = composed, folder
-        self._before: str | None = None
+        self._before: tuple[int, bytes] | None = None
         self._is_begun = False
+        self._is_noted = False
         self._data: str | None = None
         self._tokenizer: str | None = None
         self._stopped_after: int | None = None
+        self._said = ""
 
     def begin(self) -> None:
         """The stage is not finished yet: from here on there is something to note."""
         self._is_begun = True
 
     def prepared(self, data: StageData) -> None:
-        """What the stage trains with is known."""
+        """What the stage trains with is known: its training begins."""
         self._data, self._tokenizer = data.data.get("fingerprint"), data.tokenizer.fingerprint
+        if self._is_begun and collectives.is_rank_zero():
+            self._is_noted = self._append("started", None)
 
     def stopped(self, step: int) -> None:
         """A signal has ended the training after this step, of which there may be no line of metrics."""
@@ -71,27 +77,45 @@ class EndOfStage:
     ) -> None:
         if not self._is_begun or not collectives.is_rank_zero():
             return
-        try:
-            if isinstance(error, UserError) and self._trained() == self._before:
-                return  # refused
-            append(self.folder.runs, self._entry(error))
-        except Exception as problem:  # of whatever kind: the training is worth more than a line about it
-            said = problem.in_one_line if isinstance(problem, UserError) else first_line(problem)
-            rank_zero_print(f"The ledger has no entry of {self.folder.path}: {said}")
-
-    def _trained(self) -> str | None:
-        """What has been trained so far, to see whether it has changed."""
-        if not collectives.is_rank_zero():
-            return None
-        metrics = self.folder.path / "metrics.csv"
-        return sha256_of_file(metrics) if metrics.is_file() else None
-
-    def _entry(self, error: BaseException | None) -> Entry:
+        is_refused = isinstance(error, UserError) and not self._is_noted
+        if is_refused and self._trained() == self._before:
+            return
         exit: Exit = "stopped"
         if self.folder.status == "finished":
             exit = "finished"
         elif error is not None and not isinstance(error, KeyboardInterrupt):
             exit = "failed"
+        self._append(exit, error)
+
+    def _append(self, exit: Exit, error: BaseException | None) -> bool:
+        """Whether it could be done."""
+        try:
+            append(self.folder.runs, self._entry(exit, error))
+        except Exception as problem:  # of whatever kind: the training is worth more than a line about it
+            said = problem.in_one_line if isinstance(problem, UserError) else first_line(problem)
+            self._say_once(f"The ledger has no entry of {self.folder.path}: {said}")
+            return False
+        return True
+
+    def _say_once(self, text: str) -> None:
+        if text != self._said:
+            rank_zero_print(text)
+        self._said = text
+
+    def _trained(self) -> tuple[int, bytes] | None:
+        """How far the training is, to see whether it has come further: the size of its metrics and their last lines.
+
+        Not the time of the file: a start that is refused may have written the same lines again.
+        """
+        metrics = self.folder.path / "metrics.csv"
+        if not collectives.is_rank_zero() or not metrics.is_file():
+            return None
+        with metrics.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - TAIL_BYTES))
+            return size, file.read()
+
+    def _entry(self, exit: Exit, error: BaseException | None) -> Entry:
         config = self.composed.config
         machine = {
             "host": socket.gethostname(),
@@ -154,7 +178,8 @@ def note_inference(folder: StageFolder, inference: Mapping[str, float], on: Mapp
         on: host, device and compute type that they were measured with.
     """
     try:
-        found = [each for each in newest(read_ledger(folder.runs)) if (each.run, each.stage) == _name(folder)]
+        known = [each for each in read_ledger(folder.runs) if each.exit != "started"]
+        found = [each for each in newest(known) if (each.run, each.stage) == _name(folder)]
         if found:
             entry = dataclasses.replace(found[0], time=_now(), inference=dict(inference), inference_on=dict(on))
             append(folder.runs, entry)

@@ -99,12 +99,22 @@ class Study:
         found = {trial.number: trial for trial in self._begun()}
         for entry in newest(read_ledger(self.runs)):
             match = re.fullmatch(rf"{re.escape(self.base)}-trial(\d+)", entry.run)
-            if match is None or entry.stage != self.stage or not self.space.keys() <= entry.settings.keys():
+            if match is None or entry.stage != self.stage:
+                continue
+            number = int(match[1])
+            # Which file of a group was chosen is not among the settings: the file of the trials knows it.
+            known = (found[number].params if number in found else {}) | entry.settings
+            if not self.space.keys() <= known.keys():
                 continue
             self._require_comparable(entry.run, entry.settings)
-            number, params = int(match[1]), {key: entry.settings[key] for key in self.space}
+            params = {key: known[key] for key in self.space}
             value = entry.metrics.get(self.settings.metric)
-            states: dict[str, State] = {"finished": "finished", "failed": "failed", "stopped": "running"}
+            states: dict[str, State] = {
+                "finished": "finished",
+                "failed": "failed",
+                "stopped": "running",
+                "started": "running",
+            }
             state = states[entry.exit]
             if state != "finished" and number in found and found[number].state in ("pruned", "failed"):
                 continue  # it was stopped for that, or before it failed

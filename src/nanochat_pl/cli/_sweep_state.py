@@ -22,13 +22,14 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from nanochat_pl.cli._subprocess import is_stop
 from nanochat_pl.cli.runs import is_held, progress_of
 from nanochat_pl.common.console import console
+from nanochat_pl.common.durations import duration
 from nanochat_pl.common.errors import UserError, visible
 from nanochat_pl.common.files import ensure_folder, explain_disk_errors, read_object, write_json
 from nanochat_pl.common.locks import held_lock, try_lock
 from nanochat_pl.common.run_dir import StageFolder, stage_folder
-from nanochat_pl.report.format import duration
 
 FOLDER = ".sweeps"
 LAST_LINES = 8
@@ -52,6 +53,12 @@ def numbers_of(folder: Path, names: Sequence[str]) -> dict[str, int]:
             jobs += new
             write_json(path, {"jobs": jobs})
     return {name: jobs.index(name) + 1 for name in names}
+
+
+def runs_of_same_sweep(runs: Path, run: str) -> set[str]:
+    """The runs of the sweeps that a run is of, itself too; empty: of none."""
+    found = [set(_jobs(path)) for path in (runs / FOLDER).glob("*/jobs.json")]
+    return set().union(*(names for names in found if run in names))
 
 
 def _jobs(path: Path) -> list[str]:
@@ -124,11 +131,13 @@ def wait_until_free(folders: Sequence[StageFolder]) -> None:
 def summary(states: Sequence[dict[str, Any]], total: int | None) -> str:
     """How far the sweep is: ``3 of 6 done, 1 failed, 1 running, about 2 min left``."""
     ended = [state for state in states if not is_running(state)]
-    failed, running = sum(bool(state["code"]) for state in ended), len(states) - len(ended)
+    stopped = sum(is_stop(state["code"]) for state in ended)
+    failed, running = sum(bool(state["code"]) for state in ended) - stopped, len(states) - len(ended)
     seconds = [state["seconds"] for state in ended if state["seconds"] and not state["code"]]
-    done = f"{len(ended) - failed:,}{'' if total is None else f' of {total:,}'} done"
-    parts = [done, f"{failed:,} failed" if failed else "", f"{running:,} running" if running else ""]
-    if total is not None and seconds and (left := total - len(ended)):
+    done = f"{len(ended) - failed - stopped:,}{'' if total is None else f' of {total:,}'} done"
+    counts = ((failed, "failed"), (stopped, "stopped"), (running, "running"))
+    parts = [done, *(f"{count:,} {word}" for count, word in counts if count)]
+    if total is not None and seconds and not stopped and (left := total - len(ended)):
         # The parts of running jobs that are done count for half of them.
         jobs = max(left - 0.5 * running, 0.5) / max(running, 1)
         parts.append(f"about {duration(jobs * sum(seconds) / len(seconds))} left")

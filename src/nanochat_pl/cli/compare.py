@@ -10,13 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from nanochat_pl.cli._choose_runs import ChoiceSettings, choose, overrides_of
+from nanochat_pl.cli._choose_runs import ChoiceSettings, choose
 from nanochat_pl.common.console import print_table, rank_zero_print
 from nanochat_pl.common.schema import UserPath, setting
 from nanochat_pl.comparison import Comparison, MetricComparison, by_name, by_setting, compare
 from nanochat_pl.comparison.metrics import DEFAULT
 from nanochat_pl.comparison.words import COLUMNS, cells, direction, what_it_holds
-from nanochat_pl.config.compose import compose
 from nanochat_pl.report.comparison import write_comparison
 
 
@@ -40,15 +39,9 @@ class CompareConfig(ChoiceSettings):
 Config = CompareConfig
 
 
-def as_overrides(arguments: Sequence[str]) -> list[str]:
-    """The command line as KEY=VALUE alone."""
-    return overrides_of(arguments, CompareConfig)
-
-
 def run(arguments: Sequence[str]) -> int:
     """The command."""
-    config = compose("compare", CompareConfig, as_overrides(arguments)).config
-    stage, runs, remarks = choose(config, config.metrics)
+    config, stage, runs, remarks = choose("compare", CompareConfig, arguments, lambda config: config.metrics)
     chosen = by_name(runs, config.runs) if config.by is None and len(config.runs) > 1 else by_setting(runs, config.by)
     result = compare(stage, chosen.groups, config.metrics, sequential=config.sequential)
     result = replace(result, remarks=[*remarks, *chosen.remarks, *result.remarks])

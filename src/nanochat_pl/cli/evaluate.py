@@ -33,7 +33,13 @@ from nanochat_pl.evaluation.compare import Other, comparable, locate_other, read
 from nanochat_pl.evaluation.jobs import Job, identity_of, measure, of_most_problems
 from nanochat_pl.evaluation.results import METRICS_VERSION
 from nanochat_pl.evaluation.suites import RESULTS, Evaluation, Suite, SuiteResult, read_results
-from nanochat_pl.evaluation.tables import remove_tables, show_differences, write_differences, write_suite
+from nanochat_pl.evaluation.tables import (
+    remove_tables,
+    show_differences,
+    show_own_validation,
+    write_differences,
+    write_suite,
+)
 from nanochat_pl.training.device import own_device, require_own_gpus
 
 Config = EvaluateConfig
@@ -57,6 +63,8 @@ def run(arguments: Sequence[str]) -> int:
     theirs = _known_of_other(other, jobs, to, model)
     coordination.run_on_rank_zero(lambda: str(ensure_folder(to)))
     suites = measure(bundle, jobs, model, to)
+    if config.suites is None and not any(suite.tasks or suite.metrics for suite in suites):
+        show_own_validation(bundle.stage)
     origin = {
         "bundle": str(source),
         "stage": bundle.stage.stage,

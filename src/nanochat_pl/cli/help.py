@@ -20,6 +20,7 @@ from nanochat_pl.config.experiment import compose_step
 from nanochat_pl.config.hydra_app import HydraOptions
 from nanochat_pl.config.overrides import UNKNOWN, is_group, take_key, type_of_key, without_none
 
+TAKE_WORDS = ("compare", "scaling")  # names of runs, and conditions on them
 _BOUNDS = {"gt": "above", "ge": "at least", "le": "at most"}
 
 
@@ -65,8 +66,10 @@ def compose_command(command: str, overrides: Sequence[str]) -> Composed[Any]:
     """Compose and check the settings of a command as it does itself; of ``pipeline`` each step has its own."""
     step = take_key(overrides, "stage")[0] or "base" if command in config_dir.LIKE_TRAIN else command
     module = importlib.import_module(module_of(command))
-    if hasattr(module, "as_overrides"):  # it also takes words
-        overrides = module.as_overrides(overrides)
+    if command in TAKE_WORDS:
+        from nanochat_pl.cli._choose_runs import overrides_of
+
+        overrides = overrides_of(overrides, module.Config)
     return compose_step(command, step, module.Config, overrides)
 
 

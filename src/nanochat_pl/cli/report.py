@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from nanochat_pl.cli._choose_runs import comparisons_of
 from nanochat_pl.cli._subprocess import is_child
 from nanochat_pl.common.console import print_table, rank_zero_print
 from nanochat_pl.common.paths import PathsSettings, only_run
@@ -35,7 +36,7 @@ def run(arguments: Sequence[str]) -> int:
     runs = Path(composed.config.paths.runs)
     name = composed.config.run or composed.experiment or only_run(runs)
     check_name(name)
-    report = write_report(runs / name)
+    report = write_report(runs / name, comparisons_of(runs, name))
     if not is_child():
         print_table(SUMMARY_COLUMNS, summary_table(runs / name), title=f"run {name}")
     rank_zero_print(f"report: {report}")

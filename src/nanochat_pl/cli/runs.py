@@ -28,7 +28,7 @@ from nanochat_pl.common.paths import PathsSettings
 from nanochat_pl.common.run_dir import MAX_NAMED, RESULTS, StageFolder, list_runs
 from nanochat_pl.common.schema import setting
 from nanochat_pl.config.compose import compose
-from nanochat_pl.ledger import newest, read_ledger
+from nanochat_pl.ledger import Entry, newest, read_ledger
 from nanochat_pl.ledger.query import Row, ordered, require_columns, select, usual_columns
 
 # More than a line of metrics.csv, which has some twenty metrics.
@@ -101,7 +101,7 @@ def _print_ledger(config: RunsConfig, runs: Path) -> None:
     if not entries:
         print(f"{runs}: the ledger has no entries yet.", file=sys.stdout if config.format == "table" else sys.stderr)
         return
-    rows = [Row.of(entry) for entry in entries if config.stage in (None, entry.stage)]
+    rows = [_row_of(entry, runs) for entry in entries if config.stage in (None, entry.stage)]
     if not rows:
         stages = {entry.stage for entry in entries}
         raise UserError(
@@ -117,7 +117,12 @@ def _print_ledger(config: RunsConfig, runs: Path) -> None:
         columns, more = usual_columns([row.entry for row in rows], settings_that_matter)
     if config.format == "json":
         whole = config.columns is None
-        found = [row.entry.to_plain() if whole else {name: row.cells.get(name) for name in columns} for row in rows]
+        found = [
+            row.entry.to_plain() | {"exit": row.cells["exit"]}
+            if whole
+            else {name: row.cells.get(name) for name in columns}
+            for row in rows
+        ]
         print(json.dumps(found, indent=2, ensure_ascii=False))
     elif config.format == "csv":
         writer = csv.writer(sys.stdout, lineterminator="\n")
@@ -136,6 +141,15 @@ def _print_ledger(config: RunsConfig, runs: Path) -> None:
         print_table([_heading(name) for name in columns], cells)
         if more:
             rank_zero_print(f"These differ, too (columns=[…] shows them): {listed(more, MAX_NAMED)}")
+
+
+def _row_of(entry: Entry, runs: Path) -> Row:
+    """An entry; of one that has only begun it is said whether its process is at it or was killed."""
+    row = Row.of(entry)
+    if entry.exit != "started":
+        return row
+    is_running = is_held(StageFolder(runs, entry.run, entry.stage, entry.run))
+    return Row(entry, {**row.cells, "exit": "running" if is_running else "killed"})
 
 
 def _heading(name: str) -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from nanochat_pl.cli._choose_runs import ChoiceSettings, choose, overrides_of
+from nanochat_pl.cli._choose_runs import ChoiceSettings, choose
 from nanochat_pl.common.console import print_table, rank_zero_print
 from nanochat_pl.common.errors import UserError, listed
 from nanochat_pl.common.files import read_object
@@ -20,7 +20,6 @@ from nanochat_pl.comparison import Run, groups
 from nanochat_pl.comparison.metrics import DEFAULT, require_known
 from nanochat_pl.comparison.scaling import IsoFlops, Point, PowerLaw, fit_isoflops, fit_power_law
 from nanochat_pl.comparison.words import OPTIMUM_COLUMNS, POINT_COLUMNS, exponents, law, optimum_cells, point_cells
-from nanochat_pl.config.compose import compose
 from nanochat_pl.planning import Plan
 from nanochat_pl.report.scaling import write_scaling
 
@@ -50,15 +49,9 @@ class ScalingConfig(ChoiceSettings):
 Config = ScalingConfig
 
 
-def as_overrides(arguments: Sequence[str]) -> list[str]:
-    """The command line as KEY=VALUE alone."""
-    return overrides_of(arguments, ScalingConfig)
-
-
 def run(arguments: Sequence[str]) -> int:
     """The command."""
-    config = compose("scaling", ScalingConfig, as_overrides(arguments)).config
-    stage, runs, remarks = choose(config, [config.metric])
+    config, stage, runs, remarks = choose("scaling", ScalingConfig, arguments, lambda config: [config.metric])
     plans = {run.name: _plan(Path(config.paths.runs) / run.name / stage / "plan.json") for run in runs}
     points = _points(runs, plans, config)
     others = [key for key in groups.differing([run.settings for run in runs]) if key not in _LADDER]

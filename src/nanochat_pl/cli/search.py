@@ -23,15 +23,17 @@ from nanochat_pl.cli._sweep_state import last_lines, log_of, sweep_folder, wait_
 from nanochat_pl.cli.run_record import settings_that_matter
 from nanochat_pl.cli.train import compose_train
 from nanochat_pl.common.console import ignore_broken_pipe, print_table, rank_zero_print
-from nanochat_pl.common.errors import UserError
+from nanochat_pl.common.errors import UserError, did_you_mean
 from nanochat_pl.common.files import ensure_folder
 from nanochat_pl.common.locks import held_lock, try_lock
 from nanochat_pl.common.paths import PathsSettings
 from nanochat_pl.common.run_dir import stage_folder
 from nanochat_pl.common.schema import setting
+from nanochat_pl.comparison.metrics import DEFAULT
 from nanochat_pl.config.compose import compose
 from nanochat_pl.config.overrides import split_override, take_key
 from nanochat_pl.config.search_space import Choice, Dimension, split_space, text_of
+from nanochat_pl.evaluation.validation import name_by_source
 from nanochat_pl.training.config import TrainConfig
 
 
@@ -75,7 +77,7 @@ def study_of(arguments: Sequence[str]) -> tuple[Study, list[str]]:
     own = [text for text in arguments if split_override(text)[0].partition(".")[0] in ("search", "run", "paths")]
     config = compose("search", SearchConfig, own).config
     of_train = [text for text in arguments if split_override(text)[0].partition(".")[0] not in ("search", "run")]
-    fixed, space = split_space(of_train, TrainConfig)
+    fixed, space = split_space(of_train)
     if not space:
         raise UserError(
             "search: no key has several values.", "Give some: nanochat-pl search 'optim.matrix_lr=interval(0.01,0.1)'"
@@ -83,28 +85,50 @@ def study_of(arguments: Sequence[str]) -> tuple[Study, list[str]]:
     experiment = take_key(fixed, "experiment")[0]
     base = config.run or Path(experiment).stem or "search"
     problems: dict[str, None] = {}
-    for number in (0, 1):  # the ends of all that is tried
+    tried = [_ends(dimension) for dimension in space.values()]
+    for number in range(max(map(len, tried))):
+        values = [text_of(key, ends[number % len(ends)]) for key, ends in zip(space, tried, strict=True)]
         try:
-            composed = compose_train(
-                [*fixed, *(text_of(key, _end(space[key], number)) for key in space), f"run={base}"]
-            )
+            composed = compose_train([*fixed, *values, f"run={base}"])
         except UserError as error:
             problems |= dict.fromkeys(error.problems)
     if problems:
         raise UserError(list(problems), "Keys and their meaning: nanochat-pl train --help, nanochat-pl search --help")
     if composed.config.stage.definition.starts_from_model or not composed.config.stage.definition.has_model:
         raise UserError(f"search: the stage {composed.config.stage.name} is not searched over, base is.")
+    _require_measured(config.search.metric, composed.config)
     stage, runs = composed.config.stage.name, Path(config.paths.runs)
     matters = settings_that_matter(composed.plain(), stage)
-    kept = {key: value for key, value in matters.items() if key not in space}
+    kept = {key: value for key, value in matters.items() if key not in space and key.split(".")[0] not in space}
     folder = sweep_folder(runs, ["search", base, stage])
     return Study(config.search, space, runs, base, stage, folder, kept), fixed
 
 
-def _end(dimension: Dimension, number: int) -> Any:
-    if isinstance(dimension, Choice):
-        return dimension.values[-number]
-    return (dimension.low, dimension.high)[number]
+def _require_measured(metric: str, config: TrainConfig) -> None:
+    """Raise :class:`UserError` for a metric that a training of these settings does not have."""
+    if metric == DEFAULT or config.stage.module is not None:  # which may have metrics of its own
+        return
+    from nanochat_pl.training.callbacks.metrics import COLUMNS, COLUMNS_BY_SOURCE
+
+    of_sources = [name_by_source(column, source) for source in config.data.parts for column in COLUMNS_BY_SOURCE]
+    known = [name for name in (*COLUMNS[1:], *of_sources) if "_stderr" not in name]
+    benchmark, every = (
+        ("chat", "chat_every_steps") if config.stage.trains_on_conversations else ("core", "core_every_steps")
+    )
+    if metric.startswith(f"{benchmark}/") and getattr(config.evaluation, every) is not None:
+        return
+    if metric.startswith(f"{benchmark}/"):
+        raise UserError(f"search.metric={metric}: is not measured with evaluation.{every}=null.")
+    if metric not in known:
+        raise UserError(
+            f"search.metric={metric}: is not measured; {did_you_mean(metric, [*known, f'{benchmark}/mean'])}",
+            f"A stage of this kind has: {', '.join([*known, f'{benchmark}/mean'])}.",
+        )
+
+
+def _ends(dimension: Dimension) -> tuple[Any, ...]:
+    """The values that are checked before the first trial: all of a choice, else the lowest and the highest."""
+    return dimension.values if isinstance(dimension, Choice) else (dimension.low, dimension.high)
 
 
 def _claim(study: Study) -> tuple[Trial, Any, contextlib.ExitStack] | None:

@@ -2,6 +2,7 @@
 
 from nanochat_pl.comparison.compare import Comparison, MetricComparison, Row, compare
 from nanochat_pl.comparison.groups import Group, Run, by_name, by_setting, keep, read_runs
+from nanochat_pl.comparison.neighbours import neighbours
 
 __all__ = [
     "Comparison",
@@ -13,5 +14,6 @@ __all__ = [
     "by_setting",
     "compare",
     "keep",
+    "neighbours",
     "read_runs",
 ]

@@ -11,6 +11,7 @@ from nanochat_pl.common.errors import UserError, did_you_mean, listed
 from nanochat_pl.common.run_dir import STAGES
 from nanochat_pl.comparison.metrics import metrics_of
 from nanochat_pl.ledger import Entry, newest
+from nanochat_pl.ledger.query import cells_of, conditions, select
 
 SEED = "seed"
 MAX_NAMED = 8
@@ -44,6 +45,13 @@ class Run:
     @property
     def seed(self) -> Any:
         return self.entry.settings.get(SEED)
+
+    @property
+    def cells(self) -> dict[str, Any]:
+        """What can be asked of it in a condition, by name: all that its line has, the stages before it, its metrics."""
+        earlier = {name.partition(": ")[2]: value for name, value in self.settings.items() if ": " in name}
+        own = {name: value for name, value in self.settings.items() if ": " not in name}
+        return {**cells_of(self.entry), **earlier, **own, **self.metrics}
 
     def setting(self, key: str) -> Any:
         """A setting by its key, of the stage itself or else of one before it; :data:`ABSENT` where there is none."""
@@ -129,13 +137,18 @@ def read_runs(
     return stage, runs, remarks
 
 
-def keep(runs: Sequence[Run], wanted: Mapping[str, Any]) -> list[Run]:
-    """Those with these settings. Raises :class:`UserError`, with the values that there are, where none is left."""
-    for key, value in wanted.items():
-        _require_key(key, runs)
-        found = [run for run in runs if _same(run.setting(key), value)]
+def keep(runs: Sequence[Run], where: str) -> list[Run]:
+    """Those of which all conditions are true, in the grammar of :func:`~nanochat_pl.ledger.query.conditions`.
+
+    Raises:
+        UserError: with the values that there are, where none is left.
+    """
+    for condition in conditions(where):
+        name = condition.name
+        found = select(runs, condition.text)
         if not found:
-            raise UserError(f"{key}={shown(value)}: no run has it; there are: {_values(key, runs)}.")
+            values = dict.fromkeys(shown(run.cells.get(name, ABSENT)) for run in runs)
+            raise UserError(f"{condition.text}: no run has it; there are: {listed(list(values), MAX_NAMED)}.")
         runs = found
     return list(runs)
 
@@ -215,10 +228,15 @@ def _add(chosen: Chosen, label: str, runs: Sequence[Run]) -> None:
             f"{label}: its runs differ in more than their seed: {listed(parts, MAX_NAMED)}.",
             f"Choose one value of each, as {key}={shown(value)}; or group by it: by={key}",
         )
+    add_group(chosen, label, runs)
+
+
+def add_group(chosen: Chosen, label: str, runs: Sequence[Run]) -> None:
+    """Add runs of the same settings as a group; of those with one seed the last counts."""
     by_seed = {run.seed: run for run in runs}
     if twice := [run.name for run in runs if by_seed[run.seed] is not run]:
         chosen.remarks.append(
-            f"{label}: a later run has the seed of {listed(twice, MAX_NAMED)}, which says nothing of noise: left out."
+            f"{label}: another run has the seed of {listed(twice, MAX_NAMED)}, which says nothing of noise: left out."
         )
     chosen.groups.append(Group(label, tuple(by_seed.values())))
 

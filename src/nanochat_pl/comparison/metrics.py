@@ -9,6 +9,7 @@ from nanochat_pl.common.errors import UserError, did_you_mean
 from nanochat_pl.ledger import Entry
 
 DEFAULT = "val/bpb"
+_MAIN = {DEFAULT, "core/mean", "chat/mean"}
 _STANDARD_ERROR = re.compile(r"_stderr(_|/|$)")
 _MORE = re.compile(
     r"^(evaluate/|best\.)?(core|chat|chatcore|harness)/|^(best\.)?pass_at_\d+/|pass@|accuracy|reward|_per_second$|/mfu$|centered"
@@ -27,6 +28,11 @@ def metrics_of(entry: Entry) -> dict[str, float]:
     inference = {f"inference.{name}": value for name, value in entry.inference.items()}
     best = {f"best.{name}": value for name, value in entry.best.items()}
     return {**entry.metrics, **best, **inference, **costs}
+
+
+def main_metrics(metrics: Iterable[str]) -> list[str]:
+    """Those that a stage is trained for, in the order given: bits per byte, CORE, the chat tasks' mean, pass@1."""
+    return [name for name in metrics if name in _MAIN or name.startswith("pass_at_1/")]
 
 
 def require_known(metrics: Iterable[str], found: Iterable[str], key: str = "metrics") -> None:

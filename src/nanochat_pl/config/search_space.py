@@ -13,7 +13,6 @@ from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, Overrid
 from hydra.errors import HydraException
 
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.config.compose import groups_of
 from nanochat_pl.config.overrides import split_override
 
 MAX_VALUES = 10_000
@@ -47,7 +46,7 @@ class Interval:
 Dimension = Choice | Interval
 
 
-def split_space(texts: Sequence[str], schema: type) -> tuple[list[str], dict[str, Dimension]]:
+def split_space(texts: Sequence[str]) -> tuple[list[str], dict[str, Dimension]]:
     """Part the overrides into those with one value, and the space: what is searched over, by key.
 
     Raises:
@@ -56,7 +55,6 @@ def split_space(texts: Sequence[str], schema: type) -> tuple[list[str], dict[str
     fixed: list[str] = []
     space: dict[str, Dimension] = {}
     problems: list[str] = []
-    groups = {*groups_of(schema), "experiment", "run"}
     for text in texts:
         key, raw, problem = split_override(text)
         override = None if problem or key.startswith("~") else _parsed(key, raw)
@@ -64,8 +62,8 @@ def split_space(texts: Sequence[str], schema: type) -> tuple[list[str], dict[str
             if override is None and _MEANT.match(raw):
                 problems.append(f"{text}: is no way to say what is tried.")
             fixed.append(text)
-        elif key in groups:
-            problems.append(f"{text}: is searched over by its keys, and not as a whole; -m runs one job for each.")
+        elif key in ("experiment", "run"):
+            problems.append(f"{text}: names the trials, and is not searched over; -m runs one job for each.")
         elif key in space:
             problems.append(f"{text}: {key} has been given before.")
         else:

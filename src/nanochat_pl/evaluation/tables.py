@@ -10,8 +10,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
+from nanochat_pl.bundle.stage_info import StageInfo
 from nanochat_pl.common.console import print_table, rank_zero_print
 from nanochat_pl.common.files import write_text
+from nanochat_pl.common.schema import is_finite_number
 from nanochat_pl.evaluation.results import Difference, TaskResult
 from nanochat_pl.evaluation.suites import Suite, SuiteResult, answers_file, summary_name
 from nanochat_pl.tokenizer.comparison import print_comparison
@@ -41,6 +43,18 @@ def show_suite(found: SuiteResult) -> None:
         remark = f" [{found.remark}]" if found.remark else ""
         size = f"{summary.num_tasks} task{'s' if summary.num_tasks > 1 else ''}, n {summary.n:,}"
         rank_zero_print(f"{summary.name}: {value} ± {stderr} (95%: {low} … {high}), {size}{remark}")
+
+
+def show_own_validation(stage: StageInfo) -> None:
+    """Print what the stage's training has measured of itself, where an evaluation had nothing to judge."""
+    metrics = {name: value for name, value in stage.metrics.items() if is_finite_number(value)}
+    if "val/bpb" in metrics:
+        what = "conversations" if stage.has_seen_conversations else "text"
+        rank_zero_print(
+            f"bits per byte of held-out {what}, at the end of stage {stage.stage}:"
+            f" {metrics['val/bpb']:.4f}{_stderr(metrics, 'val/bpb_stderr')}"
+        )
+    rank_zero_print("suites=[bpb] measures the model on held-out text; what it writes is in the report.")
 
 
 def show_differences(name: str, suites: Sequence[SuiteResult]) -> None:

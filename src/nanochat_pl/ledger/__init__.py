@@ -1,4 +1,4 @@
-"""The ledger: a line of JSON for every time that a stage of any run ended, beside the runs."""
+"""The ledger: a line of JSON for every time that a stage of any run began to train or ended, beside the runs."""
 
 from nanochat_pl.ledger.entry import Entry
 from nanochat_pl.ledger.file import LEDGER, append, newest, read_ledger

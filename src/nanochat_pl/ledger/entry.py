@@ -10,16 +10,17 @@ from typing import Any, Literal
 from nanochat_pl.common.errors import UserError
 
 VERSION = 1
-Exit = Literal["finished", "stopped", "failed"]
+# Of a process that is under way, or was killed, there is only the line of its start.
+Exit = Literal["finished", "stopped", "failed", "started"]
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What is known of a stage when its process ends.
+    """What is known of a stage when its process ends, or has begun to train.
 
     Attributes:
         run, stage: whose it is.
-        exit: how it ended; "stopped" by a signal: the same command goes on.
+        exit: how it ended; "stopped" by a signal: the same command goes on; "started": no end has been noted.
         time: when, ISO 8601 in UTC.
         error: of a failed one, in a line.
         parent_run: the run that its parent stages are in; None: the same.

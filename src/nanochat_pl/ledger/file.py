@@ -30,6 +30,9 @@ def append(runs: Path, entry: Entry) -> None:
 def read_ledger(runs: Path) -> list[Entry]:
     """All entries, in the order in which they were written. Damaged lines are left out, with a word.
 
+    Of lines of a start those that others of the same stage follow are left out, too: what is left of them tells of a
+    process that is under way, or was killed.
+
     Raises:
         UserError: the file cannot be read.
     """
@@ -43,7 +46,8 @@ def read_ledger(runs: Path) -> list[Entry]:
             damaged += bool(line.strip())
     if damaged:
         rank_zero_print(f"{path}: {damaged:,} damaged line{'s are' if damaged > 1 else ' is'} left out.")
-    return found
+    last = {(entry.run, entry.stage): entry for entry in found}
+    return [entry for entry in found if entry.exit != "started" or entry is last[entry.run, entry.stage]]
 
 
 def newest(entries: Iterable[Entry]) -> list[Entry]:

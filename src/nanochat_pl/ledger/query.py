@@ -8,7 +8,7 @@ import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from nanochat_pl.common.errors import UserError, did_you_mean
 from nanochat_pl.ledger.entry import Entry
@@ -31,9 +31,41 @@ _ORDER: dict[str, Callable[[Any, Any], bool]] = {
 }
 _EQUAL = ("=", "==", "!=")
 _CONDITION = re.compile(r"\s*([\w./+-]+)\s*(>=|<=|!=|==|=|>|<)\s*(.*?)\s*")
+# What stands between two commas; those in quotes and brackets part nothing.
+_ALTERNATIVE = re.compile(r"""(?:[^,'"\[\]]|'[^']*'|"[^"]*"|\[[^\]]*\]|['"\[\]])+""")
 
 
 Matters = Callable[[Mapping[str, Any], str], Mapping[str, Any]]
+
+
+class HasCells(Protocol):
+    """What conditions are asked of: values by the names of columns."""
+
+    @property
+    def cells(self) -> Mapping[str, Any]: ...
+
+
+AnyRow = TypeVar("AnyRow", bound=HasCells)
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One condition, as ``model.depth>=4``: the text, the column's name, the operator, the values as they are typed."""
+
+    text: str
+    name: str
+    sign: str
+    values: tuple[str, ...]
+
+    def holds(self, found: Any) -> bool:
+        """Whether it is true of a value."""
+        if self.sign == "!=":
+            return not any(_equals(found, value) for value in self.values)
+        if self.sign in _EQUAL:
+            return any(_equals(found, value) for value in self.values)
+        value = _value(self.values[0])
+        comparable = (_is_number(found) and _is_number(value)) or (isinstance(found, str) and isinstance(value, str))
+        return comparable and _ORDER[self.sign](found, value)
 
 
 @dataclass(frozen=True)
@@ -49,29 +81,30 @@ class Row:
 
     @classmethod
     def of(cls, entry: Entry) -> Row:
-        return cls(entry, _cells(entry))
+        return cls(entry, cells_of(entry))
 
 
-def _cells(entry: Entry) -> dict[str, Any]:
+def cells_of(entry: Entry) -> dict[str, Any]:
+    """All that an entry holds, by the names of columns."""
     groups = {f"{group}.{name}": value for group in _GROUPS for name, value in getattr(entry, group).items()}
     fields = {name: getattr(entry, name) for name in (*_PLAIN, *_NUMBERS)}
     return {**entry.settings, **entry.metrics, **groups, **fields}
 
 
-def select(rows: Sequence[Row], where: str, key: str = "where") -> list[Row]:
-    """The rows that fulfil all conditions, ``model.depth>=4 and val/bpb<1.2``.
+def conditions(where: str, key: str = "where") -> list[Condition]:
+    """The conditions of a text, ``model.depth>=4 and val/bpb<1.2``.
 
-    A value is a number, true, false, null, or else text; unquoted text with ``*``, ``?`` or ``[`` is a glob. Where a
-    row has no such value, or one of another kind, nothing but ``!=`` is true of it.
+    A value is a number, true, false, null, or else text; unquoted text with ``*``, ``?`` or ``[`` is a glob. Behind
+    ``=`` there may be several, joined by commas: one of them; behind ``!=``: none of them.
 
     Args:
-        rows: to choose from.
         where: the conditions, joined by ``and``.
         key: under which they were given, for messages.
 
     Raises:
-        UserError: one has not that form, or names a column that no row has.
+        UserError: one has not that form.
     """
+    found = []
     for text in re.split(r"\s+and\s+", where.strip()):
         match = _CONDITION.fullmatch(text)
         if match is None:
@@ -83,11 +116,31 @@ def select(rows: Sequence[Row], where: str, key: str = "where") -> list[Row]:
         if re.search(r"\s(or|and|not)\s", f" {value} ", re.IGNORECASE) and not value.startswith(("'", '"')):
             raise UserError(
                 f"{key}={where}: {text!r}: conditions are joined by and alone.",
-                "Ask once for each part; or put quotes around a text that has such a word.",
+                "Several values of one name are joined by commas: model.depth=2,4; ask once for each other part; or"
+                " put quotes around a text that has such a word.",
             )
-        require_columns([name], rows, key)
-        holds = _holds_glob if _is_glob(value) and sign in _EQUAL else _holds
-        rows = [row for row in rows if holds(row.cells.get(name), sign, _value(value))]
+        several = tuple(each.strip() for each in _ALTERNATIVE.findall(value)) if sign in _EQUAL else (value,)
+        found.append(Condition(text.strip(), name, sign, several or (value,)))
+    return found
+
+
+def condition_name(text: str) -> str | None:
+    """The name of the column that a condition asks for; None: the text is no condition."""
+    match = _CONDITION.fullmatch(text)
+    return None if match is None else match[1]
+
+
+def select(rows: Sequence[AnyRow], where: str, key: str = "where") -> list[AnyRow]:
+    """The rows that fulfil all :func:`conditions`.
+
+    Where a row has no such value, or one of another kind, nothing but ``!=`` is true of it.
+
+    Raises:
+        UserError: one has not that form, or names a column that no row has.
+    """
+    for condition in conditions(where, key):
+        require_columns([condition.name], rows, key)
+        rows = [row for row in rows if condition.holds(row.cells.get(condition.name))]
     return list(rows)
 
 
@@ -108,7 +161,7 @@ def ordered(rows: Sequence[Row], by: str, key: str = "sort") -> list[Row]:
     return [*there, *(row for row in rows if row.cells.get(name) is None)]
 
 
-def require_columns(names: Sequence[str], rows: Sequence[Row], key: str) -> None:
+def require_columns(names: Sequence[str], rows: Sequence[HasCells], key: str) -> None:
     """Raise :class:`UserError` for names of columns that no row has, where there are rows."""
     known = {name for row in rows for name in row.cells}
     wrong = [name for name in names if name not in known and name not in USUAL]
@@ -148,21 +201,14 @@ def _value(text: str) -> Any:
     return value[1:-1] if isinstance(value, str) and re.fullmatch(r"'.*'", value) else value
 
 
-def _holds(found: Any, sign: str, value: Any) -> bool:
-    if sign in _EQUAL:
-        # 1 is not true, and 1 is 1.0.
-        same = found == value and isinstance(found, bool) == isinstance(value, bool)
-        return same == (sign != "!=")
-    comparable = (_is_number(found) and _is_number(value)) or (isinstance(found, str) and isinstance(value, str))
-    return comparable and _ORDER[sign](found, value)
-
-
-def _is_glob(text: str) -> bool:
-    return bool(re.search(r"[*?\[]", text)) and isinstance(_value(text), str) and not text.startswith(("'", '"'))
-
-
-def _holds_glob(found: Any, sign: str, pattern: str) -> bool:
-    return (isinstance(found, str) and fnmatch.fnmatchcase(found, pattern)) == (sign != "!=")
+def _equals(found: Any, text: str) -> bool:
+    if isinstance(found, list):
+        return re.sub(r"[\s'\"]", "", text) == f"[{','.join(map(str, found))}]"
+    value = _value(text)
+    if isinstance(value, str) and re.search(r"[*?\[]", value) and not text.startswith(("'", '"')):
+        return isinstance(found, str) and fnmatch.fnmatchcase(found, value)
+    # 1 is not true, and 1 is 1.0.
+    return bool(found == value) and isinstance(found, bool) == isinstance(value, bool)
 
 
 def _is_number(value: Any) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from nanochat_pl.common.durations import rough_duration
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.schema import setting
 from nanochat_pl.common.text_amounts import epochs_of
@@ -92,8 +93,8 @@ def check_horizon(
         steps_that_fit.append(int(num_steps * MAX_EPOCHS / epochs))
     if estimated_seconds is not None and estimated_seconds > MAX_CPU_SECONDS:
         problems.append(
-            f"The plan's own horizon, {num_steps:,} steps, would take about {estimated_seconds / 3600:,.1f} hours on"
-            f" this CPU (limit: {MAX_CPU_SECONDS / 3600:g})."
+            f"The plan's own horizon, {num_steps:,} steps, would take about {rough_duration(estimated_seconds)} on"
+            f" this CPU (limit: {rough_duration(MAX_CPU_SECONDS)})."
         )
         steps_that_fit.append(int(num_steps * MAX_CPU_SECONDS / estimated_seconds))
     if problems:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
+from nanochat_pl.common.durations import rough_duration
 from nanochat_pl.common.errors import UserError, did_you_mean
 from nanochat_pl.common.schema import build, setting, to_plain
 from nanochat_pl.model.config import MAX_LAYERS
@@ -208,16 +209,9 @@ def _size(num_bytes: float) -> str:
     return f"{num_bytes:,.0f} bytes"
 
 
-def _duration(seconds: float) -> str:
-    for unit, length, from_ in (("years", 365.25 * 86400, 2e8), ("days", 86400, 4e5), ("hours", 3600, 3600)):
-        if seconds >= from_:
-            return f"{seconds / length:,.1f} {unit}"
-    return f"{seconds / 60:,.0f} minutes" if seconds >= 60 else f"{seconds:,.1f} seconds"
-
-
 _SHOWN = {
     "bytes": _size,
-    "seconds": _duration,
+    "seconds": rough_duration,
     "cost": lambda cost: f"{cost:,.2f}",
     "flops": lambda flops: f"{flops:,.0f}" if flops < 1e9 else f"{flops:.4g}",
 }

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from nanochat_pl.common.durations import duration
 from nanochat_pl.common.files import ensure_folder, write_json, write_text
 from nanochat_pl.common.schema import to_plain
 from nanochat_pl.comparison import Comparison, Group
@@ -14,7 +15,7 @@ from nanochat_pl.comparison.curves import Band, Curve, band_of, difference_of_cu
 from nanochat_pl.comparison.groups import shown, why_no_pairs
 from nanochat_pl.comparison.words import COLUMNS, cells, direction, what_it_holds
 from nanochat_pl.report.comparison_plots import Overlay, color_of, dots_svg, overlay_svg
-from nanochat_pl.report.format import clean, compact, duration
+from nanochat_pl.report.format import clean, compact
 from nanochat_pl.report.page import page, render
 from nanochat_pl.report.read import Series, read_curves
 
@@ -52,7 +53,7 @@ def write_comparison(folder: Path, result: Comparison, groups: Sequence[Group], 
         if (found := overlays_of(metric, groups, curves))
     }
     drawings = {f"{each.key}.svg": overlay_svg(each) for found in overlays.values() for each in found}
-    dots = {metric.metric: f"{_file_name(metric.metric)}-values.svg" for metric in result.metrics}
+    dots = {metric.metric: f"{file_name(metric.metric)}-values.svg" for metric in result.metrics}
     for metric in result.metrics:
         drawings[dots[metric.metric]] = dots_svg(metric, dots[metric.metric])
     for name, drawing in drawings.items():
@@ -71,7 +72,7 @@ def write_comparison(folder: Path, result: Comparison, groups: Sequence[Group], 
         },
         cells=cells,
         direction=direction,
-        holds=lambda metric: what_it_holds(metric, result),
+        holds=what_it_holds,
         duration=duration,
         typed=shown,
         compact=compact,
@@ -102,10 +103,10 @@ def overlays_of(metric: str, groups: Sequence[Group], curves: Mapping[str, Mappi
         bands = _named(groups, [band_of(group) for group in scaled])
         if bands:
             name = column.rpartition("/")[2] or "steps"
-            found.append(Overlay(f"{_file_name(metric)}-{name}", metric, unit, bands))
+            found.append(Overlay(f"{file_name(metric)}-{name}", metric, unit, bands))
     if others := _named(groups, [None, *(_apart(groups[0], group, metric, curves) for group in groups[1:])]):
         title = f"less {groups[0].label}"
-        found.append(Overlay(f"{_file_name(metric)}-differences", title, AXES[""][0][0], others, from_zero=True))
+        found.append(Overlay(f"{file_name(metric)}-differences", title, AXES[""][0][0], others, from_zero=True))
     return found
 
 
@@ -145,7 +146,13 @@ def _tiles(result: Comparison) -> Any:
 
 
 def _plain(result: Comparison, groups: Sequence[Group]) -> dict[str, Any]:
-    """All figures for programs; infinite ends of intervals are null."""
+    """All figures for programs, and all that the ledger has of the runs."""
+    runs = {group.label: [run.entry.to_plain() for run in group.runs] for group in groups}
+    return {**figures(result), "runs": runs}
+
+
+def figures(result: Comparison) -> dict[str, Any]:
+    """The figures of a comparison as plain data for JSON; infinite ends of intervals are null."""
 
     def finite(value: Any) -> Any:
         if isinstance(value, dict):
@@ -154,9 +161,10 @@ def _plain(result: Comparison, groups: Sequence[Group]) -> dict[str, Any]:
             return [finite(item) for item in value]
         return None if isinstance(value, float) and abs(value) == float("inf") else value
 
-    runs = {group.label: [run.entry.to_plain() for run in group.runs] for group in groups}
-    return {**finite(to_plain(result)), "runs": runs}
+    plain: dict[str, Any] = finite(to_plain(result))
+    return plain
 
 
-def _file_name(metric: str) -> str:
+def file_name(metric: str) -> str:
+    """A metric's name as a part of a file's."""
     return re.sub(r"[^A-Za-z0-9]+", "-", metric).strip("-") or "metric"

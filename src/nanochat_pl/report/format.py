@@ -66,15 +66,3 @@ def compact(value: float) -> str:
 def percent(share: float) -> str:
     """A share as a percentage with one decimal."""
     return f"{100 * share:.1f} %"
-
-
-def duration(seconds: float | None) -> str:
-    """Seconds as hours and minutes, or minutes and seconds."""
-    if seconds is None:
-        return "—"
-    whole = round(seconds)
-    if whole >= 3600:
-        return f"{whole // 3600} h {whole % 3600 // 60} min"
-    if whole >= 60:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"

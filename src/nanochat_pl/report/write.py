@@ -6,15 +6,19 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from nanochat_pl.common.durations import duration
 from nanochat_pl.common.files import ensure_folder, write_json, write_text
 from nanochat_pl.common.schema import to_plain
+from nanochat_pl.comparison import Comparison
+from nanochat_pl.comparison.words import COLUMNS, cells, direction, what_it_holds
 from nanochat_pl.evaluation.results import Summary, TaskResult
 from nanochat_pl.report import plots
+from nanochat_pl.report.comparison import figures, file_name
+from nanochat_pl.report.comparison_plots import dots_svg
 from nanochat_pl.report.evaluations import Answer, EvaluationRecord, PassAtK, conditions_of
 from nanochat_pl.report.format import (
     clean,
     compact,
-    duration,
     markdown_block,
     percent,
     show,
@@ -30,10 +34,14 @@ ANSWERS_PER_TASK = 3
 _ERROR = "_stderr"
 
 
-def write_report(run_dir: Path) -> Path:
+def write_report(run_dir: Path, comparisons: Sequence[Comparison] = ()) -> Path:
     """Write ``report/`` in a run folder: report.html (self-contained), report.md with its drawings, report.json.
 
     Stages that are missing or unfinished are named as such, and the rest is shown.
+
+    Args:
+        run_dir: of the run.
+        comparisons: of its stages with those of other runs.
 
     Returns:
         the path of report.html.
@@ -55,10 +63,17 @@ def write_report(run_dir: Path) -> Path:
             if suite.name.isidentifier():  # it is a part of the file's name
                 name = bars[evaluation.stage, suite.name] = f"{evaluation.stage}_{suite.name}.svg"
                 drawings[name] = bars_svg(evaluation.stage, suite)
+    dots = {}
+    for result in comparisons:
+        for metric in result.metrics:
+            name = dots[result.stage, metric.metric] = f"{result.stage}-{file_name(metric.metric)}-compared.svg"
+            drawings[name] = dots_svg(metric, name)
     for name, drawing in drawings.items():
         write_text(folder / name, drawing)
-    markdown = _markdown({**_shown(run), "panels": panels, "bars": bars})
-    write_json(folder / "report.json", _metrics(run), surrogates=True)
+    shown = {**_shown(run), "panels": panels, "bars": bars, "comparisons": comparisons, "dots": dots}
+    markdown = _markdown(shown)
+    plain = _metrics(run) | {"comparisons": {result.stage: figures(result) for result in comparisons}}
+    write_json(folder / "report.json", plain, surrogates=True)
     write_text(folder / "report.md", markdown)
     write_text(folder / "report.html", page(clean(run.name), markdown, drawings))
     return folder / "report.html"
@@ -292,7 +307,10 @@ def _metrics(run: RunRecord) -> dict[str, Any]:
 def _markdown(shown: dict[str, Any]) -> str:
     return render(
         "report.md.jinja",
-        shown,
+        shown | {"columns": COLUMNS},
+        cells=cells,
+        direction=direction,
+        holds=what_it_holds,
         block=markdown_block,
         percent=percent,
         duration=duration,

@@ -60,7 +60,7 @@ def find_files(key: str, given: str, suffixes: Sequence[str] = SUFFIXES) -> Foun
     kinds = {match: kind_of_file(match) for match in matches}
     paths = _once([match for match, kind in kinds.items() if kind is None])
     if not paths:
-        raise UserError(f"{key}={given!r}: there is no such file or folder (seen from {Path.cwd()}).")
+        raise UserError(_missing(key, given))
     unknown = [str(file) for file in paths if not format_of(file, suffixes)]
     if unknown:
         raise UserError(f"{key}={given!r}: {unknown[0]} does not end with {' or '.join(suffixes)}.")
@@ -68,6 +68,17 @@ def find_files(key: str, given: str, suffixes: Sequence[str] = SUFFIXES) -> Foun
     files = {file.relative_to(folder).as_posix(): file for file in paths}
     odd = {str(match): kind for match, kind in kinds.items() if kind and kind != "a folder"}
     return FoundFiles(files, odd)
+
+
+def require_there(key: str, given: str) -> None:
+    """Raise :class:`UserError` where a path, folder or glob means nothing that is there; no file is looked into."""
+    path = Path(user_path(key, given))
+    if not path.exists() and not any(True for _ in _matching(str(path))):
+        raise UserError(_missing(key, given))
+
+
+def _missing(key: str, given: str) -> str:
+    return f"{key}={given!r}: there is no such file or folder (seen from {Path.cwd()})."
 
 
 def _in_folder(key: str, given: str, folder: Path, suffixes: Sequence[str]) -> FoundFiles:
