@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from nanochat_pl.common.console import next_steps, print_table, rank_zero_print
-from nanochat_pl.common.device import choose_compute_dtype, choose_device, num_devices
+from nanochat_pl.common.device import FP8_CAPABILITY, choose_compute_dtype, choose_device, num_devices
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.paths import cache_folder
 from nanochat_pl.common.schema import setting
@@ -33,6 +33,7 @@ from nanochat_pl.planning.gpus import detected_device, named_device
 from nanochat_pl.planning.horizon import CPU_EXAMPLE, MAX_EPOCHS
 from nanochat_pl.planning.memory import step_memory
 from nanochat_pl.training.config import TrainConfig
+from nanochat_pl.training.device import fp8_slower_remark
 from nanochat_pl.training.stage_data.base_plan import Target, base_plan, bounding_tokens, would_refuse
 from nanochat_pl.training.stage_data.source import tokens_planned
 
@@ -168,12 +169,13 @@ def full_plan(config: TrainConfig) -> FullPlan:
     device, options = target.device, target.row_options(ours)
     plan = base_plan(ours, target, vocab_size, at_hand)
     model = resolve_model(ours.model, vocab_size, target.compute_dtype)
-    add_machine(plan, model, options, _kernels(ours, target))
+    fp8, fp8_remarks = _fp8(ours, target)
+    add_machine(plan, model, options, _kernels(ours, target), fp8)
     memory = add_memory(plan, model, options)
     add_time(plan, model, options, os.cpu_count() or 1, ours.mfu, ours.price_per_hour)
     add_text(plan, text_facts(ours.data, cache, vocab_size))
     remarks = [*filter(None, [width_remark(plan)]), *device_remarks(plan, memory, device)]
-    remarks += [*_remarks_on_settings(ours, plan, target), *_epochs_by_source(ours, plan)]
+    remarks += [*_remarks_on_settings(ours, plan, target), *fp8_remarks, *_epochs_by_source(ours, plan)]
     refused = would_refuse(ours, plan, target, at_hand)
     if refused is not None:
         remarks.append(f"train refuses it unasked: {' '.join(refused.problems)} {refused.fix}")
@@ -194,6 +196,22 @@ def _kernels(config: PlanConfig, target: Target) -> Kernels:
             choose_device("cpu" if config.hardware else config.trainer.accelerator, "trainer.accelerator")
         )
     return Kernels("cuda", (8, 0) if target.device.bfloat16 else (7, 0), has_varlen_with_windows())
+
+
+def _fp8(config: PlanConfig, target: Target) -> tuple[bool, list[str]]:
+    """Whether the blocks multiply in FP8 there, and what is to be said of it."""
+    wanted = config.trainer.fp8
+    if wanted is False:
+        return False, []
+    said = f"trainer.fp8={str(wanted).lower()}"
+    if wanted == "emulate":
+        return True, [f"{said}: it rounds as FP8 does, and is slower than without."]
+    if not target.device.fp8 or target.compute_dtype != "bfloat16":
+        needs = f"{target.device.name} in {target.compute_dtype} has none: it is for GPUs of NVIDIA with compute"
+        needs += f" capability {FP8_CAPABILITY[0]}.{FP8_CAPABILITY[1]} or higher, in bfloat16"
+        return False, [f"{said}: {needs}{'' if wanted == 'auto' else '; train refuses it'}."]
+    remark = fp8_slower_remark(config.model.depth, target.compiled)
+    return True, [] if remark is None else [f"{said}: {remark}"]
 
 
 def _target(config: PlanConfig) -> Target:

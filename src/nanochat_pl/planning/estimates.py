@@ -56,11 +56,16 @@ class TextFacts:
     fetched: bool = False
 
 
-def add_machine(plan: Plan, config: GPTConfig, options: RowOptions, kernels: Kernels) -> None:
-    """Add what the machine comes to: processes, types, compiled or not, attention. Nothing of it is a setting."""
+def add_machine(plan: Plan, config: GPTConfig, options: RowOptions, kernels: Kernels, fp8: bool = False) -> None:
+    """Add what the machine comes to: processes, types, compiled or not, attention. Nothing of it is a setting.
+
+    ``fp8``: whether the blocks multiply in FP8.
+    """
     plan.section = "Machine"
     plan.derive("processes", options.num_devices, "trainer.devices: one process for each device")
     plan.derive("compute_dtype", config.compute_dtype, "model.compute_dtype; auto: what the device multiplies best")
+    formula = "trainer.fp8; its time and memory are not known here: they are counted as without, and so is mfu"
+    plan.derive("fp8", fp8, formula)
     compiled = "trainer.compile; auto: where a tiny model, compiled, trains as uncompiled"
     plan.derive("compiled", options.knobs.compiled, compiled)
     dtype, length = getattr(torch, config.compute_dtype), config.sequence_len

@@ -105,6 +105,12 @@ class TrainerSettings:
     precision: Literal["bf16-mixed", "16-mixed", "32-true"] | None = setting(
         None, "Lightning's way to say model.compute_dtype: bfloat16, float16, float32; null: as that key says."
     )
+    fp8: bool | Literal["auto", "emulate"] = setting(
+        False,
+        "Multiply the blocks' large matrices in FP8, with a scale for each tensor; not in evaluation, sampling and rl."
+        " auto: where the GPU can and the model computes in bfloat16; emulate: only round as it does, slow, on any"
+        " device.",
+    )
     num_threads: int | None = setting(None, "CPU threads of torch; null: as torch decides.", at_least=1, at_most=1024)
     compile: bool | Literal["auto"] = setting(
         "auto", "torch.compile the model; auto: where a compiler is at hand, not in rl."

@@ -30,6 +30,7 @@ from nanochat_pl.evaluation.bits_per_byte import BitsPerByte
 from nanochat_pl.evaluation.validation import validation_metrics
 from nanochat_pl.model.compiled import CompiledLoss
 from nanochat_pl.model.config import GPTConfig, InitSettings
+from nanochat_pl.model.fp8 import Fp8Backend
 from nanochat_pl.model.gpt import GPT
 from nanochat_pl.model.init import init_weights
 from nanochat_pl.model.roles import parameter_roles
@@ -59,6 +60,7 @@ class ModuleConfig:
     seed: int = 42
     compile: bool = False
     activation_checkpointing: bool = False
+    fp8: Fp8Backend | None = None
     loss_chunk_tokens: int | None = None
     init: InitSettings = field(default_factory=InitSettings)
     on_nonfinite: OnNonfinite = "stop"
@@ -135,6 +137,8 @@ class LMModule(LightningModule):
                 loss_chunk_tokens=config.loss_chunk_tokens,
             ).materialise(self._training_device())
             self.init_weights(self.net)
+            if config.fp8 is not None:
+                self.net.enable_fp8(config.fp8)
             # In a tuple: modules or bound methods as attributes would double the state dict's keys.
             self._loss = (CompiledLoss(self.net) if self.config.compile else self.net.loss_by_row,)
 
