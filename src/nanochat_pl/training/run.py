@@ -304,9 +304,9 @@ def _finish(
     rank_zero_print("Final validation and samples …")
     # One that a callback ended may have no file of its last step: after a stop it would train again.
     stop = fitted.stop if step >= stage.num_steps else None
-    metrics = _finite(prepared.validation.measure(stage.net, *([stop.check_signal] if stop else [])))
+    net = stage.whole_net()
+    metrics = _finite(prepared.validation.measure(net, *([stop.check_signal] if stop else [])))
     moments = stage.optimizer.moments_by_name()  # of all processes
-    net = stage.net
 
     def info() -> StageInfo:
         return StageInfo(
