@@ -266,7 +266,7 @@ class TrainConfig(HorizonSettings):
             raise UserError(
                 f"trainer.strategy=fsdp: the stage {self.stage.name} writes answers with the whole weights, so each"
                 " process needs them.",
-                fix="Use trainer.strategy=auto.",
+                fix="Use trainer.strategy=auto; in a pipeline stages.rl.trainer.strategy=auto.",
             )
         if self.stage.definition.trains_on_answers and (problems := self.rl.problems()):
             raise UserError([f"rl.{problem}" for problem in problems])
