@@ -71,7 +71,7 @@ def prepare_machine(config: TrainConfig) -> Machine:
         # What writes answers is eager: then the gradient is of the very probabilities under which they were drawn.
         eager = config.stage.definition.trains_on_answers
         compiled = not eager and compiler_works(device, dtype, config.model, fp8)
-    machine = Machine(device, device_name(device), dtype, compiled, fp8)
+    machine = Machine(device, device_name(device), dtype, compiled, fp8=fp8)
     many = f"{place.world_size} processes, each on " if place.world_size > 1 else ""
     rank_zero_print(
         f"Training on {many}{machine.name} in {_in_words(machine, config)}, {'compiled' if compiled else 'eager'}."
