@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 PARALLEL := -n auto --maxprocesses 8 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup hashes demo test test-all check docs bench clean
+.PHONY: help setup hashes demo test test-all check docs bench bench-gpu clean
 
 help:  ## this list
 	@awk -F ':.*##' '/^[a-z-]+:.*##/ {printf "  make %-10s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,6 +33,9 @@ docs: $(INSTALLED)  ## the site with all pages, settings and the Python API, in 
 
 bench: $(INSTALLED)  ## what costs how much time
 	@set -e; for file in benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python $$file; done
+
+bench-gpu: $(INSTALLED)  ## one GPU in eight minutes: training, attention, decoding; writes bench_gpu.json for `nanochat-pl plan bench=bench_gpu.json`
+	$(BIN)/python benchmarks/gpu/bench_gpu.py --json bench_gpu.json
 
 clean:  ## remove .venv and what tools left; runs and caches stay
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache

@@ -195,3 +195,22 @@ def test_more_devices_than_rows_and_another_machine(here: Path, capsys: pytest.C
     assert "num_devices=65536: a step has" in out and "train it there" in out
     assert plan("num_devices=2") == 0
     assert "so the other devices would have none" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("hardware", "fp8", "value", "remark"),
+    [
+        ("h100", "true", "true", "trainer.fp8=true: model.depth=4 is likely to be slower"),
+        ("a100-80gb", "true", "false", "trainer.fp8=true: a100-80gb in bfloat16 has none"),
+        ("a100-80gb", "auto", "false", "trainer.fp8=auto: a100-80gb in bfloat16 has none"),
+        ("a100-80gb", "emulate", "true", "trainer.fp8=emulate: it rounds as FP8 does"),
+    ],
+)
+def test_fp8_of_the_hardware_is_told(
+    hardware: str, fp8: str, value: str, remark: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert plan("model.depth=4", f"hardware={hardware}", f"trainer.fp8={fp8}", "trainer.compile=true") == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert f" fp8 {value} trainer.fp8; its time and memory are not known here" in out
+    assert remark in out
+    assert ("; train refuses it." in out) == (hardware == "a100-80gb" and fp8 == "true")

@@ -30,6 +30,10 @@ NO_INT64 = {"cumsum", "cumprod", "sort", "argsort", "topk", "prod", "searchsorte
 ELSEWHERE = {"set_"}
 # Take their numbers from tensors on the CPU, too.
 FROM_BOTH = {"copy_", "_to_copy", "index", "index_put", "index_put_"}
+# What the host waits for the device in, one entry each time. Any device is waited for in the same operations.
+waits: list[str] = []
+# Their results are numbers on the host, or have a size that only the device knows.
+WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "unique_dim", "_unique2", "is_nonzero", "equal"}
 
 
 class Unsupported(AssertionError):
@@ -103,6 +107,9 @@ def _wrapped(leaf: Any, given: dict[int, AppleTensor]) -> Any:
 
 def _refuse_unsupported(func: Any, tensors: list[Tensor]) -> None:
     name = func._schema.name.partition("::")[2]
+    by_mask = name == "index" and any(each is not None and each.dtype == torch.bool for each in tensors[1:])
+    if name in WAITING or by_mask:
+        waits.append(name)
     operation = f"{name}.{func._overloadname}" if func._overloadname != "default" else name
     if not has_kernel(operation) and name not in ELSEWHERE:
         raise Unsupported(f"{operation} has no kernel for an Apple GPU")
@@ -118,6 +125,7 @@ class _Device(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         if func in (Tensor.tolist, Tensor.cpu) and isinstance(args[0], AppleTensor):
+            waits.append(func.__name__)
             return args[0].held.tolist() if func is Tensor.tolist else args[0].detach().held.clone()
         if func is Tensor.numpy and isinstance(args[0], AppleTensor):
             raise TypeError("can't convert mps:0 device type tensor to numpy")
@@ -140,6 +148,8 @@ class _Device(TorchFunctionMode):
             return tensor if dtype in (None, tensor.dtype) else tensor.to(dtype)
         if device.type == "mps":
             return AppleTensor(tensor.detach().to(dtype=dtype or tensor.dtype, copy=True))
+        if isinstance(tensor, AppleTensor):
+            waits.append("to")
         moved = tensor.detach().held.clone() if isinstance(tensor, AppleTensor) else tensor.to(device)
         return moved.to(dtype=dtype or moved.dtype)
 

@@ -29,7 +29,7 @@ def timed(device: Device, mfu: float | None = None, price: float | None = None, 
     plan, options = planned(device, **keys)
     config = resolve_model(MODEL, 32768, "bfloat16" if device.bfloat16 else "float32")
     add_memory(plan, config, options)
-    add_time(plan, config, options, 2, mfu, price)
+    add_time(plan, config, options, 2, None if mfu is None else (f"mfu={mfu}", mfu), price)
     return plan
 
 

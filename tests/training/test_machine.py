@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.launch_env import LaunchEnv
+from nanochat_pl.model import fp8
 from nanochat_pl.model.config import ModelSettings
 from nanochat_pl.training import compile_proof
 from nanochat_pl.training import device as machine
-from nanochat_pl.training.config import TrainConfig, TrainerSettings
+from nanochat_pl.training.config import StageSettings, TrainConfig, TrainerSettings
 from tests.helpers.processes import run
 
 
@@ -152,3 +156,72 @@ def test_the_model_of_the_settings_is_the_one_tried(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(machine, "why_not_compiled", lambda *kind: tried.append(kind))
     config = TrainConfig(model=TINY, trainer=TrainerSettings(accelerator="cpu"))
     assert machine.prepare_machine(config).compile and tried[0][2] is TINY
+
+
+def fp8_settings(fp8: bool | str, stage: str = "base", depth: int = 26, **trainer: Any) -> TrainConfig:
+    model, settings = ModelSettings(depth=depth), TrainerSettings(fp8=fp8, compile=True, **trainer)  # type: ignore[arg-type]
+    return TrainConfig(stage=StageSettings(name=stage), model=model, trainer=settings)
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[tuple[int, int]], None]:
+    """This machine has a GPU of a generation, whose kernels are right."""
+
+    def has(capability: tuple[int, int]) -> None:
+        for attribute, answer in {
+            "is_available": True,
+            "device_count": 1,
+            "get_device_capability": capability,
+            "get_device_name": "A GPU",
+            "get_arch_list": ["sm_80", "sm_90"],
+        }.items():
+            monkeypatch.setattr(torch.cuda, attribute, lambda *device, answer=answer: answer)
+        monkeypatch.setattr(fp8, "distance_of_kernels", lambda device: 0.0)
+
+    return has
+
+
+def test_fp8_is_taken_where_the_gpu_has_it(gpu: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> None:
+    gpu((9, 0))
+    for wanted in (True, "auto"):
+        assert machine.prepare_machine(fp8_settings(wanted)).fp8 == "scaled_mm"
+        said = " ".join(capsys.readouterr().out.split())
+        assert said == "Training on A GPU in bfloat16 with products in FP8, compiled."
+    assert machine.prepare_machine(fp8_settings(False)).fp8 is None
+
+
+def test_fp8_that_is_not_there_is_refused_and_with_auto_left_out(
+    gpu: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    gpu((8, 6))
+    with pytest.raises(UserError) as error:
+        machine.prepare_machine(fp8_settings(True))
+    assert error.value.problems == [
+        "trainer.fp8=true: cannot be had on A GPU: it needs compute capability 8.9, the GPU has 8.6."
+    ]
+    assert machine.prepare_machine(fp8_settings("auto")).fp8 is None
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.startswith(
+        "No FP8: it needs compute capability 8.9, the GPU has 8.6. Training on A GPU in bfloat16, com"
+    )
+    with pytest.raises(UserError, match=r"CPU.*it is for GPUs of NVIDIA"):
+        machine.prepare_machine(
+            replace(fp8_settings(True, accelerator="cpu"), model=ModelSettings(depth=26, compute_dtype="bfloat16"))
+        )
+
+
+def test_fp8_in_a_small_or_an_eager_model_is_announced_as_slow(
+    gpu: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    gpu((9, 0))
+    machine.prepare_machine(fp8_settings(True, depth=12))
+    assert "trainer.fp8=true: model.depth=12 is likely to be slower" in " ".join(capsys.readouterr().out.split())
+    config = fp8_settings("auto")
+    machine.prepare_machine(replace(config, trainer=replace(config.trainer, compile=False)))
+    assert "trainer.fp8=auto: without trainer.compile the scaling" in " ".join(capsys.readouterr().out.split())
+
+
+def test_reinforcement_learning_leaves_fp8_out(gpu: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> None:
+    gpu((9, 0))
+    assert machine.prepare_machine(fp8_settings(True, stage="rl")).fp8 is None
+    assert "trainer.fp8=true: rl trains without it" in capsys.readouterr().out

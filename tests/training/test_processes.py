@@ -116,6 +116,20 @@ def test_two_processes_end_with_the_bits_of_one(place: Path, on_one: Callable[..
     assert all(0 < seconds < of_step for seconds, of_step in waited)
 
 
+@pytest.mark.slow
+def test_two_processes_with_sharded_weights_end_with_those_of_one(place: Path, on_one: Callable[..., Path]) -> None:
+    settings = (*TWO_ROWS, "trainer.checkpoint_every_steps=6")
+    one, two = on_one("one-base", *settings), new_run(place, "two-sharded")
+    printed = trained(2, command(place, two.name, *settings, "trainer.strategy=fsdp"))
+    assert f"{two.name}/base: validation" in printed, printed
+    columns = ("train/loss", "train/gradient_norm", "val/bpb")
+    for ours, theirs in zip(metrics(one / "base", *columns), metrics(two / "base", *columns), strict=True):
+        assert [each or 0.0 for each in theirs] == pytest.approx([each or 0.0 for each in ours], rel=1e-5)
+    assert files(two / "base") == files(one / "base")
+    for name, weight in weights_of(one, "base").items():
+        assert weights_of(two, "base")[name].float().numpy() == pytest.approx(weight.float().numpy(), abs=1e-4), name
+
+
 def test_a_file_of_one_process_is_gone_on_with_on_two_and_back(
     place: Path, on_one: Callable[..., Path], train: Callable[..., int]
 ) -> None:

@@ -140,13 +140,13 @@ def test_all_are_said_at_once_before_anything_is_made(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.yaml").write_text(
-        "stages: {base: {trainer: {strategy: fsdp, max_time: {hours: 1}}}}\n", encoding="utf-8"
+        "stages: {base: {trainer: {strategy: deepspeed, max_time: {hours: 1}}}}\n", encoding="utf-8"
     )
     typed = ["trainer.devices=0", "trainer.precision=64-true", "trainer.keep_lst=3", "trainer.accelerator=tpu"]
     assert main(["train", "experiment=mine.yaml", *typed]) == 2
     error = capsys.readouterr().err
     for part in (
-        "trainer.strategy='fsdp': must be one of auto, ddp",
+        "trainer.strategy='deepspeed': must be one of auto, ddp, fsdp",
         "(mine.yaml, stages.base)",
         "trainer.devices",
         "trainer.precision='64-true': must be one of bf16-mixed, 16-mixed, 32-true",

@@ -12,13 +12,14 @@ import os
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 from nanochat_pl.common.console import next_steps, print_table, rank_zero_print
-from nanochat_pl.common.device import choose_compute_dtype, choose_device, num_devices
+from nanochat_pl.common.device import FP8_CAPABILITY, choose_compute_dtype, choose_device, num_devices
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.paths import cache_folder
-from nanochat_pl.common.schema import setting
+from nanochat_pl.common.schema import UserPath, setting
 from nanochat_pl.config.compose import Composed
 from nanochat_pl.config.experiment import compose_step
 from nanochat_pl.config.overrides import split_override
@@ -31,8 +32,10 @@ from nanochat_pl.planning import Plan, plan_sections, width_remark
 from nanochat_pl.planning.estimates import add_machine, add_memory, add_text, add_time, device_remarks
 from nanochat_pl.planning.gpus import detected_device, named_device
 from nanochat_pl.planning.horizon import CPU_EXAMPLE, MAX_EPOCHS
+from nanochat_pl.planning.measured import measured_mfu
 from nanochat_pl.planning.memory import step_memory
 from nanochat_pl.training.config import TrainConfig
+from nanochat_pl.training.device import fp8_slower_remark
 from nanochat_pl.training.stage_data.base_plan import Target, base_plan, bounding_tokens, would_refuse
 from nanochat_pl.training.stage_data.source import tokens_planned
 
@@ -48,6 +51,9 @@ class PlanConfig(TrainConfig):
     mfu: float | None = setting(
         None, "Share of the GPU's peak that the training reaches; null: assumed.", above=0, at_most=1
     )
+    bench: UserPath | None = setting(
+        None, "What make bench-gpu wrote: its measured MFU, at the nearest depth, in place of the assumed one."
+    )
     price_per_hour: float | None = setting(
         None, "Price of one device for an hour, in any currency; null: no cost.", at_least=0, at_most=1e9
     )
@@ -56,7 +62,7 @@ class PlanConfig(TrainConfig):
 
 Config = PlanConfig
 HELP_KEYS = ("model.depth", "model.sequence_len", "tokenizer.vocab_size", "trainer.accelerator")
-OWN_KEYS = ("hardware", "num_devices", "mfu", "price_per_hour", "explain")
+OWN_KEYS = ("hardware", "num_devices", "mfu", "bench", "price_per_hour", "explain")
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -168,12 +174,13 @@ def full_plan(config: TrainConfig) -> FullPlan:
     device, options = target.device, target.row_options(ours)
     plan = base_plan(ours, target, vocab_size, at_hand)
     model = resolve_model(ours.model, vocab_size, target.compute_dtype)
-    add_machine(plan, model, options, _kernels(ours, target))
+    fp8, fp8_remarks = _fp8(ours, target)
+    add_machine(plan, model, options, _kernels(ours, target), fp8)
     memory = add_memory(plan, model, options)
-    add_time(plan, model, options, os.cpu_count() or 1, ours.mfu, ours.price_per_hour)
+    add_time(plan, model, options, os.cpu_count() or 1, _given_mfu(ours, target, fp8), ours.price_per_hour)
     add_text(plan, text_facts(ours.data, cache, vocab_size))
     remarks = [*filter(None, [width_remark(plan)]), *device_remarks(plan, memory, device)]
-    remarks += [*_remarks_on_settings(ours, plan, target), *_epochs_by_source(ours, plan)]
+    remarks += [*_remarks_on_settings(ours, plan, target), *fp8_remarks, *_epochs_by_source(ours, plan)]
     refused = would_refuse(ours, plan, target, at_hand)
     if refused is not None:
         remarks.append(f"train refuses it unasked: {' '.join(refused.problems)} {refused.fix}")
@@ -194,6 +201,32 @@ def _kernels(config: PlanConfig, target: Target) -> Kernels:
             choose_device("cpu" if config.hardware else config.trainer.accelerator, "trainer.accelerator")
         )
     return Kernels("cuda", (8, 0) if target.device.bfloat16 else (7, 0), has_varlen_with_windows())
+
+
+def _given_mfu(config: PlanConfig, target: Target, fp8: bool) -> tuple[str, float] | None:
+    """Where the MFU is not to be assumed: how it was given, and what it is."""
+    if config.mfu is not None:
+        return f"mfu={config.mfu}", config.mfu
+    if config.bench is None:
+        return None
+    found = measured_mfu(Path(config.bench), target.device, config.model.depth, fp8)
+    return f"bench: {found.in_words}", found.mfu
+
+
+def _fp8(config: PlanConfig, target: Target) -> tuple[bool, list[str]]:
+    """Whether the blocks multiply in FP8 there, and what is to be said of it."""
+    wanted = config.trainer.fp8
+    if wanted is False:
+        return False, []
+    said = f"trainer.fp8={str(wanted).lower()}"
+    if wanted == "emulate":
+        return True, [f"{said}: it rounds as FP8 does, and is slower than without."]
+    if not target.device.fp8 or target.compute_dtype != "bfloat16":
+        needs = f"{target.device.name} in {target.compute_dtype} has none: it is for GPUs of NVIDIA with compute"
+        needs += f" capability {FP8_CAPABILITY[0]}.{FP8_CAPABILITY[1]} or higher, in bfloat16"
+        return False, [f"{said}: {needs}{'' if wanted == 'auto' else '; train refuses it'}."]
+    remark = fp8_slower_remark(config.model.depth, target.compiled)
+    return True, [] if remark is None else [f"{said}: {remark}"]
 
 
 def _target(config: PlanConfig) -> Target:

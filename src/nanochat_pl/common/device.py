@@ -20,6 +20,7 @@ from nanochat_pl.common.launch_env import usable_cpus
 
 ComputeDType = Literal["float32", "bfloat16", "float16"]
 Accelerator = Literal["auto", "cpu", "gpu", "cuda", "mps"]  # what settings say; gpu is Lightning's word
+FP8_CAPABILITY = (8, 9)
 Devices = Annotated[int, Field(ge=1, le=1024)] | Literal["auto"]  # how many
 
 
@@ -104,6 +105,13 @@ def has_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     return device.type == "cpu" and cpu_has_bfloat16()
+
+
+def has_fp8(device: torch.device) -> bool:
+    """Whether the device is a GPU of NVIDIA with units for FP8 (e4m3 and e5m2)."""
+    if device.type != "cuda" or torch.version.hip:
+        return False
+    return torch.cuda.get_device_capability(device) >= FP8_CAPABILITY
 
 
 def has_float16_alone(device: torch.device) -> bool:

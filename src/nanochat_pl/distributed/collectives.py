@@ -12,6 +12,7 @@ import re
 import signal
 import threading
 import time
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -217,6 +218,19 @@ def start_all_gather(output: Tensor, inputs: Tensor) -> Pending:
     """Begin to put the parts of all processes together: the reverse of :func:`start_reduce_scatter`, without sums."""
     collective = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before 2.13
     return Pending(collective(output, inputs, async_op=True), inputs)
+
+
+def start_all_to_all(
+    output: Tensor, inputs: Tensor, output_sizes: Sequence[int], input_sizes: Sequence[int]
+) -> Pending:
+    """Begin to send a part of ``inputs`` to each process, and to get one from each.
+
+    Args:
+        output, inputs: contiguous, 1-D.
+        output_sizes, input_sizes: elements that come from and go to each process, in the order of their ranks.
+    """
+    work = dist.all_to_all_single(output, inputs, list(output_sizes), list(input_sizes), async_op=True)
+    return Pending(work, inputs)
 
 
 # What it takes.

@@ -23,6 +23,7 @@ from nanochat_pl.common.errors import UserError
 from nanochat_pl.model.attention import windowed_attention
 from nanochat_pl.model.config import DType, GPTConfig
 from nanochat_pl.model.decode_step import DecodeStep
+from nanochat_pl.model.fp8 import Fp8Backend, suits_fp8
 from nanochat_pl.model.kv_cache import CacheStep, KVCache
 from nanochat_pl.model.layers import MLP, Embedding, Linear, norm
 from nanochat_pl.model.loss import default_chunk_tokens, fused_linear_cross_entropy, softcap, token_losses
@@ -203,6 +204,13 @@ class GPT(nn.Module):
         cos, sin = rotary_tables(self.config)
         self.cos, self.sin = (table.to(device=self.device, dtype=dtype) for table in (cos, sin))
         return self
+
+    def enable_fp8(self, backend: Fp8Backend) -> int:
+        """Let the blocks' linear maps that suit it multiply in FP8 where gradients are computed; gives their number."""
+        linears = [each for each in self.blocks.modules() if isinstance(each, Linear) and suits_fp8(each.weight)]
+        for each in linears:
+            each.fp8 = backend
+        return len(linears)
 
     def forward(
         self,

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanochat_pl.model.config import SMALL_PRODUCT, GPTConfig
+from nanochat_pl.model.fp8 import Fp8Backend, fp8_linear
 
 
 def norm(x: Tensor) -> Tensor:
@@ -15,13 +16,21 @@ def norm(x: Tensor) -> Tensor:
 
 
 class Linear(nn.Module):
-    """A linear map without bias whose weight (outputs, inputs) is cast to the type of what it is applied to."""
+    """A linear map without bias whose weight (outputs, inputs) is cast to the type of what it is applied to.
+
+    Attributes:
+        fp8: multiply in FP8 where gradients are computed, and how; evaluation and sampling compute none.
+    """
+
+    fp8: Fp8Backend | None = None
 
     def __init__(self, num_inputs: int, num_outputs: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_outputs, num_inputs))
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.fp8 is not None and torch.is_grad_enabled():
+            return fp8_linear(x, self.weight, self.fp8)
         return linear(x, self.weight.to(x.dtype))
 
 

@@ -6,7 +6,8 @@ is stacked or divided over processes.
 
 With several processes each has a share of every group (:mod:`nanochat_pl.optim.sharding`) and the state of that share
 alone. A step sums the gradients, each process getting its share of the sum, updates the share, and gathers the
-parameters. With one process there are no shares: gradients and parameters are used where they lie.
+parameters. With one process there are no shares: gradients and parameters are used where they lie. Of parameters that
+FSDP2 keeps sharded the gradients are summed already (:mod:`nanochat_pl.optim.fully_sharded`).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import Tensor
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.distributed import collectives
 from nanochat_pl.optim.config import MuonSettings
+from nanochat_pl.optim.fully_sharded import RowShard, StackShard, is_sharded
 from nanochat_pl.optim.muon import Scalar, adamw_update, muon_update
 from nanochat_pl.optim.schedules import StepValues
 from nanochat_pl.optim.sharding import ALIGNMENT, Shape, Shard, moment_shapes, norm_of
@@ -103,8 +105,14 @@ class MuonAdamW(torch.optim.Optimizer):
         """
         names, parameters = group["param_names"], group["params"]
         place = collectives.rank(), collectives.world_size()
-        if group["kind"] == "muon":
-            shards = [Shard(names, parameters, parameters[0].numel(), *place, at_end=number % 2 == 1)]
+        sharded, at_end = is_sharded(parameters[0]), number % 2 == 1
+        shards: list[Shard]
+        if group["kind"] == "muon" and sharded:
+            shards = [StackShard(names, parameters, *place, at_end)]
+        elif group["kind"] == "muon":
+            shards = [Shard(names, parameters, parameters[0].numel(), *place, at_end)]
+        elif sharded:
+            shards = [RowShard(name, p, *place) for name, p in zip(names, parameters, strict=True)]
         else:
             shards = [Shard([name], [p], ALIGNMENT, *place) for name, p in zip(names, parameters, strict=True)]
         for shard in shards:

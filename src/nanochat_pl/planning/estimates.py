@@ -56,11 +56,16 @@ class TextFacts:
     fetched: bool = False
 
 
-def add_machine(plan: Plan, config: GPTConfig, options: RowOptions, kernels: Kernels) -> None:
-    """Add what the machine comes to: processes, types, compiled or not, attention. Nothing of it is a setting."""
+def add_machine(plan: Plan, config: GPTConfig, options: RowOptions, kernels: Kernels, fp8: bool = False) -> None:
+    """Add what the machine comes to: processes, types, compiled or not, attention. Nothing of it is a setting.
+
+    ``fp8``: whether the blocks multiply in FP8.
+    """
     plan.section = "Machine"
     plan.derive("processes", options.num_devices, "trainer.devices: one process for each device")
     plan.derive("compute_dtype", config.compute_dtype, "model.compute_dtype; auto: what the device multiplies best")
+    formula = "trainer.fp8; its time and memory are not known here: they are counted as without, and so is mfu"
+    plan.derive("fp8", fp8, formula)
     compiled = "trainer.compile; auto: where a tiny model, compiled, trains as uncompiled"
     plan.derive("compiled", options.knobs.compiled, compiled)
     dtype, length = getattr(torch, config.compute_dtype), config.sequence_len
@@ -132,13 +137,18 @@ def _knob_choices() -> list[tuple[str, MemoryKnobs, str]]:
 
 
 def add_time(
-    plan: Plan, config: GPTConfig, options: RowOptions, num_cores: int, mfu: float | None, price_per_hour: float | None
+    plan: Plan,
+    config: GPTConfig,
+    options: RowOptions,
+    num_cores: int,
+    mfu: tuple[str, float] | None,
+    price_per_hour: float | None,
 ) -> None:
     """Add the section on time and cost.
 
     Args:
         num_cores: of this machine, for a CPU.
-        mfu: share of the peak that is reached, or null for an assumed one.
+        mfu: how it is known which share of the peak is reached, and the share; None for an assumed one.
         price_per_hour: of one device, in any currency; null: no cost.
     """
     device, num_devices = options.device, options.num_devices
@@ -152,7 +162,7 @@ def add_time(
         peak = device.peaks.get(config.compute_dtype)
         plan.derive("device_peak_flops", peak, f"FLOP/s of dense products in {config.compute_dtype}, its data sheet's")
         formula = "share of the peak; 0.4 is well-tuned training of large models, assumed and not measured here"
-        share = plan.derive("mfu", ASSUMED_MFU, formula, (), (f"mfu={mfu}", mfu))
+        share = plan.derive("mfu", ASSUMED_MFU, formula, (), mfu)
         seconds = None if peak is None else plan["total_flops"] / (peak * share * num_devices)
         several = ("num_devices",) if num_devices > 1 else ()
         inputs = ("total_flops", "device_peak_flops", "mfu", *several)

@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple, cast
 
 import torch
 
-from nanochat_pl.common.device import ComputeDType, device_name, has_bfloat16, memory_bytes
+from nanochat_pl.common.device import ComputeDType, device_name, has_bfloat16, has_fp8, memory_bytes
 from nanochat_pl.common.errors import UserError, did_you_mean
 
 DeviceType = Literal["cpu", "cuda", "mps"]
@@ -63,6 +63,13 @@ KNOWN_GPUS = (
     KnownGPU("mi300x", "mi300x", 191.5, 5300, 1307.4, 1307.4, 163.4),
     KnownGPU("mi325x", "mi325x", 255.5, 6000, 1307.4, 1307.4, 163.4),
 )
+# Those with units for FP8 that the training can use: of NVIDIA, compute capability 8.9 or higher.
+FP8_GPUS = frozenset(
+    (
+        *("gb200", "b200", "h200-nvl", "h200", "h100-nvl", "h100-pcie", "h100", "gh200", "h20"),
+        *("l40s", "l40", "l4", "rtx-6000-ada", "rtx-5090", "rtx-4090"),
+    )
+)
 # Parts of a GPU, and the sisters in laptops and for certain markets, are slower than what they are named after.
 OTHER_KINDS = frozenset(("mig", "laptop", "max", "d"))
 
@@ -83,6 +90,7 @@ class Device:
     peaks: Mapping[ComputeDType, float] = field(default_factory=dict)
     bandwidth: float | None = None
     bfloat16: bool = False
+    fp8: bool = False
 
     @property
     def gpu_memory(self) -> int | None:
@@ -104,6 +112,7 @@ def detected_device(device: torch.device) -> Device:
         {} if known is None else _peaks(known),
         None if known is None else known.bandwidth_gb * 1e9,
         has_bfloat16(device),
+        has_fp8(device),
     )
 
 
@@ -135,6 +144,7 @@ def named_device(name: str) -> Device:
         _peaks(known),
         known.bandwidth_gb * 1e9,
         known.bfloat16 is not None,
+        known.name in FP8_GPUS,
     )
 
 

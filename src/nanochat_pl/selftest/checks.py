@@ -15,6 +15,7 @@ from nanochat_pl.common.files import free_bytes
 from nanochat_pl.common.launch_env import launch_env
 from nanochat_pl.model import attention
 from nanochat_pl.model.config import ModelSettings
+from nanochat_pl.model.fp8 import why_no_fp8
 from nanochat_pl.model.gpt import TORCH_DTYPES
 from nanochat_pl.selftest.bit_classes import describe
 from nanochat_pl.training.compile_proof import (
@@ -90,8 +91,15 @@ def check_device(setup: Setup) -> list[Finding]:
     return [
         Finding("device", "ok" if right else "FAILED", f"{device} ({device_name(device)}); {chosen}; {others}"),
         Finding("compute type", "ok", f"{setup.dtype}: the device {why}"),
+        Finding("FP8", "ok", _fp8(setup)),
         Finding("attention in windows", "ok", _windowed_attention(setup)),
     ]
+
+
+def _fp8(setup: Setup) -> str:
+    """Whether a training may multiply in FP8 (trainer.fp8), by a small product against plain arithmetic."""
+    reason = why_no_fp8(setup.device, TORCH_DTYPES[setup.dtype], ModelSettings().sequence_len)
+    return "its kernels are right" if reason is None else f"not used: {reason}"
 
 
 def _windowed_attention(setup: Setup) -> str:

@@ -12,25 +12,34 @@ from nanochat_pl.common.device import ComputeDType
 from nanochat_pl.common.errors import first_line
 from nanochat_pl.model.compiled import CompiledLoss
 from nanochat_pl.model.config import GPTConfig, ModelSettings, num_heads, resolve_model, window_sizes
+from nanochat_pl.model.fp8 import Fp8Backend
 from nanochat_pl.model.gpt import GPT, TORCH_DTYPES
 from nanochat_pl.training.tiny_steps import NUM_POSITIONS, NUM_ROWS, TOLERANCE, VOCABULARY, distance, rows, tiny_net
 
+# A value at the edge between two FP8 numbers goes to the other one if its last bit of bfloat16 is another.
+FP8_TOLERANCE = 0.1
 
-def why_not_compiled(device: torch.device, dtype: ComputeDType, settings: ModelSettings) -> str | None:
+
+def why_not_compiled(
+    device: torch.device, dtype: ComputeDType, settings: ModelSettings, fp8: Fp8Backend | None = None
+) -> str | None:
     """What speaks against compiling a model of these settings on a device, in a few words; None: nothing."""
     if device.type == "mps":
         return "it is not used on Apple GPUs"
     try:
-        far = distance_of_compiled(tiny_net(device, TORCH_DTYPES[dtype], config=config_of_its_kind(settings, dtype)))
+        net = tiny_net(device, TORCH_DTYPES[dtype], config=config_of_its_kind(settings, dtype))
+        if fp8 is not None:
+            net.enable_fp8(fp8)
+        far = distance_of_compiled(net)
     except Exception as error:  # whatever a missing compiler, header or library makes of it
         return f"it does not run here: {first_line(error)[:160]}"
-    most = tolerance(dtype)
+    most = tolerance(dtype, fp8 is not None)
     return None if far <= most else f"its gradients of a tiny model are {far:.1e} off, more than {most:.0e}"
 
 
-def tolerance(dtype: ComputeDType) -> float:
+def tolerance(dtype: ComputeDType, fp8: bool = False) -> float:
     """The largest distance of compiled from uncompiled metrics, relative."""
-    return 3 * TOLERANCE[TORCH_DTYPES[dtype]]
+    return FP8_TOLERANCE if fp8 else 3 * TOLERANCE[TORCH_DTYPES[dtype]]
 
 
 def config_of_its_kind(settings: ModelSettings, dtype: ComputeDType) -> GPTConfig:

@@ -97,13 +97,20 @@ class TrainerSettings:
     num_nodes: int = setting(
         1, "Machines; more than one need a launcher: torchrun or Slurm.", at_least=1, at_most=10_000
     )
-    strategy: Literal["auto", "ddp"] = setting(
+    strategy: Literal["auto", "ddp", "fsdp"] = setting(
         "auto",
         "Data parallel: the optimizer sums the gradients and shards its state (ZeRO-1); ddp: with Lightning's wrapper"
-        " around the model, auto: without, with the same losses.",
+        " around the model, auto: without, with the same losses; fsdp: weights and gradients are sharded too (FSDP2),"
+        " which saves memory and costs time.",
     )
     precision: Literal["bf16-mixed", "16-mixed", "32-true"] | None = setting(
         None, "Lightning's way to say model.compute_dtype: bfloat16, float16, float32; null: as that key says."
+    )
+    fp8: bool | Literal["auto", "emulate"] = setting(
+        False,
+        "Multiply the blocks' large matrices in FP8, with a scale for each tensor; not in evaluation, sampling and rl."
+        " auto: where the GPU can and the model computes in bfloat16; emulate: only round as it does, slow, on any"
+        " device.",
     )
     num_threads: int | None = setting(None, "CPU threads of torch; null: as torch decides.", at_least=1, at_most=1024)
     compile: bool | Literal["auto"] = setting(
@@ -255,6 +262,12 @@ class TrainConfig(HorizonSettings):
             )
         if asked is not None:  # one key says it from here on, and stands in the record of the run
             object.__setattr__(self, "model", replace(self.model, compute_dtype=PRECISIONS[asked]))
+        if self.trainer.strategy == "fsdp" and self.stage.definition.trains_on_answers:
+            raise UserError(
+                f"trainer.strategy=fsdp: the stage {self.stage.name} writes answers with the whole weights, so each"
+                " process needs them.",
+                fix="Use trainer.strategy=auto; in a pipeline stages.rl.trainer.strategy=auto.",
+            )
         if self.stage.definition.trains_on_answers and (problems := self.rl.problems()):
             raise UserError([f"rl.{problem}" for problem in problems])
         if self.trainer.keep_best and not self.evaluation.every_steps:

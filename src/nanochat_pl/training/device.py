@@ -16,25 +16,39 @@ from nanochat_pl.common.malloc import keep_freed_memory
 from nanochat_pl.distributed import collectives
 from nanochat_pl.model.attention import kernels_of, no_varlen
 from nanochat_pl.model.config import ModelSettings
+from nanochat_pl.model.fp8 import Fp8Backend, why_no_fp8
 from nanochat_pl.model.gpt import TORCH_DTYPES
 from nanochat_pl.planning.gpus import peak_flops
 from nanochat_pl.training.compile_proof import why_not_compiled
 from nanochat_pl.training.config import TrainConfig
 
+# Measured by nanochat (dev/LOG.md, 2026-02-02), not here.
+FP8_SLOWER_DEPTH, FP8_FASTER_DEPTH = 12, 26
+
 
 @dataclass(frozen=True)
 class Machine:
-    """Device, type of the activations, and whether the model is compiled."""
+    """Device, type of the activations, whether the model is compiled, and what multiplies in FP8 (None: nothing)."""
 
     device: torch.device
     name: str
     compute_dtype: ComputeDType
     compile: bool
+    fp8: Fp8Backend | None = None
 
     @property
     def peak_flops(self) -> float | None:
-        """FLOP/s that the device could reach; None where that is not known: then no MFU is shown."""
+        """FLOP/s that the device could reach; None where that is not known: then no MFU is shown.
+
+        With FP8 too it is the peak of the type of the activations, so that MFU compares with that of a run without.
+        """
         return peak_flops(self.name, self.compute_dtype)
+
+    @property
+    def in_words(self) -> str:
+        """The types of numbers that it computes in."""
+        emulated = " (emulated)" if self.fp8 == "emulate" else ""
+        return self.compute_dtype if self.fp8 is None else f"{self.compute_dtype} with products in FP8{emulated}"
 
     def choices(self) -> dict[str, Any]:
         """What may change the bits of a result; a resumed run says where they differ."""
@@ -42,6 +56,7 @@ class Machine:
             "device": self.device.type,
             "compute_dtype": self.compute_dtype,
             "compile": self.compile,
+            "fp8": self.fp8,
             "num_threads": torch.get_num_threads(),
         }
 
@@ -54,24 +69,65 @@ def prepare_machine(config: TrainConfig) -> Machine:
     if device.type == "cpu":
         keep_freed_memory()
     dtype = choose_compute_dtype(config.model.compute_dtype, device)
-    compiled = config.trainer.compile
+    compiled, fp8 = config.trainer.compile, choose_fp8(config, device, dtype)
     if compiled == "auto":
         # What writes answers is eager: then the gradient is of the very probabilities under which they were drawn.
         eager = config.stage.definition.trains_on_answers
-        compiled = not eager and compiler_works(device, dtype, config.model)
-    machine = Machine(device, device_name(device), dtype, compiled)
+        compiled = not eager and compiler_works(device, dtype, config.model, fp8)
+    machine = Machine(device, device_name(device), dtype, compiled, fp8=fp8)
     many = f"{place.world_size} processes, each on " if place.world_size > 1 else ""
     rank_zero_print(
-        f"Training on {many}{machine.name} in {_in_words(dtype, config)}, {'compiled' if compiled else 'eager'}."
+        f"Training on {many}{machine.name} in {_in_words(machine, config)}, {'compiled' if compiled else 'eager'}."
     )
+    if fp8 == "scaled_mm" and (slower := fp8_slower_remark(config.model.depth, compiled)):
+        rank_zero_print(f"trainer.fp8={str(config.trainer.fp8).lower()}: {slower}")
     if device.type == "cuda" and (reason := no_varlen(kernels_of(device), TORCH_DTYPES[dtype], config.model.head_dim)):
         rank_zero_print(f"Attention in windows runs block by block, not in PyTorch's flash kernels: {reason}.")
     return machine
 
 
-def _in_words(dtype: ComputeDType, config: TrainConfig) -> str:
-    if dtype != "float16":
-        return dtype
+def choose_fp8(config: TrainConfig, device: torch.device, dtype: ComputeDType) -> Fp8Backend | None:
+    """What ``trainer.fp8`` means on a device; where it is asked for and left out, the reason is said.
+
+    Raises:
+        UserError: it is asked for, and the device has none.
+    """
+    wanted = config.trainer.fp8
+    if wanted is False:
+        return None
+    if config.stage.definition.trains_on_answers:
+        rank_zero_print(
+            f"trainer.fp8={str(wanted).lower()}: {config.stage.name} trains without it, so that the gradient is of the"
+            " very probabilities under which answers were drawn."
+        )
+        return None
+    reason = why_no_fp8(device, TORCH_DTYPES[dtype], config.model.sequence_len, emulated=wanted == "emulate")
+    if reason is None:
+        return "emulate" if wanted == "emulate" else "scaled_mm"
+    if wanted == "auto":
+        rank_zero_print(f"No FP8: {reason}.")
+        return None
+    raise UserError(
+        f"trainer.fp8={str(wanted).lower()}: cannot be had on {device_name(device)}: {reason}.",
+        fix="Leave it out, or set trainer.fp8=auto, which takes it where it is.",
+    )
+
+
+def fp8_slower_remark(depth: int, compiled: bool) -> str | None:
+    """What speaks for a training in FP8 being slower than in bfloat16; None: nothing that is known."""
+    if not compiled:
+        return "without trainer.compile the scaling takes more time than the products save."
+    if depth <= FP8_SLOWER_DEPTH:
+        return (
+            f"model.depth={depth} is likely to be slower with it than without. nanochat's log of 2026-02-02 (8 × H100)"
+            f" has depth {FP8_SLOWER_DEPTH} slower and depth {FP8_FASTER_DEPTH} 1.17 times as fast."
+        )
+    return None
+
+
+def _in_words(machine: Machine, config: TrainConfig) -> str:
+    if machine.compute_dtype != "float16":
+        return machine.in_words
     chosen = "; it has no units for bfloat16" if config.model.compute_dtype == "auto" else ""
     return f"float16 (with a loss scale{chosen})"
 
@@ -123,9 +179,11 @@ def require_own_gpus(device: torch.device, key: str = "trainer.accelerator") -> 
             )
 
 
-def compiler_works(device: torch.device, dtype: ComputeDType, settings: ModelSettings) -> bool:
+def compiler_works(
+    device: torch.device, dtype: ComputeDType, settings: ModelSettings, fp8: Fp8Backend | None = None
+) -> bool:
     """Whether a compiled model of this kind runs here and is right; where not, the reason is said."""
-    reason = why_not_compiled(device, dtype, settings)
+    reason = why_not_compiled(device, dtype, settings, fp8)
     if reason is not None:
         rank_zero_print(f"torch.compile: {reason}: training eagerly.")
     return reason is None

@@ -30,6 +30,7 @@ from nanochat_pl.evaluation.bits_per_byte import BitsPerByte
 from nanochat_pl.evaluation.validation import validation_metrics
 from nanochat_pl.model.compiled import CompiledLoss
 from nanochat_pl.model.config import GPTConfig, InitSettings
+from nanochat_pl.model.fp8 import Fp8Backend
 from nanochat_pl.model.gpt import GPT
 from nanochat_pl.model.init import init_weights
 from nanochat_pl.model.roles import parameter_roles
@@ -44,6 +45,7 @@ from nanochat_pl.optim import (
     schedule_values,
 )
 from nanochat_pl.training.checkpoint.resume import ResumeFiles
+from nanochat_pl.training.fully_sharded import fully_shard_net, whole_copy
 from nanochat_pl.training.nonfinite_guard import Guard, LossScale, OnNonfinite
 
 
@@ -59,6 +61,7 @@ class ModuleConfig:
     seed: int = 42
     compile: bool = False
     activation_checkpointing: bool = False
+    fp8: Fp8Backend | None = None
     loss_chunk_tokens: int | None = None
     init: InitSettings = field(default_factory=InitSettings)
     on_nonfinite: OnNonfinite = "stop"
@@ -93,10 +96,12 @@ class LMModule(LightningModule):
         micro_batch_hooks: called before each micro-batch with its number: bars move and stops are noticed there.
         logs_to_loggers: whether ``self.log`` writes to the loggers. A callback that writes more, and in the order that
             exact resume needs, turns it off and takes what is in ``logged``.
+        is_sharded: whether each process has a part of the weights only.
         columns: further metrics that it logs, for `metrics.csv`.
         progress_metric: what the console shows of a step.
     """
 
+    is_sharded = False
     columns: ClassVar[Sequence[str]] = ()
     progress_metric: ClassVar[str] = "train/loss_smoothed"
 
@@ -135,6 +140,8 @@ class LMModule(LightningModule):
                 loss_chunk_tokens=config.loss_chunk_tokens,
             ).materialise(self._training_device())
             self.init_weights(self.net)
+            if config.fp8 is not None:
+                self.net.enable_fp8(config.fp8)
             # In a tuple: modules or bound methods as attributes would double the state dict's keys.
             self._loss = (CompiledLoss(self.net) if self.config.compile else self.net.loss_by_row,)
 
@@ -150,6 +157,21 @@ class LMModule(LightningModule):
             init_weights(net, self.config.seed, self.config.init)
         else:
             net.load_state_dict(weights)
+
+    def shard_weights(self) -> None:
+        """Keep a part of the weights on each process from now on (FSDP2). All processes call it, before training."""
+        assert self.net is not None
+        fully_shard_net(self.net, self.net.device, self.config.compile)
+        self._loss = (self.net.loss_by_row,)  # the one that gathers weights
+        self.is_sharded = True
+
+    def whole_net(self) -> GPT:
+        """The network with all of its weights, for what is not training: where they are sharded a copy of now.
+
+        All processes call it.
+        """
+        assert self.net is not None
+        return whole_copy(self.net) if self.is_sharded else self.net
 
     def configure_optimizers(self) -> MuonAdamW:
         """The one optimizer, with its state allocated: a step never fails for lack of memory half-way."""
@@ -296,6 +318,10 @@ class LMModule(LightningModule):
         with self._local_gradients():
             for part, (inputs, targets, weights) in enumerate(micro_batches(batch, self.device_batch_size)):
                 self.between_micro_batches(part)
+                if self.is_sharded:  # the others wait for this process's weights: it cannot do the step again
+                    with self._out_of_memory_hint("in forward or backward; nothing was changed"):
+                        self._add_gradients(inputs, targets, weights, divisor, loss)
+                    continue
                 ran_out = ran_out or runs_out_of_memory(self._add_gradients, inputs, targets, weights, divisor, loss)
         if collectives.all_reduce_max(ran_out):  # on any process
             self._halve_device_batch_size(ran_out)

@@ -19,6 +19,7 @@ from nanochat_pl.common.errors import MAX_LISTED, SharedError
 from nanochat_pl.data.batch import StepBatch
 from nanochat_pl.distributed import collectives
 from nanochat_pl.model.gpt import GPT
+from nanochat_pl.optim.fully_sharded import is_sharded, own_rows
 
 OnNonfinite = Literal["stop", "skip"]
 START = 2.0**16
@@ -215,7 +216,7 @@ def _listed(items: list[Any]) -> str:
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    return bool(torch.isfinite(tensor.detach()).all())
+    return bool(torch.isfinite((own_rows(tensor) if is_sharded(tensor) else tensor).detach()).all())
 
 
 def last_good_file(newest_first: Iterable[Path]) -> Path | None:

@@ -88,8 +88,10 @@ def train_stage(
         return
     machine = coordination.raise_on_all_ranks(lambda: prepare_machine(config))
     require_own_gpus(machine.device)
-    kind = f"{machine.device.type} in {machine.compute_dtype}, {'compiled' if machine.compile else 'eager'}"
-    same_machines = "Set trainer.accelerator, model.compute_dtype and trainer.compile to what all machines have."
+    kind = f"{machine.device.type} in {machine.in_words}, {'compiled' if machine.compile else 'eager'}"
+    same_machines = (
+        "Set trainer.accelerator, model.compute_dtype, trainer.fp8 and trainer.compile to what all machines have."
+    )
     coordination.assert_equal_across_ranks(
         kind, lambda mains: f"would train on {kind}, the main process on {mains}.", same_machines
     )
@@ -213,6 +215,7 @@ def _make_stage(config: TrainConfig, machine: Machine, prepared: StageData, modu
         seed=config.seed,
         compile=machine.compile,
         activation_checkpointing=trainer.activation_checkpointing,
+        fp8=machine.fp8,
         loss_chunk_tokens=chunk_tokens,
         init=config.model.init,
         on_nonfinite=trainer.on_nonfinite,
@@ -301,9 +304,9 @@ def _finish(
     rank_zero_print("Final validation and samples …")
     # One that a callback ended may have no file of its last step: after a stop it would train again.
     stop = fitted.stop if step >= stage.num_steps else None
-    metrics = _finite(prepared.validation.measure(stage.net, *([stop.check_signal] if stop else [])))
+    net = stage.whole_net()
+    metrics = _finite(prepared.validation.measure(net, *([stop.check_signal] if stop else [])))
     moments = stage.optimizer.moments_by_name()  # of all processes
-    net = stage.net
 
     def info() -> StageInfo:
         return StageInfo(

@@ -9,7 +9,7 @@ device, which every accelerator takes: an Apple GPU refuses those of the DDP fam
 from __future__ import annotations
 
 import json
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch.plugins.environments import ClusterEnvironment
@@ -19,6 +19,8 @@ from torch import Tensor
 
 from nanochat_pl.common.launch_env import launch_env
 from nanochat_pl.distributed import collectives
+from nanochat_pl.training.fully_sharded import whole_state
+from nanochat_pl.training.module import LMModule
 
 
 class Launched(ClusterEnvironment):
@@ -55,19 +57,21 @@ class Launched(ClusterEnvironment):
         """The launcher has set it."""
 
 
-def strategy_for(device: torch.device, name: Literal["auto", "ddp"] = "auto") -> OneDevice | UnwrappedDDP | WrappedDDP:
+def strategy_for(
+    device: torch.device, name: Literal["auto", "ddp", "fsdp"] = "auto"
+) -> OneDevice | UnwrappedDDP | WrappedDDP | FullySharded:
     """The strategy of this process, which trains on ``device``; with one process there is nothing to choose.
 
     Args:
         device: with or without an index.
         name: ``trainer.strategy``. With ``ddp`` the model is in Lightning's wrapper; the optimizer sums the gradients
-            all the same, so the losses are those of ``auto``.
+            all the same, so the losses are those of ``auto``. With ``fsdp`` weights and gradients are sharded too.
     """
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", launch_env().local_rank)
     if collectives.world_size() == 1:
         return OneDevice(device)
-    return WrappedDDP(device) if name == "ddp" else UnwrappedDDP(device)
+    return {"auto": UnwrappedDDP, "ddp": WrappedDDP, "fsdp": FullySharded}[name](device)
 
 
 class _StaysOnDevice:
@@ -163,6 +167,20 @@ class UnwrappedDDP(WrappedDDP):
         """Whether all of the processes say so, or any."""
         count = collectives.all_reduce_sum(decision)
         return count == self.world_size if all else count > 0
+
+
+class FullySharded(UnwrappedDDP):
+    """FSDP2: each process has a part of every weight, gradient and moment, and gathers the weights layer by layer."""
+
+    def configure_ddp(self) -> None:
+        """Shard the weights, which are whole on each process until now."""
+        super().configure_ddp()
+        cast(LMModule, self.lightning_module).shard_weights()
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """The whole weights on the main process, so that a file knows of no strategy. All processes call it."""
+        assert self.lightning_module is not None
+        return whole_state(self.lightning_module.state_dict())
 
 
 def use_all_collectives(device: torch.device) -> None:

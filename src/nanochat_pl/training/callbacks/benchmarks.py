@@ -241,19 +241,19 @@ class PeriodicBenchmarks(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Make up for what a stop kept from being measured after the step of the resume file; measure what is measured
         before the first step."""
-        self._measure(trainer, pl_module.net)
+        self._measure(trainer, pl_module)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """After a step."""
-        self._measure(trainer, pl_module.net)
+        self._measure(trainer, pl_module)
 
-    def _measure(self, trainer: Trainer, net: GPT) -> None:
+    def _measure(self, trainer: Trainer, pl_module: Any) -> None:
         step = trainer.global_step
         for benchmark in self.due(step) if step < trainer.max_steps else ():
             with self.clock.paused():
                 if step > 0:
                     self.save(trainer)
-                metrics = measure(benchmark, net, self.stop)
+                metrics = measure(benchmark, pl_module.whole_net(), self.stop)
                 trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
                 log_everywhere(trainer, metrics)
                 show_tasks(trainer.loggers, benchmark.name, metrics, step)

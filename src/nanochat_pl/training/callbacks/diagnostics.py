@@ -48,6 +48,18 @@ class Diagnostics(Callback):
         self._before: dict[str, Tensor] = {}
         self._gradients: dict[str, float] = {}
 
+    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Refuse what it cannot measure.
+
+        Raises:
+            UserError: the weights are sharded.
+        """
+        if pl_module.is_sharded:
+            raise UserError(
+                "callbacks=[diagnostics]: measures whole weights; with trainer.strategy=fsdp no process has them.",
+                fix="Leave it out, or use trainer.strategy=auto.",
+            )
+
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Any) -> None:
         """Keep the weights of a step that is measured, and measure its gradients."""
         if not self._is_due(trainer, trainer.global_step + 1, self.every_steps):

@@ -95,7 +95,7 @@ class PeriodicEvaluation(Callback):
             self._measure(trainer, pl_module)
         elif self.at_start and self.validation is not None:
             with self.clock.paused():
-                log_everywhere(trainer, self.validation.measure(pl_module.net, self.check_stop))
+                log_everywhere(trainer, self.validation.measure(pl_module.whole_net(), self.check_stop))
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """After a step."""
@@ -107,14 +107,15 @@ class PeriodicEvaluation(Callback):
             return
         with self.clock.paused():
             if self.is_due(step):
-                metrics = self.validation.measure(pl_module.net, self.check_stop)
+                metrics = self.validation.measure(pl_module.whole_net(), self.check_stop)
                 trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
                 log_everywhere(trainer, metrics)
                 self._measured = step
                 for callback in trainer.callbacks:  # type: ignore[attr-defined]
                     callback.on_validation_end(trainer, pl_module)  # what EarlyStopping waits for
             if self.samples_every_steps and step % self.samples_every_steps == 0:
-                coordination.run_on_rank_zero(lambda: self._sample(trainer, pl_module.net, step))
+                net = pl_module.whole_net()
+                coordination.run_on_rank_zero(lambda: self._sample(trainer, net, step))
 
     def _sample(self, trainer: Trainer, net: GPT, step: int) -> None:
         assert self.validation is not None

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from nanochat_pl.common.errors import SharedError, listed
 from nanochat_pl.distributed import collectives
+from nanochat_pl.optim.fully_sharded import is_sharded
 
 _MAX_NAMED = 5
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -37,12 +38,17 @@ class WeightSyncCheck(Callback):
     ) -> None:
         """After a step."""
         if self.every_steps and trainer.global_step % self.every_steps == 0:
-            require_same_weights(dict(pl_module.named_parameters()), trainer.global_step)
+            require_same_weights(_shared_weights(pl_module), trainer.global_step)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Before a resume file is written: it has the weights of the main process, and must not pass on a fault."""
         if self.every_steps:
-            require_same_weights(dict(pl_module.named_parameters()), trainer.global_step)
+            require_same_weights(_shared_weights(pl_module), trainer.global_step)
+
+
+def _shared_weights(module: LightningModule) -> dict[str, Tensor]:
+    """Those that each process has: all, or none where they are sharded."""
+    return {name: each for name, each in module.named_parameters() if not is_sharded(each)}
 
 
 def require_same_weights(parameters: Mapping[str, Tensor], step: int) -> None:
@@ -51,7 +57,7 @@ def require_same_weights(parameters: Mapping[str, Tensor], step: int) -> None:
     Raises:
         SharedError: they differ; names the parameters and the processes.
     """
-    if collectives.world_size() == 1:
+    if collectives.world_size() == 1 or not parameters:
         return
     sums = checksums(parameters)
     digest = int.from_bytes(hashlib.blake2b(json.dumps(sums).encode(), digest_size=7).digest(), "big")
