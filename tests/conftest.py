@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 import signal
+import sys
 
 # Read when torch is loaded. Models here are tiny: one thread is faster than two, and bits do not depend on the machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -17,7 +19,15 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.forked import SAME_FOR_ALL, share_server
+
 SHARED_MISSING = "real data not found: set NANOCHAT_PL_SHARED or put it in ../shared"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The processes that run the tests share what they fork programs from."""
+    if getattr(config.option, "numprocesses", None):
+        share_server()
 
 
 @pytest.fixture(scope="session")
@@ -51,7 +61,11 @@ _freeze, _unfreeze = gc.freeze, gc.unfreeze
 
 def pytest_collection_finish() -> None:
     """What a training does for its own good and takes long here: it waits for the disk, where no power cut is tested,
-    and its first garbage collection goes through all that there is, a third of a second for all that is imported."""
+    its first garbage collection goes through all that there is, a third of a second for all that is imported, and it
+    reads its own source and asks git."""
+    if (run_record := sys.modules.get("nanochat_pl.cli.run_record")) is not None:
+        for name in SAME_FOR_ALL:
+            setattr(run_record, name, functools.cache(getattr(run_record, name)))
     os.fsync = lambda file: None  # type: ignore[assignment]
     gc.collect()
     gc.freeze()

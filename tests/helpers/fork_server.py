@@ -12,6 +12,7 @@ import gc
 import importlib
 import json
 import locale
+import multiprocessing.util
 import os
 import runpy
 import select
@@ -24,7 +25,7 @@ import traceback
 from pathlib import Path
 from typing import Any, NoReturn
 
-from tests.helpers.forked import ADDRESS, MAX_ORDER, Forked
+from tests.helpers.forked import ADDRESS, MAX_ORDER, SAME_FOR_ALL, Forked
 
 MODULES = (
     "nanochat_pl.cli._warnings",
@@ -171,7 +172,49 @@ def _exit_code(arguments: list[str]) -> int:
     return 0
 
 
+def _spawn(path: bytes, arguments: list[bytes | str], kept: tuple[int, ...]) -> int:
+    """In place of a fresh interpreter that multiprocessing starts: a copy of the process that starts it."""
+    code = os.fsdecode(arguments[-2])
+    if "spawn_main" not in code:  # the resource tracker imports little
+        return _spawn_interpreter(path, arguments, kept)
+    if pid := os.fork():
+        return pid
+    try:
+        gc.freeze()  # what the program has is never let go of: its descriptors are others' from here on
+        signal.set_wakeup_fd(-1)
+        for signum, action in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
+            signal.signal(signum, action)
+        first = 3
+        for descriptor in sorted(kept):
+            os.closerange(first, descriptor)
+            first = descriptor + 1
+        os.closerange(first, os.sysconf("SC_OPEN_MAX"))
+        status = _exit_code(["-c", code, *map(os.fsdecode, arguments[-1:])])
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    finally:
+        os._exit(70)
+
+
+_spawn_interpreter = multiprocessing.util.spawnv_passfds
 _address = ""
+
+
+def _warm_up() -> None:
+    """Have at hand what each command would find out anew: the first reading of settings takes as long as a training
+    of five steps (Hydra's parser, the checks of each class), and the source is the same for all."""
+    from nanochat_pl.cli import run_record
+    from nanochat_pl.cli.train import TrainConfig
+    from nanochat_pl.config.experiment import compose_step
+
+    local = ["data=local", "data.path=texts", "logger=[]"]
+    for typed in ([], local, ["stage=base", *local], ["stage=sft", "logger=[]"]):
+        compose_step("train", "sft" if "stage=sft" in typed else "base", TrainConfig, typed)
+    compose_step("train", "sft", TrainConfig, [])
+    for name in SAME_FOR_ALL:
+        found = getattr(run_record, name)()
+        setattr(run_record, name, lambda found=found: found)
 
 
 def main() -> None:
@@ -187,6 +230,8 @@ def main() -> None:
     for name in MODULES:
         importlib.import_module(name)
     subprocess_handler.SubprocessHandler._popen = popen  # type: ignore[assignment, method-assign]
+    multiprocessing.util.spawnv_passfds = _spawn  # type: ignore[attr-defined]
+    _warm_up()
     assert threading.active_count() == 1, "a copy would have locks that nobody lets go of"
     gc.freeze()  # a copy that collects garbage would copy all of it
     os.fsync = lambda file: None  # type: ignore[assignment]  # waiting for disks takes long, and no power cut is tested

@@ -3,8 +3,10 @@
     program = Forked(["-m", "nanochat_pl.cli.main", "train", …], stdout=file)      # as subprocess.Popen([python, …])
 
 Starting an interpreter and importing torch takes six seconds, a copy of :mod:`tests.helpers.fork_server` has done both.
-What is different: the variables that a library reads when it is loaded are those of the test run, and the parent of a
-program is the server. What a program starts with torch's launcher (as torchrun, or on several devices) is a copy too.
+The processes of a test run (``-n``) share one server.
+What is different: the variables that a library reads when it is loaded are those of the test run, the shipped settings
+have been read once, and the parent of a program is the server. What a program starts with torch's launcher (torchrun,
+or trainer.devices), or by multiprocessing's "spawn", is a copy too.
 All that still runs is killed when the test run ends.
 """
 
@@ -20,6 +22,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -27,6 +30,7 @@ from typing import IO, Any
 ROOT = Path(__file__).resolve().parents[2]
 ADDRESS = "NANOCHAT_PL_TEST_FORK_SERVER"  # where the server listens, for programs that start programs
 MAX_ORDER = 2**17  # bytes
+SAME_FOR_ALL = ("_source_hash", "_git_state")  # of nanochat_pl.cli.run_record: asked git and 400 files each time
 COMMAND = ("-m", "nanochat_pl.cli.main")
 Stream = int | IO[Any] | None
 
@@ -146,26 +150,52 @@ _connection: socket.socket | None = None
 
 def start_server() -> None:
     """Start the server, where there is none yet. It is needed seconds later: it imports meanwhile."""
-    global _connection, _server
+    global _connection
     if _connection is not None:
         return
-    name = os.environ.get(ADDRESS) or os.urandom(16).hex()
-    if ADDRESS not in os.environ:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
-            listener.bind(f"\0{name}")
-            listener.listen(64)
-            path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-            _server = subprocess.Popen(
-                [sys.executable, "-m", "tests.helpers.fork_server", str(listener.fileno()), name],
-                stdin=subprocess.PIPE,  # it ends when this does, and its programs with it
-                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
-                cwd=ROOT,
-                pass_fds=[listener.fileno()],
-                start_new_session=True,
-            )
-        atexit.register(_end_server)
+    if ADDRESS in os.environ:
+        name = os.environ[ADDRESS]
+    else:
+        listener, name = _listen()
+        _launch(listener, name)
     _connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     _connection.connect(f"\0{name}")
+
+
+def share_server() -> None:
+    """One server for this process and all that it starts, which begins when one of them asks for it."""
+    if ADDRESS in os.environ:
+        return
+    listener, os.environ[ADDRESS] = _listen()
+
+    def launch_when_asked() -> None:
+        select.select([listener], [], [])
+        _launch(listener, os.environ[ADDRESS])
+
+    threading.Thread(target=launch_when_asked, daemon=True).start()
+
+
+def _listen() -> tuple[socket.socket, str]:
+    name = os.urandom(16).hex()
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    listener.bind(f"\0{name}")
+    listener.listen(64)
+    return listener, name
+
+
+def _launch(listener: socket.socket, name: str) -> None:
+    global _server
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    with listener:
+        _server = subprocess.Popen(
+            [sys.executable, "-m", "tests.helpers.fork_server", str(listener.fileno()), name],
+            stdin=subprocess.PIPE,  # it ends when this does, and its programs with it
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+            cwd=ROOT,
+            pass_fds=[listener.fileno()],
+            start_new_session=True,
+        )
+    atexit.register(_end_server)
 
 
 def _end_server() -> None:

@@ -168,6 +168,7 @@ class RunningServer:
     async def _run(self) -> None:
         def make_pool() -> pool.Pool:
             base = {"device": "cpu", "num_threads": 1, "num_slots": 4, "max_context": None, "prefill_chunk": 256}
+            base["stream_interval"] = self.settings.stream_interval
             self.pool = pool.Pool([(name, {**base, "bundle": str(path)}) for name, path in self._models.items()])
             return self.pool
 

@@ -280,7 +280,7 @@ def test_clients_that_vanish_free_their_slots(server, client):
 
 def worker_pids(server: Served) -> list[int]:
     found = subprocess.run(["pgrep", "-P", str(server.program.pid)], capture_output=True, text=True).stdout.split()
-    return [int(pid) for pid in found if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()]
+    return [int(pid) for pid in found if "resource_tracker" not in Path(f"/proc/{pid}/cmdline").read_text()]
 
 
 def test_a_worker_that_is_killed_comes_back(server, client):

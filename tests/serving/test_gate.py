@@ -14,6 +14,7 @@ import pytest
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.schema import build
 from nanochat_pl.serving.app import create_app
+from nanochat_pl.serving.pool import Updates
 from nanochat_pl.serving.requests import IGNORED
 from nanochat_pl.serving.settings import ServeSettings
 
@@ -33,9 +34,9 @@ class ScriptedGeneration:
         self._updates = updates
         self.is_cancelled = False
 
-    def deliver_to(self, updates: asyncio.Queue[tuple[int, dict[str, Any]]], number: int) -> None:
+    def deliver_to(self, updates: Updates, number: int) -> None:
         for update in self._updates:
-            updates.put_nowait((number, update))
+            updates.put(number, update)
 
     def cancel(self) -> None:
         self.is_cancelled = True

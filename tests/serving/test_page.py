@@ -341,6 +341,62 @@ def test_a_conversation_is_deleted_once_that_was_agreed_to(page):
     assert page.all(".turn") == []
 
 
+@pytest.fixture
+def other_tab(page: Page) -> Iterator[str]:
+    """Another tab, which is closed in the end."""
+    first = page.driver.current_window_handle
+    page.driver.switch_to.new_window("tab")
+    other = page.driver.current_window_handle
+    page.driver.switch_to.window(first)
+    yield other
+    page.driver.switch_to.window(other)
+    page.driver.close()
+    page.driver.switch_to.window(first)
+
+
+def bubbles(page: Page) -> list[str]:
+    return [each.text for each in page.all(".bubble")]
+
+
+@needs_browser
+def test_two_tabs_with_one_conversation_lose_nothing(page, other_tab):
+    """Each shows what the other one has added, also while both are answering."""
+    first, window = page.driver.current_window_handle, page.driver.switch_to.window
+    page.ask("Hallo")
+    place = f"/#{page.driver.current_url.partition('#')[2]}"
+    window(other_tab)
+    page.open(place)
+    page.wait_for_model()
+    assert bubbles(page) == ["Hallo"]
+    page.ask("from the other tab")
+    window(first)
+    until(lambda: bubbles(page) == ["Hallo", "from the other tab"])
+    assert page.ask("from the first tab") == "You said: from the first tab"
+    page.type("slow")
+    until(lambda: page.one("#stop").is_displayed())
+    window(other_tab)
+    until(lambda: len(page.all(".turn")) == 4)
+    page.button("Generate another answer").click()  # of the same message
+    until(lambda: page.one("#stop").is_displayed())
+    page.one("#stop").click()
+    window(first)
+    assert page.answer().endswith("This is sentence number 11.")
+    messages = ["Hallo", "from the other tab", "from the first tab", "slow"]
+    for tab in (first, other_tab):
+        window(tab)
+        until(lambda: page.one(".turn:last-child .count").text.endswith("/ 2"))
+        page.open(place)
+        assert until(lambda: bubbles(page)) == messages
+        until(lambda: page.one(".turn:last-child .count").text.endswith("/ 2"))
+    window(first)
+    page.button("Delete").click()
+    page.all("#question button")[1].click()
+    until(lambda: not page.all(".turn"))
+    window(other_tab)
+    until(lambda: not page.all(".turn") and not page.all(".conversation"))
+    window(first)
+
+
 @needs_browser
 def test_hostile_answers_do_nothing(page):
     page.ask("Hostile")

@@ -11,6 +11,7 @@ from nanochat_pl.serving.app import create_app
 from nanochat_pl.serving.settings import ServeSettings
 from tests.serving.test_gate import ScriptedPool
 
+pytest_plugins = ["schemathesis.pytest.plugin"]  # here, and not in every run: pyproject.toml
 APP = create_app(ScriptedPool, build(ServeSettings, {"allowed_hosts": ["testserver"]}))
 schema = schemathesis.openapi.from_asgi("/openapi.json", APP)
 

@@ -7,7 +7,6 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -23,7 +22,7 @@ from nanochat_pl.training.checkpoint.resume import resume_files
 from nanochat_pl.training.device import prepare_machine
 from nanochat_pl.training.stage_data.text import prepare_pretraining
 from nanochat_pl.training.stages.registry import StageContext
-from tests.helpers.launch import launch, torchrun
+from tests.helpers.launch import launch
 from tests.helpers.processes import run
 from tests.training.conftest import same_weights, sft_overrides, tiny_overrides, weights_of
 from tests.training.test_mixture import mixture, write_others
@@ -77,9 +76,9 @@ def files(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
-def trained(processes: int | list[int], arguments: list[str], start: Callable[..., Any] = launch) -> str:
+def trained(processes: int | list[int], arguments: list[str]) -> str:
     """Train on several processes; what was printed on stdout."""
-    done = start(processes, arguments)
+    done = launch(processes, arguments)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -101,7 +100,7 @@ def on_one(place: Path) -> Callable[..., Path]:
 def test_two_processes_end_with_the_bits_of_one(place: Path, on_one: Callable[..., Path], stage: str) -> None:
     settings = (*TWO_ROWS, "trainer.checkpoint_every_steps=6")
     one, two = on_one(f"one-{stage}", *settings, stage=stage), new_run(place, f"two-{stage}", stage)
-    printed = trained(2, command(place, two.name, *settings, stage=stage), torchrun if stage == "base" else launch)
+    printed = trained(2, command(place, two.name, *settings, stage=stage))
     columns = ("train/loss", "train/tokens", "train/lr_multiplier", "val/bpb", "val/bpb_stderr")
     for ours, theirs in zip(metrics(one / stage, *columns), metrics(two / stage, *columns), strict=True):
         assert ours[:3] == theirs[:3]

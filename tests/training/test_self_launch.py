@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.forked import COMMAND, Forked, run_forked, running
-from tests.helpers.launch import launch
+from tests.helpers.launch import MARK, launch
 from tests.training.conftest import same_weights, start_run, tiny_overrides, weights_of
 
+OURS = f"self-launch {os.getpid()}"
 STEPS = ("max_steps=6", "evaluation.every_steps=3", "schedule.warmup_steps=2")
 
 
@@ -23,12 +24,12 @@ def overrides(place: Path, run: str, *further: str) -> list[str]:
 
 
 def started(arguments: list[str]) -> Forked:
-    return Forked([*COMMAND, *arguments], capture=True)
+    return Forked([*COMMAND, *arguments], capture=True, env={**os.environ, MARK: OURS})
 
 
 def workers() -> list[int]:
     """The processes that train."""
-    return [pid for pid, of in running().items() if "RANK" in of["env"]]
+    return [pid for pid, of in running().items() if "RANK" in of["env"] and of["env"].get(MARK) == OURS]
 
 
 def wait_for_step(place: Path, run: str, process: Forked) -> None:

@@ -63,6 +63,7 @@ def run(arguments: Sequence[str]) -> int:
         "num_slots": config.num_slots,
         "max_context": config.max_context,
         "prefill_chunk": config.prefill_chunk,
+        "stream_interval": config.stream_interval,
         "compile": config.compile,
     }
     devices = [str(device)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
@@ -104,8 +103,7 @@ async def updates_of(
     Raises:
         ApiError: one was refused, its worker died, or it takes longer than ``seconds``.
     """
-    # One queue, and no task for each request or each wait: with many streams they would take as long as all else here.
-    merged: Updates = asyncio.Queue()
+    merged = Updates()
     for number, generation in enumerate(generations):
         generation.deliver_to(merged, number)
     unfinished, ends_at = len(generations), time.monotonic() + seconds
@@ -114,16 +112,10 @@ async def updates_of(
             wait = min(PING_SECONDS, ends_at - time.monotonic())
             if wait <= 0:
                 raise ApiError(408, f"The answer took longer than the {seconds:g} seconds allowed.", code="timeout")
-            if merged.empty():
-                try:
-                    async with asyncio.timeout(wait):
-                        found = await merged.get()
-                except TimeoutError:
-                    yield None
-                    continue
-            else:
-                await asyncio.sleep(0)  # others have their turn, and who has left is noticed
-                found = merged.get_nowait()
+            await merged.wait(wait)
+            if (found := merged.take()) is None:
+                yield None
+                continue
             number, update = found
             if "error" in update:
                 raise ApiError(**update["error"])

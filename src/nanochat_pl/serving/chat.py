@@ -57,31 +57,37 @@ async def chat_stream(job: Job, metrics: Metrics, include_usage: bool) -> AsyncG
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
         return event(head | {"choices": [choice]})
 
-    began = False
+    began, unfinished = False, len(choices)
+    chunks: list[bytes] = []  # to be sent together: each that is sent by itself costs more than it takes to write
     updates = updates_of(job.start(), job.seconds, metrics)
     try:
         async for found in updates:
             if not began:
                 began = True
-                for choice in choices:
-                    yield chunk(choice.index, {"role": "assistant", "content": ""})
+                chunks += [chunk(choice.index, {"role": "assistant", "content": ""}) for choice in choices]
             if found is None:
-                yield PING
+                yield b"".join([*chunks, PING])
+                chunks = []
                 continue
             index, update = found
             choices[index].add(update)
             own = own_field(update, job.details)
             if update.get("text") or own:
                 logprobs = chat_logprobs(update.get("tokens", ())) if job.logprobs else None
-                yield chunk(index, {"content": update.get("text", ""), **own}, logprobs=logprobs)
+                chunks.append(chunk(index, {"content": update.get("text", ""), **own}, logprobs=logprobs))
             if "finish" in update:
-                yield chunk(index, {}, FINISH_REASONS.get(update["finish"], "stop"))
+                chunks.append(chunk(index, {}, FINISH_REASONS.get(update["finish"], "stop")))
+                unfinished -= 1
+            if chunks and unfinished:
+                yield b"".join(chunks)
+                chunks = []
         if include_usage:
-            yield event(head | {"choices": [], "usage": usage_of(choices), "nanochat": {"seed": job.answer.seed}})
-        yield DONE
+            usage = {"usage": usage_of(choices), "nanochat": {"seed": job.answer.seed}}
+            chunks.append(event(head | {"choices": []} | usage))
+        yield b"".join([*chunks, DONE])
     except ApiError as error:
         if not began:
             raise
-        yield event(error.body())
+        yield b"".join([*chunks, event(error.body())])
     finally:
         await updates.aclose()

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import time
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping
+from itertools import accumulate
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.utils import floatToGoString
 
 from nanochat_pl.serving.pool import Generation, Pool
 
@@ -31,6 +35,23 @@ _COUNTERS = {
 }
 
 
+class _Intervals:
+    """A histogram of the seconds between tokens. That of prometheus_client takes one at a time."""
+
+    def __init__(self) -> None:
+        self.seconds, self._counts = 0.0, [0] * (len(_BETWEEN_TOKENS) + 1)
+
+    def add(self, seconds: float, count: int) -> None:
+        """So many tokens in so many seconds."""
+        self.seconds += seconds
+        self._counts[bisect_left(_BETWEEN_TOKENS, seconds / count)] += count
+
+    def buckets(self) -> list[tuple[str, float]]:
+        """Upper bounds, each with the number of intervals up to it."""
+        bounds = [floatToGoString(each) for each in (*_BETWEEN_TOKENS, math.inf)]
+        return list(zip(bounds, map(float, accumulate(self._counts)), strict=True))
+
+
 class Metrics:
     """What is counted and timed of all requests.
 
@@ -39,7 +60,7 @@ class Metrics:
     """
 
     def __init__(self, pool: Pool) -> None:
-        self._pool, self._last_token = pool, dict[Generation, float]()
+        self._pool, self._last = pool, dict[Generation, tuple[float, int]]()  # when it was heard of, and its tokens
         self.registry = CollectorRegistry()
         self.registry.register(self)
 
@@ -47,8 +68,7 @@ class Metrics:
             return Histogram(f"nanochat_{name}", what, ["model_name"], registry=self.registry, buckets=buckets)
 
         self._first = histogram("time_to_first_token_seconds", "From the request to the first token.", _FIRST_TOKEN)
-        self._between = histogram("inter_token_latency_seconds", "Between two tokens.", _BETWEEN_TOKENS)
-        self._between_of: dict[str, Histogram] = {}
+        self._between: dict[str, _Intervals] = {}
         self._whole = histogram("e2e_request_latency_seconds", "From the request to its end.", _REQUEST)
         self._prompt = histogram("request_prompt_tokens", "Tokens of a prompt.", _TOKENS)
         self._answer = histogram("request_generation_tokens", "Tokens of an answer.", _TOKENS)
@@ -62,23 +82,22 @@ class Metrics:
     def observe(self, generation: Generation, update: Mapping[str, Any]) -> None:
         """Take an update of a request down."""
         now, model = time.monotonic(), generation.model
-        if (last := self._last_token.get(generation)) is None:
+        before, tokens = self._last.get(generation), update.get("completion_tokens", 0)
+        if before is None:
             self._first.labels(model).observe(now - generation.began)
             self._prompt.labels(model).observe(update.get("prompt_tokens", 0))
-        else:  # for each piece: labels() would look up and lock each time
-            if (between := self._between_of.get(model)) is None:
-                between = self._between_of[model] = self._between.labels(model)
-            between.observe(now - last)
-        self._last_token[generation] = now
+        elif tokens > before[1]:
+            self._between.setdefault(model, _Intervals()).add(now - before[0], tokens - before[1])
+        self._last[generation] = now, tokens
         if "finish" in update:
             self._whole.labels(model).observe(now - generation.began)
             self._answer.labels(model).observe(update["completion_tokens"])
             self._success.labels(model, update["finish"]).inc()
-            del self._last_token[generation]
+            del self._last[generation]
 
     def forget(self, generation: Generation) -> None:
         """A request has ended before its end."""
-        self._last_token.pop(generation, None)
+        self._last.pop(generation, None)
 
     def collect(self) -> Iterator[Metric]:
         """The workers' own figures, for the registry."""
@@ -88,6 +107,12 @@ class Metrics:
                 for number, worker in enumerate(self._pool.workers):
                     family.add_metric([worker.model, str(number)], worker.stats.get(key, 0))
                 yield family
+        between = HistogramMetricFamily(
+            "nanochat_inter_token_latency_seconds", "Between two tokens.", labels=["model_name"]
+        )
+        for model, intervals in self._between.items():
+            between.add_metric([model], intervals.buckets(), intervals.seconds)
+        yield between
 
     def text(self) -> bytes:
         """All of it, in the form that Prometheus reads."""

@@ -12,8 +12,9 @@ import multiprocessing
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 from nanochat_pl.common.console import print_from_any_rank
 from nanochat_pl.common.errors import UserError
@@ -21,35 +22,85 @@ from nanochat_pl.serving import worker
 from nanochat_pl.serving.errors import ApiError
 
 State = Literal["starting", "ready", "stuck", "dead"]
-# The updates of several requests as they come, each with the number of its request.
-Updates: TypeAlias = "asyncio.Queue[tuple[int, dict[str, Any]]]"
-
+MAX_JOINED = 10_000  # characters of an update to which nothing is added: each time all of it is copied
 STUCK_SECONDS = 30.0  # without a word of a worker that has something to do
 RESTART_SECONDS = (0.0, 1.0, 5.0, 15.0, 60.0)  # before the first restart, the second …; a minute of health forgives
+
+
+class Updates:
+    """The updates of several requests for one reader, each with the number of its request, in the order in which they
+    came. What it has not taken yet grows: a reader that is behind gets fewer and longer ones.
+    """
+
+    def __init__(self) -> None:
+        self._unread: deque[tuple[int, dict[str, Any]]] = deque()
+        self._last: dict[int, dict[str, Any]] = {}  # of those, by number
+        self._arrival: asyncio.Future[None] | None = None
+
+    def put(self, number: int, update: Mapping[str, Any]) -> None:
+        """Add one."""
+        last = self._last.get(number)
+        text = "" if last is None else last.get("text", "")
+        # Within an update calls and results stand before the text.
+        if last is None or "error" in update or ("tools" in update and text) or len(text) > MAX_JOINED:
+            last = self._last[number] = {}
+            self._unread.append((number, last))
+        for key, value in update.items():
+            last[key] = last[key] + value if key in ("text", "tools", "tokens") and key in last else value
+        self._end_waiting()
+
+    def take(self) -> tuple[int, dict[str, Any]] | None:
+        """The first one, or None."""
+        if not self._unread:
+            return None
+        number, update = self._unread.popleft()
+        if self._last[number] is update:
+            del self._last[number]
+        return number, update
+
+    async def wait(self, seconds: float) -> None:
+        """Until there is one, or so many seconds are over."""
+        if self._unread:
+            await asyncio.sleep(0)  # others have their turn, and who has left is noticed
+            return
+        loop = asyncio.get_running_loop()
+        # No task and no asyncio.timeout: with many streams they would take as long as all else here.
+        self._arrival = loop.create_future()
+        timer = loop.call_later(seconds, self._end_waiting)
+        try:
+            await self._arrival
+        finally:
+            timer.cancel()
+            self._arrival = None
+
+    def _end_waiting(self) -> None:
+        if self._arrival is not None and not self._arrival.done():
+            self._arrival.set_result(None)
 
 
 class Generation:
     """A request at a worker.
 
-    Its updates (see :mod:`~nanochat_pl.serving.worker`) come into a queue, the last one with ``finish`` or ``error``.
+    Its updates (see :mod:`~nanochat_pl.serving.worker`) are kept until they are asked for; the last one has ``finish``
+    or ``error``.
     """
 
     def __init__(self, owner: WorkerProcess, name: str) -> None:
         self._owner, self._name = owner, name
         self.model = owner.model
-        self._updates: Updates = asyncio.Queue()
+        self._updates = Updates()
         self._number = 0
         self.began = time.monotonic()
 
     def deliver_to(self, updates: Updates, number: int) -> None:
-        """Put the updates into another queue, each with this number: those that are there and those to come."""
+        """Put the updates there, each with this number: those that came before this, and those to come."""
         before, self._updates, self._number = self._updates, updates, number
-        while not before.empty():
-            self.put(before.get_nowait()[1])
+        while (found := before.take()) is not None:
+            self.put(found[1])
 
     def put(self, update: dict[str, Any]) -> None:
         """An update is there."""
-        self._updates.put_nowait((self._number, update))
+        self._updates.put(self._number, update)
 
     def cancel(self) -> None:
         """End it, unless it has ended; its slot is free in the worker's next step."""

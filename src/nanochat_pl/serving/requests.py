@@ -240,6 +240,7 @@ def asked_of(request: Shared, max_tokens: str, defaults: SamplingDefaults, limit
         "ignore_eos": bool(request.ignore_eos),
         "stop_ids": request.stop_token_ids or [],
         "tools": request.use_tools is not False,
+        "stream": bool(request.stream),
         "details": bool(request.return_token_details),
     }
 

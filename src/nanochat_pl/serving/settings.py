@@ -71,6 +71,12 @@ class ServeSettings:
         at_least=2,
     )
     prefill_chunk: int = setting(256, "Tokens of prompts read between two tokens of others' answers.", at_least=1)
+    stream_interval: float = setting(
+        0.1,
+        "Seconds whose tokens are sent together where many answers are streamed; 0: each token by itself.",
+        at_least=0,
+        at_most=10,
+    )
     compile: bool = setting(
         False, "true: compile the step of decoding first, which takes some seconds; then faster on a CPU."
     )

@@ -2,8 +2,12 @@
 them, both as JSON, and ends when the other side of the pipe is closed.
 
 What it sends: ``{"ready": {…}}`` once, then ``{"updates": [[id, update], …], "stats": {…}}``. An update is what became
-visible of a request since its last one: ``text``, ``tools`` (calls and results), ``tokens`` where asked for, at first
-``prompt_tokens``, at last ``finish`` and the counts; or ``error`` and nothing more.
+visible of a request since its last one: ``tools`` (calls and results) and the ``text`` behind them, ``tokens`` where
+asked for, ``completion_tokens`` so far, at first ``prompt_tokens``, at last ``finish``; or ``error`` and nothing more.
+
+The first token of an answer is sent at once, and so is its end. The tokens between go together: those of a stream every
+``stream_interval`` seconds, those of an answer that is wanted whole with its end. A piece costs server and client
+more than a token does, and on a CPU they take it from the model.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ import json
 import re
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -23,15 +27,15 @@ from nanochat_pl.bundle import Bundle, load_bundle
 from nanochat_pl.bundle.bundle import hash_of_weights
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.engine import Engine
+from nanochat_pl.engine.events import Event
 from nanochat_pl.engine.request import Handle, Request
 from nanochat_pl.engine.sampling import Sampling
 from nanochat_pl.engine.scheduler import Scheduler
 from nanochat_pl.tokenizer import Tokenizer
 
 SECONDS_BETWEEN_STATS = 0.5
-# Of many answers at once the pieces are sent together: a message for each token would keep the other side busy.
-SECONDS_BETWEEN_UPDATES = 0.03
-MANY = 4
+# Of all streams together, where stream_interval allows it: few streams get each token as it comes.
+PIECES_PER_SECOND = 320
 
 
 def main(connection: Connection, spec: Mapping[str, Any]) -> None:
@@ -40,7 +44,7 @@ def main(connection: Connection, spec: Mapping[str, Any]) -> None:
     Args:
         connection: to the server.
         spec: ``bundle`` (a folder), ``device``, ``num_threads`` or None, ``num_slots``, ``max_context`` or None,
-            ``prefill_chunk``, ``compile``.
+            ``prefill_chunk``, ``stream_interval``, ``compile``.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the server ends its workers
     try:
@@ -72,9 +76,10 @@ class Worker:
         self._scheduler: Scheduler = self._engine.scheduler(
             spec["num_slots"], spec["max_context"], spec["prefill_chunk"]
         )
+        self._stream_interval: float = spec["stream_interval"]
         self._running: dict[str, _Answer] = {}
         self._updates: list[tuple[str, dict[str, Any]]] = []
-        self._sent_at = self._stats_at = 0.0
+        self._stats_at = self._next_pieces_at = 0.0
 
     def send(self, message: Mapping[str, Any]) -> None:
         """Write a message."""
@@ -129,26 +134,25 @@ class Worker:
             self._updates.append((name, {"error": refused.plain()}))
 
     def _collect(self) -> None:
-        """Take down what the last step has brought."""
+        """Take down what is to be sent after a step."""
+        now = time.monotonic()
+        pieces_are_due = now >= self._next_pieces_at
         for name, answer in list(self._running.items()):
-            if update := answer.read():
-                self._updates.append((name, update))
-            if answer.handle.finish_reason is not None:
+            has_ended = answer.handle.finish_reason is not None
+            if has_ended or answer.is_first or (pieces_are_due and answer.is_stream):
+                self._updates += [(name, update) for update in answer.read()]
+            if has_ended:
                 del self._running[name]
+        if pieces_are_due:
+            num_streams = sum(answer.is_stream for answer in self._running.values())
+            self._next_pieces_at = now + min(self._stream_interval, num_streams / PIECES_PER_SECOND)
 
     def _flush(self) -> None:
-        """Send what there is, unless more is about to come."""
+        """Send what there is."""
         now = time.monotonic()
-        urgent = len(self._running) <= MANY or any("finish" in update for _, update in self._updates)
-        if self._updates and (urgent or now - self._sent_at >= SECONDS_BETWEEN_UPDATES):
-            merged: dict[str, dict[str, Any]] = {}
-            for name, update in self._updates:
-                _merge(merged.setdefault(name, {}), update)
-            self.send({"updates": list(merged.items()), "stats": self._stats()})
-            self._updates, self._sent_at, self._stats_at = [], now, now
-        elif now - self._stats_at >= SECONDS_BETWEEN_STATS:
-            self.send({"updates": [], "stats": self._stats()})
-            self._stats_at = now
+        if self._updates or now - self._stats_at >= SECONDS_BETWEEN_STATS:
+            self.send({"updates": self._updates, "stats": self._stats()})
+            self._updates, self._stats_at = [], now
 
     def _stats(self) -> dict[str, Any]:
         scheduler = self._scheduler
@@ -226,13 +230,28 @@ def _refusals() -> Iterator[None]:
         raise RefusedError(error.in_one_line, name) from None
 
 
-def _merge(into: dict[str, Any], update: Mapping[str, Any]) -> None:
-    for key, value in update.items():
-        into[key] = into[key] + value if key in into and isinstance(value, (str, list)) and key != "finish" else value
+def _pieces_of(events: Iterable[Event]) -> list[tuple[list[dict[str, str]], str]]:
+    """Events in pieces of calls and results with the text behind them; at least one, maybe empty."""
+    pieces: list[tuple[list[dict[str, str]], str]] = [([], "")]
+    for event in events:
+        tools, text = pieces[-1]
+        if event.kind == "text":
+            pieces[-1] = tools, text + event.text
+        elif event.kind != "finished":
+            if text:
+                tools = []
+                pieces.append((tools, ""))
+            tools.append({"type": event.kind, "text": event.text})
+    return pieces
 
 
 class _Answer:
-    """What of an answer has been sent."""
+    """What of an answer has been sent.
+
+    Attributes:
+        is_first: whether nothing has.
+        is_stream: whether it is wanted in pieces.
+    """
 
     def __init__(self, handle: Handle, asked: Mapping[str, Any], tokenizer: Tokenizer) -> None:
         self.handle = handle
@@ -245,33 +264,40 @@ class _Answer:
         self._in_text = True
         self._shown = self._bytes = 0  # bytes of text that were sent, and of the tokens up to here
         self._held: list[tuple[int, dict[str, Any]]] = []
-        self._is_first = True
+        self.is_first = True
+        self.is_stream = bool(asked.get("stream"))
         for token_id in self._begun:
             if self._is_visible(token_id):
                 self._bytes += len(tokenizer.decode_bytes([token_id]))
 
-    def read(self) -> dict[str, Any]:
-        """The update since the last one, maybe empty."""
-        handle, update = self.handle, dict[str, Any]()
-        events = handle.read_events()
-        if text := "".join(event.text for event in events if event.kind == "text"):
-            update["text"] = text
-            self._shown += len(text.encode("utf-8", "surrogatepass"))
-        if tools := [{"type": event.kind, "text": event.text} for event in events if event.kind.startswith("tool")]:
-            update["tools"] = tools
-        if self._wants_tokens and (tokens := list(self._tokens())):
-            update["tokens"] = tokens
-        if self._is_first and (update or handle.ids or handle.finish_reason):
-            self._is_first = False
-            update |= {"prompt_tokens": len(handle.prompt), "cached_tokens": handle.cached_tokens}
+    def read(self) -> list[dict[str, Any]]:
+        """The updates since the last one: none, or one for each piece."""
+        handle = self.handle
         if handle.error is not None:
-            return {"error": RefusedError(f"{handle.error}", code="not_finite", status=500).plain()}
-        if handle.finish_reason is not None:
+            return [{"error": RefusedError(f"{handle.error}", code="not_finite", status=500).plain()}]
+        has_ended = handle.finish_reason is not None
+        if self.is_first and not (handle.ids or has_ended):
+            return []
+        updates: list[dict[str, Any]] = []
+        pieces = _pieces_of(handle.read_events())
+        for number, (tools, text) in enumerate(pieces, 1):
+            self._shown += len(text.encode("utf-8", "surrogatepass"))
+            is_end = has_ended and number == len(pieces)
+            tokens = list(self._tokens(is_end)) if self._wants_tokens else []
+            update = {"tools": tools, "text": text, "tokens": tokens}
+            updates.append({name: value for name, value in update.items() if value})
+        if self.is_first:
+            self.is_first = False
+            updates[0] |= {"prompt_tokens": len(handle.prompt), "cached_tokens": handle.cached_tokens}
+        if has_ended:
             parts = self._tokenizer.parse_assistant([*self._begun, *handle.ids])
-            update |= {"finish": handle.finish_reason, "completion_tokens": len(handle.ids), "parts": parts}
-        return update
+            updates[-1] |= {"finish": handle.finish_reason, "parts": parts}
+        found = [update for update in updates if update]
+        if found:
+            found[-1]["completion_tokens"] = len(handle.ids)
+        return found
 
-    def _tokens(self) -> Iterator[dict[str, Any]]:
+    def _tokens(self, is_end: bool) -> Iterator[dict[str, Any]]:
         """Those whose text was sent. What may become a stop text is held back, and what became one is never sent."""
         handle = self.handle
         for place in range(self._num_seen, len(handle.ids)):
@@ -280,9 +306,8 @@ class _Answer:
                 self._bytes += len(token["bytes"])
             self._held.append((self._bytes, token))
         self._num_seen = len(handle.ids)
-        ended = handle.finish_reason is not None
-        cut = ended and handle.finish_reason == "stop" and bool(handle.request.stop_texts)
-        while self._held and (self._held[0][0] <= self._shown or (ended and not cut)):
+        cut = handle.finish_reason == "stop" and bool(handle.request.stop_texts)
+        while self._held and (self._held[0][0] <= self._shown or (is_end and not cut)):
             token = self._held.pop(0)[1]
             if token["visible"] or self._all_tokens:
                 yield token

@@ -275,6 +275,14 @@ function listen() {
   );
   window.addEventListener("hashchange", () => location.hash.slice(1) !== conversation.id && show(location.hash.slice(1)));
   progress.addEventListener("unsaved", unsaved);
+  chat.onOtherTab(async (id) => {
+    const isThere = await chat.refresh(id, isRunning);
+    if (id === conversation.id) {
+      if (isThere) view.show(conversation);
+      else await create();
+    }
+    sidebar.draw();
+  });
   for (const kind of ["begin", "end"]) {
     progress.addEventListener(kind, ({ detail }) => {
       showState();

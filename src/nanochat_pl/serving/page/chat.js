@@ -10,6 +10,11 @@ import * as store from "./store.js";
 /** What was read of conversations, and those that are being answered: a stream goes on where none looks. */
 const open = new Map();
 
+/** The tabs of this browser tell each other which conversation they have written. */
+const tabs = new BroadcastChannel("nanochat_pl");
+export const onOtherTab = (listen) => tabs.addEventListener("message", ({ data }) => listen(data));
+let writes = 0; // of this tab
+
 export function newConversation(models) {
   const now = Date.now();
   const conversation = { id: newId(), title: "", created: now, updated: now, models, turns: [] };
@@ -34,17 +39,61 @@ export async function listConversations() {
   return [...rows, ...unstored].sort((a, b) => b.updated - a.updated);
 }
 
+/**
+ * Take in what another tab has written of a conversation, so that nothing old is written over it. Answers in the making
+ * stay as they are here. Returns whether the conversation is still there.
+ */
+export async function refresh(id, isRunning) {
+  const conversation = open.get(id);
+  if (!conversation) return false;
+  let row, stored, before;
+  do {
+    before = writes;
+    row = (await store.allConversations()).find((each) => each.id === id);
+    stored = await store.turnsOf(id);
+  } while (before !== writes);
+  if (!row) {
+    open.delete(id);
+    return false;
+  }
+  const { title, updated } = row;
+  const known = new Map(conversation.turns.map((turn) => [turn.id, turn]));
+  const turns = stored.map((turn) => joined(known.get(turn.id), turn, isRunning));
+  Object.assign(conversation, { title, updated, turns });
+  return true;
+}
+
+/** A turn as it is stored; where it is being answered here, as it is here, with the versions that others have added. */
+function joined(turn, stored, isRunning) {
+  if (!turn?.answers.some(({ versions }) => versions.some(isRunning))) return stored;
+  for (const [side, { versions }] of turn.answers.entries()) {
+    for (const other of stored.answers[side]?.versions ?? []) {
+      const index = versions.findIndex((each) => each.id === other.id);
+      if (index < 0) versions.push(other);
+      else if (!isRunning(versions[index])) versions[index] = other;
+    }
+  }
+  return turn;
+}
+
 export async function removeConversation(id) {
   open.delete(id);
   await store.deleteConversation(id);
+  tabs.postMessage(id);
 }
 
-/** Write what has changed: the row of the conversation, and of one turn. Returns false where that is gone. */
-export async function save(conversation, turn) {
+/**
+ * Write what has changed: the row of the conversation, and of one turn. Returns false where that is gone.
+ *
+ * @param isPart whether more is about to follow: other tabs are told of the whole only.
+ */
+export async function save(conversation, turn, isPart = false) {
   const { turns, ...row } = conversation;
   if (!open.has(conversation.id) || !turns.includes(turn)) return false; // removed while it was answered
+  writes += 1;
   await store.putTurn(turn);
   await store.putConversation(row);
+  if (!isPart) tabs.postMessage(conversation.id);
   return true;
 }
 
@@ -65,7 +114,9 @@ export function addTurn(conversation, text) {
 /** Take out a turn and all behind it. */
 export async function cutAt(conversation, turn) {
   const gone = conversation.turns.splice(conversation.turns.indexOf(turn));
+  writes += 1;
   await store.deleteTurns(gone);
+  tabs.postMessage(conversation.id);
 }
 
 export function addVersion(turn, side, fields = {}) {

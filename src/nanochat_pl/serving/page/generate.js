@@ -60,7 +60,7 @@ export async function answer({ info, settings, conversation, turn, side, begun =
       tell("piece", job, text);
       if (performance.now() - savedAt > SECONDS_BETWEEN_SAVES * 1000) {
         savedAt = performance.now();
-        save(conversation, turn).catch(() => {});
+        save(conversation, turn, true).catch(() => {});
       }
     }
   } catch (error) {
