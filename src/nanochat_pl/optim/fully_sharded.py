@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from nanochat_pl.distributed import collectives
-from nanochat_pl.optim.sharding import Shard
+from nanochat_pl.optim.sharding import ALIGNMENT, Shard
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -126,3 +126,24 @@ class StackShard(Shard):
         return torch.cat(
             [piece.view(count, rows, *width) for piece, rows in zip(pieces, self._rows, strict=True)], dim=1
         )
+
+
+def make_shards(
+    kind: str, names: Sequence[str], parameters: Sequence[Tensor], rank: int, world_size: int, at_end: bool
+) -> list[Shard]:
+    """What a process has of a group: one shard of a stack for Muon, else one of each parameter.
+
+    Args:
+        kind: ``muon`` or ``adamw``.
+        parameters: whole or sharded on each process, all alike.
+        at_end: of :class:`Shard`, for a stack.
+    """
+    place, sharded = (rank, world_size), is_sharded(parameters[0])
+    if kind == "muon" and sharded:
+        return [StackShard(names, parameters, *place, at_end)]
+    if kind == "muon":
+        return [Shard(names, parameters, parameters[0].numel(), *place, at_end)]
+    named = zip(names, parameters, strict=True)
+    if sharded:
+        return [RowShard(name, parameter, *place) for name, parameter in named]
+    return [Shard([name], [parameter], ALIGNMENT, *place) for name, parameter in named]

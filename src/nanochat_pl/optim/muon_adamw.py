@@ -22,10 +22,10 @@ from torch import Tensor
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.distributed import collectives
 from nanochat_pl.optim.config import MuonSettings
-from nanochat_pl.optim.fully_sharded import RowShard, StackShard, is_sharded
+from nanochat_pl.optim.fully_sharded import make_shards
 from nanochat_pl.optim.muon import Scalar, adamw_update, muon_update
 from nanochat_pl.optim.schedules import StepValues
-from nanochat_pl.optim.sharding import ALIGNMENT, Shape, Shard, moment_shapes, norm_of
+from nanochat_pl.optim.sharding import Shape, Shard, moment_shapes, norm_of
 
 logger = logging.getLogger(__name__)
 
@@ -105,16 +105,7 @@ class MuonAdamW(torch.optim.Optimizer):
         """
         names, parameters = group["param_names"], group["params"]
         place = collectives.rank(), collectives.world_size()
-        sharded, at_end = is_sharded(parameters[0]), number % 2 == 1
-        shards: list[Shard]
-        if group["kind"] == "muon" and sharded:
-            shards = [StackShard(names, parameters, *place, at_end)]
-        elif group["kind"] == "muon":
-            shards = [Shard(names, parameters, parameters[0].numel(), *place, at_end)]
-        elif sharded:
-            shards = [RowShard(name, p, *place) for name, p in zip(names, parameters, strict=True)]
-        else:
-            shards = [Shard([name], [p], ALIGNMENT, *place) for name, p in zip(names, parameters, strict=True)]
+        shards = make_shards(group["kind"], names, parameters, *place, at_end=number % 2 == 1)
         for shard in shards:
             shard.allocate(moment_shapes(group["kind"], shard.parameters[0].shape))
             yield shard

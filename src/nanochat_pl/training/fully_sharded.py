@@ -81,3 +81,30 @@ def whole_copy(net: GPT) -> GPT:
 
 def _whole(tensor: Tensor) -> Tensor:
     return cast(Tensor, cast(Any, tensor.detach()).full_tensor()) if is_sharded(tensor) else tensor.detach()
+
+
+class ShardedWeights:
+    """The part of a module that knows of sharded weights.
+
+    Attributes:
+        is_sharded: whether each process has a part of the weights only.
+    """
+
+    is_sharded = False
+    net: GPT | None
+    config: Any
+
+    def shard_weights(self) -> None:
+        """Keep a part of the weights on each process from now on (FSDP2). All processes call it, before training."""
+        assert self.net is not None
+        fully_shard_net(self.net, self.net.device, self.config.compile)
+        self._loss = (self.net.loss_by_row,)  # the one that gathers weights
+        self.is_sharded = True
+
+    def whole_net(self) -> GPT:
+        """The network with all of its weights, for what is not training: where they are sharded a copy of now.
+
+        All processes call it.
+        """
+        assert self.net is not None
+        return whole_copy(self.net) if self.is_sharded else self.net

@@ -45,7 +45,7 @@ from nanochat_pl.optim import (
     schedule_values,
 )
 from nanochat_pl.training.checkpoint.resume import ResumeFiles
-from nanochat_pl.training.fully_sharded import fully_shard_net, whole_copy
+from nanochat_pl.training.fully_sharded import ShardedWeights
 from nanochat_pl.training.nonfinite_guard import Guard, LossScale, OnNonfinite
 
 
@@ -81,7 +81,7 @@ class ModuleConfig:
             object.__setattr__(self, "hyperparameters", recipe)
 
 
-class LMModule(LightningModule):
+class LMModule(ShardedWeights, LightningModule):
     """The GPT, its optimizer and the training step of all stages.
 
     Args:
@@ -96,12 +96,10 @@ class LMModule(LightningModule):
         micro_batch_hooks: called before each micro-batch with its number: bars move and stops are noticed there.
         logs_to_loggers: whether ``self.log`` writes to the loggers. A callback that writes more, and in the order that
             exact resume needs, turns it off and takes what is in ``logged``.
-        is_sharded: whether each process has a part of the weights only.
         columns: further metrics that it logs, for `metrics.csv`.
         progress_metric: what the console shows of a step.
     """
 
-    is_sharded = False
     columns: ClassVar[Sequence[str]] = ()
     progress_metric: ClassVar[str] = "train/loss_smoothed"
 
@@ -157,21 +155,6 @@ class LMModule(LightningModule):
             init_weights(net, self.config.seed, self.config.init)
         else:
             net.load_state_dict(weights)
-
-    def shard_weights(self) -> None:
-        """Keep a part of the weights on each process from now on (FSDP2). All processes call it, before training."""
-        assert self.net is not None
-        fully_shard_net(self.net, self.net.device, self.config.compile)
-        self._loss = (self.net.loss_by_row,)  # the one that gathers weights
-        self.is_sharded = True
-
-    def whole_net(self) -> GPT:
-        """The network with all of its weights, for what is not training: where they are sharded a copy of now.
-
-        All processes call it.
-        """
-        assert self.net is not None
-        return whole_copy(self.net) if self.is_sharded else self.net
 
     def configure_optimizers(self) -> MuonAdamW:
         """The one optimizer, with its state allocated: a step never fails for lack of memory half-way."""
