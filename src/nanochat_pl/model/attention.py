@@ -35,6 +35,7 @@ from nanochat_pl.model.config import KEY_GRID
 
 # Queries of a block: with plain products always, with sdpa where the window is narrower.
 BLOCK = 128
+DOCUMENTS_BLOCK = 512
 PRODUCTS_REACH = 1024
 
 # Queries start … stop - 1, and the keys first … last - 1 that they are held against.
@@ -51,16 +52,20 @@ class Kernels(NamedTuple):
     varlen: bool = False  # whether PyTorch has flash kernels with windows
 
 
-def why_not(kernels: Kernels, dtype: torch.dtype, window: int, length: int, head_dim: int) -> dict[Backend, str | None]:
+def why_not(
+    kernels: Kernels, dtype: torch.dtype, window: int, length: int, head_dim: int, documents: bool = False
+) -> dict[Backend, str | None]:
     """What speaks against each backend, in the order of preference; None: nothing, so the first such is taken."""
-    whole = window >= length - 1
+    whole = window >= length - 1 and not documents
     return {
         "products": None
         if kernels.device_type == "cpu" and length <= PRODUCTS_REACH
         else f"it is for CPUs and rows of at most {PRODUCTS_REACH:,} positions",
-        "sdpa": None if whole else "a mask for the window would shut its flash kernels out",
+        "sdpa": None if whole else "a mask would shut its flash kernels out",
         "varlen": "the window is the whole row: sdpa has the same kernels"
         if whole
+        else "the number of documents would be a shape"
+        if documents
         else no_varlen(kernels, dtype, head_dim),
         "bands": None,
     }
@@ -83,9 +88,11 @@ def no_varlen(kernels: Kernels, dtype: torch.dtype, head_dim: int) -> str | None
     return None
 
 
-def attention_backend(kernels: Kernels, dtype: torch.dtype, window: int, length: int, head_dim: int) -> Backend:
+def attention_backend(
+    kernels: Kernels, dtype: torch.dtype, window: int, length: int, head_dim: int, documents: bool = False
+) -> Backend:
     """The first backend that nothing speaks against."""
-    reasons = why_not(kernels, dtype, window, length, head_dim)
+    reasons = why_not(kernels, dtype, window, length, head_dim, documents)
     return next(backend for backend, reason in reasons.items() if reason is None)
 
 
@@ -107,11 +114,15 @@ def has_varlen_with_windows() -> bool:
 
 
 @constant_in_graphs
-def _backend_on(device: torch.device, dtype: torch.dtype, window: int, length: int, head_dim: int) -> Backend:
-    return attention_backend(kernels_of(device), dtype, window, length, head_dim)
+def _backend_on(
+    device: torch.device, dtype: torch.dtype, window: int, length: int, head_dim: int, documents: bool
+) -> Backend:
+    return attention_backend(kernels_of(device), dtype, window, length, head_dim, documents)
 
 
-def windowed_attention(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float) -> Tensor:
+def windowed_attention(
+    q: Tensor, k: Tensor, v: Tensor, window: int, scale: float, documents: Tensor | None = None
+) -> Tensor:
     """Attention of each position to itself and the ``window`` positions before it.
 
     Args:
@@ -119,21 +130,28 @@ def windowed_attention(q: Tensor, k: Tensor, v: Tensor, window: int, scale: floa
         k, v: (B, G, T, D); query head h uses key/value head h // (H / G).
         window: in positions; T - 1 or more is full causal attention.
         scale: factor on the scores.
+        documents: int (B, T), number of each position's document in its row, which never falls: a position sees those
+            of its own alone. None: all of a row are of one.
 
     Returns:
         (B, H, T, D)
     """
     length = q.size(2)
-    backend = _backend_on(q.device, q.dtype, window, length, q.size(3))
+    backend = _backend_on(q.device, q.dtype, window, length, q.size(3), documents is not None)
     if backend == "sdpa":
         return sdpa(q, k, v, scale, causal=True)
     if backend == "varlen":
         return varlen(q, k, v, window, scale)
     with_products = backend == "products"
-    blocks = [(start, stop, first, stop) for start, stop, first in band_blocks(length, window, with_products)]
+    bands = band_blocks(length, window, with_products, documents is not None)
+    blocks = [(start, stop, first, stop) for start, stop, first in bands]
 
     def mask_of(start: int, stop: int, first: int, last: int) -> Tensor:
-        return band_mask(stop - start, last - first, start - first, window, q.device)
+        mask = band_mask(stop - start, last - first, start - first, window, q.device)
+        if documents is None:
+            return mask
+        mask = mask & (documents[:, start:stop, None] == documents[:, None, first:last])
+        return mask[:, None, None] if with_products else mask[:, None]
 
     return in_blocks(q, k, v, scale, blocks, mask_of, with_products)
 
@@ -193,9 +211,14 @@ def cache_blocks(
     return blocks
 
 
-def band_blocks(length: int, window: int, with_products: bool) -> list[tuple[int, int, int]]:
-    """Blocks of queries (start, stop), each with the first of the keys up to ``stop`` that one of them can see."""
+def band_blocks(length: int, window: int, with_products: bool, documents: bool = False) -> list[tuple[int, int, int]]:
+    """Blocks of queries (start, stop), each with the first of the keys up to ``stop`` that one of them can see.
+
+    ``documents``: each row has masks of its own, so the blocks are no larger than ``DOCUMENTS_BLOCK``.
+    """
     block = BLOCK if with_products else max(window, BLOCK)
+    if documents:
+        block = min(block, DOCUMENTS_BLOCK)
     return [(start, min(start + block, length), max(0, start - window)) for start in range(0, length, block)]
 
 

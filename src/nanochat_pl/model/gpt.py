@@ -26,6 +26,7 @@ from nanochat_pl.model.decode_step import DecodeStep
 from nanochat_pl.model.kv_cache import CacheStep, KVCache
 from nanochat_pl.model.layers import MLP, Embedding, Linear, norm
 from nanochat_pl.model.loss import default_chunk_tokens, fused_linear_cross_entropy, softcap, token_losses
+from nanochat_pl.model.packed_rows import PackedRows
 from nanochat_pl.model.prefix_tree import PrefixTree
 from nanochat_pl.model.rotary import rotary_tables, rotate
 
@@ -36,7 +37,7 @@ TORCH_DTYPES: dict[DType, torch.dtype] = {
 }
 
 # What a forward may go over besides whole rows.
-Step: TypeAlias = CacheStep | PrefixTree | DecodeStep
+Step: TypeAlias = CacheStep | PrefixTree | DecodeStep | PackedRows
 
 
 class Attention(nn.Module):
@@ -249,11 +250,16 @@ class GPT(nn.Module):
             raise UserError(
                 f"{ids.size(1):,} positions in a row: the model's rotary tables end at {self.config.rotary_reach:,}."
             )
-        step = None if cache is None else cache.begin(ids, lengths)
+        if cache is None:
+            return self._hidden(ids, self.packed(ids))
+        step = cache.begin(ids, lengths)
         x = self._hidden(ids, step)
-        if step is not None:
-            step.commit()
+        step.commit()
         return x
+
+    def packed(self, ids: Tensor) -> PackedRows | None:
+        """Where the documents of rows (B, T) begin, if they are to be kept apart."""
+        return None if self.config.document_start_id is None else PackedRows(ids, self.config)
 
     def hidden_of_tree(self, tree: PrefixTree) -> Tensor:
         """What the head reads at each token of rows that branch: (1, N, C), as :meth:`hidden`."""
@@ -262,9 +268,9 @@ class GPT(nn.Module):
     def _hidden(self, ids: Tensor, step: Step | None) -> Tensor:
         first = self.begin(ids, step)
         # Where there is no backward, nothing is kept for one.
-        run = (
-            run_layer_again if self.activation_checkpointing and step is None and torch.is_grad_enabled() else run_layer
-        )
+        whole_rows = step is None or isinstance(step, PackedRows)
+        again = self.activation_checkpointing and whole_rows and torch.is_grad_enabled()
+        run = run_layer_again if again else run_layer
         return self.end(*self.through_layers([run] * self.config.num_layers, first, first, ids, step))
 
     def through_layers(

@@ -64,8 +64,9 @@ def add_machine(plan: Plan, config: GPTConfig, options: RowOptions, kernels: Ker
     compiled = "trainer.compile; auto: where a tiny model, compiled, trains as uncompiled"
     plan.derive("compiled", options.knobs.compiled, compiled)
     dtype, length = getattr(torch, config.compute_dtype), config.sequence_len
+    documents = config.document_start_id is not None
     backends = {
-        window: attention_backend(kernels, dtype, window, length, config.head_dim)
+        window: attention_backend(kernels, dtype, window, length, config.head_dim, documents)
         for window in sorted({*config.windows})
     }
     said = [f"{backend} (window {window:,})" if len(backends) > 1 else backend for window, backend in backends.items()]
