@@ -187,7 +187,7 @@ def test_bos_tells_where_documents_begin(mode: Mode, cache: TokenCache, tmp_path
     index = pack(lengths, T + 1, mode, num_rows=60, buffer_documents=20, refill_documents=4)
     rows = Rows(cache, index, T, BOS)
     config = tiny_config(vocab_size=BOS + 9, document_start_id=BOS)
-    found = PackedRows(torch.as_tensor(rows.read(range(60))[0]), config).documents.numpy()
+    found = PackedRows(torch.as_tensor(rows.read(range(60))[0]), config).documents.numbers.numpy()
     for row, numbers in enumerate(found):
         pieces = index.pieces_of(np.array([row]))[1].tolist()
         expected = np.repeat(range(len(pieces)), [length + with_bos for _, _, length, with_bos in pieces])[:T]

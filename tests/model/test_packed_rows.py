@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.model import attention
+from nanochat_pl.model.attention import plain
 from nanochat_pl.model.compiled import CompiledLoss
 from nanochat_pl.model.config import ModelSettings, resolve_model, with_documents_of
 from nanochat_pl.model.inference import InferenceGPT
@@ -43,7 +43,7 @@ PARTS = [(0, 0, 19), (0, 19, 24), (0, 24, 26), (0, 26, 64), (1, 0, 30), (1, 30, 
 @pytest.mark.parametrize("kind", ["training", "inference"])
 def test_a_document_in_a_row_is_computed_as_if_it_stood_alone(restart, reach, kind, monkeypatch):
     """Hidden states within 1e-5 in float32, relative to the largest: rotary positions are relative, up to rounding."""
-    monkeypatch.setattr(attention, "PRODUCTS_REACH", reach)
+    monkeypatch.setattr(plain, "PRODUCTS_REACH", reach)
     net = perturbed(config(restart_positions=restart))
     net = InferenceGPT(net) if kind == "inference" else net
     with torch.no_grad():
@@ -98,8 +98,9 @@ def test_a_row_of_one_document_has_the_bits_of_a_model_without_the_mask_and_of_d
 
 def test_where_documents_begin():
     packed = PackedRows(IDS, config(restart_positions=True))
-    assert packed.documents[0].tolist() == [0] * 19 + [1] * 5 + [2] * 2 + [3] * 38
-    assert packed.documents[1].tolist() == [1] * 30 + [2] * 18 + [3] * 16
+    numbers = packed.documents.numbers
+    assert numbers[0].tolist() == [0] * 19 + [1] * 5 + [2] * 2 + [3] * 38
+    assert numbers[1].tolist() == [1] * 30 + [2] * 18 + [3] * 16
     assert packed.positions[0].tolist() == [*range(19), *range(5), *range(2), *range(38)]
     assert PackedRows(IDS, config()).positions == slice(T)
 

@@ -25,7 +25,8 @@ from nanochat_pl.config.overrides import split_override
 from nanochat_pl.data.sources.auto import choose_data
 from nanochat_pl.data.sources.hub import HubFiles
 from nanochat_pl.data.sources.token_counts import text_facts, tokens_by_source
-from nanochat_pl.model.attention import Kernels, has_varlen_with_windows, kernels_of
+from nanochat_pl.model.attention import Kernels, kernels_of
+from nanochat_pl.model.attention.varlen import has_varlen_with_windows
 from nanochat_pl.model.config import resolve_model
 from nanochat_pl.planning import Plan, plan_sections, width_remark
 from nanochat_pl.planning.estimates import add_machine, add_memory, add_text, add_time, device_remarks
@@ -168,7 +169,7 @@ def full_plan(config: TrainConfig) -> FullPlan:
     device, options = target.device, target.row_options(ours)
     plan = base_plan(ours, target, vocab_size, at_hand)
     model = resolve_model(ours.model, vocab_size, target.compute_dtype)
-    add_machine(plan, model, options, _kernels(ours, target))
+    add_machine(plan, model, options, _kernels(ours, target), ours.trainer.attention)
     memory = add_memory(plan, model, options)
     add_time(plan, model, options, os.cpu_count() or 1, ours.mfu, ours.price_per_hour)
     add_text(plan, text_facts(ours.data, cache, vocab_size))

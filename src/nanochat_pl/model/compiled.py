@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from nanochat_pl.common.compiling import twin
+from nanochat_pl.model.attention import Case, choose
 from nanochat_pl.model.gpt import GPT, Step, run_layer, run_layer_again
 
 R = TypeVar("R")
@@ -23,6 +24,11 @@ class CompiledLoss:
 
     def __init__(self, net: GPT) -> None:
         self._net = net
+        config, documents = net.config, net.config.document_start_id is not None
+        for window in {*config.windows}:
+            # Backends are tried now, and not while a graph is made.
+            case = Case(net.compute_dtype, window, config.sequence_len, config.head_dim, documents, compiled=True)
+            choose(net.device, case, net.attention)
         self._begin, self._end = _compiled(_begin), _compiled(_end)
         run = run_layer_again if net.activation_checkpointing else run_layer
         kinds = [(window, net.value_embedding(layer) is None) for layer, window in enumerate(net.config.windows)]

@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanochat_pl.model.attention import windowed_attention
-from nanochat_pl.model.config import GPTConfig
+from nanochat_pl.model.attention import Documents, choose_in_graph, windowed_attention
+from nanochat_pl.model.attention.varlen import document_ends
+from nanochat_pl.model.config import AttentionBackend, GPTConfig
 
 
 class PackedRows:
@@ -22,17 +23,27 @@ class PackedRows:
     Args:
         ids: int64 (B, T).
         config: with a ``document_start_id``.
+        dtype: of the activations.
+        wanted: the attention backend for what it can compute.
 
     Attributes:
-        documents: int32 (B, T): the number of each position's document in its row; it never falls.
+        documents: which positions are of one.
         positions: of each token: int64 (B, T), or a slice where all rows have 0 … T - 1.
     """
 
-    def __init__(self, ids: Tensor, config: GPTConfig) -> None:
+    def __init__(
+        self, ids: Tensor, config: GPTConfig, dtype: torch.dtype = torch.float32, wanted: AttentionBackend = "auto"
+    ) -> None:
         assert config.document_start_id is not None
         marks = ids.eq(config.document_start_id)
         self._starts = marks & ~F.pad(marks, (1, -1))
-        self.documents = self._starts.cumsum(dim=1, dtype=torch.int32)
+        self._wanted: AttentionBackend = wanted
+        numbers = self._starts.cumsum(dim=1, dtype=torch.int32)
+        backends = {
+            choose_in_graph(ids.device, wanted, dtype, window, ids.size(1), config.head_dim, True)
+            for window in config.windows
+        }
+        self.documents = Documents(numbers, document_ends(numbers) if "varlen" in backends else None)
         self.positions: Tensor | slice = slice(ids.size(1))
         if config.restart_positions:
             place = torch.arange(ids.size(1), device=ids.device).expand_as(ids)
@@ -45,4 +56,4 @@ class PackedRows:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int, scale: float) -> Tensor:
         """Attention within the documents; ``layer`` is not of interest. Shapes as of :func:`windowed_attention`."""
-        return windowed_attention(q, k, v, window, scale, self.documents)
+        return windowed_attention(q, k, v, window, scale, self.documents, self._wanted)

@@ -214,6 +214,7 @@ def _make_stage(config: TrainConfig, machine: Machine, prepared: StageData, modu
         compile=machine.compile,
         activation_checkpointing=trainer.activation_checkpointing,
         loss_chunk_tokens=chunk_tokens,
+        attention=trainer.attention,
         init=config.model.init,
         on_nonfinite=trainer.on_nonfinite,
         max_grad_norm=config.optim.max_grad_norm,
