@@ -29,6 +29,8 @@ from nanochat_pl.model.attention import (
     windowed_attention,
 )
 from nanochat_pl.model.attention.blocks import band_mask
+from nanochat_pl.model.gpt import GPT
+from tests.helpers.models import perturbed, random_ids, tiny_config
 
 
 def dense(q, k, v, window, scale, documents=None):
@@ -250,8 +252,28 @@ def test_backends_of_a_cpu_pass_their_trial(dtype, documents, tried):
     for causal_alone in (False, True):
         for name in ("products", "bands", *(["sdpa"] if causal_alone and not documents else [])):
             traits = (torch.device("cpu"), dtype, 32, causal_alone, documents, False)
-            assert choice.what_is_wrong(name, *traits) is None
+            with torch.inference_mode():
+                assert choice.what_is_wrong(name, *traits) is None
     assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_a_trial_that_was_not_made_before_a_graph_is_made_beside_it(tried):
+    compiled = torch.compile(windowed_attention, dynamic=False, fullgraph=True, backend="eager")
+    q, k, v = (x.detach().transpose(1, 2) for x in leaves(0, 2, 1100, width=8))
+    for window in (100, 1100):
+        assert torch.equal(compiled(q, k, v, window, 0.2), windowed_attention(q, k, v, window, 0.2))
+    assert choice.what_is_wrong.cache_info().misses == 2
+
+
+def test_a_network_is_computed_by_the_wanted_backend():
+    config = tiny_config(windows=(16, 16, 32), document_start_id=41)
+    nets = [GPT(config, attention=wanted).materialise() for wanted in ("auto", "bands")]
+    for net in nets:
+        net.load_state_dict(perturbed(config).state_dict())
+    for ids in (random_ids(config, 2, 32), random_ids(config, 2, 32) % 41):  # of several documents, and of one
+        usual, other = (net.hidden(ids) for net in nets)
+        assert not torch.equal(usual, other)
+        torch.testing.assert_close(usual, other, atol=1e-4, rtol=1e-4)
 
 
 class Newer:

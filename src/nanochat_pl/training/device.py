@@ -13,7 +13,7 @@ from nanochat_pl.common.device import ComputeDType, choose_compute_dtype, choose
 from nanochat_pl.common.errors import SharedError, UserError
 from nanochat_pl.common.launch_env import launch_env
 from nanochat_pl.distributed import collectives
-from nanochat_pl.model.attention import Case
+from nanochat_pl.model.attention import Case, choose
 from nanochat_pl.model.attention.choice import refusals, require, use_newest_kernels
 from nanochat_pl.model.config import ModelSettings, window_sizes
 from nanochat_pl.model.gpt import TORCH_DTYPES
@@ -88,9 +88,8 @@ def _attention_of(
     require(device, cases, wanted, "trainer.attention")
     taken: dict[str, list[int]] = {}
     for case in cases:
-        *before, (name, _) = refusals(device, case, wanted)
-        taken.setdefault(name, []).append(case.window)
-        reasons |= {each: reason for each, reason in before if reason is not None}
+        taken.setdefault(choose(device, case, wanted), []).append(case.window)
+        reasons |= {name: reason for name, reason in refusals(device, case, wanted) if reason is not None}
     said = [f"{name} in windows of {' and '.join(f'{each:,}' for each in found)}" for name, found in taken.items()]
     refused = [f"not {name}: {reason}" for name, reason in reasons.items() if name not in taken]
     return ", ".join(said if len(said) > 1 else taken), refused

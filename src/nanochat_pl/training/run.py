@@ -89,7 +89,9 @@ def train_stage(
     machine = coordination.raise_on_all_ranks(lambda: prepare_machine(config))
     require_own_gpus(machine.device)
     kind = f"{machine.device.type} in {machine.compute_dtype}, {'compiled' if machine.compile else 'eager'}"
-    same_machines = "Set trainer.accelerator, model.compute_dtype and trainer.compile to what all machines have."
+    kind += f", attention by {machine.attention}" if machine.attention else ""
+    keys = "trainer.accelerator, model.compute_dtype, trainer.compile and trainer.attention"
+    same_machines = f"Set {keys} to what all machines have."
     coordination.assert_equal_across_ranks(
         kind, lambda mains: f"would train on {kind}, the main process on {mains}.", same_machines
     )
