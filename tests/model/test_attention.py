@@ -209,7 +209,7 @@ def broken(kind):
         if kind == "raises":
             raise RuntimeError("no kernel image is available\nfor execution on the device")
         y = BACKENDS["products"].attend(q, k, v, window, scale, documents)
-        return y.detach() + 0 * q if kind == "wrong gradient" else y.flip(2)
+        return 1.01 * y - 0.01 * y.detach() if kind == "wrong gradient" else y.flip(2)
 
     return attend
 
@@ -239,7 +239,7 @@ def test_a_backend_that_is_wrong_here_is_passed_over_with_its_reason(kind, words
 
 def test_a_wanted_backend_that_is_not_for_the_device_is_refused(tried):
     device, case = torch.device("cpu"), Case(torch.float32, 512, 2048, 16)
-    with pytest.raises(UserError, match=r"trainer.attention=varlen: does not run here: it is for GPUs of NVIDIA"):
+    with pytest.raises(UserError, match=r"trainer.attention=varlen: it is for GPUs of NVIDIA"):
         choice.require(device, [case], "varlen", "trainer.attention")
     choice.require(device, [case, case._replace(window=2048)], "sdpa", "trainer.attention")
     choice.require(device, [case], "auto", "trainer.attention")

@@ -26,6 +26,7 @@ from nanochat_pl.data.sources.auto import choose_data
 from nanochat_pl.data.sources.hub import HubFiles
 from nanochat_pl.data.sources.token_counts import text_facts, tokens_by_source
 from nanochat_pl.model.attention import Kernels, kernels_of
+from nanochat_pl.model.attention.flex import has_flex_attention
 from nanochat_pl.model.attention.varlen import has_varlen_with_windows
 from nanochat_pl.model.config import resolve_model
 from nanochat_pl.planning import Plan, plan_sections, width_remark
@@ -194,7 +195,8 @@ def _kernels(config: PlanConfig, target: Target) -> Kernels:
         return kernels_of(
             choose_device("cpu" if config.hardware else config.trainer.accelerator, "trainer.accelerator")
         )
-    return Kernels("cuda", (8, 0) if target.device.bfloat16 else (7, 0), has_varlen_with_windows())
+    capability = (8, 0) if target.device.bfloat16 else (7, 0)
+    return Kernels("cuda", capability, has_varlen_with_windows(), has_flex_attention())
 
 
 def _target(config: PlanConfig) -> Target:

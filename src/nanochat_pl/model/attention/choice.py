@@ -8,7 +8,6 @@ is held against plain products (:func:`what_is_wrong`), once in a process.
 from __future__ import annotations
 
 import functools
-import importlib.util
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -53,10 +52,10 @@ def attention_backend(kernels: Kernels, case: Case, wanted: AttentionBackend = "
 
 def kernels_of(device: torch.device) -> Kernels:
     """What a device has."""
-    has_flex = importlib.util.find_spec("torch.nn.attention.flex_attention") is not None
     if device.type != "cuda" or torch.version.hip:
-        return Kernels(device.type, flex=has_flex)
-    return Kernels("cuda", torch.cuda.get_device_capability(device), has_varlen_with_windows(), has_flex)
+        return Kernels(device.type, flex=flex.has_flex_attention())
+    capability = torch.cuda.get_device_capability(device)
+    return Kernels("cuda", capability, has_varlen_with_windows(), flex.has_flex_attention())
 
 
 @constant_in_graphs
@@ -83,7 +82,7 @@ def refusals(
     device: torch.device, case: Case, wanted: AttentionBackend = "auto"
 ) -> Iterator[tuple[BackendName, str | None]]:
     """What speaks against each backend on a device, up to the first that nothing speaks against: that one is taken."""
-    kernels = _kernels_here(device)
+    kernels = kernels_of(device)
     if wanted != "auto" and BACKENDS[wanted].cannot(kernels, case) is None:
         # The command has refused one that is wrong here (`require`).
         yield wanted, None
@@ -103,16 +102,12 @@ def require(device: torch.device, cases: Iterable[Case], wanted: AttentionBacken
     """
     if wanted == "auto":
         return
-    kernels, reasons, takes = kernels_of(device), [], False
-    for case in cases:
-        reason = BACKENDS[wanted].cannot(kernels, case)
-        takes = takes or reason is None
-        reason = reason or _what_is_wrong(wanted, device, case)
-        if reason is not None and BACKENDS[wanted].cannot(kernels, case) is None:
-            raise UserError(f"{key}={wanted}: {reason}.", fix=f"Leave it out, or set {key}=auto.")
-        reasons.append(reason)
-    if not takes:
-        raise UserError(f"{key}={wanted}: does not run here: {reasons[0]}.", fix=f"Leave it out, or set {key}=auto.")
+    kernels, cases = kernels_of(device), list(cases)
+    impossible = [BACKENDS[wanted].cannot(kernels, case) for case in cases]
+    possible = [case for case, reason in zip(cases, impossible, strict=True) if reason is None]
+    reasons = [_what_is_wrong(wanted, device, case) for case in possible] if possible else impossible
+    if wrong := [reason for reason in reasons if reason is not None]:
+        raise UserError(f"{key}={wanted}: {wrong[0]}.", fix=f"Leave it out, or set {key}=auto.")
 
 
 def use_newest_kernels(
@@ -136,13 +131,6 @@ def use_newest_kernels(
         return varlen.activate_newer_kernels(device, works)
     finally:
         what_is_wrong.cache_clear()  # of kernels that may not be active any more
-
-
-def _kernels_here(device: torch.device) -> Kernels:
-    return _CPU if device.type == "cpu" else kernels_of(device)
-
-
-_CPU = Kernels("cpu")
 
 
 def _what_is_wrong(name: BackendName, device: torch.device, case: Case) -> str | None:

@@ -7,6 +7,9 @@ no mask of T × T is made, and documents are values: others compile nothing agai
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+
 import torch
 from torch import Tensor
 
@@ -54,6 +57,12 @@ def _ordered(pairs: Tensor) -> tuple[Tensor, Tensor]:
     """How many blocks of keys each block of queries has, int32 (B, 1, N), and which come first: int32 (B, 1, N, N)."""
     order = pairs.int().argsort(dim=-1, descending=True, stable=True)
     return pairs.sum(dim=-1, dtype=torch.int32)[:, None], order.int()[:, None]
+
+
+@functools.cache
+def has_flex_attention() -> bool:
+    """Whether this PyTorch has it."""
+    return importlib.util.find_spec("torch.nn.attention.flex_attention") is not None
 
 
 def cannot(kernels: Kernels, case: Case) -> str | None:
