@@ -1,10 +1,11 @@
-"""Attention in a window: each backend that runs here, forward and backward, against one call with a T × T mask.
+"""Attention in a window: the backend that is taken, forward and backward, against one call with a T × T mask.
 
     python benchmarks/bench_attention.py [--length 2048] [--window 768] [--rounds 15] [--device cpu] [--dtype float32]
+        [--all]  (each backend that runs here)
 
 In turns in one process, milliseconds of the clock (on a CPU also of the processors of all threads): medians and ranges
-over the rounds. Then what a forward and backward of four rows add to the memory of a process (on a GPU: of its
-allocator), at lengths that double. The last line is JSON.
+over the rounds. Then what a forward and backward add to the memory of a process (on a GPU: of its allocator), at
+lengths that double. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -40,10 +41,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--all", action="store_true")
     parser.add_argument("--memory-of", metavar="BACKEND", help="print the memory that this one takes, and nothing else")
     arguments = parser.parse_args()
     if arguments.memory_of:
-        print(memory(arguments, arguments.memory_of))
+        print(json.dumps(memory(arguments, arguments.memory_of)))
         return
     device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
     case = Case(dtype, arguments.window, arguments.length, HEAD_DIM, compiled=device.type == "cuda")
@@ -51,7 +53,7 @@ def main() -> None:
     for name, backend in BACKENDS.items():
         reason = backend.cannot(kernels_of(device), case)
         print(f"{name}: {reason or 'runs here'}{', and is taken' if name == taken else ''}")
-        names += [] if reason else [name]
+        names += [name] if name == taken or (arguments.all and not reason) else []
     steps = {name: step_of(name, arguments) for name in names}
     # What keeping documents apart adds to what is taken.
     steps[f"{taken}, documents"] = step_of(taken, arguments, documents=True)
@@ -67,10 +69,9 @@ def main() -> None:
     ratios, of_processor = (
         [one[which] / other[which] for one, other in zip(times[MASKED], times[taken], strict=True)] for which in (0, 1)
     )
-    lengths = [arguments.length * factor for factor in (1, 2, 4)]
-    megabytes = {name: [in_own_process(arguments, name, each) for each in lengths] for name in (taken, MASKED)}
-    for name, found in megabytes.items():
-        print(f"{name}: {' '.join(f'{each:.0f}' for each in found)} MB at lengths {lengths}")
+    megabytes = {name: in_own_process(arguments, name) for name in (taken, MASKED)}
+    for name, sizes in megabytes.items():
+        print(f"{name}: {', '.join(f'{size:.0f} MB at {length}' for length, size in sizes.items())}")
     result = {
         "metric": "time of a mask of the whole row over that of the backend that is taken",
         "backend": taken,
@@ -126,28 +127,34 @@ def milliseconds(step: Callable[[], None], device: torch.device) -> tuple[float,
     return 1e3 * (time.perf_counter() - clock), 1e3 * (time.process_time() - processor)
 
 
-def in_own_process(arguments: argparse.Namespace, name: str, length: int) -> float:
-    command = [sys.executable, __file__, f"--memory-of={name}", f"--length={length}", "--rows=4"]
-    command += [f"--{key}={getattr(arguments, key)}" for key in ("window", "device", "dtype")]
-    environment = {**os.environ, **MALLOC}
-    return float(subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout)
+def in_own_process(arguments: argparse.Namespace, name: str) -> dict[str, float]:
+    command = [sys.executable, __file__, f"--memory-of={name}"]
+    command += [f"--{key}={getattr(arguments, key)}" for key in ("length", "window", "rows", "device", "dtype")]
+    done = subprocess.run(command, env={**os.environ, **MALLOC}, check=True, capture_output=True, text=True)
+    found: dict[str, float] = json.loads(done.stdout)
+    return found
 
 
-def memory(arguments: argparse.Namespace, name: str) -> float:
-    """MB that a forward and backward add to what this process holds."""
-    device = torch.device(arguments.device)
+def memory(arguments: argparse.Namespace, name: str) -> dict[str, float]:
+    """MB that a forward and backward add to what this process holds, by length."""
+    device, found = torch.device(arguments.device), {}
     small = argparse.Namespace(**{**vars(arguments), "length": 256, "window": 64})
     step_of(name, small)()  # libraries, and what they keep
-    step = step_of(name, arguments)
-    if device.type == "cuda":
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        step()
-        return (torch.cuda.max_memory_allocated(device) - before) / 1e6
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the high-water mark falls to what is held now
-    before = status("VmRSS")
-    step()
-    return (status("VmHWM") - before) / 1e6
+    for length in (arguments.length, 2 * arguments.length, 4 * arguments.length):
+        step = step_of(name, argparse.Namespace(**{**vars(arguments), "length": length}))
+        if device.type == "cuda":
+            before = torch.cuda.memory_allocated(device)
+            torch.cuda.reset_peak_memory_stats(device)
+            step()
+            peak = torch.cuda.max_memory_allocated(device)
+        else:
+            # The high-water mark falls to what is held now.
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+            before = status("VmRSS")
+            step()
+            peak = status("VmHWM")
+        found[str(length)] = round((peak - before) / 1e6, 1)
+    return found
 
 
 def shown(times: Sequence[float]) -> str:
