@@ -155,7 +155,9 @@ def what_is_wrong(
     With a window (unless it is ``causal_alone``), grouped queries and, if asked for, documents.
     """
     try:
-        with torch.inference_mode(False), torch.enable_grad():
+        # Whoever keeps or counts saved tensors outside does not mean those of a trial.
+        apart = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
+        with torch.inference_mode(False), torch.enable_grad(), apart:
             far = _distance_from_products(BACKENDS[name], device, dtype, head_dim, causal_alone, documents, compiled)
     except Exception as error:  # whatever a missing kernel, compiler or library makes of it: that is the reason
         return f"it does not run here: {first_line(error)[:160]}"
