@@ -134,15 +134,15 @@ def _measure(shape: StepShape) -> PeakMemory:
         before = torch.cuda.memory_allocated()
     else:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the high-water mark falls to what is held now
-        before = _status("VmRSS")
+        before = status("VmRSS")
     stepper.step()
     stepper.step()
-    peak = torch.cuda.max_memory_allocated() if on_gpu else _status("VmHWM")
+    peak = torch.cuda.max_memory_allocated() if on_gpu else status("VmHWM")
     weights = sum(parameter.nbytes for parameter in stepper.net.parameters())
     return PeakMemory(weights=weights, peak=peak - before)
 
 
-def _status(name: str) -> int:
+def status(name: str) -> int:
     """A size of this process in bytes, as the kernel counts it."""
     found = re.search(rf"^{name}:\s+(\d+) kB$", Path("/proc/self/status").read_text(encoding="ascii"), re.MULTILINE)
     assert found is not None, f"the kernel does not say {name}"

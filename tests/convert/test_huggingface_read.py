@@ -42,7 +42,8 @@ def edit(folder: Path, name: str = "config.json", /, **changes: Any) -> None:
 
 @pytest.mark.parametrize("generation", GENERATIONS)
 def test_an_export_gives_the_same_bundle_again(golden: Path, tmp_path: Path, generation: str) -> None:
-    bundle = make_bundle(golden, tmp_path / "bundle", generation, embedding_dtype="bfloat16", compute_dtype="bfloat16")
+    changes = {"embedding_dtype": "bfloat16", "compute_dtype": "bfloat16", "document_start_id": 7}
+    bundle = make_bundle(golden, tmp_path / "bundle", generation, **changes)
     folder = write(bundle, tmp_path / "hf")
     assert is_huggingface(folder) and not is_huggingface(bundle.path)
     again = save_imported(read_huggingface(folder), tmp_path / "again")

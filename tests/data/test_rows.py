@@ -8,17 +8,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file
 
 from nanochat_pl.common.constants import IGNORE_INDEX
 from nanochat_pl.data.cache.conversations import build_conversation_cache
 from nanochat_pl.data.cache.tokens import TokenCache, build_token_cache
-from nanochat_pl.data.packing.packer import pack
+from nanochat_pl.data.packing.packer import Mode, pack
 from nanochat_pl.data.packing.row_index import RowIndex
 from nanochat_pl.data.packing.rows import Rows, packed_rows, validation_rows
 from nanochat_pl.data.sources.base import DataSettings
 from nanochat_pl.data.sources.open import open_source
+from nanochat_pl.model.packed_rows import PackedRows
 from tests.helpers.fake_data import BOS, ByteTokenizer, ListSource
+from tests.helpers.models import tiny_config
 from tests.reference.packer import crop_rows, pad_rows
 
 T = 64
@@ -175,3 +178,19 @@ def test_reading_leaves_no_memory_behind(cache: TokenCache, tmp_path: Path) -> N
     for first in range(1_000, 11_000, 25):
         rows.read(range(first, first + 25))
     assert own_memory() - before < 2_000, "kB"
+
+
+@pytest.mark.parametrize("mode", ["crop", "split", "stream", "pad", "pad_one"])
+def test_bos_tells_where_documents_begin(mode: Mode, cache: TokenCache, tmp_path: Path) -> None:
+    """What keeps documents apart in a row looks at the ids alone: they say what the index knows."""
+    lengths = cache.lengths if not mode.startswith("pad") else np.minimum(cache.lengths, T)
+    index = pack(lengths, T + 1, mode, num_rows=60, buffer_documents=20, refill_documents=4)
+    rows = Rows(cache, index, T, BOS)
+    config = tiny_config(vocab_size=BOS + 9, document_start_id=BOS)
+    found = PackedRows(torch.as_tensor(rows.read(range(60))[0]), config).documents.numbers.numpy()
+    for row, numbers in enumerate(found):
+        pieces = index.pieces_of(np.array([row]))[1].tolist()
+        expected = np.repeat(range(len(pieces)), [length + with_bos for _, _, length, with_bos in pieces])[:T]
+        filled = numbers[: len(expected)]
+        assert np.array_equal(filled - filled[0], expected)
+        assert (numbers[len(expected) :] > filled[-1]).all(), "padding belongs to no document"

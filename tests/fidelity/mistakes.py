@@ -101,8 +101,9 @@ def attention_scale(factor: float, everywhere: bool) -> Mistake:
     def mistake() -> AbstractContextManager[Any]:
         whole = gpt.windowed_attention
 
-        def attend(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float) -> Tensor:
-            return whole(q, k, v, window, scale * (factor if everywhere or q.dtype == torch.bfloat16 else 1.0))
+        def attend(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float, **options: Any) -> Tensor:
+            wrong = scale * (factor if everywhere or q.dtype == torch.bfloat16 else 1.0)
+            return whole(q, k, v, window, wrong, **options)
 
         return patch.object(gpt, "windowed_attention", attend)
 
@@ -112,7 +113,11 @@ def attention_scale(factor: float, everywhere: bool) -> Mistake:
 def window_off_by_one() -> AbstractContextManager[Any]:
     """Attention does not see the last position of its window."""
     whole = gpt.windowed_attention
-    return patch.object(gpt, "windowed_attention", lambda q, k, v, window, scale: whole(q, k, v, window - 1, scale))
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float, **options: Any) -> Tensor:
+        return whole(q, k, v, window - 1, scale, **options)
+
+    return patch.object(gpt, "windowed_attention", attend)
 
 
 def _with_hooks(hook: Callable[[GPT, str, torch.nn.Parameter], None]) -> AbstractContextManager[Any]:

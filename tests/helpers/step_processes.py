@@ -96,6 +96,7 @@ def _told(loop: StepLoop) -> dict[str, Any]:
 
 CASES: dict[str, Callable[[], dict[str, Any]]] = {
     "five rows": lambda: steps(5, device_batch_size=1),
+    "documents kept apart": lambda: steps(5, device_batch_size=1, document_start_id=int(BATCH.inputs[0, 3])),
     "one row": lambda: steps(1),
     "one process of two has one micro-batch more": lambda: steps(3, device_batch_size=1),
     "clipped": lambda: steps(5, max_grad_norm=0.3),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -33,12 +34,13 @@ class StepLoop(Loop):
         dtype: Literal["float32", "float16"] = "float32",
         on_nonfinite: OnNonfinite = "stop",
         max_grad_norm: float | None = None,
+        document_start_id: int | None = None,
     ) -> None:
         super().__init__(device_batch_size)
+        assert self.net is not None
+        self.net.config = dataclasses.replace(self.net.config, document_start_id=document_start_id)
         if dtype == "float16":
-            net = self.net
-            assert net is not None
-            net.set_compute_dtype(torch.float16)
+            self.net.set_compute_dtype(torch.float16)
         self.guard = Guard(on_nonfinite, max_grad_norm, LossScale(dtype == "float16"))
         self.parts: list[int] = []
         self.files: list[Path] = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nanochat_pl.model import attention
+from nanochat_pl.model.attention import plain
 from nanochat_pl.model.config import ModelSettings, resolve_model
 from nanochat_pl.model.gpt import GPT
 from nanochat_pl.model.kv_cache import KVCache
@@ -75,7 +75,7 @@ def test_activation_checkpointing_is_for_training_alone(monkeypatch):
 @pytest.mark.parametrize("kv_heads", [1, 2])
 def test_a_window_keeps_no_tensor_of_all_pairs(monkeypatch, reach, kv_heads):
     """A regression, for what is kept to the backward: with a window of w there are T · w pairs, not T · T."""
-    monkeypatch.setattr(attention, "PRODUCTS_REACH", reach)
+    monkeypatch.setattr(plain, "PRODUCTS_REACH", reach)
     length, window = 2048, 128
     config = tiny_config(depth=1, num_kv_heads=kv_heads, sequence_len=length, rotary_reach=length, windows=(window,))
     kept = kept_tensors(perturbed(config), random_ids(config, 1, length))
@@ -85,7 +85,7 @@ def test_a_window_keeps_no_tensor_of_all_pairs(monkeypatch, reach, kv_heads):
 
 
 def test_a_whole_row_keeps_no_tensor_of_all_pairs_with_sdpa(monkeypatch):
-    monkeypatch.setattr(attention, "PRODUCTS_REACH", 0)
+    monkeypatch.setattr(plain, "PRODUCTS_REACH", 0)
     config = tiny_config(depth=1, sequence_len=1024, rotary_reach=1024, windows=(1024,))
     kept = kept_tensors(perturbed(config), random_ids(config, 1, 1024))
     assert max(tensor.numel() for tensor in kept.values()) < 1024 * 1024 / 4

@@ -72,6 +72,8 @@ def kept_by_autograd(config: GPTConfig, checkpointing: bool) -> int:
         small(**OLDEST),
         small("bfloat16", **OLDEST),
         small(smear_channels=0, backout=False),
+        small(document_mask=True),
+        small("bfloat16", sequence_len=1100, document_mask=True),
     ],
     ids=lambda config: f"{config.compute_dtype}-{config.num_layers}-{config.sequence_len}-{config.num_kv_heads}",
 )
@@ -82,6 +84,13 @@ def test_activations_are_what_autograd_keeps(config: GPTConfig, checkpointing: b
     memory = step_memory(config, ROWS, on_cpu=True, knobs=MemoryKnobs(checkpointing))
     tolerance = 0.05 if config.num_kv_heads == 1 else 0.01
     assert memory.activations == pytest.approx(kept_by_autograd(config, checkpointing), rel=tolerance)
+
+
+def test_positions_that_begin_again_keep_tables_for_each_row() -> None:
+    """Under checkpointing they are kept, too, where hooks do not see them: as what a layer is computed again from."""
+    config = small("bfloat16", document_mask=True, restart_positions=True)
+    memory = step_memory(config, ROWS, on_cpu=True)
+    assert memory.activations == pytest.approx(kept_by_autograd(config, False), rel=0.01)
 
 
 @pytest.mark.parametrize("keys", [{}, {"num_kv_heads": 1}, OLDEST])

@@ -10,7 +10,9 @@ import torch
 
 from nanochat_pl import load_bundle
 from nanochat_pl.cli.main import main
-from tests.training.conftest import sft_overrides, tiny_overrides, weights_of
+from nanochat_pl.cli.train import compose_train, place_of
+from nanochat_pl.training.stage_data.inherit import inherited
+from tests.training.conftest import sft_overrides, start_run, tiny_overrides, weights_of
 
 # More than the width of a bundle tells: windows, rotary base, value gates; and first weights of its own.
 ERA = [
@@ -99,3 +101,20 @@ def test_a_key_that_is_newer_than_the_bundle_has_its_default(
     finally:
         path.write_text(text, encoding="utf-8")
     assert "model.softcap=20.0: the base stage was trained with 15.0" in capsys.readouterr().err
+
+
+def test_a_later_stage_chooses_anew_whether_documents_are_kept_apart(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The bundle says which function was trained, and another stage inherits it."""
+    folder = start_run(place, "apart", "sft")
+    typed = ["train", "run=apart", *sft_overrides(place), "max_steps=2", "evaluation.every_steps=0"]
+    assert main([*typed, "model.restart_positions=true"]) == 2
+    assert "restart_positions=true: needs document_mask=true" in capsys.readouterr().err
+    assert main([*typed, "model.document_mask=true", "model.restart_positions=true"]) == 0
+    base, sft = (load_bundle(folder / stage / "bundle") for stage in ("base", "sft"))
+    assert base.config.document_start_id is None and not base.config.restart_positions
+    assert sft.config.document_start_id == sft.tokenizer.bos_id and sft.config.restart_positions
+    composed = compose_train(["stage=rl", "run=apart", f"paths.runs={folder.parent}", f"paths.cache={place / 'cache'}"])
+    answering = inherited(composed.config, place_of(composed), composed.given)
+    assert answering.model.document_mask and answering.model.restart_positions

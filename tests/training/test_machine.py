@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import torch
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.launch_env import LaunchEnv
 from nanochat_pl.model import fp8
+from nanochat_pl.model.attention import choice
 from nanochat_pl.model.config import ModelSettings
 from nanochat_pl.training import compile_proof
 from nanochat_pl.training import device as machine
@@ -71,14 +73,25 @@ def test_processes_that_share_a_gpu_are_refused_on_all() -> None:
 @pytest.mark.parametrize(
     ("name", "capability", "said"),
     [
-        ("NVIDIA H100", (9, 0), ["Training on NVIDIA H100 in bfloat16, compiled."]),
+        (
+            "NVIDIA H100",
+            (9, 0),
+            [
+                "Training on NVIDIA H100 in bfloat16, compiled.",
+                "Attention: varlen in windows of 512, sdpa in windows of 2,048; not FA3: flash_attn_interface is not"
+                " installed; not FA4: flash_attn.cute is not installed; not products: it is for CPUs and rows of at"
+                " most 1,024 positions.",
+            ],
+        ),
         (
             "Tesla T4",
             (7, 5),
             [
                 "Training on Tesla T4 in float16 (with a loss scale; it has no units for bfloat16), compiled.",
-                "Attention in windows runs block by block, not in PyTorch's flash kernels: it needs compute capability"
-                " 8.0, the GPU has 7.5.",
+                "Attention: bands in windows of 512, sdpa in windows of 2,048; not FA3: it needs compute capability"
+                " 8.0, the GPU has 7.5; not FA4: it needs compute capability 8.0, the GPU has 7.5; not products: it is"
+                " for CPUs and rows of at most 1,024 positions; not varlen: it needs compute capability 8.0, the GPU"
+                " has 7.5; not flex: it does not run here: no Triton.",
             ],
         ),
     ],
@@ -99,7 +112,10 @@ def test_what_is_chosen_on_a_gpu_is_said(
     }.items():
         monkeypatch.setattr(torch.cuda, attribute, lambda *device, answer=answer: answer)
     monkeypatch.setattr(machine, "why_not_compiled", lambda *kind: None)
+    tried = mock.Mock(side_effect=lambda name, *case: "it does not run here: no Triton" if name == "flex" else None)
+    monkeypatch.setattr(choice, "what_is_wrong", tried)
     chosen = machine.prepare_machine(TrainConfig())
+    assert chosen.choices()["attention"] == said[1].removeprefix("Attention: ").partition(";")[0]
     assert (chosen.device.type, chosen.compile) == ("cuda", True)
     assert chosen.compute_dtype == ("bfloat16" if capability >= (8, 0) else "float16")
     assert " ".join(capsys.readouterr().out.split()) == " ".join(said)
@@ -124,6 +140,23 @@ def test_the_compiler_is_tried_with_a_tiny_model_of_the_same_kind(
 
 
 TINY = ModelSettings(depth=2, head_dim=16)
+
+
+def test_attention_is_computed_by_what_the_settings_say(capsys: pytest.CaptureFixture[str]) -> None:
+    """On a CPU; nothing is said of the usual choice."""
+
+    def prepared(attention: str, compile: bool = False) -> machine.Machine:
+        trainer = TrainerSettings(accelerator="cpu", compile=compile, attention=attention)  # type: ignore[arg-type]
+        return machine.prepare_machine(TrainConfig(model=TINY, trainer=trainer))
+
+    assert prepared("auto").attention == "bands in windows of 512, sdpa in windows of 2,048"
+    assert "Attention" not in capsys.readouterr().out
+    assert prepared("products").attention == "products"
+    assert "Attention: products." in capsys.readouterr().out
+    assert prepared("sdpa").attention == "bands in windows of 512, sdpa in windows of 2,048"
+    for name, reason in {"varlen": "it is for GPUs of NVIDIA", "flex": "it has a backward on GPUs alone"}.items():
+        with pytest.raises(UserError, match=rf"trainer\.attention={name}: {reason}"):
+            prepared(name)
 
 
 def test_a_compiler_that_fails_or_is_wrong_trains_eagerly_and_says_why(

@@ -90,12 +90,17 @@ def train_on(arguments: list[str], of_main: dict[str, Any], of_others: dict[str,
 
 
 @pytest.mark.parametrize(
-    ("others", "words"), [({"compile": True}, "cpu in float32, compiled"), ({"compute_dtype": "bfloat16"}, "eager")]
+    ("others", "words"),
+    [
+        ({"compile": True}, "cpu in float32, compiled"),
+        ({"compute_dtype": "bfloat16"}, "eager"),
+        ({"attention": "bands"}, "attention by bands"),
+    ],
 )
 def test_other_choices_of_the_machine(place: Path, others: dict[str, Any], words: str) -> None:
     for told in run(2, train_on, ["run=other-machine", *tiny_overrides(place)], {}, others):
         assert "process 1: " in told and words in told and "cpu in float32, eager" in told
-        assert "trainer.compile" in told and "model.compute_dtype" in told
+        assert all(key in told for key in ("trainer.compile", "model.compute_dtype", "trainer.attention"))
 
 
 def test_profiles_of_several_nodes_have_different_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from tests.helpers.processes import run
 from tests.helpers.step_processes import all_cases, steps
+from tests.helpers.steps import BATCH
 
 Results = list[dict[str, Any]]
 
@@ -22,6 +23,7 @@ def results() -> Results:
     ("name", "settings"),
     [
         ("five rows", {"rows": 5, "device_batch_size": 1}),
+        ("documents kept apart", {"rows": 5, "document_start_id": int(BATCH.inputs[0, 3])}),
         ("one row", {"rows": 1}),
         ("one process of two has one micro-batch more", {"rows": 3, "device_batch_size": 1}),
         ("clipped", {"rows": 5, "max_grad_norm": 0.3}),

@@ -26,7 +26,9 @@ from nanochat_pl.config.overrides import split_override
 from nanochat_pl.data.sources.auto import choose_data
 from nanochat_pl.data.sources.hub import HubFiles
 from nanochat_pl.data.sources.token_counts import text_facts, tokens_by_source
-from nanochat_pl.model.attention import Kernels, has_varlen_with_windows, kernels_of
+from nanochat_pl.model.attention import Kernels, kernels_of
+from nanochat_pl.model.attention.flex import has_flex_attention
+from nanochat_pl.model.attention.varlen import has_varlen_with_windows
 from nanochat_pl.model.config import resolve_model
 from nanochat_pl.planning import Plan, plan_sections, width_remark
 from nanochat_pl.planning.estimates import add_machine, add_memory, add_text, add_time, device_remarks
@@ -175,7 +177,7 @@ def full_plan(config: TrainConfig) -> FullPlan:
     plan = base_plan(ours, target, vocab_size, at_hand)
     model = resolve_model(ours.model, vocab_size, target.compute_dtype)
     fp8, fp8_remarks = _fp8(ours, target)
-    add_machine(plan, model, options, _kernels(ours, target), fp8)
+    add_machine(plan, model, options, _kernels(ours, target), ours.trainer.attention, fp8)
     memory = add_memory(plan, model, options)
     add_time(plan, model, options, os.cpu_count() or 1, _given_mfu(ours, target, fp8), ours.price_per_hour)
     add_text(plan, text_facts(ours.data, cache, vocab_size))
@@ -200,7 +202,8 @@ def _kernels(config: PlanConfig, target: Target) -> Kernels:
         return kernels_of(
             choose_device("cpu" if config.hardware else config.trainer.accelerator, "trainer.accelerator")
         )
-    return Kernels("cuda", (8, 0) if target.device.bfloat16 else (7, 0), has_varlen_with_windows())
+    capability = (8, 0) if target.device.bfloat16 else (7, 0)
+    return Kernels("cuda", capability, has_varlen_with_windows(), has_flex_attention())
 
 
 def _given_mfu(config: PlanConfig, target: Target, fp8: bool) -> tuple[str, float] | None:

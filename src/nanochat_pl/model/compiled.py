@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from nanochat_pl.common.compiling import twin
-from nanochat_pl.model.gpt import GPT, run_layer, run_layer_again
+from nanochat_pl.model.attention import Case, choose
+from nanochat_pl.model.gpt import GPT, Step, run_layer, run_layer_again
 
 R = TypeVar("R")
 
@@ -23,6 +24,11 @@ class CompiledLoss:
 
     def __init__(self, net: GPT) -> None:
         self._net = net
+        config, documents = net.config, net.config.document_start_id is not None
+        for window in {*config.windows}:
+            # Backends are tried now, and not while a graph is made.
+            case = Case(net.compute_dtype, window, config.sequence_len, config.head_dim, documents, compiled=True)
+            choose(net.device, case, net.attention)
         self._begin, self._end = _compiled(_begin), _compiled(_end)
         run = run_layer_again if net.activation_checkpointing else run_layer
         kinds = [(window, net.value_embedding(layer) is None) for layer, window in enumerate(net.config.windows)]
@@ -36,9 +42,10 @@ class CompiledLoss:
     def by_token(self, ids: Tensor, targets: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Arguments and result as of :meth:`GPT.loss_by_token`."""
         net = self._net
-        first = self._begin(net, ids)
+        step = net.packed(ids)
+        first = self._begin(net, ids, step)
         # Another tensor object: to the compiler a layer that is given one tensor twice is of a kind of its own.
-        x, middle = net.through_layers(self._layers, first.view_as(first), first, ids)
+        x, middle = net.through_layers(self._layers, first.view_as(first), first, ids, step)
         return self._end(net, x, middle, targets, weights)
 
 
@@ -46,8 +53,8 @@ def _compiled(function: Callable[..., R]) -> Callable[..., R]:
     return torch.compile(twin(function), dynamic=False)
 
 
-def _begin(net: GPT, ids: Tensor) -> Tensor:
-    return net.begin(ids)
+def _begin(net: GPT, ids: Tensor, step: Step | None) -> Tensor:
+    return net.begin(ids, step)
 
 
 def _end(net: GPT, x: Tensor, middle: Tensor, targets: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -6,15 +6,18 @@ model without smear), so the code of the forward never asks which recipe a check
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Annotated, Literal
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.schema import setting
+from nanochat_pl.tokenizer.bpe import SPECIAL_TOKENS
 
 DType = Literal["float32", "bfloat16", "float16"]
+# How attention over whole rows is computed: see model/attention.
+AttentionBackend = Literal["auto", "products", "sdpa", "varlen", "flex", "bands"]
 MAX_LAYERS = 1_000
 
 # Rotary tables reach this many training lengths, so that long prompts can be scored and continued.
@@ -61,9 +64,19 @@ class GPTConfig:
     value_gate_scale: float = setting(doc="The gate is this times a sigmoid.", above=0.0, at_most=1e3)
     embedding_dtype: DType = setting("float32", "Type in which the embeddings are kept.")
     compute_dtype: DType = setting("float32", "Type of the activations, unless the user of the model asks for another.")
+    document_start_id: Annotated[int, Field(ge=0)] | None = setting(
+        None,
+        "The token that begins a document: in rows without a cache, attention and smear do not look past it; null: they"
+        " do.",
+    )
+    restart_positions: bool = setting(False, "Whether rotary positions begin again where such a document does.")
 
     def __post_init__(self) -> None:
         problems = []
+        if self.document_start_id is not None and self.document_start_id >= self.vocab_size:
+            problems.append(f"document_start_id={self.document_start_id}: must be below vocab_size={self.vocab_size}.")
+        if self.restart_positions and self.document_start_id is None:
+            problems.append("restart_positions=true: needs a document_start_id.")
         if self.padded_vocab_size < self.vocab_size:
             problems.append(f"padded_vocab_size={self.padded_vocab_size}: is below vocab_size={self.vocab_size}.")
         if self.num_heads % self.num_kv_heads:
@@ -162,10 +175,18 @@ class ModelSettings:
         12, "Channels that the gate of a value embedding reads; at most the width.", at_least=1, at_most=2**16
     )
     value_gate_scale: float = setting(3.0, "That gate is this times a sigmoid.", above=0.0, at_most=1e3)
+    document_mask: bool = setting(
+        False, "Attention and the smear do not look from one document of a packed row into another."
+    )
+    restart_positions: bool = setting(
+        False, "Rotary positions begin again at the start of each document; for document_mask=true."
+    )
     init: InitSettings = setting(factory=InitSettings, doc="First weights; its keys: --help model.init.")
 
     def __post_init__(self) -> None:
         problems = []
+        if self.restart_positions and not self.document_mask:
+            problems.append("restart_positions=true: needs document_mask=true.")
         if not self.window_pattern or set(self.window_pattern) - set("SL"):
             problems.append(f"window_pattern={self.window_pattern!r}: must be letters S and L, at least one.")
         if self.head_dim % 2:
@@ -235,4 +256,16 @@ def resolve_model(settings: ModelSettings, vocab_size: int, compute_dtype: DType
         value_gate_scale=settings.value_gate_scale,
         embedding_dtype=settings.embedding_dtype,
         compute_dtype=compute_dtype,
+        **_documents(settings, vocab_size),
     )
+
+
+def with_documents_of(settings: ModelSettings, config: GPTConfig) -> GPTConfig:
+    """An architecture with what settings say of documents in packed rows: each stage may choose it anew."""
+    return replace(config, **_documents(settings, config.vocab_size))
+
+
+def _documents(settings: ModelSettings, vocab_size: int) -> dict[str, Any]:
+    # Special tokens have the last ids, and the first of them begins each document and conversation.
+    start_id = max(vocab_size - len(SPECIAL_TOKENS), 0) if settings.document_mask else None
+    return {"document_start_id": start_id, "restart_positions": settings.restart_positions}

@@ -38,7 +38,8 @@ def flops_per_token(config: GPTConfig) -> int:
     """Floating point operations to train on one token: forward and backward, matrix products only.
 
     Six per parameter of every linear (two forward, four backward), and for attention twelve per head channel and
-    visible key (``golden/plan.json``).
+    visible key (``golden/plan.json``). Where documents are kept apart this is the most that it can be, since
+    their lengths are no part of a config.
     """
     linears = count_linear_weights(config) + config.smear_channels
     visible = sum(min(window, config.sequence_len) for window in config.windows)

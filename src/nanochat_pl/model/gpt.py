@@ -21,12 +21,13 @@ from nanochat_pl.common.constants import IGNORE_INDEX
 from nanochat_pl.common.device import gpu_memory_bytes
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.model.attention import windowed_attention
-from nanochat_pl.model.config import DType, GPTConfig
+from nanochat_pl.model.config import AttentionBackend, DType, GPTConfig
 from nanochat_pl.model.decode_step import DecodeStep
 from nanochat_pl.model.fp8 import Fp8Backend, suits_fp8
 from nanochat_pl.model.kv_cache import CacheStep, KVCache
 from nanochat_pl.model.layers import MLP, Embedding, Linear, norm
 from nanochat_pl.model.loss import default_chunk_tokens, fused_linear_cross_entropy, softcap, token_losses
+from nanochat_pl.model.packed_rows import PackedRows
 from nanochat_pl.model.prefix_tree import PrefixTree
 from nanochat_pl.model.rotary import rotary_tables, rotate
 
@@ -37,11 +38,13 @@ TORCH_DTYPES: dict[DType, torch.dtype] = {
 }
 
 # What a forward may go over besides whole rows.
-Step: TypeAlias = CacheStep | PrefixTree | DecodeStep
+Step: TypeAlias = CacheStep | PrefixTree | DecodeStep | PackedRows
 
 
 class Attention(nn.Module):
     """Causal attention of one layer, with its window and, on some layers, its gated value embedding."""
+
+    wanted: AttentionBackend = "auto"  # backend for what it can compute
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
@@ -63,7 +66,7 @@ class Attention(nn.Module):
         """x (B, T, C) normed, value_embedding (B, T, G·D) → (B, T, C)."""
         q, k, v = (each.transpose(1, 2) for each in self.project(x, value_embedding, rotary))
         if step is None:
-            y = windowed_attention(q, k, v, self.window, self.scale)
+            y = windowed_attention(q, k, v, self.window, self.scale, wanted=self.wanted)
         else:
             y = step.attend(self.layer, q, k, v, self.window, self.scale)
         return self.c_proj(y.transpose(1, 2).flatten(2))
@@ -133,6 +136,7 @@ class GPT(nn.Module):
         activation_checkpointing: for training keep only what goes into each block, and compute the rest of it again in
             the backward.
         loss_chunk_tokens: tokens whose logits are in memory at once in the loss; None: as suits vocabulary and device.
+        attention: the backend of attention over whole rows, for what it can compute.
     """
 
     cos: Tensor
@@ -144,9 +148,10 @@ class GPT(nn.Module):
         compute_dtype: torch.dtype | None = None,
         activation_checkpointing: bool = False,
         loss_chunk_tokens: int | None = None,
+        attention: AttentionBackend = "auto",
     ) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.attention = config, attention
         self.activation_checkpointing = activation_checkpointing
         self.loss_chunk_tokens = loss_chunk_tokens
         self.compute_dtype = compute_dtype or TORCH_DTYPES[config.compute_dtype]
@@ -173,6 +178,8 @@ class GPT(nn.Module):
                 {str(i): Embedding(config.padded_vocab_size, kv_width, kept) for i in config.value_embedding_layers}
             )
             table = torch.empty(config.rotary_reach, config.head_dim // 2, dtype=self.compute_dtype)
+        for block in self.blocks:
+            cast(Attention, block.attn).wanted = attention
         self.register_buffer("cos", table, persistent=False)
         self.register_buffer("sin", table.clone(), persistent=False)
 
@@ -257,11 +264,18 @@ class GPT(nn.Module):
             raise UserError(
                 f"{ids.size(1):,} positions in a row: the model's rotary tables end at {self.config.rotary_reach:,}."
             )
-        step = None if cache is None else cache.begin(ids, lengths)
+        if cache is None:
+            return self._hidden(ids, self.packed(ids))
+        step = cache.begin(ids, lengths)
         x = self._hidden(ids, step)
-        if step is not None:
-            step.commit()
+        step.commit()
         return x
+
+    def packed(self, ids: Tensor) -> PackedRows | None:
+        """Where the documents of rows (B, T) begin, if they are to be kept apart."""
+        if self.config.document_start_id is None:
+            return None
+        return PackedRows(ids, self.config, self.compute_dtype, self.attention)
 
     def hidden_of_tree(self, tree: PrefixTree) -> Tensor:
         """What the head reads at each token of rows that branch: (1, N, C), as :meth:`hidden`."""
@@ -270,9 +284,9 @@ class GPT(nn.Module):
     def _hidden(self, ids: Tensor, step: Step | None) -> Tensor:
         first = self.begin(ids, step)
         # Where there is no backward, nothing is kept for one.
-        run = (
-            run_layer_again if self.activation_checkpointing and step is None and torch.is_grad_enabled() else run_layer
-        )
+        whole_rows = step is None or isinstance(step, PackedRows)
+        again = self.activation_checkpointing and whole_rows and torch.is_grad_enabled()
+        run = run_layer_again if again else run_layer
         return self.end(*self.through_layers([run] * self.config.num_layers, first, first, ids, step))
 
     def through_layers(

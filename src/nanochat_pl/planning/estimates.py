@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from nanochat_pl.common.text_amounts import CROPPED_SHARE, epochs_of, shards_for, token_cache_bytes, tokens_taken
-from nanochat_pl.model.attention import Kernels, attention_backend
-from nanochat_pl.model.config import GPTConfig
+from nanochat_pl.model.attention import Case, Kernels, attention_backend
+from nanochat_pl.model.config import AttentionBackend, GPTConfig
 from nanochat_pl.model.counts import DTYPE_BYTES, count_parameters, kv_cache_bytes, weight_bytes
 from nanochat_pl.planning.batch_size import RowOptions, rows_of_device, rows_that_fit
 from nanochat_pl.planning.gpus import Device
@@ -56,10 +56,17 @@ class TextFacts:
     fetched: bool = False
 
 
-def add_machine(plan: Plan, config: GPTConfig, options: RowOptions, kernels: Kernels, fp8: bool = False) -> None:
+def add_machine(
+    plan: Plan,
+    config: GPTConfig,
+    options: RowOptions,
+    kernels: Kernels,
+    attention: AttentionBackend = "auto",
+    fp8: bool = False,
+) -> None:
     """Add what the machine comes to: processes, types, compiled or not, attention. Nothing of it is a setting.
 
-    ``fp8``: whether the blocks multiply in FP8.
+    ``attention``: of ``trainer.attention``; ``fp8``: whether the blocks multiply in FP8.
     """
     plan.section = "Machine"
     plan.derive("processes", options.num_devices, "trainer.devices: one process for each device")
@@ -69,12 +76,13 @@ def add_machine(plan: Plan, config: GPTConfig, options: RowOptions, kernels: Ker
     compiled = "trainer.compile; auto: where a tiny model, compiled, trains as uncompiled"
     plan.derive("compiled", options.knobs.compiled, compiled)
     dtype, length = getattr(torch, config.compute_dtype), config.sequence_len
+    traits = (length, config.head_dim, config.document_start_id is not None, options.knobs.compiled)
     backends = {
-        window: attention_backend(kernels, dtype, window, length, config.head_dim)
+        window: attention_backend(kernels, Case(dtype, window, *traits), attention)
         for window in sorted({*config.windows})
     }
     said = [f"{backend} (window {window:,})" if len(backends) > 1 else backend for window, backend in backends.items()]
-    plan.derive("attention", ", ".join(said), "by device, type and window: see docs/distributed.md")
+    plan.derive("attention", ", ".join(said), "trainer.attention; auto: by device, type and window")
 
 
 def add_step_memory(plan: Plan, config: GPTConfig, options: RowOptions) -> StepMemory:

@@ -218,7 +218,7 @@ def kept_by_layer(config: GPTConfig, layer: int, rows: int, on_cpu: bool) -> int
         per_token += compute * kv_heads * (head + 2)
     per_token += 2 * compute * mlp
     cast = compute * _matrix_parameters(config, layer) if compute < FLOAT else 0
-    masks = _mask_bytes(config, layer, on_cpu)
+    masks = _mask_bytes(config, layer, rows, on_cpu)
     return rows * (config.sequence_len * per_token + _attention_bytes(config, layer, on_cpu)) + masks + cast
 
 
@@ -232,11 +232,13 @@ def _attention_bytes(config: GPTConfig, layer: int, on_cpu: bool) -> int:
     compute, length, window = DTYPE_BYTES[config.compute_dtype], config.sequence_len, config.windows[layer]
     queries = config.num_heads * config.head_dim * length
     output = compute * queries
-    products = on_cpu and length <= PRODUCTS_REACH
-    if not products and window >= length - 1:  # one fused call: queries, keys, values, its output, one sum per query
+    products, documents = on_cpu and length <= PRODUCTS_REACH, config.document_start_id is not None
+    if (
+        not products and not documents and window >= length - 1
+    ):  # one fused call: queries, keys, values, its output, one sum per query
         keys = config.num_kv_heads * config.head_dim * length
         return compute * (queries + 2 * keys) + FLOAT * config.num_heads * length + output
-    seen, pairs = _seen_and_pairs(length, window, products)
+    seen, pairs = _seen_and_pairs(length, window, products, documents)
     if products:  # per block copies of its queries, keys and values; the shares in float32, and cast where that differs
         copies = compute * (queries + 2 * config.num_kv_heads * config.head_dim * seen)
         return copies + config.num_heads * pairs * (FLOAT + (compute if compute < FLOAT else 0)) + output
@@ -244,17 +246,19 @@ def _attention_bytes(config: GPTConfig, layer: int, on_cpu: bool) -> int:
     return compute * (queries + 2 * keys) + FLOAT * config.num_heads * length + 2 * output
 
 
-def _mask_bytes(config: GPTConfig, layer: int, on_cpu: bool) -> int:
-    """Masks of the band, the same for all rows: a byte per query and key, in the fused kernels a number."""
+def _mask_bytes(config: GPTConfig, layer: int, rows: int, on_cpu: bool) -> int:
+    """Masks of the band: a byte per query and key, in the fused kernels a number. They are the same for all rows, but
+    where documents are kept apart each row has its own."""
     length, window = config.sequence_len, config.windows[layer]
-    products = on_cpu and length <= PRODUCTS_REACH
-    if not products and window >= length - 1:
+    products, documents = on_cpu and length <= PRODUCTS_REACH, config.document_start_id is not None
+    if not products and not documents and window >= length - 1:
         return 0
-    return _seen_and_pairs(length, window, products)[1] * (1 if products else DTYPE_BYTES[config.compute_dtype])
+    pairs = _seen_and_pairs(length, window, products, documents)[1]
+    return (rows if documents else 1) * pairs * (1 if products else DTYPE_BYTES[config.compute_dtype])
 
 
 @lru_cache
-def _seen_and_pairs(length: int, window: int, with_products: bool) -> tuple[int, int]:
+def _seen_and_pairs(length: int, window: int, with_products: bool, documents: bool) -> tuple[int, int]:
     """Keys that the blocks of a band take, and pairs of a query and a key."""
     blocks = band_blocks(length, window, with_products)
     seen = sum(stop - first for _, stop, first in blocks)
@@ -264,13 +268,15 @@ def _seen_and_pairs(length: int, window: int, with_products: bool) -> tuple[int,
 def _kept_outside(config: GPTConfig, rows: int, on_cpu: bool, checkpointing: bool) -> int:
     """What autograd keeps besides the layers: ids and targets, the norms of the embedding and of the last hidden states
     with their inputs; the embedding and the same moved by one position (smear), and what the layers begin with (the
-    first residual); the middle of the stream (backout), where it is not the input of a layer that is kept anyway.
+    first residual); the middle of the stream (backout), where it is not the input of a layer that is kept anyway; where
+    documents are kept apart, where they begin, and where their positions begin again, rotary tables for each row.
     """
     compute, width = DTYPE_BYTES[config.compute_dtype], config.width
     inputs_kept = config.residual_lambdas or checkpointing
     streams = 2 * (config.smear_channels > 0) + inputs_kept
     streams += config.backout and (not inputs_kept or config.num_layers // 2 == config.num_layers - 1)
     per_token = 2 * 8 + 2 * _norm_bytes(config, width, 1, on_cpu) + streams * compute * width
+    per_token += (config.document_start_id is not None) + config.restart_positions * compute * config.head_dim
     return rows * config.sequence_len * per_token
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -13,7 +13,8 @@ from nanochat_pl.common.device import ComputeDType, device_name, has_bfloat16, m
 from nanochat_pl.common.errors import first_line
 from nanochat_pl.common.files import free_bytes
 from nanochat_pl.common.launch_env import launch_env
-from nanochat_pl.model import attention
+from nanochat_pl.model.attention import Case
+from nanochat_pl.model.attention.choice import refusals, use_newest_kernels
 from nanochat_pl.model.config import ModelSettings
 from nanochat_pl.model.fp8 import why_no_fp8
 from nanochat_pl.model.gpt import TORCH_DTYPES
@@ -92,7 +93,6 @@ def check_device(setup: Setup) -> list[Finding]:
         Finding("device", "ok" if right else "FAILED", f"{device} ({device_name(device)}); {chosen}; {others}"),
         Finding("compute type", "ok", f"{setup.dtype}: the device {why}"),
         Finding("FP8", "ok", _fp8(setup)),
-        Finding("attention in windows", "ok", _windowed_attention(setup)),
     ]
 
 
@@ -102,16 +102,34 @@ def _fp8(setup: Setup) -> str:
     return "its kernels are right" if reason is None else f"not used: {reason}"
 
 
-def _windowed_attention(setup: Setup) -> str:
-    """What the windowed layers of a training run on, and why not on what comes before it."""
-    settings = ModelSettings()
-    words: list[str] = []
-    shape = (TORCH_DTYPES[setup.dtype], settings.sequence_len // 4, settings.sequence_len, settings.head_dim)
-    for backend, reason in attention.why_not(attention.kernels_of(setup.device), *shape).items():
+def check_attention(setup: Setup) -> list[Finding]:
+    """What computes attention in a training of the default size, each tried forward and backward; and why not what
+    would come before it."""
+    settings, dtype, findings = ModelSettings(), TORCH_DTYPES[setup.dtype], []
+    length, head_dim, on_gpu = settings.sequence_len, settings.head_dim, setup.device.type == "cuda"
+    if on_gpu:
+        words = _taken(use_newest_kernels(setup.device, dtype, head_dim, documents=True).items(), "PyTorch's own")
+        findings.append(Finding("flash kernels", "ok", words))
+    for what, window, documents in (
+        ("in windows", length // 4, False),
+        ("over whole rows", length, False),
+        ("within documents", length, True),
+    ):
+        case = Case(dtype, window, length, head_dim, documents, compiled=on_gpu)
+        reasons = dict(refusals(setup.device, case))
+        words, found = _taken(reasons.items(), "none"), None in reasons.values()
+        findings.append(Finding(f"attention {what}", "ok" if found else "FAILED", words))
+    return findings
+
+
+def _taken(reasons: Iterable[tuple[str, str | None]], otherwise: str) -> str:
+    """The first that nothing speaks against, and why not those before it."""
+    refused: list[str] = []
+    for name, reason in reasons:
         if reason is None:
-            return f"{backend} ({'; '.join(words)})" if words else backend
-        words.append(f"not {backend}: {reason}")
-    raise AssertionError("bands run everywhere")
+            return f"{name} ({'; '.join(refused)})" if refused else name
+        refused.append(f"not {name}: {reason}")
+    return f"{otherwise} ({'; '.join(refused)})"
 
 
 def check_memory(setup: Setup) -> list[Finding]:
@@ -164,6 +182,7 @@ def check_bit_classes(setup: Setup) -> list[Finding]:
 
 CHECKS = (
     Check("device", check_device),
+    Check("attention", check_attention),
     Check("memory", check_memory),
     Check("loss and gradients", check_gradients),
     Check("bit classes", check_bit_classes),

@@ -16,7 +16,7 @@ from nanochat_pl.data.cache.conversations import LossMask
 from nanochat_pl.data.sources.base import DataSettings
 from nanochat_pl.evaluation.core.evaluate import CoreSettings
 from nanochat_pl.evaluation.samples import DEFAULT_PROMPTS
-from nanochat_pl.model.config import ModelSettings
+from nanochat_pl.model.config import AttentionBackend, ModelSettings
 from nanochat_pl.optim.config import OptimSettings
 from nanochat_pl.optim.schedules import ScheduleSettings
 from nanochat_pl.planning.batch_size import RowOptions
@@ -115,6 +115,11 @@ class TrainerSettings:
     num_threads: int | None = setting(None, "CPU threads of torch; null: as torch decides.", at_least=1, at_most=1024)
     compile: bool | Literal["auto"] = setting(
         "auto", "torch.compile the model; auto: where a compiler is at hand, not in rl."
+    )
+    attention: AttentionBackend = setting(
+        "auto",
+        "What computes attention over whole rows, where it can; auto: the first that is right on the device: see"
+        " selftest.",
     )
     deterministic: bool = setting(False, "Only algorithms that give the same bits again (a CPU always does).")
     activation_checkpointing: bool = setting(

@@ -14,8 +14,9 @@ from nanochat_pl.common.errors import SharedError, UserError
 from nanochat_pl.common.launch_env import launch_env
 from nanochat_pl.common.malloc import keep_freed_memory
 from nanochat_pl.distributed import collectives
-from nanochat_pl.model.attention import kernels_of, no_varlen
-from nanochat_pl.model.config import ModelSettings
+from nanochat_pl.model.attention import Case, choose
+from nanochat_pl.model.attention.choice import refusals, require, use_newest_kernels
+from nanochat_pl.model.config import ModelSettings, window_sizes
 from nanochat_pl.model.fp8 import Fp8Backend, why_no_fp8
 from nanochat_pl.model.gpt import TORCH_DTYPES
 from nanochat_pl.planning.gpus import peak_flops
@@ -28,13 +29,15 @@ FP8_SLOWER_DEPTH, FP8_FASTER_DEPTH = 12, 26
 
 @dataclass(frozen=True)
 class Machine:
-    """Device, type of the activations, whether the model is compiled, and what multiplies in FP8 (None: nothing)."""
+    """Device, type of the activations, whether the model is compiled, what multiplies in FP8 (None: nothing), and what
+    computes attention."""
 
     device: torch.device
     name: str
     compute_dtype: ComputeDType
     compile: bool
     fp8: Fp8Backend | None = None
+    attention: str = ""
 
     @property
     def peak_flops(self) -> float | None:
@@ -58,6 +61,7 @@ class Machine:
             "compile": self.compile,
             "fp8": self.fp8,
             "num_threads": torch.get_num_threads(),
+            "attention": self.attention,
         }
 
 
@@ -74,16 +78,42 @@ def prepare_machine(config: TrainConfig) -> Machine:
         # What writes answers is eager: then the gradient is of the very probabilities under which they were drawn.
         eager = config.stage.definition.trains_on_answers
         compiled = not eager and compiler_works(device, dtype, config.model, fp8)
-    machine = Machine(device, device_name(device), dtype, compiled, fp8=fp8)
+    attention, reasons = _attention_of(config, device, dtype, compiled)
+    machine = Machine(device, device_name(device), dtype, compiled, fp8=fp8, attention=attention)
     many = f"{place.world_size} processes, each on " if place.world_size > 1 else ""
     rank_zero_print(
         f"Training on {many}{machine.name} in {_in_words(machine, config)}, {'compiled' if compiled else 'eager'}."
     )
     if fp8 == "scaled_mm" and (slower := fp8_slower_remark(config.model.depth, compiled)):
         rank_zero_print(f"trainer.fp8={str(config.trainer.fp8).lower()}: {slower}")
-    if device.type == "cuda" and (reason := no_varlen(kernels_of(device), TORCH_DTYPES[dtype], config.model.head_dim)):
-        rank_zero_print(f"Attention in windows runs block by block, not in PyTorch's flash kernels: {reason}.")
+    if device.type == "cuda" or config.trainer.attention != "auto":
+        rank_zero_print("; ".join([f"Attention: {attention}", *reasons]) + ".")
     return machine
+
+
+def _attention_of(
+    config: TrainConfig, device: torch.device, dtype: ComputeDType, compiled: bool
+) -> tuple[str, list[str]]:
+    """What computes attention in which windows, and why not what would be preferred.
+
+    Raises:
+        UserError: ``trainer.attention`` does not run here.
+    """
+    model, wanted, reasons = config.model, config.trainer.attention, dict[str, str]()
+    kind, length = TORCH_DTYPES[dtype], model.sequence_len
+    if device.type == "cuda" and wanted in ("auto", "varlen"):
+        newest = use_newest_kernels(device, kind, model.head_dim, model.document_mask)
+        reasons |= {name: reason for name, reason in newest.items() if reason is not None}
+    windows = sorted({*window_sizes(model)})
+    cases = [Case(kind, window, length, model.head_dim, model.document_mask, compiled) for window in windows]
+    require(device, cases, wanted, "trainer.attention")
+    taken: dict[str, list[int]] = {}
+    for case in cases:
+        taken.setdefault(choose(device, case, wanted), []).append(case.window)
+        reasons |= {name: reason for name, reason in refusals(device, case, wanted) if reason is not None}
+    said = [f"{name} in windows of {' and '.join(f'{each:,}' for each in found)}" for name, found in taken.items()]
+    refused = [f"not {name}: {reason}" for name, reason in reasons.items() if name not in taken]
+    return ", ".join(said if len(said) > 1 else taken), refused
 
 
 def choose_fp8(config: TrainConfig, device: torch.device, dtype: ComputeDType) -> Fp8Backend | None:

@@ -72,7 +72,9 @@ def whole_state(state: Mapping[str, Any]) -> dict[str, Any]:
 @torch.no_grad()
 def whole_copy(net: GPT) -> GPT:
     """A network with the weights of now, whole on each process. All call it."""
-    copy = GPT(net.config, net.compute_dtype, loss_chunk_tokens=net.loss_chunk_tokens).materialise(net.device)
+    copy = GPT(
+        net.config, net.compute_dtype, loss_chunk_tokens=net.loss_chunk_tokens, attention=net.attention
+    ).materialise(net.device)
     weights = dict(net.named_parameters())
     for name, parameter in copy.named_parameters():
         parameter.copy_(_whole(weights[name]))

@@ -29,7 +29,7 @@ from nanochat_pl.distributed import collectives
 from nanochat_pl.evaluation.bits_per_byte import BitsPerByte
 from nanochat_pl.evaluation.validation import validation_metrics
 from nanochat_pl.model.compiled import CompiledLoss
-from nanochat_pl.model.config import GPTConfig, InitSettings
+from nanochat_pl.model.config import AttentionBackend, GPTConfig, InitSettings
 from nanochat_pl.model.fp8 import Fp8Backend
 from nanochat_pl.model.gpt import GPT
 from nanochat_pl.model.init import init_weights
@@ -63,6 +63,7 @@ class ModuleConfig:
     activation_checkpointing: bool = False
     fp8: Fp8Backend | None = None
     loss_chunk_tokens: int | None = None
+    attention: AttentionBackend = "auto"
     init: InitSettings = field(default_factory=InitSettings)
     on_nonfinite: OnNonfinite = "stop"
     max_grad_norm: float | None = None
@@ -136,6 +137,7 @@ class LMModule(ShardedWeights, LightningModule):
                 config.model,
                 activation_checkpointing=config.activation_checkpointing,
                 loss_chunk_tokens=config.loss_chunk_tokens,
+                attention=config.attention,
             ).materialise(self._training_device())
             self.init_weights(self.net)
             if config.fp8 is not None:

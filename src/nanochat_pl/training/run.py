@@ -89,9 +89,9 @@ def train_stage(
     machine = coordination.raise_on_all_ranks(lambda: prepare_machine(config))
     require_own_gpus(machine.device)
     kind = f"{machine.device.type} in {machine.in_words}, {'compiled' if machine.compile else 'eager'}"
-    same_machines = (
-        "Set trainer.accelerator, model.compute_dtype, trainer.fp8 and trainer.compile to what all machines have."
-    )
+    kind += f", attention by {machine.attention}" if machine.attention else ""
+    keys = "trainer.accelerator, model.compute_dtype, trainer.fp8, trainer.compile and trainer.attention"
+    same_machines = f"Set {keys} to what all machines have."
     coordination.assert_equal_across_ranks(
         kind, lambda mains: f"would train on {kind}, the main process on {mains}.", same_machines
     )
@@ -217,6 +217,7 @@ def _make_stage(config: TrainConfig, machine: Machine, prepared: StageData, modu
         activation_checkpointing=trainer.activation_checkpointing,
         fp8=machine.fp8,
         loss_chunk_tokens=chunk_tokens,
+        attention=trainer.attention,
         init=config.model.init,
         on_nonfinite=trainer.on_nonfinite,
         max_grad_norm=config.optim.max_grad_norm,

@@ -34,8 +34,8 @@ _COMMON = {
     "head_dim": "head_dim",
     "max_position_embeddings": "sequence_len",
 }
-# How a model computes is no part of what it is.
-_UNWRITTEN = ("embedding_dtype", "compute_dtype")
+# How a model computes is no part of what it is; nor is what it makes of rows of several documents: here a row is one.
+_UNWRITTEN = ("embedding_dtype", "compute_dtype", "document_start_id", "restart_positions")
 # What every native model has, and ours all have: a file that says otherwise is of another architecture.
 _FIXED = {"hidden_act": "relu2", "attention_bias": False, "tie_word_embeddings": False}
 

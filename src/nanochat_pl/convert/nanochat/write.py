@@ -44,8 +44,8 @@ from nanochat_pl.tokenizer import Tokenizer
 
 ENCODING_NAME = "nanochat_pl"
 _TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
-# The types have no say in the layout.
-_FREE = {"embedding_dtype", "compute_dtype"}
+# The types have no say in the layout, nor has what the model makes of rows of several documents.
+_FREE = {"embedding_dtype", "compute_dtype", "document_start_id", "restart_positions"}
 
 
 def write_nanochat(bundle_folder: Path, to: Path, moments: bool = True) -> Path:

@@ -16,8 +16,8 @@ from nanochat_pl.model.config import ModelSettings
 from nanochat_pl.training.config import TrainConfig
 from nanochat_pl.training.stages.registry import all_stages, parents_of
 
-# A matter of the machine, or of the files of this stage: it may be given anew.
-FREE = ("model.compute_dtype", "data.max_bad_fraction")
+# A matter of the machine, or of the files and rows of this stage: it may be given anew.
+FREE = ("model.compute_dtype", "model.document_mask", "model.restart_positions", "data.max_bad_fraction")
 
 
 def parent_name(config: TrainConfig, folder: StageFolder) -> str | None:

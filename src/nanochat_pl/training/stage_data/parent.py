@@ -16,7 +16,7 @@ from nanochat_pl.bundle.bundle import (
 )
 from nanochat_pl.common.console import rank_zero_print
 from nanochat_pl.common.run_dir import StageFolder
-from nanochat_pl.model.config import GPTConfig
+from nanochat_pl.model.config import GPTConfig, with_documents_of
 from nanochat_pl.planning import Inherited, Plan, make_finetune_plan
 from nanochat_pl.planning.estimates import add_step_memory
 from nanochat_pl.tokenizer import Tokenizer
@@ -89,7 +89,8 @@ def load_parent(context: StageContext) -> ParentModel:
     """
     folder = parent_folder(context.config, context.folder)
     assert folder is not None, "the settings of a stage that is fine-tuned name its parent"
-    bundle, info, model = folder.bundle, load_stage_info(folder.bundle), load_config(folder.bundle)
+    bundle, info = folder.bundle, load_stage_info(folder.bundle)
+    model = with_documents_of(context.config.model, load_config(bundle))
     sha256 = hash_of_weights(bundle)  # before any text is prepared for weights that are not there
     require_room_for(context, model)
     rank_zero_print(f"{context.config.stage.name} starts from {bundle}, {info.step:,} steps.")
