@@ -238,7 +238,7 @@ def _attention_bytes(config: GPTConfig, layer: int, on_cpu: bool) -> int:
     ):  # one fused call: queries, keys, values, its output, one sum per query
         keys = config.num_kv_heads * config.head_dim * length
         return compute * (queries + 2 * keys) + FLOAT * config.num_heads * length + output
-    seen, pairs = _seen_and_pairs(length, window, products, documents)
+    seen, pairs = _seen_and_pairs(length, window, products)
     if products:  # per block copies of its queries, keys and values; the shares in float32, and cast where that differs
         copies = compute * (queries + 2 * config.num_kv_heads * config.head_dim * seen)
         return copies + config.num_heads * pairs * (FLOAT + (compute if compute < FLOAT else 0)) + output
@@ -253,12 +253,12 @@ def _mask_bytes(config: GPTConfig, layer: int, rows: int, on_cpu: bool) -> int:
     products, documents = on_cpu and length <= PRODUCTS_REACH, config.document_start_id is not None
     if not products and not documents and window >= length - 1:
         return 0
-    pairs = _seen_and_pairs(length, window, products, documents)[1]
+    pairs = _seen_and_pairs(length, window, products)[1]
     return (rows if documents else 1) * pairs * (1 if products else DTYPE_BYTES[config.compute_dtype])
 
 
 @lru_cache
-def _seen_and_pairs(length: int, window: int, with_products: bool, documents: bool) -> tuple[int, int]:
+def _seen_and_pairs(length: int, window: int, with_products: bool) -> tuple[int, int]:
     """Keys that the blocks of a band take, and pairs of a query and a key."""
     blocks = band_blocks(length, window, with_products)
     seen = sum(stop - first for _, stop, first in blocks)
