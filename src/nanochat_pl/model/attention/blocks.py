@@ -21,8 +21,8 @@ from nanochat_pl.model.config import KEY_GRID
 
 # Queries of a block: with plain products always, with sdpa at least.
 BLOCK = 128
-# With sdpa a block has as many as the window is wide, up to the larger of two. Small blocks compute few pairs outside of
-# the window, and the number of blocks is bounded, as a compiler unrolls them.
+# With sdpa a block has as many as the window is wide, up to the larger of two: small blocks compute few pairs outside
+# of the window, and the number of blocks is bounded, as a compiler unrolls them.
 SDPA_BLOCK, MAX_BLOCKS = 256, 16
 
 # Queries start … stop - 1, and the keys first … last - 1 that they are held against.
