@@ -284,7 +284,7 @@ def test_every_value_has_a_section_and_sections_keep_together() -> None:
     [
         ("weights_bytes", 3 * 2**30 // 2, "1.50 GiB"),
         ("chat_cache_bytes", 100, "100 bytes"),
-        ("training_seconds", 30.04, "30.0 seconds"),
+        ("training_seconds", 30.04, "30 seconds"),
         ("training_seconds", 600.0, "10 minutes"),
         ("training_seconds", 86400.0, "24 hours"),
         ("training_seconds", 864000.0, "10 days"),

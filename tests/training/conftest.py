@@ -81,6 +81,7 @@ def rl_overrides(place: Path) -> list[str]:
         "stage=rl",
         *(text for text in tiny_overrides(place) if text.startswith(kept)),
         "mixture.tasks.word_problems=null",
+        "model.compute_dtype=bfloat16",  # on any machine: its bits are promised
         "rl.reward=tests.helpers.rewards.thirds",
         "rl.prompts_per_step=4",
         "rl.samples_per_prompt=4",

@@ -88,6 +88,7 @@ def test_validation_and_samples_compile_nothing(tmp_path: Path, monkeypatch: pyt
     """One layer: what goes into it, the layer, the end, a piece of the loss, and Muon for each shape of a matrix."""
     torch.compiler.reset()
     compiled_piece.cache_clear()
+    torch._dynamo.utils.counters.clear()
     graphs, compile_ = [], torch.compile
 
     def counting(graph: Any, inputs: Any) -> Any:

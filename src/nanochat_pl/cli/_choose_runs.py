@@ -20,6 +20,7 @@ from nanochat_pl.ledger import LEDGER, newest, read_ledger
 from nanochat_pl.ledger.query import condition_name
 from nanochat_pl.report.evaluations import evaluated_metrics
 from nanochat_pl.training.config import TrainConfig
+from nanochat_pl.training.stages.registry import REGISTRY
 
 # Of group `evaluation` what is measured, and not when: with others, a metric of the same name is another one.
 _NOT_MEASURED = ("every_steps", "at_start", "sandbox", "samples_every_steps", "sample_prompts", "sample_tokens")
@@ -126,7 +127,12 @@ def comparisons_of(folder: Path, name: str) -> list[Comparison]:
 
 
 def settings_of_results(settings: Mapping[str, Any], stage: str) -> dict[str, Any]:
-    """Of all settings those that a stage's metrics depend on: what is learnt, and on what it is measured."""
+    """Of all settings those that a stage's metrics depend on: what is learnt, and on what it is measured.
+
+    Of a stage whose class is not known here, all.
+    """
+    if stage not in REGISTRY.load():
+        return dict(settings)
     measured = {
         key: value
         for key, value in settings.items()
