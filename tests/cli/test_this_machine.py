@@ -60,7 +60,7 @@ def test_one_old_gpu_computes_in_float16(gpus: Any, tmp_path: Path) -> None:
     gpus(1, "Tesla T4", 14.5, (7, 5))
     plan = planned("stage=base", "model.depth=12", f"paths.cache={tmp_path}")
     assert plan["processes"] == 1 and plan["compute_dtype"] == "float16"
-    assert plan["attention"].startswith("bands")
+    assert plan["attention"].startswith(("flex (window 512)", "bands"))  # flex where this PyTorch has it
 
 
 def test_plan_for_machines_that_are_elsewhere(gpus: Any, tmp_path: Path) -> None:

@@ -156,7 +156,7 @@ def test_a_group_of_different_settings_is_refused() -> None:
         compared(group("x", BASE) + group("xb", WORSE, OFF) + group("y", BASE), ["x*", "y*"])
 
 
-def test_what_has_no_say_is_no_difference() -> None:
+def test_irrelevant_settings_are_no_difference() -> None:
     entries = group("a", BASE) + group("b", ALIKE, {"trainer.num_threads": 2, "paths.runs": "elsewhere"})
     assert compared(entries, ["a*", "b*"]).settings == {}
     entries = group("a", BASE) + group("b", ALIKE, {"evaluation.num_rows": 7})

@@ -117,5 +117,5 @@ def test_a_task_answered_by_letters():
     assert row["question"] == "Which one, 243?" and row["reference"] == "A" and row["item"] == result.items[3]
     assert row["probabilities"] == pytest.approx(dict(zip(letters[3], plain[3], strict=True)), abs=1e-4)
     assert seen[-1] == (30, 30)
-    # Neither the batch nor the settings of written answers have a say.
+    # Neither the batch nor the settings of written answers matter.
     assert evaluate_task(Engine(bundle), task, batch=2, num_samples=4, temperature=1.0) == result

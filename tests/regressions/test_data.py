@@ -175,7 +175,7 @@ def seed_all(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def test_no_generator_of_the_process_has_a_say(tmp_path: Path) -> None:
+def test_no_generator_of_the_process_matters(tmp_path: Path) -> None:
     """States of generators were not saved: a resumed run drew other numbers. Ours draws none that would need saving."""
 
     def fitted(seed: int) -> tuple[dict[str, torch.Tensor], str]:

@@ -78,7 +78,7 @@ def _with_a_skip(rows: list[int]) -> dict[str, Any]:
 
 
 def test_the_gradient_of_all_is_clipped_and_not_that_of_each_process() -> None:
-    """Each process clipped its own: those with large gradients had less of a say, and the logged norm was its own."""
+    """Each process clipped its own: those with large gradients counted for less, and the logged norm was its own."""
     alone = trained([2, 2], max_grad_norm=0.05)
     mine, theirs = run(2, _clipped, [2, 2])
     assert mine["norms"] == theirs["norms"] == pytest.approx(alone["norms"], rel=1e-5)

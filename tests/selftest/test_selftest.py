@@ -16,7 +16,7 @@ from torch import Tensor
 from nanochat_pl.cli.main import main
 from nanochat_pl.model.gpt import GPT
 from nanochat_pl.optim import MuonAdamW
-from nanochat_pl.selftest import bit_classes, checks, collective_checks
+from nanochat_pl.selftest import batch_invariance, checks, collective_checks
 from nanochat_pl.selftest.checks import Check, Finding, Setup, within
 from nanochat_pl.selftest.run import end_without_answer, run_checks, verdict
 from nanochat_pl.training.checkpoint.io import AtomicCheckpointIO
@@ -154,10 +154,15 @@ def test_a_compiler_that_is_not_there_is_left_out(tmp_path: Path, monkeypatch: p
     assert finding[:3] == ("torch.compile", "left out", "no compiler; trainings are not compiled")
 
 
-def test_bit_classes_are_those_of_the_products_of_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batch_invariance_is_that_of_the_products_of_this_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With products in which the rows beside a row matter, it says so, and is no failure."""
-    in_float32, in_bfloat16 = run_checks([ALL["bit classes"]], setup_of(tmp_path), 120.0)
-    assert in_float32[:2] == ("bit classes of float32", "ok") and in_bfloat16[:2] == ("bit classes of bfloat16", "ok")
+    in_float32, in_bfloat16 = run_checks([ALL["batch invariance"]], setup_of(tmp_path), 120.0)
+    assert in_float32[:2] == ("batch invariance of float32", "ok") and in_bfloat16[:2] == (
+        "batch invariance of bfloat16",
+        "ok",
+    )
     assert in_float32.metric.startswith("a row has the same bits ")
     right = torch.nn.functional.linear
 
@@ -165,8 +170,8 @@ def test_bit_classes_are_those_of_the_products_of_this_machine(tmp_path: Path, m
         return right(x, weight) * (1 + (len(x) > 8) * 0.01 + (len(x) > 32) * 0.01)
 
     monkeypatch.setattr(torch.nn.functional, "linear", worse_in_company)
-    monkeypatch.setattr(bit_classes, "in_one_block", lambda q, *others: q * len(others))
-    (_, found) = run_checks([ALL["bit classes"]], setup_of(tmp_path), 120.0)
+    monkeypatch.setattr(batch_invariance, "in_one_block", lambda q, *others: q * len(others))
+    (_, found) = run_checks([ALL["batch invariance"]], setup_of(tmp_path), 120.0)
     assert found.result == "ok"
     assert found.metric == (
         "a row has the same bits within {1 … 8}, {12 … 32}, {64 … 256} rows; attention over a cache has other bits at"

@@ -23,7 +23,7 @@ from nanochat_pl.tools.sandbox.settings import SandboxSettings
 BASE_SUITES: tuple[Suite, ...] = ("bpb", "core", "samples")
 CHAT_SUITES: tuple[Suite, ...] = ("chat", "chatcore", "samples")
 # Keys that say where things are and how fast it goes, and nothing of the metrics.
-_NO_SAY = {"run", "stage", "bundle", "to", "batch_size", "accelerator", "devices", "paths"}
+_IRRELEVANT = {"run", "stage", "bundle", "to", "batch_size", "accelerator", "devices", "paths"}
 
 
 def chatcore_tasks() -> MixtureTasks:
@@ -104,8 +104,8 @@ class EvaluateConfig:
 
 
 def asked(config: EvaluateConfig) -> dict[str, Any]:
-    """The settings that have a say in the metrics, as plain data."""
-    return {key: value for key, value in to_plain(config).items() if key not in _NO_SAY}
+    """The settings that the metrics depend on, as plain data."""
+    return {key: value for key, value in to_plain(config).items() if key not in _IRRELEVANT}
 
 
 def places(config: EvaluateConfig, experiment: str) -> tuple[Path, Path]:

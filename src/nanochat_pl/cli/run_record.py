@@ -40,10 +40,10 @@ from nanochat_pl.training.stages.registry import stage_named
 # Keys that control the command, not the training.
 OF_THE_COMMAND = {"run", "resume", "resume_with_changes", "check_only", "yes"}
 # Keys, or groups of keys, that have no say in what is learnt: they may differ when a stage goes on.
-NO_SAY = {"trainer", "evaluation", "paths", "logger", "callbacks", "device_batch_size"} | OF_THE_COMMAND
-_HAVE_A_SAY = {field.name for field in dataclasses.fields(TrainConfig)} - NO_SAY
+IRRELEVANT = {"trainer", "evaluation", "paths", "logger", "callbacks", "device_batch_size"} | OF_THE_COMMAND
+_RELEVANT = {field.name for field in dataclasses.fields(TrainConfig)} - IRRELEVANT
 # Of those groups what changes when the work is done and never its result.
-WITHOUT_A_SAY = {"data.download", "data.max_bad_fraction"} | {f"rl.{key}" for key in rl.WITHOUT_A_SAY}
+IRRELEVANT_KEYS = {"data.download", "data.max_bad_fraction"} | {f"rl.{key}" for key in rl.IRRELEVANT_KEYS}
 # What cannot change on the way, even with resume_with_changes=true, and why.
 _FIXED = {
     "model": "the weights are of that model",
@@ -70,10 +70,10 @@ def write_records(folder: StageFolder, composed: Composed[Any], resuming: bool =
 
 def settings_that_matter(values: Mapping[str, Any], stage: str) -> dict[str, Any]:
     """Of all settings as plain data those that a stage depends on, by their dotted keys."""
-    keys, groups = flat(values), stage_named(stage).depends_on(_HAVE_A_SAY)
+    keys, groups = flat(values), stage_named(stage).depends_on(_RELEVANT)
     # Keys of a source of a mixture, data.sources.NAME.KEY, are keys of data.
     own = {key: re.sub(r"^data\.sources\.[^.]+\.", "data.", key) for key in keys}
-    return {key: keys[key] for key in keys if key.split(".")[0] in groups and own[key] not in WITHOUT_A_SAY}
+    return {key: keys[key] for key in keys if key.split(".")[0] in groups and own[key] not in IRRELEVANT_KEYS}
 
 
 def own_settings(folder: StageFolder, schema: type) -> list[Setting]:

@@ -61,7 +61,7 @@ class Job:
 
     Attributes:
         problems: what its problems are a function of, as plain data: two models can be compared where it is the same.
-        asked: further settings with a say in the metrics.
+        asked: further settings that the metrics depend on.
         together: whether all processes take part; else the main one measures alone.
     """
 

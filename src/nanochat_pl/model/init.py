@@ -17,7 +17,7 @@ def init_weights(net: GPT, seed: int = 0, settings: InitSettings | None = None) 
     """Fill every parameter of a materialised network.
 
     Each is drawn on the CPU from a generator of its own, seeded by ``seed`` and its name: neither the device, nor other
-    parameters, nor the process's generators have a say.
+    parameters, nor the process's generators change it.
     """
     numbers = settings or InitSettings()
     for name, parameter in net.named_parameters():

@@ -18,7 +18,7 @@ from nanochat_pl.model.attention.choice import refusals, use_newest_kernels
 from nanochat_pl.model.config import ModelSettings
 from nanochat_pl.model.fp8 import why_no_fp8
 from nanochat_pl.model.gpt import TORCH_DTYPES
-from nanochat_pl.selftest.bit_classes import describe
+from nanochat_pl.selftest.batch_invariance import describe
 from nanochat_pl.training.compile_proof import (
     config_of_its_kind,
     distance_of_compiled,
@@ -174,10 +174,10 @@ def check_compile(setup: Setup) -> list[Finding]:
     return [within("torch.compile", error, tolerance(setup.dtype), f" in {setup.dtype}")]
 
 
-def check_bit_classes(setup: Setup) -> list[Finding]:
+def check_batch_invariance(setup: Setup) -> list[Finding]:
     """Where results depend on what is computed beside them: information, for no machine is wrong for what it has."""
     names = dict.fromkeys(("float32", setup.dtype))
-    return [Finding(f"bit classes of {name}", "ok", describe(TORCH_DTYPES[name], setup.device)) for name in names]
+    return [Finding(f"batch invariance of {name}", "ok", describe(TORCH_DTYPES[name], setup.device)) for name in names]
 
 
 CHECKS = (
@@ -185,6 +185,6 @@ CHECKS = (
     Check("attention", check_attention),
     Check("memory", check_memory),
     Check("loss and gradients", check_gradients),
-    Check("bit classes", check_bit_classes),
+    Check("batch invariance", check_batch_invariance),
     Check("torch.compile", check_compile),
 )

@@ -161,7 +161,7 @@ class Task(ABC):
         """SHA-256 over the conversations: changes with settings, words, wordings and code, whatever it was.
 
         Of a task with more than ``_MAX_HASHED``, if it says what it is :meth:`made_of`: over that, and over so
-        many of them, drawn once and for all, for what the code has a say in.
+        many of them, drawn once and for all, for what the code makes of them.
         """
         parts = self.made_of() if len(self) > _MAX_HASHED else None
         indices: Sequence[int] = range(len(self))

@@ -111,7 +111,7 @@ def read_tokenizer(folder: Path) -> Tokenizer | None:
         return None
     document = read_json(path, MAX_FILE_BYTES)
     if isinstance(document, dict):
-        # None of these has a say in what is asked of a tokenizer here: the ids of a text, and bos apart from them.
+        # None of these changes what is asked of a tokenizer here: the ids of a text, and bos apart from them.
         document.update(truncation=None, padding=None, post_processor=None)
         if document.get("normalizer") == NORMALIZER:
             document["normalizer"] = None

@@ -8,7 +8,7 @@ from typing import Literal
 from nanochat_pl.common.schema import setting
 
 # What has no say in the weights: it may differ when a stage goes on.
-WITHOUT_A_SAY = {
+IRRELEVANT_KEYS = {
     "decode_batch_size",
     "eval_every_steps",
     "eval_samples",

@@ -30,7 +30,7 @@ from nanochat_pl.training.stage_data.inherit import parent_folder
 def tokens_planned(config: TrainConfig) -> Callable[[int | None], int]:
     """What says how many tokens pretraining takes with these settings, given how many are at hand (None: not known).
 
-    No device has a say in it, so all stages and all machines come to the same.
+    It does not depend on the device, so all stages and all machines come to the same.
     """
 
     def tokens(at_hand: int | None) -> int:

@@ -136,7 +136,7 @@ class Stage:
         return self.has_model and not self.from_scratch
 
     def depends_on(self, keys: Set[str]) -> Set[str]:
-        """Of the keys that have a say in what is learnt (at the root, or groups) those that this stage's result
+        """Of the keys that what is learnt depends on (at the root, or groups) those that this stage's result
         depends on: what it inherits is its parent's."""
         decided = set(self.inherits) if self.starts_from_model else set()
         unused = (set() if self.trains_on_conversations else {"mixture"}) | (
