@@ -22,6 +22,8 @@ from typing import Any
 
 # depth, sequence length, vocabulary, rows of a step
 SHAPES = {"toy": (1, 32, 512, 2), "small": (4, 256, 4096, 16), "large": (6, 512, 8192, 8)}
+# Of their matrix products, as model.counts.flops_per_token has it: here, since older checkouts have it elsewhere.
+FLOPS_PER_TOKEN = {"toy": 516_312, "small": 27_132_624, "large": 89_654_688}
 PARTS = ("forward", "backward", "optimizer", "step")
 HERE = Path(__file__).resolve()
 
@@ -70,11 +72,14 @@ def measure(shape: str, dtype: str, num_steps: int, compiled: bool) -> dict[str,
     import torch
 
     from nanochat_pl.model.config import ModelSettings, resolve_model
-    from nanochat_pl.model.counts import flops_per_token
     from nanochat_pl.model.gpt import GPT
     from nanochat_pl.model.init import init_weights
-    from nanochat_pl.model.roles import parameter_roles
     from nanochat_pl.optim import OptimSettings, build_optimizer, resolve_hyperparameters
+
+    try:
+        from nanochat_pl.model.roles import parameter_roles
+    except ImportError:
+        from nanochat_pl.model.gpt import parameter_roles  # type: ignore[attr-defined,no-redef]
 
     torch.use_deterministic_algorithms(True)
     try:  # as training does, where this checkout's training does
@@ -108,7 +113,7 @@ def measure(shape: str, dtype: str, num_steps: int, compiled: bool) -> dict[str,
             for part, begin, end in zip(PARTS, [*marks[:3], marks[0]], [*marks[1:], marks[3]], strict=True):
                 times[part].append(1e3 * (end - begin))
     result = {part: statistics.median(values) for part, values in times.items()}
-    rate, done = matrix_rate(torch, dtype), flops_per_token(net.config) * inputs.numel() / result["step"] * 1e3
+    rate, done = matrix_rate(torch, dtype), FLOPS_PER_TOKEN[shape] * inputs.numel() / result["step"] * 1e3
     return {
         **result,
         "tokens_per_second": inputs.numel() / result["step"] * 1e3,
