@@ -257,7 +257,7 @@ def _remarks_on_settings(config: PlanConfig, plan: Plan, target: Target) -> list
             f"flops_budget={config.flops_budget:g}: is less than one step takes, {step_flops:.3g}; one step is made."
         )
     if target.device.type == "cpu" and config.mfu is not None:
-        remarks.append("mfu has no say for a CPU, whose peak is not known: its time is that of an assumed core.")
+        remarks.append("mfu is not used for a CPU, whose peak is not known: its time is that of an assumed core.")
     if number > 1:
         remarks.append(
             f"Memory is that of one of {number} devices, with its share of the optimizer's state; the time is theirs"

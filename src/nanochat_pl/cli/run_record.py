@@ -39,7 +39,7 @@ from nanochat_pl.training.stages.registry import stage_named
 
 # Keys that control the command, not the training.
 OF_THE_COMMAND = {"run", "resume", "resume_with_changes", "check_only", "yes"}
-# Keys, or groups of keys, that have no say in what is learnt: they may differ when a stage goes on.
+# Keys, or groups of keys, that what is learnt does not depend on: they may differ when a stage goes on.
 IRRELEVANT = {"trainer", "evaluation", "paths", "logger", "callbacks", "device_batch_size"} | OF_THE_COMMAND
 _RELEVANT = {field.name for field in dataclasses.fields(TrainConfig)} - IRRELEVANT
 # Of those groups what changes when the work is done and never its result.

@@ -329,14 +329,12 @@ class Scheduler:
 
 def groups_of_like(lengths: Sequence[int]) -> Iterator[tuple[int, int]]:
     """Neighbours (start, stop) that are read in one forward, padded to the longest of them where that is little."""
-    start, padding = 0, 0
-    longest = lengths[0]
-    for index, length in enumerate(lengths[1:], start=1):
-        grown = padding + abs(longest - length) * (1 if length <= longest else index - start)
-        if grown > MAX_PADDING:
+    start = 0
+    for index in range(len(lengths)):
+        group = lengths[start : index + 1]
+        if len(group) * max(group) - sum(group) > MAX_PADDING:
             yield start, index
-            start, grown, longest = index, 0, length
-        padding, longest = grown, max(longest, length)
+            start = index
     yield start, len(lengths)
 
 

@@ -44,7 +44,7 @@ from nanochat_pl.tokenizer import Tokenizer
 
 ENCODING_NAME = "nanochat_pl"
 _TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
-# The types have no say in the layout, nor has what the model makes of rows of several documents.
+# The layout depends neither on the types nor on what the model makes of rows of several documents.
 _FREE = {"embedding_dtype", "compute_dtype", "document_start_id", "restart_positions"}
 
 

@@ -184,7 +184,9 @@ def streamed_rows(
     cache, to_build = token_cache_to_build(shards, tokenizer, cache_dir)
     key = {"packer": PACKER_VERSION, "tokens": cache.fingerprint, **asdict(packing)}
     if mode != "stream":
-        del key["stream_rows"]  # it has no say, and rows that were kept before there was such a key are the same
+        del key[
+            "stream_rows"
+        ]  # nothing depends on it, and rows that were kept before there was such a key are the same
     segments = Segments(cache_dir / "rows" / fingerprint_of(key)[:32], key)
     known: list[int] = []
     while sum(known) < num_rows:

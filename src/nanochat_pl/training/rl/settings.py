@@ -7,7 +7,7 @@ from typing import Literal
 
 from nanochat_pl.common.schema import setting
 
-# What has no say in the weights: it may differ when a stage goes on.
+# What the weights do not depend on: it may differ when a stage goes on.
 IRRELEVANT_KEYS = {
     "decode_batch_size",
     "eval_every_steps",

@@ -57,10 +57,10 @@ def target_of(machine: Machine) -> Target:
 
 
 def bounding_tokens(data: DataSettings, vocab_size: int, cache: Path, corpus: RunCorpus | None = None) -> int | None:
-    """About how many tokens one epoch has, which bounds the batch; None where that has no say.
+    """About how many tokens one epoch has, which bounds the batch; None where it does not.
 
-    An estimate from bytes of text, so that it is the same before and after they have been tokenized. It has no say for
-    data sets of a hub, nor for text that is tokenized while the training runs: how much is here would decide.
+    An estimate from bytes of text, so that it is the same before and after they have been tokenized. None for data sets
+    of a hub, and for text that is tokenized while the training runs: how much is here would decide.
     """
     if any(part.shuffle != "global" or part.is_on_hub for part in data.opened):
         return None

@@ -26,7 +26,7 @@ from nanochat_pl.training.stage_data.parent import load_parent
 from nanochat_pl.training.stages.registry import StageContext, StageData
 
 PADDED_BUFFER = 100  # conversations among which the packer finds the best fit: the recipe's
-VALIDATION_SEED = 0  # a setting of the training has no say in what is validated on
+VALIDATION_SEED = 0  # what is validated on depends on no setting of the training
 
 
 def prepare_conversations(context: StageContext) -> StageData:
