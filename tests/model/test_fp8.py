@@ -146,6 +146,11 @@ def loss_and_gradients(net: GPT, loss_by_row) -> list[torch.Tensor]:
     return [loss.detach(), of_rows, *torch.autograd.grad(loss, list(net.parameters()))]
 
 
+def distance_of_gradients(found: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
+    """Of all together, after :func:`loss_and_gradients`."""
+    return distance(*(torch.cat([each.flatten().float() for each in of[2:]]) for of in (found, expected)))
+
+
 def test_in_a_network_the_blocks_matrices_are_and_evaluation_and_sampling_do_not_change_a_bit():
     net, plain = small_net(), small_net()
     assert net.enable_fp8("emulate") == 6 * net.config.num_layers
@@ -159,8 +164,7 @@ def test_in_a_network_the_blocks_matrices_are_and_evaluation_and_sampling_do_not
     found, expected = (loss_and_gradients(each, each.loss_by_row) for each in (net, plain))
     assert not found[0].equal(expected[0]), "with gradients the products are others"
     assert distance(found[0], expected[0]) < 1e-2
-    of_all = [torch.cat([each.flatten().float() for each in gradients[2:]]) for gradients in (found, expected)]
-    assert distance(*of_all) < 0.15
+    assert distance_of_gradients(found, expected) < 0.15
 
 
 @pytest.mark.parametrize(
@@ -181,9 +185,12 @@ def test_compiled_without_a_break_it_is_the_same(backend, checkpointing, compile
     net.activation_checkpointing = checkpointing
     net.enable_fp8(backend)
     expected = loss_and_gradients(net, net.loss_by_row)
-    for one, other in zip(loss_and_gradients(net, CompiledLoss(net)), expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=2e-2, atol=1e-4)
+    found = loss_and_gradients(net, CompiledLoss(net))
     torch.compiler.reset()
+    for one, other in zip(found[:2], expected[:2], strict=True):
+        torch.testing.assert_close(one, other, rtol=2e-2, atol=1e-4)
+    # Of all together: one number by itself, as a gate's, is a sum that cancels, and its roundings are the machine's.
+    assert distance_of_gradients(found, expected) < 2e-2
 
 
 def test_says_why_not():

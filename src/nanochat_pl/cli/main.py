@@ -219,6 +219,9 @@ def _end_alone(error: BaseException) -> NoReturn:
     code = 1
     try:
         if isinstance(error, LostContact):  # the cause is the other's to say, and its exit code the one that counts
+            if error.signum:  # the launcher has sent it, since it knows already
+                sys.stdout.flush()
+                os._exit(128 + error.signum)
             time.sleep(_SECONDS_FOR_LAUNCHER)
         printed = io.StringIO()
         with contextlib.redirect_stderr(printed):

@@ -41,7 +41,13 @@ class SharedError(UserError):
 
 
 class LostContact(RuntimeError):
-    """Another process of the training has ended while this one waited for it: what that one has said is the cause."""
+    """Another process of the training has ended while this one waited for it: what that one has said is the cause.
+
+    Attributes:
+        signum: the signal by which this one had been asked to stop before; None where it had not.
+    """
+
+    signum: int | None = None
 
 
 class NotFiniteError(UserError):

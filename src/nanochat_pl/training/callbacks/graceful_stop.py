@@ -17,7 +17,7 @@ from typing import Any
 from lightning.pytorch import Callback, Trainer
 
 from nanochat_pl.common.constants import SAME_SIGNAL_SECONDS, SHOW_CURSOR, STOP_SIGNALS
-from nanochat_pl.common.errors import SharedError, UserError
+from nanochat_pl.common.errors import LostContact, SharedError, UserError
 from nanochat_pl.common.signals import heeded_signals
 from nanochat_pl.distributed import collectives
 from nanochat_pl.training.checkpoint.resume import NUM_NOTICES, ResumeFiles, resume_files, step_of
@@ -82,6 +82,8 @@ class GracefulStop(Callback):
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if isinstance(error, StopRequested) and collectives.world_size() > 1:
             self._end_together()
+        if isinstance(error, LostContact):
+            error.signum = self.signum
         for signum, handler in self._previous.items():
             signal.signal(signum, handler)
 
