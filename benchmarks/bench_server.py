@@ -104,6 +104,7 @@ def main() -> None:
     parser.add_argument("--bundle", type=Path)
     parser.add_argument("--streams", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--compile", action="store_true", help="the decode step, here and there")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         path = given.bundle
@@ -112,11 +113,12 @@ def main() -> None:
             path = save_bundle(Path(folder) / "bundle", StageInfo(stage="sft"), net=made.net, tokenizer=made.tokenizer)
         command = [sys.executable, "-m", "nanochat_pl.cli.main", "serve", f"bundle={path}", "port=0", "name=bench"]
         command += [f"num_slots={given.streams}", "accelerator=cpu", "page=false"]
+        command += [f"compile={str(given.compile).lower()}"]
         program = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         try:
             assert program.stdout is not None
             line = next(line for line in program.stdout if line.startswith("API:"))
-            measure(int(re.search(r":(\d+)/v1", line)[1]), Engine(load_bundle(path)), given)  # type: ignore[index]
+            measure(int(re.search(r":(\d+)/v1", line)[1]), Engine(load_bundle(path), compile=given.compile), given)  # type: ignore[index]
         finally:
             program.terminate()
             program.wait()

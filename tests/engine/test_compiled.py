@@ -77,6 +77,10 @@ def test_a_compiled_step_is_what_it_takes_itself_for(monkeypatch: pytest.MonkeyP
     assert steps == [3] * 4
     for ours, theirs in zip(found, expected, strict=True):
         assert ours.ids == theirs.ids and ours.logprobs == pytest.approx(theirs.logprobs, abs=1e-4)
+    engine = Engine(bundle, compile=True)
+    for number, together in enumerate(found):
+        (alone,) = engine.generate([prompts[number]], max_tokens=5, stop_ids=(), tools=False)
+        assert alone.ids == together.ids and alone.logprobs == pytest.approx(together.logprobs, abs=1e-5)
 
 
 def test_what_cannot_be_compiled_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,11 +19,12 @@ from nanochat_pl.bundle import load_bundle, naming_weights
 from nanochat_pl.cli._ledger import folder_of_bundle, note_inference
 from nanochat_pl.common.console import print_table, rank_zero_print
 from nanochat_pl.common.device import Accelerator, choose_device, device_name, require_kernels
-from nanochat_pl.common.paths import PathsSettings, locate_bundle
+from nanochat_pl.common.paths import PathsSettings, cache_folder, locate_bundle
 from nanochat_pl.common.schema import UserPath, setting
 from nanochat_pl.config.compose import compose
-from nanochat_pl.engine import Engine
 from nanochat_pl.engine.bench import BatchResult, BenchSettings, as_plain, measure_batch, measure_limits
+from nanochat_pl.engine.compile_choice import engine_for
+from nanochat_pl.engine.engine import Engine
 from nanochat_pl.model.config import DType
 from nanochat_pl.model.counts import kv_cache_bytes
 from nanochat_pl.model.inference import Quantize
@@ -40,7 +41,9 @@ class BenchConfig(BenchSettings):
         "auto", "What the model computes in; auto: what chat and evaluate take."
     )
     quantize: Quantize | None = setting(None, "int8: weights of 8 bits, for one stream on a CPU; null: as they are.")
-    compile: bool = setting(False, "true: compile the step of decoding, for CPUs.")
+    compile: bool | Literal["auto"] = setting(
+        "auto", "Compile the decode step, for CPUs; auto: in float32 where it is faster, tried once."
+    )
     accelerator: Accelerator = setting("auto", "Device to run on; auto: the best there is.")
     paths: PathsSettings = setting(factory=PathsSettings)
 
@@ -55,13 +58,15 @@ def run(arguments: Sequence[str]) -> int:
     device = choose_device(config.accelerator, "accelerator")
     require_kernels(device)
     bundle = load_bundle(folder, device, config.dtype)
-    engine = Engine(bundle, config.quantize, config.compile)
+    engine = engine_for(
+        bundle, config.quantize, config.compile, max(2, *config.batch_sizes), cache_folder(config.paths)
+    )
     facts = {
         "bundle": str(folder),
         "device": device_name(device),
         "dtype": str(engine.net.compute_dtype).removeprefix("torch."),
         "quantize": config.quantize,
-        "compile": config.compile,
+        "compile": engine.is_compiled,
         "prompt_tokens": config.prompt_tokens,
         "new_tokens": config.new_tokens,
     }

@@ -14,7 +14,7 @@ from typing import Any
 
 from nanochat_pl.common.device import Accelerator, choose_device, num_devices, require_kernels
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.common.paths import PathsSettings, locate_bundle
+from nanochat_pl.common.paths import PathsSettings, cache_folder, locate_bundle
 from nanochat_pl.common.schema import UserPath, setting
 from nanochat_pl.config.compose import compose
 from nanochat_pl.serving.settings import KEY_VARIABLE, ServeSettings
@@ -65,6 +65,7 @@ def run(arguments: Sequence[str]) -> int:
         "prefill_chunk": config.prefill_chunk,
         "stream_interval": config.stream_interval,
         "compile": config.compile,
+        "cache": str(cache_folder(config.paths)),
     }
     devices = [str(device)]
     if device.type == "cuda":

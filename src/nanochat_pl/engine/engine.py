@@ -241,6 +241,11 @@ class Engine:
             raise UserError(f"max_context={given}: must be 1 … {reach:,}, the positions that the model has.")
         return given or self.net.config.sequence_len
 
+    @property
+    def is_compiled(self) -> bool:
+        """Whether the decode step is compiled."""
+        return self._compiled is not None
+
     def refresh(self) -> None:
         """Take the network's weights as they are now. Changes in place are noticed without it."""
         if isinstance(self.net, InferenceGPT):

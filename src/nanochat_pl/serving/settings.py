@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.schema import UserPath, setting
@@ -77,8 +78,9 @@ class ServeSettings:
         at_least=0,
         at_most=10,
     )
-    compile: bool = setting(
-        False, "true: compile the step of decoding first, which takes some seconds; then faster on a CPU."
+    compile: bool | Literal["auto"] = setting(
+        "auto",
+        "Compile the decode step, for CPUs; auto: in float32 where it is faster, tried once in some seconds.",
     )
     feedback: UserPath | None = setting(
         None, "File to which the page's thumbs write conversations, as lines of JSON; null: it has no thumbs."

@@ -27,6 +27,7 @@ from nanochat_pl.bundle import Bundle, load_bundle
 from nanochat_pl.bundle.bundle import hash_of_weights
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.engine import Engine
+from nanochat_pl.engine.compile_choice import engine_for
 from nanochat_pl.engine.events import Event
 from nanochat_pl.engine.request import Handle, Request
 from nanochat_pl.engine.sampling import Sampling
@@ -44,7 +45,7 @@ def main(connection: Connection, spec: Mapping[str, Any]) -> None:
     Args:
         connection: to the server.
         spec: ``bundle`` (a folder), ``device``, ``num_threads`` or None, ``num_slots``, ``max_context`` or None,
-            ``prefill_chunk``, ``stream_interval``, ``compile``.
+            ``prefill_chunk``, ``stream_interval``; ``compile`` and the folder ``cache``, where it is auto.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the server ends its workers
     try:
@@ -69,8 +70,12 @@ class Worker:
             torch.set_num_threads(spec["num_threads"])
         self._connection = connection
         self._bundle: Bundle = load_bundle(Path(spec["bundle"]), device=spec["device"])
-        self._engine = Engine(self._bundle, compile=spec.get("compile", False))
-        if spec.get("compile"):  # now, and not while the first requests wait: one graph is for one row, one for several
+        self._engine = engine_for(
+            self._bundle, None, spec.get("compile", False), max(2, spec["num_slots"]), Path(spec.get("cache", "."))
+        )
+        if (
+            self._engine.is_compiled
+        ):  # now, and not while the first requests wait: one graph is for one row, one for several
             for rows in (1, 2):
                 self._engine.generate([[self._engine.tokenizer.bos_id]] * rows, 2, stop_ids=())
         self._scheduler: Scheduler = self._engine.scheduler(
