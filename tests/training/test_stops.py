@@ -15,10 +15,12 @@ from typing import Any
 
 import pytest
 
+from nanochat_pl.cli.main import _end_alone as end_alone
 from nanochat_pl.cli.main import main
-from nanochat_pl.common.errors import UserError
+from nanochat_pl.common.errors import LostContact, UserError
 from nanochat_pl.common.schema import build
 from nanochat_pl.training.callbacks import graceful_stop
+from nanochat_pl.training.callbacks.graceful_stop import GracefulStop
 from nanochat_pl.training.checkpoint.resume import newest_resume_file
 from nanochat_pl.training.config import TrainerSettings
 from nanochat_pl.training.module import LMModule
@@ -273,3 +275,19 @@ def test_the_signals_of_several_processes_are_one() -> None:
     assert run(3, check_once, [0, int(signal.SIGINT), 0]) == [signal.SIGINT] * 3
     assert len(set(run(3, check_once, [int(signal.SIGUSR1), int(signal.SIGTERM), 0]))) == 1
     assert run(3, check_once, [0, 0, 0]) == [0, 0, 0]
+
+
+def test_who_was_asked_to_stop_leaves_a_lost_contact_to_others(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The launcher ends the others when one has died: that they miss it then is no error of their own."""
+    lost, ended = LostContact("Connection reset by peer"), list[int]()
+    with pytest.raises(LostContact), GracefulStop(None):  # type: ignore[arg-type]
+        raise lost
+    assert lost.signum is None
+    with pytest.raises(LostContact), GracefulStop(None):  # type: ignore[arg-type]
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise lost
+    monkeypatch.setattr(os, "_exit", ended.append)
+    end_alone(lost)
+    assert ended == [128 + signal.SIGTERM] and "error" not in capfd.readouterr().err

@@ -212,31 +212,36 @@ def _end_alone(error: BaseException) -> NoReturn:
 
     What each finds for itself, as a wrong key, the first one prints.
     """
+    code = 1
+    try:
+        # After a signal, whoever has sent it, a launcher or a person, knows more.
+        signum = error.signum if isinstance(error, LostContact) else None
+        code = 128 + signum if signum else _report_alone(error)
+        sys.stdout.flush()
+    finally:
+        os._exit(code)  # nothing waits for the others
+
+
+def _report_alone(error: BaseException) -> int:
+    """As :func:`_report`, with the number of this process."""
     from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
     from nanochat_pl.distributed import collectives
 
-    code = 1
-    try:
-        if isinstance(error, LostContact):  # the cause is the other's to say, and its exit code the one that counts
-            if error.signum:  # the launcher has sent it, since it knows already
-                sys.stdout.flush()
-                os._exit(128 + error.signum)
-            time.sleep(_SECONDS_FOR_LAUNCHER)
-        printed = io.StringIO()
-        with contextlib.redirect_stderr(printed):
-            code = _report(error)
-        if not isinstance(error, LostContact):
-            note_exit(code)
-            if not isinstance(error, UserError):
-                get_error_handler().record_exception(error)  # for torchrun's table
-        if collectives.is_first_to_say(first_line(error)):
-            lines = printed.getvalue().splitlines(keepends=True)
-            told = [f"process {launch_env().rank}: {line}" if line.strip() else line for line in lines]
-            os.write(2, "".join(told).encode("utf-8", errors="replace"))  # in one piece: the others write, too
-        sys.stdout.flush()
-    finally:
-        os._exit(code)  # nothing waits for the others
+    if isinstance(error, LostContact):  # the cause is the other's to say, and its exit code the one that counts
+        time.sleep(_SECONDS_FOR_LAUNCHER)
+    printed = io.StringIO()
+    with contextlib.redirect_stderr(printed):
+        code = _report(error)
+    if not isinstance(error, LostContact):
+        note_exit(code)
+        if not isinstance(error, UserError):
+            get_error_handler().record_exception(error)  # for torchrun's table
+    if collectives.is_first_to_say(first_line(error)):
+        lines = printed.getvalue().splitlines(keepends=True)
+        told = [f"process {launch_env().rank}: {line}" if line.strip() else line for line in lines]
+        os.write(2, "".join(told).encode("utf-8", errors="replace"))  # in one piece: the others write, too
+    return code
 
 
 def _is_together(arguments: list[str]) -> bool:
