@@ -54,7 +54,7 @@ print("settings:", mixture.repeats["capitals"], settings.tasks.capitals.sentence
 def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the package and its configs with the file of the guide in it."""
     folder = tmp_path_factory.mktemp("copy")
-    ignore = shutil.ignore_patterns("__pycache__", ".*")
+    ignore = shutil.ignore_patterns(".*")
     for name in ("src", "configs", "conf_experiments"):
         shutil.copytree(ROOT / name, folder / name, ignore=ignore)
     shutil.copy(ROOT / "pyproject.toml", folder)
