@@ -114,6 +114,7 @@ def make_package(folder: Path) -> Path:
     return folder / "my_package/capitals.py"
 
 
+@pytest.mark.slow
 def test_a_task_may_live_in_another_package(tmp_path: Path) -> None:
     make_package(tmp_path).write_text(guide_file(), encoding="utf-8")
     done = python(ROOT, "-c", LOOK_FOR_HELP, str(tmp_path), "train", "--help", "mixture.tasks.capitals")
