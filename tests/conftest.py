@@ -28,6 +28,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """The processes that run the tests share what they fork programs from."""
     if getattr(config.option, "numprocesses", None):
         share_server()
+    gc.disable()  # what is imported stays; going through it again and again is a tenth of the collection of tests
 
 
 @pytest.fixture(scope="session")
@@ -67,6 +68,7 @@ def pytest_collection_finish() -> None:
         for name in SAME_FOR_ALL:
             setattr(run_record, name, functools.cache(getattr(run_record, name)))
     os.fsync = lambda file: None  # type: ignore[assignment]
+    gc.enable()
     gc.collect()
     gc.freeze()
     gc.freeze = gc.unfreeze = lambda: None  # else the first training thaws it

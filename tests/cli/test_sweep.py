@@ -157,6 +157,7 @@ def test_a_job_that_is_killed_ends_alone_and_the_table_has_the_figures(
     assert table[2] == ["d3", "base", "finished", "1.2500", "12,345", "1", "min", "15", "s"]
 
 
+@pytest.mark.slow
 def test_the_table_of_swept_pipelines_has_their_stages(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -192,6 +193,7 @@ def test_a_signal_ends_the_sweep(here: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert [code for code in (0, 2, 129, 130, 134, 137, 139, 143) if is_stop(code)] == [129, 130, 143]
 
 
+@pytest.mark.slow
 def test_numbers_are_kept(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Of the same command, with a value more, and with one less; another sweep has its own."""
     monkeypatch.setattr(_sweep, "run_child", lambda *rest: 0)

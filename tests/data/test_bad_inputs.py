@@ -110,9 +110,15 @@ BROKEN: dict[str, tuple[str, Bytes, str, Bytes | str]] = {
 }
 
 
+SHARDS = [
+    ("half a line", "shards"),
+    *(pytest.param(fault, "shards", marks=pytest.mark.slow) for fault in ("empty", "no UTF-8")),
+]
+
+
 @pytest.mark.parametrize(
     ("fault", "shuffle"),
-    [*((fault, "global") for fault in BROKEN), *((fault, "shards") for fault in ("empty", "half a line", "no UTF-8"))],
+    [*((fault, "global") for fault in BROKEN), *SHARDS],
 )
 def test_a_broken_file_is_one_error_and_mended_the_same_command_trains(
     fault: str, shuffle: str, place: Path, capsys: Captured

@@ -76,10 +76,11 @@ def alone(engine: Engine, request: Request) -> Handle:
     return handle
 
 
-def test_200_requests_get_the_answers_that_they_get_alone(engine):
+@pytest.mark.parametrize("count", [80, pytest.param(200, marks=pytest.mark.slow)])
+def test_many_requests_get_the_answers_that_they_get_alone(engine, count):
     """In bfloat16 on a CPU to the bit: whoever else is generated, joins, leaves, shares a beginning or is cancelled."""
     rng = random.Random(1)
-    requests = random_requests(200)
+    requests = random_requests(count)
     scheduler = Scheduler(engine, 9, CONTEXT, prefill_chunk=48)
     waiting, handles, cancelled = list(enumerate(requests)), {}, {}
     while waiting or not scheduler.idle:
@@ -92,7 +93,7 @@ def test_200_requests_get_the_answers_that_they_get_alone(engine):
             number = rng.choice(unfinished)
             handles[number].cancel()
             cancelled[number] = list(handles[number].ids)
-    assert len(cancelled) > 10 and scheduler.num_cached_tokens > 1000
+    assert len(cancelled) > count // 20 and scheduler.num_cached_tokens > 5 * count
     for number, request in enumerate(requests):
         expected = alone(engine, request)
         if number in cancelled:

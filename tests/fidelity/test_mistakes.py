@@ -58,6 +58,5 @@ def test_every_mistake_is_in_the_table() -> None:
 
 
 def test_without_a_mistake_nothing_is_noticed() -> None:
-    warm_up([0])
-    for way in ("gradients", "updates", "first losses", "float32 gradients"):
-        assert not WAYS[way](), way
+    """test_losses.py asks the other ways."""
+    assert not WAYS["float32 gradients"]()

@@ -24,7 +24,10 @@ LENGTH = 200
 RAGGED = [5, 20, 33, 64, 100, 128, 150, 180]
 
 
-@pytest.fixture(autouse=True, params=[1, 2], ids=["1 thread", "2 threads"], scope="module")
+TWO = pytest.param(2, marks=pytest.mark.slow)
+
+
+@pytest.fixture(autouse=True, params=[1, TWO], ids=["1 thread", "2 threads"], scope="module")
 def threads(request: pytest.FixtureRequest) -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)

@@ -170,7 +170,7 @@ def test_in_a_network_the_blocks_matrices_are_and_evaluation_and_sampling_do_not
 @pytest.mark.parametrize(
     ("backend", "checkpointing", "compiler"),
     [
-        ("emulate", True, "eager"),
+        pytest.param("emulate", True, "eager", marks=pytest.mark.slow),
         pytest.param("emulate", False, "inductor", marks=pytest.mark.slow),
         pytest.param("scaled_mm", True, "aot_eager", marks=pytest.mark.slow),
     ],

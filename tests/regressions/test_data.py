@@ -153,7 +153,9 @@ class Rowing(Callback):
         self.steps.append(batch_hash(batch))
 
 
-@pytest.mark.parametrize(("num_workers", "stop_in"), [(0, 8), (2, 3), (2, 8)])  # an epoch ends in the seventh step
+@pytest.mark.parametrize(  # an epoch ends in the seventh step
+    ("num_workers", "stop_in"), [(0, 8), pytest.param(2, 3, marks=pytest.mark.slow), (2, 8)]
+)
 def test_rows_that_were_read_ahead_and_not_trained_on_come_again(
     tmp_path: Path, num_workers: int, stop_in: int
 ) -> None:

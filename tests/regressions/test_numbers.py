@@ -25,7 +25,7 @@ from tests.helpers.small_engine import byte_tokenizer
 from tests.helpers.small_optim import make_optimizer, make_parameters, set_gradients
 from tests.helpers.training import Loop, batch_of, tiny_model
 from tests.regressions.conftest import CountingCompiler
-from tests.regressions.test_source import FILES
+from tests.regressions.test_source import FILES, nodes
 
 
 def test_the_softcap_is_computed_in_float32() -> None:
@@ -110,7 +110,7 @@ def test_there_is_one_optimizer() -> None:
     """The optimizer of one process and that of several were two copies, and a repair of one missed the other."""
     classes, others, updates = [], [], []
     for path in FILES:
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in nodes(path):
             if isinstance(node, ast.ClassDef) and any("Optimizer" in ast.unparse(base) for base in node.bases):
                 classes.append(node.name)
             if isinstance(node, ast.Call) and ast.unparse(node.func).startswith(("torch.optim.", "optim.")):
@@ -121,6 +121,7 @@ def test_there_is_one_optimizer() -> None:
     assert sorted(updates) == ["muon_update", "normuon_scale"], "where moments are updated"
 
 
+@pytest.mark.slow
 def test_the_compiled_update_is_the_eager_one(compiler: CountingCompiler) -> None:
     """A second implementation for the compiler had another rule of weight decay."""
     eager, compiled = make_parameters(), make_parameters()

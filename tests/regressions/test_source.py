@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,9 +15,15 @@ FILES = sorted([*(ROOT / "src").rglob("*.py"), ROOT / "train.py"])
 TEXT_METHODS = {"read_text": 0, "write_text": 1}
 
 
+@functools.cache
+def nodes(path: Path) -> tuple[ast.AST, ...]:
+    """All of a file's syntax tree; parsed once for all tests."""
+    return tuple(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+
+
 def calls(path: Path) -> Iterator[tuple[ast.Call, str]]:
     """Every call of a file, with the name of what is called (of a method: its last part)."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in nodes(path):
         if isinstance(node, ast.Call):
             name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
             yield node, name
@@ -98,9 +105,8 @@ ALLOWED_PICKLES = {
 
 def uses_of_pickle(path: Path) -> set[str]:
     """What a file takes of the modules that read programs, and readers of torch and numpy that would run one."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
     found = set()
-    for node in ast.walk(tree):
+    for node in nodes(path):
         if isinstance(node, ast.ImportFrom) and str(node.module).split(".")[0] in PICKLES:
             found.add(f"from {node.module}")
         if isinstance(node, ast.Import):

@@ -54,7 +54,7 @@ print("settings:", mixture.repeats["capitals"], settings.tasks.capitals.sentence
 def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the package and its configs with the file of the guide in it."""
     folder = tmp_path_factory.mktemp("copy")
-    ignore = shutil.ignore_patterns("__pycache__", ".*")
+    ignore = shutil.ignore_patterns(".*")
     for name in ("src", "configs", "conf_experiments"):
         shutil.copytree(ROOT / name, folder / name, ignore=ignore)
     shutil.copy(ROOT / "pyproject.toml", folder)
@@ -114,6 +114,7 @@ def make_package(folder: Path) -> Path:
     return folder / "my_package/capitals.py"
 
 
+@pytest.mark.slow
 def test_a_task_may_live_in_another_package(tmp_path: Path) -> None:
     make_package(tmp_path).write_text(guide_file(), encoding="utf-8")
     done = python(ROOT, "-c", LOOK_FOR_HELP, str(tmp_path), "train", "--help", "mixture.tasks.capitals")

@@ -68,7 +68,8 @@ def test_the_tokenizers_library_gives_the_same_ids_for_every_character(tokenizer
     other = tokenizers.Tokenizer.from_file(str(saved))
     characters = [chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000]
     for template in ("a%s1", " '%s\n"):
-        texts = [template % character for character in characters]
+        spelled = [template % character for character in characters]
+        texts = ["".join(spelled[at : at + 64]) for at in range(0, len(spelled), 64)]  # a text by itself costs more
         assert [encoded.ids for encoded in other.encode_batch(texts)] == tokenizer.encode_batch(texts), template
 
 

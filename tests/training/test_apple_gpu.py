@@ -52,6 +52,7 @@ def test_a_stage_trains_validates_and_answers(place: Path, monkeypatch: pytest.M
         assert [float(x or 0) for x in our_row] == pytest.approx([float(x or 0) for x in their_row], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_fine_tuning_evaluation_and_chat_too(place: Path) -> None:
     start_run(place, "apple-sft", "sft")
     with apple_gpu():

@@ -98,6 +98,8 @@ def test_a_stop_reaches_all_and_a_second_one_ends_them(place: Path) -> None:
 
 @pytest.mark.slow
 def test_every_stage_of_a_pipeline_starts_its_processes(tmp_path: Path) -> None:
-    done = run_forked([*COMMAND, "pipeline", "experiment=tiny", "trainer.devices=2", f"paths.runs={tmp_path}"])
+    done = run_forked(
+        [*COMMAND, "pipeline", "experiment=tiny", "max_steps=2", "trainer.devices=2", f"paths.runs={tmp_path}"]
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("Training on 2 processes") == 4 and done.stdout.count("Next:") == 1

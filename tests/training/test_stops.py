@@ -209,7 +209,13 @@ def test_closing_the_terminal_keeps_the_run(place: Path, expected: Path, train: 
 @pytest.mark.timeout(1200)
 def test_compilers_and_loaders_end_no_training(place: Path) -> None:
     """Their ends are signals, too: of the loader that ends with the training, of each compiler that is started."""
-    overrides = ["trainer.num_workers=1", "trainer.compile=true", "max_steps=3", "evaluation.every_steps=2"]
+    overrides = [
+        "trainer.num_workers=1",
+        "trainer.compile=true",
+        "model.depth=1",
+        "max_steps=3",
+        "evaluation.every_steps=2",
+    ]
     env = {**SLOW, "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
     done = launch(2, arguments(place, "compilers", *overrides), env, cwd=REPOSITORY, timeout=1000, module=MODULE)
     assert done.returncode == 0, done.stderr
