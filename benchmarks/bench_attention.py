@@ -1,11 +1,10 @@
 """Attention in a window: the backend that is taken, forward and backward, against one call with a T × T mask.
 
-    python benchmarks/bench_attention.py [--length 2048] [--window 768] [--rounds 15] [--device cpu] [--dtype float32]
+    python benchmarks/bench_attention.py [--length 2048] [--window 768] [--rounds 9] [--device cpu] [--dtype float32]
         [--all]  (each backend that runs here)
 
-In turns in one process, milliseconds of the clock (on a CPU also of the processors of all threads): medians and ranges
-over the rounds. Then what a forward and backward add to the memory of a process (on a GPU: of its allocator), at
-lengths that double. The last line is JSON.
+In turns in one process. Then what a forward and backward add to the memory of a process (on a GPU: of its allocator),
+at lengths that double.
 """
 
 from __future__ import annotations
@@ -13,15 +12,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from _report import in_turns, parser_of, ratio, report, spreads
 from peak_memory import MALLOC, status
 from torch import Tensor
 
@@ -34,11 +32,7 @@ MASKED = "mask of the whole row"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--length", type=int, default=2048)
-    parser.add_argument("--window", type=int, default=768)
-    parser.add_argument("--rows", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=15)
+    parser = parser_of(__doc__, length=2048, window=768, rows=2, rounds=9)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--all", action="store_true")
@@ -49,46 +43,24 @@ def main() -> None:
         return
     device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
     case = Case(dtype, arguments.window, arguments.length, HEAD_DIM, compiled=device.type == "cuda")
-    taken, names = choose(device, case), [MASKED]
+    taken, names, said = choose(device, case), [MASKED], {}
     for name, backend in BACKENDS.items():
         reason = backend.cannot(kernels_of(device), case)
-        print(f"{name}: {reason or 'runs here'}{', and is taken' if name == taken else ''}")
+        said[name] = f"{reason or 'runs here'}{', and is taken' if name == taken else ''}"
         names += [name] if name == taken or (arguments.all and not reason) else []
     steps = {name: step_of(name, arguments) for name in names}
     # What keeping documents apart adds to what is taken.
     steps[f"{taken}, documents"] = step_of(taken, arguments, documents=True)
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
-    for step in steps.values():
-        step()
-    for _ in range(arguments.rounds):
-        for name, step in steps.items():
-            times[name].append(milliseconds(step, device))
-    for name, found in times.items():
-        clock, processor = zip(*found, strict=True)
-        print(f"{name}: {shown(clock)} ms" + (f", processors {shown(processor)}" if device.type == "cpu" else ""))
-    ratios, of_processor = (
-        [one[which] / other[which] for one, other in zip(times[MASKED], times[taken], strict=True)] for which in (0, 1)
-    )
-    megabytes = {name: in_own_process(arguments, name) for name in (taken, MASKED)}
-    for name, sizes in megabytes.items():
-        print(f"{name}: {', '.join(f'{size:.0f} MB at {length}' for length, size in sizes.items())}")
-    result = {
-        "metric": "time of a mask of the whole row over that of the backend that is taken",
-        "backend": taken,
-        "length": arguments.length,
-        "window": arguments.window,
-        "device": str(device),
-        "dtype": arguments.dtype,
-        "threads": torch.get_num_threads(),
-        "ratio": statistics.median(ratios),
-        "ratio_min": min(ratios),
-        "ratio_max": max(ratios),
-        "ratio_of_processor_time": statistics.median(of_processor) if device.type == "cpu" else None,
-        "n": len(ratios),
-        "milliseconds": {name: statistics.median(clock for clock, _ in found) for name, found in times.items()},
-        "memory_mb": megabytes,
+    times = in_turns(arguments.rounds, steps)
+    settings = {key: getattr(arguments, key) for key in ("length", "window", "rows", "device", "dtype")}
+    found = {
+        "settings": settings,
+        "backends": said,
+        "time of a mask of the whole row over that of what is taken": ratio(times, MASKED, taken),
+        "milliseconds": spreads(times),
+        "memory in MB, by length": {name: in_own_process(arguments, name) for name in (taken, MASKED)},
     }
-    print(json.dumps(result))
+    report("attention", arguments.rounds, found, device)
 
 
 def step_of(name: str, arguments: argparse.Namespace, documents: bool = False) -> Callable[[], None]:
@@ -108,6 +80,8 @@ def step_of(name: str, arguments: argparse.Namespace, documents: bool = False) -
     def step() -> None:
         y = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), window, HEAD_DIM**-0.5, cuts)
         torch.autograd.grad(y, (q, k, v), gradient)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
 
     return step
 
@@ -116,15 +90,6 @@ def masked(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float, documents
     """One call with a mask of T × T."""
     mask = band_mask(q.size(2), k.size(2), 0, window, q.device)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-
-
-def milliseconds(step: Callable[[], None], device: torch.device) -> tuple[float, float]:
-    """Of the clock, and of the processors."""
-    clock, processor = time.perf_counter(), time.process_time()
-    step()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return 1e3 * (time.perf_counter() - clock), 1e3 * (time.process_time() - processor)
 
 
 def in_own_process(arguments: argparse.Namespace, name: str) -> dict[str, float]:
@@ -155,10 +120,6 @@ def memory(arguments: argparse.Namespace, name: str) -> dict[str, float]:
             peak = status("VmHWM")
         found[str(length)] = round((peak - before) / 1e6, 1)
     return found
-
-
-def shown(times: Sequence[float]) -> str:
-    return f"{statistics.median(times):.1f} ({min(times):.1f} to {max(times):.1f})"
 
 
 if __name__ == "__main__":

@@ -10,14 +10,15 @@ from __future__ import annotations
 import argparse
 import os
 import resource
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
+from _report import in_turns, parser_of, ratio, report, spreads
 
 from nanochat_pl.model.compiled import CompiledLoss
 from nanochat_pl.model.config import GPTConfig, ModelSettings, resolve_model
@@ -55,26 +56,14 @@ class Steps:
         return time.process_time() - start
 
 
-def steps(dtype: str, pairs: int) -> None:
-    """Print the milliseconds of a step either way, and the median ratio of pairs."""
+def steps(dtype: str, pairs: int) -> dict[str, Any]:
+    """The CPU milliseconds of a step either way, and their ratio."""
     config = resolve_model(ModelSettings(depth=4, head_dim=64, sequence_len=256), 4096, dtype)  # type: ignore[arg-type]
     ways = {way: Steps(config, way, rows=16) for way in WAYS}
-    for _ in range(4):
-        for each in ways.values():
-            each.seconds()
-    times: dict[str, list[float]] = {way: [] for way in ways}
-    for number in range(pairs):
-        for way in [*ways][:: 1 if number % 2 else -1]:
-            times[way].append(1000 * ways[way].seconds())
-    ratios = [parts / whole for whole, parts in zip(*times.values(), strict=True)]
-    for way, measured in times.items():
-        print(f"{dtype}, {way}: {statistics.median(measured):.1f} ms a step ({_spread(measured)}, n={pairs})")
-    print(f"{dtype}, parts / one graph: {statistics.median(ratios):.3f} ({_spread(ratios)})")
-
-
-def _spread(measured: list[float]) -> str:
-    quarters = statistics.quantiles(measured, n=4)
-    return f"quartiles {quarters[0]:.3g} to {quarters[2]:.3g}"
+    for each in [*ways.values()] * 3:
+        each.seconds()
+    times = in_turns(pairs, {way: each.seconds for way, each in ways.items()})
+    return {"milliseconds of a step": spreads(times), "parts / one graph": ratio(times, "parts", "one graph")}
 
 
 def first_step(way: str, depth: int) -> None:
@@ -88,33 +77,33 @@ def first_step(way: str, depth: int) -> None:
     print(f"{seconds + after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime:.1f}")
 
 
-def main(pairs: int, depths: list[int]) -> None:
-    """Print all."""
-    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}", flush=True)
-    for dtype in ("bfloat16", "float32") if pairs else ():
-        steps(dtype, pairs)
-    for depth in depths:
-        for way in WAYS:
-            with tempfile.TemporaryDirectory() as cache:
-                command = [sys.executable, __file__, "--first", way, "--depths", str(depth)]
-                # One process compiles, so that all of it is counted.
-                env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache, "TORCHINDUCTOR_COMPILE_THREADS": "1"}
-                cold, warm = (
-                    subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout.strip()
-                    for _ in range(2)
-                )
-            print(
-                f"depth {depth}, {way}: first step {cold} s with an empty cache, {warm} s with a full one", flush=True
-            )
+def waits(way: str, depth: int) -> dict[str, float]:
+    """Seconds of the first step with an empty cache of the compiler and with a full one."""
+    with tempfile.TemporaryDirectory() as cache:
+        command = [sys.executable, __file__, "--first", way, "--depths", str(depth)]
+        # One process compiles, so that all of it is counted.
+        env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache, "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+        return {
+            kind: float(subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout)
+            for kind in ("empty", "full")
+        }
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=20)
-    parser.add_argument("--depths", type=int, nargs="*", default=[12])
-    parser.add_argument("--first", choices=[*WAYS])
+def main() -> None:
+    """Measure and report."""
+    parser = parser_of(__doc__, pairs=12)
+    parser.add_argument("--dtypes", nargs="*", default=["bfloat16"])
+    parser.add_argument("--depths", type=int, nargs="*", default=[], help="of first steps, as 12: minutes")
+    parser.add_argument("--first", choices=[*WAYS], help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.first:
         first_step(options.first, options.depths[0])
-    else:
-        main(options.pairs, options.depths)
+        return
+    found: dict[str, Any] = {dtype: steps(dtype, options.pairs) for dtype in options.dtypes}
+    for depth in options.depths:
+        found[f"first step at depth {depth}, CPU seconds by cache"] = {way: waits(way, depth) for way in WAYS}
+    report("compile", options.pairs, found)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,25 +1,25 @@
 """How fast CORE is against a straightforward evaluation, and whether both give the same answers.
 
-    python benchmarks/bench_core.py BUNDLE [TASK …]
+    python benchmarks/bench_core.py [BUNDLE TASK …]
 
-BUNDLE is a folder with core.yaml. The straightforward way takes an example at a time, all of its choices from scratch,
-and makes the logits of every position: the choices padded in one forward, or one after the other. All ways read the
-same file and get the same prompts as text. They are measured in turns, so that all meet the same machine, by the clock
-and by the CPU seconds of this process, which say more where others use the machine too. The model is new: time does not
-depend on what it has learnt.
+BUNDLE is a folder with core.yaml; without it, questions are made up. The straightforward way takes an example at a
+time, all of its choices from scratch, and makes the logits of every position: the choices padded in one forward, or one
+after the other. All ways read the same file and get the same prompts as text. The model is new: time does not depend on
+what it has learnt.
 """
 
 from __future__ import annotations
 
-import os
-import statistics
-import sys
-import time
-from collections.abc import Callable
+import json
+import operator
+import tempfile
 from pathlib import Path
+from random import Random
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from _report import in_turns, parser_of, ratio, report, spreads
 
 from nanochat_pl.evaluation.core.evaluate import CoreBundle, CoreSettings, ask, evaluate_core_task, open_core
 from nanochat_pl.evaluation.core.prompts import choose_shots, common_length, is_right, render, render_unsolved
@@ -29,49 +29,77 @@ from nanochat_pl.model.gpt import GPT
 from nanochat_pl.model.init import init_weights
 from nanochat_pl.tokenizer import Tokenizer, TokenizerSettings, train_tokenizer
 
-REPEATS = 5
 THREADS = 2
-ITEMS = 40
 DEPTH, VOCAB_SIZE = 4, 4096
-TASKS = ("arc_easy", "piqa", "winogrande")
-Seconds = tuple[float, float]  # by the clock, and of this process on the CPU
+TASKS = {"questions": ("multiple_choice", 10), "sentences": ("schema", 0)}
+TOGETHER = "choices in one forward"
 
 
-def main(path: str, names: list[str]) -> None:
-    """Measure everything and print it."""
+def main() -> None:
+    """Measure and report."""
+    parser = parser_of(__doc__, repeats=3, items=20)
+    parser.add_argument("bundle", nargs="?", help="a folder with core.yaml; else questions are made up")
+    parser.add_argument("tasks", nargs="*", default=TASKS)
+    given = parser.parse_args()
     torch.set_num_threads(THREADS)
-    bundle = open_core(CoreSettings(path=path, tasks=names, max_per_task=ITEMS), Path(path), None)
-    tokenizer = make_tokenizer(path)
-    net = make_net(tokenizer.vocab_size)
-    print(
-        f"depth {DEPTH}, width {net.config.width}, vocabulary {tokenizer.vocab_size:,}, float32, {THREADS} threads, "
-        f"{ITEMS} items, load of the machine {os.getloadavg()[0]:.1f}, torch {torch.__version__}"
-    )
-    for name in names:
-        bench(bundle, name, net, tokenizer)
+    with tempfile.TemporaryDirectory() as folder:
+        path = given.bundle or str(made_up(Path(folder)))
+        bundle = open_core(CoreSettings(path=path, tasks=[*given.tasks], max_per_task=given.items), Path(path), None)
+        tokenizer = make_tokenizer(path)
+        net = make_net(tokenizer.vocab_size)
+        found = {name: bench(bundle, name, net, tokenizer, given.repeats) for name in given.tasks}
+    settings = {"depth": DEPTH, "width": net.config.width, "vocabulary": tokenizer.vocab_size, "items": given.items}
+    report("core", given.repeats, {"settings": settings, **found})
 
 
-def bench(bundle: CoreBundle, name: str, net: GPT, tokenizer: Tokenizer) -> None:
+def made_up(folder: Path) -> Path:
+    """A bundle with questions of the lengths of the published ones; :data:`TASKS` says which kinds."""
+    random = Random(0)
+    words = ["".join(random.choices("abcdefghijklmnopqrstuvwxyz", k=random.randint(2, 8))) for _ in range(3000)]
+    (folder / "eval_data").mkdir()
+
+    def text(length: int) -> str:
+        return " ".join(random.choices(words, k=length))
+
+    entries = []
+    for name, (kind, shots) in TASKS.items():
+        uri = f"{name}.jsonl"
+        entries.append({"label": name, "dataset_uri": uri, "num_fewshot": [shots], "icl_task_type": kind})
+        rows: list[dict[str, Any]] = []
+        for _ in range(200):
+            if kind == "multiple_choice":
+                rows.append({"query": text(20), "choices": [text(4) for _ in range(4)], "gold": random.randrange(4)})
+            else:
+                options = [text(12) for _ in range(2)]
+                rows.append({"context_options": options, "continuation": text(8), "gold": random.randrange(2)})
+        (folder / "eval_data" / uri).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (folder / "core.yaml").write_text(json.dumps({"icl_tasks": entries}), encoding="utf-8")
+    table = "Eval Task,Task Category,Random baseline\n" + "".join(f"{name},x,25\n" for name in TASKS)
+    (folder / "eval_meta_data.csv").write_text(table, encoding="utf-8")
+    return folder
+
+
+def bench(bundle: CoreBundle, name: str, net: GPT, tokenizer: Tokenizer, repeats: int) -> dict[str, Any]:
     """One task all ways, in turns."""
-    ways: dict[str, Callable[[], list[float]]] = {
-        "ours": lambda: evaluate_core_task(bundle, name, net, tokenizer).outcomes,
-        "choices in one forward": lambda: straightforward(bundle, name, net, tokenizer, together=True),
-        "choice by choice": lambda: straightforward(bundle, name, net, tokenizer, together=False),
-    }
-    seconds: dict[str, list[Seconds]] = {way: [] for way in ways}
     outcomes: dict[str, list[float]] = {}
-    for _ in range(REPEATS + 1):
-        for way, run in ways.items():
-            outcomes[way], spent = timed(run)
-            seconds[way].append(spent)
-    print(f"{name}, n={REPEATS}, accuracy {statistics.mean(outcomes['ours']):.3f}")
-    for way in list(ways)[1:]:
-        differing = sum(one != other for one, other in zip(outcomes["ours"], outcomes[way], strict=True))
-        print(f"  against {way}, {differing} answers differ")
-        for clock, what in enumerate(("by the clock", "by CPU seconds")):
-            ours, theirs = ([spent[clock] for spent in seconds[each][1:]] for each in ("ours", way))  # not the first
-            times = [other / one for one, other in zip(ours, theirs, strict=True)]
-            print(f"    {what}: {spread(times, 2)} times as fast; {spread(ours)} s against {spread(theirs)} s")
+
+    def keep(way: str, found: list[float]) -> None:
+        outcomes[way] = found
+
+    ways = {
+        "ours": lambda: keep("ours", evaluate_core_task(bundle, name, net, tokenizer).outcomes),
+        **{
+            way: lambda way=way: keep(way, straightforward(bundle, name, net, tokenizer, way == TOGETHER))
+            for way in (TOGETHER, "choice by choice")
+        },
+    }
+    seconds = in_turns(repeats, ways)
+    others = [way for way in ways if way != "ours"]
+    return {
+        **{f"times as fast as {way}": ratio(seconds, way, "ours") for way in others},
+        **{f"answers that differ from {way}": sum(map(operator.ne, outcomes["ours"], outcomes[way])) for way in others},
+        "milliseconds": spreads(seconds),
+    }
 
 
 def straightforward(bundle: CoreBundle, name: str, net: GPT, tokenizer: Tokenizer, together: bool) -> list[float]:
@@ -128,17 +156,5 @@ def make_net(vocab_size: int) -> GPT:
     return net.eval().requires_grad_(False)
 
 
-def timed(function: Callable[[], list[float]]) -> tuple[list[float], Seconds]:
-    begin = time.perf_counter(), time.process_time()
-    result = function()
-    return result, (time.perf_counter() - begin[0], time.process_time() - begin[1])
-
-
-def spread(numbers: list[float], digits: int = 3) -> str:
-    return f"{statistics.median(numbers):.{digits}f} ({min(numbers):.{digits}f} … {max(numbers):.{digits}f})"
-
-
 if __name__ == "__main__":
-    if len(sys.argv) < 2:
-        sys.exit(__doc__)
-    main(sys.argv[1], sys.argv[2:] or list(TASKS))
+    main()

@@ -3,27 +3,24 @@
     python benchmarks/bench_engine.py [--dtype bfloat16] [--quantize int8 | --compile]
 
 The model has its first weights; no stop token ends an answer, so every row is generated to the end. What is measured is
-what `nanochat-pl bench` measures, for prompts of one length. Prints plain lines: median of several runs and their
-spread.
+what `nanochat-pl bench` measures, for prompts of one length.
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
 from typing import NamedTuple
 
-import torch
+from _report import parser_of, report
 
 from nanochat_pl.engine import Engine
-from nanochat_pl.engine.bench import BenchSettings, measure_batch, measure_limits
+from nanochat_pl.engine.bench import BenchSettings, as_plain, measure_batch, measure_limits
 from nanochat_pl.model.config import ModelSettings, resolve_model
 from nanochat_pl.model.gpt import GPT, TORCH_DTYPES
 from nanochat_pl.model.init import init_weights
 from nanochat_pl.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer
 
 VOCAB_SIZE = 4096
-SETTINGS = BenchSettings(batch_sizes=(1, 32), prompt_tokens=56, new_tokens=128)
 
 
 class BenchBundle(NamedTuple):
@@ -34,23 +31,21 @@ class BenchBundle(NamedTuple):
 
 
 def main() -> None:
-    """Measure everything and print it."""
-    parser = argparse.ArgumentParser()
+    """Measure and report."""
+    parser = parser_of(__doc__, repeats=5, new_tokens=128)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--quantize", choices=("int8",))
     parser.add_argument("--compile", action="store_true")
     given = parser.parse_args()
+    settings = BenchSettings((1, 32), prompt_tokens=56, new_tokens=given.new_tokens, repeats=given.repeats)
     bundle = demo_sized_bundle()
     bundle.net.set_compute_dtype(TORCH_DTYPES[given.dtype])
     engine = Engine(bundle, given.quantize, given.compile)
-    print(f"engine: {torch.get_num_threads()} threads, {given.dtype}, {SETTINGS.new_tokens} new tokens a prompt")
-    limits = measure_limits(engine)
-    for size in SETTINGS.batch_sizes:
-        result = measure_batch(engine, SETTINGS, size, limits)
-        print(
-            f"engine: {size} prompts: {result.tokens_per_second} tokens/s written, first token after"
-            f" {result.first_token_ms} ms, n={SETTINGS.repeats}"
-        )
+    reached = measure_limits(engine)
+    found = {
+        f"{size} prompts": as_plain(measure_batch(engine, settings, size, reached)) for size in settings.batch_sizes
+    }
+    report("engine", settings.repeats, {"settings": vars(given), **found})
 
 
 def demo_sized_bundle() -> BenchBundle:

@@ -9,9 +9,11 @@ type and in the two knobs, so that each phase of a step is the largest one of so
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
+from typing import Any
 
+import torch
+from _report import parser_of, report
 from peak_memory import StepShape, peak_memory
 
 from nanochat_pl.model.config import ModelSettings, resolve_model
@@ -29,6 +31,8 @@ SHAPES = (
     StepShape(rows=4, loss_chunk_tokens=1024, activation_checkpointing=True, compute_dtype="bfloat16"),
 )
 
+TOY = StepShape(depth=2, head_dim=32, aspect_ratio=32, sequence_len=64, vocab_size=512, rows=2)
+
 
 def predicted(shape: StepShape) -> StepMemory:
     """What the plan says of a shape."""
@@ -45,17 +49,24 @@ def predicted(shape: StepShape) -> StepMemory:
     )
 
 
-def main(device: str) -> None:
-    """Measure and print a table in Markdown."""
-    print("| step | parameters | largest phase | predicted | measured | ratio |\n|---|---|---|---|---|---|")
-    for shape in (dataclasses.replace(shape, device=device) for shape in SHAPES):
+def main() -> None:
+    """Measure and report."""
+    parser = parser_of(__doc__)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--full", action="store_true", help="all sizes: two minutes")
+    parser.add_argument("--toy", action="store_true")
+    given = parser.parse_args()
+    found: dict[str, Any] = {}
+    for shape in [TOY] if given.toy else SHAPES if given.full else SHAPES[-4:]:
+        shape = dataclasses.replace(shape, device=given.device)
         plan, measured = predicted(shape), peak_memory(shape)
-        ratio = plan.above_model / measured.peak
-        print(
-            f"| {describe(shape)} | {plan.weights / 4e6:,.1f} million | {plan.peak_phase} |"
-            f" {plan.above_model / 2**20:,.0f} MiB | {measured.peak / 2**20:,.0f} MiB | {ratio:.3f} |",
-            flush=True,
-        )
+        found[describe(shape)] = {
+            "largest phase": plan.peak_phase,
+            "predicted MiB": round(plan.above_model / 2**20),
+            "measured MiB": round(measured.peak / 2**20),
+            "ratio": plan.above_model / measured.peak,
+        }
+    report("plan_memory", 1, found, torch.device(given.device))
 
 
 def describe(shape: StepShape) -> str:
@@ -71,6 +82,4 @@ def describe(shape: StepShape) -> str:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu")
-    main(parser.parse_args().device)
+    main()

@@ -6,7 +6,6 @@ both; the ratios are of a round. The first steps are left out.
 
 from __future__ import annotations
 
-import argparse
 import csv
 import os
 import random
@@ -15,6 +14,8 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+from _report import parser_of, report, spread
 
 WARM_UP_STEPS = 4
 MODEL = ("model.depth=4", "model.aspect_ratio=64", "model.head_dim=64", "model.sequence_len=256")
@@ -52,33 +53,29 @@ def train(processes: int, folder: Path, num_steps: int, device_batch_size: int) 
     return statistics.median(seconds), statistics.median(w / s for w, s in zip(waited, seconds, strict=True))
 
 
-def spread(values: list[float]) -> str:
-    """Median, and the lowest and highest."""
-    return f"{statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f}, n={len(values)})"
-
-
-def main(rounds: int, num_steps: int, device_batch_size: int) -> None:
-    """Print tokens a second of two processes over those of one, and the share of the time that they wait."""
-    ratios, shares, rates = [], [], []
+def main() -> None:
+    """Measure and report."""
+    given = parser_of(__doc__, rounds=2, steps=8, device_batch_size=8).parse_args()
+    ratios, shares = [], []
+    rates: dict[int, list[float]] = {1: [], 2: []}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_text(folder / "text.txt")
-        train(1, folder, 1, device_batch_size)  # makes the caches
-        for number in range(rounds):
+        train(1, folder, 1, given.device_batch_size)  # makes the caches
+        for number in range(given.rounds):
             order = (1, 2) if number % 2 == 0 else (2, 1)
-            found = {processes: train(processes, folder, num_steps, device_batch_size) for processes in order}
+            found = {processes: train(processes, folder, given.steps, given.device_batch_size) for processes in order}
             ratios.append(found[1][0] / found[2][0])
             shares.append(found[2][1])
-            rates.append((8192 / found[1][0], 8192 / found[2][0]))
-    one, two = (statistics.median(rate) for rate in zip(*rates, strict=True))
-    print(f"tokens a second, two processes over one: {spread(ratios)}; {one:,.0f} and {two:,.0f} tokens/s (medians)")
-    print(f"share of a step that a process waits for the other: {spread(shares)}")
+            for processes, (seconds, _) in found.items():
+                rates[processes].append(8192 / seconds)
+    measured = {
+        "tokens a second, two processes over one": spread(ratios),
+        "tokens a second": {f"{processes} processes": spread(values) for processes, values in rates.items()},
+        "share of a step that a process waits for the other": spread(shares),
+    }
+    report("processes", given.rounds, measured)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--device-batch-size", type=int, default=8)
-    options = parser.parse_args()
-    main(options.rounds, options.steps, options.device_batch_size)
+    main()

@@ -1,6 +1,6 @@
 """What a resume file costs the training: steps while one is written to a slow disk, against steps while none is.
 
-One fit writes a file every so many steps. The disk is made slow: writing takes as long as at 0.05 GiB a second, and
+One fit writes a file every so many steps. The disk is made slow: writing takes as long as at 50 MiB a second, and
 reading back as long again. About half of the steps are made meanwhile; both kinds alternate, so a machine that is now
 quicker and now slower is so for both. A step's time has all that the training waits for at its end: of a step that
 begins a file, the copy.
@@ -8,12 +8,12 @@ begins a file, the copy.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable
 from typing import Any
 
+from _report import parser_of, report, spread
 from bench_trainer import RandomRows, interval, small_recipe, train
 from lightning.pytorch import Callback
 
@@ -21,17 +21,16 @@ from nanochat_pl.planning.memory import resume_copy_bytes
 from nanochat_pl.training.checkpoint import io as checkpoint_io
 from nanochat_pl.training.checkpoint.resume import ResumeFiles
 
-RATE = 0.05 * 2**30  # bytes a second
 WARM_UP_FILES, ROWS_PER_STEP = 1, 2
 
 
-def slowed(function: Callable[..., None], num_bytes: int) -> Callable[..., None]:
-    """The same, and wait as long as the bytes take at :data:`RATE`."""
+def slowed(function: Callable[..., None], seconds: float) -> Callable[..., None]:
+    """The same, and wait until so many seconds have passed."""
 
     def slow(*arguments: Any) -> None:
         begin = time.perf_counter()
         function(*arguments)
-        time.sleep(max(0.0, num_bytes / RATE - (time.perf_counter() - begin)))
+        time.sleep(max(0.0, seconds - (time.perf_counter() - begin)))
 
     return slow
 
@@ -54,13 +53,14 @@ class StepTimes(Callback):
         self._mark, self._was_writing = time.perf_counter(), is_writing
 
 
-def main(num_files: int, every_steps: int, compiled: bool) -> None:
-    """Print the ratio of both kinds of step, what a file costs, and what it would if the training waited."""
+def main(num_files: int, every_steps: int, rate: float, compiled: bool) -> None:
+    """Report the ratio of both kinds of step, what a file costs, and what it would if the training waited."""
     num_steps = (num_files + WARM_UP_FILES) * every_steps + every_steps // 2
     recipe = small_recipe(num_steps, ROWS_PER_STEP, compiled)
     num_bytes = resume_copy_bytes(recipe.model)
-    checkpoint_io._write = slowed(checkpoint_io._write, num_bytes)  # type: ignore[assignment]
-    checkpoint_io._verify = slowed(checkpoint_io._verify, num_bytes)  # type: ignore[assignment]
+    seconds = num_bytes / rate
+    checkpoint_io._write = slowed(checkpoint_io._write, seconds)  # type: ignore[assignment]
+    checkpoint_io._verify = slowed(checkpoint_io._verify, seconds)  # type: ignore[assignment]
     copies: list[float] = []
     copy_to_host = checkpoint_io.copy_to_host
 
@@ -75,28 +75,24 @@ def main(num_files: int, every_steps: int, compiled: bool) -> None:
     train(recipe, rows, times, checkpoint_every_steps=every_steps)
     cycles = [(busy, quiet) for busy, quiet in times.cycles[WARM_UP_FILES:] if busy and quiet]
     ratios = [statistics.mean(busy) / statistics.mean(quiet) for busy, quiet in cycles]
-    low, high = interval(ratios)
-    step, busy = statistics.median(each for _, quiet in cycles for each in quiet), len(cycles[0][0])
-    seconds = 2 * num_bytes / RATE
-    print(
-        f"steps while a file of {num_bytes / 2**20:.0f} MiB is written at 0.05 GiB/s, against those while none is:"
-        f" {statistics.median(ratios):.4f} (95% {low:.4f} to {high:.4f}, n={len(ratios)} files of {busy} steps)"
-    )
+    step = statistics.median(each for _, quiet in cycles for each in quiet)
     lost = [
         (sum(busy) - len(busy) * statistics.mean(quiet)) / (every_steps * statistics.mean(quiet))
         for busy, quiet in cycles
     ]
-    low, high = interval(lost)
-    print(f"  lost of all time, with a file every {every_steps} steps: {statistics.median(lost):.2%}", end="")
-    print(f" (95% {low:.2%} to {high:.2%}, n={len(lost)})")
-    print(f"  a step takes {step:.3f} s; the copy {statistics.median(copies):.3f} s; the file {seconds:.1f} s,")
-    print(f"  which a training that waited would lose: {seconds / (every_steps * step):.0%} of its time")
+    found = {
+        "steps while a file is written over those while none is": spread(ratios),
+        "95% interval of their median": interval(ratios),
+        "share of all time that is lost": spread(lost),
+        "share that a training that waited would lose": 2 * seconds / (every_steps * step),
+        "seconds": {"step": step, "copy": statistics.median(copies), "file": 2 * seconds},
+        "MiB of a file": num_bytes / 2**20,
+    }
+    report("resume_files", len(ratios), found)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--files", type=int, default=20)
-    parser.add_argument("--every-steps", type=int, default=20)
+    parser = parser_of(__doc__, files=6, every_steps=20, mib_per_second=50)
     parser.add_argument("--eager", action="store_true")
     options = parser.parse_args()
-    main(options.files, options.every_steps, not options.eager)
+    main(options.files, options.every_steps, options.mib_per_second * 2**20, not options.eager)

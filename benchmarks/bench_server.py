@@ -3,8 +3,8 @@
     python benchmarks/bench_server.py [--bundle runs/demo/sft/bundle] [--streams 32] [--repeats 5]
 
 Without a bundle the model has the shape of the demo and its first weights. No stop token ends an answer. The clients
-only count bytes, so that they take little of the processor. Prints medians with their spread; with 100 streams also the
-time to the first token and between two pieces, p50 and p95.
+only count bytes, so that they take little of the processor. With 100 streams also the time to the first piece and
+between two, p50 and p95.
 """
 
 from __future__ import annotations
@@ -12,9 +12,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
 import re
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -22,16 +20,11 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from nanochat_pl.common.wait_policy import wait_policy
-
-os.environ.update(wait_policy(os.environ))  # as the command has it; read when torch is loaded
-import torch
+from _report import parser_of, report, spread
 from bench_engine import demo_sized_bundle
 
 from nanochat_pl import Engine, load_bundle
 from nanochat_pl.bundle import StageInfo, save_bundle
-
-NEW_TOKENS = 128
 
 
 class Stream(NamedTuple):
@@ -81,7 +74,7 @@ async def all_streams(port: int, count: int, new_tokens: int) -> tuple[float, li
     return time.perf_counter() - began, streams
 
 
-def engine_seconds(engine: Engine, count: int) -> float:
+def engine_seconds(engine: Engine, count: int, new_tokens: int) -> float:
     """The same requests to the engine itself."""
     render = engine.tokenizer.render_for_completion
     prompts = [
@@ -89,7 +82,7 @@ def engine_seconds(engine: Engine, count: int) -> float:
         for number in range(count)
     ]
     began = time.perf_counter()
-    engine.generate(prompts, NEW_TOKENS, 1.0, stop_ids=(), tools=False, max_batch=count)
+    engine.generate(prompts, new_tokens, 1.0, stop_ids=(), tools=False, max_batch=count)
     return time.perf_counter() - began
 
 
@@ -100,10 +93,8 @@ def percentile(values: list[float], share: float) -> float:
 
 def main() -> None:
     """Measure everything and print it."""
-    parser = argparse.ArgumentParser()
+    parser = parser_of(__doc__, streams=32, repeats=5, new_tokens=128, many=100)
     parser.add_argument("--bundle", type=Path)
-    parser.add_argument("--streams", type=int, default=32)
-    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--compile", action="store_true", help="the decode step, here and there")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -126,22 +117,27 @@ def main() -> None:
 
 def measure(port: int, engine: Engine, given: argparse.Namespace) -> None:
     """Turn by turn."""
-    rates: list[tuple[float, float]] = []
-    for _ in range(given.repeats + 1):
-        alone = engine_seconds(engine, given.streams)
-        served, _ = asyncio.run(all_streams(port, given.streams, NEW_TOKENS))
-        rates.append((given.streams * NEW_TOKENS / alone, given.streams * NEW_TOKENS / served))
-    rates = rates[1:]  # the first run warms up
-    for name, values in zip(("engine alone", "over HTTP"), zip(*rates, strict=True), strict=True):
-        spread = f"{statistics.median(values):,.0f} ({min(values):,.0f} … {max(values):,.0f}, n={len(values)})"
-        print(f"server: {given.streams} streams, {name}: {spread} tokens/s, {torch.get_num_threads()} threads")
-    ratios = [served / alone for alone, served in rates]
-    print(f"server: ratio {statistics.median(ratios):.2f} ({min(ratios):.2f} … {max(ratios):.2f})")
-    _, streams = asyncio.run(all_streams(port, 100, 64))
-    first = [stream.pieces[0] for stream in streams]
-    between = [b - a for stream in streams for a, b in zip(stream.pieces, stream.pieces[1:], strict=False)]
-    for name, values in (("time to the first piece", first), ("time between two pieces", between)):
-        print(f"server: 100 streams, {name}: p50 {percentile(values, 0.5):.3f} s, p95 {percentile(values, 0.95):.3f} s")
+    rates: dict[str, list[float]] = {"engine alone": [], "over HTTP": []}
+    for turn in range(given.repeats + 1):
+        alone = engine_seconds(engine, given.streams, given.new_tokens)
+        served, _ = asyncio.run(all_streams(port, given.streams, given.new_tokens))
+        for name, seconds in zip(rates, (alone, served), strict=True):
+            rates[name] += [given.streams * given.new_tokens / seconds] if turn else []  # the first run warms up
+    _, streams = asyncio.run(all_streams(port, given.many, 64))
+    latencies = {
+        "first piece": [stream.pieces[0] for stream in streams],
+        "between two": [b - a for stream in streams for a, b in zip(stream.pieces, stream.pieces[1:], strict=False)],
+    }
+    found = {
+        "settings": {"streams": given.streams, "new_tokens": given.new_tokens, "many": given.many},
+        "over HTTP / engine alone": spread([served / alone for alone, served in zip(*rates.values(), strict=True)]),
+        "tokens a second": {name: spread(values) for name, values in rates.items()},
+        "seconds with many streams": {
+            name: {f"p{round(100 * share)}": percentile(values, share) for share in (0.5, 0.95)}
+            for name, values in latencies.items()
+        },
+    }
+    report("server", given.repeats, found)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,9 @@
 """A training step by part, beside the rate at which this machine multiplies matrices; also against another checkout.
 
-    python benchmarks/bench_step.py [--shape small|large] [--dtype float32|bfloat16] [--against FOLDER] [--rounds 3]
+    python benchmarks/bench_step.py [--shape small|large] [--dtype float32|bfloat16] [--against FOLDER] [--rounds 2]
 
-Each measurement is a process of its own, checkouts in turns, and sets what the training command sets. Prints a line a
-process, then one of JSON: medians with least and most of the step (ms), of its parts, tokens a second, the share of the
-matrix rate that was measured in the same process, peak memory, and with ``--against`` the ratio of the medians.
+Each measurement is a process of its own, checkouts in turns, and sets what the training command sets: the step and its
+parts in milliseconds, tokens a second, the share of the matrix rate that was measured in the same process, peak memory.
 """
 
 from __future__ import annotations
@@ -30,11 +29,11 @@ HERE = Path(__file__).resolve()
 
 def main() -> None:
     """Measure in processes, one after the other."""
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=tuple(SHAPES), default="small")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--against", type=Path, help="another checkout, measured in turns")
-    parser.add_argument("--rounds", type=int, default=3, help="processes of each checkout")
+    parser.add_argument("--rounds", type=int, default=2, help="processes of each checkout")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--eager", action="store_true")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
@@ -49,13 +48,16 @@ def main() -> None:
             found[name].append(in_process(root, sys.argv[1:]))
             latest = found[name][-1]
             print(f"step: {name}: {latest['step']:.1f} ms, {latest['share_of_matrix_rate']:.0%} of the matrix rate")
+    from _report import report, spread
+
     medians = {
-        name: {key: _spread([each[key] for each in all_of]) for key in all_of[0]} for name, all_of in found.items()
+        name: {key: spread([each[key] for each in all_of]) for key in all_of[0]} for name, all_of in found.items()
     }
-    result: dict[str, Any] = {"shape": given.shape, "dtype": given.dtype, "processes": given.rounds, **medians}
+    result: dict[str, Any] = {"settings": {"shape": given.shape, "dtype": given.dtype}, **medians}
     if given.against:
-        result["times_as_fast"] = round(medians["against"]["step"][0] / medians["here"]["step"][0], 3)
-    print(json.dumps(result))
+        pairs = zip(found["against"], found["here"], strict=True)
+        result["times as fast"] = spread([other["step"] / own["step"] for other, own in pairs])
+    report("step", given.rounds, result)
 
 
 def in_process(root: Path, arguments: list[str]) -> dict[str, Any]:
@@ -153,10 +155,6 @@ def _as_the_command_does() -> None:
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     else:
         os.environ.update(wait_policy(os.environ))
-
-
-def _spread(values: list[float]) -> list[float]:
-    return [round(each, 3) for each in (statistics.median(values), min(values), max(values))]
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ to the end of the next Trainer step: fetching the batch, hooks, metrics and prog
 
 from __future__ import annotations
 
-import argparse
 import copy
 import random
 import statistics
@@ -18,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from _report import parser_of, report, spread
 from lightning.pytorch import Callback
 
 from nanochat_pl.cli._warnings import quieten
@@ -130,27 +130,31 @@ def interval(ratios: list[float], rounds: int = 10_000) -> tuple[float, float]:
     return medians[int(0.025 * rounds)], medians[int(0.975 * rounds)]
 
 
-def main(num_pairs: int = 60, compiled: bool = True) -> None:
-    """Print the ratio of the two, and tokens a second of both."""
-    recipe = small_recipe(num_pairs + WARM_UP_STEPS, ROWS_PER_STEP, compiled)
-    model, dtype = recipe.model, recipe.model.compute_dtype
+def main() -> None:
+    """Measure and report."""
+    parser = parser_of(__doc__, pairs=30)
+    parser.add_argument("--eager", action="store_true")
+    options = parser.parse_args()
+    recipe = small_recipe(options.pairs + WARM_UP_STEPS, ROWS_PER_STEP, not options.eager)
+    model = recipe.model
     rows: Any = RandomRows(model.vocab_size, model.sequence_len)
     bare = BareLoop(copy.copy(recipe), StepRows(rows, ROWS_PER_STEP))
     train(recipe, rows, bare, checkpoint_every_steps=10**6)
     # The last step writes a resume file; the first ones compile.
     pairs = bare.pairs[WARM_UP_STEPS:-1]
     ratios = [trainer / alone for trainer, alone in pairs]
-    low, high = interval(ratios)
     tokens = ROWS_PER_STEP * model.sequence_len
-    trainer_rate, bare_rate = (tokens / statistics.median(times) for times in zip(*pairs, strict=True))
-    how = f"{dtype}, {'compiled' if compiled else 'eager'}, {torch.get_num_threads()} threads"
-    print(f"Trainer / bare loop: {statistics.median(ratios):.4f} (95% {low:.4f} to {high:.4f}, n={len(ratios)}), {how}")
-    print(f"  {trainer_rate:,.0f} and {bare_rate:,.0f} tokens/s (medians)")
+    found = {
+        "settings": {"compute_dtype": model.compute_dtype, "compiled": not options.eager},
+        "Trainer / bare loop": spread(ratios),
+        "95% interval of its median": interval(ratios),
+        "tokens a second": {
+            name: spread([tokens / seconds for seconds in times])
+            for name, times in zip(("Trainer", "bare loop"), zip(*pairs, strict=True), strict=True)
+        },
+    }
+    report("trainer", len(pairs), found)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=60)
-    parser.add_argument("--eager", action="store_true")
-    options = parser.parse_args()
-    main(options.pairs, not options.eager)
+    main()

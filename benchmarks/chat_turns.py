@@ -4,7 +4,7 @@
 
 Each message is a held-out problem of a task that the model was trained on, or that --tasks names, and of another task
 than the one before. The chats are sessions as `nanochat-pl chat` holds them, at temperature 0: the model reads its own
-answers. Prints a table by turn and one by task, with standard errors, and how often the oldest turns were dropped.
+answers. Shares by turn and by task, with standard errors, and how often the oldest turns were dropped.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
+
+from _report import report
 
 from nanochat_pl.bundle import load_bundle
 from nanochat_pl.bundle.bundle import load_stage_info
@@ -75,10 +77,9 @@ def main() -> None:
                 by_turn["later turns"].append(turn.right)
             by_task[f"{turn.task}, {'later turns' if number > 1 else 'first turn'}"].append(turn.right)
     by_turn["later turns"] = by_turn.pop("later turns", [])  # below the single ones
-    print(f"{options.bundle}: {options.chats} chats of {options.turns} turns; turns were dropped in {dropped}")
-    for table in (by_turn, dict(sorted(by_task.items()))):
-        for name, outcomes in table.items():
-            print(f"{name:<34} {_share(outcomes)}")
+    how = {"bundle": str(options.bundle), "turns": options.turns, "seed": options.seed}
+    shares = {name: _share(found) for name, found in {**by_turn, **dict(sorted(by_task.items()))}.items()}
+    report("chat_turns", options.chats, {"settings": how, "chats in which turns were dropped": dropped, **shares})
 
 
 def scripted_chats(sizes: Mapping[str, int], num_chats: int, num_turns: int, seed: int) -> list[list[tuple[str, int]]]:
@@ -126,9 +127,9 @@ def hold(
     return turns
 
 
-def _share(outcomes: Sequence[bool]) -> str:
+def _share(outcomes: Sequence[bool]) -> dict[str, float]:
     error = standard_error([float(outcome) for outcome in outcomes], SHARES)
-    return f"{sum(outcomes) / len(outcomes):6.1%} ± {error:.1%} (n {len(outcomes)})"
+    return {"share": sum(outcomes) / len(outcomes), "standard error": error, "n": len(outcomes)}
 
 
 if __name__ == "__main__":

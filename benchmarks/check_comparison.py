@@ -7,9 +7,10 @@ fixed intervals, how often something is called different by those who look after
 from __future__ import annotations
 
 import math
-import sys
+from typing import Any
 
 import numpy as np
+from _report import parser_of, report
 
 from nanochat_pl.comparison import sequential
 from nanochat_pl.comparison.intervals import difference_of_means, difference_of_pairs, seeds_needed
@@ -24,7 +25,7 @@ def share(count: int, n: int) -> str:
     return f"{100 * p:.1f} ± {100 * math.sqrt(p * (1 - p) / n):.1f} %"
 
 
-def looked_at(comparisons: int, effect: float, generator: np.random.Generator) -> None:
+def looked_at(comparisons: int, effect: float, generator: np.random.Generator) -> dict[str, Any]:
     """Look after every seed, with the always-valid test and with Student's at each look."""
     first, naive = [], 0
     for values in generator.normal(effect, 1, (comparisons, MOST_SEEDS)):
@@ -32,34 +33,31 @@ def looked_at(comparisons: int, effect: float, generator: np.random.Generator) -
         first.append(next((n for n in looks if sequential.always_valid(values[:n]).p < 0.05), None))
         naive += any(difference_of_pairs(values[:n]).p < 0.05 for n in looks)
     found = [n for n in first if n is not None]
-    median = f", half of those by seed {np.median(found):.0f}" if found else ""
-    print(
-        f"effect {effect:g}: called different by seed {MOST_SEEDS}: always valid "
-        f"{share(len(found), comparisons)}{median}; Student's at each look {share(naive, comparisons)}"
-    )
+    return {
+        "always valid": share(len(found), comparisons),
+        "half of those by seed": float(np.median(found)) if found else None,
+        "Student's at each look": share(naive, comparisons),
+    }
 
 
-def fixed(comparisons: int, n: int, generator: np.random.Generator) -> None:
+def fixed(comparisons: int, n: int, generator: np.random.Generator) -> dict[str, Any]:
     """Coverage of the intervals for a number of seeds that was said before."""
     pairs = sum((d := difference_of_pairs(x)).low <= 0 <= d.high for x in generator.normal(0, 1, (comparisons, n)))
     welch = 0
     for _ in range(comparisons):
         d = difference_of_means(generator.normal(0, 1, n), generator.normal(0, 3, n))
         welch += d.low <= 0 <= d.high
-    print(
-        f"n {n}: coverage of pairs {share(pairs, comparisons)},"
-        f" of Welch's, deviations 1 and 3, {share(welch, comparisons)}"
-    )
+    return {"pairs": share(pairs, comparisons), "Welch's, deviations 1 and 3": share(welch, comparisons)}
 
 
-def power(comparisons: int, effect: float, generator: np.random.Generator) -> None:
+def power(comparisons: int, effect: float, generator: np.random.Generator) -> dict[str, Any]:
     """Whether as many seeds as are said to be needed show the effect as often as is said."""
     n = seeds_needed(effect, 1.0, paired=True)
     shown = sum(difference_of_pairs(x).p < 0.05 for x in generator.normal(effect, 1, (comparisons, n)))
-    print(f"effect {effect:g}: with the {n} seeds needed it is shown in {share(shown, comparisons)}")
+    return {"seeds needed": n, "shown": share(shown, comparisons)}
 
 
-def scaling(ladders: int, noise: float, generator: np.random.Generator) -> None:
+def scaling(ladders: int, noise: float, generator: np.random.Generator) -> dict[str, Any]:
     """Coverage of the exponents of seven sizes at four budgets, and of a power law through ten points."""
     inside = {"N ∝ C^0.54": 0, "alpha = 0.3": 0}
     for _ in range(ladders):
@@ -75,22 +73,23 @@ def scaling(ladders: int, noise: float, generator: np.random.Generator) -> None:
         alpha = fit_power_law(list(x), list(0.5 + 0.6 * (x / 1e6) ** -0.3 + generator.normal(0, noise, 10))).exponent
         for name, found, truth in (("N ∝ C^0.54", exponent, 0.54), ("alpha = 0.3", alpha, 0.3)):
             inside[name] += found is not None and found.low is not None and found.low <= truth <= found.high
-    print(
-        f"noise {noise:g}: " + ", ".join(f"{name} in its interval in {share(n, ladders)}" for name, n in inside.items())
-    )
+    return {name: share(n, ladders) for name, n in inside.items()}
 
 
 def main() -> None:
     """The command."""
-    comparisons = int(sys.argv[1]) if len(sys.argv) > 1 else 5000
-    generator = np.random.default_rng(0)
+    parser = parser_of(__doc__)
+    parser.add_argument("comparisons", nargs="?", type=int, default=5000)
+    comparisons = parser.parse_args().comparisons
+    generator, found = np.random.default_rng(0), {}
     for effect in (0.0, 0.5, 1.0, 2.0):
-        looked_at(comparisons, effect, generator)
+        found[f"called different by seed {MOST_SEEDS}, effect {effect:g}"] = looked_at(comparisons, effect, generator)
     for n in (3, 5, 10):
-        fixed(comparisons, n, generator)
+        found[f"coverage, n {n}"] = fixed(comparisons, n, generator)
     for effect in (0.5, 1.0, 2.0):
-        power(comparisons, effect, generator)
-    scaling(comparisons // 10, 0.002, generator)
+        found[f"power, effect {effect:g}"] = power(comparisons, effect, generator)
+    found["exponents in their intervals"] = scaling(max(1, comparisons // 10), 0.002, generator)
+    report("check_comparison", comparisons, found)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ On a CPU the metric is the largest resident size (``VmHWM`` of /proc/self/status
 Linux only) less the resident size at that moment. glibc's malloc would keep freed blocks and serve later ones from the
 gaps, so the child runs with ``MALLOC_MMAP_THRESHOLD_`` low: every block above 64 KiB is a mapping of its own, and goes
 back to the system when it is freed. What is left is the peak of what was allocated and touched, plus some MB of code
-that is loaded at its first use (with ``compile`` some hundred: the compiler itself). On a GPU it is
+that is loaded at its first use. On a GPU it is
 ``torch.cuda.max_memory_allocated``, without the allocator's reserve and the CUDA context.
 """
 
@@ -25,7 +25,6 @@ import sys
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 from nanochat_pl.model.config import ModelSettings, resolve_model
 from nanochat_pl.model.gpt import GPT
@@ -45,7 +44,6 @@ class StepShape:
         rows: in memory at once (``device_batch_size``).
         micro_batches: of a step; from the second on the gradients of the first are there, too.
         loss_chunk_tokens, activation_checkpointing: as in ``trainer``.
-        textbook_loss: not the project's loss but ``cross_entropy`` of all logits, for comparison.
     """
 
     depth: int = 4
@@ -56,11 +54,9 @@ class StepShape:
     rows: int = 4
     micro_batches: int = 1
     compute_dtype: str = "float32"
-    compile: bool = False
     device: str = "cpu"
     loss_chunk_tokens: int | str | None = None
     activation_checkpointing: bool = False
-    textbook_loss: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,8 +93,6 @@ class Stepper:
         self.net = init_weights(GPT(config).materialise(shape.device))
         self.net.loss_chunk_tokens = shape.loss_chunk_tokens
         self.net.activation_checkpointing = shape.activation_checkpointing
-        loss = self._textbook_loss if shape.textbook_loss else self.net.weighted_loss
-        self.loss = torch.compile(loss, dynamic=False) if shape.compile else loss
         self.hyper = resolve_hyperparameters(OptimSettings(), width=config.width, compute_dtype=dtype)
         generator = torch.Generator().manual_seed(0)
         size = (shape.rows, shape.sequence_len + 1)
@@ -115,15 +109,12 @@ class Stepper:
         count = targets.numel() * self.shape.micro_batches
         total = torch.zeros((), device=inputs.device)
         for _ in range(self.shape.micro_batches):
-            nats = self.loss(inputs, targets) / count
+            nats = self.net.weighted_loss(inputs, targets) / count
             nats.backward()
             total += nats.detach()
         self.optimizer.step()
         self.optimizer.zero_grad()
         return total.item()
-
-    def _textbook_loss(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(self.net(inputs).flatten(0, 1), targets.flatten(), reduction="sum")
 
 
 def _measure(shape: StepShape) -> PeakMemory:

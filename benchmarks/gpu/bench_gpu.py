@@ -379,7 +379,15 @@ def main() -> None:
         else:
             parts[name] = in_a_process(name, given.toy, min(PART_SECONDS, left))
         print(f"{name}: {json.dumps(parts[name])}", flush=True)
-    whole = {"version": VERSION, "toy": given.toy, **about, "seconds": time.perf_counter() - began, "parts": parts}
+    head = {"benchmark": "gpu", "machine": f"{about['device']}, PyTorch {about['torch']}", "n": REPEATS}
+    whole = {
+        **head,
+        "version": VERSION,
+        "toy": given.toy,
+        **about,
+        "seconds": time.perf_counter() - began,
+        "parts": parts,
+    }
     text = json.dumps(whole)
     if given.json:
         given.json.write_text(text + "\n", encoding="utf-8")

@@ -38,6 +38,19 @@ def test_help_is_fast_and_imports_no_torch() -> None:
     assert min(times) < 1.0
 
 
+def test_a_wrong_key_is_answered_without_the_libraries_of_training_and_reports() -> None:
+    """A person waits for them: SciPy, which only intervals need, took half a second, Lightning takes three."""
+    program = (
+        "import sys; from nanochat_pl.cli.main import main; code = main(sys.argv[1:]);"
+        "heavy = {'lightning', 'scipy', 'torchmetrics', 'transformers'};"
+        "print(code, sorted(heavy & {name.split('.')[0] for name in sys.modules}))"
+    )
+    for arguments in (["train"], ["pipeline", "experiment=tiny"], ["evaluate"], ["report"]):
+        command = [sys.executable, "-c", program, *arguments, "modl=1"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert done.stdout.splitlines()[-1] == "2 []", (arguments, done.stdout, done.stderr)
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_shows_its_keys(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([command, "--help"]) == 0

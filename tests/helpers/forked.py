@@ -30,7 +30,7 @@ from typing import IO, Any
 ROOT = Path(__file__).resolve().parents[2]
 ADDRESS = "NANOCHAT_PL_TEST_FORK_SERVER"  # where the server listens, for programs that start programs
 MAX_ORDER = 2**17  # bytes
-SAME_FOR_ALL = ("_source_hash", "_git_state")  # of nanochat_pl.cli.run_record: asked git and 400 files each time
+SAME_FOR_ALL = ("source_hash", "_git_state")  # of nanochat_pl.cli.run_record: asked git and 400 files each time
 COMMAND = ("-m", "nanochat_pl.cli.main")
 Stream = int | IO[Any] | None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -111,7 +112,7 @@ def test_what_is_chosen_on_a_gpu_is_said(
         "get_arch_list": ["sm_75", "sm_80", "sm_90"],
     }.items():
         monkeypatch.setattr(torch.cuda, attribute, lambda *device, answer=answer: answer)
-    monkeypatch.setattr(machine, "why_not_compiled", lambda *kind: None)
+    monkeypatch.setattr(machine, "why_not_compiled_here", lambda *kind: None)
     tried = mock.Mock(side_effect=lambda name, *case: "it does not run here: no Triton" if name == "flex" else None)
     monkeypatch.setattr(choice, "what_is_wrong", tried)
     chosen = machine.prepare_machine(TrainConfig())
@@ -160,7 +161,7 @@ def test_attention_is_computed_by_what_the_settings_say(capsys: pytest.CaptureFi
 
 
 def test_a_compiler_that_fails_or_is_wrong_trains_eagerly_and_says_why(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     cpu = torch.device("cpu")
 
@@ -168,16 +169,38 @@ def test_a_compiler_that_fails_or_is_wrong_trains_eagerly_and_says_why(
         raise RuntimeError("no compiler\nat all")
 
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)  # one that changes nothing
-    assert machine.compiler_works(cpu, "float32", TINY)
+    assert machine.compiler_works(tmp_path / "another", cpu, "float32", TINY)
     assert capsys.readouterr().out == ""
     monkeypatch.setattr(torch, "compile", lambda function, **options: lambda *inputs: _larger(function(*inputs)))
-    assert not machine.compiler_works(cpu, "float32", TINY)
+    assert not machine.compiler_works(tmp_path, cpu, "float32", TINY)
     assert "gradients of a tiny model are" in capsys.readouterr().out
     monkeypatch.setattr(torch, "compile", broken)
-    assert not machine.compiler_works(cpu, "float32", TINY)
+    assert not machine.compiler_works(tmp_path, cpu, "float32", TINY)
     said = " ".join(capsys.readouterr().out.split())
     assert said == "torch.compile: it does not run here: no compiler: training eagerly."
-    assert not machine.compiler_works(torch.device("mps"), "float32", TINY)
+    assert not machine.compiler_works(tmp_path, torch.device("mps"), "float32", TINY)
+
+
+def test_that_the_compiler_works_is_remembered_as_long_as_all_is_the_same(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """It took 12 seconds of each start. What speaks against it is not remembered: it may have been mended."""
+    tried: list[str] = []
+    answers = [None, "no compiler", None, None, None]
+
+    def why_not(device: torch.device, dtype: str, *rest: object) -> str | None:
+        tried.append(dtype)
+        return answers[len(tried) - 1]
+
+    monkeypatch.setattr(compile_proof, "why_not_compiled", why_not)
+    cpu, asked = torch.device("cpu"), compile_proof.why_not_compiled_here
+    assert [asked(tmp_path, cpu, "float32", TINY) for _ in range(2)] == [None, None] and len(tried) == 1
+    assert [asked(tmp_path, cpu, "bfloat16", TINY) for _ in range(3)] == ["no compiler", None, None]
+    monkeypatch.setenv("CXX", "another")
+    assert asked(tmp_path, cpu, "float32", TINY) is None and len(tried) == 4
+    for path in (tmp_path / "compiler_works").iterdir():
+        path.write_text("{", encoding="utf-8")
+    assert asked(tmp_path, cpu, "float32", TINY) is None and len(tried) == 5
 
 
 def _larger(result: object) -> object:
@@ -186,9 +209,9 @@ def _larger(result: object) -> object:
 
 def test_the_model_of_the_settings_is_the_one_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     tried = []
-    monkeypatch.setattr(machine, "why_not_compiled", lambda *kind: tried.append(kind))
+    monkeypatch.setattr(machine, "why_not_compiled_here", lambda *kind: tried.append(kind))
     config = TrainConfig(model=TINY, trainer=TrainerSettings(accelerator="cpu"))
-    assert machine.prepare_machine(config).compile and tried[0][2] is TINY
+    assert machine.prepare_machine(config).compile and tried[0][3] is TINY
 
 
 def fp8_settings(fp8: bool | str, stage: str = "base", depth: int = 26, **trainer: Any) -> TrainConfig:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
+import nanochat_pl
+from nanochat_pl.common.files import sha256_of_file
 from nanochat_pl.common.schema import setting
 
 FORMAT_VERSION = 1
@@ -41,3 +45,11 @@ def library_versions() -> dict[str, str]:
     """Versions that metrics depend on: Python and the main libraries."""
     names = ("nanochat-pl", "torch", "lightning", "tiktoken", "tokenizers", "pyarrow", "numpy")
     return {"python": platform.python_version(), **{name: metadata.version(name) for name in names}}
+
+
+def source_hash() -> str:
+    """Of the SHA-256 over all source files of this package the first 16 digits."""
+    package, digest = Path(nanochat_pl.__file__).parent, hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        digest.update(f"{path.relative_to(package).as_posix()} {sha256_of_file(path)}\n".encode())
+    return digest.hexdigest()[:16]

@@ -21,6 +21,7 @@ from nanochat_pl.cli._subprocess import follows_stdin, note_exit
 from nanochat_pl.common.console import ignore_broken_pipe, replace_unencodable_characters
 from nanochat_pl.common.constants import EXIT_USER_ERROR
 from nanochat_pl.common.errors import LostContact, SharedError, UserError, did_you_mean, first_line
+from nanochat_pl.common.imports import no_garbage_collection
 from nanochat_pl.common.launch_env import launch_env
 from nanochat_pl.common.wait_policy import wait_policy
 
@@ -184,7 +185,7 @@ def _dispatch_to_hydra(command: str, arguments: Sequence[str]) -> int:
 
 
 def _module(name: str) -> ModuleType:
-    with _interrupts_wait():
+    with _interrupts_wait(), no_garbage_collection():
         return importlib.import_module(name)
 
 

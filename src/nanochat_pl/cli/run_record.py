@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import os
 import platform
 import re
@@ -18,11 +17,11 @@ import yaml
 
 import nanochat_pl
 from nanochat_pl.bundle.bundle import load_stage_info
-from nanochat_pl.bundle.stage_info import library_versions
+from nanochat_pl.bundle.stage_info import library_versions, source_hash
 from nanochat_pl.common.console import rank_zero_print
 from nanochat_pl.common.device import choose_device, device_name
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.common.files import read_object, sha256_of_file, write_bytes, write_json, write_text
+from nanochat_pl.common.files import read_object, write_bytes, write_json, write_text
 from nanochat_pl.common.run_dir import StageFolder
 from nanochat_pl.common.schema import to_plain
 from nanochat_pl.common.text_files import read_bytes, require_regular
@@ -332,20 +331,12 @@ def about() -> dict[str, Any]:
 
 def code() -> dict[str, Any]:
     """What runs: git state, the first 16 digits of the SHA-256 of the source, versions."""
-    return {"git": _git_state(), "source_sha256": _source_hash(), "versions": library_versions()}
+    return {"git": _git_state(), "source_sha256": source_hash(), "versions": library_versions()}
 
 
 def what_runs() -> dict[str, str]:
     """The versions of the libraries, and the source of this package: what has to be the same on all nodes."""
-    return {**library_versions(), "source of nanochat_pl": _source_hash()}
-
-
-def _source_hash() -> str:
-    """Of the SHA-256 over all source files of this package the first 16 digits."""
-    package, digest = Path(nanochat_pl.__file__).parent, hashlib.sha256()
-    for path in sorted(package.rglob("*.py")):
-        digest.update(f"{path.relative_to(package).as_posix()} {sha256_of_file(path)}\n".encode())
-    return digest.hexdigest()[:16]
+    return {**library_versions(), "source of nanochat_pl": source_hash()}
 
 
 def _git_state() -> str:

@@ -32,6 +32,7 @@ from nanochat_pl.cli.run_record import (
 )
 from nanochat_pl.common.console import ignore_broken_pipe, next_steps, print_table, rank_zero_print
 from nanochat_pl.common.files import entries, sha256_of_file
+from nanochat_pl.common.imports import no_garbage_collection
 from nanochat_pl.common.paths import cache_folder, run_keys
 from nanochat_pl.common.run_dir import SHARED_RUNS, StageFolder, fresh_stage_folder, only_run_with, stage_folder
 from nanochat_pl.config.compose import Composed
@@ -251,8 +252,9 @@ def place_of(composed: Composed[TrainConfig], tell: Callable[[str], None] = rank
 
 
 def _train(composed: Composed[TrainConfig], folder: StageFolder, end: EndOfStage) -> int:
-    from nanochat_pl.training.callbacks.graceful_stop import StopRequested
-    from nanochat_pl.training.run import train_stage
+    with no_garbage_collection():
+        from nanochat_pl.training.callbacks.graceful_stop import StopRequested
+        from nanochat_pl.training.run import train_stage
 
     def on_prepared(data: StageData) -> None:
         end.prepared(data)

@@ -6,6 +6,7 @@ Everything is found out when asked, nothing at import.
 from __future__ import annotations
 
 import os
+import platform
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -169,6 +170,16 @@ def cpu_has_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
     found = re.search(r"^(?:flags|Features)\s*:(.*)$", text, flags=re.MULTILINE)
     words = set(found.group(1).split()) if found else set()
     return bool(words & {"avx512_bf16", "amx_bf16", "bf16"})
+
+
+def cpu_model(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """Of the processor its name and instructions, in the words of Linux; elsewhere only what kind it is."""
+    try:
+        text = cpuinfo.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        text = ""
+    lines = re.findall(r"^(?:model name|CPU part|flags|Features)\s*:\s*(.*)$", text, flags=re.MULTILINE)
+    return "; ".join(dict.fromkeys([platform.machine(), *lines]))
 
 
 def memory_bytes(device: torch.device | None = None) -> int:

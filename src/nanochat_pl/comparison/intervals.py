@@ -10,9 +10,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from scipy import special
 
 ALPHA = 0.05
 POWER = 0.8
@@ -76,6 +76,7 @@ def seeds_needed(value: float, deviation: float, *, paired: bool, alpha: float =
     groups = 1 if paired else 2
     if ratio == math.inf:
         return 2
+    special = _special()
     about = groups * ((special.ndtri(1 - alpha / 2) + special.ndtri(power)) / ratio) ** 2
     if about > _MANY:
         return math.ceil(about)
@@ -104,9 +105,17 @@ def p_without_noise(value: float) -> float:
     return 0.0 if value else 1.0
 
 
+def _special() -> Any:
+    """SciPy's distributions, loaded when the first is asked for: half a second that no other command waits for."""
+    from scipy import special
+
+    return special
+
+
 def _difference(
     value: float, error: float, freedom: float, alpha: float, deviation: float, n: int, paired: bool
 ) -> Difference:
+    special = _special()
     half = float(special.stdtrit(freedom, 1 - alpha / 2)) * error
     p = 2 * float(special.stdtr(freedom, -abs(value) / error)) if error else p_without_noise(value)
     return Difference(value, value - half, value + half, p, deviation, n, paired)

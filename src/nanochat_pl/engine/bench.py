@@ -93,7 +93,11 @@ class BatchResult:
 
 def measure_limits(engine: Engine) -> Limits:
     """The rates of the engine's device."""
-    device, dtype = engine.net.device, engine.net.compute_dtype
+    return limits_of(engine.net.device, engine.net.compute_dtype)
+
+
+def limits_of(device: torch.device, dtype: torch.dtype) -> Limits:
+    """The rates of a device, products in a type."""
     source = torch.zeros(COPY_BYTES, dtype=torch.uint8, device=device)
     target, square = torch.empty_like(source), torch.ones(PRODUCT_SIZE, PRODUCT_SIZE, dtype=dtype, device=device)
     copy = _seconds(lambda: target.copy_(source), device)

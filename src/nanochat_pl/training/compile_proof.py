@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import os
+import shutil
+import sysconfig
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from nanochat_pl.common.device import ComputeDType
-from nanochat_pl.common.errors import first_line
+from nanochat_pl.bundle.stage_info import library_versions, source_hash
+from nanochat_pl.common.device import ComputeDType, cpu_model, device_name
+from nanochat_pl.common.errors import UserError, first_line
+from nanochat_pl.data.cache.content_cache import fingerprint_of, read_sealed, write_sealed
 from nanochat_pl.model.compiled import CompiledLoss
 from nanochat_pl.model.config import GPTConfig, ModelSettings, num_heads, resolve_model, window_sizes
 from nanochat_pl.model.fp8 import Fp8Backend
@@ -35,6 +43,39 @@ def why_not_compiled(
         return f"it does not run here: {first_line(error)[:160]}"
     most = tolerance(dtype, fp8 is not None)
     return None if far <= most else f"its gradients of a tiny model are {far:.1e} off, more than {most:.0e}"
+
+
+def why_not_compiled_here(
+    cache: Path, device: torch.device, dtype: ComputeDType, settings: ModelSettings, fp8: Fp8Backend | None = None
+) -> str | None:
+    """As :func:`why_not_compiled`, which takes seconds: that nothing speaks against it is remembered in a cache folder,
+    for as long as processor or GPU, compilers, libraries, this package and the kind of model are the same."""
+    kind = dataclasses.asdict(config_of_its_kind(settings, dtype))
+    path = cache / "compiler_works" / f"{fingerprint_of(_circumstances(device), dtype, fp8, kind)[:32]}.json"
+    with contextlib.suppress(UserError):
+        read_sealed(path)
+        return None
+    reason = why_not_compiled(device, dtype, settings, fp8)
+    if reason is None:
+        with contextlib.suppress(UserError):  # a disk that cannot be written to: it is tried again the next time
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_sealed(path, {"works": True})
+    return reason
+
+
+def _circumstances(device: torch.device) -> list[Any]:
+    """What compiled code and its arithmetic depend on, besides the model."""
+    names = ("CXX", "CC", "CUDA_HOME", "TRITON", "TORCHINDUCTOR", "TORCHDYNAMO", "TORCH_")
+    variables = {name: value for name, value in sorted(os.environ.items()) if name.startswith(names)}
+    compilers: list[Any] = []
+    for name in (os.environ.get("CXX"), os.environ.get("CC"), "g++", "gcc", "clang++", "clang"):
+        if name and (path := shutil.which(name)):
+            found = Path(path).stat()
+            compilers.append([str(Path(path).resolve()), found.st_size, found.st_mtime_ns])
+    header = Path(sysconfig.get_path("include"), "Python.h").exists()
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    hardware = [device.type, device_name(device), capability, torch.version.cuda, torch.version.hip, cpu_model()]
+    return [hardware, torch.get_num_threads(), variables, compilers, header, library_versions(), source_hash()]
 
 
 def tolerance(dtype: ComputeDType, fp8: bool = False) -> float:

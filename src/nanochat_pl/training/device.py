@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from nanochat_pl.common.device import ComputeDType, choose_compute_dtype, choose
 from nanochat_pl.common.errors import SharedError, UserError
 from nanochat_pl.common.launch_env import launch_env
 from nanochat_pl.common.malloc import keep_freed_memory
+from nanochat_pl.common.paths import cache_folder
 from nanochat_pl.distributed import collectives
 from nanochat_pl.model.attention import Case, choose
 from nanochat_pl.model.attention.choice import refusals, require, use_newest_kernels
@@ -20,7 +22,7 @@ from nanochat_pl.model.config import ModelSettings, window_sizes
 from nanochat_pl.model.fp8 import Fp8Backend, why_no_fp8
 from nanochat_pl.model.gpt import TORCH_DTYPES
 from nanochat_pl.planning.gpus import peak_flops
-from nanochat_pl.training.compile_proof import why_not_compiled
+from nanochat_pl.training.compile_proof import why_not_compiled_here
 from nanochat_pl.training.config import TrainConfig
 
 # Measured by nanochat (dev/LOG.md, 2026-02-02), not here.
@@ -77,7 +79,7 @@ def prepare_machine(config: TrainConfig) -> Machine:
     if compiled == "auto":
         # What writes answers is eager: then the gradient is of the very probabilities under which they were drawn.
         eager = config.stage.definition.trains_on_answers
-        compiled = not eager and compiler_works(device, dtype, config.model, fp8)
+        compiled = not eager and compiler_works(cache_folder(config.paths), device, dtype, config.model, fp8)
     attention, reasons = _attention_of(config, device, dtype, compiled)
     machine = Machine(device, device_name(device), dtype, compiled, fp8=fp8, attention=attention)
     many = f"{place.world_size} processes, each on " if place.world_size > 1 else ""
@@ -210,10 +212,10 @@ def require_own_gpus(device: torch.device, key: str = "trainer.accelerator") -> 
 
 
 def compiler_works(
-    device: torch.device, dtype: ComputeDType, settings: ModelSettings, fp8: Fp8Backend | None = None
+    cache: Path, device: torch.device, dtype: ComputeDType, settings: ModelSettings, fp8: Fp8Backend | None = None
 ) -> bool:
     """Whether a compiled model of this kind runs here and is right; where not, the reason is said."""
-    reason = why_not_compiled(device, dtype, settings, fp8)
+    reason = why_not_compiled_here(cache, device, dtype, settings, fp8)
     if reason is not None:
         rank_zero_print(f"torch.compile: {reason}: training eagerly.")
     return reason is None
