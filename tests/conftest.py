@@ -11,6 +11,8 @@ import sys
 # Read when torch is loaded. Models here are tiny: one thread is faster than two, and bits do not depend on the machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# With AMX, products in bfloat16 give a row other bits beside other rows (docs/generation.md).
+os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
 # torch asks the DNS for the name of each process that it connects to: one that does not answer costs 1 s, not 5.
 os.environ.setdefault("RES_OPTIONS", "timeout:1")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -33,13 +34,13 @@ def describe(dtype: torch.dtype, device: torch.device) -> str:
 
 
 def rows_of_linears(dtype: torch.dtype, device: torch.device) -> list[list[Tensor]]:
-    """Of each number of rows what linear maps of some shapes make of the first one."""
+    """What linear maps of some shapes make of the same rows, so many at a time."""
     generator = torch.Generator().manual_seed(0)
     found: list[list[Tensor]] = [[] for _ in ROWS]
     for outputs, inputs in SHAPES:
-        weight, x = (torch.randn(n, inputs, generator=generator).to(device, dtype) for n in (outputs, max(ROWS)))
+        weight, x = (torch.randn(n, inputs, generator=generator).to(device, dtype) for n in (outputs, math.lcm(*ROWS)))
         for results, count in zip(found, ROWS, strict=True):
-            results.append(F.linear(x[:count], weight)[0])
+            results.append(torch.cat([F.linear(part, weight) for part in x.split(count)]))
     return found
 
 

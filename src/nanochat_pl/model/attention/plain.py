@@ -2,8 +2,8 @@
 
 On a CPU and up to ``PRODUCTS_REACH`` positions it is the one that is taken: there it takes half the time of the fused
 kernel, whose tiles are made for long rows. Over a cache a CPU takes it at any length. With it a token has the same bits
-however its text is cut and whatever stands beside it, if matrix products have that quality (in bfloat16 they do on the
-CPUs seen so far, in float32 they do not; ``selftest`` prints it).
+however its text is cut and whatever stands beside it, if matrix products have that quality (in bfloat16 they do on CPUs
+without AMX, in float32 they do not; ``selftest`` prints it).
 """
 
 from __future__ import annotations
