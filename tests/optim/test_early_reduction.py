@@ -77,12 +77,12 @@ def test_a_shard_waits_for_those_before_it() -> None:
     a, b, c = (torch.ones(1, requires_grad=True) for _ in range(3))
     shards: Any = [FakeShard(names=[n], parameters=[p], begun=begun) for n, p in {"c": c, "a": a, "b": b}.items()]
     early = EarlyReduction(shards)
-    with early.in_backward():
+    with early.reducing():
         for each in (a, b, c):
             each.sum().backward()
     assert begun == [] and early.pending == []  # the order is recorded
     early.agree_on_order()
-    with early.in_backward():
+    with early.reducing():
         b.sum().backward()
         assert begun == []
         a.sum().backward()
@@ -96,7 +96,7 @@ def test_a_shard_waits_for_those_before_it() -> None:
 def test_a_second_backward_inside_is_an_error() -> None:
     a = torch.ones(1, requires_grad=True)
     early = EarlyReduction([FakeShard(names=["a"], parameters=[a], begun=[])])  # type: ignore[list-item]
-    with early.in_backward(), pytest.raises(AssertionError, match="two gradients"):
+    with early.reducing(), pytest.raises(AssertionError, match="two gradients"):
         a.sum().backward()
         a.sum().backward()
 
@@ -119,6 +119,6 @@ def test_compiled_layers_are_not_compiled_again_for_it() -> None:
     for _ in range(2):
         call(torch.ones(2, 3)).backward()
         early.agree_on_order()
-        with early.in_backward():
+        with early.reducing():
             call(torch.ones(2, 3)).backward()
     assert compiles == 1 and len(early.pending) == 2

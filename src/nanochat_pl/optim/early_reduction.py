@@ -40,7 +40,7 @@ class EarlyReduction:
         self.missing: list[str] = []
 
     @contextmanager
-    def in_backward(self) -> Iterator[None]:
+    def reducing(self) -> Iterator[None]:
         """Around the last backward of a step. The sums of all shards are under way after it, except in the first step.
 
         All processes enter it, and leave it without an exception: also one whose backward ran out of memory, as the

@@ -108,9 +108,7 @@ class MuonAdamW(torch.optim.Optimizer):
         With fewer matrices than processes, every other stack is that of the last processes: the two of the feed-forward
         part, the largest, are of one size and follow each other (groups are sorted by shape).
         """
-        names, parameters = group["param_names"], group["params"]
-        place = collectives.rank(), collectives.world_size()
-        shards = make_shards(group["kind"], names, parameters, *place, at_end=number % 2 == 1)
+        shards = make_shards(group["kind"], group["param_names"], group["params"], at_end=number % 2 == 1)
         for shard in shards:
             shard.allocate(moment_shapes(group["kind"], shard.parameters[0].shape))
             yield shard
@@ -131,7 +129,7 @@ class MuonAdamW(torch.optim.Optimizer):
         Args:
             in_backward: whether it is the last backward of the step; else nothing is begun.
         """
-        return self._early.in_backward() if in_backward and self.overlaps_backward else nullcontext()
+        return self._early.reducing() if in_backward and self.overlaps_backward else nullcontext()
 
     @torch.no_grad()
     def reduce_gradients(self) -> Tensor:
@@ -290,10 +288,10 @@ class MuonAdamW(torch.optim.Optimizer):
         """Put the state together for :meth:`state_dict`, on the CPU of process 0. Called on all processes."""
         self.allocate_state()
         if self._shards:
-            states: dict[str, dict[str, Tensor]] = {}
-            for name, key, moment in self._whole_moments():
-                states.setdefault(name, {})[key] = moment
-            self._consolidated = states
+            self._consolidated = {}
+            for whole_name, moment in self.whole_moments():
+                name, _, key = whole_name.rpartition(".")
+                self._consolidated.setdefault(name, {})[key] = moment
 
     def state_dict(self) -> dict[str, Any]:
         """State by parameter name and the groups' hyperparameters, all plain: loads with ``weights_only=True``.
@@ -336,10 +334,20 @@ class MuonAdamW(torch.optim.Optimizer):
         (1, N) (Muon). All float32. With several processes it is called on all of them, process 0 gets the dict, on the
         CPU, and the others an empty one.
         """
+        return {name: moment if self._shards else moment.clone() for name, moment in self.whole_moments()}
+
+    def whole_moments(self) -> Iterator[tuple[str, Tensor]]:
+        """What :meth:`moments_by_name` gives, one at a time; on one process the moments themselves.
+
+        All processes iterate to the end; process 0 gets each when it asks for it, and the others wait for that.
+        """
         self.allocate_state()
-        if self._shards:
-            return {f"{name}.{key}": moment for name, key, moment in self._whole_moments()}
-        return {key: moment.clone() for key, moment in self._moments().items()}
+        if not self._shards:
+            yield from self._moments().items()
+        for shard, i, key, shape in self._shared_moments() if self._shards else ():
+            if (moment := shard.gather_moment(i, key, shape)) is not None:
+                yield f"{shard.names[i]}.{key}", moment
+            del moment  # before the next one is put together
 
     def load_moments(self, moments: Mapping[str, Tensor]) -> None:
         """Take over moments of :meth:`moments_by_name`. With several processes each reads its share alone.
@@ -347,7 +355,7 @@ class MuonAdamW(torch.optim.Optimizer):
         Raises:
             UserError: a moment is missing, unknown or of another shape. Nothing has been changed then.
         """
-        shapes = self._moment_shapes()
+        shapes = self.moment_shapes()
         problems = [f"optimizer state: {key} is missing." for key in shapes if key not in moments]
         problems += [f"optimizer state: {key} is unknown." for key in moments if key not in shapes]
         problems += [
@@ -368,14 +376,14 @@ class MuonAdamW(torch.optim.Optimizer):
                     moment.copy_(moments[key])
 
     def _moments(self) -> dict[str, Tensor]:
-        self.allocate_state()
         return {
             f"{name}.{key}": moment
             for name, parameter in self._named()
             for key, moment in self.state[parameter].items()
         }
 
-    def _moment_shapes(self) -> dict[str, Shape]:
+    def moment_shapes(self) -> dict[str, Shape]:
+        """Shapes of :meth:`moments_by_name`, on every process."""
         return {
             f"{name}.{key}": shape
             for group in self.param_groups
@@ -390,10 +398,3 @@ class MuonAdamW(torch.optim.Optimizer):
                 for i, parameter in enumerate(shard.parameters):
                     for key, shape in moment_shapes(group["kind"], parameter.shape).items():
                         yield shard, i, key, shape
-
-    def _whole_moments(self) -> Iterator[tuple[str, str, Tensor]]:
-        """Every moment put together, one at a time: on process 0. The others take part and get none."""
-        for shard, i, key, shape in self._shared_moments():
-            moment = shard.gather_moment(i, key, shape)
-            if moment is not None:
-                yield shard.names[i], key, moment

@@ -300,16 +300,14 @@ class LMModule(ShardedWeights, LightningModule):
         loss, ran_out = torch.zeros((), device=self.device), False
         last = num_micro_batches(batch.num_rows or len(batch.inputs), self.device_batch_size) - 1
         with self._local_gradients():
-            for part, (inputs, targets, weights) in enumerate(micro_batches(batch, self.device_batch_size)):
+            for part, micro_batch in enumerate(micro_batches(batch, self.device_batch_size)):
                 self.between_micro_batches(part)
                 if self.is_sharded:  # the others wait for this process's weights: it cannot do the step again
                     with self._out_of_memory_hint("in forward or backward; nothing was changed"):
-                        self._add_gradients(inputs, targets, weights, divisor, loss)
+                        self._add_gradients(*micro_batch, divisor, loss)
                     continue
                 with self._out_of_memory_hint(), self.optimizer.reducing(in_backward=part == last):
-                    ran_out = ran_out or runs_out_of_memory(
-                        self._add_gradients, inputs, targets, weights, divisor, loss
-                    )
+                    ran_out = ran_out or runs_out_of_memory(self._add_gradients, *micro_batch, divisor, loss)
         if collectives.all_reduce_max(ran_out):  # on any process
             self._halve_device_batch_size(ran_out)
             return self._accumulate_gradients(batch, divisor)
