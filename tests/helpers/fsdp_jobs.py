@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -13,7 +14,9 @@ from nanochat_pl.distributed import collectives
 from nanochat_pl.model.roles import parameter_roles
 from nanochat_pl.optim import OptimSettings, build_optimizer, resolve_hyperparameters
 from nanochat_pl.optim.fully_sharded import own_rows
-from nanochat_pl.training.fully_sharded import fully_shard_net
+from nanochat_pl.training.checkpoint.io import copy_to_host
+from nanochat_pl.training.fully_sharded import fully_shard_net, whole_state
+from tests.helpers.alive_bytes import AliveBytes
 from tests.helpers.step_processes import own_share
 from tests.helpers.training import Loop, fit_tiny
 
@@ -92,3 +95,31 @@ def losses_eager_and_compiled() -> dict[str, Any]:
     windows = enumerate(loop.net.config.windows)
     kinds = {(window, loop.net.value_embedding(layer) is None) for layer, window in windows}
     return found | {"graphs": graphs, "kinds": len(kinds)}
+
+
+def gathering() -> dict[str, Any]:
+    """The most bytes that are alive on this process while a file's weights and moments are put together, besides its
+    shard; the bytes of the largest tensor and of all; and whether the file's weights are apart from the training's."""
+    loop = Loop(2)
+    fully_shard_net(loop.net, torch.device("cpu"))
+    hyper = resolve_hyperparameters(OptimSettings(), width=loop.net.config.width)
+    optimizer = build_optimizer(loop.net.named_parameters(), parameter_roles(loop.net), hyper)
+    optimizer.allocate_state()
+    state = loop.net.state_dict()
+    with AliveBytes() as alive:
+        whole = whole_state(state)
+        copy = copy_to_host({"state_dict": whole}, ("state_dict",))["state_dict"]
+        optimizer.consolidate_state_dict()
+    sizes = [4 * each.numel() for each in state.values()]
+    sizes += [4 * math.prod(shape) for shape in optimizer.moment_shapes().values()]
+    before = {name: each.clone() for name, each in copy.items()}
+    with torch.no_grad():
+        for each in loop.net.parameters():
+            own_rows(each).zero_()
+    return {
+        "peak": alive.peak,
+        "largest": max(sizes),
+        "all": sum(sizes),
+        "apart": all(torch.equal(copy[name], each) for name, each in before.items()),
+        "names": len(copy),
+    }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from nanochat_pl.bundle.tensors import TensorStream, save_tensors
 from nanochat_pl.cli.train import compose_train
 from nanochat_pl.common.constants import IGNORE_INDEX
 from nanochat_pl.common.errors import UserError
@@ -28,6 +30,7 @@ from nanochat_pl.optim import (
     build_optimizer,
     resolve_hyperparameters,
 )
+from tests.helpers.alive_bytes import AliveBytes
 from tests.helpers.processes import run
 from tests.helpers.small_optim import make_optimizer, make_parameters, set_gradients
 
@@ -178,7 +181,7 @@ def test_a_state_of_any_number_of_processes_goes_on_with_any(
 def refused() -> list[str]:
     parameters = make_parameters()
     optimizer = make_optimizer(parameters)
-    moments = {key: torch.ones(9) for key in optimizer._moment_shapes()}
+    moments = {key: torch.ones(9) for key in optimizer.moment_shapes()}
     messages = []
     for attempt in (
         lambda: optimizer.load_moments(moments),
@@ -359,3 +362,26 @@ def test_with_fewer_matrices_than_processes_the_work_is_spread() -> None:
     """The two stacks of the feed-forward part, three matrices each: not both for the first three of four."""
     counts = run(4, muon_elements)
     assert min(counts) > 0 and max(counts) == 2 * min(counts)
+
+
+def write_moments(folder: str) -> dict[str, int]:
+    """A file of them, and the bytes that were alive at once meanwhile, on each process."""
+    net, optimizer = tiny()
+    take_steps(net, optimizer, 0, 2, terms=2)  # more are summed in another order
+    with AliveBytes() as alive:
+        if collectives.is_rank_zero():
+            stream = TensorStream(optimizer.moment_shapes(), optimizer.whole_moments())
+            save_tensors(Path(folder) / f"{collectives.world_size()}", stream)
+        else:
+            assert list(optimizer.whole_moments()) == []
+    largest = max(prod(shape) for shape in optimizer.moment_shapes().values())
+    return {"peak": alive.peak, "largest": 4 * largest}
+
+
+def test_moments_are_written_one_at_a_time(tmp_path: Path) -> None:
+    """By no process more than twice the largest is held besides its shard; the file is that of one process."""
+    for world_size in (1, 2, 3):
+        for each in run(world_size, write_moments, str(tmp_path)):
+            assert each["peak"] <= 2 * each["largest"]
+    files = [(tmp_path / str(world_size)).read_bytes() for world_size in (1, 2, 3)]
+    assert files[0] == files[1] == files[2]

@@ -187,7 +187,7 @@ def test_an_error_of_the_training_waits_for_the_file(
 def test_memory_without_room_for_a_copy_makes_the_training_wait(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def no_room(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    def no_room(checkpoint: dict[str, Any], kept: Any) -> dict[str, Any]:
         raise RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory")
 
     monkeypatch.setattr(checkpoint_io, "copy_to_host", no_room)

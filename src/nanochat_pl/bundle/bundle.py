@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from nanochat_pl.bundle.stage_info import StageInfo
-from nanochat_pl.bundle.tensors import problems_of_header, read_header, read_tensors, save_tensors
+from nanochat_pl.bundle.tensors import TensorStream, problems_of_header, read_header, read_tensors, save_tensors
 from nanochat_pl.common.device import choose_compute_dtype, memory_bytes
 from nanochat_pl.common.errors import NotFiniteError, UserError
 from nanochat_pl.common.files import entries, explain_disk_errors, read_object, sha256_of_file, write_json, write_text
@@ -66,7 +66,7 @@ def save_bundle(
     stage: StageInfo,
     net: GPT | None = None,
     tokenizer: Tokenizer | None = None,
-    moments: Mapping[str, torch.Tensor] | None = None,
+    moments: Mapping[str, torch.Tensor] | TensorStream | None = None,
     texts: Mapping[str, str] | None = None,
 ) -> Path:
     """Write a bundle; it appears whole or not at all.

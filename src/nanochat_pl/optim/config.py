@@ -7,9 +7,9 @@ reference's. The reference's is scaled by the plan (batch, horizon); given and i
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -238,3 +238,24 @@ def resolve_hyperparameters(
         compile=settings.compile,
         sources=sources,
     )
+
+
+# What a resume file must agree on with the configuration, else the difference is told. The rest follows schedules.
+FIXED_HYPERPARAMETERS = ("kind", "initial_lr", "initial_weight_decay", "betas", "eps", "beta2", "muon")
+
+
+def hyperparameter_differences(groups: Sequence[Mapping[str, Any]], saved: Sequence[Mapping[str, Any]]) -> list[str]:
+    """One line for each hyperparameter that parameter groups and saved ones have otherwise."""
+    saved_by_name = {name: group for group in saved for name in group["param_names"]}
+    lines = []
+    for group in groups:
+        name = group["param_names"][0]
+        before = saved_by_name.get(name, {})
+        for key in FIXED_HYPERPARAMETERS:
+            now, then = group.get(key), before.get(key)
+            if key == "muon" and key not in before:
+                continue  # written before a step had parts to choose
+            if now != (tuple(then) if isinstance(then, list) else then):
+                what = key.removeprefix("initial_")
+                lines.append(f"{what} of the {group['role']} group ({name} …): {now}; it was {then} in the file.")
+    return lines

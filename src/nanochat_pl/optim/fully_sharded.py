@@ -128,17 +128,15 @@ class StackShard(Shard):
         )
 
 
-def make_shards(
-    kind: str, names: Sequence[str], parameters: Sequence[Tensor], rank: int, world_size: int, at_end: bool
-) -> list[Shard]:
-    """What a process has of a group: one shard of a stack for Muon, else one of each parameter.
+def make_shards(kind: str, names: Sequence[str], parameters: Sequence[Tensor], at_end: bool) -> list[Shard]:
+    """What this process has of a group: one shard of a stack for Muon, else one of each parameter.
 
     Args:
         kind: ``muon`` or ``adamw``.
         parameters: whole or sharded on each process, all alike.
         at_end: of :class:`Shard`, for a stack.
     """
-    place, sharded = (rank, world_size), is_sharded(parameters[0])
+    place, sharded = (collectives.rank(), collectives.world_size()), is_sharded(parameters[0])
     if kind == "muon" and sharded:
         return [StackShard(names, parameters, *place, at_end)]
     if kind == "muon":

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -21,16 +22,14 @@ from torch import Tensor
 
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.distributed import collectives
-from nanochat_pl.optim.config import MuonSettings
+from nanochat_pl.optim.config import MuonSettings, hyperparameter_differences
+from nanochat_pl.optim.early_reduction import EarlyReduction
 from nanochat_pl.optim.fully_sharded import make_shards
 from nanochat_pl.optim.muon import Scalar, adamw_update, muon_update
 from nanochat_pl.optim.schedules import StepValues
 from nanochat_pl.optim.sharding import Shape, Shard, moment_shapes, norm_of
 
 logger = logging.getLogger(__name__)
-
-# What a resume file must agree on with the configuration, else the difference is told. The rest follows schedules.
-FIXED_HYPERPARAMETERS = ("kind", "initial_lr", "initial_weight_decay", "betas", "eps", "beta2", "muon")
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -43,6 +42,9 @@ class MuonAdamW(torch.optim.Optimizer):
             ``lerp``), as long as ``muon_dtype`` is bfloat16 and the weight decay 0.
         muon_dtype: of the matrix products in the orthogonalization. All else is float32.
         compile_muon: compile the Muon update at its first use.
+
+    Attributes:
+        overlaps_backward: whether :meth:`reducing` does anything: on GPUs. On CPUs it gains nothing (docs/LOG.md).
     """
 
     def __init__(
@@ -59,8 +61,10 @@ class MuonAdamW(torch.optim.Optimizer):
         self._muon_update: Callable[..., None] | None = None
         self._stacks: dict[int, tuple[Tensor, Tensor]] = {}  # group number → (momentum, second moment)
         self._shards: list[list[Shard]] = []  # of each group; none with one process
+        self._early = EarlyReduction([])
         self._reduced = self._skipping = False
         self._consolidated: dict[str, dict[str, Tensor]] | None = None
+        self.overlaps_backward = self.param_groups[0]["params"][0].device.type != "cpu"
         for group in self.param_groups:
             group["initial_lr"] = group["lr"]
             group["initial_weight_decay"] = group["weight_decay"]
@@ -83,6 +87,7 @@ class MuonAdamW(torch.optim.Optimizer):
         if collectives.world_size() > 1:
             assert not self.state, "the processes began to train together after the state was allocated"
             self._shards = [list(self._make_shards(*each)) for each in enumerate(self.param_groups)]
+            self._early = EarlyReduction([shard for shards in self._shards for shard in shards])
             return
         for number, group in enumerate(self.param_groups):
             if group["params"][0] in self.state:
@@ -103,9 +108,7 @@ class MuonAdamW(torch.optim.Optimizer):
         With fewer matrices than processes, every other stack is that of the last processes: the two of the feed-forward
         part, the largest, are of one size and follow each other (groups are sorted by shape).
         """
-        names, parameters = group["param_names"], group["params"]
-        place = collectives.rank(), collectives.world_size()
-        shards = make_shards(group["kind"], names, parameters, *place, at_end=number % 2 == 1)
+        shards = make_shards(group["kind"], group["param_names"], group["params"], at_end=number % 2 == 1)
         for shard in shards:
             shard.allocate(moment_shapes(group["kind"], shard.parameters[0].shape))
             yield shard
@@ -119,6 +122,14 @@ class MuonAdamW(torch.optim.Optimizer):
         self._stacks[number] = (momentum, second_moment)
         for i, parameter in enumerate(group["params"]):
             self.state[parameter] = {"momentum": momentum[i], "second_moment": second_moment[i]}
+
+    def reducing(self, in_backward: bool = True) -> AbstractContextManager[None]:
+        """Around a backward, to begin the sums of several processes in it. Optional: no bit depends on it.
+
+        Args:
+            in_backward: whether it is the last backward of the step; else nothing is begun.
+        """
+        return self._early.reducing() if in_backward and self.overlaps_backward else nullcontext()
 
     @torch.no_grad()
     def reduce_gradients(self) -> Tensor:
@@ -184,14 +195,17 @@ class MuonAdamW(torch.optim.Optimizer):
         return result
 
     def _reduce(self) -> None:
-        missing = [name for name, parameter in self._named() if parameter.grad is None]
+        is_begun = bool(self._early.pending)
+        missing = self._early.missing if is_begun else [name for name, each in self._named() if each.grad is None]
         if collectives.all_reduce_max(len(missing)):
+            self._drop_gradients()
             names = ", ".join(missing) or "a parameter of another process"
             raise RuntimeError(f"no gradient for {names}: every parameter takes part in every step")
         self.allocate_state()
-        pending = [shard.start_reduce() for shards in self._shards for shard in shards]
-        for each in pending:
-            each.wait()
+        if not is_begun:
+            self._early.pending = [shard.start_reduce() for shards in self._shards for shard in shards]
+        self._early.wait()
+        self._early.agree_on_order()
         self._reduced, self._skipping = True, False
 
     def _gradients(self) -> list[Tensor]:
@@ -202,6 +216,7 @@ class MuonAdamW(torch.optim.Optimizer):
 
     def _drop_gradients(self) -> None:
         self._reduced = False
+        self._early.wait()
         for shards in self._shards:
             for shard in shards:
                 shard.gradient = None
@@ -256,14 +271,12 @@ class MuonAdamW(torch.optim.Optimizer):
         rows, columns = values.shape[-2:]
         lr = group["lr"] * max(1.0, rows / columns) ** 0.5
         scalars: list[Scalar] = [lr, lr * group["weight_decay"], group["momentum"], group["beta2"]]
-        update = self._muon_update or self._make_muon_update()
+        if self._muon_update is None:
+            self._muon_update = torch.compile(muon_update, dynamic=False) if self._compile_muon else muon_update
+        update: Callable[..., None] = self._muon_update
         if self._compile_muon:  # a float would be compiled in as a constant, again for every new value
             scalars = [torch.tensor(value) for value in scalars]
         update(values, gradients, momentum_stack, second_moment, *scalars, self.muon, self.muon_dtype)
-
-    def _make_muon_update(self) -> Callable[..., None]:
-        self._muon_update = torch.compile(muon_update, dynamic=False) if self._compile_muon else muon_update
-        return self._muon_update
 
     def _named(self) -> Iterable[tuple[str, torch.nn.Parameter]]:
         for group in self.param_groups:
@@ -275,10 +288,10 @@ class MuonAdamW(torch.optim.Optimizer):
         """Put the state together for :meth:`state_dict`, on the CPU of process 0. Called on all processes."""
         self.allocate_state()
         if self._shards:
-            states: dict[str, dict[str, Tensor]] = {}
-            for name, key, moment in self._whole_moments():
-                states.setdefault(name, {})[key] = moment
-            self._consolidated = states
+            self._consolidated = {}
+            for whole_name, moment in self.whole_moments():
+                name, _, key = whole_name.rpartition(".")
+                self._consolidated.setdefault(name, {})[key] = moment
 
     def state_dict(self) -> dict[str, Any]:
         """State by parameter name and the groups' hyperparameters, all plain: loads with ``weights_only=True``.
@@ -306,28 +319,13 @@ class MuonAdamW(torch.optim.Optimizer):
         try:
             states = state_dict["state"].items()
             moments = {f"{name}.{key}": moment for name, state in states for key, moment in state.items()}
-            differences = self._differences(state_dict["groups"])
+            differences = hyperparameter_differences(self.param_groups, state_dict["groups"])
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError("optimizer state: it is not a state of MuonAdamW.") from error
         self.load_moments(moments)
         for line in differences:
             logger.warning(line)
         return differences
-
-    def _differences(self, saved_groups: list[dict[str, Any]]) -> list[str]:
-        saved_by_name = {name: group for group in saved_groups for name in group["param_names"]}
-        lines = []
-        for group in self.param_groups:
-            name = group["param_names"][0]
-            saved = saved_by_name.get(name, {})
-            for key in FIXED_HYPERPARAMETERS:
-                now, then = group.get(key), saved.get(key)
-                if key == "muon" and key not in saved:
-                    continue  # written before a step had parts to choose
-                if now != (tuple(then) if isinstance(then, list) else then):
-                    what = key.removeprefix("initial_")
-                    lines.append(f"{what} of the {group['role']} group ({name} …): {now}; it was {then} in the file.")
-        return lines
 
     def moments_by_name(self) -> dict[str, Tensor]:
         """A copy of the state, one flat dict ``<parameter>.<moment>``, for warm starts (safetensors).
@@ -336,10 +334,20 @@ class MuonAdamW(torch.optim.Optimizer):
         (1, N) (Muon). All float32. With several processes it is called on all of them, process 0 gets the dict, on the
         CPU, and the others an empty one.
         """
+        return {name: moment if self._shards else moment.clone() for name, moment in self.whole_moments()}
+
+    def whole_moments(self) -> Iterator[tuple[str, Tensor]]:
+        """What :meth:`moments_by_name` gives, one at a time; on one process the moments themselves.
+
+        All processes iterate to the end; process 0 gets each when it asks for it, and the others wait for that.
+        """
         self.allocate_state()
-        if self._shards:
-            return {f"{name}.{key}": moment for name, key, moment in self._whole_moments()}
-        return {key: moment.clone() for key, moment in self._moments().items()}
+        if not self._shards:
+            yield from self._moments().items()
+        for shard, i, key, shape in self._shared_moments() if self._shards else ():
+            if (moment := shard.gather_moment(i, key, shape)) is not None:
+                yield f"{shard.names[i]}.{key}", moment
+            del moment  # before the next one is put together
 
     def load_moments(self, moments: Mapping[str, Tensor]) -> None:
         """Take over moments of :meth:`moments_by_name`. With several processes each reads its share alone.
@@ -347,7 +355,7 @@ class MuonAdamW(torch.optim.Optimizer):
         Raises:
             UserError: a moment is missing, unknown or of another shape. Nothing has been changed then.
         """
-        shapes = self._moment_shapes()
+        shapes = self.moment_shapes()
         problems = [f"optimizer state: {key} is missing." for key in shapes if key not in moments]
         problems += [f"optimizer state: {key} is unknown." for key in moments if key not in shapes]
         problems += [
@@ -368,14 +376,14 @@ class MuonAdamW(torch.optim.Optimizer):
                     moment.copy_(moments[key])
 
     def _moments(self) -> dict[str, Tensor]:
-        self.allocate_state()
         return {
             f"{name}.{key}": moment
             for name, parameter in self._named()
             for key, moment in self.state[parameter].items()
         }
 
-    def _moment_shapes(self) -> dict[str, Shape]:
+    def moment_shapes(self) -> dict[str, Shape]:
+        """Shapes of :meth:`moments_by_name`, on every process."""
         return {
             f"{name}.{key}": shape
             for group in self.param_groups
@@ -390,10 +398,3 @@ class MuonAdamW(torch.optim.Optimizer):
                 for i, parameter in enumerate(shard.parameters):
                     for key, shape in moment_shapes(group["kind"], parameter.shape).items():
                         yield shard, i, key, shape
-
-    def _whole_moments(self) -> Iterator[tuple[str, str, Tensor]]:
-        """Every moment put together, one at a time: on process 0. The others take part and get none."""
-        for shard, i, key, shape in self._shared_moments():
-            moment = shard.gather_moment(i, key, shape)
-            if moment is not None:
-                yield shard.names[i], key, moment

@@ -60,12 +60,17 @@ def _compile_blocks(net: GPT) -> None:
 
 
 def whole_state(state: Mapping[str, Any]) -> dict[str, Any]:
-    """A state dict with whole tensors on the CPU of the main process; empty on the others. All call it."""
+    """A state dict with whole tensors on the CPU of the main process; empty on the others. All call it.
+
+    No process holds more than one whole tensor besides, and the tensors share no memory with those of the training.
+    """
     whole = {}
     for name, value in state.items():
-        gathered = _whole(value).cpu() if isinstance(value, Tensor) else value
+        gathered = _whole(value) if isinstance(value, Tensor) else value
         if collectives.is_rank_zero():
-            whole[name] = gathered
+            is_copy = is_sharded(value)
+            whole[name] = gathered.to("cpu", copy=not is_copy) if isinstance(gathered, Tensor) else gathered
+        del gathered
     return whole
 
 

@@ -24,7 +24,7 @@ from nanochat_pl.common.errors import SharedError, UserError
 from nanochat_pl.common.out_of_memory import FIX, is_out_of_memory, release_memory, runs_out_of_memory
 from nanochat_pl.common.paths import run_keys
 from nanochat_pl.common.schema import build, to_plain
-from nanochat_pl.data.batch import StepBatch, ValidationBatch, micro_batches
+from nanochat_pl.data.batch import StepBatch, ValidationBatch, micro_batches, num_micro_batches
 from nanochat_pl.distributed import collectives
 from nanochat_pl.evaluation.bits_per_byte import BitsPerByte
 from nanochat_pl.evaluation.validation import validation_metrics
@@ -152,8 +152,7 @@ class LMModule(ShardedWeights, LightningModule):
 
     def init_weights(self, net: GPT) -> None:
         """Give the model its first weights: those that were given, else fresh ones."""
-        weights, _ = self._initial
-        if weights is None:
+        if (weights := self._initial[0]) is None:
             init_weights(net, self.config.seed, self.config.init)
         else:
             net.load_state_dict(weights)
@@ -163,8 +162,7 @@ class LMModule(ShardedWeights, LightningModule):
         assert self.net is not None
         optimizer = build_optimizer(self.net.named_parameters(), parameter_roles(self.net), self.config.hyperparameters)
         optimizer.allocate_state()
-        _, moments = self._initial
-        if moments is not None:
+        if (moments := self._initial[1]) is not None:
             optimizer.load_moments(moments)
         return optimizer
 
@@ -271,7 +269,7 @@ class LMModule(ShardedWeights, LightningModule):
             raise UserError(f"step {step + 1}: none of its rows has a token to train on.", "Look at the stage's data.")
         divisor = num_targets if batch.divisor is None else batch.divisor
         local_loss = self._accumulate_gradients(batch, divisor)
-        with self._out_of_memory_hint("where the gradients are summed; nothing was changed"):
+        with self._out_of_memory_hint():
             collectives.all_reduce_(local_loss)
             norm = optimizer.reduce_gradients() / guard.loss_scale.factor
         loss, norm = torch.stack([local_loss, norm]).tolist()  # the one wait for the device
@@ -300,14 +298,16 @@ class LMModule(ShardedWeights, LightningModule):
     def _accumulate_gradients(self, batch: StepBatch, divisor: float) -> Tensor:
         """Forward and backward of all micro-batches; gives this process's part of the step's loss, a scalar."""
         loss, ran_out = torch.zeros((), device=self.device), False
+        last = num_micro_batches(batch.num_rows or len(batch.inputs), self.device_batch_size) - 1
         with self._local_gradients():
-            for part, (inputs, targets, weights) in enumerate(micro_batches(batch, self.device_batch_size)):
+            for part, micro_batch in enumerate(micro_batches(batch, self.device_batch_size)):
                 self.between_micro_batches(part)
                 if self.is_sharded:  # the others wait for this process's weights: it cannot do the step again
                     with self._out_of_memory_hint("in forward or backward; nothing was changed"):
-                        self._add_gradients(inputs, targets, weights, divisor, loss)
+                        self._add_gradients(*micro_batch, divisor, loss)
                     continue
-                ran_out = ran_out or runs_out_of_memory(self._add_gradients, inputs, targets, weights, divisor, loss)
+                with self._out_of_memory_hint(), self.optimizer.reducing(in_backward=part == last):
+                    ran_out = ran_out or runs_out_of_memory(self._add_gradients, *micro_batch, divisor, loss)
         if collectives.all_reduce_max(ran_out):  # on any process
             self._halve_device_batch_size(ran_out)
             return self._accumulate_gradients(batch, divisor)
@@ -385,7 +385,7 @@ class LMModule(ShardedWeights, LightningModule):
         )
 
     @contextlib.contextmanager
-    def _out_of_memory_hint(self, where: str) -> Iterator[None]:
+    def _out_of_memory_hint(self, where: str = "where the gradients are summed; nothing was changed") -> Iterator[None]:
         """Where memory runs out inside, the step cannot be done again: say from which file the run can go on."""
         try:
             yield

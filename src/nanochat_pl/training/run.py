@@ -14,6 +14,7 @@ from lightning.pytorch.loggers.logger import Logger
 from nanochat_pl.bundle import StageInfo, save_bundle
 from nanochat_pl.bundle.bundle import hash_of_weights, save_stage_info
 from nanochat_pl.bundle.stage_info import library_versions
+from nanochat_pl.bundle.tensors import TensorStream
 from nanochat_pl.common.console import rank_zero_print
 from nanochat_pl.common.device import choose_compute_dtype, gpu_memory_bytes
 from nanochat_pl.common.errors import UserError
@@ -307,7 +308,6 @@ def _finish(
     stop = fitted.stop if step >= stage.num_steps else None
     net = stage.whole_net()
     metrics = _finite(prepared.validation.measure(net, *([stop.check_signal] if stop else [])))
-    moments = stage.optimizer.moments_by_name()  # of all processes
 
     def info() -> StageInfo:
         return StageInfo(
@@ -322,11 +322,18 @@ def _finish(
             changes=read_changes(folder.path),
         )
 
-    def write() -> None:
+    def show() -> None:
         _log(fitted.trainer, metrics)
         samples.rewind(step - 1)
         show_samples(fitted.trainer.loggers, samples.write(net, prepared.tokenizer, step), step)
-        save_bundle(folder.bundle, info(), net=net, tokenizer=prepared.tokenizer, moments=moments)
+
+    def write() -> None:
+        moments = TensorStream(stage.optimizer.moment_shapes(), stage.optimizer.whole_moments())
+        try:
+            save_bundle(folder.bundle, info(), net=net, tokenizer=prepared.tokenizer, moments=moments)
+        finally:
+            for _ in moments.tensors:  # after an error, too, the others wait to send them
+                pass
 
     def finish() -> None:
         if benchmarks:
@@ -339,6 +346,10 @@ def _finish(
         )
         show_outcome(fitted.trainer.loggers, _given_settings(folder), metrics)
 
+    coordination.run_on_rank_zero(show)
+    if not collectives.is_rank_zero():
+        for _ in stage.optimizer.whole_moments():  # they are sent to the main process, as it writes them
+            pass
     coordination.run_on_rank_zero(write)
     later = _finite(_measure_last(config, folder, net, benchmarks, stop)) if benchmarks else {}
     metrics |= later

@@ -115,7 +115,7 @@ class WrappedDDP(_StaysOnDevice, DDPStrategy):
 
 
 class UnwrappedDDP(WrappedDDP):
-    """Each process trains on one device of its own, on a model without hooks."""
+    """Each process trains on one device of its own, on a model without a wrapper."""
 
     def _configure_launcher(self) -> None:
         """The processes are there."""

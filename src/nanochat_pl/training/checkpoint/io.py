@@ -6,7 +6,7 @@ import contextlib
 import errno
 import threading
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from nanochat_pl.common.errors import UserError, first_line
 from nanochat_pl.common.files import FREE_SPACE, free_bytes, write_atomically
 from nanochat_pl.common.out_of_memory import is_out_of_memory
-from nanochat_pl.distributed import collectives
 
 # Of CheckpointIO's storage_options: write in the background.
 IN_BACKGROUND = "in background"
@@ -70,9 +69,14 @@ class BackgroundCheckpointIO(AtomicCheckpointIO):
     Not Lightning's ``AsyncCheckpointIO``: that copies on the device, queues any number of copies, raises at a later
     save in the main process alone, and does not say whether it is done. What it is asked for without
     ``storage_options=IN_BACKGROUND`` is written before it returns, as callbacks of others expect.
+
+    Attributes:
+        gathered: parts of a checkpoint that were put together for the file, in host memory: nobody else has them, so
+            they are not copied once more.
     """
 
     def __init__(self) -> None:
+        self.gathered: tuple[str, ...] = ()
         self._thread: threading.Thread | None = None
 
     @property
@@ -87,7 +91,7 @@ class BackgroundCheckpointIO(AtomicCheckpointIO):
             super().save_checkpoint(checkpoint, path)
             return
         try:
-            copy = copy_to_host(checkpoint)
+            copy = copy_to_host(checkpoint, self.gathered)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -115,10 +119,8 @@ class BackgroundCheckpointIO(AtomicCheckpointIO):
         self.wait()
 
 
-def copy_to_host(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """The same with tensors of its own in host memory, which later steps do not change."""
-    # With several processes the optimizer's state was put together for this file, in host memory: nobody else has it.
-    kept = ("optimizer_states",) if collectives.world_size() > 1 else ()
+def copy_to_host(checkpoint: dict[str, Any], kept: Sequence[str] = ()) -> dict[str, Any]:
+    """The same with tensors of its own in host memory, which later steps do not change; some parts as they are."""
     return {
         key: value if key in kept else tree_map_only(Tensor, lambda tensor: tensor.detach().to("cpu", copy=True), value)
         for key, value in checkpoint.items()

@@ -178,6 +178,9 @@ class ResumeFiles(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find out which files are the best so far, and let go of those that a kill has kept."""
+        if collectives.world_size() > 1:
+            is_sharded = getattr(pl_module, "is_sharded", False)
+            self.io.gathered = ("optimizer_states", "state_dict") if is_sharded else ("optimizer_states",)
         self._best = coordination.run_on_rank_zero(self._ranking)
         coordination.run_on_rank_zero(self._let_go)
 
