@@ -150,6 +150,18 @@ def test_the_first_failing_step_ends_the_pipeline(here: Path, monkeypatch: pytes
     assert started == ["stage=tokenizer", "stage=base"]
 
 
+def test_files_of_any_stage_that_are_not_there_are_told_before_the_first_step(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The stage that was to read them told it, after those before it had been trained."""
+    monkeypatch.setattr(pipeline, "run_child", lambda arguments: pytest.fail("began"))
+    with pytest.raises(UserError) as caught:
+        pipeline.run(["experiment=tiny", "stages.sft.mixture.tasks.conversations.mine.path=gone.jsonl"])
+    (problem,) = caught.value.problems
+    assert problem.startswith("mixture.tasks.conversations.mine.path='gone.jsonl': there is no such file or folder")
+    assert capsys.readouterr().out == "" and not (here / "runs").exists()
+
+
 def test_a_pipeline_is_checked_before_anything_of_it_is_there(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -185,3 +185,41 @@ def test_a_run_begun_anew_says_its_name(here: Path, capsys: pytest.CaptureFixtur
     assert capsys.readouterr().out == ""
     assert place_of(compose_train([TINY, "resume=never"])).run == "tiny-2"
     assert capsys.readouterr().out == "New run: tiny-2.\n"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["data=local", "data.path=gone"], "data.path='gone': there is no such file or folder (seen from "),
+        (["data=local", "data.path=empty"], "data.path='empty': there are no files in this folder."),
+        (["data=local", "data.path=empty.txt"], "data.path='empty.txt': this file is empty."),
+        (
+            ["stage=sft", "mixture.tasks.conversations.mine.path=gone.jsonl"],
+            "mixture.tasks.conversations.mine.path='gone.jsonl': there is no such file or folder",
+        ),
+    ],
+)
+def test_files_that_are_not_there_are_told_before_anything_begins(
+    here: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    overrides: list[str],
+    said: str,
+) -> None:
+    """The machine was prepared first: some 12 seconds, or minutes, for a typing error."""
+    monkeypatch.setattr(train, "_train", lambda *rest: pytest.fail("began"))
+    (here / "empty" / "below").mkdir(parents=True)
+    (here / "empty" / ".hidden").touch()
+    (here / "empty.txt").touch()
+    before = sorted(here.rglob("*"))
+    assert main(["train", TINY, *overrides]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith(f"error: {said}") and err.count("error: ") == 1
+    assert sorted(here.rglob("*")) == before
+
+
+def test_a_finished_stage_needs_its_files_no_more(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    keys = (TINY, "stage=base", "data=local", "data.path=gone")
+    pretend_finished(*keys)
+    assert main(["train", *keys]) == 0
+    assert "is finished" in capsys.readouterr().out

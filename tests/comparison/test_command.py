@@ -93,9 +93,9 @@ def test_names_of_strangers_are_text_in_the_page(tmp_path: Path, capsys: pytest.
     [
         (["d4-sed*"], "no run of that name"),
         (["model.dept=4"], "did you mean model.depth"),
-        (["model.depth=5"], "model.depth=5: no run has it; there are: 4."),
-        (["model.depth=5,6"], "model.depth=5,6: no run has it; there are: 4."),
-        (["where=model.depth=4", "max_steps<9"], "max_steps<9: no run has it; there are: null."),
+        (["model.depth=5"], "model.depth=5: no run of stage base has it; there are: 4."),
+        (["model.depth=5,6"], "model.depth=5,6: no run of stage base has it; there are: 4."),
+        (["where=model.depth=4", "max_steps<9"], "max_steps<9: no run of stage base has it; there are: null."),
         (["model=tiny"], "where=model: no entry has such a column"),
         (["metric=[val/bpb]"], "did you mean metrics?"),
         (["stage=rl"], "stage=rl: no run of that stage; there are entries of base."),
@@ -118,6 +118,28 @@ def test_a_stage_that_fewer_runs_have_than_another_is_told(runs: Path, capsys: p
     assert "1.23456" in out, "a single run has no noise to round to"
     assert "This is stage sft, the last one, which 1 of them finished: stage=base has 10" in out
     assert "This is stage" not in printed(capsys, "stage=base", "by=model.backout", f"paths.runs={runs}")[1]
+
+
+def test_the_stage_is_the_last_one_of_the_runs_that_are_chosen(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A sweep of base beside a run with sft: sft was taken, which none of the sweep has."""
+    runs, rates = tmp_path / "runs", (0.01, 0.02, 0.1)
+    for rate in rates:
+        make_group(runs, f"lo-matrix_lr{rate}", BASE[:2], {"optim.matrix_lr": rate})
+    for stage in ("base", "sft"):
+        append(runs, replace(entry_of("pipe", 5, 1.3), stage=stage))
+    code, out, _ = printed(capsys, "by=optim.matrix_lr", f"paths.runs={runs}")
+    assert code == 0 and out.startswith("base, val/bpb")
+    assert [f"optim.matrix_lr={rate}" in out for rate in rates] == [True] * 3
+    for chosen in ("run=lo-matrix_lr0.1-seed0", "optim.matrix_lr=0.1", "where=run=lo-*"):
+        out = printed(capsys, "by=optim.matrix_lr", chosen, f"paths.runs={runs}")[1]
+        assert out.startswith("base, val/bpb") and "optim.matrix_lr=0.1" in out and "This is stage" not in out
+    assert printed(capsys, "by=optim.matrix_lr", "run=pipe", f"paths.runs={runs}")[1].startswith("sft, val/bpb")
+    err = " ".join(printed(capsys, "run=nobody", f"paths.runs={runs}")[2].split())
+    assert "run=nobody: no run of stage base or sft has it; there are: lo-matrix_lr0.01-seed0" in err
+    err = " ".join(printed(capsys, "stage=sft", "run=lo-*", f"paths.runs={runs}")[2].split())
+    assert "run=lo-*: no run of stage sft has it; there are: pipe." in err
 
 
 def test_an_empty_ledger_says_how_to_fill_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

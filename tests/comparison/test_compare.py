@@ -218,8 +218,8 @@ def test_the_newest_entry_of_a_stage_counts_and_unfinished_ones_are_left_out() -
         (["d4-sed*"], "run=*", "no run of that name; did you mean d4-seed"),
         (["d4"], "run=*", "did you mean 'd4*'?"),
         ([], "model.dept=4", "no entry has such a column; did you mean model.depth"),
-        ([], "model.depth=5", "model.depth=5: no run has it; there are: 12."),
-        ([], "model.depth=12 and model.depth=5,6", "model.depth=5,6: no run has it; there are: 12."),
+        ([], "model.depth=5", "model.depth=5: no run of stage base has it; there are: 12."),
+        ([], "model.depth=12 and model.depth=5,6", "model.depth=5,6: no run of stage base has it; there are: 12."),
     ],
 )
 def test_what_is_not_there_is_named(names: list[str], where: str, message: str) -> None:

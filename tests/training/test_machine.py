@@ -12,11 +12,13 @@ from unittest import mock
 import pytest
 import torch
 
+from nanochat_pl.cli.train import compose_train
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.launch_env import LaunchEnv
 from nanochat_pl.model import fp8
 from nanochat_pl.model.attention import choice
 from nanochat_pl.model.config import ModelSettings
+from nanochat_pl.planning import Plan
 from nanochat_pl.training import compile_proof
 from nanochat_pl.training import device as machine
 from nanochat_pl.training.config import StageSettings, TrainConfig, TrainerSettings
@@ -212,6 +214,46 @@ def test_the_model_of_the_settings_is_the_one_tried(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(machine, "why_not_compiled_here", lambda *kind: tried.append(kind))
     config = TrainConfig(model=TINY, trainer=TrainerSettings(accelerator="cpu"))
     assert machine.prepare_machine(config).compile and tried[0][3] is TINY
+
+
+def test_a_training_too_short_for_the_compiler_is_eager_on_a_cpu(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Three steps of a tiny model after minutes of compiling. Where settings give the length, nothing is tried."""
+    tried = []
+    monkeypatch.setattr(machine, "why_not_compiled_here", lambda *kind: tried.append(kind))
+    cpu = TrainerSettings(accelerator="cpu")
+    said = "torch.compile: not worth it for 10 steps of so little: training eagerly (trainer.compile=true compiles)."
+
+    def prepared(steps: int | None, tokens: int | None = 1024, trainer: TrainerSettings = cpu) -> machine.Machine:
+        return machine.prepare_machine(
+            TrainConfig(model=TINY, max_steps=steps, total_batch_tokens=tokens, trainer=trainer)
+        )
+
+    assert not prepared(10).compile and tried == [] and said in " ".join(capsys.readouterr().out.split())
+    assert prepared(10, trainer=replace(cpu, compile=True)).compile
+    assert prepared(10_000_000).compile and len(tried) == 1
+    config, unknown = TrainConfig(model=TINY, trainer=cpu), prepared(10, tokens=None)
+    assert unknown.compile, "the plan tells"
+    assert "not worth it" not in capsys.readouterr().out
+
+    def with_plan(steps: int, settings: TrainConfig = config) -> machine.Machine:
+        plan = Plan()
+        for name, value in {"num_steps": steps, "flops_per_token": 1_000_000, "total_batch_tokens": 1024}.items():
+            plan.derive(name, value, "given")
+        return machine.with_plan(unknown, settings, plan)
+
+    assert not with_plan(10).compile and said in " ".join(capsys.readouterr().out.split())
+    assert not with_plan(9_000).compile
+    assert with_plan(11_000) is unknown
+    assert with_plan(10, replace(config, trainer=replace(cpu, compile=True))) is unknown
+
+
+@pytest.mark.parametrize("stage", ["base", "sft"])
+def test_the_demo_is_worth_compiling(stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "why_not_compiled_here", lambda *kind: None)
+    config = compose_train(["experiment=demo", f"stage={stage}", "trainer.accelerator=cpu"]).config
+    assert machine.prepare_machine(config).compile
 
 
 def fp8_settings(fp8: bool | str, stage: str = "base", depth: int = 26, **trainer: Any) -> TrainConfig:

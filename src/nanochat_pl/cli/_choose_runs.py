@@ -12,7 +12,7 @@ from nanochat_pl.cli.run_record import settings_that_matter
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.paths import PathsSettings
 from nanochat_pl.common.schema import setting
-from nanochat_pl.comparison import Comparison, Run, compare, keep, neighbours, read_runs
+from nanochat_pl.comparison import Comparison, Run, compare, neighbours, read_runs
 from nanochat_pl.comparison.metrics import main_metrics
 from nanochat_pl.config.compose import compose
 from nanochat_pl.config.overrides import UNKNOWN, split_override, type_of_key
@@ -38,7 +38,9 @@ class ChoiceSettings:
         "Those of which this is so, as for `runs`: NAME OPERATOR VALUE, several joined by and; a key of train on the"
         " command line, model.depth=2,4, is such a condition.",
     )
-    stage: str | None = setting(None, "Their stage; null: the last one that such a run has finished.")
+    stage: str | None = setting(
+        None, "Their stage; null: the last one that such a run has finished; of compare by=KEY, in which KEY differs."
+    )
     paths: PathsSettings = setting(factory=PathsSettings)
 
 
@@ -69,7 +71,11 @@ def overrides_of(arguments: Sequence[str], schema: type) -> list[str]:
 
 
 def choose(
-    command: str, schema: type[Config], arguments: Sequence[str], metrics_of: Callable[[Config], Sequence[str]]
+    command: str,
+    schema: type[Config],
+    arguments: Sequence[str],
+    metrics_of: Callable[[Config], Sequence[str]],
+    by_of: Callable[[Config], str | None] = lambda config: None,
 ) -> tuple[Config, str, list[Run], list[str]]:
     """What a command that reads the ledger begins with.
 
@@ -78,6 +84,7 @@ def choose(
         schema: of its settings.
         arguments: the command line.
         metrics_of: what is wanted of the runs: what `evaluate` has found lies beside them, not in the ledger.
+        by_of: the setting whose values are compared; None: no one in particular.
 
     Returns:
         the settings, the stage, its finished runs in the order of the ledger, and remarks.
@@ -93,9 +100,9 @@ def choose(
             f"{folder / LEDGER}: has no entries yet: a run is noted when a stage of it ends.",
             "Train one: nanochat-pl train …; or give the folder of the runs, paths.runs=…",
         )
-    stage, runs, remarks = read_runs(entries, config.stage, settings_of_results, config.runs)
-    if config.where is not None:
-        runs = keep(runs, config.where)
+    stage, runs, remarks = read_runs(
+        entries, config.stage, settings_of_results, config.runs, config.where, by_of(config)
+    )
     if any(metric.startswith("evaluate/") for metric in metrics_of(config)):
         runs = [
             replace(run, metrics=run.metrics | evaluated_metrics(folder / run.name / "evaluation" / stage))

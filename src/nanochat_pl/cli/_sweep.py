@@ -32,8 +32,7 @@ from nanochat_pl.cli._sweep_state import (
     write_state,
 )
 from nanochat_pl.cli.pipeline import begins_anew, check_all, folder_to_run_in, run_folder_of, steps_of
-from nanochat_pl.cli.run_record import settings_that_matter
-from nanochat_pl.cli.train import compose_train, is_finished, place_of, with_parent
+from nanochat_pl.cli.train import compose_train, is_finished, place_of, require_paths, with_parent
 from nanochat_pl.common.console import console, ignore_broken_pipe, print_table, rank_zero_print
 from nanochat_pl.common.durations import duration
 from nanochat_pl.common.errors import UserError
@@ -42,11 +41,8 @@ from nanochat_pl.config import hydra_app
 from nanochat_pl.config.compose import Composed
 from nanochat_pl.config.hydra_app import HydraOptions
 from nanochat_pl.config.overrides import split_override, take_key
-from nanochat_pl.data.files.folder import require_there
 from nanochat_pl.training.config import TrainConfig
 
-# Keys of files that a stage reads, by their last part.
-_PATHS = ("path", "validation_path", "test_path", "words_path")
 # Launchers whose jobs see the same files; no key: one job after the other.
 _ON_THIS_MACHINE = ("", "basic", "joblib", "submitit_local")
 
@@ -193,7 +189,7 @@ def _checked(
     )
     composed = {job.name: _trainings(command, job) for job in found}
     if take_key(options.overrides, "hydra/launcher")[0] in _ON_THIS_MACHINE:
-        _require_paths([each for of_job in composed.values() for each in of_job])
+        require_paths([each for of_job in composed.values() for each in of_job])
     finished = set()
     for name, of_job in composed.items():
         if command == "pipeline":
@@ -208,20 +204,6 @@ def _trainings(command: str, job: Job) -> list[Composed[TrainConfig]]:
     if command == "train":
         return [compose_train(job.overrides)]
     return [each for each in check_all(steps_of(job.overrides)) if isinstance(each.config, TrainConfig)]
-
-
-def _require_paths(stages: Sequence[Composed[TrainConfig]]) -> None:
-    """Raise :class:`UserError` where files that stages train on are not there: all of them together."""
-    problems: dict[str, None] = {}
-    for composed in stages:
-        for key, value in settings_that_matter(composed.plain(), composed.config.stage.name).items():
-            if key.rpartition(".")[2] in _PATHS and isinstance(value, str):
-                try:
-                    require_there(key, value)
-                except UserError as error:
-                    problems |= dict.fromkeys(error.problems)
-    if problems:
-        raise UserError(list(problems), "A path is seen from the folder in which the sweep was started.")
 
 
 def _require_same_pipeline(composed: Sequence[Composed[TrainConfig]]) -> None:

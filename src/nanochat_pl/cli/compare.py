@@ -41,7 +41,9 @@ Config = CompareConfig
 
 def run(arguments: Sequence[str]) -> int:
     """The command."""
-    config, stage, runs, remarks = choose("compare", CompareConfig, arguments, lambda config: config.metrics)
+    config, stage, runs, remarks = choose(
+        "compare", CompareConfig, arguments, lambda config: config.metrics, lambda config: config.by
+    )
     chosen = by_name(runs, config.runs) if config.by is None and len(config.runs) > 1 else by_setting(runs, config.by)
     result = compare(stage, chosen.groups, config.metrics, sequential=config.sequential)
     result = replace(result, remarks=[*remarks, *chosen.remarks, *result.remarks])

@@ -15,7 +15,7 @@ from pathlib import Path
 from nanochat_pl.cli._subprocess import run_child
 from nanochat_pl.cli.evaluate import EvaluateConfig, is_measured
 from nanochat_pl.cli.report import ReportConfig
-from nanochat_pl.cli.train import how_to_go_on, place_of, with_parent
+from nanochat_pl.cli.train import how_to_go_on, place_of, require_paths, with_parent
 from nanochat_pl.cli.train import is_finished as is_trained
 from nanochat_pl.common.console import ignore_broken_pipe, next_steps, print_table, rank_zero_print
 from nanochat_pl.common.constants import EXIT_USER_ERROR
@@ -64,6 +64,7 @@ def run(arguments: Sequence[str]) -> int:
     composed = check_all(steps)
     if any(getattr(c.config, "check_only", False) for c in composed):
         return _check(steps, composed)
+    require_paths([each for each in composed if isinstance(each.config, TrainConfig)])
     run_dir = folder_to_run_in(composed)
     resume = "never" if begins_anew(composed) else "auto"
     if resume == "never":

@@ -31,6 +31,7 @@ from nanochat_pl.cli.run_record import (
     write_records,
 )
 from nanochat_pl.common.console import ignore_broken_pipe, next_steps, print_table, rank_zero_print
+from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.files import entries, sha256_of_file
 from nanochat_pl.common.imports import no_garbage_collection
 from nanochat_pl.common.paths import cache_folder, run_keys
@@ -39,6 +40,7 @@ from nanochat_pl.config.compose import Composed
 from nanochat_pl.config.experiment import compose_step
 from nanochat_pl.config.instantiate import make_objects, module_class
 from nanochat_pl.config.overrides import take_key
+from nanochat_pl.data.files.folder import require_there
 from nanochat_pl.distributed import collectives, coordination
 from nanochat_pl.planning import Plan, width_remark
 from nanochat_pl.training.config import TrainConfig
@@ -46,6 +48,8 @@ from nanochat_pl.training.stage_data.inherit import inherited, parent_name
 from nanochat_pl.training.stages.registry import StageData, all_stages, stage_named
 
 Config = TrainConfig
+# Keys of files that a stage reads, by their last part.
+_PATHS = ("path", "validation_path", "test_path", "words_path")
 # What --help shows first, besides the keys at the root.
 HELP_KEYS = ("model.depth", "model.sequence_len", "data.path", "trainer.accelerator", "paths.runs")
 EXTRA_KEYS = {
@@ -60,6 +64,8 @@ EXTRA_KEYS = {
 def run(arguments: Sequence[str]) -> int:
     """The command."""
     composed = coordination.raise_on_all_ranks(lambda: compose_train(arguments))
+    if not composed.config.check_only:
+        coordination.raise_on_all_ranks(lambda: require_paths([composed]))
     if (num_processes := coordination.raise_on_all_ranks(lambda: _processes_to_start(composed))) > 1:
         return launch(["train", *arguments], num_processes)
     require_same_code_everywhere()
@@ -249,6 +255,28 @@ def place_of(composed: Composed[TrainConfig], tell: Callable[[str], None] = rank
             tell(f"New run: {folder.run}.")
         return folder
     return stage_folder(runs, name, config.stage.name)
+
+
+def require_paths(stages: Sequence[Composed[TrainConfig]]) -> None:
+    """Refuse files on disk that stages would train on and that are not there or hold nothing. Nothing is fetched.
+
+    It takes no time, so it comes before the device is chosen and the compiler tried. Finished stages read none.
+
+    Raises:
+        UserError: with the problems of all stages together.
+    """
+    problems: dict[str, None] = {}
+    for composed in stages:
+        if place_of(composed, tell=lambda text: None).status == "finished":
+            continue
+        for key, value in settings_that_matter(composed.plain(), composed.config.stage.name).items():
+            if key.rpartition(".")[2] in _PATHS and isinstance(value, str):
+                try:
+                    require_there(key, value)
+                except UserError as error:
+                    problems |= dict.fromkeys(error.problems)
+    if problems:
+        raise UserError(list(problems))
 
 
 def _train(composed: Composed[TrainConfig], folder: StageFolder, end: EndOfStage) -> int:

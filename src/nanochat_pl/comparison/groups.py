@@ -90,65 +90,87 @@ class Chosen:
 
 
 def read_runs(
-    entries: Iterable[Entry], stage: str | None, matters: Matters, names: Sequence[str] = ()
+    entries: Iterable[Entry],
+    stage: str | None,
+    matters: Matters,
+    names: Sequence[str] = (),
+    where: str | None = None,
+    by: str | None = None,
 ) -> tuple[str, list[Run], list[str]]:
     """The finished runs of a stage.
 
     Args:
-        stage: None: the last one, in the order of training, that a run of these names has finished.
+        stage: None: the last one, in the order of training, that a run chosen by names and conditions has finished.
         matters: of all settings of a stage those that its result depends on.
         names: runs, or globs of them; none: all.
+        where: conditions, as for :func:`keep`; None: none.
+        by: a setting. With stage=None, the last stage in which it has several values goes before later ones.
 
     Returns:
         the stage, its runs in the order of the ledger, and remarks on what is left out.
 
     Raises:
-        UserError: there is none, or a name fits none.
+        UserError: there is none, or a name or a condition fits none.
     """
     last = {(entry.run, entry.stage): entry for entry in newest(entries)}
     known = sorted({run for run, _ in last})
     named = {run for name in names for run in _fitting(name, known)} if names else set(known)
     stages = sorted({each for run, each in last if run in named}, key=_order)
-    finished = [each for each in stages if any(last[key].exit == "finished" for key in last if key[1] == each)]
-    asked = stage
+    asked = [stage] if stage is not None else [each for each in stages if each != "tokenizer"]
+    finished = {key: last[key] for key in last if key[0] in named and last[key].exit == "finished"}
     if stage is None:
-        stage = next((each for each in reversed(finished) if each != "tokenizer"), None)
-    if stage is None or stage not in stages:
+        asked = [each for each in asked if any(key[1] == each for key in finished)]
+    if not set(asked) & set(stages):
         there = f"there are entries of {', '.join(stages)}" if stages else "the ledger has no entries yet"
         raise UserError(
             f"stage={stage or 'null'}: no run of that stage; {there}.", "Train one first: nanochat-pl train"
         )
-    runs, out, elsewhere = [], [], dict.fromkeys(finished, 0)
-    for (run, each), entry in last.items():
-        if run in named and entry.exit == "finished":
-            elsewhere[each] += 1
-        if each != stage or run not in named:
-            continue
-        if entry.exit == "finished":
-            settings = _all_settings(entry, last, matters)
-            runs.append(Run(entry, settings, metrics_of(entry)))
-        else:
-            out.append(f"{run} ({entry.exit}{f': {entry.error}' if entry.error else ''})")
-    remarks = [f"Left out, as {stage} is not finished: {listed(out, MAX_NAMED)}."] if out else []
-    if asked is None and (others := [f"stage={each} has {n}" for each, n in elsewhere.items() if n > len(runs)]):
-        remarks.append(f"This is stage {stage}, the last one, which {len(runs)} of them finished: {', '.join(others)}.")
+    found = [
+        Run(entry, _all_settings(entry, last, matters), metrics_of(entry))
+        for key, entry in finished.items()
+        if key[1] in asked
+    ]
+    if where is not None and found:
+        found = keep(found, where)
+    of_stage = {each: [run for run in found if run.entry.stage == each] for each in asked}
+    chosen = _last_stage(of_stage, by) if stage is None else stage
+    runs = of_stage[chosen]
+    out = [
+        f"{run} ({entry.exit}{f': {entry.error}' if entry.error else ''})"
+        for (run, each), entry in last.items()
+        if each == chosen and run in named and entry.exit != "finished"
+    ]
+    remarks = [f"Left out, as {chosen} is not finished: {listed(out, MAX_NAMED)}."] if out else []
     if not runs:
-        raise UserError(f"stage={stage}: none of these runs has finished it.", " ".join(remarks))
-    return stage, runs, remarks
+        raise UserError(f"stage={chosen}: none of these runs has finished it.", " ".join(remarks))
+    more = [f"stage={each} has {len(others)}" for each, others in of_stage.items() if len(others) > len(runs)]
+    if stage is None and more:
+        remarks.append(f"This is stage {chosen}, the last one, which {len(runs)} of them finished: {', '.join(more)}.")
+    return chosen, runs, remarks
+
+
+def _last_stage(of_stage: Mapping[str, Sequence[Run]], by: str | None) -> str:
+    """The last stage that has runs; before it goes the last one in which a setting has several values among them."""
+    there = [stage for stage, runs in of_stage.items() if runs]
+    differs = [stage for stage in there if by and len({shown(run.setting(by)) for run in of_stage[stage]}) > 1]
+    return (differs or there)[-1]
 
 
 def keep(runs: Sequence[Run], where: str) -> list[Run]:
     """Those of which all conditions are true, in the grammar of :func:`~nanochat_pl.ledger.query.conditions`.
 
     Raises:
-        UserError: with the values that there are, where none is left.
+        UserError: with the values that there are, and of which stages, where none is left.
     """
     for condition in conditions(where):
         name = condition.name
         found = select(runs, condition.text)
         if not found:
             values = dict.fromkeys(shown(run.cells.get(name, ABSENT)) for run in runs)
-            raise UserError(f"{condition.text}: no run has it; there are: {listed(list(values), MAX_NAMED)}.")
+            stages = " or ".join(sorted({run.entry.stage for run in runs}, key=_order))
+            raise UserError(
+                f"{condition.text}: no run of stage {stages} has it; there are: {listed(list(values), MAX_NAMED)}."
+            )
         runs = found
     return list(runs)
 
@@ -263,7 +285,8 @@ def _fitting(name: str, known: Sequence[str]) -> list[str]:
 def _require_key(key: str, runs: Sequence[Run]) -> None:
     keys = {each.rpartition(": ")[2] for run in runs for each in (*run.settings, *run.entry.settings)}
     if key not in keys:
-        raise UserError(f"{key}: no run has such a setting; {did_you_mean(key, keys)}")
+        stage = runs[0].entry.stage
+        raise UserError(f"{key}: no run of stage {stage} has such a setting; {did_you_mean(key, keys)}")
 
 
 def _values(key: str, runs: Sequence[Run]) -> str:

@@ -114,7 +114,7 @@ class TrainerSettings:
     )
     num_threads: int | None = setting(None, "CPU threads of torch; null: as torch decides.", at_least=1, at_most=1024)
     compile: bool | Literal["auto"] = setting(
-        "auto", "torch.compile the model; auto: where a compiler is at hand, not in rl."
+        "auto", "torch.compile the model; auto: where a compiler is at hand and it is worth it, not in rl."
     )
     attention: AttentionBackend = setting(
         "auto",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,15 +19,19 @@ from nanochat_pl.common.paths import cache_folder
 from nanochat_pl.distributed import collectives
 from nanochat_pl.model.attention import Case, choose
 from nanochat_pl.model.attention.choice import refusals, require, use_newest_kernels
-from nanochat_pl.model.config import ModelSettings, window_sizes
+from nanochat_pl.model.config import ModelSettings, resolve_model, window_sizes
+from nanochat_pl.model.counts import flops_per_token
 from nanochat_pl.model.fp8 import Fp8Backend, why_no_fp8
 from nanochat_pl.model.gpt import TORCH_DTYPES
+from nanochat_pl.planning import Plan, estimate_cpu_seconds
 from nanochat_pl.planning.gpus import peak_flops
 from nanochat_pl.training.compile_proof import why_not_compiled_here
 from nanochat_pl.training.config import TrainConfig
 
 # Measured by nanochat (dev/LOG.md, 2026-02-02), not here.
 FP8_SLOWER_DEPTH, FP8_FASTER_DEPTH = 12, 26
+# What compiling takes of a CPU (20 to 60 s), and the share of a step's time that it then saves.
+COMPILE_CPU_SECONDS, SAVED_SHARE = 40.0, 0.2
 
 
 @dataclass(frozen=True)
@@ -79,7 +84,11 @@ def prepare_machine(config: TrainConfig) -> Machine:
     if compiled == "auto":
         # What writes answers is eager: then the gradient is of the very probabilities under which they were drawn.
         eager = config.stage.definition.trains_on_answers
-        compiled = not eager and compiler_works(cache_folder(config.paths), device, dtype, config.model, fp8)
+        compiled = (
+            not eager
+            and _given_length_is_worth_it(config, device, dtype)
+            and compiler_works(cache_folder(config.paths), device, dtype, config.model, fp8)
+        )
     attention, reasons = _attention_of(config, device, dtype, compiled)
     machine = Machine(device, device_name(device), dtype, compiled, fp8=fp8, attention=attention)
     many = f"{place.world_size} processes, each on " if place.world_size > 1 else ""
@@ -91,6 +100,38 @@ def prepare_machine(config: TrainConfig) -> Machine:
     if device.type == "cuda" or config.trainer.attention != "auto":
         rank_zero_print("; ".join([f"Attention: {attention}", *reasons]) + ".")
     return machine
+
+
+def with_plan(machine: Machine, config: TrainConfig, plan: Plan) -> Machine:
+    """The machine for a stage whose length is known: eager where trainer.compile=auto would cost more than it saves."""
+    steps, flops = plan["num_steps"], plan["flops_per_token"] * plan["total_batch_tokens"]
+    if config.trainer.compile != "auto" or not machine.compile or _is_worth_compiling(machine.device, steps, flops):
+        return machine
+    attention, _ = _attention_of(config, machine.device, machine.compute_dtype, compiled=False)
+    return dataclasses.replace(machine, compile=False, attention=attention)
+
+
+def _given_length_is_worth_it(config: TrainConfig, device: torch.device, dtype: ComputeDType) -> bool:
+    """False where the settings alone say that compiling does not pay: then the compiler is not even tried."""
+    if config.max_steps is None or config.total_batch_tokens is None:
+        return True  # the plan will tell
+    flops = flops_per_token(resolve_model(config.model, config.tokenizer.vocab_size, dtype))
+    return _is_worth_compiling(device, config.max_steps, flops * config.total_batch_tokens)
+
+
+def _is_worth_compiling(device: torch.device, num_steps: int, flops_per_step: float) -> bool:
+    """Whether compiling saves this process more than it takes; where not, that is said. Of GPUs it is taken for true.
+
+    It is counted in seconds of one core, so that all machines of a training come to the same.
+    """
+    own_flops = num_steps * flops_per_step / launch_env().world_size
+    if device.type != "cpu" or estimate_cpu_seconds(own_flops, 1) * SAVED_SHARE > COMPILE_CPU_SECONDS:
+        return True
+    rank_zero_print(
+        f"torch.compile: not worth it for {num_steps:,} steps of so little: training eagerly (trainer.compile=true"
+        " compiles)."
+    )
+    return False
 
 
 def _attention_of(

@@ -15,7 +15,7 @@ from nanochat_pl.bundle import StageInfo, save_bundle
 from nanochat_pl.bundle.bundle import hash_of_weights, save_stage_info
 from nanochat_pl.bundle.stage_info import library_versions
 from nanochat_pl.bundle.tensors import TensorStream
-from nanochat_pl.common.console import rank_zero_print
+from nanochat_pl.common.console import console, rank_zero_print
 from nanochat_pl.common.device import choose_compute_dtype, gpu_memory_bytes
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.files import read_object, write_json
@@ -38,7 +38,7 @@ from nanochat_pl.training.checkpoint.history import read_changes
 from nanochat_pl.training.checkpoint.resume import newest_resume_file
 from nanochat_pl.training.config import TrainConfig
 from nanochat_pl.training.datamodule import RowsDataModule
-from nanochat_pl.training.device import Machine, own_device, prepare_machine, require_own_gpus
+from nanochat_pl.training.device import Machine, own_device, prepare_machine, require_own_gpus, with_plan
 from nanochat_pl.training.guarded import guard_callbacks, guard_loggers, guard_module
 from nanochat_pl.training.module import LMModule, ModuleConfig
 from nanochat_pl.training.rl.pass_at_k import in_words
@@ -106,6 +106,7 @@ def train_stage(
     coordination.assert_equal_across_ranks(
         rows, lambda mains: f"has memory for {rows} rows at once, the main one for {mains}.", smaller
     )
+    machine = with_plan(machine, config, prepared.plan)
     on_prepared(prepared)
     _say_shortened_warmup(config, prepared.plan)
     coordination.raise_on_all_ranks(lambda: _require_short_prompts(config, prepared))
@@ -121,6 +122,8 @@ def train_stage(
     for logger in started:
         logger.log_hyperparams(_hyperparameters_of_run(config, folder, prepared.plan))
     stage = _make_stage(config, machine, prepared, module_class)
+    if machine.compile and not console(stderr=True).is_terminal:  # where a bar would show that the first step is long
+        rank_zero_print("Compiling the model; the first step takes up to some minutes. trainer.compile=false skips it.")
     _train(config, folder, machine, prepared, stage, resume_from, started, callbacks, benchmarks)
 
 

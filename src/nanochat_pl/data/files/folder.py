@@ -71,9 +71,16 @@ def find_files(key: str, given: str, suffixes: Sequence[str] = SUFFIXES) -> Foun
 
 
 def require_there(key: str, given: str) -> None:
-    """Raise :class:`UserError` where a path, folder or glob means nothing that is there; no file is looked into."""
+    """Raise :class:`UserError` where a path, folder or glob means nothing that is there, an empty file or a folder
+    without files; no file is looked into."""
     path = Path(user_path(key, given))
-    if not path.exists() and not any(True for _ in _matching(str(path))):
+    if path.is_dir():
+        if all(file.name.startswith(".") for file in _files_below(path)):
+            raise UserError(f"{key}={given!r}: there are no files in this folder.")
+    elif path.is_file():
+        if path.stat().st_size == 0:
+            raise UserError(f"{key}={given!r}: this file is empty.")
+    elif not path.exists() and not any(True for _ in _matching(str(path))):
         raise UserError(_missing(key, given))
 
 
