@@ -2,7 +2,7 @@
 
 nanochat-pl runs
 nanochat-pl runs stage=base where="model.depth>=4 and val/bpb<1.2" sort=val/bpb
-nanochat-pl runs columns=[run,model.depth,val/bpb,errors.val/bpb] format=csv
+nanochat-pl runs 'columns=[run,model.depth,val/bpb,errors.val/bpb]' format=csv
 nanochat-pl runs delete=NAME
 """
 
