@@ -24,7 +24,8 @@ class CompareConfig(ChoiceSettings):
     """The root of configs/compare.yaml."""
 
     by: str | None = setting(
-        None, "A setting whose values make the groups; null: each name is a group, a single one is parted by itself."
+        None,
+        "A setting whose values make the groups; null: each name is a group, a single one is split by its settings.",
     )
     metrics: list[str] = setting(
         factory=lambda: [DEFAULT],

@@ -56,6 +56,11 @@ class RunsConfig:
     history: bool = setting(False, "All entries; false: of each stage of a run the newest.")
     paths: PathsSettings = setting(factory=PathsSettings)
 
+    @staticmethod
+    def explain_unknown(key: str, value: object) -> str | None:
+        """The name of a run is a condition on the ledger here, and a key of most other commands."""
+        return f": there is no such key; the entries of a run: where=run={value}." if key == "run" else None
+
     @property
     def reads_ledger(self) -> bool:
         """Whether the ledger is asked for."""
