@@ -13,6 +13,7 @@ help:  ## this list
 	@echo "  Another Python (3.11 to 3.13) for .venv: make setup PYTHON=python3.12"
 
 setup: $(INSTALLED)  ## install everything into .venv, with exact versions; HASHED=1: only files with known hashes
+	@echo "Now: source $(BIN)/activate"
 
 demo: $(INSTALLED)  ## from text to a chat model, 10 to 60 minutes on two CPU cores; again: says what is there
 	$(BIN)/nanochat-pl pipeline experiment=demo
@@ -60,6 +61,7 @@ $(INSTALLED): pyproject.toml constraints.txt hashes.txt
 	@$(PYTHON) -c '$(ONE_AT_A_TIME)' $(MAKE) --no-print-directory LOCKED=1 $@
 else
 $(INSTALLED): pyproject.toml constraints.txt hashes.txt
+	@echo "Installing some 200 packages into $(VENV): 3 GB (more with a CUDA build of PyTorch), a few minutes without output."
 	$(PYTHON) -m venv $(VENV)
 ifdef HASHED
 # pip asks for hashes of all or of none: torch, with what it needs of CUDA, comes after the others and by its version

@@ -51,7 +51,7 @@ def test_two_terminals_install_once(checkout: Path) -> None:
 
 
 def test_an_environment_that_is_there_is_not_installed_again(checkout: Path) -> None:
-    for _ in range(2):
-        process = make(checkout, "setup")
-        assert process.wait(60) == 0, process.communicate()[0]
+    said = [make(checkout, "setup").communicate(timeout=60)[0] for _ in range(2)]
+    assert [text.count("3 GB") for text in said] == [1, 0], said
+    assert all(text.endswith("Now: source .venv/bin/activate\n") for text in said), said
     assert (checkout / "log").read_text().split() == ["begin", "end"]

@@ -329,7 +329,7 @@ def test_parts_of_code_and_duplicate_keys(tmp_path: Path, tokenizer: Tokenizer) 
     assert of_rows(tmp_path, conversation)[0]["messages"][1]["content"][0] == {"type": "python", "text": "1+1"}
     twice = tmp_path / "twice.jsonl"
     twice.write_text('{"messages": [], "messages": []}\n', encoding="utf-8")
-    assert "'messages' stands twice" in read(twice, tmp_path).audit.examples["no JSON"][0]
+    assert "'messages' stands twice" in read(twice, tmp_path).audit.examples["invalid JSON"][0]
 
 
 def test_text_in_columns_of_other_types(tmp_path: Path) -> None:

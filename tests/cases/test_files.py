@@ -189,7 +189,7 @@ def test_15_a_column_that_is_there_twice(shared: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has the column 'text' 3 times"):
         check_file(tmp_path / "c.parquet", "text")
     (tmp_path / "d.jsonl").write_text('{"text": "a", "text": "b"}\n')
-    with pytest.raises(UserError, match=r"d\.jsonl:1: is no JSON: the key 'text' stands twice"):
+    with pytest.raises(UserError, match=r"d\.jsonl:1: is not valid JSON \(the key 'text' stands twice"):
         check_file(tmp_path / "d.jsonl", "text")
 
 

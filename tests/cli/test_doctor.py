@@ -129,7 +129,9 @@ def test_conversations(trained: Path, capsys: Captured) -> None:
     assert main(["doctor", *keys, *mine, "data.max_bad_fraction=0.2"]) == 0
     said = capsys.readouterr().out
     metrics = found(trained, "d3-sft")
-    assert metrics["bad_rows"] == {"mine: no JSON": 1} and "Rows of files left out: 1 (mine: no JSON)." in said
+    assert (
+        metrics["bad_rows"] == {"mine: invalid JSON": 1} and "Rows of files left out: 1 (mine: invalid JSON)." in said
+    )
     duplicates = metrics["found"]["duplicates"]
     assert duplicates["copies"] > 0 and duplicates["wanted"] > 300
     assert 0 < metrics["rows"][""]["target_share"] < 1

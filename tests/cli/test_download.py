@@ -270,7 +270,7 @@ def test_known_tokenizers_are_fetched_into_tiktokens_cache(
     assert main(["download", "tokenizers=true"]) == 0
     said = capsys.readouterr().out
     assert "Fetched the tokenizers of GPT-2 and GPT-4." in said and str(here / "tiktoken") in said
-    assert "nanochat-pl evaluate suites=[tokenizer]" in said
+    assert "nanochat-pl evaluate 'suites=[tokenizer]'" in said
     assert main(["download", "tokenizers=true"]) == 0
     assert "Nothing to fetch" in capsys.readouterr().out
 

@@ -72,7 +72,7 @@ def test_fine_tuning_starts_from_an_imported_run(golden: Path, here: Path) -> No
         (["source=.", "to=full"], "to=full: is there already."),
         (["source=bundle", "to=x"], "source=bundle: is a bundle already."),
         (["source=.", "to=x", "era=nanochat_2027"], "era"),
-        (["source=.", "run=../x"], "is no name for a run"),
+        (["source=.", "run=../x"], "is not a valid run name"),
     ],
 )
 def test_mistakes_are_said(arguments: list[str], said: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -69,6 +69,12 @@ def test_help_of_a_group_shows_all_of_its_keys(capsys: pytest.CaptureFixture[str
     assert "did you mean model?" in capsys.readouterr().err
 
 
+def test_help_shows_the_data_that_is_trained_on_by_default(capsys: pytest.CaptureFixture[str]) -> None:
+    """It showed python_docs, where --cfg job shows auto."""
+    assert main(["train", "--help", "data"]) == 0
+    assert "data.name=auto " in capsys.readouterr().out
+
+
 def test_help_shows_numbers_as_numbers(capsys: pytest.CaptureFixture[str]) -> None:
     """0.0 was shown as false and 1 as true, since they are equal."""
     assert main(["train", "--help", "model.init", "trainer"]) == 0
@@ -127,18 +133,18 @@ def test_an_unknown_verb_names_the_nearest(capsys: pytest.CaptureFixture[str]) -
         (["chat", "bundle=nowhere"], "bundle=nowhere: there is no such folder."),
         (["chat", "bundle=nowhere", "run=x"], "bundle: names a model by itself"),
         (["evaluate", "bundle=nowhere"], "to: is missing"),
-        (["report", "run=../x"], "run='../x': is no name for a run."),
+        (["report", "run=../x"], "run='../x': is not a valid run name."),
         (["runs", "delete=x"], "delete=x: there is no such run in runs"),
         (["train", "stage=sft"], "runs: no run has a finished stage base."),
         (["train", "stage=base", "paths.runs=file/runs"], "Not a directory"),
         (["chat", "prompt=What", "is", "12"], 'error: is: put quotes around text with blanks: prompt="…"\n'),
-        (["chat", "run="], "run='': is no name for a run."),
-        (["evaluate", "run="], "run='': is no name for a run."),
-        (["report", "run="], "run='': is no name for a run."),
-        (["train", "run="], "run='': is no name for a run."),
-        (["pipeline", "experiment=tiny", "run="], "run='': is no name for a run."),
+        (["chat", "run="], "run='': is not a valid run name."),
+        (["evaluate", "run="], "run='': is not a valid run name."),
+        (["report", "run="], "run='': is not a valid run name."),
+        (["train", "run="], "run='': is not a valid run name."),
+        (["pipeline", "experiment=tiny", "run="], "run='': is not a valid run name."),
         (["train", "run="], "Use letters, digits and"),
-        (["train", "run=a b"], "run='a b': is no name for a run."),
+        (["train", "run=a b"], "run='a b': is not a valid run name."),
         (["pipeline", "experiment=tiny", "paths.runs=file/runs"], "Not a directory"),
         (["plan", "explain=nothing"], "there is no value 'nothing'"),
         (["train", "-m", "model.depth=3"], "-m: no key has several values."),

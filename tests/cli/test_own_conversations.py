@@ -57,6 +57,7 @@ def test_a_file_of_conversations_is_trained_on_and_not_judged(here: Path, capsys
     said = capsys.readouterr().out
     assert "1 bad rows are left out (1 empty content; the first: chats.jsonl, line 8: messages[1].content" in said
     assert "2.00 epochs" in said and "padding" in said
+    assert "raise mixture.tasks.conversations.chats.repeat or stage.num_epochs" in said
     stage = json.loads((here / "runs/tiny/sft/bundle/stage.json").read_text(encoding="utf-8"))
     data = stage["data"]
     assert data["files"]["chats"]["rows"] == 120 and data["files"]["chats"]["bad"] == {"empty content": 1}
@@ -89,10 +90,10 @@ def test_too_many_bad_rows_stop_the_run_before_anything_is_written(
     shown = capsys.readouterr()
     for part in (
         "mixture.tasks.conversations.chats: 3 of 5 rows are bad, 60.00%; data.max_bad_fraction=0.01 allows 1.00%",
-        "1 with no JSON",
-        "chats.jsonl, line 3: is no JSON",
-        "1 with empty content",
-        "1 with unknown role",
+        "1 × invalid JSON",
+        "chats.jsonl, line 3: is not valid JSON",
+        "1 × empty content",
+        "1 × unknown role",
         "chats.jsonl, line 5: messages[0].role='narrator'",
     ):
         assert part in shown.err, part

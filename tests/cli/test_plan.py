@@ -79,6 +79,9 @@ def test_a_wrong_wish_is_one_error(here: Path, capsys: pytest.CaptureFixture[str
     err = capsys.readouterr().err
     assert "mfu=1.5: is above 1." in err and "price_per_hour=-1: is below 0." in err
     assert "num_devices=0: is below 1." in err
+    Path("my_text").mkdir()
+    assert plan("data=local", "data.path=my_texts/") == 2
+    assert "; did you mean my_text?" in capsys.readouterr().err
     assert plan("data=local", "data.path=nowhere") == 2
     assert "data.path='nowhere': there is no such file or folder" in capsys.readouterr().err
 

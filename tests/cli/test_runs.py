@@ -37,6 +37,11 @@ def test_the_list(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert lines[2] == ["d4", "sft", "unfinished", "7", "1.0"]
 
 
+def test_the_name_of_a_run_is_a_condition() -> None:
+    with pytest.raises(UserError, match="where=run=pipe"):
+        run(["run=pipe"])
+
+
 def test_how_far_an_unfinished_stage_is(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The last line may be half written, and the newest resume file is older than it."""
     sft = runs / "d4" / "sft"

@@ -43,14 +43,14 @@ def test_names_that_are_fine(name: str) -> None:
     "name", ["", " ", "a b", "a=1", "a,b", "../up", "a/b", ".hidden", "-m", "x" * 201, "a\n", "\x00"]
 )
 def test_names_that_are_refused(name: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is no name for a run"):
+    with pytest.raises(UserError, match="is not a valid run name"):
         stage_folder(tmp_path, name, "base")
 
 
 @pytest.mark.parametrize("name", ["doctor", "base", "evaluation"])
 def test_names_of_the_programs_own_folders_are_reserved(name: str, tmp_path: Path) -> None:
     """The doctor's reports lie in RUNS/doctor: a run of that name shared the folder, and was deleted with them."""
-    with pytest.raises(UserError, match=f"run={name}: is no name for a run, but one of the program's own"):
+    with pytest.raises(UserError, match=f"run={name}: is not a valid run name: it is one of the program's own"):
         stage_folder(tmp_path, name, "base")
     (tmp_path / name / "base").mkdir(parents=True)  # of an older version
     (tmp_path / name / "base" / "lock").touch()

@@ -69,7 +69,7 @@ def test_stage_sets_its_schedule_and_the_command_line_wins() -> None:
         ("model.head_dim=[1,2", "model.head_dim=[1,2: the value cannot be read"),
         ("model.depth=2,4", "model.depth=2,4: several values for one key need -m"),
         ("model.depth", "model.depth: is not of the form key=value."),
-        ("run=", "run='': is no name for a run. Use letters"),
+        ("run=", "run='': is not a valid run name. Use letters"),
         ("--model.depth=4", "--model.depth=4: options are written key=value, without dashes"),
         ("~model.dpeth", "~model.dpeth: there is nothing of that name to delete."),
         ("~model.depth=4", "~model.depth=4: write ~model.depth, without a value."),

@@ -105,7 +105,7 @@ BROKEN: dict[str, tuple[str, Bytes, str, Bytes | str]] = {
         "no whole gzip file",
         lambda text: gzip.compress(jsonl(text)),
     ),
-    "half a line": ("a.jsonl", lambda text: jsonl(text)[:-30], "is no JSON", jsonl),
+    "half a line": ("a.jsonl", lambda text: jsonl(text)[:-30], "is not valid JSON", jsonl),
     "no UTF-8": ("a.txt", lambda text: text + b"caf\xe9", "is not UTF-8: byte ", lambda text: text + "é".encode()),
 }
 

@@ -87,8 +87,8 @@ def test_rows_come_in_several_forms(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "cause", "example"),
     [
-        (b'[{"role": "us', "no JSON", "line 2: is no JSON"),
-        (b"[" * 100_000, "no JSON", "line 2: is no JSON"),
+        (b'[{"role": "us', "invalid JSON", "line 2: is not valid JSON"),
+        (b"[" * 100_000, "invalid JSON", "line 2: is not valid JSON"),
         (b'["\xff\xfe"]', "not UTF-8", "line 2: is not UTF-8."),
         (b"3", "no list of messages", "line 2: is int, not a list of messages"),
         (b"null", "no messages", "has no messages"),
@@ -123,7 +123,7 @@ def test_a_bad_row_is_counted_by_its_cause_and_named(row: Any, cause: str, examp
 
 def test_only_the_first_few_are_named(tmp_path: Path) -> None:
     file = read(lines_file(tmp_path, *[b"x"] * 50, MESSAGES))
-    assert file.audit.bad == {"no JSON": 50} and len(file.audit.examples["no JSON"]) == 3
+    assert file.audit.bad == {"invalid JSON": 50} and len(file.audit.examples["invalid JSON"]) == 3
 
 
 def test_what_teaches_nothing_is_left_off_and_counted(tmp_path: Path) -> None:
@@ -141,7 +141,7 @@ def test_a_table_may_hold_nulls_and_text_that_is_none(tmp_path: Path) -> None:
     assert file.row_number(1) == 3
     offsets, data = pa.py_buffer(b"\0\0\0\0\1\0\0\0\2\0\0\0"), pa.py_buffer(b"a\xff")
     pq.write_table(pa.table({"messages": pa.StringArray.from_buffers(2, offsets, data)}), tmp_path / "b.parquet")
-    assert read(tmp_path / "b.parquet").audit.bad == {"no JSON": 1, "not UTF-8": 1}
+    assert read(tmp_path / "b.parquet").audit.bad == {"invalid JSON": 1, "not UTF-8": 1}
 
 
 def test_what_is_no_such_file_at_all(tmp_path: Path) -> None:

@@ -6,6 +6,9 @@ The log (docs/LOG.md) tells what was done at a date; commands in it may be of th
 from __future__ import annotations
 
 import os
+import re
+import shutil
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -40,6 +43,20 @@ def own_code(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 def test_what_a_page_says_is_so(path: Path, own_code: None) -> None:
     assert validation_errors(read_page(path), ROOT) == []
+
+
+@pytest.mark.skipif(not shutil.which("bash"), reason="needs bash")
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_shell_blocks_are_read_by_bash_and_zsh(path: Path) -> None:
+    """zsh takes ``key=[a,b]`` and ``key=a*`` for globs, and ends where they match nothing."""
+    for block in read_page(path).blocks:
+        if block.language != "sh":
+            continue
+        checked = subprocess.run(["bash", "-n"], input=block.text, text=True, capture_output=True, check=False)
+        assert not checked.stderr, f"{path.name}:{block.line}: {checked.stderr}"
+        bare = re.sub(r"'[^']*'|\"[^\"]*\"|(^|(?<=\s))#.*|\$\([^)]*\)", "", block.text, flags=re.MULTILINE)
+        unquoted = re.findall(r"\S*[][()*?]\S*", bare)
+        assert not unquoted, f"{path.name}:{block.line}: to be quoted: {unquoted}"
 
 
 def test_links_of_the_log_resolve() -> None:

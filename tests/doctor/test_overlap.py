@@ -85,7 +85,7 @@ def test_a_bundle_that_is_none_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"eval_bundle=.*no \*\.jsonl"):
         read_eval_bundle(tmp_path / "nothing")
     (tmp_path / "x.jsonl").write_text('{"a": "b"}\n{', encoding="utf-8")
-    with pytest.raises(UserError, match=r"x\.jsonl, line 2: is no JSON"):
+    with pytest.raises(UserError, match=r"x\.jsonl, line 2: is not valid JSON"):
         read_eval_bundle(tmp_path)
 
 

@@ -282,7 +282,7 @@ def test_a_file_that_links_out_of_the_bundle_is_refused(tmp_path: Path) -> None:
         ("letters", {"choices": ["a", "b"], "gold": 0}, r"query=None: must be text"),
         ("who", {"context_options": ["a", 1], "continuation": "b", "gold": 0}, r"a list of two texts"),
         ("numbers", {"context": "a"}, r"continuation=None"),
-        ("numbers", [1], r"is no JSON object"),
+        ("numbers", [1], r"is not a JSON object"),
         ("numbers", {"context": "a", "continuation": "\ud83d"}, r"line 1: continuation='\\ud83d': .* half a surrogate"),
         (
             "letters",
@@ -296,7 +296,7 @@ def test_a_row_that_is_no_problem_is_named(tmp_path: Path, name: str, row: Any, 
     bundle.by_name[name].path.write_text(json.dumps(row) + "\n{\n", encoding="utf-8")
     with pytest.raises(UserError, match=message) as raised:
         evaluate_core_task(bundle, name, *model())
-    assert len(raised.value.problems) == 2 and "line 2: is no JSON" in str(raised.value)
+    assert len(raised.value.problems) == 2 and "line 2: is not valid JSON" in str(raised.value)
 
 
 @pytest.mark.parametrize(("size", "shots"), [(2, 1), (12, 3), (12, 11), (200, 10), (5000, 2)])

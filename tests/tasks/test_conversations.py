@@ -48,7 +48,7 @@ def test_one_file_is_split_by_a_hash_and_copies_stay_together(tmp_path: Path) ->
     assert not set(train) & set(test) and sorted({*train, *test}, key=int) == [str(n) for n in range(400)]
     more = write(tmp_path / "more.jsonl", *range(500))
     assert set(answers(opened(tmp_path, "test", path=more))) >= set(test), "new rows move no old one"
-    assert "a hash of each holds out 5.00%" in opened(tmp_path, path=path).describe()[0]
+    assert " of 800 held out, chosen by a hash of each" in opened(tmp_path, path=path).describe()[0]
 
 
 def test_of_a_handful_one_is_held_out_and_one_is_kept(tmp_path: Path) -> None:
@@ -125,9 +125,21 @@ def test_bad_rows_are_put_up_with_to_a_share(tmp_path: Path) -> None:
         file.write('{"messages": []}\n')
     assert len(opened(tmp_path, path=path)) + len(opened(tmp_path, "test", path=path)) == 99
     assert "the first: a.jsonl, line 100: has no messages." in opened(tmp_path, path=path).describe()[1]
-    with pytest.raises(UserError, match=r"1 of 100 rows are bad, 1\.00%; data\.max_bad_fraction=0 allows") as error:
+    with pytest.raises(UserError) as error:
         opened(tmp_path, max_bad=0.0, path=path)
-    assert "  a.jsonl, line 100: has no messages." in error.value.problems and "max_bad_fraction" in error.value.fix
+    (problem,) = error.value.problems
+    assert problem.endswith(": a.jsonl, line 100: has no messages.")
+    assert "Fix the row; or data.max_bad_fraction=0.01 leaves such rows out." in error.value.fix
+    with path.open("a", encoding="utf-8") as file:
+        file.write('{"messages": []}\n{"messages": [{"role": "us')
+    with pytest.raises(UserError, match=r"3 of 102 rows are bad, 2\.94%; data\.max_bad_fraction=0\.01 allows") as error:
+        opened(tmp_path, max_bad=0.01, path=path)
+    (problem,) = error.value.problems
+    assert problem.splitlines()[-2:] == [
+        "  1 × invalid JSON:",
+        "    a.jsonl, line 102: is not valid JSON (unterminated string, column 24).",
+    ]
+    assert "data.max_bad_fraction=0.03 leaves" in error.value.fix
     with pytest.raises(UserError, match="its files hold no conversation"):
         opened(tmp_path, path=write(tmp_path / "empty.jsonl"))
 

@@ -252,8 +252,8 @@ def test_downloaded_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     [
         ("", "has no rows"),
         ('{"question": "a"}\n', r":1: has no column 'answer'; its columns: question"),
-        ('{"question": "a", "answer": "#### 1"}\n{"quest', ":2: is no JSON"),
-        ("[1]\n", ":1: is no JSON object"),
+        ('{"question": "a", "answer": "#### 1"}\n{"quest', ":2: is not valid JSON"),
+        ("[1]\n", ":1: is not a JSON object"),
     ],
 )
 def test_lines_that_are_no_rows(text: str, said: str, tmp_path: Path) -> None:

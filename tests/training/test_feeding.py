@@ -186,7 +186,7 @@ def test_an_error_of_the_builder_ends_the_training_with_one_message(
     keys = ["max_steps=400", f"trainer.num_workers={num_workers}", "trainer.checkpoint_every_steps=1000"]
     assert train(f"run={folder.name}", *streaming, *keys) == 2
     said = capsys.readouterr()
-    assert said.err.count("3.jsonl:2: is no JSON") == 1 and "Traceback" not in said.err + said.out
+    assert said.err.count("3.jsonl:2: is not valid JSON") == 1 and "Traceback" not in said.err + said.out
     last = (folder / "base" / "metrics.csv").read_text(encoding="utf-8").splitlines()[-1]
     newest = newest_resume_file(folder / "base" / "checkpoints")
     assert newest is not None and newest.name == f"step={int(last.split(',')[0]):06d}.ckpt", "no step is lost"

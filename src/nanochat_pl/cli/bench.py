@@ -1,8 +1,8 @@
 """Measures how fast a trained model generates on this machine, beside what the machine could.
 
 nanochat-pl bench run=demo
-nanochat-pl bench bundle=PATH batch_sizes=[1,64] prompt_tokens=512 dtype=bfloat16
-nanochat-pl bench run=demo batch_sizes=[1] quantize=int8
+nanochat-pl bench bundle=PATH 'batch_sizes=[1,64]' prompt_tokens=512 dtype=bfloat16
+nanochat-pl bench run=demo 'batch_sizes=[1]' quantize=int8
 nanochat-pl bench run=demo compile=true
 """
 

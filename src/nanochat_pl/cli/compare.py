@@ -1,7 +1,7 @@
 """Compares groups of runs that differ in their seed: intervals, verdicts in words, and how many seeds would be needed.
 
 nanochat-pl compare 'd4-seed*' 'd4-plain-seed*'
-nanochat-pl compare by=model.backout model.depth=4 metrics=[val/bpb,seconds] to=backout
+nanochat-pl compare by=model.backout model.depth=4 'metrics=[val/bpb,seconds]' to=backout
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ class CompareConfig(ChoiceSettings):
     """The root of configs/compare.yaml."""
 
     by: str | None = setting(
-        None, "A setting whose values make the groups; null: each name is a group, a single one is parted by itself."
+        None,
+        "A setting whose values make the groups; null: each name is a group, a single one is split by its settings.",
     )
     metrics: list[str] = setting(
         factory=lambda: [DEFAULT],

@@ -112,7 +112,7 @@ def _fetch_eval_bundle(config: DownloadConfig) -> int:
     folder, is_new = fetch_eval_bundle(cache_folder(config.paths), refresh=config.refresh)
     rank_zero_print("Fetched the evaluation bundle." if is_new else "Nothing to fetch: the evaluation bundle is here.")
     rank_zero_print(f"Where: {folder}")
-    next_steps([("measure a model on it", "nanochat-pl evaluate suites=[core]")])
+    next_steps([("measure a model on it", "nanochat-pl evaluate 'suites=[core]'")])
     return 0
 
 
@@ -122,7 +122,7 @@ def _fetch_tokenizers() -> int:
         f"Fetched the tokenizers of {' and '.join(fetched)}." if fetched else "Nothing to fetch: they are here."
     )
     rank_zero_print(f"Where: {folder} (TIKTOKEN_CACHE_DIR)")
-    next_steps([("compare a run's tokenizer with them", "nanochat-pl evaluate suites=[tokenizer]")])
+    next_steps([("compare a run's tokenizer with them", "nanochat-pl evaluate 'suites=[tokenizer]'")])
     return 0
 
 

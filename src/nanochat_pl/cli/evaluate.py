@@ -1,7 +1,7 @@
 """Measures a trained stage: suites of tasks, bits per byte, samples; as tables, JSON and CSV.
 
 nanochat-pl evaluate run=demo
-nanochat-pl evaluate run=demo stage=base suites=[bpb,core,samples]
+nanochat-pl evaluate run=demo stage=base 'suites=[bpb,core,samples]'
 nanochat-pl evaluate bundle=PATH to=FOLDER
 nanochat-pl evaluate run=new against=demo
 torchrun --nproc-per-node 8 -m nanochat_pl.cli.main evaluate run=demo

@@ -132,7 +132,7 @@ def check_all(steps: Sequence[Step]) -> list[Composed]:
         except UserError as error:
             problems |= dict.fromkeys(error.problems)
     if problems:
-        raise UserError(list(problems), "Keys and their meaning: nanochat-pl train --help")
+        raise UserError(list(problems), "Keys and their meaning: nanochat-pl pipeline --help, nanochat-pl train --help")
     return composed
 
 
@@ -229,4 +229,4 @@ def _require_takers(overrides: Sequence[str], steps: Sequence[Step]) -> None:
         elif not any(_has(step.schema, text) for step in steps):
             problems.append(f"{key}: no step of the pipeline has such a key.")
     if problems:
-        raise UserError(problems, "Keys and their meaning: nanochat-pl train --help")
+        raise UserError(problems, "Keys and their meaning: nanochat-pl pipeline --help, nanochat-pl train --help")

@@ -2,7 +2,7 @@
 
 nanochat-pl runs
 nanochat-pl runs stage=base where="model.depth>=4 and val/bpb<1.2" sort=val/bpb
-nanochat-pl runs columns=[run,model.depth,val/bpb,errors.val/bpb] format=csv
+nanochat-pl runs 'columns=[run,model.depth,val/bpb,errors.val/bpb]' format=csv
 nanochat-pl runs delete=NAME
 """
 
@@ -55,6 +55,11 @@ class RunsConfig:
     format: Literal["table", "csv", "json"] = setting("table", "What is printed; json without columns: whole entries.")
     history: bool = setting(False, "All entries; false: of each stage of a run the newest.")
     paths: PathsSettings = setting(factory=PathsSettings)
+
+    @staticmethod
+    def explain_unknown(key: str, value: object) -> str | None:
+        """The name of a run is a condition on the ledger here, and a key of most other commands."""
+        return f": there is no such key; the entries of a run: where=run={value}." if key == "run" else None
 
     @property
     def reads_ledger(self) -> bool:

@@ -248,12 +248,12 @@ def check_name(name: str) -> None:
     """Raise :class:`UserError` for a name that cannot be a run's folder, or that command lines stumble over."""
     if not re.fullmatch(r"\w[\w.+-]*", name) or len(name) > MAX_NAME_LENGTH:
         raise UserError(
-            f"run={name!r}: is no name for a run.",
+            f"run={name!r}: is not a valid run name.",
             f"Use letters, digits and . + - _ (at most {MAX_NAME_LENGTH}, a letter or digit first).",
         )
     if name in RESERVED:
         raise UserError(
-            f"run={name}: is no name for a run, but one of the program's own folders ({', '.join(RESERVED)}).",
+            f"run={name}: is not a valid run name: it is one of the program's own folders ({', '.join(RESERVED)}).",
             "Give another: run=NAME. A run that has this name is renamed by renaming its folder.",
         )
 

@@ -57,9 +57,9 @@ def what_it_holds(metric: MetricComparison, result: Comparison) -> str:
     how = "pairs of one seed" if pairs == {True} else "unpaired runs" if pairs == {False} else "pairs where there are"
     share = f"{100 * (1 - ALPHA):.0f} %"
     looks = (
-        f"intervals of {share} that hold at every look together, after each seed"
+        f"{share} intervals that hold at every look together, after each seed"
         if result.sequential
-        else f"intervals of {share} for a number of seeds that was said before"
+        else f"{share} intervals, for a number of seeds fixed in advance"
     )
     sentence = f"Differences are from {base.label}, of {how}: {looks}."
     if len(tested) > 1:

@@ -75,6 +75,7 @@ class StageMetrics:
         steps: of the plan, of ``rows_per_step``.
         validation_rows: that there are, of ``validation_rows_wanted``.
         vocab_size, model_vocab_size: ids of the tokenizer, and of the model (with padding).
+        fitted_tokenizer: whether the tokenizer was trained on this text.
         cut: conversations cut to a row.
         bad_rows: rows of files that were left out, by cause.
         made_sets: evaluation sets whose items are made of templates and of the same words as those to train on.
@@ -92,6 +93,7 @@ class StageMetrics:
     validation_rows_wanted: int
     vocab_size: int
     model_vocab_size: int
+    fitted_tokenizer: bool = False
     cut: int = 0
     bad_rows: dict[str, int] = field(default_factory=dict)
     made_sets: tuple[str, ...] = ()
@@ -240,10 +242,13 @@ def _of_text(metrics: StageMetrics, found: Found) -> Iterator[Finding]:
     for cause, count in metrics.bad_rows.items():
         yield Finding(False, f"Rows of files left out: {count:,} ({cause}).")
     if train.bytes_per_token < MIN_BYTES_PER_TOKEN and not chat:
+        fits = metrics.fitted_tokenizer
+        cause = "the tokenizer's vocabulary is small" if fits else "the tokenizer does not fit this text"
+        size = f"tokenizer.vocab_size ({metrics.vocab_size:,})"
         yield Finding(
             False,
-            f"A token stands for {train.bytes_per_token:.2f} bytes only: the tokenizer does not fit this text.",
-            "Train one on it: another run, run=NEW, and a larger tokenizer.vocab_size.",
+            f"A token stands for {train.bytes_per_token:.2f} bytes only: {cause}.",
+            f"Raise {size}." if fits else f"Train one on it: another run, run=NEW, and a larger {size}.",
         )
     if train.tokens.longest > MAX_SHARE_OF_ONE * train.tokens.total:
         share = train.tokens.longest / train.tokens.total

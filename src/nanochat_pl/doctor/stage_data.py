@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from nanochat_pl.bundle.bundle import load_stage_info
 from nanochat_pl.common.device import choose_compute_dtype, choose_device, device_name
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.run_dir import StageFolder
@@ -105,13 +106,21 @@ def _base_data(config: TrainConfig, folder: StageFolder, cache: Path) -> Examine
         rows[name] = Rows(read, part.index, part.sequence_len, part.bos_id)
     source, eval_sets = open_source(config.data, cache), _at_hand(config, cache)
     metrics = _metrics(config.stage.name, source.describe(), prepared, rows, eval_sets, _remarks_of(source))
+    fitted = _is_of_text(folder.parent("tokenizer"), source)
     return ExaminedStage(
-        metrics,
+        dataclasses.replace(metrics, fitted_tokenizer=fitted),
         Documents({name: part.cache for name, part in rows.items()}, tokenizer),
         Documents({name: part.rows.cache for name, part in validation.sources.items()}, tokenizer),
         eval_sets,
         shortfall=tuple(_shortfall(source, prepared)),
     )
+
+
+def _is_of_text(tokenizer: StageFolder, source: Source) -> bool:
+    """Whether a stage's tokenizer was trained on this text; where the run has none, the doctor has made one of it."""
+    if tokenizer.status != "finished":
+        return True
+    return load_stage_info(tokenizer.bundle).data.get("fingerprint") == source.fingerprint
 
 
 def _metrics(

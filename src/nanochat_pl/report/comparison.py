@@ -105,7 +105,7 @@ def overlays_of(metric: str, groups: Sequence[Group], curves: Mapping[str, Mappi
             name = column.rpartition("/")[2] or "steps"
             found.append(Overlay(f"{file_name(metric)}-{name}", metric, unit, bands))
     if others := _named(groups, [None, *(_apart(groups[0], group, metric, curves) for group in groups[1:])]):
-        title = f"less {groups[0].label}"
+        title = f"minus {groups[0].label}"
         found.append(Overlay(f"{file_name(metric)}-differences", title, AXES[""][0][0], others, from_zero=True))
     return found
 

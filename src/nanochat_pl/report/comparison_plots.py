@@ -88,7 +88,7 @@ def dots_svg(metric: MetricComparison, key: str) -> str:
         _draw_values(left, rows)
         if tested:
             _draw_differences(figure.add_axes((0.63, bottom, 0.24, share)), rows)
-        for x, text in ((0.23, f"{metric.metric}: runs, mean, 95 %"), (0.63, f"less {rows[0].label}")):
+        for x, text in ((0.23, f"{metric.metric}: runs, mean, 95 %"), (0.63, f"minus {rows[0].label}")):
             if x == 0.23 or tested:
                 figure.text(x, 1 - 0.22 / height, _short(text, 36), size=10.5, weight="bold", va="center")
 

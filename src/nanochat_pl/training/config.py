@@ -237,7 +237,7 @@ class TrainConfig(HorizonSettings):
     model: ModelSettings = setting(factory=ModelSettings)
     optim: OptimSettings = setting(factory=OptimSettings)
     schedule: ScheduleSettings = setting(factory=ScheduleSettings)
-    data: DataSettings = setting(factory=DataSettings)
+    data: DataSettings = setting(factory=lambda: DataSettings(name="auto"))
     mixture: MixtureSettings = setting(factory=MixtureSettings)
     rl: RLSettings = setting(factory=RLSettings)
     trainer: TrainerSettings = setting(factory=TrainerSettings)

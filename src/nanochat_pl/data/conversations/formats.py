@@ -22,7 +22,7 @@ from nanochat_pl.data.conversations.calls import (
     fault_of_answer,
 )
 from nanochat_pl.data.conversations.marks import LEARN, LEARN_NOT, MARKS, PIECES, marked_part, marked_row, weight_of
-from nanochat_pl.data.files.read import strict_json
+from nanochat_pl.data.files.read import json_fault, strict_json
 from nanochat_pl.tokenizer.chat_format import Fault, text_of_part
 
 MESSAGES = "messages"  # the key that a person need not name
@@ -155,7 +155,7 @@ def parse_json(text: str) -> Any | Fault:
     try:
         return strict_json(text)
     except (ValueError, RecursionError) as error:
-        return Fault("no JSON", f"is no JSON: {error}")
+        return Fault("invalid JSON", f"{json_fault(error)}.")
 
 
 def _holds(row: Mapping[str, Any], key: str) -> bool:

@@ -108,7 +108,7 @@ def _read_lines(path: Path, columns: Sequence[str]) -> list[Row]:
         where = f"{path}:{number}"
         row = json_line(line, where)
         if not isinstance(row, dict):
-            raise UserError(f"{where}: is no JSON object.")
+            raise UserError(f"{where}: is not a JSON object.")
         if missing := [column for column in columns if column not in row]:
             raise UserError(f"{where}: has no column {missing[0]!r}; its columns: {', '.join(row) or 'none'}.")
         rows.append({column: row[column] for column in columns})

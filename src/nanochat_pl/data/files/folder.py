@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import fnmatch
 import glob
+import itertools
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanochat_pl.common.errors import UserError
+from nanochat_pl.common.errors import UserError, did_you_mean
 from nanochat_pl.common.text_files import kind_of_file, require_regular
 from nanochat_pl.common.user_path import user_path
 from nanochat_pl.data.files.read import SUFFIXES, format_of
 
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".lz4")
 _MAX_NAMED = 8
+_MAX_COMPARED = 1000  # names of a folder among which the one that was meant is looked for
 _GONE = (FileNotFoundError, ProcessLookupError)  # what was deleted while it was listed, or a process that has ended
 
 
@@ -85,7 +87,18 @@ def require_there(key: str, given: str) -> None:
 
 
 def _missing(key: str, given: str) -> str:
-    return f"{key}={given!r}: there is no such file or folder (seen from {Path.cwd()})."
+    hint = _nearest(Path(user_path(key, given)))
+    return f"{key}={given!r}: there is no such file or folder (seen from {Path.cwd()}){hint}"
+
+
+def _nearest(path: Path) -> str:
+    """The end of a sentence: names in the same folder that are much like the one that is not there."""
+    try:
+        names = [entry.name for entry in itertools.islice(path.parent.iterdir(), _MAX_COMPARED)]
+    except OSError:
+        return "."
+    hint = did_you_mean(path.name, names)
+    return f"; {hint}" if hint.startswith("did you mean ") else "."
 
 
 def _in_folder(key: str, given: str, folder: Path, suffixes: Sequence[str]) -> FoundFiles:

@@ -117,7 +117,7 @@ def _jsonl_documents(path: Path, text_column: str) -> Iterator[str]:
 def _text_of_line(line: bytes, where: str, text_column: str) -> str:
     record = json_line(line, where)
     if not isinstance(record, dict):
-        raise UserError(f"{where}: is no JSON object with the key {text_column!r}: {line[:60]!r}")
+        raise UserError(f"{where}: is not a JSON object with the key {text_column!r}: {line[:60]!r}")
     if text_column not in record:
         raise UserError(
             f"{where}: has no key {text_column!r}; its keys: {', '.join(record)}",

@@ -95,15 +95,24 @@ def strict_json(text: str) -> Any:
     return json.loads(text, object_pairs_hook=_object)
 
 
+def json_fault(error: ValueError | RecursionError) -> str:
+    """What is wrong with a text that :func:`strict_json` did not take: a clause without its subject."""
+    if not isinstance(error, json.JSONDecodeError):
+        return f"is not valid JSON ({error})"
+    what = error.msg.removesuffix(" at").removesuffix(" starting")
+    line = f"line {error.lineno}, " if error.lineno > 1 else ""
+    return f"is not valid JSON ({what[:1].lower()}{what[1:]}, {line}column {error.colno})"
+
+
 def json_line(line: bytes, where: str) -> Any:
     """A line of JSON as plain data, see :func:`strict_json`. Raises UserError where it is none; names ``where``."""
     try:
         return strict_json(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         why = f"{error.reason} at byte {error.start:,} of the line"
-        raise UserError(f"{where}: is no JSON: it is not utf-8 ({why}).") from error
+        raise UserError(f"{where}: is not valid JSON: it is not utf-8 ({why}).") from error
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: is no JSON: {error}") from error
+        raise UserError(f"{where}: {json_fault(error)}.") from error
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

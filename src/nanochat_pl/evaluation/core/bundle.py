@@ -21,7 +21,7 @@ from nanochat_pl.common.text_files import is_unicode, read_text
 from nanochat_pl.common.user_path import user_path
 from nanochat_pl.common.yaml_files import read_yaml
 from nanochat_pl.data.cache.content_cache import fingerprint_of
-from nanochat_pl.data.files.read import lines_of, reading
+from nanochat_pl.data.files.read import json_fault, lines_of, reading
 from nanochat_pl.evaluation.core.prompts import Kind, Problem, kept_order
 
 # In the order of the published results.
@@ -139,11 +139,11 @@ def read_problems(task: CoreTask, most: int | None = None) -> list[Problem]:
         except UserError as error:
             faults.append(f"{task.path}, line {number}: {error.problems[0]}")
         except (ValueError, RecursionError) as error:
-            faults.append(f"{task.path}, line {number}: is no JSON: {error}")
+            faults.append(f"{task.path}, line {number}: {json_fault(error)}.")
         if len(faults) == MAX_PROBLEMS:
             break
     if faults or not problems:
-        fix = f"Mend the file, or leave {task.name} out of core.tasks."
+        fix = f"Fix the file, or leave {task.name} out of core.tasks."
         raise UserError(faults or f"{task.path}: has no problems.", fix)
     return problems
 
@@ -159,7 +159,7 @@ def fingerprint(task: CoreTask) -> str:
 def _problem(value: Any, row: int, kind: Kind) -> Problem:
     """A row of a file, checked. What else is in it is passed over."""
     if not isinstance(value, dict):
-        raise UserError("is no JSON object.")
+        raise UserError("is not a JSON object.")
     if kind == "language_modeling":
         return Problem(row, (_text(value, "context").strip(),), (_text(value, "continuation"),), 0)
     if kind == "schema":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -151,8 +152,12 @@ class ConversationSet(Task):
 
     def describe(self) -> list[str]:
         """Lines for people: what there is, what is held out by which rule, and what was left out or changed."""
-        rule = f"; a hash of each holds out {self._held_out:.2%}" if self._held_out is not None else ""
-        lines = [f"{self.name}: {len(self):,} conversations to train on, of {self.audit.rows:,} rows{rule}."]
+        if self._held_out is None:
+            rule = f"of {self.audit.rows:,} rows"
+        else:
+            num_held_out = sum(np.count_nonzero(file.places <= self._held_out) for file in self.files)
+            rule = f"{num_held_out:,} of {sum(map(len, self.files)):,} held out, chosen by a hash of each"
+        lines = [f"{self.name}: {len(self):,} conversations to train on, {rule}."]
         if self.audit.num_bad:
             causes = ", ".join(f"{count:,} {cause}" for cause, count in self.audit.bad.items())
             first = next(line for lines in self.audit.examples.values() for line in lines)
@@ -267,16 +272,20 @@ def _require_good(where: str, audit: Audit, max_bad_fraction: float) -> None:
         raise UserError(f"{where}: its files hold no conversation.")
     if audit.num_bad <= max_bad_fraction * audit.rows:
         return
-    lines = [
-        f"{where}: {audit.num_bad:,} of {audit.rows:,} rows are bad, {audit.num_bad / audit.rows:.2%}; "
-        f"data.max_bad_fraction={max_bad_fraction:g} allows {max_bad_fraction:.2%}."
-    ]
-    for cause, count in audit.bad.items():
-        lines.append(f"{count:,} with {cause}:")
-        lines += [f"  {line}" for line in audit.examples[cause]]
-    raise UserError(
-        lines, "Mend the files, or leave such rows out: data.max_bad_fraction=… Which forms are read: docs/data.md."
-    )
+    if audit.num_bad == 1:
+        problem, what = f"{where}: {next(iter(audit.examples.values()))[0]}", "the row"
+    else:
+        lines = [
+            f"{where}: {audit.num_bad:,} of {audit.rows:,} rows are bad, {audit.num_bad / audit.rows:.2%}; "
+            f"data.max_bad_fraction={max_bad_fraction:g} allows {max_bad_fraction:.2%}."
+        ]
+        for cause, count in audit.bad.items():
+            lines.append(f"  {count:,} × {cause}:")
+            lines += [f"    {line}" for line in audit.examples[cause]]
+        problem, what = "\n".join(lines), "the files"
+    enough = math.ceil(100 * audit.num_bad / audit.rows) / 100
+    left_out = f"; or data.max_bad_fraction={enough:g} leaves such rows out" if audit.num_bad < audit.rows else ""
+    raise UserError(problem, f"Fix {what}{left_out}. The forms that are read: docs/data.md.")
 
 
 def _share_held_out(where: str, files: Sequence[ConversationFile], fraction: float) -> float:

@@ -25,6 +25,7 @@ from nanochat_pl.tokenizer import Tokenizer
 from nanochat_pl.training.stage_data.parent import load_parent
 from nanochat_pl.training.stages.registry import StageContext, StageData
 
+FEW_STEPS = 20  # with fewer, what is learnt is hardly seen
 PADDED_BUFFER = 100  # conversations among which the packer finds the best fit: the recipe's
 VALIDATION_SEED = 0  # what is validated on depends on no setting of the training
 
@@ -59,6 +60,11 @@ def prepare_conversations(context: StageContext) -> StageData:
     if mixture.in_sequence:
         _announce_sequence(mixture, rows)
     _announce_rows(mixture, train_cache, rows)
+    if plan["num_steps"] < FEW_STEPS and config.max_steps is None and config.flops_budget is None:
+        repeats = [f"{task.key}.repeat or " for task in _file_tasks(mixture).values()][:1]
+        rank_zero_print(
+            f"Only {plan['num_steps']:,} steps, which teach little: raise {''.join(repeats)}stage.num_epochs for more."
+        )
     return StageData(
         plan=plan,
         rows=rows,

@@ -64,9 +64,13 @@ class ParentModel:
             options=options,
         )
         add_step_memory(plan, self.model, options)
-        for name, derived in plan.values.items():
-            if derived.overridden_by and derived.overridden_by.startswith("inherited"):
-                rank_zero_print(f"{name} = {derived.value:g}, {derived.overridden_by}.")
+        inherited = [
+            f"{name} = {derived.value:g}"
+            for name, derived in plan.values.items()
+            if derived.overridden_by and derived.overridden_by.startswith("inherited")
+        ]
+        if inherited:
+            rank_zero_print(f"Inherited from {self.folder.stage}: {', '.join(inherited)}.")
         return plan
 
     def start(self, context: StageContext) -> dict[str, Any]:
@@ -93,6 +97,6 @@ def load_parent(context: StageContext) -> ParentModel:
     model = with_documents_of(context.config.model, load_config(bundle))
     sha256 = hash_of_weights(bundle)  # before any text is prepared for weights that are not there
     require_room_for(context, model)
-    rank_zero_print(f"{context.config.stage.name} starts from {bundle}, {info.step:,} steps.")
+    rank_zero_print(f"{context.config.stage.name} starts from {bundle} (trained for {info.step:,} steps).")
     inherited = Inherited.from_plain(info.plan, f"{bundle}/stage.json: plan")
     return ParentModel(folder, info, model, load_tokenizer(bundle), inherited, sha256)
