@@ -13,9 +13,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from bench_processes import spread
+from _report import report, spread
 from torch import Tensor
 
 from nanochat_pl.distributed import collectives
@@ -66,12 +67,12 @@ def measure(num_pairs: int, depth: int, vocab_size: int, rows: int, micro_batche
     pairs = [pair[::-1] if number % 2 else pair for number, pair in enumerate(pairs)]  # now: after, early
     share = early_share(net, backward)
     if collectives.is_rank_zero():
-        names = ("wall clock", "CPU time", "seconds waited")
-        for column, name in enumerate(names):
+        found: dict[str, Any] = {"gradient bytes complete while a tenth of the backward is left": share}
+        for column, name in enumerate(("wall clock", "CPU time", "seconds waited")):
             after, early = ([pair[kind][column] for pair in pairs] for kind in (0, 1))
-            ratios = [b / a for a, b in zip(after, early, strict=True)]
-            print(f"{name}, in the backward over after it: {spread(ratios)}; after it {spread(after)} s")
-        print(f"gradient bytes complete while a tenth of the backward is left: {share:.0%}")
+            ratios = [b / a for a, b in zip(after, early, strict=True) if a]
+            found |= {f"{name}, in the backward over after it": spread(ratios), f"{name}, after it": spread(after)}
+        report("early_reduction", num_pairs, found)
     collectives.stop()
 
 

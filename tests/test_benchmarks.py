@@ -28,6 +28,7 @@ SLOW = {
     "bench_core": "--repeats 1 --items 2",
     "bench_trainer": "--pairs 4 --eager",
     "bench_compile": "--pairs 2",
+    "bench_early_reduction": "--pairs 2 --depth 1 --vocab 300 --rows 1",
     "bench_processes": "--rounds 1 --steps 2",
     "bench_startup": "--repeats 1 --experiment tiny",
 }

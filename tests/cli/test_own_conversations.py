@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from nanochat_pl.cli.main import main
+from nanochat_pl.training.stage_data import conversations as stage_conversations
 
 TINY = [
     "model.depth=2",
@@ -49,7 +50,10 @@ def here(base: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return base
 
 
-def test_a_file_of_conversations_is_trained_on_and_not_judged(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_of_conversations_is_trained_on_and_not_judged(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stage_conversations, "FEW_STEPS", 1000)
     lines = [talk(f"say {n}", f"{n} {n}") for n in range(120)]
     lines[7] = talk("hm?", " ")
     (here / "chats.jsonl").write_text("\n".join(lines), encoding="utf-8")

@@ -26,7 +26,6 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule
 
-from nanochat_pl.bundle import tensors
 from nanochat_pl.cli.main import main
 from nanochat_pl.optim import MuonAdamW
 from nanochat_pl.training.callbacks import metrics
@@ -130,7 +129,6 @@ def _watch_files() -> None:
     os.fsync = _fsync  # type: ignore[assignment]
     builtins.open = io.open = _open_watched
     torch.save = _torn(torch.save)
-    tensors.save_file = _torn(tensors.save_file)
 
 
 def _fsync(descriptor: int) -> None:

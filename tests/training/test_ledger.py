@@ -100,7 +100,15 @@ def test_a_ledger_that_cannot_be_written_costs_no_training(
 def test_bench_adds_what_inference_costs(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(place / "runs" / "whole", tmp_path / "whole")
     shutil.copy(place / "runs" / LEDGER, tmp_path)
-    keys = ["batch_sizes=[1,2]", "prompt_tokens=4", "new_tokens=3", "repeats=1", "accelerator=cpu", "dtype=float32"]
+    keys = [
+        "batch_sizes=[1,2]",
+        "prompt_tokens=4",
+        "new_tokens=3",
+        "repeats=1",
+        "accelerator=cpu",
+        "dtype=float32",
+        "compile=false",
+    ]
     assert main(["bench", "run=whole", "stage=base", f"paths.runs={tmp_path}", *keys]) == 0
     trained, measured = [each for each in read_ledger(tmp_path) if (each.run, each.stage) == ("whole", "base")]
     assert not trained.inference and measured.metrics == trained.metrics and measured.exit == "finished"
