@@ -54,7 +54,11 @@ def test_a_signal_after_the_last_step(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("owner", "name", "is_finished"),
-    [(evaluation.Validation, "measure", False), (tensors, "save_file", True), (training_run, "write_json", True)],
+    [
+        (evaluation.Validation, "measure", False),
+        (tensors, "write_atomically", True),
+        (training_run, "write_json", True),
+    ],
 )
 def test_a_signal_after_the_training_waits_for_the_bundle(
     place: Path,
