@@ -163,23 +163,23 @@ def has_kernels(capability: tuple[int, int], built_for: Sequence[str]) -> bool:
 
 def cpu_has_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
     """Whether the processor has AVX512-BF16, AMX-BF16 or ARM's BF16 instructions. False where that cannot be told."""
-    try:
-        text = cpuinfo.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return False
-    found = re.search(r"^(?:flags|Features)\s*:(.*)$", text, flags=re.MULTILINE)
+    found = re.search(r"^(?:flags|Features)\s*:(.*)$", _text_of(cpuinfo), flags=re.MULTILINE)
     words = set(found.group(1).split()) if found else set()
     return bool(words & {"avx512_bf16", "amx_bf16", "bf16"})
 
 
 def cpu_model(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     """Of the processor its name and instructions, in the words of Linux; elsewhere only what kind it is."""
-    try:
-        text = cpuinfo.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        text = ""
-    lines = re.findall(r"^(?:model name|CPU part|flags|Features)\s*:\s*(.*)$", text, flags=re.MULTILINE)
+    lines = re.findall(r"^(?:model name|CPU part|flags|Features)\s*:\s*(.*)$", _text_of(cpuinfo), flags=re.MULTILINE)
     return "; ".join(dict.fromkeys([platform.machine(), *lines]))
+
+
+def _text_of(cpuinfo: Path) -> str:
+    """What Linux says of the processors; empty elsewhere."""
+    try:
+        return cpuinfo.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
 
 
 def memory_bytes(device: torch.device | None = None) -> int:

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
 from nanochat_pl.common.console import rank_zero_print
 from nanochat_pl.common.device import cpu_model
 from nanochat_pl.common.errors import NotFiniteError, UserError
-from nanochat_pl.common.files import read_object, write_json
+from nanochat_pl.data.cache.content_cache import fingerprint_of, read_sealed, write_sealed
 from nanochat_pl.engine.bench import random_prompts
 from nanochat_pl.engine.engine import Engine, Model
 from nanochat_pl.model.inference import Quantize
@@ -49,7 +47,7 @@ def engine_for(
         return Engine(bundle, quantize)
     path = cache / "decode" / f"{_fingerprint(bundle, rows)}.json"
     try:
-        one, several = map(float, read_object(path)["times_as_fast"])
+        one, several = map(float, read_sealed(path)["times_as_fast"])
     except (UserError, LookupError, TypeError, ValueError):  # not tried yet, or damaged: it can be tried again
         rank_zero_print("Trying whether a compiled decode step is faster here (compile=auto, once; some seconds) …")
         try:
@@ -60,7 +58,7 @@ def engine_for(
             rank_zero_print(f"The decode step is not compiled: {error.problems[0].removeprefix('compile=true: ')}")
             return Engine(bundle)
         with contextlib.suppress(UserError):  # a disk that cannot be written to: it is tried again the next time
-            write_json(path, {"times_as_fast": [round(one, 3), round(several, 3)]})
+            write_sealed(path, {"times_as_fast": [round(one, 3), round(several, 3)]})
     pays = min(one, several) > LEAST_GAIN
     rank_zero_print(
         f"The decode step is {'' if pays else 'not '}compiled: compiled it is {one:.2g} times as fast for one"
@@ -71,15 +69,8 @@ def engine_for(
 
 def _fingerprint(bundle: Model, rows: int) -> str:
     """Of all that the choice depends on."""
-    facts: dict[str, Any] = {
-        "model": asdict(bundle.net.config),
-        "dtype": str(bundle.net.compute_dtype),
-        "rows": rows,
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "processor": cpu_model(),
-    }
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
+    model = asdict(bundle.net.config), str(bundle.net.compute_dtype)
+    return fingerprint_of(*model, rows, torch.__version__, torch.get_num_threads(), cpu_model())[:32]
 
 
 def _times_as_fast(bundle: Model, rows: int) -> float:

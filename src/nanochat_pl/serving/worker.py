@@ -73,9 +73,8 @@ class Worker:
         self._engine = engine_for(
             self._bundle, None, spec.get("compile", False), max(2, spec["num_slots"]), Path(spec.get("cache", "."))
         )
-        if (
-            self._engine.is_compiled
-        ):  # now, and not while the first requests wait: one graph is for one row, one for several
+        if self._engine.is_compiled:
+            # Now, and not while the first requests wait: one graph is for one row, one for several.
             for rows in (1, 2):
                 self._engine.generate([[self._engine.tokenizer.bos_id]] * rows, 2, stop_ids=())
         self._scheduler: Scheduler = self._engine.scheduler(

@@ -58,7 +58,6 @@ def why_not_compiled_here(
     reason = why_not_compiled(device, dtype, settings, fp8)
     if reason is None:
         with contextlib.suppress(UserError):  # a disk that cannot be written to: it is tried again the next time
-            path.parent.mkdir(parents=True, exist_ok=True)
             write_sealed(path, {"works": True})
     return reason
 
