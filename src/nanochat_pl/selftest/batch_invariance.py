@@ -1,4 +1,4 @@
-"""Which companies of rows and keys give a token the same bits on this machine: where answers depend on no neighbour."""
+"""Batch invariance: which numbers of rows and keys give a token the same bits on this machine."""
 
 from __future__ import annotations
 
