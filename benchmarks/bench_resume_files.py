@@ -64,9 +64,9 @@ def main(num_files: int, every_steps: int, rate: float, compiled: bool) -> None:
     copies: list[float] = []
     copy_to_host = checkpoint_io.copy_to_host
 
-    def copy(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    def copy(*arguments: Any) -> Any:
         begin = time.perf_counter()
-        copied = copy_to_host(checkpoint)
+        copied = copy_to_host(*arguments)
         copies.append(time.perf_counter() - begin)
         return copied
 
