@@ -56,9 +56,10 @@ class Steps:
         return time.process_time() - start
 
 
-def steps(dtype: str, pairs: int) -> dict[str, Any]:
+def steps(dtype: str, depth: int, pairs: int) -> dict[str, Any]:
     """The CPU milliseconds of a step either way, and their ratio."""
-    config = resolve_model(ModelSettings(depth=4, head_dim=64, sequence_len=256), 4096, dtype)  # type: ignore[arg-type]
+    settings = ModelSettings(depth=depth, head_dim=64, sequence_len=256)
+    config = resolve_model(settings, 4096, dtype)  # type: ignore[arg-type]
     ways = {way: Steps(config, way, rows=16) for way in WAYS}
     for each in [*ways.values()] * 3:
         each.seconds()
@@ -91,7 +92,7 @@ def waits(way: str, depth: int) -> dict[str, float]:
 
 def main() -> None:
     """Measure and report."""
-    parser = parser_of(__doc__, pairs=12)
+    parser = parser_of(__doc__, pairs=12, depth=4)
     parser.add_argument("--dtypes", nargs="*", default=["bfloat16"])
     parser.add_argument("--depths", type=int, nargs="*", default=[], help="of first steps, as 12: minutes")
     parser.add_argument("--first", choices=[*WAYS], help=argparse.SUPPRESS)
@@ -99,7 +100,7 @@ def main() -> None:
     if options.first:
         first_step(options.first, options.depths[0])
         return
-    found: dict[str, Any] = {dtype: steps(dtype, options.pairs) for dtype in options.dtypes}
+    found: dict[str, Any] = {dtype: steps(dtype, options.depth, options.pairs) for dtype in options.dtypes}
     for depth in options.depths:
         found[f"first step at depth {depth}, CPU seconds by cache"] = {way: waits(way, depth) for way in WAYS}
     report("compile", options.pairs, found)

@@ -18,10 +18,10 @@ from pathlib import Path
 from _report import parser_of, report, spread
 
 WARM_UP_STEPS = 4
-MODEL = ("model.depth=4", "model.aspect_ratio=64", "model.head_dim=64", "model.sequence_len=256")
+MODEL = ("model.aspect_ratio=64", "model.head_dim=64", "model.sequence_len=256")
 SETTINGS = (
     *("stage=base", "data=local", "data.txt_document_chars=1000", "tokenizer.vocab_size=4096"),
-    *("total_batch_tokens=8192", "evaluation.every_steps=0", "evaluation.num_rows=8", "evaluation.sample_tokens=1"),
+    *("evaluation.every_steps=0", "evaluation.num_rows=8", "evaluation.sample_tokens=1"),
     *("trainer.accelerator=cpu", "trainer.num_threads=1", "trainer.compile=false", "logger=[]"),
     *("trainer.checkpoint_every_steps=1000", "resume=never"),
 )
@@ -34,11 +34,11 @@ def write_text(path: Path) -> None:
     path.write_text("\n\n".join(" ".join(chance.choices(words, k=300)) for _ in range(1_500)), encoding="utf-8")
 
 
-def train(processes: int, folder: Path, num_steps: int, device_batch_size: int) -> tuple[float, float]:
+def train(processes: int, folder: Path, num_steps: int, sizes: tuple[str, ...]) -> tuple[float, float]:
     """Median seconds of a step, and the median share of them that was spent waiting for the other process."""
     runs = folder / f"runs{processes}"
     own = (f"data.path={folder / 'text.txt'}", f"paths.runs={runs}", f"paths.cache={folder / 'cache'}")
-    steps = (f"max_steps={num_steps + WARM_UP_STEPS}", f"device_batch_size={device_batch_size}", "run=bench")
+    steps = (f"max_steps={num_steps + WARM_UP_STEPS}", *sizes, "run=bench")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
     launcher = [sys.executable, "-m"] if processes == 1 else torchrun
     command = [*launcher, "nanochat_pl.cli.main", "train", *SETTINGS, *MODEL, *own, *steps]
@@ -55,20 +55,22 @@ def train(processes: int, folder: Path, num_steps: int, device_batch_size: int) 
 
 def main() -> None:
     """Measure and report."""
-    given = parser_of(__doc__, rounds=2, steps=8, device_batch_size=8).parse_args()
+    given = parser_of(__doc__, rounds=2, steps=8, device_batch_size=8, depth=4, step_tokens=8192).parse_args()
+    sizes = (f"device_batch_size={given.device_batch_size}", f"model.depth={given.depth}")
+    sizes += (f"total_batch_tokens={given.step_tokens}",)
     ratios, shares = [], []
     rates: dict[int, list[float]] = {1: [], 2: []}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_text(folder / "text.txt")
-        train(1, folder, 1, given.device_batch_size)  # makes the caches
+        train(1, folder, 1, sizes)  # makes the caches
         for number in range(given.rounds):
             order = (1, 2) if number % 2 == 0 else (2, 1)
-            found = {processes: train(processes, folder, given.steps, given.device_batch_size) for processes in order}
+            found = {processes: train(processes, folder, given.steps, sizes) for processes in order}
             ratios.append(found[1][0] / found[2][0])
             shares.append(found[2][1])
             for processes, (seconds, _) in found.items():
-                rates[processes].append(8192 / seconds)
+                rates[processes].append(given.step_tokens / seconds)
     measured = {
         "tokens a second, two processes over one": spread(ratios),
         "tokens a second": {f"{processes} processes": spread(values) for processes, values in rates.items()},

@@ -53,10 +53,10 @@ class StepTimes(Callback):
         self._mark, self._was_writing = time.perf_counter(), is_writing
 
 
-def main(num_files: int, every_steps: int, rate: float, compiled: bool) -> None:
+def main(num_files: int, every_steps: int, depth: int, rate: float, compiled: bool) -> None:
     """Report the ratio of both kinds of step, what a file costs, and what it would if the training waited."""
     num_steps = (num_files + WARM_UP_FILES) * every_steps + every_steps // 2
-    recipe = small_recipe(num_steps, ROWS_PER_STEP, compiled)
+    recipe = small_recipe(num_steps, ROWS_PER_STEP, depth, compiled)
     num_bytes = resume_copy_bytes(recipe.model)
     seconds = num_bytes / rate
     checkpoint_io._write = slowed(checkpoint_io._write, seconds)  # type: ignore[assignment]
@@ -92,7 +92,7 @@ def main(num_files: int, every_steps: int, rate: float, compiled: bool) -> None:
 
 
 if __name__ == "__main__":
-    parser = parser_of(__doc__, files=6, every_steps=20, mib_per_second=50)
+    parser = parser_of(__doc__, files=6, every_steps=20, depth=4, mib_per_second=50)
     parser.add_argument("--eager", action="store_true")
     options = parser.parse_args()
-    main(options.files, options.every_steps, options.mib_per_second * 2**20, not options.eager)
+    main(options.files, options.every_steps, options.depth, options.mib_per_second * 2**20, not options.eager)

@@ -1,10 +1,11 @@
 """How long a command takes to begin: --help, the answer to a wrong key, and the first step of the demo's training.
 
-    python benchmarks/bench_startup.py [--repeats 5] [--experiment demo] [--against FOLDER]
+    python benchmarks/bench_startup.py [--repeats 5] [--experiment demo] [--against FOLDER] [KEY=VALUE …]
 
 By the clock, and CPU seconds of the command and what it starts, which others on the machine disturb less. The first
 step is of the stage base, run before: its data, tokens and compiled code are in their caches. It is there when the last
 line of metrics.csv is written, after a validation of eight rows. --against: the same of another checkout, in turns.
+KEY=VALUE: further settings of the training.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ def main() -> None:
     parser = parser_of(__doc__, repeats=5)
     parser.add_argument("--experiment", default="demo")
     parser.add_argument("--against", type=Path, help="another checkout")
+    parser.add_argument("keys", nargs="*", metavar="KEY=VALUE")
     given = parser.parse_args()
     checkouts = {"here": HERE, **({"against": given.against.resolve()} if given.against else {})}
     wrong = ["model.dpeth=3"]
@@ -41,6 +43,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         train = ["train", f"experiment={given.experiment}", f"paths.runs={folder}/runs", "run=it", "resume=never"]
         train += ["evaluation.every_steps=0", "evaluation.num_rows=8", "evaluation.sample_tokens=1", "logger=[]"]
+        train += given.keys
         first = [*train, "stage=base", "max_steps=1"]
         run([*train, "stage=tokenizer"], HERE)
         for root in checkouts.values():

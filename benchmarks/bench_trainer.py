@@ -95,10 +95,10 @@ class BareLoop(Callback):
         self.pairs.append((trainer_seconds, self._mark - start))
 
 
-def small_recipe(num_steps: int, rows_per_step: int, compiled: bool) -> ModuleConfig:
-    """The demo's model, and steps of one micro-batch."""
+def small_recipe(num_steps: int, rows_per_step: int, depth: int, compiled: bool) -> ModuleConfig:
+    """The demo's model at depth 4, and steps of one micro-batch."""
     dtype = choose_compute_dtype("auto", torch.device("cpu"))
-    model = resolve_model(ModelSettings(depth=4, head_dim=64, sequence_len=256), 4096, dtype)
+    model = resolve_model(ModelSettings(depth=depth, head_dim=64, sequence_len=256), 4096, dtype)
     hyper = resolve_hyperparameters(OptimSettings(matrix_lr=0.012), width=model.width, compute_dtype=dtype)
     return ModuleConfig(model, num_steps, rows_per_step, hyper, ScheduleSettings(), seed=0, compile=compiled)
 
@@ -132,10 +132,10 @@ def interval(ratios: list[float], rounds: int = 10_000) -> tuple[float, float]:
 
 def main() -> None:
     """Measure and report."""
-    parser = parser_of(__doc__, pairs=30)
+    parser = parser_of(__doc__, pairs=30, depth=4)
     parser.add_argument("--eager", action="store_true")
     options = parser.parse_args()
-    recipe = small_recipe(options.pairs + WARM_UP_STEPS, ROWS_PER_STEP, not options.eager)
+    recipe = small_recipe(options.pairs + WARM_UP_STEPS, ROWS_PER_STEP, options.depth, not options.eager)
     model = recipe.model
     rows: Any = RandomRows(model.vocab_size, model.sequence_len)
     bare = BareLoop(copy.copy(recipe), StepRows(rows, ROWS_PER_STEP))
@@ -145,7 +145,7 @@ def main() -> None:
     ratios = [trainer / alone for trainer, alone in pairs]
     tokens = ROWS_PER_STEP * model.sequence_len
     found = {
-        "settings": {"compute_dtype": model.compute_dtype, "compiled": not options.eager},
+        "settings": {"depth": options.depth, "compute_dtype": model.compute_dtype, "compiled": not options.eager},
         "Trainer / bare loop": spread(ratios),
         "95% interval of its median": interval(ratios),
         "tokens a second": {

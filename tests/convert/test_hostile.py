@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ import torch
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.convert.nanochat.read import read_nanochat
 from nanochat_pl.convert.nanochat.safe_unpickle import read_encoding
+from tests.helpers.forked import run_forked
 from tests.helpers.nanochat_copies import copy, edit_meta, edit_state, only
 
 HEAD = "lm_head.weight"
@@ -54,7 +53,7 @@ def test_no_crash_by_depth_and_no_memory_for_a_length_that_is_only_said(tmp_path
         "    try: read_encoding(path)\n"
         "    except UserError as error: print(error)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = run_forked(["-c", code])
     assert done.stdout.count("is damaged, or no pickle") == len(asked) + 1, done.stderr
     assert "instruction TUPLE1, which no tokenizer needs" in done.stdout
 

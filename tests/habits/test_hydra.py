@@ -20,6 +20,7 @@ from nanochat_pl.cli.pipeline import steps_of
 from nanochat_pl.cli.train import compose_train, place_of
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.config import config_dir, hydra_app
+from tests.helpers.forked import run_forked
 from tests.helpers.sweeps import jobs_of
 from tests.training.conftest import tiny_overrides, write_texts
 
@@ -39,8 +40,8 @@ def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 
 def test_train_py_prints_its_configuration() -> None:
-    command = [sys.executable, str(TRAIN_PY), "--cfg", "job", "stage=base"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = run_forked([str(TRAIN_PY), "--cfg", "job", "stage=base"])
+    assert done.returncode == 0, done.stderr
     shown = yaml.safe_load(done.stdout)
     assert shown["stage"]["name"] == "base" and shown["trainer"]["keep_last"] == 2 and shown["optim"]["muon"]
     assert done.stderr == ""

@@ -100,7 +100,8 @@ def test_other_rows_compile_as_much_again_for_any_number_of_sizes_and_evaluation
     "dtype, tolerance, checkpointing", [(torch.float32, 1e-5, False), (torch.bfloat16, 5e-2, True)]
 )
 def test_compiled_loss_and_gradients_are_those_of_eager_float32(dtype, tolerance, checkpointing):
-    """In bfloat16 eager itself is some 3% away from float32; compiled code rounds less often."""
+    """In bfloat16 eager itself is some 3% away from float32; compiled code rounds less often. The loss as one graph is
+    compared in tests/fidelity/test_losses.py."""
     net = perturbed(tiny_config(depth=2, windows=(70, 128), sequence_len=128, rotary_reach=256))
     ids = random_ids(net.config, 2, 128)
     targets = ids.roll(-1, dims=1).index_fill(1, torch.tensor([5]), -1)
@@ -109,7 +110,6 @@ def test_compiled_loss_and_gradients_are_those_of_eager_float32(dtype, tolerance
     results = []
     for function, used, again in [
         (net.weighted_loss, torch.float32, False),
-        (torch.compile(net.weighted_loss, dynamic=False), dtype, checkpointing),
         (lambda *arguments: CompiledLoss(net)(*arguments)[0], dtype, checkpointing),
     ]:
         net.set_compute_dtype(used)
@@ -118,7 +118,6 @@ def test_compiled_loss_and_gradients_are_those_of_eager_float32(dtype, tolerance
         loss = function(ids, targets, weights)
         loss.backward()
         results.append((loss.detach(), torch.cat([parameter.grad.flatten() for parameter in net.parameters()])))
-    (eager, eager_gradient), *others = results
-    for compiled, compiled_gradient in others:
-        torch.testing.assert_close(compiled, eager, rtol=tolerance / 10, atol=0)
-        assert (compiled_gradient - eager_gradient).norm() <= tolerance * eager_gradient.norm()
+    (eager, eager_gradient), (found, found_gradient) = results
+    torch.testing.assert_close(found, eager, rtol=tolerance / 10, atol=0)
+    assert (found_gradient - eager_gradient).norm() <= tolerance * eager_gradient.norm()

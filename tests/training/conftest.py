@@ -38,7 +38,7 @@ def tiny_overrides(place: Path) -> list[str]:
         "model.head_dim=16",
         "model.sequence_len=32",
         "total_batch_tokens=256",
-        "device_batch_size=4",
+        "device_batch_size=8",  # in parts: fit_tiny, the steps of rl, and all on several processes
         "max_steps=40",
         "schedule.warmup_steps=4",
         "optim.matrix_lr=0.02",
@@ -76,9 +76,10 @@ def sft_overrides(place: Path) -> list[str]:
 
 def rl_overrides(place: Path) -> list[str]:
     """Learning from a reward that belongs to it: 6 steps of 4 prompts with 4 answers each."""
-    kept = ("device_batch_size", "evaluation.", "trainer.", "paths.", "logger")
+    kept = ("evaluation.", "trainer.", "paths.", "logger")
     return [
         "stage=rl",
+        "device_batch_size=4",
         *(text for text in tiny_overrides(place) if text.startswith(kept)),
         "mixture.tasks.word_problems=null",
         "model.compute_dtype=bfloat16",  # on any machine: its bits are promised

@@ -195,7 +195,7 @@ def test_a_package_that_a_callback_lacks_is_said_before_anything_is_prepared(
     """The shipped choice ran on no CPU without psutil, and said so when all was prepared."""
     monkeypatch.setattr("nanochat_pl.training.lightning_callbacks._is_installed", lambda *names: False)
     begun(place, "device-stats")
-    assert train("run=device-stats", "callbacks=[device_stats]", "logger=[tensorboard]") == 0
+    assert train("run=device-stats", "callbacks=[device_stats]", "logger=[tensorboard]", "max_steps=2") == 0
     begun(place, "cpu-stats")
     keys = ["callbacks=[device_stats]", "callbacks.device_stats.cpu_stats=null", "check_only=true"]
     assert train("run=cpu-stats", *keys) == 2

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from nanochat_pl.training.checkpoint.resume import newest_resume_file, resume_files
-from tests.helpers.forked import COMMAND, Forked
+from tests.helpers.forked import COMMAND, Forked, run_forked
 from tests.training.conftest import (
     copy_unfinished,
     metrics_of,
@@ -91,12 +89,13 @@ def test_two_threads_and_compiled_kill_9_changes_nothing(place: Path) -> None:
     """As a person trains: threads that add to one row of an embedding must not do so in the order they come."""
     settings = ["trainer.compile=true", "trainer.num_threads=2", "model.compute_dtype=bfloat16", "max_steps=12"]
     run_whole = start_run(place, "compiled", "base")
-    subprocess.run([sys.executable, *command(place, "compiled", "base"), *settings], check=True, capture_output=True)
+    whole = run_forked([*command(place, "compiled", "base"), *settings])
+    assert whole.returncode == 0, whole.stderr
     folder = start_run(place, "compiled-killed", "base")
     checkpoints = folder / "base" / "checkpoints"
     arguments = [*command(place, "compiled-killed", "base"), *settings]
     assert interrupt(arguments, lambda: any(checkpoints.glob("step=*.ckpt")), signal.SIGKILL) == -signal.SIGKILL
-    subprocess.run([sys.executable, *arguments], check=True, capture_output=True)
+    assert run_forked(arguments).returncode == 0
     assert same_weights(weights_of(run_whole, "base"), weights_of(folder, "base"))
 
 

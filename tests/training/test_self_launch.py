@@ -97,9 +97,10 @@ def test_a_stop_reaches_all_and_a_second_one_ends_them(place: Path) -> None:
 
 
 @pytest.mark.slow
-def test_every_stage_of_a_pipeline_starts_its_processes(tmp_path: Path) -> None:
-    done = run_forked(
-        [*COMMAND, "pipeline", "experiment=tiny", "max_steps=2", "trainer.devices=2", f"paths.runs={tmp_path}"]
-    )
+def test_every_stage_of_a_pipeline_starts_its_processes(place: Path, tmp_path: Path) -> None:
+    data = ["data=local", f"data.path={place / 'texts'}", "data.txt_document_chars=200", "tokenizer.vocab_size=290"]
+    small = ["model.sequence_len=64", "mixture.tasks.documentation=null", "max_steps=2", "evaluation.num_rows=2"]
+    paths = [f"paths.runs={tmp_path}", f"paths.cache={place / 'cache'}", "logger=[]"]
+    done = run_forked([*COMMAND, "pipeline", "experiment=tiny", "trainer.devices=2", *data, *small, *paths])
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("Training on 2 processes") == 4 and done.stdout.count("Next:") == 1
