@@ -11,7 +11,7 @@ import pytest
 
 from tests.helpers.forked import COMMAND, Forked, run_forked, running
 from tests.helpers.launch import MARK, launch
-from tests.training.conftest import same_weights, start_run, tiny_overrides, weights_of
+from tests.training.conftest import same_weights, sft_overrides, start_run, tiny_overrides, weights_of
 
 OURS = f"self-launch {os.getpid()}"
 STEPS = ("max_steps=6", "evaluation.every_steps=3", "schedule.warmup_steps=2")
@@ -98,9 +98,11 @@ def test_a_stop_reaches_all_and_a_second_one_ends_them(place: Path) -> None:
 
 @pytest.mark.slow
 def test_every_stage_of_a_pipeline_starts_its_processes(place: Path, tmp_path: Path) -> None:
-    data = ["data=local", f"data.path={place / 'texts'}", "data.txt_document_chars=200", "tokenizer.vocab_size=290"]
-    small = ["model.sequence_len=64", "mixture.tasks.documentation=null", "max_steps=2", "evaluation.num_rows=2"]
-    paths = [f"paths.runs={tmp_path}", f"paths.cache={place / 'cache'}", "logger=[]"]
-    done = run_forked([*COMMAND, "pipeline", "experiment=tiny", "trainer.devices=2", *data, *small, *paths])
+    """Each step of a pipeline is a program of its own."""
+    (tmp_path / "two.yaml").write_text("pipeline: [tokenizer, base, sft]\n", encoding="utf-8")
+    own = ["max_steps=2", "trainer.devices=2", f"paths.runs={tmp_path}"]
+    replaced = ("stage", "max_steps", "paths.runs")
+    keys = [text for text in {*tiny_overrides(place), *sft_overrides(place)} if not text.startswith(replaced)]
+    done = run_forked([*COMMAND, "pipeline", f"experiment={tmp_path / 'two.yaml'}", "run=two", *own, *keys])
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("Training on 2 processes") == 4 and done.stdout.count("Next:") == 1
+    assert done.stdout.count("Training on 2 processes") == 2 and done.stdout.count("Next:") == 1
