@@ -38,7 +38,8 @@ from nanochat_pl.model.fp8 import fp8_linear, why_no_fp8
 from nanochat_pl.model.gpt import GPT, TORCH_DTYPES
 from nanochat_pl.model.init import init_weights
 from nanochat_pl.model.roles import parameter_roles
-from nanochat_pl.optim import OptimSettings, build_optimizer, resolve_hyperparameters
+from nanochat_pl.optim.config import OptimSettings, resolve_hyperparameters
+from nanochat_pl.optim.param_groups import build_optimizer
 from nanochat_pl.planning.gpus import peak_flops
 from nanochat_pl.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer
 

@@ -19,7 +19,8 @@ from nanochat_pl.model.gpt import GPT
 from nanochat_pl.model.init import init_weights
 from nanochat_pl.model.kv_cache import KVCache
 from nanochat_pl.model.loss import softcap
-from nanochat_pl.optim import OptimSettings, StepValues
+from nanochat_pl.optim.config import OptimSettings
+from nanochat_pl.optim.schedules import StepValues
 from tests.helpers.models import perturbed, random_ids, tiny_config
 from tests.helpers.small_engine import byte_tokenizer
 from tests.helpers.small_optim import make_optimizer, make_parameters, set_gradients

@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, cast
 
-from nanochat_pl.bundle import load_bundle, naming_weights
+from nanochat_pl.bundle.bundle import load_bundle, naming_weights
 from nanochat_pl.cli._ledger import folder_of_bundle, note_inference
 from nanochat_pl.common.console import print_table, rank_zero_print
-from nanochat_pl.common.device import Accelerator, choose_device, device_name, require_kernels
+from nanochat_pl.common.device import choose_device, device_name, require_kernels
+from nanochat_pl.common.device_settings import Accelerator
 from nanochat_pl.common.paths import PathsSettings, cache_folder, locate_bundle
 from nanochat_pl.common.schema import UserPath, setting
 from nanochat_pl.config.compose import compose

@@ -22,11 +22,12 @@ from nanochat_pl.common.device import gpu_memory_bytes
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.model.attention import windowed_attention
 from nanochat_pl.model.config import AttentionBackend, DType, GPTConfig
+from nanochat_pl.model.counts import default_chunk_tokens
 from nanochat_pl.model.decode_step import DecodeStep
 from nanochat_pl.model.fp8 import Fp8Backend, suits_fp8
 from nanochat_pl.model.kv_cache import CacheStep, KVCache
 from nanochat_pl.model.layers import MLP, Embedding, Linear, norm
-from nanochat_pl.model.loss import default_chunk_tokens, fused_linear_cross_entropy, softcap, token_losses
+from nanochat_pl.model.loss import fused_linear_cross_entropy, softcap, token_losses
 from nanochat_pl.model.packed_rows import PackedRows
 from nanochat_pl.model.prefix_tree import PrefixTree
 from nanochat_pl.model.rotary import rotary_tables, rotate

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.model import attention
-from nanochat_pl.model.attention import Block, cache_blocks, in_blocks, in_one_block, windowed_attention
-from nanochat_pl.model.config import GPTConfig
+from nanochat_pl.model.attention import in_blocks, in_one_block, windowed_attention
+from nanochat_pl.model.config import KEY_GRID, GPTConfig
 from nanochat_pl.model.counts import cache_length, least_keys
+from nanochat_pl.model.query_blocks import PRODUCTS_REACH, Block, cache_blocks
 
 # Ranges of a cache whose views are kept: those of decoding change with every sixteenth step.
 MAX_VIEWS = 16
@@ -221,7 +221,7 @@ class CacheStep:
             (B, H, T, D)
         """
         self._store(layer, k.detach() if k.requires_grad else k, v.detach() if v.requires_grad else v)
-        in_reach = attention.KEY_GRID <= q.size(2) <= attention.PRODUCTS_REACH  # else there are other bits
+        in_reach = KEY_GRID <= q.size(2) <= PRODUCTS_REACH  # else there are other bits
         if self._last_start == 0 and (in_reach or not self._with_products):
             # All slots are empty: the new tokens see only each other, and padding comes last.
             return windowed_attention(q, k, v, window, scale)
