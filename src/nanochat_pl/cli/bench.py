@@ -43,7 +43,9 @@ class BenchConfig(BenchSettings):
     )
     quantize: Quantize | None = setting(None, "int8: weights of 8 bits, for one stream on a CPU; null: as they are.")
     compile: bool | Literal["auto"] = setting(
-        "auto", "Compile the decode step, for CPUs; auto: in float32 where it is faster, tried once."
+        "auto",
+        "Compile the decode step on a CPU, make CUDA graphs of it on a GPU; auto: on a CPU in float32 where it is"
+        " faster, tried once; on a GPU no.",
     )
     accelerator: Accelerator = setting("auto", "Device to run on; auto: the best there is.")
     paths: PathsSettings = setting(factory=PathsSettings)

@@ -33,7 +33,7 @@ class KVCache:
     Attributes:
         max_len: most tokens of a slot.
         positions: int64 (S,) on the CPU: how many tokens each slot holds.
-        ids: int64 (S, max_len): the tokens.
+        ids: int64 (S, max_len): the tokens; ``all_ids`` of what :meth:`rows` gives are the whole cache's.
         memory: (N, 2, slots, G, L, D): keys and values; of what :meth:`rows` gives it is the whole cache's.
         beginnings: int64 (S, 2 G) on the CPU: where a slot begins in a layer's memory taken as rows of D.
 
@@ -57,7 +57,7 @@ class KVCache:
         # Zeros, not empty: keys behind a mask must be finite, for 0 × NaN is NaN.
         shape = (config.num_layers, 2, num_slots, groups, length, config.head_dim)
         self.memory = torch.zeros(shape, device=device, dtype=dtype)
-        self.ids = torch.zeros(num_slots, max_len, dtype=torch.int64, device=device)
+        self.ids = self.all_ids = torch.zeros(num_slots, max_len, dtype=torch.int64, device=device)
         self.positions = torch.zeros(num_slots, dtype=torch.int64)
         self.max_len, self._first = max_len, 0
         # Of a layer's memory as rows of D: where each slot begins, for each head of the keys and of the values.
