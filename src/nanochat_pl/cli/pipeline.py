@@ -25,7 +25,7 @@ from nanochat_pl.common.paths import PathsSettings, run_keys
 from nanochat_pl.common.run_dir import fresh_run
 from nanochat_pl.common.schema import setting
 from nanochat_pl.config import config_dir
-from nanochat_pl.config.compose import Composed
+from nanochat_pl.config.compose import Composed, key_of
 from nanochat_pl.config.experiment import COMMANDS, compose_step, pipeline_of
 from nanochat_pl.config.overrides import problems_of_form, split_override, take_key
 from nanochat_pl.config.stage_choice import name_of_stage
@@ -47,15 +47,25 @@ EXTRA_KEYS = {"experiment=NAME": "A file of conf_experiments, or the path of one
 
 @dataclass(frozen=True)
 class Step:
-    """One step of a pipeline: a training stage, or a command that reads what these left."""
+    """One step of a pipeline: a training stage, or a command that reads what these left.
+
+    Attributes:
+        own: keys of the command line that are for this step alone, without ``stages.STEP.``.
+    """
 
     name: str
     command: str
     schema: type
     overrides: tuple[str, ...]
+    own: frozenset[str] = frozenset()
 
     def compose(self) -> Composed:
-        return compose_step(self.command, self.name, self.schema, self.overrides)
+        """Its settings. Raises :class:`UserError` with the keys as they were typed."""
+        try:
+            return compose_step(self.command, self.name, self.schema, self.overrides)
+        except UserError as error:
+            typed = [f"stages.{self.name}.{line}" if key_of(line) in self.own else line for line in error.problems]
+            raise UserError(typed, error.fix) from error
 
 
 @ignore_broken_pipe()
@@ -205,7 +215,8 @@ def _step(experiment: str, name: str, overrides: Sequence[str]) -> Step:
     own = [text.removeprefix(prefix) for text in taken if text.startswith(prefix)]
     own += [f"~{text.removeprefix(f'~{prefix}')}" for text in taken if text.startswith(f"~{prefix}")]
     stage = [f"stage={name}"] if command == "train" else []
-    return Step(name_of_stage(name), command, schema, (f"experiment={experiment}", *stage, *shared, *own))
+    keys = frozenset(split_override(text)[0] for text in own)
+    return Step(name_of_stage(name), command, schema, (f"experiment={experiment}", *stage, *shared, *own), keys)
 
 
 def _has(schema: type, text: str) -> bool:

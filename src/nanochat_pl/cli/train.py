@@ -1,4 +1,4 @@
-"""Trains one stage of a run; the same command again goes on where it stopped.
+"""Trains one stage of a run; the same command again resumes it.
 
 nanochat-pl train stage=base model.depth=4 max_steps=200
 nanochat-pl train stage=mid run=d4
