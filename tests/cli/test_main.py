@@ -51,7 +51,7 @@ SAID = ["max_steps='few': must be a whole number.", "seed=-1: is below 0.", "mod
             ["train", "data=local", "data.path=no_such_file.txt"],
             ["data.path='no_such_file.txt': there is no such file"],
         ),
-        (["pipeline", "experiment=tiny", "stages.base.modl=1", *WRONG], SAID),
+        (["pipeline", "experiment=tiny", "stages.base.modl=1", *WRONG], [*SAID[:2], f"stages.base.{SAID[2]}"]),
         (["plan", "modl=1", *WRONG], SAID),
         (["report", "modl=1"], ["modl: there is no such key"]),
         (["evaluate", "modl=1"], ["modl: there is no such key"]),
