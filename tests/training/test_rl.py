@@ -58,6 +58,7 @@ SEVERAL_UPDATES = (
     "rl.temperature=1.1",
     "rl.advantage=mean_std",
     "rl.denominator=constant",
+    "optim.max_grad_norm=0.8",  # of norms from 0.7 to 1.1
 )
 
 

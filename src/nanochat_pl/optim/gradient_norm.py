@@ -63,9 +63,9 @@ def _norm_by_places(parts: Iterable[_Part]) -> Tensor:
     places: list[int] = []
     count = 0  # pieces of all processes
     for part in parts:
-        per_quantum = -(-part.quantum // PIECE_OF_NORM)
-        blocks = part.gradient.split(part.quantum) if len(part.gradient) else ()
-        own = [piece for block in blocks for piece in block.split(PIECE_OF_NORM)]
+        width, per_quantum = min(part.quantum, PIECE_OF_NORM), -(-part.quantum // PIECE_OF_NORM)
+        blocks = part.gradient.split(part.quantum) if part.quantum % width else (part.gradient,)
+        own = [piece for block in blocks for piece in block.split(width) if len(piece)]
         first = count + part.begin // part.quantum * per_quantum
         pieces += own
         places += range(first, first + len(own))
