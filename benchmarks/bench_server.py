@@ -1,6 +1,10 @@
 """What serving costs: tokens a second of 32 streams over HTTP, beside the engine alone, in turns; and latencies.
 
-    python benchmarks/bench_server.py [--bundle runs/demo/sft/bundle] [--streams 32] [--repeats 5]
+    python benchmarks/bench_server.py [--bundle runs/demo/sft/bundle] [--streams 32] [--turns 4] [--repeats 5]
+
+Each of the clients asks again as soon as it has its answer, and the answers are of many lengths, so that requests begin
+and end while others are being answered, as they do on a server. The engine alone is given the same requests at once and
+works on as many at a time. With ``--turns 1`` and ``--even`` all requests begin and end together.
 
 Without a bundle the model has the shape of the demo and its first weights. No stop token ends an answer. The clients
 only count bytes, so that they take little of the processor. With 100 streams also the time to the first piece and
@@ -18,27 +22,41 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from random import Random
 from typing import NamedTuple
 
 from _report import parser_of, report, spread
 from bench_engine import demo_sized_bundle
 
 from nanochat_pl import Engine, load_bundle
-from nanochat_pl.bundle import StageInfo, save_bundle
+from nanochat_pl.bundle.bundle import save_bundle
+from nanochat_pl.bundle.stage_info import StageInfo
+from nanochat_pl.engine.request import Request
+from nanochat_pl.engine.sampling import Sampling
 
 
 class Stream(NamedTuple):
     """Seconds from the request to each piece."""
 
     pieces: list[float]
-    is_whole: bool
+
+
+def question(number: int) -> list[dict[str, str]]:
+    """The messages of a request."""
+    return [{"role": "user", "content": f"What is {number} + {number + 1}?"}]
+
+
+def lengths(count: int, mean: int, even: bool) -> list[int]:
+    """Tokens of the answers: from half of the mean to one and a half times it, or all of them the same."""
+    random = Random(0)
+    return [mean if even else round(random.uniform(0.5, 1.5) * mean) for _ in range(count)]
 
 
 async def read_stream(port: int, number: int, new_tokens: int) -> Stream:
     """One request, read to its end."""
     body = json.dumps(
         {
-            "messages": [{"role": "user", "content": f"What is {number} + {number + 1}?"}],
+            "messages": question(number),
             "stream": True,
             "max_tokens": new_tokens,
             "ignore_eos": True,
@@ -63,26 +81,33 @@ async def read_stream(port: int, number: int, new_tokens: int) -> Stream:
         if b'"content":"' in data:
             pieces.append(time.perf_counter() - began)
     writer.close()
-    return Stream(pieces, b"[DONE]" in tail)
+    assert b"[DONE]" in tail, "a stream was lost"
+    return Stream(pieces)
 
 
-async def all_streams(port: int, count: int, new_tokens: int) -> tuple[float, list[Stream]]:
-    """So many at once: seconds until the last has ended."""
+async def all_streams(port: int, count: int, new_tokens: list[int]) -> tuple[float, list[Stream]]:
+    """A request for each number of tokens, so many at once: seconds until the last has ended."""
+    requests = iter(enumerate(new_tokens))
+    streams: list[Stream] = []
+
+    async def client() -> None:
+        for number, tokens in requests:
+            streams.append(await read_stream(port, number, tokens))
+
     began = time.perf_counter()
-    streams = await asyncio.gather(*(read_stream(port, number, new_tokens) for number in range(count)))
-    assert all(stream.is_whole for stream in streams), "a stream was lost"
+    await asyncio.gather(*(client() for _ in range(count)))
     return time.perf_counter() - began, streams
 
 
-def engine_seconds(engine: Engine, count: int, new_tokens: int) -> float:
+def engine_seconds(engine: Engine, count: int, new_tokens: list[int]) -> float:
     """The same requests to the engine itself."""
-    render = engine.tokenizer.render_for_completion
-    prompts = [
-        render({"messages": [{"role": "user", "content": f"What is {number} + {number + 1}?"}]})
-        for number in range(count)
-    ]
     began = time.perf_counter()
-    engine.generate(prompts, new_tokens, 1.0, stop_ids=(), tools=False, max_batch=count)
+    scheduler = engine.scheduler(count)
+    for number, tokens in enumerate(new_tokens):
+        prompt = engine.tokenizer.render_for_completion({"messages": question(number)})
+        scheduler.submit(Request(prompt, tokens, Sampling(temperature=1.0, seed=number), frozenset(), tools=False))
+    while not scheduler.idle:
+        scheduler.step()
     return time.perf_counter() - began
 
 
@@ -93,8 +118,9 @@ def percentile(values: list[float], share: float) -> float:
 
 def main() -> None:
     """Measure everything and print it."""
-    parser = parser_of(__doc__, streams=32, repeats=5, new_tokens=128, many=100)
+    parser = parser_of(__doc__, streams=32, turns=4, repeats=5, new_tokens=128, many=100)
     parser.add_argument("--bundle", type=Path)
+    parser.add_argument("--even", action="store_true", help="all answers of one length")
     parser.add_argument("--compile", action="store_true", help="the decode step, here and there")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -117,19 +143,22 @@ def main() -> None:
 
 def measure(port: int, engine: Engine, given: argparse.Namespace) -> None:
     """Turn by turn."""
+    tokens = lengths(given.streams * given.turns, given.new_tokens, given.even)
     rates: dict[str, list[float]] = {"engine alone": [], "over HTTP": []}
     for turn in range(given.repeats + 1):
-        alone = engine_seconds(engine, given.streams, given.new_tokens)
-        served, _ = asyncio.run(all_streams(port, given.streams, given.new_tokens))
+        alone = engine_seconds(engine, given.streams, tokens)
+        served, _ = asyncio.run(all_streams(port, given.streams, tokens))
         for name, seconds in zip(rates, (alone, served), strict=True):
-            rates[name] += [given.streams * given.new_tokens / seconds] if turn else []  # the first run warms up
-    _, streams = asyncio.run(all_streams(port, given.many, 64))
+            rates[name] += [sum(tokens) / seconds] if turn else []  # the first run warms up
+    _, streams = asyncio.run(all_streams(port, given.many, [64] * given.many))
     latencies = {
         "first piece": [stream.pieces[0] for stream in streams],
         "between two": [b - a for stream in streams for a, b in zip(stream.pieces, stream.pieces[1:], strict=False)],
     }
     found = {
-        "settings": {"streams": given.streams, "new_tokens": given.new_tokens, "many": given.many},
+        "settings": {
+            name: getattr(given, name) for name in ("streams", "turns", "new_tokens", "even", "many", "compile")
+        },
         "over HTTP / engine alone": spread([served / alone for alone, served in zip(*rates.values(), strict=True)]),
         "tokens a second": {name: spread(values) for name, values in rates.items()},
         "seconds with many streams": {

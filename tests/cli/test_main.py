@@ -38,17 +38,39 @@ def test_help_is_fast_and_imports_no_torch() -> None:
     assert min(times) < 1.0
 
 
-def test_a_wrong_key_is_answered_without_the_libraries_of_training_and_reports() -> None:
-    """A person waits for them: SciPy, which only intervals need, took half a second, Lightning takes three."""
+WRONG = ["max_steps=few", "seed=-1"]
+SAID = ["max_steps='few': must be a whole number.", "seed=-1: is below 0.", "modl: there is no such key; did you mean"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["train", "modl=1", *WRONG], SAID),
+        (["train", "experiment=tiny", "stage=sft", "modl=1", *WRONG], SAID),
+        (
+            ["train", "data=local", "data.path=no_such_file.txt"],
+            ["data.path='no_such_file.txt': there is no such file"],
+        ),
+        (["pipeline", "experiment=tiny", "stages.base.modl=1", *WRONG], SAID),
+        (["plan", "modl=1", *WRONG], SAID),
+        (["report", "modl=1"], ["modl: there is no such key"]),
+        (["evaluate", "modl=1"], ["modl: there is no such key"]),
+    ],
+    ids=lambda value: " ".join(value) if value[0] in COMMANDS else "",
+)
+def test_mistakes_are_told_without_loading_what_they_do_not_need(arguments: list[str], said: list[str]) -> None:
+    """A person waits for it: torch takes two seconds, Lightning three, SciPy half of one."""
+    needed = {"torch"} if arguments[0] == "evaluate" else set()
     program = (
         "import sys; from nanochat_pl.cli.main import main; code = main(sys.argv[1:]);"
-        "heavy = {'lightning', 'scipy', 'torchmetrics', 'transformers'};"
+        f"heavy = {{'torch', 'lightning', 'scipy', 'torchmetrics', 'transformers'}} - {needed};"
         "print(code, sorted(heavy & {name.split('.')[0] for name in sys.modules}))"
     )
-    for arguments in (["train"], ["pipeline", "experiment=tiny"], ["evaluate"], ["report"]):
-        command = [sys.executable, "-c", program, *arguments, "modl=1"]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        assert done.stdout.splitlines()[-1] == "2 []", (arguments, done.stdout, done.stderr)
+    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "2 []", (done.stdout, done.stderr)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == len(said), done.stderr
+    assert all(line.startswith(f"error: {text}") for line, text in zip(errors, said, strict=True)), done.stderr
 
 
 @pytest.mark.parametrize("command", COMMANDS)

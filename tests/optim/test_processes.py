@@ -23,16 +23,12 @@ from nanochat_pl.model.config import ModelSettings, resolve_model
 from nanochat_pl.model.gpt import GPT
 from nanochat_pl.model.init import init_weights
 from nanochat_pl.model.roles import parameter_roles
-from nanochat_pl.optim import (
-    MuonAdamW,
-    MuonSettings,
-    OptimSettings,
-    StepValues,
-    build_optimizer,
-    resolve_hyperparameters,
-)
+from nanochat_pl.optim.config import MuonSettings, OptimSettings, resolve_hyperparameters
 from nanochat_pl.optim.fully_sharded import make_shards
 from nanochat_pl.optim.gradient_norm import gradient_norm
+from nanochat_pl.optim.muon_adamw import MuonAdamW
+from nanochat_pl.optim.param_groups import build_optimizer
+from nanochat_pl.optim.schedules import StepValues
 from tests.helpers.alive_bytes import AliveBytes
 from tests.helpers.processes import run
 from tests.helpers.small_optim import make_optimizer, make_parameters, set_gradients

@@ -13,13 +13,14 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from nanochat_pl.cli._subprocess import run_child
-from nanochat_pl.cli.evaluate import EvaluateConfig, is_measured
+from nanochat_pl.cli.evaluate_settings import EvaluateConfig
 from nanochat_pl.cli.report import ReportConfig
 from nanochat_pl.cli.train import how_to_go_on, place_of, require_paths, with_parent
 from nanochat_pl.cli.train import is_finished as is_trained
 from nanochat_pl.common.console import ignore_broken_pipe, next_steps, print_table, rank_zero_print
 from nanochat_pl.common.constants import EXIT_USER_ERROR
 from nanochat_pl.common.errors import UserError, did_you_mean
+from nanochat_pl.common.imports import loading_libraries
 from nanochat_pl.common.paths import PathsSettings, run_keys
 from nanochat_pl.common.run_dir import fresh_run
 from nanochat_pl.common.schema import setting
@@ -161,6 +162,8 @@ def is_finished(step: Step, composed: Composed, run_dir: Path) -> bool:
         folder = place_of(composed)
         return is_trained(folder, with_parent(composed, folder))
     if step.command == "evaluate":
+        with loading_libraries():  # torch, which the settings are checked without
+            from nanochat_pl.cli.evaluate import is_measured
         return is_measured(composed)
     report = run_dir / "report" / "report.json"
     read = [path for pattern in ("*/finished.json", "evaluation/*/results.json") for path in run_dir.glob(pattern)]
