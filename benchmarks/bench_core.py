@@ -21,9 +21,10 @@ import torch
 import torch.nn.functional as F
 from _report import in_turns, parser_of, ratio, report, spreads
 
-from nanochat_pl.evaluation.core.evaluate import CoreBundle, CoreSettings, ask, evaluate_core_task, open_core
-from nanochat_pl.evaluation.core.prompts import choose_shots, common_length, is_right, render, render_unsolved
-from nanochat_pl.evaluation.scoring import Score
+from nanochat_pl.evaluation.candidates import Score, common_length
+from nanochat_pl.evaluation.core.evaluate import CoreBundle, ask, evaluate_core_task, open_core
+from nanochat_pl.evaluation.core.prompts import choose_shots, is_right, render, render_unsolved
+from nanochat_pl.evaluation.core.settings import CoreSettings
 from nanochat_pl.model.config import ModelSettings, resolve_model
 from nanochat_pl.model.gpt import GPT
 from nanochat_pl.model.init import init_weights

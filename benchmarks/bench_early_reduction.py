@@ -24,7 +24,8 @@ from nanochat_pl.model.config import ModelSettings, resolve_model
 from nanochat_pl.model.gpt import GPT
 from nanochat_pl.model.init import init_weights
 from nanochat_pl.model.roles import parameter_roles
-from nanochat_pl.optim import OptimSettings, build_optimizer, resolve_hyperparameters
+from nanochat_pl.optim.config import OptimSettings, resolve_hyperparameters
+from nanochat_pl.optim.param_groups import build_optimizer
 
 WARM_UP_STEPS = 4
 

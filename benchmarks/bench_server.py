@@ -29,7 +29,8 @@ from _report import parser_of, report, spread
 from bench_engine import demo_sized_bundle
 
 from nanochat_pl import Engine, load_bundle
-from nanochat_pl.bundle import StageInfo, save_bundle
+from nanochat_pl.bundle.bundle import save_bundle
+from nanochat_pl.bundle.stage_info import StageInfo
 from nanochat_pl.engine.request import Request
 from nanochat_pl.engine.sampling import Sampling
 

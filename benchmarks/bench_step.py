@@ -76,12 +76,18 @@ def measure(shape: str, dtype: str, num_steps: int, compiled: bool) -> dict[str,
     from nanochat_pl.model.config import ModelSettings, resolve_model
     from nanochat_pl.model.gpt import GPT
     from nanochat_pl.model.init import init_weights
-    from nanochat_pl.optim import OptimSettings, build_optimizer, resolve_hyperparameters
 
     try:
         from nanochat_pl.model.roles import parameter_roles
-    except ImportError:
+        from nanochat_pl.optim.config import OptimSettings, resolve_hyperparameters
+        from nanochat_pl.optim.param_groups import build_optimizer
+    except ImportError:  # an older checkout
         from nanochat_pl.model.gpt import parameter_roles  # type: ignore[attr-defined,no-redef]
+        from nanochat_pl.optim import (  # type: ignore[attr-defined,no-redef]
+            OptimSettings,
+            build_optimizer,
+            resolve_hyperparameters,
+        )
 
     torch.use_deterministic_algorithms(True)
     try:  # as training does, where this checkout's training does

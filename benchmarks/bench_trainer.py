@@ -29,7 +29,9 @@ from nanochat_pl.model.counts import flops_per_token
 from nanochat_pl.model.gpt import GPT
 from nanochat_pl.model.init import init_weights
 from nanochat_pl.model.roles import parameter_roles
-from nanochat_pl.optim import OptimSettings, ScheduleSettings, build_optimizer, resolve_hyperparameters, schedule_values
+from nanochat_pl.optim.config import OptimSettings, resolve_hyperparameters
+from nanochat_pl.optim.param_groups import build_optimizer
+from nanochat_pl.optim.schedules import ScheduleSettings, schedule_values
 from nanochat_pl.training.callbacks.evaluation import Samples
 from nanochat_pl.training.config import EvaluationSettings, TrainerSettings
 from nanochat_pl.training.datamodule import RowsDataModule, StepRows

@@ -18,8 +18,8 @@ from random import Random
 
 from _report import report
 
-from nanochat_pl.bundle import load_bundle
-from nanochat_pl.bundle.bundle import load_stage_info
+from nanochat_pl.bundle.bundle import load_bundle
+from nanochat_pl.bundle.stage_info import load_stage_info
 from nanochat_pl.common.paths import PathsSettings, cache_folder
 from nanochat_pl.common.schema import build
 from nanochat_pl.engine import Engine, Session

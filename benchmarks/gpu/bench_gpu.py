@@ -38,7 +38,8 @@ from nanochat_pl.model.fp8 import fp8_linear, why_no_fp8
 from nanochat_pl.model.gpt import GPT, TORCH_DTYPES
 from nanochat_pl.model.init import init_weights
 from nanochat_pl.model.roles import parameter_roles
-from nanochat_pl.optim import OptimSettings, build_optimizer, resolve_hyperparameters
+from nanochat_pl.optim.config import OptimSettings, resolve_hyperparameters
+from nanochat_pl.optim.param_groups import build_optimizer
 from nanochat_pl.planning.gpus import peak_flops
 from nanochat_pl.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer
 
@@ -257,13 +258,26 @@ def decode_part(size: Size, device: torch.device) -> dict[str, Any]:
     tokens = [bytes([i]) for i in range(256)] + [bytes(pair) for pair in itertools.product(range(256), repeat=2)]
     ranks = {token: i for i, token in enumerate(tokens[: size.vocab_size - len(SPECIAL_TOKENS)])}
     specials = {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)}
-    engine = Engine(Bundle(net, Tokenizer.from_ranks(ranks, SPLIT_PATTERN, specials)))
-    limits = measure_limits(engine)
-    of_size = {
-        f"{rows} rows": attempt(lambda rows=rows: as_plain(measure_batch(engine, size.decode, rows, limits)))
-        for rows in size.decode.batch_sizes
-    }
-    return {"depth": size.depth, "limits": as_plain(limits), **of_size}
+    bundle = Bundle(net, Tokenizer.from_ranks(ranks, SPLIT_PATTERN, specials))
+    eager = Engine(bundle)
+    limits = measure_limits(eager)
+
+    def of_sizes(engine: Engine) -> dict[str, Any]:
+        return {
+            f"{rows} rows": attempt(lambda rows=rows: as_plain(measure_batch(engine, size.decode, rows, limits)))
+            for rows in size.decode.batch_sizes
+        }
+
+    def with_graphs() -> dict[str, Any]:
+        if device.type != "cuda":
+            return {"unmeasured": "CUDA graphs are for GPUs of NVIDIA"}
+        engine, prompts = Engine(bundle, compile=True), [[1, 2, 3], [4], [5] * 20]
+        ours, theirs = (each.generate(prompts, 16, stop_ids=(), tools=False) for each in (engine, eager))
+        # The first token follows from the prompt, which is read the same way; the second is the first of a graph.
+        far = max(abs(x.logprobs[1] - y.logprobs[1]) for x, y in zip(ours, theirs, strict=True) if x.ids[0] == y.ids[0])
+        return {"largest_difference_of_a_second_logprob": far, **of_sizes(engine)}
+
+    return {"depth": size.depth, "limits": as_plain(limits), **of_sizes(eager), "graphs": attempt(with_graphs)}
 
 
 PARTS: dict[str, Callable[[Size, torch.device], dict[str, Any]]] = {

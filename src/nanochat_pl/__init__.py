@@ -19,7 +19,7 @@ __all__ = [
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "load_bundle": "nanochat_pl.bundle",
+    "load_bundle": "nanochat_pl.bundle.bundle",
     "Engine": "nanochat_pl.engine",
     "LMModule": "nanochat_pl.training.module",
     "ModuleConfig": "nanochat_pl.training.module",

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nanochat_pl import load_bundle
-from nanochat_pl.bundle import StageInfo, naming_weights, save_bundle
-from nanochat_pl.bundle.bundle import hash_of_weights, load_moments
+from nanochat_pl.bundle.bundle import hash_of_weights, load_moments, naming_weights, save_bundle
+from nanochat_pl.bundle.stage_info import StageInfo
 from nanochat_pl.common.errors import NotFiniteError, UserError
 from nanochat_pl.common.files import write_json
 from nanochat_pl.engine import Engine

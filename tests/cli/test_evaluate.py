@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanochat_pl.bundle import StageInfo, load_bundle, save_bundle
-from nanochat_pl.bundle.bundle import save_stage_info
+from nanochat_pl.bundle.bundle import load_bundle, save_bundle, save_stage_info
+from nanochat_pl.bundle.stage_info import StageInfo
 from nanochat_pl.cli import evaluate_suites
 from nanochat_pl.cli.evaluate import is_measured
 from nanochat_pl.cli.evaluate_settings import EvaluateConfig

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from nanochat_pl.bundle import StageInfo, save_bundle
+from nanochat_pl.bundle.bundle import save_bundle
+from nanochat_pl.bundle.stage_info import StageInfo
 from nanochat_pl.cli.main import main
 from nanochat_pl.cli.train import compose_train
 from nanochat_pl.common.errors import UserError
@@ -22,7 +23,8 @@ from nanochat_pl.convert.huggingface.read import read_huggingface
 from nanochat_pl.convert.nanochat.read import read_nanochat
 from nanochat_pl.convert.report import save_imported
 from nanochat_pl.model.roles import parameter_roles
-from nanochat_pl.optim import build_optimizer, resolve_hyperparameters
+from nanochat_pl.optim.config import resolve_hyperparameters
+from nanochat_pl.optim.param_groups import build_optimizer
 from tests.helpers.exports import make_bundle, tokenizer_of
 from tests.helpers.tiny_run import make_tiny_run
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -39,27 +38,39 @@ def test_help_is_fast_and_imports_no_torch() -> None:
     assert min(times) < 1.0
 
 
-def test_a_wrong_key_is_answered_without_the_libraries_of_training_and_reports() -> None:
-    """A person waits for them: SciPy, which only intervals need, took half a second, Lightning takes three. One process
-    for all commands, since each has imported no more than it needs."""
-    program = """
-import json, sys
-from nanochat_pl.cli.main import main
-for command in json.loads(sys.argv[1]):
-    code = main(command)
-    print(command[0], code, sorted({"lightning", "scipy", "torchmetrics", "transformers"} & {*sys.modules}))
-"""
-    wrong = [
-        ["train", "modl=1"],
-        ["pipeline", "experiment=tiny", "modl=1"],
-        ["evaluate", "modl=1"],
-        ["report", "modl=1"],
-    ]
-    commands = [*wrong, ["plan", "model.depth=4", "hardware=h100"]]
-    command = [sys.executable, "-c", program, json.dumps(commands)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    found = [line for line in done.stdout.splitlines() if line.endswith("]")]
-    assert found == ["train 2 []", "pipeline 2 []", "evaluate 2 []", "report 2 []", "plan 0 []"], done.stdout
+WRONG = ["max_steps=few", "seed=-1"]
+SAID = ["max_steps='few': must be a whole number.", "seed=-1: is below 0.", "modl: there is no such key; did you mean"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["train", "modl=1", *WRONG], SAID),
+        (["train", "experiment=tiny", "stage=sft", "modl=1", *WRONG], SAID),
+        (
+            ["train", "data=local", "data.path=no_such_file.txt"],
+            ["data.path='no_such_file.txt': there is no such file"],
+        ),
+        (["pipeline", "experiment=tiny", "stages.base.modl=1", *WRONG], [*SAID[:2], f"stages.base.{SAID[2]}"]),
+        (["plan", "modl=1", *WRONG], SAID),
+        (["report", "modl=1"], ["modl: there is no such key"]),
+        (["evaluate", "modl=1"], ["modl: there is no such key"]),
+    ],
+    ids=lambda value: " ".join(value) if value[0] in COMMANDS else "",
+)
+def test_mistakes_are_told_without_loading_what_they_do_not_need(arguments: list[str], said: list[str]) -> None:
+    """A person waits for it: torch takes two seconds, Lightning three, SciPy half of one."""
+    needed = {"torch"} if arguments[0] == "evaluate" else set()
+    program = (
+        "import sys; from nanochat_pl.cli.main import main; code = main(sys.argv[1:]);"
+        f"heavy = {{'torch', 'lightning', 'scipy', 'torchmetrics', 'transformers'}} - {needed};"
+        "print(code, sorted(heavy & {name.split('.')[0] for name in sys.modules}))"
+    )
+    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "2 []", (done.stdout, done.stderr)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == len(said), done.stderr
+    assert all(line.startswith(f"error: {text}") for line, text in zip(errors, said, strict=True)), done.stderr
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -11,7 +11,7 @@ from nanochat_pl.cli.main import main
 from nanochat_pl.cli.train import _say_plan
 from nanochat_pl.data.sources import token_counts
 from nanochat_pl.model.config import ModelSettings
-from nanochat_pl.optim import OptimSettings
+from nanochat_pl.optim.config import OptimSettings
 from nanochat_pl.planning import HorizonSettings, make_plan
 
 ERAS = ("nanochat", "nanochat_2026_02", "nanochat_2025_10")

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from nanochat_pl.cli._full_plan import full_plan
 from nanochat_pl.cli.launch import processes_to_start
 from nanochat_pl.cli.main import main
-from nanochat_pl.cli.plan import full_plan
 from nanochat_pl.cli.train import compose_train
 from nanochat_pl.planning import Plan
 

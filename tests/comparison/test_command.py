@@ -91,7 +91,7 @@ def test_names_of_strangers_are_text_in_the_page(tmp_path: Path, capsys: pytest.
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["d4-sed*"], "no run of that name"),
+        (["d4-sed*"], "no run fits it"),
         (["model.dept=4"], "did you mean model.depth"),
         (["model.depth=5"], "model.depth=5: no run of stage base has it; there are: 4."),
         (["model.depth=5,6"], "model.depth=5,6: no run of stage base has it; there are: 4."),

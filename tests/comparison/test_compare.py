@@ -215,7 +215,7 @@ def test_the_newest_entry_of_a_stage_counts_and_unfinished_ones_are_left_out() -
 @pytest.mark.parametrize(
     ("names", "where", "message"),
     [
-        (["d4-sed*"], "run=*", "no run of that name; did you mean d4-seed"),
+        (["d4-sed*"], "run=*", "no run fits it; did you mean d4-seed"),
         (["d4"], "run=*", "did you mean 'd4*'?"),
         ([], "model.dept=4", "no entry has such a column; did you mean model.depth"),
         ([], "model.depth=5", "model.depth=5: no run of stage base has it; there are: 12."),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +66,16 @@ def test_a_wrong_class_is_found_before_any_work(here: Path, capsys: pytest.Captu
     assert "error: logger.mine._target_='lightning.pytorch.loggers.CSVLoger': there is no such class." in error
     assert "error: callbacks.it: has no _target_, the dotted name of a class. (mine.yaml, stages.base)" in error
     assert not (here / "runs").exists()
+
+
+def test_settings_are_checked_without_importing_lightning() -> None:
+    """It takes seconds, and a person with a wrong key waits for them."""
+    code = (
+        "import sys; from nanochat_pl.cli.main import main; code = main(['plan', 'model.depth=4', 'hardware=h100']);"
+        "print(code, sorted(name for name in sys.modules if name.split('.')[0] == 'lightning'))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1].endswith(" []"), done.stdout
 
 
 def test_our_own_logger_that_is_not_looked_at_would_pass() -> None:

@@ -16,7 +16,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nanochat_pl.bundle import Bundle, StageInfo, load_bundle, save_bundle
+from nanochat_pl.bundle.bundle import Bundle, load_bundle, save_bundle
+from nanochat_pl.bundle.stage_info import StageInfo
 from nanochat_pl.convert.huggingface.remote_code import generate_with_calculator
 from nanochat_pl.convert.huggingface.write import CALCULATING
 from nanochat_pl.engine import Engine

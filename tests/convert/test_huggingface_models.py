@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from nanochat_pl.bundle import Bundle
+from nanochat_pl.bundle.bundle import Bundle
 from nanochat_pl.convert.huggingface.config import is_native
 from nanochat_pl.convert.huggingface.read import read_huggingface
 from nanochat_pl.engine import Engine

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from nanochat_pl.bundle import load_bundle
+from nanochat_pl.bundle.bundle import load_bundle
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.convert.huggingface.read import is_huggingface, read_huggingface
 from nanochat_pl.convert.report import save_imported

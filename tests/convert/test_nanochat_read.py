@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from nanochat_pl.bundle import load_bundle
-from nanochat_pl.bundle.bundle import load_moments, load_stage_info
+from nanochat_pl.bundle.bundle import load_bundle, load_moments
+from nanochat_pl.bundle.stage_info import load_stage_info
 from nanochat_pl.cli.plan import PlanConfig
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.config.compose import compose
@@ -22,7 +22,9 @@ from nanochat_pl.convert.report import Imported, save_imported
 from nanochat_pl.model.config import ModelSettings, resolve_model
 from nanochat_pl.model.gpt import GPT
 from nanochat_pl.model.roles import parameter_roles
-from nanochat_pl.optim import OptimSettings, StepValues, build_optimizer, resolve_hyperparameters
+from nanochat_pl.optim.config import OptimSettings, resolve_hyperparameters
+from nanochat_pl.optim.param_groups import build_optimizer
+from nanochat_pl.optim.schedules import StepValues
 from nanochat_pl.planning import Plan
 from tests.helpers.nanochat_copies import copy, edit_meta, edit_state, only
 from tests.optim.test_golden_optimizer import backward

@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from nanochat_pl.bundle import StageInfo, load_bundle, save_bundle
-from nanochat_pl.bundle.bundle import load_weights
+from nanochat_pl.bundle.bundle import load_bundle, load_weights, save_bundle
+from nanochat_pl.bundle.stage_info import StageInfo
 from nanochat_pl.cli.train import compose_train
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.schema import to_plain
@@ -25,7 +25,8 @@ from nanochat_pl.model.config import GPTConfig, ModelSettings, resolve_model
 from nanochat_pl.model.gpt import GPT
 from nanochat_pl.model.init import init_weights
 from nanochat_pl.model.roles import parameter_roles
-from nanochat_pl.optim import OptimSettings, build_optimizer, resolve_hyperparameters
+from nanochat_pl.optim.config import OptimSettings, resolve_hyperparameters
+from nanochat_pl.optim.param_groups import build_optimizer
 from tests.helpers.nanochat_copies import PLACES, copy, edit_meta, edit_state, only
 from tests.helpers.tiny_run import make_tiny_run
 

@@ -87,8 +87,8 @@ def test_what_cannot_be_compiled_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
     bundle = SmallBundle(perturbed(tiny_config(vocab_size=265)).eval(), byte_tokenizer())
     with pytest.raises(UserError, match="compile=true, quantize=int8: one excludes the other"):
         Engine(bundle, quantize="int8", compile=True)
-    with pytest.raises(UserError, match="compile=true: is for CPUs, and the model is on meta"):
-        CompiledDecode(InferenceGPT(type(bundle.net)(bundle.net.config)))
+    with pytest.raises(UserError, match="compile=true: is for CPUs and NVIDIA GPUs, and the model is on meta"):
+        Engine(SmallBundle(type(bundle.net)(bundle.net.config), byte_tokenizer()), compile=True)
 
     def without_compiler(function: Any, **_: Any) -> Any:
         def fail(*_: Any) -> None:

@@ -16,11 +16,12 @@ import yaml
 
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.schema import build
+from nanochat_pl.evaluation.candidates import Score
 from nanochat_pl.evaluation.core.bundle import CORE_TASKS
-from nanochat_pl.evaluation.core.evaluate import CoreBundle, CoreSettings, ask, evaluate_core_task, open_core
+from nanochat_pl.evaluation.core.evaluate import CoreBundle, ask, evaluate_core_task, open_core
 from nanochat_pl.evaluation.core.prompts import choose, choose_shots, kept_order, make_question
+from nanochat_pl.evaluation.core.settings import CoreSettings
 from nanochat_pl.evaluation.results import from_plain, make_result, summarize, to_plain
-from nanochat_pl.evaluation.scoring import Score
 from nanochat_pl.evaluation.suites import summary_name
 from nanochat_pl.evaluation.tables import core_table
 from nanochat_pl.model.gpt import GPT

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from nanochat_pl.evaluation.core.evaluate import CoreBundle, CoreSettings, ask, open_core
+from nanochat_pl.evaluation.core.evaluate import CoreBundle, ask, open_core
 from nanochat_pl.evaluation.core.prompts import Problem, choose_shots, is_right, make_question, render, render_unsolved
+from nanochat_pl.evaluation.core.settings import CoreSettings
 from nanochat_pl.evaluation.scoring import score
 from tests.helpers.small_engine import golden_bundle
 

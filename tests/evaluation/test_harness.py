@@ -17,7 +17,8 @@ from nanochat_pl.common.errors import UserError
 from nanochat_pl.distributed import collectives
 from nanochat_pl.engine import Engine
 from nanochat_pl.evaluation.harness import tasks as harness
-from nanochat_pl.evaluation.harness.tasks import HarnessSettings, open_harness
+from nanochat_pl.evaluation.harness.settings import HarnessSettings
+from nanochat_pl.evaluation.harness.tasks import open_harness
 from nanochat_pl.evaluation.results import TaskResult, from_plain, to_plain
 from tests.helpers.processes import run
 from tests.helpers.random_model import random_bundle

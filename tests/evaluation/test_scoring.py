@@ -10,7 +10,8 @@ import torch
 
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.evaluation import scoring
-from nanochat_pl.evaluation.scoring import Candidate, Score, batches_by_length, score
+from nanochat_pl.evaluation.candidates import Candidate, Score
+from nanochat_pl.evaluation.scoring import batches_by_length, score
 from nanochat_pl.model.gpt import GPT
 from tests.helpers.models import perturbed, tiny_config
 

@@ -21,14 +21,10 @@ from nanochat_pl.model.config import DType, GPTConfig, ModelSettings, resolve_mo
 from nanochat_pl.model.gpt import GPT, TORCH_DTYPES
 from nanochat_pl.model.init import init_weights
 from nanochat_pl.model.roles import parameter_roles
-from nanochat_pl.optim import (
-    MuonAdamW,
-    OptimSettings,
-    ScheduleSettings,
-    build_optimizer,
-    resolve_hyperparameters,
-    schedule_values,
-)
+from nanochat_pl.optim.config import OptimSettings, resolve_hyperparameters
+from nanochat_pl.optim.muon_adamw import MuonAdamW
+from nanochat_pl.optim.param_groups import build_optimizer
+from nanochat_pl.optim.schedules import ScheduleSettings, schedule_values
 from tests.helpers.training import BareModule
 
 NUM_STEPS = 20

@@ -17,7 +17,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from nanochat_pl.bundle import Bundle, StageInfo, load_bundle, save_bundle
+from nanochat_pl.bundle.bundle import Bundle, load_bundle, save_bundle
+from nanochat_pl.bundle.stage_info import StageInfo
 from nanochat_pl.engine import Engine
 from nanochat_pl.evaluation.validation import Validation
 from nanochat_pl.model.gpt import GPT

@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from nanochat_pl import LMModule, ModuleConfig, RowsDataModule
 from nanochat_pl.cli.main import main
 from nanochat_pl.evaluation.validation import Validation
-from nanochat_pl.optim import ScheduleSettings
+from nanochat_pl.optim.schedules import ScheduleSettings
 from tests.helpers.processes import run
 from tests.helpers.small_engine import byte_tokenizer
 from tests.helpers.training import ROWS_PER_STEP, fit_tiny, tiny_model, tiny_rows

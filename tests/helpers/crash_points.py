@@ -27,7 +27,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule
 
 from nanochat_pl.cli.main import main
-from nanochat_pl.optim import MuonAdamW
+from nanochat_pl.optim.muon_adamw import MuonAdamW
 from nanochat_pl.training.callbacks import metrics
 from nanochat_pl.training.checkpoint import io as checkpoint_io
 from nanochat_pl.training.module import LMModule

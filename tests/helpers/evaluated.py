@@ -7,7 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from nanochat_pl.bundle import StageInfo, save_bundle
+from nanochat_pl.bundle.bundle import save_bundle
+from nanochat_pl.bundle.stage_info import StageInfo
 from nanochat_pl.common.files import read_json, write_json
 from nanochat_pl.model.config import ModelSettings, resolve_model
 from nanochat_pl.model.gpt import GPT

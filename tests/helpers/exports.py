@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from nanochat_pl.bundle import Bundle, StageInfo, load_bundle, save_bundle
+from nanochat_pl.bundle.bundle import Bundle, load_bundle, save_bundle
+from nanochat_pl.bundle.stage_info import StageInfo
 from nanochat_pl.convert.huggingface.write import write_huggingface
 from nanochat_pl.model.config import GPTConfig, ModelSettings, resolve_model
 from nanochat_pl.model.gpt import GPT

@@ -31,6 +31,7 @@ MODULES = (
     "nanochat_pl.cli._warnings",
     "nanochat_pl.cli.launch",
     "nanochat_pl.cli.train",
+    "nanochat_pl.cli._ledger",
     "nanochat_pl.training.run",
     "nanochat_pl.distributed.coordination",
     "torch.distributed.run",

@@ -12,8 +12,9 @@ import torch
 
 from nanochat_pl.distributed import collectives
 from nanochat_pl.model.roles import parameter_roles
-from nanochat_pl.optim import OptimSettings, build_optimizer, resolve_hyperparameters
+from nanochat_pl.optim.config import OptimSettings, resolve_hyperparameters
 from nanochat_pl.optim.fully_sharded import own_rows
+from nanochat_pl.optim.param_groups import build_optimizer
 from nanochat_pl.training.checkpoint.io import copy_to_host
 from nanochat_pl.training.fully_sharded import fully_shard_net, whole_state
 from tests.helpers.alive_bytes import AliveBytes

@@ -17,8 +17,7 @@ from typing import Any
 import torch
 import uvicorn
 
-from nanochat_pl.bundle import Bundle, load_bundle
-from nanochat_pl.bundle.bundle import save_bundle
+from nanochat_pl.bundle.bundle import Bundle, load_bundle, save_bundle
 from nanochat_pl.bundle.stage_info import StageInfo
 from nanochat_pl.model.gpt import GPT
 from nanochat_pl.serving import pool, worker

@@ -6,7 +6,9 @@ import torch
 from torch import nn
 
 from nanochat_pl.cli.train import compose_train
-from nanochat_pl.optim import Hyperparameters, MuonAdamW, OptimSettings, build_optimizer, resolve_hyperparameters
+from nanochat_pl.optim.config import Hyperparameters, OptimSettings, resolve_hyperparameters
+from nanochat_pl.optim.muon_adamw import MuonAdamW
+from nanochat_pl.optim.param_groups import build_optimizer
 
 SHAPES = {
     "wte.weight": ("wte", (20, 8)),

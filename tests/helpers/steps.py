@@ -11,7 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from nanochat_pl.training.nonfinite_guard import Guard, LossScale, OnNonfinite
+from nanochat_pl.training.config import OnNonfinite
+from nanochat_pl.training.nonfinite_guard import Guard, LossScale
 from tests.helpers.training import Loop, batch_of
 
 MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")

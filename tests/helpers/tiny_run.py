@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nanochat_pl.bundle import StageInfo, save_bundle
+from nanochat_pl.bundle.bundle import save_bundle
+from nanochat_pl.bundle.stage_info import StageInfo
 from nanochat_pl.model.config import ModelSettings, resolve_model
 from nanochat_pl.model.gpt import GPT
 from nanochat_pl.model.init import init_weights

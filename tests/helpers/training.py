@@ -23,14 +23,10 @@ from nanochat_pl.model.config import GPTConfig, ModelSettings, resolve_model
 from nanochat_pl.model.gpt import GPT
 from nanochat_pl.model.init import init_weights
 from nanochat_pl.model.roles import parameter_roles
-from nanochat_pl.optim import (
-    MuonAdamW,
-    OptimSettings,
-    ScheduleSettings,
-    StepValues,
-    build_optimizer,
-    resolve_hyperparameters,
-)
+from nanochat_pl.optim.config import OptimSettings, resolve_hyperparameters
+from nanochat_pl.optim.muon_adamw import MuonAdamW
+from nanochat_pl.optim.param_groups import build_optimizer
+from nanochat_pl.optim.schedules import ScheduleSettings, StepValues
 from nanochat_pl.training.callbacks.benchmarks import Benchmark
 from nanochat_pl.training.callbacks.evaluation import Samples
 from nanochat_pl.training.checkpoint.resume import newest_resume_file

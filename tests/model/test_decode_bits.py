@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from nanochat_pl.model.attention import PRODUCTS_REACH
 from nanochat_pl.model.config import ModelSettings, resolve_model
 from nanochat_pl.model.gpt import GPT
 from nanochat_pl.model.init import init_weights
 from nanochat_pl.model.kv_cache import KVCache
 from nanochat_pl.model.layers import Linear
+from nanochat_pl.model.query_blocks import PRODUCTS_REACH
 from tests.helpers.models import random_ids
 
 LENGTH = 200

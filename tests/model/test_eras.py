@@ -19,7 +19,8 @@ from nanochat_pl.model.counts import count_parameters, flops_per_token, weight_b
 from nanochat_pl.model.gpt import GPT
 from nanochat_pl.model.init import init_weights
 from nanochat_pl.model.roles import parameter_roles
-from nanochat_pl.optim import OptimSettings, build_optimizer, resolve_hyperparameters
+from nanochat_pl.optim.config import OptimSettings, resolve_hyperparameters
+from nanochat_pl.optim.param_groups import build_optimizer
 from tests.helpers.models import random_ids
 
 ERAS = ("nanochat", "nanochat_2026_02", "nanochat_2025_10")

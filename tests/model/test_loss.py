@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from nanochat_pl.model import loss as loss_module
+from nanochat_pl.model.counts import default_chunk_tokens
 from nanochat_pl.model.loss import fused_linear_cross_entropy, token_losses
 from tests.helpers.models import perturbed, random_ids, tiny_config
 
@@ -150,8 +151,8 @@ def test_padding_of_the_vocabulary_is_never_predicted():
     [(True, None, 128), (False, None, 1024), (False, 2**30 * 24, 1024), (False, 2**30 * 40, 4096)],
 )
 def test_pieces_by_memory_of_the_device(on_cpu, gpu_memory, tokens):
-    assert loss_module.default_chunk_tokens(2**15, on_cpu, gpu_memory) == tokens
-    assert loss_module.default_chunk_tokens(2**40, on_cpu, gpu_memory) == 1
+    assert default_chunk_tokens(2**15, on_cpu, gpu_memory) == tokens
+    assert default_chunk_tokens(2**40, on_cpu, gpu_memory) == 1
 
 
 def test_the_head_gradient_is_summed_in_float32_where_that_can_be_had(monkeypatch):

@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from nanochat_pl.optim import MuonAdamW, StepValues, build_optimizer
+from nanochat_pl.optim.muon_adamw import MuonAdamW
+from nanochat_pl.optim.param_groups import build_optimizer
+from nanochat_pl.optim.schedules import StepValues
 from tests.helpers.small_optim import ROLES, chosen, hyper, make_optimizer, make_parameters, set_gradients
 
 MATRICES = [name for name, role in ROLES.items() if role == "matrix"]

@@ -14,7 +14,10 @@ from nanochat_pl.cli.train import compose_train
 from nanochat_pl.model.config import resolve_model
 from nanochat_pl.model.gpt import GPT
 from nanochat_pl.model.roles import parameter_roles
-from nanochat_pl.optim import MuonAdamW, ScheduleSettings, build_optimizer, resolve_hyperparameters, schedule_values
+from nanochat_pl.optim.config import resolve_hyperparameters
+from nanochat_pl.optim.muon_adamw import MuonAdamW
+from nanochat_pl.optim.param_groups import build_optimizer
+from nanochat_pl.optim.schedules import ScheduleSettings, schedule_values
 from tests.helpers.models import era_model_config, load_net, size_overrides
 from tests.optim.test_golden_optimizer import backward
 

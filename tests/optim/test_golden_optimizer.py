@@ -12,7 +12,10 @@ from torch import Tensor
 from nanochat_pl.convert.nanochat.moments import read_moments
 from nanochat_pl.model.gpt import GPT
 from nanochat_pl.model.roles import parameter_roles
-from nanochat_pl.optim import MuonAdamW, OptimSettings, StepValues, build_optimizer, resolve_hyperparameters
+from nanochat_pl.optim.config import OptimSettings, resolve_hyperparameters
+from nanochat_pl.optim.muon_adamw import MuonAdamW
+from nanochat_pl.optim.param_groups import build_optimizer
+from nanochat_pl.optim.schedules import StepValues
 from tests.helpers.models import golden_net
 
 

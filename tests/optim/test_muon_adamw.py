@@ -9,7 +9,9 @@ import torch
 from torch import nn
 
 from nanochat_pl.common.schema import build
-from nanochat_pl.optim import MuonSettings, OptimSettings, StepValues, build_optimizer
+from nanochat_pl.optim.config import MuonSettings, OptimSettings
+from nanochat_pl.optim.param_groups import build_optimizer
+from nanochat_pl.optim.schedules import StepValues
 from tests.helpers.small_optim import ROLES, chosen, hyper, make_optimizer, make_parameters, set_gradients
 from tests.reference.optimizer import AdamW, Muon
 

@@ -8,7 +8,8 @@ from torch import nn
 
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.schema import build
-from nanochat_pl.optim import Hyperparameters, OptimSettings, build_optimizer, resolve_hyperparameters
+from nanochat_pl.optim.config import Hyperparameters, OptimSettings, resolve_hyperparameters
+from nanochat_pl.optim.param_groups import build_optimizer
 from tests.helpers.small_optim import ROLES, chosen, hyper, make_optimizer, make_parameters
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import time
 from math import prod
@@ -22,14 +23,12 @@ from nanochat_pl.model.config import ModelSettings, resolve_model
 from nanochat_pl.model.gpt import GPT
 from nanochat_pl.model.init import init_weights
 from nanochat_pl.model.roles import parameter_roles
-from nanochat_pl.optim import (
-    MuonAdamW,
-    MuonSettings,
-    OptimSettings,
-    StepValues,
-    build_optimizer,
-    resolve_hyperparameters,
-)
+from nanochat_pl.optim.config import MuonSettings, OptimSettings, resolve_hyperparameters
+from nanochat_pl.optim.fully_sharded import make_shards
+from nanochat_pl.optim.gradient_norm import gradient_norm
+from nanochat_pl.optim.muon_adamw import MuonAdamW
+from nanochat_pl.optim.param_groups import build_optimizer
+from nanochat_pl.optim.schedules import StepValues
 from tests.helpers.alive_bytes import AliveBytes
 from tests.helpers.processes import run
 from tests.helpers.small_optim import make_optimizer, make_parameters, set_gradients
@@ -108,7 +107,7 @@ def assert_equal(found: list[dict[str, Any]], alone: dict[str, Any]) -> None:
     """Parameters on every process, and the state on the first."""
     for each in found:
         assert differing(each["parameters"], alone["parameters"]) == []
-        assert each["norms"] == found[0]["norms"] == pytest.approx(alone["norms"], rel=1e-6)
+        assert each["norms"] == alone["norms"]
     assert differing(found[0]["moments"], alone["moments"]) == []
     assert differing(flat(found[0]["state"]), flat(alone["state"])) == []
     assert found[0]["state"]["groups"] == alone["state"]["groups"]
@@ -234,6 +233,38 @@ def test_every_kind_of_parameter_is_updated_as_by_one_process(dtype: str, muon: 
         found = run(world_size, small_steps, dtype, parts)
         assert all(differing(each["parameters"], one["parameters"]) == [] for each in found)
         assert differing(found[0]["moments"], one["moments"]) == []
+
+
+NORM_SHAPES = {"adamw": [(700, 1000), (37, 24), (5,)], "muon": [(300, 200), (16, 8)]}
+
+
+def norm_of_large() -> float:
+    """Of fixed gradients, of which each process brings a part: in pieces, whole ones and rests, and in shards of 0."""
+    generator, groups = torch.Generator().manual_seed(0), []
+    for kind, shapes in NORM_SHAPES.items():
+        for shape in shapes:
+            group = [torch.nn.Parameter(torch.zeros(shape)) for _ in range(3 if kind == "muon" else 1)]
+            for i, parameter in enumerate(group):
+                gradient = torch.randn(shape, generator=generator)
+                parameter.grad = gradient if i % collectives.world_size() == collectives.rank() else 0 * gradient
+            groups.append({"kind": kind, "params": group})
+    if collectives.world_size() == 1:
+        return float(gradient_norm([], groups))
+    shards = [
+        make_shards(group["kind"], ["any"] * len(group["params"]), group["params"], at_end=number % 2 == 1)
+        for number, group in enumerate(groups)
+    ]
+    for shard in itertools.chain.from_iterable(shards):
+        shard.start_reduce().wait()
+    return float(gradient_norm(shards, groups))
+
+
+def test_the_norm_of_large_gradients_has_the_bits_of_one_process() -> None:
+    (one,) = run(1, norm_of_large)
+    numel = sum(prod(shape) * (3 if kind == "muon" else 1) for kind, of in NORM_SHAPES.items() for shape in of)
+    assert one == pytest.approx(numel**0.5, rel=1e-2)
+    for world_size in SEVERAL:
+        assert run(world_size, norm_of_large) == [one] * world_size
 
 
 def norm_skip_and_drop() -> dict[str, Any]:

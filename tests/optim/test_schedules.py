@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from nanochat_pl.optim import ScheduleSettings, StepValues, schedule_values
+from nanochat_pl.optim.schedules import ScheduleSettings, StepValues, schedule_values
 
 STAGES = {
     "base": ScheduleSettings(),

@@ -9,8 +9,9 @@ from itertools import pairwise
 import pytest
 import torch
 
+from nanochat_pl.optim.gradient_norm import gradient_norm
 from nanochat_pl.optim.muon import adamw_update
-from nanochat_pl.optim.sharding import ALIGNMENT, Shard, moment_shapes, norm_of
+from nanochat_pl.optim.sharding import ALIGNMENT, PIECE_OF_NORM, Shard, adamw_quantum, moment_shapes
 
 
 @pytest.fixture
@@ -92,11 +93,25 @@ def test_adamw_of_shards_has_the_bits_of_the_whole(length: int, world_size: int)
     assert torch.equal(torch.cat([shard.moments["exp_avg_sq"] for shard in all_shards]), state["exp_avg_sq"])
 
 
+def norm_of(tensors: list[torch.Tensor]) -> torch.Tensor:
+    parameters = [torch.nn.Parameter(tensor) for tensor in tensors]
+    for parameter, tensor in zip(parameters, tensors, strict=True):
+        parameter.grad = tensor
+    return gradient_norm([], [{"kind": "adamw", "params": parameters}])
+
+
 def test_the_norm_of_many_elements_is_sound() -> None:
     """One running sum in float32 was 3e-3 off at this size."""
     tensors = [torch.rand(50, 400_000), torch.randn(7), torch.zeros(0), torch.tensor(0.1).bfloat16()]
     exact = sum(float(tensor.double().square().sum()) for tensor in tensors) ** 0.5
-    norm = norm_of(tensors, torch.device("cpu"))
+    norm = norm_of(tensors)
     assert norm.dtype == torch.float32 and norm.shape == () and abs(float(norm) / exact - 1) < 1e-6
-    assert norm_of([torch.zeros(0)], torch.device("cpu")).tolist() == 0.0
-    assert not norm_of([torch.tensor([1.0, float("nan")])], torch.device("cpu")).isfinite()
+    assert norm_of([torch.zeros(0)]).tolist() == 0.0
+    assert not norm_of([torch.tensor([1.0, float("nan")])]).isfinite()
+
+
+def test_what_stays_together_of_a_parameter() -> None:
+    for numel in [*range(1, 3000), 13_920, 2**18, 2**20 + 1, 10**8]:
+        quantum = adamw_quantum(numel)
+        assert quantum % ALIGNMENT == 0 and PIECE_OF_NORM % quantum == 0
+        assert quantum in (ALIGNMENT, PIECE_OF_NORM) or 16 <= numel / quantum < 32

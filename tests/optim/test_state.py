@@ -11,7 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.optim import OptimSettings, StepValues, build_optimizer
+from nanochat_pl.optim.config import OptimSettings
+from nanochat_pl.optim.param_groups import build_optimizer
+from nanochat_pl.optim.schedules import StepValues
 from tests.helpers.small_optim import ROLES, chosen, hyper, make_optimizer, make_parameters, set_gradients
 
 

@@ -10,8 +10,9 @@ import pytest
 
 from nanochat_pl.cli.train import compose_train
 from nanochat_pl.model.config import ModelSettings
-from nanochat_pl.optim import OptimSettings, ScheduleSettings
+from nanochat_pl.optim.config import OptimSettings
 from nanochat_pl.optim.rules import RECIPE
+from nanochat_pl.optim.schedules import ScheduleSettings
 from nanochat_pl.planning import HorizonSettings, make_plan
 
 NAMES = {

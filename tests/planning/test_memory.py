@@ -16,7 +16,8 @@ from nanochat_pl.model.counts import count_parameters
 from nanochat_pl.model.gpt import GPT
 from nanochat_pl.model.init import init_weights
 from nanochat_pl.model.roles import parameter_roles
-from nanochat_pl.optim import OptimSettings, build_optimizer, resolve_hyperparameters
+from nanochat_pl.optim.config import OptimSettings, resolve_hyperparameters
+from nanochat_pl.optim.param_groups import build_optimizer
 from nanochat_pl.planning import HorizonSettings, RowOptions, make_plan
 from nanochat_pl.planning.batch_size import evenly
 from nanochat_pl.planning.estimates import add_memory

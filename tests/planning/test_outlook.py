@@ -8,11 +8,12 @@ import pytest
 
 from nanochat_pl.common.text_amounts import shards_for
 from nanochat_pl.model.config import ModelSettings, resolve_model
-from nanochat_pl.optim import OptimSettings
+from nanochat_pl.optim.config import OptimSettings
 from nanochat_pl.planning import HorizonSettings, Plan, RowOptions, make_plan
-from nanochat_pl.planning.estimates import ASSUMED_MFU, TextFacts, add_memory, add_text, add_time, device_remarks
+from nanochat_pl.planning.estimates import ASSUMED_MFU, add_memory, add_time, device_remarks
 from nanochat_pl.planning.gpus import KNOWN_GPUS, Device, named_device
 from nanochat_pl.planning.memory import MARGIN, MemoryKnobs, step_memory
+from nanochat_pl.planning.text import TextFacts, add_text
 
 MODEL = ModelSettings(depth=12)
 UNKNOWN_GPU = Device("Some GPU", "cuda", memory_bytes=24 * 2**30, bfloat16=True)

@@ -11,7 +11,8 @@ import pytest
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.model.config import ModelSettings, resolve_model
 from nanochat_pl.model.gpt import GPT
-from nanochat_pl.optim import OptimSettings, ScheduleSettings
+from nanochat_pl.optim.config import OptimSettings
+from nanochat_pl.optim.schedules import ScheduleSettings
 from nanochat_pl.planning import (
     HorizonSettings,
     Plan,

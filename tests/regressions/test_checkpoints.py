@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nanochat_pl import Engine, load_bundle
-from nanochat_pl.bundle import StageInfo, save_bundle
-from nanochat_pl.bundle.bundle import load_moments
+from nanochat_pl.bundle.bundle import load_moments, save_bundle
+from nanochat_pl.bundle.stage_info import StageInfo
 from nanochat_pl.cli.main import main
 from nanochat_pl.common import device as hardware
 from nanochat_pl.common.errors import UserError
@@ -31,7 +31,8 @@ from nanochat_pl.model.gpt import GPT, TORCH_DTYPES
 from nanochat_pl.model.init import init_weights
 from nanochat_pl.model.kv_cache import KVCache
 from nanochat_pl.model.roles import parameter_roles
-from nanochat_pl.optim import OptimSettings, build_optimizer, resolve_hyperparameters
+from nanochat_pl.optim.config import OptimSettings, resolve_hyperparameters
+from nanochat_pl.optim.param_groups import build_optimizer
 from nanochat_pl.training.checkpoint.resume import newest_resume_file, step_of
 from tests.helpers.models import random_ids, tiny_config
 from tests.helpers.processes import run

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from nanochat_pl.common.errors import UserError
+from nanochat_pl.evaluation.candidates import Candidate
 from nanochat_pl.evaluation.core.evaluate import ask, evaluate_core_task
 from nanochat_pl.evaluation.core.prompts import choose_shots
-from nanochat_pl.evaluation.scoring import Candidate, score
+from nanochat_pl.evaluation.scoring import score
 from nanochat_pl.model.gpt import GPT
 from nanochat_pl.model.prefix_tree import PrefixTree, SharedPrefix
 from tests.evaluation.test_core import MC, model, opened, write_bundle

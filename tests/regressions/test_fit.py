@@ -19,7 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.summary.writer import event_file_writer
 
 from nanochat_pl.common.console import console
-from nanochat_pl.optim import ScheduleSettings, schedule_values
+from nanochat_pl.optim.schedules import ScheduleSettings, schedule_values
 from nanochat_pl.training.callbacks import gc as garbage
 from nanochat_pl.training.callbacks import progress
 from nanochat_pl.training.callbacks.graceful_stop import StopRequested

@@ -10,7 +10,8 @@ import torch
 
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.model.config import ModelSettings
-from nanochat_pl.optim import OptimSettings, ScheduleSettings, schedule_values
+from nanochat_pl.optim.config import OptimSettings
+from nanochat_pl.optim.schedules import ScheduleSettings, schedule_values
 from nanochat_pl.planning import HorizonSettings, Plan, RowOptions, make_plan
 from nanochat_pl.training.callbacks import metrics as metrics_module
 from nanochat_pl.training.callbacks.metrics import StepClock, StepMetrics

@@ -19,7 +19,8 @@ from nanochat_pl.model.gpt import GPT
 from nanochat_pl.model.init import init_weights
 from nanochat_pl.model.kv_cache import KVCache
 from nanochat_pl.model.loss import softcap
-from nanochat_pl.optim import OptimSettings, StepValues
+from nanochat_pl.optim.config import OptimSettings
+from nanochat_pl.optim.schedules import StepValues
 from tests.helpers.models import perturbed, random_ids, tiny_config
 from tests.helpers.small_engine import byte_tokenizer
 from tests.helpers.small_optim import make_optimizer, make_parameters, set_gradients
@@ -170,3 +171,12 @@ def test_rows_of_special_tokens_alone_have_no_bits_per_byte() -> None:
     with_bytes, with_empty_rows, only_empty = measure(2, 2), measure(2, 4), measure(0, 4)
     assert with_empty_rows["val/bpb"] == with_bytes["val/bpb"] and with_bytes["val/bpb"] < 10
     assert "val/bpb" not in only_empty and only_empty["val/loss"] > 0
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_where_the_middle_layer_is_the_last_one_backout_is_not_moved_by_rounding(depth: int) -> None:
+    """The norm takes its factor out again, but for rounding, of which Adam made whole steps: at 1 all signs changed."""
+    net = perturbed(tiny_config(depth)).set_compute_dtype(torch.bfloat16)
+    net(random_ids(net.config, 2, 16)).float().logsumexp(dim=-1).sum().backward()
+    assert (net.backout_lambda.grad == 0).all() == (depth < 3)
+    assert net.resid_lambdas.grad.any()

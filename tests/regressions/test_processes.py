@@ -15,7 +15,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nanochat_pl.distributed import collectives
-from nanochat_pl.optim import OptimSettings, build_optimizer, resolve_hyperparameters, schedule_values
+from nanochat_pl.optim.config import OptimSettings, resolve_hyperparameters
+from nanochat_pl.optim.param_groups import build_optimizer
+from nanochat_pl.optim.schedules import schedule_values
 from tests.helpers.processes import run
 from tests.helpers.step_processes import own_share
 from tests.helpers.steps import StepLoop

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nanochat_pl.cli.main import main
 from nanochat_pl.model.gpt import GPT
-from nanochat_pl.optim import MuonAdamW
+from nanochat_pl.optim.muon_adamw import MuonAdamW
 from nanochat_pl.selftest import batch_invariance, checks, collective_checks
 from nanochat_pl.selftest.checks import Check, Finding, Setup, within
 from nanochat_pl.selftest.run import end_without_answer, run_checks, verdict

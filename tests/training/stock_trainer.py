@@ -12,7 +12,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.distributed import collectives
-from nanochat_pl.optim import OptimSettings, ScheduleSettings, resolve_hyperparameters
+from nanochat_pl.optim.config import OptimSettings, resolve_hyperparameters
+from nanochat_pl.optim.schedules import ScheduleSettings
 from nanochat_pl.training.datamodule import RowsDataModule
 from nanochat_pl.training.module import LMModule, ModuleConfig
 from tests.helpers.training import ROWS_PER_STEP, tiny_model, tiny_rows

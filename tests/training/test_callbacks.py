@@ -18,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from nanochat_pl import load_bundle
 from nanochat_pl.cli.main import main
 from nanochat_pl.config.instantiate import problems_of_objects
-from nanochat_pl.optim import ScheduleSettings, schedule_values
+from nanochat_pl.optim.schedules import ScheduleSettings, schedule_values
 from nanochat_pl.training.callbacks.graceful_stop import StopRequested
 from nanochat_pl.training.lightning_callbacks import MEASURED, REFUSED, WORKING, why_refused
 from tests.helpers.launch import launch

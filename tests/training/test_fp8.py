@@ -12,10 +12,12 @@ from nanochat_pl.model.config import ModelSettings, resolve_model
 from nanochat_pl.model.gpt import GPT
 from nanochat_pl.model.init import init_weights
 from nanochat_pl.model.roles import parameter_roles
-from nanochat_pl.optim import OptimSettings, ScheduleSettings, build_optimizer, resolve_hyperparameters
+from nanochat_pl.optim.config import OptimSettings, resolve_hyperparameters
+from nanochat_pl.optim.param_groups import build_optimizer
+from nanochat_pl.optim.schedules import ScheduleSettings
 from tests.helpers.training import BareModule, fit_tiny
 
-NUM_STEPS = 5  # later single steps spike to 7 nats, in bfloat16 with other roundings at other steps
+NUM_STEPS = 12
 
 
 def losses_of_a_training(fp8: bool) -> list[float]:

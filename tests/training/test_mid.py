@@ -81,7 +81,7 @@ def test_mid_begins_with_the_moments_of_base(place: Path, monkeypatch: pytest.Mo
     def note(optimizer: object, moments: dict[str, torch.Tensor]) -> None:
         given.update(moments)
 
-    monkeypatch.setattr("nanochat_pl.optim.MuonAdamW.load_moments", note)
+    monkeypatch.setattr("nanochat_pl.optim.muon_adamw.MuonAdamW.load_moments", note)
     start_run(place, "warm", "sft")
     assert main(["train", "run=warm", *chat_overrides(place, "mid"), "max_steps=1"]) == 0
     assert given.keys() == loaded.keys() and all(torch.equal(given[name], loaded[name]) for name in loaded)

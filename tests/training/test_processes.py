@@ -98,13 +98,16 @@ def on_one(place: Path) -> Callable[..., Path]:
 
 @pytest.mark.parametrize("stage", ["base", "sft"])
 def test_two_processes_end_with_the_bits_of_one(place: Path, on_one: Callable[..., Path], stage: str) -> None:
-    settings = (*TWO_ROWS, "trainer.checkpoint_every_steps=6")
-    one, two = on_one(f"one-{stage}", *settings, stage=stage), new_run(place, f"two-{stage}", stage)
+    """Also where gradients are scaled down to a norm, which has the bits of one process too."""
+    settings = (*TWO_ROWS, "trainer.checkpoint_every_steps=6", "optim.max_grad_norm=0.5")
+    one, two = on_one(f"clipped-{stage}", *settings, stage=stage), new_run(place, f"two-{stage}", stage)
     printed = trained(2, command(place, two.name, *settings, stage=stage))
-    columns = ("train/loss", "train/tokens", "train/lr_multiplier", "val/bpb", "val/bpb_stderr")
+    columns = ("train/loss", "train/gradient_norm", "train/tokens", "train/lr_multiplier", "val/bpb", "val/bpb_stderr")
     for ours, theirs in zip(metrics(one / stage, *columns), metrics(two / stage, *columns), strict=True):
-        assert ours[:3] == theirs[:3]
-        assert theirs[3:] == pytest.approx(ours[3:], abs=1e-6)
+        assert ours[:4] == theirs[:4]
+        assert theirs[4:] == pytest.approx(ours[4:], abs=1e-6)
+    norms = [norm for (norm,) in metrics(two / stage, "train/gradient_norm") if norm is not None]
+    assert max(norms) > 0.5, "some were scaled down"
     assert same_weights(weights_of(one, stage), weights_of(two, stage))
     assert files(two / stage) == files(one / stage)
     assert (two / stage / "samples.jsonl").read_text() == (one / stage / "samples.jsonl").read_text()

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from nanochat_pl.bundle.bundle import load_stage_info
+from nanochat_pl.bundle.stage_info import load_stage_info
 from nanochat_pl.cli import run_record
 from nanochat_pl.common.files import read_json, write_json
 from nanochat_pl.optim.schedules import ScheduleSettings, schedule_values

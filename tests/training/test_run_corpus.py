@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from nanochat_pl.bundle import StageInfo
+from nanochat_pl.bundle.stage_info import StageInfo
 from nanochat_pl.cli.evaluate_settings import EvaluateConfig
 from nanochat_pl.cli.evaluate_suites import Trained, open_jobs
 from nanochat_pl.cli.main import main

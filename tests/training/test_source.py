@@ -123,8 +123,8 @@ def test_the_disk_has_room_for_the_tokens_that_are_not_there_yet(
 def test_a_stage_after_base_takes_what_auto_came_to_there(tmp_path: Path) -> None:
     """Typed for a whole pipeline, data=auto trained base for hours and was then refused by sft: auto is not the name of
     what the bundle was trained on."""
-    from nanochat_pl.bundle import StageInfo
     from nanochat_pl.bundle.bundle import save_stage_info
+    from nanochat_pl.bundle.stage_info import StageInfo
     from nanochat_pl.cli.train import compose_train
     from nanochat_pl.common.run_dir import StageFolder
     from nanochat_pl.common.schema import to_plain

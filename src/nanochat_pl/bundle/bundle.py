@@ -20,25 +20,18 @@ from pathlib import Path
 
 import torch
 
-from nanochat_pl.bundle.stage_info import StageInfo
+from nanochat_pl.bundle.layout import CONFIG, MODEL, OPTIMIZER, STAGE, TOKENIZER, member
+from nanochat_pl.bundle.stage_info import StageInfo, load_stage_info
 from nanochat_pl.bundle.tensors import TensorStream, problems_of_header, read_header, read_tensors, save_tensors
 from nanochat_pl.common.device import choose_compute_dtype, memory_bytes
 from nanochat_pl.common.errors import NotFiniteError, UserError
 from nanochat_pl.common.files import entries, explain_disk_errors, read_object, sha256_of_file, write_json, write_text
 from nanochat_pl.common.schema import build, to_plain
-from nanochat_pl.common.text_files import kind_of_file
 from nanochat_pl.model.config import GPTConfig
 from nanochat_pl.model.counts import require_size
 from nanochat_pl.model.gpt import GPT, TORCH_DTYPES
 from nanochat_pl.tokenizer import Tokenizer
 
-MODEL, CONFIG, TOKENIZER, STAGE, OPTIMIZER = (
-    "model.safetensors",
-    "config.json",
-    "tokenizer.json",
-    "stage.json",
-    "optimizer.safetensors",
-)
 NUM_PROBED = 64  # tokens that a model must answer with numbers before it is used
 
 
@@ -170,7 +163,7 @@ def _require_finite_outputs(net: GPT) -> None:
 def load_config(folder: Path) -> GPTConfig:
     """The architecture of a bundle, checked against its bounds before any memory is taken."""
     require_model(folder)
-    config = build(GPTConfig, read_object(_member(folder, CONFIG)), str(folder / CONFIG))
+    config = build(GPTConfig, read_object(member(folder, CONFIG)), str(folder / CONFIG))
     require_size(config, memory_bytes())  # no model that is larger than this machine's memory is read
     return config
 
@@ -190,22 +183,17 @@ def load_weights(folder: Path, as_stored: bool = False) -> dict[str, torch.Tenso
     Float32; with ``as_stored`` in the types of the file.
     """
     shapes = {name: tensor.shape for name, tensor in GPT(load_config(folder)).state_dict().items()}
-    return _load_tensors(_member(folder, MODEL), shapes, as_stored=as_stored)
+    return _load_tensors(member(folder, MODEL), shapes, as_stored=as_stored)
 
 
 def hash_of_weights(folder: Path) -> str:
     """SHA-256 of a bundle's file of weights: which model it is."""
-    return sha256_of_file(_member(folder, MODEL))
-
-
-def load_stage_info(folder: Path) -> StageInfo:
-    """The origin of a bundle."""
-    return build(StageInfo, read_object(_member(folder, STAGE)), str(folder / STAGE))
+    return sha256_of_file(member(folder, MODEL))
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer of a bundle."""
-    return Tokenizer.load(_member(folder, TOKENIZER))
+    return Tokenizer.load(member(folder, TOKENIZER))
 
 
 def load_moments(folder: Path, as_stored: bool = False) -> dict[str, torch.Tensor] | None:
@@ -216,29 +204,7 @@ def load_moments(folder: Path, as_stored: bool = False) -> dict[str, torch.Tenso
     if not os.path.lexists(folder / OPTIMIZER):  # a link that leads nowhere is no bundle without moments
         return None
     most = 4 * sum(parameter.numel() for parameter in GPT(load_config(folder)).parameters())
-    return _load_tensors(_member(folder, OPTIMIZER), None, max_elements=most, as_stored=as_stored)
-
-
-def _member(folder: Path, name: str) -> Path:
-    """A file of the bundle, which must be there and lie inside the folder (no link that climbs out of it)."""
-    path = folder / name
-    kind = kind_of_file(path)
-    if kind is not None or not path.exists():
-        raise UserError(f"{path}: {f'is {kind}' if kind else 'there is no such file'}.", fix=_how_to_mend(folder))
-    if not path.resolve().is_relative_to(folder.resolve()):
-        raise UserError(f"{path}: is a link that leads out of the bundle.", fix="Replace it by the file itself.")
-    return path
-
-
-def _how_to_mend(folder: Path) -> str:
-    """What to do about a bundle that lacks a file: that of a finished stage had it once."""
-    stage = folder.parent
-    if (stage / "finished.json").is_file():
-        return (
-            f"The stage was finished with it: put it back, or remove {stage} and train the stage again. What later"
-            " stages have is in their own bundles."
-        )
-    return "Give the folder of a bundle, e.g. runs/NAME/sft/bundle."
+    return _load_tensors(member(folder, OPTIMIZER), None, max_elements=most, as_stored=as_stored)
 
 
 def _load_tensors(

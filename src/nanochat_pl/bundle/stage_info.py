@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import nanochat_pl
-from nanochat_pl.common.files import sha256_of_file
-from nanochat_pl.common.schema import setting
+from nanochat_pl.bundle.layout import STAGE, member
+from nanochat_pl.common.files import read_object, sha256_of_file
+from nanochat_pl.common.schema import build, setting
 
 FORMAT_VERSION = 1
 _CHAT_STAGES = ("mid", "sft", "rl")
@@ -39,6 +40,11 @@ class StageInfo:
         source."""
         trained_on_text = self.stage == "base" or "source" in self.data
         return not trained_on_text or any(parent.get("stage") in _CHAT_STAGES for parent in self.parents)
+
+
+def load_stage_info(folder: Path) -> StageInfo:
+    """The origin of a bundle."""
+    return build(StageInfo, read_object(member(folder, STAGE)), str(folder / STAGE))
 
 
 def library_versions() -> dict[str, str]:

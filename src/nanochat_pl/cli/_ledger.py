@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from nanochat_pl.bundle.bundle import load_stage_info
+from nanochat_pl.bundle.stage_info import load_stage_info
 from nanochat_pl.cli.run_record import OF_THE_COMMAND, flat, last_code
 from nanochat_pl.common.console import rank_zero_print
 from nanochat_pl.common.device import device_name

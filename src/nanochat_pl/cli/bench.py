@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, cast
 
-from nanochat_pl.bundle import load_bundle, naming_weights
+from nanochat_pl.bundle.bundle import load_bundle, naming_weights
 from nanochat_pl.cli._ledger import folder_of_bundle, note_inference
 from nanochat_pl.common.console import print_table, rank_zero_print
-from nanochat_pl.common.device import Accelerator, choose_device, device_name, require_kernels
+from nanochat_pl.common.device import choose_device, device_name, require_kernels
+from nanochat_pl.common.device_settings import Accelerator
 from nanochat_pl.common.paths import PathsSettings, cache_folder, locate_bundle
 from nanochat_pl.common.schema import UserPath, setting
 from nanochat_pl.config.compose import compose
@@ -42,7 +43,9 @@ class BenchConfig(BenchSettings):
     )
     quantize: Quantize | None = setting(None, "int8: weights of 8 bits, for one stream on a CPU; null: as they are.")
     compile: bool | Literal["auto"] = setting(
-        "auto", "Compile the decode step, for CPUs; auto: in float32 where it is faster, tried once."
+        "auto",
+        "Compile the decode step on a CPU, make CUDA graphs of it on a GPU; auto: on a CPU in float32 where it is"
+        " faster, tried once; on a GPU no.",
     )
     accelerator: Accelerator = setting("auto", "Device to run on; auto: the best there is.")
     paths: PathsSettings = setting(factory=PathsSettings)

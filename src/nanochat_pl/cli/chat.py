@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanochat_pl.bundle import load_bundle
-from nanochat_pl.common.device import Accelerator, choose_device, require_kernels
+from nanochat_pl.bundle.bundle import load_bundle
+from nanochat_pl.common.device import choose_device, require_kernels
+from nanochat_pl.common.device_settings import Accelerator
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.paths import PathsSettings, locate_bundle
 from nanochat_pl.common.schema import UserPath, setting

@@ -17,8 +17,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
-from nanochat_pl.bundle import Bundle, load_bundle
-from nanochat_pl.bundle.bundle import MODEL, STAGE, TOKENIZER, load_stage_info
+from nanochat_pl.bundle.bundle import Bundle, load_bundle
+from nanochat_pl.bundle.layout import MODEL, STAGE, TOKENIZER
+from nanochat_pl.bundle.stage_info import load_stage_info
 from nanochat_pl.cli.evaluate_settings import EvaluateConfig, asked, places
 from nanochat_pl.cli.evaluate_suites import Trained, can_be_opened, open_jobs
 from nanochat_pl.cli.launch import launch, processes_to_start

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from nanochat_pl.common.device import Accelerator, Devices
+from nanochat_pl.common.device_settings import Accelerator, Devices
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.paths import PathsSettings, cache_folder, locate_bundle, locate_stage
 from nanochat_pl.common.run_dir import require_outside
 from nanochat_pl.common.schema import UserGlob, UserPath, build, setting, to_plain
 from nanochat_pl.data.sources.run_corpus import RunCorpus
-from nanochat_pl.evaluation.core.evaluate import CoreSettings
-from nanochat_pl.evaluation.harness.tasks import HarnessSettings
+from nanochat_pl.evaluation.core.settings import CoreSettings
+from nanochat_pl.evaluation.harness.settings import HarnessSettings
 from nanochat_pl.evaluation.suites import CHATCORE, Suite
 from nanochat_pl.tasks.context import TaskContext
 from nanochat_pl.tasks.settings import MixtureTasks

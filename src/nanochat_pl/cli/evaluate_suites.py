@@ -8,7 +8,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
-from nanochat_pl.bundle import Bundle, StageInfo
+from nanochat_pl.bundle.bundle import Bundle
+from nanochat_pl.bundle.stage_info import StageInfo
 from nanochat_pl.cli.evaluate_settings import BASE_SUITES, CHAT_SUITES, EvaluateConfig
 from nanochat_pl.common.console import by_difference, progress, rank_zero_print
 from nanochat_pl.common.errors import SharedError, UserError

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from nanochat_pl.bundle import Bundle
+from nanochat_pl.bundle.bundle import Bundle
 from nanochat_pl.common.console import next_steps, rank_zero_print
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.paths import PathsSettings, locate_bundle

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanochat_pl.bundle.bundle import STAGE
+from nanochat_pl.bundle.layout import STAGE
 from nanochat_pl.common.console import next_steps, rank_zero_print
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.files import write_json

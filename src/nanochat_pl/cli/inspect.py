@@ -13,10 +13,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from nanochat_pl.bundle.bundle import hash_of_weights, load_config, load_stage_info, load_tokenizer, load_weights
+from nanochat_pl.bundle.bundle import hash_of_weights, load_config, load_tokenizer, load_weights
+from nanochat_pl.bundle.stage_info import load_stage_info
 from nanochat_pl.cli.run_record import settings_of
 from nanochat_pl.common.console import print_table, rank_zero_print
-from nanochat_pl.common.device import Accelerator, choose_compute_dtype, choose_device, require_kernels
+from nanochat_pl.common.device import choose_compute_dtype, choose_device, require_kernels
+from nanochat_pl.common.device_settings import Accelerator
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.paths import PathsSettings, only_run
 from nanochat_pl.common.run_dir import StageFolder, stage_folder

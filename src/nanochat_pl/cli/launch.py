@@ -20,7 +20,6 @@ from typing import Any, Literal
 from nanochat_pl.cli._subprocess import EXIT_CODES, FOLLOW_PARENT, LAUNCHED, is_child
 from nanochat_pl.common.console import rank_zero_print
 from nanochat_pl.common.constants import STOP_SIGNALS
-from nanochat_pl.common.device import choose_device, num_devices
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.launch_env import launch_env, usable_cpus
 from nanochat_pl.common.signals import heeded_signals
@@ -53,6 +52,8 @@ def processes_to_start(accelerator: str, devices: int | Literal["auto"], num_nod
             f" --nproc-per-node {each} -m nanochat_pl.cli.main train …; or, with Slurm:"
             f" sbatch --nodes {num_nodes} docs/nanochat.sbatch train …",
         )
+    from nanochat_pl.common.device import choose_device, num_devices  # with torch: the settings are checked before
+
     device = choose_device(accelerator, f"{prefix}accelerator")
     wanted, there = (num_devices(each, device, f"{prefix}devices") for each in (devices, "auto"))
     if wanted < there:

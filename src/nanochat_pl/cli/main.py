@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from types import ModuleType
 from typing import NoReturn
 
@@ -21,7 +21,7 @@ from nanochat_pl.cli._subprocess import follows_stdin, note_exit
 from nanochat_pl.common.console import ignore_broken_pipe, replace_unencodable_characters
 from nanochat_pl.common.constants import EXIT_USER_ERROR
 from nanochat_pl.common.errors import LostContact, SharedError, UserError, did_you_mean, first_line
-from nanochat_pl.common.imports import no_garbage_collection
+from nanochat_pl.common.imports import loading_libraries
 from nanochat_pl.common.launch_env import launch_env
 from nanochat_pl.common.wait_policy import wait_policy
 
@@ -185,7 +185,7 @@ def _dispatch_to_hydra(command: str, arguments: Sequence[str]) -> int:
 
 
 def _module(name: str) -> ModuleType:
-    with _interrupts_wait(), no_garbage_collection():
+    with loading_libraries():
         return importlib.import_module(name)
 
 
@@ -278,23 +278,6 @@ def _dispatch_alone(arguments: list[str]) -> int:
 def module_of(command: str) -> str:
     """The module of a command. One that is a word of the language, as import, has an underscore behind it."""
     return f"nanochat_pl.cli.{command}{'_' if keyword.iskeyword(command) else ''}"
-
-
-@contextlib.contextmanager
-def _interrupts_wait() -> Iterator[None]:
-    """Keep a Ctrl-C until the libraries are loaded: in the middle of that it gets lost, or leaves half a library."""
-    before = signal.getsignal(signal.SIGINT)
-    if before is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    came: list[int] = []
-    signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if came:
-        raise KeyboardInterrupt
 
 
 def _print_commands() -> None:

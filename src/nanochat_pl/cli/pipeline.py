@@ -13,18 +13,19 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from nanochat_pl.cli._subprocess import run_child
-from nanochat_pl.cli.evaluate import EvaluateConfig, is_measured
+from nanochat_pl.cli.evaluate_settings import EvaluateConfig
 from nanochat_pl.cli.report import ReportConfig
 from nanochat_pl.cli.train import how_to_go_on, place_of, require_paths, with_parent
 from nanochat_pl.cli.train import is_finished as is_trained
 from nanochat_pl.common.console import ignore_broken_pipe, next_steps, print_table, rank_zero_print
 from nanochat_pl.common.constants import EXIT_USER_ERROR
 from nanochat_pl.common.errors import UserError, did_you_mean
+from nanochat_pl.common.imports import loading_libraries
 from nanochat_pl.common.paths import PathsSettings, run_keys
 from nanochat_pl.common.run_dir import fresh_run
 from nanochat_pl.common.schema import setting
 from nanochat_pl.config import config_dir
-from nanochat_pl.config.compose import Composed
+from nanochat_pl.config.compose import Composed, key_of
 from nanochat_pl.config.experiment import COMMANDS, compose_step, pipeline_of
 from nanochat_pl.config.overrides import problems_of_form, split_override, take_key
 from nanochat_pl.config.stage_choice import name_of_stage
@@ -46,15 +47,25 @@ EXTRA_KEYS = {"experiment=NAME": "A file of conf_experiments, or the path of one
 
 @dataclass(frozen=True)
 class Step:
-    """One step of a pipeline: a training stage, or a command that reads what these left."""
+    """One step of a pipeline: a training stage, or a command that reads what these left.
+
+    Attributes:
+        own: keys of the command line that are for this step alone, without ``stages.STEP.``.
+    """
 
     name: str
     command: str
     schema: type
     overrides: tuple[str, ...]
+    own: frozenset[str] = frozenset()
 
     def compose(self) -> Composed:
-        return compose_step(self.command, self.name, self.schema, self.overrides)
+        """Its settings. Raises :class:`UserError` with the keys as they were typed."""
+        try:
+            return compose_step(self.command, self.name, self.schema, self.overrides)
+        except UserError as error:
+            typed = [f"stages.{self.name}.{line}" if key_of(line) in self.own else line for line in error.problems]
+            raise UserError(typed, error.fix) from error
 
 
 @ignore_broken_pipe()
@@ -161,6 +172,8 @@ def is_finished(step: Step, composed: Composed, run_dir: Path) -> bool:
         folder = place_of(composed)
         return is_trained(folder, with_parent(composed, folder))
     if step.command == "evaluate":
+        with loading_libraries():  # torch, which the settings are checked without
+            from nanochat_pl.cli.evaluate import is_measured
         return is_measured(composed)
     report = run_dir / "report" / "report.json"
     read = [path for pattern in ("*/finished.json", "evaluation/*/results.json") for path in run_dir.glob(pattern)]
@@ -202,7 +215,8 @@ def _step(experiment: str, name: str, overrides: Sequence[str]) -> Step:
     own = [text.removeprefix(prefix) for text in taken if text.startswith(prefix)]
     own += [f"~{text.removeprefix(f'~{prefix}')}" for text in taken if text.startswith(f"~{prefix}")]
     stage = [f"stage={name}"] if command == "train" else []
-    return Step(name_of_stage(name), command, schema, (f"experiment={experiment}", *stage, *shared, *own))
+    keys = frozenset(split_override(text)[0] for text in own)
+    return Step(name_of_stage(name), command, schema, (f"experiment={experiment}", *stage, *shared, *own), keys)
 
 
 def _has(schema: type, text: str) -> bool:

@@ -16,10 +16,8 @@ from typing import Any
 import yaml
 
 import nanochat_pl
-from nanochat_pl.bundle.bundle import load_stage_info
-from nanochat_pl.bundle.stage_info import library_versions, source_hash
+from nanochat_pl.bundle.stage_info import library_versions, load_stage_info, source_hash
 from nanochat_pl.common.console import rank_zero_print
-from nanochat_pl.common.device import choose_device, device_name
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.files import read_object, write_bytes, write_json, write_text
 from nanochat_pl.common.run_dir import StageFolder
@@ -320,6 +318,8 @@ def as_typed(value: Any) -> str:
 
 def about() -> dict[str, Any]:
     """Time, versions, machine and git state, as plain data."""
+    from nanochat_pl.common.device import choose_device, device_name  # with torch: what else is here needs none
+
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         **code(),

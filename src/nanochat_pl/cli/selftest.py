@@ -12,7 +12,7 @@ from pathlib import Path
 
 from nanochat_pl.cli.run_record import what_runs
 from nanochat_pl.common.console import print_table, rank_zero_print
-from nanochat_pl.common.device import Accelerator
+from nanochat_pl.common.device_settings import Accelerator
 from nanochat_pl.common.files import write_json
 from nanochat_pl.common.paths import PathsSettings, cache_folder
 from nanochat_pl.common.schema import UserPath, setting

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nanochat_pl.common.device import Accelerator, choose_device, num_devices, require_kernels
+from nanochat_pl.common.device import choose_device, num_devices, require_kernels
+from nanochat_pl.common.device_settings import Accelerator
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.paths import PathsSettings, cache_folder, locate_bundle
 from nanochat_pl.common.schema import UserPath, setting

@@ -1,4 +1,4 @@
-"""Trains one stage of a run; the same command again goes on where it stopped.
+"""Trains one stage of a run; the same command again resumes it.
 
 nanochat-pl train stage=base model.depth=4 max_steps=200
 nanochat-pl train stage=mid run=d4
@@ -13,12 +13,10 @@ import json
 import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from nanochat_pl.cli._ledger import EndOfStage
 from nanochat_pl.cli._subprocess import is_child
 from nanochat_pl.cli.launch import launch, processes_to_start
-from nanochat_pl.cli.plan import print_plan
 from nanochat_pl.cli.run_record import (
     as_typed,
     reopen,
@@ -33,7 +31,7 @@ from nanochat_pl.cli.run_record import (
 from nanochat_pl.common.console import ignore_broken_pipe, next_steps, print_table, rank_zero_print
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.files import entries, sha256_of_file
-from nanochat_pl.common.imports import no_garbage_collection
+from nanochat_pl.common.imports import loading_libraries, no_garbage_collection
 from nanochat_pl.common.paths import cache_folder, run_keys
 from nanochat_pl.common.run_dir import SHARED_RUNS, StageFolder, fresh_stage_folder, only_run_with, stage_folder
 from nanochat_pl.config.compose import Composed
@@ -41,11 +39,14 @@ from nanochat_pl.config.experiment import compose_step
 from nanochat_pl.config.instantiate import make_objects, module_class
 from nanochat_pl.config.overrides import take_key
 from nanochat_pl.data.files.folder import require_there
-from nanochat_pl.distributed import collectives, coordination
+from nanochat_pl.distributed import coordination
 from nanochat_pl.planning import Plan, width_remark
 from nanochat_pl.training.config import TrainConfig
 from nanochat_pl.training.stage_data.inherit import inherited, parent_name
 from nanochat_pl.training.stages.registry import StageData, all_stages, stage_named
+
+if TYPE_CHECKING:
+    from nanochat_pl.cli._ledger import EndOfStage
 
 Config = TrainConfig
 # Keys of files that a stage reads, by their last part.
@@ -66,6 +67,8 @@ def run(arguments: Sequence[str]) -> int:
     composed = coordination.raise_on_all_ranks(lambda: compose_train(arguments))
     if not composed.config.check_only:
         coordination.raise_on_all_ranks(lambda: require_paths([composed]))
+    with loading_libraries():  # torch, which takes seconds: what is wrong with the settings has been said before
+        from nanochat_pl.cli._ledger import EndOfStage
     if (num_processes := coordination.raise_on_all_ranks(lambda: _processes_to_start(composed))) > 1:
         return launch(["train", *arguments], num_processes)
     require_same_code_everywhere()
@@ -153,6 +156,8 @@ def require_same_settings_everywhere(composed: Composed[Any]) -> None:
 
 def require_same_code_everywhere() -> None:
     """Refuse processes of one launch that run different code, or different versions of the libraries."""
+    from nanochat_pl.distributed import collectives  # with torch
+
     if collectives.world_size() == 1:
         return
     own = what_runs()
@@ -218,6 +223,8 @@ def _print_check(composed: Composed[TrainConfig], folder: StageFolder) -> None:
     stage, parent = folder.stage, parent_name(composed.config, folder)
     from_scratch = composed.config.stage.definition.from_scratch
     if from_scratch:
+        from nanochat_pl.cli._full_plan import print_plan  # with torch
+
         print_plan(composed.config)
     else:
         settings = settings_that_matter(composed.plain(), stage)

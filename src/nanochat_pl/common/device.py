@@ -10,19 +10,16 @@ import platform
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal, cast, get_args
+from typing import Literal, cast, get_args
 
 import torch
-from pydantic import Field
 
 from nanochat_pl.common.compiling import constant_in_graphs
+from nanochat_pl.common.device_settings import ComputeDType
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.launch_env import usable_cpus
 
-ComputeDType = Literal["float32", "bfloat16", "float16"]
-Accelerator = Literal["auto", "cpu", "gpu", "cuda", "mps"]  # what settings say; gpu is Lightning's word
 FP8_CAPABILITY = (8, 9)
-Devices = Annotated[int, Field(ge=1, le=1024)] | Literal["auto"]  # how many
 
 
 def choose_device(name: str = "auto", key: str = "device") -> torch.device:

@@ -278,7 +278,8 @@ def _fitting(name: str, known: Sequence[str]) -> list[str]:
     if not found:
         begun = fnmatch.filter(known, f"{name}*")
         hint = f"did you mean '{name}*'?" if begun else did_you_mean(name, known) if known else "there are no runs."
-        raise UserError(f"{name}: no run of that name; {hint}", "Those that there are: nanochat-pl runs ledger=true")
+        what = "no run fits it" if any(sign in name for sign in "*?[") else "no run of that name"
+        raise UserError(f"{name}: {what}; {hint}", "Those that there are: nanochat-pl runs ledger=true")
     return found
 
 

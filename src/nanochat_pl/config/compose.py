@@ -85,7 +85,7 @@ def compose(
     try:
         config = build(schema, values)
     except UserError as error:
-        found += [line for line in error.problems if _key_of(line) not in unresolved]
+        found += [line for line in error.problems if key_of(line) not in unresolved]
     if "callbacks" in groups:
         found += _problems_of_classes(values)
     found += _problems_of_name(values.get("run"))
@@ -237,7 +237,7 @@ def _resolve(tree: DictConfig) -> tuple[dict[str, Any], dict[str, str]]:
 
 def _with_origin(problem: str, settings: Sequence[Setting], choices: Mapping[str, Any]) -> str:
     """A problem with the place where its key was written, unless that is the command line."""
-    key = _key_of(problem)
+    key = key_of(problem)
     for setting in reversed(settings):
         if not setting.is_choice and (key == setting.key or _within(setting.key, key) or _within(key, setting.key)):
             return f"{problem} ({setting.origin})" if setting.origin else problem
@@ -255,7 +255,8 @@ def _shown(path: Path) -> str:
     return f"configs/{path.relative_to(folder)}" if path.is_relative_to(folder) else str(path)
 
 
-def _key_of(problem: str) -> str:
+def key_of(problem: str) -> str:
+    """The key that a problem of the settings begins with."""
     return re.split(r"[=:\[ ]", problem, maxsplit=1)[0]
 
 

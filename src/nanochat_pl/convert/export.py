@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nanochat_pl.bundle import Bundle, load_bundle
-from nanochat_pl.bundle.bundle import require_model
+from nanochat_pl.bundle.bundle import Bundle, load_bundle, require_model
 from nanochat_pl.common.files import explain_disk_errors, write_text
 from nanochat_pl.convert.huggingface.config import is_native
 from nanochat_pl.convert.huggingface.model_card import model_card

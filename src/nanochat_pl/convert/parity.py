@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from nanochat_pl.bundle import Bundle
+from nanochat_pl.bundle.bundle import Bundle
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.files import read_json
 from nanochat_pl.convert.huggingface.config import REMOTE_CODE

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanochat_pl.bundle import StageInfo, save_bundle
+from nanochat_pl.bundle.bundle import save_bundle
+from nanochat_pl.bundle.stage_info import StageInfo
 from nanochat_pl.common.errors import UserError, visible
 from nanochat_pl.common.schema import to_plain
 from nanochat_pl.convert.output_dir import parents_removed_on_error, require_free

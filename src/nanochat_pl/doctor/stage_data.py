@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanochat_pl.bundle.bundle import load_stage_info
+from nanochat_pl.bundle.stage_info import load_stage_info
 from nanochat_pl.common.device import choose_compute_dtype, choose_device, device_name
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.run_dir import StageFolder

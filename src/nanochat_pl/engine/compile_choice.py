@@ -33,7 +33,8 @@ def engine_for(
     Args:
         bundle, quantize: as :class:`Engine` has them.
         compile: auto: in float32 on a CPU, whether it is faster on this machine is tried, which takes some seconds, and
-            remembered. In bfloat16 no bit of an answer depends on the others, which a compiled step does not keep.
+            remembered. In bfloat16 no bit of an answer depends on the others, which a compiled step does not keep, and
+            on GPUs what graphs gain was not measured: there it is eager.
         rows: what it is tried with, besides a single row.
         cache: folder of what is remembered.
 

@@ -22,6 +22,7 @@ from nanochat_pl.engine.session import Session
 from nanochat_pl.model.compiled_decode import CompiledDecode
 from nanochat_pl.model.counts import count_linear_weights, kv_cache_bytes
 from nanochat_pl.model.gpt import GPT
+from nanochat_pl.model.graph_decode import GraphDecode
 from nanochat_pl.model.inference import InferenceGPT, Quantize, inference_net
 from nanochat_pl.model.kv_cache import KVCache
 from nanochat_pl.tokenizer import Tokenizer
@@ -78,12 +79,13 @@ class Engine:
         bundle: has ``net`` (in eval mode) and ``tokenizer``. Its weights may change later, between two answers.
         quantize: int8: faster for one stream on a CPU, and less exact; not for what is compared or trained on.
 
-        compile: compile the step that gives each row one more token. Faster on a CPU, after some seconds for the
-            compiler; its results differ in the last digits from those of the training. Not for what is compared or
-            trained on, and not with ``quantize``.
+        compile: compile the step that gives each row one more token on a CPU, after some seconds for the compiler;
+            on an NVIDIA GPU make CUDA graphs of it. Faster; its results differ in the last digits from those of the
+            training. Not for what is compared or trained on, and not with ``quantize``.
 
     Raises:
-        UserError: the bundle has no tokenizer, or that of another model; ``quantize`` or ``compile`` on a GPU, or both.
+        UserError: the bundle has no tokenizer, or that of another model; ``quantize`` on a GPU, ``compile`` on another
+            device than a CPU or an NVIDIA GPU, or both together.
     """
 
     def __init__(self, bundle: Model, quantize: Quantize | None = None, compile: bool = False) -> None:
@@ -95,7 +97,7 @@ class Engine:
         if compile and quantize is not None:
             raise UserError(f"compile=true, quantize={quantize}: one excludes the other.", fix="Leave one of them out.")
         self.net = inference_net(bundle.net, quantize, for_compiling=compile)
-        self._compiled = CompiledDecode(self.net) if compile and isinstance(self.net, InferenceGPT) else None
+        self._compiled = _compiled(self.net) if compile and isinstance(self.net, InferenceGPT) else None
         self.tokenizer = bundle.tokenizer
         if self.tokenizer.vocab_size != self.net.config.vocab_size:
             raise UserError(
@@ -271,6 +273,8 @@ class Engine:
 
     def new_cache(self, num_slots: int, max_len: int) -> KVCache:
         """An empty cache on the model's device, in its compute type."""
+        if isinstance(self._compiled, GraphDecode):
+            self._compiled.forget()  # else the memory of the last cache would be held while there is a new one
         return KVCache(self.net.config, num_slots, max_len, self.net.device, self.net.compute_dtype)
 
     @torch.inference_mode()
@@ -321,6 +325,17 @@ class Engine:
             handle.top_logprobs,
             handle.cached_tokens,
         )
+
+
+def _compiled(net: InferenceGPT) -> CompiledDecode | GraphDecode:
+    """The decode step made faster for the network's device."""
+    kinds: dict[str, type[CompiledDecode] | type[GraphDecode]] = {"cpu": CompiledDecode, "cuda": GraphDecode}
+    if (kind := kinds.get(net.device.type)) is None:
+        raise UserError(
+            f"compile=true: is for CPUs and NVIDIA GPUs, and the model is on {net.device.type}.",
+            fix="Leave it out, or set accelerator=cpu.",
+        )
+    return kind(net)
 
 
 def _texts(given: Iterable[str]) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Protocol
 
-from nanochat_pl.bundle import Bundle, naming_weights
+from nanochat_pl.bundle.bundle import Bundle, naming_weights
 from nanochat_pl.common.console import replace_unencodable_characters
 from nanochat_pl.common.errors import NotFiniteError, UserError
 from nanochat_pl.common.schema import setting

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nanochat_pl.bundle.bundle import MODEL, TOKENIZER, load_stage_info
+from nanochat_pl.bundle.layout import MODEL, TOKENIZER
+from nanochat_pl.bundle.stage_info import load_stage_info
 from nanochat_pl.common.console import rank_zero_print
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.paths import locate_stage

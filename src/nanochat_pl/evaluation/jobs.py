@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from nanochat_pl.bundle import Bundle, naming_weights
-from nanochat_pl.bundle.bundle import CONFIG, MODEL, TOKENIZER
+from nanochat_pl.bundle.bundle import Bundle, naming_weights
+from nanochat_pl.bundle.layout import CONFIG, MODEL, TOKENIZER
 from nanochat_pl.common.console import rank_zero_print
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.files import ensure_folder, read_json, sha256_of_file, write_json

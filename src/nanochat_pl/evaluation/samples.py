@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from nanochat_pl.engine import Engine
+if TYPE_CHECKING:  # with torch, which the settings of the prompts do without
+    from nanochat_pl.engine import Engine
 
 # The recipe's seven prompts.
 DEFAULT_PROMPTS = (

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from nanochat_pl.common.errors import NotFiniteError, UserError
+from nanochat_pl.evaluation.candidates import Candidate, Score, common_length
+from nanochat_pl.model.counts import default_chunk_tokens
 from nanochat_pl.model.gpt import GPT
-from nanochat_pl.model.loss import default_chunk_tokens
 from nanochat_pl.model.prefix_tree import PrefixTree, SharedPrefix
 
 # Candidates that share less than this part of their tokens are read apart.
@@ -27,35 +28,6 @@ MIN_SHARED = 0.1
 CPU_POSITIONS = 4096
 # A batch with positions enough to keep the cores busy ends before rows shorter than this share of its longest.
 MIN_SHARE, BUSY_POSITIONS = 0.7, 1024
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """Tokens to score behind a beginning.
-
-    Attributes:
-        ids: all tokens, the beginning included.
-        start, end: the scored ones are ``ids[start:end]``, 1 <= start <= end <= len(ids). What follows is not read.
-    """
-
-    ids: Sequence[int]
-    start: int
-    end: int
-
-
-@dataclass(frozen=True)
-class Score:
-    """What a model says of a candidate.
-
-    Attributes:
-        nats: summed over the scored tokens; 0 where there are none.
-        num_tokens: of the scored span.
-        greedy: whether every scored token is the most probable one (of equals the one with the lowest id).
-    """
-
-    nats: float
-    num_tokens: int
-    greedy: bool
 
 
 def score(
@@ -228,12 +200,6 @@ def token_scores(net: GPT, hidden: Tensor, places: Tensor, targets: Tensor) -> t
 def _tokens_to_read(candidate: Candidate) -> tuple[int, ...]:
     """The last scored token is only predicted, and nothing is read where nothing is scored."""
     return tuple(candidate.ids[: candidate.end - 1]) if candidate.end > candidate.start else ()
-
-
-def common_length(rows: Sequence[list[int]] | Sequence[tuple[int, ...]]) -> int:
-    """Tokens with which all rows begin."""
-    first, last = (min(rows), max(rows)) if rows else ((), ())  # what these two share, all between them do
-    return next((n for n, (one, other) in enumerate(zip(first, last, strict=False)) if one != other), len(first))
 
 
 def _check(candidates: Sequence[Candidate], reach: int, vocab_size: int) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from nanochat_pl.bundle import StageInfo
+from nanochat_pl.bundle.stage_info import StageInfo
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.files import read_object
 from nanochat_pl.common.schema import build_known, is_finite_number, setting, to_plain

@@ -9,7 +9,7 @@ two.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,10 +17,9 @@ from torch import Tensor
 from nanochat_pl.common.compiling import twin
 from nanochat_pl.common.errors import UserError, first_line
 from nanochat_pl.model.config import KEY_GRID
-from nanochat_pl.model.decode_step import DecodeStep
-from nanochat_pl.model.gpt import run_layer
 from nanochat_pl.model.inference import InferenceGPT
 from nanochat_pl.model.kv_cache import KVCache
+from nanochat_pl.model.static_decode import DecodeInputs, decode
 
 # Of the made-up inputs: rows of the graph for several, and the fewest keys. What is compiled suits such sizes best.
 SAMPLE_ROWS, SAMPLE_KEYS = 24, 10 * KEY_GRID
@@ -30,23 +29,7 @@ MAX_KEYS = 4096
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
 
 
-class _Inputs(NamedTuple):
-    """What a graph is given. Shapes as in :mod:`~nanochat_pl.model.decode_step`.
-
-    Attributes:
-        ids, before, positions: int64 (B,): the new tokens, those before them, and the positions of the new ones.
-        ends: int64 (B,) of each window.
-        cached: keys, then values, of each layer, (B, G, K, D) each.
-    """
-
-    ids: Tensor
-    before: Tensor
-    positions: Tensor
-    ends: list[Tensor]
-    cached: list[Tensor]
-
-
-Graph: TypeAlias = Callable[[InferenceGPT, _Inputs], tuple[Tensor, Tensor]]
+Graph: TypeAlias = Callable[[InferenceGPT, DecodeInputs], tuple[Tensor, Tensor]]
 
 
 class CompiledDecode:
@@ -54,17 +37,9 @@ class CompiledDecode:
 
     Args:
         net: the network, on a CPU. Its weights may change.
-
-    Raises:
-        UserError: the network is on another device.
     """
 
     def __init__(self, net: InferenceGPT) -> None:
-        if net.device.type != "cpu":
-            raise UserError(
-                f"compile=true: is for CPUs, and the model is on {net.device.type}.",
-                fix="Leave it out, or set accelerator=cpu.",
-            )
         self._net = net
         self._windows = sorted(set(net.config.windows))
         self._graphs: dict[tuple[bool, int], Graph] = {}
@@ -96,7 +71,7 @@ class CompiledDecode:
             for which in (0, 1)
         ]
         rows, new_ids = torch.arange(len(ids)), torch.tensor(ids)
-        inputs = _Inputs(new_ids, cache.ids[rows, positions - 1], positions.clone(), ends, cached)
+        inputs = DecodeInputs(new_ids, cache.ids[rows, positions - 1], positions.clone(), ends, cached)
         logits, new = self._graph(len(ids) > 1)(self._net, inputs)
         cache.memory[:, :, cache.slots].flatten(0, 1)[:, rows, :, positions] = new
         cache.ids[rows, positions] = new_ids
@@ -117,7 +92,7 @@ class CompiledDecode:
             # Nothing that a graph takes for granted changes: guards would only have it compiled again where a size
             # happens to be that of a neighbour, or a range of keys is the whole cache.
             options: dict[str, Any] = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
-            graph = torch.compile(twin(_decode), fullgraph=True, options=options)
+            graph = torch.compile(twin(decode), fullgraph=True, options=options)
             try:
                 found = graph(self._net, inputs)[0]
             except Exception as error:  # whatever a missing compiler, header or library makes of it
@@ -125,7 +100,7 @@ class CompiledDecode:
                     f"compile=true: torch.compile does not run here: {first_line(error)[:160]}",
                     fix="Install a C++ compiler (g++ or clang++), or leave compile out.",
                 ) from error
-            expected = _decode(self._net, inputs)[0]
+            expected = decode(self._net, inputs)[0]
             far = ((found - expected).abs().max() / expected.abs().max()).item()
             if not far <= TOLERANCE[self._net.compute_dtype]:
                 raise UserError(
@@ -135,7 +110,7 @@ class CompiledDecode:
             self._graphs[which] = graph
         return graph
 
-    def _sample(self, rows: int) -> _Inputs:
+    def _sample(self, rows: int) -> DecodeInputs:
         """Inputs in which each window has a number of keys of its own."""
         config, generator = self._net.config, torch.Generator().manual_seed(0)
         keys = {window: SAMPLE_KEYS + KEY_GRID * number for number, window in enumerate(self._windows)}
@@ -149,16 +124,4 @@ class CompiledDecode:
         ]
         ids = torch.randint(config.vocab_size, (2, rows), generator=generator)
         positions = torch.arange(rows) % SAMPLE_KEYS + 1
-        return _Inputs(ids[0].clone(), ids[1].clone(), positions, [positions.clone() for _ in keys], cached)
-
-
-def _decode(net: InferenceGPT, inputs: _Inputs) -> tuple[Tensor, Tensor]:
-    """Logits, float32 (B, V), and new keys and values, (B, 2 · layers, G, D)."""
-    windows = net.config.windows
-    ends = dict(zip(sorted(set(windows)), inputs.ends, strict=True))
-    cached = list(zip(inputs.cached[::2], inputs.cached[1::2], strict=True))
-    ids = inputs.ids[:, None]
-    step = DecodeStep(net.embed(inputs.before[:, None]), inputs.positions[:, None], cached, ends)
-    first = net.begin(ids, step)
-    x = net.end(*net.through_layers([run_layer] * len(windows), first, first, ids, step))
-    return net.head(x[:, 0]), torch.stack(step.new, dim=1)
+        return DecodeInputs(ids[0].clone(), ids[1].clone(), positions, [positions.clone() for _ in keys], cached)

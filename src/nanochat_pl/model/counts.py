@@ -6,6 +6,11 @@ from nanochat_pl.common.errors import UserError
 from nanochat_pl.model.config import KEY_GRID, SMALL_PRODUCT, DType, GPTConfig
 
 DTYPE_BYTES: dict[DType, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
+# Logits of a piece. 16 MiB of float32 on a CPU: small enough for malloc to use the same memory again, measured fastest.
+# A GPU needs long matrices to be busy: 1,024 tokens of a vocabulary of 32,768, and 4,096 where the 2 GB that they take
+# are a small share of its memory (not measured).
+PIECE_LOGITS_CPU, PIECE_LOGITS_GPU, PIECE_LOGITS_LARGE_GPU = 2**22, 2**25, 2**27
+LARGE_GPU = 40 * 2**30
 
 
 def count_parameters(config: GPTConfig) -> dict[str, int]:
@@ -73,6 +78,13 @@ def least_keys(width: int) -> int:
     """Keys that so many numbers of queries (heads times queries times head width) are at least held against, so that
     their products are no small ones: see :data:`~nanochat_pl.model.config.SMALL_PRODUCT`."""
     return SMALL_PRODUCT // width + 1
+
+
+def default_chunk_tokens(vocab_size: int, on_cpu: bool, gpu_memory: int | None = None) -> int:
+    """Tokens whose logits are in memory at once, where nobody says otherwise. ``gpu_memory``: bytes that a GPU has."""
+    large = (gpu_memory or 0) >= LARGE_GPU
+    logits = PIECE_LOGITS_CPU if on_cpu else PIECE_LOGITS_LARGE_GPU if large else PIECE_LOGITS_GPU
+    return max(1, logits // vocab_size)
 
 
 def require_size(config: GPTConfig, limit_bytes: int) -> None:

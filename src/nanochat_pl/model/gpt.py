@@ -10,7 +10,7 @@ activations where they are used. Names in the state dict are those of the publis
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -22,20 +22,17 @@ from nanochat_pl.common.device import gpu_memory_bytes
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.model.attention import windowed_attention
 from nanochat_pl.model.config import AttentionBackend, DType, GPTConfig
+from nanochat_pl.model.counts import default_chunk_tokens
 from nanochat_pl.model.decode_step import DecodeStep
 from nanochat_pl.model.fp8 import Fp8Backend, suits_fp8
 from nanochat_pl.model.kv_cache import CacheStep, KVCache
-from nanochat_pl.model.layers import MLP, Embedding, Linear, norm
-from nanochat_pl.model.loss import default_chunk_tokens, fused_linear_cross_entropy, softcap, token_losses
+from nanochat_pl.model.layers import MLP, Embedding, Linear, norm, without_gradient
+from nanochat_pl.model.loss import fused_linear_cross_entropy, softcap, token_losses
 from nanochat_pl.model.packed_rows import PackedRows
 from nanochat_pl.model.prefix_tree import PrefixTree
 from nanochat_pl.model.rotary import rotary_tables, rotate
 
-TORCH_DTYPES: dict[DType, torch.dtype] = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
+TORCH_DTYPES: dict[DType, torch.dtype] = {name: getattr(torch, name) for name in get_args(DType)}
 
 # What a forward may go over besides whole rows.
 Step: TypeAlias = CacheStep | PrefixTree | DecodeStep | PackedRows
@@ -322,7 +319,9 @@ class GPT(nn.Module):
     def end(self, x: Tensor, middle: Tensor) -> Tensor:
         """What the head reads, of what the last layer and the one in the middle give; all (B, T, C)."""
         if self.config.backout:
-            x = x - self.backout_lambda.to(x.dtype) * middle
+            # With two layers the middle is the end, and the norm takes the factor out again: its gradient is rounding.
+            still = self.config.num_layers <= 2
+            x = x - (without_gradient(self.backout_lambda) if still else self.backout_lambda).to(x.dtype) * middle
         return norm(x)
 
     def lambdas(self) -> Sequence[tuple[Tensor, Tensor] | None]:

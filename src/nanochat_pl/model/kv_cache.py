@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.model import attention
-from nanochat_pl.model.attention import Block, cache_blocks, in_blocks, in_one_block, windowed_attention
-from nanochat_pl.model.config import GPTConfig
+from nanochat_pl.model.attention import in_blocks, in_one_block, windowed_attention
+from nanochat_pl.model.config import KEY_GRID, GPTConfig
 from nanochat_pl.model.counts import cache_length, least_keys
+from nanochat_pl.model.query_blocks import PRODUCTS_REACH, Block, cache_blocks
 
 # Ranges of a cache whose views are kept: those of decoding change with every sixteenth step.
 MAX_VIEWS = 16
@@ -33,7 +33,7 @@ class KVCache:
     Attributes:
         max_len: most tokens of a slot.
         positions: int64 (S,) on the CPU: how many tokens each slot holds.
-        ids: int64 (S, max_len): the tokens.
+        ids: int64 (S, max_len): the tokens; ``all_ids`` of what :meth:`rows` gives are the whole cache's.
         memory: (N, 2, slots, G, L, D): keys and values; of what :meth:`rows` gives it is the whole cache's.
         beginnings: int64 (S, 2 G) on the CPU: where a slot begins in a layer's memory taken as rows of D.
 
@@ -57,7 +57,7 @@ class KVCache:
         # Zeros, not empty: keys behind a mask must be finite, for 0 × NaN is NaN.
         shape = (config.num_layers, 2, num_slots, groups, length, config.head_dim)
         self.memory = torch.zeros(shape, device=device, dtype=dtype)
-        self.ids = torch.zeros(num_slots, max_len, dtype=torch.int64, device=device)
+        self.ids = self.all_ids = torch.zeros(num_slots, max_len, dtype=torch.int64, device=device)
         self.positions = torch.zeros(num_slots, dtype=torch.int64)
         self.max_len, self._first = max_len, 0
         # Of a layer's memory as rows of D: where each slot begins, for each head of the keys and of the values.
@@ -221,7 +221,7 @@ class CacheStep:
             (B, H, T, D)
         """
         self._store(layer, k.detach() if k.requires_grad else k, v.detach() if v.requires_grad else v)
-        in_reach = attention.KEY_GRID <= q.size(2) <= attention.PRODUCTS_REACH  # else there are other bits
+        in_reach = KEY_GRID <= q.size(2) <= PRODUCTS_REACH  # else there are other bits
         if self._last_start == 0 and (in_reach or not self._with_products):
             # All slots are empty: the new tokens see only each other, and padding comes last.
             return windowed_attention(q, k, v, window, scale)

@@ -34,6 +34,11 @@ class Linear(nn.Module):
         return linear(x, self.weight.to(x.dtype))
 
 
+def without_gradient(parameter: Tensor) -> Tensor:
+    """The same value; the parameter's gradient is zero, and not missing, so that an optimizer leaves it as it is."""
+    return parameter.detach() + 0 * parameter
+
+
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x (…, inputs) times the transpose of weight (outputs, inputs). In bfloat16 on a CPU a row's result has the same
     bits beside any number of other rows: small products, which go another way, are made larger."""

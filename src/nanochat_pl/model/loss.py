@@ -19,19 +19,6 @@ from torch import Tensor
 from nanochat_pl.common.compiling import twin
 from nanochat_pl.common.constants import IGNORE_INDEX
 
-# Logits of a piece. 16 MiB of float32 on a CPU: small enough for malloc to use the same memory again, measured fastest.
-# A GPU needs long matrices to be busy: 1,024 tokens of a vocabulary of 32,768, and 4,096 where the 2 GB that they take
-# are a small share of its memory (not measured).
-PIECE_LOGITS_CPU, PIECE_LOGITS_GPU, PIECE_LOGITS_LARGE_GPU = 2**22, 2**25, 2**27
-LARGE_GPU = 40 * 2**30
-
-
-def default_chunk_tokens(vocab_size: int, on_cpu: bool, gpu_memory: int | None = None) -> int:
-    """Tokens whose logits are in memory at once, where nobody says otherwise. ``gpu_memory``: bytes that a GPU has."""
-    large = (gpu_memory or 0) >= LARGE_GPU
-    logits = PIECE_LOGITS_CPU if on_cpu else PIECE_LOGITS_LARGE_GPU if large else PIECE_LOGITS_GPU
-    return max(1, logits // vocab_size)
-
 
 def softcap(logits: Tensor, cap: float) -> Tensor:
     """``cap * tanh(logits / cap)`` in float32, of logits in any type."""

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nanochat_pl.model.attention import BLOCK, PRODUCTS_REACH, products, sdpa, windowed_attention
+from nanochat_pl.model.attention import products, sdpa, windowed_attention
+from nanochat_pl.model.query_blocks import BLOCK, PRODUCTS_REACH
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from pydantic import Field
 
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.schema import setting
-from nanochat_pl.optim.rules import ADAMW_RULES, RECIPE, AdamWRule
+from nanochat_pl.optim.rules import ADAMW_RULES, MATRIX, RECIPE, AdamWRule
 
 REFERENCE_WIDTH = 768  # the width at which the recipe's learning rates were found
 # The one group that optim.adam_betas leaves alone, as its first beta is long in every version of the recipe.
@@ -259,3 +259,11 @@ def hyperparameter_differences(groups: Sequence[Mapping[str, Any]], saved: Seque
                 what = key.removeprefix("initial_")
                 lines.append(f"{what} of the {group['role']} group ({name} …): {now}; it was {then} in the file.")
     return lines
+
+
+def learning_rate(role: str, hyper: Hyperparameters) -> float:
+    """Learning rate of a role's group, before its schedule."""
+    if role == MATRIX:
+        return hyper.matrix_lr
+    rule = hyper.adamw[role]
+    return getattr(hyper, rule.hyperparameter) * rule.factor * (hyper.width_lr_scale if rule.by_width else 1.0)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from nanochat_pl.distributed import collectives
-from nanochat_pl.optim.sharding import ALIGNMENT, Shard
+from nanochat_pl.optim.sharding import Shard, adamw_quantum
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -144,4 +144,4 @@ def make_shards(kind: str, names: Sequence[str], parameters: Sequence[Tensor], a
     named = zip(names, parameters, strict=True)
     if sharded:
         return [RowShard(name, parameter, *place) for name, parameter in named]
-    return [Shard([name], [parameter], ALIGNMENT, *place) for name, parameter in named]
+    return [Shard([name], [parameter], adamw_quantum(parameter.numel()), *place) for name, parameter in named]

@@ -25,9 +25,10 @@ from nanochat_pl.distributed import collectives
 from nanochat_pl.optim.config import MuonSettings, hyperparameter_differences
 from nanochat_pl.optim.early_reduction import EarlyReduction
 from nanochat_pl.optim.fully_sharded import make_shards
+from nanochat_pl.optim.gradient_norm import gradient_norm
 from nanochat_pl.optim.muon import Scalar, adamw_update, muon_update
 from nanochat_pl.optim.schedules import StepValues
-from nanochat_pl.optim.sharding import Shape, Shard, moment_shapes, norm_of
+from nanochat_pl.optim.sharding import Shape, Shard, moment_shapes
 
 logger = logging.getLogger(__name__)
 
@@ -138,18 +139,14 @@ class MuonAdamW(torch.optim.Optimizer):
         With one process there is nothing to sum, and the gradients stay where they are.
 
         Returns:
-            The L2 norm of the summed gradient: float32, a scalar on the device, the same bits on every process.
+            The L2 norm of the summed gradient: float32, a scalar on the device, the same bits on every process (on
+            CPUs also those of one process with the same summed gradient).
 
         Raises:
             RuntimeError: a parameter has no gradient on some process. Nothing has been changed then, on any.
         """
         self._reduce()
-        norm = norm_of(self._gradients(), self.param_groups[0]["params"][0].device)
-        if self._shards:
-            norm.square_()
-            collectives.all_reduce_(norm)
-            norm.sqrt_()
-        return norm
+        return gradient_norm(self._shards, self.param_groups)
 
     @torch.no_grad()
     def scale_gradients(self, factor: float | Tensor) -> None:

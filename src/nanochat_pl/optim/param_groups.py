@@ -12,7 +12,7 @@ import torch
 
 from nanochat_pl.common.errors import UserError, did_you_mean
 from nanochat_pl.common.schema import to_plain
-from nanochat_pl.optim.config import Hyperparameters
+from nanochat_pl.optim.config import Hyperparameters, learning_rate
 from nanochat_pl.optim.muon_adamw import MuonAdamW
 from nanochat_pl.optim.rules import ADAMW_RULES, MATRIX, ROLES
 
@@ -44,14 +44,6 @@ def muon_dtype(hyper: Hyperparameters) -> torch.dtype:
     """Type of Muon's matrix products: where nobody says, bfloat16 for a model that computes in it, else float32."""
     name = hyper.compute_dtype if hyper.muon.dtype == "auto" else hyper.muon.dtype
     return torch.bfloat16 if name == "bfloat16" else torch.float32
-
-
-def learning_rate(role: str, hyper: Hyperparameters) -> float:
-    """Learning rate of a role's group, before its schedule."""
-    if role == MATRIX:
-        return hyper.matrix_lr
-    rule = hyper.adamw[role]
-    return getattr(hyper, rule.hyperparameter) * rule.factor * (hyper.width_lr_scale if rule.by_width else 1.0)
 
 
 def make_groups(

@@ -6,13 +6,14 @@ is sent only. With more processes than parts are needed for, some have nothing: 
 parameters are laid to the end. Cuts lie at multiples of ``quantum`` elements:
 
 - a stack of matrices: at whole matrices, since each is orthogonalized as a whole;
-- one parameter of AdamW: at multiples of :data:`ALIGNMENT`. Vectorised kernels treat what is left after the last full
-  vector in other instructions, with another rounding; so each element is treated as it is in the whole parameter.
+- one parameter of AdamW: at multiples of :func:`adamw_quantum`, which is one of :data:`ALIGNMENT`. Vectorised kernels
+  treat what is left after the last full vector in other instructions, with another rounding; so each element is treated
+  as it is in the whole parameter. Small parts would also split the pieces of which the norm is computed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from math import prod
 
 import torch
@@ -36,6 +37,12 @@ def moment_shapes(kind: str, shape: Shape) -> dict[str, Shape]:
     return {"momentum": shape, "second_moment": (rows, 1) if rows >= columns else (1, columns)}
 
 
+def adamw_quantum(numel: int) -> int:
+    """Elements of a parameter of AdamW that stay together: of a small one so few that 16 processes have some, of a
+    large one a piece of the norm."""
+    return min(max(ALIGNMENT, 1 << max((numel // 16).bit_length() - 1, 0)), PIECE_OF_NORM)
+
+
 class Shard:
     """The part that process ``rank`` of ``world_size`` has of ``parameters``.
 
@@ -45,6 +52,7 @@ class Shard:
         at_end: whether processes that get nothing are the first ones.
 
     Attributes:
+        total: elements of the parameters, without filling.
         part: elements of each process's part, filling included.
         before: of filling before the first parameter, a multiple of ``part``.
         begin, end: this process's elements among all, without filling.
@@ -62,6 +70,7 @@ class Shard:
         at_end: bool = False,
     ) -> None:
         self.names, self.parameters, self.rank, self.world_size = names, parameters, rank, world_size
+        self.quantum = quantum
         self.total = sum(parameter.numel() for parameter in parameters)
         self.part = -(-self.total // (quantum * world_size)) * quantum
         self.before = (world_size - -(-self.total // self.part)) * self.part if at_end else 0
@@ -178,13 +187,3 @@ class Shard:
         if len(flat) == 1 and not missing:
             return flat[0]
         return torch.cat([flat[0].new_zeros(before), *flat, flat[0].new_zeros(missing - before)])
-
-
-def norm_of(tensors: Iterable[Tensor], device: torch.device) -> Tensor:
-    """The L2 norm of all elements together: float32, a scalar on the device, without waiting for it."""
-    pieces = [tensor for tensor in tensors if tensor.numel()]
-    if device.type == "cpu":
-        pieces = [piece for tensor in pieces for piece in tensor.flatten().split(PIECE_OF_NORM)]
-    if not pieces:
-        return torch.zeros((), device=device)
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(pieces, 2, torch.float32)))

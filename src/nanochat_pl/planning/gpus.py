@@ -8,12 +8,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, cast
+from typing import TYPE_CHECKING, Literal, NamedTuple, cast
 
-import torch
-
-from nanochat_pl.common.device import ComputeDType, device_name, has_bfloat16, has_fp8, memory_bytes
+from nanochat_pl.common.device_settings import ComputeDType
 from nanochat_pl.common.errors import UserError, did_you_mean
+
+if TYPE_CHECKING:
+    import torch
 
 DeviceType = Literal["cpu", "cuda", "mps"]
 
@@ -103,6 +104,9 @@ CPU = Device("a CPU", "cpu")
 
 def detected_device(device: torch.device) -> Device:
     """A device of this machine, with the facts of the table where it is in it."""
+    # With torch, which the settings and a plan for a device by its name do without.
+    from nanochat_pl.common.device import device_name, has_bfloat16, has_fp8, memory_bytes
+
     name = device_name(device)
     known = _find_gpu(name) if device.type == "cuda" else None
     return Device(

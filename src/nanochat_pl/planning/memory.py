@@ -30,10 +30,9 @@ from functools import lru_cache
 from math import prod
 
 from nanochat_pl.common.schema import setting
-from nanochat_pl.model.attention import PRODUCTS_REACH, band_blocks
 from nanochat_pl.model.config import GPTConfig
-from nanochat_pl.model.counts import DTYPE_BYTES, count_parameters, rotary_bytes, weight_bytes
-from nanochat_pl.model.loss import default_chunk_tokens
+from nanochat_pl.model.counts import DTYPE_BYTES, count_parameters, default_chunk_tokens, rotary_bytes, weight_bytes
+from nanochat_pl.model.query_blocks import PRODUCTS_REACH, band_blocks
 
 FLOAT = 4
 # What a first step of any size loads on a CPU: code and tables of the libraries, measured with a model of some kB.

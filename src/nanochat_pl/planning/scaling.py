@@ -13,8 +13,7 @@ from collections.abc import Mapping
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.model.config import DType, GPTConfig, ModelSettings, resolve_model
 from nanochat_pl.model.counts import count_parameters, flops_per_token
-from nanochat_pl.optim.config import Hyperparameters, OptimSettings, adamw_rules, resolve_hyperparameters
-from nanochat_pl.optim.param_groups import learning_rate
+from nanochat_pl.optim.config import Hyperparameters, OptimSettings, adamw_rules, learning_rate, resolve_hyperparameters
 from nanochat_pl.optim.rules import ADAMW_RULES, RECIPE
 from nanochat_pl.optim.schedules import ScheduleSettings
 from nanochat_pl.planning.batch_size import RowOptions, plan_rows_in_memory, plan_validation

@@ -9,7 +9,8 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from nanochat_pl.common.device import ComputeDType, device_name, has_bfloat16, memory_bytes
+from nanochat_pl.common.device import device_name, has_bfloat16, memory_bytes
+from nanochat_pl.common.device_settings import ComputeDType
 from nanochat_pl.common.errors import first_line
 from nanochat_pl.common.files import free_bytes
 from nanochat_pl.common.launch_env import launch_env

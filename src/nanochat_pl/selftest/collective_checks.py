@@ -18,7 +18,7 @@ from torch import Tensor
 from nanochat_pl.common.files import ensure_folder
 from nanochat_pl.distributed import collectives
 from nanochat_pl.model.gpt import GPT
-from nanochat_pl.optim import MuonAdamW
+from nanochat_pl.optim.muon_adamw import MuonAdamW
 from nanochat_pl.selftest.checks import Check, Finding, Setup, exact, within
 from nanochat_pl.training.checkpoint.io import AtomicCheckpointIO
 from nanochat_pl.training.tiny_steps import NUM_STEPS, take_steps, tiny_net, tiny_optimizer

@@ -80,7 +80,8 @@ class ServeSettings:
     )
     compile: bool | Literal["auto"] = setting(
         "auto",
-        "Compile the decode step, for CPUs; auto: in float32 where it is faster, tried once in some seconds.",
+        "Compile the decode step on a CPU, make CUDA graphs of it on a GPU; auto: on a CPU in float32 where it is"
+        " faster, tried once in some seconds; on a GPU no.",
     )
     feedback: UserPath | None = setting(
         None, "File to which the page's thumbs write conversations, as lines of JSON; null: it has no thumbs."

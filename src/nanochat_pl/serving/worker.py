@@ -23,8 +23,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from nanochat_pl.bundle import Bundle, load_bundle
-from nanochat_pl.bundle.bundle import hash_of_weights
+from nanochat_pl.bundle.bundle import Bundle, hash_of_weights, load_bundle
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.engine import Engine
 from nanochat_pl.engine.compile_choice import engine_for

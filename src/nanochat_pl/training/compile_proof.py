@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from nanochat_pl.bundle.stage_info import library_versions, source_hash
-from nanochat_pl.common.device import ComputeDType, cpu_model, device_name
+from nanochat_pl.common.device import cpu_model, device_name
+from nanochat_pl.common.device_settings import ComputeDType
 from nanochat_pl.common.errors import UserError, first_line
 from nanochat_pl.data.cache.content_cache import fingerprint_of, read_sealed, write_sealed
 from nanochat_pl.model.compiled import CompiledLoss

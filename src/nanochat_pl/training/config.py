@@ -8,13 +8,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from nanochat_pl.common.device import Accelerator, ComputeDType, Devices
+from nanochat_pl.common.device_settings import Accelerator, ComputeDType, Devices
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.paths import PathsSettings
 from nanochat_pl.common.schema import setting
 from nanochat_pl.data.cache.conversations import LossMask
 from nanochat_pl.data.sources.base import DataSettings
-from nanochat_pl.evaluation.core.evaluate import CoreSettings
+from nanochat_pl.evaluation.core.settings import CoreSettings
 from nanochat_pl.evaluation.samples import DEFAULT_PROMPTS
 from nanochat_pl.model.config import AttentionBackend, ModelSettings
 from nanochat_pl.optim.config import OptimSettings
@@ -27,12 +27,12 @@ from nanochat_pl.tasks.settings import MixtureSettings, MixtureTasks
 from nanochat_pl.tokenizer.training import TokenizerSettings
 from nanochat_pl.tools.sandbox.settings import SandboxSettings
 from nanochat_pl.training.lightning_args import explain_argument
-from nanochat_pl.training.nonfinite_guard import OnNonfinite
 from nanochat_pl.training.rl.settings import RLSettings
 from nanochat_pl.training.stages.registry import Stage, parents_of, stage_named
 
 # What Lightning calls a compute type beside parameters in float32.
 PRECISIONS: dict[str, ComputeDType] = {"bf16-mixed": "bfloat16", "16-mixed": "float16", "32-true": "float32"}
+OnNonfinite = Literal["stop", "skip"]
 _TIME = re.compile(r"(\d{1,3}):([01]?\d|2[0-3]):([0-5]?\d):([0-5]?\d)")
 
 

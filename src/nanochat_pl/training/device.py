@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from nanochat_pl.common.console import rank_zero_print
-from nanochat_pl.common.device import ComputeDType, choose_compute_dtype, choose_device, device_name, require_kernels
+from nanochat_pl.common.device import choose_compute_dtype, choose_device, device_name, require_kernels
+from nanochat_pl.common.device_settings import ComputeDType
 from nanochat_pl.common.errors import SharedError, UserError
 from nanochat_pl.common.launch_env import launch_env
 from nanochat_pl.common.malloc import keep_freed_memory

@@ -11,7 +11,6 @@ import importlib.util
 from collections.abc import Mapping
 from typing import Any
 
-from nanochat_pl.common.device import choose_device
 from nanochat_pl.common.errors import did_you_mean
 
 # What Lightning's classes need besides: the package as pip calls it, and as Python does.
@@ -101,6 +100,8 @@ def why_refused(callback: type, arguments: Mapping[str, Any]) -> str | None:
 
 
 def _wants_psutil(arguments: Mapping[str, Any]) -> bool:
+    from nanochat_pl.common.device import choose_device  # with torch, as for every class that is looked at
+
     cpu_stats = arguments.get("cpu_stats")
     return choose_device().type == "cpu" if cpu_stats is None else bool(cpu_stats)
 

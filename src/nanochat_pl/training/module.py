@@ -34,19 +34,14 @@ from nanochat_pl.model.fp8 import Fp8Backend
 from nanochat_pl.model.gpt import GPT
 from nanochat_pl.model.init import init_weights
 from nanochat_pl.model.roles import parameter_roles
-from nanochat_pl.optim import (
-    Hyperparameters,
-    MuonAdamW,
-    OptimSettings,
-    ScheduleSettings,
-    StepValues,
-    build_optimizer,
-    resolve_hyperparameters,
-    schedule_values,
-)
+from nanochat_pl.optim.config import Hyperparameters, OptimSettings, resolve_hyperparameters
+from nanochat_pl.optim.muon_adamw import MuonAdamW
+from nanochat_pl.optim.param_groups import build_optimizer
+from nanochat_pl.optim.schedules import ScheduleSettings, StepValues, schedule_values
 from nanochat_pl.training.checkpoint.resume import ResumeFiles
+from nanochat_pl.training.config import OnNonfinite
 from nanochat_pl.training.fully_sharded import ShardedWeights
-from nanochat_pl.training.nonfinite_guard import Guard, LossScale, OnNonfinite
+from nanochat_pl.training.nonfinite_guard import Guard, LossScale
 
 
 @dataclass(frozen=True)

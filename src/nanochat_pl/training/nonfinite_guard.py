@@ -9,7 +9,7 @@ import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -20,8 +20,8 @@ from nanochat_pl.data.batch import StepBatch
 from nanochat_pl.distributed import collectives
 from nanochat_pl.model.gpt import GPT
 from nanochat_pl.optim.fully_sharded import is_sharded, own_rows
+from nanochat_pl.training.config import OnNonfinite
 
-OnNonfinite = Literal["stop", "skip"]
 START = 2.0**16
 GOOD_STEPS = 2_000  # without an overflow: then the factor is doubled
 MOST = 2.0**24  # the gradient of a loss is divided by its number of targets, so more has no use

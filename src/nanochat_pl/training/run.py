@@ -11,9 +11,8 @@ from typing import Any
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers.logger import Logger
 
-from nanochat_pl.bundle import StageInfo, save_bundle
-from nanochat_pl.bundle.bundle import hash_of_weights, save_stage_info
-from nanochat_pl.bundle.stage_info import library_versions
+from nanochat_pl.bundle.bundle import hash_of_weights, save_bundle, save_stage_info
+from nanochat_pl.bundle.stage_info import StageInfo, library_versions
 from nanochat_pl.bundle.tensors import TensorStream
 from nanochat_pl.common.console import console, rank_zero_print
 from nanochat_pl.common.device import choose_compute_dtype, gpu_memory_bytes
@@ -24,8 +23,8 @@ from nanochat_pl.common.schema import to_plain
 from nanochat_pl.common.user_code import user_code
 from nanochat_pl.data.cache.content_cache import fingerprint_of
 from nanochat_pl.distributed import collectives, coordination
+from nanochat_pl.model.counts import default_chunk_tokens
 from nanochat_pl.model.gpt import GPT
-from nanochat_pl.model.loss import default_chunk_tokens
 from nanochat_pl.planning import Plan, hyperparameters
 from nanochat_pl.planning.gpus import detected_device
 from nanochat_pl.tasks.context import TaskContext

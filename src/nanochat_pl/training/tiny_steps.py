@@ -13,8 +13,10 @@ from nanochat_pl.distributed import collectives
 from nanochat_pl.model.config import GPTConfig, ModelSettings, resolve_model
 from nanochat_pl.model.gpt import GPT
 from nanochat_pl.model.roles import parameter_roles
-from nanochat_pl.optim import MuonAdamW, OptimSettings, ScheduleSettings, build_optimizer, resolve_hyperparameters
-from nanochat_pl.optim.schedules import schedule_values
+from nanochat_pl.optim.config import OptimSettings, resolve_hyperparameters
+from nanochat_pl.optim.muon_adamw import MuonAdamW
+from nanochat_pl.optim.param_groups import build_optimizer
+from nanochat_pl.optim.schedules import ScheduleSettings, schedule_values
 
 # Largest distances, relative (L2). What is measured is a fifth of it or less; a product in TF32 is 3e-4 off.
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}

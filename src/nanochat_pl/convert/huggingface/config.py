@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from nanochat_pl.bundle import StageInfo
+from nanochat_pl.bundle.stage_info import StageInfo
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.schema import build, to_plain
 from nanochat_pl.model.config import ROTARY_REACH, GPTConfig

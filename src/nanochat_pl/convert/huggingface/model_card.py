@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nanochat_pl.bundle import Bundle
+from nanochat_pl.bundle.bundle import Bundle
 from nanochat_pl.convert.huggingface.config import is_native
 from nanochat_pl.convert.parity import Layout, Parity
 from nanochat_pl.convert.report import table

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from nanochat_pl.bundle import StageInfo
+from nanochat_pl.bundle.stage_info import StageInfo
 from nanochat_pl.common.device import memory_bytes
 from nanochat_pl.common.errors import UserError, visible
 from nanochat_pl.common.files import read_json, read_object, sha256_of_file

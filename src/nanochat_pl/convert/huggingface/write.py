@@ -7,8 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from nanochat_pl.bundle import Bundle
-from nanochat_pl.bundle.bundle import load_weights
+from nanochat_pl.bundle.bundle import Bundle, load_weights
 from nanochat_pl.bundle.tensors import save_tensors
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.files import explain_disk_errors, write_json

@@ -20,7 +20,7 @@ from nanochat_pl.convert.nanochat.safe_unpickle import problem_of_tensor, proble
 from nanochat_pl.convert.report import require_finite
 from nanochat_pl.model.gpt import GPT
 from nanochat_pl.model.roles import parameter_roles
-from nanochat_pl.optim import OptimSettings, resolve_hyperparameters
+from nanochat_pl.optim.config import OptimSettings, resolve_hyperparameters
 from nanochat_pl.optim.param_groups import make_groups
 from nanochat_pl.planning.horizon import MAX_STEPS
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from nanochat_pl.bundle import StageInfo
+from nanochat_pl.bundle.stage_info import StageInfo
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.schema import build, setting
 from nanochat_pl.common.text_files import is_unicode

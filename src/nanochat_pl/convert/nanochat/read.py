@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanochat_pl.bundle import StageInfo
-from nanochat_pl.bundle.stage_info import library_versions
+from nanochat_pl.bundle.stage_info import StageInfo, library_versions
 from nanochat_pl.common.device import memory_bytes
 from nanochat_pl.common.errors import UserError, visible
 from nanochat_pl.common.files import read_json, sha256_of_file

@@ -11,16 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanochat_pl.bundle import StageInfo
-from nanochat_pl.bundle.bundle import (
-    OPTIMIZER,
-    TOKENIZER,
-    load_config,
-    load_moments,
-    load_stage_info,
-    load_tokenizer,
-    load_weights,
-)
+from nanochat_pl.bundle.bundle import load_config, load_moments, load_tokenizer, load_weights
+from nanochat_pl.bundle.layout import OPTIMIZER, TOKENIZER
+from nanochat_pl.bundle.stage_info import StageInfo, load_stage_info
 from nanochat_pl.bundle.tensors import read_header
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.files import explain_disk_errors, write_atomically, write_text

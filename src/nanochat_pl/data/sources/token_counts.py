@@ -12,7 +12,7 @@ from nanochat_pl.data.sources.hub import HubFiles
 from nanochat_pl.data.sources.local import choose_files, text_bytes
 from nanochat_pl.data.sources.python_docs import PythonDocs, built_python_docs
 from nanochat_pl.data.sources.run_corpus import RunCorpus
-from nanochat_pl.planning.estimates import TextFacts
+from nanochat_pl.planning.text import TextFacts
 
 
 def tokens_at_hand(

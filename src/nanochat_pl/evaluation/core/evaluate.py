@@ -13,12 +13,12 @@ from typing import Any
 
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.out_of_memory import explain_out_of_memory
-from nanochat_pl.common.schema import UserPath, setting
 from nanochat_pl.data.cache.content_cache import fingerprint_of
 from nanochat_pl.data.hub.core_bundle import bundle_in_cache
 from nanochat_pl.data.sources.hub import key_of_cache, typed_keys
 from nanochat_pl.distributed import collectives
 from nanochat_pl.distributed.coordination import raise_on_all_ranks
+from nanochat_pl.evaluation.candidates import Score
 from nanochat_pl.evaluation.core.bundle import (
     CORE_TASKS,
     CoreTask,
@@ -37,8 +37,9 @@ from nanochat_pl.evaluation.core.prompts import (
     mean_nats,
     render,
 )
+from nanochat_pl.evaluation.core.settings import CoreSettings
 from nanochat_pl.evaluation.results import TaskResult, make_result
-from nanochat_pl.evaluation.scoring import Score, score
+from nanochat_pl.evaluation.scoring import score
 from nanochat_pl.model.gpt import GPT
 from nanochat_pl.tasks.context import TaskContext
 from nanochat_pl.tasks.published.arc import ARCChallenge, ARCChallengeSettings, ARCEasy, ARCEasySettings
@@ -51,24 +52,6 @@ _SHOWN = 1000
 
 # (question, choices in any order) → the right choice.
 Answers = Mapping[str, list[tuple[frozenset[str], str]]]
-
-
-@dataclass(frozen=True)
-class CoreSettings:
-    """CORE: which data, how much of it."""
-
-    path: UserPath | None = setting(None, "Folder of the evaluation bundle; null: where nanochat-pl download put it.")
-    max_per_task: int | None = setting(
-        500, "Problems of each task, the first of a seeded order; null: all.", at_least=1
-    )
-    tasks: list[str] | None = setting(None, "Tasks by name; null: all that the bundle has.", max_length=1000)
-    fix_arc: bool = setting(
-        False, "Take the right answers of ARC from the hub's data set: 71 and 20 of the bundle's are wrong."
-    )
-
-    def __post_init__(self) -> None:
-        if self.tasks is not None and (not self.tasks or len(set(self.tasks)) < len(self.tasks)):
-            raise UserError(f"tasks={self.tasks}: must name at least one task, and each once.")
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from nanochat_pl.evaluation.scoring import Candidate, Score, common_length
+from nanochat_pl.evaluation.candidates import Candidate, Score, common_length
 from nanochat_pl.tokenizer import Tokenizer
 
 Kind = Literal["multiple_choice", "schema", "language_modeling"]

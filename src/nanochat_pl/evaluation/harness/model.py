@@ -24,7 +24,8 @@ from nanochat_pl.distributed import collectives
 from nanochat_pl.distributed.coordination import raise_on_all_ranks
 from nanochat_pl.engine import Engine
 from nanochat_pl.engine.engine import Model
-from nanochat_pl.evaluation.scoring import Candidate, Score, score
+from nanochat_pl.evaluation.candidates import Candidate, Score
+from nanochat_pl.evaluation.scoring import score
 from nanochat_pl.evaluation.truncation import max_tokens_read, shortened
 
 _MAX_POSITIONS = 16_384  # of one forward, padding included

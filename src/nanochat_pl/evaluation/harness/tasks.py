@@ -15,7 +15,6 @@ import logging
 import random
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +22,6 @@ import numpy as np
 import yaml
 
 from nanochat_pl.common.errors import UserError, did_you_mean
-from nanochat_pl.common.schema import UserPath, setting
 from nanochat_pl.common.schema import to_plain as settings_to_plain
 from nanochat_pl.data.cache.content_cache import fingerprint_of
 from nanochat_pl.distributed import collectives
@@ -31,6 +29,7 @@ from nanochat_pl.distributed.coordination import rank_zero_first, run_on_rank_ze
 from nanochat_pl.engine.engine import Model
 from nanochat_pl.evaluation.chat_tasks import choose_items
 from nanochat_pl.evaluation.harness.result import metric_of, result_of
+from nanochat_pl.evaluation.harness.settings import HarnessSettings
 from nanochat_pl.evaluation.results import TaskResult, from_plain, to_plain
 
 if TYPE_CHECKING:
@@ -40,26 +39,6 @@ if TYPE_CHECKING:
 INSTALL = "Install it: pip install 'nanochat-pl[lm-eval]'"
 # As the harness seeds it: of the few-shot examples, and of what tasks draw.
 _SEED = 1234
-
-
-@dataclass(frozen=True)
-class HarnessSettings:
-    """Tasks of lm-evaluation-harness."""
-
-    tasks: list[str] = setting(
-        factory=list, doc="Names of its tasks, groups or tags, or YAML files of tasks.", max_length=1000
-    )
-    include_path: UserPath | None = setting(
-        None,
-        "Folder of further tasks (YAML). Python functions that they name are run: give one that you trust.",
-    )
-    num_fewshot: int | None = setting(
-        None, "Solved examples before each question; null, or where a task insists on 0: as the task says.", at_least=0
-    )
-    limit: int | None = setting(None, "Most problems of a task, a seeded choice; null: all.", at_least=1)
-    metric: str | None = setting(None, "The metric that counts, for instance acc_norm; null: each task's first.")
-    chat: bool = setting(False, "Ask in the form of a conversation; for models that were trained on conversations.")
-    download: bool = setting(False, "Fetch data sets that are not here.")
 
 
 class HarnessTasks:

@@ -19,15 +19,7 @@ import torch
 from torch import Tensor
 
 from nanochat_pl.model.attention.backend import BackendName, Case, Documents, Kernels
-from nanochat_pl.model.attention.blocks import (
-    BLOCK,
-    Block,
-    band_blocks,
-    band_mask,
-    cache_blocks,
-    in_blocks,
-    in_one_block,
-)
+from nanochat_pl.model.attention.blocks import band_mask, in_blocks, in_one_block
 from nanochat_pl.model.attention.choice import (
     BACKENDS,
     attention_backend,
@@ -37,24 +29,19 @@ from nanochat_pl.model.attention.choice import (
     why_not,
 )
 from nanochat_pl.model.attention.fused import sdpa
-from nanochat_pl.model.attention.plain import PRODUCTS_REACH, products
+from nanochat_pl.model.attention.plain import products
 from nanochat_pl.model.config import KEY_GRID, AttentionBackend
 
 __all__ = [
     "BACKENDS",
-    "BLOCK",
     "KEY_GRID",
-    "PRODUCTS_REACH",
     "AttentionBackend",
     "BackendName",
-    "Block",
     "Case",
     "Documents",
     "Kernels",
     "attention_backend",
-    "band_blocks",
     "band_mask",
-    "cache_blocks",
     "choose",
     "choose_in_graph",
     "in_blocks",

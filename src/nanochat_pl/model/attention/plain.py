@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from nanochat_pl.model.attention.backend import Case, Kernels
-
-PRODUCTS_REACH = 1024
+from nanochat_pl.model.query_blocks import PRODUCTS_REACH
 
 
 def unwanted(kernels: Kernels, case: Case) -> str | None:

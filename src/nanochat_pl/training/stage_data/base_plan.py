@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from nanochat_pl.common.device import ComputeDType
+from nanochat_pl.common.device_settings import ComputeDType
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.launch_env import launch_env
 from nanochat_pl.data.sources.base import DataSettings

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Set
 from typing import Any
 
-from nanochat_pl.bundle.bundle import load_stage_info
+from nanochat_pl.bundle.stage_info import load_stage_info
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.run_dir import STAGES, StageFolder, stages_in
 from nanochat_pl.common.schema import build, to_plain

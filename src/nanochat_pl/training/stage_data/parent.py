@@ -5,15 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from nanochat_pl.bundle import StageInfo
-from nanochat_pl.bundle.bundle import (
-    hash_of_weights,
-    load_config,
-    load_moments,
-    load_stage_info,
-    load_tokenizer,
-    load_weights,
-)
+from nanochat_pl.bundle.bundle import hash_of_weights, load_config, load_moments, load_tokenizer, load_weights
+from nanochat_pl.bundle.stage_info import StageInfo, load_stage_info
 from nanochat_pl.common.console import rank_zero_print
 from nanochat_pl.common.run_dir import StageFolder
 from nanochat_pl.model.config import GPTConfig, with_documents_of

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
-from nanochat_pl.bundle.bundle import load_stage_info
+from nanochat_pl.bundle.stage_info import load_stage_info
 from nanochat_pl.common.console import rank_zero_print
 from nanochat_pl.common.run_dir import StageFolder
 from nanochat_pl.data.sources.auto import (

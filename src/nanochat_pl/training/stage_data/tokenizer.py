@@ -9,9 +9,8 @@ from pathlib import Path
 
 import tokenizers
 
-from nanochat_pl.bundle import StageInfo, save_bundle
-from nanochat_pl.bundle.bundle import load_tokenizer
-from nanochat_pl.bundle.stage_info import library_versions
+from nanochat_pl.bundle.bundle import load_tokenizer, save_bundle
+from nanochat_pl.bundle.stage_info import StageInfo, library_versions
 from nanochat_pl.common.console import SECONDS_BETWEEN_LINES, console, rank_zero_print
 from nanochat_pl.common.files import write_json
 from nanochat_pl.common.launch_env import launch_env
