@@ -55,10 +55,17 @@ def test_keys_that_no_step_takes(override: str, expected: str) -> None:
 
 def test_what_is_wrong_with_a_key_of_one_step_is_told_as_it_was_typed() -> None:
     typed = ["stages.base.model.depht=3", "stages.sft.max_steps=abc", "model.sequence_len=-1"]
+    typed += ["stages.sft.optim={matrix_lrr:1}", "~stages.sft.model.dept"]
     with pytest.raises(UserError) as caught:
         check_all(steps_of(["experiment=tiny", *typed]))
     begin = {problem.split(":")[0] for problem in caught.value.problems}
-    assert begin == {"stages.base.model.depht", "stages.sft.max_steps='abc'", "model.sequence_len=-1"}
+    assert begin == {
+        "stages.base.model.depht",
+        "stages.sft.max_steps='abc'",
+        "model.sequence_len=-1",
+        "stages.sft.optim.matrix_lrr",
+        "~stages.sft.model.dept",
+    }
 
 
 def test_words_behind_a_text_are_the_rest_of_it() -> None:

@@ -59,21 +59,25 @@ def test_rows_that_come_and_go_get_the_answers_of_an_eager_engine(monkeypatch: p
     assert len({keys for _, keys in shapes}) >= 2 and {keys for _, keys in shapes} <= {32, 64, 128, CONTEXT}
 
 
-def test_a_new_cache_or_new_weights_make_new_graphs_and_the_old_ones_are_let_go() -> None:
+def test_what_graphs_were_made_for_decides_how_long_they_are_kept() -> None:
+    """The same memory with the same weights: yes. Other weights, noticed or told of, or another cache: they are made
+    again, and the old ones are let go."""
     engine = with_graphs(small_engine("float32"))
-    engine.generate([[1, 2, 3]], max_tokens=3, stop_ids=(), tools=False)
-    first = engine._compiled._steps
-    assert first
+    cache, graphs = engine.new_cache(2, CONTEXT), engine._compiled
+    engine.logits(cache, [[1, 2, 3], [4]])
+    kept = []
+    for change in (None, None, "in place", None, "told of"):
+        if change == "in place":
+            with torch.no_grad():
+                engine.net._source[0].lm_head.weight.mul_(0.5)
+        elif change == "told of":
+            engine.refresh()
+        engine.logits(cache, [[5], [6]])
+        kept.append(next(iter(graphs._steps.values())))
+    assert kept[0] is kept[1] is not kept[2] is kept[3] is not kept[4]
+    assert graphs._made_for[0] is cache.memory
     engine.new_cache(2, CONTEXT)
-    assert not engine._compiled._steps and engine._compiled._made_for is None
-    engine.generate([[1, 2, 3]], max_tokens=3, stop_ids=(), tools=False)
-    second = engine._compiled._steps
-    assert second is not first
-    cache = engine._compiled._made_for[0]
-    with torch.no_grad():
-        engine.net._source[0].lm_head.weight.mul_(0.5)
-    engine.generate([[1, 2, 3]], max_tokens=3, stop_ids=(), tools=False)
-    assert engine._compiled._steps is not second and engine._compiled._made_for[0] is not cache
+    assert not graphs._steps and graphs._made_for is None and graphs._pool is None
 
 
 def test_slots_that_are_read_behind_the_running_ones_are_not_given_to_a_graph() -> None:

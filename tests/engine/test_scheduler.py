@@ -240,6 +240,20 @@ def test_weights_that_are_not_finite_end_only_what_they_spoil(engine, monkeypatc
         engine.generate([[65], [66]])
 
 
+def test_what_is_not_finite_does_not_stay_in_a_slot(engine):
+    """Behind a mask it has the weight 0, and 0 times infinity is no number: the next short prompt was spoilt by it."""
+    scheduler = Scheduler(engine, 1, CONTEXT)
+    wrong = scheduler.submit(Request([66] * 20, max_tokens=9, stop_ids=frozenset()))
+    scheduler.step()
+    scheduler._cache.memory.fill_(torch.inf)
+    scheduler.run([wrong])
+    assert wrong.finish_reason == "error"
+    short = scheduler.submit(Request([66] * 3, max_tokens=9, stop_ids=frozenset()))
+    scheduler.run([short])
+    (alone,) = engine.generate([[66] * 3], max_tokens=9, stop_ids=(), tools=False)
+    assert (short.finish_reason, short.ids) == ("length", alone.ids)
+
+
 @pytest.mark.parametrize("when", ["forward", "after it"])
 def test_a_step_that_was_broken_off_is_taken_again(engine, monkeypatch, when):
     """Ctrl-C, or memory that ran out, anywhere in a step."""

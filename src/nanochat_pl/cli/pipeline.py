@@ -64,8 +64,14 @@ class Step:
         try:
             return compose_step(self.command, self.name, self.schema, self.overrides)
         except UserError as error:
-            typed = [f"stages.{self.name}.{line}" if key_of(line) in self.own else line for line in error.problems]
-            raise UserError(typed, error.fix) from error
+            raise UserError([self._as_typed(line) for line in error.problems], error.fix) from error
+
+    def _as_typed(self, problem: str) -> str:
+        key = key_of(problem)
+        if not any(key == each or key.startswith(f"{each}.") for each in self.own):
+            return problem
+        deletes = "~" if key.startswith("~") else ""
+        return f"{deletes}stages.{self.name}.{problem.removeprefix('~')}"
 
 
 @ignore_broken_pipe()

@@ -252,6 +252,8 @@ class Engine:
         """Take the network's weights as they are now. Changes in place are noticed without it."""
         if isinstance(self.net, InferenceGPT):
             self.net.refresh()
+        if isinstance(self._compiled, GraphDecode):
+            self._compiled.forget()  # graphs know weights by their addresses
 
     @property
     def weights_version(self) -> list[int]:

@@ -176,6 +176,9 @@ class Scheduler:
         """The last of the running requests takes a slot's place, so that theirs stay the first ones."""
         last = len(self._decoding) - 1
         self._last_used[slot] = self.num_steps
+        if self._decoding[slot].error is not None:
+            self._cache.erase(slot)
+            self._tokens[slot] = -1
         self._swap(slot, last)
         self._decoding[slot] = self._decoding[last]
         self._decoding.pop()

@@ -1,14 +1,16 @@
 """The decode step of a network on a GPU as CUDA graphs: a step is started once, and not kernel by kernel.
 
 A graph has fixed shapes and fixed memory. So the number of rows is padded to a power of two, and so is the range of
-keys, and there is a graph for each pair that occurs. What belongs to the padding is computed and not written. A graph
-works on the memory of one cache: with another cache, or when the weights have changed, graphs are made anew.
+keys, up to what the cache has; there is a graph for each pair that occurs. What belongs to the padding is computed and
+not written. A graph works on the memory of one cache: with another one, or after the weights have changed, graphs are
+made anew.
 
 Without a GPU the same step runs as it is, kernel by kernel. The arithmetic is that of the compiled step on CPUs.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -38,10 +40,11 @@ class GraphDecode:
         self._steps: dict[tuple[int, int], _StaticStep] = {}  # by rows and keys
         self._made_for: tuple[Tensor, list[int]] | None = None  # the memory and the version of the weights
         self._pool: Any = None  # of memory that all graphs share: one runs at a time
+        self._stream: Any = None  # on which all are recorded: libraries keep a workspace for each stream
 
     def forget(self) -> None:
-        """Let go of the cache that the graphs were made for."""
-        self._steps, self._made_for = {}, None
+        """Let go of all graphs, and of the cache and the weights that they were made for."""
+        self._steps, self._made_for, self._pool = {}, None, None  # a pool ends with its last graph
 
     def fits(self, cache: KVCache) -> bool:
         """Whether the step is for what a cache holds: its first slots, some tokens in each, with room for another."""
@@ -58,31 +61,41 @@ class GraphDecode:
         self._net.notice_changes()
         memory, version = cache.memory, self._net.weights_version
         if self._made_for is None or self._made_for[0] is not memory or self._made_for[1] != version:
-            self._steps, self._made_for = {}, (memory, version)
+            self.forget()
+            self._made_for = memory, version
         rows = min(_power_of_two(len(ids)), memory.size(2))
         keys = min(max(MIN_KEYS, _power_of_two(int(cache.positions.max()))), memory.size(4))
-        is_new = (rows, keys) not in self._steps
-        if is_new:
-            self._steps[rows, keys] = _StaticStep(self._net, cache, rows, keys)
-        step = self._steps[rows, keys]
-        step.put(ids, cache.positions)
-        if is_new and self._net.device.type == "cuda":
-            self._record(step)
-        step.replay()
+        with self._on_device():
+            if (step := self._steps.get((rows, keys))) is None:
+                step = _StaticStep(self._net, cache, rows, keys)
+                step.put(ids, cache.positions)
+                if self._net.device.type == "cuda":
+                    self._record(step)
+                self._steps[rows, keys] = step  # not before: a step that is broken off is recorded the next time
+            else:
+                step.put(ids, cache.positions)
+            step.replay()
         cache.positions += 1
         return step.logits[: len(ids)].clone()  # the next step writes into the same memory
+
+    def _on_device(self) -> contextlib.AbstractContextManager[object]:
+        """Streams and graphs are of the current device, which need not be the network's."""
+        device = self._net.device
+        return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
     def _record(self, step: _StaticStep) -> None:
         """Make a graph of a step. To take it several times changes nothing: it writes the same each time."""
         try:
-            here, stream = torch.cuda.current_stream(), torch.cuda.Stream()
-            stream.wait_stream(here)
-            with torch.cuda.stream(stream):
+            here = torch.cuda.current_stream()
+            if self._stream is None:
+                self._stream = torch.cuda.Stream()
+            self._stream.wait_stream(here)
+            with torch.cuda.stream(self._stream):
                 for _ in range(WARM_UP_STEPS):
                     step.run()
-            here.wait_stream(stream)
+            here.wait_stream(self._stream)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool):
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
                 step.run()
         except RuntimeError as error:  # whatever a driver or a library makes of it
             self.forget()
@@ -111,6 +124,7 @@ class _StaticStep:
         # The new ids, their positions, and which rows are no padding: one copy to the device a step.
         self._given = torch.zeros(3, rows, dtype=torch.int64, device=device)
         self._host = torch.zeros(3, rows, dtype=torch.int64, pin_memory=device.type == "cuda")
+        self._copied = torch.cuda.Event() if device.type == "cuda" else None  # the device has read what is on the host
         self._rows = torch.arange(rows, device=device)
         self.logits = torch.empty(0)
         self.replay: Replay = self.run
@@ -122,10 +136,13 @@ class _StaticStep:
             ids: the new token of each row.
             positions: int64 (B,) of them, on the CPU.
         """
-        # The logits of the last run have been read, so that the device is done with what was copied before it.
+        if self._copied is not None:
+            self._copied.synchronize()
         self._host.zero_()
         self._host[:, : len(ids)] = torch.stack([torch.tensor(ids), positions, torch.ones_like(positions)])
         self._given.copy_(self._host, non_blocking=True)
+        if self._copied is not None:
+            self._copied.record()
 
     def run(self) -> None:
         """Compute the logits and write the new tokens, their keys and values, into the cache."""

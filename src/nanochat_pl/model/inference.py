@@ -132,7 +132,8 @@ class InferenceGPT(GPT):
     Args:
         source: the network. Weights of the right type are shared with it.
         quantize: int8: the weights of all linear maps have 8 bits. Faster for one stream on a CPU, and less exact.
-        for_compiling: keep weights as suits the compiled step: in float32, where they would be shared, as copies.
+        for_compiling: keep weights as suits the compiled step of CPUs: in float32, where they would be shared, as
+            copies.
 
     Raises:
         UserError: ``quantize`` on another device than a CPU.
@@ -148,7 +149,7 @@ class InferenceGPT(GPT):
         self.quantize = quantize
         self._source = (source,)  # in a tuple it is no part of this module
         dtype, kind = source.compute_dtype, Int8Linear if quantize == "int8" else KeptLinear
-        by_inputs = for_compiling and dtype == torch.float32
+        by_inputs = for_compiling and dtype == torch.float32 and source.device.type == "cpu"
 
         def kept(sources: Sequence[Linear], num_outputs: int | None = None) -> KeptLinear:
             return kind(sources, dtype, num_outputs, by_inputs)

@@ -89,6 +89,11 @@ class KVCache:
         """Empty the given slots (all by default)."""
         self.positions[slice(None) if slots is None else list(slots)] = 0
 
+    def erase(self, slot: int) -> None:
+        """Empty a slot whose keys or values may not be finite: behind a mask they would spoil those of others."""
+        self.memory[:, :, self._first + slot] = 0
+        self.positions[slot] = 0
+
     def truncate(self, slot: int, length: int) -> None:
         """Forget a slot's tokens from position ``length`` on."""
         assert 0 <= length <= int(self.positions[slot]), "a slot can be cut back, not forward"

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from nanochat_pl.distributed import collectives
-from nanochat_pl.optim.pieces import adamw_quantum
+from nanochat_pl.optim.pieces import ALIGNMENT, adamw_quantum
 from nanochat_pl.optim.sharding import Shard
 
 
@@ -145,4 +145,9 @@ def make_shards(kind: str, names: Sequence[str], parameters: Sequence[Tensor], a
     named = zip(names, parameters, strict=True)
     if sharded:
         return [RowShard(name, parameter, *place) for name, parameter in named]
-    return [Shard([name], [parameter], adamw_quantum(parameter.numel()), *place) for name, parameter in named]
+    # Only on CPUs is the norm made of pieces; with smaller parts more parameters can be divided without filling.
+    on_cpu = parameters[0].device.type == "cpu"
+    return [
+        Shard([name], [parameter], adamw_quantum(parameter.numel()) if on_cpu else ALIGNMENT, *place)
+        for name, parameter in named
+    ]

@@ -1,4 +1,4 @@
-"""The L2 norm of a step's summed gradient. On CPUs it has the same bits for any number of processes.
+"""The L2 norm of a step's summed gradient. On CPUs it has the same bits for any number of processes, but for fsdp's.
 
 A norm of many elements depends on the order in which their squares are summed. So there it is the norm of the norms of
 pieces, which never lie across the parts of two processes and are the same whoever has them; every process gets those of
