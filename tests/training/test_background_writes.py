@@ -146,7 +146,7 @@ def test_a_failure_is_raised_at_a_following_step(tmp_path: Path, steps: Steps, m
     fit_tiny(tmp_path / "whole", num_steps=8, checkpoint_every_steps=2)
 
     def damaged(temporary: Path, path: Path) -> None:
-        steps.wait_for(4)
+        steps.wait_for(5)  # with 4 it could fail so early that step 4 still sees it
         raise UserError(f"{path}: what was written cannot be read back.", fix="Check the disk.")
 
     verify = checkpoint_io._verify
