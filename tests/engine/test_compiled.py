@@ -9,13 +9,10 @@ import torch
 
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.engine import Engine
-from nanochat_pl.engine.request import Request
-from nanochat_pl.engine.sampling import Sampling
-from nanochat_pl.engine.scheduler import Scheduler
 from nanochat_pl.model import compiled_decode
 from nanochat_pl.model.compiled_decode import CompiledDecode
 from nanochat_pl.model.inference import InferenceGPT
-from tests.engine.test_scheduler import CONTEXT, random_requests, small_engine
+from tests.engine.test_scheduler import greedy_answers, small_engine
 from tests.helpers.models import perturbed, tiny_config
 from tests.helpers.small_engine import SmallBundle, byte_tokenizer
 
@@ -40,17 +37,7 @@ def test_rows_that_come_and_go_get_the_answers_of_an_eager_engine(dtype: str) ->
     bundle = bundle_of(eager)
     engine = Engine(bundle, compile=True)
     for seed in (0, 1):
-        requests = [
-            Request(each.prompt, max_tokens=64, stop_ids=each.stop_ids, sampling=Sampling(0.0))
-            for each in random_requests(12, seed)
-        ]
-        found, expected = [], []
-        for one, handles in ((engine, found), (eager, expected)):
-            scheduler = Scheduler(one, 7, CONTEXT, prefill_chunk=48)
-            handles += [scheduler.submit(request) for request in requests]
-            scheduler.run(handles)
-            assert scheduler.num_cached_tokens > 50
-        for ours, theirs in zip(found, expected, strict=True):
+        for ours, theirs in zip(greedy_answers(engine, seed), greedy_answers(eager, seed), strict=True):
             if dtype == "float32":
                 assert (ours.ids, ours.finish_reason) == (theirs.ids, theirs.finish_reason)
                 assert ours.logprobs == pytest.approx(theirs.logprobs, abs=1e-4)

@@ -7,16 +7,11 @@ import torch
 
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.engine import Engine
-from nanochat_pl.engine.request import Request
-from nanochat_pl.engine.sampling import Sampling
-from nanochat_pl.engine.scheduler import Scheduler
 from nanochat_pl.model import graph_decode
 from nanochat_pl.model.graph_decode import GraphDecode
 from nanochat_pl.model.inference import InferenceGPT
-from tests.engine.test_scheduler import CONTEXT, random_requests, small_engine
+from tests.engine.test_scheduler import CONTEXT, greedy_answers, small_engine
 from tests.helpers.small_engine import SmallBundle, byte_tokenizer
-
-SLOTS = 7
 
 
 def with_graphs(eager: Engine) -> Engine:
@@ -28,13 +23,6 @@ def with_graphs(eager: Engine) -> Engine:
     return engine
 
 
-def greedy_requests(seed: int) -> list[Request]:
-    return [
-        Request(each.prompt, max_tokens=64, stop_ids=each.stop_ids, sampling=Sampling(0.0))
-        for each in random_requests(12, seed)
-    ]
-
-
 def test_rows_that_come_and_go_get_the_answers_of_an_eager_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     """From one row to all slots, over several ranges of keys; prefixes in slots that were padding are used again; and
     after the weights have changed."""
@@ -42,20 +30,14 @@ def test_rows_that_come_and_go_get_the_answers_of_an_eager_engine(monkeypatch: p
     eager = small_engine("float32")
     engine, shapes = with_graphs(eager), set()
     for seed in (0, 1):
-        found, expected = [], []
-        for one, handles in ((engine, found), (eager, expected)):
-            scheduler = Scheduler(one, SLOTS, CONTEXT, prefill_chunk=48)
-            handles += [scheduler.submit(request) for request in greedy_requests(seed)]
-            scheduler.run(handles)
-            assert scheduler.num_cached_tokens > 50
-        for ours, theirs in zip(found, expected, strict=True):
+        for ours, theirs in zip(greedy_answers(engine, seed), greedy_answers(eager, seed), strict=True):
             assert (ours.ids, ours.finish_reason) == (theirs.ids, theirs.finish_reason)
             assert ours.logprobs == pytest.approx(theirs.logprobs, abs=1e-4)
         shapes |= set(engine._compiled._steps)
         with torch.no_grad():
             for parameter in eager.net._source[0].parameters():
                 parameter.mul_(1.05)
-    assert {rows for rows, _ in shapes} <= {1, 2, 4, SLOTS} and len({rows for rows, _ in shapes}) >= 3
+    assert {rows for rows, _ in shapes} <= {1, 2, 4, 7} and len({rows for rows, _ in shapes}) >= 3
     assert len({keys for _, keys in shapes}) >= 2 and {keys for _, keys in shapes} <= {32, 64, 128, CONTEXT}
 
 
@@ -112,12 +94,7 @@ def test_on_a_gpu_graphs_write_what_kernels_do(dtype: str) -> None:
     eager, engine = Engine(bundle), Engine(bundle, compile=True)
     assert isinstance(engine._compiled, GraphDecode)
     for seed in (0, 1):
-        found, expected = [], []
-        for one, handles in ((engine, found), (eager, expected)):
-            scheduler = Scheduler(one, SLOTS, CONTEXT, prefill_chunk=48)
-            handles += [scheduler.submit(request) for request in greedy_requests(seed)]
-            scheduler.run(handles)
-        for ours, theirs in zip(found, expected, strict=True):
+        for ours, theirs in zip(greedy_answers(engine, seed), greedy_answers(eager, seed), strict=True):
             if dtype == "float32":
                 assert ours.ids == theirs.ids and ours.logprobs == pytest.approx(theirs.logprobs, abs=1e-3)
             else:  # a choice between two that are nearly equal may fall otherwise

@@ -65,6 +65,18 @@ def random_requests(count: int, seed: int = 0) -> list[Request]:
     return requests
 
 
+def greedy_answers(engine: Engine, seed: int) -> list[Handle]:
+    """To random requests without sampling, from slots in which beginnings of prompts are used again."""
+    scheduler = Scheduler(engine, 7, CONTEXT, prefill_chunk=48)
+    handles = [
+        scheduler.submit(Request(each.prompt, max_tokens=64, stop_ids=each.stop_ids, sampling=Sampling(0.0)))
+        for each in random_requests(12, seed)
+    ]
+    scheduler.run(handles)
+    assert scheduler.num_cached_tokens > 50
+    return handles
+
+
 def answer_of(handle: Handle) -> tuple:
     return (handle.ids, handle.logprobs, handle.sampled_logprobs, handle.top_logprobs, handle.finish_reason)
 
