@@ -2,9 +2,10 @@
 
     python benchmarks/bench_server.py [--bundle runs/demo/sft/bundle] [--streams 32] [--turns 4] [--repeats 5]
 
-Each of the clients asks again as soon as it has its answer, and the answers are of many lengths, so that requests begin
-and end while others are being answered, as they do on a server. The engine alone is given the same requests at once and
-works on as many at a time. With ``--turns 1`` and ``--even`` all requests begin and end together.
+Each of the clients asks again, over the same connection, as soon as it has its answer, and the answers are of many
+lengths, so that requests begin and end while others are being answered, as they do on a server. The engine alone is
+given the same requests at once and works on as many at a time. That it draws the same tokens is looked at first. With
+``--turns 1`` and ``--even`` all requests begin and end together.
 
 Without a bundle the model has the shape of the demo and its first weights. No stop token ends an answer. The clients
 only count bytes, so that they take little of the processor. With 100 streams also the time to the first piece and
@@ -34,6 +35,8 @@ from nanochat_pl.bundle.stage_info import StageInfo
 from nanochat_pl.engine.request import Request
 from nanochat_pl.engine.sampling import Sampling
 
+SAMPLING = {"temperature": 1.0, "top_k": 50}
+
 
 class Stream(NamedTuple):
     """Seconds from the request to each piece."""
@@ -52,35 +55,32 @@ def lengths(count: int, mean: int, even: bool) -> list[int]:
     return [mean if even else round(random.uniform(0.5, 1.5) * mean) for _ in range(count)]
 
 
-async def read_stream(port: int, number: int, new_tokens: int) -> Stream:
-    """One request, read to its end."""
-    body = json.dumps(
-        {
-            "messages": question(number),
-            "stream": True,
-            "max_tokens": new_tokens,
-            "ignore_eos": True,
-            "use_tools": False,
-            "temperature": 1,
-            "seed": number,
-        }
-    ).encode()
-    began = time.perf_counter()
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+def request_body(number: int, new_tokens: int, **others: object) -> bytes:
+    """A request with its head."""
+    asked = {"messages": question(number), "max_tokens": new_tokens, "ignore_eos": True, "use_tools": False}
+    body = json.dumps(asked | SAMPLING | {"seed": number} | others).encode()
     lines = [
         "POST /v1/chat/completions HTTP/1.1",
         "Host: 127.0.0.1",
         "Content-Type: application/json",
         f"Content-Length: {len(body)}",
-        "Connection: close",
     ]
-    writer.write("\r\n".join([*lines, "", ""]).encode() + body)
+    return "\r\n".join([*lines, "", ""]).encode() + body
+
+
+async def read_stream(
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, number: int, new_tokens: int
+) -> Stream:
+    """One request, read to its end."""
+    began = time.perf_counter()
+    writer.write(request_body(number, new_tokens, stream=True))
     pieces, tail = [], b""
-    while data := await reader.read(65536):
+    while not tail.endswith(b"0\r\n\r\n"):  # the last chunk
+        data = await reader.read(65536)
+        assert data, "a stream was lost"
         tail = (tail + data)[-64:]
         if b'"content":"' in data:
             pieces.append(time.perf_counter() - began)
-    writer.close()
     assert b"[DONE]" in tail, "a stream was lost"
     return Stream(pieces)
 
@@ -91,8 +91,10 @@ async def all_streams(port: int, count: int, new_tokens: list[int]) -> tuple[flo
     streams: list[Stream] = []
 
     async def client() -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
         for number, tokens in requests:
-            streams.append(await read_stream(port, number, tokens))
+            streams.append(await read_stream(reader, writer, number, tokens))
+        writer.close()
 
     began = time.perf_counter()
     await asyncio.gather(*(client() for _ in range(count)))
@@ -104,11 +106,30 @@ def engine_seconds(engine: Engine, count: int, new_tokens: list[int]) -> float:
     began = time.perf_counter()
     scheduler = engine.scheduler(count)
     for number, tokens in enumerate(new_tokens):
-        prompt = engine.tokenizer.render_for_completion({"messages": question(number)})
-        scheduler.submit(Request(prompt, tokens, Sampling(temperature=1.0, seed=number), frozenset(), tools=False))
+        scheduler.submit(engine_request(engine, number, tokens))
     while not scheduler.idle:
         scheduler.step()
     return time.perf_counter() - began
+
+
+def engine_request(engine: Engine, number: int, new_tokens: int) -> Request:
+    """What the server makes of a request."""
+    prompt = engine.tokenizer.render_for_completion({"messages": question(number)})
+    return Request(prompt, new_tokens, Sampling(**SAMPLING, seed=number), frozenset(), tools=False)
+
+
+async def require_same_tokens(port: int, engine: Engine) -> None:
+    """Both have the same to do: an answer over HTTP is the engine's own."""
+    scheduler = engine.scheduler(1)
+    handle = scheduler.submit(engine_request(engine, 1, 24))
+    scheduler.run([handle])
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(request_body(1, 24, return_token_details=True))
+    head = await reader.readuntil(b"\r\n\r\n")
+    length = int(re.search(rb"content-length: (\d+)", head)[1])  # type: ignore[index]
+    tokens = json.loads(await reader.readexactly(length))["choices"][0]["message"]["nanochat"]["tokens"]
+    writer.close()
+    assert [token["id"] for token in tokens] == handle.ids, "the server and the engine draw other tokens"
 
 
 def percentile(values: list[float], share: float) -> float:
@@ -143,6 +164,7 @@ def main() -> None:
 
 def measure(port: int, engine: Engine, given: argparse.Namespace) -> None:
     """Turn by turn."""
+    asyncio.run(require_same_tokens(port, engine))
     tokens = lengths(given.streams * given.turns, given.new_tokens, given.even)
     rates: dict[str, list[float]] = {"engine alone": [], "over HTTP": []}
     for turn in range(given.repeats + 1):

@@ -77,6 +77,25 @@ def test_rows_with_different_settings_draw_as_they_do_alone():
             assert alone.logprobs(own_scores, own, raw).item() == found[index].item()
 
 
+def test_a_filtered_draw_is_the_most_of_score_and_noise_among_what_it_keeps():
+    """Also of equal scores at the edge, which are all kept; noise is made only for what is kept."""
+    vocab_size, rows = 5000, [Sampling(1.5, top_k=k, seed=k) for k in (50, 50, 7, 1, 4000)]
+    logits = (4 * torch.randn(5, vocab_size, generator=torch.Generator().manual_seed(3))).round(decimals=1)
+    for part in (slice(0, 2), slice(0, 5), slice(4, 5)):
+        for position in range(20):
+            ids, scores = Sampler(rows[part], vocab_size, logits.device).draw(
+                logits[part], [position] * len(rows[part])
+            )
+            least = torch.stack(
+                [row.topk(each.top_k).values[-1] for row, each in zip(logits[part], rows[part], strict=True)]
+            )
+            kept = logits[part] >= least[:, None]
+            expected = (logits[part] - logits[part].amax(-1, keepdim=True)) / 1.5
+            expected = expected.masked_fill(~kept, -torch.inf)
+            assert torch.equal(scores, expected)
+            assert torch.equal(ids, (expected + noise_of(rows[part], vocab_size, position)).argmax(-1))
+
+
 def test_sampled_log_probabilities_are_of_what_was_drawn_from():
     logits = torch.randn(1, 50, generator=torch.Generator().manual_seed(1))
     sampler = Sampler([Sampling(0.5, top_k=4)], 50, logits.device)

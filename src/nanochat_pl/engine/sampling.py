@@ -29,6 +29,7 @@ _SPREAD, _FIRST, _SECOND = 0x9E3779B1 - 2**32, 0x7FEB352D, 0x846CA68B - 2**32
 
 NOISE_BLOCK = 2**16  # numbers that a CPU makes at a time
 TOP_P_TOKENS = 256
+MIN_SCORE = torch.finfo(torch.float32).min  # of what can be drawn
 MIN_TEMPERATURE = 1e-30  # what is below divides by this: the same draws, and numbers that float32 has
 
 
@@ -118,6 +119,7 @@ class Sampler:
         self._min_p = [(index, row.min_p) for index, row in drawn if row.min_p > 0]
         self._top_k = [(index, row.top_k) for index, row in drawn if row.top_k and row.top_k < vocab_size]
         self._top_p = [(index, row.top_p) for index, row in drawn if row.top_p < 1]
+        self._has_filter = bool(self._min_p or self._top_k or self._top_p)
         self._penalties = [(index, row.repetition_penalty) for index, row in enumerate(rows)]
         self.penalised = [index for index, penalty in self._penalties if penalty != 1]
         self._unchanged = torch.tensor([row.unchanged for row in rows], device=device)
@@ -143,8 +145,7 @@ class Sampler:
         # The maximum is taken off first, so that a tiny temperature gives 1 and 0 and no infinities.
         scores = (logits - logits.amax(dim=-1, keepdim=True)) / self._temperatures
         self._filter(scores)
-        noise = gumbel_noise(noise_keys(self._seeds, positions), self._vocab_size, self._device)
-        return argmax(noise.mul_(self._noisy).add_(scores)), scores
+        return argmax(self._with_noise(scores, noise_keys(self._seeds, positions))), scores
 
     def logprobs(self, scores: Tensor, ids: Tensor, raw: Tensor) -> Tensor:
         """Log-probabilities, float32 (B,), of the distributions that tokens are drawn from; a greedy choice has 0.
@@ -160,6 +161,18 @@ class Sampler:
             return torch.zeros_like(raw)
         of_ids = scores.gather(-1, ids[:, None])[:, 0] - by_rows(lambda rows: rows.logsumexp(dim=-1), scores)
         return torch.where(self._unchanged, raw, of_ids * self._noisy[:, 0])
+
+    def _with_noise(self, scores: Tensor, keys: Tensor) -> Tensor:
+        """Scores (B, V) with each token's noise."""
+        if self._has_filter and (places := _few(scores, torch.tensor(MIN_SCORE))) is not None:
+            # No noise is made for what cannot be drawn.
+            rows, ids = places // self._vocab_size, places % self._vocab_size
+            noise = torch.empty(len(ids), 1)
+            _fill_with_noise(noise, keys[rows], (ids.int() * _SPREAD)[:, None])
+            noisy = torch.full_like(scores, -torch.inf)
+            noisy.view(-1)[places] = noise.mul_(self._noisy[rows])[:, 0].add_(scores.view(-1)[places])
+            return noisy
+        return gumbel_noise(keys, self._vocab_size, self._device).mul_(self._noisy).add_(scores)
 
     def _penalised(self, logits: Tensor, seen: Sequence[Tensor]) -> Tensor:
         if not self.penalised:
@@ -187,12 +200,30 @@ class Sampler:
         indices, values = zip(*settings, strict=True)
         rows = slice(None) if len(indices) == len(scores) else torch.tensor(indices, device=self._device)
         chosen = scores[rows]
-        chosen.masked_fill_(chosen < least(chosen, self._column(values)), -torch.inf)
+        bounds = least(chosen, self._column(values))
+        if (places := _few(chosen, bounds)) is not None:
+            kept = chosen.view(-1)[places]
+            chosen.fill_(-torch.inf).view(-1)[places] = kept
+        else:
+            chosen.masked_fill_(chosen < bounds, -torch.inf)
         if not isinstance(rows, slice):
             scores[rows] = chosen
 
 
+def _few(scores: Tensor, bounds: Tensor) -> Tensor | None:
+    """Where scores (b, V) are not below bounds, as places in all of them, int64 (n,); None where these are many or not
+    on a CPU, which is slow to fill by a mask of all and fast to find the places of a few."""
+    if scores.device.type != "cpu":
+        return None
+    places = np.flatnonzero(scores.numpy() >= bounds.numpy())
+    return torch.from_numpy(places) if 4 * len(places) <= scores.numel() else None
+
+
 def _least_of_top_k(scores: Tensor, top_k: Tensor) -> Tensor:
+    if scores.device.type == "cpu":  # NumPy finds the last one of k without the others, in half of the time
+        places = scores.size(-1) - top_k.long()
+        ordered = np.partition(scores.numpy(), sorted({*places[:, 0].tolist()}), axis=-1)
+        return torch.from_numpy(ordered).gather(-1, places)
     best = scores.topk(int(top_k.max()), dim=-1).values
     return best.gather(-1, top_k.long() - 1)
 
@@ -234,21 +265,22 @@ def gumbel_noise(keys: Tensor, vocab_size: int, device: torch.device) -> Tensor:
     keys, noise = keys.to(device), torch.empty(len(keys), vocab_size, device=device)
     # A few rows at a time, so that a CPU does all of it in its cache.
     count = max(1, NOISE_BLOCK // vocab_size) if device.type == "cpu" else len(keys)
-    mixed = torch.empty(min(count, len(keys)), vocab_size, dtype=torch.int32, device=device)
-    shifted = torch.empty_like(mixed)
+    memory = torch.empty(2, min(count, len(keys)), vocab_size, dtype=torch.int32, device=device)
     for rows, out in zip(keys.split(count), noise.split(count), strict=True):
-        _fill_with_noise(rows, out, mixed[: len(rows)], shifted[: len(rows)])
+        _fill_with_noise(out, rows, _spread_ids(vocab_size, device), memory[:, : len(rows)])
     return noise
 
 
-def _fill_with_noise(keys: Tensor, noise: Tensor, mixed: Tensor, shifted: Tensor) -> None:
-    """keys int32 (b, 2), noise float32 (b, V), and memory to work in, int32 (b, V) each."""
+def _fill_with_noise(noise: Tensor, keys: Tensor, spread_ids: Tensor, memory: Tensor | None = None) -> None:
+    """noise float32 (b, n) for keys int32 (b, 2) and the tokens' ids times ``_SPREAD``, int32 (n,) or (b, n), in memory
+    to work in, int32 (2, b, n)."""
+    mixed, shifted = noise.new_empty(2, *noise.shape, dtype=torch.int32) if memory is None else memory
 
     def mix(shift: int, mask: int) -> None:  # a shift of signed numbers draws copies of the sign in
         torch.bitwise_right_shift(mixed, shift, out=shifted)
         mixed.bitwise_xor_(shifted.bitwise_and_(mask))
 
-    torch.bitwise_xor(_spread_ids(noise.size(1), noise.device), keys[:, :1], out=mixed)
+    torch.bitwise_xor(spread_ids, keys[:, :1], out=mixed)
     mix(16, 0xFFFF)
     mixed.mul_(_FIRST).add_(keys[:, 1:])
     mix(15, 0x1FFFF)

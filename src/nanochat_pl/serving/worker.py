@@ -25,6 +25,7 @@ from typing import Any
 
 from nanochat_pl.bundle.bundle import Bundle, hash_of_weights, load_bundle
 from nanochat_pl.common.errors import UserError
+from nanochat_pl.common.malloc import keep_freed_memory
 from nanochat_pl.engine import Engine
 from nanochat_pl.engine.compile_choice import engine_for
 from nanochat_pl.engine.events import Event
@@ -47,6 +48,7 @@ def main(connection: Connection, spec: Mapping[str, Any]) -> None:
             ``prefill_chunk``, ``stream_interval``; ``compile`` and the folder ``cache``, where it is auto.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the server ends its workers
+    keep_freed_memory()
     try:
         worker = Worker(connection, spec)
         gc.collect()
