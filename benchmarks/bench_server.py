@@ -32,6 +32,7 @@ from bench_engine import demo_sized_bundle
 from nanochat_pl import Engine, load_bundle
 from nanochat_pl.bundle.bundle import save_bundle
 from nanochat_pl.bundle.stage_info import StageInfo
+from nanochat_pl.common.malloc import keep_freed_memory
 from nanochat_pl.engine.request import Request
 from nanochat_pl.engine.sampling import Sampling
 
@@ -144,6 +145,7 @@ def main() -> None:
     parser.add_argument("--even", action="store_true", help="all answers of one length")
     parser.add_argument("--compile", action="store_true", help="the decode step, here and there")
     given = parser.parse_args()
+    keep_freed_memory()  # as the server's worker does
     with tempfile.TemporaryDirectory() as folder:
         path = given.bundle
         if path is None:
