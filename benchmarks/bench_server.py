@@ -4,8 +4,9 @@
 
 Each of the clients asks again, over the same connection, as soon as it has its answer, and the answers are of many
 lengths, so that requests begin and end while others are being answered, as they do on a server. The engine alone is
-given the same requests at once and works on as many at a time. That it draws the same tokens is looked at first. With
-``--turns 1`` and ``--even`` all requests begin and end together.
+given the same requests at once and works on as many at a time. It is the one of the server's worker, in its process: of
+two processes with one model either can be a tenth faster, by the memory that it gets. That both draw the same tokens is
+looked at first. With ``--turns 1`` and ``--even`` all requests begin and end together.
 
 Without a bundle the model has the shape of the demo and its first weights. No stop token ends an answer. The clients
 only count bytes, so that they take little of the processor. With 100 streams also the time to the first piece and
@@ -17,26 +18,33 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
+from multiprocessing.connection import Connection
 from pathlib import Path
 from random import Random
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from _report import parser_of, report, spread
 from bench_engine import demo_sized_bundle
 
-from nanochat_pl import Engine, load_bundle
+from nanochat_pl import Engine
 from nanochat_pl.bundle.bundle import save_bundle
 from nanochat_pl.bundle.stage_info import StageInfo
-from nanochat_pl.common.malloc import keep_freed_memory
+from nanochat_pl.cli.main import main as main_of_command
 from nanochat_pl.engine.request import Request
 from nanochat_pl.engine.sampling import Sampling
+from nanochat_pl.serving import pool, worker
 
 SAMPLING = {"temperature": 1.0, "top_k": 50}
+SHORT = 1, 24  # a request's number and the tokens of its answer
+FOLDER = "NANOCHAT_PL_BENCH_FOLDER"  # in the environment: where server and benchmark leave each other files
 
 
 class Stream(NamedTuple):
@@ -119,18 +127,60 @@ def engine_request(engine: Engine, number: int, new_tokens: int) -> Request:
     return Request(prompt, new_tokens, Sampling(**SAMPLING, seed=number), frozenset(), tools=False)
 
 
-async def require_same_tokens(port: int, engine: Engine) -> None:
-    """Both have the same to do: an answer over HTTP is the engine's own."""
-    scheduler = engine.scheduler(1)
-    handle = scheduler.submit(engine_request(engine, 1, 24))
-    scheduler.run([handle])
+def serve(arguments: list[str]) -> int:
+    """The command ``serve``, whose worker also measures its engine alone: the program that this one starts."""
+    pool.worker = argparse.Namespace(main=work)  # type: ignore[assignment]
+    return main_of_command(["serve", *arguments])
+
+
+def work(connection: Connection, spec: Mapping[str, Any]) -> None:
+    """The worker's process: as it is, but a signal makes it measure."""
+    folder = Path(os.environ[FOLDER])
+
+    class MeasuringWorker(worker.Worker):
+        def serve(self) -> None:
+            signal.signal(signal.SIGUSR1, lambda *_: self.measure())
+            write(folder / "pid", str(os.getpid()))
+            super().serve()
+
+        def measure(self) -> None:
+            scheduler = self._engine.scheduler(1)
+            handle = scheduler.submit(engine_request(self._engine, *SHORT))
+            scheduler.run([handle])
+            count, tokens = json.loads((folder / "asked").read_text())
+            seconds = engine_seconds(self._engine, count, tokens)
+            write(folder / "found", json.dumps([seconds, handle.ids]))
+
+    worker.Worker = MeasuringWorker  # type: ignore[misc]
+    worker.main(connection, spec)
+
+
+def write(path: Path, text: str) -> None:
+    """A file that is there as a whole or not."""
+    path.with_suffix(".part").write_text(text)
+    path.with_suffix(".part").rename(path)
+
+
+def alone(folder: Path, count: int, new_tokens: list[int]) -> tuple[float, list[int]]:
+    """Seconds of the worker's engine for the requests, and what it answers to the short one."""
+    write(folder / "asked", json.dumps([count, new_tokens]))
+    os.kill(int((folder / "pid").read_text()), signal.SIGUSR1)
+    while not (folder / "found").exists():
+        time.sleep(0.005)
+    seconds, ids = json.loads((folder / "found").read_text())
+    (folder / "found").unlink()
+    return seconds, ids
+
+
+async def short_answer(port: int) -> list[int]:
+    """The tokens of one over HTTP."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    writer.write(request_body(1, 24, return_token_details=True))
+    writer.write(request_body(*SHORT, return_token_details=True))
     head = await reader.readuntil(b"\r\n\r\n")
     length = int(re.search(rb"content-length: (\d+)", head)[1])  # type: ignore[index]
     tokens = json.loads(await reader.readexactly(length))["choices"][0]["message"]["nanochat"]["tokens"]
     writer.close()
-    assert [token["id"] for token in tokens] == handle.ids, "the server and the engine draw other tokens"
+    return [token["id"] for token in tokens]
 
 
 def percentile(values: list[float], share: float) -> float:
@@ -145,34 +195,32 @@ def main() -> None:
     parser.add_argument("--even", action="store_true", help="all answers of one length")
     parser.add_argument("--compile", action="store_true", help="the decode step, here and there")
     given = parser.parse_args()
-    keep_freed_memory()  # as the server's worker does
     with tempfile.TemporaryDirectory() as folder:
         path = given.bundle
         if path is None:
             made = demo_sized_bundle()
             path = save_bundle(Path(folder) / "bundle", StageInfo(stage="sft"), net=made.net, tokenizer=made.tokenizer)
-        command = [sys.executable, "-m", "nanochat_pl.cli.main", "serve", f"bundle={path}", "port=0", "name=bench"]
-        command += [f"num_slots={given.streams}", "accelerator=cpu", "page=false"]
-        command += [f"compile={str(given.compile).lower()}"]
-        program = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        command = [sys.executable, __file__, "serve", f"bundle={path}", "port=0", "name=bench", "page=false"]
+        command += [f"num_slots={given.streams}", "accelerator=cpu", f"compile={str(given.compile).lower()}"]
+        program = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, FOLDER: folder})
         try:
             assert program.stdout is not None
             line = next(line for line in program.stdout if line.startswith("API:"))
-            measure(int(re.search(r":(\d+)/v1", line)[1]), Engine(load_bundle(path), compile=given.compile), given)  # type: ignore[index]
+            measure(int(re.search(r":(\d+)/v1", line)[1]), Path(folder), given)  # type: ignore[index]
         finally:
             program.terminate()
             program.wait()
 
 
-def measure(port: int, engine: Engine, given: argparse.Namespace) -> None:
+def measure(port: int, folder: Path, given: argparse.Namespace) -> None:
     """Turn by turn."""
-    asyncio.run(require_same_tokens(port, engine))
     tokens = lengths(given.streams * given.turns, given.new_tokens, given.even)
     rates: dict[str, list[float]] = {"engine alone": [], "over HTTP": []}
     for turn in range(given.repeats + 1):
-        alone = engine_seconds(engine, given.streams, tokens)
+        seconds_alone, ids = alone(folder, given.streams, tokens)
+        assert turn or ids == asyncio.run(short_answer(port)), "the server and the engine draw other tokens"
         served, _ = asyncio.run(all_streams(port, given.streams, tokens))
-        for name, seconds in zip(rates, (alone, served), strict=True):
+        for name, seconds in zip(rates, (seconds_alone, served), strict=True):
             rates[name] += [sum(tokens) / seconds] if turn else []  # the first run warms up
     _, streams = asyncio.run(all_streams(port, given.many, [64] * given.many))
     latencies = {
@@ -194,4 +242,4 @@ def measure(port: int, engine: Engine, given: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(serve(sys.argv[2:]) if sys.argv[1:2] == ["serve"] else main())
