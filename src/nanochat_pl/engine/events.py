@@ -65,7 +65,7 @@ class Event:
 
 
 class EventReader:
-    """Turns token ids, one at a time, into events.
+    """Turns token ids into events.
 
     Text is decoded from the tokens' bytes by an incremental UTF-8 decoder: a character whose bytes are spread over
     several tokens comes out when its last byte is there, and bytes that are no UTF-8 come out as U+FFFD. Special
@@ -80,7 +80,7 @@ class EventReader:
     """
 
     def __init__(self, tokenizer: Tokenizer, stop_texts: Sequence[str] = ()) -> None:
-        self._tokenizer = tokenizer
+        self._tokens = tokenizer.tokens
         self._names = {special_id: name for name, special_id in tokenizer.special_ids.items()}
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._part: EventKind = "text"
@@ -90,16 +90,20 @@ class EventReader:
         self._cut = False
         self.ended = False
 
-    def read(self, token_id: int) -> list[Event]:
-        """The events that this token completes: none, one, or the end of a part and nothing else."""
-        name = self._names.get(token_id)
-        if name in _OPENS or (name in _CLOSES and _CLOSES[name] == self._part):
-            events = self._end_part()
-            self._part = _OPENS.get(name, "text")
-            return events
-        if name is not None:
-            return []
-        return self._emit(self._decoder.decode(self._tokenizer.decode_bytes([token_id])))
+    def read(self, ids: Iterable[int]) -> list[Event]:
+        """The events that these tokens complete: text, and the ends of parts."""
+        events: list[Event] = []
+        plain: list[bytes] = []  # tokens that follow each other
+        for token_id in ids:
+            if (name := self._names.get(token_id)) is None:
+                plain.append(self._tokens[token_id])
+            elif name in _OPENS or (name in _CLOSES and _CLOSES[name] == self._part):
+                events += self._read_plain(plain) + self._end_part()
+                self._part, plain = _OPENS.get(name, "text"), []
+        return events + self._read_plain(plain)
+
+    def _read_plain(self, tokens: list[bytes]) -> list[Event]:
+        return self._emit(self._decoder.decode(b"".join(tokens)))
 
     def end(self) -> list[Event]:
         """What is still held back: the bytes of an unfinished character (as U+FFFD), an unfinished tool call."""
@@ -146,5 +150,5 @@ def _overlap(text: str, stop: str) -> int:
 def visible_text(tokenizer: Tokenizer, ids: Iterable[int], stop_texts: Sequence[str] = ()) -> str:
     """The text of an answer without special tokens, tool calls and tool results: what :class:`EventReader` shows."""
     reader = EventReader(tokenizer, stop_texts)
-    events = [event for token_id in ids for event in reader.read(token_id)] + reader.end()
+    events = reader.read(ids) + reader.end()
     return "".join(event.text for event in events if event.kind == "text")

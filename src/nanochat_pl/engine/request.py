@@ -157,16 +157,16 @@ class Handle:
         reason = self.finish_reason  # before the tokens: another thread may add the last one and it meanwhile
         if self.ids or reason is not None:
             events, self._begun_events = self._begun_events, []
-        while self._num_read < len(self.ids):
-            events += self._reader.read(self.ids[self._num_read])
-            self._num_read += 1
+        new = self.ids[self._num_read :]
+        self._num_read += len(new)
+        events += self._reader.read(new)
         if reason is not None and not self._reader.ended:
             events += [*self._reader.end(), Event("finished", reason)]
         return events
 
     def _begin_with(self, token_id: int) -> None:
         """Take note of a token that the answer begins with."""
-        self._begun_events += self._reader.read(token_id)
+        self._begun_events += self._reader.read([token_id])
         self._completes_stop_text(token_id)
         if self.pending and self.pending[0] == token_id:
             self.pending.popleft()

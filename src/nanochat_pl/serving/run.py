@@ -6,6 +6,7 @@ import asyncio
 import errno
 import functools
 import gc
+import os
 import socket
 import time
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,9 @@ from nanochat_pl.serving.connection import Connection
 from nanochat_pl.serving.feedback import Feedback
 from nanochat_pl.serving.pool import Pool
 from nanochat_pl.serving.settings import KEY_VARIABLE, ServeSettings
+
+# What the server's priority is lowered by.
+NICENESS = 7
 
 
 def serve(specs: Sequence[tuple[str, Mapping[str, Any]]], settings: ServeSettings, keys: Sequence[str]) -> int:
@@ -110,6 +114,7 @@ async def _serve(
                 loading.result()
                 gc.collect()
                 gc.freeze()  # what is there by now stays: a collection would hold up all streams for that long
+                _let_workers_go_first(pools[0])
                 _announce(base, pools[0], settings, bool(keys))
             else:
                 loading.cancel()
@@ -120,6 +125,16 @@ async def _serve(
     if failed is not None:
         raise failed
     return 0
+
+
+def _let_workers_go_first(pool: Pool) -> None:
+    """Lower this process's priority where models are on its processors.
+
+    A forward stands still while one of its threads has to wait for a processor. The threads have gaps enough, between
+    a forward's parts, for what there is to do here.
+    """
+    if hasattr(os, "nice") and any(card["device"] == "cpu" for card in pool.models.values()):
+        os.nice(NICENESS)
 
 
 async def _end_answers(server: uvicorn.Server, pools: Sequence[Pool], seconds: float) -> None:
