@@ -27,7 +27,7 @@ HERE = Path(__file__).resolve().parents[1]
 
 def main() -> None:
     """Measure and report."""
-    parser = parser_of(__doc__, repeats=5)
+    parser = parser_of(__doc__, repeats=3)
     parser.add_argument("--experiment", default="demo")
     parser.add_argument("--against", type=Path, help="another checkout")
     parser.add_argument("keys", nargs="*", metavar="KEY=VALUE")

@@ -18,6 +18,9 @@ from torch import Tensor
 
 from nanochat_pl.common.compiling import twin
 from nanochat_pl.common.constants import IGNORE_INDEX
+from nanochat_pl.common.vector_math import call_each_once
+
+call_each_once()  # now, before threads do it: all that computes with a model loads this
 
 
 def softcap(logits: Tensor, cap: float) -> Tensor:
