@@ -25,6 +25,20 @@ def loss_case(vocab_size=33, tokens=63, width=7, scale=1.0):
     return hidden, head, targets, torch.linspace(-2, 2, tokens)
 
 
+def test_what_is_compiled_instead_of_tanh_is_one():
+    """At both ends, around 0 and beyond the range of the exponential; its gradient as well."""
+    torch.compiler.reset()
+    compiled = torch.compile(loss_module.tanh_, backend="eager")
+    spread = torch.cat([torch.linspace(-12, 12, 4001), torch.logspace(-30, 38, 200), -torch.logspace(-30, 38, 200)])
+    x = torch.cat([spread, torch.tensor([0.0, torch.inf, -torch.inf])])
+    assert (compiled(x.clone()).double() - x.double().tanh()).abs().max() < 2e-7
+    assert compiled(torch.tensor([torch.nan])).isnan().all()
+    points = torch.linspace(-9, 9, 101, requires_grad=True)
+    compiled(points * 1).sum().backward()
+    assert (points.grad.double() - (1 - points.detach().double().tanh().square())).abs().max() < 1e-6
+    torch.compiler.reset()
+
+
 @pytest.mark.parametrize("cap", [0.5, 15.0, 64.0])
 @pytest.mark.parametrize("chunk_tokens", [1, 10, 10_000])
 def test_loss_and_its_gradients_are_those_of_the_textbook(cap, chunk_tokens):
