@@ -1,10 +1,10 @@
 """Memory that the plan predicts for a training step against what a fresh process measures.
 
-    python benchmarks/bench_plan_memory.py [--device cuda]
+    python benchmarks/bench_plan_memory.py [--full] [--device cuda]
 
 Predicted is ``planning/memory.py``, a formula of the architecture; measured is ``peak_memory.py``. Both are the peak
 above the built model, libraries included on a CPU. The sizes differ in depth, row, vocabulary and rows, in the compute
-type and in the two knobs, so that each phase of a step is the largest one of some of them.
+type and in the two knobs; with ``--full`` each phase of a step is the largest one of some of them.
 """
 
 from __future__ import annotations

@@ -230,7 +230,7 @@ def test_a_thousand_abandoned_requests_leave_nothing_behind(engine):
     abandon(1000)
     gc.collect()
     assert (scheduler.num_running, scheduler.num_waiting, scheduler.idle) == (0, 0, True)
-    assert len(gc.get_objects()) - objects < 200
+    assert len(gc.get_objects()) - objects < 200  # fewer than before: other tests' garbage went meanwhile
     assert not [each for each in gc.get_objects() if isinstance(each, Handle) and each.finish_reason == "cancelled"]
 
 

@@ -25,10 +25,11 @@ def loss_case(vocab_size=33, tokens=63, width=7, scale=1.0):
     return hidden, head, targets, torch.linspace(-2, 2, tokens)
 
 
+@pytest.mark.slow  # by the compiler itself
 def test_what_is_compiled_instead_of_tanh_is_one():
     """At both ends, around 0 and beyond the range of the exponential; its gradient as well."""
     torch.compiler.reset()
-    compiled = torch.compile(loss_module.tanh_, backend="eager")
+    compiled = torch.compile(loss_module.tanh_of)
     spread = torch.cat([torch.linspace(-12, 12, 4001), torch.logspace(-30, 38, 200), -torch.logspace(-30, 38, 200)])
     x = torch.cat([spread, torch.tensor([0.0, torch.inf, -torch.inf])])
     assert (compiled(x.clone()).double() - x.double().tanh()).abs().max() < 2e-7
@@ -37,6 +38,18 @@ def test_what_is_compiled_instead_of_tanh_is_one():
     compiled(points * 1).sum().backward()
     assert (points.grad.double() - (1 - points.detach().double().tanh().square())).abs().max() < 1e-6
     torch.compiler.reset()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_compiled_piece_of_the_loss_is_that_of_eager(dtype):
+    raw = (3 * torch.randn(96, 1000, generator=torch.Generator().manual_seed(1))).to(dtype)
+    targets, weights = torch.arange(96) * 10, torch.linspace(-1, 2, 96)
+    total, gradient, nats = loss_module.compiled_piece(raw.device, dtype, 96)(raw.clone(), targets, weights, 15.0)
+    expected_total, expected, expected_nats = loss_module._chunk(raw.clone(), targets, weights, 15.0)
+    torch.testing.assert_close(nats, expected_nats, atol=1e-5, rtol=0)
+    torch.testing.assert_close(total, expected_total, atol=1e-3, rtol=0)
+    torch.testing.assert_close(gradient, expected, atol=1e-6, rtol=2**-7 if dtype == torch.bfloat16 else 1e-5)
 
 
 @pytest.mark.parametrize("cap", [0.5, 15.0, 64.0])

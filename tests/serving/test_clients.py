@@ -311,6 +311,9 @@ def test_a_worker_that_is_killed_comes_back(server, client):
     assert len(errors) == 4 and all("ended" in str(error) for error in errors)
     server.wait_until("/health", lambda status, found: status == 200, 60)
     assert time.monotonic() - began < 60  # 3 s where nothing else is running (docs/LOG.md)
+    (pid,) = worker_pids(server)
+    of_server, of_worker = (os.getpriority(os.PRIO_PROCESS, each) for each in (server.program.pid, pid))
+    assert of_server > of_worker == os.getpriority(os.PRIO_PROCESS, 0), "the new one goes before the server, too"
     assert client.chat.completions.create(model="demo", messages=MESSAGES, max_tokens=2).choices
 
 

@@ -17,8 +17,8 @@ VARIABLES = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES
 def keep_freed_memory() -> bool:
     """Have glibc keep freed memory for the next allocation in place of giving it back to the system.
 
-    A training step on a CPU frees and takes the same blocks again each time, and the system must fill each page with
-    zeros before the process has it once more. For the whole process, from now on.
+    A step on a CPU, of a training or of generating, frees and takes the same blocks again each time, and the system
+    must fill each page with zeros before the process has it once more. For the whole process, from now on.
 
     Returns:
         Whether it could be set: another C library, or an environment that sets such things itself, is left alone.

@@ -1,4 +1,4 @@
-"""PyTorch's functions of single numbers on a CPU, made ready before several threads call them at once.
+"""Element-wise functions on a CPU, made ready before several threads call them at once.
 
 PyTorch calls Intel's MKL for them, which chooses the code for a function when it is called for the first time. Threads
 that do so together can meet a choice half made: in some processes out of a hundred one thread's part of the first large
@@ -17,8 +17,8 @@ FUNCTIONS = (
 
 
 def call_each_once() -> None:
-    """Call each of them with a single number, which takes one thread."""
+    """Call each function with a single number, which takes one thread."""
     for dtype in (torch.float32, torch.float64):
-        number = torch.zeros(1, dtype=dtype)
+        number = torch.zeros(1, dtype=dtype, device="cpu")
         for name in FUNCTIONS:
             getattr(torch, name)(number)

@@ -135,11 +135,11 @@ class Sampler:
         row the log-probabilities, -inf where a token cannot be drawn.
 
         Args:
-            logits: float32 (B, V).
+            logits: (B, V), finite or -inf.
             positions: of the new tokens in their texts.
             seen: of each of the ``penalised`` rows the tokens that it has, bool (V,).
         """
-        logits = self._penalised(logits, seen)
+        logits = self._penalised(logits.float().contiguous(), seen)
         if self.greedy:
             return argmax(logits), logits
         # The maximum is taken off first, so that a tiny temperature gives 1 and 0 and no infinities.
@@ -164,10 +164,10 @@ class Sampler:
 
     def _with_noise(self, scores: Tensor, keys: Tensor) -> Tensor:
         """Scores (B, V) with each token's noise."""
-        if self._has_filter and (places := _few(scores, torch.tensor(MIN_SCORE))) is not None:
+        if self._has_filter and (places := _few(scores, MIN_SCORE)) is not None:
             # No noise is made for what cannot be drawn.
-            rows, ids = places // self._vocab_size, places % self._vocab_size
-            noise = torch.empty(len(ids), 1)
+            rows, ids = places // scores.size(1), places % scores.size(1)
+            noise = scores.new_empty(len(ids), 1)
             _fill_with_noise(noise, keys[rows], (ids.int() * _SPREAD)[:, None])
             noisy = torch.full_like(scores, -torch.inf)
             noisy.view(-1)[places] = noise.mul_(self._noisy[rows])[:, 0].add_(scores.view(-1)[places])
@@ -203,20 +203,23 @@ class Sampler:
         bounds = least(chosen, self._column(values))
         if (places := _few(chosen, bounds)) is not None:
             kept = chosen.view(-1)[places]
-            chosen.fill_(-torch.inf).view(-1)[places] = kept
+            chosen.fill_(-torch.inf)
+            chosen.view(-1)[places] = kept
         else:
             chosen.masked_fill_(chosen < bounds, -torch.inf)
         if not isinstance(rows, slice):
             scores[rows] = chosen
 
 
-def _few(scores: Tensor, bounds: Tensor) -> Tensor | None:
-    """Where scores (b, V) are not below bounds, as places in all of them, int64 (n,); None where these are many or not
-    on a CPU, which is slow to fill by a mask of all and fast to find the places of a few."""
+def _few(scores: Tensor, bounds: Tensor | float) -> Tensor | None:
+    """Where scores (b, V) are not below bounds, (b, 1) or one for all, as places in all of them, int64 (n,).
+
+    None where these are more than a quarter, or on a GPU. A CPU fills by a mask of all slowly.
+    """
     if scores.device.type != "cpu":
         return None
-    places = np.flatnonzero(scores.numpy() >= bounds.numpy())
-    return torch.from_numpy(places) if 4 * len(places) <= scores.numel() else None
+    kept = scores.numpy() >= (bounds.numpy() if isinstance(bounds, Tensor) else bounds)
+    return torch.from_numpy(np.flatnonzero(kept)) if 4 * np.count_nonzero(kept) <= kept.size else None
 
 
 def _least_of_top_k(scores: Tensor, top_k: Tensor) -> Tensor:

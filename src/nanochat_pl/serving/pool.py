@@ -14,6 +14,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 from nanochat_pl.common.console import print_from_any_rank
@@ -119,6 +120,8 @@ class WorkerProcess:
     """
 
     _names = itertools.count()
+    # A process has the priority of the thread that starts it, and that of the event loop is lowered later on.
+    _starter = ThreadPoolExecutor(1)
 
     def __init__(self, model: str, spec: Mapping[str, Any]) -> None:
         self.model, self._spec = model, spec
@@ -182,7 +185,7 @@ class WorkerProcess:
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=worker.main, args=(theirs, self._spec), daemon=True)
-        self._process.start()
+        self._starter.submit(self._process.start).result()
         theirs.close()
         self.card, self.stats, self._heard_at = None, {}, time.monotonic()
         # A pipe that is full would hold up the event loop.

@@ -128,7 +128,7 @@ async def _serve(
 
 
 def _let_workers_go_first(pool: Pool) -> None:
-    """Lower this process's priority where models are on its processors.
+    """Lower the priority of what answers requests where models are on the processors, and not that of the workers.
 
     A forward stands still while one of its threads has to wait for a processor. The threads have gaps enough, between
     a forward's parts, for what there is to do here.
