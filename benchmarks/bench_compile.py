@@ -93,7 +93,7 @@ def waits(way: str, depth: int) -> dict[str, float]:
 
 def main() -> None:
     """Measure and report."""
-    parser = parser_of(__doc__, pairs=8, depth=4)
+    parser = parser_of(__doc__, pairs=6, depth=4)
     parser.add_argument("--dtypes", nargs="*", default=["bfloat16"])
     parser.add_argument("--depths", type=int, nargs="*", default=[], help="of first steps, as 12: minutes")
     parser.add_argument("--first", choices=[*WAYS], help=argparse.SUPPRESS)
