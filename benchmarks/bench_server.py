@@ -39,6 +39,7 @@ from nanochat_pl import Engine
 from nanochat_pl.bundle.bundle import save_bundle
 from nanochat_pl.bundle.stage_info import StageInfo
 from nanochat_pl.cli.main import main as main_of_command
+from nanochat_pl.common.files import write_json, write_text
 from nanochat_pl.engine.request import Request
 from nanochat_pl.engine.sampling import Sampling
 from nanochat_pl.serving import pool, worker
@@ -144,7 +145,7 @@ def work(connection: Connection, spec: Mapping[str, Any]) -> None:
     class MeasuringWorker(worker.Worker):
         def serve(self) -> None:
             signal.signal(signal.SIGUSR1, lambda *_: self.measure())
-            write(folder / "pid", str(os.getpid()))
+            write_text(folder / "pid", str(os.getpid()))
             super().serve()
 
         def measure(self) -> None:
@@ -156,21 +157,15 @@ def work(connection: Connection, spec: Mapping[str, Any]) -> None:
                 found: Any = [engine_seconds(self._engine, count, tokens), handle.ids]
             except Exception as error:  # whoever waits for the file is told
                 found = repr(error)
-            write(folder / "found", json.dumps(found))
+            write_json(folder / "found", found)
 
     worker.Worker = MeasuringWorker  # type: ignore[misc]
     worker.main(connection, spec)
 
 
-def write(path: Path, text: str) -> None:
-    """A file that is there as a whole or not."""
-    path.with_suffix(".part").write_text(text)
-    path.with_suffix(".part").rename(path)
-
-
 def measured_alone(folder: Path, count: int, new_tokens: list[int]) -> tuple[float, list[int]]:
     """Seconds of the worker's engine for the requests, and what it answers to the short one."""
-    write(folder / "asked", json.dumps([count, new_tokens]))
+    write_json(folder / "asked", [count, new_tokens])
     os.kill(int(awaited(folder / "pid")), signal.SIGUSR1)
     found = json.loads(awaited(folder / "found"))
     (folder / "found").unlink()
