@@ -27,15 +27,15 @@ def test_alone_it_lists_the_verbs(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(f"  {command} " in shown for command in COMMANDS)
 
 
-def test_help_is_fast_and_imports_no_torch() -> None:
-    """Best of three: the machine may be busy."""
-    program = "import sys; from nanochat_pl.cli.main import main; main(['--help']); sys.exit('torch' in sys.modules)"
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        subprocess.run([sys.executable, "-c", program], check=True, stdout=subprocess.DEVNULL)
-        times.append(time.perf_counter() - start)
-    assert min(times) < 1.0
+def test_help_loads_no_large_package() -> None:
+    """The seconds it takes are measured by benchmarks/bench_startup.py."""
+    program = (
+        "import sys; from nanochat_pl.cli.main import main; main(['--help']);"
+        "large = {'torch', 'lightning', 'hydra', 'omegaconf', 'numpy', 'yaml'};"
+        "print(sorted(large & sys.modules.keys()), file=sys.stderr)"
+    )
+    shown = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    assert shown.stderr == "[]\n"
 
 
 WRONG = ["max_steps=few", "seed=-1"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -187,11 +186,9 @@ def test_a_second_writer_is_kept_out_until_the_first_is_gone_even_by_kill_9(tmp_
     finally:
         holder.send_signal(signal.SIGKILL)
         holder.communicate()
-    start = time.monotonic()
-    with folder.locked():
-        assert time.monotonic() - start < 2
-    with folder.locked():
-        pass
+    for _ in range(2):
+        with folder.locked(0.2):
+            pass
 
 
 @pytest.mark.parametrize("look", [lambda runs: stage_folder(runs, "d4", "base").status, list_runs])

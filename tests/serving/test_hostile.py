@@ -91,11 +91,14 @@ def test_fields_of_responses_have_their_own_names() -> None:
 def test_many_wrong_items_cost_what_one_costs(path: str, start: str, item: str, end: str, tmp_path: Any) -> None:
     """An error for each would take seconds, in which no stream gets on."""
     with client_of({"feedback": str(tmp_path / "liked.jsonl")}) as client:
-        began = time.process_time()
-        response = client.post(path, content=start + item * MANY + end, headers=JSON)
-        assert error_of(response)[0] == 400
-        assert time.process_time() - began < 1.0  # 0.05 s on an idle machine; 3 to 12 s with all errors
-        assert len(response.content) < 2000
+        seconds = []
+        for _ in range(3):
+            began = time.process_time()
+            response = client.post(path, content=start + item * MANY + end, headers=JSON)
+            seconds.append(time.process_time() - began)
+            assert error_of(response)[0] == 400
+            assert len(response.content) < 2000
+        assert min(seconds) < 1.5  # 0.05 s on an idle machine; 3 to 12 s with all errors
 
 
 @pytest.mark.parametrize("stream", [False, True])

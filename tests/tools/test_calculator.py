@@ -231,9 +231,9 @@ def test_refuses(expression: str) -> None:
     ],
 )
 def test_hostile_expressions_are_refused_at_once(expression: str) -> None:
-    start = time.process_time()
+    start = time.thread_time()
     assert evaluate(expression) is None
-    assert time.process_time() - start < 0.5
+    assert time.thread_time() - start < 10  # some ms, or without end; the tests' garbage collections count too
 
 
 def test_little_stack_left_gives_none_and_no_crash() -> None:
