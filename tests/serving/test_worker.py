@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from nanochat_pl.engine.events import Event
+from nanochat_pl.engine.request import Handle
 from nanochat_pl.serving.metrics import Metrics
 from nanochat_pl.serving.pool import Updates
 from nanochat_pl.serving.worker import Worker, _pieces_of
@@ -82,7 +83,7 @@ def step(worker: Worker, seconds: float) -> dict[str, int]:
     worker._scheduler.step()
     worker._collect()
     worker._flush()
-    assert len(worker.sent) <= 1
+    assert sum(map(bool, worker.sent)) <= 1
     return {name: len(update["tokens"]) for updates in worker.sent for name, update in updates}
 
 
@@ -108,6 +109,37 @@ def test_pieces_wait_no_longer_than_the_interval(worker):
 def test_an_answer_that_is_wanted_whole_comes_with_its_first_token_and_its_end(worker):
     worker._submit("0", settings_of(stream=False, max_tokens=5))
     assert [step(worker, 1) for _ in range(4)] == [{"0": 2}, {}, {}, {"0": 3}]
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.05])
+def test_pieces_are_sent_between_a_short_forward_and_its_choice(worker, monkeypatch, seconds):
+    order = []
+
+    def logits(*given, forward=worker._engine.logits):
+        order.append("forward")
+        worker.clock += seconds
+        return forward(*given)
+
+    def accept(handle, *given, of_handle=Handle.accept):
+        order.append("choice")
+        of_handle(handle, *given)
+
+    turns = iter(range(9))
+
+    def receive(wait):
+        if next(turns, None) is None:
+            raise EOFError
+
+    monkeypatch.setattr(worker._engine, "logits", logits)
+    monkeypatch.setattr(Handle, "accept", accept)
+    monkeypatch.setattr(worker, "_receive", receive)
+    monkeypatch.setattr(worker, "send", lambda message: order.append("piece") if message["updates"] else None)
+    worker._submit("0", settings_of(max_tokens=9))
+    with pytest.raises(EOFError):
+        worker.serve()
+    before = {order[place - 1] for place, what in enumerate(order[:-1]) if what == "piece"}
+    assert before == {"choice" if seconds else "forward"}
+    assert order[-2:] == ["choice", "piece"]  # the end, which nothing follows, is sent at once
 
 
 def test_calls_and_the_text_around_them_keep_their_order():

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -52,7 +52,11 @@ class Scheduler:
         last_step: when the last one ended, of ``time.monotonic``.
         num_prompt_tokens, num_cached_tokens: of all prompts so far, and those of them that were not read again.
         num_generated_tokens: of all answers so far.
+        before_choice: called after each forward, before its tokens are chosen: on a CPU most of its cores have nothing
+            to do then, and on a GPU the forward may still be running.
     """
+
+    before_choice: Callable[[], None] | None = None
 
     def __init__(self, engine: Engine, num_slots: int, max_context: int, prefill_chunk: int = PREFILL_CHUNK) -> None:
         if num_slots < 1:
@@ -101,7 +105,12 @@ class Scheduler:
     @property
     def idle(self) -> bool:
         """Whether there is nothing to do."""
-        return not (self._decoding or self._waiting or self._partial is not None)
+        return not (self._decoding or self.has_unread)
+
+    @property
+    def has_unread(self) -> bool:
+        """Whether there is a prompt that is still to be read, or the rest of one."""
+        return bool(self._waiting) or self._partial is not None
 
     def submit(self, request: Request) -> Handle:
         """Queue a request.
@@ -300,6 +309,8 @@ class Scheduler:
     @torch.inference_mode()
     def _accept(self, rows: list[Handle], logits: Tensor, positions: np.ndarray) -> None:
         """Give each row its next token, at its position: a pending forced one, or one drawn from its logits (B, V)."""
+        if self.before_choice is not None:
+            self.before_choice()
         finite = logits.amax(dim=-1).isfinite()  # the maximum is NaN where any of them is
         if not finite.all():
             for row, is_finite in zip(rows, finite.tolist(), strict=True):

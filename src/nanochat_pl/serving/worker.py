@@ -37,6 +37,8 @@ from nanochat_pl.tokenizer import Tokenizer
 SECONDS_BETWEEN_STATS = 0.5
 # Of all streams together, where stream_interval allows it: few streams get each token as it comes.
 PIECES_PER_SECOND = 320
+# After a shorter step pieces wait for the next one's forward: then the server has a core to itself to send them.
+MAX_HELD_SECONDS = 0.02
 
 
 def main(connection: Connection, spec: Mapping[str, Any]) -> None:
@@ -82,6 +84,7 @@ class Worker:
         self._scheduler: Scheduler = self._engine.scheduler(
             spec["num_slots"], spec["max_context"], spec["prefill_chunk"]
         )
+        self._scheduler.before_choice = self._flush
         self._stream_interval: float = spec["stream_interval"]
         self._running: dict[str, _Answer] = {}
         self._updates: list[tuple[str, dict[str, Any]]] = []
@@ -114,8 +117,12 @@ class Worker:
         while True:
             self._receive(wait=self._scheduler.idle)
             if not self._scheduler.idle:
+                began = time.monotonic()
                 self._scheduler.step()
                 self._collect()
+                took = time.monotonic() - began
+                if not (self._scheduler.idle or self._scheduler.has_unread or took > MAX_HELD_SECONDS):
+                    continue  # what there is goes after the next forward, see Scheduler.before_choice
             self._flush()
 
     def _receive(self, wait: bool) -> None:
