@@ -13,13 +13,13 @@ from tests.helpers.forked import run_forked
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 QUICK = {
-    "bench_data": "text.txt --repeats 1 --vocab-size 300 --tokens 16384 --memory-rows 64",
     "bench_engine": "--repeats 1 --new-tokens 3",
     "bench_step": "--shape toy --rounds 1 --steps 2 --eager",
     "check_comparison": "20",
     "chat_turns": "runs/it/sft/bundle --chats 2 --turns 2 --tasks arithmetic spelling",
 }
 SLOW = {
+    "bench_data": "text.txt --repeats 1 --vocab-size 300 --tokens 16384 --memory-rows 64",
     "bench_attention": "--length 64 --window 16 --rows 1 --rounds 2",
     "bench_plan_memory": "--toy",
     "bench_server": "--streams 2 --turns 2 --repeats 1 --new-tokens 3 --many 2",

@@ -38,6 +38,7 @@ def metrics(to: str) -> Any:
     return {name: [(row["name"], row["accuracy"], row["n"]) for row in each] for name, each in rows.items()}
 
 
+@pytest.mark.slow
 def test_two_processes_find_what_one_finds(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_run("a")
     make_run("b", seed=1)

@@ -172,6 +172,7 @@ def test_missing_experiments_name_the_nearest() -> None:
         read_experiment("nowhere/x.yaml")
 
 
+@pytest.mark.slow
 def test_every_shipped_experiment_composes_in_all_of_its_steps(here: Path) -> None:
     """Of the ablations, which are one step each and differ in a key, test_experiments_shrunk.py trains every one."""
     assert {"demo", "demo_rl", "nanochat", "nanochat_2025_10", "nanochat_2026_02", "tiny"} <= set(

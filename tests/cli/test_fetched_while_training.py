@@ -47,6 +47,7 @@ def measured(here: Path, run: str) -> object:
     return json.loads((here / "runs" / run / "base" / "finished.json").read_text(encoding="utf-8"))["metrics"]
 
 
+@pytest.mark.slow
 def test_it_begins_before_the_second_file_is_here_and_ends_as_if_all_had_been(
     hub: HubServer, here: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:

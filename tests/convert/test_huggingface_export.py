@@ -21,6 +21,7 @@ def leftovers(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()} - {"bundle"}
 
 
+@pytest.mark.slow
 def test_native_export_names_the_rotary_tables(
     golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared: Path
 ) -> None:

@@ -6,11 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from nanochat_pl.cli.main import main
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.engine import Engine, bench
-from nanochat_pl.engine.bench import BenchSettings, Limits, bytes_of_step, measure_batch, random_prompts
+from nanochat_pl.engine.bench import BenchSettings, Limits, bytes_of_step, limits_of, measure_batch, random_prompts
 from tests.helpers.models import perturbed, tiny_config
 from tests.helpers.small_engine import SmallBundle, byte_tokenizer
 
@@ -72,3 +73,10 @@ def test_the_command_ends_with_a_line_of_json(capsys: pytest.CaptureFixture[str]
     for batch in found["batches"]:
         assert batch["tokens_per_second"]["n"] == 2 and batch["bandwidth_share"] > 0
     assert any("tokens/s" in line for line in shown)
+
+
+@pytest.mark.parametrize(("seconds", "size"), [(0.001, 1024), (0.02, 256)])
+def test_a_type_in_which_products_are_slow_is_measured_on_small_ones(monkeypatch, seconds, size):
+    """A CPU without bfloat16 took 27 seconds for those of the usual size."""
+    monkeypatch.setattr(bench, "_seconds", lambda work, device: seconds)
+    assert limits_of(torch.device("cpu"), torch.bfloat16).flops_per_second == 2 * size**3 / seconds

@@ -43,6 +43,7 @@ def test_float32_trains_as_stored() -> None:
     assert not wrong_exact_losses(0)
 
 
+@pytest.mark.slow
 def test_bfloat16_trains_within_the_bands_of_one_seed() -> None:
     """The first five steps where bfloat16 is slow, else all."""
     assert not wrong_losses([0], NUM_STEPS if QUICK else 5)

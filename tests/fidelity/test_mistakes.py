@@ -44,7 +44,11 @@ NOT_NOTICED = {
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow if "five" in way else ()) for name, way in NOTICED.items()]
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if "five" in way or "bfloat16" in name else ())
+        for name, way in NOTICED.items()
+    ],
 )
 def test_a_mistake_is_noticed(name: str) -> None:
     warm_up(SEEDS if "five" in NOTICED[name] else [0])

@@ -30,6 +30,7 @@ class CountingBackend:
         return graph
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_loss_is_one_graph(checkpointing):
     net, backend = perturbed(tiny_config(windows=(3, 70, 128), sequence_len=128, rotary_reach=256)), CountingBackend()

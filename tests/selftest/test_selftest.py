@@ -154,6 +154,7 @@ def test_a_compiler_that_is_not_there_is_left_out(tmp_path: Path, monkeypatch: p
     assert finding[:3] == ("torch.compile", "left out", "no compiler; trainings are not compiled")
 
 
+@pytest.mark.slow
 def test_batch_invariance_is_that_of_the_products_of_this_machine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

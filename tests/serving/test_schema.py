@@ -5,11 +5,14 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
+
 from tests.helpers.forked import run_forked
 
 MADE_UP = Path(__file__).with_name("made_up_requests.py")
 
 
+@pytest.mark.slow
 def test_no_request_is_answered_with_a_fault_of_the_server() -> None:
     """In a process of its own: Schemathesis makes its requests up while tests are collected, which takes seconds, and
     each process of a test run collects all tests."""

@@ -5,6 +5,7 @@ Nothing ends an answer before its length, prompts are random and all different, 
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -21,6 +22,8 @@ from nanochat_pl.model.config import DType
 from nanochat_pl.model.counts import count_linear_weights, kv_cache_bytes
 
 COPY_BYTES, PRODUCT_SIZE = 2**26, 1024
+# A CPU without bfloat16 takes seconds for a product of that size: there it is measured on a smaller one.
+LEAST_PRODUCT_SIZE, MOST_SECONDS = 256, 0.01
 LIMIT_REPEATS = 9
 
 
@@ -99,10 +102,14 @@ def measure_limits(engine: Engine) -> Limits:
 def limits_of(device: torch.device, dtype: torch.dtype) -> Limits:
     """The rates of a device, products in a type."""
     source = torch.zeros(COPY_BYTES, dtype=torch.uint8, device=device)
-    target, square = torch.empty_like(source), torch.ones(PRODUCT_SIZE, PRODUCT_SIZE, dtype=dtype, device=device)
+    target = torch.empty_like(source)
     copy = _seconds(lambda: target.copy_(source), device)
-    product = _seconds(lambda: square @ square, device)
-    return Limits(2 * COPY_BYTES / copy, 2 * PRODUCT_SIZE**3 / product)
+    size, product = LEAST_PRODUCT_SIZE, 0.0
+    while size <= PRODUCT_SIZE and product < MOST_SECONDS:
+        square = torch.ones(size, size, dtype=dtype, device=device)
+        product, flops = _seconds(functools.partial(torch.mm, square, square), device), 2 * size**3
+        size *= 2
+    return Limits(2 * COPY_BYTES / copy, flops / product)
 
 
 def measure_batch(engine: Engine, settings: BenchSettings, batch_size: int, limits: Limits) -> BatchResult:
