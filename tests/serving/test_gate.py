@@ -260,3 +260,46 @@ def test_settings_that_contradict_each_other():
 def test_the_page_of_docs_names_every_field_that_has_no_effect():
     text = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
     assert [name for name in IGNORED if f"`{name}`" not in text] == []
+
+
+def test_a_full_context_is_told_apart_from_the_length_that_was_asked_for():
+    """To go on is no use then."""
+    pool = ScriptedPool()
+    pool.updates = [{"text": "a", "prompt_tokens": 3}, {"text": "b", "finish": "context", "completion_tokens": 2}]
+    with client_of(pool=pool) as client:
+        (choice,) = client.post("/v1/chat/completions", json=CHAT).json()["choices"]
+        assert choice["finish_reason"] == "length" and choice["message"]["nanochat"] == {"finish": "context"}
+        lines = client.post("/v1/chat/completions", json={**CHAT, "stream": True}).text.splitlines()
+        chunks = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: {")]
+        deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
+        assert [delta["nanochat"] for delta in deltas if "nanochat" in delta] == [{"finish": "context"}]
+        pool.updates[-1]["finish"] = "length"
+        (choice,) = client.post("/v1/chat/completions", json=CHAT).json()["choices"]
+        assert choice["finish_reason"] == "length" and "nanochat" not in choice["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "said"),
+    [
+        ("chat/completions", {"messages": [{"role": "user"}]}, "messages[0].content: is missing."),
+        ("chat/completions", CHAT | {"n": 1000}, "n=1000: at most 8 answers to a request are allowed."),
+        ("responses", {"input": "x", "reasoning": {"effort": "low"}}, "reasoning: is not supported; models here"),
+        (
+            "responses",
+            {"input": "x", "previous_response_id": "a"},
+            "previous_response_id: is not supported; nothing is",
+        ),
+    ],
+)
+def test_what_is_refused_says_why(path, body, said):
+    with client_of() as client:
+        status, message = error_of(client.post(f"/v1/{path}", json=body))
+    assert status == 400 and message.startswith(said)
+
+
+def test_no_limit_of_top_k_may_be_asked_for_as_in_vllm():
+    pool = ScriptedPool()
+    with client_of(pool=pool) as client:
+        for top_k in (0, -1):
+            client.post("/v1/chat/completions", json={**CHAT, "top_k": top_k})
+    assert [asked["sampling"]["top_k"] for asked in pool.asked] == [0, 0]

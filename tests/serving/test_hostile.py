@@ -9,10 +9,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import signal
 import socket
 import threading
 import time
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +22,7 @@ from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.schema import build
 from nanochat_pl.serving.app import create_app
 from nanochat_pl.serving.gate import Gate
-from nanochat_pl.serving.run import _end_answers, serve, uvicorn_config
+from nanochat_pl.serving.run import Server, _end_answers, serve, uvicorn_config
 from nanochat_pl.serving.settings import ServeSettings
 from tests.serving.test_gate import CHAT, ScriptedGeneration, ScriptedPool, client_of, error_of
 
@@ -35,7 +35,7 @@ IDLE = 0.4
 @pytest.mark.parametrize(
     ("body", "says", "param"),
     [
-        ("", "no JSON object", None),
+        ("", "The body is empty", None),
         ('{"messages":', "no JSON: Expecting value, at character 12", None),
         (b'{"messages": "\xe9"}', "cannot be read", None),
         ("[" * 5000 + "]" * 5000, "cannot be read", None),
@@ -281,7 +281,12 @@ def test_places_that_slow_clients_hold_are_free_again(served) -> None:
 # The end of the server.
 
 
-def test_open_answers_are_ended_before_the_server_cancels_them() -> None:
+@pytest.mark.parametrize("signals", [1, 2])
+def test_open_answers_are_ended_before_the_server_cancels_them(
+    signals: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """After some seconds, or at once after a second signal. uvicorn would cut them off at that, with tracebacks."""
+    seconds = 0.2 if signals == 1 else 60
     closed: list[float] = []
 
     class ClosingPool:
@@ -289,16 +294,21 @@ def test_open_answers_are_ended_before_the_server_cancels_them() -> None:
             closed.append(time.monotonic())
 
     async def stop() -> float:
-        server = SimpleNamespace(should_exit=False, server_state=SimpleNamespace(tasks={1}))
-        ending = asyncio.create_task(_end_answers(server, [ClosingPool()], 0.2))  # type: ignore[arg-type,list-item]
+        server = Server(uvicorn.Config(lambda: None))
+        server.server_state.tasks.add(asyncio.ensure_future(asyncio.sleep(0)))
+        ending = asyncio.create_task(_end_answers(server, [ClosingPool()], seconds))  # type: ignore[list-item]
         await asyncio.sleep(0.15)
         assert not closed
-        server.should_exit, told = True, time.monotonic()
-        await ending
+        told = time.monotonic()
+        for _ in range(signals):
+            server.handle_exit(signal.SIGINT, None)
+        await asyncio.wait_for(ending, 10)
+        assert not server.force_exit
         return told
 
     told = asyncio.run(stop())
-    assert 0.19 <= closed[0] - told < 5
+    assert (0.19 if signals == 1 else 0) <= closed[0] - told < 5
+    assert f"1 open requests have {seconds:g} s to end" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("began", [False, True])

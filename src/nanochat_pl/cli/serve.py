@@ -100,14 +100,21 @@ def _models(config: ServeConfig) -> dict[str, Path]:
 def _keys(config: ServeConfig) -> list[str]:
     """The API keys. They never stand on the command line, where everybody on the machine could read them."""
     keys = [os.environ[KEY_VARIABLE].strip()] if os.environ.get(KEY_VARIABLE, "").strip() else []
+    where = [KEY_VARIABLE] * len(keys)
     if config.api_key_file is not None:
         path = Path(config.api_key_file)
         try:
-            keys += [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+            for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+                if line.strip():
+                    keys.append(line.strip())
+                    where.append(f"api_key_file={path}, line {number}")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"api_key_file={path}: cannot be read: {error}.") from error
         if not keys:
             raise UserError(f"api_key_file={path}: has no key in it.")
-    if any(len(key) < 8 for key in keys):
-        raise UserError("An API key has fewer than 8 characters.", fix="Use a longer one: openssl rand -hex 24")
+    if short := [place for place, key in zip(where, keys, strict=True) if len(key) < 8]:
+        raise UserError(
+            [f"{place}: an API key has at least 8 characters." for place in short],
+            fix="Use a longer one: openssl rand -hex 24",
+        )
     return keys

@@ -28,7 +28,8 @@ class Choice:
     tools: list[dict[str, str]] = field(default_factory=list)
     tokens: list[dict[str, Any]] = field(default_factory=list)
     parts: list[dict[str, str]] = field(default_factory=list)
-    finish: str | None = None
+    finish: str | None = None  # as the API has it
+    reason: str | None = None  # as the engine has it, which knows a full context from a limit of the request
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
@@ -44,7 +45,8 @@ class Choice:
             if name in update:
                 setattr(self, name, update[name])
         if "finish" in update:
-            self.finish = FINISH_REASONS.get(update["finish"], "stop")
+            self.reason = update["finish"]
+            self.finish = FINISH_REASONS.get(self.reason, "stop")
 
     @property
     def text(self) -> str:
@@ -178,9 +180,13 @@ def completion_logprobs(tokens: Sequence[Mapping[str, Any]], offset: int) -> dic
 
 
 def own_field(choice: Choice | Mapping[str, Any], details: bool) -> dict[str, Any]:
-    """The field ``nanochat`` of a message or a delta: what the calculator did, and all tokens where asked for."""
-    update = vars(choice) if isinstance(choice, Choice) else choice
+    """The field ``nanochat`` of a message or a delta: what the calculator did, that the context is full, and all tokens
+    where asked for.
+    """
+    update = {**vars(choice), "finish": choice.reason} if isinstance(choice, Choice) else choice
     found = {name: update[name] for name in ("tools", "parts") if update.get(name)}
+    if update.get("finish") == "context":
+        found["finish"] = "context"
     if details and update.get("tokens"):
         found["tokens"] = [token | {"text": token_text(token)} for token in update["tokens"]]
         for token in found["tokens"]:

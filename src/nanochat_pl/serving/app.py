@@ -283,6 +283,8 @@ async def _on_invalid(request: Request, error: Exception) -> Response:
     if found[0]["type"] == "json_invalid":
         reason, place = found[0].get("ctx", {}).get("error", "it cannot be read"), found[0]["loc"][-1]
         return await _on_api_error(request, ApiError(400, f"The body is no JSON: {reason}, at character {place}."))
+    if [each["type"] for each in found] == ["missing"] and found[0]["loc"] == ("body",):
+        return await _on_api_error(request, ApiError(400, "The body is empty: a JSON object is needed."))
     # Of a value that may have several forms there is an error for each: the one that went deepest means most.
     name, problems = "", dict[str, None]()
     for each in found:

@@ -73,7 +73,7 @@ class RemoteSession:
         return self._read(self._open("/v1/chat/completions", body), asked)
 
     def _read(self, response: http.client.HTTPResponse, asked: list[dict[str, Any]]) -> Iterator[Event]:
-        text, reason = "", "cancelled"
+        text, reason, full = "", "cancelled", ""
         parts: list[dict[str, str]] = []
         try:
             with response:
@@ -89,6 +89,7 @@ class RemoteSession:
                             text += piece
                             yield Event("text", piece)
                         parts = own.get("parts", parts)
+                        full = own.get("finish") or full
                         reason = choice.get("finish_reason") or reason
                     if self._stop_requested:
                         break
@@ -97,7 +98,7 @@ class RemoteSession:
         finally:
             answer: dict[str, Any] = {"role": "assistant", "content": text}
             self._messages = [*asked, answer | ({"nanochat": {"parts": parts}} if parts else {})]
-        yield Event("finished", "cancelled" if self._stop_requested else reason)
+        yield Event("finished", "cancelled" if self._stop_requested else full or reason)
 
     def _open(self, path: str, body: Mapping[str, Any] | None = None) -> http.client.HTTPResponse:
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self._key}"} if self._key else {})

@@ -67,7 +67,7 @@ class Feedback:
             with self._lock:
                 append_line(path, line)
         except UserError as error:
-            print_from_any_rank(f"feedback: {error.in_one_line}")
+            print_from_any_rank(f"feedback: {error.problems[0]}")
             raise ApiError(
                 503, "It could not be written down; the server's log says why.", code="not_written"
             ) from error

@@ -111,7 +111,9 @@ class Jobs:
             if value in (None, [], {}, {"format": {"type": "text"}}):
                 del (body.model_extra or {})[name]
             else:
-                raise ApiError(400, f"{name}: is not supported; nothing is stored here.", name, "unsupported_parameter")
+                stored = name in ("conversation", "previous_response_id")
+                why = "nothing is stored here" if stored else "models here have nothing of the kind"
+                raise ApiError(400, f"{name}: is not supported; {why}.", name, "unsupported_parameter")
         require_known(body)
         limits = self._settings.limits
         messages = [Message(role="user", content=body.input)] if isinstance(body.input, str) else list(body.input)

@@ -175,7 +175,7 @@ class WorkerProcess:
     async def close(self) -> None:
         """End the process."""
         self._closing = True
-        self._detach("The server is shutting down.")
+        self._detach("The server is shutting down.", "shutting_down")
         self._process.terminate()
         await asyncio.to_thread(self._process.join, 3)
         if self._process.is_alive():
@@ -217,18 +217,18 @@ class WorkerProcess:
                         del self._running[name]
                     generation.put(update)
 
-    def _detach(self, why: str) -> None:
+    def _detach(self, why: str, code: str) -> None:
         """End all requests with an error, and let go of the pipe."""
         with contextlib.suppress(OSError, ValueError):
             asyncio.get_running_loop().remove_reader(self._connection.fileno())
         self._outbox.put(None)
         self._connection.close()
         for generation in self._running.values():
-            generation.put({"error": {"status": 503, "message": why, "code": "worker_ended"}})
+            generation.put({"error": {"status": 503, "message": why, "code": code}})
         self._running = {}
 
     def _died(self) -> None:
-        self._detach("The process that was answering has ended; ask again.")
+        self._detach("The process that was answering has ended; ask again.", "worker_ended")
         if self.failed or self._closing:
             self._started.set()
             return
@@ -236,6 +236,10 @@ class WorkerProcess:
             self.num_restarts = 0
         wait = RESTART_SECONDS[min(self.num_restarts, len(RESTART_SECONDS) - 1)]
         self.num_restarts += 1
+        when = f"in {wait:g} s" if wait else "now"
+        print_from_any_rank(
+            f"{self.model}: the process that answers has ended unexpectedly; it is started again {when}."
+        )
         asyncio.get_running_loop().call_later(wait, self._restart)
 
     def _restart(self) -> None:

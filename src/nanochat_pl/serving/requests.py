@@ -64,7 +64,7 @@ class Shared(BaseModel):
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     seed: int | None = Field(None, ge=-(2**63), lt=2**64)
-    top_k: int | None = Field(None, ge=0, description="Only the k most likely tokens can be drawn; 0: all.")
+    top_k: int | None = Field(None, ge=-1, description="Only the k most likely tokens can be drawn; 0 or -1: all.")
     min_p: float | None = Field(None, ge=0, le=1)
     repetition_penalty: float | None = Field(None, gt=0, le=10)
     ignore_eos: bool | None = Field(None, description="Go on to the length that was asked for.")
@@ -105,7 +105,7 @@ class ChatRequest(Shared):
     messages: Items[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
-    n: int | None = Field(None, ge=1, le=128)
+    n: int | None = Field(None, ge=1)
     stop: str | FewItems[str] | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
@@ -120,7 +120,7 @@ class CompletionRequest(Shared):
 
     prompt: str | FewItems[str] | Items[int] | FewItems[Items[int]] = Field(min_length=0)
     max_tokens: int | None = Field(16, ge=1)
-    n: int | None = Field(None, ge=1, le=128)
+    n: int | None = Field(None, ge=1)
     stop: str | FewItems[str] | None = None
     logprobs: int | None = Field(None, ge=0, le=5)
     echo: bool | None = None
@@ -172,6 +172,8 @@ def conversation_of(messages: list[Message], limits: Limits, field: str = "messa
             raise ApiError(
                 400, f"{where}.role: {message.role!r} is not one of system, user, assistant.", f"{where}.role"
             )
+        if message.content is None and message.role != "assistant":  # which may have said nothing
+            raise ApiError(400, f"{where}.content: is missing.", f"{where}.content")
         text = _text_of(message.content)
         if len(text) > limits.message_chars:
             raise ApiError(
@@ -224,7 +226,7 @@ def asked_of(request: Shared, max_tokens: str, defaults: SamplingDefaults, limit
     temperature = _given(request.temperature, defaults.temperature)
     if temperature > limits.temperature:
         raise ApiError(400, f"temperature={temperature}: at most {limits.temperature} is allowed.", "temperature")
-    top_k = _given(request.top_k, defaults.top_k)
+    top_k = max(0, _given(request.top_k, defaults.top_k))
     if top_k > limits.top_k:
         raise ApiError(400, f"top_k={top_k}: at most {limits.top_k} is allowed; 0 is all tokens.", "top_k")
     return {

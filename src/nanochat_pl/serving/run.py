@@ -10,6 +10,7 @@ import os
 import socket
 import time
 from collections.abc import Mapping, Sequence
+from types import FrameType
 from typing import Any
 
 import uvicorn
@@ -45,6 +46,23 @@ def serve(specs: Sequence[tuple[str, Mapping[str, Any]]], settings: ServeSetting
     listening = _listen(settings.host, settings.port)
     with listening:
         return asyncio.run(_serve(listening, specs, settings, keys))
+
+
+class Server(uvicorn.Server):
+    """uvicorn's, but a second Ctrl-C ends open answers at once with an error, in place of cutting them off.
+
+    Attributes:
+        is_hurried: whether there was one.
+    """
+
+    is_hurried = False
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """A signal to stop. Only the third one cuts off what is open."""
+        if self.should_exit and not self.is_hurried:
+            self.is_hurried = True
+        else:
+            super().handle_exit(sig, frame)
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -97,7 +115,7 @@ async def _serve(
         return pools[-1]
 
     app = create_app(make_pool, settings, keys)
-    server = uvicorn.Server(uvicorn_config(app, settings))
+    server = Server(uvicorn_config(app, settings))
     running = asyncio.create_task(server.serve(sockets=[listening]))
     ending = asyncio.create_task(_end_answers(server, pools, settings.shutdown_seconds))
     while not (server.started or running.done()):
@@ -107,6 +125,7 @@ async def _serve(
     base = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     failed: UserError | None = None
     if pools:
+        print(f"Loading the model: {base} answers when it is ready.", flush=True)
         try:
             loading = asyncio.create_task(pools[0].started())
             await asyncio.wait({loading, running}, return_when=asyncio.FIRST_COMPLETED)
@@ -137,12 +156,14 @@ def _let_workers_go_first(pool: Pool) -> None:
         os.nice(NICENESS)
 
 
-async def _end_answers(server: uvicorn.Server, pools: Sequence[Pool], seconds: float) -> None:
+async def _end_answers(server: Server, pools: Sequence[Pool], seconds: float) -> None:
     """Once the server is told to stop, end what is open after some seconds with an error that clients understand."""
     while not server.should_exit:
         await asyncio.sleep(0.1)
+    if count := len(server.server_state.tasks):
+        print(f"\nStopping: {count} open requests have {seconds:g} s to end. Ctrl-C again ends them now.", flush=True)
     ends_at = time.monotonic() + seconds
-    while server.server_state.tasks and time.monotonic() < ends_at:
+    while server.server_state.tasks and time.monotonic() < ends_at and not server.is_hurried:
         await asyncio.sleep(0.05)
     for pool in pools:
         await pool.close()
