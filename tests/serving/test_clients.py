@@ -310,6 +310,9 @@ def test_a_worker_that_is_killed_comes_back(server, client):
         thread.join(10)
     assert len(errors) == 4 and all("ended" in str(error) for error in errors)
     server.wait_until("/health", lambda status, found: status == 200, 60)
+    assert (
+        "demo: the process that answers has ended unexpectedly; it is started again now." in server.program.printed()[0]
+    )
     assert time.monotonic() - began < 60  # 3 s where nothing else is running (docs/LOG.md)
     (pid,) = worker_pids(server)
     of_server, of_worker = (os.getpriority(os.PRIO_PROCESS, each) for each in (server.program.pid, pid))
@@ -336,10 +339,12 @@ def test_the_end_of_the_server_leaves_no_process(tmp_path, signum):
 def test_the_chat_in_the_terminal_talks_to_a_server(server):
     """It looks as with a model of its own: the same answers, several turns, the same end."""
     folder = Path(server.program_folder)
-    keys = ["temperature=0", "max_tokens=8", "accelerator=cpu"]
-    for prompt in (["prompt=Return the number"], []):
-        told = [run_chat([*keys, *prompt, *where], folder) for where in (["run=demo"], [f"url={server.url}"])]
+    keys = ["temperature=0", "accelerator=cpu"]
+    for limit, prompt in (("8", ["prompt=Return the number"]), ("500", ["prompt=Return the number"]), ("8", [])):
+        asked = [*keys, f"max_tokens={limit}", *prompt]
+        told = [run_chat([*asked, *where], folder) for where in (["run=demo"], [f"url={server.url}"])]
         assert told[0] == told[1] and told[0][0].strip()
+        assert ("tokens is full" in told[0][1]) == (limit == "500")
     code = run_chat([f"url={server.url}", "model=other", "prompt=x"], folder)
     assert "model=other" in code[1]
     assert "nobody answers there" in run_chat(["url=http://127.0.0.1:9", "prompt=x"], folder)[1]

@@ -125,7 +125,7 @@ async def _serve(
     base = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     failed: UserError | None = None
     if pools:
-        print(f"Loading the model: {base} answers when it is ready.", flush=True)
+        print(f"Loading {', '.join(pools[0].models)}; then {base} answers.", flush=True)
         try:
             loading = asyncio.create_task(pools[0].started())
             await asyncio.wait({loading, running}, return_when=asyncio.FIRST_COMPLETED)
