@@ -200,8 +200,10 @@ def test_an_answer_grows_and_can_be_stopped_and_asked_for_again(page):
     until(lambda: len(page.one(".body").text) > len(short) + 10)
     assert page.one(".answer").get_attribute("aria-busy") == "true"
     until(lambda: "This is sentence number 1." in page.one("#log").get_attribute("textContent"))
+    assert "demo is answering." in page.one("#log").get_attribute("textContent")
     page.one("#stop").click()
     stopped = page.answer()
+    assert "is answering" not in page.one("#log").get_attribute("textContent")
     assert stopped.startswith("This is sentence number 0.") and len(stopped) < 300
     assert "stopped" in page.one(".facts-line").text
     assert page.run("return document.activeElement.id") == "input"
