@@ -251,6 +251,35 @@ def test_a_message_is_edited_and_what_followed_it_is_replaced(page):
     ]
 
 
+# Edits the last message but one, whose upper end is out of sight. Gives how far the field is from both ends of what is
+# seen, once the page has been drawn.
+EDIT_AT_EDGE = """
+const done = arguments[0];
+const frames = (next) => requestAnimationFrame(() => requestAnimationFrame(next));
+const [scroller, mine] = [document.getElementById("scroller"), [...document.querySelectorAll(".mine")].at(-2)];
+const seen = scroller.getBoundingClientRect();
+scroller.scrollTop += mine.getBoundingClientRect().top - seen.top + 20;
+frames(() => {
+  mine.querySelector("button[aria-label='Edit the message']").click();
+  frames(() => {
+    const field = mine.querySelector("textarea").getBoundingClientRect();
+    done([field.top - seen.top, seen.bottom - field.bottom]);
+  });
+});
+"""
+
+
+@needs_browser
+@pytest.mark.parametrize("height", [500, 860])
+def test_the_field_of_a_message_at_the_edge_is_in_view(page, height):
+    """Above an answer that is higher than the window, and near the end of the conversation, which the page follows."""
+    metrics = {"width": 1280, "height": height, "deviceScaleFactor": 1, "mobile": False}
+    page.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    for message in ("Hallo", "Markdown", "Hallo"):
+        page.ask(message)
+    assert min(page.driver.execute_async_script(EDIT_AT_EDGE)) > 0
+
+
 @needs_browser
 def test_a_token_is_looked_at_and_the_answer_goes_on_from_an_alternative(page):
     page.ask("Hello")

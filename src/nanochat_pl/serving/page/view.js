@@ -146,7 +146,7 @@ export class View {
     return el("div", { class: "actions" }, copy, iconButton("edit", "Edit the message", () => this.#edit(turn, shown)));
   }
 
-  #edit(turn, { mine, node }) {
+  #edit(turn, { mine }) {
     const id = `edit-${turn.id}`;
     const input = el("textarea", { id, class: "edit", dir: "auto", rows: "3" });
     input.value = turn.user;
@@ -183,7 +183,7 @@ export class View {
     });
     mine.replaceChildren(before[0], form);
     input.focus();
-    node.scrollIntoView({ block: "nearest" });
+    form.scrollIntoView({ block: "nearest" }); // and not the turn, which may be higher than what is seen
   }
 
   #noteEmpty() {
@@ -197,6 +197,7 @@ export class View {
   }
 
   #keepEnd() {
-    if (this.#follows) this.#scroller.scrollTop = this.#scroller.scrollHeight;
+    const edits = document.activeElement?.closest(".edit-form"); // it would go out of sight
+    if (this.#follows && !edits) this.#scroller.scrollTop = this.#scroller.scrollHeight;
   }
 }
