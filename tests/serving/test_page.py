@@ -285,6 +285,7 @@ def test_a_token_is_looked_at_and_the_answer_goes_on_from_an_alternative(page):
     page.ask("Hello")
     page.button("Tokens and").click()
     until(lambda: len(page.all(".token")) == len("Hello there, grüß Gott! How are you?".encode()) + 1)
+    assert page.all(".token")[5].text == "␣"
     page.all(".token")[0].click()
     keys = [Keys.END, Keys.HOME, *[Keys.ARROW_RIGHT] * 4, Keys.ARROW_LEFT, Keys.ENTER]  # with the keyboard alone
     webdriver.ActionChains(page.driver).send_keys(*keys).perform()
