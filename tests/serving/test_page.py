@@ -471,6 +471,23 @@ def test_text_that_grows_looks_like_the_same_text_at_once(page, text):
     assert page.driver.execute_async_script(COMPARE, text) == []
 
 
+SHOW = """
+const [text, done] = arguments;
+const show = ({ renderParts }) => renderParts(document.querySelector(".body"), [{ type: "text", text }]);
+import("/static/markdown.js").then(show).then(done);
+"""
+
+
+@needs_browser
+def test_quotes_in_quotes_reach_to_the_right(page):
+    page.resize("phone")
+    page.ask("Hallo")
+    page.driver.execute_async_script(SHOW, ">>> Some words in a quote that is in two others.")
+    boxes = [each.rect for each in page.all(".body, .body blockquote")]
+    assert len(boxes) == 4 and len({box["x"] + box["width"] for box in boxes}) == 1
+    assert boxes[-1]["x"] - boxes[0]["x"] < 50
+
+
 @needs_browser
 def test_two_models_answer_side_by_side_each_with_its_own_history(page):
     Select(page.one("#compare")).select_by_value("other")
