@@ -231,6 +231,15 @@ def test_what_was_there_of_an_answer_is_found_after_the_page_was_left(page):
 
 
 @needs_browser
+def test_an_answer_that_a_reload_ended_was_stopped(page):
+    page.type("slow")
+    until(lambda: len(page.one(".body").text) > 60)
+    page.driver.refresh()
+    assert until(lambda: page.one(".facts-line").text) == "stopped"
+    assert page.all(".problem") == []
+
+
+@needs_browser
 def test_a_message_is_edited_and_what_followed_it_is_replaced(page):
     assert page.ask("Hallo") == "You said: Hallo"
     assert page.ask("second") == "You said: second"
