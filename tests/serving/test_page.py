@@ -240,6 +240,15 @@ def test_an_answer_that_a_reload_ended_was_stopped(page):
 
 
 @needs_browser
+def test_an_answer_that_fills_the_context_offers_no_more(page):
+    page.ask("a" * 1900)  # of 2,048 tokens, and the answer repeats them
+    assert "the model's context is full" in page.one(".facts-line").text
+    assert [each for each in page.all(".below button") if each.text == "Continue"] == []
+    page.ask("Hallo")
+    assert "The first message was left out, with its answer:" in page.one(".turn:last-child .above").text
+
+
+@needs_browser
 def test_a_message_is_edited_and_what_followed_it_is_replaced(page):
     assert page.ask("Hallo") == "You said: Hallo"
     assert page.ask("second") == "You said: second"

@@ -108,7 +108,7 @@ function take(job, chunk) {
     tokens.push({ id, text, bytes, special, logprob, forced, top });
   }
   if (nanochat.parts) version.parts = nanochat.parts; // whole, and in the order in which it was generated
-  if (choice.finish_reason) version.finish = choice.finish_reason;
+  version.finish ??= nanochat.finish ?? choice.finish_reason; // the server's own word, which comes first, says more
   return content;
 }
 
