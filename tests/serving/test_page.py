@@ -200,8 +200,10 @@ def test_an_answer_grows_and_can_be_stopped_and_asked_for_again(page):
     until(lambda: len(page.one(".body").text) > len(short) + 10)
     assert page.one(".answer").get_attribute("aria-busy") == "true"
     until(lambda: "This is sentence number 1." in page.one("#log").get_attribute("textContent"))
+    assert "demo is answering." in page.one("#log").get_attribute("textContent")
     page.one("#stop").click()
     stopped = page.answer()
+    assert "is answering" not in page.one("#log").get_attribute("textContent")
     assert stopped.startswith("This is sentence number 0.") and len(stopped) < 300
     assert "stopped" in page.one(".facts-line").text
     assert page.run("return document.activeElement.id") == "input"
@@ -229,6 +231,24 @@ def test_what_was_there_of_an_answer_is_found_after_the_page_was_left(page):
 
 
 @needs_browser
+def test_an_answer_that_a_reload_ended_was_stopped(page):
+    page.type("slow")
+    until(lambda: len(page.one(".body").text) > 60)
+    page.driver.refresh()
+    assert until(lambda: page.one(".facts-line").text) == "stopped"
+    assert page.all(".problem") == []
+
+
+@needs_browser
+def test_an_answer_that_fills_the_context_offers_no_more(page):
+    page.ask("a" * 1900)  # of 2,048 tokens, and the answer repeats them
+    assert "the model's context is full" in page.one(".facts-line").text
+    assert [each for each in page.all(".below button") if each.text == "Continue"] == []
+    page.ask("Hallo")
+    assert "The first message was left out, with its answer:" in page.one(".turn:last-child .above").text
+
+
+@needs_browser
 def test_a_message_is_edited_and_what_followed_it_is_replaced(page):
     assert page.ask("Hallo") == "You said: Hallo"
     assert page.ask("second") == "You said: second"
@@ -249,11 +269,41 @@ def test_a_message_is_edited_and_what_followed_it_is_replaced(page):
     ]
 
 
+# Edits the last message but one, whose upper end is out of sight. Gives how far the field is from both ends of what is
+# seen, once the page has been drawn.
+EDIT_AT_EDGE = """
+const done = arguments[0];
+const frames = (next) => requestAnimationFrame(() => requestAnimationFrame(next));
+const [scroller, mine] = [document.getElementById("scroller"), [...document.querySelectorAll(".mine")].at(-2)];
+const seen = scroller.getBoundingClientRect();
+scroller.scrollTop += mine.getBoundingClientRect().top - seen.top + 20;
+frames(() => {
+  mine.querySelector("button[aria-label='Edit the message']").click();
+  frames(() => {
+    const field = mine.querySelector("textarea").getBoundingClientRect();
+    done([field.top - seen.top, seen.bottom - field.bottom]);
+  });
+});
+"""
+
+
+@needs_browser
+@pytest.mark.parametrize("height", [500, 860])
+def test_the_field_of_a_message_at_the_edge_is_in_view(page, height):
+    """Above an answer that is higher than the window, and near the end of the conversation, which the page follows."""
+    metrics = {"width": 1280, "height": height, "deviceScaleFactor": 1, "mobile": False}
+    page.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    for message in ("Hallo", "Markdown", "Hallo"):
+        page.ask(message)
+    assert min(page.driver.execute_async_script(EDIT_AT_EDGE)) > 0
+
+
 @needs_browser
 def test_a_token_is_looked_at_and_the_answer_goes_on_from_an_alternative(page):
     page.ask("Hello")
     page.button("Tokens and").click()
     until(lambda: len(page.all(".token")) == len("Hello there, grüß Gott! How are you?".encode()) + 1)
+    assert page.all(".token")[5].text == "␣"
     page.all(".token")[0].click()
     keys = [Keys.END, Keys.HOME, *[Keys.ARROW_RIGHT] * 4, Keys.ARROW_LEFT, Keys.ENTER]  # with the keyboard alone
     webdriver.ActionChains(page.driver).send_keys(*keys).perform()
@@ -437,6 +487,23 @@ import("/static/markdown.js").then(({ GrowingText, renderParts }) => {
 @pytest.mark.parametrize("text", GROWING, ids=range(len(GROWING)))
 def test_text_that_grows_looks_like_the_same_text_at_once(page, text):
     assert page.driver.execute_async_script(COMPARE, text) == []
+
+
+SHOW = """
+const [text, done] = arguments;
+const show = ({ renderParts }) => renderParts(document.querySelector(".body"), [{ type: "text", text }]);
+import("/static/markdown.js").then(show).then(done);
+"""
+
+
+@needs_browser
+def test_quotes_in_quotes_reach_to_the_right(page):
+    page.resize("phone")
+    page.ask("Hallo")
+    page.driver.execute_async_script(SHOW, ">>> Some words in a quote that is in two others.")
+    boxes = [each.rect for each in page.all(".body, .body blockquote")]
+    assert len(boxes) == 4 and len({box["x"] + box["width"] for box in boxes}) == 1
+    assert boxes[-1]["x"] - boxes[0]["x"] < 50
 
 
 @needs_browser

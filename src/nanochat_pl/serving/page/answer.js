@@ -10,6 +10,7 @@ const number = new Intl.NumberFormat("en");
 
 const ENDINGS = {
   length: "ended at the length limit",
+  context: "ended: the model's context is full",
   stopped: "stopped",
 };
 
@@ -83,8 +84,8 @@ export class AnswerView {
     if (from?.instead) notes.push(`Continued with “${from.instead}” in place of “${from.token}”.`);
     else if (from) notes.push("Continued.");
     if (leftOut) {
-      const what = leftOut === 1 ? "The first message was" : `The first ${leftOut} messages were`;
-      notes.push(`${what} left out, with their answers: the model's context has no room for more.`);
+      const what = leftOut === 1 ? "The first message was left out, with its answer" : `The first ${leftOut} messages were left out, with their answers`;
+      notes.push(`${what}: the model's context has no room for more.`);
     }
     this.#above.replaceChildren(...notes.map((text) => el("p", { class: "note", text })));
   }

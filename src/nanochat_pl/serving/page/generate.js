@@ -29,8 +29,13 @@ export const isAnswering = (conversation) => [...running.values()].some((job) =>
 
 export const answeringIds = () => new Set([...running.values()].map((job) => job.conversation.id));
 
+// Who leaves the page stops its answers: else the browser breaks their connections off, which would be an error.
 window.addEventListener("pagehide", () => {
-  for (const { conversation, turn } of running.values()) save(conversation, turn).catch(() => {});
+  for (const { conversation, turn, version, controller } of running.values()) {
+    version.finish = "stopped";
+    save(conversation, turn).catch(() => {});
+    controller.abort();
+  }
 });
 
 function tell(kind, job, text = "") {
@@ -64,7 +69,7 @@ export async function answer({ info, settings, conversation, turn, side, begun =
       }
     }
   } catch (error) {
-    if (error.name === "AbortError") version.finish = "stopped";
+    if (job.controller.signal.aborted) version.finish = "stopped"; // where the page is left, the error may be the connection's
     else {
       version.error = error.message;
       version.status = error.status ?? 0;
@@ -103,7 +108,7 @@ function take(job, chunk) {
     tokens.push({ id, text, bytes, special, logprob, forced, top });
   }
   if (nanochat.parts) version.parts = nanochat.parts; // whole, and in the order in which it was generated
-  if (choice.finish_reason) version.finish = choice.finish_reason;
+  version.finish ??= nanochat.finish ?? choice.finish_reason; // the server's own word, which comes first, says more
   return content;
 }
 

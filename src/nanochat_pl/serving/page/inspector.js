@@ -13,19 +13,21 @@ const percent = (logprob) => {
   return value >= 99.95 && logprob < 0 ? "> 99.9%" : value < 0.05 ? "< 0.1%" : `${value.toFixed(1)}%`;
 };
 
-/** A token for people: spaces and ends of lines can be seen, and bytes that are no character. */
+/** A token for people: ends of lines can be seen, spaces where there is nothing else, and bytes that are no character. */
 function readable(token) {
   if (token.special) return token.special.replace(/^<\|(.*)\|>$/, "$1");
-  if (token.text.includes("\uFFFD")) {
+  const isSpace = token.text.trim() === "";
+  if (token.text.includes("\uFFFD") || (isSpace && /[^ \n\t]/.test(token.text))) {
     return `<${token.bytes.map((byte) => byte.toString(16).toUpperCase().padStart(2, "0")).join(" ")}>`;
   }
-  return token.text.replaceAll("\n", "↵").replaceAll("\t", "⇥").replace(/^ | $/g, "\u00A0");
+  const text = token.text.replaceAll("\n", "↵").replaceAll("\t", "⇥");
+  return isSpace ? text.replaceAll(" ", "␣") : text.replace(/^ | $/g, "\u00A0");
 }
 
 /** The same for a screen reader. */
 function spoken(token) {
   if (token.special) return `special token ${readable(token)}`;
-  const names = { " ": "space", "\n": "new line", "": "nothing" };
+  const names = { " ": "space", "\n": "new line", "\t": "tab", "": "nothing" };
   return names[token.text] ?? readable(token).replaceAll("\u00A0", " ");
 }
 

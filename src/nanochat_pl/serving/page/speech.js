@@ -7,12 +7,15 @@ const KEPT = 30;
 // Marks of Markdown that nobody wants to hear; * and _ alone may be what is talked about.
 const MARKS = /\*\*|`+|^#+\s+|^>\s+|^\|?[-:|\s]+\|?$/gm;
 
+/** Returns the line, for who takes back what is no longer so; null where there is nothing to say. */
 export function say(text) {
   const spoken = text.replace(MARKS, "").trim();
-  if (!spoken) return;
+  if (!spoken) return null;
   const log = byId("log");
-  log.append(el("p", { text: spoken }));
+  const line = el("p", { text: spoken });
+  log.append(line);
   while (log.childElementCount > KEPT) log.firstElementChild.remove();
+  return line;
 }
 
 /** Collects text, and says it sentence by sentence. */

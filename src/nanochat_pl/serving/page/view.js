@@ -16,6 +16,7 @@ export class View {
   #frame = 0;
   #follows = true;
   #sentences = new Sentences();
+  #answering = new Map(); // what was said of versions that are being generated
   #scroller = byId("scroller");
   #list = byId("turns");
   // Old messages are plain text until they come near: a long conversation is there at once.
@@ -44,6 +45,7 @@ export class View {
     this.#turns.clear();
     this.#changed.clear();
     this.#sentences = new Sentences();
+    for (const version of this.#answering.keys()) this.#takeBack(version);
     this.#list.replaceChildren(...conversation.turns.map((turn) => this.#turnNode(turn)));
     byId("title").textContent = conversation.title || "New conversation";
     this.#noteEmpty();
@@ -77,7 +79,7 @@ export class View {
   _begin({ turn, side, version }) {
     this.#turns.get(turn.id)?.answers[side]?.show();
     if (side === 0) this.#sentences = new Sentences();
-    if (version.parts.length === 0) say(`${version.model} is answering.`);
+    if (version.parts.length === 0) this.#answering.set(version, say(`${version.model} is answering.`));
     this.toEnd();
   }
 
@@ -90,6 +92,7 @@ export class View {
   }
 
   _end({ turn, side, version }) {
+    this.#takeBack(version);
     const answer = this.#turns.get(turn.id)?.answers[side];
     if (!answer) return;
     this.#changed.delete(answer);
@@ -97,6 +100,12 @@ export class View {
     if (side === 0) this.#sentences.end();
     else say(`${version.model}: ${textOf(version.parts)}`);
     if (version.error) say(`Error: ${version.error}`);
+  }
+
+  /** It is not answering any more, or not here: who reads the log later shall not find it there. */
+  #takeBack(version) {
+    this.#answering.get(version)?.remove();
+    this.#answering.delete(version);
   }
 
   #draw() {
@@ -137,7 +146,7 @@ export class View {
     return el("div", { class: "actions" }, copy, iconButton("edit", "Edit the message", () => this.#edit(turn, shown)));
   }
 
-  #edit(turn, { mine, node }) {
+  #edit(turn, { mine }) {
     const id = `edit-${turn.id}`;
     const input = el("textarea", { id, class: "edit", dir: "auto", rows: "3" });
     input.value = turn.user;
@@ -174,7 +183,7 @@ export class View {
     });
     mine.replaceChildren(before[0], form);
     input.focus();
-    node.scrollIntoView({ block: "nearest" });
+    form.scrollIntoView({ block: "nearest" }); // and not the turn, which may be higher than what is seen
   }
 
   #noteEmpty() {
@@ -188,6 +197,7 @@ export class View {
   }
 
   #keepEnd() {
-    if (this.#follows) this.#scroller.scrollTop = this.#scroller.scrollHeight;
+    const edits = document.activeElement?.closest(".edit-form"); // it would go out of sight
+    if (this.#follows && !edits) this.#scroller.scrollTop = this.#scroller.scrollHeight;
   }
 }
