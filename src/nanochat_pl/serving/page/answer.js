@@ -102,7 +102,7 @@ export class AnswerView {
       again,
       version.hasTokens && this.#tokensButton(version),
       ...this.#thumbs(version),
-      version.finish === "length" && version.hasTokens && this.#goOnButton(version),
+      canGoOn(version) && this.#goOnButton(version),
     ];
     this.#below.replaceChildren(
       ...[problem, el("div", { class: "actions" }, ...buttons, el("span", { class: "facts-line", text: factsOf(version) }))].filter(Boolean),
@@ -183,7 +183,13 @@ export class AnswerView {
     };
     mark();
     return buttons.map(([, button]) => button);
-  }}
+  }
+}
+
+/** Where the context is full, more of the oldest messages can be left out, as long as there are any. */
+function canGoOn({ finish, hasTokens, canLeaveOutMore }) {
+  return hasTokens && (finish === "length" || (finish === "context" && canLeaveOutMore));
+}
 
 function factsOf({ usage, seconds, seed, finish, error, parts }) {
   const facts = [];

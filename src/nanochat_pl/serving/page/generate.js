@@ -130,6 +130,7 @@ async function* chunksOf(job, info, settings, begun) {
       messages = requestMessages(conversation, turn, side, leftOut);
     }
     version.leftOut = leftOut;
+    version.canLeaveOutMore = leftOut < turnsBefore;
     job.chars = charsOf(messages);
     try {
       yield* streamChat({ ...asked, messages }, controller.signal);
