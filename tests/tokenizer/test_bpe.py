@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import pickle
 import random
@@ -9,10 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import regex
+import tiktoken
 
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer
-from nanochat_pl.tokenizer.bpe import LONGEST_RUN
+from nanochat_pl.tokenizer.bpe import _FAST_SPLIT_PATTERN, LONGEST_RUN
 
 SPECIALS_AS_TEXT = "".join(SPECIAL_TOKENS)
 ODD_TEXTS = [
@@ -69,6 +72,19 @@ def test_real_texts_come_back_and_their_bytes_are_counted(real_texts: list[str],
         ids = golden_tokenizer.encode(text)
         assert golden_tokenizer.decode(ids) == text
         assert golden_tokenizer.token_bytes[ids].sum() == len(text.encode())
+
+
+def test_the_fast_pattern_cuts_as_the_one_that_is_kept(real_texts: list[str], golden_tokenizer: Tokenizer) -> None:
+    fast, kept = regex.compile(_FAST_SPLIT_PATTERN), regex.compile(SPLIT_PATTERN)
+    # A letter, a number, a blank, a line's end … and what only one of two similar classes holds.
+    short = map("".join, itertools.product("aÉ1² \n\r\t'sſL!\u0301\u00a0\u2028", repeat=3))
+    texts = [*ODD_TEXTS, *real_texts, *random_texts(2000), *short]
+    for text in texts:
+        assert fast.findall(text) == kept.findall(text), repr(text)
+    ranks = {token: rank for rank, token in enumerate(golden_tokenizer.tokens)}
+    slow = tiktoken.Encoding("slow", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens={})
+    for text in texts:
+        assert golden_tokenizer.encode(text) == slow.encode_ordinary(text), repr(text)
 
 
 def test_special_tokens_in_a_text_are_ordinary_text(tokenizer: Tokenizer) -> None:

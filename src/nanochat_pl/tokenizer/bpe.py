@@ -33,6 +33,14 @@ SPLIT_PATTERN = (
     r"""|\s*[\r\n]|\s+(?!\S)|\s+"""
 )
 
+# The same cuts, found in about half the time. tiktoken's regex engine hands over to a fast automaton what neither looks
+# ahead nor forbids giving back, so that stands in one group. Nothing could be given back here: what is repeated and
+# what follows it have no character in common.
+_FAST_SPLIT_PATTERN = (
+    r"""(?:'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]+[\r\n]*"""
+    r"""|\s*[\r\n])|\s+(?!\S)|\s+"""
+)
+
 # Their ids follow the last merge, in this order.
 SPECIAL_TOKENS: tuple[str, ...] = (
     "<|bos|>",
@@ -282,6 +290,7 @@ def _checked_encoding(tokens: Sequence[bytes], pattern: str, special_ids: dict[s
     if problem := _problem_of_pattern(pattern):
         raise UserError(f"tokenizer: the split pattern {pattern!r} {problem}")
     ranks = {token: rank for rank, token in enumerate(tokens)}
+    pattern = _FAST_SPLIT_PATTERN if pattern == SPLIT_PATTERN else pattern
     return tiktoken.Encoding("nanochat_pl", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_ids)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import itertools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,11 @@ _ALONE = ["<s>", "</s>", "<eos>", "<EOS>", "<bos>", "<BOS>", "[EOS]", "[BOS]"]
 SEPARATOR = re.compile(
     f"{'|'.join(map(re.escape, _ANYWHERE))}|^[ \\t]*(?:{'|'.join(map(re.escape, _ALONE))})[ \\t]*$", re.MULTILINE
 )
+# Looks for a mark anywhere: about ten times faster than SEPARATOR, since each begins with a sign and not with a choice.
+_MARKS = [
+    re.compile(f"{re.escape(sign)}(?:{'|'.join(re.escape(mark[1:]) for mark in marks)})")
+    for sign, marks in itertools.groupby(sorted([*_ANYWHERE, *_ALONE]), key=lambda mark: mark[0])
+]
 _LONGEST_SEPARATOR = 64
 _BLOCK = 2**16
 
@@ -44,9 +50,8 @@ def txt_documents(path: Path, max_chars: int) -> Iterator[str]:
             if start:
                 text, start, searched = text[start:], 0, max(searched - start, 0)
             text += block
-            # A look for each of them is many times faster than the expression, and most files have none.
-            unsearched = text[searched:]
-            if not any(mark in unsearched for mark in (*_ANYWHERE, *_ALONE)):
+            # Most files have none, and a look for the marks is many times faster than the search for separators.
+            if not any(mark.search(text, searched) for mark in _MARKS):
                 searched = len(text)
             while start < len(text):
                 end, following = _next_cut(text, start, max(start, searched), max_chars, whole=not block)
