@@ -12,8 +12,8 @@ def test_a_key_that_is_too_short_is_named_by_its_place_and_not_shown(here, monke
     (here / "keys.txt").write_text("long-enough-1\n\n# short\n", encoding="utf-8")
     assert main(["serve", "run=demo", "api_key_file=keys.txt"]) == 2
     said = capsys.readouterr().err
-    assert "NANOCHAT_PL_API_KEY: an API key has at least 8 characters." in said
-    assert "api_key_file=keys.txt, line 3: an API key has at least 8 characters." in said
+    assert "NANOCHAT_PL_API_KEY: the API key has fewer than 8 characters." in said
+    assert "api_key_file=keys.txt, line 3: the API key has fewer than 8 characters." in said
     assert "secret1" not in said and "# short" not in said
 
 

@@ -263,7 +263,7 @@ def test_the_page_of_docs_names_every_field_that_has_no_effect():
 
 
 def test_a_full_context_is_told_apart_from_the_length_that_was_asked_for():
-    """To go on is no use then."""
+    """To go on is no use then, unless older messages can be left out."""
     pool = ScriptedPool()
     pool.updates = [{"text": "a", "prompt_tokens": 3}, {"text": "b", "finish": "context", "completion_tokens": 2}]
     with client_of(pool=pool) as client:

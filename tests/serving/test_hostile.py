@@ -294,7 +294,7 @@ def test_open_answers_are_ended_before_the_server_cancels_them(
             closed.append(time.monotonic())
 
     async def stop() -> float:
-        server = Server(uvicorn.Config(lambda: None))
+        server = Server(uvicorn.Config(lambda: None, log_config=None))
         server.server_state.tasks.add(asyncio.ensure_future(asyncio.sleep(0)))
         ending = asyncio.create_task(_end_answers(server, [ClosingPool()], seconds))  # type: ignore[list-item]
         await asyncio.sleep(0.15)
@@ -308,7 +308,7 @@ def test_open_answers_are_ended_before_the_server_cancels_them(
 
     told = asyncio.run(stop())
     assert (0.19 if signals == 1 else 0) <= closed[0] - told < 5
-    assert f"1 open requests have {seconds:g} s to end" in capsys.readouterr().out
+    assert f"1 open request has {seconds:g} s to end" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("began", [False, True])

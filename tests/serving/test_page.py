@@ -249,6 +249,14 @@ def test_an_answer_that_fills_the_context_offers_no_more(page):
 
 
 @needs_browser
+def test_an_answer_that_fills_the_context_goes_on_where_older_messages_can_be_left_out(page):
+    page.ask("Hallo")
+    page.ask("a" * 1020)
+    assert "the model's context is full" in page.one(".turn:last-child .facts-line").text
+    assert "Continue" in [each.text for each in page.all(".turn:last-child .below button")]
+
+
+@needs_browser
 def test_a_message_is_edited_and_what_followed_it_is_replaced(page):
     assert page.ask("Hallo") == "You said: Hallo"
     assert page.ask("second") == "You said: second"

@@ -82,7 +82,8 @@ def step(worker: Worker, seconds: float) -> dict[str, int]:
     worker.sent.clear()
     worker._scheduler.step()
     worker._collect()
-    worker._flush()
+    worker._hold()
+    worker._send_held()
     assert sum(map(bool, worker.sent)) <= 1
     return {name: len(update["tokens"]) for updates in worker.sent for name, update in updates}
 
@@ -140,6 +141,31 @@ def test_pieces_are_sent_between_a_short_forward_and_its_choice(worker, monkeypa
     before = {order[place - 1] for place, what in enumerate(order[:-1]) if what == "piece"}
     assert before == {"choice" if seconds else "forward"}
     assert order[-2:] == ["choice", "piece"]  # the end, which nothing follows, is sent at once
+
+
+def test_no_piece_waits_until_the_prompt_of_another_request_has_been_read(worker, monkeypatch):
+    order, turns = [], iter([False, True])
+
+    def logits(cache, new, forward=worker._engine.logits):
+        order.append("prompt" if len(new[0]) > 1 else "forward")
+        return forward(cache, new)
+
+    def receive(wait):
+        is_asked = next(turns, None)
+        if is_asked is None:
+            raise EOFError
+        if is_asked:
+            worker._submit("1", settings_of(prompt="another one"))
+
+    monkeypatch.setattr(worker._engine, "logits", logits)
+    monkeypatch.setattr(worker, "_receive", receive)
+    monkeypatch.setattr(worker, "send", lambda message: order.append((len(message["updates"]), message["stats"])))
+    worker._submit("0", settings_of())
+    with pytest.raises(EOFError):
+        worker.serve()
+    assert order[:2] == ["prompt", "forward"] and order[3:] == ["prompt", "forward"]
+    updates, stats = order[2]
+    assert (updates, stats["running"], stats["waiting"]) == (1, 1, 0)  # as they were after the step
 
 
 def test_calls_and_the_text_around_them_keep_their_order():

@@ -114,7 +114,7 @@ def _keys(config: ServeConfig) -> list[str]:
             raise UserError(f"api_key_file={path}: has no key in it.")
     if short := [place for place, key in zip(where, keys, strict=True) if len(key) < 8]:
         raise UserError(
-            [f"{place}: an API key has at least 8 characters." for place in short],
+            [f"{place}: the API key has fewer than 8 characters." for place in short],
             fix="Use a longer one: openssl rand -hex 24",
         )
     return keys

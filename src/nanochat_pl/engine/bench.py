@@ -66,7 +66,8 @@ class Limits:
 
     Attributes:
         bytes_per_second: of a copy of 64 MiB, read and written.
-        flops_per_second: of a product of matrices of 1,024 rows and columns, in the model's compute type.
+        flops_per_second: of a product of square matrices in the model's compute type: of 1,024 rows, or of 256 or 512
+            where that takes more than 10 ms.
     """
 
     bytes_per_second: float

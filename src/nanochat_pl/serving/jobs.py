@@ -111,7 +111,7 @@ class Jobs:
             if value in (None, [], {}, {"format": {"type": "text"}}):
                 del (body.model_extra or {})[name]
             else:
-                stored = name in ("conversation", "previous_response_id")
+                stored = name in ("conversation", "previous_response_id", "prompt")
                 why = "nothing is stored here" if stored else "models here have nothing of the kind"
                 raise ApiError(400, f"{name}: is not supported; {why}.", name, "unsupported_parameter")
         require_known(body)

@@ -236,11 +236,11 @@ class WorkerProcess:
             self.num_restarts = 0
         wait = RESTART_SECONDS[min(self.num_restarts, len(RESTART_SECONDS) - 1)]
         self.num_restarts += 1
+        asyncio.get_running_loop().call_later(wait, self._restart)
         when = f"in {wait:g} s" if wait else "now"
         print_from_any_rank(
             f"{self.model}: the process that answers has ended unexpectedly; it is started again {when}."
         )
-        asyncio.get_running_loop().call_later(wait, self._restart)
 
     def _restart(self) -> None:
         if not self._closing:

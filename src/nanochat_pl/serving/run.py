@@ -7,6 +7,7 @@ import errno
 import functools
 import gc
 import os
+import signal
 import socket
 import time
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ from typing import Any
 
 import uvicorn
 
+from nanochat_pl.common.console import ignore_broken_pipe
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.serving.app import create_app
 from nanochat_pl.serving.connection import Connection
@@ -26,6 +28,7 @@ from nanochat_pl.serving.settings import KEY_VARIABLE, ServeSettings
 NICENESS = 7
 
 
+@ignore_broken_pipe()
 def serve(specs: Sequence[tuple[str, Mapping[str, Any]]], settings: ServeSettings, keys: Sequence[str]) -> int:
     """Serve until SIGINT or SIGTERM; then open answers have some seconds to end.
 
@@ -59,7 +62,7 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """A signal to stop. Only the third one cuts off what is open."""
-        if self.should_exit and not self.is_hurried:
+        if sig == signal.SIGINT and self.should_exit and not self.is_hurried:
             self.is_hurried = True
         else:
             super().handle_exit(sig, frame)
@@ -161,7 +164,8 @@ async def _end_answers(server: Server, pools: Sequence[Pool], seconds: float) ->
     while not server.should_exit:
         await asyncio.sleep(0.1)
     if count := len(server.server_state.tasks):
-        print(f"\nStopping: {count} open requests have {seconds:g} s to end. Ctrl-C again ends them now.", flush=True)
+        what = "1 open request has" if count == 1 else f"{count} open requests have"
+        print(f"\nStopping: {what} {seconds:g} s to end. Ctrl-C again ends them now.", flush=True)
     ends_at = time.monotonic() + seconds
     while server.server_state.tasks and time.monotonic() < ends_at and not server.is_hurried:
         await asyncio.sleep(0.05)

@@ -7,7 +7,8 @@ asked for, ``completion_tokens`` so far, at first ``prompt_tokens``, at last ``f
 
 The first token of an answer is sent at once, and so is its end. The tokens between go together: those of a stream every
 ``stream_interval`` seconds, those of an answer that is wanted whole with its end. A piece costs server and client
-more than a token does, and on a CPU they take it from the model.
+more than a token does, and on a CPU they take it from the model. At once means after the step; or, where steps are
+short and no prompt has to be read, between the next one's forward and the choice of its tokens.
 """
 
 from __future__ import annotations
@@ -84,10 +85,11 @@ class Worker:
         self._scheduler: Scheduler = self._engine.scheduler(
             spec["num_slots"], spec["max_context"], spec["prefill_chunk"]
         )
-        self._scheduler.before_choice = self._flush
+        self._scheduler.before_choice = self._send_held
         self._stream_interval: float = spec["stream_interval"]
         self._running: dict[str, _Answer] = {}
         self._updates: list[tuple[str, dict[str, Any]]] = []
+        self._held: dict[str, Any] | None = None  # a message that waits for the next forward
         self._stats_at = self._next_pieces_at = 0.0
 
     def send(self, message: Mapping[str, Any]) -> None:
@@ -116,14 +118,15 @@ class Worker:
         """Answer requests until the pipe is closed."""
         while True:
             self._receive(wait=self._scheduler.idle)
+            if self._scheduler.has_unread:
+                self._send_held()  # it takes long to read a prompt
+            began = time.monotonic()
             if not self._scheduler.idle:
-                began = time.monotonic()
                 self._scheduler.step()
                 self._collect()
-                took = time.monotonic() - began
-                if not (self._scheduler.idle or self._scheduler.has_unread or took > MAX_HELD_SECONDS):
-                    continue  # what there is goes after the next forward, see Scheduler.before_choice
-            self._flush()
+            self._hold()
+            if self._scheduler.idle or time.monotonic() - began > MAX_HELD_SECONDS:
+                self._send_held()  # else after the next forward, see Scheduler.before_choice
 
     def _receive(self, wait: bool) -> None:
         """Take what has arrived; with nothing to do, wait for it a while."""
@@ -160,12 +163,18 @@ class Worker:
             num_streams = sum(answer.is_stream for answer in self._running.values())
             self._next_pieces_at = now + min(self._stream_interval, num_streams / PIECES_PER_SECOND)
 
-    def _flush(self) -> None:
-        """Send what there is."""
+    def _hold(self) -> None:
+        """Make a message of what there is to say after a step."""
+        self._send_held()
         now = time.monotonic()
         if self._updates or now - self._stats_at >= SECONDS_BETWEEN_STATS:
-            self.send({"updates": self._updates, "stats": self._stats()})
+            self._held = {"updates": self._updates, "stats": self._stats()}
             self._updates, self._stats_at = [], now
+
+    def _send_held(self) -> None:
+        if self._held is not None:
+            self.send(self._held)
+            self._held = None
 
     def _stats(self) -> dict[str, Any]:
         scheduler = self._scheduler

@@ -18,7 +18,7 @@ _ALONE = ["<s>", "</s>", "<eos>", "<EOS>", "<bos>", "<BOS>", "[EOS]", "[BOS]"]
 SEPARATOR = re.compile(
     f"{'|'.join(map(re.escape, _ANYWHERE))}|^[ \\t]*(?:{'|'.join(map(re.escape, _ALONE))})[ \\t]*$", re.MULTILINE
 )
-# Looks for a mark anywhere: about ten times faster than SEPARATOR, since each begins with a sign and not with a choice.
+# To find out whether there is a mark at all: about ten times faster, since each begins with a fixed character.
 _MARKS = [
     re.compile(f"{re.escape(sign)}(?:{'|'.join(re.escape(mark[1:]) for mark in marks)})")
     for sign, marks in itertools.groupby(sorted([*_ANYWHERE, *_ALONE]), key=lambda mark: mark[0])
@@ -50,7 +50,7 @@ def txt_documents(path: Path, max_chars: int) -> Iterator[str]:
             if start:
                 text, start, searched = text[start:], 0, max(searched - start, 0)
             text += block
-            # Most files have none, and a look for the marks is many times faster than the search for separators.
+            # Most files have none, and searching for the marks is many times faster than for separators.
             if not any(mark.search(text, searched) for mark in _MARKS):
                 searched = len(text)
             while start < len(text):

@@ -1,7 +1,7 @@
 // Conversations. One is {id, title, created, updated, models}, with one model, or two that are compared; its turns are
 //   {id, conversation, position, user, answers: [{model, shown, versions}]}
 // with an answer of each model. A version of an answer is what was generated at one time:
-//   {id, model, parts, finish, error, seed, usage, seconds, rating, leftOut, from, hasTokens}
+//   {id, model, parts, finish, error, seed, usage, seconds, rating, leftOut, canLeaveOutMore, from, hasTokens}
 // Its parts are those of the server's chat format, {type: "text" | "python" | "python_output", text}.
 
 import { newId } from "./dom.js";
@@ -132,6 +132,7 @@ export function addVersion(turn, side, fields = {}) {
     seconds: 0,
     rating: null,
     leftOut: 0,
+    canLeaveOutMore: false,
     from: null,
     hasTokens: false,
     ...fields,

@@ -29,7 +29,7 @@ export const isAnswering = (conversation) => [...running.values()].some((job) =>
 
 export const answeringIds = () => new Set([...running.values()].map((job) => job.conversation.id));
 
-// Who leaves the page stops its answers: else the browser breaks their connections off, which would be an error.
+// Leaving the page stops its answers: the broken connections would be shown as errors.
 window.addEventListener("pagehide", () => {
   for (const { conversation, turn, version, controller } of running.values()) {
     version.finish = "stopped";

@@ -7,7 +7,7 @@ const KEPT = 30;
 // Marks of Markdown that nobody wants to hear; * and _ alone may be what is talked about.
 const MARKS = /\*\*|`+|^#+\s+|^>\s+|^\|?[-:|\s]+\|?$/gm;
 
-/** Returns the line, for who takes back what is no longer so; null where there is nothing to say. */
+/** Returns the line, which the caller may remove when it is no longer true; null where there is nothing to say. */
 export function say(text) {
   const spoken = text.replace(MARKS, "").trim();
   if (!spoken) return null;

@@ -102,7 +102,7 @@ export class View {
     if (version.error) say(`Error: ${version.error}`);
   }
 
-  /** It is not answering any more, or not here: who reads the log later shall not find it there. */
+  /** It is not answering any more, or not here: the log must not go on saying so. */
   #takeBack(version) {
     this.#answering.get(version)?.remove();
     this.#answering.delete(version);
