@@ -22,7 +22,7 @@ from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.schema import build
 from nanochat_pl.serving.app import create_app
 from nanochat_pl.serving.gate import Gate
-from nanochat_pl.serving.run import Server, _end_answers, serve, uvicorn_config
+from nanochat_pl.serving.run import GracefulServer, _end_answers, serve, uvicorn_config
 from nanochat_pl.serving.settings import ServeSettings
 from tests.serving.test_gate import CHAT, ScriptedGeneration, ScriptedPool, client_of, error_of
 
@@ -294,7 +294,7 @@ def test_open_answers_are_ended_before_the_server_cancels_them(
             closed.append(time.monotonic())
 
     async def stop() -> float:
-        server = Server(uvicorn.Config(lambda: None, log_config=None))
+        server = GracefulServer(uvicorn.Config(lambda: None, log_config=None))
         server.server_state.tasks.add(asyncio.ensure_future(asyncio.sleep(0)))
         ending = asyncio.create_task(_end_answers(server, [ClosingPool()], seconds))  # type: ignore[list-item]
         await asyncio.sleep(0.15)

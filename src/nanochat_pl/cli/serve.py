@@ -99,22 +99,19 @@ def _models(config: ServeConfig) -> dict[str, Path]:
 
 def _keys(config: ServeConfig) -> list[str]:
     """The API keys. They never stand on the command line, where everybody on the machine could read them."""
-    keys = [os.environ[KEY_VARIABLE].strip()] if os.environ.get(KEY_VARIABLE, "").strip() else []
-    where = [KEY_VARIABLE] * len(keys)
+    found = [(KEY_VARIABLE, os.environ.get(KEY_VARIABLE, "").strip())]  # each with the place where it stands
     if config.api_key_file is not None:
         path = Path(config.api_key_file)
         try:
-            for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
-                if line.strip():
-                    keys.append(line.strip())
-                    where.append(f"api_key_file={path}, line {number}")
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"api_key_file={path}: cannot be read: {error}.") from error
-        if not keys:
+        found += [(f"api_key_file={path}, line {number}", line.strip()) for number, line in enumerate(lines, 1)]
+        if not any(key for _, key in found):
             raise UserError(f"api_key_file={path}: has no key in it.")
-    if short := [place for place, key in zip(where, keys, strict=True) if len(key) < 8]:
+    if short := [place for place, key in found if 0 < len(key) < 8]:
         raise UserError(
             [f"{place}: the API key has fewer than 8 characters." for place in short],
             fix="Use a longer one: openssl rand -hex 24",
         )
-    return keys
+    return [key for _, key in found if key]

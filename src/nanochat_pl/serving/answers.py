@@ -28,8 +28,7 @@ class Choice:
     tools: list[dict[str, str]] = field(default_factory=list)
     tokens: list[dict[str, Any]] = field(default_factory=list)
     parts: list[dict[str, str]] = field(default_factory=list)
-    finish: str | None = None  # as the API has it
-    reason: str | None = None  # as the engine has it, which knows a full context from a limit of the request
+    finish: str | None = None  # as the engine has it, which knows a full context from a limit of the request
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
@@ -41,12 +40,14 @@ class Choice:
             self.num_chars += len(text)
         self.tools += update.get("tools", [])
         self.tokens += update.get("tokens", [])
-        for name in ("prompt_tokens", "cached_tokens", "completion_tokens", "parts"):
+        for name in ("prompt_tokens", "cached_tokens", "completion_tokens", "parts", "finish"):
             if name in update:
                 setattr(self, name, update[name])
-        if "finish" in update:
-            self.reason = update["finish"]
-            self.finish = FINISH_REASONS.get(self.reason, "stop")
+
+    @property
+    def finish_reason(self) -> str | None:
+        """As the API has it; None before the end."""
+        return None if self.finish is None else FINISH_REASONS.get(self.finish, "stop")
 
     @property
     def text(self) -> str:
@@ -183,7 +184,7 @@ def own_field(choice: Choice | Mapping[str, Any], details: bool) -> dict[str, An
     """The field ``nanochat`` of a message or a delta: what the calculator did, that the context is full, and all tokens
     where asked for.
     """
-    update = {**vars(choice), "finish": choice.reason} if isinstance(choice, Choice) else choice
+    update = vars(choice) if isinstance(choice, Choice) else choice
     found = {name: update[name] for name in ("tools", "parts") if update.get(name)}
     if update.get("finish") == "context":
         found["finish"] = "context"

@@ -7,7 +7,6 @@ from typing import Any
 
 from nanochat_pl.serving.answers import (
     DONE,
-    FINISH_REASONS,
     PING,
     Choice,
     chat_logprobs,
@@ -35,7 +34,7 @@ def chat_body(job: Job, choices: Sequence[Choice]) -> dict[str, Any]:
                     **own_field(choice, job.details),
                 },
                 "logprobs": chat_logprobs(choice.tokens) if job.logprobs else None,
-                "finish_reason": choice.finish,
+                "finish_reason": choice.finish_reason,
             }
             for choice in choices
         ],
@@ -76,7 +75,7 @@ async def chat_stream(job: Job, metrics: Metrics, include_usage: bool) -> AsyncG
                 logprobs = chat_logprobs(update.get("tokens", ())) if job.logprobs else None
                 chunks.append(chunk(index, {"content": update.get("text", ""), **own}, logprobs=logprobs))
             if "finish" in update:
-                chunks.append(chunk(index, {}, FINISH_REASONS.get(update["finish"], "stop")))
+                chunks.append(chunk(index, {}, choices[index].finish_reason))
                 unfinished -= 1
             if chunks and unfinished:
                 yield b"".join(chunks)

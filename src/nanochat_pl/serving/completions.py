@@ -7,7 +7,6 @@ from typing import Any
 
 from nanochat_pl.serving.answers import (
     DONE,
-    FINISH_REASONS,
     PING,
     Choice,
     completion_logprobs,
@@ -44,7 +43,7 @@ def completion_body(job: Job, choices: Sequence[Choice]) -> dict[str, Any]:
                 "index": choice.index,
                 "text": _echo(job, choice.index) + choice.text,
                 "logprobs": completion_logprobs(choice.tokens, len(_echo(job, choice.index))) if job.logprobs else None,
-                "finish_reason": choice.finish,
+                "finish_reason": choice.finish_reason,
             }
             for choice in choices
         ],
@@ -77,8 +76,7 @@ async def completion_stream(job: Job, metrics: Metrics, include_usage: bool) -> 
             choice.add(update)
             if text or "finish" in update:
                 logprobs = completion_logprobs(update.get("tokens", ()), before) if job.logprobs else None
-                finish = FINISH_REASONS.get(update["finish"], "stop") if "finish" in update else None
-                piece = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
+                piece = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": choice.finish_reason}
                 yield event(head | {"choices": [piece]})
         if include_usage:
             yield event(head | {"choices": [], "usage": _usage(job, choices)})

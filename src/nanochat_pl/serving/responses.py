@@ -18,7 +18,7 @@ def response_body(
     """The object ``response``; without a choice one that has just begun."""
     reason = None
     if choice is not None and status is None:
-        status = "completed" if choice.finish == "stop" else "incomplete"
+        status = "completed" if choice.finish_reason == "stop" else "incomplete"
         reason = None if status == "completed" else {"reason": "max_output_tokens"}
     return {
         "id": job.answer.id,

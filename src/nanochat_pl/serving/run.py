@@ -51,7 +51,7 @@ def serve(specs: Sequence[tuple[str, Mapping[str, Any]]], settings: ServeSetting
         return asyncio.run(_serve(listening, specs, settings, keys))
 
 
-class Server(uvicorn.Server):
+class GracefulServer(uvicorn.Server):
     """uvicorn's, but a second Ctrl-C ends open answers at once with an error, in place of cutting them off.
 
     Attributes:
@@ -118,7 +118,7 @@ async def _serve(
         return pools[-1]
 
     app = create_app(make_pool, settings, keys)
-    server = Server(uvicorn_config(app, settings))
+    server = GracefulServer(uvicorn_config(app, settings))
     running = asyncio.create_task(server.serve(sockets=[listening]))
     ending = asyncio.create_task(_end_answers(server, pools, settings.shutdown_seconds))
     while not (server.started or running.done()):
@@ -159,7 +159,7 @@ def _let_workers_go_first(pool: Pool) -> None:
         os.nice(NICENESS)
 
 
-async def _end_answers(server: Server, pools: Sequence[Pool], seconds: float) -> None:
+async def _end_answers(server: GracefulServer, pools: Sequence[Pool], seconds: float) -> None:
     """Once the server is told to stop, end what is open after some seconds with an error that clients understand."""
     while not server.should_exit:
         await asyncio.sleep(0.1)
