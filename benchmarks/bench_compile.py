@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from _report import in_turns, parser_of, ratio, report, spreads
 
+from nanochat_pl.common.device import choose_compute_dtype
 from nanochat_pl.model.compiled import CompiledLoss
 from nanochat_pl.model.config import GPTConfig, ModelSettings, resolve_model
 from nanochat_pl.model.gpt import GPT
@@ -71,7 +72,7 @@ def steps(dtype: str, depth: int, pairs: int) -> dict[str, Any]:
 def first_step(way: str, depth: int) -> None:
     """Print the seconds of the first step of a deep, narrow model: in a process of its own."""
     settings = ModelSettings(depth=depth, aspect_ratio=4, head_dim=16, sequence_len=256, short_window_multiple=16)
-    config = resolve_model(settings, 512, "bfloat16")
+    config = resolve_model(settings, 512, choose_compute_dtype("auto", torch.device("cpu")))
     each = Steps(config, way, rows=2)
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     seconds = each.seconds()
@@ -93,8 +94,9 @@ def waits(way: str, depth: int) -> dict[str, float]:
 
 def main() -> None:
     """Measure and report."""
-    parser = parser_of(__doc__, pairs=6, depth=4)
-    parser.add_argument("--dtypes", nargs="*", default=["bfloat16"])
+    parser = parser_of(__doc__, pairs=4, depth=2)
+    trained_in = choose_compute_dtype("auto", torch.device("cpu"))
+    parser.add_argument("--dtypes", nargs="*", default=[trained_in], help="default: what is trained in here")
     parser.add_argument("--depths", type=int, nargs="*", default=[], help="of first steps, as 12: minutes")
     parser.add_argument("--first", choices=[*WAYS], help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -95,8 +95,8 @@ def early_share(net: GPT, backward: Callable[[], None]) -> float:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=12)
-    parser.add_argument("--depth", type=int, default=4)
+    parser.add_argument("--pairs", type=int, default=8)
+    parser.add_argument("--depth", type=int, default=2)
     parser.add_argument("--vocab", type=int, default=4096)
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--micro-batches", type=int, default=1)

@@ -14,7 +14,8 @@ from typing import NamedTuple
 from _report import parser_of, report
 
 from nanochat_pl.engine import Engine
-from nanochat_pl.engine.bench import BenchSettings, as_plain, measure_batch, measure_limits
+from nanochat_pl.engine.bench import as_plain, measure_batch, measure_limits
+from nanochat_pl.engine.settings import BenchSettings
 from nanochat_pl.model.config import ModelSettings, resolve_model
 from nanochat_pl.model.gpt import GPT, TORCH_DTYPES
 from nanochat_pl.model.init import init_weights

@@ -4,7 +4,8 @@
 
 Predicted is ``planning/memory.py``, a formula of the architecture; measured is ``peak_memory.py``. Both are the peak
 above the built model, libraries included on a CPU. The sizes differ in depth, row, vocabulary and rows, in the compute
-type and in the two knobs; with ``--full`` each phase of a step is the largest one of some of them.
+type and in the two knobs; with ``--full`` each phase of a step is the largest one of some of them. Where the hardware
+has no bfloat16, its emulation would take minutes a step: all is measured in float32 there.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from _report import parser_of, report
 from peak_memory import StepShape, peak_memory
 
+from nanochat_pl.common.device import has_bfloat16
 from nanochat_pl.model.config import ModelSettings, resolve_model
 from nanochat_pl.planning.memory import MemoryKnobs, StepMemory, step_memory
 
@@ -59,6 +61,8 @@ def main() -> None:
     found: dict[str, Any] = {}
     for shape in [TOY] if given.toy else SHAPES if given.full else SHAPES[-2:]:
         shape = dataclasses.replace(shape, device=given.device)
+        if not has_bfloat16(torch.device(given.device)):
+            shape = dataclasses.replace(shape, compute_dtype="float32")
         plan, measured = predicted(shape), peak_memory(shape)
         found[describe(shape)] = {
             "largest phase": plan.peak_phase,

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from _report import parser_of, report, spread
 
-WARM_UP_STEPS = 4
+WARM_UP_STEPS = 2
 MODEL = ("model.aspect_ratio=64", "model.head_dim=64", "model.sequence_len=256")
 SETTINGS = (
     *("stage=base", "data=local", "data.txt_document_chars=1000", "tokenizer.vocab_size=4096"),
@@ -55,7 +55,7 @@ def train(processes: int, folder: Path, num_steps: int, sizes: tuple[str, ...]) 
 
 def main() -> None:
     """Measure and report."""
-    given = parser_of(__doc__, rounds=2, steps=4, device_batch_size=8, depth=4, step_tokens=8192).parse_args()
+    given = parser_of(__doc__, rounds=2, steps=4, device_batch_size=4, depth=4, step_tokens=4096).parse_args()
     sizes = (f"device_batch_size={given.device_batch_size}", f"model.depth={given.depth}")
     sizes += (f"total_batch_tokens={given.step_tokens}",)
     ratios, shares = [], []

@@ -92,7 +92,7 @@ def main(num_files: int, every_steps: int, depth: int, rate: float, compiled: bo
 
 
 if __name__ == "__main__":
-    parser = parser_of(__doc__, files=4, every_steps=20, depth=4, mib_per_second=50)
+    parser = parser_of(__doc__, files=3, every_steps=16, depth=4, mib_per_second=50)
     parser.add_argument("--eager", action="store_true")
     options = parser.parse_args()
     main(options.files, options.every_steps, options.depth, options.mib_per_second * 2**20, not options.eager)

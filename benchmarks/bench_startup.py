@@ -1,6 +1,6 @@
 """How long a command takes to begin: --help, the answer to a wrong key, and the first step of the demo's training.
 
-    python benchmarks/bench_startup.py [--repeats 3] [--experiment demo] [--against FOLDER] [KEY=VALUE …]
+    python benchmarks/bench_startup.py [--repeats 2] [--experiment demo] [--against FOLDER] [KEY=VALUE …]
 
 By the clock, and CPU seconds of the command and what it starts, which others on the machine disturb less. The first
 step is of the stage base, run before: its data, tokens and compiled code are in their caches. It is there when the last
@@ -27,7 +27,7 @@ HERE = Path(__file__).resolve().parents[1]
 
 def main() -> None:
     """Measure and report."""
-    parser = parser_of(__doc__, repeats=3)
+    parser = parser_of(__doc__, repeats=2)
     parser.add_argument("--experiment", default="demo")
     parser.add_argument("--against", type=Path, help="another checkout")
     parser.add_argument("keys", nargs="*", metavar="KEY=VALUE")

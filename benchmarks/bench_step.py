@@ -9,6 +9,7 @@ parts in milliseconds, tokens a second, the share of the matrix rate that was me
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import resource
@@ -90,12 +91,9 @@ def measure(shape: str, dtype: str, num_steps: int, compiled: bool) -> dict[str,
         )
 
     torch.use_deterministic_algorithms(True)
-    try:  # as training does, where this checkout's training does
-        from nanochat_pl.common.malloc import keep_freed_memory
-    except ImportError:
-        pass
-    else:
-        keep_freed_memory()
+    # As training does, where this checkout's training does: an older one has no such module.
+    keeps_memory = importlib.util.find_spec("nanochat_pl.common.malloc") is not None
+    if keeps_memory:
         settings: Any = torch.utils.deterministic
         settings.fill_uninitialized_memory = False
     depth, length, vocab_size, rows = SHAPES[shape]
@@ -117,6 +115,10 @@ def measure(shape: str, dtype: str, num_steps: int, compiled: bool) -> dict[str,
         optimizer.step()
         optimizer.zero_grad()
         marks.append(time.perf_counter())
+        if keeps_memory and number == 0:
+            from nanochat_pl.common.malloc import keep_freed_memory
+
+            keep_freed_memory()
         if number >= 4:  # the first ones compile and warm up
             for part, begin, end in zip(PARTS, [*marks[:3], marks[0]], [*marks[1:], marks[3]], strict=True):
                 times[part].append(1e3 * (end - begin))

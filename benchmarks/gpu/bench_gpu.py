@@ -29,7 +29,8 @@ from nanochat_pl.common.device import choose_compute_dtype, device_name
 from nanochat_pl.common.errors import UserError, first_line
 from nanochat_pl.common.out_of_memory import is_out_of_memory, release_memory
 from nanochat_pl.engine import Engine
-from nanochat_pl.engine.bench import BenchSettings, as_plain, measure_batch, measure_limits
+from nanochat_pl.engine.bench import as_plain, measure_batch, measure_limits
+from nanochat_pl.engine.settings import BenchSettings
 from nanochat_pl.model.attention import windowed_attention
 from nanochat_pl.model.compiled import CompiledLoss
 from nanochat_pl.model.config import ModelSettings, resolve_model

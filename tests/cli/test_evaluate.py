@@ -13,7 +13,7 @@ import torch
 from nanochat_pl.bundle.bundle import load_bundle, save_bundle, save_stage_info
 from nanochat_pl.bundle.stage_info import StageInfo
 from nanochat_pl.cli import evaluate_suites
-from nanochat_pl.cli.evaluate import is_measured
+from nanochat_pl.cli._evaluate import is_measured
 from nanochat_pl.cli.evaluate_settings import EvaluateConfig
 from nanochat_pl.cli.evaluate_suites import data_of
 from nanochat_pl.cli.main import main

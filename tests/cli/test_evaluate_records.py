@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from nanochat_pl.cli import evaluate, evaluate_suites
+from nanochat_pl.cli import _evaluate, evaluate_suites
 from nanochat_pl.cli.main import main
 from nanochat_pl.evaluation import jobs
 from nanochat_pl.evaluation.suites import CHATCORE, read_results
@@ -117,7 +117,7 @@ def test_figures_of_an_earlier_version_are_measured_anew(
     """A judge that was mended had no say: the old verdicts were taken for its own."""
     make_run("a")
     assert ask() == 0
-    for module in (evaluate, jobs):
+    for module in (_evaluate, jobs):
         monkeypatch.setattr(module, "METRICS_VERSION", 1000)
     assert ask("suites=[chat]") == 0
     assert asked == ["arithmetic", "identity"] * 2

@@ -119,7 +119,7 @@ def test_what_is_in_the_way_is_said_before_a_checkpoint_is_read(
     def read(*arguments: object, **options: object) -> object:
         raise AssertionError("was read")
 
-    monkeypatch.setattr("nanochat_pl.cli.import_.read_nanochat", read)
+    monkeypatch.setattr("nanochat_pl.cli._import.read_nanochat", read)
     (here / "runs" / "gold" / "base").mkdir(parents=True)
     (here / "link").symlink_to(here)
     for key, said in (

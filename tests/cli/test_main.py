@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -53,24 +54,40 @@ SAID = ["max_steps='few': must be a whole number.", "seed=-1: is below 0.", "mod
         ),
         (["pipeline", "experiment=tiny", "stages.base.modl=1", *WRONG], [*SAID[:2], f"stages.base.{SAID[2]}"]),
         (["plan", "modl=1", *WRONG], SAID),
-        (["report", "modl=1"], ["modl: there is no such key"]),
-        (["evaluate", "modl=1"], ["modl: there is no such key"]),
     ],
     ids=lambda value: " ".join(value) if value[0] in COMMANDS else "",
 )
 def test_mistakes_are_told_without_loading_what_they_do_not_need(arguments: list[str], said: list[str]) -> None:
     """A person waits for it: torch takes two seconds, Lightning three, SciPy half of one."""
-    needed = {"torch"} if arguments[0] == "evaluate" else set()
-    program = (
-        "import sys; from nanochat_pl.cli.main import main; code = main(sys.argv[1:]);"
-        f"heavy = {{'torch', 'lightning', 'scipy', 'torchmetrics', 'transformers'}} - {needed};"
-        "print(code, sorted(heavy & {name.split('.')[0] for name in sys.modules}))"
+    code, errors = told_by_program([arguments])
+    assert code == ["2"]
+    assert len(errors) == len(said), errors
+    assert all(line.startswith(f"error: {text}") for line, text in zip(errors, said, strict=True)), errors
+
+
+def test_no_command_loads_a_large_library_to_tell_a_wrong_key() -> None:
+    with_keys = {"search": ["model.depth=2,4"], "pipeline": ["experiment=tiny"]}
+    codes, errors = told_by_program([[command, "modl=1", *with_keys.get(command, [])] for command in COMMANDS])
+    assert codes == ["2"] * len(COMMANDS)
+    assert sum(error.startswith("error: modl: ") for error in errors) == len(COMMANDS), errors
+
+
+def told_by_program(commands: list[list[str]]) -> tuple[list[str], list[str]]:
+    """Exit codes and errors of command lines in a fresh process, which has loaded no large library at the end."""
+    program = """
+import json, sys
+from nanochat_pl.cli.main import main
+codes = [main(arguments) for arguments in json.loads(sys.argv[1])]
+loaded = {"torch", "lightning", "scipy", "torchmetrics", "transformers"} & {name.split(".")[0] for name in sys.modules}
+print("loaded", *sorted(loaded))
+print("codes", *codes)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, json.dumps(commands)], capture_output=True, text=True, check=True
     )
-    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "2 []", (done.stdout, done.stderr)
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == len(said), done.stderr
-    assert all(line.startswith(f"error: {text}") for line, text in zip(errors, said, strict=True)), done.stderr
+    *_, loaded, codes = done.stdout.splitlines()
+    assert loaded == "loaded", (loaded, done.stderr)
+    return codes.split()[1:], [line for line in done.stderr.splitlines() if line.startswith("error: ")]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

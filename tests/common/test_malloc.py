@@ -35,6 +35,27 @@ def test_large_blocks_are_taken_from_the_system_once() -> None:
     assert before > 4 * 10_000 and after < 1_000
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc is Linux's")
+def test_what_is_free_already_is_given_back() -> None:
+    """Below a block that stays: without being asked, glibc gives back only what lies at the end."""
+    program = """
+from nanochat_pl.common.malloc import keep_freed_memory
+
+def resident():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmRSS"))
+
+blocks = [bytearray(2**16) for _ in range(2_000)]
+del blocks[:-1]
+before = resident()
+print(keep_freed_memory(), before - resident())
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    could, kib = result.stdout.split()
+    if could != "True":
+        pytest.skip("another C library than glibc")
+    assert int(kib) > 60_000, "half of 125 MiB"
+
+
 @pytest.mark.parametrize("name", ["MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES"])
 def test_an_environment_that_sets_it_itself_is_left_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, "1")

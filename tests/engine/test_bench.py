@@ -11,7 +11,8 @@ import torch
 from nanochat_pl.cli.main import main
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.engine import Engine, bench
-from nanochat_pl.engine.bench import BenchSettings, Limits, bytes_of_step, limits_of, measure_batch, random_prompts
+from nanochat_pl.engine.bench import Limits, bytes_of_step, limits_of, measure_batch, random_prompts
+from nanochat_pl.engine.settings import BenchSettings
 from tests.helpers.models import perturbed, tiny_config
 from tests.helpers.small_engine import SmallBundle, byte_tokenizer
 

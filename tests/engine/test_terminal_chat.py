@@ -15,7 +15,8 @@ import torch
 
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.schema import build
-from nanochat_pl.engine.terminal_chat import HELP, ChatSettings, run_chat
+from nanochat_pl.engine.settings import ChatSettings
+from nanochat_pl.engine.terminal_chat import HELP, run_chat
 from tests.helpers.models import perturbed, tiny_config
 from tests.helpers.small_engine import SmallBundle, byte_tokenizer, scripted_bundle
 
@@ -251,7 +252,8 @@ def test_settings_have_bounds(wrong):
 
 SCRIPT = """
 import time
-from nanochat_pl.engine.terminal_chat import HELP, ChatSettings, run_chat
+from nanochat_pl.engine.settings import ChatSettings
+from nanochat_pl.engine.terminal_chat import HELP, run_chat
 from tests.helpers.small_engine import scripted_bundle
 
 answers = {"long": "x" * 2000, "hi": "Hello.", "one\\ntwo": "Both.", "three\\n\\nfour": "All."}

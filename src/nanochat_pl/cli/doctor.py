@@ -19,6 +19,7 @@ from nanochat_pl.cli.train import place_of
 from nanochat_pl.common.console import print_table, progress, rank_zero_print
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.files import ensure_folder, write_json, write_text
+from nanochat_pl.common.imports import loading_libraries
 from nanochat_pl.common.paths import cache_folder
 from nanochat_pl.common.run_dir import StageFolder
 from nanochat_pl.common.schema import UserPath, setting, to_plain
@@ -32,7 +33,6 @@ from nanochat_pl.doctor.plots import lengths_svg
 from nanochat_pl.doctor.tables import tables
 from nanochat_pl.training.config import TrainConfig
 from nanochat_pl.training.stage_data.inherit import inherited
-from nanochat_pl.training.stage_data.source import chosen_data
 
 EXIT_FAILS = 1
 JSON, PICTURE = "doctor.json", "lengths.svg"
@@ -67,10 +67,10 @@ EXTRA_KEYS = {
 
 def run(arguments: Sequence[str]) -> int:
     """The command: 0, or 1 where something would break a run."""
+    config, folder, cache = open_stage(arguments)
     from nanochat_pl.doctor.show_rows import row_lines, step_lines
     from nanochat_pl.doctor.stage_data import open_stage_data
 
-    config, folder, cache = open_stage(arguments)
     if config.row is not None or config.step is not None:
         for line in [
             *([] if config.row is None else row_lines(config, folder, cache, config.row)),
@@ -124,6 +124,8 @@ def open_stage(arguments: Sequence[str]) -> tuple[DoctorConfig, StageFolder, Pat
     composed, folder = _composed(arguments)
     config = inherited(composed.config, folder, composed.given)
     assert isinstance(config, DoctorConfig)
+    with loading_libraries():  # torch, which takes seconds: what is wrong with the settings has been said before
+        from nanochat_pl.training.stage_data.source import chosen_data
     cache = cache_folder(config.paths)
     return dataclasses.replace(config, data=chosen_data(config, folder, cache)), folder, cache
 

@@ -10,16 +10,18 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from nanochat_pl.bundle.bundle import Bundle
 from nanochat_pl.common.console import next_steps, rank_zero_print
 from nanochat_pl.common.errors import UserError
+from nanochat_pl.common.imports import loading_libraries
 from nanochat_pl.common.paths import PathsSettings, locate_bundle
 from nanochat_pl.common.schema import UserPath, setting
 from nanochat_pl.config.compose import compose
-from nanochat_pl.convert.export import CARD, export, load_for_export
-from nanochat_pl.convert.parity import Parity
+
+if TYPE_CHECKING:
+    from nanochat_pl.bundle.bundle import Bundle
+    from nanochat_pl.convert.parity import Parity
 
 CLASSIC_MUON = (
     "It was trained with classic Muon, which nanochat does not have: where there are moments, the second ones of the"
@@ -51,6 +53,8 @@ def run(arguments: Sequence[str]) -> int:
         raise UserError("to: is missing: it names the folder to make.", "For example to=my-model-hf")
     to = Path(config.to)
     source = locate_bundle(config.bundle, config.run, config.stage, Path(config.paths.runs))
+    with loading_libraries():  # torch, which takes seconds: what is wrong with the settings has been said before
+        from nanochat_pl.convert.export import CARD, export, load_for_export
     bundle = load_for_export(source, to, config.format, config.moments)
     rank_zero_print(f"{source} → {to}, for {READERS[config.format]}")
     if bundle.tokenizer is None:

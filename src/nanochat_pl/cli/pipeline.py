@@ -179,7 +179,7 @@ def is_finished(step: Step, composed: Composed, run_dir: Path) -> bool:
         return is_trained(folder, with_parent(composed, folder))
     if step.command == "evaluate":
         with loading_libraries():  # torch, which the settings are checked without
-            from nanochat_pl.cli.evaluate import is_measured
+            from nanochat_pl.cli._evaluate import is_measured
         return is_measured(composed)
     report = run_dir / "report" / "report.json"
     read = [path for pattern in ("*/finished.json", "evaluation/*/results.json") for path in run_dir.glob(pattern)]

@@ -25,6 +25,7 @@ from nanochat_pl.cli.train import compose_train
 from nanochat_pl.common.console import ignore_broken_pipe, print_table, rank_zero_print
 from nanochat_pl.common.errors import UserError, did_you_mean
 from nanochat_pl.common.files import ensure_folder
+from nanochat_pl.common.imports import loading_libraries
 from nanochat_pl.common.locks import held_lock, try_lock
 from nanochat_pl.common.paths import PathsSettings
 from nanochat_pl.common.run_dir import stage_folder
@@ -33,7 +34,6 @@ from nanochat_pl.comparison.metrics import DEFAULT
 from nanochat_pl.config.compose import compose
 from nanochat_pl.config.overrides import split_override, take_key
 from nanochat_pl.config.search_space import Choice, Dimension, split_space, text_of
-from nanochat_pl.evaluation.validation import name_by_source
 from nanochat_pl.training.config import TrainConfig
 
 
@@ -108,7 +108,9 @@ def _require_measured(metric: str, config: TrainConfig) -> None:
     """Raise :class:`UserError` for a metric that a training of these settings does not have."""
     if metric == DEFAULT or config.stage.module is not None:  # which may have metrics of its own
         return
-    from nanochat_pl.training.callbacks.metrics import COLUMNS, COLUMNS_BY_SOURCE
+    with loading_libraries():  # torch, which takes seconds: what is wrong with the settings has been said before
+        from nanochat_pl.evaluation.validation import name_by_source
+        from nanochat_pl.training.callbacks.metrics import COLUMNS, COLUMNS_BY_SOURCE
 
     of_sources = [name_by_source(column, source) for source in config.data.parts for column in COLUMNS_BY_SOURCE]
     known = [name for name in (*COLUMNS[1:], *of_sources) if "_stderr" not in name]

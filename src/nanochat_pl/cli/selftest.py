@@ -14,10 +14,11 @@ from nanochat_pl.cli.run_record import what_runs
 from nanochat_pl.common.console import print_table, rank_zero_print
 from nanochat_pl.common.device_settings import Accelerator
 from nanochat_pl.common.files import write_json
+from nanochat_pl.common.imports import loading_libraries
 from nanochat_pl.common.paths import PathsSettings, cache_folder
 from nanochat_pl.common.schema import UserPath, setting
 from nanochat_pl.config.compose import compose
-from nanochat_pl.distributed import collectives, coordination
+from nanochat_pl.distributed import coordination
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,9 @@ Config = SelftestConfig
 def run(arguments: Sequence[str]) -> int:
     """The command."""
     config = coordination.raise_on_all_ranks(lambda: compose("selftest", SelftestConfig, arguments)).config
-    from nanochat_pl.selftest.run import selftest, verdict
-
+    with loading_libraries():  # torch, which takes seconds: what is wrong with the settings has been said before
+        from nanochat_pl.distributed import collectives
+        from nanochat_pl.selftest.run import selftest, verdict
     size = collectives.world_size()
     rank_zero_print(f"Testing {size} process{'es' if size > 1 else ''} …")
     runs, caches = Path(config.paths.runs), cache_folder(config.paths)

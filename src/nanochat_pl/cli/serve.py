@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nanochat_pl.common.device import choose_device, num_devices, require_kernels
 from nanochat_pl.common.device_settings import Accelerator
 from nanochat_pl.common.errors import UserError
+from nanochat_pl.common.imports import loading_libraries
 from nanochat_pl.common.paths import PathsSettings, cache_folder, locate_bundle
 from nanochat_pl.common.schema import UserPath, setting
 from nanochat_pl.config.compose import compose
@@ -46,7 +46,9 @@ def run(arguments: Sequence[str]) -> int:
     """The command."""
     config = compose("serve", ServeConfig, arguments).config
     try:
-        from nanochat_pl.serving.run import serve
+        with loading_libraries():  # torch, which takes seconds: what is wrong with the settings has been said before
+            from nanochat_pl.common.device import choose_device, num_devices, require_kernels
+            from nanochat_pl.serving.run import serve
     except ModuleNotFoundError as error:
         raise UserError(
             f"serve: needs the package {error.name}, which is not installed.", fix="pip install 'nanochat-pl[serve]'"

@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 
-from nanochat_pl.bundle.bundle import load_tokenizer
 from nanochat_pl.cli.train import place_of
 from nanochat_pl.common.console import next_steps, progress, rank_zero_print
 from nanochat_pl.common.errors import UserError
+from nanochat_pl.common.imports import loading_libraries
 from nanochat_pl.common.paths import cache_folder, run_keys
 from nanochat_pl.common.schema import setting
 from nanochat_pl.config.compose import Composed
@@ -28,7 +28,6 @@ from nanochat_pl.data.sources.mixture import MixedSource
 from nanochat_pl.data.sources.open import open_source
 from nanochat_pl.tokenizer import Tokenizer
 from nanochat_pl.training.config import TrainConfig
-from nanochat_pl.training.stage_data.source import chosen_data, corpus_of_stage
 
 
 @dataclass(frozen=True)
@@ -73,6 +72,9 @@ def run(arguments: Sequence[str]) -> int:
             f"{made_by.path}: there is no tokenizer yet, and all machines need the same one.",
             "Train it first, once, with the same keys: nanochat-pl train stage=tokenizer …",
         )
+    with loading_libraries():  # torch, which takes seconds: what is wrong with the settings has been said before
+        from nanochat_pl.bundle.bundle import load_tokenizer
+        from nanochat_pl.training.stage_data.source import chosen_data, corpus_of_stage
     corpus = corpus_of_stage(config, folder, cache, resuming=False)
     source = open_source(chosen_data(config, folder, cache), cache, None, None, corpus)
     rank_zero_print(source.describe())

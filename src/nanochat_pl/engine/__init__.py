@@ -1,11 +1,19 @@
-"""Writing answers: many prompts at once, one as a stream, or a conversation that keeps its cache between turns."""
+"""Writing answers: many prompts at once, one as a stream, or a conversation that keeps its cache between turns.
 
-from nanochat_pl.engine.engine import Engine, Result
-from nanochat_pl.engine.events import Event, readable, visible_text
-from nanochat_pl.engine.request import Handle, Request
-from nanochat_pl.engine.sampling import Sampling
-from nanochat_pl.engine.scheduler import Scheduler
-from nanochat_pl.engine.session import Session
+All names are imported on first use: a command that only reads the settings (:mod:`nanochat_pl.engine.settings`) answers
+a wrong key without loading PyTorch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nanochat_pl.engine.engine import Engine, Result
+    from nanochat_pl.engine.events import Event, readable, visible_text
+    from nanochat_pl.engine.request import Handle, Request
+    from nanochat_pl.engine.sampling import Sampling
+    from nanochat_pl.engine.scheduler import Scheduler
+    from nanochat_pl.engine.session import Session
 
 __all__ = [
     "Engine",
@@ -19,3 +27,19 @@ __all__ = [
     "readable",
     "visible_text",
 ]
+
+_MODULES = {
+    "engine": ("Engine", "Result"),
+    "events": ("Event", "readable", "visible_text"),
+    "request": ("Handle", "Request"),
+    "sampling": ("Sampling",),
+    "scheduler": ("Scheduler",),
+    "session": ("Session",),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _MODULES.items():
+        if name in names:
+            return getattr(import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

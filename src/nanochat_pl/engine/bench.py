@@ -10,14 +10,13 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Annotated, Any, cast
+from typing import Any, cast
 
 import torch
-from pydantic import Field
 
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.common.schema import setting
 from nanochat_pl.engine.engine import Engine
+from nanochat_pl.engine.settings import BenchSettings
 from nanochat_pl.model.config import DType
 from nanochat_pl.model.counts import count_linear_weights, kv_cache_bytes
 
@@ -25,22 +24,6 @@ COPY_BYTES, PRODUCT_SIZE = 2**26, 1024
 # A CPU without bfloat16 takes seconds for a product of that size: there it is measured on a smaller one.
 LEAST_PRODUCT_SIZE, MOST_SECONDS = 256, 0.01
 LIMIT_REPEATS = 9
-
-
-@dataclass(frozen=True)
-class BenchSettings:
-    """What is measured."""
-
-    batch_sizes: tuple[Annotated[int, Field(ge=1, le=4096)], ...] = setting(
-        (1, 8, 32), "Prompts that are answered at the same time."
-    )
-    prompt_tokens: int = setting(64, "Tokens of each prompt.", at_least=1)
-    new_tokens: int = setting(64, "Tokens of each answer.", at_least=2)
-    repeats: int = setting(5, "Measurements of each batch size, after one that is thrown away.", at_least=1)
-
-    def __post_init__(self) -> None:
-        if not self.batch_sizes:
-            raise UserError("batch_sizes=[]: there is nothing to measure.", fix="For example batch_sizes=[1,32]")
 
 
 @dataclass(frozen=True)

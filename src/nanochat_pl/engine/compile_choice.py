@@ -18,7 +18,7 @@ from nanochat_pl.common.errors import NotFiniteError, UserError
 from nanochat_pl.data.cache.content_cache import fingerprint_of, read_sealed, write_sealed
 from nanochat_pl.engine.bench import random_prompts
 from nanochat_pl.engine.engine import Engine, Model
-from nanochat_pl.model.inference import Quantize
+from nanochat_pl.model.config import Quantize
 
 NEW_TOKENS, REPEATS = 17, 3
 # What it has to be faster by, with one row and with several: less is within the noise of the measurement.

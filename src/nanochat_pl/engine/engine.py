@@ -20,10 +20,11 @@ from nanochat_pl.engine.sampling import Sampling, seed_of
 from nanochat_pl.engine.scheduler import PREFILL_CHUNK, PREFILL_POSITIONS, Scheduler, events_of
 from nanochat_pl.engine.session import Session
 from nanochat_pl.model.compiled_decode import CompiledDecode
+from nanochat_pl.model.config import Quantize
 from nanochat_pl.model.counts import count_linear_weights, kv_cache_bytes
 from nanochat_pl.model.gpt import GPT
 from nanochat_pl.model.graph_decode import GraphDecode
-from nanochat_pl.model.inference import InferenceGPT, Quantize, inference_net
+from nanochat_pl.model.inference import InferenceGPT, inference_net
 from nanochat_pl.model.kv_cache import KVCache
 from nanochat_pl.tokenizer import Tokenizer
 

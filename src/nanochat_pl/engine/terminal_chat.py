@@ -10,17 +10,15 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from types import FrameType
 from typing import Protocol
 
 from nanochat_pl.bundle.bundle import Bundle, naming_weights
 from nanochat_pl.common.console import replace_unencodable_characters
 from nanochat_pl.common.errors import NotFiniteError, UserError
-from nanochat_pl.common.schema import setting
 from nanochat_pl.engine import Engine, Event
 from nanochat_pl.engine.events import Readable
-from nanochat_pl.model.inference import Quantize
+from nanochat_pl.engine.settings import ChatSettings
 
 HELP = """\
 /clear         start a new conversation
@@ -38,34 +36,6 @@ _COMMAND = re.compile(r"/[a-z]+(?:\s|$)")
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 PASTE_SECONDS = 0.03  # between two lines of what was pasted, at most
-
-
-@dataclass(frozen=True)
-class ChatSettings:
-    """How the chat answers."""
-
-    prompt: str | None = setting(None, "One message: its answer is printed, and the program ends.")
-    system: str | None = setting(None, "System prompt: stands before the first message of each conversation.")
-    temperature: float = setting(0.6, "0 takes the most likely token; above, chance grows.", at_least=0, at_most=10)
-    top_k: int | None = setting(50, "Only the k most likely tokens can be drawn; null or 0: all.", at_least=0)
-    top_p: float = setting(
-        1.0, "Only the most likely tokens with this probability together can be drawn.", above=0, at_most=1
-    )
-    min_p: float = setting(
-        0.0, "Only tokens with this share of the most likely one's probability can be drawn.", at_least=0, at_most=1
-    )
-    repetition_penalty: float = setting(
-        1.0, "Above 1 makes tokens less likely that the conversation has already.", above=0, at_most=100
-    )
-    max_tokens: int = setting(256, "Most tokens of one answer.", at_least=1)
-    seed: int = setting(0, "Seed of the chance.")
-    max_context: int | None = setting(
-        None, "Most tokens of the conversation; null: the length that the model was trained on.", at_least=1
-    )
-    quantize: Quantize | None = setting(
-        None, "int8: weights of 8 bits, faster on a CPU and a little less exact; null: as they are."
-    )
-    compile: bool = setting(False, "true: compile the model first, which takes some seconds; then faster on a CPU.")
 
 
 def run_chat(bundle: Bundle, settings: ChatSettings) -> None:

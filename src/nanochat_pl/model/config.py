@@ -16,6 +16,7 @@ from nanochat_pl.common.schema import setting
 from nanochat_pl.tokenizer.bpe import SPECIAL_TOKENS
 
 DType = Literal["float32", "bfloat16", "float16"]
+Quantize = Literal["int8"]
 # How attention over whole rows is computed: see model/attention.
 AttentionBackend = Literal["auto", "products", "sdpa", "varlen", "flex", "bands"]
 MAX_LAYERS = 1_000

@@ -8,18 +8,17 @@ no bit, in float32 the last digits, as between one row and many. With weights of
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanochat_pl.common.errors import UserError
+from nanochat_pl.model.config import Quantize
 from nanochat_pl.model.gpt import GPT, Attention, Step
 from nanochat_pl.model.layers import Linear, linear, norm
 from nanochat_pl.model.rotary import rotate_whole, whole_tables
-
-Quantize: TypeAlias = Literal["int8"]
 
 # Linear maps of attention that read the same input, in the order of their outputs in one product.
 PROJECTIONS = ("c_q", "c_k", "c_v", "ve_gate")

@@ -15,7 +15,6 @@ from nanochat_pl.common.device import choose_compute_dtype, choose_device, devic
 from nanochat_pl.common.device_settings import ComputeDType
 from nanochat_pl.common.errors import SharedError, UserError
 from nanochat_pl.common.launch_env import launch_env
-from nanochat_pl.common.malloc import keep_freed_memory
 from nanochat_pl.common.paths import cache_folder
 from nanochat_pl.distributed import collectives
 from nanochat_pl.model.attention import Case, choose
@@ -78,8 +77,6 @@ def prepare_machine(config: TrainConfig) -> Machine:
     if config.trainer.num_threads is not None:
         torch.set_num_threads(config.trainer.num_threads)
     device, place = own_device(config.trainer.accelerator), launch_env()
-    if device.type == "cpu":
-        keep_freed_memory()
     dtype = choose_compute_dtype(config.model.compute_dtype, device)
     compiled, fp8 = config.trainer.compile, choose_fp8(config, device, dtype)
     if compiled == "auto":

@@ -16,6 +16,8 @@ from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.files import read_json
 
 Stage = Literal["base", "mid", "sft", "rl"]
+# Generations of the architecture, named as the files of configs/model.
+Era = Literal["nanochat", "nanochat_2026_02", "nanochat_2025_10"]
 STAGE_FOLDERS: dict[Stage, str] = {
     "base": "base_checkpoints",
     "mid": "mid_checkpoints",

@@ -9,18 +9,17 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.schema import setting
+from nanochat_pl.convert.nanochat.layout import Era
 from nanochat_pl.convert.nanochat.safe_unpickle import STORED_DTYPES
 from nanochat_pl.convert.report import FactRow
 from nanochat_pl.model.config import MAX_LAYERS, DType, GPTConfig, ModelSettings, num_heads, resolve_model
 
-# Named as the files of configs/model, whose values these are.
-Era = Literal["nanochat", "nanochat_2026_02", "nanochat_2025_10"]
 _OLDER: dict[str, Any] = {
     "short_window_divisor": 2,
     "short_window_multiple": None,
@@ -30,6 +29,7 @@ _OLDER: dict[str, Any] = {
     "smear_channels": 0,
     "backout": False,
 }
+# The values of the files of configs/model.
 ERAS: dict[Era, dict[str, Any]] = {
     "nanochat": {},
     "nanochat_2026_02": {**_OLDER, "value_gate_channels": 32, "value_gate_scale": 2.0},

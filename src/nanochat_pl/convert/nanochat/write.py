@@ -24,12 +24,13 @@ from nanochat_pl.convert.nanochat.layout import (
     TOKENIZER_FILE,
     TOKENIZER_FOLDER,
     Checkpoint,
+    Era,
     Stage,
 )
 from nanochat_pl.convert.nanochat.moments import recipe_groups, require_moments, write_moments
 from nanochat_pl.convert.nanochat.provenance import NanochatOrigin, from_json, origin_of
 from nanochat_pl.convert.nanochat.safe_unpickle import write_encoding
-from nanochat_pl.convert.nanochat.versions import ERAS, FILLED_IN, Era, ReferenceConfig, resolve
+from nanochat_pl.convert.nanochat.versions import ERAS, FILLED_IN, ReferenceConfig, resolve
 from nanochat_pl.model.config import GPTConfig, ModelSettings
 from nanochat_pl.model.gpt import GPT
 from nanochat_pl.optim.rules import RECIPE

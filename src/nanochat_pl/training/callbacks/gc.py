@@ -8,6 +8,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 
+from nanochat_pl.common.malloc import keep_freed_memory
 from nanochat_pl.training.callbacks.metrics import StepClock
 
 COLLECT_EVERY_STEPS = 1_000
@@ -17,7 +18,8 @@ class GarbageCollection(Callback):
     """Takes the collector over for the length of the training: ``with`` it, and as a callback.
 
     After the first step, when all that stays is there (compiling makes much of it), the objects at hand are frozen:
-    no later collection looks at them. Then garbage is collected every ``COLLECT_EVERY_STEPS`` steps, and only then.
+    no later collection looks at them. Then garbage is collected every ``COLLECT_EVERY_STEPS`` steps, and only then. On
+    a CPU all freed memory is given back at these moments, and kept for the next step at all others.
     """
 
     def __init__(self, clock: StepClock) -> None:
@@ -46,3 +48,5 @@ class GarbageCollection(Callback):
             if not self._frozen:
                 gc.freeze()
                 self._frozen = True
+            if pl_module.device.type == "cpu":
+                keep_freed_memory()
