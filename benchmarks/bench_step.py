@@ -2,13 +2,17 @@
 
     python benchmarks/bench_step.py [--shape small|large] [--dtype float32|bfloat16] [--against FOLDER] [--rounds 2]
 
-Each measurement is a process of its own, checkouts in turns, and sets what the training command sets: the step and its
-parts in milliseconds, tokens a second, the share of the matrix rate that was measured in the same process, peak memory.
+Each checkout trains in a process of its own, which sets what the training command sets. They make their steps in turns,
+one each, so that both meet the same moods of the machine; a round starts all processes anew. Reported are the step and
+its parts in milliseconds, tokens a second, the share of the matrix rate that was measured in the same process between
+the steps, and peak memory: of each round the median, with their spread over the rounds; "times as fast" is of all pairs
+of steps.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
@@ -25,52 +29,92 @@ SHAPES = {"toy": (1, 32, 512, 2), "small": (4, 256, 4096, 16), "large": (6, 512,
 # Of their matrix products, as model.counts.flops_per_token has it: here, since older checkouts have it elsewhere.
 FLOPS_PER_TOKEN = {"toy": 516_312, "small": 27_132_624, "large": 89_654_688}
 PARTS = ("forward", "backward", "optimizer", "step")
+# They compile, and take from the system the memory that is kept.
+WARM_UP_STEPS = 4
 HERE = Path(__file__).resolve()
 
 
 def main() -> None:
-    """Measure in processes, one after the other."""
+    """Measure in processes that take turns."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=tuple(SHAPES), default="small")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--against", type=Path, help="another checkout, measured in turns")
-    parser.add_argument("--rounds", type=int, default=2, help="processes of each checkout")
-    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=2, help="starts of a process of each checkout")
+    parser.add_argument("--steps", type=int, default=12, help="of each process, after some that warm up")
     parser.add_argument("--eager", action="store_true")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.child:
-        print(json.dumps(measure(given.shape, given.dtype, given.steps, not given.eager)))
+        train(given.shape, given.dtype, not given.eager)
         return
     checkouts = {"here": HERE.parents[1], **({"against": given.against.resolve()} if given.against else {})}
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in checkouts}
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in checkouts}
+    times_as_fast: list[float] = []
     for _ in range(given.rounds):
-        for name, root in checkouts.items():
-            found[name].append(in_process(root, sys.argv[1:]))
+        steps = in_turns(checkouts, given.steps)
+        for name, of_process in steps.items():
+            # Of the matrix rate the best that was reached, of the memory what was needed at the end.
+            medians = {key: statistics.median(step[key] for step in of_process) for key in of_process[0]}
+            rate = max(step["matrix_gflops"] for step in of_process)
+            done = FLOPS_PER_TOKEN[given.shape] * medians["tokens_per_second"] / 1e9
+            found[name].append(
+                {
+                    **medians,
+                    "matrix_gflops": rate,
+                    "share_of_matrix_rate": done / rate,
+                    "peak_mb": of_process[-1]["peak_mb"],
+                }
+            )
             latest = found[name][-1]
             print(f"step: {name}: {latest['step']:.1f} ms, {latest['share_of_matrix_rate']:.0%} of the matrix rate")
+        if given.against:
+            pairs = zip(steps["against"], steps["here"], strict=True)
+            times_as_fast += [other["step"] / own["step"] for other, own in pairs]
     from _report import report, spread
 
-    medians = {
-        name: {key: spread([each[key] for each in all_of]) for key in all_of[0]} for name, all_of in found.items()
-    }
-    result: dict[str, Any] = {"settings": {"shape": given.shape, "dtype": given.dtype}, **medians}
+    result: dict[str, Any] = {"settings": {"shape": given.shape, "dtype": given.dtype}}
+    for name, rounds in found.items():
+        result[name] = {key: spread([each[key] for each in rounds]) for key in rounds[0]}
     if given.against:
-        pairs = zip(found["against"], found["here"], strict=True)
-        result["times as fast"] = spread([other["step"] / own["step"] for other, own in pairs])
+        result["times as fast"] = spread(times_as_fast)
     report("step", given.rounds, result)
 
 
-def in_process(root: Path, arguments: list[str]) -> dict[str, Any]:
-    """Measure a checkout's code in a process of its own."""
-    environment = {**os.environ, "PYTHONPATH": str(root / "src")}
-    command = [sys.executable, str(HERE), *arguments, "--child"]
-    done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
-    return json.loads(done.stdout.splitlines()[-1])
+def in_turns(checkouts: dict[str, Path], num_steps: int) -> dict[str, list[dict[str, float]]]:
+    """What each process says of each of its steps; they make them one after the other."""
+    with contextlib.ExitStack() as processes:
+        started = {}
+        for name, root in checkouts.items():  # one after the other: compiling takes both cores
+            process = subprocess.Popen(
+                [sys.executable, str(HERE), *sys.argv[1:], "--child"],
+                env={**os.environ, "PYTHONPATH": str(root / "src")},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            started[name] = processes.enter_context(process)
+            _next_line(process)
+        found: dict[str, list[dict[str, float]]] = {name: [] for name in checkouts}
+        for number in range(num_steps):
+            for name in [*started][:: 1 if number % 2 else -1]:
+                found[name].append(json.loads(_next_line(started[name], "step\n")))
+        return found
 
 
-def measure(shape: str, dtype: str, num_steps: int, compiled: bool) -> dict[str, float]:
-    """Medians in ms of a step's parts, and what follows from them."""
+def _next_line(process: subprocess.Popen[str], asked: str = "") -> str:
+    assert process.stdin is not None and process.stdout is not None
+    process.stdin.write(asked)
+    process.stdin.flush()
+    while (line := process.stdout.readline()) and not line.startswith("{"):
+        pass  # what libraries print
+    if not line:
+        raise SystemExit(f"The process ended with exit code {process.wait()}.")
+    return line
+
+
+def train(shape: str, dtype: str, compiled: bool) -> None:
+    """Warm up; then a step for each line of standard input, and a line of JSON for each step."""
     _as_the_command_does()
     import torch
 
@@ -83,8 +127,8 @@ def measure(shape: str, dtype: str, num_steps: int, compiled: bool) -> dict[str,
         from nanochat_pl.optim.config import OptimSettings, resolve_hyperparameters
         from nanochat_pl.optim.param_groups import build_optimizer
     except ImportError:  # an older checkout
-        from nanochat_pl.model.gpt import parameter_roles  # type: ignore[attr-defined,no-redef]
-        from nanochat_pl.optim import (  # type: ignore[attr-defined,no-redef]
+        from nanochat_pl.model.gpt import parameter_roles
+        from nanochat_pl.optim import (
             OptimSettings,
             build_optimizer,
             resolve_hyperparameters,
@@ -105,8 +149,9 @@ def measure(shape: str, dtype: str, num_steps: int, compiled: bool) -> dict[str,
     optimizer.allocate_state()
     generator = torch.Generator().manual_seed(0)
     inputs, targets = torch.randint(vocab_size, (2, rows, length), generator=generator)
-    times: dict[str, list[float]] = {part: [] for part in PARTS}
-    for number in range(num_steps + 4):
+
+    def step() -> dict[str, float]:
+        """One step; milliseconds of its parts."""
         marks = [time.perf_counter()]
         nats = loss(inputs, targets)[0] / inputs.numel()
         marks.append(time.perf_counter())
@@ -115,22 +160,25 @@ def measure(shape: str, dtype: str, num_steps: int, compiled: bool) -> dict[str,
         optimizer.step()
         optimizer.zero_grad()
         marks.append(time.perf_counter())
+        between = zip(PARTS, [*marks[:3], marks[0]], [*marks[1:], marks[3]], strict=True)
+        return {part: 1e3 * (end - begin) for part, begin, end in between}
+
+    for number in range(WARM_UP_STEPS):
+        step()
         if keeps_memory and number == 0:
             from nanochat_pl.common.malloc import keep_freed_memory
 
             keep_freed_memory()
-        if number >= 4:  # the first ones compile and warm up
-            for part, begin, end in zip(PARTS, [*marks[:3], marks[0]], [*marks[1:], marks[3]], strict=True):
-                times[part].append(1e3 * (end - begin))
-    result = {part: statistics.median(values) for part, values in times.items()}
-    rate, done = matrix_rate(torch, dtype), FLOPS_PER_TOKEN[shape] * inputs.numel() / result["step"] * 1e3
-    return {
-        **result,
-        "tokens_per_second": inputs.numel() / result["step"] * 1e3,
-        "matrix_gflops": rate / 1e9,
-        "share_of_matrix_rate": done / rate,
-        "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-    }
+    print("{}", flush=True)  # ready
+    for _ in sys.stdin:
+        parts = step()
+        measured = {
+            **parts,
+            "tokens_per_second": inputs.numel() / parts["step"] * 1e3,
+            "matrix_gflops": matrix_rate(torch, dtype) / 1e9,
+            "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        }
+        print(json.dumps(measured), flush=True)
 
 
 def compiled_loss(net: Any) -> Any:
@@ -148,7 +196,7 @@ def matrix_rate(torch: Any, dtype: str) -> float:
     """FLOP/s of large products, the best of some."""
     square = torch.ones(1536, 1536, dtype=getattr(torch, dtype))
     best = 1e9
-    for _ in range(5):
+    for _ in range(2):
         begin = time.perf_counter()
         square @ square
         best = min(best, time.perf_counter() - begin)
