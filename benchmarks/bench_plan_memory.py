@@ -59,10 +59,13 @@ def main() -> None:
     parser.add_argument("--toy", action="store_true")
     given = parser.parse_args()
     found: dict[str, Any] = {}
-    for shape in [TOY] if given.toy else SHAPES if given.full else SHAPES[-2:]:
-        shape = dataclasses.replace(shape, device=given.device)
-        if not has_bfloat16(torch.device(given.device)):
-            shape = dataclasses.replace(shape, compute_dtype="float32")
+    shapes = [
+        dataclasses.replace(shape, device=given.device)
+        for shape in ([TOY] if given.toy else SHAPES if given.full else SHAPES[-2:])
+    ]
+    if not has_bfloat16(torch.device(given.device)):
+        shapes = [*dict.fromkeys(dataclasses.replace(shape, compute_dtype="float32") for shape in shapes)]
+    for shape in shapes:
         plan, measured = predicted(shape), peak_memory(shape)
         found[describe(shape)] = {
             "largest phase": plan.peak_phase,

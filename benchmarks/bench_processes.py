@@ -55,7 +55,7 @@ def train(processes: int, folder: Path, num_steps: int, sizes: tuple[str, ...]) 
 
 def main() -> None:
     """Measure and report."""
-    given = parser_of(__doc__, rounds=2, steps=4, device_batch_size=4, depth=4, step_tokens=4096).parse_args()
+    given = parser_of(__doc__, rounds=2, steps=4, device_batch_size=4, depth=4, step_tokens=2048).parse_args()
     sizes = (f"device_batch_size={given.device_batch_size}", f"model.depth={given.depth}")
     sizes += (f"total_batch_tokens={given.step_tokens}",)
     ratios, shares = [], []

@@ -5,8 +5,8 @@
 Each checkout trains in a process of its own, which sets what the training command sets. They make their steps in turns,
 one each, so that both meet the same moods of the machine; a round starts all processes anew. Reported are the step and
 its parts in milliseconds, tokens a second, the share of the matrix rate that was measured in the same process between
-the steps, and peak memory: of each round the median, with their spread over the rounds; "times as fast" is of all pairs
-of steps.
+the steps: of each round the median, with their spread over the rounds; of peak memory what was needed at the end.
+"times as fast" is of a round's medians, "of single steps" of all pairs of steps.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=tuple(SHAPES), default="small")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--against", type=Path, help="another checkout, measured in turns")
-    parser.add_argument("--rounds", type=int, default=2, help="starts of a process of each checkout")
+    parser.add_argument("--rounds", type=int, default=2, help="how often the processes are started")
     parser.add_argument("--steps", type=int, default=12, help="of each process, after some that warm up")
     parser.add_argument("--eager", action="store_true")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
@@ -50,38 +50,31 @@ def main() -> None:
         return
     checkouts = {"here": HERE.parents[1], **({"against": given.against.resolve()} if given.against else {})}
     found: dict[str, list[dict[str, float]]] = {name: [] for name in checkouts}
-    times_as_fast: list[float] = []
+    times_as_fast: dict[str, list[float]] = {"times as fast": [], "times as fast, of single steps": []}
     for _ in range(given.rounds):
-        steps = in_turns(checkouts, given.steps)
+        steps = steps_in_turns(checkouts, given.steps)
         for name, of_process in steps.items():
-            # Of the matrix rate the best that was reached, of the memory what was needed at the end.
             medians = {key: statistics.median(step[key] for step in of_process) for key in of_process[0]}
-            rate = max(step["matrix_gflops"] for step in of_process)
             done = FLOPS_PER_TOKEN[given.shape] * medians["tokens_per_second"] / 1e9
-            found[name].append(
-                {
-                    **medians,
-                    "matrix_gflops": rate,
-                    "share_of_matrix_rate": done / rate,
-                    "peak_mb": of_process[-1]["peak_mb"],
-                }
-            )
+            share, peak = done / medians["matrix_gflops"], of_process[-1]["peak_mb"]
+            found[name].append({**medians, "share_of_matrix_rate": share, "peak_mb": peak})
             latest = found[name][-1]
             print(f"step: {name}: {latest['step']:.1f} ms, {latest['share_of_matrix_rate']:.0%} of the matrix rate")
         if given.against:
             pairs = zip(steps["against"], steps["here"], strict=True)
-            times_as_fast += [other["step"] / own["step"] for other, own in pairs]
+            times_as_fast["times as fast, of single steps"] += [other["step"] / own["step"] for other, own in pairs]
+            times_as_fast["times as fast"].append(found["against"][-1]["step"] / found["here"][-1]["step"])
     from _report import report, spread
 
     result: dict[str, Any] = {"settings": {"shape": given.shape, "dtype": given.dtype}}
     for name, rounds in found.items():
         result[name] = {key: spread([each[key] for each in rounds]) for key in rounds[0]}
     if given.against:
-        result["times as fast"] = spread(times_as_fast)
+        result |= {what: spread(ratios) for what, ratios in times_as_fast.items()}
     report("step", given.rounds, result)
 
 
-def in_turns(checkouts: dict[str, Path], num_steps: int) -> dict[str, list[dict[str, float]]]:
+def steps_in_turns(checkouts: dict[str, Path], num_steps: int) -> dict[str, list[dict[str, float]]]:
     """What each process says of each of its steps; they make them one after the other."""
     with contextlib.ExitStack() as processes:
         started = {}
@@ -104,8 +97,9 @@ def in_turns(checkouts: dict[str, Path], num_steps: int) -> dict[str, list[dict[
 
 def _next_line(process: subprocess.Popen[str], asked: str = "") -> str:
     assert process.stdin is not None and process.stdout is not None
-    process.stdin.write(asked)
-    process.stdin.flush()
+    with contextlib.suppress(BrokenPipeError):  # it has ended: said below
+        process.stdin.write(asked)
+        process.stdin.flush()
     while (line := process.stdout.readline()) and not line.startswith("{"):
         pass  # what libraries print
     if not line:
@@ -135,8 +129,11 @@ def train(shape: str, dtype: str, compiled: bool) -> None:
         )
 
     torch.use_deterministic_algorithms(True)
-    # As training does, where this checkout's training does: an older one has no such module.
+    # As training does: older checkouts have no such module, or call it at the start.
     keeps_memory = importlib.util.find_spec("nanochat_pl.common.malloc") is not None
+    keeps_from_start = keeps_memory and "keep_freed_memory" in _source_of("nanochat_pl.training.device")
+    if keeps_from_start:
+        _keep_freed_memory()
     if keeps_memory:
         settings: Any = torch.utils.deterministic
         settings.fill_uninitialized_memory = False
@@ -165,10 +162,8 @@ def train(shape: str, dtype: str, compiled: bool) -> None:
 
     for number in range(WARM_UP_STEPS):
         step()
-        if keeps_memory and number == 0:
-            from nanochat_pl.common.malloc import keep_freed_memory
-
-            keep_freed_memory()
+        if keeps_memory and not keeps_from_start and number == 0:
+            _keep_freed_memory()
     print("{}", flush=True)  # ready
     for _ in sys.stdin:
         parts = step()
@@ -179,6 +174,18 @@ def train(shape: str, dtype: str, compiled: bool) -> None:
             "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         }
         print(json.dumps(measured), flush=True)
+
+
+def _source_of(module: str) -> str:
+    found = importlib.util.find_spec(module)
+    assert found is not None and found.origin is not None
+    return Path(found.origin).read_text(encoding="utf-8")
+
+
+def _keep_freed_memory() -> None:
+    from nanochat_pl.common.malloc import keep_freed_memory
+
+    keep_freed_memory()
 
 
 def compiled_loss(net: Any) -> Any:
@@ -196,7 +203,7 @@ def matrix_rate(torch: Any, dtype: str) -> float:
     """FLOP/s of large products, the best of some."""
     square = torch.ones(1536, 1536, dtype=getattr(torch, dtype))
     best = 1e9
-    for _ in range(2):
+    for _ in range(3):
         begin = time.perf_counter()
         square @ square
         best = min(best, time.perf_counter() - begin)

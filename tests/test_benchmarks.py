@@ -14,20 +14,20 @@ from tests.helpers.forked import run_forked
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 QUICK = {
     "bench_engine": "--repeats 1 --new-tokens 3",
-    "bench_step": "--shape toy --rounds 1 --steps 2 --eager",
     "check_comparison": "20",
     "chat_turns": "runs/it/sft/bundle --chats 2 --turns 2 --tasks arithmetic spelling",
 }
 SLOW = {
     "bench_data": "text.txt --repeats 1 --vocab-size 300 --tokens 16384 --memory-rows 64",
+    "bench_step": "--shape toy --rounds 1 --steps 2 --eager",
     "bench_attention": "--length 64 --window 16 --rows 1 --rounds 2",
     "bench_plan_memory": "--toy",
     "bench_server": "--streams 2 --turns 2 --repeats 1 --new-tokens 3 --many 2",
-    "bench_resume_files": "--files 1 --every-steps 6 --depth 1 --mib-per-second 1000 --eager",
+    "bench_resume_files": "--files 1 --every-steps 6 --depth 1 --mib-per-second 1000",
     "bench_core": "--repeats 1 --items 2",
     "bench_trainer": "--pairs 4 --depth 1 --eager",
-    "bench_compile": "--pairs 2 --depth 1",
-    "bench_early_reduction": "--pairs 2 --depth 1 --vocab 300 --rows 1",
+    "compiled_parts": "--pairs 2 --depth 1",
+    "early_reduction": "--pairs 2 --depth 1 --vocab 300 --rows 1",
     "bench_processes": "--rounds 1 --steps 2 --depth 1 --step-tokens 512 --device-batch-size 1",
     "bench_startup": "--repeats 1 --experiment tiny data=local data.path=text.txt tokenizer.vocab_size=300",
 }

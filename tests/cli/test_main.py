@@ -43,9 +43,9 @@ WRONG = ["max_steps=few", "seed=-1"]
 SAID = ["max_steps='few': must be a whole number.", "seed=-1: is below 0.", "modl: there is no such key; did you mean"]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
+def test_mistakes_are_told_without_loading_large_libraries() -> None:
+    """A person waits for it: torch takes two seconds, Lightning three, SciPy half of one."""
+    of_keys = [
         (["train", "modl=1", *WRONG], SAID),
         (["train", "experiment=tiny", "stage=sft", "modl=1", *WRONG], SAID),
         (
@@ -54,40 +54,27 @@ SAID = ["max_steps='few': must be a whole number.", "seed=-1: is below 0.", "mod
         ),
         (["pipeline", "experiment=tiny", "stages.base.modl=1", *WRONG], [*SAID[:2], f"stages.base.{SAID[2]}"]),
         (["plan", "modl=1", *WRONG], SAID),
-    ],
-    ids=lambda value: " ".join(value) if value[0] in COMMANDS else "",
-)
-def test_mistakes_are_told_without_loading_what_they_do_not_need(arguments: list[str], said: list[str]) -> None:
-    """A person waits for it: torch takes two seconds, Lightning three, SciPy half of one."""
-    code, errors = told_by_program([arguments])
-    assert code == ["2"]
-    assert len(errors) == len(said), errors
-    assert all(line.startswith(f"error: {text}") for line, text in zip(errors, said, strict=True)), errors
-
-
-def test_no_command_loads_a_large_library_to_tell_a_wrong_key() -> None:
-    with_keys = {"search": ["model.depth=2,4"], "pipeline": ["experiment=tiny"]}
-    codes, errors = told_by_program([[command, "modl=1", *with_keys.get(command, [])] for command in COMMANDS])
-    assert codes == ["2"] * len(COMMANDS)
-    assert sum(error.startswith("error: modl: ") for error in errors) == len(COMMANDS), errors
-
-
-def told_by_program(commands: list[list[str]]) -> tuple[list[str], list[str]]:
-    """Exit codes and errors of command lines in a fresh process, which has loaded no large library at the end."""
+    ]
+    needed = {"search": ["model.depth=2,4"], "pipeline": ["experiment=tiny"], "download": ["data=climbmix"]}
+    of_keys += [([command, *needed.get(command, []), "modl=1"], ["modl: "]) for command in COMMANDS]
     program = """
-import json, sys
+import contextlib, io, json, sys
 from nanochat_pl.cli.main import main
-codes = [main(arguments) for arguments in json.loads(sys.argv[1])]
-loaded = {"torch", "lightning", "scipy", "torchmetrics", "transformers"} & {name.split(".")[0] for name in sys.modules}
-print("loaded", *sorted(loaded))
-print("codes", *codes)
+found = []
+for arguments in json.loads(sys.argv[1]):
+    with contextlib.redirect_stderr(io.StringIO()) as told:
+        found.append((main(arguments), [line for line in told.getvalue().splitlines() if line.startswith("error: ")]))
+    if loaded := {"torch", "lightning", "scipy", "torchmetrics", "transformers"} & {*sys.modules}:
+        sys.exit(f"{' '.join(arguments)} loads {sorted(loaded)}")
+print(json.dumps(found))
 """
-    done = subprocess.run(
-        [sys.executable, "-c", program, json.dumps(commands)], capture_output=True, text=True, check=True
-    )
-    *_, loaded, codes = done.stdout.splitlines()
-    assert loaded == "loaded", (loaded, done.stderr)
-    return codes.split()[1:], [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    command = [sys.executable, "-c", program, json.dumps([arguments for arguments, _ in of_keys])]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    for (arguments, said), (code, errors) in zip(of_keys, found, strict=True):
+        assert code == 2 and len(errors) == len(said), (arguments, errors)
+        assert all(line.startswith(f"error: {text}") for line, text in zip(errors, said, strict=True)), errors
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -12,7 +12,7 @@ from nanochat_pl.bundle.bundle import load_bundle, naming_weights
 from nanochat_pl.cli._ledger import folder_of_bundle, note_inference
 from nanochat_pl.common.console import print_table, rank_zero_print
 from nanochat_pl.common.device import choose_device, device_name, require_kernels
-from nanochat_pl.common.paths import cache_folder, locate_bundle
+from nanochat_pl.common.paths import cache_folder
 from nanochat_pl.engine.bench import BatchResult, as_plain, measure_batch, measure_limits
 from nanochat_pl.engine.compile_choice import engine_for
 from nanochat_pl.engine.engine import Engine
@@ -23,9 +23,8 @@ if TYPE_CHECKING:
     from nanochat_pl.cli.bench import BenchConfig
 
 
-def bench(config: BenchConfig) -> None:
-    """Measure, print, and note it in the run's ledger."""
-    folder = locate_bundle(config.bundle, config.run, config.stage, Path(config.paths.runs))
+def bench(config: BenchConfig, folder: Path) -> None:
+    """Measure the model of a bundle, print it, and note it in the run's ledger."""
     device = choose_device(config.accelerator, "accelerator")
     require_kernels(device)
     bundle = load_bundle(folder, device, config.dtype)

@@ -32,10 +32,8 @@ from nanochat_pl.evaluation.tables import (
 from nanochat_pl.training.device import own_device, require_own_gpus
 
 
-def evaluate(composed: Composed[EvaluateConfig]) -> None:
-    """Measure what the settings ask for, on all processes of this launch together; write and show the results."""
-    config = composed.config
-    source, to = coordination.raise_on_all_ranks(lambda: places(config, composed.experiment))
+def evaluate(config: EvaluateConfig, source: Path, to: Path) -> None:
+    """Measure a bundle as the settings ask, on all processes of this launch together; write and show the results."""
     runs, against = Path(config.paths.runs), config.against
     other = None if against is None else coordination.raise_on_all_ranks(lambda: locate_other(against, runs))
     bundle = coordination.raise_on_all_ranks(lambda: _load(source, config))

@@ -6,7 +6,6 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nanochat_pl.bundle.layout import STAGE
 from nanochat_pl.common.console import next_steps, rank_zero_print
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.files import write_json
@@ -15,7 +14,7 @@ from nanochat_pl.common.run_dir import StageFolder, stage_folder
 from nanochat_pl.convert.huggingface.read import is_huggingface, read_huggingface, stage_of_huggingface
 from nanochat_pl.convert.nanochat.layout import choose_checkpoint, stage_of
 from nanochat_pl.convert.nanochat.read import read_nanochat
-from nanochat_pl.convert.output_dir import parents_removed_on_error, require_free
+from nanochat_pl.convert.output_dir import parents_removed_on_error
 from nanochat_pl.convert.report import CERTIFICATE, Imported, save_imported
 
 if TYPE_CHECKING:
@@ -26,7 +25,6 @@ def import_model(config: ImportConfig) -> None:
     """Read the model that the settings name, and write it with its certificate."""
     assert config.source is not None
     source = Path(config.source)
-    _require_checkpoint(source)
     if config.run is not None:
         folder = stage_folder(Path(config.paths.runs), config.run, _stage_in(source, config))
         _require_absent(folder)
@@ -36,7 +34,6 @@ def import_model(config: ImportConfig) -> None:
     else:
         assert config.to is not None
         to = Path(config.to)
-        require_free(to)
         imported = _read_and_tell(source, config)
         bundle = save_imported(imported, to)
         model = shlex.quote(f"bundle={bundle}")
@@ -46,16 +43,6 @@ def import_model(config: ImportConfig) -> None:
     if imported.tokenizer is not None:
         measure = f"nanochat-pl evaluate {model}{metrics}"
         next_steps([("talk to it", f"nanochat-pl chat {model}"), ("measure it", measure)])
-
-
-def _require_checkpoint(source: Path) -> None:
-    if not source.is_dir():
-        raise UserError(
-            f"source={source}: there is no such folder.",
-            "A checkpoint is a folder of files: give that, not one of the files.",
-        )
-    if (source / STAGE).is_file():
-        raise UserError(f"source={source}: is a bundle already.", "Use it as it is: bundle=…")
 
 
 def _stage_in(source: Path, config: ImportConfig) -> str:

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from nanochat_pl.common.device_settings import Accelerator
 from nanochat_pl.common.imports import loading_libraries
-from nanochat_pl.common.paths import PathsSettings
+from nanochat_pl.common.paths import PathsSettings, locate_bundle
 from nanochat_pl.common.schema import UserPath, setting
 from nanochat_pl.config.compose import compose
 from nanochat_pl.engine.settings import BenchSettings
@@ -47,7 +48,8 @@ Config = BenchConfig
 def run(arguments: Sequence[str]) -> int:
     """The command. The last line of standard output is the table as JSON."""
     config = compose("bench", BenchConfig, arguments).config
-    with loading_libraries():  # torch, which takes seconds: what is wrong with the settings has been said before
+    folder = locate_bundle(config.bundle, config.run, config.stage, Path(config.paths.runs))
+    with loading_libraries():
         from nanochat_pl.cli._bench import bench
-    bench(config)
+    bench(config, folder)
     return 0

@@ -19,6 +19,7 @@ from nanochat_pl.common.paths import PathsSettings, locate_bundle
 from nanochat_pl.common.schema import UserPath, setting
 from nanochat_pl.config.compose import compose
 from nanochat_pl.engine.settings import ChatSettings
+from nanochat_pl.engine.terminal_chat import run_chat, talk
 from nanochat_pl.serving.settings import KEY_VARIABLE
 
 
@@ -43,18 +44,16 @@ def run(arguments: Sequence[str]) -> int:
     config = compose("chat", ChatConfig, arguments).config
     if config.url is not None:
         _refuse_with_url(config)
-        with loading_libraries():
-            from nanochat_pl.engine.terminal_chat import talk
-            from nanochat_pl.serving.client import RemoteSession
+        from nanochat_pl.serving.client import RemoteSession
+
         talk(RemoteSession(config.url, config.model, config.system or "", os.environ.get(KEY_VARIABLE)), config)
         return 0
     if config.model is not None:
         raise UserError(f"model={config.model}: is for a server; give url, or run and stage.")
     folder = locate_bundle(config.bundle, config.run, config.stage, Path(config.paths.runs))
-    with loading_libraries():  # torch, which takes seconds: what is wrong with the settings has been said before
+    with loading_libraries():
         from nanochat_pl.bundle.bundle import load_bundle
         from nanochat_pl.common.device import choose_device, require_kernels
-        from nanochat_pl.engine.terminal_chat import run_chat
     device = choose_device(config.accelerator, "accelerator")
     require_kernels(device)
     run_chat(load_bundle(folder, device=device), config)

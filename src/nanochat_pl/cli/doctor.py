@@ -68,9 +68,9 @@ EXTRA_KEYS = {
 def run(arguments: Sequence[str]) -> int:
     """The command: 0, or 1 where something would break a run."""
     config, folder, cache = open_stage(arguments)
-    from nanochat_pl.doctor.show_rows import row_lines, step_lines
-    from nanochat_pl.doctor.stage_data import open_stage_data
-
+    with loading_libraries():
+        from nanochat_pl.doctor.show_rows import row_lines, step_lines
+        from nanochat_pl.doctor.stage_data import open_stage_data
     if config.row is not None or config.step is not None:
         for line in [
             *([] if config.row is None else row_lines(config, folder, cache, config.row)),
@@ -124,7 +124,7 @@ def open_stage(arguments: Sequence[str]) -> tuple[DoctorConfig, StageFolder, Pat
     composed, folder = _composed(arguments)
     config = inherited(composed.config, folder, composed.given)
     assert isinstance(config, DoctorConfig)
-    with loading_libraries():  # torch, which takes seconds: what is wrong with the settings has been said before
+    with loading_libraries():
         from nanochat_pl.training.stage_data.source import chosen_data
     cache = cache_folder(config.paths)
     return dataclasses.replace(config, data=chosen_data(config, folder, cache)), folder, cache

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from nanochat_pl.cli.evaluate_settings import EvaluateConfig
+from nanochat_pl.cli.evaluate_settings import EvaluateConfig, places
 from nanochat_pl.cli.launch import launch, processes_to_start
 from nanochat_pl.cli.train import require_same_settings_everywhere
 from nanochat_pl.common.imports import loading_libraries
@@ -28,10 +28,11 @@ def run(arguments: Sequence[str]) -> int:
     """The command."""
     composed = coordination.raise_on_all_ranks(lambda: compose_step("evaluate", "evaluate", EvaluateConfig, arguments))
     config = composed.config
+    source, to = coordination.raise_on_all_ranks(lambda: places(config, composed.experiment))
+    with loading_libraries():
+        from nanochat_pl.cli._evaluate import evaluate
     if (number := coordination.raise_on_all_ranks(lambda: processes_to_start(config.accelerator, config.devices))) > 1:
         return launch(["evaluate", *arguments], number)
     require_same_settings_everywhere(composed)
-    with loading_libraries():  # torch, which takes seconds: what is wrong with the settings has been said before
-        from nanochat_pl.cli._evaluate import evaluate
-    evaluate(composed)
+    evaluate(config, source, to)
     return 0

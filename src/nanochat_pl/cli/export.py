@@ -53,7 +53,7 @@ def run(arguments: Sequence[str]) -> int:
         raise UserError("to: is missing: it names the folder to make.", "For example to=my-model-hf")
     to = Path(config.to)
     source = locate_bundle(config.bundle, config.run, config.stage, Path(config.paths.runs))
-    with loading_libraries():  # torch, which takes seconds: what is wrong with the settings has been said before
+    with loading_libraries():
         from nanochat_pl.convert.export import CARD, export, load_for_export
     bundle = load_for_export(source, to, config.format, config.moments)
     rank_zero_print(f"{source} → {to}, for {READERS[config.format]}")

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+from nanochat_pl.bundle.layout import STAGE
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.imports import loading_libraries
 from nanochat_pl.common.paths import PathsSettings
 from nanochat_pl.common.schema import UserPath, setting
 from nanochat_pl.config.compose import compose
 from nanochat_pl.convert.nanochat.layout import Era, Stage
+from nanochat_pl.convert.output_dir import require_free
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,20 @@ def run(arguments: Sequence[str]) -> int:
         raise UserError("source: is missing: it names the folder to read.", "For example source=~/.cache/nanochat")
     if (config.to is None) == (config.run is None):
         raise UserError("to: a folder for the bundle, or run: the name of a new run; give one of them.")
-    with loading_libraries():  # torch, which takes seconds: what is wrong with the settings has been said before
+    _require_checkpoint(Path(config.source))
+    if config.to is not None:
+        require_free(Path(config.to))
+    with loading_libraries():
         from nanochat_pl.cli._import import import_model
     import_model(config)
     return 0
+
+
+def _require_checkpoint(source: Path) -> None:
+    if not source.is_dir():
+        raise UserError(
+            f"source={source}: there is no such folder.",
+            "A checkpoint is a folder of files: give that, not one of the files.",
+        )
+    if (source / STAGE).is_file():
+        raise UserError(f"source={source}: is a bundle already.", "Use it as it is: bundle=…")

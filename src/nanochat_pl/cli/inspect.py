@@ -41,6 +41,6 @@ def run(arguments: Sequence[str]) -> int:
             f"rollout={config.rollout or ''}: must be STEP:I, the number of a step and that of an answer in it.",
             "The first one: rollout=1:0.",
         )
-    with loading_libraries():  # torch, which takes seconds: what is wrong with the settings has been said before
+    with loading_libraries():
         from nanochat_pl.cli._inspect import inspect
     return inspect(config, int(match[1]), int(match[2]))

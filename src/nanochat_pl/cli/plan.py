@@ -65,7 +65,7 @@ def run(arguments: Sequence[str]) -> int:
             f"stage={config.stage.name}: only base is planned from its settings alone.",
             "The plan of a later stage follows from its parent; it is in the stage's plan.json when that has begun.",
         )
-    with loading_libraries():  # torch, which takes seconds: what is wrong with the settings has been said before
+    with loading_libraries():
         from nanochat_pl.cli._full_plan import full_plan, show_plan
     full = full_plan(config)
     if config.explain is not None:

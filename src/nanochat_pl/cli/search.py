@@ -108,7 +108,7 @@ def _require_measured(metric: str, config: TrainConfig) -> None:
     """Raise :class:`UserError` for a metric that a training of these settings does not have."""
     if metric == DEFAULT or config.stage.module is not None:  # which may have metrics of its own
         return
-    with loading_libraries():  # torch, which takes seconds: what is wrong with the settings has been said before
+    with loading_libraries():
         from nanochat_pl.evaluation.validation import name_by_source
         from nanochat_pl.training.callbacks.metrics import COLUMNS, COLUMNS_BY_SOURCE
 

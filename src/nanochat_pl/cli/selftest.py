@@ -37,7 +37,7 @@ Config = SelftestConfig
 def run(arguments: Sequence[str]) -> int:
     """The command."""
     config = coordination.raise_on_all_ranks(lambda: compose("selftest", SelftestConfig, arguments)).config
-    with loading_libraries():  # torch, which takes seconds: what is wrong with the settings has been said before
+    with loading_libraries():
         from nanochat_pl.distributed import collectives
         from nanochat_pl.selftest.run import selftest, verdict
     size = collectives.world_size()

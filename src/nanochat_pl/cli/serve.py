@@ -45,20 +45,21 @@ Config = ServeConfig
 def run(arguments: Sequence[str]) -> int:
     """The command."""
     config = compose("serve", ServeConfig, arguments).config
-    try:
-        with loading_libraries():  # torch, which takes seconds: what is wrong with the settings has been said before
-            from nanochat_pl.common.device import choose_device, num_devices, require_kernels
-            from nanochat_pl.serving.run import serve
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"serve: needs the package {error.name}, which is not installed.", fix="pip install 'nanochat-pl[serve]'"
-        ) from error
     keys = _keys(config)
     if not (config.is_local or keys or config.allow_anonymous):
         raise UserError(
             f"host={config.host}: others can reach this address, and no API key is asked for.",
             fix=f"Set {KEY_VARIABLE} or api_key_file=FILE; or allow_anonymous=true, if everybody may use it.",
         )
+    models = _models(config)
+    try:
+        with loading_libraries():
+            from nanochat_pl.common.device import choose_device, num_devices, require_kernels
+            from nanochat_pl.serving.run import serve
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"serve: needs the package {error.name}, which is not installed.", fix="pip install 'nanochat-pl[serve]'"
+        ) from error
     device = choose_device(config.accelerator, "accelerator")
     require_kernels(device)
     shared = {
@@ -74,9 +75,7 @@ def run(arguments: Sequence[str]) -> int:
     if device.type == "cuda":
         devices = [f"cuda:{number}" for number in range(num_devices("auto", device, "devices"))]
     specs: list[tuple[str, dict[str, Any]]] = [
-        (name, {**shared, "bundle": str(folder), "device": each})
-        for name, folder in _models(config).items()
-        for each in devices
+        (name, {**shared, "bundle": str(folder), "device": each}) for name, folder in models.items() for each in devices
     ]
     return serve(specs, config, keys)
 

@@ -72,7 +72,7 @@ def run(arguments: Sequence[str]) -> int:
             f"{made_by.path}: there is no tokenizer yet, and all machines need the same one.",
             "Train it first, once, with the same keys: nanochat-pl train stage=tokenizer …",
         )
-    with loading_libraries():  # torch, which takes seconds: what is wrong with the settings has been said before
+    with loading_libraries():
         from nanochat_pl.bundle.bundle import load_tokenizer
         from nanochat_pl.training.stage_data.source import chosen_data, corpus_of_stage
     corpus = corpus_of_stage(config, folder, cache, resuming=False)

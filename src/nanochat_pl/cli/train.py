@@ -67,7 +67,7 @@ def run(arguments: Sequence[str]) -> int:
     composed = coordination.raise_on_all_ranks(lambda: compose_train(arguments))
     if not composed.config.check_only:
         coordination.raise_on_all_ranks(lambda: require_paths([composed]))
-    with loading_libraries():  # torch, which takes seconds: what is wrong with the settings has been said before
+    with loading_libraries():
         from nanochat_pl.cli._ledger import EndOfStage
     if (num_processes := coordination.raise_on_all_ranks(lambda: _processes_to_start(composed))) > 1:
         return launch(["train", *arguments], num_processes)

@@ -23,7 +23,10 @@ def no_garbage_collection() -> Iterator[None]:
 
 @contextlib.contextmanager
 def loading_libraries() -> Iterator[None]:
-    """Import what takes seconds: without garbage collection, and with a Ctrl-C kept until it is done."""
+    """Import what takes seconds: without garbage collection, and with a Ctrl-C kept until it is done.
+
+    A command does so when it has said what is wrong with its settings.
+    """
     with _interrupts_wait(), no_garbage_collection():
         yield
 

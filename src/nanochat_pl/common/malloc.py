@@ -19,8 +19,8 @@ def keep_freed_memory() -> bool:
 
     A step on a CPU, of a training or of generating, frees and takes the same blocks again each time, and the system
     must fill each page with zeros before the process has it once more. What is free now is given back before. So the
-    best moment is after the first step: among what a compiler frees there lie small blocks that stay, the large ones
-    of the next steps do not fit between them, and the process would grow by a sixth.
+    best moment is after the first step, which may have compiled: a training that kept memory from its start on needed
+    15 % more (docs/LOG.md, 2026-12-01).
 
     Returns:
         Whether it could be set: another C library, or an environment that sets such things itself, is left alone.

@@ -28,18 +28,23 @@ __all__ = [
     "visible_text",
 ]
 
-_MODULES = {
-    "engine": ("Engine", "Result"),
-    "events": ("Event", "readable", "visible_text"),
-    "request": ("Handle", "Request"),
-    "sampling": ("Sampling",),
-    "scheduler": ("Scheduler",),
-    "session": ("Session",),
-}
+if not TYPE_CHECKING:
+    _MODULES = {
+        "engine": ("Engine", "Result"),
+        "events": ("Event", "readable", "visible_text"),
+        "request": ("Handle", "Request"),
+        "sampling": ("Sampling",),
+        "scheduler": ("Scheduler",),
+        "session": ("Session",),
+    }
 
+    def __getattr__(name: str) -> Any:
+        if name in _MODULES:
+            return import_module(f"{__name__}.{name}")
+        for module, names in _MODULES.items():
+            if name in names:
+                return getattr(import_module(f"{__name__}.{module}"), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
-def __getattr__(name: str) -> Any:
-    for module, names in _MODULES.items():
-        if name in names:
-            return getattr(import_module(f"{__name__}.{module}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})

@@ -11,14 +11,15 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from nanochat_pl.bundle.bundle import Bundle, naming_weights
 from nanochat_pl.common.console import replace_unencodable_characters
 from nanochat_pl.common.errors import NotFiniteError, UserError
-from nanochat_pl.engine import Engine, Event
-from nanochat_pl.engine.events import Readable
+from nanochat_pl.engine.events import Event, Readable
 from nanochat_pl.engine.settings import ChatSettings
+
+if TYPE_CHECKING:
+    from nanochat_pl.bundle.bundle import Bundle
 
 HELP = """\
 /clear         start a new conversation
@@ -47,6 +48,9 @@ def run_chat(bundle: Bundle, settings: ChatSettings) -> None:
     Raises:
         UserError: the bundle has no tokenizer, or the one message of ``settings.prompt`` is longer than the context.
     """
+    from nanochat_pl.bundle.bundle import naming_weights  # with torch: a server's model needs none here
+    from nanochat_pl.engine.engine import Engine
+
     with naming_weights(bundle):
         engine = Engine(bundle, settings.quantize, settings.compile)
         talk(engine.session(settings.max_context, settings.system or ""), settings)

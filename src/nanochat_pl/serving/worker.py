@@ -51,12 +51,12 @@ def main(connection: Connection, spec: Mapping[str, Any]) -> None:
             ``prefill_chunk``, ``stream_interval``; ``compile`` and the folder ``cache``, where it is auto.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the server ends its workers
-    if spec["device"] == "cpu":
-        keep_freed_memory()  # each step frees and takes the same blocks again
     try:
         worker = Worker(connection, spec)
         gc.collect()
         gc.freeze()  # what is there by now stays: a collection would hold up all answers for that long
+        if spec["device"] == "cpu":
+            keep_freed_memory()  # each step frees and takes the same blocks again
         worker.send({"ready": worker.card()})
         worker.serve()
     except UserError as error:

@@ -19,7 +19,7 @@ class GarbageCollection(Callback):
 
     After the first step, when all that stays is there (compiling makes much of it), the objects at hand are frozen:
     no later collection looks at them. Then garbage is collected every ``COLLECT_EVERY_STEPS`` steps, and only then. On
-    a CPU all freed memory is given back at these moments, and kept for the next step at all others.
+    a CPU with glibc all freed memory is given back at these moments, and from the first one on kept at all others.
     """
 
     def __init__(self, clock: StepClock) -> None:

@@ -3,6 +3,7 @@
 Both kinds alternate in the same processes, one thread each, so the machine's moods meet both; a ratio is of two steps
 that follow each other, by the wall clock and by the CPU time of both processes together. Also printed: the share of the
 gradients' bytes that are complete while at least a tenth of the time between the first and the last gradient is left.
+A choice that was made once, so `make bench` does not measure it.
 """
 
 from __future__ import annotations
