@@ -32,7 +32,7 @@ check: $(INSTALLED)  ## format, lint and types
 docs: $(INSTALLED)  ## the site with all pages, settings and the Python API, in build/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-bench: $(INSTALLED)  ## what costs how much time and memory, in ten minutes on two cores; each ends with a line of JSON
+bench: $(INSTALLED)  ## what costs how much time and memory, in some ten minutes on two cores; each ends with a line of JSON
 	@set -e; for file in benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python $$file; done
 
 bench-gpu: $(INSTALLED)  ## one GPU in eight minutes: training, attention, decoding; writes bench_gpu.json for `nanochat-pl plan bench=bench_gpu.json`

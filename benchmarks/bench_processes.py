@@ -63,7 +63,6 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_text(folder / "text.txt")
-        train(1, folder, 1, sizes)  # makes the caches
         for number in range(given.rounds):
             order = (1, 2) if number % 2 == 0 else (2, 1)
             found = {processes: train(processes, folder, given.steps, sizes) for processes in order}

@@ -43,7 +43,8 @@ def client(server: Served) -> openai.OpenAI:
 def test_models(client):
     models = client.models.list().data
     assert [model.id for model in models] == ["demo"]
-    assert client.models.retrieve("demo").owned_by == "nanochat_pl"
+    model = client.models.retrieve("demo")
+    assert model.owned_by == "nanochat_pl" and 0 < model.created <= time.time(), "when its training ended"
     with pytest.raises(openai.NotFoundError) as error:
         client.models.retrieve("other")
     assert error.value.code == "model_not_found"

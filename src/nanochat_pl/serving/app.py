@@ -170,7 +170,7 @@ def _model(name: str, card: dict[str, Any]) -> dict[str, Any]:
     return {
         "id": name,
         "object": "model",
-        "created": 0,
+        "created": card.get("created", 0),  # 0: it is not loaded yet
         "owned_by": "nanochat_pl",
         "max_model_len": card.get("max_context"),
     }

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from nanochat_pl.bundle.bundle import Bundle, hash_of_weights, load_bundle
+from nanochat_pl.bundle.layout import STAGE
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.malloc import keep_freed_memory
 from nanochat_pl.engine import Engine
@@ -101,6 +102,7 @@ class Worker:
         bundle, net = self._bundle, self._bundle.net
         return {
             "weights": hash_of_weights(bundle.path)[:16],
+            "created": int((bundle.path / STAGE).stat().st_mtime),
             "stage": bundle.stage.stage,
             "step": bundle.stage.step,
             "metrics": bundle.stage.metrics,
