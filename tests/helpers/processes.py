@@ -139,6 +139,7 @@ def _do(job: Mapping[str, Any]) -> bytes:
     dist.set_debug_level_from_env()
     try:
         collectives.start(torch.device("cpu"))
+        collectives.barrier()  # one whose work needs no other would else be gone before the last has reached it
         function = getattr(importlib.import_module(job["module"]), job["function"])
         return _packed({"result": function(*job["arguments"])})
     except Exception:
