@@ -3,7 +3,7 @@
     python benchmarks/bench_step.py [--shape small|large] [--dtype float32|bfloat16] [--against FOLDER] [--rounds 2]
 
 Each checkout trains in a process of its own, which sets what the training command sets. They make their steps in turns,
-one each, so that both meet the same moods of the machine; a round starts all processes anew. Reported are the step and
+one each, so that other work on the machine slows both alike; a round starts all processes anew. Reported: the step and
 its parts in milliseconds, tokens a second, the share of the matrix rate that was measured in the same process between
 the steps: of each round the median, with their spread over the rounds; of peak memory what was needed at the end.
 "times as fast" is of a round's medians, "of single steps" of all pairs of steps.

@@ -29,21 +29,24 @@ __all__ = [
 ]
 
 if not TYPE_CHECKING:
-    _MODULES = {
-        "engine": ("Engine", "Result"),
-        "events": ("Event", "readable", "visible_text"),
-        "request": ("Handle", "Request"),
-        "sampling": ("Sampling",),
-        "scheduler": ("Scheduler",),
-        "session": ("Session",),
+    _PUBLIC = {
+        "Engine": "engine",
+        "Event": "events",
+        "Handle": "request",
+        "Request": "request",
+        "Result": "engine",
+        "Sampling": "sampling",
+        "Scheduler": "scheduler",
+        "Session": "session",
+        "readable": "events",
+        "visible_text": "events",
     }
 
     def __getattr__(name: str) -> Any:
-        if name in _MODULES:
+        if name in _PUBLIC:
+            return getattr(import_module(f"{__name__}.{_PUBLIC[name]}"), name)
+        if name in _PUBLIC.values():
             return import_module(f"{__name__}.{name}")
-        for module, names in _MODULES.items():
-            if name in names:
-                return getattr(import_module(f"{__name__}.{module}"), name)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
     def __dir__() -> list[str]:
