@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import http.client
 import json
+import sys
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
@@ -13,7 +15,8 @@ from nanochat_pl.common.errors import UserError
 from nanochat_pl.engine.events import Event, EventKind
 from nanochat_pl.serving.settings import KEY_VARIABLE
 
-TIMEOUT = 600.0  # seconds without a word of the server
+TIMEOUT = 600.0  # seconds without a word of the server, or until its model is loaded
+SECONDS_BETWEEN_TRIES = 2.0  # while it is being loaded
 
 
 class RemoteSession:
@@ -104,17 +107,25 @@ class RemoteSession:
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self._key}"} if self._key else {})
         data = None if body is None else json.dumps(body).encode("utf-8", "replace")
         request = urllib.request.Request(self._base + path, data, headers)
-        try:
-            response: http.client.HTTPResponse = urllib.request.urlopen(request, timeout=TIMEOUT)
-            return response
-        except urllib.error.HTTPError as error:
-            fix = f"Set {KEY_VARIABLE} to one that the server has." if error.code == 401 else ""
-            raise UserError(f"{self._base}: {_message(error)}", fix) from error
-        except (OSError, http.client.HTTPException) as error:
-            reason = getattr(error, "reason", error)
-            raise UserError(
-                f"url={self._base}: nobody answers there: {reason}.", fix="Start one: nanochat-pl serve run=NAME"
-            ) from error
+        deadline, is_waiting = time.monotonic() + TIMEOUT, False
+        while True:
+            try:
+                response: http.client.HTTPResponse = urllib.request.urlopen(request, timeout=TIMEOUT)
+                return response
+            except urllib.error.HTTPError as error:
+                message, code = _told(error)
+                if code != "not_ready" or time.monotonic() > deadline:
+                    fix = f"Set {KEY_VARIABLE} to one that the server has." if error.code == 401 else ""
+                    raise UserError(f"{self._base}: {message}", fix) from error
+            except (OSError, http.client.HTTPException) as error:
+                reason = getattr(error, "reason", error)
+                raise UserError(
+                    f"url={self._base}: nobody answers there: {reason}.", fix="Start one: nanochat-pl serve run=NAME"
+                ) from error
+            if not is_waiting:
+                is_waiting = True
+                print(f"{self._base}: the model is being loaded; waiting for it …", file=sys.stderr)
+            time.sleep(SECONDS_BETWEEN_TRIES)
 
 
 def _kind(tool: Mapping[str, str]) -> EventKind:
@@ -130,8 +141,10 @@ def _chunks(response: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:
             yield json.loads(data)
 
 
-def _message(error: urllib.error.HTTPError) -> str:
+def _told(error: urllib.error.HTTPError) -> tuple[str, str | None]:
+    """Message and code of a refusal."""
     try:
-        return str(json.load(error)["error"]["message"])
-    except (ValueError, KeyError, TypeError):
-        return f"{error.code} {error.reason}"
+        told = json.load(error)["error"]
+        return str(told["message"]), told.get("code")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{error.code} {error.reason}", None
