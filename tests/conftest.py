@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.forked import SAME_FOR_ALL, share_server
+from tests.helpers.forked import SAME_FOR_ALL, run_children_as_copies, share_server
 
 SHARED_MISSING = "real data not found: set NANOCHAT_PL_SHARED or put it in ../shared"
 
@@ -30,6 +30,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """The processes that run the tests share what they fork programs from."""
     if getattr(config.option, "numprocesses", None):
         share_server()
+    run_children_as_copies()
     gc.disable()  # what is imported stays; going through it again and again is a tenth of the collection of tests
 
 

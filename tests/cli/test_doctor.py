@@ -27,7 +27,7 @@ def of(folder: Path, *without: str) -> list[str]:
     return ["stage=base", *(text for text in tiny_overrides(folder) if not text.startswith(without or ("none",)))]
 
 
-def found(folder: Path, name: str = "d3-base") -> dict[str, Any]:
+def found(folder: Path, name: str = "d2-base") -> dict[str, Any]:
     return json.loads((folder / "runs" / "doctor" / name / "doctor.json").read_text(encoding="utf-8"))
 
 
@@ -60,8 +60,8 @@ def test_good_data(here: Path, capsys: Captured) -> None:
     assert (rows["rows"], metrics["steps"], metrics["rows_per_step"], rows["padded_share"]) == (320, 40, 8, 0.0)
     assert rows["epochs"] == pytest.approx(320 * 33 / metrics["found"]["train"]["tokens"]["total"], rel=0.1)
     assert not metrics["fails"]
-    assert "Evaluation sets in the training text" in said.out and "runs/doctor/d3-base/lengths.svg" in said.out
-    assert (here / "runs" / "doctor" / "d3-base" / "lengths.svg").read_text(encoding="utf-8").count("row: 32") == 2
+    assert "Evaluation sets in the training text" in said.out and "runs/doctor/d2-base/lengths.svg" in said.out
+    assert (here / "runs" / "doctor" / "d2-base" / "lengths.svg").read_text(encoding="utf-8").count("row: 32") == 2
     assert [path.name for path in (here / "runs").iterdir()] == ["doctor"]  # no folder of a run
 
 
@@ -128,7 +128,7 @@ def test_conversations(trained: Path, capsys: Captured) -> None:
     keys = [text for text in sft_overrides(trained) if "identity" not in text and not text.startswith("max_steps")]
     assert main(["doctor", *keys, *mine, "data.max_bad_fraction=0.2"]) == 0
     said = capsys.readouterr().out
-    metrics = found(trained, "d3-sft")
+    metrics = found(trained, "d2-sft")
     assert (
         metrics["bad_rows"] == {"mine: invalid JSON": 1} and "Rows of files left out: 1 (mine: invalid JSON)." in said
     )
@@ -148,7 +148,7 @@ def test_too_many_bad_conversations_fail(trained: Path, capsys: Captured) -> Non
     assert main(["doctor", *sft_overrides(trained), mine]) == 1
     said = capsys.readouterr().out
     assert "fails: " in said and "bad.jsonl" in said
-    assert found(trained, "d3-sft")["fails"]
+    assert found(trained, "d2-sft")["fails"]
 
 
 def column(path: Path, texts: list[str]) -> Path:

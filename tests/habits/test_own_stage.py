@@ -154,7 +154,7 @@ def test_hydra_itself_takes_its_file(own: Path) -> None:
     assert main(of_text("check_only=true", "hydra.run.dir=out")) == 0
     assert Path("out").is_dir()
     jobs = jobs_of(["stage=again.Again", "seed=1,2", *tiny("data"), "data=local", "data.path=my_texts"])
-    assert [job.name for job in jobs] == ["d3-seed1", "d3-seed2"]
+    assert [job.name for job in jobs] == ["d2-seed1", "d2-seed2"]
     assert "stage=again.Again" in jobs[1].overrides and compose_train(jobs[1].overrides).config.stage.name == "again"
 
 

@@ -25,7 +25,7 @@ import traceback
 from pathlib import Path
 from typing import Any, NoReturn
 
-from tests.helpers.forked import ADDRESS, MAX_ORDER, SAME_FOR_ALL, Forked
+from tests.helpers.forked import ADDRESS, MAX_ORDER, SAME_FOR_ALL, Forked, run_children_as_copies
 
 MODULES = (
     "nanochat_pl.cli._warnings",
@@ -232,6 +232,7 @@ def main() -> None:
         importlib.import_module(name)
     subprocess_handler.SubprocessHandler._popen = popen  # type: ignore[assignment, method-assign]
     multiprocessing.util.spawnv_passfds = _spawn  # type: ignore[attr-defined]
+    run_children_as_copies()
     _warm_up()
     assert threading.active_count() == 1, "a copy would have locks that nobody lets go of"
     gc.freeze()  # a copy that collects garbage would copy all of it

@@ -4,6 +4,7 @@
 
 Starting an interpreter and importing torch takes six seconds, a copy of :mod:`tests.helpers.fork_server` has done both.
 The processes of a test run (``-n``) share one server.
+What the commands pipeline, sweep and search start is a copy, too.
 What is different: the variables that a library reads when it is loaded are those of the test run, the shipped settings
 have been read once, and the parent of a program is the server. What a program starts with torch's launcher (torchrun,
 or trainer.devices), or by multiprocessing's "spawn", is a copy too.
@@ -25,6 +26,7 @@ import tempfile
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import IO, Any
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -127,6 +129,47 @@ class Forked:
         if self.poll() is None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.pid, signal.SIGKILL)
+
+
+class _Child(Forked):
+    """What :func:`nanochat_pl.cli._subprocess.run_child` starts with :class:`subprocess.Popen`, as a copy."""
+
+    def __init__(
+        self, command: Sequence[str], stdin: int, stdout: Stream, stderr: int | None, env: Mapping[str, str], **_: bool
+    ) -> None:
+        assert stdin == subprocess.PIPE, command
+        its, ours = os.pipe()
+        self.stdin = open(ours, "wb")  # noqa: SIM115
+        try:
+            super().__init__(
+                command[1:], stdin=its, stdout=stdout, stderr=stdout if stderr == subprocess.STDOUT else None, env=env
+            )
+        finally:
+            os.close(its)
+
+    def send_signal(self, signum: int) -> None:
+        """Called from a signal handler too, while the server may be asked for something else."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signum)
+
+    def terminate(self) -> None:
+        """Tell it to stop."""
+        self.send_signal(signal.SIGTERM)
+
+
+def run_children_as_copies() -> None:
+    """From here on, the commands that a command of ours runs are copies, as those that tests start are."""
+    from nanochat_pl.cli import _subprocess
+
+    python = sys.executable
+
+    def popen(command: Sequence[str], **how: Any) -> subprocess.Popen[bytes] | _Child:
+        if command[0] != python:  # a test's own program in its place
+            return subprocess.Popen(command, **how)
+        return _Child(command, **how)
+
+    names = ("PIPE", "STDOUT", "TimeoutExpired")
+    _subprocess.subprocess = SimpleNamespace(Popen=popen, **{name: getattr(subprocess, name) for name in names})  # type: ignore[assignment]
 
 
 def run_forked(arguments: Sequence[str], timeout: float = 240.0, **how: Any) -> subprocess.CompletedProcess[str]:

@@ -233,7 +233,13 @@ def small_folder(tmp_path: Path) -> Iterator[Path]:
 def test_windows_and_all_of_the_architecture_reach_the_last_stage(small_folder: Path) -> None:
     """The window pattern was no part of what a stage handed on: the next one trained with the default's."""
     # Rows so long that a short window is one, and a pattern other than the default's.
-    own = ["model.sequence_len=256", "model.window_pattern=SL", "model.num_kv_heads=1", "model.head_dim=12"]
+    own = [
+        "model.depth=3",
+        "model.sequence_len=256",
+        "model.window_pattern=SL",
+        "model.num_kv_heads=1",
+        "model.head_dim=12",
+    ]
     both = ["run=r", "max_steps=1", "total_batch_tokens=512", "evaluation.num_rows=2"]
     assert main(["train", *tiny_overrides(small_folder), *own, *both]) == 0
     assert main(["train", *sft_overrides(small_folder), *both]) == 0

@@ -33,7 +33,7 @@ def tiny_overrides(place: Path) -> list[str]:
         f"data.path={place / 'texts'}",
         "data.txt_document_chars=200",
         "tokenizer.vocab_size=290",
-        "model.depth=3",
+        "model.depth=2",
         "model.aspect_ratio=16",
         "model.head_dim=16",
         "model.sequence_len=32",

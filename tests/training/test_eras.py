@@ -18,6 +18,7 @@ from tests.training.conftest import sft_overrides, start_run, tiny_overrides, we
 ERA = [
     "model=nanochat_2026_02",
     "model.num_kv_heads=1",
+    "model.depth=3",
     "model.window_pattern=SL",
     "model.init.wte_std=0.5",
     "optim=classic_muon",

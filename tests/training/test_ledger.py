@@ -23,15 +23,15 @@ def test_a_finished_training_has_one_entry(place: Path, train: Callable[..., int
     (entry,) = entries_of(place, "whole")
     assert (entry.exit, entry.error, entry.steps, entry.tokens) == ("finished", None, 40, 40 * 256)
     assert entry.flops > 0 and entry.seconds > 0 and entry.parent_run is None
-    assert entry.settings["model.depth"] == 3 and entry.settings["optim.scalar_lr"] == 0.05
+    assert entry.settings["model.depth"] == 2 and entry.settings["optim.scalar_lr"] == 0.05
     assert (
-        entry.changed["model.depth"] == 3 and "optim.max_grad_norm" not in entry.changed and "run" not in entry.changed
+        entry.changed["model.depth"] == 2 and "optim.max_grad_norm" not in entry.changed and "run" not in entry.changed
     )
     assert entry.data and entry.tokenizer and entry.machine["processes"] == 1 and entry.machine["device"]
     assert entry.best["val/bpb"] <= entry.metrics["val/bpb"] and entry.errors["val/bpb"] > 0
     assert "train/loss" in entry.metrics and not [name for name in entry.metrics if "stderr" in name]
     (sft,) = entries_of(place, "whole", "sft")
-    assert sft.changed["model.depth"] == 3, "it is its parent's, and not the default"
+    assert sft.changed["model.depth"] == 2, "it is its parent's, and not the default"
     assert (sft.tokenizer, sft.exit) == (entry.tokenizer, "finished")
     assert entries_of(place, "whole", "tokenizer") == [], "base made it on its way"
     assert train("run=whole") == 0  # found finished
@@ -74,7 +74,7 @@ def test_the_start_of_a_training_is_noted_and_what_is_refused_after_it_has_faile
     assert train("run=begun") == 2
     (entry,) = entries_of(place, "begun")
     assert (entry.exit, entry.error) == ("failed", "no such thing")
-    assert entry.data and entry.settings["model.depth"] == 3
+    assert entry.data and entry.settings["model.depth"] == 2
 
 
 @pytest.mark.parametrize("wrong", ["data.path=nowhere", "optim.matrix_lr=0.5"])
@@ -113,6 +113,6 @@ def test_bench_adds_what_inference_costs(place: Path, tmp_path: Path, capsys: py
     trained, measured = [each for each in read_ledger(tmp_path) if (each.run, each.stage) == ("whole", "base")]
     assert not trained.inference and measured.metrics == trained.metrics and measured.exit == "finished"
     assert measured.inference["first_token_ms"] > 0 and measured.inference["tokens_per_second_at_2"] > 0
-    # Keys and values of 3 blocks with 3 heads of 16 numbers in float32, and the token's id.
-    assert measured.inference["cache_bytes_per_token"] == 2 * 3 * 3 * 16 * 4 + 8
+    # Keys and values of 2 blocks with 2 heads of 16 numbers in float32, and the token's id.
+    assert measured.inference["cache_bytes_per_token"] == 2 * 2 * 2 * 16 * 4 + 8
     assert measured.inference_on["dtype"] == "float32"

@@ -307,10 +307,10 @@ def test_a_file_that_has_no_room_is_not_begun(
     folder = copy_unfinished(place, "no-room")
     newest, older = resume_files(folder / "base" / "checkpoints")
     newest.unlink()
-    monkeypatch.setattr("nanochat_pl.training.checkpoint.io.free_bytes", lambda path: 2**20)
+    monkeypatch.setattr("nanochat_pl.training.checkpoint.io.free_bytes", lambda path: 2**19)
     assert train("run=no-room") == 2
     error = capsys.readouterr().err
-    assert "step=000040.ckpt: takes 1." in error and "1.0 MiB free" in error and "paths.runs" in error
+    assert "step=000040.ckpt: takes 0." in error and "0.5 MiB free" in error and "paths.runs" in error
     assert resume_files(older.parent) == [older] and damage(older) is None
     monkeypatch.undo()
     assert train("run=no-room") == 0

@@ -26,7 +26,7 @@ def test_a_stage_leaves_what_everybody_reads(place: Path) -> None:
         assert (folder / name).is_file(), name
     bundle = load_bundle(folder / "bundle", dtype="float32")
     assert bundle.stage.stage == "base" and bundle.stage.step == 40
-    assert bundle.tokenizer is not None and bundle.config.num_layers == 3
+    assert bundle.tokenizer is not None and bundle.config.num_layers == 2
     assert bundle.net(torch.zeros(1, 5, dtype=torch.long)).shape == (1, 5, 290)
     finished = json.loads((folder / "finished.json").read_text(encoding="utf-8"))
     assert finished["tokens"] == 40 * 256 and 0 < finished["metrics"]["val/bpb"] < 8
