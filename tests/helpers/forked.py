@@ -139,7 +139,7 @@ class _Child(Forked):
     ) -> None:
         assert stdin == subprocess.PIPE, command
         its, ours = os.pipe()
-        self.stdin = open(ours, "wb")  # noqa: SIM115
+        self.stdin = os.fdopen(ours, "wb")
         try:
             super().__init__(
                 command[1:], stdin=its, stdout=stdout, stderr=stdout if stderr == subprocess.STDOUT else None, env=env
