@@ -26,7 +26,6 @@ SLOW = {
     "bench_resume_files": "--files 1 --every-steps 6 --depth 1 --mib-per-second 1000",
     "bench_core": "--repeats 1 --items 2",
     "bench_trainer": "--pairs 4 --depth 1 --eager",
-    "compiled_parts": "--pairs 2 --depth 1",
     "early_reduction": "--pairs 2 --depth 1 --vocab 300 --rows 1",
     "bench_processes": "--rounds 1 --steps 2 --depth 1 --step-tokens 512 --device-batch-size 1",
     "bench_startup": "--repeats 1 --experiment tiny data=local data.path=text.txt tokenizer.vocab_size=300",
