@@ -14,6 +14,7 @@ from nanochat_pl.cli.launch import processes_to_start
 from nanochat_pl.cli.main import main
 from nanochat_pl.cli.train import compose_train
 from nanochat_pl.planning import Plan
+from tests.helpers.corpus import share_corpus
 
 COMMAND = ("stage=base", "model.depth=20")
 
@@ -90,6 +91,7 @@ def refusal(capsys: pytest.CaptureFixture[str], *overrides: str) -> str:
 
 
 def test_a_cpu_refuses_hours_and_says_what_it_can(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    share_corpus(tmp_path)
     places = (f"paths.cache={tmp_path}", f"paths.runs={tmp_path / 'runs'}")
     error = refusal(capsys, *places)
     assert error.count("error:") == 1 and "days on this CPU (limit: 1 hour)" in error

@@ -26,6 +26,7 @@ from nanochat_pl.model.gpt import GPT
 from nanochat_pl.report import write_report
 from nanochat_pl.tokenizer import Tokenizer
 from nanochat_pl.tokenizer.comparison import KINDS
+from tests.helpers.corpus import share_corpus
 from tests.helpers.forked import COMMAND
 from tests.helpers.small_engine import byte_tokenizer
 from tests.helpers.training import ROWS_PER_STEP, SEQUENCE_LEN, fit_tiny, tiny_model
@@ -294,6 +295,7 @@ def test_rows_are_the_same_for_any_number_of_processes_and_workers(
 @pytest.mark.slow
 def test_two_sources_with_python_docs(place: Path, others: Path) -> None:
     """As the example file has it, but for the web."""
+    share_corpus(place / "cache")
     docs = [f"data.sources.docs.{key}" for key in ("name=python_docs", "weight=0.25")]
     settings = [text for text in mixture(place, others) if text != "data.sources.docs=null"]
     assert main(["train", "run=with-docs", *settings, *docs]) == 0
