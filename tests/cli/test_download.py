@@ -63,6 +63,7 @@ def test_a_download_that_ended_early_goes_on_with_what_is_missing(hub: HubServer
     assert {path[-10:-8] for path, _ in hub.downloads()[done:]} in ({"02"}, {"02", "03"})
 
 
+@pytest.mark.slow
 def test_the_variables_of_the_library_are_kept_to(here: Path) -> None:
     """It reads them when it is loaded, so this takes a process: mirror, home, offline mode."""
     code = "import sys; from nanochat_pl.cli.main import main; sys.exit(main())"

@@ -55,6 +55,7 @@ def test_two_processes_find_what_one_finds(here: Path, capsys: pytest.CaptureFix
     assert run(2, evaluate, str(here), [SUITES, "to=one", "against=two"]) == [0, 0]
 
 
+@pytest.mark.slow
 def test_errors_are_shared(here: Path) -> None:
     make_run("a")
     for keys, problem in [

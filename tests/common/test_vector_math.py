@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 PROGRAM = """
 import torch
 from nanochat_pl.common.vector_math import FUNCTIONS
@@ -19,6 +21,7 @@ for dtype in (torch.float32, torch.float64):
 """
 
 
+@pytest.mark.slow
 def test_functions_of_mkl_are_called_once_before_a_model_computes():
     """The first call chooses their code, and threads that make it together got a wrong one (pytorch#188792)."""
     for module in ("model.gpt", "engine.engine"):

@@ -68,6 +68,7 @@ def test_a_wrong_class_is_found_before_any_work(here: Path, capsys: pytest.Captu
     assert not (here / "runs").exists()
 
 
+@pytest.mark.slow
 def test_settings_are_checked_without_importing_lightning() -> None:
     """It takes seconds, and a person with a wrong key waits for them."""
     code = (

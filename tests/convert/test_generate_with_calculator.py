@@ -56,7 +56,7 @@ def transformers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModuleTyp
         yield module
 
 
-@pytest.mark.parametrize("generation", ["2025_10", "2026"])
+@pytest.mark.parametrize("generation", [pytest.param("2025_10", marks=pytest.mark.slow), "2026"])
 def test_a_sum_is_answered_as_the_engine_answers_it(
     golden: Path, tmp_path: Path, transformers: ModuleType, generation: str
 ) -> None:

@@ -136,7 +136,7 @@ def test_a_broken_file_is_one_error_and_mended_the_same_command_trains(
         assert train(place, f"data.shuffle={shuffle}") == 0
 
 
-@pytest.mark.parametrize("shuffle", ["global", "shards"])
+@pytest.mark.parametrize("shuffle", ["global", pytest.param("shards", marks=pytest.mark.slow)])
 def test_empty_files_and_blank_documents_are_left_out_and_counted(shuffle: str, place: Path, capsys: Captured) -> None:
     text = good_text(place)
     (place / "texts" / "a.txt").write_bytes(text)
@@ -193,7 +193,9 @@ def write_four_files(place: Path) -> None:
         (place / "texts" / f"{number}.txt").write_bytes(b"\n\n".join(documents[number::4] * 20))
 
 
-@pytest.mark.parametrize(("shuffle", "size"), [("global", "600k"), ("shards", "150k")])
+@pytest.mark.parametrize(
+    ("shuffle", "size"), [("global", "600k"), pytest.param("shards", "150k", marks=pytest.mark.slow)]
+)
 def test_a_disk_that_fills_while_caching(
     shuffle: str, size: str, place: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -146,6 +146,7 @@ def waits_longer_than_for_a_meeting() -> int:
     return collectives.all_reduce_sum(1)
 
 
+@pytest.mark.slow
 def test_the_host_waits_long_for_a_collective() -> None:
     assert run(2, waits_longer_than_for_a_meeting) == [2, 2]
 

@@ -211,6 +211,7 @@ def test_a_cancelled_request_frees_its_slot_in_the_next_step(engine):
     assert scheduler.idle
 
 
+@pytest.mark.slow
 def test_a_thousand_abandoned_requests_leave_nothing_behind(engine):
     scheduler = Scheduler(engine, 4, CONTEXT, prefill_chunk=16)
     rng = random.Random(0)

@@ -67,8 +67,8 @@ OF_A_STEP = 3  # what goes into the layers, the end, and a piece of the loss
     ("depth", "changes", "kinds", "checkpointing"),
     [
         (3, {}, 3, True),
-        (8, {}, 3, False),
-        (8, {"value_embedding_layers": ()}, 2, True),
+        pytest.param(8, {}, 3, False, marks=pytest.mark.slow),
+        pytest.param(8, {"value_embedding_layers": ()}, 2, True, marks=pytest.mark.slow),
         (2, {"residual_lambdas": False}, 2, False),
     ],
 )
@@ -84,6 +84,7 @@ def test_layers_of_a_kind_are_compiled_once_and_give_the_bits_of_eager(graphs, d
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
 
 
+@pytest.mark.slow
 def test_other_rows_compile_as_much_again_for_any_number_of_sizes_and_evaluation_nothing(graphs):
     """The compiler keeps eight graphs of one code: kinds and sizes would have come to more."""
     net = perturbed(tiny_config(4))

@@ -52,6 +52,7 @@ def test_every_code_cell_is_introduced_and_the_first_names_the_run(name: str) ->
     assert "NANOCHAT_PL_RUN" in "".join(cells[0]["source"]) and "NANOCHAT_PL_RUN" in "".join(cells[1]["source"])
 
 
+@pytest.mark.slow
 def test_every_cell_runs(run: Path, tmp_path: Path) -> None:
     """Each in a process of its own, as in a notebook: one namespace, cell after cell. All in one test: the run that
     they read is made once, by one worker."""

@@ -141,6 +141,7 @@ def debug_level() -> str:
     return torch.distributed.get_debug_level().name
 
 
+@pytest.mark.slow
 def test_torchs_own_checks_of_the_collectives_are_clean(alone: dict[str, Any]) -> None:
     checked = {"TORCH_DISTRIBUTED_DEBUG": "DETAIL"}
     assert run(2, debug_level, environment=checked) == ["DETAIL"] * 2 and run(2, debug_level) == ["OFF"] * 2
@@ -164,7 +165,7 @@ def go_on(file: str, first: int) -> list[dict[str, Any]]:
     return [loaded, outcome(net, optimizer) | {"norms": norms}]
 
 
-@pytest.mark.parametrize("before", [1, 2, 3, 4])
+@pytest.mark.parametrize("before", [3, *(pytest.param(number, marks=pytest.mark.slow) for number in (1, 2, 4))])
 def test_a_state_of_any_number_of_processes_goes_on_with_any(
     before: int, tmp_path: Path, alone: dict[str, Any]
 ) -> None:

@@ -97,6 +97,7 @@ def joined(share=0.5, max_turns=4, seed=0, sequence=None, **sizes):
     return Mixture(tasks, {"b": 3}, seed, sequence, JoinedSettings(share, max_turns))
 
 
+@pytest.mark.slow
 def test_joined_conversations_have_every_one_of_the_tasks_as_often_as_before():
     single, mixed = mixture(a=3_000, b=500), joined(a=3_000, b=500)
     places = [mixed.places(n) for n in range(len(mixed))]

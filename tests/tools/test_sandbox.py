@@ -84,7 +84,7 @@ def test_the_time_is_that_of_the_processors() -> None:
     assert (outcome.reason, outcome.message) == ("timeout", "not through after 2 seconds")
 
 
-@pytest.mark.parametrize("mode", ["strict", "weak"])
+@pytest.mark.parametrize("mode", ["strict", pytest.param("weak", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("who", ["program", "tests"])
 def test_the_time_of_all_processes_is_added_up(mode: Literal["strict", "weak"], who: str) -> None:
     """Four, one after the other, none of which reaches the limit of each; and the tests' own."""

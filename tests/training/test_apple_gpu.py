@@ -27,6 +27,7 @@ def on_apple(overrides: list[str]) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 def test_a_stage_trains_validates_and_answers(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     strategies = []
     monkeypatch.setattr(

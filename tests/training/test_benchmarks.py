@@ -193,6 +193,7 @@ def finished_metrics(stage: Path) -> dict[str, float]:
     return json.loads((stage / "finished.json").read_text(encoding="utf-8"))["metrics"]
 
 
+@pytest.mark.slow
 def test_a_stop_in_the_last_benchmarks_leaves_the_bundle_and_is_gone_on_from(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

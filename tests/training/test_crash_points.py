@@ -155,7 +155,7 @@ def assert_all_are_survived(trainings: Trainings, stage: str, start: str, names:
     ("stage", "start", "which"),
     [
         ("base", "first", 0),
-        ("sft", "second", 1),
+        pytest.param("sft", "second", 1, marks=pytest.mark.slow),
         pytest.param("base", "first", 2, marks=pytest.mark.slow),
         pytest.param("sft", "second", 3, marks=pytest.mark.slow),
         pytest.param("mid", "first", 1, marks=pytest.mark.slow),

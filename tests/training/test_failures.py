@@ -47,7 +47,8 @@ def errors(done: subprocess.CompletedProcess[str]) -> list[str]:
     return [line for line in done.stderr.splitlines() if line.startswith(("process ", "error: "))]
 
 
-@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
 def test_a_killed_process_ends_the_other(rank: int, place: Path, expected: Path, train: Callable[..., int]) -> None:
     """The launcher says which one. What the collective of the other says of it is no bug."""
     # The file of step 5 is written while the next steps are made.

@@ -78,7 +78,7 @@ def open_rows(path: Path, shuffle: str, rows_per_step: int, tokenizer: Tokenizer
     [
         ("text", 7, "shards"),
         pytest.param("text", 7, "global", marks=pytest.mark.slow),
-        ("text_tiny", 450, "shards"),
+        pytest.param("text_tiny", 450, "shards", marks=pytest.mark.slow),
         ("text_tiny", 450, "global"),
     ],
 )
@@ -170,7 +170,7 @@ def test_a_training_on_shards_as_they_come_is_killed_and_goes_on(
     assert same_weights(weights_of(place / "runs" / "streamed", "base"), weights_of(folder, "base"))
 
 
-@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("num_workers", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_an_error_of_the_builder_ends_the_training_with_one_message(
     place: Path,
     train: Callable[..., int],

@@ -65,6 +65,7 @@ def test_a_run_goes_on_with_the_other_strategy(results: tuple[Path, Results], ru
             assert mine[what][name].numpy() == pytest.approx(tensor.numpy(), rel=1e-4, abs=1e-6), name
 
 
+@pytest.mark.slow
 def test_with_compiled_blocks_losses_are_the_same(tmp_path: Path) -> None:
     """Graphs are run as they are: what a compiler makes of them is not the question here."""
     losses = run(2, fsdp_jobs.losses_eager_and_compiled)[0]

@@ -137,7 +137,7 @@ def _same(one: LMModule, other: LMModule) -> bool:
     return all(torch.equal(weight, weights[name]) for name, weight in one.net.state_dict().items())
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "float16"])
 def test_a_resumed_run_goes_on_with_scale_and_count(
     tmp_path: Path, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

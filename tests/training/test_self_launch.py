@@ -40,6 +40,7 @@ def wait_for_step(place: Path, run: str, process: Forked) -> None:
         time.sleep(0.1)
 
 
+@pytest.mark.slow
 def test_two_devices_give_the_bits_of_torchrun_with_two_processes(place: Path) -> None:
     for run in ("self", "torchrun"):
         start_run(place, run, "base")
