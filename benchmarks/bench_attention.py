@@ -1,6 +1,6 @@
 """Attention in a window: the backend that is taken, forward and backward, against one call with a T × T mask.
 
-    python benchmarks/bench_attention.py [--length 2048] [--window 768] [--rounds 9] [--device cpu] [--dtype float32]
+    python benchmarks/bench_attention.py [--length 2048] [--window 768] [--rounds 5] [--device cpu] [--dtype float32]
         [--all]  (each backend that runs here)
 
 In turns in one process. Then what a forward and backward add to the memory of a process (on a GPU: of its allocator),
@@ -32,7 +32,7 @@ MASKED = "mask of the whole row"
 
 
 def main() -> None:
-    parser = parser_of(__doc__, length=2048, window=768, rows=2, rounds=9)
+    parser = parser_of(__doc__, length=2048, window=768, rows=2, rounds=5)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--all", action="store_true")

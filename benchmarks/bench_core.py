@@ -38,7 +38,7 @@ TOGETHER = "choices in one forward"
 
 def main() -> None:
     """Measure and report."""
-    parser = parser_of(__doc__, repeats=3, items=12)
+    parser = parser_of(__doc__, repeats=2, items=12)
     parser.add_argument("bundle", nargs="?", help="a folder with core.yaml; else questions are made up")
     parser.add_argument("tasks", nargs="*", default=TASKS)
     given = parser.parse_args()

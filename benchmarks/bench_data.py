@@ -32,7 +32,7 @@ SEQUENCE_LENS = (256, 2048)
 
 def main() -> None:
     """Measure and report."""
-    parser = parser_of(__doc__, repeats=3, vocab_size=32_768, tokens=2**22, memory_rows=5_000)
+    parser = parser_of(__doc__, repeats=2, vocab_size=32_768, tokens=2**22, memory_rows=5_000)
     parser.add_argument("path", nargs="?", help="file, folder or glob of text")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:

@@ -92,7 +92,7 @@ def main(num_files: int, every_steps: int, depth: int, rate: float, compiled: bo
 
 
 if __name__ == "__main__":
-    parser = parser_of(__doc__, files=3, every_steps=16, depth=4, mib_per_second=50)
+    parser = parser_of(__doc__, files=2, every_steps=16, depth=4, mib_per_second=50)
     parser.add_argument("--compile", action="store_true", help="compiled steps, which are shorter")
     options = parser.parse_args()
     main(options.files, options.every_steps, options.depth, options.mib_per_second * 2**20, options.compile)

@@ -1,6 +1,6 @@
 """What serving costs: tokens a second of 32 streams over HTTP, beside the engine alone, in turns; and latencies.
 
-    python benchmarks/bench_server.py [--bundle runs/demo/sft/bundle] [--streams 32] [--turns 2] [--repeats 3]
+    python benchmarks/bench_server.py [--bundle runs/demo/sft/bundle] [--streams 32] [--turns 2] [--repeats 2]
 
 Each of the clients asks again, over the same connection, as soon as it has its answer, and the answers are of many
 lengths, so that requests begin and end while others are being answered, as they do on a server. The engine alone is
@@ -200,7 +200,7 @@ def percentile(values: list[float], share: float) -> float:
 
 def main() -> None:
     """Measure everything and print it."""
-    parser = parser_of(__doc__, streams=32, turns=2, repeats=3, new_tokens=128, many=100)
+    parser = parser_of(__doc__, streams=32, turns=2, repeats=2, new_tokens=128, many=100)
     parser.add_argument("--bundle", type=Path)
     parser.add_argument("--even", action="store_true", help="all answers of one length")
     parser.add_argument("--compile", action="store_true", help="the decode step, here and there")

@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--against", type=Path, help="another checkout, measured in turns")
     parser.add_argument("--rounds", type=int, default=2, help="how often the processes are started")
-    parser.add_argument("--steps", type=int, default=8, help="of each process, after some that warm up")
+    parser.add_argument("--steps", type=int, default=5, help="of each process, after some that warm up")
     parser.add_argument("--eager", action="store_true")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()

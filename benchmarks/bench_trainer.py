@@ -134,7 +134,7 @@ def interval(ratios: list[float], rounds: int = 10_000) -> tuple[float, float]:
 
 def main() -> None:
     """Measure and report."""
-    parser = parser_of(__doc__, pairs=20, depth=4)
+    parser = parser_of(__doc__, pairs=10, depth=4)
     parser.add_argument("--eager", action="store_true")
     options = parser.parse_args()
     recipe = small_recipe(options.pairs + WARM_UP_STEPS, ROWS_PER_STEP, options.depth, not options.eager)
