@@ -128,14 +128,14 @@ def test_hydras_own_keys_do_what_they_do_elsewhere(here: Path, capsys: pytest.Ca
 def test_a_sweep_with_another_launcher(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     write_texts(here / "texts")
-    sweep = ["train", "-m", "hydra/launcher=joblib", "model.depth=1,2", "seed=0,1", *few_steps(here)]
+    sweep = ["train", "-m", "hydra/launcher=joblib", "model.depth=1", "seed=0,1", *few_steps(here)]
     assert main(sweep) == 0
-    rows = [line.split()[:3] for line in capfd.readouterr().out.splitlines()[-4:]]
-    names = ["d1-seed0", "d1-seed1", "d2-seed0", "d2-seed1"]
+    rows = [line.split()[:3] for line in capfd.readouterr().out.splitlines()[-2:]]
+    names = ["d1-seed0", "d1-seed1"]
     assert rows == [[name, "base", "finished"] for name in names]
     assert {place_of(compose_train([f"run={name}"])).status for name in names} == {"finished"}
     assert main(sweep) == 0
-    again = [line.split()[:4] for line in capfd.readouterr().out.splitlines()[-4:]]
+    again = [line.split()[:4] for line in capfd.readouterr().out.splitlines()[-2:]]
     assert again == [[name, "base", "finished", "before"] for name in names]
 
 

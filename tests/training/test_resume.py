@@ -86,7 +86,7 @@ def test_killed_before_the_first_file_it_starts_over(place: Path, train: Callabl
 
 @pytest.mark.slow
 def test_two_threads_and_compiled_kill_9_changes_nothing(place: Path) -> None:
-    """As a person trains, in the type of this CPU: threads that add to one row of an embedding must not do so in the order they come."""
+    """As a person trains: threads that add to one row of an embedding must not do so in the order they come."""
     settings = ["trainer.compile=true", "trainer.num_threads=2", "max_steps=12"]
     run_whole = start_run(place, "compiled", "base")
     whole = run_forked([*command(place, "compiled", "base"), *settings])
