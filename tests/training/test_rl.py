@@ -256,7 +256,7 @@ def test_processes_share_the_answers_out_in_bfloat16() -> None:
 
 @pytest.mark.slow
 def test_log_probs_are_within_a_bound_of_those_of_a_compiled_gradient(place: Path) -> None:
-    """Compiled code rounds in other places. Measured: at most 0.054 in bfloat16, if this CPU has it; documented: 0.2."""
+    """Compiled code rounds in other places. Measured: at most 0.054 in bfloat16; the documented bound: 0.2."""
     folder = new_run(place, "compiled")
     settings = ("trainer.compile=true", "rl.eval_every_steps=null", "max_steps=4")
     assert train(place, folder.name, *settings) == 0
