@@ -118,7 +118,7 @@ def test_a_job_that_is_stopped_by_slurms_signal_goes_back_into_the_queue_and_goe
     place: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(place / "runs" / "whole" / "tokenizer", tmp_path / "runs" / "slurm" / "tokenizer")
-    own = [f"paths.runs={tmp_path / 'runs'}", "max_steps=100", "evaluation.every_steps=0"]
+    own = [f"paths.runs={tmp_path / 'runs'}", "max_steps=40", "evaluation.every_steps=0"]
     arguments = ["train", "run=slurm", *tiny_overrides(place), *own]
     stage = tmp_path / "runs" / "slurm" / "base"
     with batch_job(tmp_path, arguments) as job:
@@ -134,5 +134,5 @@ def test_a_job_that_is_stopped_by_slurms_signal_goes_back_into_the_queue_and_goe
     with batch_job(tmp_path, arguments) as job:
         said, _ = job.communicate(timeout=240)
     assert job.returncode == 0 and "codes 0 0" in said and "going on after step" in said, said
-    assert (stage / "finished.json").exists() and _steps(stage / "metrics.csv") == 100
+    assert (stage / "finished.json").exists() and _steps(stage / "metrics.csv") == 40
     assert len((tmp_path / "requeued").read_text(encoding="utf-8").splitlines()) == 1
