@@ -28,7 +28,7 @@ CHAT = {"messages": [{"role": "user", "content": "hi"}]}
 class ScriptedGeneration:
     """Says "hello", or what it was told to."""
 
-    model, began = "demo", 0.0
+    model, worker, began = "demo", 1, 0.0
 
     def __init__(self, updates: list[dict[str, Any]]) -> None:
         self._updates = updates

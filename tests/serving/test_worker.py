@@ -224,6 +224,9 @@ def test_the_time_between_tokens_is_that_of_each_token_of_a_piece(monkeypatch):
         metrics.observe(generation, {"completion_tokens": tokens})
     lines = dict(line.rpartition(" ")[::2] for line in metrics.text().decode().splitlines())
     name = "nanochat_inter_token_latency_seconds"
-    found = [lines[f'{name}_bucket{{le="{bound}",model_name="demo"}}'] for bound in ("0.025", "0.05", "0.1", "+Inf")]
+    found = [
+        lines[f"{name}_bucket" + f'{{engine="1",le="{bound}",model_name="demo"}}']
+        for bound in ("0.025", "0.05", "0.1", "+Inf")
+    ]
     assert found == ["0.0", "4.0", "5.0", "5.0"]
-    assert lines[f'{name}_count{{model_name="demo"}}'] == "5.0"
+    assert lines[f"{name}_count" + '{engine="1",model_name="demo"}'] == "5.0"

@@ -21,6 +21,7 @@ _FIRST_TOKEN = (
 )
 _BETWEEN_TOKENS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 10)
 _REQUEST = (0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920)
+_LABELS = ("model_name", "engine")  # the model, and the number of the worker
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000)
 _GAUGES = {
     "num_requests_running": ("running", "Requests that are generated."),
@@ -65,34 +66,34 @@ class Metrics:
         self.registry.register(self)
 
         def histogram(name: str, what: str, buckets: tuple[float, ...]) -> Histogram:
-            return Histogram(f"nanochat_{name}", what, ["model_name"], registry=self.registry, buckets=buckets)
+            return Histogram(f"nanochat_{name}", what, _LABELS, registry=self.registry, buckets=buckets)
 
         self._first = histogram("time_to_first_token_seconds", "From the request to the first token.", _FIRST_TOKEN)
-        self._between: dict[str, _Intervals] = {}
+        self._between: dict[tuple[str, str], _Intervals] = {}
         self._whole = histogram("e2e_request_latency_seconds", "From the request to its end.", _REQUEST)
         self._prompt = histogram("request_prompt_tokens", "Tokens of a prompt.", _TOKENS)
         self._answer = histogram("request_generation_tokens", "Tokens of an answer.", _TOKENS)
         self._success = Counter(
             "nanochat_request_success",
             "Requests that came to their end.",
-            ["model_name", "finished_reason"],
+            [*_LABELS, "finished_reason"],
             registry=self.registry,
         )
 
     def observe(self, generation: Generation, update: Mapping[str, Any]) -> None:
         """Take an update of a request down."""
-        now, model = time.monotonic(), generation.model
+        now, labels = time.monotonic(), (generation.model, str(generation.worker))
         before, tokens = self._last.get(generation), update.get("completion_tokens", 0)
         if before is None:
-            self._first.labels(model).observe(now - generation.began)
-            self._prompt.labels(model).observe(update.get("prompt_tokens", 0))
+            self._first.labels(*labels).observe(now - generation.began)
+            self._prompt.labels(*labels).observe(update.get("prompt_tokens", 0))
         elif tokens > before[1]:
-            self._between.setdefault(model, _Intervals()).add(now - before[0], tokens - before[1])
+            self._between.setdefault(labels, _Intervals()).add(now - before[0], tokens - before[1])
         self._last[generation] = now, tokens
         if "finish" in update:
-            self._whole.labels(model).observe(now - generation.began)
-            self._answer.labels(model).observe(update["completion_tokens"])
-            self._success.labels(model, update["finish"]).inc()
+            self._whole.labels(*labels).observe(now - generation.began)
+            self._answer.labels(*labels).observe(update["completion_tokens"])
+            self._success.labels(*labels, update["finish"]).inc()
             del self._last[generation]
 
     def forget(self, generation: Generation) -> None:
@@ -103,15 +104,13 @@ class Metrics:
         """The workers' own figures, for the registry."""
         for kind, names in ((GaugeMetricFamily, _GAUGES), (CounterMetricFamily, _COUNTERS)):
             for name, (key, what) in names.items():
-                family = kind(f"nanochat_{name}", what, labels=["model_name", "engine"])
-                for number, worker in enumerate(self._pool.workers):
-                    family.add_metric([worker.model, str(number)], worker.stats.get(key, 0))
+                family = kind(f"nanochat_{name}", what, labels=_LABELS)
+                for worker in self._pool.workers:
+                    family.add_metric([worker.model, str(worker.number)], worker.stats.get(key, 0))
                 yield family
-        between = HistogramMetricFamily(
-            "nanochat_inter_token_latency_seconds", "Between two tokens.", labels=["model_name"]
-        )
-        for model, intervals in self._between.items():
-            between.add_metric([model], intervals.buckets(), intervals.seconds)
+        between = HistogramMetricFamily("nanochat_inter_token_latency_seconds", "Between two tokens.", labels=_LABELS)
+        for labels, intervals in self._between.items():
+            between.add_metric(labels, intervals.buckets(), intervals.seconds)
         yield between
 
     def text(self) -> bytes:

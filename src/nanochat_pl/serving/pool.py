@@ -88,7 +88,7 @@ class Generation:
 
     def __init__(self, owner: WorkerProcess, name: str) -> None:
         self._owner, self._name = owner, name
-        self.model = owner.model
+        self.model, self.worker = owner.model, owner.number
         self._updates = Updates()
         self._number = 0
         self.began = time.monotonic()
@@ -113,6 +113,7 @@ class WorkerProcess:
 
     Attributes:
         model: the name of what it serves.
+        number: its place among the workers of the pool.
         card: what its model is, once it is ready.
         stats: its figures, see :mod:`~nanochat_pl.serving.worker`.
         num_restarts: how often it was started again.
@@ -123,8 +124,8 @@ class WorkerProcess:
     # A process has the priority of the thread that starts it, and that of the event loop is lowered later on.
     _starter = ThreadPoolExecutor(1)
 
-    def __init__(self, model: str, spec: Mapping[str, Any]) -> None:
-        self.model, self._spec = model, spec
+    def __init__(self, model: str, spec: Mapping[str, Any], number: int) -> None:
+        self.model, self._spec, self.number = model, spec, number
         self.card: dict[str, Any] | None = None
         self.stats: dict[str, Any] = {}
         self.num_restarts = 0
@@ -264,7 +265,7 @@ class Pool:
     """
 
     def __init__(self, specs: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
-        self.workers = [WorkerProcess(model, spec) for model, spec in specs]
+        self.workers = [WorkerProcess(model, spec, number) for number, (model, spec) in enumerate(specs)]
 
     async def started(self) -> None:
         """Wait until every model is loaded. Raises :class:`UserError` where one cannot be."""
