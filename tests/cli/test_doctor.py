@@ -240,6 +240,7 @@ def test_missing_shards_are_named(hub: HubServer, here: Path, capsys: Captured) 
     assert re.search(r"warning: 1 of 3 training files.*\n.*nanochat-pl download .*num_shards=[23]", said)
 
 
+@pytest.mark.slow
 def test_the_record_of_a_run_is_read_and_never_written(hub: HubServer, here: Path) -> None:  # noqa: F811
     """A run goes on with the files that it was begun with; the doctor came by and noted others."""
     texts = (write_texts(here / "texts") / "texts.txt").read_text(encoding="utf-8").split("\n\n")

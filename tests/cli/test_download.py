@@ -109,6 +109,7 @@ def test_training_takes_what_was_fetched_and_says_what_it_lacks(hub: HubServer, 
     assert main(own_text) == 0
 
 
+@pytest.mark.slow
 def test_a_stopped_training_goes_on_after_more_has_been_fetched(
     hub: HubServer, here: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:

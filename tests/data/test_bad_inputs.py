@@ -244,6 +244,7 @@ Tokenizer.encode_array = encode_or_die
 """
 
 
+@pytest.mark.slow
 def test_a_cache_killed_half_built(place: Path) -> None:
     write_four_files(place)
     assert train(place, "stage=tokenizer") == 0
@@ -259,6 +260,7 @@ def test_a_cache_killed_half_built(place: Path) -> None:
     assert same_weights(weights_of(place / "runs" / "r", "base"), weights_of(place / "runs" / "whole", "base"))
 
 
+@pytest.mark.slow
 def test_a_builder_killed_while_the_training_waits(
     place: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -22,6 +22,7 @@ def port(monkeypatch: pytest.MonkeyPatch) -> int:
     return port
 
 
+@pytest.mark.slow
 def test_the_others_do_not_come(port: int, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UserError, match="process 0 has waited 2 s for process 1, 2 of WORLD_SIZE=3, in vain"):
         rendezvous(LaunchEnv(0, 3, 0, 3), timeout=2.0, notice_after=0.1)

@@ -265,6 +265,7 @@ print("ended well")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="pseudo terminals are POSIX")
 def test_the_keys_of_a_real_terminal():
     import pty

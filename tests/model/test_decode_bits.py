@@ -80,7 +80,13 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+# One of each kind; the others are slow, as where the processor has no products in bfloat16 each takes seconds.
+QUICK = ("one row", "rows of many lengths", "many lengths in chunks of 7", "windows of 16 and 32")
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=() if case in QUICK else pytest.mark.slow) for case in CASES]
+)
 def test_in_bfloat16_cached_decoding_has_the_bits_of_the_whole_row(case: str) -> None:
     prompts, chunk, changes = CASES[case]
     net = network(**changes)

@@ -121,7 +121,7 @@ def alone() -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("world_size", SEVERAL)
+@pytest.mark.parametrize("world_size", [2, *(pytest.param(number, marks=pytest.mark.slow) for number in (3, 4))])
 def test_ten_steps_have_the_bits_of_one_process(world_size: int, alone: dict[str, Any]) -> None:
     """Each process has one micro-batch, and each sum two terms: there is no order of summation."""
     assert_equal(run(world_size, train, LAST, 2), alone)
@@ -148,6 +148,7 @@ def test_torchs_own_checks_of_the_collectives_are_clean(alone: dict[str, Any]) -
     assert_equal(run(3, train, LAST, 2, environment=checked), alone)
 
 
+@pytest.mark.slow
 def test_processes_that_are_late_at_random_change_nothing(alone: dict[str, Any]) -> None:
     assert_equal(run(4, train, LAST, 2, True), alone)
 

@@ -101,6 +101,7 @@ def test_a_derived_batch_is_whole_rows_of_any_length_and_device_batch_size_need_
         assert plan["device_batch_size"] == 7
 
 
+@pytest.mark.slow
 def test_every_depth_is_planned_and_built_with_whole_heads() -> None:
     for depth in range(1, 65):
         plan = small_plan(model=ModelSettings(depth=depth))

@@ -71,6 +71,7 @@ def test_decoding_honours_the_window(net: GPT, prefill: int) -> None:
     assert (wide(ids)[:, 50:] - whole[:, 50:]).abs().max() > 0.1
 
 
+@pytest.mark.slow
 def test_logits_do_not_depend_on_how_a_text_is_cut(net: GPT) -> None:
     """A chunk on a filled cache was masked as if it stood at the beginning."""
     chance = random.Random(1)

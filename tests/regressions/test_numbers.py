@@ -108,6 +108,7 @@ def test_models_of_odd_depth_train_and_write(depth: int) -> None:
         torch.testing.assert_close(torch.cat(steps, dim=1), net(batch.inputs), atol=2e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_there_is_one_optimizer() -> None:
     """The optimizer of one process and that of several were two copies, and a repair of one missed the other."""
     classes, others, updates = [], [], []

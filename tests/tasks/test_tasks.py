@@ -264,6 +264,7 @@ def fingerprints():
     return [make(name, split).fingerprint for name in TASKS for split in ("train", "test")]
 
 
+@pytest.mark.slow
 def test_items_do_not_depend_on_the_hash_seed():
     """Nor what they are here, where the seed is another one."""
     program = "from tests.tasks import test_tasks\nprint(*test_tasks.fingerprints())"

@@ -73,6 +73,7 @@ def test_how_a_program_comes_out(sandbox: Sandbox, program: str, reason: str, me
     assert 0 < outcome.seconds < 60
 
 
+@pytest.mark.slow
 def test_the_time_is_that_of_the_processors() -> None:
     """So that a verdict does not hang on how busy the machine is: waiting does not count, up to a bound."""
     waits = "import time\ntime.sleep(0.8)\ndef f(x):\n    return x * x\n"

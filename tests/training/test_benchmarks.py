@@ -129,6 +129,7 @@ def test_a_failure_of_one_process_is_known_to_all() -> None:
     assert run(2, fails_on_one, 1) == [{"chat/whole": 0.5}] * 2
 
 
+@pytest.mark.slow
 def test_a_judge_that_fails_ends_no_training(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -238,7 +239,7 @@ def test_results_of_other_weights_or_settings_are_none(tmp_path: Path) -> None:
     assert BenchmarkCache(kept.path, "other").get("core", "task0") is None
 
 
-@pytest.mark.parametrize("every_steps", [0, 2])
+@pytest.mark.parametrize("every_steps", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_a_stop_within_a_task(place: Path, monkeypatch: pytest.MonkeyPatch, every_steps: int) -> None:
     def stopped(*given: Any, progress: Callable[[int, int], None]) -> None:
         signal.raise_signal(signal.SIGTERM)

@@ -84,6 +84,7 @@ def test_rows_go_to_a_gpu_without_a_wait() -> None:
     assert moved == [True, True]
 
 
+@pytest.mark.slow
 def test_validation_and_samples_compile_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One layer: what goes into it, the layer, the end, a piece of the loss, and Muon for each shape of a matrix."""
     torch.compiler.reset()

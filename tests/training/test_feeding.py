@@ -100,6 +100,7 @@ def test_rows_are_the_same_for_any_number_of_processes_and_workers(
         assert hashes(rows, 0, stop) + hashes(again, stop, STEPS, num_workers) == whole
 
 
+@pytest.mark.slow
 def test_a_builder_ends_with_its_parent_even_if_that_is_killed(
     shared: Path, place: Path, tmp_path: Path, tokenizer: Tokenizer
 ) -> None:

@@ -50,6 +50,7 @@ def test_the_losses_are_those_of_bfloat16_within_a_band() -> None:
     assert fp8 == pytest.approx(plain, abs=0.02)
 
 
+@pytest.mark.slow
 def test_resume_files_do_not_know_of_it_and_a_run_goes_on_without(tmp_path: Path) -> None:
     fit_tiny(tmp_path / "fp8", num_steps=2, recipe={"fp8": "emulate", "compute_dtype": "bfloat16"})
     fit_tiny(tmp_path / "plain", num_steps=2, recipe={"compute_dtype": "bfloat16"})

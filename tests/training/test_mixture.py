@@ -166,6 +166,7 @@ def test_files_that_a_strangers_mixture_names_are_not_read(
     assert "what a bundle names is not read from this machine" in " ".join(capfd.readouterr().err.split())
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_it_ends_the_same(trained: Path, place: Path, others: Path) -> None:
     folder = place / "runs" / "mixed-killed"
     shutil.copytree(trained / "tokenizer", folder / "tokenizer")

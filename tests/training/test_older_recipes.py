@@ -96,6 +96,7 @@ def test_every_token_of_sft_is_learnt_where_that_is_asked_for(place: Path, autum
     assert shares[0] < 0.9 * shares[1]
 
 
+@pytest.mark.slow
 def test_a_run_that_begins_again_has_its_first_validation_once(place: Path, train: Callable[..., int]) -> None:
     """Killed before its first resume file. (Where there is one, tests/training/test_resume.py compares all metrics.)"""
     folder = copy_unfinished(place, "again")
@@ -105,6 +106,7 @@ def test_a_run_that_begins_again_has_its_first_validation_once(place: Path, trai
     assert metrics_of(folder, "base") == metrics_of(place / "runs" / "whole", "base")
 
 
+@pytest.mark.slow
 def test_validation_can_be_left_out_before_the_first_step_and_asked_for_in_sft(
     place: Path, train: Callable[..., int]
 ) -> None:

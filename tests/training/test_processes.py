@@ -96,7 +96,7 @@ def on_one(place: Path) -> Callable[..., Path]:
     return train
 
 
-@pytest.mark.parametrize("stage", ["base", "sft"])
+@pytest.mark.parametrize("stage", [pytest.param("base", marks=pytest.mark.slow), "sft"])
 def test_two_processes_end_with_the_bits_of_one(place: Path, on_one: Callable[..., Path], stage: str) -> None:
     """Also where gradients are scaled down to a norm, which has the bits of one process too."""
     settings = (*TWO_ROWS, "trainer.checkpoint_every_steps=6", "optim.max_grad_norm=0.5")
@@ -132,6 +132,7 @@ def test_two_processes_with_sharded_weights_end_with_those_of_one(place: Path, o
         assert weights_of(two, "base")[name].float().numpy() == pytest.approx(weight.float().numpy(), abs=1e-4), name
 
 
+@pytest.mark.slow
 def test_a_file_of_one_process_is_gone_on_with_on_two_and_back(
     place: Path, on_one: Callable[..., Path], train: Callable[..., int]
 ) -> None:

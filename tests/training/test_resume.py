@@ -63,7 +63,7 @@ def test_kill_9_changes_nothing(place: Path, train: Callable[..., int], stage: s
     assert metrics_of(whole, stage) == metrics_of(folder, stage)
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("signum", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_signal_leaves_an_exact_file(place: Path, train: Callable[..., int], signum: int) -> None:
     """The exit code is 128 + signal (a pipeline must not go on), and nothing of the finished steps is lost."""
     folder = start_run(place, f"stopped-{signum}", "base")
@@ -76,6 +76,7 @@ def test_a_signal_leaves_an_exact_file(place: Path, train: Callable[..., int], s
     assert same_weights(weights_of(place / "runs" / "whole", "base"), weights_of(folder, "base"))
 
 
+@pytest.mark.slow
 def test_killed_before_the_first_file_it_starts_over(place: Path, train: Callable[..., int]) -> None:
     folder = start_run(place, "killed-early", "base")
     code = interrupt(command(place, "killed-early", "base"), (folder / "base" / "plan.json").exists, signal.SIGKILL)
@@ -107,6 +108,7 @@ def test_killed_after_the_last_step_it_only_writes_the_bundle(place: Path, train
     assert metrics_of(whole, "base") == metrics_of(folder, "base")
 
 
+@pytest.mark.slow
 def test_device_batch_size_may_change_on_the_way(place: Path, train: Callable[..., int]) -> None:
     """It is a matter of memory: the sums are taken in another order, and that is all."""
     folder = start_run(place, "other-size", "base")
@@ -134,6 +136,7 @@ def test_other_rows_are_another_run(
     assert "data" in error and "resume=never" in error
 
 
+@pytest.mark.slow
 def test_loader_workers_give_the_same_bits(place: Path, train: Callable[..., int]) -> None:
     folder = start_run(place, "workers", "base")
     assert train("run=workers", "trainer.num_workers=1") == 0

@@ -148,6 +148,7 @@ def test_a_shorter_horizon_than_what_was_trained(
     assert (folder / "base" / "finished.json").exists()
 
 
+@pytest.mark.slow
 def test_other_text_of_the_same_name(
     place: Path, train: Callable[..., int], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -125,6 +125,7 @@ def saved(path: Path, step: int = 1) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_each_flipped_bit_is_found_or_does_no_harm(tmp_path: Path) -> None:
     """Wrong bytes became all kinds of errors, and then the run ended with a traceback."""
     path = saved(tmp_path / "step=000001.ckpt")

@@ -203,7 +203,10 @@ def test_log_probs_are_nearly_those_of_the_gradient_in_float32(place: Path) -> N
         assert float(row["ratio_fraction_low"]) == float(row["ratio_fraction_high"]) == 0
 
 
-@pytest.mark.parametrize(("step", "change"), [(0, "rl.decode_batch_size=7"), (3, "rl.decode_batch_size=3")])
+@pytest.mark.parametrize(
+    ("step", "change"),
+    [pytest.param(0, "rl.decode_batch_size=7", marks=pytest.mark.slow), (3, "rl.decode_batch_size=3")],
+)
 def test_a_resumed_run_has_the_bits_of_one_that_nobody_stopped(
     place: Path, learnt: Path, step: int, change: str
 ) -> None:
@@ -213,6 +216,7 @@ def test_a_resumed_run_has_the_bits_of_one_that_nobody_stopped(
     assert_same_end(learnt, copy)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_in_the_middle_of_a_rollout(place: Path, several: Path) -> None:
     """The answers of the step to come were written by weights that are gone."""
     drawn = [line for step in (1, 2) for line in lines_of(several, step)]
@@ -224,6 +228,7 @@ def test_a_run_goes_on_in_the_middle_of_a_rollout(place: Path, several: Path) ->
     assert_same_end(several, copy)
 
 
+@pytest.mark.slow
 def test_shuffled_rewards_are_a_control(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The true rewards are shown, others are learnt from; a resumed run has the same ones."""
     folder, settings = (
@@ -298,6 +303,7 @@ def on_two(place: Path, name: str, *overrides: str) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_two_processes_with_a_micro_batch_each_have_the_bits_of_one(place: Path, learnt: Path) -> None:
     """Weights, answers, log-probs, rewards and metrics; sums over validation rows alone are rounded otherwise."""
     together = on_two(place, "on-two", "trainer.keep_last=10")

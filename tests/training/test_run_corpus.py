@@ -73,6 +73,7 @@ def killed_after_step_5(base: Path) -> None:
     (base / "checkpoints" / "step=000010.ckpt").unlink()
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_with_its_corpus_and_so_does_its_evaluation(
     site: Site, train: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

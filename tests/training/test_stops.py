@@ -180,6 +180,7 @@ def test_a_second_signal_ends_at_once(place: Path, tmp_path: Path) -> None:
         assert newest_resume_file(place / "runs" / "stop-twice" / "base" / "checkpoints") is None
 
 
+@pytest.mark.slow
 def test_closing_the_terminal_keeps_the_run(place: Path, expected: Path, train: Callable[..., int]) -> None:
     """What is then said has no reader; it is a stop as any other."""
     ours, theirs = pty.openpty()

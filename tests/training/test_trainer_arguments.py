@@ -158,6 +158,7 @@ def test_all_are_said_at_once_before_anything_is_made(
     assert [path.name for path in tmp_path.iterdir()] == ["mine.yaml"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("profiler", ["simple", "pytorch"])
 def test_a_profile_of_a_run(tmp_path: Path, profiler: str) -> None:
     write_texts(tmp_path / "texts")
@@ -167,6 +168,7 @@ def test_a_profile_of_a_run(tmp_path: Path, profiler: str) -> None:
     assert ("aten::" if profiler == "pytorch" else "training_step") in text
 
 
+@pytest.mark.slow
 def test_a_trace_of_a_window_of_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_texts(tmp_path / "texts")
     window = ["callbacks=profile", "callbacks.profile.first_step=3", "callbacks.profile.steps=2"]
