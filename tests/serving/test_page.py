@@ -134,7 +134,8 @@ class Page:
         for file in self.downloads.iterdir():
             file.unlink()
         self.one("#export-all").click()
-        file = until(lambda: next(iter(self.downloads.glob("*.jsonl")), None))
+        # The browser makes an empty file of that name first.
+        file = until(lambda: next((each for each in self.downloads.glob("*.jsonl") if each.stat().st_size), None))
         return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
