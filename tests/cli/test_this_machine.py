@@ -91,7 +91,6 @@ def refusal(capsys: pytest.CaptureFixture[str], *overrides: str) -> str:
 
 
 def test_a_cpu_refuses_hours_and_says_what_it_can(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    share_corpus(tmp_path)
     places = (f"paths.cache={tmp_path}", f"paths.runs={tmp_path / 'runs'}")
     error = refusal(capsys, *places)
     assert error.count("error:") == 1 and "days on this CPU (limit: 1 hour)" in error
@@ -104,6 +103,7 @@ def test_a_cpu_refuses_hours_and_says_what_it_can(tmp_path: Path, capsys: pytest
 
 @pytest.mark.slow
 def test_what_a_cpu_is_advised_to_do_trains(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    share_corpus(tmp_path)
     places = (f"paths.cache={tmp_path}", f"paths.runs={tmp_path / 'runs'}")
     assert main(["plan", *COMMAND, *places]) == 0
     command = capsys.readouterr().out.splitlines()[-1].partition("nanochat-pl ")[2].split()

@@ -17,7 +17,7 @@ from tests.helpers.models import perturbed, tiny_config
 from tests.helpers.small_engine import SmallBundle, byte_tokenizer
 
 
-@pytest.fixture
+@pytest.fixture(params=["as it is", pytest.param("compiled", marks=pytest.mark.slow)])
 def compiler(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """The step's own arithmetic, without a compiler and with one."""
     if request.param == "as it is":
@@ -29,16 +29,9 @@ def bundle_of(engine: Engine) -> SmallBundle:
     return SmallBundle(engine.net._source[0], byte_tokenizer())
 
 
-@pytest.mark.parametrize(
-    ("compiler", "dtype"),
-    [
-        ("as it is", "float32"),
-        ("as it is", "bfloat16"),
-        pytest.param("compiled", "bfloat16", marks=pytest.mark.slow),  # in float32: the next test
-    ],
-    indirect=["compiler"],
-)
-def test_rows_that_come_and_go_get_the_answers_of_an_eager_engine(compiler: None, dtype: str) -> None:
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_rows_that_come_and_go_get_the_answers_of_an_eager_engine(dtype: str) -> None:
     """Ragged rows, from one to all slots; prefixes are used again; and after the weights have changed."""
     eager = small_engine(dtype)
     bundle = bundle_of(eager)

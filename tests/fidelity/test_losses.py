@@ -76,18 +76,18 @@ def test_float32_trains_as_stored_with_other_seeds(seed: int) -> None:
 
 @pytest.mark.slow
 def test_bfloat16_is_within_the_narrower_bands_of_five_seeds() -> None:
-    """Losses not where bfloat16 is slow."""
-    assert not (wrong_losses(SEEDS) if QUICK else []) + wrong_gradients(SEEDS) + wrong_updates(SEEDS)
+    """Where bfloat16 is slow all steps are those of one seed; gradients and updates are always of five."""
+    assert not wrong_losses(SEEDS if QUICK else SEEDS[:1]) + wrong_gradients(SEEDS) + wrong_updates(SEEDS)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_compiled_it_trains_as_stored_or_within_its_bands(dtype: DType) -> None:
     """Compiled float32 is eager float32; compiled bfloat16 rounds less often than eager and has bands of its own.
-    Of bfloat16 two seeds, but four steps of one where it is slow."""
+    Of bfloat16 two seeds, but eight steps of one where it is slow."""
     net, loss = compiled(dtype)
     seeds = SEEDS[: 2 if dtype == "bfloat16" and QUICK else 1]
-    num_steps = NUM_STEPS if dtype == "float32" or QUICK else 4
+    num_steps = NUM_STEPS if dtype == "float32" or QUICK else 8
     curves = [list(islice(Training(seed, dtype, net, loss).losses(), num_steps)) for seed in seeds]
     if dtype == "float32":
         assert not [

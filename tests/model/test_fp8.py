@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nanochat_pl.common.device import cpu_has_bfloat16
 from nanochat_pl.model.compiled import CompiledLoss
 from nanochat_pl.model.config import ModelSettings, resolve_model
 from nanochat_pl.model.fp8 import (
@@ -33,7 +32,6 @@ def why_no_kernels() -> str:
 
 
 needs_kernels = pytest.mark.skipif(bool(why_no_kernels()), reason=why_no_kernels() or "there are kernels")
-needs_bfloat16 = pytest.mark.skipif(not cpu_has_bfloat16(), reason="takes minutes without products in bfloat16")
 SCALED_MM = pytest.param("scaled_mm", marks=needs_kernels)
 BACKENDS = ["emulate", SCALED_MM]
 
@@ -187,7 +185,7 @@ def test_in_a_network_the_blocks_matrices_are_and_evaluation_and_sampling_do_not
     ("backend", "checkpointing", "compiler"),
     [
         pytest.param("emulate", True, "eager", marks=pytest.mark.slow),
-        pytest.param("emulate", False, "inductor", marks=[pytest.mark.slow, needs_bfloat16]),
+        pytest.param("emulate", False, "inductor", marks=pytest.mark.slow),
         pytest.param("scaled_mm", True, "aot_eager", marks=[pytest.mark.slow, needs_kernels]),
     ],
 )

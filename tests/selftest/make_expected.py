@@ -31,17 +31,17 @@ RULES = {
 }
 
 
-def losses_and_norms(num_steps: int = tiny_steps.NUM_STEPS) -> dict[str, list[float]]:
+def losses_and_norms() -> dict[str, list[float]]:
     """Nats per target and norms of the gradient before each step, in float64, one row and one matrix at a time."""
     net = tiny_steps.tiny_net(torch.device("cpu"))
     weights = {name: parameter.detach().double() for name, parameter in net.named_parameters()}
     optimizers = {name: _optimizer(name, weight) for name, weight in weights.items()}
     found: dict[str, list[float]] = {"losses": [], "norms": []}
-    for step in range(num_steps):
+    for step in range(tiny_steps.NUM_STEPS):
         loss, gradients = _loss_and_gradients(net.config, weights)
         found["losses"].append(round(loss, 9))
         found["norms"].append(round(math.sqrt(sum(float(g.square().sum()) for g in gradients.values())), 9))
-        if step == num_steps - 1:
+        if step == tiny_steps.NUM_STEPS - 1:
             break
         values = schedule_values(tiny_steps.SCHEDULE, step, tiny_steps.NUM_STEPS)
         for name, (optimizer, lr) in optimizers.items():

@@ -689,16 +689,16 @@ def test_an_answer_that_comes_out_shorter_says_where(
 
 
 @pytest.mark.slow
-def test_kill_9_at_five_random_moments(place: Path, learnt: Path) -> None:
+def test_kill_9_at_ten_random_moments(place: Path, learnt: Path) -> None:
     """The same command goes on each time, until it ends: weights, rollouts and metrics of the run that nobody killed.
 
-    It begins anew as often as it takes for five kills, at moments of the whole of it.
+    It begins anew as often as it takes for ten kills, at moments of the whole of it.
     """
     folder, chance = new_run(place, "killed-rl"), random.Random(0)
     command = [*COMMAND, "train", f"run={folder.name}", *rl_overrides(place), "trainer.keep_last=10"]
     steps: list[int] = []  # whose answers were the last ones that had been recorded at each kill
     seconds = math.inf  # of the training, which begins when its plan has been printed
-    while len(steps) < 5:
+    while len(steps) < 10:
         training = Forked(command, capture=True)
         while "Plan: " not in training.printed()[0] and training.poll() is None:
             time.sleep(0.005)
@@ -716,7 +716,7 @@ def test_kill_9_at_five_random_moments(place: Path, learnt: Path) -> None:
             seconds = time.monotonic() - began
         assert_same_end(learnt, folder)
         shutil.rmtree(folder / "rl")
-    assert len(set(steps)) > 1, f"they met few steps: {steps}"
+    assert len(set(steps)) > 2, f"they met few steps: {steps}"
     assert main(command[len(COMMAND) :]) == 0
     assert_same_end(learnt, folder)
 
