@@ -18,6 +18,7 @@ from nanochat_pl.bundle.bundle import hash_of_weights, load_moments, naming_weig
 from nanochat_pl.bundle.stage_info import StageInfo
 from nanochat_pl.common.errors import NotFiniteError, UserError
 from nanochat_pl.common.files import write_json
+from nanochat_pl.common.schema import build
 from nanochat_pl.engine import Engine
 from tests.helpers.tiny_run import make_tiny_run
 
@@ -236,3 +237,10 @@ def test_an_overflow_that_only_some_tokens_meet_is_an_error_where_they_are_read(
         engine.generate([[1], [7]], max_tokens=1, temperature=temperature, top_k=5)
     with pytest.raises(NotFiniteError, match=f"^{path}: arc: the model's"), naming_weights(bundle):
         raise NotFiniteError("arc")
+
+
+@pytest.mark.parametrize("name", ["../../../escaped/evil", "/tmp/evil", "", "a b", "..", "Base"])
+def test_the_name_of_a_stage_is_no_path(name: str) -> None:
+    """Folders are named after it, and bundles come from anywhere."""
+    with pytest.raises(UserError, match=r"stage=.*: is no name of a stage"):
+        build(StageInfo, {"stage": name}, "stage.json")

@@ -209,6 +209,9 @@ def test_every_task_of_the_hub_can_be_fetched(hub: HubServer, here: Path, capsys
         assert main(["download", f"task={name}", "paths.cache=cache"]) == (2 if is_made else 0)
         said = capsys.readouterr()
         assert (f"task={name}: is made on this machine" if is_made else "Fetched 1 file") in said.out + said.err
+        if not is_made:
+            use = "train stage=sft" if kind.cls.has_training_part else "evaluate 'suites=[chatcore]'"
+            assert use in said.out and "paths.cache=cache" in said.out
 
 
 def test_the_evaluation_bundle_is_fetched_once(here: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,7 +224,8 @@ def test_the_evaluation_bundle_is_fetched_once(here: Path, capsys: Captured, mon
     monkeypatch.setattr(download, "fetch_eval_bundle", fetch)
     assert main(["download", "eval_bundle=true", "paths.cache=cache"]) == 0
     said = capsys.readouterr().out
-    assert "Fetched the evaluation bundle" in said and "cache/eval_bundle" in said and "suites=[core]" in said
+    assert "Fetched the evaluation bundle" in said and "cache/eval_bundle" in said
+    assert "nanochat-pl evaluate 'suites=[core]' paths.cache=cache" in said
     assert main(["download", "eval_bundle=true", "paths.cache=cache", "refresh=true"]) == 0
     assert "Nothing to fetch" in capsys.readouterr().out
     assert fetched == [(Path("cache"), False), (Path("cache"), True)]

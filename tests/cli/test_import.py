@@ -148,3 +148,25 @@ def test_an_import_of_transformers_as_a_run(golden: Path, here: Path, capsys: py
     for code in (0, 2):
         assert main(["import", "source=hf", "run=gold"]) == code
     assert "runs/gold/base: is there already." in capsys.readouterr().err
+
+
+def test_a_model_of_others_becomes_the_stage_that_is_said(
+    golden: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It was the stage "imported", which nothing could start from."""
+    write(make_bundle(golden, here / "bundle", "2025_10"), here / "hf")
+    config = json.loads((here / "hf" / "config.json").read_text(encoding="utf-8"))
+    mine = config.pop("nanochat_pl")
+    (here / "hf" / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    assert main(["import", "source=hf", "run=theirs"]) == 2
+    assert "hf: does not say which stage of a run it is." in capsys.readouterr().err
+    assert main(["import", "source=hf", "run=theirs", "stage=sft"]) == 0
+    assert load_bundle(here / "runs" / "theirs" / "sft" / "bundle").stage.stage == "sft"
+    assert main(["import", "source=hf", "to=other"]) == 0, "a bundle has no place in a run"
+    keys = ["tag=d99", "step=7", "era=nanochat", "moments=false", "tokenizer=none"]
+    assert main(["import", "source=hf", "to=x", *keys]) == 2
+    said = capsys.readouterr().err
+    assert all(f"{key.partition('=')[0]}: has no meaning for a folder of transformers." in said for key in keys)
+    (here / "hf" / "config.json").write_text(json.dumps({**config, "nanochat_pl": mine}), encoding="utf-8")
+    assert main(["import", "source=hf", "run=x", "stage=sft"]) == 2
+    assert "config.json says that it is base." in capsys.readouterr().err

@@ -161,6 +161,7 @@ def test_an_unknown_verb_names_the_nearest(capsys: pytest.CaptureFixture[str]) -
         (["evaluate", "bundle=nowhere"], "to: is missing"),
         (["report", "run=../x"], "run='../x': is not a valid run name."),
         (["runs", "delete=x"], "delete=x: there is no such run in runs"),
+        (["train", "stage=[base]"], "must be the name of one stage"),
         (["train", "stage=sft"], "runs: no run has a finished stage base."),
         (["train", "stage=base", "paths.runs=file/runs"], "Not a directory"),
         (["chat", "prompt=What", "is", "12"], 'error: is: put quotes around text with blanks: prompt="…"\n'),

@@ -103,6 +103,14 @@ def test_deleting(runs: Path) -> None:
     assert (runs / "other").exists()
 
 
+@pytest.mark.parametrize("key", ["stage=base", "where=steps>1", "sort=steps", "history=true"])
+def test_deleting_chooses_nothing_within_a_run(key: str, runs: Path) -> None:
+    """Who names a stage wants that alone to go: nothing is deleted."""
+    with pytest.raises(UserError, match="delete=d4: deletes a run with all its stages"):
+        run(["delete=d4", key])
+    assert (runs / "d4" / "base").exists()
+
+
 @pytest.mark.parametrize("name", ["d5", "../runs", ".", "", "other"])
 def test_only_runs_are_deleted(runs: Path, name: str) -> None:
     (runs / "other").mkdir()

@@ -238,3 +238,11 @@ def test_a_metric_that_is_not_measured(here: Path, trained: list[list[str]]) -> 
         UserError, match=r"search\.metric=core/mean: the run lr-trial1 has not measured it\.\nIt has val/bpb"
     ):
         search.run([LR, *FEW, "search.metric=core/mean"])
+
+
+def test_other_keys_under_the_same_name_are_refused(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trials that failed before they trained are in the file of the trials alone, and ended in a KeyError."""
+    monkeypatch.setattr(search, "run_child", lambda *given: 2)
+    search.run(["model.depth=2,4", "search.trials=2", "search.random_trials=1", "run=lr"])
+    with pytest.raises(UserError, match=r"its trials searched model.depth, not optim.matrix_lr"):
+        search.run([LR, *FEW])

@@ -16,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from nanochat_pl import LMModule, ModuleConfig, RowsDataModule
 from nanochat_pl.cli.main import main
+from nanochat_pl.distributed import collectives
 from nanochat_pl.evaluation.validation import Validation
 from nanochat_pl.optim.schedules import ScheduleSettings
 from tests.helpers.processes import run
@@ -26,6 +27,7 @@ from tests.training.conftest import tiny_overrides, write_texts
 OWN_CODE = """
 import torch
 from lightning.pytorch import Callback
+from torchmetrics import MeanMetric
 from nanochat_pl import LMModule
 from nanochat_pl.data.sources.custom import TextSource
 
@@ -37,8 +39,14 @@ class Mine(Callback):
         print(f"{self.word} from a callback beside {type(pl_module).__name__}")
 
 class Doubled(LMModule):
+    def __init__(self, *given):
+        super().__init__(*given)
+        self.mean = MeanMetric()
+
     def weighted_loss(self, inputs, targets):
         self.log("train/mine", 3.0)
+        self.mean.update(5.0)
+        self.log("train/of_torchmetrics", self.mean)
         return 2 * super().weighted_loss(inputs, targets)
 
 class Wide(LMModule):
@@ -163,6 +171,7 @@ def test_own_classes_come_from_the_command_line(here: Path, capsys: pytest.Captu
     events = EventAccumulator(str(folder / "tensorboard")).Reload()
     assert [event.value for event in events.Scalars("train/mine")] == [3.0] * 3
     assert [event.step for event in events.Scalars("train/mine")] == [1, 2, 3]
+    assert [event.value for event in events.Scalars("train/of_torchmetrics")] == [5.0] * 3
     assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3], "written once"
     rows = list(csv.DictReader((folder / "csv" / "metrics.csv").open(encoding="utf-8")))
     assert [row["step"] for row in rows if row["train/loss"]] == ["1", "2", "3"]
@@ -171,7 +180,9 @@ def test_own_classes_come_from_the_command_line(here: Path, capsys: pytest.Captu
     assert "git" in told
 
 
-def test_a_source_of_ones_own_is_one_class(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_source_of_ones_own_is_one_class(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     (here / "own_code.py").write_text(OWN_CODE, encoding="utf-8")
     usual = [text for text in tiny_overrides(here) if not text.startswith("data")]
     train = ["train", "stage=base", "run=x", "data=custom", "data.target=own_code.Counting", *usual, "max_steps=3"]
@@ -185,6 +196,8 @@ def test_a_source_of_ones_own_is_one_class(here: Path, capsys: pytest.CaptureFix
     own = [*evaluate[:1], "run=x", f"paths.runs={here / 'runs'}", *evaluate[3:]]
     assert main(own) == 2, "nor is that of a run, which may be from elsewhere"
     assert main([*own, "data_target=own_code.Counting"]) == 0
+    monkeypatch.setattr("multiprocessing.process.ORIGINAL_DIR", str(here))  # it was another folder then
+    assert main([*train, "schedule.warmup_steps=1", "run=z", "data.shuffle=shards"]) == 0, "read by another process"
     assert main([*train, "schedule.warmup_steps=1", "run=y", "data.options.cuont=500"]) == 2
     assert "data: own_code.Counting with {'cuont': 500} cannot be opened: TypeError" in capsys.readouterr().err
 
@@ -225,3 +238,27 @@ def test_lightnings_ddp_has_the_losses_of_the_own_strategy(tmp_path: Path) -> No
     ddp = run(2, losses_of, str(tmp_path), "ddp")[0]
     assert len(auto) == 20 and auto != [auto[0]] * 20
     assert ddp == pytest.approx(auto, abs=1e-5)
+
+
+class Ranked(LMModule):
+    """Logs 10 and 20, on two processes."""
+
+    columns = ("train/mean", "train/max", "train/own")
+
+    def weighted_loss(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        value = 10.0 * (1 + collectives.rank())
+        self.log("train/mean", value, sync_dist=True)
+        self.log("train/max", value, sync_dist=True, reduce_fx="max")
+        self.log("train/own", value)
+        return super().weighted_loss(inputs, targets)
+
+
+def what_is_logged(folder: str) -> list[list[str]]:
+    """Of two steps."""
+    fit_tiny(Path(folder), 2, module=Ranked)
+    with (Path(folder) / "metrics.csv").open(encoding="utf-8") as file:
+        return [[row[name] for name in Ranked.columns] for row in csv.DictReader(file)]
+
+
+def test_what_is_logged_with_sync_dist_is_of_all_processes(tmp_path: Path) -> None:
+    assert run(2, what_is_logged, str(tmp_path))[0] == [["15.0", "20.0", "10.0"]] * 2

@@ -28,7 +28,7 @@ from lightning.pytorch import Callback, LightningModule
 
 from nanochat_pl.cli.main import main
 from nanochat_pl.optim.muon_adamw import MuonAdamW
-from nanochat_pl.training.callbacks import metrics
+from nanochat_pl.training.callbacks import metrics_csv
 from nanochat_pl.training.checkpoint import io as checkpoint_io
 from nanochat_pl.training.module import LMModule
 
@@ -64,7 +64,7 @@ def install(folder: str, crash_at: tuple[str, int] | None = None, names_to: str 
     global _folder, _crash_at, _names_to
     _folder, _names_to = Path(folder).resolve(), Path(names_to) if names_to else None
     _crash_at = None if crash_at is None else (crash_at[0], crash_at[1])
-    metrics.SECONDS_BETWEEN_FLUSHES = math.inf  # else there are as many as the machine is slow
+    metrics_csv.SECONDS_BETWEEN_FLUSHES = math.inf  # else there are as many as the machine is slow
     _watch_files()
     _watch_steps()
 

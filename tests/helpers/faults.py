@@ -64,13 +64,14 @@ FAULTS = {each.__name__: each for each in (fails, is_refused, is_killed, hangs, 
 
 def put_in() -> None:
     """Let the step end with the fault, and make others wait."""
+    from nanochat_pl.data.packing.rows import Rows
     from nanochat_pl.evaluation.validation import Validation
     from nanochat_pl.tasks.synthetic.arithmetic import Arithmetic
-    from nanochat_pl.training.callbacks import metrics
+    from nanochat_pl.training.callbacks import metrics_csv
     from nanochat_pl.training.datamodule import StepRows
     from nanochat_pl.training.module import LMModule
 
-    metrics.SECONDS_BETWEEN_FLUSHES = 0  # tests see by metrics.csv how far the training has come
+    metrics_csv.SECONDS_BETWEEN_FLUSHES = 0  # tests see by metrics.csv how far the training has come
     what, rank, step = (os.environ.get("NANOCHAT_PL_TEST_FAULT") or "- -1 -1").split()
     seconds = float(os.environ.get("NANOCHAT_PL_TEST_SECONDS", 0))
     whole = LMModule.training_step
@@ -89,6 +90,8 @@ def put_in() -> None:
         return measure(validation, net, lambda: (time.sleep(slowly), between())[1])
 
     last = int(os.environ.get("NANOCHAT_PL_TEST_ROWS", sys.maxsize))
+    if last < sys.maxsize:
+        Rows.is_streamed = True  # type: ignore[method-assign, assignment]
     wait_for = StepRows.wait_for
 
     def waits(rows: StepRows, step: int, check: Any) -> None:

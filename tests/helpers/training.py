@@ -155,6 +155,7 @@ def fit_tiny(
     recipe: Mapping[str, Any] | None = None,
     benchmarks: Sequence[Benchmark] = (),
     trainer: Mapping[str, Any] | None = None,
+    module: type[LMModule] = LMModule,
 ) -> LMModule:
     """A real fit of ``num_steps`` steps of two micro-batches each, or the rest of one that was stopped, with one block.
 
@@ -166,7 +167,7 @@ def fit_tiny(
     hyper = resolve_hyperparameters(OptimSettings(compile=compiled), width=config.width)
     schedule = ScheduleSettings(warmup_steps=2)
     usual = ModuleConfig(config, num_steps, ROWS_PER_STEP // 2, hyper, schedule, seed=0, compile=compiled)
-    stage = LMModule(replace(usual, **recipe))
+    stage = module(replace(usual, **recipe))
     rows = tiny_rows(folder / "cache", num_texts)
     fitting = FitConfig(
         name="tiny",

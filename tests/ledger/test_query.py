@@ -13,6 +13,7 @@ from nanochat_pl.cli.main import main
 from nanochat_pl.cli.runs import run
 from nanochat_pl.common.errors import UserError
 from nanochat_pl.ledger import Entry, append
+from nanochat_pl.ledger.query import conditions
 
 TIME = "2026-11-29T00:00:00+00:00"
 
@@ -157,3 +158,10 @@ def test_the_ledger_keeps_what_was_deleted(here: Path, capsys: pytest.CaptureFix
     append(here / "runs", Entry("gone", "base", "finished", TIME))
     assert main(["runs"]) == 0 and main(["runs", "ledger=true"]) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]] == ["run", "gone"]
+
+
+def test_quotes_keep_words_together() -> None:
+    (whole,) = conditions("error='out of memory and more'")
+    assert whole.values == ("'out of memory and more'",)
+    first, second = conditions("""error="a and b" and model.depth>=4""")
+    assert (first.name, second.name) == ("error", "model.depth")

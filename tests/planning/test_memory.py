@@ -21,7 +21,7 @@ from nanochat_pl.optim.param_groups import build_optimizer
 from nanochat_pl.planning import HorizonSettings, RowOptions, make_plan
 from nanochat_pl.planning.batch_size import evenly
 from nanochat_pl.planning.estimates import add_memory
-from nanochat_pl.planning.gpus import named_device
+from nanochat_pl.planning.gpus import CPU, named_device
 from nanochat_pl.planning.memory import (
     MARGIN,
     MemoryKnobs,
@@ -227,3 +227,12 @@ def test_rows_at_once_on_eight_gpus_count_the_sharded_optimizer(
 )
 def test_micro_batches_of_equal_size_and_no_power_of_two(rows: int, at_most: int, chosen: int) -> None:
     assert evenly(rows, at_most) == chosen
+
+
+def test_micro_batches_of_a_cpu_are_of_equal_size_too() -> None:
+    """20 rows of 256 in micro-batches of 16 would be 32 rows of work."""
+    horizon = HorizonSettings(total_batch_tokens=5120, max_steps=1)
+    options = RowOptions(device=CPU)
+    settings = ModelSettings(depth=4, sequence_len=256)
+    plan = make_plan(settings, horizon, OptimSettings(), vocab_size=4096, compute_dtype="float32", options=options)
+    assert (plan["rows_per_step"], plan["device_batch_size"]) == (20, 10)

@@ -48,6 +48,9 @@ class ScriptedPool:
     workers: tuple[Any, ...] = ()
     num_waiting = 0
 
+    def free_slots(self, model: str) -> int:
+        return 0 if self.num_waiting else 16
+
     def __init__(self) -> None:
         self.models = {"demo": {"weights": "abc", "max_context": 64}}
         self.updates: list[dict[str, Any]] = [

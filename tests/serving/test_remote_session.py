@@ -21,13 +21,13 @@ ENDED = ApiError(503, "demo: its process has ended and cannot be started again; 
 
 
 @contextmanager
-def server_that_answers(*answers: str | ApiError) -> Iterator[str]:
+def server_that_answers(*answers: str | ApiError, models: str = MODELS) -> Iterator[str]:
     """The address of a server that has these answers to what is posted, one after the other."""
     left = [*answers]
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            self.answer(MODELS)
+            self.answer(models)
 
         def do_POST(self) -> None:
             self.rfile.read(int(self.headers["Content-Length"]))
@@ -72,3 +72,17 @@ def test_it_does_not_wait_for_what_will_not_come(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(client, "SECONDS_BETWEEN_TRIES", 1.1)
     with server_that_answers(LOADING, LOADING) as url, pytest.raises(UserError, match="is being loaded"):
         client.RemoteSession(url).send("Hi")
+
+
+@pytest.mark.parametrize(
+    ("models", "said"),
+    [
+        ("<!doctype html><p>a page", "what answers there is no server of the OpenAI API"),
+        ('{"data": null}', "what answers there is no server of the OpenAI API"),
+        ("[1]", "what answers there is no server of the OpenAI API"),
+        ('{"data": []}', "the server has no models"),
+    ],
+)
+def test_what_is_no_server_of_ours(models: str, said: str) -> None:
+    with server_that_answers(models=models) as url, pytest.raises(UserError, match=said):
+        client.RemoteSession(url)

@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch import Callback
 
 from nanochat_pl.common.errors import UserError
+from nanochat_pl.common.launch_env import LaunchEnv
 from nanochat_pl.distributed import collectives
 from nanochat_pl.planning.memory import resume_copy_bytes, step_memory
 from nanochat_pl.training.callbacks.graceful_stop import GracefulStop
@@ -322,3 +323,20 @@ def test_the_main_process_decides_for_all(tmp_path: Path) -> None:
     assert run(2, steps_of_processes, str(tmp_path), 3.0, False) == [[4, 8]] * 2
     assert steps_of(tmp_path) == [4, 8]
     assert run(2, steps_of_processes, str(tmp_path / "full"), 3.0, True) == [[4, "the disk is full. after step 4"]] * 2
+
+
+def test_sharded_weights_are_not_counted_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """fsdp is for models that do not fit otherwise; who has several GPUs is told of it. All weights are there at the
+    start."""
+    config, gpu = tiny_model(), torch.device("cuda")
+    monkeypatch.setattr(memory_check, "launch_env", lambda: LaunchEnv(0, 8, 0, 8))
+    monkeypatch.setattr(memory_check, "gpu_memory_bytes", lambda device: 2**34)
+    whole = memory_check.min_memory(config, gpu)
+    step = step_memory(config, 1, on_cpu=False, processes=8, gpu_memory=2**34)
+    sharded = memory_check.min_memory(config, gpu, sharded=True)
+    assert sharded == max(whole - (step.weights + step.gradients) * 7 // 8, step.weights + step.libraries) < whole
+    monkeypatch.setattr(memory_check, "memory_bytes", lambda device: whole - 1)
+    with pytest.raises(UserError) as told:
+        memory_check.require_room(config, gpu, tmp_path, 2)
+    assert "trainer.strategy=fsdp" in told.value.fix and "stage=base model.depth" in told.value.fix
+    memory_check.require_room(config, gpu, tmp_path, 2, sharded=True)

@@ -22,8 +22,9 @@ from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.files import free_bytes, keep_lines_until
 from nanochat_pl.common.run_dir import StageFolder
 from nanochat_pl.distributed import collectives
-from nanochat_pl.training.callbacks import metrics
-from nanochat_pl.training.callbacks.metrics import MetricsCSV, StepClock
+from nanochat_pl.training.callbacks import metrics_csv
+from nanochat_pl.training.callbacks.metrics import StepClock
+from nanochat_pl.training.callbacks.metrics_csv import MetricsCSV
 from nanochat_pl.training.checkpoint import io as checkpoint_io
 from nanochat_pl.training.checkpoint.io import BackgroundCheckpointIO
 from nanochat_pl.training.checkpoint.resume import BEST, ResumeFiles, damage, newest_resume_file, resume_files, step_of
@@ -148,7 +149,7 @@ def test_a_torn_line_of_figures_is_no_other_step(tmp_path: Path) -> None:
     assert again.path.read_text(encoding="utf-8") == whole
 
 
-JUNK = [b"\x00\xff,,,junk", b'"', b"3,x" + b"," * (len(metrics.COLUMNS) - 2), b"3,4.5", b"\xb2,1", b"\0" * 100]
+JUNK = [b"\x00\xff,,,junk", b'"', b"3,x" + b"," * (len(metrics_csv.COLUMNS) - 2), b"3,4.5", b"\xb2,1", b"\0" * 100]
 
 
 @pytest.mark.parametrize("junk", JUNK)
@@ -253,7 +254,7 @@ def test_figures_are_written_by_time_and_at_once_where_they_are_rare(
 ) -> None:
     """Not opened and closed at each step; a kill costs rows that no resume file counts on."""
     now = [0.0]
-    monkeypatch.setattr(metrics, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(metrics_csv, "time", SimpleNamespace(monotonic=lambda: now[0]))
     log = MetricsCSV(tmp_path / "metrics.csv")
     log.rewind(0)
 
@@ -267,7 +268,7 @@ def test_figures_are_written_by_time_and_at_once_where_they_are_rare(
 
     assert train(1, 2) == ["1"], "the first, to look at"
     assert train(3, 4) == ["1"]
-    now[0] += metrics.SECONDS_BETWEEN_FLUSHES
+    now[0] += metrics_csv.SECONDS_BETWEEN_FLUSHES
     assert train(5) == ["1", "2", "3", "4"]
     assert train(6, 7) == ["1", "2", "3", "4"]
     log.save()  # of a resume file of step 7
@@ -282,6 +283,25 @@ def test_figures_are_written_by_time_and_at_once_where_they_are_rare(
     assert again.rewind(7) == {"train/loss": 4.5, "val/bpb": 1.5}
     lines = log.path.read_text(encoding="utf-8").splitlines()
     assert lines[:-1] == counted_on.splitlines()[:-1] and lines[-1].startswith("7,4.5,") and ",1.5," in lines[-1]
+
+
+def test_what_others_log_makes_no_rows(tmp_path: Path) -> None:
+    """DeviceStatsMonitor counts steps from 0, and logs behind the step's row."""
+    log = MetricsCSV(tmp_path / "metrics.csv")
+    log.rewind(0)
+    for step in (1, 2, 3):
+        log.log_metrics({"DeviceStatsMonitor.on_train_batch_start/cpu_percent": 7.0}, step - 1)
+        log.log_metrics({"train/loss": 4.0 + step}, step)
+        log.log_metrics({"DeviceStatsMonitor.on_train_batch_end/cpu_percent": 7.0}, step - 1)
+        log.log_metrics({"train/loss": 9.0})
+    log.finalize("success")
+    with log.path.open(encoding="utf-8", newline="") as file:
+        assert [(row["step"], row["train/loss"]) for row in csv.DictReader(file)] == [
+            ("1", "5.0"),
+            ("2", "6.0"),
+            ("3", "7.0"),
+        ]
+    assert MetricsCSV(log.path).rewind(3) == {"train/loss": 7.0}
 
 
 @pytest.fixture

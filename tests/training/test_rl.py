@@ -40,6 +40,7 @@ from nanochat_pl.training.rl.records import RolloutRecords, read_step, record_fi
 from nanochat_pl.training.rl.rollouts import Sample, batch_of, sample_seed, values_by_sample
 from nanochat_pl.training.rl.settings import RLSettings
 from nanochat_pl.training.rl.weights import advantages, shuffled
+from nanochat_pl.training.stages.registry import all_stages
 from tests.helpers.forked import COMMAND, Forked
 from tests.helpers.launch import launch
 from tests.helpers.processes import run
@@ -481,7 +482,7 @@ def test_settings_that_cannot_be_are_refused_with_their_keys(settings: dict[str,
     assert not validation_errors(TrainConfig, {"rl": settings}, ""), "other stages need not care"
 
 
-@pytest.mark.parametrize("setting", ["temperature=0", "importance_cap=0.5"])
+@pytest.mark.parametrize("setting", ["temperature=0", "importance_cap=0.5", "eval_samples=2000"])
 def test_bounds_of_settings(setting: str) -> None:
     name, _, value = setting.partition("=")
     (problem,) = validation_errors(RLSettings, {name: float(value)}, "rl")
@@ -494,6 +495,14 @@ def test_keys_of_rl_do_nothing_in_other_stages_and_this_is_said(
     keys = ["rl.top_k=50", "rl.samples_per_prompt=4"]
     assert main(["train", "run=whole", "check_only=true", *sft_overrides(place), *keys]) == 0
     assert "rl.top_k=50 rl.samples_per_prompt=4: is for stage=rl" in " ".join(capsys.readouterr().out.split())
+
+
+def test_keys_of_other_stages_are_named_in_both_directions() -> None:
+    sft, base, tokenizer = (all_stages()[name].unused_keys() for name in ("sft", "base", "tokenizer"))
+    assert [*sft] == [("rl.",), ("tokens_per_parameter=", "counted_parameters=", "optim.reference.")]
+    assert [*base] == [("rl.",), ("mixture.",), ("stage.num_epochs=", "stage.warm_start=")]
+    assert [*tokenizer] == [("rl.",), ("mixture.",)]
+    assert [*all_stages()["rl"].unused_keys()] == [("tokens_per_parameter=", "counted_parameters=", "optim.reference.")]
 
 
 def test_settings_that_do_nothing_are_named(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

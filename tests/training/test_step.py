@@ -98,6 +98,17 @@ def test_the_scale_goes_out_of_the_gradients_before_they_are_clipped() -> None:
     assert clipped == pytest.approx(0.25, rel=1e-4)
 
 
+def test_the_step_that_doubles_the_scale_takes_its_own_one_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not the next step's: its gradient was half of what was asked for."""
+    monkeypatch.setattr(loss_scale_module, "GOOD_STEPS", 2)
+    loop, norms = StepLoop(dtype="float16", max_grad_norm=0.25), []
+    for _ in range(4):
+        loop.step(BATCH)
+        norms.append(torch.cat([gradient.flatten() for gradient in loop.gradients.values()]).norm().item())
+    assert loop.guard.loss_scale.factor == 4 * START
+    assert norms == pytest.approx([0.25] * 4, rel=1e-4)
+
+
 def test_an_overflow_skips_the_step_and_halves_the_scale(capsys: pytest.CaptureFixture[str]) -> None:
     loop = StepLoop(dtype="float16")
     before = loop.weights()

@@ -66,6 +66,19 @@ def test_a_training_shorter_than_the_cadence_is_measured_at_its_last_step() -> N
     assert again._before == {}
 
 
+def test_norms_of_gradients_are_those_before_clipping() -> None:
+    net = torch.nn.Linear(1, 1)
+    for parameter in net.parameters():
+        parameter.grad = torch.full_like(parameter, 0.5)
+    module = SimpleNamespace(net=net, guard=SimpleNamespace(clip_factor=0.25))
+    diagnostics = Diagnostics(every_steps=1)
+    with mock.patch(
+        "nanochat_pl.training.callbacks.diagnostics.parameter_roles", lambda net: {"weight": "x", "bias": "y"}
+    ):
+        diagnostics.on_before_optimizer_step(cast("Any", SimpleNamespace(global_step=0, max_steps=9)), module, None)
+    assert diagnostics._gradients == {"x": 2.0, "y": 2.0}
+
+
 def test_norms_are_those_of_all_tensors_of_a_role() -> None:
     tensors = {"a": torch.tensor([3.0]), "b": torch.tensor([[4.0]], dtype=torch.bfloat16), "c": torch.ones(4)}
     assert norms_by_role(tensors, {"a": "x", "b": "x", "c": "y"}) == {"x": 5.0, "y": 2.0}

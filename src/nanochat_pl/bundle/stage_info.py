@@ -11,7 +11,9 @@ from typing import Any
 
 import nanochat_pl
 from nanochat_pl.bundle.layout import STAGE, member
+from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.files import read_object, sha256_of_file
+from nanochat_pl.common.registry import is_name
 from nanochat_pl.common.schema import build, setting
 
 FORMAT_VERSION = 1
@@ -33,6 +35,10 @@ class StageInfo:
     data: dict[str, Any] = setting(factory=dict, doc="What it was trained on: names, hashes, sizes.")
     changes: list[dict[str, Any]] = setting(factory=list, doc="What was otherwise each time that the stage went on.")
     origin: dict[str, Any] = setting(factory=dict, doc="What an import carries along, to write the same files again.")
+
+    def __post_init__(self) -> None:
+        if not is_name(self.stage):  # names of folders are made of it
+            raise UserError(f"stage={self.stage!r}: is no name of a stage: small letters, digits and _.")
 
     @property
     def has_seen_conversations(self) -> bool:

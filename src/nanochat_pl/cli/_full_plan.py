@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,6 +10,7 @@ from nanochat_pl.cli.plan import PlanConfig
 from nanochat_pl.common.console import print_table, rank_zero_print
 from nanochat_pl.common.device import FP8_CAPABILITY, choose_compute_dtype, choose_device, num_devices
 from nanochat_pl.common.errors import UserError
+from nanochat_pl.common.launch_env import usable_cpus
 from nanochat_pl.common.paths import cache_folder
 from nanochat_pl.data.sources.auto import choose_data
 from nanochat_pl.data.sources.token_counts import text_facts, tokens_by_source
@@ -73,7 +73,7 @@ def full_plan(config: TrainConfig) -> FullPlan:
     fp8, fp8_remarks = _fp8(ours, target)
     add_machine(plan, model, options, _kernels(ours, target), ours.trainer.attention, fp8)
     memory = add_memory(plan, model, options)
-    add_time(plan, model, options, os.cpu_count() or 1, _given_mfu(ours, target, fp8), ours.price_per_hour)
+    add_time(plan, model, options, usable_cpus(), _given_mfu(ours, target, fp8), ours.price_per_hour)
     add_text(plan, text_facts(ours.data, cache, vocab_size))
     remarks = [*filter(None, [width_remark(plan)]), *device_remarks(plan, memory, device)]
     remarks += [*_remarks_on_settings(ours, plan, target), *fp8_remarks, *_epochs_by_source(ours, plan)]

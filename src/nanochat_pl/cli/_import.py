@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +12,7 @@ from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.files import write_json
 from nanochat_pl.common.paths import run_keys
 from nanochat_pl.common.run_dir import StageFolder, stage_folder
-from nanochat_pl.convert.huggingface.read import is_huggingface, read_huggingface, stage_of_huggingface
+from nanochat_pl.convert.huggingface.read import IMPORTED, is_huggingface, read_huggingface, stage_of_huggingface
 from nanochat_pl.convert.nanochat.layout import choose_checkpoint, stage_of
 from nanochat_pl.convert.nanochat.read import read_nanochat
 from nanochat_pl.convert.output_dir import parents_removed_on_error
@@ -25,6 +26,8 @@ def import_model(config: ImportConfig) -> None:
     """Read the model that the settings name, and write it with its certificate."""
     assert config.source is not None
     source = Path(config.source)
+    if is_huggingface(source):
+        _refuse_keys_of_nanochat(config)
     if config.run is not None:
         folder = stage_folder(Path(config.paths.runs), config.run, _stage_in(source, config))
         _require_absent(folder)
@@ -45,10 +48,23 @@ def import_model(config: ImportConfig) -> None:
         next_steps([("talk to it", f"nanochat-pl chat {model}"), ("measure it", measure)])
 
 
+def _refuse_keys_of_nanochat(config: ImportConfig) -> None:
+    usual = {field.name: field.default for field in dataclasses.fields(config)}
+    given = [name for name in ("tag", "step", "era", "tokenizer", "moments") if getattr(config, name) != usual[name]]
+    if given:
+        raise UserError([f"{name}: has no meaning for a folder of transformers." for name in given])
+
+
 def _stage_in(source: Path, config: ImportConfig) -> str:
     """The stage that will be read, found without reading a weight."""
     if is_huggingface(source):
-        return stage_of_huggingface(source)
+        stage = stage_of_huggingface(source, config.stage)
+        if stage == IMPORTED:
+            raise UserError(
+                f"{source}: does not say which stage of a run it is.",
+                "Say it: stage=base for a model that has read text, stage=sft for one that answers.",
+            )
+        return stage
     return stage_of(choose_checkpoint(source, config.stage, config.tag, config.step), config.stage)
 
 
@@ -62,7 +78,7 @@ def _read_and_tell(source: Path, config: ImportConfig) -> Imported:
 def _read(source: Path, config: ImportConfig) -> Imported:
     """What lies in the folder, whatever it is."""
     if is_huggingface(source):
-        return read_huggingface(source)
+        return read_huggingface(source, config.stage)
     return read_nanochat(
         source,
         stage=config.stage,

@@ -97,6 +97,12 @@ class Study:
             UserError: one was trained with other settings, or a file is damaged.
         """
         found = {trial.number: trial for trial in self._begun()}
+        for trial in found.values():
+            if trial.params.keys() != self.space.keys():
+                raise UserError(
+                    f"{self.folder}: its trials searched {', '.join(trial.params)}, not {', '.join(self.space)}.",
+                    "Search the same keys, or begin another search with run=NEW.",
+                )
         for entry in newest(read_ledger(self.runs)):
             match = re.fullmatch(rf"{re.escape(self.base)}-trial(\d+)", entry.run)
             if match is None or entry.stage != self.stage:

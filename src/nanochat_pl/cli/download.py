@@ -112,7 +112,8 @@ def _fetch_eval_bundle(config: DownloadConfig) -> int:
     folder, is_new = fetch_eval_bundle(cache_folder(config.paths), refresh=config.refresh)
     rank_zero_print("Fetched the evaluation bundle." if is_new else "Nothing to fetch: the evaluation bundle is here.")
     rank_zero_print(f"Where: {folder}")
-    next_steps([("measure a model on it", "nanochat-pl evaluate 'suites=[core]'")])
+    key = typed_keys(key_of_cache(cache_folder(config.paths)))
+    next_steps([("measure a model on it", f"nanochat-pl evaluate 'suites=[core]' {key}".rstrip())])
     return 0
 
 
@@ -147,6 +148,10 @@ def _fetch_task(config: DownloadConfig, name: str) -> int:
         raise UserError(f"task={name}: no file of {repo} ends with {' or '.join(CONVERSATION_SUFFIXES)}.")
     fetched = fetch_files(manifest, wanted, cache, config.parallel)
     _say_fetched(fetched)
+    if not kind.cls.has_training_part:
+        measure = f"nanochat-pl evaluate 'suites=[chatcore]' {typed_keys(key_of_cache(cache))}".rstrip()
+        next_steps([("measure a model on it", measure)])
+        return 0
     keys = {f"mixture.tasks.{name}.{key}": value for key, value in given.items()} or {f"mixture.tasks.{name}": "{}"}
     next_steps([("train on it", f"nanochat-pl train stage=sft {typed_keys(keys | key_of_cache(cache))}")])
     return 0
@@ -176,8 +181,10 @@ def _fetch_data(config: DownloadConfig) -> int:
     _say_fetched(fetched)
     telling = [fetched.paths[0], *(path for path in fetched.paths if path.suffix == ".json")]
     if any(holds_conversations(path, data.text_column) for path in telling):
-        own = f"mixture=own mixture.tasks.conversations.NAME.repo={source.manifest.repo}"
-        next_steps([("fine-tune on it", f"nanochat-pl train stage=sft {own}")])
+        chosen = {"repo": source.manifest.repo, "revision": data.revision, "files": data.files}
+        own = {f"mixture.tasks.conversations.NAME.{key}": value for key, value in chosen.items() if value is not None}
+        keys = typed_keys({"mixture": "own"} | own | key_of_cache(cache))
+        next_steps([("fine-tune on it", f"nanochat-pl train stage=sft {keys}")])
         return 0
     rank_zero_print(source.describe())
     next_steps([("train on it", source.train_command())])

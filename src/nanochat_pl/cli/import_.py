@@ -27,7 +27,11 @@ class ImportConfig:
     source: UserPath | None = setting(None, "Folder to read: of nanochat, or of transformers.")
     to: UserPath | None = setting(None, "Folder of the bundle to make; it must not be there, or be empty.")
     run: str | None = setting(None, "Instead of to: name of a new run that the bundle becomes a finished stage of.")
-    stage: Stage | None = setting(None, "nanochat: which stage's checkpoint, where there are several.")
+    stage: Stage | None = setting(
+        None,
+        "nanochat: which stage's checkpoint, where there are several. transformers: what the model is, where it does"
+        " not say it.",
+    )
     tag: str | None = setting(None, "nanochat: which model's (d12 …), where there are several.")
     step: int | None = setting(None, "nanochat: which step's, where there are several.", at_least=0)
     era: Era | None = setting(None, "nanochat: generation of the architecture; null: found by the tensors.")

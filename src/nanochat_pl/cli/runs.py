@@ -76,6 +76,11 @@ def run(arguments: Sequence[str]) -> int:
     config = compose("runs", RunsConfig, arguments).config
     runs = Path(config.paths.runs)
     if config.delete is not None:
+        if config.reads_ledger:
+            raise UserError(
+                f"delete={config.delete}: deletes a run with all its stages; keys that choose have no meaning here.",
+                "Leave stage, where, sort, columns, history, ledger and format out.",
+            )
         delete_run(runs, config.delete)
         return 0
     if config.reads_ledger:

@@ -110,7 +110,7 @@ def _require_measured(metric: str, config: TrainConfig) -> None:
         return
     with loading_libraries():
         from nanochat_pl.evaluation.validation import name_by_source
-        from nanochat_pl.training.callbacks.metrics import COLUMNS, COLUMNS_BY_SOURCE
+        from nanochat_pl.training.callbacks.metrics_csv import COLUMNS, COLUMNS_BY_SOURCE
 
     of_sources = [name_by_source(column, source) for source in config.data.parts for column in COLUMNS_BY_SOURCE]
     known = [name for name in (*COLUMNS[1:], *of_sources) if "_stderr" not in name]

@@ -115,9 +115,10 @@ def _processes_to_start(composed: Composed[TrainConfig]) -> int:
 def _say_unused(composed: Composed[TrainConfig]) -> None:
     """Say which keys of the command line are of another stage. The steps of a pipeline are given the same ones."""
     stage = composed.config.stage
-    unused = [text for text in composed.overrides if text.startswith("rl.")]
-    if unused and not stage.definition.trains_on_answers and not is_child():
-        rank_zero_print(f"{' '.join(unused)}: is for stage=rl, and does nothing in stage={stage.name}.")
+    for prefixes, whose in stage.definition.unused_keys().items():
+        unused = [text for text in composed.overrides if text.lstrip("+").startswith(prefixes)]
+        if unused and not is_child():
+            rank_zero_print(f"{' '.join(unused)}: is for {whose}, and does nothing in stage={stage.name}.")
 
 
 def _opened(folder: StageFolder, composed: Composed[TrainConfig], held: contextlib.ExitStack) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor
 from nanochat_pl.common.console import print_from_any_rank
 from nanochat_pl.common.errors import UserError
 
-FIX = "Use a smaller model.sequence_len or model.depth, or trainer.activation_checkpointing=true."
+FIX = "Use trainer.activation_checkpointing=true, or a smaller model: of stage=base model.sequence_len or model.depth."
 
 # How those say it whose exception is a plain RuntimeError, or one of another kind that wraps it.
 MESSAGES = re.compile(

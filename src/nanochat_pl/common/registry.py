@@ -42,7 +42,7 @@ class Registry(Generic[T]):
         Raises:
             UserError: it is no name, or another class has it.
         """
-        if not re.fullmatch(r"[a-z][a-z0-9_]{0,63}", name) or name in self.reserved:
+        if not is_name(name) or name in self.reserved:
             rule = f"a {self.noun}'s name has small letters, digits and _, and is not {' or '.join(self.reserved)}."
             raise UserError(f"{self.noun} {name!r}: {rule}")
 
@@ -73,3 +73,8 @@ class Registry(Generic[T]):
                     point.load()
             self.loaded = True
         return self.entries
+
+
+def is_name(text: str) -> bool:
+    """Whether a registered thing can have this name."""
+    return re.fullmatch(r"[a-z][a-z0-9_]{0,63}", text) is not None

@@ -34,6 +34,9 @@ def with_stage_files(settings: Sequence[Setting], problems: list[str]) -> list[S
             others.append(setting)
     if choice is None:
         return others
+    if not isinstance(choice.value, str):
+        problems.append(f"stage={choice.value}: must be the name of one stage.")
+        return others
     if choice.value in config_dir.groups()["stage"] or choice.value not in all_stages():
         return [choice, *others]  # of what is no stage, the check of the choices says so
     values = {"stage.name": choice.value, "stage.parent": None}

@@ -187,10 +187,10 @@ def broadcast_(tensor: Tensor, source: int = 0) -> None:
         _timed(dist.broadcast, tensor, source)
 
 
-def all_reduce_(tensor: Tensor) -> None:
-    """Replace a tensor by the sum over all processes, the same bits on each."""
+def all_reduce_(tensor: Tensor, operation: str = "sum") -> None:
+    """Replace a tensor by the sum (or ``max``, ``min``) over all processes, the same bits on each."""
     if world_size() > 1:
-        _timed(dist.all_reduce, tensor)
+        _timed(dist.all_reduce, tensor, getattr(dist.ReduceOp, operation.upper()))
 
 
 def send(tensor: Tensor, destination: int) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+MAX_SAMPLES = 1000  # answers to a problem
+
 
 @dataclass(frozen=True)
 class Candidate:

@@ -19,13 +19,13 @@ from nanochat_pl.distributed import collectives
 from nanochat_pl.distributed.coordination import raise_on_all_ranks
 from nanochat_pl.engine import Engine, readable
 from nanochat_pl.evaluation.answer_letters import letter_ids, letter_probabilities
+from nanochat_pl.evaluation.candidates import MAX_SAMPLES
 from nanochat_pl.evaluation.results import TaskResult, make_result
 from nanochat_pl.evaluation.statistics import pass_at_k_rows
 from nanochat_pl.evaluation.truncation import max_tokens_read, shortened
 from nanochat_pl.tasks import Task
 from nanochat_pl.tasks.base import Content, Conversation
 
-MAX_SAMPLES = 1000  # answers to a problem
 Report = Callable[[int, int], None]  # (done, all)
 
 

@@ -31,6 +31,8 @@ _ORDER: dict[str, Callable[[Any, Any], bool]] = {
 }
 _EQUAL = ("=", "==", "!=")
 _CONDITION = re.compile(r"\s*([\w./+-]+)\s*(>=|<=|!=|==|=|>|<)\s*(.*?)\s*")
+# Between two conditions: behind it, quotation marks are closed.
+_AND = re.compile(r"""\s+and\s+(?=(?:[^'"]|'[^']*'|"[^"]*")*$)""")
 # What stands between two commas; those in quotes and brackets part nothing.
 _ALTERNATIVE = re.compile(r"""(?:[^,'"\[\]]|'[^']*'|"[^"]*"|\[[^\]]*\]|['"\[\]])+""")
 
@@ -105,7 +107,7 @@ def conditions(where: str, key: str = "where") -> list[Condition]:
         UserError: one has not that form.
     """
     found = []
-    for text in re.split(r"\s+and\s+", where.strip()):
+    for text in _AND.split(where.strip()):
         match = _CONDITION.fullmatch(text)
         if match is None:
             raise UserError(

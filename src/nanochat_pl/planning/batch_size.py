@@ -89,7 +89,7 @@ def _micro_batch(config: GPTConfig, options: RowOptions, most: int) -> tuple[int
     wanted = max(1, tokens // row)
     if fit < min(wanted, most):
         return max(1, fit), f"rows whose step fits into {1 - MARGIN:.0%} of the memory of {device.name}"
-    return min(most, wanted), f"rows of about {tokens:,} tokens ({device.type})"
+    return evenly(most, wanted), f"rows of about {tokens:,} tokens ({device.type})"
 
 
 def evenly(rows: int, at_most: int) -> int:

@@ -46,7 +46,14 @@ class RemoteSession:
         self._key = key
         self.system = system
         with self._open("/v1/models") as response:
-            models = {each["id"]: each for each in json.load(response)["data"]}
+            try:
+                models = {each["id"]: each for each in json.load(response)["data"]}
+            except (ValueError, KeyError, TypeError):
+                raise UserError(
+                    f"url={url}: what answers there is no server of the OpenAI API.", "nanochat-pl serve starts one."
+                ) from None
+        if not models:
+            raise UserError(f"url={url}: the server has no models.")
         if model is not None and model not in models:
             raise UserError(f"model={model}: {self._base} has {', '.join(models)}.")
         self.model = model or next(iter(models))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from nanochat_pl.serving.answers import Answer
 from nanochat_pl.serving.errors import ApiError
 from nanochat_pl.serving.pool import Generation, Pool
 from nanochat_pl.serving.requests import (
+    MAX_TOKENS_OF_COMPLETION,
     ChatRequest,
     CompletionRequest,
     Message,
@@ -35,6 +36,7 @@ class Job:
         logprobs: whether they are sent.
         details: whether all tokens are sent.
         echo: of completions the prompts' texts, which stand before the answers.
+        repeated: fields of the request that stand in the response as they were sent.
     """
 
     answer: Answer
@@ -45,6 +47,7 @@ class Job:
     details: bool = False
     echo: tuple[str, ...] = ()
     choices_per_prompt: int = 1
+    repeated: dict[str, Any] = field(default_factory=dict)
 
     def start(self) -> list[Generation]:
         """Give all of it to the workers. Raises :class:`ApiError`."""
@@ -85,7 +88,8 @@ class Jobs:
         """Raises :class:`ApiError`."""
         require_known(body)
         limits = self._settings.limits
-        asked = asked_of(body, "max_tokens", self._settings.sampling, limits)
+        usual = min(MAX_TOKENS_OF_COMPLETION, limits.max_tokens)
+        asked = asked_of(body, "max_tokens", self._settings.sampling, limits, usual)
         asked |= {
             "stop": stops_of(body.stop),
             "logprobs": body.logprobs is not None,
@@ -131,7 +135,12 @@ class Jobs:
                     "instructions",
                 )
             asked["messages"].insert(0, {"role": "system", "content": body.instructions})
-        return self._job(body, asked, 1, "resp", False)
+        job = self._job(body, asked, 1, "resp", False)
+        job.repeated = {
+            "instructions": body.instructions,
+            "metadata": (body.model_extra or {}).get("metadata") or {},
+        }
+        return job
 
     def _job(self, body: Shared, asked: dict[str, Any], count: int, prefix: str, logprobs: bool) -> Job:
         limits, models = self._settings.limits, self._pool.models
@@ -145,7 +154,7 @@ class Jobs:
                 "model",
                 "model_not_found",
             )
-        if self._pool.num_waiting + count > limits.queue:
+        if self._pool.num_waiting + max(0, count - self._pool.free_slots(name)) > limits.queue:
             raise ApiError(429, "Too many requests are waiting; try again.", code="overloaded", retry_after=2)
         answer = Answer(name, models[name].get("weights", ""), asked["sampling"]["seed"], prefix)
         choices = [with_seed(asked, number) for number in range(count)]

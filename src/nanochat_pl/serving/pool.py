@@ -284,6 +284,11 @@ class Pool:
         """Requests that wait for a slot."""
         return sum(max(0, each.load - each.stats.get("slots", each.load)) for each in self.workers)
 
+    def free_slots(self, model: str) -> int:
+        """Requests for a model that would not have to wait."""
+        workers = [each for each in self.workers if each.model == model]
+        return sum(max(0, (each.card or {}).get("num_slots", 0) - each.load) for each in workers)
+
     def submit(self, model: str, request: Mapping[str, Any]) -> Generation:
         """Give a request to the least loaded worker of a model.
 

@@ -16,6 +16,7 @@ from nanochat_pl.serving.errors import ApiError
 from nanochat_pl.serving.settings import MAX_MESSAGES, Limits, SamplingDefaults
 
 MAX_STOPS = 4
+MAX_TOKENS_OF_COMPLETION = 16  # where a request says nothing, as in the OpenAI API
 T = TypeVar("T")
 # A body of many wrong items must not become as many errors, which hold up the whole server while they are made.
 Items = Annotated[list[T], Field(fail_fast=True)]
@@ -119,7 +120,7 @@ class CompletionRequest(Shared):
     """Body of POST /v1/completions."""
 
     prompt: str | FewItems[str] | Items[int] | FewItems[Items[int]] = Field(min_length=0)
-    max_tokens: int | None = Field(16, ge=1)
+    max_tokens: int | None = Field(None, ge=1, description="null: 16.")
     n: int | None = Field(None, ge=1)
     stop: str | FewItems[str] | None = None
     logprobs: int | None = Field(None, ge=0, le=5)
@@ -175,7 +176,7 @@ def conversation_of(messages: list[Message], limits: Limits, field: str = "messa
         if message.content is None and message.role != "assistant":  # which may have said nothing
             raise ApiError(400, f"{where}.content: is missing.", f"{where}.content")
         text = _text_of(message.content)
-        if len(text) > limits.message_chars:
+        if len(text) > limits.message_chars and message.role != "assistant":  # its answers may be longer
             raise ApiError(
                 400,
                 f"{where}: {len(text):,} characters are more than the {limits.message_chars:,} allowed.",
@@ -208,7 +209,9 @@ def stops_of(stop: str | list[str] | None) -> list[str]:
     return stops
 
 
-def asked_of(request: Shared, max_tokens: str, defaults: SamplingDefaults, limits: Limits) -> dict[str, Any]:
+def asked_of(
+    request: Shared, max_tokens: str, defaults: SamplingDefaults, limits: Limits, usual: int | None = None
+) -> dict[str, Any]:
     """What the engine is asked for, without the prompt: see :func:`nanochat_pl.serving.worker.request_of`.
 
     Args:
@@ -216,11 +219,12 @@ def asked_of(request: Shared, max_tokens: str, defaults: SamplingDefaults, limit
         max_tokens: its field that says how many.
         defaults: what holds where it says nothing.
         limits: of the server.
+        usual: new tokens where the request says nothing; None: the server's default.
 
     Raises:
         ApiError: a value that is beyond the limits.
     """
-    asked = _given(getattr(request, max_tokens), defaults.max_tokens)
+    asked = _given(getattr(request, max_tokens), usual or defaults.max_tokens)
     if asked > limits.max_tokens:
         raise ApiError(400, f"{max_tokens}={asked}: at most {limits.max_tokens:,} are allowed.", max_tokens)
     temperature = _given(request.temperature, defaults.temperature)

@@ -32,7 +32,7 @@ class Limits:
     message_chars: int = setting(8_000, "Characters of a message.", at_least=1)
     total_chars: int = setting(32_000, "Characters of all messages of a request.", at_least=1)
     max_tokens: int = setting(4096, "New tokens of an answer.", at_least=1)
-    temperature: float = setting(2.0, "Temperature.", at_least=0)
+    temperature: float = setting(2.0, "Temperature.", at_least=0, at_most=2)
     top_k: int = setting(200, "Top-k; 0, which is all tokens, stays allowed.", at_least=1)
     choices: int = setting(8, "Answers to a request (n, or several prompts).", at_least=1, at_most=128)
     body_bytes: int = setting(1_048_576, "Bytes of a request.", at_least=1024)
@@ -94,10 +94,14 @@ class ServeSettings:
     limits: Limits = setting(factory=Limits)
 
     def __post_init__(self) -> None:
-        if self.sampling.max_tokens > self.limits.max_tokens:
-            raise UserError(
-                f"sampling.max_tokens={self.sampling.max_tokens}: exceeds limits.max_tokens={self.limits.max_tokens}."
-            )
+        # A request that says nothing would be refused.
+        exceeded = [
+            f"sampling.{name}={usual:g}: exceeds limits.{name}={most:g}."
+            for name in ("max_tokens", "temperature", "top_k")
+            if (usual := getattr(self.sampling, name)) > (most := getattr(self.limits, name))
+        ]
+        if exceeded:
+            raise UserError(exceeded)
 
     @property
     def is_local(self) -> bool:

@@ -316,10 +316,8 @@ class _Answer:
         if has_ended:
             parts = self._tokenizer.parse_assistant([*self._begun, *handle.ids])
             updates[-1] |= {"finish": handle.finish_reason, "parts": parts}
-        found = [update for update in updates if update]
-        if found:
-            found[-1]["completion_tokens"] = len(handle.ids)
-        return found
+        # All have the same number: they are of one moment.
+        return [{**update, "completion_tokens": len(handle.ids)} for update in updates if update]
 
     def _tokens(self, is_end: bool) -> Iterator[dict[str, Any]]:
         """Those whose text was sent. What may become a stop text is held back, and what became one is never sent."""

@@ -72,11 +72,13 @@ class Task(ABC):
         kind: how an answer is asked for: written freely, or chosen among :meth:`letters`.
         baseline: the accuracy of guessing, 0 … 1.
         remark: what has to be said with a score, None for most.
+        has_training_part: whether it can be trained on.
         can_be_joined: whether its conversations may be turns of a longer one: each begins with the user's message, not
             with the system's, and ends with an answer.
     """
 
     judged = True
+    has_training_part = True
     can_be_joined = True
     kind: Literal["generative", "categorical"] = "generative"
     baseline: float = 0.0

@@ -131,6 +131,8 @@ class RowsDataModule(LightningDataModule):
 
     def _wait_for(self, step: int) -> None:
         assert self.trainer is not None
+        if not self.rows.is_streamed:  # the processes have nothing to compare
+            return
         wait = partial(self.steps.wait_for, step)
         stops = [each for each in self.trainer.callbacks if isinstance(each, GracefulStop)]  # type: ignore[attr-defined]
         if stops:

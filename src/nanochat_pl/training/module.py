@@ -117,7 +117,7 @@ class LMModule(ShardedWeights, LightningModule):
         )
         self.micro_batch_hooks: list[Callable[[int], None]] = []
         self.logs_to_loggers = True
-        self.logged: dict[str, Any] = {}
+        self.logged: dict[str, tuple[Any, bool]] = {}
         self.net: GPT | None = None
         self._initial = (weights, moments)  # in a tuple, so that Lightning neither moves nor saves them
         self._row_losses: list[Tensor] = []
@@ -221,7 +221,7 @@ class LMModule(ShardedWeights, LightningModule):
     def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
         """As Lightning's. In a command what is logged is written to the loggers with the other metrics of the step."""
         if not self.logs_to_loggers:
-            self.logged[name], kwargs["logger"] = value, False
+            self.logged[name], kwargs["logger"] = (value, bool(kwargs.get("sync_dist"))), False
         super().log(name, value, *args, **kwargs)
 
     def _log(self, metrics: Mapping[str, float], sync_dist: bool = False) -> None:

@@ -90,6 +90,7 @@ class Guard:
 
     Attributes:
         skipped_steps: steps of the run that changed nothing.
+        clip_factor: by which clipping multiplied the gradients of the last step; 1 where it left them as they were.
     """
 
     def __init__(
@@ -101,7 +102,8 @@ class Guard:
         self.on_nonfinite, self.max_grad_norm = on_nonfinite, max_grad_norm
         self.loss_scale = loss_scale or LossScale()
         self.skipped_steps = self._in_a_row = 0
-        self._norm = math.nan
+        self._norm, self._scale_of_step = math.nan, self.loss_scale.factor
+        self.clip_factor = 1.0
 
     def passes(self, module: StepModule, batch: StepBatch, loss: float, norm: float) -> bool:
         """Whether a step may update the weights. Called on all processes, with the same metrics.
@@ -115,7 +117,7 @@ class Guard:
         Raises:
             SharedError: a metric is not finite and that is not to be skipped, or it was so too often in a row.
         """
-        self._norm = norm
+        self._norm, self._scale_of_step = norm, self.loss_scale.factor
         overflowed = self.loss_scale.overflowed(loss, norm)
         self.loss_scale.update(overflowed)
         if math.isfinite(loss) and math.isfinite(norm):
@@ -141,12 +143,14 @@ class Guard:
     def scale_gradients(self, optimizer: Any, norm: float) -> None:
         """Take the loss scale out of the reduced gradients, and clip them as ``torch.nn.utils.clip_grad_norm_`` does.
 
+        For a step that passed: the loss scale is that of its loss, not the one that comes next.
+
         Args:
             optimizer: whose gradients are reduced.
             norm: theirs, the loss scale taken out.
         """
-        factor = 1.0 if self.max_grad_norm is None else min(1.0, self.max_grad_norm / (norm + 1e-6))
-        if (factor := factor / self.loss_scale.factor) != 1.0:
+        self.clip_factor = 1.0 if self.max_grad_norm is None else min(1.0, self.max_grad_norm / (norm + 1e-6))
+        if (factor := self.clip_factor / self._scale_of_step) != 1.0:
             optimizer.scale_gradients(factor)
 
     def metrics(self) -> dict[str, float]:

@@ -17,6 +17,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
+from nanochat_pl.common.errors import UserError
 from nanochat_pl.common.launch_env import launch_env
 from nanochat_pl.distributed import collectives
 from nanochat_pl.training.fully_sharded import whole_state
@@ -145,13 +146,19 @@ class UnwrappedDDP(WrappedDDP):
         return obj if self.world_size == 1 else json.loads(collectives.all_gather_str(json.dumps(obj))[src])
 
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
-        """The mean or the sum of a tensor over all processes."""
+        """Mean (``avg``), sum, maximum or minimum of a tensor over all processes.
+
+        Raises:
+            UserError: another operation.
+        """
         if self.world_size == 1 or not isinstance(tensor, Tensor):
             return tensor
-        assert str(reduce_op).lower() in ("mean", "avg", "sum"), reduce_op
+        name = str(reduce_op).lower().removeprefix("redoptype.")
+        if name not in ("mean", "avg", "sum", "max", "min"):
+            raise UserError(f"reduce_fx={name!r}: several processes reduce by mean, sum, max or min.")
         total = tensor.clone()
-        collectives.all_reduce_(total)
-        return total if str(reduce_op).lower() == "sum" else total / self.world_size
+        collectives.all_reduce_(total, name if name in ("max", "min") else "sum")
+        return total / self.world_size if name in ("mean", "avg") else total
 
     def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
         """The tensors of all processes, stacked."""

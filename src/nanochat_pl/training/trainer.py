@@ -28,7 +28,8 @@ from nanochat_pl.training.callbacks.evaluation import PeriodicEvaluation, Sample
 from nanochat_pl.training.callbacks.gc import GarbageCollection
 from nanochat_pl.training.callbacks.graceful_stop import GracefulStop, StopRequested
 from nanochat_pl.training.callbacks.loss_spikes import LossSpikes
-from nanochat_pl.training.callbacks.metrics import MetricsCSV, StepClock, StepMetrics
+from nanochat_pl.training.callbacks.metrics import StepClock, StepMetrics
+from nanochat_pl.training.callbacks.metrics_csv import MetricsCSV
 from nanochat_pl.training.callbacks.progress import TrainingProgress
 from nanochat_pl.training.callbacks.tensorboard import RewindEvents
 from nanochat_pl.training.callbacks.weight_sync import WeightSyncCheck

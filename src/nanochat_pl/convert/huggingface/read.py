@@ -31,14 +31,26 @@ def is_huggingface(folder: Path) -> bool:
     return isinstance(document, dict) and "model_type" in document
 
 
-def stage_of_huggingface(folder: Path) -> str:
-    """The stage that a folder of transformers is imported as."""
+def stage_of_huggingface(folder: Path, wanted: str | None) -> str:
+    """The stage that a folder of transformers is imported as.
+
+    Args:
+        wanted: the stage that it is to be, of a model that does not say it.
+
+    Raises:
+        UserError: it says another one.
+    """
     _, stage = from_keys(read_object(folder / CONFIG), str(folder / CONFIG))
-    return stage.stage if stage else IMPORTED
+    if stage is not None and wanted not in (None, stage.stage):
+        raise UserError(f"stage={wanted}: {folder / CONFIG} says that it is {stage.stage}.", "Leave stage=… out.")
+    return stage.stage if stage else wanted or IMPORTED
 
 
-def read_huggingface(folder: Path) -> Imported:
+def read_huggingface(folder: Path, wanted: str | None = None) -> Imported:
     """Read a model of transformers, weights in one safetensors file or in several.
+
+    Args:
+        wanted: see :func:`stage_of_huggingface`.
 
     Raises:
         UserError: anything is missing, damaged, hostile, of another architecture, or contradicts something else.
@@ -51,7 +63,7 @@ def read_huggingface(folder: Path) -> Imported:
     weights = read_weights(folder, config)
     require_finite(weights, str(folder))
     if stage is None:
-        stage = StageInfo(stage=IMPORTED)
+        stage = StageInfo(stage=stage_of_huggingface(folder, wanted))
         remarks += [
             "Rotary tables are kept in float32, as transformers has them; the training may have rounded them.",
             f"rms_norm_eps={document.get('rms_norm_eps', 1e-6)!r} is not kept: ours is the machine epsilon of float32.",

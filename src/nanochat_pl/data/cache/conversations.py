@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from nanochat_pl.common.errors import UserError
+from nanochat_pl.common.launch_env import usable_cpus
 from nanochat_pl.data.cache.content_cache import fingerprint_of, read_cache
 from nanochat_pl.data.cache.tokens import FORMAT, CachedShard, Encoded, TokenCache, token_dtype, write_shard
 from nanochat_pl.tokenizer import Tokenizer
@@ -129,7 +129,7 @@ def _rendered(
     progress: Callable[[int, int], None],
     masked: bool,
 ) -> Encoded:
-    total, num_threads = len(conversations), os.cpu_count() or 1
+    total, num_threads = len(conversations), usable_cpus()
     for first in range(0, total, _BATCH):
         batch = [conversations[i] for i in range(first, min(first + _BATCH, total))]
         for number, conversation in enumerate(batch, first):

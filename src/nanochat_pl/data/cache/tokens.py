@@ -12,7 +12,6 @@ for what is there already.
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from array import array
@@ -26,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from nanochat_pl.common.files import ensure_folder
+from nanochat_pl.common.launch_env import usable_cpus
 from nanochat_pl.data.cache.content_cache import building, fingerprint_of, read_cache, write_cache
 from nanochat_pl.data.cache.tokenize import Encoder, in_order
 from nanochat_pl.data.sources.base import Shard, Source, Split, is_much, too_little_text
@@ -221,7 +221,7 @@ def tokenized(
 
     dtype = token_dtype(tokenizer.vocab_size)
     coming = fetched_ahead(shards, fetch) if any(each.shard.fetch for each in shards) else shards
-    return in_order(coming, build, tokenizer.encode_array, dtype, num_threads or os.cpu_count() or 1)
+    return in_order(coming, build, tokenizer.encode_array, dtype, num_threads or usable_cpus())
 
 
 def build_token_cache(

@@ -147,6 +147,11 @@ class MixedRows:
         name, part = self.names[sources[0]], self._parts[sources[0]]
         return [replace(piece, shard=f"{name}/{piece.shard}") for piece in part.address(int(rows[0]))]
 
+    @property
+    def is_streamed(self) -> bool:
+        """Whether rows of a source may still have to be waited for."""
+        return any(part.is_streamed for part in self._parts)
+
     def wait_for(self, num_rows: int, check: Callable[[], None] = lambda: None) -> None:
         """Wait until the first so many rows are there; ``check`` is called again and again."""
         for part, count in zip(self._parts, self.turns.counts(num_rows), strict=True):

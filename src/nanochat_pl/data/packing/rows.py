@@ -60,6 +60,11 @@ class Rows:
     def __len__(self) -> int:
         return self.index.num_rows
 
+    @property
+    def is_streamed(self) -> bool:
+        """Whether rows may still have to be waited for: the text is packed while it is trained on."""
+        return isinstance(self.index, StreamedIndex)
+
     def wait_for(self, num_rows: int, check: Callable[[], None] = lambda: None) -> None:
         """Wait until the first so many rows are there; ``check`` is called again and again."""
         self.index.wait_for(num_rows, check)

@@ -106,7 +106,8 @@ def open_core(settings: CoreSettings, cache_dir: Path, hub: Path | None) -> Core
     try:
         known = read_tasks(folder)
     except UserError as error:
-        fix = "Mend the bundle, name another folder (core.path=…), or fetch one: nanochat-pl download eval_bundle=true"
+        keys = typed_keys({"eval_bundle": "true"} | key_of_cache(cache_dir))
+        fix = f"Mend the bundle, name another folder (core.path=…), or fetch one: nanochat-pl download {keys}"
         raise UserError(error.problems, error.fix or fix) from error
     there = {name: task for name, task in known.items() if task.path.is_file()}
     missing: tuple[str, ...] = ()

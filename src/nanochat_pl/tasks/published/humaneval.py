@@ -58,6 +58,7 @@ class HumanEval(TableTask):
     """
 
     task_name = "humaneval"
+    has_training_part = False
     columns = ("task_id", "prompt", "canonical_solution", "test", "entry_point")
 
     def __init__(self, settings: HumanEvalSettings, split: Split, context: TaskContext) -> None:

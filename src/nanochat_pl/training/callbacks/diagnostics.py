@@ -68,7 +68,8 @@ class Diagnostics(Callback):
         self._before = {name: each.detach().clone() for name, each in named.items()}
         if collectives.world_size() == 1:
             gradients = {name: each.grad for name, each in named.items() if each.grad is not None}
-            self._gradients = norms_by_role(gradients, parameter_roles(pl_module.net))
+            clipped = norms_by_role(gradients, parameter_roles(pl_module.net))
+            self._gradients = {role: norm / pl_module.guard.clip_factor for role, norm in clipped.items()}
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Log what was measured."""

@@ -312,11 +312,13 @@ class ResumeFiles(Callback):
         files = resume_files(self.folder)
         for old in files[self.keep_last :]:
             if old.name not in self._best:
-                old.unlink(missing_ok=True)
+                with explain_disk_errors(old):
+                    old.unlink(missing_ok=True)
         for damaged, step in damaged_files(self.folder).items():
             newer = [path for path in files if step_of(path) >= step]  # its own step, written anew, is one of them
             if len(newer) >= self.keep_last and damaged.is_file():
-                damaged.unlink(missing_ok=True)
+                with explain_disk_errors(damaged):
+                    damaged.unlink(missing_ok=True)
 
 
 def _save_metrics(trainer: Trainer) -> None:

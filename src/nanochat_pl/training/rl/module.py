@@ -102,7 +102,9 @@ class RLModule(LMModule):
         self._by_token = (loss.by_token if isinstance(loss, CompiledLoss) else self.net.loss_by_token,)
         reference: GPT | None = None
         if self.settings.kl_beta:
-            reference = GPT(self.config.model, loss_chunk_tokens=self.config.loss_chunk_tokens)
+            reference = GPT(
+                self.config.model, loss_chunk_tokens=self.config.loss_chunk_tokens, attention=self.config.attention
+            )
             reference.materialise(self._training_device()).requires_grad_(False)
             self.init_weights(reference)
         self._reference = (reference,)

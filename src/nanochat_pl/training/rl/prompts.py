@@ -101,6 +101,8 @@ class Prompts:
         """What the rows are made of, for the record of a stage."""
         return {"prompts": self.num_prompts, "prompts_left_out": self.num_left_out}
 
+    is_streamed = False
+
     def wait_for(self, num_rows: int, check: Callable[[], None] = lambda: None) -> None:
         """They are there."""
 

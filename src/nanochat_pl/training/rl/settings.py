@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from nanochat_pl.common.schema import setting
+from nanochat_pl.evaluation.candidates import MAX_SAMPLES
 
 # What the weights do not depend on: it may differ when a stage goes on.
 IRRELEVANT_KEYS = {
@@ -109,7 +110,9 @@ class RLSettings:
         " never.",
         at_least=0,
     )
-    eval_samples: int = setting(8, "Answers to each of them; pass@k is given for k = 1, 2, 4 … up to it.", at_least=1)
+    eval_samples: int = setting(
+        8, "Answers to each of them; pass@k is given for k = 1, 2, 4 … up to it.", at_least=1, at_most=MAX_SAMPLES
+    )
     eval_problems: int | None = setting(100, "Held-out problems of each task; null: all.", at_least=1)
     sample_table_every_steps: int = setting(
         20, "Steps between two tables of answers, as text in TensorBoard; 0: none.", at_least=0

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nanochat_pl.common.device_settings import ComputeDType
 from nanochat_pl.common.errors import UserError
-from nanochat_pl.common.launch_env import launch_env
+from nanochat_pl.common.launch_env import launch_env, usable_cpus
 from nanochat_pl.data.sources.base import DataSettings
 from nanochat_pl.data.sources.run_corpus import RunCorpus
 from nanochat_pl.data.sources.token_counts import tokens_at_hand
@@ -100,7 +99,7 @@ def refuse_unasked(config: TrainConfig, plan: Plan, target: Target, at_hand: int
         return
     seconds = None
     if target.device.type == "cpu":
-        seconds = estimate_cpu_seconds(plan["total_flops"], os.cpu_count() or 1)
+        seconds = estimate_cpu_seconds(plan["total_flops"], usable_cpus())
     check_horizon(plan, at_hand, seconds, crops=config.data.packing_mode == "crop")
 
 

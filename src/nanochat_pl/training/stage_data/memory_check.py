@@ -23,11 +23,17 @@ def require_room_for(context: StageContext, model: GPTConfig) -> None:
     """As :func:`require_room`, for a stage that is to be trained."""
     config, trainer = context.config, context.config.trainer
     num_files = trainer.keep_last + trainer.keep_best
-    require_room(model, context.machine.device, context.folder.path, num_files, memory_knobs(config))
+    sharded = trainer.strategy == "fsdp"
+    require_room(model, context.machine.device, context.folder.path, num_files, memory_knobs(config), sharded)
 
 
 def require_room(
-    model: GPTConfig, device: torch.device, folder: Path, num_files: int, knobs: MemoryKnobs = NO_KNOBS
+    model: GPTConfig,
+    device: torch.device,
+    folder: Path,
+    num_files: int,
+    knobs: MemoryKnobs = NO_KNOBS,
+    sharded: bool = False,
 ) -> None:
     """Refuse a model whose step with one row does not fit into memory, and a disk that the stage's files would fill.
 
@@ -37,19 +43,20 @@ def require_room(
         folder: where the files go: one resume file more than is kept, and a bundle.
         num_files: resume files that are kept.
         knobs: what trades time for memory.
+        sharded: whether weights and gradients are divided among the processes.
 
     Raises:
         UserError: memory or disk is too small; with the sizes.
     """
-    needed, memory = min_memory(model, device, knobs), memory_bytes(device)
+    needed, memory = min_memory(model, device, knobs, sharded), memory_bytes(device)
     on_cpu = device.type == "cpu"
     copied = f", {_size(resume_copy_bytes(model))} of it while a resume file is written" if on_cpu else ""
     if needed > memory:
         raise UserError(
             f"{count_parameters(model)['total']:,} parameters: a step with one row of {model.sequence_len:,} tokens "
             f"takes {_size(needed)}{copied}, the {device.type} has {_size(memory)}.",
-            fix="Use a smaller model.depth, model.aspect_ratio, model.sequence_len or tokenizer.vocab_size"
-            + ("." if knobs.activation_checkpointing else ", or trainer.activation_checkpointing=true."),
+            fix=f"Use {_knobs_left(device, knobs, sharded)}a smaller model: of stage=base model.depth, "
+            "model.aspect_ratio, model.sequence_len or tokenizer.vocab_size.",
         )
     in_files, free = COPIES_IN_FILE * weight_bytes(model) * (num_files + 2), free_bytes(folder)
     there = sum(path.stat().st_size for path in folder.glob("checkpoints/step=*.ckpt"))  # of a stage that goes on
@@ -60,17 +67,28 @@ def require_room(
         )
 
 
-def min_memory(model: GPTConfig, device: torch.device, knobs: MemoryKnobs = NO_KNOBS) -> int:
+def _knobs_left(device: torch.device, knobs: MemoryKnobs, sharded: bool) -> str:
+    """What takes less memory and is not used yet, to be followed by something else."""
+    left = [] if knobs.activation_checkpointing else ["trainer.activation_checkpointing=true"]
+    if device.type != "cpu" and launch_env().world_size > 1 and not sharded:
+        left.append("trainer.strategy=fsdp")
+    return "".join(f"{each}, " for each in left) + "or " * bool(left)
+
+
+def min_memory(model: GPTConfig, device: torch.device, knobs: MemoryKnobs = NO_KNOBS, sharded: bool = False) -> int:
     """Bytes that a step with one row at once takes of a device's memory.
 
-    Each of several processes keeps its share of the optimizer's state; those of one machine share a CPU's memory, which
-    also has the copy that the main one writes resume files from.
+    Each of several processes keeps its share of the optimizer's state, and where they are sharded of weights and
+    gradients; but all weights are there at the start. Processes of one machine share a CPU's memory, which also has the
+    copy that the main one writes resume files from.
     """
     place, on_cpu = launch_env(), device.type == "cpu"
     step = step_memory(
         model, 1, on_cpu=on_cpu, knobs=knobs, processes=place.world_size, gpu_memory=gpu_memory_bytes(device)
     )
-    return step.total * place.local_world_size + resume_copy_bytes(model) if on_cpu else step.total
+    divided = (step.weights + step.gradients) * (place.world_size - 1) // place.world_size if sharded else 0
+    most = max(step.total - divided, step.weights + step.libraries)
+    return most * place.local_world_size + resume_copy_bytes(model) if on_cpu else most
 
 
 def _size(num_bytes: float) -> str:

@@ -144,6 +144,19 @@ class Stage:
         )
         return keys - decided - unused
 
+    def unused_keys(self) -> dict[tuple[str, ...], str]:
+        """Beginnings of keys that have no effect in this stage, and what they are for."""
+        unused = {
+            ("rl.",): ("stage=rl", self.trains_on_answers),
+            ("mixture.",): ("stages that train on conversations", self.trains_on_conversations),
+            ("stage.num_epochs=", "stage.warm_start="): ("stages that start from a model", not self.from_scratch),
+            ("tokens_per_parameter=", "counted_parameters=", "optim.reference."): (
+                "stages that train from scratch",
+                self.from_scratch or not self.has_model,
+            ),
+        }
+        return {prefixes: whose for prefixes, (whose, used) in unused.items() if not used}
+
     def prepare(self, context: StageContext) -> StageData:
         """What it trains with; nothing is trained. All processes call it, the main one first."""
         raise NotImplementedError
