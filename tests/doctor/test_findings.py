@@ -147,6 +147,11 @@ def test_what_a_training_would_end_with_is_a_failure() -> None:
     [
         (with_stage(own_sets={"m.mine": (200, 0.5)}), "each conversation is seen 200 times", "Lower m.mine.repeat"),
         (with_stage(own_sets={"m.mine": (1, 0.002)}), "m.mine: 0.20% of the conversations", "Set m.mine.repeat=6"),
+        (
+            with_stage(own_sets={"m.mine": (1, 0.00001)}),
+            "it will hardly be learnt",
+            "Give more conversations, or leave",
+        ),
         (with_stage(remarks=("4 files left out (.md)",)), "4 files left out (.md).", ""),
         (with_train(controls=900), "900 (90.0%) of the documents hold NULs", "UTF-8"),
         (with_train(separators=900), "hold a separator of documents", "row"),

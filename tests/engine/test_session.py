@@ -194,6 +194,22 @@ def test_a_full_context_drops_the_oldest_turns():
     assert session.num_dropped == 0 and chat(session, "a") == "1" * 20
 
 
+def test_the_system_prompt_counts_once():
+    """It stands in the first turn: nothing has to go for it until that goes."""
+    system = "s" * 30
+    bundle = scripted_bundle({"a": "1" * 20, "b": "2" * 20, f"{system}\n\na": "1" * 20})
+    plain = Engine(bundle).session(96)
+    chat(plain, "a", max_tokens=20)
+    chat(plain, "b", max_tokens=20)
+    assert plain.num_dropped == 0
+    told = Engine(bundle).session(96 + 32, system)
+    chat(told, "a", max_tokens=20)
+    chat(told, "b", max_tokens=20)
+    assert told.num_dropped == 0
+    with pytest.raises(UserError, match="The context is full"):
+        told.send("x" * 95)
+
+
 def test_a_message_that_does_not_fit_alone_leaves_the_conversation_unchanged():
     session = Engine(scripted_bundle({"a": "1" * 20})).session()
     chat(session, "a")

@@ -298,6 +298,26 @@ def test_experiments_by_path_in_a_sweep(here: Path, capsys: pytest.CaptureFixtur
     assert "depth: 3" in printed(capsys, "--info", "config", "experiment=second.yaml")
 
 
+def test_two_experiments_of_one_name_are_not_mixed_up(here: Path) -> None:
+    for folder in ("x", "y"):
+        (here / folder).mkdir()
+        (here / folder / "exp.yaml").write_text("max_steps: 5\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"two of these files have the same name"):
+        jobs_of(["experiment=x/exp.yaml,y/exp.yaml"])
+
+
+def test_an_experiment_of_ones_own_that_includes_another(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Hydra read the file itself, for which our experiments are no group."""
+    (here / "mine" / "experiment").mkdir(parents=True)
+    overlay = "# @package _global_\ndefaults:\n  - tiny\n  - override /optim: classic_muon\n  - _self_\nseed: 9\n"
+    (here / "mine" / "experiment" / "wide.yaml").write_text(overlay, encoding="utf-8")
+    own = ["--config-dir", "mine"]
+    assert main(["train", "-m", *own, "experiment=wide", "seed=1,2", "check_only=true"]) == 0
+    assert "| experiment/wide " in printed(capsys, *own, "--info", "defaults", "experiment=wide")
+    assert "max_steps" in printed(capsys, *own, "--cfg", "job", "experiment=wide")
+    assert "run:" in printed(capsys, *own, "--cfg", "hydra", "experiment=wide")
+
+
 def test_a_mistake_of_ours_in_a_job_is_not_called_hydras(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_sweep, "run_child", lambda *given: {}["ours"])
     with pytest.raises(KeyError, match="ours"):

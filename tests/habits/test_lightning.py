@@ -38,14 +38,27 @@ class Mine(Callback):
     def on_train_start(self, trainer, pl_module):
         print(f"{self.word} from a callback beside {type(pl_module).__name__}")
 
+    def on_train_batch_end(self, trainer, pl_module, *rest):
+        pl_module.log("mine/late", 10.0 * trainer.global_step)
+        trainer.logger.experiment.add_scalar("mine/drawn", 1.0, trainer.global_step)
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        pl_module.log("mine/epoch", 7.0)
+
 class Doubled(LMModule):
     def __init__(self, *given):
         super().__init__(*given)
+        self.save_hyperparameters()
         self.mean = MeanMetric()
+
+    def on_train_batch_end(self, *given):
+        super().on_train_batch_end(*given)
+        self.log("train/later", float(self.global_step))
 
     def weighted_loss(self, inputs, targets):
         self.log("train/mine", 3.0)
         self.mean.update(5.0)
+        assert self.trainer.log_dir and self.logger.experiment, (self.trainer.log_dir, self.logger)
         self.log("train/of_torchmetrics", self.mean)
         return 2 * super().weighted_loss(inputs, targets)
 
@@ -60,6 +73,14 @@ class Counting(TextSource):
     def documents(self):
         for n in range(self.count):
             yield f"After {n} comes {n + 1}, and before {n} there was {n - 1}."
+
+class Adam(LMModule):
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters())
+
+class Stateful(Mine):
+    def state_dict(self):
+        return {"word": self.word}
 
 def function():
     raise AssertionError("a function was called")
@@ -129,6 +150,21 @@ def test_a_stock_trainer_goes_on_from_its_own_checkpoint(data: RowsDataModule, t
         assert torch.equal(one, other), name
 
 
+class Noted(LMModule):
+    """Saves what it is made with, as Lightning's documentation shows it."""
+
+    def __init__(self, config: Any, weights: Any = None, moments: Any = None, factor: float = 1.0) -> None:
+        super().__init__(config, weights, moments)
+        self.save_hyperparameters()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_hyperparameters_reach_the_logger(data: RowsDataModule, tmp_path: Path) -> None:
+    module = Noted(tiny_module().config, factor=3.0)
+    stock_trainer(tmp_path, logger=CSVLogger(tmp_path, name="", version=""), limit_val_batches=0).fit(module, data)
+    assert yaml.safe_load((tmp_path / "hparams.yaml").read_text(encoding="utf-8")) == {"factor": 3.0}
+
+
 class Scaled(LMModule):
     """A subclass with an argument of its own."""
 
@@ -171,6 +207,11 @@ def test_own_classes_come_from_the_command_line(here: Path, capsys: pytest.Captu
     events = EventAccumulator(str(folder / "tensorboard")).Reload()
     assert [event.value for event in events.Scalars("train/mine")] == [3.0] * 3
     assert [event.step for event in events.Scalars("train/mine")] == [1, 2, 3]
+    late = [(event.step, event.value) for event in events.Scalars("mine/late")]
+    assert [event.step for event in events.Scalars("mine/drawn")] == [1, 2, 3]
+    assert [(event.step, event.value) for event in events.Scalars("train/later")] == [(1, 1.0), (2, 2.0), (3, 3.0)]
+    assert [(event.step, event.value) for event in events.Scalars("mine/epoch")] == [(3, 7.0)]
+    assert late == [(1, 10.0), (2, 20.0), (3, 30.0)], "of the step behind which it was logged"
     assert [event.value for event in events.Scalars("train/of_torchmetrics")] == [5.0] * 3
     assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3], "written once"
     rows = list(csv.DictReader((folder / "csv" / "metrics.csv").open(encoding="utf-8")))
@@ -180,9 +221,7 @@ def test_own_classes_come_from_the_command_line(here: Path, capsys: pytest.Captu
     assert "git" in told
 
 
-def test_a_source_of_ones_own_is_one_class(
-    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_source_of_ones_own_is_one_class(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (here / "own_code.py").write_text(OWN_CODE, encoding="utf-8")
     usual = [text for text in tiny_overrides(here) if not text.startswith("data")]
     train = ["train", "stage=base", "run=x", "data=custom", "data.target=own_code.Counting", *usual, "max_steps=3"]
@@ -196,10 +235,18 @@ def test_a_source_of_ones_own_is_one_class(
     own = [*evaluate[:1], "run=x", f"paths.runs={here / 'runs'}", *evaluate[3:]]
     assert main(own) == 2, "nor is that of a run, which may be from elsewhere"
     assert main([*own, "data_target=own_code.Counting"]) == 0
-    monkeypatch.setattr("multiprocessing.process.ORIGINAL_DIR", str(here))  # it was another folder then
-    assert main([*train, "schedule.warmup_steps=1", "run=z", "data.shuffle=shards"]) == 0, "read by another process"
     assert main([*train, "schedule.warmup_steps=1", "run=y", "data.options.cuont=500"]) == 2
     assert "data: own_code.Counting with {'cuont': 500} cannot be opened: TypeError" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_source_of_ones_own_is_tokenized_while_training(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By another process, to which it is sent: with a lambda in it, it could not be."""
+    (here / "own_code.py").write_text(OWN_CODE, encoding="utf-8")
+    monkeypatch.setattr("multiprocessing.process.ORIGINAL_DIR", str(here))  # it was another folder at the start
+    usual = [text for text in tiny_overrides(here) if not text.startswith("data")]
+    own = ["data=custom", "data.target=own_code.Counting", "data.shuffle=shards"]
+    assert main(["train", "stage=base", "run=x", *own, *usual, "max_steps=3", "schedule.warmup_steps=1"]) == 0
 
 
 @pytest.mark.parametrize(
@@ -238,6 +285,26 @@ def test_lightnings_ddp_has_the_losses_of_the_own_strategy(tmp_path: Path) -> No
     ddp = run(2, losses_of, str(tmp_path), "ddp")[0]
     assert len(auto) == 20 and auto != [auto[0]] * 20
     assert ddp == pytest.approx(auto, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("own", "said"),
+    [
+        (
+            ["callbacks.a._target_=own_code.Stateful", "callbacks.b._target_=own_code.Stateful"],
+            "callbacks: 2 of the class Stateful have a state, and one name for it.",
+        ),
+        (["stage.module=own_code.Adam"], "configure_optimizers gives AdamW, no subclass of MuonAdamW."),
+    ],
+)
+def test_what_shows_itself_once_the_training_begins_is_one_sentence(
+    own: list[str], said: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (here / "own_code.py").write_text(OWN_CODE, encoding="utf-8")
+    write_texts(here / "texts")
+    assert main(["train", "stage=base", "run=x", *tiny_overrides(here), "max_steps=3", *own]) == 2
+    error = capsys.readouterr().err
+    assert said in error and "Traceback" not in error
 
 
 class Ranked(LMModule):

@@ -8,6 +8,7 @@ import pytest
 
 from nanochat_pl.common.text_amounts import shards_for
 from nanochat_pl.model.config import ModelSettings, resolve_model
+from nanochat_pl.model.counts import count_linear_weights
 from nanochat_pl.optim.config import OptimSettings
 from nanochat_pl.planning import HorizonSettings, Plan, RowOptions, make_plan
 from nanochat_pl.planning.estimates import ASSUMED_MFU, add_memory, add_time, device_remarks
@@ -80,6 +81,9 @@ def test_time_is_flops_over_peak_times_mfu() -> None:
     plan = timed(named_device("h100"), mfu=0.5)
     assert plan["training_seconds"] == pytest.approx(plan["total_flops"] / (989.4e12 * 0.5))
     assert plan.values["mfu"].overridden_by == "mfu=0.5" and plan.values["mfu"].by_formula == ASSUMED_MFU
+    model = resolve_model(MODEL, 32768, "bfloat16")
+    read = 2 * count_linear_weights(model) + plan["chat_cache_bytes"]
+    assert plan["chat_tokens_per_second"] == named_device("h100").bandwidth / read, "weights as they are computed with"
     assert "cost" not in plan, "prices change: there is none unless it is given"
     cpu = timed(Device("CPU", "cpu", memory_bytes=2**34))
     assert cpu["training_seconds"] == cpu["total_flops"] / (2 * 50e9)

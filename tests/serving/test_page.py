@@ -278,6 +278,48 @@ def test_a_message_is_edited_and_what_followed_it_is_replaced(page):
     ]
 
 
+@needs_browser
+def test_an_edit_that_the_server_would_refuse_loses_nothing(page):
+    page.ask("Hallo")
+    page.ask("second")
+    until(lambda: page.all("button[aria-label='Edit the message']"))[0].click()
+    page.run("document.querySelector('textarea.edit').value = 'x'.repeat(8001)")
+    page.one("textarea.edit").send_keys(Keys.ENTER)
+    until(lambda: "8,001 characters; 8,000 are allowed" in page.one("#notice").text)
+    assert len(page.all(".turn")) == 2 and page.all("textarea.edit"), "it can be made shorter"
+    assert [row["content"] for row in page.exported()[0]["messages"][::2]] == ["Hallo", "second"]
+
+
+@needs_browser
+def test_the_skip_link_leads_to_the_field_and_stays_in_the_conversation(page):
+    page.ask("Hallo")
+    place = page.driver.current_url
+    page.run("document.activeElement.blur(); document.querySelector('.skip').click()")
+    until(lambda: page.run("return document.activeElement.id") == "input")
+    assert bubbles(page) == ["Hallo"] and page.driver.current_url == place
+
+
+@needs_browser
+def test_another_answer_to_an_early_message_leaves_the_view_where_it_is(page):
+    for number in range(3):
+        page.ask(f"message {number} " + "with many words " * 100)
+    page.run("document.getElementById('scroller').scrollTop = 0")
+    until(lambda: page.all(".turn:first-child button[aria-label='Generate another answer']"))[0].click()
+    until(lambda: page.one(".turn:first-child .count").text == "2 / 2")
+    assert page.one("#to-end").is_displayed(), "the view is not at the end"
+    assert page.run("return document.activeElement.id") == "input"
+
+
+@needs_browser
+def test_enter_that_ends_a_composition_sends_nothing(page):
+    """Safari tells of it behind the composition."""
+    page.run(
+        "const input = document.getElementById('input'); input.value = 'にほ';"
+        "input.dispatchEvent(new KeyboardEvent('keydown', {key: 'Enter', keyCode: 229, bubbles: true}))"
+    )
+    assert not page.all(".turn") and page.one("#input").get_attribute("value") == "にほ"
+
+
 # Edits the last message but one, whose upper end is out of sight. Gives how far the field is from both ends of what is
 # seen, once the page has been drawn.
 EDIT_AT_EDGE = """
@@ -457,6 +499,24 @@ def test_two_tabs_with_one_conversation_lose_nothing(page, other_tab):
 
 
 @needs_browser
+def test_a_message_that_is_edited_outlives_what_another_tab_writes(page, other_tab):
+    first, window = page.driver.current_window_handle, page.driver.switch_to.window
+    page.ask("Hallo")
+    place = f"/#{page.driver.current_url.partition('#')[2]}"
+    until(lambda: page.all("button[aria-label='Edit the message']"))[0].click()
+    page.one("textarea.edit").send_keys(", half a")
+    window(other_tab)
+    page.open(place)
+    page.wait_for_model()
+    page.ask("from the other tab")
+    window(first)
+    time.sleep(0.3)
+    assert page.one("textarea.edit").get_attribute("value") == "Hallo, half a"
+    page.one("textarea.edit").send_keys(Keys.ESCAPE)
+    until(lambda: bubbles(page) == ["Hallo", "from the other tab"])
+
+
+@needs_browser
 def test_hostile_answers_do_nothing(page):
     page.ask("Hostile")
     body = page.one(".body")
@@ -557,9 +617,15 @@ def test_settings_hold_and_go_with_the_request(page):
 @needs_browser
 def test_thumbs_write_conversations(page, server):
     page.ask("What is 12 * 34?")
-    page.button("Good answer").click()
-    until(lambda: page.button("Good answer").get_attribute("aria-pressed") == "true")
     file = Path(server.settings.feedback)
+    before = len(file.read_text(encoding="utf-8").splitlines()) if file.exists() else 0
+    page.run("for (const _ of [1, 2]) document.querySelector(\"button[aria-label='Good answer']\").click()")
+    until(lambda: page.button("Good answer").get_attribute("aria-pressed") == "true")
+    until(lambda: file.exists() and len(file.read_text(encoding="utf-8").splitlines()) > before)
+    assert len(file.read_text(encoding="utf-8").splitlines()) == before + 1
+    page.open(f"/#{page.driver.current_url.partition('#')[2]}")
+    (again,) = until(lambda: page.all("button[aria-label='Good answer']"))
+    assert again.get_attribute("aria-pressed") == "true", "found again"
     row = json.loads(file.read_text(encoding="utf-8").splitlines()[-1])
     assert (row["rating"], row["model"], row["messages"][0]["content"]) == ("up", "demo", "What is 12 * 34?")
     assert row["messages"][1]["content"][1] == {"type": "python", "text": "12*34"}
@@ -673,9 +739,14 @@ def test_a_server_with_a_key_is_asked_with_it(driver, tmp_path):
         page.open()
         until(lambda: page.one("#key").get_attribute("open"))
         page.require_accessible()
+        page.one("#key-input").send_keys(Keys.ESCAPE)
+        until(lambda: "asks for an API key" in page.one("#notice").text)
+        page.type("Hallo")
+        until(lambda: page.one("#key").get_attribute("open"))
         page.one("#key-input").send_keys("wrong-key" + Keys.ENTER)
         until(lambda: "did not take" in page.one("#key").text)
         page.one("#key-input").send_keys("a-key-of-the-test" + Keys.ENTER)
         page.wait_for_model()
+        page.one("#input").clear()
         assert page.ask("Hallo") == "You said: Hallo"
         driver.get_log("browser")  # the browser logs the 401s

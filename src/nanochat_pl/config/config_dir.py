@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -16,8 +17,8 @@ from typing import Any
 from hydra import version
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_config_search_path
-from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
 
 import nanochat_pl
 from nanochat_pl.common.errors import UserError, did_you_mean
@@ -124,16 +125,19 @@ def hydra(experiments: Mapping[str, Any] = MappingProxyType({})) -> Iterator[Hyd
     search_path = create_config_search_path(str(config_folder()))
     for folder in folders()[:-1]:
         search_path.prepend("command-line", f"file://{folder}")
-    store = ConfigStore.instance()
-    for name, overlay in experiments.items():
-        group, _, stem = f"experiment/{name}".rpartition("/")
-        store.store(stem, overlay, group=group, package="_global_", provider="experiments")
     version.setbase("1.3")
     GlobalHydra.instance().clear()
-    try:
-        yield Hydra.create_main_hydra2("nanochat-pl", search_path)
-    finally:
-        GlobalHydra.instance().clear()
+    with tempfile.TemporaryDirectory() as flattened:  # before the user's folder, whose files may include others
+        for name, overlay in experiments.items():
+            path = Path(flattened) / "experiment" / f"{name}.yaml"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(f"# @package _global_\n{OmegaConf.to_yaml(OmegaConf.create(overlay))}", encoding="utf-8")
+        if experiments:
+            search_path.prepend("experiments", f"file://{flattened}")
+        try:
+            yield Hydra.create_main_hydra2("nanochat-pl", search_path)
+        finally:
+            GlobalHydra.instance().clear()
 
 
 def folders() -> list[Path]:

@@ -303,7 +303,10 @@ def _overlays(texts: Sequence[str]) -> dict[str, Any]:
     """The experiments that are named, by their names in Hydra; where that is a choice of a kind of its own, all."""
     raw = take_key(texts, "experiment")[0]
     names = raw.split(",") if re.fullmatch(r"[^()\[\]{}'\"]*", raw) else config_dir.experiments()
-    return {_stem(name): overlay_of(name) for name in map(str.strip, names) if name}
+    named = dict.fromkeys(filter(None, map(str.strip, names)))
+    if len({*map(_stem, named)}) < len(named):
+        raise UserError(f"experiment={raw}: two of these files have the same name.", "Rename one of them.")
+    return {_stem(name): overlay_of(name) for name in named}
 
 
 def _stem(experiment: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -211,11 +212,15 @@ def _of_own_sets(metrics: StageMetrics) -> Iterator[Finding]:
                 f"Lower {key}.repeat, stage.num_epochs or max_steps, or give more conversations.",
             )
         elif share < MIN_SHARE_OF_OWN:
-            wanted = max(int(repeat * MIN_SHARE_OF_OWN / share) + 1, 2)
+            # Repeated, they make the mixture larger, too.
+            factor = MIN_SHARE_OF_OWN / (1 - MIN_SHARE_OF_OWN) * (1 - share) / share
+            wanted = max(math.ceil(repeat * factor), 2)
+            is_too_often = epochs * wanted > MAX_SEEN
+            repeat_it = "Give more conversations" if is_too_often else f"Set {key}.repeat={wanted} or more"
             yield Finding(
                 False,
                 f"{key}: {share:.2%} of the conversations of the mixture are of it: it will hardly be learnt.",
-                f"Set {key}.repeat={wanted} or more, or leave other tasks out (mixture=own has none).",
+                f"{repeat_it}, or leave other tasks out (mixture=own has none).",
             )
 
 

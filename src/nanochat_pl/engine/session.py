@@ -79,16 +79,17 @@ class Session:
         """
         ids = self.ids or [self._engine.tokenizer.bos_id]
         added = self._render(message, first=self.answer is None)
-        if 1 + len(added) >= self.max_context:
+        system = self._engine.tokenizer.encode(f"{self.system}\n\n") if self.system else []
+        alone = 1 + len(added) + (len(system) if self.answer is not None else 0)  # the first one has it
+        if alone >= self.max_context:
             trained = self._engine.net.config.sequence_len
             larger = f", or give a larger max_context (the model was trained on {trained:,})"
             raise UserError(
                 f"The context is full: it has {self.max_context:,} tokens, and this message alone needs "
-                f"{1 + len(added):,} and some for the answer.",
+                f"{alone:,} and some for the answer.",
                 fix=f"Write less{larger if self.max_context < trained else ''}.",
             )
-        system = self._engine.tokenizer.encode(f"{self.system}\n\n") if self.system else []
-        dropped = self._turns_to_drop(len(ids), len(added) + len(system), max_tokens)
+        dropped = self._turns_to_drop(len(ids), len(added), len(system), max_tokens)
         begins = [*self._turns, len(ids)]
         kept = [ids[0], *ids[begins[dropped] :]] if dropped else ids
         turns = [begin - (len(ids) - len(kept)) for begin in begins[dropped:]]
@@ -109,12 +110,12 @@ class Session:
         self._turns = turns
         return events_of(self._scheduler, self.answer)
 
-    def _turns_to_drop(self, taken: int, added: int, max_tokens: int) -> int:
+    def _turns_to_drop(self, taken: int, added: int, system: int, max_tokens: int) -> int:
         """How many of the oldest turns have to go for a message and its answer."""
         room = self.max_context - added - min(max_tokens, self.max_context // _ROOM_SHARE)
         ends = [*self._turns[1:], taken]
-        # Without the first n turns, bos and the others are left.
-        left = [taken, *(1 + taken - end for end in ends)] if self._turns else [taken]
+        # Without the first n turns, bos and the others are left, and the system prompt, which was in the first one.
+        left = [taken, *(1 + system + taken - end for end in ends)] if self._turns else [taken]
         return next((number for number, tokens in enumerate(left) if tokens <= room), len(left) - 1)
 
     def stop(self) -> None:

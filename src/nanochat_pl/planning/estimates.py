@@ -12,7 +12,7 @@ import torch
 
 from nanochat_pl.model.attention import Case, Kernels, attention_backend
 from nanochat_pl.model.config import AttentionBackend, GPTConfig
-from nanochat_pl.model.counts import DTYPE_BYTES, count_parameters, kv_cache_bytes, weight_bytes
+from nanochat_pl.model.counts import DTYPE_BYTES, count_linear_weights, kv_cache_bytes
 from nanochat_pl.planning.batch_size import RowOptions, rows_of_device, rows_that_fit
 from nanochat_pl.planning.gpus import Device
 from nanochat_pl.planning.horizon import ASSUMED_FLOPS_PER_CORE, estimate_cpu_seconds
@@ -158,9 +158,8 @@ def add_time(
         formula = "training_seconds / 3600 * price_per_hour" + (" * num_devices" if num_devices > 1 else "")
         plan.derive("cost", cost, formula, ("training_seconds", "price_per_hour"))
     if device.bandwidth is not None:
-        parameters = count_parameters(config)
-        embeddings = DTYPE_BYTES[config.embedding_dtype] * (parameters["wte"] + parameters["value_embeds"])
-        read = weight_bytes(config) - embeddings + plan["chat_cache_bytes"]
+        weights = count_linear_weights(config) * DTYPE_BYTES[config.compute_dtype]
+        read = weights + plan["chat_cache_bytes"]
         formula = "at most, one chat: bandwidth / bytes of all linears and of a full cache, read once a token"
         plan.derive("chat_tokens_per_second", device.bandwidth / read, formula)
 

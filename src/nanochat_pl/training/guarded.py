@@ -18,6 +18,7 @@ from nanochat_pl.common.console import rank_zero_print
 from nanochat_pl.common.out_of_memory import is_out_of_memory
 from nanochat_pl.common.user_code import UserCodeError, user_code
 from nanochat_pl.distributed import collectives
+from nanochat_pl.optim.muon_adamw import MuonAdamW
 from nanochat_pl.training.callbacks.graceful_stop import StopRequested
 from nanochat_pl.training.module import LMModule
 
@@ -74,6 +75,11 @@ def guard_module(stage: LMModule) -> LMModule:
                 raise UserCodeError(
                     f"{where}: training_step gives {type(given).__name__} without {', '.join(missing)}.",
                     "Give what LMModule.training_step does; you may add to it.",
+                )
+            if name == "configure_optimizers" and not isinstance(given, MuonAdamW):
+                raise UserCodeError(
+                    f"{where}: configure_optimizers gives {type(given).__name__}, no subclass of MuonAdamW.",
+                    "The step calls methods that other optimizers lack: docs/lightning.md says which.",
                 )
             return given
 

@@ -6,6 +6,7 @@ R rows of this process in one optimizer step, T positions, M rows in memory at o
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -170,6 +171,12 @@ class LMModule(ShardedWeights, LightningModule):
         """Let the optimizer step, through Lightning's wrapper, which counts ``global_step``."""
         self.optimizers().step()  # type: ignore[union-attr]
 
+    def save_hyperparameters(self, *args: Any, ignore: str | Sequence[str] = (), **kwargs: Any) -> None:  # type: ignore[override]
+        """As Lightning's; without what checkpoints hold anyway, and loggers cannot write."""
+        kwargs.setdefault("frame", inspect.currentframe().f_back)  # type: ignore[union-attr]
+        ignored = ["config", "weights", "moments", *([ignore] if isinstance(ignore, str) else ignore)]
+        super().save_hyperparameters(*args, ignore=ignored, **kwargs)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what ``load_from_checkpoint`` needs, and what the run is and the machine chose, to compare on resume."""
         # Beside what a subclass saved with save_hyperparameters.
@@ -196,16 +203,15 @@ class LMModule(ShardedWeights, LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Begin new sums, a set for each source of a mixture."""
-        loaders = self.trainer.num_val_batches
-        self._validation = [BitsPerByte() for _ in (loaders if isinstance(loaders, list) else [loaders])]
+        count = len(loaders) if isinstance(loaders := self.trainer.num_val_batches, list) else 1
+        self._validation = [BitsPerByte() for _ in range(count)]
 
     @torch.no_grad()
     def validation_step(self, batch: ValidationBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Add rows: the model runs eagerly, as its training graph has another shape."""
         assert self.net is not None
         if len(batch.inputs):  # another process may have a row more
-            targets = batch.targets.long()
-            losses = self.net.losses(batch.inputs.long(), targets)
+            losses = self.net.losses(batch.inputs.long(), targets := batch.targets.long())
             self._validation[dataloader_idx].update(losses, targets, batch.num_bytes)
 
     def on_validation_epoch_end(self) -> None:

@@ -155,7 +155,7 @@ class UnwrappedDDP(WrappedDDP):
             return tensor
         name = str(reduce_op).lower().removeprefix("redoptype.")
         if name not in ("mean", "avg", "sum", "max", "min"):
-            raise UserError(f"reduce_fx={name!r}: several processes reduce by mean, sum, max or min.")
+            raise UserError(f"self.log with reduce_fx {name!r}: several processes reduce by mean, sum, max or min.")
         total = tensor.clone()
         collectives.all_reduce_(total, name if name in ("max", "min") else "sum")
         return total / self.world_size if name in ("mean", "avg") else total

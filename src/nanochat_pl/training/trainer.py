@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +15,7 @@ from lightning.pytorch.loggers.logger import DummyLogger, Logger
 from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.profilers import AdvancedProfiler, Profiler, PyTorchProfiler, SimpleProfiler
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from nanochat_pl.common.console import rank_zero_print
 from nanochat_pl.common.errors import UserError
@@ -139,7 +141,7 @@ def fit(stage: LMModule, data: RowsDataModule, fitting: FitConfig) -> FitResult:
     # Where algorithms are deterministic PyTorch fills each new tensor before it is written: a tenth of a step on a CPU.
     fill_memory.fill_uninitialized_memory = False
     # Callbacks of others may want a logger on each process.
-    loggers: list[Logger] = [csv, *fitting.loggers] if collectives.is_rank_zero() else [DummyLogger()]
+    loggers: list[Logger] = [*fitting.loggers, csv] if collectives.is_rank_zero() else [DummyLogger()]
     trainer = _trainer(stage, fitting, loggers, [*ours, *fitting.callbacks], resume_files.io)
     if resume_from:
         rank_zero_print(f"{fitting.name}: going on after step {first_step:,} ({resume_from}).")
@@ -167,6 +169,7 @@ def fit(stage: LMModule, data: RowsDataModule, fitting: FitConfig) -> FitResult:
 def _trainer(
     stage: LMModule, fitting: FitConfig, loggers: list[Logger], callbacks: list[Callback], io: CheckpointIO
 ) -> Trainer:
+    _require_state_keys(callbacks)
     trainer = Trainer(
         accelerator={"cuda": "gpu"}.get(fitting.device.type, fitting.device.type),
         devices=1,
@@ -195,6 +198,20 @@ def _trainer(
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
     trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
     return trainer
+
+
+def _require_state_keys(callbacks: Sequence[Callback]) -> None:
+    """Resume files hold the state of each callback under its key.
+
+    Raises:
+        UserError: two have the same one.
+    """
+    keys = Counter(each.state_key for each in callbacks if is_overridden("state_dict", each, parent=Callback))
+    if several := [key for key, count in keys.items() if count > 1]:
+        raise UserError(
+            f"callbacks: {keys[several[0]]} of the class {several[0]} have a state, and one name for it.",
+            "Give the class a property state_key that tells them apart.",
+        )
 
 
 def _profiler(fitting: FitConfig) -> Profiler | None:

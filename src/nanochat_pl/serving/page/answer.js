@@ -71,6 +71,11 @@ export class AnswerView {
     }
   }
 
+  /** What can be done with it, anew, where it is there. */
+  showActions() {
+    if (this.#below.childElementCount) this.#showBelow(this.#version);
+  }
+
   /** More of it is there. */
   grow() {
     const version = this.#version;

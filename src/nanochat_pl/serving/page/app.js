@@ -3,7 +3,7 @@
 import { getInfo, hasKey, sendFeedback, setKey } from "./api.js";
 import * as chat from "./chat.js";
 import { showCards } from "./card.js";
-import { byId, el, icon } from "./dom.js";
+import { byId, el, icon, isEnter } from "./dom.js";
 import { answer, endAt, isAnswering, isRunning, progress, recentTokens, stop } from "./generate.js";
 import { isDark, setTheme, Settings } from "./settings.js";
 import { download, Sidebar } from "./sidebar.js";
@@ -17,36 +17,45 @@ const settings = new Settings();
 const input = byId("input");
 let info = null;
 let conversation = null;
+let asksForKey = false;
 
 const view = new View({
-  regenerate: (turn, side) => generate(turn, side),
+  regenerate(turn, side) {
+    generate(turn, side);
+    input.focus(); // the button is gone
+  },
   async edit(turn, text) {
+    if (!maySend(text)) return; // nothing is replaced by what the server would refuse
     stop(conversation);
-    if (conversation.turns[0] === turn) conversation.title = "";
+    if (conversation.turns[0]?.id === turn.id) conversation.title = "";
     await chat.cutAt(conversation, turn);
     view.dropGone();
     send(text);
     input.focus();
   },
   async goOn(turn, side, version, choice) {
+    const own = conversation;
     const begun = choice?.begun ?? [...(recentTokens(version) ?? (await tokensOf(version.id)))];
+    if (own !== conversation) return;
     const from = choice?.from ?? {};
     if (choice?.ends) await endAt({ conversation, turn, side, begun, from });
     else generate(turn, side, { begun, from });
     input.focus();
   },
   async rate(turn, side, version, rating) {
-    const turns = conversation.turns.slice(0, conversation.turns.indexOf(turn) + 1);
+    const own = conversation;
+    const turns = own.turns.slice(0, own.turns.indexOf(turn) + 1);
+    version.rating = rating; // at once: a second click is none
     try {
       await sendFeedback({ rating, model: version.model, messages: chat.messagesOf(turns, side) });
     } catch (error) {
+      version.rating = null;
       notice(`The rating was not taken: ${error.message}`);
       return;
     }
-    version.rating = rating;
-    save(turn);
+    save(turn, own);
   },
-  save,
+  save: (turn) => save(turn),
   takesFeedback: () => Boolean(info?.feedback),
 });
 
@@ -62,8 +71,8 @@ const sidebar = new Sidebar({
   },
 });
 
-function save(turn) {
-  chat.save(conversation, turn).catch(() => unsaved());
+function save(turn, of = conversation) {
+  chat.save(of, turn).catch(() => unsaved());
 }
 
 function unsaved() {
@@ -122,15 +131,22 @@ function send(text) {
   byId("title").textContent = conversation.title;
 }
 
+/** Whether the server would take a message; where it would not, this is said. */
+function maySend(text) {
+  if (!info) {
+    if (asksForKey) askKey();
+    else notice("The server has not said yet which models it has.");
+    return false;
+  }
+  const most = info.limits.message_chars;
+  const isShort = text.length <= most;
+  notice(isShort ? null : `The message has ${text.length.toLocaleString("en")} characters; ${most.toLocaleString("en")} are allowed.`);
+  return isShort;
+}
+
 function submit() {
   const text = input.value;
-  if (!text.trim() || !info || isAnswering(conversation)) return;
-  const most = info.limits.message_chars;
-  if (text.length > most) {
-    notice(`The message has ${text.length.toLocaleString("en")} characters; ${most.toLocaleString("en")} are allowed.`);
-    return;
-  }
-  notice(null);
+  if (!text.trim() || isAnswering(conversation) || !maySend(text)) return;
   input.value = "";
   fitInput();
   send(text);
@@ -195,6 +211,7 @@ function askKey() {
     learn();
   });
   dialog.replaceChildren(form);
+  dialog.addEventListener("close", () => info || notice("This server asks for an API key."), { once: true });
   dialog.showModal();
 }
 
@@ -203,9 +220,11 @@ async function learn() {
   try {
     const found = await getInfo();
     if (found.models.some((model) => model.depth === undefined)) throw new Error("The model is being loaded …");
+    asksForKey = false;
     info = found;
   } catch (error) {
-    if (error.status === 401) askKey();
+    asksForKey = error.status === 401;
+    if (asksForKey) askKey();
     else {
       notice(error.message);
       setTimeout(learn, RETRY_SECONDS * 1000);
@@ -217,6 +236,7 @@ async function learn() {
   conversation.models = served(conversation.models);
   showModels();
   showState();
+  view.showActions(); // those of feedback were not known before
 }
 
 function exportName() {
@@ -232,7 +252,7 @@ function listen() {
     submit();
   });
   input.addEventListener("keydown", (event) => {
-    if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
+    if (isEnter(event)) {
       event.preventDefault();
       submit();
     }
@@ -273,6 +293,10 @@ function listen() {
       return el("li", {}, button);
     }),
   );
+  document.querySelector(".skip").addEventListener("click", (event) => {
+    event.preventDefault(); // the fragment of the address is the conversation
+    input.focus();
+  });
   window.addEventListener("hashchange", () => location.hash.slice(1) !== conversation.id && show(location.hash.slice(1)));
   progress.addEventListener("unsaved", unsaved);
   chat.onOtherTab(async (id) => {

@@ -113,7 +113,8 @@ export function addTurn(conversation, text) {
 
 /** Take out a turn and all behind it. */
 export async function cutAt(conversation, turn) {
-  const gone = conversation.turns.splice(conversation.turns.indexOf(turn));
+  const at = conversation.turns.findIndex((each) => each.id === turn.id); // another tab may have written it anew
+  const gone = at < 0 ? [] : conversation.turns.splice(at);
   writes += 1;
   await store.deleteTurns(gone);
   tabs.postMessage(conversation.id);

@@ -108,3 +108,8 @@ export async function copyFrom(button, text) {
   button.replaceChildren(icon("check"));
   setTimeout(() => button.replaceChildren(icon("copy")), 1500);
 }
+
+/** Whether a key is the Enter that sends. Safari ends a composition before its Enter, which has the code 229 then. */
+export function isEnter(event) {
+  return event.key === "Enter" && !event.shiftKey && !event.isComposing && event.keyCode !== 229;
+}

@@ -2,7 +2,7 @@
 
 import { AnswerView } from "./answer.js";
 import { textOf } from "./chat.js";
-import { byId, copyFrom, el, iconButton } from "./dom.js";
+import { byId, copyFrom, el, iconButton, isEnter } from "./dom.js";
 import { progress } from "./generate.js";
 import { say, Sentences } from "./speech.js";
 
@@ -15,6 +15,7 @@ export class View {
   #changed = new Set(); // answers that have grown since the last frame
   #frame = 0;
   #follows = true;
+  #isStale = false; // what is shown, because a message is being edited
   #sentences = new Sentences();
   #answering = new Map(); // what was said of versions that are being generated
   #scroller = byId("scroller");
@@ -39,7 +40,12 @@ export class View {
     }
   }
 
+  /** Show a conversation; the same one, which has changed, where it is: as soon as no message is edited any more. */
   show(conversation) {
+    const isSame = conversation === this.#conversation;
+    this.#isStale = isSame && this.#isEditing;
+    if (this.#isStale) return;
+    const keeps = isSame && !this.#follows ? this.#scroller.scrollTop : null;
     this.#conversation = conversation;
     this.#near.disconnect();
     this.#turns.clear();
@@ -49,8 +55,17 @@ export class View {
     this.#list.replaceChildren(...conversation.turns.map((turn) => this.#turnNode(turn)));
     byId("title").textContent = conversation.title || "New conversation";
     this.#noteEmpty();
-    this.#follows = true;
-    this.toEnd();
+    if (keeps === null) this.toEnd();
+    else this.#scroller.scrollTop = keeps;
+  }
+
+  /** What can be done with answers is not what it was. */
+  showActions() {
+    for (const { answers } of this.#turns.values()) for (const answer of answers) answer.showActions();
+  }
+
+  get #isEditing() {
+    return this.#list.querySelector(".edit-form") !== null;
   }
 
   addTurn(turn) {
@@ -68,6 +83,7 @@ export class View {
       this.#turns.delete(id);
     }
     this.#noteEmpty();
+    if (this.#isStale) this.show(this.#conversation);
   }
 
   toEnd() {
@@ -80,7 +96,7 @@ export class View {
     this.#turns.get(turn.id)?.answers[side]?.show();
     if (side === 0) this.#sentences = new Sentences();
     if (version.parts.length === 0) this.#answering.set(version, say(`${version.model} is answering.`));
-    this.toEnd();
+    if (this.#conversation.turns.at(-1) === turn) this.toEnd();
   }
 
   _piece({ turn, side, text }) {
@@ -153,6 +169,7 @@ export class View {
     const before = [...mine.childNodes];
     const leave = () => {
       mine.replaceChildren(...before);
+      if (this.#isStale) this.show(this.#conversation);
       mine.querySelector(".actions button:last-child")?.focus();
     };
     const agree = () => {
@@ -176,7 +193,7 @@ export class View {
       if (event.key === "Escape") {
         event.stopPropagation();
         leave();
-      } else if (event.key === "Enter" && !event.shiftKey && event.target === input && !event.isComposing) {
+      } else if (isEnter(event) && event.target === input) {
         event.preventDefault();
         agree();
       }

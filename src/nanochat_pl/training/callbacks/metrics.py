@@ -124,7 +124,9 @@ class StepMetrics(Callback):
         self.clock.lap()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """What is waited for from here on is the step's."""
+        """What is waited for from here on is the step's; what was logged meanwhile is the last one's."""
+        if trainer.global_step:
+            self._log_late(trainer, pl_module)
         self._waited = collectives.seconds_waited()
 
     def on_train_batch_end(
@@ -163,10 +165,23 @@ class StepMetrics(Callback):
             self.latest["train/communication_seconds"] = collectives.seconds_waited() - self._waited
         if batch.sources is not None and is_number and outputs["row_losses"] is not None:
             self._add_by_source(batch.sources, outputs["row_losses"], batch.targets)
-        if trainer.global_step % self.log_every_steps == 0 or trainer.global_step == trainer.max_steps:
+        if self._is_logged(trainer):
             by_source = {} if self.mixed is None else self._take_by_source(self.mixed)
             log_everywhere(trainer, _logged(trainer, pl_module) | self.latest | by_source)
         pl_module.logged.clear()
+
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """What was logged behind the metrics of the last step."""
+        self._log_late(trainer, pl_module)
+
+    def _log_late(self, trainer: Trainer, pl_module: Any) -> None:
+        if pl_module.logged and self._is_logged(trainer):
+            log_everywhere(trainer, _logged(trainer, pl_module))
+        pl_module.logged.clear()
+
+    def _is_logged(self, trainer: Trainer) -> bool:
+        """Whether the loggers get the metrics of the step that has just been made."""
+        return trainer.global_step % self.log_every_steps == 0 or trainer.global_step == trainer.max_steps
 
     def _epochs(self, sequence_len: int) -> dict[str, float]:
         """Passes over the data so far, of a mixture over each source."""

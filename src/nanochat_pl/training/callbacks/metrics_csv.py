@@ -80,6 +80,11 @@ class MetricsCSV(Logger):
         return "csv"
 
     @property
+    def save_dir(self) -> str:
+        """The folder of the file: ``trainer.log_dir`` where there is no other logger."""
+        return str(self.path.parent)
+
+    @property
     def version(self) -> str:
         """One file for the whole run."""
         return ""
