@@ -301,8 +301,8 @@ def test_the_skip_link_leads_to_the_field_and_stays_in_the_conversation(page):
 
 @needs_browser
 def test_another_answer_to_an_early_message_leaves_the_view_where_it_is(page):
-    for number in range(3):
-        page.ask(f"message {number} " + "with many words " * 100)
+    for number in range(5):
+        page.ask(f"message {number} " + "with many words " * 20)
     page.run("document.getElementById('scroller').scrollTop = 0")
     until(lambda: page.all(".turn:first-child button[aria-label='Generate another answer']"))[0].click()
     until(lambda: page.one(".turn:first-child .count").text == "2 / 2")
