@@ -298,6 +298,24 @@ def test_experiments_by_path_in_a_sweep(here: Path, capsys: pytest.CaptureFixtur
     assert "depth: 3" in printed(capsys, "--info", "config", "experiment=second.yaml")
 
 
+def test_a_file_that_is_made_of_another_is_what_it_is_made_of(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Keys that come by `defaults` count as given, and a stage's file of another name has the stage's section."""
+    for group, name, text in (
+        ("model", "narrow", "aspect_ratio: 48\n"),
+        ("model", "mine", "defaults: [narrow, _self_]\n"),
+        ("stage", "mysft", "defaults: [sft, _self_]\nnum_epochs: 2\n"),
+    ):
+        (here / "mine" / group).mkdir(parents=True, exist_ok=True)
+        (here / "mine" / group / f"{name}.yaml").write_text(text, encoding="utf-8")
+    with config_dir.chosen("mine", None):
+        for file in ("narrow", "mine"):
+            assert "model.aspect_ratio" in compose_train([f"model={file}"]).given
+    own = ["--config-dir", "mine", "--cfg", "job", "experiment=demo"]
+    usual, named = (yaml.safe_load(printed(capsys, *own, f"stage={name}")) for name in ("sft", "mysft"))
+    assert named["max_steps"] == usual["max_steps"] is not None and named["mixture"] == usual["mixture"]
+    assert (named["stage"]["name"], named["stage"]["num_epochs"]) == ("sft", 2)
+
+
 def test_two_experiments_of_one_name_are_not_mixed_up(here: Path) -> None:
     for folder in ("x", "y"):
         (here / folder).mkdir()

@@ -155,7 +155,14 @@ class Seen(Callback):
 
     def __init__(self, stop_before: int | None = None) -> None:
         self.validated: list[int] = []
+        self.hooks: list[str] = []
         self.stop_before = stop_before
+
+    def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
+        self.hooks.append("start")
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
+        self.hooks.append("epoch end")
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         assert set(MEASURED) <= set(trainer.callback_metrics)
@@ -171,7 +178,8 @@ def test_a_validation_is_not_counted_twice(tmp_path: Path) -> None:
     seen = Seen(stop_before=5)
     with pytest.raises(StopRequested):
         fit_tiny(tmp_path, num_steps=8, every_steps=2, checkpoint_every_steps=100, callbacks=[seen])
-    assert seen.validated == [2, 4] and (tmp_path / "checkpoints" / "step=000004.ckpt").exists()
+    assert seen.validated == [2, 4] and seen.hooks == ["start", "epoch end"] * 2
+    assert (tmp_path / "checkpoints" / "step=000004.ckpt").exists()
     again = Seen()
     fit_tiny(tmp_path, num_steps=8, every_steps=2, checkpoint_every_steps=100, callbacks=[again])
     assert again.validated == [6]

@@ -120,7 +120,11 @@ def test_the_value_is_carried_over_where_it_fits(typed: str, answer: str) -> Non
 
 
 @pytest.mark.parametrize(
-    ("precision", "dtype"), [("bf16-mixed", "bfloat16"), ("16-mixed", "float16"), ("32-true", "float32")]
+    ("precision", "dtype"),
+    [
+        *(("bf16-mixed", "bfloat16"), ("bf16", "bfloat16"), ("16-mixed", "float16")),
+        *(("16", "float16"), ("32-true", "float32"), ("32", "float32")),
+    ],
 )
 def test_precision_is_recorded_as_the_compute_type(precision: str, dtype: str) -> None:
     config = compose_train([f"trainer.precision={precision}", "trainer.strategy=ddp"]).config
@@ -149,7 +153,7 @@ def test_all_are_said_at_once_before_anything_is_made(
         "trainer.strategy='deepspeed': must be one of auto, ddp, fsdp",
         "(mine.yaml, stages.base)",
         "trainer.devices",
-        "trainer.precision='64-true': must be one of bf16-mixed, 16-mixed, 32-true",
+        "trainer.precision='64-true': must be one of bf16-mixed, bf16, 16-mixed, 16, 32-true, 32",
         "trainer.keep_lst: there is no such key; did you mean trainer.keep_last",
         "trainer.accelerator='tpu': must be one of auto, cpu, gpu, cuda, mps.",
     ):

@@ -130,7 +130,7 @@ def _given(settings: Sequence[Setting]) -> frozenset[str]:
     for setting in settings:
         if setting.is_choice:
             keys |= {
-                f"{setting.key}.{key!s}" for name in _names(setting.value) for key in _group_file(setting.key, name)
+                f"{setting.key}.{key!s}" for name in _names(setting.value) for key in _with_defaults(setting.key, name)
             }
     return frozenset(keys)
 
@@ -275,6 +275,26 @@ def _read_group_file(path: Path) -> Mapping[str, Any]:
 
 def _group_file(group: str, name: str) -> Mapping[str, Any]:
     return _read_group_file(config_dir.group_file(group, name))
+
+
+def _with_defaults(group: str, name: str, within: frozenset[str] = frozenset()) -> dict[str, Any]:
+    """The keys at the top of a group's file, with those of files of this group that its `defaults` name."""
+    content = {**_group_file(group, name)}
+    found: dict[str, Any] = {}
+    within |= {name}  # files that name each other are Hydra's to refuse
+    beside = {*config_dir.groups().get(group, ())} - within
+    for other in content.pop("defaults", None) or ():
+        if isinstance(other, str) and other in beside:
+            found |= _with_defaults(group, other, within)
+    return found | content
+
+
+def stage_of_file(name: str) -> str:
+    """The stage that a file of the group `stage` is of, which may have another name; of none the name itself."""
+    if name not in config_dir.groups()["stage"]:
+        return name
+    stage = _with_defaults("stage", name).get("stage")
+    return str(stage.get("name", name)) if isinstance(stage, Mapping) else name
 
 
 def _has(content: Any, key: str) -> bool:

@@ -27,7 +27,7 @@ from nanochat_pl.common.errors import UserError, did_you_mean
 from nanochat_pl.common.schema import build, setting
 from nanochat_pl.common.yaml_files import read_yaml
 from nanochat_pl.config import config_dir
-from nanochat_pl.config.compose import Composed, compose, groups_of
+from nanochat_pl.config.compose import Composed, compose, groups_of, stage_of_file
 from nanochat_pl.config.overrides import UNKNOWN, Setting, section_settings, take_key, type_of_key
 from nanochat_pl.config.stage_choice import name_of_stage
 from nanochat_pl.training.stages.registry import all_stages
@@ -161,7 +161,7 @@ def compose_step(
         return compose(command, schema, rest, own)
     before = [*own]
     before += [Setting("stage", step, is_choice=True)] if "stage" in groups_of(schema) else []
-    before += settings_of_step(name, name_of_stage(step), schema)
+    before += settings_of_step(name, stage_of_file(name_of_stage(step)), schema)
     return compose(command, schema, rest, before, experiment=config_dir.experiment_file(name).stem)
 
 

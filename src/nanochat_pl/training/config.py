@@ -31,7 +31,11 @@ from nanochat_pl.training.rl.settings import RLSettings
 from nanochat_pl.training.stages.registry import Stage, parents_of, stage_named
 
 # What Lightning calls a compute type beside parameters in float32.
-PRECISIONS: dict[str, ComputeDType] = {"bf16-mixed": "bfloat16", "16-mixed": "float16", "32-true": "float32"}
+PRECISIONS: dict[str | int, ComputeDType] = {
+    **dict.fromkeys(("bf16-mixed", "bf16"), "bfloat16"),
+    **dict.fromkeys(("16-mixed", 16), "float16"),
+    **dict.fromkeys(("32-true", 32), "float32"),
+}
 OnNonfinite = Literal["stop", "skip"]
 _TIME = re.compile(r"(\d{1,3}):([01]?\d|2[0-3]):([0-5]?\d):([0-5]?\d)")
 
@@ -103,7 +107,7 @@ class TrainerSettings:
         " around the model, auto: without, with the same losses; fsdp: weights and gradients are sharded too (FSDP2),"
         " which saves memory and costs time.",
     )
-    precision: Literal["bf16-mixed", "16-mixed", "32-true"] | None = setting(
+    precision: Literal["bf16-mixed", "bf16", "16-mixed", 16, "32-true", 32] | None = setting(
         None, "Lightning's way to say model.compute_dtype: bfloat16, float16, float32; null: as that key says."
     )
     fp8: bool | Literal["auto", "emulate"] = setting(

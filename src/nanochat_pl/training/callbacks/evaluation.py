@@ -107,12 +107,14 @@ class PeriodicEvaluation(Callback):
             return
         with self.clock.paused():
             if self.is_due(step):
+                _call_all(trainer, pl_module, "on_validation_start", "on_validation_epoch_start")
                 metrics = self.validation.measure(pl_module.whole_net(), self.check_stop)
                 trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
                 log_everywhere(trainer, metrics)
                 self._measured = step
-                for callback in trainer.callbacks:  # type: ignore[attr-defined]
-                    callback.on_validation_end(trainer, pl_module)  # what EarlyStopping waits for
+                _call_all(
+                    trainer, pl_module, "on_validation_epoch_end", "on_validation_end"
+                )  # EarlyStopping waits for it
             if self.samples_every_steps and step % self.samples_every_steps == 0:
                 net = pl_module.whole_net()
                 coordination.run_on_rank_zero(lambda: self._sample(trainer, net, step))
@@ -121,3 +123,10 @@ class PeriodicEvaluation(Callback):
         assert self.validation is not None
         self.samples.rewind(step - 1)
         show_samples(trainer.loggers, self.samples.write(net, self.validation.tokenizer, step), step)
+
+
+def _call_all(trainer: Trainer, pl_module: Any, *hooks: str) -> None:
+    """Call hooks of all callbacks, as Lightning's own validation would."""
+    for hook in hooks:
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            getattr(callback, hook)(trainer, pl_module)
