@@ -112,9 +112,8 @@ class PeriodicEvaluation(Callback):
                 trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
                 log_everywhere(trainer, metrics)
                 self._measured = step
-                _call_all(
-                    trainer, pl_module, "on_validation_epoch_end", "on_validation_end"
-                )  # EarlyStopping waits for it
+                # What EarlyStopping waits for.
+                _call_all(trainer, pl_module, "on_validation_epoch_end", "on_validation_end")
             if self.samples_every_steps and step % self.samples_every_steps == 0:
                 net = pl_module.whole_net()
                 coordination.run_on_rank_zero(lambda: self._sample(trainer, net, step))
