@@ -88,6 +88,10 @@ def test_a_folder_of_ones_own_files(here: Path, capsys: pytest.CaptureFixture[st
     assert "| experiment/small " in printed(capsys, "--config-dir", "mine", "--info", "defaults", "experiment=small")
     assert main(["train", "--config-dir", "mine", "check_only=true", "optim=slwo", "max_steps=1"]) == 2
     assert "optim=slwo: there is no such choice; did you mean slow?" in capsys.readouterr().err
+    (own / "optim" / "sub").mkdir()
+    (own / "optim" / "sub" / "deep.yaml").write_text("matrix_lr: 0.002\n", encoding="utf-8")
+    shown = yaml.safe_load(printed(capsys, "--config-dir", "mine", "--cfg", "job", "optim=sub/deep"))
+    assert shown["optim"]["matrix_lr"] == 0.002
     for wrong, said in (
         (["--config-dir", "nowhere"], "--config-dir nowhere: is not a folder"),
         (["--config-name", "shrot", "--config-dir", "mine"], "there is no such file; did you mean short?"),

@@ -78,12 +78,12 @@ def root_file(command: str) -> str:
 
 
 def groups() -> dict[str, list[str]]:
-    """The config groups and the choices of each, in sorted order."""
+    """The config groups and the choices of each, in sorted order; one in a folder of the group is ``FOLDER/NAME``."""
     found: dict[str, set[str]] = {}
     for folder in folders():
         for group in entries(folder):
             if group.is_dir() and group.name != "experiment":
-                found.setdefault(group.name, set()).update(_names(group))
+                found.setdefault(group.name, set()).update(_names_with_folders(group))
     return {name: sorted(found[name]) for name in sorted(found)}
 
 
@@ -96,9 +96,7 @@ def experiments() -> list[str]:
     """Names of the experiments that are found by their names, sorted; one in a folder is ``FOLDER/NAME``."""
     names = set()
     for folder in _experiment_folders():
-        names.update(_names(folder))
-        for below in [path for path in entries(folder) if path.is_dir()] if folder.is_dir() else []:
-            names.update(f"{below.name}/{name}" for name in _names(below))
+        names.update(_names_with_folders(folder))
     return sorted(names)
 
 
@@ -150,6 +148,12 @@ def _names(folder: Path) -> list[str]:
     """The names of the YAML files in a folder."""
     listed = entries(folder) if folder.is_dir() else []
     return [path.stem for path in listed if path.suffix == ".yaml" and path.is_file()]
+
+
+def _names_with_folders(folder: Path) -> list[str]:
+    """The names of the YAML files in a folder, and of those in its folders, ``FOLDER/NAME``."""
+    below = [path for path in entries(folder) if path.is_dir()] if folder.is_dir() else []
+    return [*_names(folder), *(f"{path.name}/{name}" for path in below for name in _names(path))]
 
 
 def _experiment_folders() -> list[Path]:
