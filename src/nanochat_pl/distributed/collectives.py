@@ -8,6 +8,7 @@ up and everything is answered at once. All processes must call the same function
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 import threading
@@ -147,6 +148,11 @@ def all_gather_str(text: str) -> list[str]:
     _timed(dist.all_gather, texts, filled)
     all_bytes = [each.numpy().tobytes()[: int(n)] for each, n in zip(texts, lengths, strict=True)]
     return [each.decode("utf-8", "surrogatepass") for each in all_bytes]
+
+
+def all_gather_plain(value: Any) -> list[Any]:
+    """Plain data of all processes (what JSON can hold; a tuple comes as a list), in the order of their ranks."""
+    return [json.loads(text) for text in all_gather_str(json.dumps(value))]
 
 
 def gather_objects(value: Any) -> list[Any] | None:

@@ -241,8 +241,8 @@ def _readable(content: str | Sequence[Mapping[str, str]]) -> str:
 
 def _gather(mine: Sequence[_Answered]) -> list[_Answered]:
     """The answers of all processes, in the order of the problems."""
-    texts = collectives.all_gather_str(json.dumps([asdict(each) for each in mine]))
-    return sorted((_Answered(**each) for text in texts for each in json.loads(text)), key=lambda each: each.index)
+    of_all = collectives.all_gather_plain([asdict(each) for each in mine])
+    return sorted((_Answered(**each) for own in of_all for each in own), key=lambda each: each.index)
 
 
 def _distinct(items: Iterable[str]) -> list[str]:

@@ -8,7 +8,6 @@ process that is gone) ends the process with the name of the check, long before a
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import sys
 import threading
@@ -55,8 +54,8 @@ def run_checks(to_make: Sequence[Check], setup: Setup, timeout_seconds: float) -
     findings: list[Finding] = []
     for check in to_make:
         with end_without_answer(check.name, timeout_seconds):
-            everyones = collectives.all_gather_str(json.dumps(_findings_of(check, setup)))
-        findings += _merged([[Finding(*line) for line in json.loads(text)] for text in everyones])
+            everyones = collectives.all_gather_plain(_findings_of(check, setup))
+        findings += _merged([[Finding(*line) for line in lines] for lines in everyones])
     return findings
 
 

@@ -5,7 +5,6 @@ Loss and gradient norm are those of all processes, the same bits on each, so all
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
@@ -198,7 +197,7 @@ def _what_is_not_finite(module: StepModule, batch: StepBatch, loss: float, norm:
         "bad": [row for row, good in zip(numbers, finite, strict=True) if not good],
         "weights": [name for name, weight in module.net.named_parameters() if not _is_finite(weight)],
     }
-    every = [json.loads(text) for text in collectives.all_gather_str(json.dumps(own))]
+    every = collectives.all_gather_plain(own)
     rows = [row for each in every for row in each["rows"]]
     first, last = min(rows), max(rows)
     among = "" if len(rows) == last + 1 - first else f"{len(rows):,} of "

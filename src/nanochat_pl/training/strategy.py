@@ -8,7 +8,6 @@ device, which every accelerator takes: an Apple GPU refuses those of the DDP fam
 
 from __future__ import annotations
 
-import json
 from typing import Any, Literal, cast
 
 import torch
@@ -143,7 +142,7 @@ class UnwrappedDDP(WrappedDDP):
 
     def broadcast(self, obj: Any, src: int = 0) -> Any:
         """Plain data of one process, for all."""
-        return obj if self.world_size == 1 else json.loads(collectives.all_gather_str(json.dumps(obj))[src])
+        return obj if self.world_size == 1 else collectives.all_gather_plain(obj)[src]
 
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
         """Mean (``avg``), sum, maximum or minimum of a tensor over all processes.

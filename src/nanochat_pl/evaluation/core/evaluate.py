@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -157,7 +156,7 @@ def evaluate_core_task(
             return _evaluate_share(bundle, name, net, tokenizer, progress)
 
     own = raise_on_all_ranks(share)
-    rows = [row for text in collectives.all_gather_str(json.dumps(own["rows"])) for row in json.loads(text)]
+    rows = [row for each in collectives.all_gather_plain(own["rows"]) for row in each]
     rows.sort(key=lambda row: row["number"])
     task = bundle.by_name[name]
     details = {

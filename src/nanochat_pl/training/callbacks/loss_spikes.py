@@ -90,7 +90,7 @@ def middle_and_deviation(losses: Sequence[float] | deque[float]) -> tuple[float,
 def rows_of_all(nats: torch.Tensor, batch: StepBatch, expected: float) -> dict[str, Any]:
     """The first and the last row of a step and the worst ones, over all processes, each of which gives its own."""
     own = {"rows": [batch.first_row, batch.first_row + len(nats)], "worst": worst_rows(nats, batch, expected)}
-    every = [json.loads(text) for text in collectives.all_gather_str(json.dumps(own))]
+    every = collectives.all_gather_plain(own)
     worst = sorted((row for each in every for row in each["worst"]), key=lambda row: -row["excess_nats"])
     return {
         "first_row": min(each["rows"][0] for each in every),

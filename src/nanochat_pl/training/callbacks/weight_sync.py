@@ -64,7 +64,7 @@ def require_same_weights(parameters: Mapping[str, Tensor], step: int) -> None:
     # The largest is also the smallest only where all are the same.
     if collectives.all_reduce_max(digest) == -collectives.all_reduce_max(-digest):
         return
-    of_all = [json.loads(text) for text in collectives.all_gather_str(json.dumps(sums))]
+    of_all = collectives.all_gather_plain(sums)
     differing = [name for n, name in enumerate(parameters) if len({each[n] for each in of_all}) > 1]
     groups: dict[tuple[int, ...], list[str]] = {}
     for rank, each in enumerate(of_all):
