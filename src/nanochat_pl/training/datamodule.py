@@ -131,7 +131,7 @@ class RowsDataModule(LightningDataModule):
 
     def _wait_for(self, step: int) -> None:
         assert self.trainer is not None
-        if not self.rows.is_streamed:  # the processes have nothing to compare
+        if not getattr(self.rows, "is_streamed", True):  # the processes have nothing to compare; rows of others may
             return
         wait = partial(self.steps.wait_for, step)
         stops = [each for each in self.trainer.callbacks if isinstance(each, GracefulStop)]  # type: ignore[attr-defined]
