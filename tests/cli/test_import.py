@@ -168,5 +168,6 @@ def test_a_model_of_others_becomes_the_stage_that_is_said(
     said = capsys.readouterr().err
     assert all(f"{key.partition('=')[0]}: has no meaning for a folder of transformers." in said for key in keys)
     (here / "hf" / "config.json").write_text(json.dumps({**config, "nanochat_pl": mine}), encoding="utf-8")
-    assert main(["import", "source=hf", "run=x", "stage=sft"]) == 2
-    assert "config.json says that it is base." in capsys.readouterr().err
+    for place in ("run=x", "to=x"):
+        assert main(["import", "source=hf", place, "stage=sft"]) == 2
+        assert "config.json says that it is base." in capsys.readouterr().err

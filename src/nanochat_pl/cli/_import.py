@@ -52,7 +52,8 @@ def _refuse_keys_of_nanochat(config: ImportConfig) -> None:
     usual = {field.name: field.default for field in dataclasses.fields(config)}
     given = [name for name in ("tag", "step", "era", "tokenizer", "moments") if getattr(config, name) != usual[name]]
     if given:
-        raise UserError([f"{name}: has no meaning for a folder of transformers." for name in given])
+        problems = [f"{name}: has no meaning for a folder of transformers." for name in given]
+        raise UserError(problems, f"Leave {' and '.join(given)} out.")
 
 
 def _stage_in(source: Path, config: ImportConfig) -> str:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from nanochat_pl.common.console import next_steps, rank_zero_print
 from nanochat_pl.common.errors import UserError, did_you_mean
@@ -112,8 +113,12 @@ def _fetch_eval_bundle(config: DownloadConfig) -> int:
     folder, is_new = fetch_eval_bundle(cache_folder(config.paths), refresh=config.refresh)
     rank_zero_print("Fetched the evaluation bundle." if is_new else "Nothing to fetch: the evaluation bundle is here.")
     rank_zero_print(f"Where: {folder}")
-    key = typed_keys(key_of_cache(cache_folder(config.paths)))
-    next_steps([("measure a model on it", f"nanochat-pl evaluate 'suites=[core]' {key}".rstrip())])
+    return _measure_next("core", cache_folder(config.paths))
+
+
+def _measure_next(suite: str, cache: Path) -> int:
+    keys = typed_keys({"suites": f"[{suite}]"} | key_of_cache(cache))
+    next_steps([("measure a model on it", f"nanochat-pl evaluate {keys}")])
     return 0
 
 
@@ -149,9 +154,7 @@ def _fetch_task(config: DownloadConfig, name: str) -> int:
     fetched = fetch_files(manifest, wanted, cache, config.parallel)
     _say_fetched(fetched)
     if not kind.cls.has_training_part:
-        measure = f"nanochat-pl evaluate 'suites=[chatcore]' {typed_keys(key_of_cache(cache))}".rstrip()
-        next_steps([("measure a model on it", measure)])
-        return 0
+        return _measure_next("chatcore", cache)
     keys = {f"mixture.tasks.{name}.{key}": value for key, value in given.items()} or {f"mixture.tasks.{name}": "{}"}
     next_steps([("train on it", f"nanochat-pl train stage=sft {typed_keys(keys | key_of_cache(cache))}")])
     return 0

@@ -78,9 +78,10 @@ class Session:
                 fit.
         """
         ids = self.ids or [self._engine.tokenizer.bos_id]
-        added = self._render(message, first=self.answer is None)
+        is_first = self.answer is None
+        added = self._render(message, is_first)
         system = self._engine.tokenizer.encode(f"{self.system}\n\n") if self.system else []
-        alone = 1 + len(added) + (len(system) if self.answer is not None else 0)  # the first one has it
+        alone = 1 + len(added) + (0 if is_first else len(system))  # the first message has it already
         if alone >= self.max_context:
             trained = self._engine.net.config.sequence_len
             larger = f", or give a larger max_context (the model was trained on {trained:,})"

@@ -53,7 +53,7 @@ class RemoteSession:
                     f"url={url}: what answers there is no server of the OpenAI API.", "nanochat-pl serve starts one."
                 ) from None
         if not models:
-            raise UserError(f"url={url}: the server has no models.")
+            raise UserError(f"url={url}: the server has no models.", "Name one that has: nanochat-pl serve run=NAME.")
         if model is not None and model not in models:
             raise UserError(f"model={model}: {self._base} has {', '.join(models)}.")
         self.model = model or next(iter(models))

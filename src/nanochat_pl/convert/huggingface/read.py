@@ -41,6 +41,10 @@ def stage_of_huggingface(folder: Path, wanted: str | None) -> str:
         UserError: it says another one.
     """
     _, stage = from_keys(read_object(folder / CONFIG), str(folder / CONFIG))
+    return _name_of(stage, wanted, folder)
+
+
+def _name_of(stage: StageInfo | None, wanted: str | None, folder: Path) -> str:
     if stage is not None and wanted not in (None, stage.stage):
         raise UserError(f"stage={wanted}: {folder / CONFIG} says that it is {stage.stage}.", "Leave stage=… out.")
     return stage.stage if stage else wanted or IMPORTED
@@ -57,13 +61,14 @@ def read_huggingface(folder: Path, wanted: str | None = None) -> Imported:
     """
     document = read_object(folder / CONFIG)
     config, stage = from_keys(document, str(folder / CONFIG))
+    name = _name_of(stage, wanted, folder)
     tokenizer = read_tokenizer(folder)
     config, remarks = _fit_vocabulary(config, tokenizer, folder, is_ours=stage is not None)
     require_size(config, memory_bytes())
     weights = read_weights(folder, config)
     require_finite(weights, str(folder))
     if stage is None:
-        stage = StageInfo(stage=stage_of_huggingface(folder, wanted))
+        stage = StageInfo(stage=name)
         remarks += [
             "Rotary tables are kept in float32, as transformers has them; the training may have rounded them.",
             f"rms_norm_eps={document.get('rms_norm_eps', 1e-6)!r} is not kept: ours is the machine epsilon of float32.",

@@ -55,7 +55,7 @@ const view = new View({
     }
     save(turn, own);
   },
-  save: (turn) => save(turn),
+  save,
   takesFeedback: () => Boolean(info?.feedback),
 });
 

@@ -55,8 +55,7 @@ def require_room(
         raise UserError(
             f"{count_parameters(model)['total']:,} parameters: a step with one row of {model.sequence_len:,} tokens "
             f"takes {_size(needed)}{copied}, the {device.type} has {_size(memory)}.",
-            fix=f"Use {_knobs_left(device, knobs, sharded)}a smaller model: of stage=base model.depth, "
-            "model.aspect_ratio, model.sequence_len or tokenizer.vocab_size.",
+            fix=f"Use {', or '.join(_ways_to_fit(device, knobs, sharded))}.",
         )
     in_files, free = COPIES_IN_FILE * weight_bytes(model) * (num_files + 2), free_bytes(folder)
     there = sum(path.stat().st_size for path in folder.glob("checkpoints/step=*.ckpt"))  # of a stage that goes on
@@ -67,12 +66,13 @@ def require_room(
         )
 
 
-def _knobs_left(device: torch.device, knobs: MemoryKnobs, sharded: bool) -> str:
-    """What takes less memory and is not used yet, to be followed by something else."""
-    left = [] if knobs.activation_checkpointing else ["trainer.activation_checkpointing=true"]
+def _ways_to_fit(device: torch.device, knobs: MemoryKnobs, sharded: bool) -> list[str]:
+    """What takes less memory and is not used yet."""
+    ways = [] if knobs.activation_checkpointing else ["trainer.activation_checkpointing=true"]
     if device.type != "cpu" and launch_env().world_size > 1 and not sharded:
-        left.append("trainer.strategy=fsdp")
-    return "".join(f"{each}, " for each in left) + "or " * bool(left)
+        ways.append("trainer.strategy=fsdp")
+    smaller = "model.depth, model.aspect_ratio, model.sequence_len or tokenizer.vocab_size"
+    return [*ways, f"a smaller model: of stage=base {smaller}"]
 
 
 def min_memory(model: GPTConfig, device: torch.device, knobs: MemoryKnobs = NO_KNOBS, sharded: bool = False) -> int:

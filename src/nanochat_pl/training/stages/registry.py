@@ -139,23 +139,25 @@ class Stage:
         """Of the keys that what is learnt depends on (at the root, or groups) those that this stage's result
         depends on: what it inherits is its parent's."""
         decided = set(self.inherits) if self.starts_from_model else set()
-        unused = (set() if self.trains_on_conversations else {"mixture"}) | (
-            set() if self.trains_on_answers else {"rl"}
-        )
-        return keys - decided - unused
+        return keys - decided - self._unused_groups().keys()
+
+    def _unused_groups(self) -> dict[str, str]:
+        """Groups of settings that have no effect in this stage, and what they are for."""
+        used = {
+            "rl": ("stage=rl", self.trains_on_answers),
+            "mixture": ("stages that train on conversations", self.trains_on_conversations),
+        }
+        return {group: whose for group, (whose, is_used) in used.items() if not is_used}
 
     def unused_keys(self) -> dict[tuple[str, ...], str]:
         """Beginnings of keys that have no effect in this stage, and what they are for."""
-        unused = {
-            ("rl.",): ("stage=rl", self.trains_on_answers),
-            ("mixture.",): ("stages that train on conversations", self.trains_on_conversations),
-            ("stage.num_epochs=", "stage.warm_start="): ("stages that start from a model", not self.from_scratch),
-            ("tokens_per_parameter=", "counted_parameters=", "optim.reference."): (
-                "stages that train from scratch",
-                self.from_scratch or not self.has_model,
-            ),
-        }
-        return {prefixes: whose for prefixes, (whose, used) in unused.items() if not used}
+        unused: dict[tuple[str, ...], str] = {(f"{group}.",): whose for group, whose in self._unused_groups().items()}
+        if self.from_scratch:
+            unused[("stage.num_epochs=", "stage.warm_start=")] = "stages that start from a model"
+        if self.starts_from_model:
+            of_horizon = ("tokens_per_parameter=", "counted_parameters=", "optim.reference.")
+            unused[of_horizon] = "stages that train from scratch"
+        return unused
 
     def prepare(self, context: StageContext) -> StageData:
         """What it trains with; nothing is trained. All processes call it, the main one first."""
